@@ -1,0 +1,247 @@
+"""What rank 0 shows of a run: a summary, then a progress bar on a terminal or one plain line a logged step elsewhere.
+
+Everything goes to stdout, errors to stderr. No thread redraws the bar: data loader workers are forked from this
+process, and a fork while another thread holds a lock can hang.
+"""
+
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from megatron_ds.monitor.metrics import StepMetrics, ValidMetrics
+from megatron_ds.monitor.reporter import Reporter, RunSummary
+
+REDRAW_S = 0.1  # a bar redrawn more often than this costs more than it tells
+MIN_BAR_WIDTH = 6  # four cells and a space on either side
+WINDOW_REPORTS = 100  # time left is judged by the pace of so many logged steps
+
+
+def print_error(message: str) -> None:
+    """Print `error: <message>` to stderr as exactly one line, brackets and all."""
+    lines = (line.strip() for line in message.splitlines())
+    print("error:", " ".join(line for line in lines if line), file=sys.stderr, flush=True)
+
+
+class TerminalReporter(Reporter):
+    """Shows a run to a person. Use it as a context manager, so that an error leaves the terminal as it was.
+
+    Args:
+        console: Where to write; default stdout. A terminal gets a progress bar, anything else plain lines.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console()
+        self._clock = clock
+        self._pace = Pace()
+        self._widths: dict[str, int] = {}
+        self._total_steps = 0
+        self._progress: Progress | None = None
+        self._drawn_at = -math.inf
+        self._moved_handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
+
+    def start(self, summary: RunSummary) -> None:
+        """Show the summary and, on a terminal, an empty bar."""
+        self._total_steps = summary.steps
+        rows = summary_rows(summary)
+        if not self._console.is_interactive:
+            for name, value in rows:
+                self._line(f"{name:<{NAME_WIDTH}}{value}")
+            return
+        table = Table.grid(padding=0)
+        table.add_column(style="bold", width=NAME_WIDTH)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, Text(value))
+        self._console.print(table)
+        self._start_bar()
+
+    def step(self, metrics: StepMetrics, total_steps: int) -> None:
+        """Move the bar, or print a line."""
+        self._total_steps = total_steps
+        now = self._clock()
+        left_s = self._pace.time_left_s(metrics, total_steps, now)
+        if self._progress is None:
+            self._line(self._plain_step(metrics, left_s))
+            return
+        room = self._console.width - len(f"step {metrics.step}/{total_steps}") - MIN_BAR_WIDTH
+        status = bar_status(metrics, left_s, room)
+        self._progress.update(self._progress.task_ids[0], completed=metrics.step, total=total_steps, status=status)
+        if now - self._drawn_at >= REDRAW_S or metrics.step >= total_steps:
+            self._drawn_at = now
+            self._progress.refresh()
+
+    def valid(self, metrics: ValidMetrics) -> None:
+        """Print a line, above the bar if there is one."""
+        loss = self._padded("loss", format_number(metrics.valid_loss, 4))
+        self._line(f"valid {self._count(metrics.step)}  loss {loss}")
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self._line(text)
+
+    def finish(self, text: str) -> None:
+        """Leave the bar as it stands and print `text` under it."""
+        self.close()
+        self._line(text)
+
+    def close(self) -> None:
+        """End the bar and give the terminal back; closing twice is fine."""
+        if self._progress is None:
+            return
+        for handler, stream in self._moved_handlers:
+            handler.setStream(stream)
+        self._moved_handlers.clear()
+        self._progress.stop()
+        self._progress = None
+
+    def __enter__(self) -> "TerminalReporter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start_bar(self) -> None:
+        whole = Column(no_wrap=True, overflow="ellipsis")
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}", table_column=whole, markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}", table_column=whole.copy(), markup=False),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+        )
+        self._progress.add_task("train", total=self._total_steps, status="")
+        before = (sys.stdout, sys.stderr)
+        self._progress.start()
+        self._move_handlers(before, (sys.stdout, sys.stderr))
+
+    def _move_handlers(self, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
+        """Log handlers keep the stream they were made with; while the bar stands theirs must be the one above it."""
+        known = [logger for logger in logging.Logger.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+        for handler in {handler for logger in [logging.getLogger(), *known] for handler in logger.handlers}:
+            if not isinstance(handler, logging.StreamHandler):
+                continue
+            for old, new in zip(before, after):
+                if handler.stream is old and new is not old:
+                    self._moved_handlers.append((handler, old))
+                    handler.setStream(new)
+                    break
+
+    def _plain_step(self, metrics: StepMetrics, left_s: float) -> str:
+        columns = (
+            f"step  {self._count(metrics.step)}",
+            f"loss {self._padded('loss', format_number(metrics.loss, 4))}",
+            f"grad {self._padded('grad', format_number(metrics.grad_norm, 3))}",
+            f"lr {metrics.lr:.2e}",
+            f"{self._padded('tokens', format_rate(metrics.tokens_per_s))} tok/s",
+            f"{self._padded('tflops', format_number(metrics.tflops_per_rank, 2))} TFLOP/s/rank",
+            f"left {self._padded('left', format_duration(left_s))}",
+        )
+        return "  ".join(columns)
+
+    def _count(self, step: int) -> str:
+        total = str(self._total_steps)
+        return f"{step:>{len(total)}}/{total}"
+
+    def _padded(self, column: str, text: str) -> str:
+        """`text` right-aligned to the widest its column has shown: no space is set aside that may never be needed."""
+        self._widths[column] = max(self._widths.get(column, 0), len(text))
+        return text.rjust(self._widths[column])
+
+    def _line(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+
+class Pace:
+    """Time left, from the wall-clock time of the latest logged steps: validation and checkpoints between them count."""
+
+    def __init__(self) -> None:
+        self._reports: deque[tuple[int, float]] = deque(maxlen=WINDOW_REPORTS)
+
+    def time_left_s(self, metrics: StepMetrics, total_steps: int, now_s: float) -> float:
+        """Seconds to the last step, `metrics.step` having ended at `now_s`; the first report goes by its `step_s`."""
+        self._reports.append((metrics.step, now_s))
+        first_step, first_s = self._reports[0]
+        step_s = metrics.step_s
+        if metrics.step > first_step:
+            step_s = (now_s - first_s) / (metrics.step - first_step)
+        return max(0, total_steps - metrics.step) * step_s
+
+
+NAME_WIDTH = 12
+
+
+def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    """The start-up summary as (name, value) pairs."""
+    world = (
+        f"{summary.world_size} = tp {summary.tensor} x pp {summary.pipeline} x dp {summary.data}"
+        f"{', sequence parallel' if summary.sequence else ''}"
+    )
+    tokens = summary.tokens_per_step * summary.steps
+    return [
+        ("model", f"{summary.model_name}, {format_count(summary.num_params)} parameters ({summary.num_params:,})"),
+        ("world", world),
+        ("deepspeed", f"ZeRO stage {summary.zero_stage}, {summary.precision}"),
+        ("device", summary.device),
+        ("steps", f"{summary.steps:,} of {summary.tokens_per_step:,} tokens ({format_count(tokens)} in all)"),
+        ("data", summary.data_description),
+        ("output", summary.output),
+    ]
+
+
+def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:
+    """What stands to the right of the bar, in `width` characters: where they are few, what matters less is left out."""
+    fields = {
+        "loss": f"loss {format_number(metrics.loss, 4)}",
+        "lr": f"lr {metrics.lr:.2e}",
+        "rate": f"{format_rate(metrics.tokens_per_s)} tok/s",
+        "left": f"left {format_duration(left_s)}",
+    }
+    for less_important in ("lr", "rate", "left"):
+        if len("  ".join(fields.values())) > width:
+            del fields[less_important]
+    return "  ".join(fields.values())
+
+
+def format_number(value: float, digits: int) -> str:
+    """`digits` decimals, or a few significant digits where those would show nothing or too much; NaN as `nan`."""
+    if value == 0 or not math.isfinite(value) or 10.0 ** (1 - digits) <= abs(value) < 1e4:
+        return f"{value:.{digits}f}"
+    return f"{value:.2g}" if 1e-4 <= abs(value) < 1 else f"{value:.2e}"
+
+
+def format_rate(per_s: float) -> str:
+    """A rate in few characters: 8.5, 4,321, 12.3M."""
+    if per_s >= 1e6 or not math.isfinite(per_s):
+        return format_count(per_s)
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.1f}"
+
+
+def format_count(count: float) -> str:
+    """A count in few characters: 512, 1.5K, 109.5M, 7.0B, 1.2T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return f"{count:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """H:MM:SS, hours as many as there are; `-:--:--` if unknown."""
+    if not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest_s:02d}"

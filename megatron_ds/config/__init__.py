@@ -1,0 +1,39 @@
+"""What a run is: the run file, the DeepSpeed JSON, and whether both fit a model on a number of ranks."""
+
+from megatron_ds.config.checks import ModelShape, check_run
+from megatron_ds.config.deepspeed_json import DeepSpeedFacts, deepspeed_facts, fill_deepspeed, load_deepspeed
+from megatron_ds.config.load import build_run, dump_run, load_run
+from megatron_ds.config.run import (
+    CheckpointSection,
+    DataSection,
+    DataSource,
+    ExportSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RunConfig,
+    ScheduleSection,
+    TrainSection,
+)
+
+__all__ = [
+    "CheckpointSection",
+    "DataSection",
+    "DataSource",
+    "DeepSpeedFacts",
+    "ExportSection",
+    "ModelSection",
+    "ModelShape",
+    "OptimizerSection",
+    "ParallelSection",
+    "RunConfig",
+    "ScheduleSection",
+    "TrainSection",
+    "build_run",
+    "check_run",
+    "deepspeed_facts",
+    "dump_run",
+    "fill_deepspeed",
+    "load_deepspeed",
+    "load_run",
+]

@@ -1,0 +1,188 @@
+"""Can this run exist on these ranks? Answered from numbers alone, before any process group or weight.
+
+Each rule names the field, its value, the rule and the nearest values that pass the same rule.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_ds.config.deepspeed_json import DeepSpeedFacts
+from megatron_ds.config.run import RunConfig
+from megatron_ds.errors import ConfigError, TopologyError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that decide how it can be divided.
+
+    `ffn_size` is the MLP's inner width; `max_positions` is the length of a learned position table, None where
+    positions are computed (rotary, relative).
+    """
+
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+
+
+def check_run(run: RunConfig, shape: ModelShape, facts: DeepSpeedFacts, world_size: int, device_type: str) -> int:
+    """The data-parallel degree of a run that can exist.
+
+    Args:
+        run: the run.
+        shape: its model's sizes.
+        facts: of its DeepSpeed JSON.
+        world_size: number of ranks.
+        device_type: torch's name, such as `cpu` or `cuda`.
+
+    Raises:
+        TopologyError: model, batch or ranks cannot be divided as asked.
+        ConfigError: precision, ZeRO stage or offload cannot run with this parallelism or device.
+    """
+    _check_tensor(run, shape)
+    _check_pipeline(run, shape)
+    _check_positions(run, shape)
+    _check_sequence(run, shape)
+    _check_precision(facts, device_type)
+    _check_zero(run, facts)
+    data_size = _check_world(run, shape, world_size)
+    _check_batch(run, data_size)
+    return data_size
+
+
+def nearest(value: int, legal: Iterable[int]) -> list[int]:
+    """The closest legal values below and above `value`, or `value` itself where it is legal."""
+    values = sorted(set(legal))
+    if value in values:
+        return [value]
+    below = [one for one in values if one < value]
+    above = [one for one in values if one > value]
+    return below[-1:] + above[:1]
+
+
+def _words(values: Iterable[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def _nearest_multiples(value: int, of: int, at_most: int | None = None) -> list[int]:
+    """The positive multiples of `of` on both sides of `value`, none above `at_most`."""
+    below = value // of * of
+    candidates = (below, below + of)
+    return [one for one in candidates if one > 0 and (at_most is None or one <= at_most)]
+
+
+def _legal_tensors(shape: ModelShape) -> list[int]:
+    """Every degree that divides attention heads, key-value heads and the MLP."""
+    common = math.gcd(shape.num_attention_heads, shape.num_kv_heads, shape.ffn_size)
+    return [degree for degree in range(1, common + 1) if common % degree == 0]
+
+
+def _check_tensor(run: RunConfig, shape: ModelShape) -> None:
+    tensor = run.parallel.tensor
+    for name in ("num_attention_heads", "num_kv_heads", "ffn_size"):
+        size = getattr(shape, name)
+        if size % tensor:
+            raise TopologyError(
+                f"parallel.tensor={tensor} does not divide {name}={size}; "
+                f"nearest: {_words(nearest(tensor, _legal_tensors(shape)))}"
+            )
+
+
+def _check_pipeline(run: RunConfig, shape: ModelShape) -> None:
+    if run.parallel.pipeline > shape.num_layers:
+        raise TopologyError(
+            f"parallel.pipeline={run.parallel.pipeline} is more than num_layers={shape.num_layers}, "
+            f"and each stage needs a layer; nearest: {shape.num_layers}"
+        )
+
+
+def _check_positions(run: RunConfig, shape: ModelShape) -> None:
+    if shape.max_positions is not None and run.data.seq_length > shape.max_positions:
+        raise ConfigError(
+            f"data.seq_length={run.data.seq_length} is more than the model's {shape.max_positions} learned positions; "
+            f"nearest: {shape.max_positions}"
+        )
+
+
+def _check_sequence(run: RunConfig, shape: ModelShape) -> None:
+    tensor, seq_length = run.parallel.tensor, run.data.seq_length
+    if run.parallel.sequence and seq_length % tensor:
+        lengths = _nearest_multiples(seq_length, tensor, at_most=shape.max_positions)
+        mend = f"nearest: {_words(lengths)}" if lengths else "nearest: parallel.sequence=false"
+        raise TopologyError(
+            f"data.seq_length={seq_length} is not divisible by parallel.tensor={tensor}, "
+            f"which parallel.sequence=true needs; {mend}"
+        )
+
+
+def _check_precision(facts: DeepSpeedFacts, device_type: str) -> None:
+    if facts.precision == "fp16" and device_type == "cpu":
+        raise ConfigError(
+            "fp16.enabled=true in the DeepSpeed JSON cannot run on cpu, where DeepSpeed has no fp16; nearest: bf16"
+        )
+
+
+def _check_zero(run: RunConfig, facts: DeepSpeedFacts) -> None:
+    stage, pipeline = facts.zero_stage, run.parallel.pipeline
+    stated = f"zero_optimization.stage={stage} in the DeepSpeed JSON"
+    if pipeline > 1 and facts.offload_param:
+        raise ConfigError(
+            f"zero_optimization.offload_param in the DeepSpeed JSON cannot run with parallel.pipeline={pipeline}: "
+            "it needs stage 3, which DeepSpeed's pipeline engine has not; "
+            "nearest: stage 1 without offload_param, or parallel.pipeline=1"
+        )
+    if pipeline > 1 and stage >= 2:
+        raise ConfigError(
+            f"{stated} cannot run with parallel.pipeline={pipeline}: DeepSpeed's pipeline engine keeps whole "
+            "gradients across micro-batches; nearest: stage 1, or parallel.pipeline=1"
+        )
+    if facts.offload_param and stage != 3:
+        raise ConfigError(
+            f"zero_optimization.offload_param needs stage 3, but {stated}; nearest: stage 3, or remove it"
+        )
+    if stage == 0:
+        _check_stage_0(run, facts, stated)
+
+
+def _check_stage_0(run: RunConfig, facts: DeepSpeedFacts, stated: str) -> None:
+    for used, place in (
+        (run.parallel.tensor > 1, f"parallel.tensor={run.parallel.tensor}"),
+        (run.parallel.pipeline > 1, f"parallel.pipeline={run.parallel.pipeline}"),
+        (facts.precision != "fp32", f"{facts.precision}.enabled=true"),
+    ):
+        if used:
+            raise ConfigError(
+                f"{stated} cannot run with {place}: DeepSpeed's gradient norm, and so its clipping, "
+                "is wrong there; nearest: stage 1 (0 is DeepSpeed's default where no stage is given)"
+            )
+    if facts.offload_optimizer:
+        raise ConfigError(f"zero_optimization.offload_optimizer needs stage 1, 2 or 3, but {stated}; nearest: stage 1")
+
+
+def _check_world(run: RunConfig, shape: ModelShape, world_size: int) -> int:
+    tensor, pipeline = run.parallel.tensor, run.parallel.pipeline
+    ranks = tensor * pipeline
+    if world_size % ranks == 0:
+        return world_size // ranks
+    tensors = nearest(tensor, (t for t in _legal_tensors(shape) if world_size % (t * pipeline) == 0))
+    pipelines = nearest(pipeline, (p for p in range(1, shape.num_layers + 1) if world_size % (tensor * p) == 0))
+    choices = [f"parallel.tensor={_words(tensors)}"] if tensors else []
+    choices += [f"parallel.pipeline={_words(pipelines)}"] if pipelines else []
+    with_these = f"; or, with {world_size}, {', or '.join(choices)}" if choices else ""
+    raise TopologyError(
+        f"parallel.tensor={tensor} * parallel.pipeline={pipeline} = {ranks} does not divide the number of ranks "
+        f"{world_size}; nearest: {_words(_nearest_multiples(world_size, ranks))} ranks{with_these}"
+    )
+
+
+def _check_batch(run: RunConfig, data_size: int) -> None:
+    batch, micro = run.train.global_batch_size, run.train.micro_batch_size
+    if batch % (micro * data_size):
+        raise TopologyError(
+            f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} * {data_size} data "
+            f"ranks = {micro * data_size}; nearest: {_words(_nearest_multiples(batch, micro * data_size))}"
+        )

@@ -1,0 +1,103 @@
+"""The `optimizer` and `scheduler` blocks that DeepSpeed JSONs written for other trainers carry.
+
+Optimizer and schedule are the run file's, and a torch optimizer is handed to DeepSpeed. A block is let through, and
+dropped, only where every value that it states is what the run file says; a wrong one would otherwise be lost in
+silence.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ds.config.deepspeed_place import Place, equal, is_unset
+from megatron_ds.config.run import RunConfig
+from megatron_ds.config.wording import show
+from megatron_ds.errors import ConfigError
+
+_SCHEDULE_OF_TYPE: Mapping[str, str] = {
+    "WarmupLR": "constant",
+    "WarmupDecayLR": "linear",
+    "WarmupCosineLR": "cosine",
+}
+
+_Expected = Mapping[str, tuple[str | None, tuple[Any, ...]]]
+
+
+def check_optimizer_block(mapping: Mapping[str, Any], run: RunConfig, place: Place) -> None:
+    """Raises ConfigError where `optimizer` states what the run file does not."""
+    optimizer = run.optimizer
+    expected: _Expected = {
+        "lr": (f"optimizer.lr={optimizer.lr}", (optimizer.lr,)),
+        "betas": (f"optimizer.betas={show(optimizer.betas)}", (optimizer.betas,)),
+        "eps": (f"optimizer.eps={optimizer.eps}", (optimizer.eps,)),
+        "weight_decay": (f"optimizer.weight_decay={optimizer.weight_decay}", (optimizer.weight_decay,)),
+        "max_grad_norm": (f"optimizer.grad_clip={optimizer.grad_clip}", (optimizer.grad_clip,)),
+        "torch_adam": (None, (True, False)),  # another implementation of the same update
+        "adam_w_mode": (f"optimizer.name={optimizer.name}", (True,)),
+        "bias_correction": (f"optimizer.name={optimizer.name}", (True,)),
+        "amsgrad": (f"optimizer.name={optimizer.name}", (False,)),
+    }
+    block = _block(mapping, "optimizer", place)
+    kind = block.get("type")
+    if not is_unset(kind) and str(kind).lower() not in ("adamw", "adam"):  # DeepSpeed's Adam is AdamW by default
+        place.refuse_disagreement("optimizer.type", kind, f"optimizer.name={optimizer.name}")
+    _check_params(block, "optimizer", expected, place)
+
+
+def check_scheduler_block(mapping: Mapping[str, Any], run: RunConfig, place: Place) -> None:
+    """Raises ConfigError where `scheduler` states what the run file does not."""
+    schedule, lr = run.schedule, run.optimizer.lr
+    warmup = "schedule warm-up is linear and starts at 0"
+    expected: _Expected = {
+        "warmup_num_steps": (f"schedule.warmup_steps={schedule.warmup_steps}", (schedule.warmup_steps,)),
+        "total_num_steps": (f"train.steps={run.train.steps}", (run.train.steps,)),
+        "warmup_max_lr": (f"optimizer.lr={lr}", (lr,)),
+        "warmup_min_lr": (warmup, (0,)),
+        "warmup_min_ratio": (warmup, (0,)),
+        "warmup_type": (warmup, ("linear",)),
+        "cos_min_ratio": (
+            f"schedule.min_lr / optimizer.lr = {schedule.min_lr} / {lr}",
+            (schedule.min_lr / lr if lr else 0,),
+        ),
+        "last_batch_iteration": (None, (-1,)),
+    }
+    block = _block(mapping, "scheduler", place)
+    kind = block.get("type")
+    if not is_unset(kind) and _SCHEDULE_OF_TYPE.get(str(kind)) != schedule.name:
+        place.refuse_disagreement("scheduler.type", kind, f"schedule.name={schedule.name}")
+    _check_params(block, "scheduler", expected, place)
+
+
+def _block(mapping: Mapping[str, Any], name: str, place: Place) -> Mapping[str, Any]:
+    """The block as a mapping; empty where it is absent, null or "auto"."""
+    block = mapping.get(name)
+    if is_unset(block):
+        return {}
+    if not isinstance(block, dict):
+        raise ConfigError(f"{place.state(name, block)} is not a mapping; remove it, since the run file says it")
+    for key in block:
+        if key not in ("type", "params"):
+            _refuse_stranger(place, f"{name}.{key}", block[key])
+    return block
+
+
+def _check_params(block: Mapping[str, Any], name: str, expected: _Expected, place: Place) -> None:
+    params = block.get("params")
+    if is_unset(params):
+        return
+    if not isinstance(params, dict):
+        raise ConfigError(f"{place.state(f'{name}.params', params)} is not a mapping; remove it")
+    for key, value in params.items():
+        if is_unset(value):
+            continue
+        statement, legal = expected.get(key, (None, ()))
+        if any(equal(value, one) for one in legal):
+            continue
+        if statement is None:
+            _refuse_stranger(place, f"{name}.params.{key}", value)
+        else:
+            place.refuse_disagreement(f"{name}.params.{key}", value, statement)
+
+
+def _refuse_stranger(place: Place, key: str, value: Any) -> None:
+    section = "optimizer" if key.startswith("optimizer") else "schedule"
+    raise ConfigError(f"{place.state(key, value)} has no counterpart in the run file's {section} section; remove it")

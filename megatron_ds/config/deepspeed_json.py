@@ -1,0 +1,266 @@
+"""The DeepSpeed JSON: read, checked against DeepSpeed 0.19.8's names, and completed from the run file.
+
+Precision, ZeRO, offload and communication are said here; batch sizes, clipping, optimizer and schedule are the run
+file's, and here they are absent or "auto". The same thing said twice with different values is refused.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ds.config.deepspeed_blocks import check_optimizer_block, check_scheduler_block
+from megatron_ds.config.deepspeed_keys import (
+    NATIVE_AUTO,
+    ONLY_VALUES,
+    REMOVED_KEYS,
+    SECTION_KEYS,
+    TOP_LEVEL_KEYS,
+    UNSUPPORTED_KEYS,
+)
+from megatron_ds.config.deepspeed_place import AUTO, Place, equal, is_unset
+from megatron_ds.config.run import RunConfig
+from megatron_ds.config.wording import show, suggest
+from megatron_ds.errors import ConfigError
+
+_NEVER_PRINT_STEPS = 10**9  # our own metrics speak instead
+
+
+@dataclass(frozen=True)
+class DeepSpeedFacts:
+    """What the rest of megatron_ds must know of a DeepSpeed JSON.
+
+    `offload_optimizer` and `offload_param` are true for cpu and for nvme.
+    """
+
+    zero_stage: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    offload_optimizer: bool
+    offload_param: bool
+
+
+def load_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed mapping of a run, its "auto" values kept.
+
+    Args:
+        source: the run's `deepspeed`: the path of a JSON file, or the mapping itself.
+
+    Raises:
+        ConfigError: no such file, not JSON, an unknown or removed key, or a value that cannot run.
+    """
+    mapping = read_deepspeed_file(source) if isinstance(source, str) else copy.deepcopy(source)
+    check_deepspeed_keys(mapping, Place.of(source))
+    return mapping
+
+
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """The mapping in a JSON file, its keys unchecked. Raises ConfigError with the place of what is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"deepspeed={path}: no such file (looked from {Path.cwd()})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"deepspeed={path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"deepspeed={path} cannot be read: {error.strerror}") from None
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ConfigError(f"{path}: key {twice} is given twice in one mapping; keep one")
+        return mapping
+
+    try:
+        mapping = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} line {error.lineno} column {error.colno}: not valid JSON: {error.msg}") from None
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path} is not a mapping; it holds {show(mapping)}")
+    return mapping
+
+
+def check_deepspeed_keys(mapping: Mapping[str, Any], place: Place) -> None:
+    """Raises ConfigError for a removed, unsupported or unknown key, and for values that would train wrongly."""
+    for key, mend in REMOVED_KEYS.items():
+        if _get(mapping, key) is not None:
+            raise ConfigError(f"{place.name(key)}: DeepSpeed 0.19 has removed this; {mend}")
+    for key, reason in UNSUPPORTED_KEYS.items():
+        block = mapping.get(key)
+        if block is not None and not (isinstance(block, dict) and block.get("enabled") is False):
+            raise ConfigError(f"{place.name(key)}: megatron_ds does not run with it: {reason}")
+    known_elsewhere = (*REMOVED_KEYS, *UNSUPPORTED_KEYS)
+    for key in mapping:
+        if key not in TOP_LEVEL_KEYS and key not in known_elsewhere:
+            raise ConfigError(f"{place.name(str(key))}: unknown DeepSpeed key; {_nearest(str(key), TOP_LEVEL_KEYS)}")
+    for section, legal in SECTION_KEYS.items():
+        _check_section(mapping, section, legal, place)
+    for key, only, reason in ONLY_VALUES:
+        value = _get(mapping, key)
+        if not is_unset(value) and not equal(value, only):
+            raise ConfigError(f"{place.state(key, value)} cannot be used: {reason}; remove it, or set {show(only)}")
+    _facts(mapping, place)
+
+
+def _nearest(key: str, legal: tuple[str, ...]) -> str:
+    text = suggest(key, legal)
+    return text if text.startswith("did you mean") else "remove it, or see DeepSpeed's configuration reference"
+
+
+def _check_section(mapping: Mapping[str, Any], section: str, legal: tuple[str, ...], place: Place) -> None:
+    block = _get(mapping, section)
+    if block is None:
+        return
+    if not isinstance(block, dict):
+        raise ConfigError(f"{place.state(section, block)} is not a mapping; write {{...}} or remove it")
+    for key in block:
+        if key not in legal and f"{section}.{key}" not in REMOVED_KEYS:
+            raise ConfigError(
+                f"{place.name(f'{section}.{key}')}: unknown DeepSpeed key; {suggest(str(key), legal, f'{section}.')}"
+            )
+
+
+def deepspeed_facts(mapping: Mapping[str, Any]) -> DeepSpeedFacts:
+    """The facts of a mapping, before or after `fill_deepspeed`; an empty one means ZeRO-1 in fp32.
+
+    Raises:
+        ConfigError: bf16 and fp16 both enabled, or a stage, device or switch with an impossible value.
+    """
+    return _facts(mapping, Place(None))
+
+
+def _facts(mapping: Mapping[str, Any], place: Place) -> DeepSpeedFacts:
+    bf16_name = "bf16" if mapping.get("bf16") is not None else "bfloat16"  # as DeepSpeed chooses
+    bf16 = _switch(mapping, f"{bf16_name}.enabled", place)
+    fp16 = _switch(mapping, "fp16.enabled", place)
+    if bf16 and fp16:
+        raise ConfigError(f"{place.name(f'{bf16_name}.enabled and fp16.enabled')} are both true; keep one")
+    stage = _get(mapping, "zero_optimization.stage")
+    if stage is None:
+        stage = 0 if mapping else 1
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{place.state('zero_optimization.stage', stage)} is not one of 0, 1, 2, 3")
+    return DeepSpeedFacts(
+        zero_stage=int(stage),
+        precision="bf16" if bf16 else "fp16" if fp16 else "fp32",
+        offload_optimizer=_offloads(mapping, "offload_optimizer", "cpu_offload", place),
+        offload_param=_offloads(mapping, "offload_param", "cpu_offload_param", place),
+    )
+
+
+def _switch(mapping: Mapping[str, Any], key: str, place: Place) -> bool:
+    value = _get(mapping, key)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        why = ": precision is said only here" if value == AUTO else ""
+        raise ConfigError(f"{place.state(key, value)} is not true or false{why}")
+    return value
+
+
+def _offloads(mapping: Mapping[str, Any], name: str, old_name: str, place: Place) -> bool:
+    key = f"zero_optimization.{name}.device"
+    device = _get(mapping, key)
+    if device not in (None, "none", "cpu", "nvme"):
+        raise ConfigError(f"{place.state(key, device)} is not one of none, cpu, nvme")
+    return device in ("cpu", "nvme") or _switch(mapping, f"zero_optimization.{old_name}", place)
+
+
+def fill_deepspeed(mapping: Mapping[str, Any], run: RunConfig, data_size: int, hidden_size: int) -> dict[str, Any]:
+    """A complete DeepSpeed config, to be handed to `deepspeed.initialize` beside a torch optimizer.
+
+    Args:
+        mapping: what `load_deepspeed` gave; it is not changed.
+        run: the run; `check_run` has accepted its batch sizes for `data_size`.
+        data_size: data-parallel ranks.
+        hidden_size: the model's, for the ZeRO bucket sizes left at "auto" (as transformers' Trainer fills them).
+
+    Raises:
+        ConfigError: a value contradicts the run file, or an "auto" that nothing can fill.
+    """
+    place = Place.of(run.deepspeed)
+    check_deepspeed_keys(mapping, place)
+    filled = copy.deepcopy(dict(mapping))
+    if not filled:
+        filled["zero_optimization"] = {"stage": 1}
+    _fill_from_run(filled, run, data_size, place)
+    check_optimizer_block(filled, run, place)
+    check_scheduler_block(filled, run, place)
+    filled.pop("optimizer", None)
+    filled.pop("scheduler", None)
+    _fill_bucket_sizes(filled, hidden_size)
+    _refuse_leftover_auto(filled, place)
+    filled["zero_allow_untested_optimizer"] = True
+    for key, default in (
+        ("zero_force_ds_cpu_optimizer", False),
+        ("steps_per_print", _NEVER_PRINT_STEPS),
+        ("wall_clock_breakdown", False),
+    ):
+        filled.setdefault(key, default)
+    if deepspeed_facts(filled).precision == "bf16":
+        data_types = filled["data_types"] = dict(filled.get("data_types") or {})
+        if data_types.get("grad_accum_dtype") is None:
+            data_types["grad_accum_dtype"] = "fp32"
+    return filled
+
+
+def _fill_from_run(filled: dict[str, Any], run: RunConfig, data_size: int, place: Place) -> None:
+    """Sets batch sizes and clipping in place; refuses other values."""
+    micro, batch = run.train.micro_batch_size, run.train.global_batch_size
+    assert batch % (micro * data_size) == 0, f"check_run comes first: {batch=} {micro=} {data_size=}"
+    accumulation = batch // (micro * data_size)
+    rule = f"train.global_batch_size / (train.micro_batch_size * data ranks) = {batch} / ({micro} * {data_size})"
+    clip = run.optimizer.grad_clip
+    for key, value, statement in (
+        ("train_batch_size", batch, f"train.global_batch_size={batch}"),
+        ("train_micro_batch_size_per_gpu", micro, f"train.micro_batch_size={micro}"),
+        ("gradient_accumulation_steps", accumulation, f"{rule} = {accumulation}"),
+        ("gradient_clipping", clip, f"optimizer.grad_clip={clip}"),
+    ):
+        stated = filled.get(key)
+        if not is_unset(stated) and not equal(stated, value):
+            place.refuse_disagreement(key, stated, statement)
+        filled[key] = value
+
+
+def _fill_bucket_sizes(filled: dict[str, Any], hidden_size: int) -> None:
+    zero = filled.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
+    for key, value in (
+        ("reduce_bucket_size", hidden_size * hidden_size),
+        ("stage3_prefetch_bucket_size", int(0.9 * hidden_size * hidden_size)),
+        ("stage3_param_persistence_threshold", 10 * hidden_size),
+    ):
+        if zero.get(key) == AUTO:
+            zero[key] = value
+
+
+def _refuse_leftover_auto(filled: Mapping[str, Any], place: Place) -> None:
+    for key in _auto_places(filled, ""):
+        if key not in NATIVE_AUTO:
+            raise ConfigError(f"{place.state(key, AUTO)} cannot be filled; write a value or remove it")
+
+
+def _auto_places(node: Any, key: str) -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _auto_places(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _auto_places(value, f"{key}[{index}]")
+    elif node == AUTO:
+        yield key
+
+
+def _get(mapping: Mapping[str, Any], dotted: str) -> Any:
+    """The value at a dotted key, None where anything on the way is absent or no mapping."""
+    node: Any = mapping
+    for part in dotted.split("."):
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(part)
+    return node

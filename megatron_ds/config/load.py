@@ -1,0 +1,106 @@
+"""From a run file and `key.sub=value` overrides to a `RunConfig`, and back to text.
+
+Everything that can be wrong with the file comes out as one `ConfigError` of one line. Paths in the file are relative
+to the current directory.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_ds.config.deepspeed_json import load_deepspeed, read_deepspeed_file
+from megatron_ds.config.run import RunConfig
+from megatron_ds.config.wording import explain, show
+from megatron_ds.config.yaml_text import format_yaml, parse_yaml
+from megatron_ds.errors import ConfigError
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file and overrides describe.
+
+    Args:
+        path: the run file.
+        overrides: `key.sub=value`, the value in YAML, the last one wins. A key may go into `deepspeed` and
+            `model.config`; where `deepspeed` is the path of a JSON file, that file is read into a mapping first.
+
+    Raises:
+        ConfigError: anything wrong with the file, an override or a value, in one line.
+    """
+    mapping = parse_yaml(_read_text(Path(path)), str(path))
+    if mapping is None:
+        raise ConfigError(f"{path} is empty; a run file needs at least model, data.train, train.steps and output")
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path} is not a mapping of sections; it holds {show(mapping)}")
+    for override in overrides:
+        _apply_override(mapping, override)
+    return build_run(mapping)
+
+
+def build_run(mapping: dict[str, Any]) -> RunConfig:
+    """The run that a plain mapping with the run file's keys describes.
+
+    Raises:
+        ConfigError: an unknown key, a missing or a wrong value, in one line.
+    """
+    given = {key: copy.deepcopy(v) for key, v in mapping.items() if v is not None or key not in RunConfig.model_fields}
+    for section in ("model", "data", "train"):  # so that errors name the missing key instead of its section
+        given.setdefault(section, {})
+    strangers = [key for key in given if not isinstance(key, str)]
+    if strangers:
+        raise ConfigError(f"{show(strangers[0])}: unknown key; legal here: {', '.join(RunConfig.model_fields)}")
+    try:
+        return RunConfig.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig)) from None
+
+
+def dump_run(run: RunConfig) -> str:
+    """YAML text of the resolved run, which `load_run` reads back to an equal run.
+
+    A DeepSpeed JSON named by its path is inlined as it stands, its "auto" values kept: the text needs no other file,
+    and later overrides of the batch sizes still reach DeepSpeed.
+    """
+    mapping = run.model_dump()
+    for name, value in mapping.items():
+        if isinstance(value, dict) and name != "deepspeed":
+            mapping[name] = {key: inner for key, inner in value.items() if inner is not None}
+    mapping["deepspeed"] = load_deepspeed(run.deepspeed)
+    return format_yaml({name: value for name, value in mapping.items() if value is not None})
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"run file {path} does not exist (looked from {Path.cwd()})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"run file {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"run file {path} cannot be read: {error.strerror}") from None
+
+
+def _apply_override(mapping: dict[str, Any], override: str) -> None:
+    """Sets one `key.sub=value` in place, making mappings on the way."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {show(override)} is not key.sub=value, for example train.steps=100")
+    value = parse_yaml(text, f"override {key}")
+    node = mapping
+    for depth, part in enumerate(parts[:-1], start=1):
+        place = ".".join(parts[:depth])
+        inner = node.get(part)
+        if place == "deepspeed" and isinstance(inner, str):
+            inner = read_deepspeed_file(inner)
+        if inner is None:
+            inner = {}
+        if isinstance(inner, list):
+            raise ConfigError(f"override {key}: {place} is a list; give the whole of it, {place}=[...]")
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {key}: {place}={show(inner)} is not a mapping, so nothing can be set in it")
+        node[part] = inner
+        node = inner
+    node[parts[-1]] = value

@@ -1,0 +1,221 @@
+"""What a run is: the run file's keys, their defaults and the rules that one file can break by itself.
+
+Every section is frozen and refuses unknown keys. Numbers are strict (`true` is not 1, `"5"` is not 5), except that a
+whole float such as `1e3` is an integer. Rules that need the model or the number of ranks stand in `checks.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
+
+from megatron_ds.config.wording import show
+from megatron_ds.errors import ConfigError
+
+
+def _whole_float_to_int(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _list_of_sources(value: Any) -> Any:
+    """A lone source becomes a list of one; plain entries become mappings with a path."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return [e if isinstance(e, dict | DataSource) else {"path": e} for e in entries if e is not None]
+
+
+def _betas_pair(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigError(f"optimizer.betas={show(value)} is not two numbers; write optimizer.betas=[0.9, 0.95]")
+    return tuple(value)
+
+
+def _path_or_mapping(value: Any) -> Any:
+    if not isinstance(value, str | dict):
+        raise ConfigError(f"deepspeed={show(value)} is neither the path of a DeepSpeed JSON nor a mapping")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole_float_to_int), Field(ge=1)]
+CountOrZero = Annotated[int, BeforeValidator(_whole_float_to_int), Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model: a directory (`path`) or Hugging Face config fields (`config`, random weights)."""
+
+    path: Text | None = None
+    config: dict[str, Any] | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    tokenizer: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_init(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("config") is not None and data.get("init") is None:
+            return {**data, "init": "random"}
+        return data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelSection":
+        if (self.path is None) == (self.config is None):
+            both = "are both given; keep one" if self.path is not None else "are both missing; give one"
+            raise ConfigError(f"model.path and model.config {both}")
+        if self.config is not None and self.init == "pretrained":
+            raise ConfigError(
+                "model.init=pretrained needs weights, which model.config has not; use model.path, or model.init=random"
+            )
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ConfigError("model.config.model_type is missing; name the Hugging Face model type, for example llama")
+        return self
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Where the tokenizer lies: `tokenizer`, else `path`; None with `config` and no `tokenizer`."""
+        return self.tokenizer or self.path
+
+
+class ParallelSection(Section):
+    """Degrees of model parallelism; the data degree is world / (tensor * pipeline)."""
+
+    tensor: Count = 1
+    pipeline: Count = 1
+    sequence: bool = False
+
+
+class DataSource(Section):
+    """One file, directory, hub id or prefix; `weight` is its share of a blend."""
+
+    path: Text
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+
+class DataSection(Section):
+    """What is read. `cache_dir`: where tokenised text is kept (None: a per-user cache directory)."""
+
+    format: Literal["text", "chat", "tokenized", "indexed"] = "text"
+    train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
+    valid: Annotated[list[DataSource], BeforeValidator(_list_of_sources)] = []
+    seq_length: Count = 512
+    shuffle: bool = True
+    cache_dir: Text | None = None
+
+    @field_serializer("train", "valid")
+    def _plain_sources(self, sources: list[DataSource]) -> list[Any]:
+        return [s.path if s.weight is None else {"path": s.path, "weight": s.weight} for s in sources]
+
+
+class OptimizerSection(Section):
+    """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too."""
+
+    name: Text = "adamw"
+    lr: NonNegative = 3.0e-4
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_betas_pair)] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    weight_decay: NonNegative = 0.1
+    grad_clip: NonNegative = 1.0
+    decay_all: bool = False
+
+
+class ScheduleSection(Section):
+    """The learning rate over the steps: linear warm-up from 0, then constant, or down to `min_lr`."""
+
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: CountOrZero = 0
+    min_lr: NonNegative = 0.0
+
+
+class TrainSection(Section):
+    """How long and in what batches. `eval_every: 0` never evaluates."""
+
+    steps: Count
+    global_batch_size: Count = 8
+    micro_batch_size: Count = 1
+    seed: Annotated[int, BeforeValidator(_whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
+    eval_every: CountOrZero = 0
+    log_every: Count = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class CheckpointSection(Section):
+    """When state is saved. `every: 0` never saves; `keep` is how many checkpoints stay."""
+
+    every: CountOrZero = 0
+    keep: Count = 3
+    resume: Literal["auto", "never"] = "auto"
+
+
+class ExportSection(Section):
+    """A Hugging Face directory written at the end; `dtype: None` keeps the model's own."""
+
+    path: Text
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B$")] = "5GB"
+
+
+class RunConfig(Section):
+    """A whole run, as the run file says it. Build it with `load_run` or `build_run`, whose errors are one line."""
+
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    deepspeed: Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)] = {}
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection | None = None
+    output: Text
+
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> "RunConfig":
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ConfigError(
+                f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; "
+                f"nearest: {self.optimizer.lr}"
+            )
+        if self.schedule.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than train.steps={self.train.steps}; "
+                f"nearest: {self.train.steps}"
+            )
+        if self.data.format == "text" and self.model.tokenizer_path is None:
+            raise ConfigError(
+                "model.tokenizer is missing: data.format=text with model.config needs one; "
+                "give the directory of a tokenizer, or use data.format=tokenized"
+            )
+        refuse_not_built(self)
+        return self
+
+
+# Words of the run file that have no code behind them yet: field, the values that work, how to say them.
+# `*` stands for every entry of a list. Remove a line when its feature is built.
+NOT_BUILT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("data.format", ("text", "tokenized"), "text, tokenized"),
+    ("data.train.*.weight", (None,), "sources without a weight"),
+    ("data.valid.*.weight", (None,), "sources without a weight"),
+    ("optimizer.name", ("adamw",), "adamw"),
+    ("checkpoint.every", (0,), "0 (no checkpoints)"),
+)
+
+
+def refuse_not_built(run: RunConfig) -> None:
+    """Raises ConfigError for the first field whose value is in the interface but not built yet."""
+    for field, working, words in NOT_BUILT_YET:
+        for place, value in _values_at(run, field.split("."), ""):
+            if value not in working:
+                raise ConfigError(f"{place}={show(value)} is not built yet; supported: {words}")
+
+
+def _values_at(node: Any, parts: list[str], place: str) -> list[tuple[str, Any]]:
+    if not parts:
+        return [(place, node)]
+    if parts[0] == "*":
+        return [hit for i, entry in enumerate(node) for hit in _values_at(entry, parts[1:], f"{place}[{i}]")]
+    return _values_at(getattr(node, parts[0]), parts[1:], f"{place}.{parts[0]}" if place else parts[0])

@@ -1,0 +1,23 @@
+"""Data: from text or token ids on disk to the micro-batches of each rank, in an order no layout can change."""
+
+from megatron_ds.data.collate import NO_SAMPLE, collate
+from megatron_ds.data.open import FORMATS, open_dataset
+from megatron_ds.data.sample import IGNORE_INDEX, Dataset, Sample
+from megatron_ds.data.sampler import GlobalBatches, for_data_rank, ordered_pass
+from megatron_ds.data.token_cache import default_cache_dir
+from megatron_ds.data.tokenizer import load_tokenizer
+
+__all__ = [
+    "FORMATS",
+    "IGNORE_INDEX",
+    "NO_SAMPLE",
+    "Dataset",
+    "GlobalBatches",
+    "Sample",
+    "collate",
+    "default_cache_dir",
+    "for_data_rank",
+    "load_tokenizer",
+    "open_dataset",
+    "ordered_pass",
+]

@@ -1,0 +1,90 @@
+"""Which samples a step trains on, and which of them a rank sees: both pure functions, with nothing to save or restore.
+
+The order of samples is a function of (number of samples, global batch size, seed, step) alone, so a run that is cut
+and resumed, at whatever layout, goes on with the samples it would have had.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_ds.data.collate import NO_SAMPLE
+from megatron_ds.errors import ConfigError, TopologyError
+
+
+class GlobalBatches:
+    """The endless stream of samples, epoch after epoch, cut into global batches of G.
+
+    Position p of the stream is sample p % n of epoch p // n; a batch may straddle epochs, and none is dropped. With
+    `shuffle` each epoch has a permutation of its own: the stable argsort of n raw 64-bit draws of numpy's PCG64, seeded
+    with SeedSequence(seed, spawn_key=(epoch,)). numpy promises that those draws never change from version to version,
+    which it does not for `Generator.permutation`.
+
+    Args:
+        num_samples: n.
+        global_batch_size: G.
+        seed: `train.seed`, not negative.
+        shuffle: False gives batch k samples [k*G, (k+1)*G) in the order of the files.
+    """
+
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int, shuffle: bool) -> None:
+        assert num_samples > 0, f"{num_samples} samples"
+        assert global_batch_size > 0, f"global batch of {global_batch_size}"
+        if seed < 0:
+            raise ConfigError(f"train.seed={seed} must not be negative; nearest: 0")
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._orders: dict[int, np.ndarray] = {}
+
+    def indices(self, step: int) -> np.ndarray:
+        """The samples of 0-based `step`: (G,) int64."""
+        assert step >= 0, f"step {step}"
+        positions = step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        if not self.shuffle:
+            return offsets
+        needed = range(int(epochs[0]), int(epochs[-1]) + 1)
+        self._orders = {epoch: self._order(epoch) for epoch in needed}
+        return np.concatenate([self._orders[epoch][offsets[epochs == epoch]] for epoch in needed])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The permutation of an epoch, (n,) int64; that of the previous batch is kept."""
+        if epoch in self._orders:
+            return self._orders[epoch]
+        bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+        return np.argsort(bits.random_raw(self.num_samples), kind="stable")
+
+
+def for_data_rank(
+    indices: Sequence[int] | np.ndarray, data_rank: int, data_size: int, micro_batch_size: int
+) -> list[np.ndarray]:
+    """The micro-batches of one data-parallel rank: G / (data_size * B) arrays of (B,) int64.
+
+    With B the micro-batch size, micro-batch m of rank d holds samples [(m * data_size + d) * B, ... + B) of the global
+    batch: at any moment all ranks together work on one consecutive run of samples. Tensor and pipeline ranks of the
+    same data rank get the same samples.
+
+    Raises:
+        TopologyError: G is not a multiple of data_size * B.
+    """
+    assert 0 <= data_rank < data_size, f"data rank {data_rank} of {data_size}"
+    samples_at_once = data_size * micro_batch_size
+    if len(indices) == 0 or len(indices) % samples_at_once:
+        below = len(indices) // samples_at_once * samples_at_once
+        nearest = f"{below} or {below + samples_at_once}" if below else str(samples_at_once)
+        raise TopologyError(
+            f"train.global_batch_size={len(indices)} is not a multiple of data ranks x micro_batch_size = "
+            f"{data_size} x {micro_batch_size} = {samples_at_once}; nearest: {nearest}"
+        )
+    grid = np.asarray(indices, dtype=np.int64).reshape(-1, data_size, micro_batch_size)
+    return list(grid[:, data_rank])
+
+
+def ordered_pass(num_samples: int, global_batch_size: int) -> Iterator[np.ndarray]:
+    """Every sample once, in order, for validation: (G,) int64 arrays, the last filled up with NO_SAMPLE."""
+    for start in range(0, num_samples, global_batch_size):
+        batch = np.arange(start, start + global_batch_size, dtype=np.int64)
+        batch[batch >= num_samples] = NO_SAMPLE
+        yield batch

@@ -1,0 +1,21 @@
+"""DeepSpeed as the engine: the only floor that imports it for training.
+
+One list of stages goes in. With one pipeline stage it becomes a plain module (ZeRO 0 to 3, offload); with several it
+becomes DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters offer the same `Engine`.
+"""
+
+from megatron_ds.engine.base import Engine, MicroBatch, StepResult
+from megatron_ds.engine.build import EngineOptions, build_engine
+from megatron_ds.engine.distributed import device_type, preload, start_distributed, stop_distributed
+
+__all__ = [
+    "Engine",
+    "EngineOptions",
+    "MicroBatch",
+    "StepResult",
+    "build_engine",
+    "device_type",
+    "preload",
+    "start_distributed",
+    "stop_distributed",
+]

@@ -1,0 +1,171 @@
+"""What both adapters offer, and what they share: the loss of a global batch, and parameters by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ds.layers.cross_entropy import IGNORE_INDEX
+from megatron_ds.layers.parameter import ParamSpec, spec_of
+from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.parallel.grid import Grid
+
+MicroBatch = Mapping[str, Tensor]
+"""`input_ids` and `targets` (B, S) int64, `targets` already shifted; optionally `attention_mask` (B, S)."""
+
+ShareReader = Callable[[str, ParamSpec, int, int], Tensor]
+"""(name, declaration, tensor rank, tensor size) -> this rank's share of a parameter's value."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step.
+
+    Attributes:
+        loss: mean over the labelled tokens of the global batch.
+        grad_norm: L2 norm of the whole model's gradient before clipping.
+        tokens: labelled tokens in the global batch.
+        applied: False where DeepSpeed skipped the step because of an fp16 overflow.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    applied: bool
+
+
+class Engine(ABC):
+    """A model under DeepSpeed on this rank. All methods are collective: every rank calls them in the same order.
+
+    Attributes:
+        grid: where this rank sits.
+        device: where its tensors live.
+        optimizer: the torch optimizer inside DeepSpeed's; its `lr` is set from outside before each step.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device, optimizer: torch.optim.Optimizer, deepspeed_engine: Any):
+        self.grid, self.device, self.optimizer, self.deepspeed = grid, device, optimizer, deepspeed_engine
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Forward, backward and step on this data rank's micro-batches of one global batch.
+
+        The loss is the sum over the labelled tokens of the *global* batch divided by their number: micro-batches and
+        data ranks with fewer labels weigh less, and one without any contributes nothing. Communicates one integer
+        over the data axis beyond what the layers and DeepSpeed do.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        tokens = self.count_tokens(batches)
+        # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the tokens.
+        scale = len(batches) * self.grid.data.size / tokens if tokens else 0.0
+        skipped_before = self.deepspeed.skipped_steps
+        loss, grad_norm = self._step([self._to_device(batch) for batch in batches], scale)
+        return StepResult(loss, grad_norm, tokens, self.deepspeed.skipped_steps == skipped_before)
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Sum of token losses and number of labelled tokens over all data ranks, without gradients."""
+        tokens = self.count_tokens(batches)
+        return self._evaluate([self._to_device(batch) for batch in batches]), tokens
+
+    @abstractmethod
+    def logits(self, input_ids: Tensor) -> Tensor | None:
+        """(B, S) ids -> (B, S, V) fp32 on CPU where this rank has the last stage, None elsewhere."""
+
+    @abstractmethod
+    def _step(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, float]:
+        """-> (sum of losses * scale, averaged over micro-batches and data ranks; gradient norm before clipping)."""
+
+    @abstractmethod
+    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """-> sum of token losses over all data ranks, on every rank."""
+
+    def count_tokens(self, batches: Sequence[MicroBatch]) -> int:
+        """Labelled tokens of the global batch that these are this data rank's share of."""
+        mine = sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
+        return int(all_reduce_(torch.tensor(mine, dtype=torch.int64, device=self.device), self.grid.data))
+
+    def _to_device(self, batch: MicroBatch) -> MicroBatch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    # ---- parameters ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This pipeline stage's parameters under their names in the whole model, each once."""
+
+    def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
+        """Within it, the parameter's data is this tensor rank's whole share. Collective over the data axis."""
+        return nullcontext()
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the whole model, tied ones once, without vocabulary padding."""
+        return sum(spec.numel for stage in self._inventory() for _, spec, _ in stage)
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Every parameter of the model in order, whole and without padding: on global rank 0, and None elsewhere.
+
+        Collective; at any time rank 0 holds one whole tensor, the others their share. A tensor is gathered over the
+        tensor ranks of its stage and sent to rank 0.
+        """
+        grid = self.grid
+        parameters = dict(self.local_parameters())
+        for stage, entries in enumerate(self._inventory()):
+            source = grid.layout.rank_of(stage, 0, 0)
+            for name, spec, dtype in entries:
+                whole: Tensor | None = None
+                if grid.coords.pipeline == stage:
+                    with self.gathered(parameters[name]):
+                        if grid.coords.data == 0:
+                            whole = gather_share(parameters[name].detach(), spec, grid)
+                if source != 0:
+                    whole = _send_to_rank_0(whole, spec, dtype, source, grid.rank, self.device)
+                yield name, whole if grid.rank == 0 else None
+
+    def _inventory(self) -> list[list[tuple[str, ParamSpec, torch.dtype]]]:
+        """Stage by stage: name, declaration, dtype of the parameters that it is the first to hold."""
+        mine = [(name, spec_of(parameter), parameter.dtype) for name, parameter in self.local_parameters()]
+        stages: list[Any] = [mine]
+        if self.grid.pipeline.size > 1:
+            stages = [None] * self.grid.pipeline.size
+            dist.all_gather_object(stages, mine, group=self.grid.pipeline.group)
+        seen: set[str] = set()
+        unique = []
+        for stage in stages:
+            unique.append([entry for entry in stage if entry[0] not in seen])
+            seen.update(entry[0] for entry in stage)
+        return unique
+
+
+def gather_share(share: Tensor, spec: ParamSpec, grid: Grid) -> Tensor | None:
+    """Shares -> the whole tensor without padding on tensor rank 0, None on the others."""
+    axis = grid.tensor
+    if spec.split_dim is None or axis.size == 1:
+        return share if axis.rank == 0 else None
+    parts = [torch.empty_like(share) for _ in range(axis.size)] if axis.rank == 0 else None
+    dist.gather(share.contiguous(), parts, dst=axis.ranks[0], group=axis.group)
+    if parts is None:
+        return None
+    return torch.cat(parts, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
+
+
+def _send_to_rank_0(
+    whole: Tensor | None, spec: ParamSpec, dtype: torch.dtype, source: int, rank: int, device: torch.device
+) -> Tensor | None:
+    if rank == source:
+        assert whole is not None
+        dist.send(whole.contiguous(), dst=0)
+    elif rank == 0:
+        whole = torch.empty(spec.shape, dtype=dtype, device=device)
+        dist.recv(whole, src=source)
+        return whole
+    return None

@@ -1,0 +1,157 @@
+"""From a list of stages to a running engine: allocate, fill, flag, group, initialise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.config import DeepSpeedFacts, OptimizerSection, deepspeed_facts
+from megatron_ds.engine.base import Engine, ShareReader
+from megatron_ds.engine.mpu import Mpu
+from megatron_ds.engine.pipelined import PipelineEngine, StagePipeline
+from megatron_ds.engine.plain import PlainEngine
+from megatron_ds.layers.parameter import initial_share, spec_of
+from megatron_ds.layers.recompute import Recompute
+from megatron_ds.models.block import Placement
+from megatron_ds.models.stages import StageModel, StageSpec
+from megatron_ds.parallel.grid import Grid
+from megatron_ds.parallel.random import RngStreams
+from megatron_ds.parallel.tensor import TensorParallel
+from megatron_ds.pipeline import partition
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine needs beside the model.
+
+    Attributes:
+        deepspeed: the filled DeepSpeed config.
+        optimizer: the run file's section.
+        sequence: Megatron's sequence parallelism.
+        recompute: "none", "selective" or "full".
+        seed: for dropout, and for initialisation where no weights are read.
+    """
+
+    deepspeed: dict[str, Any]
+    optimizer: OptimizerSection
+    sequence: bool
+    recompute: str
+    seed: int
+
+
+def build_engine(
+    stages: Callable[[Placement], list[StageSpec]],
+    grid: Grid,
+    device: torch.device,
+    options: EngineOptions,
+    read_share: ShareReader | None = None,
+) -> Engine:
+    """Build this rank's part of a model, fill it, and hand it to DeepSpeed. Collective over the world.
+
+    Args:
+        stages: the model's list of stages for a placement.
+        grid: where this rank sits.
+        device: where its tensors live.
+        options: DeepSpeed config, optimizer and the rest.
+        read_share: where weights come from; None = random initialisation from the seed, the same at every layout.
+    """
+    facts = deepspeed_facts(options.deepspeed)
+    rng = RngStreams(options.seed, grid.coords, device)
+    pipelined = grid.pipeline.size > 1
+    mpu = Mpu(grid)
+    placement = Placement(
+        TensorParallel(grid.tensor, options.sequence), rng, _recompute(options, mpu, rng)
+    )
+    specs = stages(placement)
+    with _allocation(facts, options.deepspeed, mpu, device):
+        if pipelined:
+            module: nn.Module = StagePipeline(specs, partition(specs, grid.pipeline.size), grid.layout)
+        else:
+            module = StageModel(specs)
+    read = read_share or partial(_initial, options.seed)
+    _fill(module, grid, read, zero_3=facts.zero_stage == 3)
+    optimizer = _adamw(module, options.optimizer, device)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config=options.deepspeed,
+        mpu=module.mpu() if pipelined else mpu,
+        dist_init_required=False,
+    )
+    return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine)
+
+
+def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:
+    return initial_share(name, spec, seed, rank, size)
+
+
+@contextmanager
+def _allocation(
+    facts: DeepSpeedFacts, config: dict[str, Any], mpu: Mpu, device: torch.device
+) -> Iterator[None]:
+    """Parameters made inside are of the run's dtype and device, and born partitioned under ZeRO-3."""
+    zero_init: AbstractContextManager[Any] = nullcontext()
+    if facts.zero_stage == 3:
+        zero_init = deepspeed.zero.Init(
+            data_parallel_group=mpu.get_data_parallel_group(),
+            config_dict_or_path=config,
+            dtype=DTYPES[facts.precision],
+            mpu=mpu,
+        )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[facts.precision])
+    try:
+        with zero_init, device:
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, grid: Grid, read_share: ShareReader, zero_3: bool) -> None:
+    """Give every parameter its value, one at a time; under ZeRO-3 the first data rank reads and broadcasts."""
+    renamed: dict[str, str] = getattr(module, "renamed", {})
+    for name, parameter in module.named_parameters():
+        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if zero_3 else nullcontext()
+        with gathered:
+            if not zero_3 or grid.data.rank == 0:
+                share = read_share(renamed.get(name, name), spec_of(parameter), grid.tensor.rank, grid.tensor.size)
+                assert share.shape == parameter.shape, (name, share.shape, parameter.shape)
+                parameter.copy_(share)
+
+
+def _adamw(module: nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only, unless `decay_all`.
+
+    Which parameter decays is its declaration's word, not its shape's: ZeRO-3 has flattened the shapes by now.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        decays = section.decay_all or spec_of(parameter).decay
+        groups.setdefault(section.weight_decay if decays else 0.0, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams) -> Recompute:
+    """torch's checkpointing, or DeepSpeed's where the JSON says how kept activations are stored."""
+    if options.recompute == "none":
+        return Recompute()
+    if "activation_checkpointing" not in options.deepspeed:
+        return Recompute(options.recompute, rng=rng)
+    deepspeed.checkpointing.configure(mpu, deepspeed_config=options.deepspeed)
+    return Recompute(options.recompute, deepspeed.checkpointing.checkpoint, rng)

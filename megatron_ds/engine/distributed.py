@@ -1,0 +1,79 @@
+"""Bring DeepSpeed's communication up and down, quietly and without compiling anything on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_ds.parallel.launch import RENDEZVOUS_FILE, RankInfo
+
+# Imported by deepspeed.initialize at its first call; importing them before ranks are forked saves each rank seconds.
+_LATE_IMPORTS = (
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed.runtime.pipe.engine",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.bf16_optimizer",
+)
+
+
+def preload() -> None:
+    """Import everything that a rank needs. Runs no multi-threaded operation, so the process can fork afterwards."""
+    import deepspeed
+
+    for name in _LATE_IMPORTS:
+        importlib.import_module(name)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    torch.optim.AdamW([torch.nn.Parameter(torch.empty(1))])
+
+
+def device_type() -> str:
+    """ "cpu", "cuda", ...: where DeepSpeed will train. Initialises no device."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().device_name())
+
+
+def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device:
+    """Join the process group and take this rank's device.
+
+    Uses the rendezvous that the launcher set: a file for ranks started by us, MASTER_ADDR and MASTER_PORT otherwise.
+
+    Returns:
+        the device of this rank.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    preload()
+    os.environ["LOCAL_RANK"] = str(info.local_rank)  # PipelineModule reads it
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile its shared-memory collectives: minutes, a C++ compiler, and a lock file that hangs
+        # later runs if a rank dies meanwhile. gloo serves.
+        deepspeed.ops.__compatible_ops__ = {}
+    else:
+        accelerator.set_device(info.local_rank)
+    rendezvous = os.environ.get(RENDEZVOUS_FILE)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend=accelerator.communication_backend_name(),
+            init_method=f"file://{rendezvous}" if rendezvous else "env://",
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
+    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+
+
+def stop_distributed() -> None:
+    """Leave the process group, so that no rank waits for this one at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

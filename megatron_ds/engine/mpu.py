@@ -1,0 +1,65 @@
+"""The grid in the words that DeepSpeed asks a Megatron-style `mpu` for."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_ds.parallel.grid import Axis, Grid
+
+
+class Mpu:
+    """Answers DeepSpeed's questions about the tensor and data axes of one pipeline stage.
+
+    The engine of a pipeline has an mpu of its own; there this one serves activation checkpointing only.
+
+    `initialize_sequence_parallel` and `get_sequence_parallel_*` are left out on purpose: DeepSpeed probes for them
+    and would take Megatron's sequence parallelism for Ulysses'. DeepSpeed wants groups for axes of size 1 too, so
+    making this is collective over the world.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._tensor, self._data = grid.tensor, grid.data
+        self._tensor_group = _group(grid, "tensor", grid.tensor)
+        self._data_group = _group(grid, "data", grid.data)
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._data.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._data.ranks)
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def _group(grid: Grid, name: str, axis: Axis) -> dist.ProcessGroup:
+    if axis.group is not None:
+        return axis.group
+    if grid.layout.world_size == 1:
+        return dist.group.WORLD
+    mine = None
+    for ranks in grid.layout.peers(name):
+        group = dist.new_group(list(ranks))
+        if grid.rank in ranks:
+            mine = group
+    assert mine is not None
+    return mine

@@ -1,0 +1,1 @@
+"""One file a family, or a group of families that share their table."""

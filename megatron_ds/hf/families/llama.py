@@ -1,0 +1,132 @@
+"""The Llama family: Llama, Mistral, Qwen2, Qwen3. One table; the config says which of its rows exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_ds.hf.family import Family, FieldRules, Row, activation, rotary
+from megatron_ds.hf.mapping import Op, copy
+from megatron_ds.models.config import DecoderConfig
+
+_SHARED_FIELDS = frozenset(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout
+    rope_parameters rope_theta rope_scaling
+    """.split()
+)
+
+
+def _decoder(config: Any, family: str, windows: tuple[int | None, ...], **options: bool) -> DecoderConfig:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DecoderConfig(
+        family=family,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        ffn_size=config.intermediate_size,
+        max_positions=config.max_position_embeddings,
+        rotary=rotary(config.rope_parameters, head_dim),
+        norm="rms",
+        norm_eps=config.rms_norm_eps,
+        activation=activation("hidden_act", config.hidden_act),
+        gated=True,
+        qkv_bias=options.get("qkv_bias", False),
+        attention_out_bias=options.get("out_bias", False),
+        mlp_bias=options.get("mlp_bias", False),
+        qk_norm=options.get("qk_norm", False),
+        tied=config.tie_word_embeddings,
+        windows=windows,
+        embedding_dropout=0.0,
+        attention_dropout=config.attention_dropout,
+        residual_dropout=0.0,
+        init_std=config.initializer_range,
+        scaled_residual_init=False,
+    )
+
+
+def _layer_windows(config: Any) -> tuple[int | None, ...]:
+    sliding = config.sliding_window
+    return tuple(sliding if kind == "sliding_attention" else None for kind in config.layer_types)
+
+
+def _llama(config: Any) -> DecoderConfig:
+    bias = config.attention_bias
+    windows = (None,) * config.num_hidden_layers
+    return _decoder(config, "llama", windows, qkv_bias=bias, out_bias=bias, mlp_bias=config.mlp_bias)
+
+
+def _mistral(config: Any) -> DecoderConfig:
+    return _decoder(config, "mistral", (config.sliding_window,) * config.num_hidden_layers)
+
+
+def _qwen2(config: Any) -> DecoderConfig:
+    return _decoder(config, "qwen2", _layer_windows(config), qkv_bias=True)
+
+
+def _qwen3(config: Any) -> DecoderConfig:
+    bias = config.attention_bias
+    return _decoder(config, "qwen3", _layer_windows(config), qkv_bias=bias, out_bias=bias, qk_norm=True)
+
+
+def rows(config: DecoderConfig) -> list[Row]:
+    """The table. `model.` is the base model's prefix."""
+    native, theirs = "blocks.{n}", "model.layers.{n}"
+    qkv_names = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
+    gate_up_names = tuple(f"{theirs}.mlp.{part}_proj" for part in ("gate", "up"))
+    grouped = ("g", "", "")
+    table = [
+        Row("embedding.weight", ("model.embed_tokens.weight",), copy("v h"), "v"),
+        Row(f"{native}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), copy("h")),
+        Row(
+            f"{native}.attention.qkv.weight",
+            tuple(f"{name}.weight" for name in qkv_names),
+            Op(("(k g d) h", "(k d) h", "(k d) h"), "(k * d) h", grouped),
+            "k",
+        ),
+        Row(f"{native}.attention.out.weight", (f"{theirs}.self_attn.o_proj.weight",), Op(("h (k g d)",), "h (k g d)"), "k"),
+        Row(f"{native}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), copy("h")),
+        Row(f"{native}.mlp.up.weight", tuple(f"{name}.weight" for name in gate_up_names), Op(("f h",) * 2, "* f h"), "f"),
+        Row(f"{native}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",), copy("h f"), "f"),
+        Row("final_norm.weight", ("model.norm.weight",), copy("h")),
+        Row("head.weight", ("lm_head.weight",), copy("v h"), "v"),
+    ]
+    if config.qkv_bias:
+        op = Op(("(k g d)", "(k d)", "(k d)"), "(k * d)", grouped)
+        table.append(Row(f"{native}.attention.qkv.bias", tuple(f"{name}.bias" for name in qkv_names), op, "k"))
+    if config.attention_out_bias:
+        table.append(Row(f"{native}.attention.out.bias", (f"{theirs}.self_attn.o_proj.bias",), copy("h")))
+    if config.mlp_bias:
+        gate_up_bias = tuple(f"{name}.bias" for name in gate_up_names)
+        table.append(Row(f"{native}.mlp.up.bias", gate_up_bias, Op(("f",) * 2, "* f"), "f"))
+        table.append(Row(f"{native}.mlp.down.bias", (f"{theirs}.mlp.down_proj.bias",), copy("h")))
+    if config.qk_norm:
+        for part in "qk":
+            names = (f"{theirs}.self_attn.{part}_norm.weight",)
+            table.append(Row(f"{native}.attention.{part}_norm.weight", names, copy("d")))
+    return table
+
+
+def _family(model_type: str, architecture: str, translate: Callable[[Any], DecoderConfig], fields: FieldRules) -> Family:
+    ignored = (r"rotary_emb\.inv_freq$",)
+    return Family(model_type, architecture, "model.", fields, translate, rows, ignored)
+
+
+_SLIDING = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+
+LLAMA = _family(
+    "llama",
+    "LlamaForCausalLM",
+    _llama,
+    FieldRules(
+        mapped=_SHARED_FIELDS | {"attention_bias", "mlp_bias"},
+        harmless=frozenset({"pretraining_tp"}),
+    ),
+)
+MISTRAL = _family("mistral", "MistralForCausalLM", _mistral, FieldRules(mapped=_SHARED_FIELDS | {"sliding_window"}))
+QWEN2 = _family("qwen2", "Qwen2ForCausalLM", _qwen2, FieldRules(mapped=(_SHARED_FIELDS | _SLIDING) - {"head_dim"}))
+QWEN3 = _family("qwen3", "Qwen3ForCausalLM", _qwen3, FieldRules(mapped=_SHARED_FIELDS | _SLIDING | {"attention_bias"}))

@@ -1,0 +1,53 @@
+"""Feed-forward layers: plain (Vaswani et al. 2017) and gated (Shazeer 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.parallel.tensor import TensorParallel
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) where gated.
+
+    (S, B, H) -> (S, B, H), sequence split over t under sequence parallelism. Gate and up are one matrix of shape
+    (2, F, H) divided over F, so a plain concatenation of shards is the whole matrix at any t.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        tp: TensorParallel,
+        *,
+        activation: str,
+        gated: bool,
+        bias: bool,
+        std: float,
+        out_std: float,
+    ) -> None:
+        super().__init__()
+        self.gated = gated
+        self.act = ACTIVATIONS[activation]
+        out_shape, split_dim = ((2, ffn_size), 1) if gated else ((ffn_size,), 0)
+        self.up = ColumnParallelLinear(hidden_size, out_shape, tp, std=std, bias=bias, split_dim=split_dim)
+        self.down = RowParallelLinear(ffn_size, hidden_size, tp, std=out_std, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            return self.down(self.act(gate) * up)  # type: ignore[no-any-return]
+        return self.down(self.act(x))  # type: ignore[no-any-return]

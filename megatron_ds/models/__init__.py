@@ -1,0 +1,1 @@
+"""Model cores: each a list of stages built from layers."""

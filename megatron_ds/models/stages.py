@@ -1,0 +1,96 @@
+"""A model as a list of stages: the one description from which plain and pipelined models are made.
+
+A stage takes and gives a *wire*: a tuple of tensors, all that travels from one stage to the next. The first is the
+one that a stage transforms (token ids, then hidden states); the others (integers: masks) pass through unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Wire = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage, not built yet.
+
+    Attributes:
+        name: prefix of its parameters' names, such as "embedding" or "blocks.3".
+        build: allocates the module, `forward(wire) -> wire`. The last stage is a `LossStage`.
+        cost: forward work relative to other stages, for balancing a pipeline.
+        tied_to: name of an earlier stage whose `weight` this stage's `weight` is; both then are one parameter, under
+            the earlier stage's name.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    cost: float = 0.0
+    tied_to: str | None = None
+
+
+class LossStage(nn.Module):
+    """The last stage: turns hidden states into a loss without leaving logits behind.
+
+    `forward(wire)` hands out what `loss` and `logits` need, (hidden, weight), so that a pipeline engine can bring the
+    targets in afterwards; `forward(wire, targets)` is the loss itself, in one call, as ZeRO-3's gathering wants it.
+    """
+
+    weight: nn.Parameter
+
+    def forward(self, wire: Wire, targets: Tensor | None = None) -> Wire | Tensor:
+        """Wire -> (hidden, weight); or, with targets (B, S), -> fp32 sum of the labelled tokens' losses."""
+        entered = (self.enter(wire[0]), self.weight)
+        return entered if targets is None else self.loss(entered, targets)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Bring the hidden states into the tensor-parallel region."""
+        raise NotImplementedError
+
+    def loss(self, entered: Wire, targets: Tensor) -> Tensor:
+        """(hidden, weight), targets (B, S) -> fp32 scalar."""
+        raise NotImplementedError
+
+    def logits(self, entered: Wire) -> Tensor:
+        """(hidden, weight) -> (B, S, V)."""
+        raise NotImplementedError
+
+
+class StageModel(nn.Module):
+    """All stages in one process, under the names that a pipeline gives them too."""
+
+    def __init__(self, specs: Sequence[StageSpec]) -> None:
+        super().__init__()
+        self.order: list[nn.Module] = []
+        for spec in specs:
+            stage = spec.build()
+            register(self, spec.name, stage)
+            if spec.tied_to is not None:
+                stage.weight = self.get_submodule(spec.tied_to).weight
+            self.order.append(stage)
+
+    @property
+    def last(self) -> LossStage:
+        assert isinstance(self.order[-1], LossStage)
+        return self.order[-1]
+
+    def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
+        """Wire of (B, S) integers, targets (B, S) -> fp32 sum of token losses; without targets -> logits (B, S, V)."""
+        for stage in self.order[:-1]:
+            wire = stage(wire)
+        if targets is None:
+            return self.last.logits(self.last(wire))
+        return self.last(wire, targets)  # type: ignore[no-any-return]
+
+
+def register(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Make `module` a submodule of `parent` under a dotted name, creating plain containers on the way."""
+    *containers, leaf = name.split(".")
+    for part in containers:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    parent.add_module(leaf, module)

@@ -1,0 +1,183 @@
+"""`metrics.jsonl`: one JSON object a line, written as the run goes, read back bit-equal.
+
+The file is plain JSON lines so that any tool can follow it. Floats are written with the shortest text that reads back
+to the same double. JSON has no NaN: a value that is not finite becomes null, and the line names it in `non_finite`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_ds.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one logged optimizer step did.
+
+    Attributes:
+        step: Optimizer steps done, this one included (1-based).
+        loss: Mean loss of an unmasked label token of the global batch, in nats.
+        grad_norm: Global L2 norm of the gradients before clipping.
+        lr: Learning rate the step was taken with.
+        tokens: Tokens of the global batch of this step.
+        step_s: Wall-clock seconds of the step.
+        tokens_per_s: Tokens a second over all ranks.
+        tflops_per_rank: Model TFLOP/s of one rank (1e12 floating-point operations a second).
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    step_s: float
+    tokens_per_s: float
+    tflops_per_rank: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidMetrics:
+    """Validation after `step` optimizer steps: mean loss of an unmasked label token, in nats."""
+
+    step: int
+    valid_loss: float
+
+
+Metrics = StepMetrics | ValidMetrics
+_INT_FIELDS = frozenset({"step", "tokens"})
+
+
+class MetricsWriter:
+    """Appends metrics to a JSON-lines file; each line is flushed, so a reader or a crash sees whole lines.
+
+    A new run starts a new file: one left by an earlier run is renamed to `metrics.<n>.jsonl` (n = 1, 2, ... in the
+    order of the runs), never overwritten. A resumed run goes on in the file it finds.
+
+    Args:
+        path: The file; its directory is made if missing.
+        continue_after: The step the run resumes from, or None for a new run. Lines of later steps, which will be run
+            again, and a line torn by a crash leave the file; the file as it was is then kept as `metrics.<n>.jsonl`.
+
+    Raises:
+        DataError: `continue_after` is given and the file holds a line that is not metrics.
+    """
+
+    def __init__(self, path: Path | str, continue_after: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size > 0:
+            if continue_after is None:
+                self.path.rename(_next_archive(self.path))
+            else:
+                _cut_after(self.path, continue_after)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one line and flush it."""
+        self._file.write(_encode(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def iter_metrics(path: Path | str) -> Iterator[Metrics]:
+    """The lines of a metrics file in order, one at a time; a null reads as NaN, unknown fields are passed over.
+
+    A last line without its newline was torn by a crash, or is just being written: it is left out.
+
+    Raises:
+        DataError: The file is missing, or a whole line is not metrics.
+    """
+    path = Path(path)
+    for number, line in enumerate(_read_lines(path), start=1):
+        yield _decode(line, path, number)
+
+
+def read_metrics(path: Path | str) -> tuple[list[StepMetrics], list[ValidMetrics]]:
+    """All training and all validation lines of a metrics file; see `iter_metrics`."""
+    steps: list[StepMetrics] = []
+    valid: list[ValidMetrics] = []
+    for metrics in iter_metrics(path):
+        if isinstance(metrics, StepMetrics):
+            steps.append(metrics)
+        else:
+            valid.append(metrics)
+    return steps, valid
+
+
+def _encode(metrics: Metrics) -> str:
+    record: dict[str, Any] = {}
+    non_finite: list[str] = []
+    for field in fields(metrics):
+        value = getattr(metrics, field.name)
+        # numpy and torch scalars would not serialise, and float() of them is exact
+        number = int(value) if field.name in _INT_FIELDS else float(value)
+        if not math.isfinite(number):
+            non_finite.append(field.name)
+        record[field.name] = number if math.isfinite(number) else None
+    if non_finite:
+        record["non_finite"] = non_finite
+    return json.dumps(record, allow_nan=False)
+
+
+def _decode(line: str, path: Path, number: int) -> Metrics:
+    try:
+        record = json.loads(line)
+        kind = ValidMetrics if "valid_loss" in record else StepMetrics
+        values: dict[str, Any] = {field.name: _number(field.name, record[field.name]) for field in fields(kind)}
+        return kind(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}, line {number} is no line of metrics: {line.strip()[:80]!r}") from error
+
+
+def _number(name: str, value: float | None) -> float:
+    if name in _INT_FIELDS:
+        return int(value)  # type: ignore[arg-type]  # a null here is refused by the caller
+    return math.nan if value is None else float(value)
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; a run writes it as OUTPUT/metrics.jsonl")
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Leave only the whole lines up to `step`; what was there before is kept beside it if it differs."""
+    lines = list(_read_lines(path))
+    kept = [line for number, line in enumerate(lines, start=1) if _decode(line, path, number).step <= step]
+    text = "".join(kept).encode()
+    if len(text) == path.stat().st_size:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(text)
+    path.rename(_next_archive(path))
+    os.replace(temporary, path)
+
+
+def _next_archive(path: Path) -> Path:
+    """`metrics.<n>.jsonl` with n one more than the greatest there is, so that the numbers tell the order."""
+    prefix, suffix = f"{path.stem}.", path.suffix
+    names = (other.name for other in path.parent.iterdir())
+    middles = (name[len(prefix) : -len(suffix) or None] for name in names if name.startswith(prefix))
+    taken = [int(middle) for middle in middles if middle.isdecimal()]
+    return path.with_name(f"{prefix}{max(taken, default=0) + 1}{suffix}")

@@ -1,0 +1,227 @@
+"""`loss.png`: training and validation loss over the steps, the learning rate on a small panel under it.
+
+Drawn from `metrics.jsonl` alone, so a picture can be made again at any time. A long run is reduced to a few thousand
+points by the least and the greatest loss of each stretch of steps: spikes stay visible at any length.
+"""
+
+import math
+import os
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_ds.monitor.metrics import StepMetrics, iter_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = np.ndarray
+
+SIZE_INCHES = (8.0, 5.0)
+DPI = 150
+MAX_BINS = 1500  # about one a pixel of the panel's width
+MIN_SMOOTHED = 50  # fewer points than this show their trend without help
+TRAIN_COLOR, VALID_COLOR, LR_COLOR, BAD_COLOR = "#1f5fa8", "#d9660d", "#5b6470", "#c0182b"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The columns of a metrics file that are drawn, each as float64; not finite = NaN."""
+
+    steps: Array
+    loss: Array
+    lr: Array
+    valid_steps: Array
+    valid_loss: Array
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A curve cut into stretches of neighbouring points; a stretch without a finite value is NaN."""
+
+    steps: Array
+    low: Array
+    high: Array
+    total: Array  # sum of the finite values
+    count: Array  # number of the finite values
+
+
+def draw_loss(metrics_path: Path | str, png_path: Path | str, title: str) -> bool:
+    """Draw the loss curves of a metrics file as a PNG of 1200 x 750 pixels; the old picture is replaced atomically.
+
+    Args:
+        metrics_path: A `metrics.jsonl`.
+        png_path: Where the picture goes; its directory is made if missing.
+        title: Written above the picture.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+
+    Raises:
+        DataError: The metrics file is missing or damaged.
+    """
+    curves = _read_curves(metrics_path)
+    if curves.steps.size + curves.valid_steps.size == 0:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    _draw_panels(figure, curves, title)
+    png_path = Path(png_path)
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = png_path.with_name(png_path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, png_path)
+    return True
+
+
+def bin_curve(steps: Array, values: Array, max_bins: int = MAX_BINS) -> Bins:
+    """Cut (P,) points into at most `max_bins` stretches of as good as equal length, NaN left out."""
+    starts = np.unique(np.linspace(0, steps.size, min(steps.size, max_bins), endpoint=False).astype(np.int64))
+    finite = np.isfinite(values)
+    return Bins(
+        steps=steps[starts],
+        low=np.fmin.reduceat(values, starts),
+        high=np.fmax.reduceat(values, starts),
+        total=np.add.reduceat(np.where(finite, values, 0.0), starts),
+        count=np.add.reduceat(finite.astype(np.float64), starts),
+    )
+
+
+def smooth(bins: Bins) -> Array:
+    """A centred mean over about a thirtieth of the run, nearer points weighing more; no lag, NaN left out."""
+    window = min(max(3, bins.steps.size // 30), bins.steps.size) // 2 * 2 + 1
+    kernel = np.hanning(window + 2)[1:-1]
+    half = window // 2
+    weight = np.convolve(bins.count, kernel)[half : half + bins.steps.size]
+    total = np.convolve(bins.total, kernel)[half : half + bins.steps.size]
+    return np.divide(total, weight, out=np.full_like(total, math.nan), where=weight > 0)
+
+
+def _read_curves(path: Path | str) -> Curves:
+    columns = [array("d") for _ in range(5)]  # a million steps: 40 MB here, ten times that as objects
+    steps, loss, lr, valid_steps, valid_loss = columns
+    for metrics in iter_metrics(path):
+        if isinstance(metrics, StepMetrics):
+            steps.append(metrics.step)
+            loss.append(metrics.loss)
+            lr.append(metrics.lr)
+        else:
+            valid_steps.append(metrics.step)
+            valid_loss.append(metrics.valid_loss)
+    return Curves(*(np.array(column, dtype=np.float64) for column in columns))
+
+
+def _draw_panels(figure: "Figure", curves: Curves, title: str) -> None:
+    loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    loss_axes.set_title(title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
+    if curves.steps.size:
+        _draw_training(loss_axes, curves)
+        _draw_lr(lr_axes, curves)
+    if curves.valid_steps.size:
+        _draw_validation(loss_axes, curves)
+    _mark_non_finite(loss_axes, curves)
+    loss_axes.set_ylabel("loss (nats per token)")
+    lr_axes.set_ylabel("learning rate")
+    lr_axes.set_xlabel("step")
+    _style_axes(loss_axes, lr_axes)
+    steps = np.concatenate([curves.steps, curves.valid_steps])
+    if steps.min() == steps.max():
+        lr_axes.set_xlim(steps[0] - 1, steps[0] + 1)  # left to itself, the axis would show parts of a step
+    figure.align_ylabels()
+
+
+def _draw_training(axes: "Axes", curves: Curves) -> None:
+    bins = bin_curve(curves.steps, curves.loss)
+    if bins.steps.size == curves.steps.size:
+        steps, loss = curves.steps, curves.loss
+    else:
+        steps, loss = np.repeat(bins.steps, 2), np.stack([bins.low, bins.high], axis=1).ravel()
+    label = f"training{_last_value(curves.loss)}"
+    if np.count_nonzero(np.isfinite(curves.loss)) < MIN_SMOOTHED:
+        axes.plot(steps, loss, color=TRAIN_COLOR, linewidth=1.6, marker="o", markersize=3.5, label=label)
+        return
+    axes.plot(steps, loss, color=TRAIN_COLOR, linewidth=0.8, alpha=0.3, label=label)
+    axes.plot(bins.steps, smooth(bins), color=TRAIN_COLOR, linewidth=1.8, label="training, smoothed")
+
+
+def _draw_validation(axes: "Axes", curves: Curves) -> None:
+    few = curves.valid_steps.size <= MIN_SMOOTHED
+    axes.plot(
+        curves.valid_steps,
+        curves.valid_loss,
+        color=VALID_COLOR,
+        linestyle="none" if few else "-",
+        linewidth=1.2,
+        marker="o",
+        markersize=6 if few else 2,
+        markeredgecolor="white",
+        markeredgewidth=0.8 if few else 0,
+        label=f"validation{_last_value(curves.valid_loss)}",
+        zorder=4,
+    )
+
+
+def _draw_lr(axes: "Axes", curves: Curves) -> None:
+    bins = bin_curve(curves.steps, curves.lr)
+    marker = "o" if curves.steps.size == 1 else None
+    axes.plot(bins.steps, bins.high, color=LR_COLOR, linewidth=1.4, marker=marker, markersize=3.5)
+
+
+def _mark_non_finite(axes: "Axes", curves: Curves) -> None:
+    """Crosses along the bottom where a loss was NaN or infinite: a gap in a line is easily overlooked."""
+    bad = np.concatenate([curves.steps[~np.isfinite(curves.loss)], curves.valid_steps[~np.isfinite(curves.valid_loss)]])
+    if bad.size == 0:
+        return
+    shown = bad[:: math.ceil(bad.size / MAX_BINS)]
+    axes.plot(
+        shown,
+        np.full(shown.size, 0.02),
+        transform=axes.get_xaxis_transform(),
+        linestyle="none",
+        marker="x",
+        markersize=5,
+        color=BAD_COLOR,
+        clip_on=False,
+        label=f"not finite ({bad.size:,} value{'s' if bad.size > 1 else ''})",
+    )
+
+
+def _style_axes(loss_axes: "Axes", lr_axes: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for axes in (loss_axes, lr_axes):
+        axes.grid(color="#e3e6ea", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#9aa1ab")
+        axes.tick_params(color="#9aa1ab", labelsize=9)
+        axes.margins(x=0.02)
+    loss_axes.tick_params(labelbottom=False)
+    loss_axes.legend(frameon=False, fontsize=9, loc="upper right")
+    lr_axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True))
+    lr_axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    lr_axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+    lr_axes.yaxis.set_major_formatter(FuncFormatter(lambda lr, _: _format_lr(lr)))
+    lr_axes.set_ylim(bottom=0)
+
+
+def _last_value(values: Array) -> str:
+    finite = values[np.isfinite(values)]
+    return f" (last {finite[-1]:#.4g})" if finite.size else ""
+
+
+def _format_lr(lr: float) -> str:
+    """3e-4 rather than 0.0003: as a run file has it."""
+    if lr == 0:
+        return "0"
+    mantissa, exponent = f"{lr:.3e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"

@@ -1,0 +1,54 @@
+"""Tokens a second, and the model FLOP/s they amount to.
+
+Model FLOPs count the matrix products of one forward and one backward pass (Chowdhery et al. 2022, "PaLM", appendix B).
+Recomputed activations are not counted: recomputation makes the number fall, as it should.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+def model_flops_per_token(num_params_active: int, num_layers: int, attention_hidden: int, seq_length: int) -> float:
+    """6 N + 12 L d S: floating-point operations of one token, forward and backward.
+
+    A parameter costs one multiply and one add forward, and twice that backward: 6 N. In each layer a token's query
+    meets S keys and S values of width d, 4 d S forward, 12 d S with the backward pass. As in the paper the attention
+    is counted in full, causal or not.
+
+    Args:
+        num_params_active: N, parameters a token passes through: of a mixture of experts only the experts it visits;
+            without the input embedding table (a look-up costs no FLOPs), unless it is also the output head.
+        num_layers: L, attention layers. An encoder-decoder's decoder layer holds two (self and cross attention).
+        attention_hidden: d, query heads * head size; often, but not always, the hidden size.
+        seq_length: S, tokens of a sequence.
+
+    Returns:
+        FLOPs per token.
+    """
+    return 6.0 * num_params_active + 12.0 * num_layers * attention_hidden * seq_length
+
+
+class Rates(NamedTuple):
+    """Speed of a step: tokens a second over all ranks, and model TFLOP/s (1e12) of one rank."""
+
+    tokens_per_s: float
+    tflops_per_rank: float
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Turns tokens and seconds into rates.
+
+    Attributes:
+        flops_per_token: See `model_flops_per_token`.
+        world_size: Ranks that share the work.
+    """
+
+    flops_per_token: float
+    world_size: int
+
+    def rates(self, tokens: int, seconds: float) -> Rates:
+        """The rates of `tokens` tokens, counted over all ranks, done in `seconds` seconds of wall-clock time."""
+        assert seconds > 0, f"seconds={seconds}"
+        tokens_per_s = tokens / seconds
+        return Rates(tokens_per_s, tokens_per_s * self.flops_per_token / self.world_size / 1e12)

@@ -1,0 +1,1 @@
+"""The grid of ranks, the collectives of tensor parallelism, and random numbers per axis."""

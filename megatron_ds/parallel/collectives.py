@@ -1,0 +1,112 @@
+"""The conjugate pairs of collectives that make tensor and sequence parallelism differentiable.
+
+`f` and `g` are those of Megatron-LM (Shoeybi et al. 2019, section 3); the sequence-parallel pair is that of
+Korthikanti et al. 2022, section 4.2.2. Sequence is always dim 0. Every function is the identity on an axis of size 1.
+
+Each states what one call puts on the wire per rank for a tensor of n bytes on t ranks (ring algorithms):
+all-reduce 2n(t-1)/t; all-gather and reduce-scatter n(t-1)/t with n the size of the whole tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ds.parallel.grid import Axis
+
+
+def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce in place over the axis. Not differentiable."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def all_gather_dim0(x: Tensor, axis: Axis) -> Tensor:
+    """(S/t, ...) -> (S, ...). Not differentiable."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
+    """(S, ...) -> (S/t, ...), summed over the axis. Not differentiable."""
+    if axis.size == 1:
+        return x
+    assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.size)
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather_dim0(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_dim0(grads[0], ctx.axis), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter_dim0(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_dim0(grads[0], ctx.axis), None
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """Megatron's f: forward identity, backward all-reduce.
+
+    Also what a replicated *parameter* needs when the ranks of the axis see different activations (norms and
+    row-parallel biases under sequence parallelism, q/k norms under tensor parallelism): its partial gradients are
+    summed inside autograd, before ZeRO partitions them.
+    """
+    return _CopyTo.apply(x, axis) if axis.size > 1 else x
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """Megatron's g: forward all-reduce, backward identity."""
+    return _ReduceFrom.apply(x, axis) if axis.size > 1 else x
+
+
+def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """(S/t, B, H) -> (S, B, H). Forward all-gather, backward reduce-scatter (Korthikanti et al. 2022)."""
+    return _GatherSequence.apply(x, axis) if axis.size > 1 else x
+
+
+def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """(S, B, H) partial sums -> (S/t, B, H). Forward reduce-scatter, backward all-gather (Korthikanti et al. 2022)."""
+    return _ReduceScatterSequence.apply(x, axis) if axis.size > 1 else x

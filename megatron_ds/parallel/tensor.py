@@ -1,0 +1,56 @@
+"""How a layer is split over the tensor axis: Megatron's tensor parallelism, with or without sequence parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron_ds.parallel.collectives import copy_to, reduce_from, reduce_scatter_sequence
+from megatron_ds.parallel.grid import Axis
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The tensor axis and whether activations between the parallel regions are split along the sequence.
+
+    Attributes:
+        axis: the tensor axis; size 1 means no communication at all.
+        sequence: Megatron's sequence parallelism (Korthikanti et al. 2022). Outside the parallel regions hidden
+            states are then (S/t, B, H) instead of (S, B, H). Without effect on an axis of size 1.
+    """
+
+    axis: Axis = field(default_factory=Axis)
+    sequence: bool = False
+
+    @property
+    def splits_sequence(self) -> bool:
+        return self.sequence and self.axis.size > 1
+
+    def between(self, parameter: Tensor) -> Tensor:
+        """A replicated parameter used *between* the parallel regions (norms, row-parallel biases, positions).
+
+        Under sequence parallelism each rank sees its part of the sequence only, so the parameter's gradient is summed
+        over the axis (backward all-reduce of the parameter's size).
+        """
+        return copy_to(parameter, self.axis) if self.splits_sequence else parameter
+
+    def inside(self, parameter: Tensor) -> Tensor:
+        """A replicated parameter used *inside* a parallel region (q/k norms): each rank sees its heads only."""
+        return copy_to(parameter, self.axis)
+
+    def leave(self, partial_sums: Tensor) -> Tensor:
+        """(S, B, H) partial sums -> (S, B, H), or (S/t, B, H) under sequence parallelism.
+
+        Forward all-reduce (g) or reduce-scatter; backward identity or all-gather.
+        """
+        if self.splits_sequence:
+            return reduce_scatter_sequence(partial_sums, self.axis)
+        return reduce_from(partial_sums, self.axis)
+
+    def sequence_slice(self, length: int) -> slice:
+        """The positions of a sequence of `length` that this rank holds between the parallel regions."""
+        if not self.splits_sequence:
+            return slice(0, length)
+        part = length // self.axis.size
+        return slice(self.axis.rank * part, (self.axis.rank + 1) * part)

@@ -1,0 +1,265 @@
+"""The run file: YAML, overrides, defaults, and the text written back."""
+
+import json
+
+import pytest
+
+from megatron_ds.config import build_run, dump_run, load_deepspeed, load_run
+from megatron_ds.errors import ConfigError
+
+DOCUMENTED = """\
+model:
+  path: path/to/hf_dir
+  init: pretrained
+  tokenizer: path
+parallel: {tensor: 2, pipeline: 1, sequence: true}
+deepspeed: {bf16: {enabled: true}, zero_optimization: {stage: 1}}
+data:
+  format: text
+  train: [corpus.txt, {path: more.txt}]
+  valid: []
+  seq_length: 512
+  shuffle: true
+optimizer: {name: adamw, lr: 3.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1, grad_clip: 1.0}
+schedule: {name: cosine, warmup_steps: 100, min_lr: 3.0e-5}
+train: {steps: 1000, global_batch_size: 64, micro_batch_size: 4, seed: 1234, eval_every: 100, log_every: 1,
+  recompute: none}
+checkpoint: {every: 0, keep: 3, resume: auto}
+export: {path: out/hf}
+output: out/run
+"""
+
+
+def refusal(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults(run_file):
+    run = load_run(run_file())
+    assert (run.parallel.tensor, run.parallel.pipeline, run.parallel.sequence) == (1, 1, False)
+    assert (run.model.path, run.model.init, run.model.tokenizer, run.model.tokenizer_path) == (
+        "hf_dir",
+        "pretrained",
+        None,
+        "hf_dir",
+    )
+    assert run.deepspeed == {}
+    assert run.data.model_dump() == {
+        "format": "text",
+        "train": ["corpus.txt"],
+        "valid": [],
+        "seq_length": 512,
+        "shuffle": True,
+        "cache_dir": None,
+    }
+    assert run.optimizer.model_dump() == {
+        "name": "adamw",
+        "lr": 3e-4,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "grad_clip": 1.0,
+        "decay_all": False,
+    }
+    assert run.schedule.model_dump() == {"name": "cosine", "warmup_steps": 0, "min_lr": 0.0}
+    assert run.train.model_dump() == {
+        "steps": 1000,
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+        "seed": 1234,
+        "eval_every": 0,
+        "log_every": 1,
+        "recompute": "none",
+    }
+    assert run.checkpoint.model_dump() == {"every": 0, "keep": 3, "resume": "auto"}
+    assert run.export is None
+
+
+def test_documented_file(run_file):
+    run = load_run(run_file(DOCUMENTED))
+    assert run.model.tokenizer_path == "path"
+    assert [(source.path, source.weight) for source in run.data.train] == [("corpus.txt", None), ("more.txt", None)]
+    assert run.optimizer.betas == (0.9, 0.95)
+    assert run.export is not None
+    assert (run.export.path, run.export.dtype, run.export.max_shard_size) == ("out/hf", None, "5GB")
+
+
+def test_runs_are_frozen(run_file):
+    run = load_run(run_file())
+    with pytest.raises(ValueError, match="frozen"):
+        run.train.steps = 5
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.e-4", ".3e-3", "+3e-4", "3.0e-4", "0.0003", "30e-5"])
+def test_floats_without_a_dot(run_file, text):
+    run = load_run(run_file(), [f"optimizer.lr={text}"])
+    assert run.optimizer.lr == pytest.approx(3e-4, rel=1e-15)
+
+
+def test_overrides_reach_every_depth(run_file, tmp_path):
+    path = run_file(
+        "model: {config: {model_type: llama, hidden_size: 32}, tokenizer: t}\n"
+        "deepspeed: {zero_optimization: {stage: 1}}\n"
+        "data: {train: [a.txt]}\ntrain: {steps: 5}\noutput: o\n"
+    )
+    run = load_run(
+        path,
+        [
+            "model.config.hidden_size=64",
+            "model.config.rope_parameters.rope_theta=1e4",
+            "deepspeed.zero_optimization.stage=2",
+            "deepspeed.bf16.enabled=true",
+            "train.steps=1",
+            "train.steps=1e3",
+            "data.train=[b.txt, c.txt]",
+            "data.valid=v.txt",
+            "export.path=a=b",
+            "schedule={name: linear, warmup_steps: 7}",
+        ],
+    )
+    assert run.model.config == {"model_type": "llama", "hidden_size": 64, "rope_parameters": {"rope_theta": 10000.0}}
+    assert run.deepspeed == {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    assert run.train.steps == 1000
+    assert isinstance(run.train.steps, int)
+    assert [source.path for source in run.data.train] == ["b.txt", "c.txt"]
+    assert [source.path for source in run.data.valid] == ["v.txt"]
+    assert run.export.path == "a=b"
+    assert (run.schedule.name, run.schedule.warmup_steps) == ("linear", 7)
+
+
+def test_override_into_a_deepspeed_file_reads_it_first(run_file, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}))
+    run = load_run(run_file(), [f"deepspeed={file}", "deepspeed.zero_optimization.stage=3"])
+    assert run.deepspeed == {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    assert json.loads(file.read_text())["zero_optimization"]["stage"] == 1
+    assert load_run(run_file(), [f"deepspeed={file}"]).deepspeed == str(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("nothing", "override nothing is not key.sub=value, for example train.steps=100"),
+        ("=3", "override =3 is not key.sub=value, for example train.steps=100"),
+        ("a..b=3", "override a..b=3 is not key.sub=value, for example train.steps=100"),
+        (
+            "data.train.0=x",
+            "override data.train.0: data.train is a list; give the whole of it, data.train=[...]",
+        ),
+        (
+            "train.steps.x=1",
+            "override train.steps.x: train.steps=1000 is not a mapping, so nothing can be set in it",
+        ),
+        (
+            "train.steps=[",
+            "override train.steps line 1: not valid YAML: expected the node content, but found '<stream end>'",
+        ),
+        ("train.stepz=5", "train.stepz: unknown key; did you mean train.steps?"),
+    ],
+)
+def test_bad_overrides(run_file, override, expected):
+    assert refusal(run_file(), override) == expected
+
+
+def test_missing_file(tmp_path):
+    message = refusal(tmp_path / "none.yaml")
+    assert message.startswith(f"run file {tmp_path / 'none.yaml'} does not exist (looked from ")
+
+
+def test_unreadable_files(tmp_path, run_file):
+    assert refusal(tmp_path) == f"run file {tmp_path} cannot be read: Is a directory"
+    binary = tmp_path / "bin.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x81")
+    assert refusal(binary) == f"run file {binary} is not UTF-8 text"
+    empty = run_file("# only a comment\n")
+    assert refusal(empty) == (f"{empty} is empty; a run file needs at least model, data.train, train.steps and output")
+    listed = run_file("- a\n- b\n")
+    assert refusal(listed) == f'{listed} is not a mapping of sections; it holds ["a", "b"]'
+
+
+def test_bad_yaml_names_the_line(run_file):
+    path = run_file("model: {path: x}\ntrain:\n  steps: 5\n\tseed: 3\n")
+    message = refusal(path)
+    assert message.startswith(f"{path} line 4: not valid YAML: found character '\\t'")
+    path = run_file("model: {path: x}\n---\ntrain: {steps: 5}\n")
+    assert refusal(path).startswith(f"{path} line 2: not valid YAML: but found another document")
+    path = run_file("model: !!python/object:os.system {}\n")
+    assert "line 1: not valid YAML: could not determine a constructor" in refusal(path)
+
+
+def test_duplicate_keys_are_refused(run_file):
+    path = run_file("model: {path: x}\ntrain:\n  steps: 5\n  seed: 3\n  steps: 6\n")
+    assert refusal(path) == f"{path} line 5: key steps was already given on line 3; keep one"
+    path = run_file("model: {path: x}\ndeepspeed: {a: [{b: 1, b: 2}]}\n")
+    assert refusal(path) == f"{path} line 2: key b was already given on line 2; keep one"
+
+
+def test_merge_keys_are_no_duplicates(run_file):
+    path = run_file(
+        "model: {path: x}\noutput: o\ndata: {train: [a]}\n"
+        "train: {steps: 5}\n"
+        "deepspeed:\n  fp16: &off {enabled: false, hysteresis: 2}\n  bf16: {<<: *off, enabled: true}\n"
+    )
+    assert load_run(path).deepspeed["bf16"] == {"enabled": True, "hysteresis": 2}
+
+
+@pytest.mark.parametrize("text", [DOCUMENTED, DOCUMENTED.replace("export: {path: out/hf}\n", "")])
+def test_dump_reads_back_equal(run_file, text):
+    run = load_run(run_file(text))
+    assert load_run(run_file(dump_run(run))) == run
+    assert dump_run(load_run(run_file(dump_run(run)))) == dump_run(run)
+
+
+def test_dump_of_awkward_values(run_file):
+    run = build_run(
+        {
+            "model": {
+                "config": {"model_type": "gpt2", "id2label": {0: "A"}, "eos": None, "eps": 1e-5, "note": "1e-5"},
+                "tokenizer": "3e4",
+            },
+            "deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}, "fp16": {"enabled": False}},
+            "data": {"train": ["yes", "1e3", "ü b.txt"], "cache_dir": "no"},
+            "optimizer": {"lr": 1e-22},
+            "schedule": {"min_lr": 0},
+            "train": {"steps": 3},
+            "export": {"path": "null", "dtype": "float16"},
+            "output": "007",
+        }
+    )
+    again = load_run(run_file(dump_run(run)))
+    assert again == run
+    assert again.model.config["eps"] == 1e-5
+    assert again.model.config["note"] == "1e-5"
+    assert "eos" in again.model.config
+
+
+def test_dump_inlines_the_deepspeed_file_with_its_autos(run_file, tmp_path):
+    file = tmp_path / "ds.json"
+    mapping = {"train_batch_size": "auto", "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+    file.write_text(json.dumps(mapping))
+    run = load_run(run_file(), [f"deepspeed={file}"])
+    text = dump_run(run)
+    file.unlink()
+    again = load_run(run_file(text), ["train.global_batch_size=16"])
+    assert again.deepspeed == mapping
+    assert again.train.global_batch_size == 16
+    assert load_run(run_file(text)) == run.model_copy(update={"deepspeed": mapping})
+    assert load_deepspeed(again.deepspeed) == mapping
+
+
+def test_build_run_leaves_its_argument_alone():
+    mapping = {"model": {"path": "x"}, "data": {"train": "a"}, "train": {"steps": 3}, "output": "o"}
+    mapping["deepspeed"] = {"bf16": {"enabled": True}}
+    before = json.dumps(mapping)
+    run = build_run(mapping)
+    run.deepspeed["bf16"]["enabled"] = False
+    assert json.dumps(mapping) == before
+
+
+def test_default_mappings_are_not_shared(run_file):
+    load_run(run_file()).deepspeed["bf16"] = {}
+    assert load_run(run_file()).deepspeed == {}

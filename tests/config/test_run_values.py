@@ -1,0 +1,167 @@
+"""Wrong values in the run file: each gives one line naming field, value, rule and nearest fix."""
+
+import pytest
+
+from megatron_ds.config import load_run
+from megatron_ds.config.run import NOT_BUILT_YET
+from megatron_ds.errors import ConfigError
+
+TOP = "checkpoint, data, deepspeed, export, model, optimizer, output, parallel, schedule, train"
+LLAMA = "model={config: {model_type: llama}"
+
+REFUSALS = [
+    # unknown keys
+    ("trian={}", "trian: unknown key; did you mean train?"),
+    ("foo.bar=1", f"foo: unknown key; legal here: {TOP}"),
+    ("1=2", f"1: unknown key; legal here: {TOP}"),
+    ("steps=3", "steps: unknown key; did you mean train.steps?"),
+    ("train.lr=3", "train.lr: unknown key; did you mean optimizer.lr?"),
+    (
+        "parallel.qqqq=1",
+        "parallel.qqqq: unknown key; legal here: pipeline, sequence, tensor",
+    ),
+    ("export={pth: x}", "export.pth: unknown key; did you mean export.path?"),
+    ("data.train=[{path: a, wieght: 1}]", "data.train[0].wieght: unknown key; did you mean data.train[0].weight?"),
+    # types
+    ("train.steps=abc", "train.steps=abc is not an integer"),
+    ("train.steps=1.5", "train.steps=1.5 is not an integer"),
+    ("train.steps=true", "train.steps=true is not an integer"),
+    ("train.steps='5'", "train.steps=5 is text, not an integer; take its quotes away"),
+    ("train.steps=", "train.steps=null is not an integer"),
+    ("optimizer.lr=fast", "optimizer.lr=fast is not a number"),
+    ("optimizer.lr=.inf", "optimizer.lr=inf is not finite"),
+    ("optimizer.lr=.nan", "optimizer.lr=nan is not finite"),
+    ("parallel.sequence=1", "parallel.sequence=1 is not true or false"),
+    ("output=2024-01-01", "output=2024-01-01 is not text; put it in quotes"),
+    ("output=[a]", 'output=["a"] is not text'),
+    ("train=5", "train=5 is not a mapping; write {key: value}"),
+    ("model.config=5", "model.config=5 is not a mapping; write {key: value}"),
+    ("data.train=[3]", "data.train[0].path=3 is not text; put it in quotes"),
+    ("deepspeed=3", "deepspeed=3 is neither the path of a DeepSpeed JSON nor a mapping"),
+    # missing
+    ("train=", "train.steps is missing; add it, for example train: {steps: 1000}"),
+    ("data={}", "data.train is missing; add it, for example data: {train: [corpus.txt]}"),
+    ("output=", "output is missing; add it, for example output: out/run"),
+    ("export={}", "export.path is missing; add it, for example export: {path: out/hf}"),
+    ("data.train=[]", "data.train=[] is empty; give at least one"),
+    ('output=""', 'output="" is empty'),
+    # words
+    (
+        "data.format=txt",
+        "data.format=txt is not one of text, chat, tokenized, indexed; did you mean text?",
+    ),
+    ("schedule.name=cosin", "schedule.name=cosin is not one of constant, linear, cosine; did you mean cosine?"),
+    ("train.recompute=all", "train.recompute=all is not one of none, selective, full"),
+    ("checkpoint.resume=no", "checkpoint.resume=false is not one of auto, never"),
+    (
+        "export={path: x, dtype: fp16}",
+        "export.dtype=fp16 is not one of float32, bfloat16, float16",
+    ),
+    # ranges
+    ("parallel.tensor=0", "parallel.tensor=0 must be at least 1; nearest: 1"),
+    ("parallel.pipeline=-1", "parallel.pipeline=-1 must be at least 1; nearest: 1"),
+    ("train.steps=0", "train.steps=0 must be at least 1; nearest: 1"),
+    ("train.global_batch_size=0", "train.global_batch_size=0 must be at least 1; nearest: 1"),
+    ("train.micro_batch_size=0", "train.micro_batch_size=0 must be at least 1; nearest: 1"),
+    ("train.seed=-1", "train.seed=-1 must be at least 0; nearest: 0"),
+    ("train.seed=4294967296", "train.seed=4294967296 must be less than 4294967296"),
+    ("train.eval_every=-1", "train.eval_every=-1 must be at least 0; nearest: 0"),
+    ("train.log_every=0", "train.log_every=0 must be at least 1; nearest: 1"),
+    ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1; nearest: 1"),
+    ("data.seq_length=0", "data.seq_length=0 must be at least 1; nearest: 1"),
+    ("optimizer.lr=-1.0", "optimizer.lr=-1.0 must be at least 0.0; nearest: 0.0"),
+    ("optimizer.eps=0.0", "optimizer.eps=0.0 must be more than 0.0"),
+    ("optimizer.weight_decay=-0.1", "optimizer.weight_decay=-0.1 must be at least 0.0; nearest: 0.0"),
+    ("optimizer.grad_clip=-0.1", "optimizer.grad_clip=-0.1 must be at least 0.0; nearest: 0.0"),
+    ("optimizer.betas=[0.9,1.0]", "optimizer.betas[1]=1.0 must be less than 1.0"),
+    ("optimizer.betas=[-0.1,0.9]", "optimizer.betas[0]=-0.1 must be at least 0.0; nearest: 0.0"),
+    ("optimizer.betas=[0.9]", "optimizer.betas=[0.9] is not two numbers; write optimizer.betas=[0.9, 0.95]"),
+    ("optimizer.betas=0.9", "optimizer.betas=0.9 is not two numbers; write optimizer.betas=[0.9, 0.95]"),
+    ("data.train=[{path: a, weight: 0.0}]", "data.train[0].weight=0.0 must be more than 0.0"),
+    (
+        "export={path: x, max_shard_size: big}",
+        "export.max_shard_size=big is not a size; write for example 5GB or 500MB",
+    ),
+    # fields that contradict each other
+    ("schedule.min_lr=1", "schedule.min_lr=1.0 is above optimizer.lr=0.0003; nearest: 0.0003"),
+    ("schedule.warmup_steps=1001", "schedule.warmup_steps=1001 is more than train.steps=1000; nearest: 1000"),
+    ("model.config={model_type: llama}", "model.path and model.config are both given; keep one"),
+    ("model.path=", "model.path and model.config are both missing; give one"),
+    ("model=", "model.path and model.config are both missing; give one"),
+    (
+        LLAMA + "}",
+        "model.tokenizer is missing: data.format=text with model.config needs one; "
+        "give the directory of a tokenizer, or use data.format=tokenized",
+    ),
+    (
+        LLAMA + ", init: pretrained}",
+        "model.init=pretrained needs weights, which model.config has not; use model.path, or model.init=random",
+    ),
+    (
+        "model={config: {hidden_size: 8}}",
+        "model.config.model_type is missing; name the Hugging Face model type, for example llama",
+    ),
+    # not built yet
+    ("data.format=chat", "data.format=chat is not built yet; supported: text, tokenized"),
+    ("data.format=indexed", "data.format=indexed is not built yet; supported: text, tokenized"),
+    (
+        "data.train=[a, {path: b, weight: 0.5}]",
+        "data.train[1].weight=0.5 is not built yet; supported: sources without a weight",
+    ),
+    (
+        "data.valid=[{path: b, weight: 2}]",
+        "data.valid[0].weight=2.0 is not built yet; supported: sources without a weight",
+    ),
+    ("optimizer.name=lion", "optimizer.name=lion is not built yet; supported: adamw"),
+    ("checkpoint.every=200", "checkpoint.every=200 is not built yet; supported: 0 (no checkpoints)"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), REFUSALS, ids=[override for override, _ in REFUSALS])
+def test_refused_in_one_line(run_file, override, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_run(run_file(), [override])
+    assert str(caught.value) == expected
+
+
+def test_every_not_built_entry_is_tried_above():
+    fields = {field.replace("*", "0") for field, _, _ in NOT_BUILT_YET}
+    said = {line.split("=")[0].replace("[", ".").replace("]", "") for _, line in REFUSALS if "not built yet" in line}
+    said = {field.replace("train.1", "train.0") for field in said}
+    assert said == fields
+
+
+ACCEPTED = [
+    ("optimizer.betas=[0, 0]", lambda run: run.optimizer.betas == (0.0, 0.0)),
+    ("optimizer.lr=1", lambda run: run.optimizer.lr == 1.0),
+    ("optimizer.grad_clip=0", lambda run: run.optimizer.grad_clip == 0.0),
+    ("schedule.min_lr=3e-4", lambda run: run.schedule.min_lr == run.optimizer.lr),
+    ("schedule.warmup_steps=1000", lambda run: run.schedule.warmup_steps == run.train.steps),
+    ("parallel=", lambda run: run.parallel.tensor == 1),
+    ("export=", lambda run: run.export is None),
+    ("deepspeed=", lambda run: run.deepspeed == {}),
+    ("data.valid=", lambda run: run.data.valid == []),
+    ("data.train=lone.txt", lambda run: [source.path for source in run.data.train] == ["lone.txt"]),
+    ("data.format=tokenized", lambda run: run.data.format == "tokenized"),
+    ("train.recompute=none", lambda run: run.train.recompute == "none"),
+    ("model.init=random", lambda run: run.model.init == "random"),
+    (LLAMA + ", tokenizer: t}", lambda run: (run.model.init, run.model.tokenizer_path) == ("random", "t")),
+    ("export={path: x, max_shard_size: 1.5GiB}", lambda run: run.export.max_shard_size == "1.5GiB"),
+    ("checkpoint.resume=never", lambda run: run.checkpoint.resume == "never"),
+]
+
+
+@pytest.mark.parametrize(("override", "holds"), ACCEPTED, ids=[override for override, _ in ACCEPTED])
+def test_accepted_at_the_edge(run_file, override, holds):
+    assert holds(load_run(run_file(), [override]))
+
+
+def test_config_without_tokenizer_needs_tokenized_data(run_file):
+    run = load_run(run_file(), [LLAMA + "}", "data.format=tokenized"])
+    assert run.model.tokenizer_path is None
+
+
+def test_long_values_are_shortened(run_file):
+    with pytest.raises(ConfigError) as caught:
+        load_run(run_file(), ["train.steps=" + "x" * 500])
+    assert len(str(caught.value)) < 150

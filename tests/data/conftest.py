@@ -1,0 +1,38 @@
+"""What the data tests share: the shipped example, and small files written for one test."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moby_dick"
+
+
+@pytest.fixture(scope="session")
+def book() -> Path:
+    return EXAMPLE / "data" / "moby_dick.txt"
+
+
+@pytest.fixture(scope="session")
+def valid_text() -> Path:
+    return EXAMPLE / "data" / "valid.txt"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path() -> str:
+    return str(EXAMPLE / "tokenizer")
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Writes objects (or raw lines) to a JSON-lines file under tmp_path and gives its path."""
+
+    def write(lines: Sequence[Any], name: str = "data.jsonl") -> str:
+        path = tmp_path / name
+        raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        path.write_bytes(b"\n".join(raw) + b"\n")
+        return str(path)
+
+    return write

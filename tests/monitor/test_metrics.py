@@ -1,0 +1,140 @@
+"""The metrics file: bit-equal, always JSON, never overwritten, whole after a crash and a resume."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ds.errors import DataError
+from megatron_ds.monitor import MetricsWriter, StepMetrics, ValidMetrics, iter_metrics, read_metrics
+
+STEP = StepMetrics(
+    step=1,
+    loss=0.1 + 0.2,
+    grad_norm=1 / 3,
+    lr=3e-4,
+    tokens=32768,
+    step_s=math.pi,
+    tokens_per_s=1e300,
+    tflops_per_rank=5e-324,
+)
+
+
+def write(path: Path, steps: range, continue_after: int | None = None) -> None:
+    with MetricsWriter(path, continue_after) as writer:
+        for step in steps:
+            writer.write(replace(STEP, step=step))
+
+
+def steps_of(path: Path) -> list[int]:
+    return [metrics.step for metrics in iter_metrics(path)]
+
+
+def test_reads_back_bit_equal(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(STEP)
+        writer.write(ValidMetrics(step=1, valid_loss=2 / 3))
+    assert read_metrics(path) == ([STEP], [ValidMetrics(1, 2 / 3)])
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert list(first) == ["step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "tflops_per_rank"]
+    assert first["loss"] == 0.1 + 0.2 and first["tflops_per_rank"] == 5e-324
+    assert second == {"step": 1, "valid_loss": 2 / 3}
+
+
+def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.write(STEP)
+    assert steps_of(writer.path) == [1]
+    writer.close()
+
+
+def test_array_scalars_keep_their_value(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(replace(STEP, step=np.int64(7), loss=np.float32(0.1)))  # type: ignore[arg-type]
+    record = json.loads(path.read_text())
+    assert record["step"] == 7 and record["loss"] == float(np.float32(0.1)) != 0.1
+
+
+def test_non_finite_values_are_null_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(replace(STEP, loss=math.nan, grad_norm=-math.inf))
+        writer.write(ValidMetrics(1, math.inf))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    step, valid = (json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines())
+    assert step["loss"] is None and step["grad_norm"] is None and step["non_finite"] == ["loss", "grad_norm"]
+    assert valid == {"step": 1, "valid_loss": None, "non_finite": ["valid_loss"]}
+    steps, valids = read_metrics(path)
+    assert math.isnan(steps[0].loss) and steps[0].lr == STEP.lr and math.isnan(valids[0].valid_loss)
+
+
+def test_new_runs_keep_the_files_of_earlier_ones(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for last in (3, 5, 7):
+        write(path, range(1, last))
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(tmp_path / "metrics.1.jsonl") == [1, 2]
+    assert steps_of(tmp_path / "metrics.2.jsonl") == [1, 2, 3, 4]
+    (tmp_path / "metrics.1.jsonl").unlink()
+    write(path, range(1, 2))
+    assert steps_of(tmp_path / "metrics.3.jsonl") == [1, 2, 3, 4, 5, 6], "a later run gets a greater number"
+
+
+def test_an_empty_file_is_taken_over(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", range(0))
+    write(tmp_path / "metrics.jsonl", range(1, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_goes_on_in_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 5))
+    write(path, range(5, 7), continue_after=4)
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6]
+    assert [other.name for other in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_drops_steps_it_runs_again_but_keeps_a_copy(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 7))
+    with path.open("a") as file:
+        file.write('{"step": 7, "lo')
+    write(path, range(5, 8), continue_after=4)
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6, 7]
+    assert path.read_text().count("\n") == 7
+    assert (tmp_path / "metrics.1.jsonl").read_text().endswith('{"step": 7, "lo')
+    assert sorted(other.name for other in tmp_path.iterdir()) == ["metrics.1.jsonl", "metrics.jsonl"]
+
+
+def test_a_resumed_run_without_a_file_starts_one(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", range(5, 7), continue_after=4)
+    assert steps_of(tmp_path / "metrics.jsonl") == [5, 6]
+
+
+def test_fields_of_later_versions_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 3, "valid_loss": 1.5, "new": [1]}\n')
+    assert read_metrics(path) == ([], [ValidMetrics(3, 1.5)])
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", "3", '{"step": 1}', '{"step": null, "valid_loss": 1.0}'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 2))
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is no line of metrics"):
+        read_metrics(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+        read_metrics(tmp_path / "nowhere.jsonl")

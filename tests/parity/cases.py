@@ -1,0 +1,105 @@
+"""Small models of each family, and batches with uneven labels, for parity with transformers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+VOCAB = 131  # prime: no tensor size divides it
+SEQ = 32
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 8,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gpt2-untied": {"tie_word_embeddings": False, "n_inner": 48},
+    "llama": {"model_type": "llama", **_COMMON, "rope_parameters": _LLAMA3_ROPE},
+    "llama-tied-bias": {
+        "model_type": "llama",
+        **_COMMON,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
+    "mistral": {"model_type": "mistral", **_COMMON, "sliding_window": 7, "head_dim": 8},
+    "qwen2": {
+        "model_type": "qwen2",
+        **_COMMON,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 2,
+    },
+    "qwen2-tied": {"model_type": "qwen2", **_COMMON, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **_COMMON, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen3-untied-bias": {"model_type": "qwen3", **_COMMON, "head_dim": 8, "attention_bias": True},
+}
+CONFIGS["gpt2-untied"] = {**CONFIGS["gpt2"], **CONFIGS["gpt2-untied"]}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run of a few steps, the same for reference and ours."""
+
+    steps: int = 5
+    global_batch: int = 8
+    micro_batch: int = 2
+    lr: float = 3e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    grad_clip: float = 0.5
+    precision: str = "fp32"
+    attention_mask: bool = False
+
+
+def global_batch(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+    """(G, S) ids and labels; some rows have few labels, one has none, so that a mean of means is visibly wrong."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(0, VOCAB, (recipe.global_batch, SEQ), generator=generator)
+    labels = ids.clone()
+    for row in range(recipe.global_batch):
+        labels[row, : (row * 7 + step * 3) % (SEQ - 1)] = -100
+    labels[3] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if recipe.attention_mask:  # left padding of uneven length: the case that a causal mask alone gets wrong
+        mask = torch.ones_like(ids)
+        for row in range(recipe.global_batch):
+            mask[row, : row % 5] = 0
+        labels[mask == 0] = -100
+        batch["attention_mask"] = mask
+    return batch
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Labels aligned with the inputs -> targets of each position."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)

@@ -1,0 +1,112 @@
+"""The same few steps by our engine at a layout."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ds.config import OptimizerSection
+from megatron_ds.engine import EngineOptions, build_engine
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.weights import HFWeights, to_hf
+from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.parallel.grid import Grid, Layout
+from tests.parity.cases import Recipe, global_batch, shifted
+from tests.ranks import run_grid
+
+
+@dataclass(frozen=True)
+class Place:
+    """tp, pp, dp, zero, sp and the recomputation, as the issue writes them."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: int = 1
+    sp: bool = False
+    recompute: str = "none"
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.tp, self.pp, self.dp)
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}"
+
+
+def deepspeed_config(place: Place, recipe: Recipe) -> dict[str, Any]:
+    """A filled DeepSpeed config."""
+    config: dict[str, Any] = {
+        "train_batch_size": recipe.global_batch,
+        "train_micro_batch_size_per_gpu": recipe.micro_batch,
+        "gradient_accumulation_steps": recipe.global_batch // recipe.micro_batch // place.dp,
+        "gradient_clipping": recipe.grad_clip,
+        "zero_optimization": {"stage": place.zero, "stage3_param_persistence_threshold": 64},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if recipe.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    config.update(dict(place.extra))
+    return config
+
+
+def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
+    """Losses, gradient norms, and final weights under transformers' names."""
+    return run_grid(_train, place.layout, directory, place, recipe)[0]
+
+
+def _train(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
+    engine, model = engine_on(grid, directory, place, recipe)
+    losses, norms = [], []
+    for step in range(recipe.steps):
+        result = engine.train_step(micro_batches(grid, recipe, step), recipe.lr)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    weights = {}
+    for name, whole in engine.whole_parameters():
+        if whole is not None:
+            weights.update({theirs: tensor.float().clone() for theirs, tensor in to_hf(model, name, whole)})
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tuple[Any, Any]:
+    """An engine filled from an HF directory, and the model's meaning."""
+    weights = HFWeights(directory, read_model(directory))
+    model = weights.model
+    options = EngineOptions(
+        deepspeed=deepspeed_config(place, recipe),
+        optimizer=OptimizerSection(
+            lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+        ),
+        sequence=place.sp,
+        recompute=place.recompute,
+        seed=1234,
+    )
+    engine = build_engine(
+        lambda at: decoder_stages(model.decoder, at), grid, torch.device("cpu"), options, weights.share
+    )
+    return engine, model
+
+
+def micro_batches(grid: Grid, recipe: Recipe, step: int) -> list[dict[str, torch.Tensor]]:
+    """This data rank's share of a global batch."""
+    batch = global_batch(recipe, step)
+    whole = {"input_ids": batch["input_ids"], "targets": shifted(batch["labels"])}
+    if recipe.attention_mask:
+        whole["attention_mask"] = batch["attention_mask"].bool()
+    per_rank = recipe.global_batch // grid.data.size
+    mine = slice(grid.data.rank * per_rank, (grid.data.rank + 1) * per_rank)
+    return [
+        {name: tensor[mine][begin : begin + recipe.micro_batch] for name, tensor in whole.items()}
+        for begin in range(0, per_rank, recipe.micro_batch)
+    ]
+
+
+def with_recompute(place: Place, mode: str) -> Place:
+    return replace(place, recompute=mode)

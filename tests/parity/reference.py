@@ -1,0 +1,61 @@
+"""The reference: a plain transformers model and torch.optim.AdamW in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.parity.cases import CONFIGS, Recipe, global_batch
+
+
+def make_model(config: dict[str, Any], seed: int = 7) -> Any:
+    """A transformers model with non-trivial norms and biases."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            one = 1.0 if parameter.dim() == 1 and "bias" not in name else 0.0
+            parameter.copy_(one + 0.08 * torch.randn_like(parameter))
+    return model
+
+
+def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Save the initial model to `directory`, train it, and return losses, gradient norms and final weights."""
+    model = make_model(CONFIGS[case])
+    model.save_pretrained(directory)
+    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision])
+    masters = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]
+    groups = [
+        {"params": [m for m in masters if m.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [m for m in masters if m.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+    losses, norms = [], []
+    for step in range(recipe.steps):
+        loss = _backward(model, global_batch(recipe, step), recipe)
+        for master, parameter in zip(masters, model.parameters()):
+            master.grad = parameter.grad.float() if parameter.grad is not None else torch.zeros_like(master)
+            parameter.grad = None
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters, recipe.grad_clip or float("inf"))))
+        optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(masters, model.parameters()):
+                parameter.copy_(master)
+        losses.append(loss)
+    weights = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def _backward(model: Any, batch: dict[str, Tensor], recipe: Recipe) -> float:
+    mask = batch.get("attention_mask")
+    # position_ids are left at 0..S-1, as a training loop without generation does
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits.float()
+    shifted_logits, labels = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(shifted_logits, labels, ignore_index=-100, reduction="sum")
+    loss = loss / (labels != -100).sum()
+    loss.backward()
+    return float(loss.detach())
