@@ -1,0 +1,24 @@
+"""Megatron's model parallelism on DeepSpeed's engine, with Hugging Face Transformers checkpoints in and out.
+
+import megatron_ds as mds
+mds.train(mds.load_run("run.yaml"))
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that importing the package costs nothing.
+_PUBLIC = {
+    "load_run": "megatron_ds.config",
+    "train": "megatron_ds.train.launch",
+}
+
+__all__ = ["__version__", "load_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -152,9 +152,14 @@ class CheckpointSection(Section):
 
 
 class ExportSection(Section):
-    """A Hugging Face directory written at the end; `dtype: None` keeps the model's own."""
+    """A Hugging Face directory written at the end.
+
+    `dtype: None` keeps the model's own. `check` loads the directory with transformers in rank 0's process and compares
+    its logits with the live model's; for models that fit there.
+    """
 
     path: Text
+    check: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B$")] = "5GB"
 

@@ -68,9 +68,7 @@ def build_engine(
     rng = RngStreams(options.seed, grid.coords, device)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
-    placement = Placement(
-        TensorParallel(grid.tensor, options.sequence), rng, _recompute(options, mpu, rng)
-    )
+    placement = Placement(TensorParallel(grid.tensor, options.sequence), rng, _recompute(options, mpu, rng))
     specs = stages(placement)
     with _allocation(facts, options.deepspeed, mpu, device):
         if pipelined:
@@ -84,7 +82,7 @@ def build_engine(
         model=module,
         optimizer=optimizer,
         config=options.deepspeed,
-        mpu=module.mpu() if pipelined else mpu,
+        mpu=None if pipelined else mpu,  # a PipelineModule brings its own
         dist_init_required=False,
     )
     return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine)
@@ -95,16 +93,13 @@ def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:
 
 
 @contextmanager
-def _allocation(
-    facts: DeepSpeedFacts, config: dict[str, Any], mpu: Mpu, device: torch.device
-) -> Iterator[None]:
+def _allocation(facts: DeepSpeedFacts, config: dict[str, Any], mpu: Mpu, device: torch.device) -> Iterator[None]:
     """Parameters made inside are of the run's dtype and device, and born partitioned under ZeRO-3."""
     zero_init: AbstractContextManager[Any] = nullcontext()
     if facts.zero_stage == 3:
         zero_init = deepspeed.zero.Init(
             data_parallel_group=mpu.get_data_parallel_group(),
-            config_dict_or_path=config,
-            dtype=DTYPES[facts.precision],
+            config_dict_or_path=config,  # gives the dtype: 0.19.8 ignores an explicit one and takes bf16 on CPU
             mpu=mpu,
         )
     default = torch.get_default_dtype()

@@ -55,7 +55,9 @@ def _group(grid: Grid, name: str, axis: Axis) -> dist.ProcessGroup:
     if axis.group is not None:
         return axis.group
     if grid.layout.world_size == 1:
-        return dist.group.WORLD
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed is not initialised"
+        return world
     mine = None
     for ranks in grid.layout.peers(name):
         group = dist.new_group(list(ranks))

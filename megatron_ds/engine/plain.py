@@ -51,7 +51,7 @@ class PlainEngine(Engine):
         self.deepspeed.eval()
         logits = self.deepspeed((input_ids.to(self.device),))
         self.deepspeed.train()
-        return logits.float().cpu()  # type: ignore[no-any-return]
+        return logits.float().cpu()
 
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.deepspeed.module.named_parameters()
@@ -59,7 +59,7 @@ class PlainEngine(Engine):
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         if self.deepspeed.zero_optimization_stage() < 3:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters([parameter])  # type: ignore[no-any-return]
+        return deepspeed.zero.GatheredParameters([parameter])
 
 
 def wire_of(batch: MicroBatch) -> tuple[Tensor, ...]:

@@ -63,9 +63,7 @@ def _check_sizes(decoder: DecoderConfig, where: str) -> None:
             f"{decoder.num_heads}"
         )
     if decoder.rotary is None and decoder.head_dim * decoder.num_heads != decoder.hidden_size:
-        raise ConversionError(
-            f"{where}: n_head={decoder.num_heads} does not divide n_embd={decoder.hidden_size}"
-        )
+        raise ConversionError(f"{where}: n_head={decoder.num_heads} does not divide n_embd={decoder.hidden_size}")
     if decoder.rotary is not None and decoder.head_dim % 2:
         raise ConversionError(f"{where}: head_dim={decoder.head_dim} is odd; rotary positions need an even one")
 

@@ -70,12 +70,37 @@ class FieldRules:
 
 
 COMMON_HARMLESS = frozenset(
-    """
-    _attn_implementation _name_or_path architectures auto_map bos_token_id cache_implementation
-    chunk_size_feed_forward dtype eos_token_id finetuning_task id2label is_encoder_decoder keys_to_ignore_at_inference
-    label2id model_type num_labels output_attentions output_hidden_states pad_token_id prefix problem_type return_dict
-    sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_cache
-    """.split()
+    [
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "model_type",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 
 
@@ -142,7 +167,7 @@ ROPE_KEYS = {
     "default": frozenset({"rope_theta", "rope_type"}),
     "linear": frozenset({"rope_theta", "rope_type", "factor"}),
     "llama3": frozenset(
-        "rope_theta rope_type factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+        ["rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     ),
 }
 

@@ -47,8 +47,8 @@ class TensorSource:
         """A part of a tensor, in its dtype on disk."""
         handle = self._open(self._file_of[name])
         if isinstance(handle, dict):
-            return handle[name][slices]  # type: ignore[no-any-return]
-        return handle.get_slice(name)[slices]  # type: ignore[no-any-return]
+            return handle[name][slices]
+        return handle.get_slice(name)[slices]
 
     def _open(self, file: Path) -> Any:
         if file not in self._opened:
@@ -113,7 +113,7 @@ def _open_bin(file: Path) -> dict[str, Tensor]:
 
 
 def parse_size(text: str) -> int:
-    """"5GB" -> bytes, in powers of 1000 as transformers counts.
+    """ "5GB" -> bytes, in powers of 1000 as transformers counts.
 
     Raises:
         ConversionError: not a number with a unit.

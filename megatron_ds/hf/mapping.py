@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -60,7 +61,9 @@ class Op:
 
     def native_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
         """Shape of the whole native parameter."""
-        return tuple(prod(self._star_size(sizes) if a == STAR else sizes[a] for a in dim) for dim in _parse(self.native))
+        return tuple(
+            prod(self._star_size(sizes) if a == STAR else sizes[a] for a in dim) for dim in _parse(self.native)
+        )
 
     def _star_size(self, sizes: dict[str, int]) -> int:
         return sum(self._own_size(source, sizes) for source in range(len(self.sources)))
@@ -83,7 +86,7 @@ class Op:
         local = dict(sizes) if axis is None else {**sizes, axis: stop - start}
         parts = []
         for source, dims in enumerate(self.source_dims):
-            raw = _read_range(lambda slices, s=source: reader(s, slices), dims, sizes, axis, start, stop)
+            raw = _read_range(partial(reader, source), dims, sizes, axis, start, stop)
             order = [name for dim in dims for name in dim]
             wanted = self.axes_of(source)
             view = raw.reshape([local[name] for name in order])
@@ -123,7 +126,7 @@ def transpose() -> Op:
 
 
 def _parse(pattern: str) -> list[list[str]]:
-    """"(k g d) h" -> [["k", "g", "d"], ["h"]]."""
+    """ "(k g d) h" -> [["k", "g", "d"], ["h"]]."""
     return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", pattern)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import LAYER, Row, axis_sizes
-from megatron_ds.hf.io import TensorSource, open_directory, same_bytes
+from megatron_ds.hf.io import open_directory, same_bytes
 from megatron_ds.layers.parameter import ParamSpec, pad_share
 
 HEAD = "head.weight"

@@ -94,7 +94,7 @@ class CausalSelfAttention(nn.Module):
             cos, sin = self.rotary.cos_sin(q.shape[0], like=q)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         core = self.recompute.run("selective", self._core, q, k, v, key_mask)
-        return self.out(core)  # type: ignore[no-any-return]
+        return self.out(core)
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """(S, B, N/t, D), (S, B, K/t, D) twice -> (S, B, N/t * D)."""

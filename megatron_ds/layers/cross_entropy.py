@@ -113,7 +113,7 @@ def head_loss(
     share = weight.shape[0]
     start = min(axis.rank * share, vocab_size)
     valid = min(start + share, vocab_size) - start
-    return _HeadLoss.apply(hidden, weight, targets, start, valid, axis, chunk)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden, weight, targets, start, valid, axis, chunk)
 
 
 def gather_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, axis: Axis) -> Tensor:

@@ -42,7 +42,7 @@ class _ColumnLinear(torch.autograd.Function):
         whole, gathering = x, None
         if tp.splits_sequence and wants_weight:
             whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-            gathering = dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group, async_op=True)
+            gathering = dist.all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True)
 
         grad_x, reducing = None, None
         if wants_x:
@@ -50,7 +50,7 @@ class _ColumnLinear(torch.autograd.Function):
             if tp.splits_sequence:
                 partial = grad_x
                 grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-                reducing = dist.reduce_scatter_tensor(grad_x, partial.contiguous(), group=axis.group, async_op=True)
+                reducing = dist.reduce_scatter_single(grad_x, partial.contiguous(), group=axis.group, async_op=True)
             elif axis.size > 1:
                 reducing = dist.all_reduce(grad_x, group=axis.group, async_op=True)
 
@@ -96,7 +96,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = make_parameter(ParamSpec(out_shape, split_dim, decay=False), tp.axis) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp)  # type: ignore[no-any-return]
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp)
 
 
 class RowParallelLinear(nn.Module):

@@ -49,5 +49,5 @@ class MLP(nn.Module):
         x = self.up(x)
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
-            return self.down(self.act(gate) * up)  # type: ignore[no-any-return]
-        return self.down(self.act(x))  # type: ignore[no-any-return]
+            return self.down(self.act(gate) * up)
+        return self.down(self.act(x))

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megatron_ds.parallel.random import RngStreams
 
-MODES = ("none", "selective", "full")
+_NON_REENTRANT = partial(torch_checkpoint, use_reentrant=False)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Recompute:
     """
 
     mode: str = "none"
-    checkpoint: Callable[..., Any] = partial(torch_checkpoint, use_reentrant=False)
+    checkpoint: Callable[..., Any] = _NON_REENTRANT
     rng: RngStreams | None = None
 
     def run(self, mode: str, fn: Callable[..., Any], *args: Any) -> Any:

@@ -57,4 +57,4 @@ class DecoderBlock(nn.Module):
 
     def _block(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), key_mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))

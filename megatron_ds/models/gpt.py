@@ -87,9 +87,7 @@ def decoder_stages(config: DecoderConfig, at: Placement | None = None) -> list[S
         stages.append(
             StageSpec(f"blocks.{layer}", partial(DecoderBlock, config, layer, rotary, at), cost=block_cost(config))
         )
-    stages.append(
-        StageSpec("final_norm", partial(FinalNorm, config.hidden_size, config.norm, config.norm_eps, at.tp))
-    )
+    stages.append(StageSpec("final_norm", partial(FinalNorm, config.hidden_size, config.norm, config.norm_eps, at.tp)))
     stages.append(
         StageSpec(
             "head",

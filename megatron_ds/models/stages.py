@@ -83,7 +83,7 @@ class StageModel(nn.Module):
             wire = stage(wire)
         if targets is None:
             return self.last.logits(self.last(wire))
-        return self.last(wire, targets)  # type: ignore[no-any-return]
+        return self.last(wire, targets)
 
 
 def register(parent: nn.Module, name: str, module: nn.Module) -> None:

@@ -30,7 +30,7 @@ def all_gather_dim0(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    dist.all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -40,7 +40,7 @@ def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
         return x
     assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.size)
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    dist.reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 

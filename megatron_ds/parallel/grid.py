@@ -113,6 +113,4 @@ def create_grid(layout: Layout, rank: int) -> Grid:
                 mine = Axis(len(ranks), ranks.index(rank), ranks, group)
         return mine
 
-    return Grid(
-        layout, rank, axis("tensor"), axis("pipeline"), axis("data"), axis("pipeline", "tensor"), axis(*AXES)
-    )
+    return Grid(layout, rank, axis("tensor"), axis("pipeline"), axis("data"), axis("pipeline", "tensor"), axis(*AXES))

@@ -53,7 +53,9 @@ def rank_from_environment(environ: Mapping[str, str] = os.environ) -> RankInfo |
         return RankInfo(*(int(environ[name]) for name in names))
     if given:
         missing = ", ".join(name for name in names if name not in environ)
-        raise TopologyError(f"{', '.join(given)} set but {missing} missing in the environment; use torchrun, or unset all")
+        raise TopologyError(
+            f"{', '.join(given)} set but {missing} missing in the environment; use torchrun, or unset all"
+        )
     if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
         _slurm_rendezvous(environ)
         return RankInfo(*(int(environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")))
@@ -219,7 +221,7 @@ def _explain(ranks: list[_Rank]) -> BaseException:
         return LaunchError("; ".join(killed))
     for _, _, known, _ in sorted(errors, key=lambda error: error[1]):
         if known is not None:
-            return known  # type: ignore[no-any-return]
+            return known
     if errors:
         _, index, _, text = min(errors, key=lambda error: error[0])
         return LaunchError(f"rank {index} failed:\n{text.rstrip()}")
@@ -245,11 +247,16 @@ def _end(ranks: list[_Rank]) -> None:
     for number, wait_s in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
         running = [rank for rank in ranks if rank.status is None]
         for rank in running:
-            try:
-                os.killpg(rank.pid, number)
-            except ProcessLookupError:
-                os.kill(rank.pid, number)
+            _signal_with_children(rank.pid, number)
         until = time.monotonic() + wait_s
         while any(rank.status is None for rank in running) and time.monotonic() < until:
             _reap(running)
             time.sleep(0.02)
+
+
+def _signal_with_children(pid: int, number: int) -> None:
+    """Signal a rank's process group; the rank alone where it has not made its group yet."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        os.kill(pid, number)

@@ -81,9 +81,7 @@ def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tupl
     model = weights.model
     options = EngineOptions(
         deepspeed=deepspeed_config(place, recipe),
-        optimizer=OptimizerSection(
-            lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
-        ),
+        optimizer=OptimizerSection(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay),
         sequence=place.sp,
         recompute=place.recompute,
         seed=1234,

@@ -10,10 +10,21 @@ from megatron_ds.models.config import DecoderConfig
 
 FIELDS = FieldRules(
     mapped=frozenset(
-        """
-        vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop
-        layer_norm_epsilon initializer_range tie_word_embeddings
-        """.split()
+        [
+            "vocab_size",
+            "n_positions",
+            "n_embd",
+            "n_layer",
+            "n_head",
+            "n_inner",
+            "activation_function",
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+            "layer_norm_epsilon",
+            "initializer_range",
+            "tie_word_embeddings",
+        ]
     ),
     equal={
         "scale_attn_weights": True,
@@ -22,10 +33,15 @@ FIELDS = FieldRules(
         "add_cross_attention": False,
     },
     harmless=frozenset(
-        """
-        n_ctx summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-        gradient_checkpointing
-        """.split()
+        [
+            "n_ctx",
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+            "summary_first_dropout",
+            "gradient_checkpointing",
+        ]
     ),
 )
 

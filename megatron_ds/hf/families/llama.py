@@ -10,11 +10,24 @@ from megatron_ds.hf.mapping import Op, copy
 from megatron_ds.models.config import DecoderConfig
 
 _SHARED_FIELDS = frozenset(
-    """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_dropout
-    rope_parameters rope_theta rope_scaling
-    """.split()
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "attention_dropout",
+        "rope_parameters",
+        "rope_theta",
+        "rope_scaling",
+    ]
 )
 
 
@@ -88,9 +101,16 @@ def rows(config: DecoderConfig) -> list[Row]:
             Op(("(k g d) h", "(k d) h", "(k d) h"), "(k * d) h", grouped),
             "k",
         ),
-        Row(f"{native}.attention.out.weight", (f"{theirs}.self_attn.o_proj.weight",), Op(("h (k g d)",), "h (k g d)"), "k"),
+        Row(
+            f"{native}.attention.out.weight",
+            (f"{theirs}.self_attn.o_proj.weight",),
+            Op(("h (k g d)",), "h (k g d)"),
+            "k",
+        ),
         Row(f"{native}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), copy("h")),
-        Row(f"{native}.mlp.up.weight", tuple(f"{name}.weight" for name in gate_up_names), Op(("f h",) * 2, "* f h"), "f"),
+        Row(
+            f"{native}.mlp.up.weight", tuple(f"{name}.weight" for name in gate_up_names), Op(("f h",) * 2, "* f h"), "f"
+        ),
         Row(f"{native}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",), copy("h f"), "f"),
         Row("final_norm.weight", ("model.norm.weight",), copy("h")),
         Row("head.weight", ("lm_head.weight",), copy("v h"), "v"),
@@ -111,7 +131,9 @@ def rows(config: DecoderConfig) -> list[Row]:
     return table
 
 
-def _family(model_type: str, architecture: str, translate: Callable[[Any], DecoderConfig], fields: FieldRules) -> Family:
+def _family(
+    model_type: str, architecture: str, translate: Callable[[Any], DecoderConfig], fields: FieldRules
+) -> Family:
     ignored = (r"rotary_emb\.inv_freq$",)
     return Family(model_type, architecture, "model.", fields, translate, rows, ignored)
 

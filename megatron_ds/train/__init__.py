@@ -1,0 +1,1 @@
+"""Training: from a run file to metrics and a Hugging Face directory."""

@@ -1,0 +1,32 @@
+"""The package, its dependency ranges and its command. `requirements.txt` pins what was tested."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-ds",
+    version="0.1.0",
+    description="Megatron's tensor and pipeline parallelism on DeepSpeed's engine, Hugging Face checkpoints in and out",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_ds", "megatron_ds.*"]),
+    package_data={"megatron_ds": ["py.typed"]},
+    install_requires=[
+        "torch>=2.13,<3",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.23,<6",
+        "datasets>=5.2,<6",
+        "safetensors>=0.8,<1",
+        "pydantic>=2.14,<3",
+        "PyYAML>=6",
+        "numpy>=2",
+        "filelock>=3",
+        "typer>=0.29,<1",
+        "rich>=15,<16",
+        "matplotlib>=3.11,<4",
+    ],
+    entry_points={"console_scripts": ["megatron-ds = megatron_ds.cli.main:main"]},
+)
