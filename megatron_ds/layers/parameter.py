@@ -78,7 +78,7 @@ def make_parameter(spec: ParamSpec, axis: Axis) -> nn.Parameter:
 
 def spec_of(parameter: Tensor) -> ParamSpec:
     """The declaration of a parameter. Every parameter of a model core has one."""
-    return parameter.spec  # type: ignore[attr-defined, no-any-return]
+    return parameter.spec  # type: ignore[attr-defined]
 
 
 def pad_share(share: Tensor, spec: ParamSpec, size: int) -> Tensor:
