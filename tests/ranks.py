@@ -1,5 +1,6 @@
 """Start ranks for tests: forked from this preloaded process, with a file rendezvous and a time limit."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,14 +8,22 @@ from megatron_ds import engine
 from megatron_ds.parallel.grid import Grid, Layout, create_grid
 from megatron_ds.parallel.launch import RankInfo, run_local
 
+_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _preloaded = []
+
+
+def _preload() -> None:
+    """Import once what every forked rank would import again."""
+    if not _preloaded:
+        engine.preload()
+        for family in _FAMILIES:
+            importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        _preloaded.append(True)
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Results of fn(RankInfo, *args) on each rank, inside an initialised process group."""
-    if not _preloaded:
-        engine.preload()
-        _preloaded.append(True)
+    _preload()
 
     def rank(info: RankInfo) -> Any:
         engine.start_distributed(info, timeout_s=timeout_s)
@@ -38,7 +47,5 @@ def run_grid(fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: floa
 
 def run_alone(fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> Any:
     """Result of fn(*args) in one forked process without a process group; keeps this process free of threads."""
-    if not _preloaded:
-        engine.preload()
-        _preloaded.append(True)
+    _preload()
     return run_local(lambda info: fn(*args), 1, timeout_s)[0]

@@ -72,7 +72,7 @@ class Recipe:
 
     steps: int = 5
     global_batch: int = 8
-    micro_batch: int = 2
+    micro_batch: int = 4
     lr: float = 3e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)

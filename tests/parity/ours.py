@@ -32,6 +32,10 @@ class Place:
     def layout(self) -> Layout:
         return Layout(self.tp, self.pp, self.dp)
 
+    def micro_batch(self, recipe: Recipe) -> int:
+        """At least two micro-batches a step wherever the data ranks leave as many samples."""
+        return min(recipe.micro_batch, max(1, recipe.global_batch // self.dp // 2))
+
     def __str__(self) -> str:
         return f"tp{self.tp}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}"
 
@@ -40,8 +44,8 @@ def deepspeed_config(place: Place, recipe: Recipe) -> dict[str, Any]:
     """A filled DeepSpeed config."""
     config: dict[str, Any] = {
         "train_batch_size": recipe.global_batch,
-        "train_micro_batch_size_per_gpu": recipe.micro_batch,
-        "gradient_accumulation_steps": recipe.global_batch // recipe.micro_batch // place.dp,
+        "train_micro_batch_size_per_gpu": place.micro_batch(recipe),
+        "gradient_accumulation_steps": recipe.global_batch // place.micro_batch(recipe) // place.dp,
         "gradient_clipping": recipe.grad_clip,
         "zero_optimization": {"stage": place.zero, "stage3_param_persistence_threshold": 64},
         "zero_allow_untested_optimizer": True,
@@ -65,7 +69,7 @@ def _train(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[st
     engine, model = engine_on(grid, directory, place, recipe)
     losses, norms = [], []
     for step in range(recipe.steps):
-        result = engine.train_step(micro_batches(grid, recipe, step), recipe.lr)
+        result = engine.train_step(micro_batches(grid, place, recipe, step), recipe.lr)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     weights = {}
@@ -92,17 +96,17 @@ def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tupl
     return engine, model
 
 
-def micro_batches(grid: Grid, recipe: Recipe, step: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(grid: Grid, place: Place, recipe: Recipe, step: int) -> list[dict[str, torch.Tensor]]:
     """This data rank's share of a global batch."""
     batch = global_batch(recipe, step)
     whole = {"input_ids": batch["input_ids"], "targets": shifted(batch["labels"])}
     if recipe.attention_mask:
         whole["attention_mask"] = batch["attention_mask"].bool()
-    per_rank = recipe.global_batch // grid.data.size
+    per_rank, size = recipe.global_batch // grid.data.size, place.micro_batch(recipe)
     mine = slice(grid.data.rank * per_rank, (grid.data.rank + 1) * per_rank)
     return [
-        {name: tensor[mine][begin : begin + recipe.micro_batch] for name, tensor in whole.items()}
-        for begin in range(0, per_rank, recipe.micro_batch)
+        {name: tensor[mine][begin : begin + size] for name, tensor in whole.items()}
+        for begin in range(0, per_rank, size)
     ]
 
 

@@ -4,6 +4,7 @@ fp32 bounds (relative): loss 2e-5, gradient norm 1e-4, weights 1e-4 L2. The sums
 seen errors are below 1e-6, and each known trap moves them past the bounds by orders of magnitude.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,26 @@ PLACES = [
     Place(2, 1, 2, 3),
     Place(1, 1, 4, 3),
     Place(2, 2, 2, 1, True),
+]
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+VARIANTS = [case for case in CONFIGS if case not in FAMILIES]
+VARIANT_PLACES = [Place(2, 1, 1, 1, True), Place(2, 2, 1, 1, True), Place(2, 1, 2, 3)]
+# Every place recomputes somewhere, every family does, both modes do.
+RECOMPUTED = [
+    (FAMILIES[index % len(FAMILIES)], replace(place, recompute="selective" if index % 3 == 1 else "full"))
+    for index, place in enumerate(PLACES)
+]
+
+COVERING = (
+    [(case, place) for case in FAMILIES for place in PLACES]
+    + [(case, place) for case in VARIANTS for place in VARIANT_PLACES]
+    + RECOMPUTED
+)
+EVERYTHING = [
+    (case, replace(place, recompute=mode))
+    for case in CONFIGS
+    for place in PLACES
+    for mode in ("none", "selective", "full")
 ]
 RECIPE = Recipe()
 
@@ -59,8 +80,14 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(("case", "place"), COVERING, ids=str)
 def test_five_steps_equal_transformers(case: str, place: Place, references: Any) -> None:
+    directory, reference = references(case, RECIPE)
+    check(train_ours(directory, place, RECIPE), reference)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("case", "place"), [pair for pair in EVERYTHING if pair not in COVERING], ids=str)
+def test_every_combination_equals_transformers(case: str, place: Place, references: Any) -> None:
     directory, reference = references(case, RECIPE)
     check(train_ours(directory, place, RECIPE), reference)
