@@ -62,10 +62,10 @@ def deepspeed_config(place: Place, recipe: Recipe) -> dict[str, Any]:
 
 def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
     """Losses, gradient norms, and final weights under transformers' names."""
-    return run_grid(_train, place.layout, directory, place, recipe)[0]
+    return run_grid(train_on, place.layout, directory, place, recipe)[0]
 
 
-def _train(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
+def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
     engine, model = engine_on(grid, directory, place, recipe)
     losses, norms = [], []
     for step in range(recipe.steps):

@@ -1,0 +1,143 @@
+"""Counted bytes equal the formulas, exactly (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2).
+
+Per layer and micro-batch of b sequences of s tokens and width h, on t tensor ranks, each rank puts on the wire, in
+elements: 8 bsh(t-1)/t without sequence parallelism (four all-reduces of bsh), 10 bsh(t-1)/t with it (five pairs'
+halves: Megatron gathers the column-parallel input again in the backward pass). Added to that are the gradients of the
+replicated parameters that a rank sees in part: norms and row-parallel biases with sequence parallelism, q/k norms
+always, one all-reduce each.
+"""
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ds.hf.config import read_model
+from megatron_ds.layers.parameter import initial_share, spec_of
+from megatron_ds.layers.recompute import Recompute
+from megatron_ds.layers.rotary import RotaryTable
+from megatron_ds.models.block import DecoderBlock, Placement
+from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.stages import StageModel
+from megatron_ds.parallel.grid import Grid, Layout
+from megatron_ds.parallel.tensor import TensorParallel
+from tests.parallel.wire import counting
+from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
+from tests.parity.ours import Place, engine_on, micro_batches
+from tests.parity.reference import train_reference
+from tests.ranks import run_alone, run_grid
+
+S, B, FLOAT_BYTES = 16, 3, 4
+
+
+def ring(elements: int, t: int, passes: int = 1) -> Fraction:
+    """Bytes of `passes` ring passes over a fp32 tensor: 1 for a gather or scatter, 2 for an all-reduce."""
+    return Fraction(passes * elements * FLOAT_BYTES * (t - 1), t)
+
+
+def partial_parameters(config: DecoderConfig, sequence: bool) -> list[int]:
+    """Sizes of a block's replicated parameters whose gradient is summed over the tensor axis."""
+    h, sizes = config.hidden_size, []
+    if sequence:
+        sizes += [h, h] * (2 if config.norm == "layer" else 1)
+        sizes += [h] * (config.attention_out_bias + config.mlp_bias)
+    if config.qk_norm:
+        sizes += [config.head_dim, config.head_dim]
+    return sizes
+
+
+def block_bytes(config: DecoderConfig, t: int, sequence: bool, recomputed: bool = False) -> Fraction:
+    """A layer's bytes, forward and backward.
+
+    Full recomputation repeats the forward half but for its last reduction, whose result no gradient needs.
+    """
+    bsh = B * S * config.hidden_size
+    forward = ring(bsh, t, 4)
+    backward = ring(bsh, t, 6 if sequence else 4)
+    partial = sum((ring(size, t, 2) for size in partial_parameters(config, sequence)), Fraction(0))
+    again = ring(bsh, t, 3 if sequence else 2) if recomputed else 0
+    return forward + again + backward + partial
+
+
+def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
+    config = read_model(CONFIGS[case]).decoder
+    at = Placement(TensorParallel(grid.tensor, sequence), recompute=Recompute(mode))
+    block = DecoderBlock(config, 0, RotaryTable(config.rotary) if config.rotary else None, at)
+    for name, parameter in block.named_parameters():
+        spec = spec_of(parameter)
+        parameter.data.copy_(initial_share(name, spec, 1, grid.tensor.rank, grid.tensor.size))
+    length = S // grid.tensor.size if sequence else S
+    x = torch.randn(length, B, config.hidden_size, requires_grad=True)
+    with counting() as wire:
+        (y,) = block((x,))
+        y.sum().backward()
+    return {"total": wire.total, "by_kind": wire.bytes}
+
+
+@pytest.mark.parametrize("t", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True], ids=["tp", "sp"])
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [("gpt2", "none"), ("llama", "none"), ("llama", "full"), ("qwen3", "none"), ("qwen3", "selective")],
+)
+def test_a_layer_moves_what_the_papers_say(case: str, mode: str, sequence: bool, t: int) -> None:
+    config = read_model(CONFIGS[case]).decoder
+    expected = block_bytes(config, t, sequence, recomputed=mode == "full")
+    for counted in run_grid(_block, Layout(tensor=t), case, sequence, mode):
+        assert counted["total"] == expected, counted
+        if sequence:
+            # only parameters' gradients are all-reduced; activations are gathered and scattered
+            partial = sum(ring(size, t, 2) for size in partial_parameters(config, sequence))
+            assert counted["by_kind"].get("all_reduce", 0) == partial
+
+
+def _model(grid: Grid, case: str, sequence: bool) -> Fraction:
+    config = read_model(CONFIGS[case]).decoder
+    model = StageModel(decoder_stages(config, Placement(TensorParallel(grid.tensor, sequence))))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    ids = torch.randint(0, VOCAB, (B, S), generator=torch.Generator().manual_seed(0))
+    with counting() as wire:
+        model((ids,), ids).backward()
+    return wire.total
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tp", "sp"])
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_embedding_and_head_never_gather_logits(case: str, sequence: bool) -> None:
+    """Embedding: one reduction of bsh (and a gather back); head: one of bsh, and 3 numbers a token for the softmax."""
+    t, config = 2, read_model(CONFIGS[case]).decoder
+    bsh = B * S * config.hidden_size
+    embedding = ring(bsh, t, 2)
+    head = ring(bsh, t, 2) + ring(3 * B * S, t, 2)
+    outside: list[int] = []
+    if sequence:
+        outside += [config.hidden_size] * (2 if config.norm == "layer" else 1)  # final norm
+        outside += [config.max_positions * config.hidden_size] if config.rotary is None else []
+    rest = sum((ring(size, t, 2) for size in outside), Fraction(0))
+    expected = config.num_layers * block_bytes(config, t, sequence) + embedding + head + rest
+    assert run_grid(_model, Layout(tensor=t), case, sequence) == [expected] * t
+
+
+def _pipeline(grid: Grid, directory: Any, place: Any, recipe: Any) -> Fraction:
+    engine, _ = engine_on(grid, directory, place, recipe)
+    engine.train_step(micro_batches(grid, place, recipe, 0), recipe.lr)  # the first step also sends shapes
+    with counting() as wire:
+        engine.train_step(micro_batches(grid, place, recipe, 1), recipe.lr)
+    return wire.bytes.get("send", Fraction(0))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (1, 4), (2, 2)])
+def test_a_pipeline_moves_one_activation_a_boundary_each_way(tp: int, pp: int, tmp_path: Any) -> None:
+    recipe, place = Recipe(), Place(tp, pp, 1, 1, tp > 1)
+    run_alone(train_reference, "llama", replace(recipe, steps=0), tmp_path)
+    hidden = read_model(CONFIGS["llama"]).decoder.hidden_size
+    activation = recipe.global_batch * SEQ * hidden * FLOAT_BYTES // tp  # a rank's part of the sequence
+    sent = run_grid(_pipeline, place.layout, tmp_path, place, recipe)
+    for rank, size in enumerate(sent):
+        stage = place.layout.coords(rank).pipeline
+        boundaries = (stage > 0) + (stage < pp - 1)
+        assert size == boundaries * activation, (rank, sent)

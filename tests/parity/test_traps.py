@@ -1,0 +1,150 @@
+"""Each known trap, put in on purpose, must turn the parity check red: the checks can fail, and for these reasons.
+
+The traps are those of public frameworks and of their users' reports. Each patch is applied in the forked ranks only.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deepspeed.pipe import PipelineModule
+
+from megatron_ds.engine import base, build
+from megatron_ds.layers import attention, cross_entropy, linear, rotary
+from megatron_ds.models import gpt
+from megatron_ds.parallel import collectives
+from megatron_ds.parallel.grid import Grid
+from megatron_ds.parallel.tensor import TensorParallel
+from tests.parity.cases import Recipe
+from tests.parity.errors import relative_errors, within_fp32
+from tests.parity.ours import Place, train_on
+from tests.ranks import run_grid
+
+RECIPE = Recipe()
+
+
+def partial_norm_gradients() -> None:
+    """Sequence parallelism: gradients of norms and row-parallel biases are left partial."""
+    TensorParallel.between = lambda self, parameter: parameter  # type: ignore[method-assign]
+
+
+def partial_head_norm_gradients() -> None:
+    """q/k norms see this rank's heads only; their gradients are left partial."""
+    TensorParallel.inside = lambda self, parameter: parameter  # type: ignore[method-assign]
+
+
+def tied_gradients_not_summed() -> None:
+    """The two copies of a tied embedding each learn from their own gradient."""
+    PipelineModule.get_tied_weights_and_groups = lambda self: []
+
+
+def flags_lost() -> None:
+    """Shards without `tensor_model_parallel` are counted once a tensor group in the gradient norm."""
+    fill = build._fill
+
+    def losing(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        fill(module, *args, **kwargs)
+        for parameter in module.parameters():
+            if hasattr(parameter, "tensor_model_parallel"):
+                del parameter.tensor_model_parallel
+
+    build._fill = losing
+
+
+def mean_of_means() -> None:
+    """The loss is averaged per data rank, then over data ranks."""
+    base.Engine.count_tokens = lambda self, batches: self.grid.data.size * sum(  # type: ignore[method-assign]
+        int((batch["targets"] != -100).sum()) for batch in batches
+    )
+
+
+def padding_in_the_softmax() -> None:
+    """Rows that pad the vocabulary take part in the softmax."""
+
+    def whole_share(hidden: Any, weight: Any, targets: Any, *, vocab_size: int, axis: Any) -> Any:
+        share = weight.shape[0]
+        return cross_entropy._HeadLoss.apply(hidden, weight, targets, axis.rank * share, share, axis, 1024)
+
+    gpt.head_loss = whole_share  # type: ignore[assignment]
+
+
+def bias_before_the_reduction() -> None:
+    """A row-parallel bias is added on every rank and summed with the partial products."""
+    linear.RowParallelLinear.forward = lambda self, x: self.tp.leave(  # type: ignore[method-assign]
+        F.linear(x, self.weight, self.bias)
+    )
+
+
+def adjacent_pairs() -> None:
+    """Rotary pairs are neighbours instead of half a head apart."""
+
+    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return x * cos + turned * sin
+
+    attention.rotate = rotate
+
+
+def frequencies_unscaled() -> None:
+    """The rope scaling of the config is ignored."""
+    rotary.RotaryConfig.inverse_frequencies = lambda self: 1.0 / (  # type: ignore[method-assign]
+        self.theta ** (torch.arange(0, self.dim, 2).float() / self.dim)
+    )
+
+
+def decay_by_shape() -> None:
+    """Weight decay is decided by the number of dims, after ZeRO-3 has flattened them all to one."""
+
+    def by_shape(module: torch.nn.Module, section: Any, device: torch.device) -> torch.optim.AdamW:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in module.parameters() if p.dim() >= 2], "weight_decay": section.weight_decay},
+            {"params": [p for p in module.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps)
+
+    build._adamw = by_shape
+
+
+def window_off_by_one() -> None:
+    """A window of W keys that does not count the query's own."""
+    allowed = attention.allowed_keys
+    attention.allowed_keys = lambda length, window, mask, device: allowed(
+        length, None if window is None else window + 1, mask, device
+    )
+
+
+def input_gradient_not_reduced() -> None:
+    """Column-parallel input gradients stay this rank's partial sums (f without its backward)."""
+    collectives._CopyTo.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[assignment]
+
+
+TRAPS: list[tuple[Callable[[], None], str, Place]] = [
+    (partial_norm_gradients, "llama", Place(2, 1, 1, 1, True)),
+    (partial_norm_gradients, "gpt2", Place(2, 1, 1, 1, True)),
+    (partial_head_norm_gradients, "qwen3", Place(2, 1, 1, 1)),
+    (tied_gradients_not_summed, "qwen3", Place(1, 2, 1, 1)),
+    (flags_lost, "llama", Place(2, 1, 1, 1)),
+    (mean_of_means, "llama", Place(1, 1, 2, 1)),
+    (padding_in_the_softmax, "llama", Place(2, 1, 1, 1)),
+    (bias_before_the_reduction, "gpt2", Place(2, 1, 1, 1)),
+    (adjacent_pairs, "llama", Place(1, 1, 1, 1)),
+    (frequencies_unscaled, "llama", Place(1, 1, 1, 1)),
+    (decay_by_shape, "llama", Place(1, 1, 2, 3)),
+    (window_off_by_one, "mistral", Place(1, 1, 1, 1)),
+    (input_gradient_not_reduced, "llama", Place(2, 1, 1, 1)),
+]
+
+
+def _train_in_the_trap(grid: Grid, trap: Callable[[], None], directory: Path, place: Place) -> dict[str, Any]:
+    trap()
+    return train_on(grid, directory, place, RECIPE)
+
+
+@pytest.mark.parametrize(("trap", "case", "place"), TRAPS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_trap_turns_parity_red(trap: Callable[[], None], case: str, place: Place, references: Any) -> None:
+    directory, reference = references(case, RECIPE)
+    caught = relative_errors(run_grid(_train_in_the_trap, place.layout, trap, directory, place)[0], reference)
+    assert not within_fp32(caught), caught
