@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -59,9 +60,16 @@ class StagePipeline(PipelineModule):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partition
             super().__init__(layers, topology=topology)
         self._use_plain_names(specs)
-        last = self.forward_funcs[-1]
-        if isinstance(last, LossStage):
-            self.loss_fn = lambda entered, labels: last.loss(entered, labels[0]) * labels[1]
+        self.labels: deque[Tensor | None] = deque()
+        self.loss_scale = 1.0
+        self.has_loss = isinstance(self.forward_funcs[-1], LossStage)
+        if self.has_loss:
+            self.forward_funcs[-1] = partial(self._scaled_loss, self.forward_funcs[-1])
+
+    def _scaled_loss(self, last: LossStage, wire: Wire) -> Tensor:
+        """Loss inside the module: labels come in the order in which DeepSpeed loads micro-batches and runs them."""
+        targets = self.labels.popleft()
+        return last(wire) if targets is None else last(wire, targets) * self.loss_scale
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
@@ -97,10 +105,9 @@ class PipelineEngine(Engine):
         return float(total)
 
     def logits(self, input_ids: Tensor) -> Tensor | None:
-        batch = {"input_ids": input_ids.to(self.device), "targets": input_ids.to(self.device)}
         self._forget_shapes()
-        _, entered = self.deepspeed.eval_batch(
-            self._feed([batch], 0.0),
+        _, logits = self.deepspeed.eval_batch(
+            self._feed([{"input_ids": input_ids.to(self.device)}], 1.0),
             return_logits=True,
             compute_loss=False,
             reduce_output=None,
@@ -109,25 +116,21 @@ class PipelineEngine(Engine):
         )
         self._forget_shapes()
         self.deepspeed.module.train()
-        if not self.deepspeed.is_last_stage():
-            return None
-        return self._last.logits(entered).float().cpu()
+        return logits.float().cpu() if self.deepspeed.is_last_stage() else None
 
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         module: StagePipeline = self.deepspeed.module
         for name, parameter in module.named_parameters():
             yield module.renamed.get(name, name), parameter
 
-    @property
-    def _last(self) -> LossStage:
-        last = self.deepspeed.module.forward_funcs[-1]
-        assert isinstance(last, LossStage), type(last)
-        return last
-
     def _feed(self, batches: Sequence[MicroBatch], scale: float) -> Iterator[tuple[Wire, Wire]]:
-        """DeepSpeed takes inputs from it on the first stage and labels on the last."""
+        """What DeepSpeed loads, on the first and last stage; the labels go round it, to the loss inside the module."""
+        module: StagePipeline = self.deepspeed.module
+        module.loss_scale = scale
         for batch in batches:
-            yield wire_of(batch), (batch["targets"], torch.tensor(scale, device=self.device))
+            if module.has_loss:
+                module.labels.append(batch.get("targets"))
+            yield wire_of(batch), ()
 
     def _forget_shapes(self) -> None:
         """Before and after activations of another shape; and drop the logits that DeepSpeed takes for a loss."""

@@ -116,6 +116,7 @@ def head_loss(
     return _HeadLoss.apply(hidden, weight, targets, start, valid, axis, chunk)
 
 
+@torch.no_grad()
 def gather_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, axis: Axis) -> Tensor:
     """(S, B, H) -> (S, B, V) on every tensor rank. For inspection, never for training: an all-gather of all logits."""
     local = hidden @ weight.t()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from megatron_ds.layers.cross_entropy import gather_logits, head_loss
@@ -59,20 +58,13 @@ class LanguageModelHead(LossStage):
         spec = ParamSpec((config.vocab_size, config.hidden_size), 0, std=config.init_std)
         self.weight = make_parameter(spec, at.tp.axis)
 
-    def enter(self, hidden: Tensor) -> Tensor:
-        """(S/t, B, H) -> (S, B, H) by an all-gather under sequence parallelism; else the identity."""
-        if self.tp.splits_sequence:
-            return gather_sequence(hidden, self.tp.axis)
-        return copy_to(hidden, self.tp.axis)
-
-    def loss(self, entered: Wire, targets: Tensor) -> Tensor:
-        hidden, weight = entered
-        return head_loss(hidden, weight, targets.t(), vocab_size=self.vocab_size, axis=self.tp.axis)
-
-    @torch.no_grad()
-    def logits(self, entered: Wire) -> Tensor:
-        hidden, weight = entered
-        return gather_logits(hidden, weight, vocab_size=self.vocab_size, axis=self.tp.axis).transpose(0, 1)
+    def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
+        """Enters the parallel region by an all-gather under sequence parallelism, else as a copy."""
+        hidden, axis = wire[0], self.tp.axis
+        hidden = gather_sequence(hidden, axis) if self.tp.splits_sequence else copy_to(hidden, axis)
+        if targets is None:
+            return gather_logits(hidden, self.weight, vocab_size=self.vocab_size, axis=axis).transpose(0, 1)
+        return head_loss(hidden, self.weight, targets.t(), vocab_size=self.vocab_size, axis=axis)
 
 
 def decoder_stages(config: DecoderConfig, at: Placement | None = None) -> list[StageSpec]:

@@ -35,27 +35,14 @@ class StageSpec:
 class LossStage(nn.Module):
     """The last stage: turns hidden states into a loss without leaving logits behind.
 
-    `forward(wire)` hands out what `loss` and `logits` need, (hidden, weight), so that a pipeline engine can bring the
-    targets in afterwards; `forward(wire, targets)` is the loss itself, in one call, as ZeRO-3's gathering wants it.
+    Loss and head are one call, because DeepSpeed starts a backward pass (and clears bf16 gradients) when the gradient
+    reaches what the module returned: a parameter used after that, in a loss function, would lose its gradient.
     """
 
     weight: nn.Parameter
 
-    def forward(self, wire: Wire, targets: Tensor | None = None) -> Wire | Tensor:
-        """Wire -> (hidden, weight); or, with targets (B, S), -> fp32 sum of the labelled tokens' losses."""
-        entered = (self.enter(wire[0]), self.weight)
-        return entered if targets is None else self.loss(entered, targets)
-
-    def enter(self, hidden: Tensor) -> Tensor:
-        """Bring the hidden states into the tensor-parallel region."""
-        raise NotImplementedError
-
-    def loss(self, entered: Wire, targets: Tensor) -> Tensor:
-        """(hidden, weight), targets (B, S) -> fp32 scalar."""
-        raise NotImplementedError
-
-    def logits(self, entered: Wire) -> Tensor:
-        """(hidden, weight) -> (B, S, V)."""
+    def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
+        """Wire, targets (B, S) -> fp32 sum of the labelled tokens' losses; without targets -> (B, S, V) logits."""
         raise NotImplementedError
 
 
@@ -72,18 +59,11 @@ class StageModel(nn.Module):
                 stage.weight = self.get_submodule(spec.tied_to).weight
             self.order.append(stage)
 
-    @property
-    def last(self) -> LossStage:
-        assert isinstance(self.order[-1], LossStage)
-        return self.order[-1]
-
     def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
         """Wire of (B, S) integers, targets (B, S) -> fp32 sum of token losses; without targets -> logits (B, S, V)."""
         for stage in self.order[:-1]:
             wire = stage(wire)
-        if targets is None:
-            return self.last.logits(self.last(wire))
-        return self.last(wire, targets)
+        return self.order[-1](wire, targets)
 
 
 def register(parent: nn.Module, name: str, module: nn.Module) -> None:

@@ -110,16 +110,25 @@ def test_deepspeeds_partitioned_recomputation_equals_transformers(place: Place, 
     assert within_fp32(errors), errors
 
 
-# bf16 keeps 8 bits: one rounding is 2^-9 = 2e-3. Losses are fp32 sums of many rounded terms; the reference rounds in
-# another order. Seen: loss 4e-4, norm 6e-3, weights 3e-3.
-BF16_BOUNDS = {"loss": 2e-3, "norm": 3e-2, "weights": 1e-2}
+# bf16 keeps 8 bits: one rounding is 2^-9 = 2e-3. Losses are fp32 sums of many rounded terms, gradients are rounded in
+# another order than the reference's. Seen: loss 2e-4, norm 6e-3, weights 9e-3 (a key projection, whose gradient is
+# nearly 0, so that Adam amplifies its rounding). A parameter that does not learn is off by 1e-1.
+BF16_BOUNDS = {"loss": 1e-3, "norm": 2e-2, "weights": 2e-2}
 
 
 @pytest.mark.parametrize(
-    "place", [Place(1, 1, 1, 1), Place(2, 1, 2, 2, True), Place(2, 1, 2, 3), Place(2, 2, 1, 1, True)], ids=str
+    ("case", "place"),
+    [
+        ("llama", Place(1, 1, 1, 1)),
+        ("llama", Place(2, 1, 2, 2, True)),
+        ("llama", Place(2, 1, 2, 3)),
+        ("llama", Place(2, 2, 1, 1, True)),
+        ("qwen2-tied", Place(1, 2, 1, 1)),
+    ],
+    ids=str,
 )
-def test_bf16_stays_near_a_bf16_reference(place: Place, references: Any) -> None:
+def test_bf16_stays_near_a_bf16_reference(case: str, place: Place, references: Any) -> None:
     recipe = replace(RECIPE, precision="bf16")
-    directory, reference = references("llama", recipe)
+    directory, reference = references(case, recipe)
     errors = relative_errors(train_ours(directory, place, recipe), reference)
     assert all(errors[name] < bound for name, bound in BF16_BOUNDS.items()), errors

@@ -56,8 +56,11 @@ def flags_lost() -> None:
 
 def mean_of_means() -> None:
     """The loss is averaged per data rank, then over data ranks."""
-    base.Engine.count_tokens = lambda self, batches: self.grid.data.size * sum(  # type: ignore[method-assign]
-        int((batch["targets"] != -100).sum()) for batch in batches
+    base.Engine.count_tokens = lambda self, batches: (
+        self.grid.data.size
+        * sum(  # type: ignore[method-assign]
+            int((batch["targets"] != -100).sum()) for batch in batches
+        )
     )
 
 
@@ -90,8 +93,11 @@ def adjacent_pairs() -> None:
 
 def frequencies_unscaled() -> None:
     """The rope scaling of the config is ignored."""
-    rotary.RotaryConfig.inverse_frequencies = lambda self: 1.0 / (  # type: ignore[method-assign]
-        self.theta ** (torch.arange(0, self.dim, 2).float() / self.dim)
+    rotary.RotaryConfig.inverse_frequencies = lambda self: (
+        1.0
+        / (  # type: ignore[method-assign]
+            self.theta ** (torch.arange(0, self.dim, 2).float() / self.dim)
+        )
     )
 
 

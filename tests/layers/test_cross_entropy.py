@@ -1,0 +1,101 @@
+"""Vocabulary-parallel head and loss: equal to torch's, chunk by chunk, and never a whole tensor of logits."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ds.layers.cross_entropy import head_loss
+from megatron_ds.layers.parameter import ParamSpec, pad_share
+from megatron_ds.parallel.collectives import copy_to
+from megatron_ds.parallel.grid import Axis, Grid, Layout
+from tests.ranks import run_alone, run_grid
+
+S, B, H = 24, 2, 16
+
+
+def _problem(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(S, B, H, generator=generator)
+    weight = torch.randn(vocab, H, generator=generator)
+    targets = torch.randint(0, vocab, (S, B), generator=generator)
+    targets[torch.rand(S, B, generator=generator) < 0.3] = -100
+    return hidden, weight, targets
+
+
+def _expected(vocab: int) -> list[torch.Tensor]:
+    hidden, weight, targets = _problem(vocab)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+    (loss * 0.25).backward()
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+def _ours(grid: Grid, vocab: int, chunk: int) -> list[torch.Tensor]:
+    hidden, weight, targets = _problem(vocab)
+    spec, axis = ParamSpec((vocab, H), 0), grid.tensor
+    start, stop = spec.local_range(axis.rank, axis.size)
+    share = pad_share(weight[start:stop], spec, axis.size).requires_grad_()
+    hidden.requires_grad_()
+    loss = head_loss(copy_to(hidden, axis), share, targets, vocab_size=vocab, axis=axis, chunk=chunk)
+    (loss * 0.25).backward()
+    assert share.grad is not None
+    assert not share.grad[stop - start :].any(), "padding rows must not learn"
+    return [loss.detach(), hidden.grad, share.grad[: stop - start]]
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+@pytest.mark.parametrize(("vocab", "tp"), [(32, 1), (32, 2), (33, 2), (37, 4), (5, 4), (2, 4)])
+def test_loss_and_gradients_equal_torch(vocab: int, tp: int, chunk: int) -> None:
+    """Also where the vocabulary leaves padding on a rank, or a rank with nothing but padding."""
+    loss, grad_hidden, grad_weight = run_alone(_expected, vocab)
+    ranks = run_grid(_ours, Layout(tensor=tp), vocab, chunk)
+    for rank in ranks:
+        torch.testing.assert_close(rank[0], loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rank[1], grad_hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([rank[2] for rank in ranks]), grad_weight, rtol=1e-5, atol=1e-6)
+
+
+class _LargestOutput(TorchDispatchMode):
+    """The largest tensor that any operation makes with a given last dim."""
+
+    def __init__(self, last_dim: int) -> None:
+        super().__init__()
+        self.last_dim, self.rows = last_dim, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == self.last_dim:
+                self.rows = max(self.rows, tensor.numel() // self.last_dim)
+        return out
+
+
+def _largest_logits(vocab: int, chunk: int) -> int:
+    hidden, weight, targets = _problem(vocab)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with _LargestOutput(vocab) as largest:
+        head_loss(hidden, weight, targets, vocab_size=vocab, axis=Axis(), chunk=chunk).backward()
+    return largest.rows
+
+
+def test_no_more_than_a_chunk_of_logits_exists() -> None:
+    assert run_alone(_largest_logits, 97, 8) == 8
+    assert run_alone(_largest_logits, 97, S * B) == S * B, "the meter must see whole logits where there are any"
+
+
+def _all_ignored() -> list[torch.Tensor]:
+    hidden, weight, targets = _problem(31)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = head_loss(hidden, weight, torch.full_like(targets, -100), vocab_size=31, axis=Axis())
+    loss.backward()
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+def test_no_labels_give_zero_not_nan() -> None:
+    assert all(torch.count_nonzero(value) == 0 for value in run_alone(_all_ignored))
