@@ -99,7 +99,7 @@ def test_padding_stays_zero_and_tied_copies_stay_equal(tmp_path: Path) -> None:
 
 def _logits(grid: Grid, directory: Path, place: Place) -> Any:
     engine, _ = engine_on(grid, directory, place, RECIPE)
-    ids = torch.randint(0, VOCAB, (3, SEQ - 5), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, VOCAB, (3, SEQ - 4), generator=torch.Generator().manual_seed(3))
     before = engine.logits(ids)
     engine.train_step(micro_batches(grid, place, RECIPE, 0), lr=0.0)
     after = engine.logits(ids)
@@ -109,7 +109,7 @@ def _logits(grid: Grid, directory: Path, place: Place) -> Any:
 
 
 def _reference_logits(case: str) -> Any:
-    ids = torch.randint(0, VOCAB, (3, SEQ - 5), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, VOCAB, (3, SEQ - 4), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return make_model(CONFIGS[case])(input_ids=ids).logits
 

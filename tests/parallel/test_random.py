@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 def test_seeds_are_stable() -> None:
     """Pinned: a change would silently change every run's initial weights."""
-    assert derive_seed("init", 1234, "embedding.weight") == 2216217420863206240
+    assert derive_seed("init", 1234, "embedding.weight") == 911698866739074511
     assert derive_seed("a", 1) != derive_seed("a", 2) != derive_seed("b", 2)
 
 
