@@ -57,12 +57,6 @@ class ParamSpec:
         return prod(self.shape)
 
 
-class ShardedParameter(nn.Parameter):
-    """Typing aid: a parameter made by `make_parameter`, with its declaration as `.spec`."""
-
-    spec: ParamSpec
-
-
 def make_parameter(spec: ParamSpec, axis: Axis) -> nn.Parameter:
     """Allocate a rank's share, unfilled, in torch's default dtype and device.
 

@@ -75,17 +75,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's axes.
-
-    `model` spans one whole copy of the model (pipeline x tensor); `world` is every rank.
-    """
+    """This rank's axes; `world` spans every rank."""
 
     layout: Layout
     rank: int
     tensor: Axis
     pipeline: Axis
     data: Axis
-    model: Axis
     world: Axis
 
     @property
@@ -113,4 +109,4 @@ def create_grid(layout: Layout, rank: int) -> Grid:
                 mine = Axis(len(ranks), ranks.index(rank), ranks, group)
         return mine
 
-    return Grid(layout, rank, axis("tensor"), axis("pipeline"), axis("data"), axis("pipeline", "tensor"), axis(*AXES))
+    return Grid(layout, rank, axis("tensor"), axis("pipeline"), axis("data"), axis(*AXES))

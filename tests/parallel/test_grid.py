@@ -29,14 +29,14 @@ def test_tensor_neighbours_are_adjacent_ranks() -> None:
 
 def test_one_rank_needs_no_process_group() -> None:
     grid = create_grid(Layout(), 0)
-    for axis in (grid.tensor, grid.pipeline, grid.data, grid.model, grid.world):
+    for axis in (grid.tensor, grid.pipeline, grid.data, grid.world):
         assert (axis.size, axis.rank, axis.group) == (1, 0, None)
 
 
 def _axes(grid: Grid) -> dict[str, tuple[int, ...]]:
-    return {name: getattr(grid, name).ranks for name in ("tensor", "pipeline", "data", "model", "world")}
+    return {name: getattr(grid, name).ranks for name in ("tensor", "pipeline", "data", "world")}
 
 
 def test_groups_on_ranks() -> None:
     seen = run_grid(_axes, Layout(tensor=2, pipeline=2, data=1))
-    assert seen[3] == {"tensor": (2, 3), "pipeline": (1, 3), "data": (3,), "model": (0, 1, 2, 3), "world": (0, 1, 2, 3)}
+    assert seen[3] == {"tensor": (2, 3), "pipeline": (1, 3), "data": (3,), "world": (0, 1, 2, 3)}

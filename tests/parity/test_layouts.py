@@ -15,7 +15,7 @@ from tests.parity.ours import Place, train_ours
 
 PLACES = [
     Place(1, 1, 1, 1),
-    Place(1, 1, 1, 0),
+    Place(1, 1, 2, 0),
     Place(2, 1, 1, 1),
     Place(2, 1, 1, 1, True),
     Place(4, 1, 1, 1, True),
@@ -62,6 +62,17 @@ def test_five_steps_equal_transformers(case: str, place: Place, references: Any)
 def test_every_combination_equals_transformers(case: str, place: Place, references: Any) -> None:
     directory, reference = references(case, RECIPE)
     errors = relative_errors(train_ours(directory, place, RECIPE), reference)
+    assert within_fp32(errors), errors
+
+
+@pytest.mark.parametrize(
+    "place", [Place(1, 1, 2, 0), Place(2, 1, 1, 1, True), Place(1, 2, 1, 1), Place(1, 1, 2, 3)], ids=str
+)
+def test_the_norm_is_known_without_clipping(place: Place, references: Any) -> None:
+    free = replace(RECIPE, grad_clip=0.0)
+    directory, reference = references("qwen3", free)
+    assert max(reference["norms"]) > RECIPE.grad_clip, "the other tests must clip"
+    errors = relative_errors(train_ours(directory, place, free), reference)
     assert within_fp32(errors), errors
 
 
