@@ -6,6 +6,7 @@ The validation part is not read. The shipped `tokenizer/` was made by this scrip
     python examples/pretrain_moby_dick/make_tokenizer.py [OUTPUT_DIR]
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -39,12 +40,20 @@ def train_tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
     )
 
 
+def use_class_of_both_versions(config: Path) -> None:
+    """transformers 5 writes its own name of the class, which 4 does not know; both know PreTrainedTokenizerFast."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Train, check the size and write the directory."""
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "tokenizer"
     tokenizer = train_tokenizer(HERE / "data" / "moby_dick.txt")
     assert len(tokenizer) == VOCAB_SIZE, f"{len(tokenizer)} entries, expected {VOCAB_SIZE}"
     tokenizer.save_pretrained(output)
+    use_class_of_both_versions(output / "tokenizer_config.json")
     print(f"{output}: {len(tokenizer)} entries")
 
 

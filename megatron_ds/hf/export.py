@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,20 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, config_json
 from megatron_ds.hf.io import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import to_hf
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
     "spiece.model",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -34,45 +40,66 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class DirectoryExport:
     """Collect whole native parameters, one at a time, into a Hugging Face directory that appears at once.
 
+    Until `finish` everything is in a hidden directory beside the target. Use it through `exporting`.
+
     Args:
         target: the final directory.
         model: what is exported.
-        dtype: of all weights; None = as they come.
+        dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they come.
         max_shard_size: such as "5GB".
     """
 
-    def __init__(self, target: Path, model: HFModel, dtype: str | None, max_shard_size: str) -> None:
+    def __init__(self, target: str | Path, model: HFModel, dtype: str | None, max_shard_size: str) -> None:
         self.model, self.dtype = model, DTYPES[dtype] if dtype else None
-        self._target = target
-        self.directory = target.with_name(f".{target.name}.tmp")
+        max_shard_bytes = parse_size(max_shard_size)
+        self._target = Path(target).resolve()
+        self.directory = self._target.with_name(f".{self._target.name}.tmp")
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
-        self._writer = ShardWriter(self.directory, parse_size(max_shard_size))
-        self._dtype_written: torch.dtype | None = None
+        self._writer = ShardWriter(self.directory, max_shard_bytes)
+        self._added: set[str] = set()
+        self._elements_of: Counter[torch.dtype] = Counter()
 
     def add(self, name: str, whole: Tensor) -> None:
-        """Take one native parameter, without padding."""
-        whole = whole.to("cpu", self.dtype)
-        self._dtype_written = whole.dtype
+        """Take one native parameter, without padding. Its value is copied.
+
+        Raises:
+            ConversionError: a value does not fit into the dtype asked for.
+        """
+        assert name not in self._added, f"{name} was added before"
+        self._added.add(name)
+        whole = self._cast(name, whole.detach().to("cpu"))
+        self._elements_of[whole.dtype] += whole.numel()
         for theirs, tensor in to_hf(self.model, name, whole):
             self._writer.add(theirs, tensor)
 
-    def finish(self, model_path: str | None, tokenizer_path: str | None) -> None:
-        """Write the small files and put the directory in its place; an earlier export there is replaced."""
-        self._writer.finish()
-        dtype = str(self._dtype_written).removeprefix("torch.")
-        write_json(self.directory / "config.json", config_json(self.model, dtype))
-        self._generation_config(model_path)
-        copy_tokenizer(tokenizer_path, self.directory)
-        old = self._target.with_name(f".{self._target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self._target.exists():
-            os.replace(self._target, old)
-        os.replace(self.directory, self._target)
-        shutil.rmtree(old, ignore_errors=True)
+    def finish(self, model_path: str | Path | None = None, tokenizer_path: str | Path | None = None) -> None:
+        """Write the small files and put the directory in its place; an earlier export there is replaced.
 
-    def _generation_config(self, model_path: str | None) -> None:
-        source = Path(model_path) / "generation_config.json" if model_path else None
+        Args:
+            model_path: where generation_config.json is taken from; None or no such file = made from the config.
+            tokenizer_path: where the tokenizer and chat templates are taken from; None = none.
+        """
+        assert self._added == self.model.table.keys(), self._added ^ self.model.table.keys()
+        self._writer.finish()
+        dtype = str(self._elements_of.most_common(1)[0][0]).removeprefix("torch.")
+        write_json(self.directory / "config.json", config_json(self.model, dtype))
+        self._write_generation_config(model_path)
+        if tokenizer_path is not None:
+            copy_tokenizer(Path(tokenizer_path), self.directory)
+        _replace_directory(self._target, self.directory)
+
+    def _cast(self, name: str, whole: Tensor) -> Tensor:
+        cast = whole.to(self.dtype or whole.dtype)
+        if cast.dtype != whole.dtype and bool((cast.isinf() & whole.isfinite()).any()):
+            raise ConversionError(
+                f"export.dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
+                f"{float(whole.abs().max()):g}; nearest: bfloat16"
+            )
+        return cast
+
+    def _write_generation_config(self, model_path: str | Path | None) -> None:
+        source = Path(model_path) / "generation_config.json" if model_path is not None else None
         if source is not None and source.is_file():
             shutil.copyfile(source, self.directory / source.name)
             return
@@ -82,7 +109,7 @@ class DirectoryExport:
 
 
 @contextmanager
-def exporting(target: Path, model: HFModel, dtype: str | None, max_shard_size: str) -> Iterator[DirectoryExport]:
+def exporting(target: str | Path, model: HFModel, dtype: str | None, max_shard_size: str) -> Iterator[DirectoryExport]:
     """A `DirectoryExport` whose unfinished files are removed when the block fails."""
     export = DirectoryExport(target, model, dtype, max_shard_size)
     try:
@@ -92,14 +119,40 @@ def exporting(target: Path, model: HFModel, dtype: str | None, max_shard_size: s
         raise
 
 
-def copy_tokenizer(source: str | None, target: Path) -> None:
-    """Copy a tokenizer's files byte for byte, chat templates included."""
-    if source is None:
-        return
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files, chat templates included, byte for byte but for a class name of transformers 5 alone."""
     for name in TOKENIZER_FILES:
-        file = Path(source) / name
-        if file.is_file():
-            shutil.copyfile(file, target / name)
-    templates = Path(source) / "additional_chat_templates"
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
+    _use_known_tokenizer_class(target / TOKENIZER_CONFIG)
+
+
+def _use_known_tokenizer_class(file: Path) -> None:
+    """TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast; 4 knows the old name, 5 both."""
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise ConversionError(f"tokenizer: {file.name} is not JSON ({problem})") from problem
+    if isinstance(content, dict) and content.get("tokenizer_class") == "TokenizersBackend":
+        write_json(file, {**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _replace_directory(target: Path, new: Path) -> None:
+    """Put `new` in the place of `target`, which is there again if that fails."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if not target.exists():
+        os.replace(new, target)
+        return
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old)

@@ -1,8 +1,8 @@
 """The invertible operation between Hugging Face tensors and one native parameter.
 
-An operation is written down once, as a pattern of named axes, and compiled both ways:
+An operation is written down once, as patterns of named axes, and carried out both ways:
 
-    Op("(k g d) h", "(k one d) h", "(k one d) h", native="(k * d) h")
+    Op(("(k g d) h", "(k d) h", "(k d) h"), native="(k * d) h", stacked=("g", "", ""))
 
 Each source is viewed with its axes split as written and permuted into the native order, the sources are concatenated
 along `*` (the axis that only they disagree on; a single source has none), and the axes are merged as `native` says.
@@ -14,9 +14,9 @@ A tensor-parallel share is a range of one named axis. It is cut while reading, s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 
 Reader = Callable[[int, tuple[slice, ...]], Tensor]
 """(index of a source, one slice a dim) -> that part of the tensor."""
+
+Dims = tuple[tuple[str, ...], ...]
+"""The axes of each dim, slowest first."""
 
 STAR = "*"
 
@@ -35,42 +38,34 @@ class Op:
     Attributes:
         sources: one pattern a tensor: dims separated by spaces, a dim of several axes in parentheses, slowest first.
         native: pattern of the native parameter, with `*` where the sources are concatenated.
-        stacked: for each source, the axis that takes the place of `*`; "" = a new axis of length 1.
+        stacked: for each source, the axis that takes the place of `*`; "" = a new axis of length 1. Left out: "" each.
     """
 
     sources: tuple[str, ...]
     native: str
     stacked: tuple[str, ...] = ()
 
-    @property
-    def source_dims(self) -> list[list[list[str]]]:
-        return [_parse(pattern) for pattern in self.sources]
+    def __post_init__(self) -> None:
+        assert not self.stacked or len(self.stacked) == len(self.sources), self
+        assert self.native_axes.count(STAR) == (len(self.sources) > 1), f"{self}: * stands for several sources"
+        for source in range(len(self.sources)):
+            given, wanted = _flat(self._dims(source)), [axis for axis in self._axes(source) if axis]
+            assert sorted(given) == sorted(wanted), f"{self}: source {source} has axes {given}, native takes {wanted}"
+            assert len(set(given)) == len(given), f"{self}: an axis stands twice in source {source}"
 
     @property
     def native_axes(self) -> list[str]:
-        return [axis for dim in _parse(self.native) for axis in dim]
+        """All axes of the native parameter, slowest first."""
+        return _flat(_parse(self.native))
 
-    def axes_of(self, source: int) -> list[str]:
-        """The native axes in order, with the source's own axis in place of `*` ("" where it has none)."""
-        own = self.stacked[source] if self.stacked else ""
-        return [own if axis == STAR else axis for axis in self.native_axes]
-
-    def source_shape(self, source: int, sizes: dict[str, int]) -> tuple[int, ...]:
+    def source_shape(self, source: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of a whole Hugging Face tensor."""
-        return tuple(prod(sizes[axis] for axis in dim) for dim in self.source_dims[source])
+        return tuple(prod(sizes[axis] for axis in dim) for dim in self._dims(source))
 
-    def native_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+    def native_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of the whole native parameter."""
-        return tuple(
-            prod(self._star_size(sizes) if a == STAR else sizes[a] for a in dim) for dim in _parse(self.native)
-        )
-
-    def _star_size(self, sizes: dict[str, int]) -> int:
-        return sum(self._own_size(source, sizes) for source in range(len(self.sources)))
-
-    def _own_size(self, source: int, sizes: dict[str, int]) -> int:
-        own = self.stacked[source] if self.stacked else ""
-        return sizes[own] if own else 1
+        sizes = {**sizes, STAR: sum(self._star_sizes(sizes))}
+        return tuple(prod(sizes[axis] for axis in dim) for dim in _parse(self.native))
 
     def split_dim(self, axis: str | None) -> int | None:
         """The native dim whose slowest axis is `axis`: the dim that tensor parallelism divides."""
@@ -81,38 +76,51 @@ class Op:
                 return index
         raise AssertionError(f"axis {axis!r} leads no dim of {self.native!r}")
 
-    def read(self, reader: Reader, sizes: dict[str, int], axis: str | None, start: int, stop: int) -> Tensor:
-        """Make the native parameter, or the share [start, stop) of one axis, from parts of the sources."""
+    def read(self, reader: Reader, sizes: Mapping[str, int], axis: str | None, start: int, stop: int) -> Tensor:
+        """Make the native parameter, or the share [start, stop) of one axis, from parts of the sources.
+
+        Reads no element twice and none outside the share. The result may share memory with what `reader` gave.
+        """
         local = dict(sizes) if axis is None else {**sizes, axis: stop - start}
         parts = []
-        for source, dims in enumerate(self.source_dims):
+        for source in range(len(self.sources)):
+            dims = self._dims(source)
             raw = _read_range(partial(reader, source), dims, sizes, axis, start, stop)
-            order = [name for dim in dims for name in dim]
-            wanted = self.axes_of(source)
+            order, wanted = _flat(dims), self._axes(source)
             view = raw.reshape([local[name] for name in order])
             view = view.permute([order.index(name) for name in wanted if name])
             parts.append(view.reshape([local[name] if name else 1 for name in wanted]))
-        whole = torch.cat(parts, dim=self.native_axes.index(STAR)) if STAR in self.native_axes else parts[0]
+        whole = torch.cat(parts, dim=self.native_axes.index(STAR)) if len(parts) > 1 else parts[0]
         return whole.reshape(self.native_shape(local))
 
-    def write(self, native: Tensor, sizes: dict[str, int]) -> list[Tensor]:
-        """The inverse, for a whole native parameter: one contiguous tensor a source."""
-        axes = self.native_axes
-        view = native.reshape([self._star_size(sizes) if axis == STAR else sizes[axis] for axis in axes])
-        if STAR in axes:
-            own_sizes = [self._own_size(source, sizes) for source in range(len(self.sources))]
-            parts: Sequence[Tensor] = view.split(own_sizes, dim=axes.index(STAR))
-        else:
-            parts = [view]
-        tensors = []
+    def write(self, native: Tensor, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+        """The inverse, for a whole native parameter: one tensor a source, each made when it is asked for.
+
+        They may be views of `native`, and need not be contiguous.
+        """
+        view, parts = native, [native]
+        if STAR in self.native_axes:
+            star_sizes = self._star_sizes(sizes)
+            local = {**sizes, STAR: sum(star_sizes)}
+            view = native.reshape([local[axis] for axis in self.native_axes])
+            parts = list(view.split(star_sizes, dim=self.native_axes.index(STAR)))
         for source, part in enumerate(parts):
-            names = self.axes_of(source)
-            part = part.reshape([size for size, name in zip(part.shape, names) if name])
-            names = [name for name in names if name]
-            order = [name for dim in self.source_dims[source] for name in dim]
-            part = part.permute([names.index(name) for name in order])
-            tensors.append(part.reshape(self.source_shape(source, sizes)).contiguous())
-        return tensors
+            names = [name for name in self._axes(source) if name]
+            part = part.reshape([sizes[name] for name in names])
+            part = part.permute([names.index(name) for name in _flat(self._dims(source))])
+            yield part.reshape(self.source_shape(source, sizes))
+
+    def _dims(self, source: int) -> Dims:
+        return _parse(self.sources[source])
+
+    def _axes(self, source: int) -> list[str]:
+        """The native axes in order, with the source's own axis in place of `*` ("" where it has none)."""
+        own = self.stacked[source] if self.stacked else ""
+        return [own if axis == STAR else axis for axis in self.native_axes]
+
+    def _star_sizes(self, sizes: Mapping[str, int]) -> list[int]:
+        """How much of `*` each source fills."""
+        return [sizes[own] if own else 1 for own in self.stacked or [""] * len(self.sources)]
 
 
 def copy(pattern: str) -> Op:
@@ -120,35 +128,35 @@ def copy(pattern: str) -> Op:
     return Op((pattern,), pattern)
 
 
-def transpose() -> Op:
-    """A Conv1D weight [in, out] as a linear weight [out, in]."""
-    return Op(("i o",), "o i")
+@cache
+def _parse(pattern: str) -> Dims:
+    """ "(k g d) h" -> (("k", "g", "d"), ("h",))."""
+    return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", pattern))
 
 
-def _parse(pattern: str) -> list[list[str]]:
-    """ "(k g d) h" -> [["k", "g", "d"], ["h"]]."""
-    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", pattern)]
+def _flat(dims: Dims) -> list[str]:
+    return [axis for dim in dims for axis in dim]
 
 
 def _read_range(
     read: Callable[[tuple[slice, ...]], Tensor],
-    dims: list[list[str]],
-    sizes: dict[str, int],
+    dims: Sequence[Sequence[str]],
+    sizes: Mapping[str, int],
     axis: str | None,
     start: int,
     stop: int,
 ) -> Tensor:
     """Read [start, stop) of one axis of a tensor: one range, or one for each value of the axes slower than it."""
-    everything = [slice(0, prod(sizes[name] for name in dim)) for dim in dims]
+    ranges = [slice(0, prod(sizes[name] for name in dim)) for dim in dims]
     place = next((index for index, dim in enumerate(dims) if axis in dim), None)
     if axis is None or place is None or (start, stop) == (0, sizes[axis]):
-        return read(tuple(everything))
+        return read(tuple(ranges))
     position = dims[place].index(axis)
     outer = prod(sizes[name] for name in dims[place][:position])
     inner = prod(sizes[name] for name in dims[place][position + 1 :])
-    ranges = []
+    blocks = []
     for block in range(outer):
         base = block * sizes[axis]
-        everything[place] = slice((base + start) * inner, (base + stop) * inner)
-        ranges.append(read(tuple(everything)))
-    return ranges[0] if outer == 1 else torch.cat(ranges, dim=place)
+        ranges[place] = slice((base + start) * inner, (base + stop) * inner)
+        blocks.append(read(tuple(ranges)))
+    return blocks[0] if outer == 1 else torch.cat(blocks, dim=place)

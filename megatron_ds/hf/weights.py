@@ -3,114 +3,115 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.family import LAYER, Row, axis_sizes
-from megatron_ds.hf.io import open_directory, same_bytes
+from megatron_ds.hf.family import EMBEDDING, HEAD
+from megatron_ds.hf.io import open_directory
 from megatron_ds.layers.parameter import ParamSpec, pad_share
 
-HEAD = "head.weight"
-EMBEDDING = "embedding.weight"
-
-
-def table(model: HFModel) -> dict[str, Row]:
-    """Native name -> row, one a parameter, layers written out; no head where it is tied."""
-    expanded = {}
-    for row in model.family.rows(model.decoder):
-        layers = range(model.decoder.num_layers) if LAYER in row.native else range(1)
-        for layer in layers:
-            one = row.at(layer)
-            expanded[one.native] = one
-    if model.decoder.tied:
-        del expanded[HEAD]
-    return expanded
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class HFWeights:
     """Read native parameters out of a directory. Opening it accounts for every tensor; reading touches slices only.
 
+    Args:
+        directory: where the weights are.
+        model: what its config says.
+
     Attributes:
-        model: the model with `tied` settled by the bytes on disk, not by the config.
+        model: the model with `tied` settled by the bytes on disk, not by the config alone.
+
+    Raises:
+        ConversionError: no weights or damaged ones; a tensor that is missing, unexpected, misshapen or not floating.
     """
 
     def __init__(self, directory: str | Path, model: HFModel) -> None:
         self._source = open_directory(directory)
+        self._names = frozenset(self._source.names)
         self._prefix = model.family.prefix
-        self._bare = not any(name.startswith(self._prefix) for name in self._source.names)
-        self.model = model.with_tied(self._is_tied(model))
-        self.sizes = axis_sizes(self.model.decoder)
-        self._rows = table(self.model)
+        self._bare = not any(name.startswith(self._prefix) for name in self._names)
+        table = model.family.table(model.decoder)
+        self._head = self._on_disk(table[HEAD].names[0])
+        self._embedding = self._on_disk(table[EMBEDDING].names[0])
+        self.model = model.with_tied(self._is_tied(model.decoder.tied))
         self._account()
 
     def share(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
-        """A rank's share of one native parameter, in its dtype on disk, vocabulary padding included."""
-        row = self._rows[name]
+        """A tensor rank's share of one native parameter, in its dtype on disk, vocabulary padding included.
+
+        Args:
+            name: native name.
+            spec: the parameter's declaration.
+            rank, size: place on the tensor axis.
+        """
+        row, sizes = self.model.table[name], self.model.axis_sizes
+        assert spec.shape == row.op.native_shape(sizes), (name, spec.shape, row.op.native_shape(sizes))
+        assert spec.split_dim == row.op.split_dim(row.split), (name, spec.split_dim, row)
         start, stop = spec.local_range(rank, size)
-        axis = row.split
-        if axis is not None and spec.split_dim is not None:
-            unit = spec.shape[spec.split_dim] // self.sizes[axis]
+        if row.split is not None and spec.split_dim is not None:
+            unit = spec.shape[spec.split_dim] // sizes[row.split]
+            assert start % unit == stop % unit == 0, f"{name}: {size} tensor ranks would cut through axis {row.split}"
             start, stop = start // unit, stop // unit
         names = [self._on_disk(one) for one in row.names]
-        share = row.op.read(lambda source, at: self._source.read(names[source], at), self.sizes, axis, start, stop)
+        share = row.op.read(lambda source, at: self._source.read(names[source], at), sizes, row.split, start, stop)
         return pad_share(share, spec, size)
 
     def _on_disk(self, name: str) -> str:
         return name.removeprefix(self._prefix) if self._bare else name
 
-    def _is_tied(self, model: HFModel) -> bool:
-        head = self._on_disk(_source_name(model, HEAD))
-        embedding = self._on_disk(_source_name(model, EMBEDDING))
-        names = set(self._source.names)
-        if head not in names or embedding not in names:
-            return model.decoder.tied
-        return model.decoder.tied and same_bytes(self._source, head, embedding)
+    def _is_tied(self, by_config: bool) -> bool:
+        """Tied where the config says so, unless both tensors are there and differ."""
+        if not by_config or not {self._head, self._embedding} <= self._names:
+            return by_config
+        return self._source.same_bytes(self._head, self._embedding)
 
     def _account(self) -> None:
         """Every tensor on disk is used, ignored by a rule, or refused; every parameter has its tensors."""
-        where = self._source.directory
-        present = set(self._source.names)
-        wanted: dict[str, tuple[int, ...]] = {}
-        for row in self._rows.values():
-            for index, name in enumerate(row.names):
-                wanted[self._on_disk(name)] = row.op.source_shape(index, self.sizes)
-        missing = [name for name in wanted if name not in present]
+        where, family = self._source.directory, self.model.family
+        wanted = {
+            self._on_disk(name): row.op.source_shape(source, self.model.axis_sizes)
+            for row in self.model.table.values()
+            for source, name in enumerate(row.names)
+        }
+        missing = [name for name in wanted if name not in self._names]
         if missing:
-            raise ConversionError(f"{where}: {_some(missing)} missing; {self.model.family.model_type} needs it")
-        ignored = [re.compile(pattern) for pattern in self.model.family.ignored]
-        alias = {self._on_disk(_source_name(self.model, HEAD))} if self.model.decoder.tied else set()
+            hint = "; set tie_word_embeddings to true in config.json if the head is the embedding"
+            raise ConversionError(
+                f"{where}: missing {_some(missing)}, which {family.model_type} with this config needs"
+                f"{hint if missing == [self._head] else ''}"
+            )
+        alias = {self._head} if self.model.decoder.tied else set()
         unexpected = [
             name
-            for name in sorted(present - wanted.keys() - alias)
-            if not any(pattern.search(name) for pattern in ignored)
+            for name in sorted(self._names - wanted.keys() - alias)
+            if not any(re.search(pattern, name) for pattern in family.ignored)
         ]
         if unexpected:
             raise ConversionError(
-                f"{where}: {_some(unexpected)} unexpected; {self.model.family.model_type} with this config has no "
-                f"such tensor"
+                f"{where}: unexpected {_some(unexpected)}, which {family.model_type} with this config does not have"
             )
         for name, shape in wanted.items():
-            found = self._source.shape(name)
+            found, dtype = self._source.shape(name), self._source.dtype(name)
             if found != shape:
                 raise ConversionError(f"{where}: {name} has shape {list(found)}, the config says {list(shape)}")
+            if dtype not in FLOATS:
+                raise ConversionError(
+                    f"{where}: {name} is of type {dtype}; supported: {', '.join(FLOATS)} (no quantised weights)"
+                )
 
 
-def to_hf(model: HFModel, name: str, whole: Tensor) -> Iterable[tuple[str, Tensor]]:
-    """A whole native parameter -> its Hugging Face tensors by name."""
-    row = table(model)[name]
-    return zip(row.names, row.op.write(whole, axis_sizes(model.decoder)))
-
-
-def _source_name(model: HFModel, native: str) -> str:
-    return next(row.names[0] for row in model.family.rows(model.decoder) if row.native == native)
+def to_hf(model: HFModel, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A whole native parameter -> its Hugging Face tensors by name, one at a time; they may be views of it."""
+    row = model.table[name]
+    return zip(row.names, row.op.write(whole, model.axis_sizes))
 
 
 def _some(names: list[str], most: int = 3) -> str:
-    shown = ", ".join(names[:most])
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    verb = "is" if len(names) == 1 else "are"
-    return f"{shown}{more} {verb}"
+    return ", ".join(names[:most]) + more

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.hf.family import Family, FieldRules, Row, activation
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
+from megatron_ds.hf.fields import FieldRules
 from megatron_ds.hf.mapping import Op, copy
+from megatron_ds.hf.translate import activation
 from megatron_ds.models.config import DecoderConfig
 
 FIELDS = FieldRules(
@@ -27,20 +29,20 @@ FIELDS = FieldRules(
         ]
     ),
     equal={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "n_special": (0,),
     },
     harmless=frozenset(
         [
             "n_ctx",
+            "predict_special_tokens",
             "summary_type",
             "summary_use_proj",
             "summary_activation",
             "summary_proj_to_labels",
             "summary_first_dropout",
-            "gradient_checkpointing",
         ]
     ),
 )
@@ -81,7 +83,7 @@ def rows(config: DecoderConfig) -> list[Row]:
     """The table. `transformer.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "transformer.h.{n}"
     table = [
-        Row("embedding.weight", ("transformer.wte.weight",), copy("v h"), "v"),
+        Row(EMBEDDING, ("transformer.wte.weight",), copy("v h"), "v"),
         Row("positions.table.weight", ("transformer.wpe.weight",), copy("p h")),
         Row(f"{native}.attention.qkv.weight", (f"{theirs}.attn.c_attn.weight",), Op(("h (c k d)",), "(k c d) h"), "k"),
         Row(f"{native}.attention.qkv.bias", (f"{theirs}.attn.c_attn.bias",), Op(("(c k d)",), "(k c d)"), "k"),
@@ -91,7 +93,7 @@ def rows(config: DecoderConfig) -> list[Row]:
         Row(f"{native}.mlp.up.bias", (f"{theirs}.mlp.c_fc.bias",), copy("f"), "f"),
         Row(f"{native}.mlp.down.weight", (f"{theirs}.mlp.c_proj.weight",), Op(("f h",), "h f"), "f"),
         Row(f"{native}.mlp.down.bias", (f"{theirs}.mlp.c_proj.bias",), copy("h")),
-        Row("head.weight", ("lm_head.weight",), copy("v h"), "v"),
+        Row(HEAD, ("lm_head.weight",), copy("v h"), "v"),
     ]
     for ours, name in (
         (f"{native}.attention_norm", f"{theirs}.ln_1"),

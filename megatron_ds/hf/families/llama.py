@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_ds.hf.family import Family, FieldRules, Row, activation, rotary
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
+from megatron_ds.hf.fields import FieldRules
 from megatron_ds.hf.mapping import Op, copy
+from megatron_ds.hf.translate import activation, layer_windows, rotary
 from megatron_ds.models.config import DecoderConfig
 
 _SHARED_FIELDS = frozenset(
@@ -62,11 +64,6 @@ def _decoder(config: Any, family: str, windows: tuple[int | None, ...], **option
     )
 
 
-def _layer_windows(config: Any) -> tuple[int | None, ...]:
-    sliding = config.sliding_window
-    return tuple(sliding if kind == "sliding_attention" else None for kind in config.layer_types)
-
-
 def _llama(config: Any) -> DecoderConfig:
     bias = config.attention_bias
     windows = (None,) * config.num_hidden_layers
@@ -78,12 +75,19 @@ def _mistral(config: Any) -> DecoderConfig:
 
 
 def _qwen2(config: Any) -> DecoderConfig:
-    return _decoder(config, "qwen2", _layer_windows(config), qkv_bias=True)
+    return _decoder(config, "qwen2", layer_windows(config.layer_types, config.sliding_window), qkv_bias=True)
 
 
 def _qwen3(config: Any) -> DecoderConfig:
     bias = config.attention_bias
-    return _decoder(config, "qwen3", _layer_windows(config), qkv_bias=bias, out_bias=bias, qk_norm=True)
+    return _decoder(
+        config,
+        "qwen3",
+        layer_windows(config.layer_types, config.sliding_window),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+    )
 
 
 def rows(config: DecoderConfig) -> list[Row]:
@@ -93,7 +97,7 @@ def rows(config: DecoderConfig) -> list[Row]:
     gate_up_names = tuple(f"{theirs}.mlp.{part}_proj" for part in ("gate", "up"))
     grouped = ("g", "", "")
     table = [
-        Row("embedding.weight", ("model.embed_tokens.weight",), copy("v h"), "v"),
+        Row(EMBEDDING, ("model.embed_tokens.weight",), copy("v h"), "v"),
         Row(f"{native}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), copy("h")),
         Row(
             f"{native}.attention.qkv.weight",
@@ -113,7 +117,7 @@ def rows(config: DecoderConfig) -> list[Row]:
         ),
         Row(f"{native}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",), copy("h f"), "f"),
         Row("final_norm.weight", ("model.norm.weight",), copy("h")),
-        Row("head.weight", ("lm_head.weight",), copy("v h"), "v"),
+        Row(HEAD, ("lm_head.weight",), copy("v h"), "v"),
     ]
     if config.qkv_bias:
         op = Op(("(k g d)", "(k d)", "(k d)"), "(k * d)", grouped)
@@ -150,5 +154,5 @@ LLAMA = _family(
     ),
 )
 MISTRAL = _family("mistral", "MistralForCausalLM", _mistral, FieldRules(mapped=_SHARED_FIELDS | {"sliding_window"}))
-QWEN2 = _family("qwen2", "Qwen2ForCausalLM", _qwen2, FieldRules(mapped=(_SHARED_FIELDS | _SLIDING) - {"head_dim"}))
+QWEN2 = _family("qwen2", "Qwen2ForCausalLM", _qwen2, FieldRules(mapped=_SHARED_FIELDS | _SLIDING))
 QWEN3 = _family("qwen3", "Qwen3ForCausalLM", _qwen3, FieldRules(mapped=_SHARED_FIELDS | _SLIDING | {"attention_bias"}))

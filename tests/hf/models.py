@@ -1,0 +1,87 @@
+"""Tiny random models of every family and option, saved by transformers; and what is on disk, by hash."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ds.hf.export import exporting
+from megatron_ds.hf.io import TensorSource, open_directory
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.layers.parameter import ParamSpec
+from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.stages import StageModel
+from tests.parity.cases import CONFIGS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build(config: dict[str, Any], dtype: str = "float32") -> Any:
+    """A transformers model of which no two weights are alike: constants (norms, biases) would hide a swap."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data)
+    return model.to(DTYPES[dtype])
+
+
+def save_all(directory: Path) -> None:
+    """Every case in every dtype, as directory/case/dtype."""
+    for case, config in CONFIGS.items():
+        model = build(config)
+        for name, dtype in DTYPES.items():
+            model.to(dtype).save_pretrained(directory / case / name)
+
+
+def whole(source: TensorSource, name: str) -> torch.Tensor:
+    return source.read(name, tuple(slice(0, size) for size in source.shape(name)))
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Name -> dtype, shape and SHA-256 of the bytes of every tensor in a directory."""
+    source = open_directory(directory)
+    found = {}
+    for name in source.names:
+        data = whole(source, name).contiguous().view(torch.uint8).numpy().tobytes()
+        found[name] = f"{source.dtype(name)} {source.shape(name)} {hashlib.sha256(data).hexdigest()}"
+    return found
+
+
+def declarations(weights: HFWeights) -> dict[str, ParamSpec]:
+    """Native name -> declaration, from the model itself."""
+    with torch.device("meta"):
+        model = StageModel(decoder_stages(weights.model.decoder))
+    return {name: parameter.spec for name, parameter in model.named_parameters()}
+
+
+def gathered(weights: HFWeights, name: str, spec: ParamSpec, size: int) -> torch.Tensor:
+    """The shares of all tensor ranks, put together and without padding."""
+    shares = [weights.share(name, spec, rank, size) for rank in range(size)]
+    assert all(share.shape == spec.local_shape(size) for share in shares), name
+    if spec.split_dim is None:
+        assert all(torch.equal(share, shares[0]) for share in shares), name
+        return shares[0]
+    return torch.cat(shares, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
+
+
+def export(
+    weights: HFWeights,
+    target: Path,
+    *,
+    tensor_size: int = 1,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    after_each: Callable[[str, torch.Tensor], None] = lambda name, tensor: None,
+    **sources: Any,
+) -> None:
+    """Read a directory as so many tensor ranks would, and export it again."""
+    with exporting(target, weights.model, dtype, max_shard_size) as out:
+        for name, spec in declarations(weights).items():
+            tensor = gathered(weights, name, spec, tensor_size)
+            out.add(name, tensor)
+            after_each(name, tensor)
+        out.finish(**sources)

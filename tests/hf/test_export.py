@@ -1,0 +1,414 @@
+"""The exported directory: whole or not there, complete, and loaded by transformers without a word."""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
+from megatron_ds.hf.io import ShardWriter, open_directory, parse_size
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.train.export import check_export, reference_logits
+from tests.hf.models import declarations, export, gathered, hashes, whole
+from tests.ranks import run_alone
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def weights_of(saved: Path, case: str, dtype: str = "float32") -> HFWeights:
+    directory = saved / case / dtype
+    return HFWeights(directory, read_model(directory))
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("5GB", 5 * 10**9),
+        ("5 GB", 5 * 10**9),
+        ("1.5MB", 1_500_000),
+        ("20KB", 20_000),
+        ("2TB", 2 * 10**12),
+        ("1GiB", 2**30),
+        ("1TiB", 2**40),
+        ("3KiB", 3072),
+        ("100B", 100),
+        ("500mb", 5 * 10**8),
+    ],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "0GB", "1e3MB", "5 G B", "5GB 3MB", "0.1B", "5.GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConversionError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"max_shard_size={text!r} is not a size; write for example 5GB or 500MB"
+
+
+def test_every_size_of_the_run_file_is_understood() -> None:
+    from megatron_ds.config import ExportSection
+
+    for unit in ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB", " GB"):
+        assert parse_size(ExportSection(path="x", max_shard_size=f"2.5{unit}").max_shard_size) > 0
+
+
+def test_shards_and_index(saved: Path, tmp_path: Path) -> None:
+    export(weights_of(saved, "llama"), tmp_path / "out", max_shard_size="20KB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert [file.name for file in files] == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    assert set(index) == {"metadata", "weight_map"}
+    total_size = total_parameters = 0
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        assert {index["weight_map"][name] for name in tensors} == {file.name}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        assert size <= 20_000 or len(tensors) == 1
+        total_size += size
+        total_parameters += sum(tensor.numel() for tensor in tensors.values())
+    assert index["metadata"] == {"total_parameters": total_parameters, "total_size": total_size}
+    assert len(index["weight_map"]) == len(hashes(saved / "llama" / "float32"))
+
+
+def test_one_file_has_no_index(saved: Path, tmp_path: Path) -> None:
+    export(weights_of(saved, "gpt2"), tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+
+
+def test_tensor_may_change_after_it_was_added(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, 10**6)
+    live = torch.arange(6.0)
+    writer.add("first", live)
+    writer.add("transposed", live.reshape(2, 3).t())
+    live.fill_(-1.0)
+    writer.add("last", live[2:4])
+    writer.finish()
+    source = open_directory(tmp_path)
+    assert torch.equal(whole(source, "first"), torch.arange(6.0))
+    assert torch.equal(whole(source, "transposed"), torch.arange(6.0).reshape(2, 3).t())
+    assert whole(source, "last").tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3"])
+def test_live_parameters_may_change_or_be_freed_while_exporting(case: str, saved: Path, tmp_path: Path) -> None:
+    """As under ZeRO-3, which lets go of a gathered parameter once it was handed out."""
+    export(weights_of(saved, case), tmp_path / "out", after_each=lambda name, tensor: tensor.zero_())
+    assert hashes(tmp_path / "out") == hashes(saved / case / "float32")
+
+
+# ---- dtype -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(dtype: str, saved: Path, tmp_path: Path) -> None:
+    export(weights_of(saved, "qwen2"), tmp_path / "out", dtype=dtype)
+    source, before = open_directory(tmp_path / "out"), open_directory(saved / "qwen2" / "float32")
+    for name in source.names:
+        assert torch.equal(whole(source, name), whole(before, name).to(getattr(torch, dtype))), name
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["dtype"] == content["torch_dtype"] == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_in_the_config_is_that_of_the_weights(dtype: str, saved: Path, tmp_path: Path) -> None:
+    export(weights_of(saved, "qwen2", dtype), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_value_that_the_dtype_cannot_hold(saved: Path, tmp_path: Path) -> None:
+    weights = weights_of(saved, "gpt2")
+    with exporting(tmp_path / "out", weights.model, "bfloat16", "5GB") as out:
+        out.add("final_norm.weight", torch.full((32,), 1e5))
+        out.add("final_norm.bias", torch.full((32,), float("inf")))  # was infinite before: not the cast's doing
+        with pytest.raises(ConversionError) as caught:
+            DirectoryExport(tmp_path / "half", weights.model, "float16", "5GB").add(
+                "final_norm.weight", torch.full((32,), -1e5)
+            )
+        assert str(caught.value) == (
+            "export.dtype=float16 cannot hold final_norm.weight, whose largest value is 100000; nearest: bfloat16"
+        )
+        with pytest.raises(AssertionError, match="added before"):
+            out.add("final_norm.weight", torch.ones(32))
+        with pytest.raises(AssertionError, match=r"blocks\.0"):
+            out.finish()
+
+
+# ---- the directory ---------------------------------------------------------------------------------------------------
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def fail_while_adding(out: DirectoryExport, add_all: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    raise KeyboardInterrupt
+
+
+def fail_in_finish(out: DirectoryExport, add_all: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    add_all()
+    out.finish(tokenizer_path=_BROKEN)
+
+
+def fail_in_replacing(out: DirectoryExport, add_all: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    add_all()
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(source) == out.directory:
+            raise OSError("no")
+        original(source, target)
+
+    patch.setattr(os, "replace", replace)
+    out.finish()
+
+
+_BROKEN = "broken-tokenizer"
+
+
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("fail", [fail_while_adding, fail_in_finish, fail_in_replacing])
+def test_failing_export_leaves_everything_as_it_was(
+    fail: Callable[..., None], existing: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (tmp_path / _BROKEN).mkdir()
+    (tmp_path / _BROKEN / "tokenizer_config.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    if existing:
+        export(weights_of(saved, "gpt2"), place / "out")
+    before = contents(place)
+    weights = weights_of(saved, "llama")
+    with (
+        pytest.raises((ConversionError, OSError, KeyboardInterrupt)),
+        exporting(place / "out", weights.model, None, "20KB") as out,
+    ):
+        specs = declarations(weights)
+        fail(out, lambda: [out.add(name, gathered(weights, name, specs[name], 1)) for name in specs], monkeypatch)
+    assert contents(place) == before
+    assert [file.name for file in place.iterdir()] == ["out"] * existing
+
+
+def test_earlier_export_is_replaced_as_a_whole(saved: Path, tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    export(weights_of(saved, "llama"), target, max_shard_size="20KB")
+    (target / "pytorch_model.bin").write_bytes(b"stale")
+    (tmp_path / "deep" / ".out.tmp").mkdir()  # left by a run that was killed
+    (tmp_path / "deep" / ".out.tmp" / "rest").touch()
+    export(weights_of(saved, "gpt2"), target)
+    assert hashes(target) == hashes(saved / "gpt2" / "float32")
+    assert sorted(file.name for file in target.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert [file.name for file in target.parent.iterdir()] == ["out"]
+
+
+def test_target_may_be_a_link_or_relative(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    export(weights_of(saved, "gpt2"), Path("link"))
+    assert (tmp_path / "link").is_symlink()
+    assert hashes(tmp_path / "real") == hashes(saved / "gpt2" / "float32")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_have_the_modes_of_the_umask(mask: int, saved: Path, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        export(weights_of(saved, "llama"), tmp_path / "out", max_shard_size="20KB")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) > 4
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~mask}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~mask
+
+
+# ---- tokenizer, templates, generation config -------------------------------------------------------------------------
+
+
+def make_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<s>": 0, **{letter: number for number, letter in enumerate("abcdefgh ", start=1)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[])), bos_token="<s>", eos_token="<s>"
+    )
+    tokenizer.chat_template = {"default": TEMPLATE, "tool": TEMPLATE + "tool"}
+    tokenizer.save_pretrained(directory)
+
+
+def test_tokenizer_and_templates_are_carried(tmp_path: Path) -> None:
+    run_alone(make_tokenizer, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "model.safetensors").touch()
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(tmp_path / "tokenizer", tmp_path / "out")
+    given, taken = contents(tmp_path / "tokenizer"), contents(tmp_path / "out")
+    assert "chat_template.jinja" in given and "additional_chat_templates/tool.jinja" in given
+    del given["model.safetensors"]
+    assert taken.keys() == given.keys()
+    config = json.loads(given["tokenizer_config.json"])
+    assert config["tokenizer_class"] == "TokenizersBackend"  # if this fails, our rewriting is not needed any more
+    assert json.loads(taken["tokenizer_config.json"]) == {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in given.keys() - {"tokenizer_config.json"}:
+        assert taken[name] == given[name]
+
+
+def test_template_in_the_tokenizer_config_is_carried_byte_for_byte(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "out").mkdir()
+    content = json.dumps({"tokenizer_class": "GPT2Tokenizer", "chat_template": TEMPLATE})
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(content)
+    copy_tokenizer(tmp_path / "tokenizer", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == content
+
+
+def test_generation_config_is_carried_or_made(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    content = '{"do_sample": true, "temperature": 0.7}'
+    (tmp_path / "source" / "generation_config.json").write_text(content)
+    export(weights_of(saved, "llama"), tmp_path / "out", model_path=tmp_path / "source")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == content
+    export(weights_of(saved, "llama"), tmp_path / "out", model_path=tmp_path)
+    made = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert made["eos_token_id"] == made["bos_token_id"] == 0
+
+
+# ---- transformers ----------------------------------------------------------------------------------------------------
+
+
+def load_as_a_user(directory: Path, screen: Path) -> dict[str, Any]:
+    """Load with transformers, its warnings and bars going to a file; then again through our check."""
+    import logging as standard_logging
+    import sys
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    sys.stdout = sys.stderr = open(screen, "w", buffering=1)  # noqa: SIM115
+    logging.add_handler(standard_logging.StreamHandler(sys.stderr))
+    logging.hf_hub_utils = SimpleNamespace(enable_progress_bars=lambda: None, disable_progress_bars=lambda: None)
+    logging.enable_progress_bar()  # as in a process where our command line has not turned them off for good
+
+    ids = torch.arange(24).reshape(2, 12)
+    ours = reference_logits(str(directory), ids)
+    after_our_check = screen.read_text()
+    restored = logging.is_progress_bar_enabled()
+    model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    with torch.no_grad():
+        logits = model(ids).logits
+    return {
+        "class": type(model).__name__,
+        "found": {kind: list(names) for kind, names in found.items()},
+        "same": torch.equal(ours, logits.float()),
+        "ours": after_our_check,
+        "screen": screen.read_text(),
+        "restored": restored,
+        "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        "eos": tokenizer.eos_token_id,
+        "chat": tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False),
+    }
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-tied-bias", "mistral", "qwen2", "qwen3"])
+def test_transformers_loads_it_in_silence(case: str, saved: Path, tmp_path: Path) -> None:
+    run_alone(make_tokenizer, tmp_path / "tokenizer")
+    weights = weights_of(saved, case)
+    export(weights, tmp_path / "out", tensor_size=2, max_shard_size="30KB", tokenizer_path=tmp_path / "tokenizer")
+    seen = run_alone(load_as_a_user, tmp_path / "out", tmp_path / "screen")
+    assert seen["class"] == weights.model.family.architecture
+    assert not any(seen["found"].values()), seen["found"]
+    assert seen["same"] and seen["restored"]
+    assert seen["ours"] == ""
+    assert "warn" not in seen["screen"].lower() and "missing" not in seen["screen"].lower(), seen["screen"]
+    assert "Loading weights" in seen["screen"]  # so the silence of our own check above means something
+    assert seen["tied"] == weights.model.decoder.tied
+    assert seen["eos"] == 0 and seen["chat"] == "abc"
+
+
+def check_with(logits: torch.Tensor | None, directory: str, precision: str, dtype: str | None) -> float:
+    """`check_export` on one rank whose live model gives these logits."""
+    axis = SimpleNamespace(rank=0, size=1, group=None, ranks=(0,))
+    grid = SimpleNamespace(rank=0, tensor=axis, data=axis, world=axis)
+    engine: Any = SimpleNamespace(grid=grid, device=torch.device("cpu"), logits=lambda ids: logits)
+    job: Any = SimpleNamespace(facts=SimpleNamespace(precision=precision))
+    section: Any = SimpleNamespace(path=directory, dtype=dtype)
+    return check_export(engine, job, section, torch.arange(24).reshape(2, 12))
+
+
+def outcome(logits: torch.Tensor, directory: str, precision: str, dtype: str | None) -> float | str:
+    try:
+        return check_with(logits, directory, precision, dtype)
+    except ConversionError as problem:
+        return str(problem)
+
+
+def run_checks(directory: str) -> dict[str, float | str]:
+    right = reference_logits(directory, torch.arange(24).reshape(2, 12))
+    seen = {"right": outcome(right, directory, "fp32", None)}
+    for name, wrong in {"off": right * 1.001, "nan": right * float("nan"), "zero": right * 0}.items():
+        for precision, dtype in (("fp32", None), ("bf16", None), ("fp32", "bfloat16"), ("bf16", "float32")):
+            seen[f"{name} {precision} {dtype}"] = outcome(wrong, directory, precision, dtype)
+    return seen
+
+
+def test_check_of_an_export_finds_what_is_wrong(saved: Path) -> None:
+    directory = str(saved / "gpt2" / "float32")
+    seen = run_alone(run_checks, directory)
+    assert seen.pop("right") == 0.0
+    assert seen.pop("off fp32 None") == (
+        f"export.path={directory}: transformers' logits differ from the live model's by 1.00e-03 (relative L2), more "
+        "than 1e-05; the export is wrong, please report it"
+    )
+    for key in ("off bf16 None", "off fp32 bfloat16", "off bf16 float32"):  # within bf16's rounding
+        assert seen.pop(key) == pytest.approx(1e-3, rel=1e-2)
+    assert len(seen) == 8 and all(isinstance(message, str) for message in seen.values()), seen
+
+
+def missing_tensor_is_refused(directory: str) -> str:
+    try:
+        reference_logits(directory, torch.arange(4)[None])
+    except ConversionError as problem:
+        return str(problem)
+    return "loaded"
+
+
+def test_check_refuses_what_transformers_fills_in(saved: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(saved / "gpt2" / "float32" / "model.safetensors")
+    del tensors["transformer.h.0.mlp.c_fc.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((saved / "gpt2" / "float32" / "config.json").read_bytes())
+    assert run_alone(missing_tensor_is_refused, str(tmp_path)) == (
+        f"{tmp_path}: transformers loads it with {{'missing_keys': ['transformer.h.0.mlp.c_fc.bias']}}"
+    )
