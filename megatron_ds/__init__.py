@@ -5,20 +5,23 @@ mds.train(mds.load_run("run.yaml"))
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_ds.config import load_run
+    from megatron_ds.train.launch import train
 
 __version__ = "0.1.0"
 
-# Resolved on first use, so that importing the package costs nothing.
-_PUBLIC = {
-    "load_run": "megatron_ds.config",
-    "train": "megatron_ds.train.launch",
-}
+# Resolved on first use, so that importing the package costs nothing. `train` is not here: see megatron_ds/train.
+_PUBLIC = {"load_run": "megatron_ds.config"}
 
 __all__ = ["__version__", "load_run", "train"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("megatron_ds.train")
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,36 +1,31 @@
 """Start ranks for tests: forked from this preloaded process, with a file rendezvous and a time limit."""
 
-import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from megatron_ds import engine
+from megatron_ds.log import quiet_libraries
 from megatron_ds.parallel.grid import Grid, Layout, create_grid
 from megatron_ds.parallel.launch import RankInfo, run_local
 
-_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-_preloaded = []
 
-
-def _preload() -> None:
-    """Import once what every forked rank would import again."""
-    if not _preloaded:
-        engine.preload()
-        for family in _FAMILIES:
-            importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        _preloaded.append(True)
+@cache
+def preload() -> None:
+    """Import what ranks need, once in this process."""
+    quiet_libraries()
+    engine.preload()
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Results of fn(RankInfo, *args) on each rank, inside an initialised process group."""
-    _preload()
+    preload()
 
     def rank(info: RankInfo) -> Any:
         engine.start_distributed(info, timeout_s=timeout_s)
-        try:
-            return fn(info, *args)
-        finally:
-            engine.stop_distributed()
+        result = fn(info, *args)
+        engine.stop_distributed()  # not after an exception: the error must be written before peers lose this rank
+        return result
 
     return run_local(rank, world_size, timeout_s)
 
@@ -47,5 +42,5 @@ def run_grid(fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: floa
 
 def run_alone(fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> Any:
     """Result of fn(*args) in one forked process without a process group; keeps this process free of threads."""
-    _preload()
+    preload()
     return run_local(lambda info: fn(*args), 1, timeout_s)[0]

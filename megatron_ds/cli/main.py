@@ -1,48 +1,89 @@
-"""`megatron-ds`: parse, run, and turn what went wrong into one line and an exit status."""
+"""`megatron-ds`: parse, run, and turn what went wrong into one line and an exit status.
+
+Nothing heavy is imported here, so that `--help` answers at once: each command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import time
+from typing import Annotated
 
 import typer
 
-from megatron_ds.cli.display import print_error
+from megatron_ds import __version__
+from megatron_ds.cli.train import HELP as TRAIN_HELP
 from megatron_ds.cli.train import train
 from megatron_ds.errors import LaunchError, MegatronDSError
 
+PROGRAM = "megatron-ds"
+ROOT_HELP = """Train and fine-tune transformers with Megatron's model parallelism on DeepSpeed's engine.
+
+Example:
+
+  megatron-ds train run.yaml --nproc 2
+"""
+SPEECH_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to speak
+
 app = typer.Typer(
-    name="megatron-ds",
-    help="Train and fine-tune transformers with Megatron's model parallelism on DeepSpeed's engine.",
-    no_args_is_help=True,
+    name=PROGRAM,
+    help=ROOT_HELP,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(train)
+app.command(help=TRAIN_HELP)(train)
 
 
 @app.callback()
-def _root() -> None:
-    """Train and fine-tune transformers with Megatron's model parallelism on DeepSpeed's engine."""
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    # The `deepspeed` launcher passes it before the command; the environment says the same.
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    if version:
+        print(PROGRAM, __version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
 
 
 def main() -> None:
     """Exit status: 0 done; 2 the user's mistake, in one line; 130 interrupted; 1 anything else."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenizers would switch itself off in forked ranks
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        app()
+        status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except LaunchError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank
+        return 1
     except MegatronDSError as problem:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print_error(str(problem))
-        sys.exit(2)
+        _tell(str(problem))
+        return 2
+    except typer.TyperException as problem:
+        hint = f"see {getattr(getattr(problem, 'ctx', None), 'command_path', PROGRAM)} --help"
+        _tell(f"{problem.format_message().rstrip('.')}; {hint}")
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return status if isinstance(status, int) else 0  # the code of typer.Exit, or what a command returned
+
+
+def _tell(message: str) -> None:
+    """Rank 0 speaks for all: what reaches this place on other ranks is wrong on each."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        from megatron_ds.cli.display import print_error
+
+        print_error(message)
+    else:
+        time.sleep(SPEECH_WAIT_S)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,35 @@ from typing import Annotated
 
 import typer
 
-EXAMPLE = """Examples:
+HELP = """Pretrain or fine-tune as a run file says.
 
+Examples:
+
+\b
   megatron-ds train run.yaml --nproc 2
-
   megatron-ds train run.yaml train.steps=10 parallel.tensor=2 --nproc 4
-
   torchrun --nproc-per-node 8 -m megatron_ds train run.yaml
+  deepspeed --module megatron_ds train run.yaml
+  srun --kill-on-bad-exit=1 python -m megatron_ds train run.yaml
 """
 
 
 def train(
     run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Values that replace the run file's.", metavar="[key.sub=value ...]")
+        list[str] | None, typer.Argument(help="Values that replace the run file's.", metavar="key.sub=value")
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Local ranks to start (default 1). Leave out under torchrun, deepspeed or srun."),
+        typer.Option(
+            metavar="N",
+            help="Local ranks to start (default 1). Leave out under torchrun, deepspeed or srun.",
+        ),
     ] = None,
 ) -> None:
-    """Pretrain or fine-tune as a run file says."""
+    """Train; see HELP."""
     from megatron_ds.cli.display import TerminalReporter
     from megatron_ds.config import load_run
     from megatron_ds.train.launch import train as start
 
     start(load_run(run, overrides or []), nproc, TerminalReporter)
-
-
-train.__doc__ = f"{train.__doc__}\n\n{EXAMPLE}"

@@ -6,7 +6,7 @@ becomes DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters offer the same 
 
 from megatron_ds.engine.base import Engine, MicroBatch, StepResult
 from megatron_ds.engine.build import EngineOptions, build_engine
-from megatron_ds.engine.distributed import device_type, preload, start_distributed, stop_distributed
+from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
 
 __all__ = [
     "Engine",
@@ -14,6 +14,7 @@ __all__ = [
     "MicroBatch",
     "StepResult",
     "build_engine",
+    "device_count",
     "device_type",
     "preload",
     "start_distributed",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -78,13 +80,14 @@ def build_engine(
     read = read_share or partial(_initial, options.seed)
     _fill(module, grid, read, zero_3=facts.zero_stage == 3)
     optimizer = _adamw(module, options.optimizer, device)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=options.deepspeed,
-        mpu=None if pipelined else mpu,  # a PipelineModule brings its own
-        dist_init_required=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=options.deepspeed,
+            mpu=None if pipelined else mpu,  # a PipelineModule brings its own
+            dist_init_required=False,
+        )
     return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine)
 
 
@@ -97,6 +100,8 @@ def _allocation(facts: DeepSpeedFacts, config: dict[str, Any], mpu: Mpu, device:
     """Parameters made inside are of the run's dtype and device, and born partitioned under ZeRO-3."""
     zero_init: AbstractContextManager[Any] = nullcontext()
     if facts.zero_stage == 3:
+        with device:
+            torch.empty(0)  # torch lists its constructors at the first use; in zero.Init it would list DeepSpeed's
         zero_init = deepspeed.zero.Init(
             data_parallel_group=mpu.get_data_parallel_group(),
             config_dict_or_path=config,  # gives the dtype: 0.19.8 ignores an explicit one and takes bf16 on CPU

@@ -40,6 +40,13 @@ def device_type() -> str:
     return str(get_accelerator().device_name())
 
 
+def device_count() -> int:
+    """Devices of that type that this machine lets us use. Initialises none."""
+    from deepspeed.accelerator import get_accelerator
+
+    return int(get_accelerator().device_count())
+
+
 def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device:
     """Join the process group and take this rank's device.
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -74,6 +75,11 @@ class StagePipeline(PipelineModule):
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        """DeepSpeed broadcasts parameters in view of autograd, which would warn of it in the backward pass."""
+        super()._synchronize_tied_weights()
 
     def _use_plain_names(self, specs: Sequence[StageSpec]) -> None:
         """DeepSpeed names stages by number and tied ones apart; give all the names that the plain model has."""

@@ -1,81 +1,55 @@
-"""Who am I among the ranks, and how to start local ones.
+"""Start local ranks and look after them.
 
-Under torchrun, the `deepspeed` launcher or srun the answer is in the environment. Alone, `run_local` forks N ranks from
-this process, which has imported everything already: a rank then starts in a fraction of a second instead of many.
-A rank that fails takes the others down; its own traceback is what the user sees.
+`run_local` forks them from this process, which has imported everything already: a rank then starts in a fraction of a
+second instead of many. A rank that fails takes the others down, within seconds, and its own traceback is what the user
+sees. No rank outlives the parent, however that ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.errors import LaunchError, MegatronDSError, TopologyError
+from megatron_ds.errors import LaunchError
+from megatron_ds.log import get_logger
+from megatron_ds.parallel.failure import INTERRUPTED, find_cause, read_failure, write_failure
+from megatron_ds.parallel.rank import RENDEZVOUS_FILE, RankInfo
 
-RENDEZVOUS_FILE = "MEGATRON_DS_RENDEZVOUS"
-GRACE_S = 5.0
+__all__ = ["RENDEZVOUS_FILE", "RankInfo", "run_local"]
+
+POLL_S = 0.02
+GRACE_S = 5.0  # from the first failure until the rest is ended: time to tell their own errors
+INTERRUPT_GRACE_S = 60.0  # after a Ctrl-C: time to close files and draw the plot
+TERM_S = 2.0  # from SIGTERM to SIGKILL
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """This process's place in the job."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-
-def rank_from_environment(environ: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """The place that torchrun, the `deepspeed` launcher or srun gave this process; None when started alone.
-
-    srun sets no MASTER_ADDR; the first host of the job and a port made of its id are taken where it is unset.
-
-    Raises:
-        TopologyError: some of the variables are there and others missing.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = [name for name in names if name in environ]
-    if len(given) == len(names):
-        return RankInfo(*(int(environ[name]) for name in names))
-    if given:
-        missing = ", ".join(name for name in names if name not in environ)
-        raise TopologyError(
-            f"{', '.join(given)} set but {missing} missing in the environment; use torchrun, or unset all"
-        )
-    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-        _slurm_rendezvous(environ)
-        return RankInfo(*(int(environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")))
-    return None
-
-
-def _slurm_rendezvous(environ: Mapping[str, str]) -> None:
-    if "MASTER_ADDR" not in environ:
-        nodes = environ["SLURM_JOB_NODELIST"]
-        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
-    if "MASTER_PORT" not in environ:
-        os.environ["MASTER_PORT"] = str(20000 + int(environ["SLURM_JOB_ID"]) % 20000)
 
 
 @dataclass
 class _Rank:
+    """A forked rank as the parent sees it; `status` is its exit code, or minus the signal that killed it."""
+
+    index: int
     pid: int
     status: int | None = None
-    folder: Path = field(default_factory=Path)
+
+    @property
+    def running(self) -> bool:
+        return self.status is None
 
     @property
     def failed(self) -> bool:
@@ -85,29 +59,45 @@ class _Rank:
 def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float | None = None) -> list[Any]:
     """Run `fn` on `world_size` forked ranks of this machine and return what each returned, in rank order.
 
-    The parent must not have started threads or an accelerator. Each child is in a process group of its own, so a
-    Ctrl-C reaches the parent alone, which passes it on once.
+    The parent must not have started threads or an accelerator. Each rank leads a process group of its own, so a Ctrl-C
+    reaches the parent alone, which passes it on: once, and the ranks may finish what they do; twice, and they are
+    ended. SIGTERM ends ranks and parent. A rank that leaves by `sys.exit(0)` returns None; whether that is wrong, its
+    peers will show.
 
     Args:
-        fn: called as fn(RankInfo) in each child; its result is pickled.
+        fn: called as fn(RankInfo) in each rank; its result is pickled.
         world_size: number of ranks.
         timeout_s: end all ranks after this long.
 
     Raises:
         MegatronDSError: a rank raised it; the same error, of the lowest rank that did.
-        LaunchError: a rank died otherwise, or the time ran out; with the rank's own traceback.
+        LaunchError: a rank died otherwise, or the time ran out; with the ranks' own tracebacks or stacks.
+        KeyboardInterrupt: after a Ctrl-C.
     """
+    _check_forkable()
     folder = Path(tempfile.mkdtemp(prefix="megatron_ds-"))
-    ranks = [_fork(fn, RankInfo(rank, world_size, rank), folder) for rank in range(world_size)]
-    forward = {number: signal.signal(number, _passing_on(ranks)) for number in (signal.SIGINT, signal.SIGTERM)}
+    ranks: list[_Rank] = []
+    received: list[int] = []
     try:
-        _supervise(ranks, timeout_s)
+        with _passing_on(ranks, received):
+            _fork_all(fn, world_size, folder, ranks)
+            _supervise(ranks, folder, timeout_s, received)
         return [_result(folder / f"{rank}.result") for rank in range(world_size)]
     finally:
         _end(ranks)
-        for number, handler in forward.items():
-            signal.signal(number, handler)
         shutil.rmtree(folder, ignore_errors=True)
+        if signal.SIGTERM in received:
+            signal.raise_signal(signal.SIGTERM)  # the default, or what the caller had set
+
+
+def _check_forkable() -> None:
+    """A forked child has none of its parent's threads, but their locks, and cannot use its parent's CUDA context."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise LaunchError("this process has used CUDA, so ranks cannot be forked from it; start from a fresh process")
+    others = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.current_thread())
+    if others:
+        get_logger().warning("ranks are forked while threads run (%s); should one hang, start without", others)
 
 
 def _result(file: Path) -> Any:
@@ -115,40 +105,155 @@ def _result(file: Path) -> Any:
     return pickle.loads(file.read_bytes()) if file.is_file() else None
 
 
-def _passing_on(ranks: list[_Rank]) -> Callable[[int, Any], None]:
-    def handler(number: int, frame: Any) -> None:
+# ---- the parent ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM go to `received` and to the ranks; handlers belong to the main thread alone."""
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
         for rank in ranks:
-            if rank.status is None:
+            if rank.running:
                 os.kill(rank.pid, number)
 
-    return handler
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path) -> _Rank:
+def _fork_all(fn: Callable[[RankInfo], Any], world_size: int, folder: Path, ranks: list[_Rank]) -> None:
+    """Signals wait meanwhile: each then finds the ranks complete and their handlers set."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        for index in range(world_size):
+            ranks.append(_Rank(index, _fork(fn, RankInfo(index, world_size, index), folder, mask)))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, received: Sequence[int]) -> None:
+    """Wait until every rank has ended.
+
+    Raises:
+        BaseException: what `find_cause` makes of a failure; SystemExit after SIGTERM.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    settled: float | None = None
+    while any(rank.running for rank in ranks):
+        _reap(ranks)
+        now = time.monotonic()
+        if signal.SIGTERM in received:
+            raise SystemExit(128 + signal.SIGTERM)
+        if received.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        if settled is None and any(rank.failed for rank in ranks):
+            settled = now + (INTERRUPT_GRACE_S if signal.SIGINT in received else GRACE_S)
+        if settled is not None and now > settled:
+            break
+        if settled is None and deadline is not None and now > deadline:
+            hung = [rank for rank in ranks if rank.running]
+            names = ", ".join(str(rank.index) for rank in hung)
+            raise LaunchError(f"no end after {timeout_s:g} s; still running: rank {names}\n{_stacks(hung, folder)}")
+        time.sleep(POLL_S)
+    if signal.SIGINT in received and any(rank.failed for rank in ranks):
+        raise KeyboardInterrupt
+    if any(rank.failed for rank in ranks):
+        raise _cause(ranks, folder)
+
+
+def _reap(ranks: Sequence[_Rank]) -> None:
+    """Take note of ranks that ended, and end what they left in their process groups."""
+    for rank in ranks:
+        if rank.running:
+            pid, status = os.waitpid(rank.pid, os.WNOHANG)
+            if pid:
+                rank.status = os.waitstatus_to_exitcode(status)
+                _signal_group(rank.pid, signal.SIGKILL)
+
+
+def _cause(ranks: Sequence[_Rank], folder: Path) -> BaseException:
+    statuses = {rank.index: rank.status for rank in ranks if rank.status}
+    files = [folder / f"{rank.index}.error" for rank in ranks]
+    ended = [rank.index for rank in ranks if rank.status == 0]
+    left_early = [index for index in ended if not (folder / f"{index}.result").is_file()]
+    return find_cause(statuses, [read_failure(file) for file in files if file.is_file()], left_early)
+
+
+def _stacks(ranks: Sequence[_Rank], folder: Path) -> str:
+    """Where each of some ranks stands, by faulthandler."""
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGUSR2)
+    time.sleep(0.5)
+    texts = []
+    for rank in ranks:
+        file = folder / f"{rank.index}.stacks"
+        text = file.read_text().rstrip() if file.is_file() else ""
+        texts.append(f"rank {rank.index} stood at:\n{text or '  (it did not answer)'}")
+    return "\n".join(texts)
+
+
+def _end(ranks: Sequence[_Rank]) -> None:
+    """Ask the remaining ranks to stop, then make them; each with its own children."""
+    for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 5.0)):
+        for rank in ranks:
+            if rank.running:
+                _signal_group(rank.pid, number)
+        until = time.monotonic() + wait_s
+        while any(rank.running for rank in ranks) and time.monotonic() < until:
+            _reap(ranks)
+            time.sleep(POLL_S)
+
+
+def _signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # an empty group; on macOS one of zombies
+        os.killpg(pid, number)
+
+
+# ---- the child -------------------------------------------------------------------------------------------------------
+
+
+def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:
+    """The pid of a new rank, the leader of a process group of its own."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     pid = os.fork()
     if pid:
-        return _Rank(pid, folder=folder)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have ended already
+            os.setpgid(pid, pid)  # parent and child both do: whoever is first, the group is there for both
+        return pid
     status = 1
     try:
         os.setpgid(0, 0)
-        if sys.platform == "linux":  # die with the parent, even if it is killed
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
+        _die_with(parent)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.environ.update(_rank_environment(info, folder))
-        status = _call(fn, info, folder)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        os.environ.update(_environment(info, folder))
+        status = _call(fn, info, folder, mask)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
-def _rank_environment(info: RankInfo, folder: Path) -> dict[str, str]:
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when its parent dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
+
+
+def _environment(info: RankInfo, folder: Path) -> dict[str, str]:
     environment = {
         "RANK": str(info.rank),
         "WORLD_SIZE": str(info.world_size),
@@ -161,102 +266,20 @@ def _rank_environment(info: RankInfo, folder: Path) -> dict[str, str]:
     return environment
 
 
-def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path) -> int:
+def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:
+    """Call `fn`, leave its result or failure in `folder`; returns the exit status."""
     with open(folder / f"{info.rank}.stacks", "w") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             result = pickle.dumps(fn(info))
+        except SystemExit as problem:
+            if problem.code is None or isinstance(problem.code, int):
+                return problem.code or 0
+            print(problem.code, file=sys.stderr)  # noqa: T201  # what Python does with sys.exit("text")
+            return 1
         except BaseException as problem:
-            if isinstance(problem, SystemExit) and isinstance(problem.code, int):
-                return problem.code
-            content = (time.time(), problem if isinstance(problem, MegatronDSError) else None, traceback.format_exc())
-            (folder / f"{info.rank}.error").write_bytes(pickle.dumps(content))
-            return 130 if isinstance(problem, KeyboardInterrupt) else 1
+            write_failure(folder / f"{info.rank}.error", info.rank, problem)
+            return INTERRUPTED if isinstance(problem, KeyboardInterrupt) else 1
         (folder / f"{info.rank}.result").write_bytes(result)
         return 0
-
-
-def _supervise(ranks: list[_Rank], timeout_s: float | None) -> None:
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while any(rank.status is None for rank in ranks):
-        _reap(ranks)
-        if any(rank.failed for rank in ranks):
-            break
-        if deadline is not None and time.monotonic() > deadline:
-            hung = [index for index, rank in enumerate(ranks) if rank.status is None]
-            raise LaunchError(f"no end after {timeout_s:g} s; still running: ranks {hung}\n{_stacks(ranks, hung)}")
-        time.sleep(0.02)
-    if any(rank.failed for rank in ranks):
-        # The first to fail is the cause; peers often fail after it, of lost connections.
-        settle = time.monotonic() + GRACE_S
-        while any(rank.status is None for rank in ranks) and time.monotonic() < settle:
-            _reap(ranks)
-            time.sleep(0.02)
-        raise _explain(ranks)
-
-
-def _reap(ranks: list[_Rank]) -> None:
-    for rank in ranks:
-        if rank.status is None:
-            pid, status = os.waitpid(rank.pid, os.WNOHANG)
-            if pid:
-                rank.status = os.waitstatus_to_exitcode(status)
-
-
-def _explain(ranks: list[_Rank]) -> BaseException:
-    if any(rank.status == 130 for rank in ranks):
-        return KeyboardInterrupt()
-    killed = [
-        f"rank {index} was killed by {signal.Signals(-rank.status).name}"
-        for index, rank in enumerate(ranks)
-        if rank.status is not None and rank.status < 0
-    ]
-    errors = []
-    for index, rank in enumerate(ranks):
-        file = rank.folder / f"{index}.error"
-        if file.is_file():
-            when, known, text = pickle.loads(file.read_bytes())
-            errors.append((when, index, known, text))
-    if killed:
-        return LaunchError("; ".join(killed))
-    for _, _, known, _ in sorted(errors, key=lambda error: error[1]):
-        if known is not None:
-            return known
-    if errors:
-        _, index, _, text = min(errors, key=lambda error: error[0])
-        return LaunchError(f"rank {index} failed:\n{text.rstrip()}")
-    codes = {index: rank.status for index, rank in enumerate(ranks) if rank.failed}
-    return LaunchError(f"ranks ended with exit codes {codes}")
-
-
-def _stacks(ranks: list[_Rank], which: list[int]) -> str:
-    """Where each of some ranks stands, by faulthandler."""
-    for index in which:
-        os.kill(ranks[index].pid, signal.SIGUSR2)
-    time.sleep(0.5)
-    texts = []
-    for index in which:
-        file = ranks[index].folder / f"{index}.stacks"
-        text = file.read_text() if file.is_file() else ""
-        texts.append(f"rank {index} stood at:\n{text.rstrip()}")
-    return "\n".join(texts)
-
-
-def _end(ranks: list[_Rank]) -> None:
-    """Ask the remaining ranks to stop, then make them; each with its own children."""
-    for number, wait_s in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
-        running = [rank for rank in ranks if rank.status is None]
-        for rank in running:
-            _signal_with_children(rank.pid, number)
-        until = time.monotonic() + wait_s
-        while any(rank.status is None for rank in running) and time.monotonic() < until:
-            _reap(running)
-            time.sleep(0.02)
-
-
-def _signal_with_children(pid: int, number: int) -> None:
-    """Signal a rank's process group; the rank alone where it has not made its group yet."""
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        os.kill(pid, number)

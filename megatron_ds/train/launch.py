@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from megatron_ds.config import RunConfig
-from megatron_ds.errors import TopologyError
-from megatron_ds.log import setup_logging
+from megatron_ds.errors import MegatronDSError, TopologyError
+from megatron_ds.log import get_logger, quiet_libraries, setup_logging
 from megatron_ds.monitor import Reporter, SilentReporter
-from megatron_ds.parallel.launch import RankInfo, rank_from_environment, run_local
+from megatron_ds.parallel.failure import lost_peer
+from megatron_ds.parallel.launch import run_local
+from megatron_ds.parallel.rank import RankInfo, rank_from_environment
+
+ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
+
+ECHO_WAIT_S = 8.0  # a launcher ends the peers of a rank that failed; until then they do not speak over it
 
 
-def train(
-    run: RunConfig,
-    nproc: int | None = None,
-    reporter: Callable[[], AbstractContextManager[Reporter]] = lambda: nullcontext(SilentReporter()),
-) -> None:
+def silent() -> AbstractContextManager[Reporter]:
+    """Says nothing; `metrics.jsonl` tells all."""
+    return nullcontext(SilentReporter())
+
+
+def train(run: RunConfig, nproc: int | None = None, reporter: ReporterFactory = silent) -> None:
     """Train a run.
 
     Under torchrun, the `deepspeed` launcher or srun this process is one rank of their world. Alone it starts `nproc`
@@ -31,32 +41,81 @@ def train(
     Raises:
         MegatronDSError: what the user can mend.
         LaunchError: a rank died; with its traceback.
+        KeyboardInterrupt: after a Ctrl-C, once every rank has finished its step and the files are closed.
     """
+    quiet_libraries()
+    if nproc is not None and nproc < 1:
+        raise TopologyError(f"--nproc={nproc} is less than one rank; nearest: 1")
     given = rank_from_environment()
-    if given is not None:
-        if nproc is not None:
-            raise TopologyError(
-                f"--nproc={nproc} is for starting alone, but a launcher set WORLD_SIZE={given.world_size}; "
-                f"leave --nproc out"
-            )
-        _train_as(run, given, reporter)
-        return
-    ranks = nproc or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    if given is None:
+        _train_locally(run, nproc or 1, reporter)
+    elif nproc is None:
+        _train_launched(run, given, reporter)
+    else:
+        raise TopologyError(
+            f"--nproc={nproc} is for starting alone, but the environment says that a launcher started rank "
+            f"{given.rank} of {given.world_size}; leave --nproc out"
+        )
+
+
+def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory) -> None:
+    _share_cores(ranks)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
 
-    from megatron_ds.engine import device_type, preload
+    from megatron_ds.engine import device_count, device_type, preload
     from megatron_ds.train.job import resolve
 
+    check_devices(ranks, device_type(), device_count())
     resolve(run, ranks, device_type())
     preload()
     run_local(lambda info: _train_as(run, info, reporter), ranks)
 
 
-def _train_as(run: RunConfig, info: RankInfo, reporter: Callable[[], AbstractContextManager[Reporter]]) -> None:
+def _share_cores(local_ranks: int) -> None:
+    """Ranks with a thread a core each would stand in one another's way; effective before torch is imported."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
+
+
+def check_devices(ranks: int, device_type: str, count: int) -> None:
+    """A rank needs a device of its own; on CPU they share.
+
+    Raises:
+        TopologyError: there are too few.
+    """
+    if device_type != "cpu" and ranks > count:
+        raise TopologyError(f"--nproc={ranks} is more than the {count} {device_type} devices here; nearest: {count}")
+
+
+def _train_launched(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
+    """As one of a launcher's ranks: tell why this one failed, unless it failed because another did."""
+    _share_cores(
+        int(os.environ.get("LOCAL_SIZE", "1"))
+    )  # `deepspeed` says how many; torchrun and srun share themselves
+    try:
+        _train_as(run, info, reporter)
+    except MegatronDSError as problem:
+        if info.rank == 0:
+            raise
+        get_logger().error("%s", problem)
+        _leave(2)
+    except Exception as problem:
+        if lost_peer(problem):
+            time.sleep(ECHO_WAIT_S)
+        get_logger().error("%s", traceback.format_exc().rstrip())
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    """End the process without taking its communication down, which could wait for the others forever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
     from megatron_ds.train.loop import train_rank
 
     setup_logging(info.rank)
-    with reporter() if info.rank == 0 else nullcontext(SilentReporter()) as listening:
+    with reporter() if info.rank == 0 else silent() as listening:
         train_rank(run, info, listening)

@@ -2,73 +2,67 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
-from megatron_ds.config import RunConfig, dump_run
+from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank, open_dataset, ordered_pass
 from megatron_ds.engine import (
     Engine,
     EngineOptions,
+    StepResult,
     build_engine,
     device_type,
     start_distributed,
     stop_distributed,
 )
 from megatron_ds.models.gpt import decoder_stages
-from megatron_ds.monitor import (
-    MetricsWriter,
-    Reporter,
-    RunSummary,
-    StepMetrics,
-    Throughput,
-    ValidMetrics,
-    draw_loss,
-    model_flops_per_token,
-)
+from megatron_ds.monitor import Reporter, StepMetrics, Throughput, ValidMetrics
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import create_grid
-from megatron_ds.parallel.launch import RankInfo
+from megatron_ds.parallel.rank import RankInfo
 from megatron_ds.train.export import check_export, export_live
+from megatron_ds.train.interrupt import Interrupt
 from megatron_ds.train.job import Job, resolve
+from megatron_ds.train.output import RunOutput
 from megatron_ds.train.schedule import learning_rate
+from megatron_ds.train.summary import flops_per_position, summarize
+from megatron_ds.train.together import together
 
 
 def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> None:
-    """Train as one rank of a job: check, read data, join the others, train, export.
+    """Train as one rank of a job: join the others, check and read data together, train, export.
+
+    After an exception the process group is left as it is: taking NCCL down waits for peers, which may be waiting for
+    this rank. The process is expected to end.
 
     Raises:
-        MegatronDSError: what the user can mend, before the process group exists wherever possible.
+        MegatronDSError: what the user can mend; see `together` for which rank raises it.
         KeyboardInterrupt: after SIGINT, once every rank has finished its step and the files are closed.
     """
-    job = resolve(run, info.world_size, device_type())
-    train_data = _open(job, "train")
-    valid_data = _open(job, "valid") if run.data.valid else None
     device = start_distributed(info)
-    try:
-        grid = create_grid(job.layout, info.rank)
-        options = EngineOptions(
-            job.deepspeed, run.optimizer, run.parallel.sequence, run.train.recompute, run.train.seed
-        )
-        engine = build_engine(
-            lambda at: decoder_stages(job.model.decoder, at),
-            grid,
-            device,
-            options,
-            job.weights.share if job.weights is not None else None,
-        )
-        _Training(job, engine, train_data, valid_data, reporter).run()
-    finally:
-        stop_distributed()
+    prepared = together(lambda: _prepare(run, info))
+    is_complete = _train(prepared, _build(prepared.job, info, device), reporter)
+    stop_distributed()
+    if not is_complete:
+        raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    job: Job
+    train_data: Dataset
+    valid_data: Dataset | None
+
+
+def _prepare(run: RunConfig, info: RankInfo) -> _Prepared:
+    """Everything that can be refused: the run against model and world, and its data."""
+    job = resolve(run, info.world_size, device_type())
+    return _Prepared(job, _open(job, "train"), _open(job, "valid") if run.data.valid else None)
 
 
 def _open(job: Job, split: str) -> Dataset:
@@ -83,151 +77,125 @@ def _open(job: Job, split: str) -> Dataset:
     )
 
 
-@dataclass
-class _Training:
-    """The loop and what it touches at each step."""
+def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
+    run = job.run
+    options = EngineOptions(job.deepspeed, run.optimizer, run.parallel.sequence, run.train.recompute, run.train.seed)
+    grid = create_grid(job.layout, info.rank)
+    read_share = job.weights.share if job.weights is not None else None
+    return build_engine(lambda at: decoder_stages(job.model.decoder, at), grid, device, options, read_share)
 
-    job: Job
-    engine: Engine
-    train_data: Dataset
-    valid_data: Dataset | None
-    reporter: Reporter
 
-    def run(self) -> None:
-        run, output = self.job.run, Path(self.job.run.output)
-        num_params = self.engine.num_params
-        self.throughput = Throughput(self._flops_per_token(num_params), self.job.layout.world_size)
-        self.is_first = self.engine.grid.rank == 0
-        self.writer: MetricsWriter | None = None
-        if self.is_first:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.yaml").write_text(dump_run(run), encoding="utf-8")
-            self.writer = MetricsWriter(output / "metrics.jsonl")
-            self.reporter.start(self._summary(num_params))
-        try:
-            with _interruptible() as wants_stop:
-                done = self._steps(wants_stop)
-        finally:
-            if self.writer is not None:
-                self.writer.close()
-                draw_loss(
-                    output / "metrics.jsonl", output / "loss.png", f"{self.job.model.family.model_type}: {output}"
-                )
+def _train(prepared: _Prepared, engine: Engine, reporter: Reporter) -> bool:
+    """Train and export; returns False if interrupted, the same on every rank."""
+    job, run = prepared.job, prepared.job.run
+    summary = summarize(job, engine, prepared.train_data)
+    with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
+        output.start(summary)
+        throughput = Throughput(flops_per_position(job, summary.num_params), job.layout.world_size)
+        loop = TrainingLoop(run, engine, prepared.train_data, prepared.valid_data, output, throughput)
+        with Interrupt() as interrupt:
+            done = loop.run(interrupt)
+            output.close(job.model.family.model_type)
         if done < run.train.steps:
-            self.reporter.finish(f"interrupted after step {done} of {run.train.steps}; metrics are in {output}")
-            raise KeyboardInterrupt
-        self._export()
-        self.reporter.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {output}")
+            output.finish(f"interrupted after step {done} of {run.train.steps}; metrics are in {run.output}")
+            return False
+        _export(job, engine, prepared.train_data, output)
+        output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
+        return True
 
-    def _steps(self, wants_stop: list[bool]) -> int:
-        """Train; returns the number of steps done."""
-        run = self.job.run
-        batches = GlobalBatches(len(self.train_data), run.train.global_batch_size, run.train.seed, run.data.shuffle)
-        applied = 0
-        for step in range(1, run.train.steps + 1):
-            began = time.perf_counter()
-            lr = learning_rate(applied, run.train.steps, run.optimizer, run.schedule)
-            result = self.engine.train_step(self._micro_batches(self.train_data, batches.indices(step - 1)), lr)
-            applied += result.applied
-            if step % run.train.log_every == 0 or step in (1, run.train.steps):
-                seconds = time.perf_counter() - began
-                processed = run.train.global_batch_size * run.data.seq_length
-                metrics = StepMetrics(
-                    step=step,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
-                    lr=lr,
-                    tokens=result.tokens,
-                    step_s=seconds,
-                    tokens_per_s=result.tokens / seconds,
-                    tflops_per_rank=self.throughput.rates(processed, seconds).tflops_per_rank,
-                )
-                if self.writer is not None:
-                    self.writer.write(metrics)
-                self.reporter.step(metrics, run.train.steps)
-            every = run.train.eval_every
-            if self.valid_data is not None and every and (step % every == 0 or step == run.train.steps):
-                self._validate(self.valid_data, step)
-            if self._all_agree_to_stop(wants_stop[0]):
+
+def _export(job: Job, engine: Engine, data: Dataset, output: RunOutput) -> None:
+    section = job.run.export
+    if section is None:
+        return
+    export_live(engine, job, section)
+    output.note(f"exported a Hugging Face directory: {section.path}")
+    if section.check:
+        ids = collate(data, range(job.run.train.micro_batch_size))["input_ids"]
+        error = check_export(engine, job, section, ids)
+        output.note(f"transformers' logits on it equal the live model's: relative error {error:.1e}")
+
+
+class TrainingLoop:
+    """Step after step, with a validation now and then.
+
+    Args:
+        run: how many steps, in what batches, at what rate.
+        engine: does a step.
+        train_data: whose samples' order depends on seed and step alone, never on the layout.
+        valid_data: None = no validation.
+        output: is told of every logged step.
+        throughput: counts positions, G * S a step: the work done, padding included. `tokens` and `tokens_per_s` in the
+            metrics count labelled tokens: what was learned from.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        engine: Engine,
+        train_data: Dataset,
+        valid_data: Dataset | None,
+        output: RunOutput,
+        throughput: Throughput,
+    ) -> None:
+        self._run, self._engine, self._output, self._throughput = run, engine, output, throughput
+        self._train_data, self._valid_data = train_data, valid_data
+        self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, run.data.shuffle)
+        self._applied = 0  # optimizer steps that were not skipped: what the schedule goes by
+
+    def run(self, interrupt: Interrupt) -> int:
+        """Train until the last step or an interrupt; returns the number of steps done, the same on every rank."""
+        steps = self._run.train.steps
+        for step in range(1, steps + 1):
+            self._step(step)
+            if self._is_validation_due(step):
+                self._validate(step)
+            if self._any_rank(interrupt.requested):
                 return step
-        return run.train.steps
+        return steps
 
-    def _validate(self, data: Dataset, step: int) -> None:
-        loss, tokens = 0.0, 0
-        for indices in ordered_pass(len(data), self.job.run.train.global_batch_size):
-            part_loss, part_tokens = self.engine.evaluate(self._micro_batches(data, indices))
-            loss, tokens = loss + part_loss, tokens + part_tokens
-        metrics = ValidMetrics(step, loss / max(tokens, 1))
-        if self.writer is not None:
-            self.writer.write(metrics)
-        self.reporter.valid(metrics)
+    def _step(self, step: int) -> None:
+        """One optimizer step; its seconds cover the reading of its data."""
+        began_s = time.perf_counter()
+        lr = learning_rate(self._applied, self._run.train.steps, self._run.optimizer, self._run.schedule)
+        result = self._engine.train_step(self._micro_batches(self._train_data, self._batches.indices(step - 1)), lr)
+        self._applied += result.applied
+        if step % self._run.train.log_every == 0 or step in (1, self._run.train.steps):
+            self._output.step(self._metrics(step, lr, result, time.perf_counter() - began_s))
+        self._output.watch(step, result.loss)
 
-    def _micro_batches(self, data: Dataset, indices: Any) -> list[dict[str, torch.Tensor]]:
-        axis = self.engine.grid.data
-        parts = for_data_rank(indices, axis.rank, axis.size, self.job.run.train.micro_batch_size)
-        return [collate(data, part) for part in parts]
-
-    def _all_agree_to_stop(self, wants_stop: bool) -> bool:
-        flag = torch.tensor(int(wants_stop), device=self.engine.device)
-        return bool(all_reduce_(flag, self.engine.grid.world))
-
-    def _export(self) -> None:
-        section = self.job.run.export
-        if section is None:
-            return
-        export_live(self.engine, self.job, section)
-        self.reporter.note(f"exported a Hugging Face directory: {section.path}")
-        if section.check:
-            ids = collate(self.train_data, range(self.job.run.train.micro_batch_size))["input_ids"]
-            error = check_export(self.engine, self.job, section, ids)
-            self.reporter.note(f"transformers' logits on it equal the live model's: relative error {error:.1e}")
-
-    def _flops_per_token(self, num_params: int) -> float:
-        decoder = self.job.model.decoder
-        looked_up = 0 if decoder.tied else decoder.vocab_size * decoder.hidden_size
-        if decoder.rotary is None:
-            looked_up += decoder.max_positions * decoder.hidden_size
-        width = decoder.num_heads * decoder.head_dim
-        return model_flops_per_token(num_params - looked_up, decoder.num_layers, width, self.job.run.data.seq_length)
-
-    def _summary(self, num_params: int) -> RunSummary:
-        job, run = self.job, self.job.run
-        return RunSummary(
-            model_name=job.model.family.model_type,
-            num_params=num_params,
-            world_size=job.layout.world_size,
-            tensor=job.layout.tensor,
-            pipeline=job.layout.pipeline,
-            data=job.layout.data,
-            sequence=run.parallel.sequence,
-            zero_stage=job.facts.zero_stage,
-            precision=job.facts.precision,
-            device=_device_words(self.engine.device),
-            tokens_per_step=run.train.global_batch_size * run.data.seq_length,
-            steps=run.train.steps,
-            data_description=self.train_data.describe(),
-            output=run.output,
+    def _metrics(self, step: int, lr: float, result: StepResult, step_s: float) -> StepMetrics:
+        positions = self._run.train.global_batch_size * self._run.data.seq_length
+        return StepMetrics(
+            step=step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            tokens=result.tokens,
+            step_s=step_s,
+            tokens_per_s=result.tokens / step_s,
+            tflops_per_rank=self._throughput.rates(positions, step_s).tflops_per_rank,
         )
 
+    def _is_validation_due(self, step: int) -> bool:
+        every = self._run.train.eval_every
+        return self._valid_data is not None and every > 0 and (step % every == 0 or step == self._run.train.steps)
 
-@contextmanager
-def _interruptible() -> Iterator[list[bool]]:
-    """Within it the first SIGINT sets the flag that the loop reads after a step; the second ends the process."""
-    wants_stop = [False]
+    def _validate(self, step: int) -> None:
+        """Mean loss of a labelled token over the whole validation set; the last batch is filled up without labels."""
+        assert self._valid_data is not None
+        loss, tokens = 0.0, 0
+        for indices in ordered_pass(len(self._valid_data), self._run.train.global_batch_size):
+            batch_loss, batch_tokens = self._engine.evaluate(self._micro_batches(self._valid_data, indices))
+            loss, tokens = loss + batch_loss, tokens + batch_tokens
+        self._output.valid(ValidMetrics(step, loss / max(tokens, 1)))
 
-    def on_interrupt(number: int, frame: Any) -> None:
-        if wants_stop[0]:
-            os._exit(130)
-        wants_stop[0] = True
+    def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> list[dict[str, torch.Tensor]]:
+        axis = self._engine.grid.data
+        parts = for_data_rank(indices, axis.rank, axis.size, self._run.train.micro_batch_size)
+        return [collate(data, part) for part in parts]
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield wants_stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _device_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads a rank)"
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether it is set on any rank, so that all leave the loop after the same step."""
+        count = torch.tensor(int(flag), device=self._engine.device)
+        return bool(all_reduce_(count, self._engine.grid.world))

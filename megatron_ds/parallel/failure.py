@@ -1,0 +1,107 @@
+"""Why did the job fail? When one rank dies its peers fail too, of lost connections: tell the cause, not the echoes."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import signal
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ds.errors import LaunchError, MegatronDSError
+
+INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
+
+# What gloo, NCCL and the rendezvous say when the other end is gone.
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|socket closed|remote process exit|ncclRemoteError"
+    r"|timed out waiting",
+    re.IGNORECASE,
+)
+# A rank may abort because a peer is gone, and SIGTERM is how we end ranks: neither tells a cause by itself.
+_ECHOES = (signal.SIGABRT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception that ended a rank.
+
+    Attributes:
+        rank: which.
+        at_s: when, in seconds since the epoch.
+        error: the user's mistake, to be raised again as it is; None if the exception is no such.
+        text: the traceback.
+        is_echo: the rank only lost a peer.
+    """
+
+    rank: int
+    at_s: float
+    error: MegatronDSError | None
+    text: str
+    is_echo: bool
+
+
+def lost_peer(problem: BaseException) -> bool:
+    """Whether an exception says that another rank is gone."""
+    return isinstance(problem, RuntimeError | OSError) and _LOST_PEER.search(str(problem)) is not None
+
+
+def write_failure(file: Path, rank: int, problem: BaseException) -> None:
+    """Record the exception being handled; called in the rank that it ends."""
+    text = "".join(traceback.format_exception(problem)).rstrip()
+    error = problem if isinstance(problem, MegatronDSError) else None
+    failure = Failure(rank, time.time(), error, text, lost_peer(problem))
+    try:
+        content = pickle.dumps(failure)
+        pickle.loads(content)
+    except Exception:  # an exception class that cannot travel: its text can
+        content = pickle.dumps(Failure(rank, failure.at_s, None, text, failure.is_echo))
+    file.write_bytes(content)
+
+
+def read_failure(file: Path) -> Failure:
+    """What `write_failure` wrote."""
+    failure = pickle.loads(file.read_bytes())
+    assert isinstance(failure, Failure), type(failure)
+    return failure
+
+
+def find_cause(statuses: Mapping[int, int], failures: Sequence[Failure], left_early: Sequence[int]) -> BaseException:
+    """The exception that tells why a job failed.
+
+    In this order: a Ctrl-C; the user's mistake, told by the lowest rank that found it; a rank that was killed; the
+    first exception that is no echo of another rank's death; what is left.
+
+    Args:
+        statuses: rank -> exit code, or minus the signal that killed it, of the ranks that failed.
+        failures: what failing ranks recorded.
+        left_early: ranks that ended with exit code 0 but never returned.
+    """
+    if INTERRUPTED in statuses.values():
+        return KeyboardInterrupt()
+    own = sorted((failure for failure in failures if not failure.is_echo), key=lambda failure: failure.at_s)
+    mistakes = [failure for failure in own if failure.error is not None]
+    if mistakes:
+        error = min(mistakes, key=lambda failure: failure.rank).error
+        assert error is not None
+        return error
+    killed = {rank: -status for rank, status in statuses.items() if status < 0}
+    parts = [_killed(rank, number) for rank, number in killed.items() if number not in _ECHOES]
+    parts += [f"rank {failure.rank} failed:\n{failure.text}" for failure in own[:1]]
+    if not parts:
+        parts = [f"rank {rank} called sys.exit(0) while others went on" for rank in left_early]
+        codes = {rank: status for rank, status in statuses.items() if status > 0}
+        unexplained = set(codes) - {failure.rank for failure in failures}
+        parts += [f"rank {rank} ended with exit code {codes[rank]}" for rank in sorted(unexplained)]
+        parts += [_killed(rank, number) for rank, number in killed.items()]
+    if not parts:
+        parts = [f"rank {f.rank} failed:\n{f.text}" for f in sorted(failures, key=lambda failure: failure.at_s)[:1]]
+    return LaunchError("; ".join(parts))
+
+
+def _killed(rank: int, number: int) -> str:
+    hint = ", as the kernel does when memory runs out" if number == signal.SIGKILL else ""
+    return f"rank {rank} was killed by {signal.Signals(number).name}{hint}"

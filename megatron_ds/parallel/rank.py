@@ -1,0 +1,86 @@
+"""Which rank of the job is this process? torchrun, the `deepspeed` launcher and srun say it in the environment."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from megatron_ds.errors import TopologyError
+
+RENDEZVOUS_FILE = "MEGATRON_DS_RENDEZVOUS"
+"""Environment variable of ranks that `run_local` started: the file through which they find each other."""
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """This process's place in the job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def rank_from_environment(environ: MutableMapping[str, str] = os.environ) -> RankInfo | None:
+    """The place that a launcher gave this process; None when started alone.
+
+    RANK, WORLD_SIZE and LOCAL_RANK come first, so torchrun under srun is torchrun. A Slurm step of one task, such as an
+    interactive shell, is alone. srun sets no rendezvous: the first host of the job and a port made of its id are
+    written to `environ` where MASTER_ADDR and MASTER_PORT are unset. Use `srun --kill-on-bad-exit=1`: it, and not this
+    package, ends the other tasks when one dies.
+
+    Raises:
+        TopologyError: some of the variables are there and others missing, or they make no sense.
+    """
+    given = [name for name in _NAMES if name in environ]
+    if given:
+        missing = [name for name in _NAMES if name not in environ]
+        if RENDEZVOUS_FILE not in environ:
+            missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        if missing:
+            raise TopologyError(
+                f"the environment sets {', '.join(given)} but not {', '.join(missing)}; "
+                f"start with torchrun, which sets all, or unset {', '.join(given)} to start alone"
+            )
+        return _place(environ, _NAMES)
+    if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", default="1") > 1:
+        place = _place(environ, _SLURM_NAMES)
+        _find_slurm_rendezvous(environ)
+        return place
+    return None
+
+
+def _place(environ: Mapping[str, str], names: tuple[str, str, str]) -> RankInfo:
+    rank, world_size, local_rank = (_number(environ, name) for name in names)
+    if not rank < world_size:
+        raise TopologyError(
+            f"{names[0]}={rank} in the environment is not below {names[1]}={world_size}; nearest: {world_size - 1}"
+        )
+    return RankInfo(rank, world_size, local_rank)
+
+
+def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = environ.get(name, default)
+    if text is None or not text.isdecimal():
+        raise TopologyError(
+            f"{name}={text} in the environment is not a whole number from 0 on; let the launcher set it"
+        )
+    return int(text)
+
+
+def _find_slurm_rendezvous(environ: MutableMapping[str, str]) -> None:
+    if "MASTER_ADDR" not in environ:
+        nodes = environ.get("SLURM_JOB_NODELIST", "")
+        try:
+            found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+            environ["MASTER_ADDR"] = found.stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise TopologyError(
+                f"MASTER_ADDR is not set, and scontrol does not tell the first host of SLURM_JOB_NODELIST={nodes}; "
+                f"export MASTER_ADDR=HOST before srun"
+            ) from None
+    environ.setdefault("MASTER_PORT", str(20000 + _number(environ, "SLURM_JOB_ID", default="0") % 20000))

@@ -1,0 +1,45 @@
+"""Do on every rank what can fail on some of them, and fail as one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_ds.errors import MegatronDSError
+
+T = TypeVar("T")
+
+
+def together(step: Callable[[], T]) -> T:
+    """Result of `step()` on this rank, if it succeeded on every rank of the process group.
+
+    Without it, a rank that lacks a file would leave its peers waiting in their next collective. Communicates one small
+    object; `step` itself must not communicate.
+
+    Raises:
+        MegatronDSError: on rank 0, the error of the lowest rank that had one.
+        SystemExit: on the other ranks then, with status 2: rank 0 speaks for all.
+    """
+    result: Any = None
+    mine: MegatronDSError | None = None
+    try:
+        result = step()
+    except MegatronDSError as problem:
+        mine = problem
+    for error in _gather(mine):
+        if error is not None and dist.get_rank() == 0:
+            raise error
+        if error is not None:
+            sys.exit(2)
+    return result
+
+
+def _gather(mine: MegatronDSError | None) -> list[MegatronDSError | None]:
+    if dist.get_world_size() == 1:
+        return [mine]
+    everyone: list[MegatronDSError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

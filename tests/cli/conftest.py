@@ -1,0 +1,89 @@
+"""A run file on the tiny corpus, and commands started as a user starts them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ds.config.yaml_text import format_yaml
+from tests.train.tiny import run_mapping, write_corpus
+
+MARK = "MEGATRON_DS_TEST"
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what `write_corpus` writes."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture
+def run_file(corpus: Path, tmp_path: Path) -> Path:
+    """tmp_path/run.yaml, which writes to tmp_path/out."""
+    path = tmp_path / "run.yaml"
+    path.write_text(format_yaml(run_mapping(corpus, tmp_path / "out")))
+    return path
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `python ARGUMENTS` in tmp_path; whatever of it is left at the end is killed."""
+
+    def begin(*arguments: object, **environ: str) -> "subprocess.Popen[str]":
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**clean, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", MARK: str(tmp_path), **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    yield begin
+    for pid in processes_of(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes_of(folder: Path) -> dict[int, dict[str, str]]:
+    """Pid -> environment of the running processes that a test's `start` has led to, in whatever session they are."""
+    found = {}
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdecimal():
+            try:
+                entries = (directory / "environ").read_text().split("\0")
+            except (OSError, UnicodeDecodeError):
+                continue  # gone, or not ours
+            environ = dict(entry.partition("=")[::2] for entry in entries)
+            if environ.get(MARK) == str(folder):
+                found[int(directory.name)] = environ
+    return found
+
+
+def wait_until(condition: Callable[[], bool], within_s: float) -> None:
+    until = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < until, f"not within {within_s:g} s"
+        time.sleep(0.1)
+
+
+def wait_for_steps(output: Path, steps: int, process: "subprocess.Popen[str]", within_s: float = 90.0) -> None:
+    """Until so many steps are logged."""
+    metrics = output / "metrics.jsonl"
+
+    def logged() -> bool:
+        assert process.poll() is None, process.communicate()
+        return metrics.is_file() and metrics.read_text().count("\n") >= steps
+
+    wait_until(logged, within_s)

@@ -1,0 +1,71 @@
+"""The command line before anything is run: help, speed, exit statuses, one line for a mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from megatron_ds.cli.main import app
+from tests.cli.conftest import Start
+
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_shows_an_example_and_imports_nothing_heavy(command: tuple[str, ...]) -> None:
+    code = (
+        "import sys; sys.argv = ['megatron-ds', *sys.argv[1:]]\n"
+        "from megatron_ds.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'deepspeed', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
+    *lines, heavy = done.stdout.splitlines()
+    assert heavy == "[]" and done.stderr == ""
+    assert any(line.strip() in ("Example:", "Examples:") for line in lines)
+    assert any(line.startswith(f"    {' '.join(('megatron-ds', *command))}") for line in lines), "an example of its own"
+    assert lines[0].startswith("Usage: megatron-ds") and max(map(len, lines)) <= 80
+
+
+def test_without_arguments_it_shows_its_help(start: Start) -> None:
+    out, err = start("-m", "megatron_ds").communicate()
+    assert out.startswith("Usage: megatron-ds [OPTIONS] COMMAND") and err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "error: Missing argument 'RUN.yaml'; see megatron-ds train --help\n"),
+        (["tran"], "error: No such command 'tran'. Did you mean 'train'?; see megatron-ds --help\n"),
+        (["train", "--nprc", "2"], "error: No such option: --nprc (Possible options: --nproc); see megatron-ds train"),
+        (["train", "nope.yaml"], "error: run file nope.yaml does not exist"),
+        (["train", "run.yaml", "train.stps=1"], "error: train.stps: unknown key; did you mean train.steps?\n"),
+        (["train", "run.yaml", "--nproc", "0"], "error: --nproc=0 is less than one rank; nearest: 1\n"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(start: Start, run_file: Path, arguments: list[str], message: str) -> None:
+    process = start("-m", "megatron_ds", *arguments)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(message) and err.count("\n") == 1
+    assert list(run_file.parent.iterdir()) == [run_file], "nothing half-written"
+
+
+def test_half_a_launchers_environment_is_one_line(start: Start, run_file: Path) -> None:
+    process = start("-m", "megatron_ds", "train", run_file, RANK="0", LOCAL_RANK="0")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: the environment sets RANK, LOCAL_RANK but not WORLD_SIZE, ") and err.count("\n") == 1
+
+
+def test_other_ranks_leave_a_mistake_in_the_file_to_rank_0(start: Start, run_file: Path) -> None:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = ("-m", "megatron_ds", "train", run_file, "train.stps=1")
+    first = start(*command, RANK="0", LOCAL_RANK="0", **place)
+    second = start(*command, RANK="1", LOCAL_RANK="1", **place)
+    assert first.communicate() == ("", "error: train.stps: unknown key; did you mean train.steps?\n")
+    assert second.poll() is None, "it waits: torchrun would end rank 0 as soon as this one ends"
+    assert second.communicate() == ("", "")
+    assert (first.returncode, second.returncode) == (2, 2)
