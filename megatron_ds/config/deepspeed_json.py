@@ -200,6 +200,9 @@ def fill_deepspeed(mapping: Mapping[str, Any], run: RunConfig, data_size: int, h
         ("wall_clock_breakdown", False),
     ):
         filled.setdefault(key, default)
+    if run.parallel.pipeline > 1:  # with several tensor ranks DeepSpeed's default is to partition what stages exchange
+        pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
+        filled["pipeline"] = {**pipeline, **(filled.get("pipeline") or {})}
     if deepspeed_facts(filled).precision == "bf16":
         data_types = filled["data_types"] = dict(filled.get("data_types") or {})
         if data_types.get("grad_accum_dtype") is None:

@@ -92,6 +92,8 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
 ONLY_VALUES: tuple[tuple[str, object, str], ...] = (
     ("gradient_allreduce_op", "mean", "the loss is scaled for a mean over data ranks"),
     ("managed_gradient_accumulation", True, "the training loop leaves micro-batches to DeepSpeed"),
+    ("pipeline.grad_partitioned", False, "pipeline stages exchange tuples of tensors"),
+    ("pipeline.pipe_partitioned", False, "pipeline stages exchange tuples of tensors"),
     ("zero_allow_untested_optimizer", True, "the optimizer is a torch one that megatron_ds builds"),
     ("zero_optimization.compute_grad_norm", True, "clipping and the metrics need the gradient norm"),
 )

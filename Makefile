@@ -1,0 +1,44 @@
+# Everything that a clone needs: `make help` lists it. Needs python3 (3.11 or newer), a C compiler and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test sweep check clean
+
+help:  ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with what requirements.txt pins, and this package
+
+# torch goes first and alone: asked for in one breath with the others, pip may settle on a newer one.
+$(STAMP): requirements.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c requirements.txt torch
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), export it, generate with transformers
+	$(BIN)/megatron-ds train examples/pretrain_moby_dick/run.yaml --nproc 2
+	$(BIN)/python examples/pretrain_moby_dick/generate.py
+
+test: $(STAMP)  ## the test suite, without the sweep over every combination
+	$(PYTEST) -m "not sweep"
+
+sweep: $(STAMP)  ## all tests, the sweep over every combination too
+	$(PYTEST)
+
+check: $(STAMP)  ## lint, formatting, types, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(wildcard tests/test_floors.py),$(BIN)/python -m pytest tests/test_floors.py)
+
+clean:  ## remove .venv, out/ and caches
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Run once, on a node that reaches the others by ssh without a password:  deepspeed.sh RUN.yaml [key.sub=value ...]
+# HOSTFILE lists the nodes and how many ranks each one runs.
+set -euo pipefail
+
+deepspeed \
+  --hostfile "${HOSTFILE:-examples/multi_node/hostfile}" \
+  --no_local_rank \
+  --module megatron_ds train "$@"

@@ -1,0 +1,140 @@
+"""What the README and the pages under docs/ and examples/ claim, held against the code."""
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_ds.config import RunConfig, build_run, load_run
+from megatron_ds.errors import ConfigError, MegatronDSError
+from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.train.job import resolve
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")])
+NOT_THERE_IN_A_CLONE = ("out/moby_dick/hf",)  # the first example makes it
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every line of a bash block."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.relative_to(ROOT).as_posix(), line.partition("  #")[0].strip()) for line in lines if line]
+    return found
+
+
+def run_of(words: list[str]) -> tuple[RunConfig, int | None]:
+    """The run and the number of local ranks behind `train RUN.yaml [key.sub=value ...] [--nproc N]`."""
+    assert words[0] == "train", words
+    rest, ranks = words[1:], None
+    if "--nproc" in rest:
+        at = rest.index("--nproc")
+        ranks = int(rest[at + 1])
+        rest = rest[:at] + rest[at + 2 :]
+    assert not [word for word in rest if word.startswith("-")], words
+    return load_run(rest[0], rest[1:]), ranks
+
+
+def check_fits(run: RunConfig, ranks: int) -> None:
+    """The run can start on so many ranks; the weights that another example makes may be missing."""
+    try:
+        resolve(run, ranks, "cpu")
+    except MegatronDSError as problem:
+        if run.model.path not in NOT_THERE_IN_A_CLONE or not str(problem).startswith(str(run.model.path)):
+            raise
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value.replace("/", "-"))
+def test_command_is_right(page: str, command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "megatron-ds":
+        run, ranks = run_of(words[1:])
+        check_fits(run, ranks or 1)
+    elif words[0] in ("torchrun", "deepspeed", "srun"):
+        run, ranks = run_of(words[words.index("megatron_ds") + 1 :])
+        assert ranks is None
+        numbers = {word: int(count) for word, count in itertools.pairwise(words) if count.isdigit()}
+        each = next(
+            numbers[flag] for flag in ("--nproc-per-node", "--num_gpus", "--ntasks-per-node") if flag in numbers
+        )
+        check_fits(run, each * numbers.get("--nodes", 1))
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert words[0] in ("git", "cd", "source"), f"{page}: {command}: no test knows this command"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix().replace("/", "-"))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]*)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_table_of_families_is_the_registry() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([a-z0-9_]+)` \| `([A-Za-z0-9]+)` \|", text, re.MULTILINE)
+    assert dict(table) == {family.model_type: family.architecture for family in FAMILIES.values()}
+
+
+def test_run_file_of_the_readme_is_a_run() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert build_run(yaml.safe_load(block)).train.steps > 0
+
+
+def zero_table() -> list[tuple[int, int, int, bool, bool]]:
+    """(tensor, pipeline, stage, fp32 runs, bf16 runs) by the table in docs/parallelism.md."""
+    text = (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
+    rows = [row.strip("| \n").split(" | ") for row in text.splitlines() if re.match(r"\| `pipeline", row)]
+    layouts = [(1, 1), (2, 1), (1, 2)]
+    assert len(rows) == len(layouts), rows
+    return [
+        (tensor, pipeline, stage, word != "refused", word == "yes")
+        for (tensor, pipeline), row in zip(layouts, rows)
+        for stage, word in enumerate(row[1:])
+    ]
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "stage", "fp32", "bf16"), zero_table())
+def test_table_of_zero_stages(tensor: int, pipeline: int, stage: int, fp32: bool, bf16: bool) -> None:
+    layout = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
+    for enabled, runs in ((False, fp32), (True, bf16)):
+        deepspeed = f"deepspeed={{zero_optimization: {{stage: {stage}}}, bf16: {{enabled: {str(enabled).lower()}}}}}"
+        run = load_run("examples/parallel_3d/run.yaml", [*layout, deepspeed])
+        if runs:
+            resolve(run, 2, "cpu")
+        else:
+            with pytest.raises(ConfigError):
+                resolve(run, 2, "cpu")
+
+
+def troubles() -> list[tuple[str, str]]:
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    return re.findall(r"^`([^`\n]+)`\n\n```\nerror: (.*)\n```", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("override", "line"), troubles(), ids=lambda value: value[:30])
+def test_trouble_is_told_in_this_line(override: str, line: str) -> None:
+    ranks, overrides = (int(override.split()[1]), []) if override.startswith("--nproc") else (8, [override])
+    with pytest.raises(MegatronDSError) as caught:
+        resolve(load_run("examples/parallel_3d/run.yaml", overrides), ranks, "cpu")
+    assert str(caught.value) == line
+
+
+def test_every_error_block_is_tested() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    assert text.count("\nerror: ") == len(troubles()) > 5
