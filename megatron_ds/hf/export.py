@@ -120,26 +120,32 @@ def exporting(target: str | Path, model: HFModel, dtype: str | None, max_shard_s
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, chat templates included, byte for byte but for a class name of transformers 5 alone."""
+    """Copy a tokenizer's files, chat templates included, byte for byte but for words of transformers 5 alone."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
-    _use_known_tokenizer_class(target / TOKENIZER_CONFIG)
+    if (target / TOKENIZER_CONFIG).is_file():
+        _use_words_of_both_versions(target / TOKENIZER_CONFIG)
 
 
-def _use_known_tokenizer_class(file: Path) -> None:
-    """TokenizersBackend is what transformers 5 calls PreTrainedTokenizerFast; 4 knows the old name, 5 both."""
-    if not file.is_file():
-        return
+def _use_words_of_both_versions(file: Path) -> None:
+    """Write what transformers 5 calls TokenizersBackend and lists as extra_special_tokens as both versions read it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ConversionError(f"tokenizer: {file.name} is not JSON ({problem})") from problem
-    if isinstance(content, dict) and content.get("tokenizer_class") == "TokenizersBackend":
-        write_json(file, {**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if not isinstance(content, dict):
+        raise ConversionError(f"tokenizer: {file.name} holds a {type(content).__name__}, not a JSON object")
+    changed = dict(content)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(content.get("extra_special_tokens"), list) and "additional_special_tokens" not in content:
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    if changed != content:
+        write_json(file, changed)
 
 
 def _replace_directory(target: Path, new: Path) -> None:

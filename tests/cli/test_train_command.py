@@ -41,7 +41,9 @@ def free_port() -> str:
 
 
 def finish(process: Any, within_s: float = 120.0) -> tuple[int, str, str]:
+    """Status, stdout, stderr."""
     out, err = process.communicate(timeout=within_s)
+    err = re.sub(r"^tokenising \S+\n", "", err, flags=re.MULTILINE)  # our own word, said by the first run of a corpus
     return process.returncode, out, err
 
 
@@ -143,29 +145,16 @@ def test_the_deepspeed_launcher(start: Start, run_file: Path) -> None:
     check_files(run_file.parent / "out")
 
 
-def test_tasks_of_srun(start: Start, run_file: Path) -> None:
-    """Two processes with srun's variables."""
-    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    tasks = [
-        start("-m", "megatron_ds", "train", run_file, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **job, **place)
-        for rank in range(2)
-    ]
-    status, out, err = finish(tasks[0])
-    assert (status, err) == (0, "") and "world       2 = tp 1 x pp 1 x dp 2" in out
-    assert finish(tasks[1]) == (0, "", "")
-    check_files(run_file.parent / "out")
-
-
-def test_an_error_in_the_middle_is_told_by_its_rank_alone(start: Start, run_file: Path) -> None:
-    """Tasks of srun again, because nothing else speaks there: the peer waits, then tells of its lost connection."""
+def test_tasks_of_srun_and_an_error_of_one(start: Start, run_file: Path) -> None:
+    """Two processes with srun's variables; srun ends nobody, so the peer waits, then tells of its lost connection."""
     script = run_file.parent / "fails.py"
     script.write_text(
         "import os\n"
         "from megatron_ds.train import loop\n"
-        "collate = loop.collate\n"
+        "collate, calls = loop.collate, []\n"
         "def fail(dataset, indices):\n"
-        "    if os.environ['SLURM_PROCID'] == '1': raise ZeroDivisionError('on purpose')\n"
+        "    calls.append(indices)\n"
+        "    if os.environ['SLURM_PROCID'] == '1' and len(calls) > 8: raise ZeroDivisionError('on purpose')\n"
         "    return collate(dataset, indices)\n"
         "loop.collate = fail\n"
         "from megatron_ds.cli.main import main\n"
@@ -180,5 +169,7 @@ def test_an_error_in_the_middle_is_told_by_its_rank_alone(start: Start, run_file
     assert err.startswith("rank 1: Traceback") and err.endswith("ZeroDivisionError: on purpose\n")
     assert tasks[0].poll() is None, "the peer must not speak over the cause"
     wait_until(lambda: tasks[0].poll() is not None, 30)
-    status, _, err = finish(tasks[0])
+    status, out, err = finish(tasks[0])
     assert status == 1 and "onnection" in err
+    assert "world       2 = tp 2 x pp 1 x dp 1" in out
+    assert [line["step"] for line in read_lines(run_file.parent / "out")] == [1, 2]

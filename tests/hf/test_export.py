@@ -262,6 +262,7 @@ def make_tokenizer(directory: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[])), bos_token="<s>", eos_token="<s>"
     )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>", "<y>"]})
     tokenizer.chat_template = {"default": TEMPLATE, "tool": TEMPLATE + "tool"}
     tokenizer.save_pretrained(directory)
 
@@ -276,8 +277,11 @@ def test_tokenizer_and_templates_are_carried(tmp_path: Path) -> None:
     del given["model.safetensors"]
     assert taken.keys() == given.keys()
     config = json.loads(given["tokenizer_config.json"])
-    assert config["tokenizer_class"] == "TokenizersBackend"  # if this fails, our rewriting is not needed any more
-    assert json.loads(taken["tokenizer_config.json"]) == {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    # if these two fail, our rewriting is not needed any more
+    assert config["tokenizer_class"] == "TokenizersBackend"
+    assert config.pop("extra_special_tokens") == ["<x>", "<y>"]
+    changed = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<x>", "<y>"]}
+    assert json.loads(taken["tokenizer_config.json"]) == {**config, **changed}
     for name in given.keys() - {"tokenizer_config.json"}:
         assert taken[name] == given[name]
 
@@ -316,6 +320,7 @@ def load_as_a_user(directory: Path, screen: Path) -> dict[str, Any]:
     sys.stdout = sys.stderr = open(screen, "w", buffering=1)  # noqa: SIM115
     logging.add_handler(standard_logging.StreamHandler(sys.stderr))
     logging.hf_hub_utils = SimpleNamespace(enable_progress_bars=lambda: None, disable_progress_bars=lambda: None)
+    logging.set_verbosity_warning()
     logging.enable_progress_bar()  # as in a process where our command line has not turned them off for good
 
     ids = torch.arange(24).reshape(2, 12)
@@ -335,6 +340,7 @@ def load_as_a_user(directory: Path, screen: Path) -> dict[str, Any]:
         "restored": restored,
         "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "eos": tokenizer.eos_token_id,
+        "special": sorted(tokenizer.all_special_tokens),
         "chat": tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False),
     }
 
@@ -352,6 +358,7 @@ def test_transformers_loads_it_in_silence(case: str, saved: Path, tmp_path: Path
     assert "warn" not in seen["screen"].lower() and "missing" not in seen["screen"].lower(), seen["screen"]
     assert "Loading weights" in seen["screen"]  # so the silence of our own check above means something
     assert seen["tied"] == weights.model.decoder.tied
+    assert {"<s>", "<x>", "<y>"} <= set(seen["special"])  # for a Qwen2 model, transformers 5 adds Qwen's own
     assert seen["eos"] == 0 and seen["chat"] == "abc"
 
 

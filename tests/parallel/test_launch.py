@@ -196,7 +196,7 @@ launch.GRACE_S = 0.5
 
 def fn(info):
     def finish(number, frame):
-        time.sleep(float(sys.argv[2]))
+        time.sleep(info.rank * float(sys.argv[2]))
         Path(sys.argv[1], f"finished{info.rank}").touch()
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, finish)
@@ -213,7 +213,7 @@ except KeyboardInterrupt:
 
 @contextlib.contextmanager
 def parent_of_two(folder: Path, finish_s: float = 0.0) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
-    """A process that waits for two ranks, and their pids; each takes `finish_s` to end after SIGINT."""
+    """A process that waits for two ranks, and their pids; rank 1 takes `finish_s` to end after SIGINT."""
     process = subprocess.Popen([sys.executable, "-c", PARENT, str(folder), str(finish_s)], start_new_session=True)
     files = [folder / f"pid{rank}" for rank in range(2)]
     try:
