@@ -66,7 +66,8 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device
         # later runs if a rank dies meanwhile. gloo serves.
         deepspeed.ops.__compatible_ops__ = {}
     else:
-        accelerator.set_device(info.local_rank)
+        # modulo: under `srun --gpus-per-task=1` each rank sees one device
+        accelerator.set_device(info.local_rank % accelerator.device_count())
     rendezvous = os.environ.get(RENDEZVOUS_FILE)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -25,10 +25,11 @@ class StepMetrics:
         loss: Mean loss of an unmasked label token of the global batch, in nats.
         grad_norm: Global L2 norm of the gradients before clipping.
         lr: Learning rate the step was taken with.
-        tokens: Tokens of the global batch of this step.
+        tokens: Labelled tokens of the global batch of this step: what was learned from.
         step_s: Wall-clock seconds of the step.
-        tokens_per_s: Tokens a second over all ranks.
-        tflops_per_rank: Model TFLOP/s of one rank (1e12 floating-point operations a second).
+        tokens_per_s: Labelled tokens a second over all ranks.
+        tflops_per_rank: Model TFLOP/s of one rank (1e12 floating-point operations a second), of all positions of the
+            batch, padding included: the work done.
     """
 
     step: int

@@ -276,7 +276,7 @@ def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
         except SystemExit as problem:
             if problem.code is None or isinstance(problem.code, int):
                 return problem.code or 0
-            print(problem.code, file=sys.stderr)  # noqa: T201  # what Python does with sys.exit("text")
+            sys.stderr.write(f"{problem.code}\n")  # what Python does with sys.exit("text")
             return 1
         except BaseException as problem:
             write_failure(folder / f"{info.rank}.error", info.rank, problem)
