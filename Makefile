@@ -31,7 +31,7 @@ test: $(STAMP)  ## the test suite, without the sweep over every combination
 	$(PYTEST) -m "not sweep"
 
 sweep: $(STAMP)  ## all tests, the sweep over every combination too
-	$(PYTEST)
+	$(PYTEST) -m "sweep or not sweep"
 
 check: $(STAMP)  ## lint, formatting, types, import floors
 	$(BIN)/ruff check .

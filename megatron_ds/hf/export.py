@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -34,6 +35,13 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+WEIGHT_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
+OTHER_FILES = ("config.json", "generation_config.json", "additional_chat_templates")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,6 +114,13 @@ class DirectoryExport:
         from transformers import GenerationConfig
 
         GenerationConfig.from_model_config(self.model.config).save_pretrained(self.directory)
+
+
+def not_ours(directory: Path) -> list[str]:
+    """What a directory holds beside the files of a Hugging Face model; an export would delete it."""
+    ours = (*WEIGHT_FILES, *OTHER_FILES, *TOKENIZER_FILES)
+    names = sorted(entry.name for entry in directory.iterdir())
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in ours)]
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_ds.config import ExportSection
 from megatron_ds.engine import Engine
-from megatron_ds.errors import ConversionError
 from megatron_ds.hf.export import exporting
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.job import Job
@@ -46,7 +45,8 @@ def check_export(engine: Engine, job: Job, section: ExportSection, input_ids: Te
         input_ids: (B, S) real ids, the same on every rank.
 
     Raises:
-        ConversionError: the error is over the bound of the coarser of the run's precision and the export's dtype.
+        RuntimeError: the error is over the bound of the coarser of the run's precision and the export's dtype: no
+            mistake of the user's.
     """
     live = engine.logits(input_ids)
     error = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -57,7 +57,7 @@ def check_export(engine: Engine, job: Job, section: ExportSection, input_ids: Te
     trained_in = DTYPE_OF_PRECISION[job.facts.precision]
     bound = max(CHECK_TOLERANCE[trained_in], CHECK_TOLERANCE[section.dtype or trained_in])
     if not relative <= bound:  # NaN is wrong too
-        raise ConversionError(
+        raise RuntimeError(
             f"export.path={section.path}: transformers' logits differ from the live model's by {relative:.2e} "
             f"(relative L2), more than {bound:g}; the export is wrong, please report it"
         )
@@ -68,7 +68,7 @@ def reference_logits(directory: str, input_ids: Tensor) -> Tensor:
     """(B, S) ids -> (B, S, V) fp32 logits that transformers computes from a directory, on CPU.
 
     Raises:
-        ConversionError: transformers finds tensors missing, unexpected or misshapen.
+        RuntimeError: transformers finds tensors missing, unexpected or misshapen.
     """
     from transformers import AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def reference_logits(directory: str, input_ids: Tensor) -> Tensor:
     model, found = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names and kind != "error_msgs"}
     if wrong:
-        raise ConversionError(f"{directory}: transformers loads it with {wrong}")
+        raise RuntimeError(f"{directory}: transformers loads it with {wrong}")
     with torch.no_grad():
         return model(input_ids=input_ids).logits.float()
 

@@ -17,6 +17,7 @@ from megatron_ds.config import (
 )
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.export import not_ours
 from megatron_ds.hf.io import parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Layout
@@ -80,23 +81,36 @@ def _check_recomputation(run: RunConfig, mapping: dict[str, Any]) -> None:
 
 
 def _check_paths(run: RunConfig) -> None:
-    """Refuse to write where nothing can be written, or over the model that is read."""
-    places = {"output": run.output}
-    if run.export is not None:
-        places["export.path"] = run.export.path
-        parse_size(run.export.max_shard_size)
-    for field, path in places.items():
-        target = Path(path)
-        if run.model.path is not None and target.resolve() == Path(run.model.path).resolve():
-            raise ConfigError(f"{field}={path} is model.path itself; choose another directory")
-        if target.exists() and not target.is_dir():
-            raise ConfigError(f"{field}={path} is a file; choose a directory")
-        parent = next(place for place in (target, *target.resolve().parents) if place.exists())
-        if not os.access(parent, os.W_OK):
-            raise ConfigError(f"{field}={path} cannot be written ({parent} is read-only); choose another directory")
-    if run.export is not None and Path(run.export.path).is_dir():
-        held = {file.name for file in Path(run.export.path).iterdir()}
-        if held and "config.json" not in held:
-            raise ConfigError(
-                f"export.path={run.export.path} holds other files and would be replaced; choose another directory"
-            )
+    """Refuse to write where nothing can be written, or over what the run reads or writes."""
+    _check_directory("output", run.output, run)
+    if run.export is None:
+        return
+    parse_size(run.export.max_shard_size)
+    _check_directory("export.path", run.export.path, run)
+    target, output = Path(run.export.path).resolve(), Path(run.output).resolve()
+    if target == output or target in output.parents:
+        raise ConfigError(
+            f"export.path={run.export.path} would replace output={run.output}; choose another, such as {run.output}/hf"
+        )
+    strangers = not_ours(target) if target.is_dir() else []
+    if strangers:
+        raise ConfigError(
+            f"export.path={run.export.path} would be replaced, and holds {strangers[0]}, which is no file of a model; "
+            f"choose another directory"
+        )
+
+
+def _check_directory(field: str, path: str, run: RunConfig) -> None:
+    target = Path(path).resolve()
+    sources = {"model.path": run.model.path, "model.tokenizer": run.model.tokenizer}
+    for source_field, source in sources.items():
+        place = Path(source).resolve() if source is not None else None
+        if place is not None and (target == place or (field == "export.path" and target in place.parents)):
+            raise ConfigError(f"{field}={path} would replace {source_field}={source}; choose another directory")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{field}={path} is a file; choose a directory")
+    # an export is made beside its target and put in its place
+    first = target.parent if field == "export.path" else target
+    parent = next(place for place in (first, *first.parents) if place.exists())
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"{field}={path} cannot be written ({parent} is read-only); choose another directory")
