@@ -6,6 +6,7 @@ one that a stage transforms (token ids, then hidden states); the others (integer
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class StageSpec:
     tied_to: str | None = None
 
 
-class LossStage(nn.Module):
+class LossStage(nn.Module, ABC):
     """The last stage: turns hidden states into a loss without leaving logits behind.
 
     Loss and head are one call, because DeepSpeed starts a backward pass (and clears bf16 gradients) when the gradient
@@ -41,9 +42,9 @@ class LossStage(nn.Module):
 
     weight: nn.Parameter
 
+    @abstractmethod
     def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
         """Wire, targets (B, S) -> fp32 sum of the labelled tokens' losses; without targets -> (B, S, V) logits."""
-        raise NotImplementedError
 
 
 class StageModel(nn.Module):

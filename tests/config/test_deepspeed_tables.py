@@ -1,6 +1,5 @@
 """Our tables of DeepSpeed's names against the installed DeepSpeed, asked in a process of its own (it imports torch)."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -79,8 +78,6 @@ print("ANSWER" + json.dumps({
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
     from megatron_ds.config import build_run
 
     run = build_run(
