@@ -66,6 +66,9 @@ def _run(arguments: list[str]) -> int:
         return 1
     except MegatronDSError as problem:
         _tell(str(problem))
+        if "RANK" in os.environ:  # one of a launcher's ranks: taking communication down could wait for its peers
+            sys.stderr.flush()
+            os._exit(2)
         return 2
     except typer.TyperException as problem:
         hint = f"see {getattr(getattr(problem, 'ctx', None), 'command_path', PROGRAM)} --help"

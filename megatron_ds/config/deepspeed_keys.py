@@ -79,6 +79,7 @@ REMOVED_KEYS: Mapping[str, str] = {
 # Keys that DeepSpeed reads and megatron_ds does not run with, and why. A block with "enabled": false is let through.
 UNSUPPORTED_KEYS: Mapping[str, str] = {
     "autotuning": "the sizes are the run file's; remove it",
+    "compile": "DeepCompile has not been tried; remove it",
     "data_efficiency": "the data order is the run file's; remove it",
     "expert_parallel": "mixture-of-experts layers are not built; remove it",
     "hybrid_engine": "it is for generation inside training; remove it",
@@ -91,11 +92,18 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
 # Values that would make the mathematics or the metrics wrong: key, the one value that runs, and why.
 ONLY_VALUES: tuple[tuple[str, object, str], ...] = (
     ("gradient_allreduce_op", "mean", "the loss is scaled for a mean over data ranks"),
+    ("gradient_predivide_factor", 1.0, "the loss is scaled for a mean over data ranks"),
     ("managed_gradient_accumulation", True, "the training loop leaves micro-batches to DeepSpeed"),
     ("pipeline.grad_partitioned", False, "pipeline stages exchange tuples of tensors"),
     ("pipeline.pipe_partitioned", False, "pipeline stages exchange tuples of tensors"),
+    ("prescale_gradients", False, "the loss is scaled for a mean over data ranks"),
     ("zero_allow_untested_optimizer", True, "the optimizer is a torch one that megatron_ds builds"),
     ("zero_optimization.compute_grad_norm", True, "clipping and the metrics need the gradient norm"),
+    ("zero_optimization.offload_optimizer.super_offload", False, "it has not been tried"),
+    ("zero_optimization.zenflow", None, "it steps with gradients of earlier batches"),
+    ("zero_optimization.zero_quantized_gradients", False, "quantised communication changes the gradients"),
+    ("zero_optimization.zero_quantized_nontrainable_weights", False, "quantised weights change the loss"),
+    ("zero_optimization.zero_quantized_weights", False, "quantised weights change the loss"),
 )
 
 # Dotted places where "auto" is DeepSpeed's own word, to be passed on.
@@ -103,9 +111,6 @@ NATIVE_AUTO: frozenset[str] = frozenset(
     {
         "data_types.keep_in_fp32_modules",
         "pipeline.stages",
-        "zero_optimization.zenflow.select_interval",
-        "zero_optimization.zenflow.select_strategy",
-        "zero_optimization.zenflow.update_interval",
     }
 )
 

@@ -154,8 +154,8 @@ class CheckpointSection(Section):
 class ExportSection(Section):
     """A Hugging Face directory written at the end.
 
-    `dtype: None` keeps the model's own. `check` loads the directory with transformers in rank 0's process and compares
-    its logits with the live model's; for models that fit there.
+    `dtype: None` keeps the model's own. `check` loads the directory with transformers, on a rank of the last pipeline
+    stage, and compares its logits with the live model's; for models that fit there, and a path that this rank sees.
     """
 
     path: Text

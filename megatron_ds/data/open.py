@@ -1,4 +1,4 @@
-"""From the `data:` section of a run file to a dataset. Every rank calls this, before any process group exists."""
+"""From the `data:` section of a run file to a dataset. Every rank calls this; it does not communicate."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Texts are tokenised once: the ids lie in a cache named after the content of the text and of the tokenizer.
 
-Every rank calls this at start-up, before any process group exists. A file lock lets one rank tokenise while the others
+Every rank calls this at start-up; nothing is communicated. A file lock lets one rank tokenise while the others
 of its machine wait; the rest is files: `<key>.bin` holds the ids, `<key>.json` says how many there must be, and both
 appear under their names only when they are whole. Moving or touching a text keeps its key, changing a byte changes it.
 """
@@ -78,7 +78,7 @@ def cached_tokens(
         except OSError as error:
             raise DataError(
                 f"data: the token cache {directory} cannot be written ({error}); "
-                "set XDG_CACHE_HOME to a writable directory with enough space"
+                "set data.cache_dir to a writable directory with enough space"
             ) from error
     return CachedTokens(key, _map_tokens(directory / f"{key}.bin", info), info)
 

@@ -106,9 +106,8 @@ class Engine(ABC):
         """Within it, the parameter's data is this tensor rank's whole share. Collective over the data axis."""
         return nullcontext()
 
-    @property
-    def num_params(self) -> int:
-        """Parameters of the whole model, tied ones once, without vocabulary padding."""
+    def count_params(self) -> int:
+        """Parameters of the whole model, tied ones once, without vocabulary padding. Collective."""
         return sum(spec.numel for stage in self._inventory() for _, spec, _ in stage)
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor | None]]:

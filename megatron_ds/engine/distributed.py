@@ -59,15 +59,16 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device
     from deepspeed.accelerator import get_accelerator
 
     preload()
-    os.environ["LOCAL_RANK"] = str(info.local_rank)  # PipelineModule reads it
     accelerator = get_accelerator()
+    local_rank = info.local_rank
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile its shared-memory collectives: minutes, a C++ compiler, and a lock file that hangs
         # later runs if a rank dies meanwhile. gloo serves.
         deepspeed.ops.__compatible_ops__ = {}
     else:
-        # modulo: under `srun --gpus-per-task=1` each rank sees one device
-        accelerator.set_device(info.local_rank % accelerator.device_count())
+        local_rank %= accelerator.device_count()  # under `srun --gpus-per-task=1` each rank sees one device
+        accelerator.set_device(local_rank)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
     rendezvous = os.environ.get(RENDEZVOUS_FILE)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -166,10 +166,11 @@ def _use_words_of_both_versions(file: Path) -> None:
 def _replace_directory(target: Path, new: Path) -> None:
     """Put `new` in the place of `target`, which is there again if that fails."""
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if not target.exists():
         os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)  # of an export that was killed between its two renames
         return
+    shutil.rmtree(old, ignore_errors=True)
     os.replace(target, old)
     try:
         os.replace(new, target)

@@ -101,14 +101,12 @@ class CausalSelfAttention(nn.Module):
         mask = allowed_keys(q.shape[0], self.shape.window, key_mask, q.device)
         dropout = self.shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
+            q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
+            if mask is not None and self.group > 1:
+                # on CUDA only the flash kernel shares heads by itself, and it takes no mask
+                k, v = (part.repeat_interleave(self.group, dim=1) for part in (k, v))
             y = F.scaled_dot_product_attention(
-                q.permute(1, 2, 0, 3),
-                k.permute(1, 2, 0, 3),
-                v.permute(1, 2, 0, 3),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                enable_gqa=self.group > 1,
+                q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=mask is None and self.group > 1
             )
         return y.permute(2, 0, 1, 3).flatten(2)
 

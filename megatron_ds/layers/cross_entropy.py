@@ -29,32 +29,32 @@ class _HeadLoss(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         tokens, rows = hidden.flatten(0, -2), weight[:valid]
         flat_targets = targets.flatten()
-        grad_hidden = torch.empty_like(tokens) if wants_hidden else None
+        # fp16 has no room for gradients that the loss scale has not met yet: keep them in fp32 until it has.
+        exact = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        grad_hidden = torch.empty_like(tokens, dtype=exact) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, tokens.shape[0], chunk):
             part = slice(begin, begin + chunk)
             chunk_loss, grad_logits = _chunk(tokens[part] @ rows.t(), flat_targets[part], start, axis)
             loss += chunk_loss
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = grad_logits.to(exact)
             if grad_hidden is not None:
-                torch.mm(grad_logits, rows, out=grad_hidden[part])
+                torch.mm(grad_logits, rows.to(exact), out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight[:valid] += grad_logits.t() @ tokens[part]
+                grad_weight[:valid] += grad_logits.t() @ tokens[part].to(exact)
         ctx.grads = (
             grad_hidden.view_as(hidden) if grad_hidden is not None else None,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_weight.to(exact) if grad_weight is not None else None,
         )
+        ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.grads is not None, "the head's gradients were consumed by an earlier backward pass"
-        grad_hidden, grad_weight = ctx.grads
+        grad_hidden, grad_weight = (None if g is None else g.mul_(grads[0]).to(ctx.dtype) for g in ctx.grads)
         ctx.grads = None
-        for grad in (grad_hidden, grad_weight):
-            if grad is not None:
-                grad.mul_(grads[0])
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
@@ -113,6 +113,8 @@ def head_loss(
     share = weight.shape[0]
     start = min(axis.rank * share, vocab_size)
     valid = min(start + share, vocab_size) - start
+    if not torch.is_grad_enabled():  # autograd.Function would make gradients even so
+        hidden, weight = hidden.detach(), weight.detach()
     return _HeadLoss.apply(hidden, weight, targets, start, valid, axis, chunk)
 
 

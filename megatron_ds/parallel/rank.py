@@ -83,4 +83,5 @@ def _find_slurm_rendezvous(environ: MutableMapping[str, str]) -> None:
                 f"MASTER_ADDR is not set, and scontrol does not tell the first host of SLURM_JOB_NODELIST={nodes}; "
                 f"export MASTER_ADDR=HOST before srun"
             ) from None
-    environ.setdefault("MASTER_PORT", str(20000 + _number(environ, "SLURM_JOB_ID", default="0") % 20000))
+    # below the ports that Linux hands out by itself
+    environ.setdefault("MASTER_PORT", str(20000 + _number(environ, "SLURM_JOB_ID", default="0") % 10000))

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.config import ExportSection
 from megatron_ds.engine import Engine
+from megatron_ds.errors import ConversionError
 from megatron_ds.hf.export import exporting
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.job import Job
@@ -24,16 +26,39 @@ DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def export_live(engine: Engine, job: Job, section: ExportSection) -> None:
-    """Stream the weights to `section.path` on rank 0. Collective: every rank calls it."""
+    """Stream the weights to `section.path` on rank 0. Collective: every rank calls it.
+
+    Raises:
+        ConversionError: on every rank, if `section.dtype` cannot hold a weight. The run is not lost: the directory was
+            written in the run's own dtype.
+    """
+    fits = fits_in(engine, section.dtype)
     if engine.grid.rank != 0:
         for _ in engine.whole_parameters():
             pass
-        return
-    with exporting(section.path, job.model, section.dtype, section.max_shard_size) as export:
-        for name, whole in engine.whole_parameters():
-            assert whole is not None, name
-            export.add(name, whole)
-        export.finish(job.run.model.path, job.run.model.tokenizer_path)
+    else:
+        with exporting(section.path, job.model, section.dtype if fits else None, section.max_shard_size) as export:
+            for name, whole in engine.whole_parameters():
+                assert whole is not None, name
+                export.add(name, whole)
+            export.finish(job.run.model.path, job.run.model.tokenizer_path)
+    if not fits:
+        raise ConversionError(
+            f"export.dtype={section.dtype} cannot hold the largest weight; {section.path} was written in the run's own "
+            f"dtype instead; nearest: bfloat16"
+        )
+
+
+def fits_in(engine: Engine, dtype: str | None) -> bool:
+    """Whether every weight is finite in a dtype, or was not finite before. Collective."""
+    if dtype != "float16":
+        return True
+    largest = torch.zeros((), dtype=torch.float32, device=engine.device)
+    for _, parameter in engine.local_parameters():
+        with engine.gathered(parameter):
+            values = parameter.detach().float().abs()
+            largest = torch.maximum(largest, values.masked_fill(~values.isfinite(), 0.0).max())
+    return float(all_reduce_(largest, engine.grid.world, dist.ReduceOp.MAX)) <= torch.finfo(torch.float16).max
 
 
 def check_export(engine: Engine, job: Job, section: ExportSection, input_ids: Tensor) -> float:

@@ -68,6 +68,22 @@ def resolve(run: RunConfig, world_size: int, device_type: str) -> Job:
 
 def _check_recomputation(run: RunConfig, mapping: dict[str, Any]) -> None:
     section = mapping.get("activation_checkpointing") or {}
+    for key in ("cpu_checkpointing", "contiguous_memory_optimization"):
+        if section.get(key) and not section.get("partition_activations"):
+            raise ConfigError(
+                f"deepspeed.activation_checkpointing.{key}=true works on partitioned activations only; nearest: "
+                f"partition_activations=true beside it"
+            )
+    if section.get("contiguous_memory_optimization") and not section.get("number_checkpoints"):
+        raise ConfigError(
+            "deepspeed.activation_checkpointing.contiguous_memory_optimization=true needs number_checkpoints; nearest: "
+            "the number of layers"
+        )
+    if section.get("partition_activations") and run.train.recompute == "selective":
+        raise ConfigError(
+            "deepspeed.activation_checkpointing.partition_activations=true splits what all tensor ranks hold alike; "
+            "train.recompute=selective keeps each rank's own heads; nearest: train.recompute=full"
+        )
     if section.get("partition_activations") and run.parallel.sequence and run.parallel.tensor > 1:
         raise ConfigError(
             "deepspeed.activation_checkpointing.partition_activations=true splits what all tensor ranks hold alike; "

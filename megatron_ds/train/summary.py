@@ -17,7 +17,7 @@ def summarize(job: Job, engine: Engine, data: Dataset) -> RunSummary:
     run, layout = job.run, job.layout
     return RunSummary(
         model_name=job.model.family.model_type,
-        num_params=engine.num_params,
+        num_params=engine.count_params(),
         world_size=layout.world_size,
         tensor=layout.tensor,
         pipeline=layout.pipeline,

@@ -202,7 +202,7 @@ def test_tokenizer_without_a_fast_backend_works(text, cache, tmp_path):
 def test_cache_that_cannot_be_written_is_named(text, tokenizer_path, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(DataError, match=r"the token cache .*/file/tokens cannot be written .*; set XDG_CACHE_HOME"):
+    with pytest.raises(DataError, match=r"the token cache .*/file/tokens cannot be written .*; set data.cache_dir"):
         tokens_of(text, tokenizer_path, blocked / "tokens")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
 from megatron_ds.hf.io import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.train.export import check_export, reference_logits
+from megatron_ds.parallel.grid import Axis
+from megatron_ds.train.export import check_export, fits_in, reference_logits
 from tests.hf.models import declarations, export, gathered, hashes, whole
 from tests.ranks import run_alone
 
@@ -419,3 +421,19 @@ def test_check_refuses_what_transformers_fills_in(saved: Path, tmp_path: Path) -
     assert run_alone(missing_tensor_is_refused, str(tmp_path)) == (
         f"{tmp_path}: transformers loads it with {{'missing_keys': ['transformer.h.0.mlp.c_fc.bias']}}"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "fits"),
+    [(1e6, "float16", False), (1e6, "bfloat16", True), (6e4, "float16", True), (float("inf"), "float16", True)],
+)
+def test_a_dtype_that_cannot_hold_a_weight_is_known_before_the_export(value: float, dtype: str, fits: bool) -> None:
+    parameters = {"a": torch.ones(3), "b": torch.tensor([0.5, -value])}
+    grid = SimpleNamespace(world=Axis())
+    engine: Any = SimpleNamespace(
+        grid=grid,
+        device=torch.device("cpu"),
+        local_parameters=lambda: iter(parameters.items()),
+        gathered=lambda parameter: nullcontext(),
+    )
+    assert fits_in(engine, dtype) is fits

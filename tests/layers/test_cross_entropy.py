@@ -99,3 +99,23 @@ def _all_ignored() -> list[torch.Tensor]:
 
 def test_no_labels_give_zero_not_nan() -> None:
     assert all(torch.count_nonzero(value) == 0 for value in run_alone(_all_ignored))
+
+
+def _half(loss_scale: float) -> list[torch.Tensor]:
+    """One frequent target and large hidden states: the weight's gradient of the plain sum is beyond fp16's range."""
+    tokens = 4096
+    hidden = torch.full((tokens, 1, H), 40.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(50, H, dtype=torch.float16, requires_grad=True)
+    targets = torch.zeros(tokens, 1, dtype=torch.int64)
+    loss = head_loss(hidden, weight, targets, vocab_size=50, axis=Axis())
+    (loss / tokens * loss_scale).backward()
+    assert weight.grad is not None
+    return [weight.grad.float() / loss_scale, torch.tensor(float(weight.grad.isinf().any()))]
+
+
+def test_in_fp16_the_loss_scale_reaches_the_head() -> None:
+    gradient, overflowed = run_alone(_half, 16.0)
+    assert not overflowed
+    torch.testing.assert_close(gradient[0], torch.full((H,), -40.0 * 49 / 50), rtol=1e-3, atol=0)
+    _, overflowed = run_alone(_half, 2.0**14)
+    assert overflowed, "too large a loss scale must show, so that it is lowered"

@@ -111,10 +111,11 @@ def test_offload_equals_transformers(place: Place, references: Any) -> None:
     assert within_fp32(errors), errors
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("place", [Place(2, 1, 1, 1), Place(2, 2, 1, 1)], ids=str)
-def test_deepspeeds_partitioned_recomputation_equals_transformers(place: Place, references: Any) -> None:
-    """What recomputation keeps is split over the tensor ranks by DeepSpeed where its JSON says so."""
-    section = {"partition_activations": True, "cpu_checkpointing": False}
+def test_deepspeeds_partitioned_recomputation_equals_transformers(place: Place, on_cpu: bool, references: Any) -> None:
+    """What recomputation keeps is split over the tensor ranks by DeepSpeed where its JSON says so, and moved."""
+    section = {"partition_activations": True, "cpu_checkpointing": on_cpu}
     directory, reference = references("llama", RECIPE)
     place = replace(place, recompute="full", extra=(("activation_checkpointing", section),))
     errors = relative_errors(train_ours(directory, place, RECIPE), reference)

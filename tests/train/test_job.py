@@ -81,6 +81,25 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         ),
         (
             {
+                "train": {"steps": 1, "global_batch_size": 1, "recompute": "selective"},
+                "deepspeed": {"activation_checkpointing": {"partition_activations": True}},
+            },
+            "train.recompute=selective keeps each rank's own heads; nearest: train.recompute=full",
+        ),
+        (
+            {"deepspeed": {"activation_checkpointing": {"cpu_checkpointing": True}}},
+            "cpu_checkpointing=true works on partitioned activations only; nearest: partition_activations=true",
+        ),
+        (
+            {
+                "deepspeed": {
+                    "activation_checkpointing": {"partition_activations": True, "contiguous_memory_optimization": True}
+                }
+            },
+            "contiguous_memory_optimization=true needs number_checkpoints",
+        ),
+        (
+            {
                 "deepspeed": {
                     "zero_optimization": {"stage": 1},
                     "pipeline": {"activation_checkpoint_interval": 1},
