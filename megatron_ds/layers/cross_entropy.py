@@ -31,6 +31,7 @@ class _HeadLoss(torch.autograd.Function):
         flat_targets = targets.flatten()
         # fp16 has no room for gradients that the loss scale has not met yet: keep them in fp32 until it has.
         exact = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        exact_rows = rows.to(exact)
         grad_hidden = torch.empty_like(tokens, dtype=exact) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -40,7 +41,7 @@ class _HeadLoss(torch.autograd.Function):
             loss += chunk_loss
             grad_logits = grad_logits.to(exact)
             if grad_hidden is not None:
-                torch.mm(grad_logits, rows.to(exact), out=grad_hidden[part])
+                torch.mm(grad_logits, exact_rows, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight[:valid] += grad_logits.t() @ tokens[part].to(exact)
         ctx.grads = (

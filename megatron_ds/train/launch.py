@@ -89,9 +89,8 @@ def check_devices(ranks: int, device_type: str, count: int) -> None:
 
 def _train_launched(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
     """As one of a launcher's ranks: tell why this one failed, unless it failed because another did."""
-    _share_cores(
-        int(os.environ.get("LOCAL_SIZE", "1"))
-    )  # `deepspeed` says how many; torchrun and srun share themselves
+    # `deepspeed` says how many ranks there are here; torchrun sets the threads itself, srun leaves them to the user
+    _share_cores(int(os.environ.get("LOCAL_SIZE", "1")))
     try:
         _train_as(run, info, reporter)
     except MegatronDSError as problem:

@@ -12,18 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.config.yaml_text import format_yaml
-from tests.train.tiny import run_mapping, write_corpus
+from tests.train.tiny import run_mapping
 
 MARK = "MEGATRON_DS_TEST"
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what `write_corpus` writes."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
 
 
 @pytest.fixture

@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.config import RunConfig, build_run
-from tests.train.tiny import run_mapping, write_corpus
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what `write_corpus` writes."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
+from tests.train.tiny import run_mapping
 
 
 @pytest.fixture
