@@ -22,7 +22,6 @@ class ModelShape:
 
     num_layers: int
     num_attention_heads: int
-    num_kv_heads: int
     ffn_size: int
     hidden_size: int
     vocab_size: int
@@ -43,8 +42,7 @@ def check_run(run: RunConfig, shape: ModelShape, facts: DeepSpeedFacts, world_si
         TopologyError: model, batch or ranks cannot be divided as asked.
         ConfigError: precision, ZeRO stage or offload cannot run with this parallelism or device.
     """
-    _check_tensor(run, shape)
-    _check_pipeline(run, shape)
+    check_layout(shape, run.parallel.tensor, run.parallel.pipeline)
     _check_positions(run, shape)
     _check_sequence(run, shape)
     _check_precision(facts, device_type)
@@ -76,26 +74,38 @@ def _nearest_multiples(value: int, of: int, at_most: int | None = None) -> list[
 
 
 def _legal_tensors(shape: ModelShape) -> list[int]:
-    """Every degree that divides attention heads, key-value heads and the MLP."""
-    common = math.gcd(shape.num_attention_heads, shape.num_kv_heads, shape.ffn_size)
+    """Every degree that divides attention heads and the MLP."""
+    common = math.gcd(shape.num_attention_heads, shape.ffn_size)
     return [degree for degree in range(1, common + 1) if common % degree == 0]
 
 
-def _check_tensor(run: RunConfig, shape: ModelShape) -> None:
-    tensor = run.parallel.tensor
-    for name in ("num_attention_heads", "num_kv_heads", "ffn_size"):
-        size = getattr(shape, name)
+def check_layout(
+    shape: ModelShape, tensor: int, pipeline: int, names: tuple[str, str] = ("parallel.tensor", "parallel.pipeline")
+) -> None:
+    """Whether a model can be divided over so many tensor and pipeline ranks. Key and value heads need not be: where
+    there are fewer of them than tensor ranks, several ranks hold the same one.
+
+    Args:
+        shape: the model's sizes.
+        tensor, pipeline: the degrees.
+        names: how the user calls them.
+
+    Raises:
+        TopologyError: it cannot.
+    """
+    for name, degree in zip(names, (tensor, pipeline)):
+        if degree < 1:
+            raise TopologyError(f"{name}={degree} is less than one rank; nearest: 1")
+    for field in ("num_attention_heads", "ffn_size"):
+        size = getattr(shape, field)
         if size % tensor:
             raise TopologyError(
-                f"parallel.tensor={tensor} does not divide {name}={size}; "
+                f"{names[0]}={tensor} does not divide {field}={size}; "
                 f"nearest: {_words(nearest(tensor, _legal_tensors(shape)))}"
             )
-
-
-def _check_pipeline(run: RunConfig, shape: ModelShape) -> None:
-    if run.parallel.pipeline > shape.num_layers:
+    if pipeline > shape.num_layers:
         raise TopologyError(
-            f"parallel.pipeline={run.parallel.pipeline} is more than num_layers={shape.num_layers}, "
+            f"{names[1]}={pipeline} is more than num_layers={shape.num_layers}, "
             f"and each stage needs a layer; nearest: {shape.num_layers}"
         )
 

@@ -7,10 +7,12 @@ becomes DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters offer the same 
 from megatron_ds.engine.base import Engine, MicroBatch, StepResult
 from megatron_ds.engine.build import EngineOptions, build_engine
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
+from megatron_ds.engine.probe import GradientProbe
 
 __all__ = [
     "Engine",
     "EngineOptions",
+    "GradientProbe",
     "MicroBatch",
     "StepResult",
     "build_engine",

@@ -116,6 +116,10 @@ class Engine(ABC):
         Collective; at any time rank 0 holds one whole tensor, the others their share. A tensor is gathered over the
         tensor ranks of its stage and sent to rank 0.
         """
+        return self.whole_tensors(lambda parameter: parameter.detach())
+
+    def whole_tensors(self, of: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+        """Like `whole_parameters`, for something that each rank has of its parameters' shape and dtype: a gradient."""
         grid = self.grid
         parameters = dict(self.local_parameters())
         for stage, entries in enumerate(self._inventory()):
@@ -125,7 +129,7 @@ class Engine(ABC):
                 if grid.coords.pipeline == stage:
                     with self.gathered(parameters[name]):
                         if grid.coords.data == 0:
-                            whole = gather_share(parameters[name].detach(), spec, grid)
+                            whole = gather_share(of(parameters[name]), spec, grid)
                 if source != 0:
                     whole = _send_to_rank_0(whole, spec, dtype, source, grid.rank, self.device)
                 yield name, whole if grid.rank == 0 else None
@@ -146,7 +150,10 @@ class Engine(ABC):
 
 
 def gather_share(share: Tensor, spec: ParamSpec, grid: Grid) -> Tensor | None:
-    """Shares -> the whole tensor without padding on tensor rank 0, None on the others."""
+    """Shares -> the whole tensor without padding on tensor rank 0, None on the others.
+
+    Of a share that several ranks hold the first one's is taken.
+    """
     axis = grid.tensor
     if spec.split_dim is None or axis.size == 1:
         return share if axis.rank == 0 else None
@@ -154,7 +161,8 @@ def gather_share(share: Tensor, spec: ParamSpec, grid: Grid) -> Tensor | None:
     dist.gather(share.contiguous(), parts, dst=axis.ranks[0], group=axis.group)
     if parts is None:
         return None
-    return torch.cat(parts, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
+    different = [part for rank, part in enumerate(parts) if spec.holds_first(rank, axis.size)]
+    return torch.cat(different, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
 
 
 def _send_to_rank_0(

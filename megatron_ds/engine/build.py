@@ -19,6 +19,7 @@ from megatron_ds.engine.base import Engine, ShareReader
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.pipelined import PipelineEngine, StagePipeline
 from megatron_ds.engine.plain import PlainEngine
+from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.layers.parameter import initial_share, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.block import Placement
@@ -37,14 +38,14 @@ class EngineOptions:
 
     Attributes:
         deepspeed: the filled DeepSpeed config.
-        optimizer: the run file's section.
+        optimizer: the run file's section; None = a `GradientProbe` instead of an optimizer.
         sequence: Megatron's sequence parallelism.
         recompute: "none", "selective" or "full".
         seed: for dropout, and for initialisation where no weights are read.
     """
 
     deepspeed: dict[str, Any]
-    optimizer: OptimizerSection
+    optimizer: OptimizerSection | None
     sequence: bool
     recompute: str
     seed: int
@@ -79,7 +80,7 @@ def build_engine(
             module = StageModel(specs)
     read = read_share or partial(_initial, options.seed)
     _fill(module, grid, read, zero_3=facts.zero_stage == 3)
-    optimizer = _adamw(module, options.optimizer, device)
+    optimizer = _optimizer(module, options.optimizer, device)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -127,6 +128,10 @@ def _fill(module: nn.Module, grid: Grid, read_share: ShareReader, zero_3: bool) 
                 share = read_share(renamed.get(name, name), spec_of(parameter), grid.tensor.rank, grid.tensor.size)
                 assert share.shape == parameter.shape, (name, share.shape, parameter.shape)
                 parameter.copy_(share)
+
+
+def _optimizer(module: nn.Module, section: OptimizerSection | None, device: torch.device) -> torch.optim.Optimizer:
+    return _adamw(module, section, device) if section is not None else GradientProbe(module.parameters())
 
 
 def _adamw(module: nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -99,7 +100,8 @@ class PipelineEngine(Engine):
 
     def _step(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, float]:
         loss = self.deepspeed.train_batch(self._feed(batches, scale))
-        return float(loss), float(self.deepspeed.get_global_grad_norm())
+        norm = self.deepspeed.get_global_grad_norm()  # none without ZeRO, which no training run gets past the checks
+        return float(loss), math.nan if norm is None else float(norm)
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
         # DeepSpeed averages over micro-batches and data ranks: scale so that the average is the sum.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine, MicroBatch
+from megatron_ds.layers.parameter import counts_here
 from megatron_ds.parallel.collectives import all_reduce_
 
 
@@ -32,10 +33,13 @@ class PlainEngine(Engine):
         return mean, norm_of_stage_0 if norm is None else float(norm)
 
     def _gradient_norm(self) -> float:
-        """L2 norm of the gradients; ZeRO-0 runs on one tensor rank only, where DeepSpeed does not keep it."""
-        assert self.grid.tensor.size == 1, self.grid.layout
-        grads = [p.grad.float().norm() for p in self.deepspeed.module.parameters() if p.grad is not None]
-        return float(torch.stack(grads).norm())
+        """L2 norm of the gradients; ZeRO-0 does not keep it. What all tensor ranks hold alike counts once."""
+        axis = self.grid.tensor
+        counted = [p for p in self.deepspeed.module.parameters() if p.grad is not None and counts_here(p, axis)]
+        squares = torch.zeros((), dtype=torch.float32, device=self.device)
+        for parameter in counted:
+            squares += parameter.grad.float().square().sum()
+        return float(all_reduce_(squares, axis).sqrt())
 
     @torch.no_grad()
     def _evaluate(self, batches: Sequence[MicroBatch]) -> float:

@@ -85,7 +85,7 @@ def _check_heads(decoder: DecoderConfig) -> None:
         raise ConversionError(
             f"num_key_value_heads={decoder.num_kv_heads} does not divide num_attention_heads={decoder.num_heads}"
         )
-    if decoder.rotary is None and decoder.head_dim * decoder.num_heads != decoder.hidden_size:
+    if decoder.positions is not None and decoder.head_dim * decoder.num_heads != decoder.hidden_size:
         raise ConversionError(f"n_head={decoder.num_heads} does not divide n_embd={decoder.hidden_size}")
 
 

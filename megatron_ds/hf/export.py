@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, config_json
 from megatron_ds.hf.io import ShardWriter, parse_size, write_json
-from megatron_ds.hf.weights import to_hf
+from megatron_ds.hf.weights import ToHF
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -65,6 +65,7 @@ class DirectoryExport:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
         self._writer = ShardWriter(self.directory, max_shard_bytes)
+        self._to_hf = ToHF(model)
         self._added: set[str] = set()
         self._elements_of: Counter[torch.dtype] = Counter()
 
@@ -78,7 +79,7 @@ class DirectoryExport:
         self._added.add(name)
         whole = self._cast(name, whole.detach().to("cpu"))
         self._elements_of[whole.dtype] += whole.numel()
-        for theirs, tensor in to_hf(self.model, name, whole):
+        for theirs, tensor in self._to_hf.add(name, whole):
             self._writer.add(theirs, tensor)
 
     def finish(self, model_path: str | Path | None = None, tokenizer_path: str | Path | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import Op
+from megatron_ds.hf.mapping import Op, Part
 from megatron_ds.models.config import DecoderConfig
 
 LAYER = "{n}"
@@ -70,15 +70,33 @@ class Family:
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Sizes of the named axes in all tables: v vocabulary, h hidden, f feed-forward, p positions, k key/value heads,
-    g query heads a group, d head dim, c the three of Q, K and V."""
+    """Sizes of the named axes in all tables: v vocabulary, e embedding, h hidden, f feed-forward, p rows of the position
+    table, n query heads, k key/value heads, g query heads a key head, d head dim."""
     return {
         "v": config.vocab_size,
+        "e": config.embedding_size,
         "h": config.hidden_size,
         "f": config.ffn_size,
-        "p": config.max_positions,
+        "p": config.positions.rows if config.positions is not None else 0,
+        "n": config.num_heads,
         "k": config.num_kv_heads,
         "g": config.num_heads // config.num_kv_heads,
         "d": config.head_dim,
-        "c": 3,
     }
+
+
+def fused_qkv(native: str, theirs: str, part: str, pattern: str, *, q: str, kv: str) -> list[Row]:
+    """The two rows of a fused projection: queries, and keys beside values.
+
+    Args:
+        native, theirs: names without `.weight` or `.bias`.
+        part: "weight" or "bias".
+        pattern: of the fused tensor, its pieces queries, keys, values.
+        q, kv: native patterns; their slowest axis is divided over the tensor axis.
+    """
+    name = f"{theirs}.{part}"
+    q_op, kv_op = Op((Part(pattern, 0),), q), Op((Part(pattern, 1), Part(pattern, 2)), kv)
+    return [
+        Row(f"{native}.q_{part}", (name,), q_op, q_op.native_axes[0]),
+        Row(f"{native}.kv_{part}", (name, name), kv_op, kv_op.native_axes[0]),
+    ]

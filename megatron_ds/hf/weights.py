@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,13 +55,14 @@ class HFWeights:
         assert spec.shape == row.op.native_shape(sizes), (name, spec.shape, row.op.native_shape(sizes))
         assert spec.split_dim == row.op.split_dim(row.split), (name, spec.split_dim, row)
         start, stop = spec.local_range(rank, size)
-        if row.split is not None and spec.split_dim is not None:
-            unit = spec.shape[spec.split_dim] // sizes[row.split]
-            assert start % unit == stop % unit == 0, f"{name}: {size} tensor ranks would cut through axis {row.split}"
-            start, stop = start // unit, stop // unit
         names = [self._on_disk(one) for one in row.names]
-        share = row.op.read(lambda source, at: self._source.read(names[source], at), sizes, row.split, start, stop)
-        return pad_share(share, spec, size)
+        reader = lambda source, at: self._source.read(names[source], at)  # noqa: E731
+        if row.split is None or spec.split_dim is None:
+            return row.op.read(reader, sizes, None, 0, 0)
+        unit = spec.shape[spec.split_dim] // sizes[row.split]
+        first, last = start // unit, -(-stop // unit)  # a share may end within a unit: in a group of query heads
+        covering = row.op.read(reader, sizes, row.split, first, last)
+        return pad_share(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
 
     def _on_disk(self, name: str) -> str:
         return name.removeprefix(self._prefix) if self._bare else name
@@ -106,10 +108,35 @@ class HFWeights:
                 )
 
 
-def to_hf(model: HFModel, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A whole native parameter -> its Hugging Face tensors by name, one at a time; they may be views of it."""
-    row = model.table[name]
-    return zip(row.names, row.op.write(whole, model.axis_sizes))
+class ToHF:
+    """Whole native parameters -> Hugging Face tensors, one parameter at a time, in any order.
+
+    A fused tensor is given when the last of its pieces has come, so that pieces should come near one another.
+    """
+
+    def __init__(self, model: HFModel) -> None:
+        self.model = model
+        self._missing = Counter(
+            theirs
+            for row in model.table.values()
+            for source, theirs in enumerate(row.names)
+            if row.op.is_piece(source)
+        )
+        self._assembled: dict[str, Tensor] = {}
+
+    def add(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Take one native parameter; gives the tensors that are complete with it. They may be views of it."""
+        row, sizes = self.model.table[name], self.model.axis_sizes
+        for source, (theirs, tensor) in enumerate(zip(row.names, row.op.write(whole, sizes))):
+            if not row.op.is_piece(source):
+                yield theirs, tensor
+                continue
+            if theirs not in self._assembled:
+                self._assembled[theirs] = tensor.new_empty(row.op.source_shape(source, sizes))
+            row.op.place(source, tensor, self._assembled[theirs], sizes)
+            self._missing[theirs] -= 1
+            if self._missing[theirs] == 0:
+                yield theirs, self._assembled.pop(theirs)
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped query heads (Ainslie et al. 2023), divided over the tensor axis by group."""
+"""Causal self-attention with grouped query heads (Ainslie et al. 2023), divided over the tensor axis by query head."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.alibi import Alibi
+from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
+from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
 from megatron_ds.layers.recompute import Recompute
-from megatron_ds.layers.rotary import RotaryTable, rotate
+from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -23,9 +24,13 @@ class AttentionShape:
 
     Attributes:
         hidden_size, num_heads, num_kv_heads, head_dim: H, N, K, D.
+        scale: of the scores.
         qkv_bias, out_bias: which projections have a bias.
-        qk_norm_eps: RMSNorm of each query and key head over D before the rotation; None = no such norm.
+        qk_norm: RMSNorm of queries and keys before the rotation; None = no such norm.
+        qk_norm_across_heads: it normalises all heads of a token together, not each by itself.
         window: a query sees this many last keys, itself included; None = all.
+        softcap: scores s become softcap * tanh(s / softcap); None = they stay.
+        alibi: biases by distance; None = none.
         dropout: on the attention probabilities.
         std, out_std: initialisation of the projections in and out.
     """
@@ -34,24 +39,28 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    scale: float
     qkv_bias: bool
     out_bias: bool
-    qk_norm_eps: float | None
+    qk_norm: NormStyle | None
+    qk_norm_across_heads: bool
     window: int | None
+    softcap: float | None
+    alibi: Alibi | None
     dropout: float
     std: float
     out_std: float
 
 
 class CausalSelfAttention(nn.Module):
-    """(S, B, H) -> (S, B, H), sequence split over t under sequence parallelism; each rank holds K/t groups.
+    """(S, B, H) -> (S, B, H), sequence split over t under sequence parallelism; each rank has N/t query heads.
 
-    Queries, keys and values are one matrix whose rows run group by group: G query heads, the key head, the value
-    head. Only that order survives a plain concatenation of shards when t changes.
+    It has the K/gcd(K, t) key and value heads that these may need, which its neighbours have too where t does not
+    divide K.
 
     Args:
         shape: sizes and options.
-        tp: the tensor axis; t divides K.
+        tp: the tensor axis; t divides N.
         rotary: shared table of angles; None = no rotation.
         recompute: how the core is kept for the backward pass.
         rng: masks of the probabilities differ between tensor ranks, which hold different heads.
@@ -67,48 +76,97 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.rotary, self.recompute, self.rng = shape, rotary, recompute, rng
-        self.group = shape.num_heads // shape.num_kv_heads
-        heads_a_group = self.group + 2
-        self.qkv = ColumnParallelLinear(
-            shape.hidden_size,
-            (shape.num_kv_heads * heads_a_group * shape.head_dim,),
-            tp,
-            std=shape.std,
-            bias=shape.qkv_bias,
-        )
-        self.out = RowParallelLinear(
-            shape.num_heads * shape.head_dim, shape.hidden_size, tp, std=shape.out_std, bias=shape.out_bias
-        )
-        eps = shape.qk_norm_eps
-        self.q_norm = Norm(shape.head_dim, "rms", eps, tp, tp.inside) if eps is not None else None
-        self.k_norm = Norm(shape.head_dim, "rms", eps, tp, tp.inside) if eps is not None else None
+        heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.qkv = QKVLinear(shape.hidden_size, heads, kv_heads, dim, tp, std=shape.std, bias=shape.qkv_bias)
+        self.out = RowParallelLinear(heads * dim, shape.hidden_size, tp, std=shape.out_std, bias=shape.out_bias)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if shape.qk_norm is not None and shape.qk_norm_across_heads:
+            self.q_norm = AcrossHeadsNorm(heads, dim, shape.qk_norm, tp)
+            self.k_norm = AcrossHeadsNorm(kv_heads, dim, shape.qk_norm, tp)
+        elif shape.qk_norm is not None:
+            self.q_norm = Norm(dim, shape.qk_norm, tp, tp.inside)
+            self.k_norm = Norm(dim, shape.qk_norm, tp, tp.inside)
+        local = heads // tp.axis.size
+        self.heads = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
+        self.kv_of_head = _kv_of_head(self.heads, heads // kv_heads, kv_heads // self.qkv.shares[1])
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """key_mask (B, S), nonzero where a position may be attended to; None = everywhere."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.group + 2, self.shape.head_dim))
-        q, k, v = qkv[..., : self.group, :], qkv[..., self.group, :], qkv[..., self.group + 1, :]
-        q = q.flatten(2, 3)
+        q, kv = self.qkv(x)
+        q = q.unflatten(-1, (-1, self.shape.head_dim))
+        k, v = kv.unflatten(-1, (-1, 2, self.shape.head_dim)).unbind(-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            cos, sin = self.rotary.cos_sin(q.shape[0], like=q)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = self.rotary.rotate(q), self.rotary.rotate(k)
         core = self.recompute.run("selective", self._core, q, k, v, key_mask)
         return self.out(core)
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """(S, B, N/t, D), (S, B, K/t, D) twice -> (S, B, N/t * D)."""
-        mask = allowed_keys(q.shape[0], self.shape.window, key_mask, q.device)
-        dropout = self.shape.dropout if self.training else 0.0
+        """(S, B, N/t, D), (S, B, K/c, D) twice -> (S, B, N/t * D)."""
+        shape = self.shape
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
+        mask = allowed_keys(q.shape[2], shape.window, key_mask, q.device)
+        plain = mask is None and shape.alibi is None and shape.softcap is None
+        k, v = (self._for_each_head(part, shares_heads=plain) for part in (k, v))
+        dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
-            q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-            if mask is not None and self.group > 1:
-                # on CUDA only the flash kernel shares heads by itself, and it takes no mask
-                k, v = (part.repeat_interleave(self.group, dim=1) for part in (k, v))
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, enable_gqa=mask is None and self.group > 1
-            )
+            if shape.softcap is not None:
+                y = self._capped(q, k, v, mask, dropout)
+            else:
+                y = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    mask if shape.alibi is None else self._bias(q, mask),
+                    dropout,
+                    is_causal=plain,
+                    scale=shape.scale,
+                    enable_gqa=k.shape[1] != q.shape[1],
+                )
         return y.permute(2, 0, 1, 3).flatten(2)
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """The formula written out, because no kernel of torch caps scores. Makes (B, N/t, S, S) tensors."""
+        assert self.shape.softcap is not None
+        scores = (q @ k.transpose(-1, -2)) * self.shape.scale
+        scores = torch.tanh(scores / self.shape.softcap) * self.shape.softcap
+        bias = self._bias(q, mask)
+        probabilities = F.softmax(scores + bias, dim=-1, dtype=torch.float32).to(q.dtype)
+        return F.dropout(probabilities, dropout) @ v
+
+    def _bias(self, q: Tensor, mask: Tensor | None) -> Tensor:
+        """(1 or B, 1 or N/t, S, S) added to the scores: ALiBi, and the lowest number where a key is not seen."""
+        length = q.shape[2]
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
+        alibi = self.shape.alibi
+        seen = alibi.bias(length, self.heads, self.shape.num_heads, q) if alibi is not None else q.new_zeros(())
+        return torch.where(mask, seen, torch.finfo(q.dtype).min)
+
+    def _for_each_head(self, part: Tensor, shares_heads: bool) -> Tensor:
+        """(B, K/c, S, D) -> (B, N/t, S, D), a key or value head for each query head.
+
+        Left as it is where the kernel repeats heads by itself: on CUDA only the flash kernel does, without a mask.
+        """
+        if self.kv_of_head == tuple(range(part.shape[1])):
+            return part
+        group = len(self.kv_of_head) // part.shape[1]
+        if self.kv_of_head != tuple(head // group for head in range(group * part.shape[1])):
+            return part[:, list(self.kv_of_head)]
+        return part if shares_heads else part.repeat_interleave(group, dim=1)
+
+
+def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:
+    """For each of a rank's query heads, which of the rank's `kv_heads` key heads it reads.
+
+    Args:
+        heads: in the whole model.
+        group: query heads a key head.
+        kv_heads: key heads that the rank holds, of a share that starts at a multiple of as many.
+    """
+    return tuple(head // group % kv_heads for head in heads)
 
 
 def allowed_keys(length: int, window: int | None, key_mask: Tensor | None, device: torch.device) -> Tensor | None:

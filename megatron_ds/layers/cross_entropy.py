@@ -6,10 +6,12 @@ at once, and dropped. A chunk's fp32 logits, (chunk, V/t), are the largest extra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.parallel.collectives import all_reduce_
@@ -19,26 +21,87 @@ IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024
 
 
+@dataclass(frozen=True)
+class LogitFinish:
+    """What a model does to its logits before the softmax: times `multiplier`, then bounded by `softcap`.
+
+    softcap * tanh(logits / softcap) keeps them within +-softcap (Gemma 2, 2024); None = unbounded.
+    """
+
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """fp32 logits -> logits; may change them in place."""
+        if self.multiplier != 1.0:
+            raw = raw * self.multiplier
+        return torch.tanh(raw / self.softcap) * self.softcap if self.softcap is not None else raw
+
+    def gradient(self, grad: Tensor, finished: Tensor | None) -> Tensor:
+        """Gradient to the finished logits -> to the raw ones. `finished` are the logits, where there is a softcap."""
+        if self.softcap is not None:
+            assert finished is not None
+            grad = grad * (1.0 - (finished / self.softcap).square())
+        return grad * self.multiplier if self.multiplier != 1.0 else grad
+
+
+@dataclass(frozen=True)
+class Head:
+    """This rank's part of a language-model head.
+
+    Attributes:
+        weight: (padded V/t, H) rows.
+        bias: (padded V/t,), or None.
+        vocab_size: V without padding; padding rows take no part in the softmax and get zero gradient.
+        axis: the tensor axis.
+        finish: what follows the product.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    vocab_size: int
+    axis: Axis
+    finish: LogitFinish = LogitFinish()
+
+    @property
+    def start(self) -> int:
+        """The id of the first row."""
+        return min(self.axis.rank * self.weight.shape[0], self.vocab_size)
+
+    @property
+    def valid(self) -> int:
+        """How many rows are not padding."""
+        return min(self.start + self.weight.shape[0], self.vocab_size) - self.start
+
+
 class _HeadLoss(torch.autograd.Function):
     """Sum of token losses from hidden states; gradients are computed in the forward pass, for unit output gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, start: int, valid: int, axis: Axis, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
     ) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        start, valid, axis = head.start, head.valid, head.axis
         tokens, rows = hidden.flatten(0, -2), weight[:valid]
+        offsets = bias[:valid] if bias is not None else None
         flat_targets = targets.flatten()
         # fp16 has no room for gradients that the loss scale has not met yet: keep them in fp32 until it has.
         exact = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         exact_rows = rows.to(exact)
         grad_hidden = torch.empty_like(tokens, dtype=exact) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        grad_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if wants_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, tokens.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            chunk_loss, grad_logits = _chunk(tokens[part] @ rows.t(), flat_targets[part], start, axis)
+            logits = head.finish(F.linear(tokens[part], rows, offsets).float())
+            finished = logits.clone() if head.finish.softcap is not None else None
+            chunk_loss, grad_logits = _chunk(logits, flat_targets[part], start, axis)
             loss += chunk_loss
+            grad_logits = head.finish.gradient(grad_logits, finished)
+            if grad_bias is not None:
+                grad_bias[:valid] += grad_logits.sum(0)
             grad_logits = grad_logits.to(exact)
             if grad_hidden is not None:
                 torch.mm(grad_logits, exact_rows, out=grad_hidden[part])
@@ -47,6 +110,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.grads = (
             grad_hidden.view_as(hidden) if grad_hidden is not None else None,
             grad_weight.to(exact) if grad_weight is not None else None,
+            grad_bias.to(exact) if grad_bias is not None else None,
         )
         ctx.dtype = weight.dtype
         return loss
@@ -54,16 +118,16 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.grads is not None, "the head's gradients were consumed by an earlier backward pass"
-        grad_hidden, grad_weight = (None if g is None else g.mul_(grads[0]).to(ctx.dtype) for g in ctx.grads)
+        own = (None if g is None else g.mul_(grads[0]).to(ctx.dtype) for g in ctx.grads)
         ctx.grads = None
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return *own, None, None, None
 
 
 def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Tensor, Tensor]:
     """Loss of some tokens and its gradient to their logits.
 
     Args:
-        logits: (tokens, valid) this rank's columns, padding excluded.
+        logits: (tokens, valid) this rank's columns, fp32, padding excluded. Overwritten.
         targets: (tokens,) whole-vocabulary ids, IGNORE_INDEX where there is no label.
         start: the id of this rank's first column.
         axis: the tensor axis. Two all-reduces: (tokens,) maxima, (2, tokens) sums, fp32.
@@ -71,7 +135,6 @@ def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Ten
     Returns:
         the scalar sum of the labelled tokens' losses; (tokens, valid) fp32 gradient.
     """
-    logits = logits.float()
     if logits.shape[1] > 0:
         peaks = logits.max(dim=-1).values
     else:
@@ -94,37 +157,31 @@ def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Ten
     return losses.sum(), grad.mul_(labelled[:, None])
 
 
-def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, axis: Axis, chunk: int = CHUNK_TOKENS
-) -> Tensor:
-    """Sum over labelled tokens of -log p(target).
+def head_loss(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int = CHUNK_TOKENS) -> Tensor:
+    """Sum over labelled tokens of -log p(target). A chunk communicates 3 fp32 numbers a token.
 
     Args:
         hidden: (S, B, H), equal on all tensor ranks. Its gradient is a partial sum: enter through `copy_to` or
             `gather_sequence`, whose backward completes it.
-        weight: (padded V/t, H) this rank's rows of the head.
+        head: this rank's part of the head.
         targets: (S, B) ids, IGNORE_INDEX where there is no label.
-        vocab_size: V without padding; padding rows take no part in the softmax and get zero gradient.
-        axis: the tensor axis. A chunk communicates 3 fp32 numbers a token.
         chunk: tokens whose logits exist at one time.
 
     Returns:
         fp32 scalar, equal on all tensor ranks.
     """
-    share = weight.shape[0]
-    start = min(axis.rank * share, vocab_size)
-    valid = min(start + share, vocab_size) - start
+    weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():  # autograd.Function would make gradients even so
-        hidden, weight = hidden.detach(), weight.detach()
-    return _HeadLoss.apply(hidden, weight, targets, start, valid, axis, chunk)
+        hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach() if bias is not None else None
+    return _HeadLoss.apply(hidden, weight, bias, targets, head, chunk)
 
 
 @torch.no_grad()
-def gather_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, axis: Axis) -> Tensor:
+def gather_logits(hidden: Tensor, head: Head) -> Tensor:
     """(S, B, H) -> (S, B, V) on every tensor rank. For inspection, never for training: an all-gather of all logits."""
-    local = hidden @ weight.t()
-    if axis.size == 1:
-        return local[..., :vocab_size]
-    parts = [torch.empty_like(local) for _ in range(axis.size)]
-    dist.all_gather(parts, local.contiguous(), group=axis.group)
-    return torch.cat(parts, dim=-1)[..., :vocab_size]
+    local = head.finish(F.linear(hidden, head.weight, head.bias))
+    if head.axis.size == 1:
+        return local[..., : head.vocab_size]
+    parts = [torch.empty_like(local) for _ in range(head.axis.size)]
+    dist.all_gather(parts, local.contiguous(), group=head.axis.group)
+    return torch.cat(parts, dim=-1)[..., : head.vocab_size]

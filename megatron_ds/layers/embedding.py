@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,14 +15,14 @@ from megatron_ds.parallel.tensor import TensorParallel
 class VocabParallelEmbedding(nn.Module):
     """Look up rows of a table whose rows are divided over the tensor axis (Shoeybi et al. 2019, section 3).
 
-    ids (S, B) -> (S, B, H), or (S/t, B, H) under sequence parallelism. Forward all-reduce or reduce-scatter; backward
+    ids (S, B) -> (S, B, E), or (S/t, B, E) under sequence parallelism. Forward all-reduce or reduce-scatter; backward
     nothing or all-gather. Where t does not divide V the last ranks hold zero rows that no id reaches.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, *, std: float) -> None:
+    def __init__(self, vocab_size: int, size: int, tp: TensorParallel, *, std: float) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = make_parameter(ParamSpec((vocab_size, hidden_size), 0, std=std), tp.axis)
+        self.weight = make_parameter(ParamSpec((vocab_size, size), 0, std=std), tp.axis)
         self.start, self.stop = self.weight.spec.local_range(tp.axis.rank, tp.axis.size)  # type: ignore[attr-defined]
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -30,14 +33,46 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.leave(rows.masked_fill(elsewhere[..., None], 0.0))
 
 
+@dataclass(frozen=True)
+class PositionTable:
+    """A table of learned positions.
+
+    Attributes:
+        max_positions: how many positions there are.
+        offset: rows before the first position's (OPT has 2).
+        skips_padding: positions count the tokens that the key mask shows, not all (OPT).
+    """
+
+    max_positions: int
+    offset: int = 0
+    skips_padding: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.max_positions + self.offset
+
+
 class LearnedPositions(nn.Module):
     """Add a learned vector per position: (S, B, H) -> same; or this rank's (S/t, B, H) part of it."""
 
-    def __init__(self, max_positions: int, hidden_size: int, tp: TensorParallel, *, std: float) -> None:
+    def __init__(self, table: PositionTable, hidden_size: int, tp: TensorParallel, *, std: float) -> None:
         super().__init__()
-        self.tp = tp
-        self.weight = make_parameter(ParamSpec((max_positions, hidden_size), std=std), tp.axis)
+        self.table, self.tp = table, tp
+        self.weight = make_parameter(ParamSpec((table.rows, hidden_size), std=std), tp.axis)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """key_mask (B, S), nonzero at tokens; None = everywhere."""
         length = x.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1)
-        return x + self.tp.between(self.weight)[self.tp.sequence_slice(length), None, :]
+        mine, weight = self.tp.sequence_slice(length), self.tp.between(self.weight)
+        if key_mask is None or not self.table.skips_padding:
+            return x + weight[self.table.offset :][mine, None, :]
+        seen = key_mask.long()
+        rows = seen.cumsum(1) * seen - 1 + self.table.offset  # padding has the row before the first position's
+        return x + F.embedding(rows.t()[mine], weight)
+
+
+def scaled(x: Tensor, factor: float, in_dtype: bool) -> Tensor:
+    """x * factor, the factor first rounded to the dtype of x where a model was trained so (Gemma)."""
+    if factor == 1.0:
+        return x
+    return x * torch.tensor(factor, dtype=x.dtype, device=x.device) if in_dtype else x * factor

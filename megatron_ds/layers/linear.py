@@ -10,43 +10,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
-from megatron_ds.parallel.collectives import all_gather_dim0
+from megatron_ds.parallel.collectives import all_gather_dim0, sum_over_holders
 from megatron_ds.parallel.tensor import TensorParallel
 
 
-class _ColumnLinear(torch.autograd.Function):
-    """Enter the tensor-parallel region and multiply, overlapping the backward collective with the weight gradient.
+class _ColumnLinears(torch.autograd.Function):
+    """Enter the tensor-parallel region once and multiply, overlapping the backward collectives with weight gradients.
 
     Saves the input as it comes, (S/t, B, H) under sequence parallelism, and gathers it again in the backward pass:
     a layer then moves 10 bsh(t-1)/t elements a micro-batch instead of 8, and keeps 1/t of the activation.
-    The weight is saved as the leaf parameter, because ZeRO-3 swaps its data between forward and backward.
+    Weights are saved as leaf parameters, because ZeRO-3 swaps their data between forward and backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-        ctx.tp = tp
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+    def forward(
+        ctx: Any, x: Tensor, tp: TensorParallel, shares: tuple[int, ...], *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights, biases = parameters[: len(shares)], parameters[len(shares) :]
+        ctx.tp, ctx.shares, ctx.has_bias = tp, shares, [bias is not None for bias in biases]
+        ctx.save_for_backward(x, *weights)
         whole = all_gather_dim0(x, tp.axis) if tp.splits_sequence else x
-        flat_bias = bias.flatten() if bias is not None else None
-        return F.linear(whole, weight.flatten(0, -2), flat_bias)
+        return tuple(
+            F.linear(whole, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+            for weight, bias in zip(weights, biases)
+            if weight is not None
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (grad,) = grads
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
         tp: TensorParallel = ctx.tp
         axis = tp.axis
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias = wants[0], wants[3 : 3 + len(weights)], wants[3 + len(weights) :]
 
         whole, gathering = x, None
-        if tp.splits_sequence and wants_weight:
+        if tp.splits_sequence and any(wants_weight):
             whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
             gathering = dist.all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True)
 
         grad_x, reducing = None, None
         if wants_x:
-            grad_x = grad @ weight.flatten(0, -2)
+            grad_x = sum(grad @ weight.flatten(0, -2) for grad, weight in zip(grads, weights))
             if tp.splits_sequence:
                 partial = grad_x
                 grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -56,12 +61,17 @@ class _ColumnLinear(torch.autograd.Function):
 
         if gathering is not None:
             gathering.wait()
-        rows = grad.flatten(0, -2)
-        grad_weight = (rows.t() @ whole.flatten(0, -2)).view_as(weight) if wants_weight else None
-        grad_bias = rows.sum(0).view(weight.shape[:-1]) if wants_bias and ctx.has_bias else None
+        inputs = whole.flatten(0, -2)
+        grad_weights, grad_biases = [], []
+        for index, (grad, weight, share) in enumerate(zip(grads, weights, ctx.shares)):
+            rows = grad.flatten(0, -2)
+            grad_weight = (rows.t() @ inputs).view_as(weight) if wants_weight[index] else None
+            grad_bias = rows.sum(0).view(weight.shape[:-1]) if wants_bias[index] and ctx.has_bias[index] else None
+            grad_weights.append(None if grad_weight is None else sum_over_holders(grad_weight, axis, share))
+            grad_biases.append(None if grad_bias is None else sum_over_holders(grad_bias, axis, share))
         if reducing is not None:
             reducing.wait()
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, None, None, *grad_weights, *grad_biases
 
 
 class ColumnParallelLinear(nn.Module):
@@ -96,7 +106,52 @@ class ColumnParallelLinear(nn.Module):
         self.bias = make_parameter(ParamSpec(out_shape, split_dim, decay=False), tp.axis) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp)
+        (y,) = _ColumnLinears.apply(x, self.tp, (self.tp.axis.size,), self.weight, self.bias)
+        return y
+
+
+class QKVLinear(nn.Module):
+    """Queries, keys and values of one input, which enters the tensor-parallel region once.
+
+    (S, B, H), or (S/t, B, H) under sequence parallelism -> queries (S, B, N/t * D) and, key beside value for each head,
+    (S, B, K/c * 2 * D) with c = gcd(K, t). Where t does not divide K, t/c neighbouring ranks hold the same key and
+    value heads, and the gradients of these are summed over them: an all-reduce of c shares. Else it communicates what
+    a `ColumnParallelLinear` does.
+
+    Args:
+        in_features: H.
+        num_heads, num_kv_heads, head_dim: N, K, D, whole.
+        tp: the tensor axis; t divides N.
+        std: standard deviation of the weights' initialisation.
+        bias: whether there are biases.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        tp: TensorParallel,
+        *,
+        std: float,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        assert num_heads % tp.axis.size == 0, (num_heads, tp.axis.size)
+        q, kv = num_heads * head_dim, num_kv_heads * 2 * head_dim
+        self.tp = tp
+        kv_spec = ParamSpec((kv, in_features), 0, std=std, units=num_kv_heads)
+        self.shares = (tp.axis.size, kv_spec.shares(tp.axis.size))
+        self.q_weight = make_parameter(ParamSpec((q, in_features), 0, std=std), tp.axis)
+        self.kv_weight = make_parameter(kv_spec, tp.axis)
+        self.q_bias = make_parameter(ParamSpec((q,), 0, decay=False), tp.axis) if bias else None
+        self.kv_bias = make_parameter(ParamSpec((kv,), 0, decay=False, units=num_kv_heads), tp.axis) if bias else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = (self.q_weight, self.kv_weight, self.q_bias, self.kv_bias)
+        q, kv = _ColumnLinears.apply(x, self.tp, self.shares, *parameters)
+        return q, kv
 
 
 class RowParallelLinear(nn.Module):
@@ -118,3 +173,19 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.tp.leave(F.linear(x, self.weight))
         return y if self.bias is None else y + self.tp.between(self.bias)
+
+
+class ReplicatedLinear(nn.Module):
+    """y = x W^T on hidden states between the parallel regions, with a weight that every tensor rank holds whole.
+
+    (S, B, in), or (S/t, B, in) under sequence parallelism -> (..., out). For the narrow projections next to an
+    embedding, which are too small to divide.
+    """
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, *, std: float) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = make_parameter(ParamSpec((out_features, in_features), std=std), tp.axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.tp.between(self.weight))

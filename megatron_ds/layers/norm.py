@@ -1,14 +1,55 @@
-"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019) on replicated weights."""
+"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019), in the forms that decoders use them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
+from megatron_ds.parallel.collectives import sum_over
 from megatron_ds.parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True)
+class NormStyle:
+    """How a model normalises.
+
+    Attributes:
+        kind: "layer" (mean and variance; weight and bias) or "rms" (mean square; weight alone).
+        eps: added to the variance or mean square.
+        affine: whether there are a weight and bias at all.
+        one_plus: the factor is 1 + weight (Gemma); the weight is kept as Hugging Face keeps it, around 0.
+        fp32_weight: an rms norm multiplies by its weight in fp32 and casts down last (Gemma, OLMo 2), where the Llama
+            family casts down first.
+    """
+
+    kind: str
+    eps: float
+    affine: bool = True
+    one_plus: bool = False
+    fp32_weight: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.kind in ("layer", "rms"), self
+        assert self.kind == "rms" or not (self.one_plus or self.fp32_weight), self
+
+    def spec(self, size: int, split_dim: int | None = None, units: int | None = None) -> ParamSpec:
+        """The declaration of its weight: it starts as the identity."""
+        fill = 0.0 if self.one_plus else 1.0
+        return ParamSpec((size,), split_dim, fill=fill, decay=False, units=units)
+
+    def scale(self, x: Tensor, normal: Tensor, weight: Tensor | None) -> Tensor:
+        """Multiply the normalised fp32 `normal` by the weight, and give it the dtype of `x`."""
+        if weight is None:
+            return normal.type_as(x)
+        if not self.fp32_weight:
+            return (1.0 + weight if self.one_plus else weight) * normal.type_as(x)
+        factor = weight.float()
+        return (normal * (1.0 + factor if self.one_plus else factor)).type_as(x)
 
 
 class Norm(nn.Module):
@@ -16,25 +57,56 @@ class Norm(nn.Module):
 
     Args:
         size: length of the last dim.
-        kind: "layer" (weight and bias) or "rms" (weight alone; statistics in fp32, cast down, then multiplied, as
-            the Llama family does).
-        eps: added to the variance or mean square.
-        enter: how the replicated parameters enter the graph: `tp.between` for hidden states, `tp.inside` for heads.
-            Their gradients are then complete on every rank.
+        style: which norm.
+        tp: the tensor axis, over which the parameters are replicated.
+        enter: how they enter the graph: `tp.between` (the default) for hidden states, `tp.inside` for heads. Their
+            gradients are then complete on every rank.
     """
 
     def __init__(
-        self, size: int, kind: str, eps: float, tp: TensorParallel, enter: Callable[[Tensor], Tensor] | None = None
+        self, size: int, style: NormStyle, tp: TensorParallel, enter: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.kind, self.eps = kind, eps
+        self.size, self.style = size, style
         self.enter = enter or tp.between
-        self.weight = make_parameter(ParamSpec((size,), fill=1.0, decay=False), tp.axis)
-        self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axis) if kind == "layer" else None
+        self.weight = make_parameter(style.spec(size), tp.axis) if style.affine else None
+        has_bias = style.affine and style.kind == "layer"
+        self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axis) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        weight = self.enter(self.weight)
-        if self.bias is not None:
-            return F.layer_norm(x, weight.shape, weight, self.enter(self.bias), self.eps)
-        return weight * F.rms_norm(x, weight.shape, None, self.eps)
+        weight = self.enter(self.weight) if self.weight is not None else None
+        if self.style.kind == "layer":
+            bias = self.enter(self.bias) if self.bias is not None else None
+            return F.layer_norm(x, (self.size,), weight, bias, self.style.eps)
+        if not self.style.fp32_weight:
+            normal = F.rms_norm(x, (self.size,), None, self.style.eps)  # fp32 inside, cast down at its end
+            return self.style.scale(x, normal, weight)
+        return self.style.scale(x, F.rms_norm(x.float(), (self.size,), None, self.style.eps), weight)
+
+
+class AcrossHeadsNorm(nn.Module):
+    """RMSNorm over all heads together, which the tensor axis divides: the q/k norm of OLMo 2.
+
+    (S, B, heads/t, D) -> same. All-reduces one fp32 number a token, forward and backward.
+
+    Args:
+        heads, head_dim: of the whole model.
+        style: an rms style.
+        tp: the tensor axis. Where it has more ranks than `heads` divide into, several hold the same ones.
+    """
+
+    def __init__(self, heads: int, head_dim: int, style: NormStyle, tp: TensorParallel) -> None:
+        super().__init__()
+        assert style.kind == "rms", style
+        self.style, self.tp, self.size = style, tp, heads * head_dim
+        self.spec = style.spec(self.size, split_dim=0, units=heads)
+        self.weight = make_parameter(self.spec, tp.axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.spec.shares(self.tp.axis.size)
+        holders = self.tp.axis.size // shares
+        flat = x.flatten(-2).float()
+        squares = sum_over(flat.square().sum(-1, keepdim=True), self.tp.axis) / (holders * self.size)
+        normal = flat * torch.rsqrt(squares + self.style.eps)
+        return self.style.scale(x, normal, self.tp.shared(self.weight, shares)).view_as(x)

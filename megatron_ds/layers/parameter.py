@@ -7,7 +7,7 @@ so they cannot disagree. It stays on the tensor when ZeRO-3 flattens the data.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class ParamSpec:
         std: standard deviation of its normal initialisation; None = filled with `fill`.
         fill: the constant that it starts from where `std` is None.
         decay: whether Adam's weight decay applies (not to biases and norms).
+        units: how many things that cannot be cut `split_dim` is made of (key and value heads); None = any cut will do.
+            An axis longer than they divide holds fewer shares than it has ranks, each on several neighbours.
     """
 
     shape: tuple[int, ...]
@@ -33,11 +35,20 @@ class ParamSpec:
     std: float | None = None
     fill: float = 0.0
     decay: bool = True
+    units: int | None = None
+
+    def shares(self, size: int) -> int:
+        """How many different shares `size` ranks hold: as many, unless `units` divide into fewer."""
+        return gcd(self.units, size) if self.units is not None else size
+
+    def holds_first(self, rank: int, size: int) -> bool:
+        """Whether a rank is the first of those that hold its share."""
+        return rank % (size // self.shares(size)) == 0
 
     def padded_share(self, size: int) -> int:
         """Length of `split_dim` on each of `size` ranks, rounded up: the rest is padding on the last ranks."""
         assert self.split_dim is not None
-        return -(-self.shape[self.split_dim] // size)
+        return -(-self.shape[self.split_dim] // self.shares(size))
 
     def local_shape(self, size: int) -> tuple[int, ...]:
         """Shape on each of `size` tensor ranks, padding included."""
@@ -50,7 +61,8 @@ class ParamSpec:
         if self.split_dim is None:
             return 0, 0
         share, whole = self.padded_share(size), self.shape[self.split_dim]
-        return min(rank * share, whole), min((rank + 1) * share, whole)
+        index = rank * self.shares(size) // size
+        return min(index * share, whole), min((index + 1) * share, whole)
 
     @property
     def numel(self) -> int:
@@ -60,12 +72,12 @@ class ParamSpec:
 def make_parameter(spec: ParamSpec, axis: Axis) -> nn.Parameter:
     """Allocate a rank's share, unfilled, in torch's default dtype and device.
 
-    Sets `tensor_model_parallel` on shards only: DeepSpeed's gradient norm counts unflagged parameters once per tensor
-    group.
+    Sets `tensor_model_parallel` on shards only, and of a share that several ranks hold on the first one's: DeepSpeed's
+    gradient norm counts flagged parameters everywhere, and others on the first rank of a tensor group.
     """
     parameter = nn.Parameter(torch.empty(spec.local_shape(axis.size)))
     parameter.spec = spec  # type: ignore[attr-defined]
-    if spec.split_dim is not None and axis.size > 1:
+    if spec.split_dim is not None and axis.size > 1 and spec.holds_first(axis.rank, axis.size):
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     return parameter
 
@@ -73,6 +85,11 @@ def make_parameter(spec: ParamSpec, axis: Axis) -> nn.Parameter:
 def spec_of(parameter: Tensor) -> ParamSpec:
     """The declaration of a parameter. Every parameter of a model core has one."""
     return parameter.spec  # type: ignore[attr-defined]
+
+
+def counts_here(parameter: Tensor, axis: Axis) -> bool:
+    """Whether this tensor rank's part of a parameter counts in a sum over the whole model: DeepSpeed's rule."""
+    return axis.rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
 
 def pad_share(share: Tensor, spec: ParamSpec, size: int) -> Tensor:

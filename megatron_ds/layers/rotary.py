@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), half-split pairs, with the linear and Llama-3 frequency scalings."""
+"""Rotary position embedding (Su et al. 2021) over all or some dims of a head, with the field's frequency scalings."""
 
 from __future__ import annotations
 
@@ -8,36 +8,71 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
 
 @dataclass(frozen=True)
 class RotaryConfig:
     """Frequencies of a rotary embedding.
 
     Attributes:
-        dim: rotated dims a head.
+        dim: rotated dims a head, the first ones; the others pass.
         theta: base of the geometric series of wavelengths.
-        scaling: "default", "linear" (Chen et al. 2023) or "llama3" (Llama 3 herd of models, 2024).
-        factor: how far positions are stretched (linear, llama3).
-        low_freq_factor, high_freq_factor, original_max_positions: where llama3 blends stretched and plain waves.
+        scaling: "default"; "linear" (Chen et al. 2023); "dynamic" (NTK-aware, by length); "llama3" (Llama 3 herd of
+            models, 2024); "yarn" (Peng et al. 2023); "longrope" (Ding et al. 2024).
+        adjacent: pairs are neighbours (GPT-J) instead of half the rotated dims apart.
+        magnitude: cos and sin are multiplied by it (yarn, longrope).
+        factor: how far positions are stretched.
+        original_max_positions: the length before stretching; for "dynamic" the length from which bases grow.
+        low_freq_factor, high_freq_factor: where llama3 blends stretched and plain waves.
+        beta_fast, beta_slow, truncate: turns over the original length between which yarn blends, and whether the dims
+            that they give are rounded outwards.
+        short_factors, long_factors: divisors of the dim/2 frequencies up to the original length, and beyond it
+            (longrope).
     """
 
     dim: int
     theta: float = 10000.0
     scaling: str = "default"
+    adjacent: bool = False
+    magnitude: float = 1.0
     factor: float = 1.0
+    original_max_positions: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
-    def inverse_frequencies(self) -> Tensor:
-        """(dim/2,) fp32 angular speeds per position."""
-        exponents = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
-        plain = 1.0 / (self.theta**exponents)
-        if self.scaling == "default":
-            return plain
+    def __post_init__(self) -> None:
+        assert self.scaling in SCALINGS and self.dim % 2 == 0, self
+        assert self.scaling != "longrope" or len(self.short_factors) == len(self.long_factors) == self.dim // 2, self
+
+    def inverse_frequencies(self, length: int) -> Tensor:
+        """(dim/2,) fp32 angular speeds per position of a sequence of `length`, on which dynamic and longrope depend."""
         if self.scaling == "linear":
-            return plain / self.factor
-        assert self.scaling == "llama3", self.scaling
+            return self._plain() / self.factor
+        if self.scaling == "dynamic":
+            stretch = self.factor * max(length, self.original_max_positions) / self.original_max_positions
+            return self._plain(self.theta * (stretch - (self.factor - 1)) ** (self.dim / (self.dim - 2)))
+        if self.scaling == "llama3":
+            return self._llama3()
+        if self.scaling == "yarn":
+            return self._yarn()
+        if self.scaling == "longrope":
+            factors = self.long_factors if length > self.original_max_positions else self.short_factors
+            exponents = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
+            return 1.0 / (torch.tensor(factors, dtype=torch.float32) * self.theta**exponents)
+        return self._plain()
+
+    def _plain(self, theta: float | None = None) -> Tensor:
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim
+        return 1.0 / ((theta or self.theta) ** exponents)
+
+    def _llama3(self) -> Tensor:
+        plain = self._plain()
         wavelengths = 2 * math.pi / plain
         blend = (self.original_max_positions / wavelengths - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
@@ -46,6 +81,22 @@ class RotaryConfig:
         long = wavelengths > self.original_max_positions / self.low_freq_factor
         short = wavelengths < self.original_max_positions / self.high_freq_factor
         return torch.where(long, plain / self.factor, torch.where(short, plain, blended))
+
+    def _yarn(self) -> Tensor:
+        """Plain frequencies where a wave turns often within the original length, stretched ones where hardly at all."""
+        low, high = (self._dim_of_turns(turns) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dim - 1)
+        span = high - low if high != low else 0.001
+        stretched_part = ((torch.arange(self.dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+        plain = self._plain()
+        return plain / self.factor * stretched_part + plain * (1 - stretched_part)
+
+    def _dim_of_turns(self, turns: float) -> float:
+        """The (fractional) pair of dims whose wave makes `turns` turns within the original length."""
+        wave = self.original_max_positions / (turns * 2 * math.pi)
+        return self.dim * math.log(wave) / (2 * math.log(self.theta))
 
 
 class RotaryTable:
@@ -58,17 +109,32 @@ class RotaryTable:
         self.config = config
         self._tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate the pairs of (S, B, heads, D) by each position's angles."""
+        dim, adjacent = self.config.dim, self.config.adjacent
+        cos, sin = self.cos_sin(x.shape[0], like=x)
+        if dim == x.shape[-1]:
+            return rotate(x, cos, sin, adjacent)
+        return torch.cat([rotate(x[..., :dim], cos, sin, adjacent), x[..., dim:]], dim=-1)
+
     def cos_sin(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors (S, 1, 1, dim), each half repeated, in `like`'s dtype and device."""
+        """Two tensors (S, 1, 1, dim), a value for each dim of a pair, in `like`'s dtype and device."""
         key = (length, like.dtype, like.device)
         if key not in self._tables:
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), self.config.inverse_frequencies())
-            angles = torch.cat([angles, angles], dim=-1)[:, None, None, :].to(like.device)
-            self._tables = {key: (angles.cos().to(like.dtype), angles.sin().to(like.dtype))}
+            speeds = self.config.inverse_frequencies(length)
+            angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
+            pairs = angles.repeat_interleave(2, dim=-1) if self.config.adjacent else torch.cat([angles, angles], dim=-1)
+            pairs = pairs[:, None, None, :].to(like.device)
+            magnitude = self.config.magnitude
+            self._tables = {key: ((pairs.cos() * magnitude).to(like.dtype), (pairs.sin() * magnitude).to(like.dtype))}
         return self._tables[key]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of (S, B, heads, D) by each position's angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool = False) -> Tensor:
+    """Rotate (S, B, heads, D), pairs being (i, i + D/2), or neighbours where `adjacent`."""
+    if adjacent:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    return x * cos + turned * sin

@@ -6,26 +6,49 @@ import math
 from dataclasses import dataclass
 
 from megatron_ds.config import ModelShape
+from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.attention import AttentionShape
+from megatron_ds.layers.embedding import PositionTable
+from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.rotary import RotaryConfig
 
+NORM_PLACES = ("input", "output", "both", "sum")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A pre-norm causal decoder: GPT-2, and the Llama family.
+    """A causal decoder. Every option is independent of the others; the defaults are those of most models.
 
     Attributes:
         family: the Hugging Face `model_type` that it was translated from; a label, nothing branches on it.
         vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes, whole.
-        max_positions: rows of the learned position table, or the length a rotary model was made for.
-        rotary: frequencies; None = learned positions.
-        norm: "rms" or "layer".
-        activation: a name in `layers.mlp.ACTIVATIONS`.
-        gated: act(gate) * up instead of act(up).
+        norm: of hidden states.
+
+        embedding_size: width of the word embedding; a projection leads to the hidden size and back where they differ.
+        embedding_multiplier: of the word embedding; `embedding_multiplier_in_dtype`: rounded to its dtype first.
+        embedding_norm: a norm between embedding and first block.
+        positions: table of learned positions; None = none.
+        rotary: for each layer, its frequencies; None = no rotation in that layer.
+        alibi: biases by distance; None = none.
+
+        norm_place: where a block's norms stand: "input" (of attention and MLP), "output" (before it is added), "both",
+            or "sum" (after it is added).
+        parallel: attention and MLP both start from the block's input; `shared_norm`: through one norm.
+        residual_multiplier: of what attention and MLP add.
+
         qkv_bias, attention_out_bias, mlp_bias: which projections have biases.
-        qk_norm: RMSNorm of each query and key head before the rotation.
+        qk_norm: RMSNorm of queries and keys before the rotation; `qk_norm_across_heads`: of all heads together.
+        attention_scale: of the scores; None = 1/sqrt(head_dim). `scale_by_layer`: divided by the layer's number from 1.
+        attention_softcap: bound of the scores; None = none.
+        windows: for each layer, how many last keys a query sees; None = all. Empty = all in every layer.
+
+        activation: a name in `layers.mlp.ACTIVATIONS`; `gated`: act(gate) * up instead of act(up).
+
+        final_norm: a norm after the last block.
+        head_bias: of the logits.
+        logit_multiplier: of the logits; `logit_softcap`: their bound after that.
         tied: the head is the word embedding.
-        windows: for each layer, how many last keys a query sees; None = all.
+
         embedding_dropout, attention_dropout, residual_dropout: probabilities.
         init_std: of all weights; projections into the residual stream get init_std / sqrt(2 L) where
             `scaled_residual_init` (Radford et al. 2019).
@@ -39,23 +62,52 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     ffn_size: int
-    max_positions: int
-    rotary: RotaryConfig | None
-    norm: str
-    norm_eps: float
+    norm: NormStyle
+
+    embedding_size: int
+    embedding_multiplier: float = 1.0
+    embedding_multiplier_in_dtype: bool = False
+    embedding_norm: bool = False
+    positions: PositionTable | None = None
+    rotary: tuple[RotaryConfig | None, ...] = ()
+    alibi: Alibi | None = None
+
+    norm_place: str = "input"
+    parallel: bool = False
+    shared_norm: bool = False
+    residual_multiplier: float = 1.0
+
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: NormStyle | None = None
+    qk_norm_across_heads: bool = False
+    attention_scale: float | None = None
+    scale_by_layer: bool = False
+    attention_softcap: float | None = None
+    windows: tuple[int | None, ...] = ()
+
     activation: str
-    gated: bool
-    qkv_bias: bool
-    attention_out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    gated: bool = False
+
+    final_norm: bool = True
+    head_bias: bool = False
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
     tied: bool
-    windows: tuple[int | None, ...]
-    embedding_dropout: float
-    attention_dropout: float
-    residual_dropout: float
-    init_std: float
-    scaled_residual_init: bool
+
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    init_std: float = 0.02
+    scaled_residual_init: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.norm_place in NORM_PLACES, self.norm_place
+        assert self.norm_place == "input" or not self.parallel, "parallel blocks have norms at their inputs"
+        assert self.parallel or not self.shared_norm, "one norm for both is a parallel block's"
+        for name in ("windows", "rotary"):
+            assert len(getattr(self, name)) in (0, self.num_layers), (name, getattr(self, name), self.num_layers)
 
     @property
     def out_std(self) -> float:
@@ -63,15 +115,20 @@ class DecoderConfig:
 
     def attention(self, layer: int) -> AttentionShape:
         """Sizes and options of one layer's attention."""
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return AttentionShape(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            scale=scale / (layer + 1) if self.scale_by_layer else scale,
             qkv_bias=self.qkv_bias,
             out_bias=self.attention_out_bias,
-            qk_norm_eps=self.norm_eps if self.qk_norm else None,
-            window=self.windows[layer],
+            qk_norm=self.qk_norm,
+            qk_norm_across_heads=self.qk_norm_across_heads,
+            window=self.windows[layer] if self.windows else None,
+            softcap=self.attention_softcap,
+            alibi=self.alibi,
             dropout=self.attention_dropout,
             std=self.init_std,
             out_std=self.out_std,
@@ -82,9 +139,8 @@ class DecoderConfig:
         return ModelShape(
             num_layers=self.num_layers,
             num_attention_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
             ffn_size=self.ffn_size,
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
-            max_positions=self.max_positions if self.rotary is None else None,
+            max_positions=self.positions.max_positions if self.positions is not None else None,
         )

@@ -1,4 +1,4 @@
-"""Decoders, GPT-2 to Qwen3, as a list of stages: embedding, [positions], blocks, final norm, head."""
+"""Decoders, from GPT-2 to Gemma 3, as a list of stages: embedding, entry, blocks, exit, head."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from megatron_ds.layers.cross_entropy import gather_logits, head_loss
+from megatron_ds.layers.cross_entropy import Head, LogitFinish, gather_logits, head_loss
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.embedding import LearnedPositions, VocabParallelEmbedding
+from megatron_ds.layers.embedding import LearnedPositions, VocabParallelEmbedding, scaled
+from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
 from megatron_ds.layers.rotary import RotaryTable
@@ -26,27 +27,50 @@ class WordEmbedding(VocabParallelEmbedding):
         return (super().forward(ids.t()), *rest)
 
 
-class Positions(nn.Module):
-    """What happens between the word embedding and the first block: learned positions, dropout, or nothing."""
+class Entry(nn.Module):
+    """From the word embedding to the first block: a multiplier, a projection, learned positions, a norm, dropout.
+
+    Each is there if the config has it; (S, B, E) -> (S, B, H), or this rank's part of the sequence.
+    """
 
     def __init__(self, config: DecoderConfig, at: Placement) -> None:
         super().__init__()
-        self.table = None
-        if config.rotary is None:
-            self.table = LearnedPositions(config.max_positions, config.hidden_size, at.tp, std=config.init_std)
+        self.config = config
+        width, hidden, std = config.embedding_size, config.hidden_size, config.init_std
+        self.projection = ReplicatedLinear(width, hidden, at.tp, std=std) if width != hidden else None
+        table = config.positions
+        self.positions = LearnedPositions(table, hidden, at.tp, std=std) if table is not None else None
+        self.norm = Norm(hidden, config.norm, at.tp) if config.embedding_norm else None
         self.dropout = HiddenDropout(config.embedding_dropout, at.rng, at.tp.splits_sequence)
 
     def forward(self, wire: Wire) -> Wire:
         hidden, *rest = wire
-        return (self.dropout(self.table(hidden) if self.table is not None else hidden), *rest)
+        hidden = scaled(hidden, self.config.embedding_multiplier, self.config.embedding_multiplier_in_dtype)
+        if self.projection is not None:
+            hidden = self.projection(hidden)
+        if self.positions is not None:
+            hidden = self.positions(hidden, *rest)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return (self.dropout(hidden), *rest)
 
 
-class FinalNorm(Norm):
-    """The norm after the last block."""
+class Exit(nn.Module):
+    """From the last block to the head: the final norm, and the projection to the width of the embedding."""
 
-    def forward(self, wire: Wire) -> Wire:  # type: ignore[override]
+    def __init__(self, config: DecoderConfig, at: Placement) -> None:
+        super().__init__()
+        width, hidden = config.embedding_size, config.hidden_size
+        self.norm = Norm(hidden, config.norm, at.tp) if config.final_norm else None
+        self.projection = ReplicatedLinear(hidden, width, at.tp, std=config.init_std) if width != hidden else None
+
+    def forward(self, wire: Wire) -> Wire:
         hidden, *rest = wire
-        return (super().forward(hidden), *rest)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        if self.projection is not None:
+            hidden = self.projection(hidden)
+        return (hidden, *rest)
 
 
 class LanguageModelHead(LossStage):
@@ -55,36 +79,39 @@ class LanguageModelHead(LossStage):
     def __init__(self, config: DecoderConfig, at: Placement) -> None:
         super().__init__()
         self.vocab_size, self.tp = config.vocab_size, at.tp
-        spec = ParamSpec((config.vocab_size, config.hidden_size), 0, std=config.init_std)
+        self.finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
+        spec = ParamSpec((config.vocab_size, config.embedding_size), 0, std=config.init_std)
         self.weight = make_parameter(spec, at.tp.axis)
+        bias = ParamSpec((config.vocab_size,), 0, decay=False)
+        self.bias = make_parameter(bias, at.tp.axis) if config.head_bias else None
 
     def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
         """Enters the parallel region by an all-gather under sequence parallelism, else as a copy."""
         hidden, axis = wire[0], self.tp.axis
         hidden = gather_sequence(hidden, axis) if self.tp.splits_sequence else copy_to(hidden, axis)
+        head = Head(self.weight, self.bias, self.vocab_size, axis, self.finish)
         if targets is None:
-            return gather_logits(hidden, self.weight, vocab_size=self.vocab_size, axis=axis).transpose(0, 1)
-        return head_loss(hidden, self.weight, targets.t(), vocab_size=self.vocab_size, axis=axis)
+            return gather_logits(hidden, head).transpose(0, 1)
+        return head_loss(hidden, head, targets.t())
 
 
 def decoder_stages(config: DecoderConfig, at: Placement | None = None) -> list[StageSpec]:
     """The stages of a decoder, unbuilt; the wire is (ids,) or (ids, key mask), each (B, S)."""
     at = at or Placement()
-    rotary = RotaryTable(config.rotary) if config.rotary is not None else None
-    embed = partial(WordEmbedding, config.vocab_size, config.hidden_size, at.tp, std=config.init_std)
-    stages = [StageSpec("embedding", embed)]
-    if config.rotary is None or config.embedding_dropout > 0:
-        stages.append(StageSpec("positions", partial(Positions, config, at)))
+    tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
+    embed = partial(WordEmbedding, config.vocab_size, config.embedding_size, at.tp, std=config.init_std)
+    stages = [StageSpec("embedding", embed), StageSpec("entry", partial(Entry, config, at))]
     for layer in range(config.num_layers):
-        stages.append(
-            StageSpec(f"blocks.{layer}", partial(DecoderBlock, config, layer, rotary, at), cost=block_cost(config))
-        )
-    stages.append(StageSpec("final_norm", partial(FinalNorm, config.hidden_size, config.norm, config.norm_eps, at.tp)))
+        rotary = config.rotary[layer] if config.rotary else None
+        table = tables[rotary] if rotary is not None else None
+        build = partial(DecoderBlock, config, layer, table, at)
+        stages.append(StageSpec(f"blocks.{layer}", build, cost=block_cost(config)))
+    stages.append(StageSpec("exit", partial(Exit, config, at)))
     stages.append(
         StageSpec(
             "head",
             partial(LanguageModelHead, config, at),
-            cost=float(config.vocab_size * config.hidden_size),
+            cost=float(config.vocab_size * config.embedding_size),
             tied_to="embedding" if config.tied else None,
         )
     )

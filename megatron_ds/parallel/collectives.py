@@ -44,6 +44,36 @@ def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+def sum_over_holders(x: Tensor, axis: Axis, shares: int) -> Tensor:
+    """Sum a tensor over the ranks that hold the same share: `axis.size // shares` neighbours. Not differentiable.
+
+    One all-reduce of `shares` times the tensor over the whole axis, so that it needs no process group of its own:
+    what is shared this way, K and V of a few heads, is small.
+    """
+    if shares == axis.size:
+        return x
+    whole = x.new_zeros((shares, *x.shape))
+    mine = axis.rank * shares // axis.size
+    whole[mine] = x
+    return all_reduce_(whole, axis)[mine]
+
+
+class _CopyToHolders(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, shares: int) -> Tensor:
+        ctx.axis, ctx.shares = axis, shares
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return sum_over_holders(grads[0], ctx.axis, ctx.shares), None, None
+
+
+def copy_to_holders(x: Tensor, axis: Axis, shares: int) -> Tensor:
+    """A parameter's share that `axis.size // shares` ranks hold: forward identity, backward `sum_over_holders`."""
+    return _CopyToHolders.apply(x, axis, shares) if shares < axis.size else x
+
+
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -85,6 +115,25 @@ class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return all_gather_dim0(grads[0], ctx.axis), None
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the axis, used differently by each of its ranks. All-reduce forward and backward.
+
+    For statistics over a dim that the axis divides. `reduce_from` is for sums that all ranks go on to use alike.
+    """
+    return _SumOver.apply(x, axis) if axis.size > 1 else x
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megatron_ds.parallel.collectives import copy_to, reduce_from, reduce_scatter_sequence
+from megatron_ds.parallel.collectives import copy_to, copy_to_holders, reduce_from, reduce_scatter_sequence
 from megatron_ds.parallel.grid import Axis
 
 
@@ -38,6 +38,14 @@ class TensorParallel:
     def inside(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used *inside* a parallel region (q/k norms): each rank sees its heads only."""
         return copy_to(parameter, self.axis)
+
+    def shared(self, parameter: Tensor, shares: int) -> Tensor:
+        """A parameter of which the axis holds `shares` different shares, used inside a parallel region.
+
+        Where there are fewer shares than ranks (key and value heads), neighbours hold the same one and use it for
+        different query heads: its gradient is summed over them.
+        """
+        return copy_to_holders(parameter, self.axis, shares)
 
     def leave(self, partial_sums: Tensor) -> Tensor:
         """(S, B, H) partial sums -> (S, B, H), or (S/t, B, H) under sequence parallelism.

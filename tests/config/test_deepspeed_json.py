@@ -64,7 +64,7 @@ def test_shipped_configs_fill_and_run(make_run, path):
     assert deepspeed_facts(filled) == facts
     assert '"auto"' not in json.dumps(filled)
     assert (filled["train_batch_size"], filled["gradient_accumulation_steps"]) == (64, 8)
-    shape = ModelShape(4, 8, 8, 128, 64, 100, None)
+    shape = ModelShape(4, 8, 128, 64, 100, None)
     assert check_run(run, shape, facts, world_size=2, device_type="cuda") == 2
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ds.layers.cross_entropy import head_loss
+from megatron_ds.layers.cross_entropy import Head, LogitFinish, head_loss
 from megatron_ds.layers.parameter import ParamSpec, pad_share
 from megatron_ds.parallel.collectives import copy_to
 from megatron_ds.parallel.grid import Axis, Grid, Layout
@@ -25,38 +25,61 @@ def _problem(vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, targets
 
 
-def _expected(vocab: int) -> list[torch.Tensor]:
+PLAIN = LogitFinish()
+
+
+def _bias(vocab: int) -> torch.Tensor:
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(1))
+
+
+def _expected(vocab: int, finish: LogitFinish) -> list[torch.Tensor]:
     hidden, weight, targets = _problem(vocab)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    loss = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+    bias = _bias(vocab)
+    for tensor in (hidden, weight, bias):
+        tensor.requires_grad_()
+    logits = (hidden @ weight.t() + bias) * finish.multiplier
+    if finish.softcap is not None:
+        logits = finish.softcap * torch.tanh(logits / finish.softcap)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     (loss * 0.25).backward()
-    return [loss.detach(), hidden.grad, weight.grad]
+    return [loss.detach(), hidden.grad, weight.grad, bias.grad]
 
 
-def _ours(grid: Grid, vocab: int, chunk: int) -> list[torch.Tensor]:
+def _ours(grid: Grid, vocab: int, chunk: int, finish: LogitFinish) -> list[torch.Tensor]:
     hidden, weight, targets = _problem(vocab)
     spec, axis = ParamSpec((vocab, H), 0), grid.tensor
     start, stop = spec.local_range(axis.rank, axis.size)
     share = pad_share(weight[start:stop], spec, axis.size).requires_grad_()
+    bias = pad_share(_bias(vocab)[start:stop], ParamSpec((vocab,), 0), axis.size).requires_grad_()
     hidden.requires_grad_()
-    loss = head_loss(copy_to(hidden, axis), share, targets, vocab_size=vocab, axis=axis, chunk=chunk)
+    loss = head_loss(copy_to(hidden, axis), Head(share, bias, vocab, axis, finish), targets, chunk=chunk)
     (loss * 0.25).backward()
-    assert share.grad is not None
-    assert not share.grad[stop - start :].any(), "padding rows must not learn"
-    return [loss.detach(), hidden.grad, share.grad[: stop - start]]
+    assert share.grad is not None and bias.grad is not None
+    assert not share.grad[stop - start :].any() and not bias.grad[stop - start :].any(), "padding rows must not learn"
+    return [loss.detach(), hidden.grad, share.grad[: stop - start], bias.grad[: stop - start]]
+
+
+def _check(vocab: int, tp: int, chunk: int, finish: LogitFinish) -> None:
+    loss, grad_hidden, grad_weight, grad_bias = run_alone(_expected, vocab, finish)
+    ranks = run_grid(_ours, Layout(tensor=tp), vocab, chunk, finish)
+    for rank in ranks:
+        torch.testing.assert_close(rank[0], loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rank[1], grad_hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([rank[2] for rank in ranks]), grad_weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([rank[3] for rank in ranks]), grad_bias, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
 @pytest.mark.parametrize(("vocab", "tp"), [(32, 1), (32, 2), (33, 2), (37, 4), (5, 4), (2, 4)])
 def test_loss_and_gradients_equal_torch(vocab: int, tp: int, chunk: int) -> None:
     """Also where the vocabulary leaves padding on a rank, or a rank with nothing but padding."""
-    loss, grad_hidden, grad_weight = run_alone(_expected, vocab)
-    ranks = run_grid(_ours, Layout(tensor=tp), vocab, chunk)
-    for rank in ranks:
-        torch.testing.assert_close(rank[0], loss, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(rank[1], grad_hidden, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.cat([rank[2] for rank in ranks]), grad_weight, rtol=1e-5, atol=1e-6)
+    _check(vocab, tp, chunk, PLAIN)
+
+
+@pytest.mark.parametrize("finish", [LogitFinish(0.125), LogitFinish(softcap=3.0), LogitFinish(0.5, 2.0)], ids=str)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_is_done_to_logits_reaches_the_gradients(tp: int, finish: LogitFinish) -> None:
+    _check(37, tp, 20, finish)
 
 
 class _LargestOutput(TorchDispatchMode):
@@ -79,7 +102,7 @@ def _largest_logits(vocab: int, chunk: int) -> int:
     hidden.requires_grad_()
     weight.requires_grad_()
     with _LargestOutput(vocab) as largest:
-        head_loss(hidden, weight, targets, vocab_size=vocab, axis=Axis(), chunk=chunk).backward()
+        head_loss(hidden, Head(weight, None, vocab, Axis()), targets, chunk=chunk).backward()
     return largest.rows
 
 
@@ -92,7 +115,7 @@ def _all_ignored() -> list[torch.Tensor]:
     hidden, weight, targets = _problem(31)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = head_loss(hidden, weight, torch.full_like(targets, -100), vocab_size=31, axis=Axis())
+    loss = head_loss(hidden, Head(weight, None, 31, Axis()), torch.full_like(targets, -100))
     loss.backward()
     return [loss.detach(), hidden.grad, weight.grad]
 
@@ -107,7 +130,7 @@ def _half(loss_scale: float) -> list[torch.Tensor]:
     hidden = torch.full((tokens, 1, H), 40.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(50, H, dtype=torch.float16, requires_grad=True)
     targets = torch.zeros(tokens, 1, dtype=torch.int64)
-    loss = head_loss(hidden, weight, targets, vocab_size=50, axis=Axis())
+    loss = head_loss(hidden, Head(weight, None, 50, Axis()), targets)
     (loss / tokens * loss_scale).backward()
     assert weight.grad is not None
     return [weight.grad.float() / loss_scale, torch.tensor(float(weight.grad.isinf().any()))]

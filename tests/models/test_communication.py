@@ -42,9 +42,9 @@ def partial_parameters(config: DecoderConfig, sequence: bool) -> list[int]:
     """Sizes of a block's replicated parameters whose gradient is summed over the tensor axis."""
     h, sizes = config.hidden_size, []
     if sequence:
-        sizes += [h, h] * (2 if config.norm == "layer" else 1)
+        sizes += [h, h] * (2 if config.norm.kind == "layer" else 1)
         sizes += [h] * (config.attention_out_bias + config.mlp_bias)
-    if config.qk_norm:
+    if config.qk_norm is not None:
         sizes += [config.head_dim, config.head_dim]
     return sizes
 
@@ -59,13 +59,22 @@ def block_bytes(config: DecoderConfig, t: int, sequence: bool, recomputed: bool 
     backward = ring(bsh, t, 6 if sequence else 4)
     partial = sum((ring(size, t, 2) for size in partial_parameters(config, sequence)), Fraction(0))
     again = ring(bsh, t, 3 if sequence else 2) if recomputed else 0
-    return forward + again + backward + partial
+    return forward + again + backward + partial + shared_heads_bytes(config, t)
+
+
+def shared_heads_bytes(config: DecoderConfig, t: int) -> Fraction:
+    """The gradients of keys and values, summed over the ranks that hold the same heads: an all-reduce of them all."""
+    if config.num_kv_heads % t == 0:
+        return Fraction(0)
+    elements = 2 * config.num_kv_heads * config.head_dim * (config.hidden_size + config.qkv_bias)
+    return ring(elements, t, 2)
 
 
 def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
     config = read_model(CONFIGS[case]).decoder
     at = Placement(TensorParallel(grid.tensor, sequence), recompute=Recompute(mode))
-    block = DecoderBlock(config, 0, RotaryTable(config.rotary) if config.rotary else None, at)
+    rotary = config.rotary[0] if config.rotary else None
+    block = DecoderBlock(config, 0, RotaryTable(rotary) if rotary is not None else None, at)
     for name, parameter in block.named_parameters():
         spec = spec_of(parameter)
         parameter.data.copy_(initial_share(name, spec, 1, grid.tensor.rank, grid.tensor.size))
@@ -81,14 +90,21 @@ def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
 @pytest.mark.parametrize("sequence", [False, True], ids=["tp", "sp"])
 @pytest.mark.parametrize(
     ("case", "mode"),
-    [("gpt2", "none"), ("llama", "none"), ("llama", "full"), ("qwen3", "none"), ("qwen3", "selective")],
+    [
+        ("gpt2", "none"),
+        ("llama", "none"),
+        ("llama", "full"),
+        ("qwen3", "none"),
+        ("qwen3", "selective"),
+        ("qwen2-2kv", "none"),
+    ],
 )
 def test_a_layer_moves_what_the_papers_say(case: str, mode: str, sequence: bool, t: int) -> None:
     config = read_model(CONFIGS[case]).decoder
     expected = block_bytes(config, t, sequence, recomputed=mode == "full")
     for counted in run_grid(_block, Layout(tensor=t), case, sequence, mode):
         assert counted["total"] == expected, counted
-        if sequence:
+        if sequence and config.num_kv_heads % t == 0:
             # only parameters' gradients are all-reduced; activations are gathered and scattered
             partial = sum(ring(size, t, 2) for size in partial_parameters(config, sequence))
             assert counted["by_kind"].get("all_reduce", 0) == partial
@@ -115,8 +131,8 @@ def test_embedding_and_head_never_gather_logits(case: str, sequence: bool) -> No
     head = ring(bsh, t, 2) + ring(3 * B * S, t, 2)
     outside: list[int] = []
     if sequence:
-        outside += [config.hidden_size] * (2 if config.norm == "layer" else 1)  # final norm
-        outside += [config.max_positions * config.hidden_size] if config.rotary is None else []
+        outside += [config.hidden_size] * (2 if config.norm.kind == "layer" else 1)  # final norm
+        outside += [config.positions.rows * config.hidden_size] if config.positions is not None else []
     rest = sum((ring(size, t, 2) for size in outside), Fraction(0))
     expected = config.num_layers * block_bytes(config, t, sequence) + embedding + head + rest
     assert run_grid(_model, Layout(tensor=t), case, sequence) == [expected] * t

@@ -62,6 +62,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"model_type": "qwen2", **_COMMON, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_COMMON, "head_dim": 8, "tie_word_embeddings": True},
     "qwen3-untied-bias": {"model_type": "qwen3", **_COMMON, "head_dim": 8, "attention_bias": True},
+    "qwen2-2kv": {"model_type": "qwen2", **_COMMON, "num_key_value_heads": 2},
+    "llama-1kv": {"model_type": "llama", **_COMMON, "num_key_value_heads": 1, "attention_bias": True},
+    # on 4 ranks 3 query heads each, in groups of 2: a rank needs half of a group, and 3 key heads are shared by two
+    "llama-uneven": {
+        "model_type": "llama",
+        **_COMMON,
+        "hidden_size": 48,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "head_dim": 4,
+    },
 }
 CONFIGS["gpt2-untied"] = {**CONFIGS["gpt2"], **CONFIGS["gpt2-untied"]}
 

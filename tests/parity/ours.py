@@ -9,7 +9,7 @@ import torch
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine import EngineOptions, build_engine
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights, to_hf
+from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.models.gpt import decoder_stages
 from megatron_ds.parallel.grid import Grid, Layout
 from tests.parity.cases import Recipe, global_batch, shifted
@@ -72,10 +72,10 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
         result = engine.train_step(micro_batches(grid, place, recipe, step), recipe.lr)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    weights = {}
+    weights, to_hf = {}, ToHF(model)
     for name, whole in engine.whole_parameters():
         if whole is not None:
-            weights.update({theirs: tensor.float().clone() for theirs, tensor in to_hf(model, name, whole)})
+            weights.update({theirs: tensor.float().clone() for theirs, tensor in to_hf.add(name, whole)})
     return {"losses": losses, "norms": norms, "weights": weights}
 
 

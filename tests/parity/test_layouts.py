@@ -28,8 +28,11 @@ PLACES = [
     Place(2, 2, 2, 1, True),
 ]
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-VARIANTS = [case for case in CONFIGS if case not in FAMILIES]
+SHARED_HEADS = ("qwen2-2kv", "llama-1kv", "llama-uneven")
+VARIANTS = [case for case in CONFIGS if case not in (*FAMILIES, *SHARED_HEADS)]
 VARIANT_PLACES = [Place(2, 1, 1, 1, True), Place(2, 2, 1, 1, True), Place(2, 1, 2, 3)]
+# More tensor ranks than key and value heads divide into.
+SHARED_PLACES = [Place(4, 1, 1, 1, True), Place(4, 1, 1, 1), Place(4, 1, 1, 3), Place(2, 2, 1, 1, True)]
 # Every place recomputes somewhere, every family does, both modes do.
 RECOMPUTED = [
     (FAMILIES[index % len(FAMILIES)], replace(place, recompute="selective" if index % 3 == 1 else "full"))
@@ -39,12 +42,13 @@ RECOMPUTED = [
 COVERING = (
     [(case, place) for case in FAMILIES for place in PLACES]
     + [(case, place) for case in VARIANTS for place in VARIANT_PLACES]
+    + [(case, place) for case in SHARED_HEADS for place in SHARED_PLACES]
     + RECOMPUTED
 )
 EVERYTHING = [
     (case, replace(place, recompute=mode))
     for case in CONFIGS
-    for place in PLACES
+    for place in [*PLACES, Place(4, 1, 1, 1), Place(4, 1, 1, 3)]
     for mode in ("none", "selective", "full")
 ]
 RECIPE = Recipe()

@@ -14,7 +14,7 @@ from deepspeed.pipe import PipelineModule
 
 from megatron_ds.engine import base, build
 from megatron_ds.layers import attention, cross_entropy, linear, rotary
-from megatron_ds.models import gpt
+from megatron_ds.layers.parameter import ParamSpec
 from megatron_ds.parallel import collectives
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.tensor import TensorParallel
@@ -67,11 +67,8 @@ def mean_of_means() -> None:
 def padding_in_the_softmax() -> None:
     """Rows that pad the vocabulary take part in the softmax."""
 
-    def whole_share(hidden: Any, weight: Any, targets: Any, *, vocab_size: int, axis: Any) -> Any:
-        share = weight.shape[0]
-        return cross_entropy._HeadLoss.apply(hidden, weight, targets, axis.rank * share, share, axis, 1024)
-
-    gpt.head_loss = whole_share  # type: ignore[assignment]
+    cross_entropy.Head.start = property(lambda self: self.axis.rank * self.weight.shape[0])  # type: ignore[assignment]
+    cross_entropy.Head.valid = property(lambda self: self.weight.shape[0])  # type: ignore[assignment]
 
 
 def bias_before_the_reduction() -> None:
@@ -83,17 +80,13 @@ def bias_before_the_reduction() -> None:
 
 def adjacent_pairs() -> None:
     """Rotary pairs are neighbours instead of half a head apart."""
-
-    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-        return x * cos + turned * sin
-
-    attention.rotate = rotate
+    rotate = rotary.rotate
+    rotary.rotate = lambda x, cos, sin, adjacent=False: rotate(x, cos, sin, adjacent=True)
 
 
 def frequencies_unscaled() -> None:
     """The rope scaling of the config is ignored."""
-    rotary.RotaryConfig.inverse_frequencies = lambda self: (
+    rotary.RotaryConfig.inverse_frequencies = lambda self, length: (
         1.0
         / (  # type: ignore[method-assign]
             self.theta ** (torch.arange(0, self.dim, 2).float() / self.dim)
@@ -127,6 +120,16 @@ def input_gradient_not_reduced() -> None:
     collectives._CopyTo.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[assignment]
 
 
+def shared_heads_not_summed() -> None:
+    """Key and value heads that several ranks hold learn from each rank's own query heads alone."""
+    linear.sum_over_holders = lambda grad, axis, shares: grad
+
+
+def shared_heads_counted_often() -> None:
+    """Every rank counts the heads that it shares in the gradient norm."""
+    ParamSpec.holds_first = lambda self, rank, size: True  # type: ignore[method-assign]
+
+
 TRAPS: list[tuple[Callable[[], None], str, Place]] = [
     (partial_norm_gradients, "llama", Place(2, 1, 1, 1, True)),
     (partial_norm_gradients, "gpt2", Place(2, 1, 1, 1, True)),
@@ -141,6 +144,8 @@ TRAPS: list[tuple[Callable[[], None], str, Place]] = [
     (decay_by_shape, "llama", Place(1, 1, 2, 3)),
     (window_off_by_one, "mistral", Place(1, 1, 1, 1)),
     (input_gradient_not_reduced, "llama", Place(2, 1, 1, 1)),
+    (shared_heads_not_summed, "qwen2-2kv", Place(4, 1, 1, 1)),
+    (shared_heads_counted_often, "qwen2-2kv", Place(4, 1, 1, 1)),
 ]
 
 

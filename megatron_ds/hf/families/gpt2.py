@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv
 from megatron_ds.hf.fields import FieldRules
 from megatron_ds.hf.mapping import Op, copy
 from megatron_ds.hf.translate import activation
+from megatron_ds.layers.embedding import PositionTable
+from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig
 
 FIELDS = FieldRules(
@@ -26,11 +28,11 @@ FIELDS = FieldRules(
             "layer_norm_epsilon",
             "initializer_range",
             "tie_word_embeddings",
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
         ]
     ),
     equal={
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False,),
         "n_special": (0,),
     },
@@ -59,18 +61,16 @@ def translate(config: Any) -> DecoderConfig:
         num_kv_heads=config.n_head,
         head_dim=config.n_embd // config.n_head,
         ffn_size=config.n_inner or 4 * config.n_embd,
-        max_positions=config.n_positions,
-        rotary=None,
-        norm="layer",
-        norm_eps=config.layer_norm_epsilon,
-        activation=activation("activation_function", config.activation_function),
-        gated=False,
+        norm=NormStyle("layer", config.layer_norm_epsilon),
+        embedding_size=config.n_embd,
+        positions=PositionTable(config.n_positions),
         qkv_bias=True,
         attention_out_bias=True,
         mlp_bias=True,
-        qk_norm=False,
+        attention_scale=None if config.scale_attn_weights else 1.0,
+        scale_by_layer=config.scale_attn_by_inverse_layer_idx,
+        activation=activation("activation_function", config.activation_function),
         tied=config.tie_word_embeddings,
-        windows=(None,) * config.n_layer,
         embedding_dropout=config.embd_pdrop,
         attention_dropout=config.attn_pdrop,
         residual_dropout=config.resid_pdrop,
@@ -79,26 +79,30 @@ def translate(config: Any) -> DecoderConfig:
     )
 
 
+QKV = "([k|k|k] d)"
+
+
 def rows(config: DecoderConfig) -> list[Row]:
     """The table. `transformer.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "transformer.h.{n}"
+    qkv = f"{theirs}.attn.c_attn"
     table = [
-        Row(EMBEDDING, ("transformer.wte.weight",), copy("v h"), "v"),
-        Row("positions.table.weight", ("transformer.wpe.weight",), copy("p h")),
-        Row(f"{native}.attention.qkv.weight", (f"{theirs}.attn.c_attn.weight",), Op(("h (c k d)",), "(k c d) h"), "k"),
-        Row(f"{native}.attention.qkv.bias", (f"{theirs}.attn.c_attn.bias",), Op(("(c k d)",), "(k c d)"), "k"),
+        Row(EMBEDDING, ("transformer.wte.weight",), copy("v e"), "v"),
+        Row("entry.positions.weight", ("transformer.wpe.weight",), copy("p h")),
         Row(f"{native}.attention.out.weight", (f"{theirs}.attn.c_proj.weight",), Op(("(k d) h",), "h (k d)"), "k"),
         Row(f"{native}.attention.out.bias", (f"{theirs}.attn.c_proj.bias",), copy("h")),
         Row(f"{native}.mlp.up.weight", (f"{theirs}.mlp.c_fc.weight",), Op(("h f",), "f h"), "f"),
         Row(f"{native}.mlp.up.bias", (f"{theirs}.mlp.c_fc.bias",), copy("f"), "f"),
         Row(f"{native}.mlp.down.weight", (f"{theirs}.mlp.c_proj.weight",), Op(("f h",), "h f"), "f"),
         Row(f"{native}.mlp.down.bias", (f"{theirs}.mlp.c_proj.bias",), copy("h")),
-        Row(HEAD, ("lm_head.weight",), copy("v h"), "v"),
+        Row(HEAD, ("lm_head.weight",), copy("v e"), "v"),
+        *fused_qkv(f"{native}.attention.qkv", qkv, "weight", f"h {QKV}", q="(k d) h", kv="(k * d) h"),
+        *fused_qkv(f"{native}.attention.qkv", qkv, "bias", QKV, q="(k d)", kv="(k * d)"),
     ]
     for ours, name in (
         (f"{native}.attention_norm", f"{theirs}.ln_1"),
         (f"{native}.mlp_norm", f"{theirs}.ln_2"),
-        ("final_norm", "transformer.ln_f"),
+        ("exit.norm", "transformer.ln_f"),
     ):
         table += [Row(f"{ours}.{part}", (f"{name}.{part}",), copy("h")) for part in ("weight", "bias")]
     return table

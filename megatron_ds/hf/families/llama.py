@@ -9,6 +9,7 @@ from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
 from megatron_ds.hf.fields import FieldRules
 from megatron_ds.hf.mapping import Op, copy
 from megatron_ds.hf.translate import activation, layer_windows, rotary
+from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig
 
 _SHARED_FIELDS = frozenset(
@@ -35,6 +36,7 @@ _SHARED_FIELDS = frozenset(
 
 def _decoder(config: Any, family: str, windows: tuple[int | None, ...], **options: bool) -> DecoderConfig:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    norm = NormStyle("rms", config.rms_norm_eps)
     return DecoderConfig(
         family=family,
         vocab_size=config.vocab_size,
@@ -44,23 +46,19 @@ def _decoder(config: Any, family: str, windows: tuple[int | None, ...], **option
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
         ffn_size=config.intermediate_size,
-        max_positions=config.max_position_embeddings,
-        rotary=rotary(config.rope_parameters, head_dim),
-        norm="rms",
-        norm_eps=config.rms_norm_eps,
+        norm=norm,
+        embedding_size=config.hidden_size,
+        rotary=(rotary(config.rope_parameters, head_dim),) * config.num_hidden_layers,
         activation=activation("hidden_act", config.hidden_act),
         gated=True,
         qkv_bias=options.get("qkv_bias", False),
         attention_out_bias=options.get("out_bias", False),
         mlp_bias=options.get("mlp_bias", False),
-        qk_norm=options.get("qk_norm", False),
+        qk_norm=norm if options.get("qk_norm", False) else None,
         tied=config.tie_word_embeddings,
         windows=windows,
-        embedding_dropout=0.0,
         attention_dropout=config.attention_dropout,
-        residual_dropout=0.0,
         init_std=config.initializer_range,
-        scaled_residual_init=False,
     )
 
 
@@ -93,42 +91,31 @@ def _qwen3(config: Any) -> DecoderConfig:
 def rows(config: DecoderConfig) -> list[Row]:
     """The table. `model.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "model.layers.{n}"
-    qkv_names = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
-    gate_up_names = tuple(f"{theirs}.mlp.{part}_proj" for part in ("gate", "up"))
-    grouped = ("g", "", "")
+    q, k, v, o = (f"{theirs}.self_attn.{part}_proj" for part in "qkvo")
+    gate, up, down = (f"{theirs}.mlp.{part}_proj" for part in ("gate", "up", "down"))
     table = [
-        Row(EMBEDDING, ("model.embed_tokens.weight",), copy("v h"), "v"),
+        Row(EMBEDDING, ("model.embed_tokens.weight",), copy("v e"), "v"),
         Row(f"{native}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), copy("h")),
-        Row(
-            f"{native}.attention.qkv.weight",
-            tuple(f"{name}.weight" for name in qkv_names),
-            Op(("(k g d) h", "(k d) h", "(k d) h"), "(k * d) h", grouped),
-            "k",
-        ),
-        Row(
-            f"{native}.attention.out.weight",
-            (f"{theirs}.self_attn.o_proj.weight",),
-            Op(("h (k g d)",), "h (k g d)"),
-            "k",
-        ),
+        Row(f"{native}.attention.qkv.q_weight", (f"{q}.weight",), copy("(n d) h"), "n"),
+        Row(f"{native}.attention.qkv.kv_weight", (f"{k}.weight", f"{v}.weight"), Op(("(k d) h",) * 2, "(k * d) h"), "k"),
+        Row(f"{native}.attention.out.weight", (f"{o}.weight",), copy("h (n d)"), "n"),
         Row(f"{native}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), copy("h")),
-        Row(
-            f"{native}.mlp.up.weight", tuple(f"{name}.weight" for name in gate_up_names), Op(("f h",) * 2, "* f h"), "f"
-        ),
-        Row(f"{native}.mlp.down.weight", (f"{theirs}.mlp.down_proj.weight",), copy("h f"), "f"),
-        Row("final_norm.weight", ("model.norm.weight",), copy("h")),
-        Row(HEAD, ("lm_head.weight",), copy("v h"), "v"),
+        Row(f"{native}.mlp.up.weight", (f"{gate}.weight", f"{up}.weight"), Op(("f h",) * 2, "* f h"), "f"),
+        Row(f"{native}.mlp.down.weight", (f"{down}.weight",), copy("h f"), "f"),
+        Row("exit.norm.weight", ("model.norm.weight",), copy("h")),
+        Row(HEAD, ("lm_head.weight",), copy("v e"), "v"),
     ]
     if config.qkv_bias:
-        op = Op(("(k g d)", "(k d)", "(k d)"), "(k * d)", grouped)
-        table.append(Row(f"{native}.attention.qkv.bias", tuple(f"{name}.bias" for name in qkv_names), op, "k"))
+        table.append(Row(f"{native}.attention.qkv.q_bias", (f"{q}.bias",), copy("(n d)"), "n"))
+        table.append(
+            Row(f"{native}.attention.qkv.kv_bias", (f"{k}.bias", f"{v}.bias"), Op(("(k d)",) * 2, "(k * d)"), "k")
+        )
     if config.attention_out_bias:
-        table.append(Row(f"{native}.attention.out.bias", (f"{theirs}.self_attn.o_proj.bias",), copy("h")))
+        table.append(Row(f"{native}.attention.out.bias", (f"{o}.bias",), copy("h")))
     if config.mlp_bias:
-        gate_up_bias = tuple(f"{name}.bias" for name in gate_up_names)
-        table.append(Row(f"{native}.mlp.up.bias", gate_up_bias, Op(("f",) * 2, "* f"), "f"))
-        table.append(Row(f"{native}.mlp.down.bias", (f"{theirs}.mlp.down_proj.bias",), copy("h")))
-    if config.qk_norm:
+        table.append(Row(f"{native}.mlp.up.bias", (f"{gate}.bias", f"{up}.bias"), Op(("f",) * 2, "* f"), "f"))
+        table.append(Row(f"{native}.mlp.down.bias", (f"{down}.bias",), copy("h")))
+    if config.qk_norm is not None:
         for part in "qk":
             names = (f"{theirs}.self_attn.{part}_norm.weight",)
             table.append(Row(f"{native}.attention.{part}_norm.weight", names, copy("d")))

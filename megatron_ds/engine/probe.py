@@ -1,0 +1,32 @@
+"""Gradients as the engine makes them: after every reduction, before any step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GradientProbe(torch.optim.Optimizer):
+    """An optimizer that keeps gradients instead of using them: weights never change.
+
+    DeepSpeed calls `step` when tensor, pipeline and data ranks have summed what they share, so what is kept is what a
+    real optimizer would see. Without ZeRO each rank sees its own parameters' gradients, whole.
+    """
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+        self._kept: dict[nn.Parameter, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Keep what is there."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._kept[parameter] = parameter.grad.detach().clone()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Of the last step; zeros where there was none."""
+        return self._kept.get(parameter, torch.zeros_like(parameter))

@@ -1,0 +1,137 @@
+"""Verify a directory: the reference first, then our ranks, then the round trip, each in processes of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ds.config import check_layout
+from megatron_ds.errors import ConversionError, TopologyError
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.convert import rewrite
+from megatron_ds.hf.io import TensorSource, open_directory
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.log import quiet_libraries
+from megatron_ds.parallel.grid import Layout
+from megatron_ds.parallel.launch import run_local
+from megatron_ds.parallel.rank import rank_from_environment
+from megatron_ds.verify.compare import Difference
+from megatron_ds.verify.inputs import Probe, probes
+from megatron_ds.verify.ours import Findings, run_rank
+from megatron_ds.verify.reference import run_reference
+from megatron_ds.verify.report import InputReport, Report, RoundTrip
+
+Note = Callable[[str], None]
+
+
+def verify_hf(
+    hf_dir: str | Path, tp: int = 1, pp: int = 1, *, sequence: bool = False, note: Note = lambda text: None
+) -> Report:
+    """Compare our model on tp * pp ranks with transformers, in fp32: logits, loss, every gradient, and the round trip.
+
+    Needs memory for the model, its gradients and its activations, a few times over, and disk for two copies of it in
+    the temporary directory.
+
+    Args:
+        hf_dir: config.json and weights of a supported family.
+        tp, pp: tensor and pipeline ranks, started on this machine.
+        sequence: Megatron's sequence parallelism over the tensor ranks.
+        note: told what is being done.
+
+    Raises:
+        MegatronDSError: the directory cannot be read, or not on so many ranks.
+        LaunchError: a rank died; with its traceback.
+    """
+    quiet_libraries()
+    if rank_from_environment() is not None:
+        raise TopologyError("verify starts its own ranks; run it without torchrun, deepspeed or srun")
+    directory = Path(hf_dir)
+    weights = HFWeights(directory, read_model(directory))
+    decoder = weights.model.decoder
+    check_layout(decoder.shape(), tp, pp, names=("--tp", "--pp"))
+    inputs, not_reached = probes(decoder, tp if sequence else 1)
+    _preload()
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-verify-") as folder:
+        results = Path(folder)
+        note("transformers: logits, loss and gradients")
+        (losses,) = run_local(lambda info: run_reference(directory, weights.model, inputs, results), 1)
+        note(f"megatron_ds on {tp * pp} ranks: the same")
+        ranks = run_local(lambda info: run_rank(info, weights, inputs, Layout(tp, pp), sequence, results), tp * pp)
+        note("round trip: every tensor through the tables and back")
+        (round_trip,) = run_local(lambda info: check_round_trip(weights, directory, results / "rewritten"), 1)
+    return Report(
+        path=str(hf_dir),
+        model_type=weights.model.family.model_type,
+        num_params=weights.num_params,
+        tp=tp,
+        pp=pp,
+        sequence=sequence,
+        inputs=[_merge(probe, loss, found) for probe, loss, found in zip(inputs, losses, zip(*ranks))],
+        round_trip=round_trip,
+        not_reached=not_reached,
+    )
+
+
+def _preload() -> None:
+    """Import all that the ranks need before they are forked, and nothing that starts a thread or an accelerator."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
+    from megatron_ds.engine import preload
+
+    preload()
+
+
+def _merge(probe: Probe, reference_loss: float, ranks: Sequence[Findings]) -> InputReport:
+    """One report out of what each rank saw."""
+    batch, length = probe.input_ids.shape
+    hidden = {name: apart for rank in ranks for name, apart in rank.hidden.items()}
+    logits = [rank.logits for rank in ranks if rank.logits is not None]
+    losses = [Difference(abs(rank.loss - reference_loss), abs(rank.loss / reference_loss - 1)) for rank in ranks]
+    return InputReport(
+        name=probe.name,
+        batch=batch,
+        length=length,
+        logits=max(logits, key=lambda apart: apart.relative),
+        loss=max(losses, key=lambda apart: apart.relative),
+        hidden=dict(sorted(hidden.items(), key=lambda item: _place(item[0]))),
+        gradients={name: apart for rank in ranks for name, apart in rank.gradients.items()},
+    )
+
+
+def _place(stage: str) -> int:
+    return int(stage.removeprefix("blocks.")) if stage.startswith("blocks.") else -1
+
+
+def check_round_trip(weights: HFWeights, directory: Path, target: Path) -> RoundTrip:
+    """Rewrite a directory through the tables and compare the bytes of every tensor.
+
+    Raises:
+        ConversionError: what cannot be rewritten.
+    """
+    rewrite(directory, target)
+    before, after = open_directory(directory), open_directory(target)
+    written = set(after.names)
+    hashes, changed, seen = {}, [], set()
+    for name in after.names:
+        source = weights.name_on_disk(name)
+        seen.add(source)
+        hashes[name] = digest(before, source)
+        if digest(after, name) != hashes[name]:
+            changed.append(name)
+    missing = {name for row in weights.model.table.values() for name in row.names} - written
+    if missing:
+        raise ConversionError(f"{directory}: {sorted(missing)[0]} was not written back; please report it")
+    return RoundTrip(hashes, changed, sorted(set(before.names) - seen))
+
+
+def digest(source: TensorSource, name: str) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    hashed = hashlib.sha256(f"{source.dtype(name)} {source.shape(name)}".encode())
+    whole: Tensor = source.read(name, tuple(slice(0, size) for size in source.shape(name)))
+    hashed.update(memoryview(whole.contiguous().flatten().view(torch.uint8).numpy()))
+    return hashed.hexdigest()
