@@ -8,7 +8,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sweep check clean
+.PHONY: help setup demo test sweep check tables clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ check: $(STAMP)  ## lint, formatting, types, import floors
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(wildcard tests/test_floors.py),$(BIN)/python -m pytest tests/test_floors.py)
+
+tables: $(STAMP)  ## bring the README's table of families up to date with the registry
+	$(BIN)/python -m megatron_ds.hf.support README.md
 
 clean:  ## remove .venv, out/ and caches
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

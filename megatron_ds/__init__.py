@@ -2,6 +2,7 @@
 
 import megatron_ds as mds
 mds.train(mds.load_run("run.yaml"))
+mds.verify_hf(hf_dir, tp=2, pp=2)
 """
 
 from importlib import import_module
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_ds.config import load_run
     from megatron_ds.train.launch import train
+    from megatron_ds.verify.run import verify_hf
 
 __version__ = "0.1.0"
 
 # Resolved on first use, so that importing the package costs nothing. `train` is not here: see megatron_ds/train.
-_PUBLIC = {"load_run": "megatron_ds.config"}
+_PUBLIC = {"load_run": "megatron_ds.config", "verify_hf": "megatron_ds.verify.run"}
 
-__all__ = ["__version__", "load_run", "train"]
+__all__ = ["__version__", "load_run", "train", "verify_hf"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ FLOORS = [
     {"pipeline", "hf"},
     {"engine"},
     {"checkpoint"},
-    {"train", "generate", "evaluate"},
+    {"train", "verify", "generate", "evaluate"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

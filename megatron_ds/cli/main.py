@@ -15,14 +15,18 @@ import typer
 from megatron_ds import __version__
 from megatron_ds.cli.train import HELP as TRAIN_HELP
 from megatron_ds.cli.train import train
+from megatron_ds.cli.verify import HELP as VERIFY_HELP
+from megatron_ds.cli.verify import verify
 from megatron_ds.errors import LaunchError, MegatronDSError
 
 PROGRAM = "megatron-ds"
 ROOT_HELP = """Train and fine-tune transformers with Megatron's model parallelism on DeepSpeed's engine.
 
-Example:
+Examples:
 
+\b
   megatron-ds train run.yaml --nproc 2
+  megatron-ds verify path/to/hf_dir --tp 2
 """
 SPEECH_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to speak
 
@@ -35,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(help=TRAIN_HELP)(train)
+app.command(help=VERIFY_HELP)(verify)
 
 
 @app.callback()

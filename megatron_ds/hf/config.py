@@ -55,15 +55,15 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
         ConversionError: no config, an unknown family, or a field that changes the math and is not supported.
     """
     if isinstance(source, Mapping):
-        where, raw = "model.config", deepcopy(dict(source))
+        where, raw = "model.config", dict(source)
     else:
         where, raw = str(Path(source) / "config.json"), _read_json(Path(source) / "config.json")
     try:
         family = family_of(raw.get("model_type"))
         family.fields.check(raw)
         config = _transformers_config(raw)
+        _refuse_contradictions(raw, config)
         decoder = family.translate(config)
-        _check_heads(decoder)
     except ConversionError as problem:
         raise ConversionError(f"{where}: {problem}") from problem.__cause__
     return HFModel(family, config, decoder)
@@ -74,19 +74,41 @@ def _transformers_config(raw: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**raw)
+        return AutoConfig.for_model(**deepcopy(dict(raw)))
     except Exception as problem:  # transformers and huggingface_hub raise types of their own, KeyError among them
         reason = " ".join(str(problem.args[0] if problem.args else problem).split())
         raise ConversionError(f"transformers refuses it: {reason}") from problem
 
 
-def _check_heads(decoder: DecoderConfig) -> None:
-    if decoder.num_heads % decoder.num_kv_heads:
-        raise ConversionError(
-            f"num_key_value_heads={decoder.num_kv_heads} does not divide num_attention_heads={decoder.num_heads}"
-        )
-    if decoder.positions is not None and decoder.head_dim * decoder.num_heads != decoder.hidden_size:
-        raise ConversionError(f"n_head={decoder.num_heads} does not divide n_embd={decoder.hidden_size}")
+# What Phi-3 does not keep in rope_scaling, or does not need to.
+PHI3_ELSEWHERE = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+# Field of transformers 4 -> the rope parameter of transformers 5 that it became, in models with a rope for each kind of
+# layer the kind too.
+OLD_ROPE_FIELDS = {
+    "rope_theta": ("full_attention", "rope_theta"),
+    "rope_local_base_freq": ("sliding_attention", "rope_theta"),
+    "rotary_emb_base": ("full_attention", "rope_theta"),
+    "rotary_pct": ("full_attention", "partial_rotary_factor"),
+    "partial_rotary_factor": ("full_attention", "partial_rotary_factor"),
+}
+
+
+def _refuse_contradictions(raw: Mapping[str, Any], config: Any) -> None:
+    """Refuse what is said twice and differently: versions of transformers differ in which one they believe."""
+    for alias, name in (*config.attribute_map.items(), ("n_embed", "hidden_size")):
+        if alias in raw and name in raw and raw[alias] != raw[name]:
+            raise ConversionError(f"{alias}={raw[alias]!r} contradicts {name}={raw[name]!r}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for name, (kind, key) in OLD_ROPE_FIELDS.items():
+        value, believed = raw.get(name), rope.get(kind, rope).get(key)
+        if value is not None and believed is not None and value != believed:
+            raise ConversionError(f"{name}={value!r} contradicts the {key}={believed!r} that transformers takes")
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    new = new.get("full_attention", new)
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            raise ConversionError(f"rope_scaling.{key}={old[key]!r} contradicts rope_parameters.{key}={new[key]!r}")
 
 
 def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
@@ -112,12 +134,35 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
         dtype=dtype,
         torch_dtype=dtype,
     )
-    rope = content.get("rope_parameters")
-    if rope:
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        content["rope_theta"] = rope["rope_theta"]
-        content["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    return content
+    return {**content, **_old_rope_fields(content)}
+
+
+def _old_rope_fields(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads in the place of `rope_parameters`, in the words of its config of the same family."""
+    whole = content.get("rope_parameters")
+    if not whole:
+        return {}
+    rope = whole.get("full_attention", whole)
+    old: dict[str, Any] = {"rope_scaling": _old_scaling(rope, content)}
+    if content["model_type"] == "gpt_neox":
+        return {**old, "rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
+    old["rope_theta"] = rope["rope_theta"]
+    if "sliding_attention" in whole:
+        old["rope_local_base_freq"] = whole["sliding_attention"]["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return old
+
+
+def _old_scaling(rope: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any] | None:
+    if rope.get("rope_type", "default") == "default":
+        return None
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if content["model_type"] != "phi3":
+        return scaling
+    # its config in transformers 4 takes these three fields and no others; it has the original length beside them
+    bare = {"type": "longrope", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    return bare if rope.keys() <= {*PHI3_ELSEWHERE, *bare} else scaling
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import Op, Part
+from megatron_ds.hf.mapping import Op, Part, copy
+from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig
 
 LAYER = "{n}"
@@ -49,6 +51,8 @@ class Family:
         translate: its config (defaults filled in by transformers) -> ours.
         rows: our config -> its table.
         ignored: regular expressions of tensors on disk that are buffers, not weights.
+        reference_attention: transformers' implementation of attention to compare with. "eager" is written out; kernels
+            leave out what they cannot do, such as a bound of the scores.
     """
 
     model_type: str
@@ -58,6 +62,7 @@ class Family:
     translate: Callable[[Any], DecoderConfig]
     rows: Callable[[DecoderConfig], list[Row]]
     ignored: tuple[str, ...] = ()
+    reference_attention: str = "eager"
 
     def table(self, config: DecoderConfig) -> dict[str, Row]:
         """Native name -> row, one a parameter, layers written out, the head included even where it is tied."""
@@ -70,8 +75,8 @@ class Family:
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Sizes of the named axes in all tables: v vocabulary, e embedding, h hidden, f feed-forward, p rows of the position
-    table, n query heads, k key/value heads, g query heads a key head, d head dim."""
+    """Sizes of the named axes in all tables: v vocabulary, e embedding, h hidden, f feed-forward, p rows of the
+    position table, n query heads, k key/value heads, g query heads a key head, d head dim."""
     return {
         "v": config.vocab_size,
         "e": config.embedding_size,
@@ -85,18 +90,54 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
     }
 
 
-def fused_qkv(native: str, theirs: str, part: str, pattern: str, *, q: str, kv: str) -> list[Row]:
-    """The two rows of a fused projection: queries, and keys beside values.
+def norm(native: str, theirs: str, style: NormStyle) -> list[Row]:
+    """The parameters of a norm over hidden states, if it has any."""
+    parts = ("weight", "bias") if style.kind == "layer" else ("weight",)
+    return [Row(f"{native}.{part}", (f"{theirs}.{part}",), copy("h")) for part in parts if style.affine]
+
+
+def linear(native: str, theirs: str, weight: str, split: str | None, *, bias: bool = False) -> list[Row]:
+    """A projection that transformers keeps as we do.
 
     Args:
         native, theirs: names without `.weight` or `.bias`.
-        part: "weight" or "bias".
-        pattern: of the fused tensor, its pieces queries, keys, values.
-        q, kv: native patterns; their slowest axis is divided over the tensor axis.
+        weight: its pattern, output features first.
+        split: the axis that the tensor axis divides; the bias is divided with the output features only.
+        bias: whether it has one.
     """
-    name = f"{theirs}.{part}"
-    q_op, kv_op = Op((Part(pattern, 0),), q), Op((Part(pattern, 1), Part(pattern, 2)), kv)
-    return [
-        Row(f"{native}.q_{part}", (name,), q_op, q_op.native_axes[0]),
-        Row(f"{native}.kv_{part}", (name, name), kv_op, kv_op.native_axes[0]),
-    ]
+    out = weight.split()[0]
+    rows = [Row(f"{native}.weight", (f"{theirs}.weight",), copy(weight), split)]
+    if bias:
+        rows.append(Row(f"{native}.bias", (f"{theirs}.bias",), copy(out), split if out == split else None))
+    return rows
+
+
+def separate_qkv(native: str, q: str, k: str, v: str, *, bias: bool) -> list[Row]:
+    """Queries, and keys beside values, out of three projections; names without `.weight` or `.bias`."""
+    rows = []
+    for part, inputs in (("weight", " h"), ("bias", "")) if bias else (("weight", " h"),):
+        q_op, kv_op = copy(f"(n d){inputs}"), Op((f"(k d){inputs}",) * 2, f"(k * d){inputs}")
+        rows.append(Row(f"{native}.q_{part}", (f"{q}.{part}",), q_op, "n"))
+        rows.append(Row(f"{native}.kv_{part}", (f"{k}.{part}", f"{v}.{part}"), kv_op, "k"))
+    return rows
+
+
+def fused_qkv(native: str, theirs: str, layout: str, *, bias: bool, inputs_first: bool = False) -> list[Row]:
+    """Queries, and keys beside values, out of one projection.
+
+    Args:
+        native, theirs: names without `.weight` or `.bias`.
+        layout: how the output features of queries, keys and values lie, such as "(k [g|1|1] d)".
+        bias: whether it has one.
+        inputs_first: the weight is kept as [in, out].
+    """
+    queries = re.sub(r"\[([^|]*)\|.*\]", r"\1", layout)
+    whole = {"weight": f"h {layout}" if inputs_first else f"{layout} h", "bias": layout}
+    rows = []
+    for part, inputs in (("weight", " h"), ("bias", "")) if bias else (("weight", " h"),):
+        name, pattern = f"{theirs}.{part}", whole[part]
+        q_op = Op((Part(pattern, 0),), queries + inputs)
+        kv_op = Op((Part(pattern, 1), Part(pattern, 2)), f"(k * d){inputs}")
+        rows.append(Row(f"{native}.q_{part}", (name,), q_op, q_op.native_axes[0]))
+        rows.append(Row(f"{native}.kv_{part}", (name, name), kv_op, "k"))
+    return rows

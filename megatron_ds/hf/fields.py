@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,26 +21,79 @@ SIZES = frozenset(
         "num_key_value_heads",
         "head_dim",
         "max_position_embeddings",
+        "original_max_position_embeddings",
+        "sliding_window",
+        "sliding_window_pattern",
+        "no_rope_layer_interval",
+        "query_pre_attn_scalar",
         "n_embd",
+        "n_embed",
         "n_inner",
         "n_layer",
         "n_head",
         "n_positions",
+        "rotary_dim",
+        "ffn_dim",
+        "ffn_hidden_size",
+        "word_embed_proj_dim",
+        "num_kv_heads",
     ]
 )
+POSITIVE = frozenset(
+    [
+        "rms_norm_eps",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "norm_epsilon",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "logits_scaling",
+        "rope_theta",
+        "rope_local_base_freq",
+        "rotary_emb_base",
+        "rotary_pct",
+        "partial_rotary_factor",
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "low_freq_factor",
+        "high_freq_factor",
+        "mscale",
+        "mscale_all_dim",
+    ]
+)
+PROBABILITIES = frozenset(
+    [
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "dropout",
+        "attention_dropout",
+        "hidden_dropout",
+        "residual_dropout",
+        "embedding_dropout",
+    ]
+)
+FLAGS = frozenset(["tie_word_embeddings", "truncate"])
+LISTS = frozenset(["short_factor", "long_factor"])
+ROPE = frozenset(["rope_parameters", "rope_scaling"])
 
 # Fields of any family that change the math or the weights, with the values at which they do nothing.
 COMMON_EQUAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
-    "partial_rotary_factor": (1.0, None),
+    "per_layer_config": (None, {}),
     "pruned_heads": ({}, None),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
 }
 
-# Hub configs carry these; training sees none of them.
-COMMON_HARMLESS = frozenset(
+# Fields of any family that steer how transformers trains, which the run file steers here.
+COMMON_TRAINING = frozenset(["gradient_checkpointing", "pretraining_tp"])
+
+# Hub configs carry these; neither the math nor the weights see any of them.
+COMMON_COSMETIC = frozenset(
     [
         # identity and provenance
         "architectures",
@@ -63,7 +117,6 @@ COMMON_HARMLESS = frozenset(
         "_attn_implementation_autoset",
         "attn_implementation",
         "chunk_size_feed_forward",
-        "gradient_checkpointing",
         "use_cache",
         "cache_implementation",
         "torchscript",
@@ -71,8 +124,8 @@ COMMON_HARMLESS = frozenset(
         # token ids
         "bos_token_id",
         "eos_token_id",
-        "pad_token_id",
         "sep_token_id",
+        "unk_token_id",
         "decoder_start_token_id",
         "forced_bos_token_id",
         "forced_eos_token_id",
@@ -85,6 +138,7 @@ COMMON_HARMLESS = frozenset(
         "output_hidden_states",
         "output_past",
         "keys_to_ignore_at_inference",
+        "tie_last_hidden_states",
         # other tasks
         "id2label",
         "label2id",
@@ -127,17 +181,19 @@ class FieldRules:
     """Every config field that a family may carry, by what it does to the math.
 
     Attributes:
-        mapped: read by the family's `translate`.
+        mapped: read by the family's `translate`, or by transformers' config class on the way to what that reads.
         equal: fields that change the math, each with the values that are supported.
-        harmless: no effect on training: token ids, outputs, caching, names.
+        training: no effect on a forward pass; what they steer is the run file's.
+        cosmetic: no effect on training: token ids, outputs, caching, names.
     """
 
     mapped: frozenset[str]
     equal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
+    training: frozenset[str] = frozenset()
+    cosmetic: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
-        return name in self.mapped or name in self.harmless or name in self.equal or name in _COMMON
+        return any(name in names for names in (self.mapped, self.equal, self.training, self.cosmetic, _COMMON))
 
     def check(self, raw: Mapping[str, Any]) -> None:
         """Refuse fields that are unknown, or known and not supported at their value.
@@ -154,8 +210,10 @@ class FieldRules:
                 raise ConversionError(f"{name}={reprlib.repr(value)} is not a known field; {self._advice(name)}")
             if name in equal and not any(_same(value, allowed) for allowed in equal[name]):
                 raise ConversionError(f"{name}={reprlib.repr(value)} is not supported; supported: {equal[name][0]!r}")
-            if name in SIZES and value is not None and not _is_count(value):
-                raise ConversionError(f"{name}={reprlib.repr(value)} must be a whole number of at least 1")
+            if name in ROPE:
+                _check_rope(name, value)
+            else:
+                _check_value(name, name, value)
 
     def _advice(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, sorted(self.mapped | self.equal.keys()), n=1, cutoff=0.8)
@@ -165,7 +223,7 @@ class FieldRules:
 
 
 _QUANTISED = ("quantization_config", "compression_config")
-_COMMON = COMMON_HARMLESS | COMMON_EQUAL.keys()
+_COMMON = COMMON_COSMETIC | COMMON_TRAINING | COMMON_EQUAL.keys()
 
 
 def _refuse_quantised(raw: Mapping[str, Any]) -> None:
@@ -183,5 +241,42 @@ def _same(value: Any, allowed: Any) -> bool:
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _check_rope(path: str, rope: Any) -> None:
+    """Check what `rope_scaling` or `rope_parameters` holds, also where it does so for each kind of layer."""
+    if rope is not None and not isinstance(rope, Mapping):
+        raise ConversionError(f"{path}={reprlib.repr(rope)} must be a mapping of rope fields, or null")
+    for name, value in (rope or {}).items():
+        if isinstance(value, Mapping):
+            _check_rope(f"{path}.{name}", value)
+        else:
+            _check_value(f"{path}.{name}", name, value)
+
+
+def _check_value(path: str, name: str, value: Any) -> None:
+    """Refuse what is not of the field's kind or range, where transformers only warns or fails obscurely.
+
+    Args:
+        path: the field as the user finds it, such as rope_scaling.factor.
+        name: its last word, which says what it is.
+        value: None = left to transformers, which knows whether it may be.
+    """
+    rule = ""
+    if value is None:
+        return
+    if name in SIZES and not (_is_number(value, 1) and isinstance(value, int)):
+        rule = "must be a whole number of at least 1"
+    elif name in POSITIVE and not (_is_number(value, 0) and value > 0):
+        rule = "must be a number above 0"
+    elif name in PROBABILITIES and not (_is_number(value, 0) and value < 1):
+        rule = "must be a probability below 1"
+    elif name in FLAGS and not isinstance(value, bool):
+        rule = "must be true or false"
+    elif name in LISTS and not (isinstance(value, list) and all(_is_number(one, 0) and one > 0 for one in value)):
+        rule = "must be a list of numbers above 0"
+    if rule:
+        raise ConversionError(f"{path}={reprlib.repr(value)} {rule}")
+
+
+def _is_number(value: Any, least: float) -> bool:
+    """A finite number, true and false not among them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < math.inf

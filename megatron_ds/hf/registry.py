@@ -6,11 +6,34 @@ import difflib
 from typing import Any
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.families.bloom import BLOOM
+from megatron_ds.hf.families.falcon import FALCON
+from megatron_ds.hf.families.gemma import GEMMA2, GEMMA3_TEXT
 from megatron_ds.hf.families.gpt2 import GPT2
-from megatron_ds.hf.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from megatron_ds.hf.families.gpt_neox import GPT_NEOX
+from megatron_ds.hf.families.gptj import GPTJ
+from megatron_ds.hf.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3, SMOLLM3
+from megatron_ds.hf.families.opt import OPT
+from megatron_ds.hf.families.phi3 import PHI3
+from megatron_ds.hf.families.starcoder2 import STARCODER2
 from megatron_ds.hf.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(GPT2, GPT_NEOX, GPTJ, OPT, BLOOM, FALCON),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3_TEXT, OLMO2, GRANITE, SMOLLM3, STARCODER2),
+    )
+}
+
+# The nearest family, where it isn't the one of the most similar name.
+RELATIVES = {
+    "codegen": "gptj",
+    "gemma3": "gemma3_text",
+    "gpt_bigcode": "starcoder2",
+    "refinedweb": "falcon",
+    "refinedwebmodel": "falcon",
+}
 
 
 def family_of(model_type: Any) -> Family:
@@ -23,7 +46,8 @@ def family_of(model_type: Any) -> Family:
     if model_type is None:
         raise ConversionError(f"model_type is missing; {supported}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.6)
+        asked = str(model_type).lower()
+        nearest = [RELATIVES[asked]] if asked in RELATIVES else difflib.get_close_matches(asked, FAMILIES, n=1)
         hint = f"nearest: {nearest[0]}" if nearest else supported
         raise ConversionError(f"model_type={model_type!r} is not supported; {hint}")
     return FAMILIES[model_type]

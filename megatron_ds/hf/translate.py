@@ -1,8 +1,10 @@
-"""Words of Hugging Face configs in our terms: activations, rotary frequencies, sliding windows."""
+"""Words of Hugging Face configs in our terms: activations, head sizes, sliding windows, rotary frequencies."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_ds.errors import ConversionError
@@ -12,9 +14,15 @@ ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "relu2": "relu_squared",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_sigmoid",
 }
 
 
@@ -30,43 +38,33 @@ def activation(field_name: str, value: str) -> str:
     return ACTIVATION_NAMES[value]
 
 
-ROPE_KEYS = {
-    "default": frozenset({"rope_theta", "rope_type"}),
-    "linear": frozenset({"rope_theta", "rope_type", "factor"}),
-    "llama3": frozenset(
-        ["rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    ),
-}
-
-
-def rotary(parameters: Mapping[str, Any], head_dim: int) -> RotaryConfig:
-    """transformers' `rope_parameters` -> ours.
+def quotient(config: Any, whole: str, parts: str) -> int:
+    """How often one field goes into another, such as the size of a head into that of all.
 
     Raises:
-        ConversionError: a rope type, or a field of one, that is missing or not supported.
+        ConversionError: with a remainder.
     """
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_KEYS:
-        raise ConversionError(f"rope_type={kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}")
-    for name, value in parameters.items():
-        harmless = name == "type" or (name == "partial_rotary_factor" and value in (None, 1.0))
-        if name not in ROPE_KEYS[kind] and not harmless:
-            raise ConversionError(f"rope_parameters.{name}={value!r} is not supported with rope_type={kind!r}")
-    numbers = {name: parameters.get(name) for name in sorted(ROPE_KEYS[kind] - {"rope_type"})}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ConversionError(f"rope_parameters.{name}={value!r} must be a number above 0 with rope_type={kind!r}")
-    if kind == "llama3":
-        return RotaryConfig(
-            head_dim,
-            float(parameters["rope_theta"]),
-            kind,
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_positions=int(parameters["original_max_position_embeddings"]),
-        )
-    return RotaryConfig(head_dim, float(parameters["rope_theta"]), kind, factor=float(parameters.get("factor", 1.0)))
+    dividend, divisor = getattr(config, whole), getattr(config, parts)
+    if dividend % divisor:
+        fitting = [number for number in range(1, dividend + 1) if dividend % number == 0]
+        below = max(number for number in fitting if number < divisor or number == 1)
+        above = min((number for number in fitting if number > divisor), default=below)
+        nearest = " or ".join(str(number) for number in dict.fromkeys((below, above)))
+        raise ConversionError(f"{parts}={divisor} does not divide {whole}={dividend}; nearest: {nearest}")
+    return dividend // divisor
+
+
+def padding_id(config: Any) -> int | None:
+    """The id whose embedding transformers does not train, where a family gives it to its embedding; from the end if
+    negative.
+
+    Raises:
+        ConversionError: it is not in the vocabulary.
+    """
+    given, size = config.pad_token_id, config.vocab_size
+    if given is not None and not -size <= given < size:
+        raise ConversionError(f"pad_token_id={given} must be below vocab_size={size}, or null")
+    return given if given is None else given % size
 
 
 def layer_windows(layer_types: Sequence[str], sliding_window: int | None) -> tuple[int | None, ...]:
@@ -86,3 +84,124 @@ def layer_windows(layer_types: Sequence[str], sliding_window: int | None) -> tup
                 "has that field"
             )
     return tuple(sliding_window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+_ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+_ROPE_MAY_HAVE: dict[str, tuple[str, ...]] = {
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor"),
+}
+
+
+def rotary(
+    parameters: Mapping[str, Any],
+    head_dim: int,
+    max_positions: int,
+    *,
+    partial: bool = False,
+    path: str = "rope_parameters",
+) -> RotaryConfig:
+    """transformers' `rope_parameters`, as its config class filled them in -> ours.
+
+    Args:
+        parameters: for all layers, or for one kind of layer.
+        head_dim: size of a head.
+        max_positions: `max_position_embeddings`.
+        partial: whether the family's code can rotate a part of each head.
+        path: where the parameters stand, for messages.
+
+    Raises:
+        ConversionError: a rope type, or a field of one, that is missing, out of range or not supported.
+    """
+    kind = parameters.get("rope_type", "default")
+    _check_rope_fields(parameters, kind, path)
+    plain = RotaryConfig(_rotated_dims(parameters, head_dim, partial, path), float(parameters["rope_theta"]))
+    if kind == "default":
+        return plain
+    original = parameters.get("original_max_position_embeddings", max_positions)
+    factor = float(parameters.get("factor") or max_positions / original)
+    scaled = replace(plain, factor=factor, original_max_positions=original)
+    if kind == "llama3":
+        return _llama3(parameters, scaled, path)
+    if kind == "yarn":
+        return _yarn(parameters, scaled, path)
+    if kind == "longrope":
+        return _longrope(parameters, scaled, path)
+    if kind == "dynamic" and plain.dim == 2:
+        raise ConversionError(f"{path}.rope_type={kind!r} needs more than 2 rotated dims a head; nearest: 4")
+    return replace(scaled, scaling=kind)
+
+
+def _check_rope_fields(parameters: Mapping[str, Any], kind: str, path: str) -> None:
+    if kind not in _ROPE_NEEDS:
+        raise ConversionError(f"{path}.rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_NEEDS)}")
+    known = {*_ROPE_ALWAYS, *_ROPE_NEEDS[kind], *_ROPE_MAY_HAVE.get(kind, ())}
+    for name, value in parameters.items():
+        if name not in known:
+            raise ConversionError(f"{path}.{name}={value!r} is not supported with rope_type={kind!r}")
+    for name in ("rope_theta", *_ROPE_NEEDS[kind]):
+        if parameters.get(name) is None:
+            raise ConversionError(f"{path}.{name} is missing, which rope_type={kind!r} needs")
+
+
+def _rotated_dims(parameters: Mapping[str, Any], head_dim: int, partial: bool, path: str) -> int:
+    part = parameters.get("partial_rotary_factor")
+    part = 1.0 if part is None else part
+    if part != 1.0 and not partial:
+        raise ConversionError(f"{path}.partial_rotary_factor={part} is not supported by this family; supported: 1.0")
+    dim = int(head_dim * part)
+    if part > 1.0 or dim < 2 or dim % 2:
+        raise ConversionError(
+            f"{path}.partial_rotary_factor={part} of head_dim={head_dim} gives {dim} rotated dims; it must be an even "
+            "number of them, at least 2 and at most all"
+        )
+    return dim
+
+
+def _llama3(parameters: Mapping[str, Any], scaled: RotaryConfig, path: str) -> RotaryConfig:
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    if high <= low:
+        raise ConversionError(f"{path}.high_freq_factor={high} must be above low_freq_factor={low}")
+    return replace(scaled, scaling="llama3", low_freq_factor=low, high_freq_factor=high)
+
+
+def _yarn(parameters: Mapping[str, Any], scaled: RotaryConfig, path: str) -> RotaryConfig:
+    fast, slow = float(parameters.get("beta_fast") or 32), float(parameters.get("beta_slow") or 1)
+    if fast < slow:
+        raise ConversionError(f"{path}.beta_fast={fast} must not be below beta_slow={slow}")
+    if scaled.theta <= 1.0:
+        raise ConversionError(f"{path}.rope_theta={scaled.theta} must be above 1 with rope_type='yarn'")
+
+    def growth(weight: float) -> float:
+        return 0.1 * weight * math.log(scaled.factor) + 1.0 if scaled.factor > 1.0 else 1.0
+
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        weights = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        magnitude = growth(weights[0]) / growth(weights[1]) if weights[0] and weights[1] else growth(1.0)
+    truncate = parameters.get("truncate", True)
+    scaled = replace(scaled, scaling="yarn", beta_fast=fast, beta_slow=slow, truncate=truncate)
+    return replace(scaled, magnitude=float(magnitude))
+
+
+def _longrope(parameters: Mapping[str, Any], scaled: RotaryConfig, path: str) -> RotaryConfig:
+    original = scaled.original_max_positions
+    if original < 2:
+        raise ConversionError(f"{path}.original_max_position_embeddings={original} must be at least 2 with longrope")
+    short, long = (tuple(map(float, parameters[name])) for name in ("short_factor", "long_factor"))
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != scaled.dim // 2:
+            raise ConversionError(f"{path}.{name} has {len(factors)} numbers; it must have {scaled.dim // 2}")
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        growth = math.log(scaled.factor) / math.log(original)
+        magnitude = math.sqrt(1 + growth) if scaled.factor > 1.0 else 1.0
+    return replace(scaled, scaling="longrope", magnitude=float(magnitude), short_factors=short, long_factors=long)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -38,8 +39,8 @@ class HFWeights:
         self._prefix = model.family.prefix
         self._bare = not any(name.startswith(self._prefix) for name in self._names)
         table = model.family.table(model.decoder)
-        self._head = self._on_disk(table[HEAD].names[0])
-        self._embedding = self._on_disk(table[EMBEDDING].names[0])
+        self._head = self.name_on_disk(table[HEAD].names[0])
+        self._embedding = self.name_on_disk(table[EMBEDDING].names[0])
         self.model = model.with_tied(self._is_tied(model.decoder.tied))
         self._account()
 
@@ -55,7 +56,7 @@ class HFWeights:
         assert spec.shape == row.op.native_shape(sizes), (name, spec.shape, row.op.native_shape(sizes))
         assert spec.split_dim == row.op.split_dim(row.split), (name, spec.split_dim, row)
         start, stop = spec.local_range(rank, size)
-        names = [self._on_disk(one) for one in row.names]
+        names = [self.name_on_disk(one) for one in row.names]
         reader = lambda source, at: self._source.read(names[source], at)  # noqa: E731
         if row.split is None or spec.split_dim is None:
             return row.op.read(reader, sizes, None, 0, 0)
@@ -64,7 +65,19 @@ class HFWeights:
         covering = row.op.read(reader, sizes, row.split, first, last)
         return pad_share(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
 
-    def _on_disk(self, name: str) -> str:
+    def whole(self, name: str) -> Tensor:
+        """One whole native parameter, in its dtype on disk, without padding."""
+        row = self.model.table[name]
+        names = [self.name_on_disk(one) for one in row.names]
+        return row.op.read(lambda source, at: self._source.read(names[source], at), self.model.axis_sizes, None, 0, 0)
+
+    @property
+    def num_params(self) -> int:
+        """Of the whole model, tied ones once."""
+        return sum(prod(row.op.native_shape(self.model.axis_sizes)) for row in self.model.table.values())
+
+    def name_on_disk(self, name: str) -> str:
+        """What a tensor is called in this directory, which may lack the base model's prefix."""
         return name.removeprefix(self._prefix) if self._bare else name
 
     def _is_tied(self, by_config: bool) -> bool:
@@ -77,7 +90,7 @@ class HFWeights:
         """Every tensor on disk is used, ignored by a rule, or refused; every parameter has its tensors."""
         where, family = self._source.directory, self.model.family
         wanted = {
-            self._on_disk(name): row.op.source_shape(source, self.model.axis_sizes)
+            self.name_on_disk(name): row.op.source_shape(source, self.model.axis_sizes)
             for row in self.model.table.values()
             for source, name in enumerate(row.names)
         }
@@ -117,10 +130,7 @@ class ToHF:
     def __init__(self, model: HFModel) -> None:
         self.model = model
         self._missing = Counter(
-            theirs
-            for row in model.table.values()
-            for source, theirs in enumerate(row.names)
-            if row.op.is_piece(source)
+            theirs for row in model.table.values() for source, theirs in enumerate(row.names) if row.op.is_piece(source)
         )
         self._assembled: dict[str, Tensor] = {}
 

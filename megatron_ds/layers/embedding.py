@@ -17,19 +17,29 @@ class VocabParallelEmbedding(nn.Module):
 
     ids (S, B) -> (S, B, E), or (S/t, B, E) under sequence parallelism. Forward all-reduce or reduce-scatter; backward
     nothing or all-gather. Where t does not divide V the last ranks hold zero rows that no id reaches.
+
+    Args:
+        vocab_size, size: V, E.
+        tp: the tensor axis.
+        std: standard deviation of the table's initialisation.
+        padding_id: its row gets no gradient from here, though it may from a tied head; None = every row does.
     """
 
-    def __init__(self, vocab_size: int, size: int, tp: TensorParallel, *, std: float) -> None:
+    def __init__(
+        self, vocab_size: int, size: int, tp: TensorParallel, *, std: float, padding_id: int | None = None
+    ) -> None:
         super().__init__()
         self.tp = tp
         self.weight = make_parameter(ParamSpec((vocab_size, size), 0, std=std), tp.axis)
         self.start, self.stop = self.weight.spec.local_range(tp.axis.rank, tp.axis.size)  # type: ignore[attr-defined]
+        is_here = padding_id is not None and self.start <= padding_id < self.stop
+        self.padding_row = padding_id - self.start if padding_id is not None and is_here else None
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp.axis.size == 1:
-            return F.embedding(ids, self.weight)
+            return F.embedding(ids, self.weight, self.padding_row)
         elsewhere = (ids < self.start) | (ids >= self.stop)
-        rows = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight)
+        rows = F.embedding((ids - self.start).masked_fill(elsewhere, 0), self.weight, self.padding_row)
         return self.tp.leave(rows.masked_fill(elsewhere[..., None], 0.0))
 
 

@@ -26,6 +26,7 @@ class DecoderConfig:
 
         embedding_size: width of the word embedding; a projection leads to the hidden size and back where they differ.
         embedding_multiplier: of the word embedding; `embedding_multiplier_in_dtype`: rounded to its dtype first.
+        padding_id: an id whose row of the embedding does not learn as an input; None = none.
         embedding_norm: a norm between embedding and first block.
         positions: table of learned positions; None = none.
         rotary: for each layer, its frequencies; None = no rotation in that layer.
@@ -65,6 +66,7 @@ class DecoderConfig:
     norm: NormStyle
 
     embedding_size: int
+    padding_id: int | None = None
     embedding_multiplier: float = 1.0
     embedding_multiplier_in_dtype: bool = False
     embedding_norm: bool = False

@@ -99,7 +99,8 @@ def decoder_stages(config: DecoderConfig, at: Placement | None = None) -> list[S
     """The stages of a decoder, unbuilt; the wire is (ids,) or (ids, key mask), each (B, S)."""
     at = at or Placement()
     tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
-    embed = partial(WordEmbedding, config.vocab_size, config.embedding_size, at.tp, std=config.init_std)
+    vocab, width = config.vocab_size, config.embedding_size
+    embed = partial(WordEmbedding, vocab, width, at.tp, std=config.init_std, padding_id=config.padding_id)
     stages = [StageSpec("embedding", embed), StageSpec("entry", partial(Entry, config, at))]
     for layer in range(config.num_layers):
         rotary = config.rotary[layer] if config.rotary else None
@@ -111,7 +112,7 @@ def decoder_stages(config: DecoderConfig, at: Placement | None = None) -> list[S
         StageSpec(
             "head",
             partial(LanguageModelHead, config, at),
-            cost=float(config.vocab_size * config.embedding_size),
+            cost=float(vocab * width),
             tied_to="embedding" if config.tied else None,
         )
     )

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +10,7 @@ from megatron_ds.config import ExportSection
 from megatron_ds.engine import Engine
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.export import exporting
+from megatron_ds.hf.reference import load_reference
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.job import Job
 
@@ -76,7 +73,7 @@ def check_export(engine: Engine, job: Job, section: ExportSection, input_ids: Te
     live = engine.logits(input_ids)
     error = torch.zeros((), dtype=torch.float64, device=engine.device)
     if live is not None and engine.grid.tensor.rank == 0 and engine.grid.data.rank == 0:
-        reference = reference_logits(section.path, input_ids.cpu())
+        reference = reference_logits(section.path, job.model.family.reference_attention, input_ids.cpu())
         error += float((live - reference).norm() / reference.norm())
     relative = float(all_reduce_(error, engine.grid.world))
     trained_in = DTYPE_OF_PRECISION[job.facts.precision]
@@ -89,33 +86,16 @@ def check_export(engine: Engine, job: Job, section: ExportSection, input_ids: Te
     return relative
 
 
-def reference_logits(directory: str, input_ids: Tensor) -> Tensor:
+def reference_logits(directory: str, attention: str, input_ids: Tensor) -> Tensor:
     """(B, S) ids -> (B, S, V) fp32 logits that transformers computes from a directory, on CPU.
 
+    Args:
+        directory: the export.
+        attention: see `Family.reference_attention`.
+        input_ids: real ids.
+
     Raises:
-        RuntimeError: transformers finds tensors missing, unexpected or misshapen.
+        ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
     """
-    from transformers import AutoModelForCausalLM
-
-    with _without_progress_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, local_files_only=True)
-    model, found = loaded
-    wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names and kind != "error_msgs"}
-    if wrong:
-        raise RuntimeError(f"{directory}: transformers loads it with {wrong}")
     with torch.no_grad():
-        return model(input_ids=input_ids).logits.float()
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers' "Loading weights" bar off our terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        return load_reference(directory, attention)(input_ids=input_ids, use_cache=False).logits.float()

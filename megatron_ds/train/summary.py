@@ -36,9 +36,9 @@ def summarize(job: Job, engine: Engine, data: Dataset) -> RunSummary:
 def flops_per_position(job: Job, num_params: int) -> float:
     """FLOPs of one position; see `model_flops_per_token`. Tables that are only looked up cost none."""
     decoder = job.model.decoder
-    looked_up = 0 if decoder.tied else decoder.vocab_size * decoder.hidden_size
-    if decoder.rotary is None:
-        looked_up += decoder.max_positions * decoder.hidden_size
+    looked_up = 0 if decoder.tied else decoder.vocab_size * decoder.embedding_size
+    if decoder.positions is not None:
+        looked_up += decoder.positions.rows * decoder.hidden_size
     width = decoder.num_heads * decoder.head_dim
     return model_flops_per_token(num_params - looked_up, decoder.num_layers, width, job.run.data.seq_length)
 

@@ -74,6 +74,7 @@ def _deepspeed(probe: Probe) -> dict[str, Any]:
     return {
         "train_batch_size": len(probe.input_ids),
         "train_micro_batch_size_per_gpu": len(probe.input_ids),
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 0},
         "steps_per_print": 10**9,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},

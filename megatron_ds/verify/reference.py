@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.reference import load_reference
 from megatron_ds.verify.compare import token_loss
 from megatron_ds.verify.inputs import Probe
 
@@ -29,7 +29,7 @@ def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], resu
     Raises:
         ConversionError: transformers cannot load the directory, or finds tensors missing.
     """
-    theirs = load_model(directory)
+    theirs = load_reference(directory, model.family.reference_attention, torch.float32)
     losses = []
     for index, probe in enumerate(inputs):
         with torch.set_grad_enabled(probe.with_gradients), hidden_states(theirs, model) as hidden:
@@ -41,35 +41,9 @@ def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], resu
             targets = probe.input_ids[:, 1:].flatten()
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
             _save_gradients(theirs, results / GRADIENTS)
-            theirs = load_model(directory)  # its weights are gradients now; and a new one has no memory of lengths
+            # its weights are gradients now; and a new one has no memory of lengths
+            theirs = load_reference(directory, model.family.reference_attention, torch.float32)
     return losses
-
-
-def load_model(directory: Path) -> Any:
-    """transformers' causal model in fp32, in evaluation mode. Runs no code from the directory.
-
-    Raises:
-        ConversionError: it cannot be loaded, or tensors are missing.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as problem:  # of many types, transformers' own and its libraries'
-        reason = " ".join(str(problem).split())[:300]
-        raise ConversionError(f"{directory}: transformers cannot load it: {reason}") from problem
-    model, found = loaded
-    missing = sorted(map(str, found["missing_keys"]))
-    if missing:
-        raise ConversionError(f"{directory}: transformers finds no {missing[0]}, so there is nothing to compare with")
-    return model.eval()
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def verify_hf(
         tp=tp,
         pp=pp,
         sequence=sequence,
-        inputs=[_merge(probe, loss, found) for probe, loss, found in zip(inputs, losses, zip(*ranks))],
+        inputs=[merge(probe, loss, found) for probe, loss, found in zip(inputs, losses, zip(*ranks))],
         round_trip=round_trip,
         not_reached=not_reached,
     )
@@ -86,7 +86,7 @@ def _preload() -> None:
     preload()
 
 
-def _merge(probe: Probe, reference_loss: float, ranks: Sequence[Findings]) -> InputReport:
+def merge(probe: Probe, reference_loss: float, ranks: Sequence[Findings]) -> InputReport:
     """One report out of what each rank saw."""
     batch, length = probe.input_ids.shape
     hidden = {name: apart for rank in ranks for name, apart in rank.hidden.items()}
@@ -133,5 +133,5 @@ def digest(source: TensorSource, name: str) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     hashed = hashlib.sha256(f"{source.dtype(name)} {source.shape(name)}".encode())
     whole: Tensor = source.read(name, tuple(slice(0, size) for size in source.shape(name)))
-    hashed.update(memoryview(whole.contiguous().flatten().view(torch.uint8).numpy()))
+    hashed.update(whole.contiguous().flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.hf.support import MODELS, with_table
 from megatron_ds.train.job import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -55,11 +57,15 @@ def check_fits(run: RunConfig, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value.replace("/", "-"))
-def test_command_is_right(page: str, command: str) -> None:
+def test_command_is_right(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
+    elif words[:2] == ["megatron-ds", "verify"]:
+        arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
+        assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word
+        assert "no config.json here" in capsys.readouterr().err
     elif words[0] == "megatron-ds":
         run, ranks = run_of(words[1:])
         check_fits(run, ranks or 1)
@@ -86,8 +92,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_table_of_families_is_the_registry() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `([a-z0-9_]+)` \| `([A-Za-z0-9]+)` \|", text, re.MULTILINE)
-    assert dict(table) == {family.model_type: family.architecture for family in FAMILIES.values()}
+    assert with_table(text) == text, "run `make tables`"
+    assert text.count("| `llama` | `LlamaForCausalLM` |") == 1
+    assert MODELS.keys() == FAMILIES.keys()
 
 
 def test_run_file_of_the_readme_is_a_run() -> None:

@@ -6,16 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.hf.registry import FAMILIES
 from tests.parity.cases import CONFIGS, Recipe, global_batch
+from tests.parity.family_cases import FAMILY_CASES
+
+ALL_CONFIGS = {**CONFIGS, **FAMILY_CASES}
+assert len(ALL_CONFIGS) == len(CONFIGS) + len(FAMILY_CASES), "a name stands for two configs"
 
 
 def make_model(config: dict[str, Any], seed: int = 7) -> Any:
     """A transformers model with non-trivial norms and biases."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(seed)
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields)).float()
+    model = _from_config(AutoConfig.for_model(config["model_type"], **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             one = 1.0 if parameter.dim() == 1 and "bias" not in name else 0.0
@@ -23,9 +28,16 @@ def make_model(config: dict[str, Any], seed: int = 7) -> Any:
     return model
 
 
+def _from_config(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    attention = FAMILIES[config.model_type].reference_attention
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+
+
 def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any]:
     """Save the initial model to `directory`, train it, and return losses, gradient norms and final weights."""
-    model = make_model(CONFIGS[case])
+    model = make_model(ALL_CONFIGS[case])
     model.save_pretrained(directory)
     model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision])
     masters = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]

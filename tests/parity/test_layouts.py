@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.parity.cases import CONFIGS, Recipe
+from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_ours
 
@@ -44,7 +45,16 @@ COVERING = (
     + [(case, place) for case in VARIANTS for place in VARIANT_PLACES]
     + [(case, place) for case in SHARED_HEADS for place in SHARED_PLACES]
     + RECOMPUTED
+    + TRAINED
 )
+# One of each further family, trained: its decay, its norm, its weights gathered under their Hugging Face names.
+FIRST_CASES = {config["model_type"]: case for case, config in reversed(FAMILY_CASES.items())}
+TRAINED_PLACES = [Place(2, 2, 1, 1, True), Place(2, 1, 2, 3), Place(4, 1, 1, 1, True)]
+TRAINED = [
+    (case, TRAINED_PLACES[index % len(TRAINED_PLACES)])
+    for index, (family, case) in enumerate(sorted(FIRST_CASES.items()))
+    if family not in FAMILIES
+]
 EVERYTHING = [
     (case, replace(place, recompute=mode))
     for case in CONFIGS

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv, norm
 from megatron_ds.hf.fields import FieldRules
 from megatron_ds.hf.mapping import Op, copy
-from megatron_ds.hf.translate import activation
+from megatron_ds.hf.translate import activation, quotient
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig
@@ -36,15 +36,16 @@ FIELDS = FieldRules(
         "reorder_and_upcast_attn": (False,),
         "n_special": (0,),
     },
-    harmless=frozenset(
+    training=frozenset({"summary_first_dropout"}),
+    cosmetic=frozenset(
         [
+            "pad_token_id",
             "n_ctx",
             "predict_special_tokens",
             "summary_type",
             "summary_use_proj",
             "summary_activation",
             "summary_proj_to_labels",
-            "summary_first_dropout",
         ]
     ),
 )
@@ -59,7 +60,7 @@ def translate(config: Any) -> DecoderConfig:
         num_layers=config.n_layer,
         num_heads=config.n_head,
         num_kv_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head,
+        head_dim=quotient(config, "n_embd", "n_head"),
         ffn_size=config.n_inner or 4 * config.n_embd,
         norm=NormStyle("layer", config.layer_norm_epsilon),
         embedding_size=config.n_embd,
@@ -79,33 +80,25 @@ def translate(config: Any) -> DecoderConfig:
     )
 
 
-QKV = "([k|k|k] d)"
-
-
 def rows(config: DecoderConfig) -> list[Row]:
     """The table. `transformer.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "transformer.h.{n}"
-    qkv = f"{theirs}.attn.c_attn"
-    table = [
+    attention, mlp = f"{theirs}.attn", f"{theirs}.mlp"
+    return [
         Row(EMBEDDING, ("transformer.wte.weight",), copy("v e"), "v"),
         Row("entry.positions.weight", ("transformer.wpe.weight",), copy("p h")),
-        Row(f"{native}.attention.out.weight", (f"{theirs}.attn.c_proj.weight",), Op(("(k d) h",), "h (k d)"), "k"),
-        Row(f"{native}.attention.out.bias", (f"{theirs}.attn.c_proj.bias",), copy("h")),
-        Row(f"{native}.mlp.up.weight", (f"{theirs}.mlp.c_fc.weight",), Op(("h f",), "f h"), "f"),
-        Row(f"{native}.mlp.up.bias", (f"{theirs}.mlp.c_fc.bias",), copy("f"), "f"),
-        Row(f"{native}.mlp.down.weight", (f"{theirs}.mlp.c_proj.weight",), Op(("f h",), "h f"), "f"),
-        Row(f"{native}.mlp.down.bias", (f"{theirs}.mlp.c_proj.bias",), copy("h")),
+        *norm(f"{native}.attention_norm", f"{theirs}.ln_1", config.norm),
+        *fused_qkv(f"{native}.attention.qkv", f"{attention}.c_attn", "([n|k|k] d)", bias=True, inputs_first=True),
+        Row(f"{native}.attention.out.weight", (f"{attention}.c_proj.weight",), Op(("(n d) h",), "h (n d)"), "n"),
+        Row(f"{native}.attention.out.bias", (f"{attention}.c_proj.bias",), copy("h")),
+        *norm(f"{native}.mlp_norm", f"{theirs}.ln_2", config.norm),
+        Row(f"{native}.mlp.up.weight", (f"{mlp}.c_fc.weight",), Op(("h f",), "f h"), "f"),
+        Row(f"{native}.mlp.up.bias", (f"{mlp}.c_fc.bias",), copy("f"), "f"),
+        Row(f"{native}.mlp.down.weight", (f"{mlp}.c_proj.weight",), Op(("f h",), "h f"), "f"),
+        Row(f"{native}.mlp.down.bias", (f"{mlp}.c_proj.bias",), copy("h")),
+        *norm("exit.norm", "transformer.ln_f", config.norm),
         Row(HEAD, ("lm_head.weight",), copy("v e"), "v"),
-        *fused_qkv(f"{native}.attention.qkv", qkv, "weight", f"h {QKV}", q="(k d) h", kv="(k * d) h"),
-        *fused_qkv(f"{native}.attention.qkv", qkv, "bias", QKV, q="(k d)", kv="(k * d)"),
     ]
-    for ours, name in (
-        (f"{native}.attention_norm", f"{theirs}.ln_1"),
-        (f"{native}.mlp_norm", f"{theirs}.ln_2"),
-        ("exit.norm", "transformer.ln_f"),
-    ):
-        table += [Row(f"{ours}.{part}", (f"{name}.{part}",), copy("h")) for part in ("weight", "bias")]
-    return table
 
 
 GPT2 = Family(
@@ -115,5 +108,5 @@ GPT2 = Family(
     fields=FIELDS,
     translate=translate,
     rows=rows,
-    ignored=(r"(^|\.)attn\.(bias|masked_bias)$",),
+    ignored=(r"^(transformer\.)?h\.\d+\.attn\.(masked_)?bias$",),
 )

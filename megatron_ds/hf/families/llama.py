@@ -1,145 +1,249 @@
-"""The Llama family: Llama, Mistral, Qwen2, Qwen3. One table; the config says which of its rows exist."""
+"""The families that use Llama's names. One table, made by the options of the model; the config sets the options."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
 from megatron_ds.hf.fields import FieldRules
 from megatron_ds.hf.mapping import Op, copy
-from megatron_ds.hf.translate import activation, layer_windows, rotary
+from megatron_ds.hf.translate import activation, layer_windows, padding_id, quotient, rotary
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig
 
-_SHARED_FIELDS = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "attention_dropout",
-        "rope_parameters",
-        "rope_theta",
-        "rope_scaling",
-    ]
-)
+NATIVE, THEIRS = "blocks.{n}", "model.layers.{n}"
 
-
-def _decoder(config: Any, family: str, windows: tuple[int | None, ...], **options: bool) -> DecoderConfig:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    norm = NormStyle("rms", config.rms_norm_eps)
-    return DecoderConfig(
-        family=family,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=head_dim,
-        ffn_size=config.intermediate_size,
-        norm=norm,
-        embedding_size=config.hidden_size,
-        rotary=(rotary(config.rope_parameters, head_dim),) * config.num_hidden_layers,
-        activation=activation("hidden_act", config.hidden_act),
-        gated=True,
-        qkv_bias=options.get("qkv_bias", False),
-        attention_out_bias=options.get("out_bias", False),
-        mlp_bias=options.get("mlp_bias", False),
-        qk_norm=norm if options.get("qk_norm", False) else None,
-        tied=config.tie_word_embeddings,
-        windows=windows,
-        attention_dropout=config.attention_dropout,
-        init_std=config.initializer_range,
-    )
-
-
-def _llama(config: Any) -> DecoderConfig:
-    bias = config.attention_bias
-    windows = (None,) * config.num_hidden_layers
-    return _decoder(config, "llama", windows, qkv_bias=bias, out_bias=bias, mlp_bias=config.mlp_bias)
-
-
-def _mistral(config: Any) -> DecoderConfig:
-    return _decoder(config, "mistral", (config.sliding_window,) * config.num_hidden_layers)
-
-
-def _qwen2(config: Any) -> DecoderConfig:
-    return _decoder(config, "qwen2", layer_windows(config.layer_types, config.sliding_window), qkv_bias=True)
-
-
-def _qwen3(config: Any) -> DecoderConfig:
-    bias = config.attention_bias
-    return _decoder(
-        config,
-        "qwen3",
-        layer_windows(config.layer_types, config.sliding_window),
-        qkv_bias=bias,
-        out_bias=bias,
-        qk_norm=True,
-    )
+# What a block's norms are called depends on where they stand: after attention is before the MLP in some families, and
+# the end of attention in others.
+NORM_NAMES = {
+    "input": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "output": {
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+}
 
 
 def rows(config: DecoderConfig) -> list[Row]:
     """The table. `model.` is the base model's prefix."""
-    native, theirs = "blocks.{n}", "model.layers.{n}"
-    q, k, v, o = (f"{theirs}.self_attn.{part}_proj" for part in "qkvo")
-    gate, up, down = (f"{theirs}.mlp.{part}_proj" for part in ("gate", "up", "down"))
-    table = [
-        Row(EMBEDDING, ("model.embed_tokens.weight",), copy("v e"), "v"),
-        Row(f"{native}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), copy("h")),
-        Row(f"{native}.attention.qkv.q_weight", (f"{q}.weight",), copy("(n d) h"), "n"),
-        Row(f"{native}.attention.qkv.kv_weight", (f"{k}.weight", f"{v}.weight"), Op(("(k d) h",) * 2, "(k * d) h"), "k"),
-        Row(f"{native}.attention.out.weight", (f"{o}.weight",), copy("h (n d)"), "n"),
-        Row(f"{native}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), copy("h")),
-        Row(f"{native}.mlp.up.weight", (f"{gate}.weight", f"{up}.weight"), Op(("f h",) * 2, "* f h"), "f"),
-        Row(f"{native}.mlp.down.weight", (f"{down}.weight",), copy("h f"), "f"),
-        Row("exit.norm.weight", ("model.norm.weight",), copy("h")),
-        Row(HEAD, ("lm_head.weight",), copy("v e"), "v"),
+    q, k, v, o = (f"{THEIRS}.self_attn.{part}_proj" for part in "qkvo")
+    return [
+        *outer_rows(config),
+        *separate_qkv(f"{NATIVE}.attention.qkv", q, k, v, bias=config.qkv_bias),
+        *_qk_norms(config),
+        *linear(f"{NATIVE}.attention.out", o, "h (n d)", "n", bias=config.attention_out_bias),
+        *(_gated_mlp(config) if config.gated else _plain_mlp(config)),
     ]
-    if config.qkv_bias:
-        table.append(Row(f"{native}.attention.qkv.q_bias", (f"{q}.bias",), copy("(n d)"), "n"))
-        table.append(
-            Row(f"{native}.attention.qkv.kv_bias", (f"{k}.bias", f"{v}.bias"), Op(("(k d)",) * 2, "(k * d)"), "k")
+
+
+def outer_rows(config: DecoderConfig) -> list[Row]:
+    """Embedding, norms of hidden states, head."""
+    table = [Row(EMBEDDING, ("model.embed_tokens.weight",), copy("v e"), "v")]
+    for native, theirs in NORM_NAMES[config.norm_place].items():
+        table += norm(f"{NATIVE}.{native}", f"{THEIRS}.{theirs}", config.norm)
+    table += norm("exit.norm", "model.norm", config.norm)
+    return [*table, Row(HEAD, ("lm_head.weight",), copy("v e"), "v")]
+
+
+def _qk_norms(config: DecoderConfig) -> list[Row]:
+    if config.qk_norm is None:
+        return []
+    return [
+        Row(
+            f"{NATIVE}.attention.{part}_norm.weight",
+            (f"{THEIRS}.self_attn.{part}_norm.weight",),
+            copy(f"({heads} d)" if config.qk_norm_across_heads else "d"),
+            heads if config.qk_norm_across_heads else None,
         )
-    if config.attention_out_bias:
-        table.append(Row(f"{native}.attention.out.bias", (f"{o}.bias",), copy("h")))
+        for part, heads in (("q", "n"), ("k", "k"))
+    ]
+
+
+def _gated_mlp(config: DecoderConfig) -> list[Row]:
+    gate, up, down = (f"{THEIRS}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+    table = [Row(f"{NATIVE}.mlp.up.weight", (f"{gate}.weight", f"{up}.weight"), Op(("f h",) * 2, "* f h"), "f")]
     if config.mlp_bias:
-        table.append(Row(f"{native}.mlp.up.bias", (f"{gate}.bias", f"{up}.bias"), Op(("f",) * 2, "* f"), "f"))
-        table.append(Row(f"{native}.mlp.down.bias", (f"{down}.bias",), copy("h")))
-    if config.qk_norm is not None:
-        for part in "qk":
-            names = (f"{theirs}.self_attn.{part}_norm.weight",)
-            table.append(Row(f"{native}.attention.{part}_norm.weight", names, copy("d")))
-    return table
+        table.append(Row(f"{NATIVE}.mlp.up.bias", (f"{gate}.bias", f"{up}.bias"), Op(("f",) * 2, "* f"), "f"))
+    return table + linear(f"{NATIVE}.mlp.down", down, "h f", "f", bias=config.mlp_bias)
 
 
-def _family(
-    model_type: str, architecture: str, translate: Callable[[Any], DecoderConfig], fields: FieldRules
+def _plain_mlp(config: DecoderConfig) -> list[Row]:
+    return [
+        *linear(f"{NATIVE}.mlp.up", f"{THEIRS}.mlp.c_fc", "f h", "f", bias=config.mlp_bias),
+        *linear(f"{NATIVE}.mlp.down", f"{THEIRS}.mlp.c_proj", "h f", "f", bias=config.mlp_bias),
+    ]
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+ROPE_FIELDS = frozenset({"rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"})
+SHARED_FIELDS = ROPE_FIELDS | {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "pad_token_id",
+}
+RMS_FIELDS = SHARED_FIELDS | {"rms_norm_eps", "hidden_act"}
+SLIDING_FIELDS = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
+
+
+def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **options: Any) -> DecoderConfig:
+    """What all these families' configs say in the same words.
+
+    Args:
+        config: transformers' config object.
+        norm_style: of hidden states.
+        act: the field that names the activation.
+        options: of DecoderConfig, where the family has something of its own.
+    """
+    quotient(config, "num_attention_heads", "num_key_value_heads")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if "rotary" not in options:
+        rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings)
+        options["rotary"] = (rope,) * config.num_hidden_layers
+    shared: dict[str, Any] = {
+        "family": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "ffn_size": config.intermediate_size,
+        "norm": norm_style,
+        "embedding_size": config.hidden_size,
+        "padding_id": padding_id(config),
+        "activation": activation(act, getattr(config, act)),
+        "gated": True,
+        "tied": config.tie_word_embeddings,
+        "attention_dropout": config.attention_dropout or 0.0,
+        "init_std": config.initializer_range,
+    }
+    return DecoderConfig(**{**shared, **options})
+
+
+def one_window(config: Any) -> tuple[int | None, ...]:
+    """The same window in all layers."""
+    return (config.sliding_window,) * config.num_hidden_layers
+
+
+def _rms(config: Any, **options: bool) -> NormStyle:
+    return NormStyle("rms", config.rms_norm_eps, **options)
+
+
+def _biases(config: Any, *, mlp: bool = False) -> dict[str, Any]:
+    bias = config.attention_bias
+    return {"qkv_bias": bias, "attention_out_bias": bias, "mlp_bias": config.mlp_bias if mlp else False}
+
+
+def _llama(config: Any) -> DecoderConfig:
+    return decoder(config, _rms(config), **_biases(config, mlp=True))
+
+
+def _mistral(config: Any) -> DecoderConfig:
+    return decoder(config, _rms(config), windows=one_window(config))
+
+
+def _qwen2(config: Any) -> DecoderConfig:
+    windows = layer_windows(config.layer_types, config.sliding_window)
+    return decoder(config, _rms(config), windows=windows, qkv_bias=True)
+
+
+def _qwen3(config: Any) -> DecoderConfig:
+    windows = layer_windows(config.layer_types, config.sliding_window)
+    return decoder(config, _rms(config), windows=windows, qk_norm=_rms(config), **_biases(config))
+
+
+def _olmo2(config: Any) -> DecoderConfig:
+    style = _rms(config, fp32_weight=True)
+    return decoder(config, style, norm_place="output", qk_norm=style, qk_norm_across_heads=True, **_biases(config))
+
+
+def _granite(config: Any) -> DecoderConfig:
+    return decoder(
+        config,
+        _rms(config),
+        embedding_multiplier=config.embedding_multiplier,
+        attention_scale=config.attention_multiplier,
+        residual_multiplier=config.residual_multiplier,
+        logit_multiplier=1.0 / config.logits_scaling,
+        **_biases(config, mlp=True),
+    )
+
+
+def _smollm3(config: Any) -> DecoderConfig:
+    window = config.sliding_window if config.use_sliding_window else None
+    windows = layer_windows(config.layer_types, window)
+    rotating = config.no_rope_layers
+    if len(rotating) != config.num_hidden_layers or not set(rotating) <= {0, 1}:
+        raise ConversionError(
+            f"no_rope_layers={rotating!r} must hold a 0 or a 1 for each of the {config.num_hidden_layers} layers"
+        )
+    everywhere = decoder(config, _rms(config), windows=windows, **_biases(config, mlp=True))
+    return replace(everywhere, rotary=tuple(rope if on else None for rope, on in zip(everywhere.rotary, rotating)))
+
+
+def family(
+    model_type: str,
+    architecture: str,
+    translate: Callable[[Any], DecoderConfig],
+    fields: FieldRules,
+    table: Callable[[DecoderConfig], list[Row]] = rows,
 ) -> Family:
-    ignored = (r"rotary_emb\.inv_freq$",)
-    return Family(model_type, architecture, "model.", fields, translate, rows, ignored)
+    """A family with Llama's prefix and buffers."""
+    ignored = (r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",)
+    return Family(model_type, architecture, "model.", fields, translate, table, ignored)
 
 
-_SLIDING = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
-
-LLAMA = _family(
-    "llama",
-    "LlamaForCausalLM",
-    _llama,
+LLAMA = family("llama", "LlamaForCausalLM", _llama, FieldRules(RMS_FIELDS | {"attention_bias", "mlp_bias"}))
+MISTRAL = family("mistral", "MistralForCausalLM", _mistral, FieldRules(RMS_FIELDS | {"sliding_window"}))
+QWEN2 = family("qwen2", "Qwen2ForCausalLM", _qwen2, FieldRules(RMS_FIELDS | SLIDING_FIELDS | {"max_window_layers"}))
+QWEN3 = family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    _qwen3,
+    FieldRules(RMS_FIELDS | SLIDING_FIELDS | {"max_window_layers", "attention_bias"}),
+)
+OLMO2 = family("olmo2", "Olmo2ForCausalLM", _olmo2, FieldRules(RMS_FIELDS | {"attention_bias"}))
+GRANITE = family(
+    "granite",
+    "GraniteForCausalLM",
+    _granite,
     FieldRules(
-        mapped=_SHARED_FIELDS | {"attention_bias", "mlp_bias"},
-        harmless=frozenset({"pretraining_tp"}),
+        RMS_FIELDS
+        | {
+            "attention_bias",
+            "mlp_bias",
+            "embedding_multiplier",
+            "attention_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+        }
     ),
 )
-MISTRAL = _family("mistral", "MistralForCausalLM", _mistral, FieldRules(mapped=_SHARED_FIELDS | {"sliding_window"}))
-QWEN2 = _family("qwen2", "Qwen2ForCausalLM", _qwen2, FieldRules(mapped=_SHARED_FIELDS | _SLIDING))
-QWEN3 = _family("qwen3", "Qwen3ForCausalLM", _qwen3, FieldRules(mapped=_SHARED_FIELDS | _SLIDING | {"attention_bias"}))
+SMOLLM3 = family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    _smollm3,
+    FieldRules(
+        RMS_FIELDS | SLIDING_FIELDS | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
+        cosmetic=frozenset({"max_window_layers"}),
+    ),
+)

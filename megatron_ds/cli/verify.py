@@ -1,0 +1,105 @@
+"""`megatron-ds verify`: is a Hugging Face directory, on our ranks, the model that transformers runs?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_ds.verify import Report
+    from megatron_ds.verify.compare import Difference
+    from megatron_ds.verify.report import InputReport
+
+HELP = """Run a Hugging Face directory on our ranks and in transformers, in fp32, and compare.
+
+Compared are the logits, the loss and every gradient, on random ids; the logits past the model's windows; and the bytes
+of every tensor after a round trip through our tables. Exit status 1 if any is off.
+
+Examples:
+
+\b
+  megatron-ds verify path/to/hf_dir
+  megatron-ds verify path/to/hf_dir --tp 2 --pp 2 --json report.json
+"""
+
+
+def verify(
+    hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR")],
+    tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor ranks.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", metavar="N", help="Pipeline ranks.")] = 1,
+    sequence: Annotated[bool, typer.Option("--sequence", help="Sequence parallelism over the tensor ranks.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
+) -> None:
+    """Verify; see HELP."""
+    from megatron_ds.errors import ConfigError
+    from megatron_ds.verify import verify_hf
+
+    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
+        raise ConfigError(f"--json={json} is not a file in a directory that exists")
+    report = verify_hf(hf_dir, tp, pp, sequence=sequence, note=_note)
+    if json is not None:
+        report.save(json)
+    for line in lines(report):
+        print(line)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _note(text: str) -> None:
+    print(text, flush=True)
+
+
+def lines(report: Report) -> list[str]:
+    """The report as a person reads it: one line a finding, the verdict last."""
+    from megatron_ds.cli.display import format_count
+
+    ranks = f"{report.tp * report.pp} = tp {report.tp} x pp {report.pp}{', sequence parallel' * report.sequence}"
+    found = [
+        f"{'model':<12}{report.model_type}, {format_count(report.num_params)} parameters ({report.num_params:,}), fp32",
+        f"{'world':<12}{ranks}",
+    ]
+    for one in report.inputs:
+        found += _input_lines(one)
+    found += _round_trip_lines(report)
+    if report.not_reached is not None:
+        found.append(f"{'not reached':<12}{report.not_reached}")
+    verdict = "equal to transformers" if report.ok else "NOT equal to transformers"
+    return [*found, f"{'verdict':<12}{verdict}: {report.path}"]
+
+
+def _input_lines(one: InputReport) -> list[str]:
+    from megatron_ds.verify.compare import GRADIENT_BOUND, LOGITS_BOUND, LOSS_BOUND
+
+    found = [
+        f"{'input':<12}{one.name}, {one.batch} x {one.length} tokens",
+        _line("logits", one.logits, LOGITS_BOUND),
+        _line("loss", one.loss, LOSS_BOUND),
+    ]
+    if one.worst_gradient is not None:
+        name, worst = one.worst_gradient
+        found.append(_line("gradients", worst, GRADIENT_BOUND, f"{len(one.gradients)} tensors, worst {name}"))
+        if len(one.wrong_gradients) > 1:
+            found.append(f"{'':<12}{len(one.wrong_gradients)} gradients are off")
+    if one.first_apart is not None:
+        apart = one.hidden[one.first_apart]
+        where = "before the first block" if one.first_apart == "entry" else f"in {one.first_apart}"
+        found.append(f"{'first apart':<12}{where}, relative {apart.relative:.1e}")
+    elif not one.logits.within(LOGITS_BOUND):
+        found.append(f"{'first apart':<12}after the last block")
+    return found
+
+
+def _line(what: str, apart: Difference, bound: float, more: str = "") -> str:
+    mark = "ok " if apart.within(bound) else "OFF"
+    numbers = f"relative {apart.relative:.1e} (bound {bound:.0e}), largest {apart.largest:.1e}"
+    return f"  {what:<10}{mark} {numbers}{f'; {more}' if more else ''}"
+
+
+def _round_trip_lines(report: Report) -> list[str]:
+    trip = report.round_trip
+    left_out = f"; left out: {', '.join(trip.left_out)}" if trip.left_out else ""
+    if not trip.changed:
+        return [f"{'round trip':<12}{len(trip.sha256)} tensors, bit for bit{left_out}"]
+    return [f"{'round trip':<12}OFF {len(trip.changed)} of {len(trip.sha256)} tensors changed: {trip.changed[0]}"]

@@ -1,0 +1,28 @@
+"""A Hugging Face directory through our tables and back: files in, files out, no process group, no model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.export import exporting
+from megatron_ds.hf.weights import HFWeights
+
+
+def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+    """Read every native parameter out of a directory, one at a time, and write a clean directory of them.
+
+    Args:
+        source: config.json, weights, and what else belongs to the model.
+        target: replaced if it is there; nothing is left there on failure.
+        dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
+        max_shard_size: such as "5GB".
+
+    Raises:
+        ConversionError: the source cannot be read without changing its meaning, or does not fit into the dtype.
+    """
+    weights = HFWeights(source, read_model(source))
+    with exporting(target, weights.model, dtype, max_shard_size) as export:
+        for name in weights.model.table:
+            export.add(name, weights.whole(name))
+        export.finish(source, source)

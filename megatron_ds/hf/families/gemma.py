@@ -1,0 +1,86 @@
+"""Gemma 2 and the text model of Gemma 3: norms on both sides, soft caps, windows in some layers, a scaled embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.families.llama import SHARED_FIELDS, decoder, family
+from megatron_ds.hf.fields import FieldRules
+from megatron_ds.hf.translate import layer_windows, rotary
+from megatron_ds.layers.norm import NormStyle
+from megatron_ds.layers.rotary import RotaryConfig
+from megatron_ds.models.config import DecoderConfig
+
+KINDS = ("full_attention", "sliding_attention")
+_FIELDS = SHARED_FIELDS | {
+    "rms_norm_eps",
+    "hidden_activation",
+    "attention_bias",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "layer_types",
+    "final_logit_softcapping",
+}
+_EQUAL: dict[str, tuple[Any, ...]] = {
+    "use_bidirectional_attention": (False, None),
+    # an older name of hidden_activation, which transformers does not read
+    "hidden_act": ("gelu_pytorch_tanh",),
+}
+
+
+def _decoder(config: Any, **options: Any) -> DecoderConfig:
+    return decoder(
+        config,
+        _style(config),
+        act="hidden_activation",
+        embedding_multiplier=config.hidden_size**0.5,
+        embedding_multiplier_in_dtype=True,
+        norm_place="both",
+        qkv_bias=config.attention_bias,
+        attention_out_bias=config.attention_bias,
+        attention_scale=config.query_pre_attn_scalar**-0.5,
+        windows=layer_windows(config.layer_types, config.sliding_window),
+        logit_softcap=config.final_logit_softcapping,
+        **options,
+    )
+
+
+def _style(config: Any) -> NormStyle:
+    return NormStyle("rms", config.rms_norm_eps, one_plus=True, fp32_weight=True)
+
+
+def _gemma2(config: Any) -> DecoderConfig:
+    return _decoder(config, attention_softcap=config.attn_logit_softcapping)
+
+
+def _gemma3(config: Any) -> DecoderConfig:
+    ropes = {kind: _rope_of(config, kind) for kind in set(config.layer_types)}
+    return _decoder(config, qk_norm=_style(config), rotary=tuple(ropes[kind] for kind in config.layer_types))
+
+
+def _rope_of(config: Any, kind: str) -> RotaryConfig:
+    """The rope of one kind of layer."""
+    extra = config.rope_parameters.keys() - set(KINDS)
+    if extra:
+        raise ConversionError(
+            f"rope_parameters.{min(extra)} stands beside {' and '.join(KINDS)}; it must stand in one of them"
+        )
+    parameters, path = config.rope_parameters[kind], f"rope_parameters.{kind}"
+    if not parameters.get("truncate", True):
+        raise ConversionError(f"{path}.truncate=False is not read by transformers here; supported: True")
+    return rotary(parameters, config.head_dim, config.max_position_embeddings, path=path)
+
+
+GEMMA2 = family("gemma2", "Gemma2ForCausalLM", _gemma2, FieldRules(_FIELDS | {"attn_logit_softcapping"}, equal=_EQUAL))
+GEMMA3_TEXT = family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    _gemma3,
+    FieldRules(
+        _FIELDS | {"rope_local_base_freq", "sliding_window_pattern"},
+        # transformers caps the scores of Gemma 2 only, whatever this field says
+        equal=_EQUAL | {"attn_logit_softcapping": (None,)},
+        cosmetic=frozenset({"_sliding_window_pattern"}),
+    ),
+)

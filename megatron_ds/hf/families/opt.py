@@ -1,0 +1,106 @@
+"""OPT: learned positions that skip padding, norms before (most sizes) or after (350M) the sum, a narrow embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
+from megatron_ds.hf.fields import FieldRules
+from megatron_ds.hf.mapping import copy
+from megatron_ds.hf.translate import activation, padding_id, quotient
+from megatron_ds.layers.embedding import PositionTable
+from megatron_ds.layers.norm import NormStyle
+from megatron_ds.models.config import DecoderConfig
+
+EPS = 1e-5  # torch's default, which no config field changes
+FIELDS = FieldRules(
+    mapped=frozenset(
+        [
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "ffn_dim",
+            "max_position_embeddings",
+            "do_layer_norm_before",
+            "_remove_final_layer_norm",
+            "word_embed_proj_dim",
+            "dropout",
+            "attention_dropout",
+            "num_attention_heads",
+            "activation_function",
+            "init_std",
+            "enable_bias",
+            "layer_norm_elementwise_affine",
+            "tie_word_embeddings",
+            "pad_token_id",
+        ]
+    ),
+    equal={
+        "layerdrop": (0.0,),
+        "activation_dropout": (0.0,),
+    },
+)
+
+
+def translate(config: Any) -> DecoderConfig:
+    """OPTConfig -> DecoderConfig."""
+    bias = config.enable_bias
+    return DecoderConfig(
+        family="opt",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=quotient(config, "hidden_size", "num_attention_heads"),
+        ffn_size=config.ffn_dim,
+        norm=NormStyle("layer", EPS, affine=config.layer_norm_elementwise_affine),
+        embedding_size=config.word_embed_proj_dim,
+        padding_id=padding_id(config),
+        positions=PositionTable(config.max_position_embeddings, offset=2, skips_padding=True),
+        norm_place="input" if config.do_layer_norm_before else "sum",
+        qkv_bias=bias,
+        attention_out_bias=bias,
+        mlp_bias=bias,
+        activation=activation("activation_function", config.activation_function),
+        final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm,
+        tied=config.tie_word_embeddings,
+        attention_dropout=config.attention_dropout,
+        residual_dropout=config.dropout,
+        init_std=config.init_std,
+    )
+
+
+def rows(config: DecoderConfig) -> list[Row]:
+    """The table. `model.` is the base model's prefix; the norm beside the MLP is called `final_layer_norm` too."""
+    native, theirs = "blocks.{n}", "model.decoder.layers.{n}"
+    q, k, v, out = (f"{theirs}.self_attn.{part}_proj" for part in ("q", "k", "v", "out"))
+    place = "norm" if config.norm_place == "input" else "output_norm"
+    table = [
+        Row(EMBEDDING, ("model.decoder.embed_tokens.weight",), copy("v e"), "v"),
+        Row("entry.positions.weight", ("model.decoder.embed_positions.weight",), copy("p h")),
+        *norm(f"{native}.attention_{place}", f"{theirs}.self_attn_layer_norm", config.norm),
+        *separate_qkv(f"{native}.attention.qkv", q, k, v, bias=config.qkv_bias),
+        *linear(f"{native}.attention.out", out, "h (n d)", "n", bias=config.attention_out_bias),
+        *norm(f"{native}.mlp_{place}", f"{theirs}.final_layer_norm", config.norm),
+        *linear(f"{native}.mlp.up", f"{theirs}.fc1", "f h", "f", bias=config.mlp_bias),
+        *linear(f"{native}.mlp.down", f"{theirs}.fc2", "h f", "f", bias=config.mlp_bias),
+        Row(HEAD, ("lm_head.weight",), copy("v e"), "v"),
+    ]
+    if config.embedding_size != config.hidden_size:
+        table += linear("entry.projection", "model.decoder.project_in", "h e", None)
+        table += linear("exit.projection", "model.decoder.project_out", "e h", None)
+    if config.final_norm:
+        table += norm("exit.norm", "model.decoder.final_layer_norm", config.norm)
+    return table
+
+
+OPT = Family(
+    model_type="opt",
+    architecture="OPTForCausalLM",
+    prefix="model.",
+    fields=FIELDS,
+    translate=translate,
+    rows=rows,
+    ignored=(r"^(model\.)?decoder\.version$",),
+)

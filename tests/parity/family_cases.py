@@ -1,0 +1,317 @@
+"""Small configs of every family: each option of a family, each rope, each layout of its weights is in one of them.
+
+A name begins with its `model_type`. Sequences of 32 go past the windows, and past the original length where a name says
+"beyond". Sizes divide by 4 ranks but where the point of a case is that they do not.
+"""
+
+from typing import Any
+
+VOCAB = 131  # prime: no tensor size divides it
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+_TOKENS = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+_GPT = {**_TOKENS, "n_embd": 32, "n_layer": 4, "n_head": 8, "n_positions": 64}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_LAYERS = {**_TOKENS, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8}
+_LLAMA = {**_LAYERS, "intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 64}
+_SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 96}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+
+
+def _longrope(pairs: int, **more: Any) -> dict[str, Any]:
+    """Factors that differ from dim to dim, and short ones from long ones."""
+    short, long = [1.0 + 0.1 * pair for pair in range(pairs)], [2.0 + 0.7 * pair for pair in range(pairs)]
+    return {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long, **more}
+
+
+def _of(model_type: str, common: dict[str, Any], cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Cases named by what they change in a family's common fields."""
+    return {f"{model_type}-{name}": {"model_type": model_type, **common, **changes} for name, changes in cases.items()}
+
+
+GPT_CASES = {
+    **_of(
+        "gpt2",
+        {**_GPT, **_NO_DROPOUT},
+        {
+            "plain": {},
+            "scales": {"scale_attn_by_inverse_layer_idx": True, "n_inner": 40, "activation_function": "relu"},
+            "unscaled-untied": {"scale_attn_weights": False, "tie_word_embeddings": False},
+        },
+    ),
+    **_of(
+        "gptj",
+        {**_GPT, **_NO_DROPOUT, "n_embd": 64, "rotary_dim": 4},
+        {
+            "partial": {},
+            "full-tied": {"rotary_dim": 8, "tie_word_embeddings": True, "n_inner": 48},
+            "four-heads": {"n_embd": 32, "n_head": 4, "rotary_dim": 6, "activation_function": "gelu"},
+        },
+    ),
+    **_of(
+        "gpt_neox",
+        {**_LAYERS, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64},
+        {
+            "parallel": {"rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.25}},
+            "sequential": {"use_parallel_residual": False, "rotary_pct": 0.5, "rotary_emb_base": 5000},
+            "no-bias-tied": {"attention_bias": False, "tie_word_embeddings": True, "rotary_pct": 1.0},
+            "linear-fast-gelu": {
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                "rotary_pct": 0.5,
+                "hidden_act": "gelu_fast",
+            },
+            "dynamic-beyond": {
+                "max_position_embeddings": 16,
+                "rope_scaling": {"type": "dynamic", "factor": 3.0},
+                "rotary_pct": 0.5,
+            },
+        },
+    ),
+    **_of(
+        "opt",
+        {**_LAYERS, "ffn_dim": 64, "max_position_embeddings": 64, "dropout": 0.0, "pad_token_id": 1},
+        {
+            "before": {},
+            "after-narrow": {"do_layer_norm_before": False, "word_embed_proj_dim": 20},
+            "narrow-untied": {"word_embed_proj_dim": 24, "tie_word_embeddings": False},
+            "no-bias": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+            "no-final-norm": {"_remove_final_layer_norm": True, "pad_token_id": None},
+        },
+    ),
+    **_of(
+        "bloom",
+        {**_TOKENS, "hidden_size": 32, "n_layer": 4, "n_head": 8},
+        {
+            "tied": {},
+            "untied": {"tie_word_embeddings": False},
+            "six-heads": {"hidden_size": 48, "n_head": 6},  # not a power of two: ALiBi's second series of slopes
+        },
+    ),
+    **_of(
+        "falcon",
+        {**_LAYERS, "max_position_embeddings": 64},
+        {
+            "7b": {"num_kv_heads": 8},
+            "7b-untied-bias": {"tie_word_embeddings": False, "bias": True, "ffn_hidden_size": 80},
+            "7b-alibi": {"alibi": True},
+            "7b-sequential": {"parallel_attn": False},
+            "40b": {"new_decoder_architecture": True, "num_kv_heads": 2},
+            "40b-one-norm": {"new_decoder_architecture": True, "num_kv_heads": 4, "num_ln_in_parallel_attn": 1},
+            "40b-alibi-one-group": {"new_decoder_architecture": True, "num_kv_heads": 1, "alibi": True},
+            "rw": {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+            "rw-rotary": {"multi_query": False, "parallel_attn": True, "activation": "relu"},
+            "rw-six-heads": {"multi_query": False, "alibi": True, "hidden_size": 48, "num_attention_heads": 6},
+            "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+        },
+    ),
+}
+
+LLAMA_CASES = {
+    **_of(
+        "llama",
+        _LLAMA,
+        {
+            "plain": {},
+            "bias-tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "pad_token_id": 5},
+            "one-kv-head": {"num_key_value_heads": 1, "head_dim": 8},
+            "all-heads": {"num_key_value_heads": 8, "hidden_act": "gelu"},
+            "six-heads": {**_SIX_HEADS, "rope_parameters": LLAMA3_ROPE},
+            "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 2e4},
+            "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic-beyond": {
+                "max_position_embeddings": 16,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                "head_dim": 8,
+            },
+            "yarn": {"rope_parameters": YARN_ROPE, "head_dim": 16},
+            "yarn-mscale": {
+                "rope_parameters": {
+                    **YARN_ROPE,
+                    "mscale": 0.7,
+                    "mscale_all_dim": 1.1,
+                    "beta_fast": 4,
+                    "beta_slow": 0.5,
+                },
+                "head_dim": 16,
+            },
+            "yarn-magnitude": {
+                "rope_parameters": {**YARN_ROPE, "attention_factor": 1.3, "truncate": False, "beta_fast": 2.0},
+                "head_dim": 16,
+            },
+            "longrope": {"rope_parameters": _longrope(4, original_max_position_embeddings=32), "head_dim": 8},
+            "longrope-beyond": {
+                "rope_parameters": _longrope(4, original_max_position_embeddings=16, factor=3.0),
+                "head_dim": 8,
+            },
+        },
+    ),
+    **_of(
+        "mistral",
+        {**_LLAMA, "head_dim": 8},
+        {
+            "window": {"sliding_window": 7},
+            "no-window-tied": {"sliding_window": None, "tie_word_embeddings": True, "num_key_value_heads": 2},
+            "yarn": {"sliding_window": 31, "rope_parameters": YARN_ROPE},
+        },
+    ),
+    **_of(
+        "qwen2",
+        _LLAMA,
+        {
+            "full": {"pad_token_id": 3},
+            "windows-tied": {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "max_window_layers": 2,
+                "tie_word_embeddings": True,
+            },
+            "two-kv-heads": {
+                "num_key_value_heads": 2,
+                "layer_types": _ALTERNATING,
+                "use_sliding_window": True,
+                "sliding_window": 11,
+            },
+            "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+        },
+    ),
+    **_of(
+        "qwen3",
+        {**_LLAMA, "head_dim": 8},
+        {
+            "tied": {"tie_word_embeddings": True},
+            "bias-windows": {
+                "attention_bias": True,
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "max_window_layers": 1,
+            },
+            "one-kv-head": {"num_key_value_heads": 1, "head_dim": 16},
+            "six-heads": {**_SIX_HEADS, "head_dim": 12},
+        },
+    ),
+    **_of(
+        "phi3",
+        {**_LLAMA, "hidden_size": 64, "original_max_position_embeddings": 64},
+        {
+            "plain": {"num_key_value_heads": 8, "pad_token_id": 7},
+            "window-tied": {"sliding_window": 5, "tie_word_embeddings": True},
+            "partial": {"partial_rotary_factor": 0.75, "hidden_size": 128, "num_key_value_heads": 2},
+            "longrope": {"rope_parameters": _longrope(4), "original_max_position_embeddings": 32},
+            "longrope-beyond": {"rope_scaling": _longrope(4), "original_max_position_embeddings": 16},
+            "longrope-partial": {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {**_longrope(2), "attention_factor": 1.7},
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+}
+
+LATER_CASES = {
+    **_of(
+        "gemma2",
+        {**_LLAMA, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 11},
+        {
+            "caps": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 4.0, "pad_token_id": 0},
+            "no-caps-bias": {
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "attention_bias": True,
+                "num_key_value_heads": 2,
+            },
+            "untied-full": {
+                "tie_word_embeddings": False,
+                "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+                "attn_logit_softcapping": 2.0,
+                "hidden_activation": "gelu",
+            },
+        },
+    ),
+    **_of(
+        "gemma3_text",
+        {**_LLAMA, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 11},
+        {
+            "two-ropes": {"sliding_window_pattern": 2, "pad_token_id": 0},
+            "linear-one-kv-head": {
+                "sliding_window_pattern": 2,
+                "num_key_value_heads": 1,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 5e3,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            "cap-bias-untied": {
+                "layer_types": _ALTERNATING,
+                "final_logit_softcapping": 4.0,
+                "attention_bias": True,
+                "tie_word_embeddings": False,
+            },
+            "nested-ropes": {
+                "layer_types": _ALTERNATING,
+                "rope_parameters": {
+                    "full_attention": LLAMA3_ROPE,
+                    "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                },
+            },
+        },
+    ),
+    **_of(
+        "olmo2",
+        {**_LLAMA, "head_dim": 8},
+        {
+            "all-heads": {"num_key_value_heads": 8, "pad_token_id": 1},
+            "groups-bias-tied": {"attention_bias": True, "tie_word_embeddings": True},
+            "one-kv-head": {"num_key_value_heads": 1},
+            "six-heads": {**_SIX_HEADS, "rope_parameters": YARN_ROPE},
+        },
+    ),
+    **_of(
+        "granite",
+        _LLAMA,
+        {
+            "multipliers-tied": {
+                "embedding_multiplier": 3.0,
+                "attention_multiplier": 0.3,
+                "residual_multiplier": 0.22,
+                "logits_scaling": 0.5,
+                "tie_word_embeddings": True,
+            },
+            "plain-bias": {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.2},
+            "two-kv-heads": {"num_key_value_heads": 2, "attention_multiplier": 0.1, "logits_scaling": 8},
+        },
+    ),
+    **_of(
+        "smollm3",
+        _LLAMA,
+        {
+            "every-fourth": {},
+            "every-second-bias": {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
+            "windows-untied": {
+                "no_rope_layers": [0, 1, 1, 0],
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "tie_word_embeddings": False,
+                "num_key_value_heads": 2,
+            },
+            "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}},
+        },
+    ),
+    **_of(
+        "starcoder2",
+        {**_LLAMA, "num_key_value_heads": 2},
+        {
+            "window": {"sliding_window": 7},
+            "no-bias-untied": {"use_bias": False, "tie_word_embeddings": False},
+            "one-kv-head": {"num_key_value_heads": 1, "hidden_act": "gelu", "norm_epsilon": 1e-3},
+        },
+    ),
+}
+
+FAMILY_CASES: dict[str, dict[str, Any]] = {**GPT_CASES, **LLAMA_CASES, **LATER_CASES}

@@ -1,0 +1,91 @@
+"""Every family, in several configs, equals transformers at every layout: logits, loss, every gradient, in fp32.
+
+Bounds are those of `megatron-ds verify`: logits 1e-5 and gradients 1e-4, relative L2. The weights are random, norms and
+biases too: no decoder's real weights are in a package registry.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.parallel.grid import Layout
+from megatron_ds.verify.inputs import Probe, probes
+from megatron_ds.verify.ours import run_rank
+from megatron_ds.verify.reference import run_reference
+from megatron_ds.verify.run import merge
+from tests.parity.family_cases import FAMILY_CASES
+from tests.parity.reference import make_model
+from tests.ranks import run_alone, run_local_ranks
+
+Place = tuple[int, int, bool]  # tp, pp, sequence parallel
+PLACES: list[Place] = [
+    (tp, pp, sequence) for tp in (1, 2, 4) for pp in (1, 2, 4) for sequence in ((False, True) if tp > 1 else (False,))
+]
+# On this few cores up to four ranks for each; every family meets every axis.
+QUICK = [(2, 1, False), (4, 1, True), (2, 2, True), (1, 4, False), (4, 1, False), (2, 1, True)]
+COVERING = [
+    (case, place) for index, case in enumerate(FAMILY_CASES) for place in ((1, 1, False), QUICK[index % len(QUICK)])
+]
+EVERYTHING = [(case, place) for case in FAMILY_CASES for place in PLACES if (case, place) not in COVERING]
+Prepared = tuple[Path, HFWeights, list[Probe], list[float]]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
+    """What transformers computes for a case: made once."""
+    made: dict[str, Prepared] = {}
+
+    def get(case: str) -> Prepared:
+        if case not in made:
+            directory, results = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("results")
+            run_alone(_save, FAMILY_CASES[case], directory)
+            weights = HFWeights(directory, read_model(directory))
+            inputs, _ = probes(weights.model.decoder, 4)
+            losses = run_alone(run_reference, directory, weights.model, inputs, results)
+            made[case] = results, weights, inputs, losses
+        return made[case]
+
+    return get
+
+
+def _save(config: dict[str, Any], directory: Path) -> None:
+    make_model(config).save_pretrained(directory)
+
+
+def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
+    results, weights, inputs, losses = prepared(case)
+    tp, pp, sequence = place
+    layout = Layout(tp, pp)
+    ranks = run_local_ranks(run_rank, layout.world_size, weights, inputs, layout, sequence, results)
+    for probe, loss, found in zip(inputs, losses, zip(*ranks)):
+        report = merge(probe, loss, found)
+        assert report.ok, (report.name, report.logits, report.loss, report.worst_gradient, report.first_apart)
+        assert report.first_apart is None
+        assert len(report.hidden) == weights.model.decoder.num_layers + 1
+    gradients = merge(inputs[0], losses[0], list(zip(*ranks))[0]).gradients
+    assert gradients.keys() == {name for row in weights.model.table.values() for name in row.names}
+
+
+def test_every_family_has_several_cases() -> None:
+    counts = {kind: sum(config["model_type"] == kind for config in FAMILY_CASES.values()) for kind in FAMILIES}
+    assert min(counts.values()) >= 2, counts
+
+
+def ids(value: Any) -> str:
+    return value if isinstance(value, str) else "tp{}pp{}sp{:d}".format(*value)
+
+
+@pytest.mark.parametrize(("case", "place"), COVERING, ids=ids)
+def test_a_family_equals_transformers(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
+    check(case, place, prepared)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("case", "place"), EVERYTHING, ids=ids)
+def test_every_family_at_every_layout(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
+    check(case, place, prepared)

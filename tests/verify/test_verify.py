@@ -1,0 +1,132 @@
+"""The command end to end: what it prints, its JSON, its exit status, and what it refuses."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import megatron_ds as mds
+from megatron_ds.cli.verify import lines
+from megatron_ds.errors import ConversionError, TopologyError
+from megatron_ds.models.config import DecoderConfig
+from megatron_ds.verify.compare import difference
+from megatron_ds.verify.inputs import BEYOND, MOST_TOKENS, RANDOM_LENGTH, probes
+from tests.cli.conftest import Start, start  # noqa: F401
+from tests.parity.cases import CONFIGS
+
+Directories = Callable[[dict[str, Any]], Path]
+WINDOWED = {**CONFIGS["mistral"], "sliding_window": 70, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(("tp", "pp", "sequence"), [(1, 1, False), (2, 2, True), (4, 1, False)])
+def test_equal_at_every_layout(tp: int, pp: int, sequence: bool, directory_of: Directories) -> None:
+    report = mds.verify_hf(directory_of(WINDOWED), tp, pp, sequence=sequence)
+    assert report.ok, lines(report)
+    names = [(one.name, one.batch) for one in report.inputs]
+    assert names == [("random", 2), ("past the window", 1)]
+    assert report.inputs[1].length >= 70 + BEYOND
+    for one in report.inputs:
+        assert list(one.hidden) == ["entry", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+        assert one.first_apart is None
+    assert report.inputs[0].gradients.keys() == report.round_trip.sha256.keys()
+
+
+def test_the_hash_is_that_of_the_bytes(directory_of: Directories) -> None:
+    directory = directory_of(CONFIGS["qwen3"])
+    report = mds.verify_hf(directory)
+    with safe_open(directory / "model.safetensors", framework="np") as weights:
+        whole = weights.get_tensor("model.embed_tokens.weight")
+    expected = hashlib.sha256(f"F32 {whole.shape}".encode() + whole.tobytes()).hexdigest()
+    assert report.round_trip.sha256["model.embed_tokens.weight"] == expected
+
+
+def test_the_command(directory_of: Directories, start: Start, tmp_path: Path) -> None:  # noqa: F811
+    directory = directory_of(CONFIGS["llama"])
+    process = start("-m", "megatron_ds", "verify", directory, "--tp", "2", "--json", "report.json")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, ""), (out, err)
+    assert out.splitlines()[-1] == f"verdict     equal to transformers: {directory}"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ok"] and report["tp"] == 2 and report["bounds"]["logits"] == 1e-5
+    assert 0 < report["inputs"][0]["gradients"]["lm_head.weight"]["relative"] < 1e-5
+
+
+def test_exit_status_1_where_it_is_off(
+    directory_of: Directories,
+    start: Start,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """One element too large for a softmax to survive: both sides compute NaN, which equals nothing."""
+    directory = tmp_path / "broken"
+    shutil.copytree(directory_of(CONFIGS["llama"]), directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    process = start("-m", "megatron_ds", "verify", directory)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, out
+    assert "first apart in blocks.2" in out and out.splitlines()[-1].startswith("verdict     NOT equal")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tp", "3"], "error: --tp=3 does not divide num_attention_heads=8; nearest: 2 or 4"),
+        (["--pp", "5"], "error: --pp=5 is more than num_layers=4, and each stage needs a layer; nearest: 4"),
+        (["--tp", "0"], "error: --tp=0 is less than one rank; nearest: 1"),
+        (["--json", "no/such/report.json"], "error: --json=no/such/report.json is not a file in a directory"),
+    ],
+)
+def test_refused_in_one_line(arguments: list[str], message: str, directory_of: Directories, start: Start) -> None:  # noqa: F811
+    process = start("-m", "megatron_ds", "verify", directory_of(CONFIGS["llama"]), *arguments)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == ""
+    assert err.startswith(message) and err.count("\n") == 1
+
+
+def test_a_launchers_rank_is_refused(directory_of: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TopologyError, match="starts its own ranks"):
+        mds.verify_hf(directory_of(CONFIGS["llama"]))
+
+
+def test_no_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="no config.json"):
+        mds.verify_hf(tmp_path)
+
+
+def decoder(config: dict[str, Any]) -> DecoderConfig:
+    from megatron_ds.hf.config import read_model
+
+    return read_model(config).decoder
+
+
+def test_inputs_go_past_windows_and_stay_within_tables() -> None:
+    (only,), missed = probes(decoder(CONFIGS["llama"]), 1)
+    assert (only.input_ids.shape, missed) == ((2, RANDOM_LENGTH), None)
+    (only,), missed = probes(decoder(CONFIGS["mistral"]), 1)  # 64 tokens are past a window of 7
+    assert missed is None
+    short = decoder({**CONFIGS["gpt2"], "n_positions": 33})
+    assert probes(short, 1)[0][0].input_ids.shape == (2, 33)
+    assert probes(short, 4)[0][0].input_ids.shape == (2, 32)
+    long = decoder({**CONFIGS["mistral"], "sliding_window": 10 * MOST_TOKENS})
+    inputs, missed = probes(long, 1)
+    assert len(inputs) == 1 and missed is not None and "81,920" in missed
+
+
+def test_differences_are_not_hidden() -> None:
+    import torch
+
+    one = torch.ones(4)
+    assert difference(one, one).within(0.0)
+    assert not difference(one, one * float("nan")).within(1.0)
+    assert not difference(one, torch.zeros(4)).within(1.0)
+    assert not difference(one, torch.ones(5)).within(1.0)
+    assert difference(one * 1.5, one).relative == pytest.approx(0.5)
