@@ -121,14 +121,8 @@ def measure(case: str, directory: Path, padded: bool = False, changes: Mapping[s
 
 
 def load_theirs(directory: Path) -> Any:
-    """transformers' model, by the implementation of attention that is right for it.
-
-    That is the one written out, but for Falcon, whose code then adds ALiBi twice: with the mask and by itself.
-    """
-    model = load_reference(directory, torch.float32)
-    if model.config.model_type == "falcon":
-        model.config._attn_implementation = "sdpa"
-    return model
+    """transformers' model of a directory, in fp32."""
+    return load_reference(directory, read_model(directory).family.reference_attention, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -181,8 +175,8 @@ def without_each_option(case: str, directory: Path) -> dict[str, Apart]:
     return {name: measure(case, directory, changes=change) for name, change in changes.items()}
 
 
-def logits_of_both_configs(case: str, directory: Path) -> tuple[Tensor, Tensor]:
-    """transformers' logits with the config that it wrote, and with the one that we write."""
+def same_logits_with_our_config(case: str, directory: Path) -> bool:
+    """Whether transformers' logits with the config that it wrote are those with the one that we write, bit by bit."""
     save_case(case, directory)
     ids = make_batch(padded=False).ids
     with torch.no_grad():
@@ -190,4 +184,35 @@ def logits_of_both_configs(case: str, directory: Path) -> tuple[Tensor, Tensor]:
         content = config_json(read_model(directory), "float32")
         (directory / "config.json").write_text(json.dumps(content))
         after = load_theirs(directory)(input_ids=ids, use_cache=False).logits
-    return before, after
+    return torch.equal(before, after)
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that is measured of one case.
+
+    Attributes:
+        apart: ours as it should be.
+        padded: the same behind padding.
+        without: name of an option -> ours without it.
+        config_is_right: whether transformers computes the same with the config that we write.
+    """
+
+    apart: Apart
+    padded: Apart
+    without: Mapping[str, Apart]
+    config_is_right: bool
+
+
+def measure_family(model_type: str, directory: Path) -> dict[str, Found]:
+    """All cases of a family in one process: importing its code takes longer than they do."""
+    return {
+        case: Found(
+            apart=measure(case, directory / case),
+            padded=measure(case, directory / case, padded=True),
+            without=without_each_option(case, directory / case),
+            config_is_right=same_logits_with_our_config(case, directory / case),
+        )
+        for case, config in FAMILY_CASES.items()
+        if config["model_type"] == model_type
+    }

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_ds.hf.registry import FAMILIES
@@ -22,9 +23,9 @@ def make_model(config: dict[str, Any], seed: int = 7) -> Any:
     fields = {name: value for name, value in config.items() if name != "model_type"}
     model = _from_config(AutoConfig.for_model(config["model_type"], **fields))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            one = 1.0 if parameter.dim() == 1 and "bias" not in name else 0.0
-            parameter.copy_(one + 0.08 * torch.randn_like(parameter))
+        for parameter in model.parameters():
+            centre = parameter.mean().round()  # norms stay around where they begin: 1, or 0 where 1 is added
+            parameter.copy_(centre + 0.08 * torch.randn_like(parameter))
     return model
 
 
@@ -58,7 +59,8 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
             for master, parameter in zip(masters, model.parameters()):
                 parameter.copy_(master)
         losses.append(loss)
-    weights = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    model.save_pretrained(directory / "trained")  # under the names on disk
+    weights = {name: tensor.float() for name, tensor in load_file(directory / "trained" / "model.safetensors").items()}
     return {"losses": losses, "norms": norms, "weights": weights}
 
 

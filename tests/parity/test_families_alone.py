@@ -1,75 +1,63 @@
-"""Every family in one process equals transformers: logits, loss, every gradient, in fp32; and the config that we write.
+"""Every family in one process equals transformers in logits, loss and every gradient, and reads the config we write.
 
-Bounds: relative L2 of 1e-5 for logits and loss, 1e-4 for gradients. Seen errors are below 2e-6 and 1e-5; leaving out any
-option of a case moves them past the bounds, mostly by orders of magnitude. The weights are random, norms and biases too.
+Bounds, fp32, relative L2: 1e-5 for logits and loss, 1e-4 for gradients. Seen errors are below 2e-6 and 1e-5; leaving out
+any option of a case moves them past the bounds, mostly by orders of magnitude. All weights are random, norms and biases
+too.
 """
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-import torch
 
 from megatron_ds.hf.registry import FAMILIES
-from tests.parity.alone import Apart, logits_of_both_configs, measure, without_each_option
+from tests.parity.alone import Apart, Found, measure_family
 from tests.parity.family_cases import FAMILY_CASES
 from tests.ranks import run_alone
 
-# A key mask meets each family once, in the case that has most to get wrong with it.
-PADDED = (
-    "gpt2-plain",
-    "gptj-partial",
-    "gpt_neox-parallel",
-    "opt-before",
-    "bloom-six-heads",
-    "falcon-7b-alibi",
-    "llama-one-kv-head",
-    "mistral-window",
-    "qwen2-windows-tied",
-    "qwen3-bias-windows",
-    "phi3-longrope-beyond",
-    "gemma2-caps",
-    "gemma3_text-two-ropes",
-    "olmo2-one-kv-head",
-    "granite-multipliers-tied",
-    "smollm3-windows-untied",
-    "starcoder2-window",
-)
-
-# What leaves no trace in a sequence of this length.
-NO_TRACE = {("llama-dynamic", "scaling and pairs of rotary")}
+# Options that leave no trace in a sequence of this length.
+NO_TRACE = {"llama-dynamic": {"scaling and pairs of rotary"}}
 
 
-def family(case: str) -> str:
-    return str(FAMILY_CASES[case]["model_type"])
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+    """What was measured of a case; a family's cases are measured together, once."""
+    made: dict[str, Found] = {}
+
+    def get(case: str) -> Found:
+        if case not in made:
+            made.update(run_alone(measure_family, FAMILY_CASES[case]["model_type"], tmp_path_factory.mktemp("family")))
+        return made[case]
+
+    return get
 
 
-def test_every_family_has_cases_and_one_is_padded() -> None:
-    assert {family(case) for case in FAMILY_CASES} == set(FAMILIES)
-    assert sorted(family(case) for case in PADDED) == sorted(FAMILIES)
-    assert all(sum(family(case) == name for case in FAMILY_CASES) >= 3 for name in FAMILIES)
-
-
-@pytest.mark.parametrize("case", FAMILY_CASES)
-def test_equals_transformers(case: str, tmp_path: Path) -> None:
-    apart: Apart = run_alone(measure, case, tmp_path)
+def check(apart: Apart) -> None:
     assert apart.within_bounds(), (apart.logits, apart.loss, apart.worst)
 
 
-@pytest.mark.parametrize("case", PADDED)
-def test_equals_transformers_behind_padding(case: str, tmp_path: Path) -> None:
-    apart: Apart = run_alone(measure, case, tmp_path, True)
-    assert apart.within_bounds(), (apart.logits, apart.loss, apart.worst)
+def test_every_family_has_cases() -> None:
+    families = [config["model_type"] for config in FAMILY_CASES.values()]
+    assert set(families) == set(FAMILIES)
+    assert all(families.count(family) >= 3 for family in FAMILIES)
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
-def test_every_option_of_a_case_matters(case: str, tmp_path: Path) -> None:
+def test_equals_transformers(case: str, found: Callable[[str], Found]) -> None:
+    check(found(case).apart)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_equals_transformers_behind_padding(case: str, found: Callable[[str], Found]) -> None:
+    check(found(case).padded)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_every_option_of_a_case_matters(case: str, found: Callable[[str], Found]) -> None:
     """Else the case would prove nothing about it."""
-    found: dict[str, Apart] = run_alone(without_each_option, case, tmp_path)
-    unseen = {name for name, apart in found.items() if apart.within_bounds()}
-    assert unseen == {option for known, option in NO_TRACE if known == case}
+    unseen = {name for name, apart in found(case).without.items() if apart.within_bounds()}
+    assert unseen == NO_TRACE.get(case, set())
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
-def test_written_config_gives_the_same_logits(case: str, tmp_path: Path) -> None:
-    theirs, ours = run_alone(logits_of_both_configs, case, tmp_path)
-    assert torch.equal(theirs, ours)
+def test_written_config_gives_the_same_logits(case: str, found: Callable[[str], Found]) -> None:
+    assert found(case).config_is_right

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.parity.cases import CONFIGS, Recipe
-from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.errors import relative_errors, within_fp32
+from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.ours import Place, train_ours
 
 PLACES = [
@@ -40,13 +40,6 @@ RECOMPUTED = [
     for index, place in enumerate(PLACES)
 ]
 
-COVERING = (
-    [(case, place) for case in FAMILIES for place in PLACES]
-    + [(case, place) for case in VARIANTS for place in VARIANT_PLACES]
-    + [(case, place) for case in SHARED_HEADS for place in SHARED_PLACES]
-    + RECOMPUTED
-    + TRAINED
-)
 # One of each further family, trained: its decay, its norm, its weights gathered under their Hugging Face names.
 FIRST_CASES = {config["model_type"]: case for case, config in reversed(FAMILY_CASES.items())}
 TRAINED_PLACES = [Place(2, 2, 1, 1, True), Place(2, 1, 2, 3), Place(4, 1, 1, 1, True)]
@@ -55,6 +48,13 @@ TRAINED = [
     for index, (family, case) in enumerate(sorted(FIRST_CASES.items()))
     if family not in FAMILIES
 ]
+COVERING = (
+    [(case, place) for case in FAMILIES for place in PLACES]
+    + [(case, place) for case in VARIANTS for place in VARIANT_PLACES]
+    + [(case, place) for case in SHARED_HEADS for place in SHARED_PLACES]
+    + RECOMPUTED
+    + TRAINED
+)
 EVERYTHING = [
     (case, replace(place, recompute=mode))
     for case in CONFIGS

@@ -91,7 +91,8 @@ def test_refused_in_one_line(arguments: list[str], message: str, directory_of: D
 
 
 def test_a_launchers_rank_is_refused(directory_of: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(TopologyError, match="starts its own ranks"):
         mds.verify_hf(directory_of(CONFIGS["llama"]))
