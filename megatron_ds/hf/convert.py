@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.export import exporting
@@ -11,6 +15,8 @@ from megatron_ds.hf.weights import HFWeights
 
 def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
     """Read every native parameter out of a directory, one at a time, and write a clean directory of them.
+
+    Holds one native parameter, the tensors on disk that it is made of, and those that are made of it.
 
     Args:
         source: config.json, weights, and what else belongs to the model.
@@ -22,7 +28,18 @@ def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, ma
         ConversionError: the source cannot be read without changing its meaning, or does not fit into the dtype.
     """
     weights = HFWeights(source, read_model(source))
-    with exporting(target, weights.model, dtype, max_shard_size) as export:
+    with exporting(target, weights.model, dtype, max_shard_size) as export, _one_thread():
         for name in weights.model.table:
             export.add(name, weights.whole(name))
         export.finish(source, source)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Copying is bound by memory: more threads are hardly faster, and wait for one another on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -64,13 +64,14 @@ class DirectoryExport:
         self.directory = self._target.with_name(f".{self._target.name}.tmp")
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
-        self._writer = ShardWriter(self.directory, max_shard_bytes)
+        names = (name for row in model.table.values() for name in row.names)
+        self._writer = ShardWriter(self.directory, max_shard_bytes, names)
         self._to_hf = ToHF(model)
         self._added: set[str] = set()
         self._elements_of: Counter[torch.dtype] = Counter()
 
     def add(self, name: str, whole: Tensor) -> None:
-        """Take one native parameter, without padding. Its value is copied.
+        """Write one native parameter, without padding; afterwards it may change or be freed.
 
         Raises:
             ConversionError: a value does not fit into the dtype asked for.
@@ -100,7 +101,9 @@ class DirectoryExport:
 
     def _cast(self, name: str, whole: Tensor) -> Tensor:
         cast = whole.to(self.dtype or whole.dtype)
-        if cast.dtype != whole.dtype and bool((cast.isinf() & whole.isfinite()).any()):
+        if cast.dtype == whole.dtype or all(bool(end.isfinite()) for end in cast.aminmax()):
+            return cast
+        if bool((cast.isinf() & whole.isfinite()).any()):
             raise ConversionError(
                 f"export.dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
                 f"{float(whole.abs().max()):g}; nearest: bfloat16"

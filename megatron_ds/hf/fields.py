@@ -78,6 +78,7 @@ PROBABILITIES = frozenset(
 FLAGS = frozenset(["tie_word_embeddings", "truncate"])
 LISTS = frozenset(["short_factor", "long_factor"])
 ROPE = frozenset(["rope_parameters", "rope_scaling"])
+PER_LAYER = ("layer_types", "no_rope_layers")
 
 # Fields of any family that change the math or the weights, with the values at which they do nothing.
 COMMON_EQUAL: dict[str, tuple[Any, ...]] = {
@@ -202,6 +203,7 @@ class FieldRules:
             ConversionError: naming field, value and what is supported.
         """
         _refuse_quantised(raw)
+        _check_lengths(raw)
         equal = {**COMMON_EQUAL, **self.equal}
         for name, value in raw.items():
             if name in _QUANTISED:
@@ -239,6 +241,13 @@ def _refuse_quantised(raw: Mapping[str, Any]) -> None:
 def _same(value: Any, allowed: Any) -> bool:
     """Equal, and a bool only where a bool is meant: 1 == True in Python, but not in a config."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _check_lengths(raw: Mapping[str, Any]) -> None:
+    for name in PER_LAYER:
+        entries, layers = raw.get(name), raw.get("num_hidden_layers")
+        if isinstance(entries, list) and isinstance(layers, int) and len(entries) != layers:
+            raise ConversionError(f"{name} has {len(entries)} entries; it must have num_hidden_layers={layers}")
 
 
 def _check_rope(path: str, rope: Any) -> None:

@@ -1,8 +1,7 @@
-"""Tensors in Hugging Face directories: slices in, shards out, never a whole model in memory.
+"""Tensors in Hugging Face directories: views of the files in, shards out, never a whole model in memory.
 
-Reads `model.safetensors`, its sharded form with an index, and `pytorch_model.bin` likewise (memory-mapped,
-`weights_only`: no code in a pickle is run). Writes sharded safetensors with an index, under temporary names until
-all is there.
+Reads `model.safetensors`, its sharded form with an index, and `pytorch_model.bin` likewise. Writes sharded safetensors
+with an index, under temporary names until all is there.
 """
 
 from __future__ import annotations
@@ -10,85 +9,74 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.files import DTYPES, Stored, read_table, word_for
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
-_SAME_BYTES_CHUNK = 2**26
+_SAME_BYTES_CHUNK = 2**24
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]+")  # of a file in the directory itself
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Slice(Protocol):
-    """A tensor on disk, as safetensors' get_slice gives it."""
-
-    def get_shape(self) -> list[int]: ...
-    def get_dtype(self) -> str: ...
-    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor: ...
-
-
-class _File(Protocol):
-    """An open file of tensors, as safetensors' safe_open gives it."""
-
-    def keys(self) -> Any: ...
-    def get_slice(self, name: str) -> Any: ...
-
-
 class TensorSource:
-    """The tensors of a directory by name, read in slices. Opening it reads headers only.
+    """The tensors of a directory by name. Opening it reads headers only.
 
     Args:
         directory: for messages.
-        file_of: name -> file, in the order in which they stand.
-        files: the files, open.
+        tables: file -> its tensors, in the order in which they stand.
     """
 
-    def __init__(self, directory: Path, file_of: Mapping[str, Path], files: Mapping[Path, _File]) -> None:
+    def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, Stored]]) -> None:
         self.directory = directory
-        self._file_of, self._files = dict(file_of), files
+        self._found = {name: (file, stored) for file, table in tables.items() for name, stored in table.items()}
 
     @property
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._found)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape on disk, without reading data."""
-        return tuple(self._slice(name).get_shape())
+        return self._found[name][1].shape
 
     def dtype(self, name: str) -> str:
         """Type on disk in safetensors' words, such as "BF16", without reading data."""
-        return self._slice(name).get_dtype()
+        return self._found[name][1].dtype
+
+    def tensor(self, name: str, *, ahead: bool = False) -> Tensor:
+        """A view of a whole tensor in its file: what is touched is read, and in memory until the view is gone.
+
+        Args:
+            ahead: read all of it at once.
+        """
+        file, stored = self._found[name]
+        return stored.view(file, ahead=ahead)
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor, in its dtype on disk. Of a .bin it is a view of the mapped file."""
-        return self._slice(name)[slices]
+        """A part of a tensor, in memory, in its dtype on disk."""
+        return self.tensor(name)[slices].clone(memory_format=torch.contiguous_format)
 
     def same_bytes(self, first: str, second: str) -> bool:
-        """Whether two tensors are equal bit by bit, dtype and shape included; holds some MB at a time."""
-        shape = self.shape(first)
-        if shape != self.shape(second) or self.dtype(first) != self.dtype(second):
+        """Whether two weights are equal bit by bit, dtype and shape included; holds some MB at a time."""
+        shape, word = self.shape(first), self.dtype(first)
+        if shape != self.shape(second) or word != self.dtype(second) or word not in DTYPES:
             return False
-        rows = max(1, _SAME_BYTES_CHUNK // max(1, shape[1] * 8)) if len(shape) == 2 else shape[0]
-        rest = tuple(slice(0, size) for size in shape[1:])
+        rows = max(1, _SAME_BYTES_CHUNK // max(1, DTYPES[word].itemsize * prod(shape[1:])))
         for start in range(0, shape[0], rows):
-            part = (slice(start, min(start + rows, shape[0])), *rest)
-            one, other = (self.read(name, part).contiguous().view(torch.uint8) for name in (first, second))
+            parts = (self.tensor(name)[start : start + rows].contiguous() for name in (first, second))
+            one, other = (part.view(torch.uint8) for part in parts)
             if not torch.equal(one, other):
                 return False
         return True
-
-    def _slice(self, name: str) -> _Slice:
-        return self._files[self._file_of[name]].get_slice(name)
 
 
 def open_directory(directory: str | Path) -> TensorSource:
@@ -100,8 +88,7 @@ def open_directory(directory: str | Path) -> TensorSource:
     directory = Path(directory)
     for single in (SAFETENSORS, BIN):
         if (directory / single).is_file():
-            file = _open(directory / single)
-            return TensorSource(directory, dict.fromkeys(file.keys(), directory / single), {directory / single: file})
+            return TensorSource(directory, {directory / single: read_table(directory / single)})
         index = directory / f"{single}.index.json"
         if index.is_file():
             return _open_indexed(index)
@@ -110,18 +97,21 @@ def open_directory(directory: str | Path) -> TensorSource:
 
 def _open_indexed(index: Path) -> TensorSource:
     file_of = _read_index(index)
-    files = {file: _open(file) for file in dict.fromkeys(file_of.values())}
-    for file, opened in files.items():
-        held = set(opened.keys())
-        missing = [name for name, place in file_of.items() if place == file and name not in held]
-        if missing:
-            raise ConversionError(f"{index}: {missing[0]} should be in {file.name}, which does not hold it")
-        for name in sorted(held - file_of.keys()):
-            file_of[name] = file
-    return TensorSource(index.parent, file_of, files)
+    tables = {file: read_table(file) for file in dict.fromkeys(file_of.values())}
+    for name, file in file_of.items():
+        if name not in tables[file]:
+            raise ConversionError(f"{index}: {name} should be in {file.name}, which does not hold it")
+    holder: dict[str, Path] = {}
+    for file, table in tables.items():
+        for name in table:
+            if name in holder:
+                raise ConversionError(f"{index.parent}: {name} is in both {holder[name].name} and {file.name}")
+            holder[name] = file
+    return TensorSource(index.parent, tables)
 
 
 def _read_index(index: Path) -> dict[str, Path]:
+    """Name -> file. Nothing else that an index says is believed: transformers does not read it either."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
@@ -130,73 +120,20 @@ def _read_index(index: Path) -> dict[str, Path]:
     except (KeyError, TypeError, AttributeError) as problem:
         raise ConversionError(f"{index}: has no weight_map from tensors to files") from problem
     for name, file in entries.items():
-        if Path(file).name != file or file == "..":
+        if not _PLAIN_NAME.fullmatch(file):
             raise ConversionError(f"{index}: {name} points outside the directory, to {file!r}")
         if not (index.parent / file).is_file():
             raise ConversionError(f"{index}: {name} is in {file}, which is missing")
     return {name: index.parent / file for name, file in entries.items()}
 
 
-def _open(file: Path) -> _File:
-    if file.suffix == ".bin":
-        return _BinFile(file)
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as problem:
-        raise ConversionError(f"{file}: damaged, or not safetensors ({problem})") from problem
-
-
-class _BinFile:
-    """A file of torch.save behind the interface of safe_open.
-
-    Memory-mapped, except for the format before torch 1.6, which cannot be: such a file is read as a whole.
-
-    Raises:
-        ConversionError: damaged, or anything else than a mapping of names to tensors.
-    """
-
-    def __init__(self, file: Path) -> None:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except Exception as problem:  # torch lets unpickling, zip, runtime and end-of-file errors through
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            raise ConversionError(
-                f"{file}: damaged, or holds more than plain tensors, which is not loaded ({reason})"
-            ) from problem
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ConversionError(f"{file}: expected a mapping of names to tensors")
-        self._state: dict[str, Tensor] = {str(name): tensor.detach() for name, tensor in state.items()}
-
-    def keys(self) -> Any:
-        return self._state.keys()
-
-    def get_slice(self, name: str) -> _BinSlice:
-        return _BinSlice(self._state[name])
-
-
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-class _BinSlice:
-    """A tensor of a .bin behind the interface of safetensors' slices."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self._tensor.shape)
-
-    def get_dtype(self) -> str:
-        return _DTYPE_NAMES.get(self._tensor.dtype, str(self._tensor.dtype).removeprefix("torch."))
-
-    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
-        return self._tensor[slices]
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+_ENTRY_BYTES = 160  # of a tensor in a header, at most: braces, keys, type, four dims and two offsets; also of metadata
+_ALIGNMENT = 64
 
 
 def parse_size(text: str) -> int:
@@ -215,59 +152,71 @@ def parse_size(text: str) -> int:
 
 
 class ShardWriter:
-    """Stream tensors into safetensors files of at most `max_shard_bytes`; one shard is in memory at a time.
+    """Stream tensors into safetensors files of at most `max_shard_bytes` of them; none is held in memory.
 
-    Files get temporary names until `finish`, which renames them and writes the index (or the one plain file). A tensor
-    larger than the limit gets a file of its own.
+    A file begins with its header, which is known last: room is left for it, and blanks fill the rest, as the format
+    allows. Files get temporary names until `finish`, which renames them and writes the index (or the one plain file). A
+    tensor larger than the limit gets a file of its own.
+
+    Args:
+        directory: where; nothing of the kind is there yet.
+        max_shard_bytes: most bytes of tensors in a file that holds several.
+        names: of all tensors that may come, for the room.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+    def __init__(self, directory: Path, max_shard_bytes: int, names: Iterable[str]) -> None:
         self.directory, self.max_shard_bytes = directory, max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = self._total_parameters = 0
+        room = sum(_ENTRY_BYTES + len(json.dumps(name)) for name in names)
+        self._data_start = -(-(room + _ENTRY_BYTES) // _ALIGNMENT) * _ALIGNMENT
+        self._shards: list[dict[str, Any]] = []
+        self._total_bytes = self._total_parameters = self._shard_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a copy of one tensor: it may be a live parameter that changes, or is freed, before its shard is full."""
-        size_bytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size_bytes > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        self._pending_bytes += size_bytes
+        """Write one tensor; afterwards it may change or be freed."""
+        data = tensor.detach().contiguous()
+        size_bytes = data.numel() * data.element_size()
+        if not self._shards or (self._shard_bytes and self._shard_bytes + size_bytes > self.max_shard_bytes):
+            self._begin_shard()
+        end = self._shard_bytes + size_bytes
+        self._shards[-1][name] = {
+            "dtype": word_for(data.dtype),
+            "shape": list(data.shape),
+            "data_offsets": [self._shard_bytes, end],
+        }
+        if size_bytes:
+            with open(self._temporary(len(self._shards)), "ab") as file:
+                file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self._shard_bytes = end
         self._total_bytes += size_bytes
-        self._total_parameters += tensor.numel()
+        self._total_parameters += data.numel()
 
     def finish(self) -> None:
-        """Give the files their final names and write the index."""
-        self._flush()
+        """Write the headers, give the files their final names, and write the index."""
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
+        for number, entries in enumerate(self._shards, start=1):
+            self._write_header(number, entries)
             final = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             os.replace(self._temporary(number), self.directory / final)
-            weight_map.update(dict.fromkeys(names, final))
+            weight_map.update(dict.fromkeys(entries, final))
         if count > 1:
             metadata = {"total_parameters": self._total_parameters, "total_size": self._total_bytes}
             write_json(self.directory / f"{SAFETENSORS}.index.json", {"metadata": metadata, "weight_map": weight_map})
 
-    def _flush(self) -> None:
-        if self._pending:
-            self._shards.append(list(self._pending))
-            file = self._temporary(len(self._shards))
-            with_umask_mode(file, lambda: save_file(self._pending, file, metadata={"format": "pt"}))
-            self._pending, self._pending_bytes = {}, 0
+    def _begin_shard(self) -> None:
+        self._shards.append({})
+        self._shard_bytes = 0
+        self._temporary(len(self._shards)).write_bytes(b" " * self._data_start)
+
+    def _write_header(self, number: int, entries: Mapping[str, Any]) -> None:
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        room = self._data_start - 8
+        assert len(header) <= room, (len(header), room)
+        with open(self._temporary(number), "r+b") as file:
+            file.write(room.to_bytes(8, "little") + header)
 
     def _temporary(self, number: int) -> Path:
         return self.directory / f".model-{number:05d}.safetensors.tmp"
-
-
-def with_umask_mode(file: Path, write: Callable[[], None]) -> None:
-    """Write a new file and give it the mode that open() would have given: safetensors makes its files 0600."""
-    file.touch()
-    mode = file.stat().st_mode
-    write()
-    file.chmod(mode)
 
 
 def write_json(path: Path, content: Any) -> None:

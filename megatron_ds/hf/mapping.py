@@ -14,22 +14,23 @@ pieces, of which a native parameter takes some; brackets say how they lie:
 
 Nothing else is possible, so every operation is a bijection of elements and its inverse needs no code of its own.
 
-A tensor-parallel share is a range of one named axis. It is cut while reading, so a rank reads only its part of a file.
+Sources are views of files, so what reading does not touch is not read. A tensor-parallel share is a range of one named
+axis: it is cut from the view before anything is copied.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-Reader = Callable[[int, tuple[slice, ...]], Tensor]
-"""(index of a source, one slice a dim) -> that part of the tensor."""
+Reader = Callable[[int], Tensor]
+"""Index of a source -> the whole tensor, as a view of where it lies."""
 
 Sizes = Mapping[str, int]
 """Axis -> how many entries it has."""
@@ -57,10 +58,9 @@ class _Dim:
         """The axes of one piece (of the only one, where the dim is not fused)."""
         return (*self.outer, *self._of(piece), *self.inner)
 
-    def length(self, sizes: Sizes, piece: int | None = None) -> int:
-        """Length of the whole dim, or of one piece of it."""
-        chosen = self.pieces if piece is None else (self._of(piece),)
-        return _count(self.outer, sizes) * sum(_count(one, sizes) for one in chosen) * _count(self.inner, sizes)
+    def length(self, sizes: Sizes) -> int:
+        """Length of the whole dim, all pieces of it."""
+        return _count(self.outer, sizes) * sum(_count(one, sizes) for one in self.pieces) * _count(self.inner, sizes)
 
     def select(self, whole: Tensor, dim: int, sizes: Sizes, piece: int) -> Tensor:
         """View `whole`, this dim of it split into outer axes, pieces and inner axes, without the other pieces."""
@@ -88,8 +88,12 @@ class Op:
     def __post_init__(self) -> None:
         native = self.native_axes
         assert native.count(STAR) == (len(self.sources) > 1), f"{self}: * stands for several sources"
+        assert all(len(dim.pieces) == 1 for dim in _parse(self.native)), f"{self}: a native parameter has no pieces"
         wanted = sorted(axis for axis in native if axis != STAR)
         for source in range(len(self.sources)):
+            fused = [len(dim.pieces) for dim in self._dims(source) if len(dim.pieces) > 1]
+            assert len(fused) == self.is_piece(source), f"{self}: source {source} is no Part of one fused dim"
+            assert not fused or self._piece(source) in range(fused[0]), f"{self}: source {source} is no piece"
             given = self._axes(source)
             assert sorted(given) == wanted, f"{self}: source {source} has axes {given}, native takes {wanted}"
             assert len(set(given)) == len(given), f"{self}: an axis stands twice in source {source}"
@@ -116,47 +120,62 @@ class Op:
         if axis is None:
             return None
         for index, dim in enumerate(_parse(self.native)):
-            if dim.axes(0)[0] == axis:
+            if dim.axes(0)[:1] == (axis,):
                 return index
         raise AssertionError(f"axis {axis!r} leads no dim of {self.native!r}")
 
-    def read(self, reader: Reader, sizes: Sizes, axis: str | None, start: int, stop: int) -> Tensor:
-        """Make the native parameter, or the share [start, stop) of one axis, from parts of the sources.
+    def read(self, reader: Reader, sizes: Sizes, axis: str | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """Make the native parameter, or the share [start, stop) of one axis; touches no element outside the share.
 
-        Reads no element twice and none outside the share. The result may share memory with what `reader` gave.
+        The result is a view of a single source where its layout allows one. Sources of different types are stacked in
+        one that holds both.
         """
         local = dict(sizes) if axis is None else {**sizes, axis: stop - start}
-        order = [name for name in self.native_axes if name != STAR]
-        parts = []
-        for source in range(len(self.sources)):
-            runs = [_runs(dim, sizes, self._piece(source), axis, start, stop) for dim in self._dims(source)]
-            given = self._axes(source)
-            view = _read_runs(partial(reader, source), runs).reshape([local[name] for name in given])
-            parts.append(view.permute([given.index(name) for name in order]))
-        whole = torch.stack(parts, dim=self.native_axes.index(STAR)) if len(parts) > 1 else parts[0]
-        return whole.reshape(self.native_shape(local))
 
-    def write(self, native: Tensor, sizes: Sizes) -> Iterator[Tensor]:
-        """The inverse, for a whole native parameter: a tensor (or piece) a source, each made when it is asked for.
+        def part(source: int) -> Tensor:
+            entries = self._in_native_order(source, reader(source), sizes)
+            return entries if axis is None else entries.narrow(self._order.index(axis), start, stop - start)
 
-        They may be views of `native`, and need not be contiguous.
-        """
-        parts = [native]
-        if STAR in self.native_axes:
-            view = native.reshape([{**sizes, STAR: len(self.sources)}[axis] for axis in self.native_axes])
-            parts = list(view.unbind(self.native_axes.index(STAR)))
-        order = [name for name in self.native_axes if name != STAR]
-        for source, part in enumerate(parts):
-            part = part.reshape([sizes[name] for name in order])
-            part = part.permute([order.index(name) for name in self._axes(source)])
-            yield part.reshape([dim.length(sizes, self._piece(source)) for dim in self._dims(source)])
+        if len(self.sources) == 1:
+            return part(0).reshape(self.native_shape(local))
+        whole = torch.empty(0)
+        for source in range(len(self.sources)):  # one at a time: a view keeps what was read through it in memory
+            entries = part(source)
+            if source == 0:
+                whole = entries.new_empty(self.native_shape(local))
+            elif entries.dtype != whole.dtype:
+                whole = whole.to(torch.promote_types(entries.dtype, whole.dtype))
+            self._slot(source, whole, local).copy_(entries)
+        return whole
 
-    def place(self, source: int, piece: Tensor, whole: Tensor, sizes: Sizes) -> None:
-        """Copy what `write` gave for a piece into its place in the whole fused tensor, which is contiguous."""
-        view = whole
+    def write(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
+        """The inverse, for a whole native parameter: one Hugging Face tensor, a view of `native` where possible."""
+        assert not self.is_piece(source), f"{self}: source {source} is not a whole tensor"
+        given = self._axes(source)
+        entries = self._slot(source, native, sizes).permute([self._order.index(name) for name in given])
+        return entries.reshape(self.source_shape(source, sizes))
+
+    def write_piece(self, source: int, native: Tensor, sizes: Sizes, fused: Tensor) -> None:
+        """The same for a piece: copied to its place in the whole fused tensor."""
+        assert self.is_piece(source), f"{self}: source {source} is a whole tensor"
+        self._in_native_order(source, fused, sizes).copy_(self._slot(source, native, sizes))
+
+    @property
+    def _order(self) -> list[str]:
+        """The axes of each source, in the order that they have in the native parameter."""
+        return [name for name in self.native_axes if name != STAR]
+
+    def _in_native_order(self, source: int, whole: Tensor, sizes: Sizes) -> Tensor:
+        """View a Hugging Face tensor, or the piece of it, with a dim an axis."""
+        view, given = whole, self._axes(source)
         for index in reversed(range(whole.dim())):
             view = self._dims(source)[index].select(view, index, sizes, self._piece(source))
-        view.copy_(piece.reshape(view.shape))
+        return view.view([sizes[name] for name in given]).permute([given.index(name) for name in self._order])
+
+    def _slot(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
+        """View what one source holds of a native parameter, with a dim an axis."""
+        view = native.reshape([{**sizes, STAR: len(self.sources)}[name] for name in self.native_axes])
+        return view.select(self.native_axes.index(STAR), source) if STAR in self.native_axes else view
 
     def _dims(self, source: int) -> tuple[_Dim, ...]:
         given = self.sources[source]
@@ -173,6 +192,15 @@ class Op:
 def copy(pattern: str) -> Op:
     """The same tensor under another name."""
     return Op((pattern,), pattern)
+
+
+def tile(uses: Sequence[str | Part]) -> bool:
+    """Whether sources that stand for one tensor are the whole of it, each element once."""
+    parts = [use for use in uses if isinstance(use, Part)]
+    if len(parts) < len(uses):
+        return len(uses) == 1
+    pieces = {piece for part in parts for dim in _parse(part.pattern) for piece in range(len(dim.pieces))}
+    return len({part.pattern for part in parts}) == 1 and sorted(part.piece for part in parts) == sorted(pieces)
 
 
 @cache
@@ -194,28 +222,3 @@ def _parse_dim(text: str) -> _Dim:
 
 def _count(axes: tuple[str, ...], sizes: Sizes) -> int:
     return prod(sizes[axis] for axis in axes)
-
-
-def _runs(dim: _Dim, sizes: Sizes, piece: int, axis: str | None, start: int, stop: int) -> list[slice]:
-    """The ranges of a dim that a piece, or the part [start, stop) of one of its axes, consists of, in order."""
-    axes = dim.axes(piece)
-    if len(dim.pieces) == 1 and (axis not in axes or (start, stop) == (0, sizes[axis])):
-        return [slice(0, dim.length(sizes))]
-    indices = dim.select(torch.arange(dim.length(sizes)), 0, sizes, piece).reshape([sizes[name] for name in axes])
-    if axis in axes:
-        indices = indices.narrow(axes.index(axis), start, stop - start)
-    flat = indices.flatten()
-    if flat.numel() == 0:
-        return [slice(0, 0)]
-    breaks = (flat.diff() != 1).nonzero().flatten().tolist()
-    begins, ends = [0, *(index + 1 for index in breaks)], [*breaks, flat.numel() - 1]
-    return [slice(int(flat[begin]), int(flat[end]) + 1) for begin, end in zip(begins, ends)]
-
-
-def _read_runs(read: Callable[[tuple[slice, ...]], Tensor], runs: list[list[slice]]) -> Tensor:
-    """Read the product of each dim's ranges, and put them together."""
-    for dim, ranges in enumerate(runs):
-        if len(ranges) > 1:
-            parts = [_read_runs(read, [*runs[:dim], [one], *runs[dim + 1 :]]) for one in ranges]
-            return torch.cat(parts, dim=dim)
-    return read(tuple(ranges[0] for ranges in runs))

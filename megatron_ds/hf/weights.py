@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.family import EMBEDDING, HEAD
-from megatron_ds.hf.io import open_directory
+from megatron_ds.hf.family import EMBEDDING, HEAD, Row
+from megatron_ds.hf.files import DTYPES
+from megatron_ds.hf.io import TensorSource, open_directory
+from megatron_ds.hf.mapping import Part, Reader, tile
 from megatron_ds.layers.parameter import ParamSpec, pad_share
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class HFWeights:
@@ -36,12 +36,12 @@ class HFWeights:
     def __init__(self, directory: str | Path, model: HFModel) -> None:
         self._source = open_directory(directory)
         self._names = frozenset(self._source.names)
-        self._prefix = model.family.prefix
-        self._bare = not any(name.startswith(self._prefix) for name in self._names)
         table = model.family.table(model.decoder)
+        self._on_disk = _names_on_disk(self._source, model.family.prefix, table)
         self._head = self.name_on_disk(table[HEAD].names[0])
         self._embedding = self.name_on_disk(table[EMBEDDING].names[0])
         self.model = model.with_tied(self._is_tied(model.decoder.tied))
+        assert_each_once(self.model.table)
         self._account()
 
     def share(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
@@ -56,20 +56,17 @@ class HFWeights:
         assert spec.shape == row.op.native_shape(sizes), (name, spec.shape, row.op.native_shape(sizes))
         assert spec.split_dim == row.op.split_dim(row.split), (name, spec.split_dim, row)
         start, stop = spec.local_range(rank, size)
-        names = [self.name_on_disk(one) for one in row.names]
-        reader = lambda source, at: self._source.read(names[source], at)  # noqa: E731
         if row.split is None or spec.split_dim is None:
-            return row.op.read(reader, sizes, None, 0, 0)
+            return self.whole(name)
         unit = spec.shape[spec.split_dim] // sizes[row.split]
         first, last = start // unit, -(-stop // unit)  # a share may end within a unit: in a group of query heads
-        covering = row.op.read(reader, sizes, row.split, first, last)
+        covering = row.op.read(self._reader(row, ahead=False), sizes, row.split, first, last)
         return pad_share(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
 
     def whole(self, name: str) -> Tensor:
         """One whole native parameter, in its dtype on disk, without padding."""
         row = self.model.table[name]
-        names = [self.name_on_disk(one) for one in row.names]
-        return row.op.read(lambda source, at: self._source.read(names[source], at), self.model.axis_sizes, None, 0, 0)
+        return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes)
 
     @property
     def num_params(self) -> int:
@@ -77,8 +74,11 @@ class HFWeights:
         return sum(prod(row.op.native_shape(self.model.axis_sizes)) for row in self.model.table.values())
 
     def name_on_disk(self, name: str) -> str:
-        """What a tensor is called in this directory, which may lack the base model's prefix."""
-        return name.removeprefix(self._prefix) if self._bare else name
+        """What a tensor is called in this directory: without the base model's prefix, or by an old name, it may be."""
+        return self._on_disk[name]
+
+    def _reader(self, row: Row, *, ahead: bool) -> Reader:
+        return lambda source: self._source.tensor(self._on_disk[row.names[source]], ahead=ahead)
 
     def _is_tied(self, by_config: bool) -> bool:
         """Tied where the config says so, unless both tensors are there and differ."""
@@ -115,9 +115,9 @@ class HFWeights:
             found, dtype = self._source.shape(name), self._source.dtype(name)
             if found != shape:
                 raise ConversionError(f"{where}: {name} has shape {list(found)}, the config says {list(shape)}")
-            if dtype not in FLOATS:
+            if dtype not in DTYPES:
                 raise ConversionError(
-                    f"{where}: {name} is of type {dtype}; supported: {', '.join(FLOATS)} (no quantised weights)"
+                    f"{where}: {name} is of type {dtype}; supported: {', '.join(DTYPES)} (no quantised weights)"
                 )
 
 
@@ -129,24 +129,70 @@ class ToHF:
 
     def __init__(self, model: HFModel) -> None:
         self.model = model
+        assert_each_once(model.table)
         self._missing = Counter(
             theirs for row in model.table.values() for source, theirs in enumerate(row.names) if row.op.is_piece(source)
         )
-        self._assembled: dict[str, Tensor] = {}
+        self._fused: dict[str, Tensor] = {}
 
     def add(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take one native parameter; gives the tensors that are complete with it. They may be views of it."""
         row, sizes = self.model.table[name], self.model.axis_sizes
-        for source, (theirs, tensor) in enumerate(zip(row.names, row.op.write(whole, sizes))):
+        for source, theirs in enumerate(row.names):
             if not row.op.is_piece(source):
-                yield theirs, tensor
+                yield theirs, row.op.write(source, whole, sizes)
                 continue
-            if theirs not in self._assembled:
-                self._assembled[theirs] = tensor.new_empty(row.op.source_shape(source, sizes))
-            row.op.place(source, tensor, self._assembled[theirs], sizes)
+            if theirs not in self._fused:
+                self._fused[theirs] = whole.new_empty(row.op.source_shape(source, sizes))
+            row.op.write_piece(source, whole, sizes, self._fused[theirs])
             self._missing[theirs] -= 1
             if self._missing[theirs] == 0:
-                yield theirs, self._assembled.pop(theirs)
+                yield theirs, self._fused.pop(theirs)
+
+
+def assert_each_once(table: Mapping[str, Row]) -> None:
+    """Every element of every Hugging Face tensor stands in one native parameter: pieces of fused ones tile them."""
+    uses: dict[str, list[str | Part]] = defaultdict(list)
+    for row in table.values():
+        assert len(row.names) == len(row.op.sources), row
+        for name, source in zip(row.names, row.op.sources):
+            uses[name].append(source)
+    for name, sources in uses.items():
+        assert tile(sources), f"{name} is not the sum of {sources}"
+
+
+def _names_on_disk(source: TensorSource, prefix: str, table: Mapping[str, Row]) -> dict[str, str]:
+    """Name in the table -> name on disk: without the prefix where it is a base model's, old where only that is there.
+
+    Raises:
+        ConversionError: with and without the prefix, or by an old and a new name.
+    """
+    names, is_norm = set(source.names), {name: "norm" in row.native for row in table.values() for name in row.names}
+
+    def found(name: str, norm: bool) -> str | None:
+        old = _old_norm_name(name) if norm else name
+        if old != name and {old, name} <= names:
+            raise ConversionError(f"{source.directory}: {name} stands there twice, also by its old name {old}")
+        return old if old in names else name if name in names else None
+
+    whole = {name: found(name, norm) for name, norm in is_norm.items()}
+    bare = {name: found(name.removeprefix(prefix), norm) for name, norm in is_norm.items() if name.startswith(prefix)}
+    with_prefix = [here for name, here in whole.items() if here and name in bare]
+    without = [here for here in bare.values() if here]
+    if with_prefix and without:
+        raise ConversionError(
+            f"{source.directory}: {with_prefix[0]} has the prefix {prefix!r} and {without[0]} has not; expected all or "
+            "none to have it"
+        )
+    return {
+        name: (bare.get(name, here) or name.removeprefix(prefix)) if without else here or name
+        for name, here in whole.items()
+    }
+
+
+def _old_norm_name(name: str) -> str:
+    """What the tensors of norms were called in TensorFlow's days."""
+    return re.sub(r"\.weight$", ".gamma", re.sub(r"\.bias$", ".beta", name))
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -88,43 +88,6 @@ def make_batch(padded: bool) -> Batch:
     return Batch(ids, shifted(labels), mask)
 
 
-def save_case(case: str, directory: Path) -> None:
-    make_model(FAMILY_CASES[case]).save_pretrained(directory)
-
-
-def measure(case: str, directory: Path, padded: bool = False, changes: Mapping[str, Any] | None = None) -> Apart:
-    """Save a random model of a case, run both sides and compare.
-
-    Args:
-        case: in FAMILY_CASES.
-        directory: where to save it.
-        padded: some rows have padding on the left, where nothing is compared.
-        changes: fields of the decoder that are made wrong on purpose.
-    """
-    save_case(case, directory)
-    batch = make_batch(padded)
-    weights = HFWeights(directory, read_model(directory))
-    decoder = replace(weights.model.decoder, **(changes or {}))
-    theirs = _run_theirs(load_theirs(directory), batch)
-    ours = _run_ours(decoder, weights, batch)
-    typical = root_mean_square(list(theirs.gradients.values()))
-    assert ours.gradients.keys() == theirs.gradients.keys(), ours.gradients.keys() ^ theirs.gradients.keys()
-    seen = batch.mask.bool() if batch.mask is not None else torch.ones_like(batch.ids, dtype=torch.bool)
-    return Apart(
-        logits=difference(ours.logits[seen], theirs.logits[seen]).relative,
-        loss=abs(ours.loss / theirs.loss - 1),
-        gradients={
-            name: difference(ours.gradients[name], gradient, smallest_norm(gradient.numel(), typical)).relative
-            for name, gradient in theirs.gradients.items()
-        },
-    )
-
-
-def load_theirs(directory: Path) -> Any:
-    """transformers' model of a directory, in fp32."""
-    return load_reference(directory, read_model(directory).family.reference_attention, torch.float32)
-
-
 @dataclass(frozen=True)
 class _Run:
     logits: Tensor
@@ -132,13 +95,15 @@ class _Run:
     gradients: dict[str, Tensor]
 
 
-def _run_theirs(model: Any, batch: Batch) -> _Run:
+def _run_theirs(directory: Path, batch: Batch) -> _Run:
+    family = read_model(directory).family
+    model = load_reference(directory, family.reference_attention, torch.float32)
     logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
     loss.backward()
     found = {
         # the only parameter that transformers renames on disk
-        name.replace("lm_head.", "embed_out.") if model.config.model_type == "gpt_neox" else name: parameter.grad
+        name.replace("lm_head.", "embed_out.") if family.model_type == "gpt_neox" else name: parameter.grad
         for name, parameter in model.named_parameters()
     }
     return _Run(logits.detach(), float(loss.detach()), found)
@@ -161,30 +126,31 @@ def _run_ours(decoder: DecoderConfig, weights: HFWeights, batch: Batch) -> _Run:
     return _Run(logits, float(loss.detach()), gradients)
 
 
-def without_each_option(case: str, directory: Path) -> dict[str, Apart]:
-    """Ours with one option after another left out of a case, against transformers with all of them."""
-    decoder = read_model(FAMILY_CASES[case]).decoder
-    changes: dict[str, dict[str, Any]] = {
-        option: {option: default}
+def compare(ours: _Run, theirs: _Run, batch: Batch) -> Apart:
+    typical = root_mean_square(list(theirs.gradients.values()))
+    assert ours.gradients.keys() == theirs.gradients.keys(), ours.gradients.keys() ^ theirs.gradients.keys()
+    seen = batch.mask.bool() if batch.mask is not None else torch.ones_like(batch.ids, dtype=torch.bool)
+    return Apart(
+        logits=difference(ours.logits[seen], theirs.logits[seen]).relative,
+        loss=abs(ours.loss / theirs.loss - 1),
+        gradients={
+            name: difference(ours.gradients[name], gradient, smallest_norm(gradient.numel(), typical)).relative
+            for name, gradient in theirs.gradients.items()
+        },
+    )
+
+
+def without_each_option(decoder: DecoderConfig) -> dict[str, DecoderConfig]:
+    """Name of an option that a case sets -> the same model without it."""
+    changed = {
+        option: replace(decoder, **{option: default})
         for option, default in LEFT_OUT.items()
         if getattr(decoder, option) != default and not (option == "windows" and set(decoder.windows) == {None})
     }
     plain = tuple(rope and RotaryConfig(rope.dim, rope.theta) for rope in decoder.rotary)
     if plain != decoder.rotary:
-        changes["scaling and pairs of rotary"] = {"rotary": plain}
-    return {name: measure(case, directory, changes=change) for name, change in changes.items()}
-
-
-def same_logits_with_our_config(case: str, directory: Path) -> bool:
-    """Whether transformers' logits with the config that it wrote are those with the one that we write, bit by bit."""
-    save_case(case, directory)
-    ids = make_batch(padded=False).ids
-    with torch.no_grad():
-        before = load_theirs(directory)(input_ids=ids, use_cache=False).logits
-        content = config_json(read_model(directory), "float32")
-        (directory / "config.json").write_text(json.dumps(content))
-        after = load_theirs(directory)(input_ids=ids, use_cache=False).logits
-    return torch.equal(before, after)
+        changed["scaling and pairs of rotary"] = replace(decoder, rotary=plain)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -193,9 +159,9 @@ class Found:
 
     Attributes:
         apart: ours as it should be.
-        padded: the same behind padding.
+        padded: the same where rows have padding on the left; there nothing is compared.
         without: name of an option -> ours without it.
-        config_is_right: whether transformers computes the same with the config that we write.
+        config_is_right: whether transformers' logits with the config that we write are bit by bit the same.
     """
 
     apart: Apart
@@ -206,13 +172,21 @@ class Found:
 
 def measure_family(model_type: str, directory: Path) -> dict[str, Found]:
     """All cases of a family in one process: importing its code takes longer than they do."""
-    return {
-        case: Found(
-            apart=measure(case, directory / case),
-            padded=measure(case, directory / case, padded=True),
-            without=without_each_option(case, directory / case),
-            config_is_right=same_logits_with_our_config(case, directory / case),
-        )
-        for case, config in FAMILY_CASES.items()
-        if config["model_type"] == model_type
+    cases = [case for case, config in FAMILY_CASES.items() if config["model_type"] == model_type]
+    return {case: measure(case, directory / case) for case in cases}
+
+
+def measure(case: str, directory: Path) -> Found:
+    """Save a random model of a case to `directory`, run both sides and compare."""
+    make_model(FAMILY_CASES[case]).save_pretrained(directory)
+    weights = HFWeights(directory, read_model(directory))
+    decoder, plain, padded = weights.model.decoder, make_batch(padded=False), make_batch(padded=True)
+    theirs, theirs_padded = _run_theirs(directory, plain), _run_theirs(directory, padded)
+    apart = compare(_run_ours(decoder, weights, plain), theirs, plain)
+    without = {
+        name: compare(_run_ours(changed, weights, plain), theirs, plain)
+        for name, changed in without_each_option(decoder).items()
     }
+    apart_padded = compare(_run_ours(decoder, weights, padded), theirs_padded, padded)
+    (directory / "config.json").write_text(json.dumps(config_json(weights.model, "float32")))
+    return Found(apart, apart_padded, without, torch.equal(_run_theirs(directory, plain).logits, theirs.logits))

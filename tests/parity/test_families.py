@@ -55,13 +55,17 @@ Prepared = tuple[Path, HFWeights, list[Probe], list[float]]
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
-    """What transformers computes for a case: made once."""
+    return prepare(FAMILY_CASES, tmp_path_factory)
+
+
+def prepare(cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory) -> Callable[[str], Prepared]:
+    """Case -> what transformers computes for it: made once."""
     made: dict[str, Prepared] = {}
 
     def get(case: str) -> Prepared:
         if case not in made:
-            directory, results = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("results")
-            run_alone(_save, FAMILY_CASES[case], directory)
+            directory, results = folders.mktemp("model"), folders.mktemp("results")
+            run_alone(_save, cases[case], directory)
             weights = HFWeights(directory, read_model(directory))
             inputs, _ = probes(weights.model.decoder, 4)
             losses = run_alone(run_reference, directory, weights.model, inputs, results)

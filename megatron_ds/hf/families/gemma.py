@@ -22,11 +22,7 @@ _FIELDS = SHARED_FIELDS | {
     "layer_types",
     "final_logit_softcapping",
 }
-_EQUAL: dict[str, tuple[Any, ...]] = {
-    "use_bidirectional_attention": (False, None),
-    # an older name of hidden_activation, which transformers does not read
-    "hidden_act": ("gelu_pytorch_tanh",),
-}
+_EQUAL: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (False, None)}
 
 
 def _decoder(config: Any, **options: Any) -> DecoderConfig:
@@ -72,13 +68,23 @@ def _rope_of(config: Any, kind: str) -> RotaryConfig:
     return rotary(parameters, config.head_dim, config.max_position_embeddings, path=path)
 
 
-GEMMA2 = family("gemma2", "Gemma2ForCausalLM", _gemma2, FieldRules(_FIELDS | {"attn_logit_softcapping"}, equal=_EQUAL))
+GEMMA2 = family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    _gemma2,
+    FieldRules(
+        _FIELDS | {"attn_logit_softcapping"},
+        # an older name of hidden_activation, which transformers does not read
+        equal=_EQUAL | {"hidden_act": ("gelu_pytorch_tanh",)},
+        cosmetic=frozenset({"sliding_window_size"}),  # stands beside sliding_window, which is read
+    ),
+)
 GEMMA3_TEXT = family(
     "gemma3_text",
     "Gemma3ForCausalLM",
     _gemma3,
     FieldRules(
-        _FIELDS | {"rope_local_base_freq", "sliding_window_pattern"},
+        _FIELDS - {"partial_rotary_factor"} | {"rope_local_base_freq", "sliding_window_pattern"},
         # transformers caps the scores of Gemma 2 only, whatever this field says
         equal=_EQUAL | {"attn_logit_softcapping": (None,)},
         cosmetic=frozenset({"_sliding_window_pattern"}),

@@ -193,9 +193,7 @@ def _smollm3(config: Any) -> DecoderConfig:
     windows = layer_windows(config.layer_types, window)
     rotating = config.no_rope_layers
     if len(rotating) != config.num_hidden_layers or not set(rotating) <= {0, 1}:
-        raise ConversionError(
-            f"no_rope_layers={rotating!r} must hold a 0 or a 1 for each of the {config.num_hidden_layers} layers"
-        )
+        raise ConversionError(f"no_rope_layers={rotating!r} must hold a 0 or a 1 for each layer")
     everywhere = decoder(config, _rms(config), windows=windows, **_biases(config, mlp=True))
     return replace(everywhere, rotary=tuple(rope if on else None for rope, on in zip(everywhere.rotary, rotating)))
 

@@ -1,0 +1,149 @@
+"""One file of tensors: names, types and shapes at once, data when it is touched.
+
+A tensor is a view of the file, mapped for it alone: what was read of it leaves memory with the last view. safetensors
+and torch check the files; no code in a pickle is run.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import sys
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_ds.errors import ConversionError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The types that weights may have, in safetensors' words."""
+
+_POPULATE_READ = 22  # from Linux 5.14 on; the module mmap has no name for it
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+def word_for(dtype: torch.dtype) -> str:
+    """A type in safetensors' words; of one that no weight has, torch's."""
+    return _WORDS.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: in safetensors' words.
+        shape, stride: in elements.
+        offset: of its first byte, from the start of the file.
+        loaded: the tensor itself, where it can't be read from where it lies.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    offset: int = 0
+    loaded: Tensor | None = None
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last."""
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if prod(self.shape) else 0
+
+    def view(self, file: Path, *, ahead: bool = False) -> Tensor:
+        """The tensor; its data is read where it is touched, or all of it ahead, which is faster than page by page."""
+        if self.loaded is not None:
+            return self.loaded
+        dtype = DTYPES[self.dtype]
+        if self.span == 0:
+            return torch.empty(self.shape, dtype=dtype)
+        before = self.offset % mmap.ALLOCATIONGRANULARITY
+        length = before + self.span * dtype.itemsize
+        with open(file, "rb") as handle:  # mapped for writing, though none is done: torch has no read-only tensors
+            mapped = mmap.mmap(handle.fileno(), length, access=mmap.ACCESS_COPY, offset=self.offset - before)
+        if ahead and sys.platform == "linux":
+            with suppress(OSError):  # an older kernel: page by page after all
+                mapped.madvise(_POPULATE_READ)
+        flat = torch.frombuffer(mapped, dtype=dtype, count=self.span, offset=before)
+        return flat.as_strided(self.shape, self.stride)
+
+
+def read_table(file: Path) -> dict[str, Stored]:
+    """The tensors of a file by name, from its header.
+
+    Raises:
+        ConversionError: damaged, or holds anything else than tensors.
+    """
+    try:
+        return _read_bin(file) if file.suffix == ".bin" else _read_safetensors(file)
+    except OSError as problem:
+        raise ConversionError(f"{file}: cannot be read ({problem.strerror or problem})") from problem
+
+
+def _read_safetensors(file: Path) -> dict[str, Stored]:
+    try:
+        safe_open(file, framework="pt")  # refuses truncated, overlapping and gapped data, and oversized headers
+    except SafetensorError as problem:
+        raise ConversionError(f"{file}: damaged, or not safetensors ({problem})") from problem
+    with open(file, "rb") as handle:
+        header_bytes = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(header_bytes))
+    header.pop("__metadata__", None)
+    table = {}
+    for name, entry in header.items():
+        shape = tuple(entry["shape"])
+        offset = 8 + header_bytes + entry["data_offsets"][0]
+        table[name] = Stored(entry["dtype"], shape, _contiguous(shape), offset)
+    return table
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _read_bin(file: Path) -> dict[str, Stored]:
+    """What torch.save wrote. Read where it lies, but for the format before torch 1.6, which is read as a whole."""
+    try:
+        in_place = _can_be_mapped(file)
+        state = torch.load(file, map_location="meta" if in_place else "cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as problem:  # torch lets unpickling, zip, runtime and end-of-file errors through
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise ConversionError(
+            f"{file}: damaged, or holds more than plain tensors, which is not loaded ({reason})"
+        ) from problem
+    if not isinstance(state, Mapping) or not all(
+        isinstance(value, Tensor) and value.layout == torch.strided for value in state.values()
+    ):
+        raise ConversionError(f"{file}: expected a mapping of names to tensors")
+    return {str(name): _stored(file, str(name), tensor.detach(), in_place) for name, tensor in state.items()}
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether tensors lie in a zip file as they are: uncompressed, and in this machine's order of bytes."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        orders = {archive.read(name).decode() for name in archive.namelist() if name.endswith("/byteorder")}
+        return orders <= {sys.byteorder} and all(not entry.compress_type for entry in archive.infolist())
+
+
+def _stored(file: Path, name: str, tensor: Tensor, in_place: bool) -> Stored:
+    word, shape, size = word_for(tensor.dtype), tuple(tensor.shape), tensor.dtype.itemsize
+    if not in_place:
+        return Stored(word, shape, loaded=tensor)
+    storage = tensor.untyped_storage()
+    start: int = getattr(storage, "_checkpoint_offset")  # noqa: B009  torch declares it on one class, sets it on all
+    first = int(tensor.storage_offset())
+    stored = Stored(word, shape, tensor.stride(), start + first * size)
+    used = (first + stored.span) * size
+    if used > storage.nbytes() or start + used > file.stat().st_size:  # a pickle may say anything
+        raise ConversionError(f"{file}: damaged: {name} ends behind its data")
+    return stored

@@ -1,0 +1,109 @@
+"""Every type of rotary positions that a family admits, below the original length and beyond it, equals transformers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.verify.inputs import RANDOM_LENGTH
+from tests.parity.family_cases import FAMILY_CASES
+from tests.parity.test_families import Place, Prepared, check, prepare
+
+ONE_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
+ORIGINAL = RANDOM_LENGTH // 2  # the inputs are longer: what depends on the length is beyond it
+
+
+def rope(kind: str, pairs: int, original: int = ORIGINAL) -> dict[str, Any]:
+    """Fields of a type of rope for so many pairs of rotated dims."""
+    fields: dict[str, dict[str, Any]] = {
+        "default": {},
+        "linear": {"factor": 3.0},
+        "dynamic": {"factor": 3.0},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        },
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": original},
+        "longrope": {
+            "factor": 4.0,
+            "original_max_position_embeddings": original,
+            "short_factor": [1.0 + 0.1 * pair for pair in range(pairs)],
+            "long_factor": [2.0 + 0.7 * pair for pair in range(pairs)],
+        },
+    }
+    return {"rope_type": kind, "rope_theta": 1e4, **fields[kind]}
+
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+CASE_TO_START_FROM = {"gpt_neox": 1}  # the first case rotates one pair, which "dynamic" divides by 0
+
+
+def rope_cases() -> dict[str, dict[str, Any]]:
+    """The first case with rotary positions of each family, with each type in turn. The length is the original one."""
+    cases = {}
+    for family in FAMILIES:
+        configs = [config for config in FAMILY_CASES.values() if config["model_type"] == family]
+        config = configs[CASE_TO_START_FROM.get(family, 0)]
+        model = read_model(config)
+        if any(model.decoder.rotary) and hasattr(model.config, "rope_parameters"):
+            cases.update({f"{family}-{kind}": with_rope(config, model, kind) for kind in KINDS})
+    return cases
+
+
+def with_rope(config: dict[str, Any], model: HFModel, kind: str) -> dict[str, Any]:
+    """A config with another rope, for the full layers where there are two ropes, and for the same part of a head."""
+    pairs = next(one for one in model.decoder.rotary if one is not None).dim // 2
+    before = model.config.rope_parameters
+    kept = {name: before[name] for name in ("partial_rotary_factor",) if name in before}
+    parameters: dict[str, Any] = {**rope(kind, pairs), **kept}
+    if "full_attention" in before:
+        parameters = {"full_attention": parameters, "sliding_attention": dict(before["sliding_attention"])}
+    rest = {name: value for name, value in config.items() if name not in ONE_ROPE}
+    length = {"max_position_embeddings": ORIGINAL, "original_max_position_embeddings": ORIGINAL}
+    return {
+        **rest,
+        **{name: length[name] for name in length if hasattr(model.config, name)},
+        "rope_parameters": parameters,
+    }
+
+
+CASES = rope_cases()
+ONLY = {"phi3": ("default", "longrope")}  # transformers' own config class refuses the others
+
+
+def admitted(case: str) -> bool:
+    family, _, kind = case.rpartition("-")
+    return kind in ONLY.get(family, KINDS)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
+    return prepare(CASES, tmp_path_factory)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if admitted(case)])
+def test_a_rope_equals_transformers(case: str, prepared: Callable[[str], Prepared]) -> None:
+    check(case, (1, 1, False), prepared)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("place", [(2, 1, True), (2, 2, False)], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if admitted(case)])
+def test_a_rope_at_every_axis(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
+    check(case, place, prepared)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not admitted(case)])
+def test_a_rope_that_transformers_refuses_is_refused(case: str) -> None:
+    with pytest.raises(ConversionError):
+        read_model(CASES[case])
+
+
+def test_the_families_with_ropes() -> None:
+    families = {case.rpartition("-")[0] for case in CASES}
+    assert families == set(FAMILIES) - {"gpt2", "gptj", "opt", "bloom"}
