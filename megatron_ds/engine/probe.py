@@ -20,7 +20,7 @@ class GradientProbe(torch.optim.Optimizer):
         self._kept: dict[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Keep what is there."""
         for group in self.param_groups:
             for parameter in group["params"]:

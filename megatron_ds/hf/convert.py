@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.export import exporting
+from megatron_ds.hf.export import exporting, not_ours
 from megatron_ds.hf.weights import HFWeights
 
 
@@ -20,18 +21,34 @@ def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, ma
 
     Args:
         source: config.json, weights, and what else belongs to the model.
-        target: replaced if it is there; nothing is left there on failure.
+        target: a model that is there is replaced at the end; on failure it stays, and nothing else is left.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
         max_shard_size: such as "5GB".
 
     Raises:
-        ConversionError: the source cannot be read without changing its meaning, or does not fit into the dtype.
+        ConversionError: the source cannot be read without changing its meaning, or does not fit into the dtype; the
+            target is the source, or holds something else than a model.
     """
+    _check_target(Path(source), Path(target))
     weights = HFWeights(source, read_model(source))
     with exporting(target, weights.model, dtype, max_shard_size) as export, _one_thread():
-        for name in weights.model.table:
-            export.add(name, weights.whole(name))
+        for name, whole in weights.each():
+            export.add(name, whole)
         export.finish(source, source)
+
+
+def _check_target(source: Path, target: Path) -> None:
+    ours, theirs = target.resolve(), source.resolve()
+    if ours == theirs or ours in theirs.parents:
+        raise ConversionError(f"{target} would replace {source}, which is read; choose another directory")
+    if target.exists() and not target.is_dir():
+        raise ConversionError(f"{target} is a file; choose another place for the directory")
+    strangers = not_ours(target) if target.is_dir() else []
+    if strangers:
+        raise ConversionError(
+            f"{target} would be replaced, and holds {strangers[0]}, which is no file of a model; choose another "
+            "directory"
+        )
 
 
 @contextmanager

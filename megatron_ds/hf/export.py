@@ -58,6 +58,8 @@ class DirectoryExport:
     """
 
     def __init__(self, target: str | Path, model: HFModel, dtype: str | None, max_shard_size: str) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise ConversionError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
         self.model, self.dtype = model, DTYPES[dtype] if dtype else None
         max_shard_bytes = parse_size(max_shard_size)
         self._target = Path(target).resolve()
@@ -105,7 +107,7 @@ class DirectoryExport:
             return cast
         if bool((cast.isinf() & whole.isfinite()).any()):
             raise ConversionError(
-                f"export.dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
+                f"dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
                 f"{float(whole.abs().max()):g}; nearest: bfloat16"
             )
         return cast

@@ -10,11 +10,14 @@ import json
 import mmap
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,7 +96,7 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
         raise ConversionError(f"{file}: damaged, or not safetensors ({problem})") from problem
     with open(file, "rb") as handle:
         header_bytes = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(header_bytes))
+        header = json.loads(handle.read(header_bytes), object_pairs_hook=partial(_without_repeats, file))
     header.pop("__metadata__", None)
     table = {}
     for name, entry in header.items():
@@ -101,6 +104,15 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
         offset = 8 + header_bytes + entry["data_offsets"][0]
         table[name] = Stored(entry["dtype"], shape, _contiguous(shape), offset)
     return table
+
+
+def _without_repeats(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What safetensors itself lets through: the last of several entries of one name would count."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ConversionError(f"{file}: damaged, or not safetensors ({repeated} stands twice in its header)")
+    return found
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -124,11 +124,23 @@ class Op:
                 return index
         raise AssertionError(f"axis {axis!r} leads no dim of {self.native!r}")
 
-    def read(self, reader: Reader, sizes: Sizes, axis: str | None = None, start: int = 0, stop: int = 0) -> Tensor:
+    def read(
+        self,
+        reader: Reader,
+        sizes: Sizes,
+        axis: str | None = None,
+        start: int = 0,
+        stop: int = 0,
+        *,
+        place: Tensor | None = None,
+    ) -> Tensor:
         """Make the native parameter, or the share [start, stop) of one axis; touches no element outside the share.
 
         The result is a view of a single source where its layout allows one. Sources of different types are stacked in
         one that holds both.
+
+        Args:
+            place: bytes for stacked sources to be put in, if they suffice; None = new memory.
         """
         local = dict(sizes) if axis is None else {**sizes, axis: stop - start}
 
@@ -142,7 +154,7 @@ class Op:
         for source in range(len(self.sources)):  # one at a time: a view keeps what was read through it in memory
             entries = part(source)
             if source == 0:
-                whole = entries.new_empty(self.native_shape(local))
+                whole = _allocate(self.native_shape(local), entries.dtype, place)
             elif entries.dtype != whole.dtype:
                 whole = whole.to(torch.promote_types(entries.dtype, whole.dtype))
             self._slot(source, whole, local).copy_(entries)
@@ -187,6 +199,13 @@ class Op:
 
     def _axes(self, source: int) -> list[str]:
         return [axis for dim in self._dims(source) for axis in dim.axes(self._piece(source))]
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, place: Tensor | None) -> Tensor:
+    size_bytes = prod(shape) * dtype.itemsize
+    if place is None or len(place) < size_bytes:
+        return torch.empty(shape, dtype=dtype)
+    return place[:size_bytes].view(dtype).view(shape)
 
 
 def copy(pattern: str) -> Op:

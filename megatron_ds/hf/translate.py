@@ -160,8 +160,8 @@ def _rotated_dims(parameters: Mapping[str, Any], head_dim: int, partial: bool, p
     dim = int(head_dim * part)
     if part > 1.0 or dim < 2 or dim % 2:
         raise ConversionError(
-            f"{path}.partial_rotary_factor={part} rotates {dim} of head_dim={head_dim}; it must be an even number from 2 "
-            f"to {head_dim}"
+            f"{path}.partial_rotary_factor={part} rotates {dim} of head_dim={head_dim}; it must be an even number "
+            f"from 2 to {head_dim}"
         )
     return dim
 

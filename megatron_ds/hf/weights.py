@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
@@ -63,10 +64,24 @@ class HFWeights:
         covering = row.op.read(self._reader(row, ahead=False), sizes, row.split, first, last)
         return pad_share(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
 
-    def whole(self, name: str) -> Tensor:
-        """One whole native parameter, in its dtype on disk, without padding."""
+    def whole(self, name: str, place: Tensor | None = None) -> Tensor:
+        """One whole native parameter, in its dtype on disk, without padding.
+
+        Args:
+            place: bytes that it may be put in; None = new memory.
+        """
         row = self.model.table[name]
-        return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes)
+        return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes, place=place)
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """Every native parameter by name, whole. Two may lie in the same memory: done with one, ask for the next.
+
+        New memory for each would cost as much as reading: the kernel clears it first.
+        """
+        stacked = [row for row in self.model.table.values() if len(row.names) > 1]
+        place = torch.empty(max(map(self._size_bytes, stacked), default=0), dtype=torch.uint8)
+        for name in self.model.table:
+            yield name, self.whole(name, place)
 
     @property
     def num_params(self) -> int:
@@ -79,6 +94,10 @@ class HFWeights:
 
     def _reader(self, row: Row, *, ahead: bool) -> Reader:
         return lambda source: self._source.tensor(self._on_disk[row.names[source]], ahead=ahead)
+
+    def _size_bytes(self, row: Row) -> int:
+        widest = max(DTYPES[self._source.dtype(self._on_disk[name])].itemsize for name in row.names)
+        return prod(row.op.native_shape(self.model.axis_sizes)) * widest
 
     def _is_tied(self, by_config: bool) -> bool:
         """Tied where the config says so, unless both tensors are there and differ."""

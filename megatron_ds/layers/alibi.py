@@ -21,12 +21,19 @@ class Alibi:
     scale: float = 1.0
     bf16: bool = False
 
-    def bias(self, length: int, heads: range, num_heads: int, like: Tensor) -> Tensor:
-        """(1, heads, 1, S) in `like`'s dtype and device, for some of the model's heads."""
+    def bias(self, length: int, heads: range, num_heads: int, like: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """(B or 1, heads, 1, S) in `like`'s dtype and device, for some of the model's heads.
+
+        Positions count the tokens that `key_mask` (B, S) shows: padding on the left moves none, which matters to how
+        they are rounded.
+        """
         slopes = alibi_slopes(num_heads)[heads.start : heads.stop, None].to(like.device)
-        positions = torch.arange(length, device=like.device)
-        bias = slopes.bfloat16() * positions if self.bf16 else slopes * positions
-        return (bias.to(like.dtype) * self.scale)[None, :, None, :]
+        positions = torch.arange(length, device=like.device)[None]
+        if key_mask is not None:
+            seen = key_mask.long()
+            positions = (seen.cumsum(1) - 1) * seen
+        bias = (slopes.bfloat16() if self.bf16 else slopes) * positions[:, None, :]
+        return (bias.to(like.dtype) * self.scale)[:, :, None, :]
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

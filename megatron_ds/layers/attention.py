@@ -113,13 +113,13 @@ class CausalSelfAttention(nn.Module):
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if shape.softcap is not None:
-                y = self._capped(q, k, v, mask, dropout)
+                y = self._capped(q, k, v, self._bias(q, mask, key_mask), dropout)
             else:
                 y = F.scaled_dot_product_attention(
                     q,
                     k,
                     v,
-                    mask if shape.alibi is None else self._bias(q, mask),
+                    mask if shape.alibi is None else self._bias(q, mask, key_mask),
                     dropout,
                     is_causal=plain,
                     scale=shape.scale,
@@ -127,22 +127,23 @@ class CausalSelfAttention(nn.Module):
                 )
         return y.permute(2, 0, 1, 3).flatten(2)
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
         """The formula written out, because no kernel of torch caps scores. Makes (B, N/t, S, S) tensors."""
         assert self.shape.softcap is not None
         scores = (q @ k.transpose(-1, -2)) * self.shape.scale
         scores = torch.tanh(scores / self.shape.softcap) * self.shape.softcap
-        bias = self._bias(q, mask)
         probabilities = F.softmax(scores + bias, dim=-1, dtype=torch.float32).to(q.dtype)
         return F.dropout(probabilities, dropout) @ v
 
-    def _bias(self, q: Tensor, mask: Tensor | None) -> Tensor:
+    def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
         """(1 or B, 1 or N/t, S, S) added to the scores: ALiBi, and the lowest number where a key is not seen."""
         length = q.shape[2]
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
         alibi = self.shape.alibi
-        seen = alibi.bias(length, self.heads, self.shape.num_heads, q) if alibi is not None else q.new_zeros(())
+        if alibi is None:
+            return torch.where(mask, q.new_zeros(()), torch.finfo(q.dtype).min)
+        seen = alibi.bias(length, self.heads, self.shape.num_heads, q, key_mask)
         return torch.where(mask, seen, torch.finfo(q.dtype).min)
 
     def _for_each_head(self, part: Tensor, shares_heads: bool) -> Tensor:

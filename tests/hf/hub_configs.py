@@ -1,4 +1,7 @@
-"""config.json of models on the Hugging Face hub, with all that they carry: one file each, named organisation--model."""
+"""What config.json of models on the Hugging Face hub carries: one file each, named organisation--model.
+
+Written down from what is published, not downloaded: a value may differ from today's file, the fields are what counts.
+"""
 
 import json
 from pathlib import Path

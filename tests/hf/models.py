@@ -59,13 +59,16 @@ def declarations(weights: HFWeights) -> dict[str, ParamSpec]:
 
 
 def gathered(weights: HFWeights, name: str, spec: ParamSpec, size: int) -> torch.Tensor:
-    """The shares of all tensor ranks, put together and without padding."""
+    """The shares of all tensor ranks, put together and without padding; ranks that hold the same share agree on it."""
     shares = [weights.share(name, spec, rank, size) for rank in range(size)]
     assert all(share.shape == spec.local_shape(size) for share in shares), name
     if spec.split_dim is None:
         assert all(torch.equal(share, shares[0]) for share in shares), name
         return shares[0]
-    return torch.cat(shares, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
+    holders = size // spec.shares(size)
+    firsts = shares[::holders]
+    assert all(torch.equal(share, firsts[rank // holders]) for rank, share in enumerate(shares)), name
+    return torch.cat(firsts, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
 
 
 def export(

@@ -1,16 +1,19 @@
-"""A directory of transformers, read in shares and exported again, is the same bit by bit; each rank reads its part."""
+"""A directory of transformers, read in shares and exported again, is the same bit by bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_ds.config import ExportSection
 from megatron_ds.engine import Engine
-from megatron_ds.hf.config import read_model
-from megatron_ds.hf.io import TensorSource
-from megatron_ds.hf.weights import HFWeights
+from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.family import Row, fused_qkv
+from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.models.config import DecoderConfig
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.train.export import export_live
 from tests.hf.models import DTYPES, declarations, export, hashes
@@ -30,35 +33,38 @@ def test_bit_exact(case: str, dtype: str, tensor_size: int, saved: Path, tmp_pat
     assert read_model(tmp_path / "out").decoder == read_model(source).decoder
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_rank_reads_its_share_only(case: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fused_llama(model: HFModel) -> HFModel:
+    """The same model under a table that keeps each group's queries, key and value together in one tensor."""
+
+    def rows(config: DecoderConfig) -> list[Row]:
+        separate = [row for row in model.family.rows(config) if ".attention.qkv." not in row.native]
+        name = "model.layers.{n}.self_attn.qkv_proj"
+        return separate + fused_qkv("blocks.{n}.attention.qkv", name, "(k [g|1|1] d)", bias=config.qkv_bias)
+
+    return HFModel(replace(model.family, rows=rows), model.config, model.decoder)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-uneven", "llama-tied-bias"])
+def test_shares_of_fused_groups_are_those_of_separate_tensors(case: str, saved: Path, tmp_path: Path) -> None:
+    """Also where a rank's query heads end within a group, and where ranks share a key head."""
     source = saved / case / "float32"
-    weights = HFWeights(source, read_model(source))
-    specs = declarations(weights)
-    read = [0]
-    original = TensorSource.read
-
-    def counting(self: TensorSource, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        part = original(self, name, slices)
-        read[0] += part.numel()
-        return part
-
-    monkeypatch.setattr(TensorSource, "read", counting)
-    for size in (2, 4):
-        for rank in range(size):
-            for name, spec in specs.items():
-                read[0] = 0
-                weights.share(name, spec, rank, size)
-                start, stop = spec.local_range(rank, size)
-                split = spec.split_dim
-                expected = spec.numel if split is None else spec.numel // spec.shape[split] * (stop - start)
-                assert read[0] == expected, (name, rank, size)
+    separate = HFWeights(source, read_model(source))
+    model = fused_llama(separate.model)
+    to_hf = ToHF(model)
+    tensors = {theirs: tensor for name in model.table for theirs, tensor in to_hf.add(name, separate.whole(name))}
+    assert len(tensors) == len(hashes(source)) - 2 * 4 * (2 if case == "llama-tied-bias" else 1)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    fused = HFWeights(tmp_path, model)
+    for name, spec in declarations(separate).items():
+        assert torch.equal(fused.whole(name), separate.whole(name)), name
+        for size in (2, 4):
+            for rank in range(size):
+                ours, expected = (weights.share(name, spec, rank, size) for weights in (fused, separate))
+                assert torch.equal(ours, expected), (name, rank, size)
 
 
 def test_rank_that_holds_only_padding(tmp_path: Path, saved: Path) -> None:
     """5 words over 4 ranks: 2, 2, 1, 0."""
-    from safetensors.torch import load_file, save_file
-
     source = saved / "qwen2" / "float32"
     tensors = load_file(source / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -1,5 +1,7 @@
 """The tables name exactly the parameters of our models and the tensors of transformers', with their shapes."""
 
+import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -7,19 +9,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ds.hf.config import read_model
+from megatron_ds.hf.family import Family
+from megatron_ds.hf.mapping import Part
+from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.models.gpt import decoder_stages
 from megatron_ds.models.stages import StageModel
 from tests.parity.cases import CONFIGS
+from tests.parity.family_cases import FAMILY_CASES
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **CONFIGS,
+    **FAMILY_CASES,
     "llama-attention-bias": {**CONFIGS["llama"], "attention_bias": True},
     "llama-mlp-bias": {**CONFIGS["llama"], "mlp_bias": True},
     "llama-head-dim": {**CONFIGS["llama"], "head_dim": 6},
-    "llama-one-kv-head": {**CONFIGS["llama"], "num_key_value_heads": 1},
-    "mistral-tied": {**CONFIGS["mistral"], "tie_word_embeddings": True, "sliding_window": None},
     "qwen3-tied-bias": {**CONFIGS["qwen3"], "attention_bias": True},
-    "qwen3-untied": {**CONFIGS["qwen3"], "tie_word_embeddings": False},
 }
 
 
@@ -41,10 +45,61 @@ def test_table_is_transformers_model(case: str) -> None:
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**OPTIONS[case]))
     expected = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}  # a tied head is one
-    rows = model.table.values()
-    named = [(name, row.op.source_shape(at, model.axis_sizes)) for row in rows for at, name in enumerate(row.names)]
-    assert len(dict(named)) == len(named), "a tensor stands in two rows"
-    assert dict(named) == expected
+    if model.family.model_type == "gpt_neox" and "lm_head.weight" in expected:
+        expected["embed_out.weight"] = expected.pop("lm_head.weight")  # its name on disk
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for row in model.table.values():
+        for at, name in enumerate(row.names):
+            shapes.setdefault(name, set()).add(row.op.source_shape(at, model.axis_sizes))
+    assert shapes == {name: {shape} for name, shape in expected.items()}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_every_piece_stands_in_one_row(case: str) -> None:
+    """A whole tensor once, a fused one once a piece: nothing is read twice, nothing is left out."""
+    model, pieces = read_model(OPTIONS[case]), Counter[tuple[str, int]]()
+    of_one: dict[str, set[int]] = {}
+    for row in model.table.values():
+        for name, source in zip(row.names, row.op.sources):
+            piece = source.piece if isinstance(source, Part) else 0
+            pieces[name, piece] += 1
+            of_one.setdefault(name, set()).add(source.pattern.count("|") + 1 if isinstance(source, Part) else 1)
+    assert set(pieces.values()) == {1}
+    assert all(len(counts) == 1 for counts in of_one.values()), "a tensor is fused in two ways"
+    assert all((name, piece) in pieces for name, counts in of_one.items() for piece in range(max(counts)))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_buffers_are_ignored_by_their_whole_names(family: Family) -> None:
+    """What is ignored can't be a weight, and a longer name that ends or begins alike is not ignored."""
+    names = {name for case in OPTIONS.values() for name in _names(case) if case["model_type"] == family.model_type}
+    assert names
+    for pattern in family.ignored:
+        assert pattern.startswith("^") and pattern.endswith("$")
+        assert not [name for name in names if re.search(pattern, name)]
+
+
+@pytest.mark.parametrize(
+    ("family", "buffer"),
+    [
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "h.11.attn.masked_bias"),
+        ("gptj", "transformer.h.3.attn.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.5.attention.bias"),
+        ("gpt_neox", "layers.5.attention.rotary_emb.inv_freq"),
+        ("llama", "model.layers.31.self_attn.rotary_emb.inv_freq"),
+        ("qwen2", "rotary_emb.inv_freq"),
+        ("opt", "decoder.version"),
+        ("falcon", "transformer.h.7.self_attention.rotary_emb.inv_freq"),
+    ],
+)
+def test_buffers_of_old_checkpoints_are_ignored(family: str, buffer: str) -> None:
+    assert any(re.search(pattern, buffer) for pattern in FAMILIES[family].ignored)
+    assert not any(re.search(pattern, f"other.{buffer}") for pattern in FAMILIES[family].ignored)
+
+
+def _names(config: dict[str, Any]) -> set[str]:
+    return {name for row in read_model(config).table.values() for name in row.names}
 
 
 def test_tied_model_has_no_head_and_knows_it_again() -> None:

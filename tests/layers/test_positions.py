@@ -101,17 +101,29 @@ def _slopes(num_heads: int) -> list[torch.Tensor]:
     from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon
 
     ones = torch.ones(1, 300, dtype=torch.int64)
+    padded = ones.clone()
+    padded[0, :37] = 0
     theirs = build_alibi_tensor(ones, num_heads, torch.float32)
     rounded = falcon(ones, num_heads, torch.float32)
     every = range(num_heads)
     ours = Alibi().bias(300, every, num_heads, torch.empty(0))
     ours_rounded = Alibi(bf16=True).bias(300, every, num_heads, torch.empty(0))
-    return [theirs, ours[0], rounded, ours_rounded[0], alibi_slopes(num_heads)]
+    behind = Alibi(bf16=True).bias(300, every, num_heads, torch.empty(0), padded.bool())
+    return [
+        theirs,
+        ours[0],
+        rounded,
+        ours_rounded[0],
+        alibi_slopes(num_heads),
+        falcon(padded, num_heads, torch.float32),
+        behind[0],
+    ]
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 6, 8, 12, 71])
 def test_slopes_equal_transformers(num_heads: int) -> None:
-    theirs, ours, rounded, ours_rounded, slopes = run_alone(_slopes, num_heads)
+    theirs, ours, rounded, ours_rounded, slopes, padded, behind = run_alone(_slopes, num_heads)
+    assert torch.equal(behind, padded)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert torch.equal(ours_rounded, rounded)
     assert not torch.equal(rounded, theirs), "Falcon rounds its biases"

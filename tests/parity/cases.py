@@ -18,7 +18,7 @@ _COMMON = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-_LLAMA3_ROPE = {
+LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
     "factor": 8.0,
@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 0,
     },
     "gpt2-untied": {"tie_word_embeddings": False, "n_inner": 48},
-    "llama": {"model_type": "llama", **_COMMON, "rope_parameters": _LLAMA3_ROPE},
+    "llama": {"model_type": "llama", **_COMMON, "rope_parameters": LLAMA3_ROPE},
     "llama-tied-bias": {
         "model_type": "llama",
         **_COMMON,

@@ -6,16 +6,9 @@ A name begins with its `model_type`. Sequences of 32 go past the windows, and pa
 
 from typing import Any
 
-VOCAB = 131  # prime: no tensor size divides it
+from tests.parity.cases import LLAMA3_ROPE, VOCAB
+
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 _TOKENS = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 _GPT = {**_TOKENS, "n_embd": 32, "n_layer": 4, "n_head": 8, "n_positions": 64}

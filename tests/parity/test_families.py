@@ -37,7 +37,7 @@ def fits(case: str, place: Place) -> bool:
 
 
 def covering() -> list[tuple[str, Place]]:
-    """Each case alone and on some ranks; the first of each family with all axes, the others with one after the other."""
+    """Each case alone and on some ranks: the first of each family on all axes, the others on one after the other."""
     chosen, seen = [], Counter[str]()
     for case, config in FAMILY_CASES.items():
         start = seen[config["model_type"]] % len(QUICK)

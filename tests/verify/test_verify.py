@@ -99,7 +99,7 @@ def test_a_launchers_rank_is_refused(directory_of: Directories, monkeypatch: pyt
 
 
 def test_no_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="no config.json"):
+    with pytest.raises(ConversionError, match=r"no config\.json"):
         mds.verify_hf(tmp_path)
 
 
