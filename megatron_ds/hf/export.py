@@ -68,7 +68,7 @@ class DirectoryExport:
         self.directory.mkdir(parents=True)
         names = (name for row in model.table.values() for name in row.names)
         self._writer = ShardWriter(self.directory, max_shard_bytes, names)
-        self._to_hf = ToHF(model)
+        self._to_hf = ToHF(model, reuse=True)
         self._added: set[str] = set()
         self._elements_of: Counter[torch.dtype] = Counter()
 

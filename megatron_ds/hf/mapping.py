@@ -154,7 +154,7 @@ class Op:
         for source in range(len(self.sources)):  # one at a time: a view keeps what was read through it in memory
             entries = part(source)
             if source == 0:
-                whole = _allocate(self.native_shape(local), entries.dtype, place)
+                whole = allocate(self.native_shape(local), entries.dtype, place)
             elif entries.dtype != whole.dtype:
                 whole = whole.to(torch.promote_types(entries.dtype, whole.dtype))
             self._slot(source, whole, local).copy_(entries)
@@ -201,7 +201,8 @@ class Op:
         return [axis for dim in self._dims(source) for axis in dim.axes(self._piece(source))]
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, place: Tensor | None) -> Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, place: Tensor | None) -> Tensor:
+    """A tensor whose values are not set, in these bytes if they suffice."""
     size_bytes = prod(shape) * dtype.itemsize
     if place is None or len(place) < size_bytes:
         return torch.empty(shape, dtype=dtype)

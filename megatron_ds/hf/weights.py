@@ -16,7 +16,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Row
 from megatron_ds.hf.files import DTYPES
 from megatron_ds.hf.io import TensorSource, open_directory
-from megatron_ds.hf.mapping import Part, Reader, tile
+from megatron_ds.hf.mapping import Part, Reader, allocate, tile
 from megatron_ds.layers.parameter import ParamSpec, pad_share
 
 
@@ -144,15 +144,20 @@ class ToHF:
     """Whole native parameters -> Hugging Face tensors, one parameter at a time, in any order.
 
     A fused tensor is given when the last of its pieces has come, so that pieces should come near one another.
+
+    Args:
+        model: what is converted.
+        reuse: a fused tensor may be put where the one before was, with which the caller is done.
     """
 
-    def __init__(self, model: HFModel) -> None:
-        self.model = model
+    def __init__(self, model: HFModel, *, reuse: bool = False) -> None:
+        self.model, self._reuse = model, reuse
         assert_each_once(model.table)
         self._missing = Counter(
             theirs for row in model.table.values() for source, theirs in enumerate(row.names) if row.op.is_piece(source)
         )
         self._fused: dict[str, Tensor] = {}
+        self._place: Tensor | None = None
 
     def add(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take one native parameter; gives the tensors that are complete with it. They may be views of it."""
@@ -162,11 +167,22 @@ class ToHF:
                 yield theirs, row.op.write(source, whole, sizes)
                 continue
             if theirs not in self._fused:
-                self._fused[theirs] = whole.new_empty(row.op.source_shape(source, sizes))
+                self._fused[theirs] = self._begin(row.op.source_shape(source, sizes), whole)
             row.op.write_piece(source, whole, sizes, self._fused[theirs])
             self._missing[theirs] -= 1
             if self._missing[theirs] == 0:
-                yield theirs, self._fused.pop(theirs)
+                yield theirs, self._fused[theirs]
+                self._end(self._fused.pop(theirs))
+
+    def _begin(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        if not self._reuse:
+            return like.new_empty(shape)
+        place, self._place = self._place, None
+        return allocate(shape, like.dtype, place)
+
+    def _end(self, fused: Tensor) -> None:
+        if self._reuse:
+            self._place = torch.empty(0, dtype=torch.uint8).set_(fused.untyped_storage())
 
 
 def assert_each_once(table: Mapping[str, Row]) -> None:

@@ -54,6 +54,7 @@ def run_rank(
     info: RankInfo, weights: HFWeights, inputs: Sequence[Probe], layout: Layout, sequence: bool, results: Path
 ) -> list[Findings]:
     """Run all inputs as one rank of `layout` and compare with what the reference left in `results`."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // layout.world_size))
     device = start_distributed(info)
     grid = create_grid(layout, info.rank)
     decoder = without_dropout(weights.model.decoder)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank import rank_from_environment
 from megatron_ds.verify.compare import Difference
 from megatron_ds.verify.inputs import Probe, probes
-from megatron_ds.verify.ours import Findings, run_rank
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.report import InputReport, Report, RoundTrip
+
+if TYPE_CHECKING:
+    from megatron_ds.verify.ours import Findings
 
 Note = Callable[[str], None]
 
@@ -57,6 +60,8 @@ def verify_hf(
     check_layout(decoder.shape(), tp, pp, names=("--tp", "--pp"))
     inputs, not_reached = probes(decoder, tp if sequence else 1)
     _preload()
+    from megatron_ds.verify.ours import run_rank
+
     with tempfile.TemporaryDirectory(prefix="megatron_ds-verify-") as folder:
         results = Path(folder)
         note("transformers: logits, loss and gradients")
@@ -81,7 +86,7 @@ def verify_hf(
 def _preload() -> None:
     """Import all that the ranks need before they are forked, and nothing that starts a thread or an accelerator."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
-    from megatron_ds.engine import preload
+    from megatron_ds.engine import preload  # not before `quiet_libraries`
 
     preload()
 
