@@ -34,6 +34,7 @@ def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, ma
     with exporting(target, weights.model, dtype, max_shard_size) as export, _one_thread():
         for name, whole in weights.each():
             export.add(name, whole)
+            del whole  # what it was read from leaves memory before the next is read
         export.finish(source, source)
 
 

@@ -44,6 +44,8 @@ WEIGHT_FILES = (
 OTHER_FILES = ("config.json", "generation_config.json", "additional_chat_templates")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_CHECKED_AT_ONCE = 2**20
+
 
 class DirectoryExport:
     """Collect whole native parameters, one at a time, into a Hugging Face directory that appears at once.
@@ -103,13 +105,16 @@ class DirectoryExport:
 
     def _cast(self, name: str, whole: Tensor) -> Tensor:
         cast = whole.to(self.dtype or whole.dtype)
-        if cast.dtype == whole.dtype or all(bool(end.isfinite()) for end in cast.aminmax()):
+        if torch.finfo(cast.dtype).max >= torch.finfo(whole.dtype).max:
             return cast
-        if bool((cast.isinf() & whole.isfinite()).any()):
-            raise ConversionError(
-                f"dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, whose largest value is "
-                f"{float(whole.abs().max()):g}; nearest: bfloat16"
-            )
+        rows = max(1, _CHECKED_AT_ONCE // max(1, whole[0].numel()))
+        for given, made in zip(whole.split(rows), cast.split(rows)):
+            if bool((made.isinf() & given.isfinite()).any()):
+                largest = float(given[given.isfinite()].abs().max())
+                raise ConversionError(
+                    f"dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, which has a value of size "
+                    f"{largest:g}; nearest: bfloat16"
+                )
         return cast
 
     def _write_generation_config(self, model_path: str | Path | None) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -54,19 +55,20 @@ class _Dim:
     pieces: tuple[tuple[str, ...], ...]
     inner: tuple[str, ...] = ()
 
-    def axes(self, piece: int) -> tuple[str, ...]:
-        """The axes of one piece (of the only one, where the dim is not fused)."""
-        return (*self.outer, *self._of(piece), *self.inner)
+    def axes(self, piece: int, *, star: bool = False) -> tuple[str, ...]:
+        """The axes of one piece (of the only one, where the dim is not fused); of several alike with `*` over them."""
+        over = (STAR,) if star and len(self.pieces) > 1 else ()
+        return (*self.outer, *over, *self._of(piece), *self.inner)
 
     def length(self, sizes: Sizes) -> int:
         """Length of the whole dim, all pieces of it."""
         return _count(self.outer, sizes) * sum(_count(one, sizes) for one in self.pieces) * _count(self.inner, sizes)
 
-    def select(self, whole: Tensor, dim: int, sizes: Sizes, piece: int) -> Tensor:
-        """View `whole`, this dim of it split into outer axes, pieces and inner axes, without the other pieces."""
+    def select(self, whole: Tensor, dim: int, sizes: Sizes, piece: int, count: int) -> Tensor:
+        """View `whole`, this dim split into outer axes, pieces and inner axes, with `count` pieces from `piece` on."""
         lengths = [_count(one, sizes) for one in self.pieces]
         split = whole.unflatten(dim, (_count(self.outer, sizes), sum(lengths), _count(self.inner, sizes)))
-        return split.narrow(dim + 1, sum(lengths[:piece]), lengths[piece]) if len(lengths) > 1 else split
+        return split.narrow(dim + 1, sum(lengths[:piece]), count * lengths[piece]) if len(lengths) > 1 else split
 
     def _of(self, piece: int) -> tuple[str, ...]:
         return self.pieces[piece if len(self.pieces) > 1 else 0]
@@ -111,6 +113,15 @@ class Op:
         """Whether a source is a piece of a fused tensor, of which other parameters hold the rest."""
         return isinstance(self.sources[source], Part)
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the sources are pieces of one tensor that lie one after the other, all alike: a view of it."""
+        first = self.sources[0]
+        return isinstance(first, Part) and all(
+            source == Part(first.pattern, first.piece + index) and self._axes(index) == self._axes(0)
+            for index, source in enumerate(self.sources)
+        )
+
     def native_shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Shape of the whole native parameter."""
         return tuple(dim.length({**sizes, STAR: len(self.sources)}) for dim in _parse(self.native))
@@ -136,7 +147,7 @@ class Op:
     ) -> Tensor:
         """Make the native parameter, or the share [start, stop) of one axis; touches no element outside the share.
 
-        The result is a view of a single source where its layout allows one. Sources of different types are stacked in
+        The result is a view of a single tensor where its layout allows one. Sources of different types are stacked in
         one that holds both.
 
         Args:
@@ -144,21 +155,25 @@ class Op:
         """
         local = dict(sizes) if axis is None else {**sizes, axis: stop - start}
 
-        def part(source: int) -> Tensor:
-            entries = self._in_native_order(source, reader(source), sizes)
-            return entries if axis is None else entries.narrow(self._order.index(axis), start, stop - start)
+        def part(source: int, count: int = 1) -> Tensor:
+            entries = self._in_native_order(source, reader(source), sizes, count)
+            names = self.native_axes if count > 1 else self._order
+            return entries if axis is None else entries.narrow(names.index(axis), start, stop - start)
 
         if len(self.sources) == 1:
             return part(0).reshape(self.native_shape(local))
+        if self.is_run:
+            with suppress(RuntimeError):  # its axes don't merge where they lie: stacked like others
+                return part(0, len(self.sources)).view(self.native_shape(local))
         whole = torch.empty(0)
         for source in range(len(self.sources)):  # one at a time: a view keeps what was read through it in memory
             entries = part(source)
             if source == 0:
-                whole = allocate(self.native_shape(local), entries.dtype, place)
+                whole = self._stack_like(entries, place)
             elif entries.dtype != whole.dtype:
                 whole = whole.to(torch.promote_types(entries.dtype, whole.dtype))
-            self._slot(source, whole, local).copy_(entries)
-        return whole
+            whole.select(self.native_axes.index(STAR), source).copy_(entries)
+        return whole.reshape(self.native_shape(local))
 
     def write(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
         """The inverse, for a whole native parameter: one Hugging Face tensor, a view of `native` where possible."""
@@ -177,12 +192,25 @@ class Op:
         """The axes of each source, in the order that they have in the native parameter."""
         return [name for name in self.native_axes if name != STAR]
 
-    def _in_native_order(self, source: int, whole: Tensor, sizes: Sizes) -> Tensor:
-        """View a Hugging Face tensor, or the piece of it, with a dim an axis."""
-        view, given = whole, self._axes(source)
+    def _in_native_order(self, source: int, whole: Tensor, sizes: Sizes, count: int = 1) -> Tensor:
+        """View a Hugging Face tensor, or `count` pieces of it, with a dim an axis."""
+        view, dims, piece = whole, self._dims(source), self._piece(source)
         for index in reversed(range(whole.dim())):
-            view = self._dims(source)[index].select(view, index, sizes, self._piece(source))
-        return view.view([sizes[name] for name in given]).permute([given.index(name) for name in self._order])
+            view = dims[index].select(view, index, sizes, piece, count)
+        given = [name for dim in dims for name in dim.axes(piece, star=count > 1)]
+        order = self.native_axes if count > 1 else self._order
+        split = view.view([{**sizes, STAR: count}[name] for name in given])
+        return split.permute([given.index(name) for name in order])
+
+    def _stack_like(self, entries: Tensor, place: Tensor | None) -> Tensor:
+        """Room for all sources, a dim a native axis, in memory in the order of one of them: transposing is slow."""
+        star = self.native_axes.index(STAR)
+        slowest = sorted(range(entries.dim()), key=lambda dim: -entries.stride()[dim])
+        order = [dim + (dim >= star) for dim in slowest]
+        order.insert(order.index(star - 1) + 1 if star else 0, star)
+        shape = [*entries.shape[:star], len(self.sources), *entries.shape[star:]]
+        room = allocate(tuple(shape[dim] for dim in order), entries.dtype, place)
+        return room.permute([order.index(dim) for dim in range(len(order))])
 
     def _slot(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
         """View what one source holds of a native parameter, with a dim an axis."""

@@ -74,13 +74,18 @@ class HFWeights:
         return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes, place=place)
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
-        """Every native parameter by name, whole. Two may lie in the same memory: done with one, ask for the next.
+        """Every native parameter by name, whole, in the order on disk, where the pieces of a tensor come together.
 
-        New memory for each would cost as much as reading: the kernel clears it first.
+        Two may lie in the same memory: done with one, let go of it and ask for the next. New memory for each would cost
+        as much as reading, as the kernel clears it first.
         """
+        position = {name: index for index, name in enumerate(self._source.names)}
         stacked = [row for row in self.model.table.values() if len(row.names) > 1]
         place = torch.empty(max(map(self._size_bytes, stacked), default=0), dtype=torch.uint8)
-        for name in self.model.table:
+        first = {
+            name: min(position[self._on_disk[theirs]] for theirs in row.names) for name, row in self.model.table.items()
+        }
+        for name in sorted(first, key=first.__getitem__):
             yield name, self.whole(name, place)
 
     @property
@@ -189,7 +194,7 @@ def assert_each_once(table: Mapping[str, Row]) -> None:
     """Every element of every Hugging Face tensor stands in one native parameter: pieces of fused ones tile them."""
     uses: dict[str, list[str | Part]] = defaultdict(list)
     for row in table.values():
-        assert len(row.names) == len(row.op.sources), row
+        assert len(row.names) == len(row.op.sources) and (len(set(row.names)) == 1 or not row.op.is_run), row
         for name, source in zip(row.names, row.op.sources):
             uses[name].append(source)
     for name, sources in uses.items():

@@ -165,7 +165,7 @@ def test_value_that_the_dtype_cannot_hold(saved: Path, tmp_path: Path) -> None:
                 "exit.norm.weight", torch.full((32,), -1e5)
             )
         assert str(caught.value) == (
-            "dtype=float16 cannot hold exit.norm.weight, whose largest value is 100000; nearest: bfloat16"
+            "dtype=float16 cannot hold exit.norm.weight, which has a value of size 100000; nearest: bfloat16"
         )
         with pytest.raises(AssertionError, match="added before"):
             out.add("exit.norm.weight", torch.ones(32))
