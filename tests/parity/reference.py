@@ -15,13 +15,13 @@ ALL_CONFIGS = {**CONFIGS, **FAMILY_CASES}
 assert len(ALL_CONFIGS) == len(CONFIGS) + len(FAMILY_CASES), "a name stands for two configs"
 
 
-def make_model(config: dict[str, Any], seed: int = 7) -> Any:
-    """A transformers model with non-trivial norms and biases."""
+def make_model(config: dict[str, Any], seed: int = 7, attention: str | None = None) -> Any:
+    """A transformers model with non-trivial norms and biases; `attention` as in `Family.reference_attention`."""
     from transformers import AutoConfig
 
     torch.manual_seed(seed)
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    model = _from_config(AutoConfig.for_model(config["model_type"], **fields))
+    model = _from_config(AutoConfig.for_model(config["model_type"], **fields), attention)
     with torch.no_grad():
         for parameter in model.parameters():
             centre = parameter.mean().round()  # norms stay around where they begin: 1, or 0 where 1 is added
@@ -29,16 +29,18 @@ def make_model(config: dict[str, Any], seed: int = 7) -> Any:
     return model
 
 
-def _from_config(config: Any) -> Any:
+def _from_config(config: Any, attention: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    attention = FAMILIES[config.model_type].reference_attention
+    attention = attention or FAMILIES[config.model_type].reference_attention
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
 
 
 def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any]:
     """Save the initial model to `directory`, train it, and return losses, gradient norms and final weights."""
-    model = make_model(ALL_CONFIGS[case])
+    # Behind padding the first token is predicted from a position that sees nothing. "eager" makes something else of it
+    # than transformers' default, which is what we do too.
+    model = make_model(ALL_CONFIGS[case], attention="sdpa" if recipe.attention_mask else None)
     model.save_pretrained(directory)
     model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision])
     masters = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]
