@@ -29,4 +29,5 @@ class GradientProbe(torch.optim.Optimizer):
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Of the last step; zeros where there was none."""
-        return self._kept.get(parameter, torch.zeros_like(parameter))
+        kept = self._kept.get(parameter)
+        return torch.zeros_like(parameter) if kept is None else kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +52,13 @@ def smallest_norm(numel: int, typical: float) -> float:
     return SMALLEST_SCALE * typical * math.sqrt(numel)
 
 
-def root_mean_square(tensors: list[Tensor]) -> float:
-    """Over all elements of all tensors."""
-    squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
-    return math.sqrt(squares / max(1, sum(tensor.numel() for tensor in tensors)))
+def root_mean_square(tensors: Iterable[Tensor]) -> float:
+    """Over all elements of all tensors, of which one is looked at at a time."""
+    squares, count = 0.0, 0
+    for tensor in tensors:
+        squares += float(tensor.double().square().sum())
+        count += tensor.numel()
+    return math.sqrt(squares / max(1, count))
 
 
 def token_loss(logits: Tensor, input_ids: Tensor) -> float:

@@ -106,18 +106,14 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
     probe = engine.optimizer
     assert isinstance(probe, GradientProbe)
     to_hf, found = ToHF(weights.model), {}
-    typical = root_mean_square([_whole(reference, name) for name in reference.names]) if engine.grid.rank == 0 else 0.0
+    typical = root_mean_square(map(reference.tensor, reference.names)) if engine.grid.rank == 0 else 0.0
     for name, gradient in engine.whole_tensors(probe.gradient):
         if gradient is None:
             continue
         for theirs, ours in to_hf.add(name, gradient.cpu()):
             floor = smallest_norm(ours.numel(), typical)
-            found[theirs] = difference(ours, _whole(reference, theirs), floor)
+            found[theirs] = difference(ours, reference.tensor(theirs), floor)
     return found
-
-
-def _whole(source: TensorSource, name: str) -> Tensor:
-    return source.read(name, tuple(slice(0, size) for size in source.shape(name)))
 
 
 @contextmanager

@@ -29,9 +29,10 @@ def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], resu
     Raises:
         ConversionError: transformers cannot load the directory, or finds tensors missing.
     """
-    theirs = load_reference(directory, model.family.reference_attention, torch.float32)
     losses = []
     for index, probe in enumerate(inputs):
+        # anew for each: gradients take the place of its weights, and some models remember lengths
+        theirs = load_reference(directory, model.family.reference_attention, torch.float32)
         with torch.set_grad_enabled(probe.with_gradients), hidden_states(theirs, model) as hidden:
             logits = theirs(input_ids=probe.input_ids, use_cache=False).logits.float()
         tensors = {name: state.detach().contiguous() for name, state in hidden.items()}
@@ -41,8 +42,6 @@ def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], resu
             targets = probe.input_ids[:, 1:].flatten()
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
             _save_gradients(theirs, results / GRADIENTS)
-            # its weights are gradients now; and a new one has no memory of lengths
-            theirs = load_reference(directory, model.family.reference_attention, torch.float32)
     return losses
 
 
