@@ -61,10 +61,6 @@ class TensorSource:
         file, stored = self._found[name]
         return stored.view(file, ahead=ahead)
 
-    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor, in memory, in its dtype on disk."""
-        return self.tensor(name)[slices].clone(memory_format=torch.contiguous_format)
-
     def same_bytes(self, first: str, second: str) -> bool:
         """Whether two weights are equal bit by bit, dtype and shape included; holds some MB at a time."""
         shape, word = self.shape(first), self.dtype(first)

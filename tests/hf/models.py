@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_ds.hf.export import exporting
-from megatron_ds.hf.io import TensorSource, open_directory
+from megatron_ds.hf.io import open_directory
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.parameter import ParamSpec
 from megatron_ds.models.gpt import decoder_stages
@@ -16,6 +16,13 @@ from megatron_ds.models.stages import StageModel
 from tests.parity.cases import CONFIGS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SMALL = {key: value for key, value in CONFIGS["llama"].items() if key != "rope_parameters"}
 
 
 def build(config: dict[str, Any], dtype: str = "float32") -> Any:
@@ -37,16 +44,12 @@ def save_all(directory: Path) -> None:
             model.to(dtype).save_pretrained(directory / case / name)
 
 
-def whole(source: TensorSource, name: str) -> torch.Tensor:
-    return source.read(name, tuple(slice(0, size) for size in source.shape(name)))
-
-
 def hashes(directory: Path) -> dict[str, str]:
     """Name -> dtype, shape and SHA-256 of the bytes of every tensor in a directory."""
     source = open_directory(directory)
     found = {}
     for name in source.names:
-        data = whole(source, name).contiguous().view(torch.uint8).numpy().tobytes()
+        data = source.tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
         found[name] = f"{source.dtype(name)} {source.shape(name)} {hashlib.sha256(data).hexdigest()}"
     return found
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.layers.rotary import RotaryConfig
 from tests.hf.hub_configs import HUB
+from tests.hf.models import LLAMA3, SMALL
 from tests.parity.cases import CONFIGS
 from tests.parity.family_cases import FAMILY_CASES
 
@@ -155,14 +156,6 @@ def test_hub_configs_survive_an_export(name: str, tmp_path: Path) -> None:
 
 
 # ---- old and new words -----------------------------------------------------------------------------------------------
-
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-SMALL = {key: value for key, value in CONFIGS["llama"].items() if key != "rope_parameters"}
 
 
 def rope_of(words: dict[str, Any]) -> RotaryConfig:

@@ -20,7 +20,7 @@ from megatron_ds.hf.io import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.train.export import check_export, fits_in, reference_logits
-from tests.hf.models import declarations, export, gathered, hashes, whole
+from tests.hf.models import declarations, export, gathered, hashes
 from tests.ranks import run_alone
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -109,9 +109,9 @@ def test_tensor_may_change_after_it_was_added(tmp_path: Path) -> None:
     writer.add("last", live[2:4])
     writer.finish()
     source = open_directory(tmp_path)
-    assert torch.equal(whole(source, "first"), torch.arange(6.0))
-    assert torch.equal(whole(source, "transposed"), torch.arange(6.0).reshape(2, 3).t())
-    assert whole(source, "last").tolist() == [-1.0, -1.0]
+    assert torch.equal(source.tensor("first"), torch.arange(6.0))
+    assert torch.equal(source.tensor("transposed"), torch.arange(6.0).reshape(2, 3).t())
+    assert source.tensor("last").tolist() == [-1.0, -1.0]
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3"])
@@ -144,7 +144,7 @@ def test_dtype(dtype: str, saved: Path, tmp_path: Path) -> None:
     export(weights_of(saved, "qwen2"), tmp_path / "out", dtype=dtype)
     source, before = open_directory(tmp_path / "out"), open_directory(saved / "qwen2" / "float32")
     for name in source.names:
-        assert torch.equal(whole(source, name), whole(before, name).to(getattr(torch, dtype))), name
+        assert torch.equal(source.tensor(name), before.tensor(name).to(getattr(torch, dtype))), name
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["dtype"] == content["torch_dtype"] == dtype
 

@@ -8,16 +8,8 @@ import pytest
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.registry import FAMILIES
-from tests.parity.cases import CONFIGS
+from tests.hf.models import LLAMA3, SMALL
 from tests.parity.family_cases import FAMILY_CASES
-
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-SMALL = {key: value for key, value in CONFIGS["llama"].items() if key != "rope_parameters"}
 
 
 def refusal(config: dict[str, Any]) -> str:
