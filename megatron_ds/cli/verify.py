@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 HELP = """Run a Hugging Face directory on our ranks and in transformers, in fp32, and compare.
 
-Compared are the logits, the loss and every gradient, on random ids; the logits past the model's windows; and the bytes
-of every tensor after a round trip through our tables. Exit status 1 if any is off.
+Compared are the logits and whatever else it predicts, the loss and every gradient, on random ids; the same without
+gradients past the model's windows; and the bytes of every tensor after a round trip through our tables. Exit status 1
+if any is off.
 
 Examples:
 
@@ -72,29 +73,38 @@ def lines(report: Report) -> list[str]:
 def _input_lines(one: InputReport) -> list[str]:
     from megatron_ds.verify.compare import GRADIENT_BOUND, LOGITS_BOUND, LOSS_BOUND
 
+    names = {name: name.replace("_", " ") for name in one.outputs}
+    width = max(map(len, [*names.values(), "gradients"]))
+    decoder = f", {one.decoder_length} in the decoder" if one.decoder_length is not None else ""
     found = [
-        f"{'input':<12}{one.name}, {one.batch} x {one.length} tokens",
-        _line("logits", one.logits, LOGITS_BOUND),
-        _line("loss", one.loss, LOSS_BOUND),
+        f"{'input':<12}{one.name}, {one.batch} x {one.length} tokens{decoder}",
+        *(_line(f"{shown:<{width}}", one.outputs[name], LOGITS_BOUND) for name, shown in names.items()),
+        _line(f"{'loss':<{width}}", one.loss, LOSS_BOUND),
     ]
     if one.worst_gradient is not None:
         name, worst = one.worst_gradient
-        found.append(_line("gradients", worst, GRADIENT_BOUND, f"{len(one.gradients)} tensors, worst {name}"))
+        found.append(
+            _line(f"{'gradients':<{width}}", worst, GRADIENT_BOUND, f"{len(one.gradients)} tensors, worst {name}")
+        )
         if len(one.wrong_gradients) > 1:
             found.append(f"{'':<12}{len(one.wrong_gradients)} gradients are off")
-    if one.first_apart is not None:
-        apart = one.hidden[one.first_apart]
-        where = "before the first block" if one.first_apart == "entry" else f"in {one.first_apart}"
-        found.append(f"{'first apart':<12}{where}, relative {apart.relative:.1e}")
-    elif not one.logits.within(LOGITS_BOUND):
-        found.append(f"{'first apart':<12}after the last block")
-    return found
+    return [*found, *_first_apart(one)]
+
+
+def _first_apart(one: InputReport) -> list[str]:
+    from megatron_ds.verify.stages import stack_of_entry
+
+    if one.first_apart is None:
+        return [f"{'first apart':<12}after the last block"] if one.wrong_outputs else []
+    stack = stack_of_entry(one.first_apart)
+    where = f"in {one.first_apart}" if stack is None else f"before the first block{f' of the {stack}' if stack else ''}"
+    return [f"{'first apart':<12}{where}, relative {one.hidden[one.first_apart].relative:.1e}"]
 
 
 def _line(what: str, apart: Difference, bound: float, more: str = "") -> str:
     mark = "ok " if apart.within(bound) else "OFF"
     numbers = f"relative {apart.relative:.1e} (bound {bound:.0e}), largest {apart.largest:.1e}"
-    return f"  {what:<10}{mark} {numbers}{f'; {more}' if more else ''}"
+    return f"  {what} {mark} {numbers}{f'; {more}' if more else ''}"
 
 
 def _round_trip_lines(report: Report) -> list[str]:

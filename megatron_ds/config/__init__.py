@@ -1,6 +1,6 @@
 """What a run is: the run file, the DeepSpeed JSON, and whether both fit a model on a number of ranks."""
 
-from megatron_ds.config.checks import ModelShape, check_layout, check_run
+from megatron_ds.config.checks import ModelShape, check_layout, check_run, check_target_length
 from megatron_ds.config.deepspeed_json import DeepSpeedFacts, deepspeed_facts, fill_deepspeed, load_deepspeed
 from megatron_ds.config.load import build_run, dump_run, load_run
 from megatron_ds.config.run import (
@@ -32,6 +32,7 @@ __all__ = [
     "build_run",
     "check_layout",
     "check_run",
+    "check_target_length",
     "deepspeed_facts",
     "dump_run",
     "fill_deepspeed",

@@ -118,6 +118,20 @@ def _check_positions(run: RunConfig, shape: ModelShape) -> None:
         )
 
 
+def check_target_length(run: RunConfig, target_length: int | None) -> None:
+    """Whether a decoder's positions can be divided too, where it has its own.
+
+    Raises:
+        TopologyError: they cannot.
+    """
+    tensor = run.parallel.tensor
+    if run.parallel.sequence and target_length is not None and target_length % tensor:
+        raise TopologyError(
+            f"data.target_length={target_length} is not divisible by parallel.tensor={tensor}, which "
+            f"parallel.sequence=true needs; nearest: {-(-target_length // tensor) * tensor}"
+        )
+
+
 def _check_sequence(run: RunConfig, shape: ModelShape) -> None:
     tensor, seq_length = run.parallel.tensor, run.data.seq_length
     if run.parallel.sequence and seq_length % tensor:

@@ -97,7 +97,11 @@ class DataSource(Section):
 
 
 class DataSection(Section):
-    """What is read. `cache_dir`: where tokenised text is kept (None: a per-user cache directory)."""
+    """What is read, and how much of it masked models and sequence-to-sequence models have hidden.
+
+    `cache_dir`: where tokenised text is kept (None: a per-user cache directory). `mask_rate` and `whole_words` go with
+    masked models, `mask_rate`, `mean_span` and `target_length` (None: chosen) with sequence-to-sequence models.
+    """
 
     format: Literal["text", "chat", "tokenized", "indexed"] = "text"
     train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
@@ -105,6 +109,10 @@ class DataSection(Section):
     seq_length: Count = 512
     shuffle: bool = True
     cache_dir: Text | None = None
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    whole_words: bool = False
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    target_length: Count | None = None
 
     @field_serializer("train", "valid")
     def _plain_sources(self, sources: list[DataSource]) -> list[Any]:

@@ -1,6 +1,7 @@
 """Data: from text or token ids on disk to the micro-batches of each rank, in an order no layout can change."""
 
 from megatron_ds.data.collate import NO_SAMPLE, collate
+from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
 from megatron_ds.data.open import FORMATS, open_dataset
 from megatron_ds.data.sample import IGNORE_INDEX, Dataset, Sample
 from megatron_ds.data.sampler import GlobalBatches, for_data_rank, ordered_pass
@@ -11,9 +12,13 @@ __all__ = [
     "FORMATS",
     "IGNORE_INDEX",
     "NO_SAMPLE",
+    "Causal",
     "Dataset",
     "GlobalBatches",
+    "Masked",
+    "Objective",
     "Sample",
+    "Seq2Seq",
     "collate",
     "default_cache_dir",
     "for_data_rank",

@@ -1,14 +1,14 @@
-"""Samples -> the tensors of one micro-batch. Shape suffixes: `B` samples, `S` positions."""
+"""Samples -> the tensors of one micro-batch. Shape suffixes: `B` samples, `S` and `T` positions as in `sample`."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from megatron_ds.data.sample import IGNORE_INDEX, Dataset, Sample
+from megatron_ds.data.sample import Dataset
 
 NO_SAMPLE = -1
-"""The index that stands for no sample: all its targets are ignored. It fills the last batch of a validation pass."""
+"""The index that stands for no sample: a blank one without loss. It fills the last batch of a validation pass."""
 
 
 def collate(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
@@ -16,27 +16,12 @@ def collate(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> dict[str, 
 
     Args:
         dataset: where the samples come from.
-        indices: (B,); NO_SAMPLE gives input ids 0, targets IGNORE_INDEX and, where there is a mask, True throughout.
+        indices: (B,) of samples, in any epoch; NO_SAMPLE gives `dataset.blank()`.
 
     Returns:
-        `input_ids` (B, S) int64, `targets` (B, S) int64, and `attention_mask` (B, S) bool iff the dataset has one.
+        A tensor for each of `dataset.columns`: (B, S) or (B, T) where the samples have (S,) or (T,), else (B,).
     """
-    samples = [_ignored(dataset) if index == NO_SAMPLE else dataset.sample(int(index)) for index in indices]
-    batch = {
-        "input_ids": torch.from_numpy(np.stack([sample.input_ids for sample in samples])),
-        "targets": torch.from_numpy(np.stack([sample.targets for sample in samples])),
-    }
-    masks = [sample.attention_mask for sample in samples if sample.attention_mask is not None]
-    assert len(masks) == (len(samples) if dataset.has_attention_mask else 0), f"{len(masks)} masks of {len(samples)}"
-    if masks:
-        batch["attention_mask"] = torch.from_numpy(np.stack(masks))
-    return batch
-
-
-def _ignored(dataset: Dataset) -> Sample:
-    length = dataset.seq_length
-    return Sample(
-        input_ids=np.zeros(length, dtype=np.int64),
-        targets=np.full(length, IGNORE_INDEX, dtype=np.int64),
-        attention_mask=np.ones(length, dtype=bool) if dataset.has_attention_mask else None,
-    )
+    samples = [dataset.blank() if index == NO_SAMPLE else dataset.sample(int(index)) for index in indices]
+    for sample in samples:
+        assert set(sample) == set(dataset.columns), f"{sorted(sample)} in a dataset of {sorted(dataset.columns)}"
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in dataset.columns}

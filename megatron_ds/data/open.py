@@ -2,13 +2,25 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
+from megatron_ds.data.masking import Masker, load_masker
+from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
 from megatron_ds.data.sample import Dataset
-from megatron_ds.data.text import TextDataset, TextSource, TokenStream
+from megatron_ds.data.text import CausalText, Corpus, TextSource, TokenStream
+from megatron_ds.data.text_corrupted import CorruptedText, find_sentinels
+from megatron_ds.data.text_masked import MaskedText
+from megatron_ds.data.text_pairs import SentencePairs
 from megatron_ds.data.token_cache import cached_tokens, default_cache_dir
-from megatron_ds.data.tokenized import TokenizedDataset
-from megatron_ds.data.tokenizer import load_tokenizer
+from megatron_ds.data.tokenized import ExampleKind, TokenizedDataset
+from megatron_ds.data.tokenized_causal import CausalExamples
+from megatron_ds.data.tokenized_masked import MaskedExamples
+from megatron_ds.data.tokenized_seq2seq import Seq2SeqExamples
+from megatron_ds.data.tokenizer import load_tokenizer, require_ids_below, special_id
 from megatron_ds.errors import DataError
 
 FORMATS = ("text", "tokenized")
@@ -16,6 +28,7 @@ FORMATS = ("text", "tokenized")
 
 def open_dataset(
     format: str,
+    objective: Objective,
     sources: Sequence[str],
     seq_length: int,
     vocab_size: int,
@@ -26,10 +39,11 @@ def open_dataset(
 
     Args:
         format: one of FORMATS.
+        objective: what the model is trained to do; decides the columns of a sample.
         sources: files, directories, directories saved by `datasets`, or hub ids; at least one.
         seq_length: positions a sample.
         vocab_size: number of ids of the model; every id of the data must be below it.
-        tokenizer_path: directory of a tokenizer; `text` needs it, `tokenized` does not look at it.
+        tokenizer_path: directory of a tokenizer; `text` needs it, `tokenized` only to mask examples without labels.
         cache_dir: where tokens of texts are kept; None is `megatron_ds/tokens` under $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
@@ -39,29 +53,72 @@ def open_dataset(
         raise DataError("data: no sources; name at least one file, directory or hub id under data.train")
     try:
         if format == "text":
+            if tokenizer_path is None:
+                raise DataError(
+                    "model.tokenizer is not set, but data.format=text needs it; point it at a tokenizer directory"
+                )
             directory = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-            return _open_text(sources, seq_length, vocab_size, tokenizer_path, directory)
+            return _TextOpener(sources, seq_length, vocab_size, tokenizer_path, directory).open(objective)
         if format == "tokenized":
-            return TokenizedDataset(sources, seq_length, vocab_size)
+            kind = _example_kind(objective, seq_length, vocab_size, tokenizer_path)
+            return TokenizedDataset(sources, kind)
     except OSError as error:
         raise DataError(f"data: {', '.join(sources)}: cannot be read ({error})") from error
     raise DataError(f"data.format={format!r} is not read by this version; it reads {' and '.join(FORMATS)}")
 
 
-def _open_text(
-    sources: Sequence[str], seq_length: int, vocab_size: int, tokenizer_path: str | None, cache_dir: Path
-) -> TextDataset:
-    if tokenizer_path is None:
-        raise DataError("model.tokenizer is not set, but data.format=text needs it; point it at a tokenizer directory")
-    texts = [TextSource(source) for source in sources]  # all of them, before time is spent on the first
-    tokenizer = load_tokenizer(tokenizer_path)
-    cached = [cached_tokens(text, tokenizer, tokenizer_path, cache_dir) for text in texts]
-    largest_id = max(part.info.largest_id for part in cached)
-    if largest_id >= vocab_size:
-        raise DataError(
-            f"data: the tokenizer {tokenizer_path} gives ids up to {largest_id}, but the model's "
-            f"vocab_size={vocab_size} ends at {vocab_size - 1}; use the model's own tokenizer, or set vocab_size to at "
-            f"least {largest_id + 1} in a model that starts at random"
-        )
-    content = hashlib.sha256("\n".join(part.key for part in cached).encode()).hexdigest()
-    return TextDataset(TokenStream([part.tokens for part in cached]), seq_length, content, ", ".join(sources))
+def _example_kind(objective: Objective, seq_length: int, vocab_size: int, tokenizer_path: str | None) -> ExampleKind:
+    match objective:
+        case Causal():
+            return CausalExamples(seq_length, vocab_size)
+        case Masked():
+            load = partial(_load_masker, tokenizer_path, objective, vocab_size) if tokenizer_path is not None else None
+            return MaskedExamples(seq_length, vocab_size, objective, load)
+        case Seq2Seq():
+            return Seq2SeqExamples(seq_length, vocab_size, objective)
+
+
+def _load_masker(tokenizer_path: str, objective: Masked, vocab_size: int) -> Masker:
+    return load_masker(load_tokenizer(tokenizer_path), tokenizer_path, objective, vocab_size)
+
+
+@dataclass(frozen=True)
+class _TextOpener:
+    """The `text` format: what the objectives need of the tokenizer is asked for before time is spent on the texts."""
+
+    sources: Sequence[str]
+    seq_length: int
+    vocab_size: int
+    tokenizer_path: str
+    cache_dir: Path
+
+    def open(self, objective: Objective) -> Dataset:
+        texts = [TextSource(source) for source in self.sources]  # all of them, before time is spent on the first
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        match objective:
+            case Causal():
+                return CausalText(self._corpus(texts, tokenizer, self._end_of_text(tokenizer)), self.seq_length)
+            case Masked():
+                masker = load_masker(tokenizer, self.tokenizer_path, objective, self.vocab_size)
+                corpus = self._corpus(texts, tokenizer, masker.ids.sep)
+                dataset = SentencePairs if objective.next_sentence else MaskedText
+                return dataset(corpus, self.seq_length, objective, masker)
+            case Seq2Seq():
+                return self._open_corrupted(texts, tokenizer, objective)
+
+    def _open_corrupted(
+        self, texts: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, objective: Seq2Seq
+    ) -> Dataset:
+        end_id = self._end_of_text(tokenizer)
+        sentinels = find_sentinels(tokenizer, self.tokenizer_path, self.seq_length, objective, self.vocab_size)
+        corpus = self._corpus(texts, tokenizer, end_id)
+        return CorruptedText(corpus, self.seq_length, objective, sentinels, end_id)
+
+    def _end_of_text(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        return special_id(tokenizer, self.tokenizer_path, "eos_token", "data.format=text ends each document with it")
+
+    def _corpus(self, texts: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, end_id: int) -> Corpus:
+        cached = [cached_tokens(text, tokenizer, end_id, self.cache_dir) for text in texts]
+        require_ids_below(self.vocab_size, max(part.info.largest_id for part in cached), self.tokenizer_path)
+        digest = hashlib.sha256("\n".join(part.key for part in cached).encode()).hexdigest()
+        return Corpus(TokenStream([part.tokens for part in cached]), digest, ", ".join(self.sources))

@@ -9,22 +9,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_ds.data.collate import NO_SAMPLE
+from megatron_ds.data.draws import Draws
 from megatron_ds.errors import ConfigError, TopologyError
 
 
 class GlobalBatches:
     """The endless stream of samples, epoch after epoch, cut into global batches of G.
 
-    Position p of the stream is sample p % n of epoch p // n; a batch may straddle epochs, and none is dropped. With
-    `shuffle` each epoch has a permutation of its own: the stable argsort of n raw 64-bit draws of numpy's PCG64, seeded
-    with SeedSequence(seed, spawn_key=(epoch,)). numpy promises that those draws never change from version to version,
-    which it does not for `Generator.permutation`.
+    Position p of the stream is in epoch e = p // n; a batch may straddle epochs, and none is dropped. Sample i of
+    epoch e has the index e * n + i, which tells a dataset that draws noise to draw it anew. With `shuffle` each epoch
+    has a permutation of its own, drawn from (seed, epoch).
 
     Args:
         num_samples: n.
         global_batch_size: G.
         seed: `train.seed`, not negative.
-        shuffle: False gives batch k samples [k*G, (k+1)*G) in the order of the files.
+        shuffle: False gives batch k the indices [k*G, (k+1)*G): samples in the order of the files.
     """
 
     def __init__(self, num_samples: int, global_batch_size: int, seed: int, shuffle: bool) -> None:
@@ -39,22 +39,22 @@ class GlobalBatches:
         self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, step: int) -> np.ndarray:
-        """The samples of 0-based `step`: (G,) int64."""
+        """The samples of 0-based `step`: (G,) int64, e * n + i for sample i of epoch e."""
         assert step >= 0, f"step {step}"
         positions = step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, self.num_samples)
         if not self.shuffle:
-            return offsets
+            return positions
+        epochs, offsets = np.divmod(positions, self.num_samples)
         needed = range(int(epochs[0]), int(epochs[-1]) + 1)
         self._orders = {epoch: self._order(epoch) for epoch in needed}
-        return np.concatenate([self._orders[epoch][offsets[epochs == epoch]] for epoch in needed])
+        order = np.concatenate([self._orders[epoch][offsets[epochs == epoch]] for epoch in needed])
+        return epochs * self.num_samples + order
 
     def _order(self, epoch: int) -> np.ndarray:
         """The permutation of an epoch, (n,) int64; that of the previous batch is kept."""
         if epoch in self._orders:
             return self._orders[epoch]
-        bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-        return np.argsort(bits.random_raw(self.num_samples), kind="stable")
+        return Draws(self.seed, epoch).order(self.num_samples)
 
 
 def for_data_rank(

@@ -1,16 +1,19 @@
-"""`format: text`: documents, and the samples cut out of their tokens.
+"""`format: text`: documents, the stream of their tokens, and the samples of a causal model cut out of it.
 
-All documents form one stream of tokens, each followed by the end-of-text id. Sample i is tokens [i*S, i*S + S] of it: S
-inputs and the S targets one further on, so that samples share one token and every token but the first is a target once.
+All documents form one stream of tokens, each followed by the id that ends a document. A causal model's sample i is
+tokens [i*S, i*S + S] of it: S inputs and the S targets one further on, so that samples share one token and every token
+but the first is a target once.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ds.data.sample import Sample
+from megatron_ds.data.concatenation import Concatenation
+from megatron_ds.data.sample import Sample, blank_sample
 from megatron_ds.data.sources import JSON_SUFFIXES, FileSource, TableSource, find_source, json_lines
 from megatron_ds.errors import DataError
 
@@ -18,6 +21,7 @@ TEXT_COLUMN = "text"
 TEXT_SUFFIXES = (".txt", *JSON_SUFFIXES)
 _READ_BYTES = 1 << 22
 _TABLE_ROWS = 256
+_SCAN_TOKENS = 1 << 22
 
 
 class TextSource:
@@ -72,61 +76,102 @@ class TokenStream:
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
+        self._whole = Concatenation([len(part) for part in self._parts])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._parts else 0
+        return len(self._whole)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as (stop - start,) int64."""
         assert 0 <= start <= stop <= len(self), f"[{start}, {stop}) of {len(self)} tokens"
         tokens = np.empty(stop - start, dtype=np.int64)
-        part = int(np.searchsorted(self._ends, start, side="right"))
         filled = 0
         while filled < len(tokens):
-            offset = start + filled - (int(self._ends[part]) - len(self._parts[part]))
+            part, offset = self._whole.locate(start + filled)
             piece = self._parts[part][offset : offset + len(tokens) - filled]
             tokens[filled : filled + len(piece)] = piece
             filled += len(piece)
-            part += 1
         return tokens
 
+    def positions_of(self, token: int) -> np.ndarray:
+        """Where `token` stands: (number of times,) int64, ascending. Reads the whole stream once, piece by piece."""
+        found = [
+            start + np.flatnonzero(self.read(start, min(start + _SCAN_TOKENS, len(self))) == token)
+            for start in range(0, len(self), _SCAN_TOKENS)
+        ]
+        return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
-class TextDataset:
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of all sources of a dataset.
+
+    Attributes:
+        tokens: the stream of them.
+        digest: hash of the stream's content, from which a dataset's fingerprint is made.
+        name: the sources, for errors.
+    """
+
+    tokens: TokenStream
+    digest: str
+    name: str
+
+    def fingerprint(self, *settings: object) -> str:
+        """SHA-256 of the content and of whatever else decides the samples."""
+        lines = ["text", self.digest, *map(str, settings)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def require_sample(self, num_tokens: int, seq_length: int, largest_length: int) -> None:
+        """Refuses a corpus that does not fill one sample.
+
+        Args:
+            num_tokens: what one sample takes.
+            seq_length: S of the run.
+            largest_length: the largest S that the corpus could fill; below 1 if there is none.
+
+        Raises:
+            DataError: fewer than `num_tokens` tokens.
+        """
+        if len(self.tokens) < num_tokens:
+            fix = f"lower data.seq_length to at most {largest_length} or add text" if largest_length > 0 else "add text"
+            raise DataError(
+                f"data: {self.name}: {len(self.tokens)} tokens do not fill one sample of data.seq_length={seq_length}, "
+                f"which takes {num_tokens}; {fix}"
+            )
+
+
+class CausalText:
     """Samples of S consecutive tokens of a stream; `len` is (T - 1) // S, the remainder at the end is left out.
 
     Args:
-        tokens: the stream of T tokens.
+        corpus: a stream of T tokens.
         seq_length: S.
-        content: hash of the stream's content, from which the dataset's fingerprint is made.
-        name: the sources, for the error.
 
     Raises:
         DataError: fewer than S + 1 tokens.
     """
 
-    has_attention_mask = False
+    columns = ("input_ids", "targets")
+    target_length = None
 
-    def __init__(self, tokens: TokenStream, seq_length: int, content: str, name: str) -> None:
-        if len(tokens) < seq_length + 1:
-            fix = f"lower data.seq_length to at most {len(tokens) - 1} or add text" if len(tokens) > 1 else "add text"
-            raise DataError(
-                f"data: {name}: {len(tokens)} tokens do not fill one sample of data.seq_length={seq_length}, "
-                f"which takes {seq_length + 1}; {fix}"
-            )
+    def __init__(self, corpus: Corpus, seq_length: int) -> None:
+        corpus.require_sample(seq_length + 1, seq_length, len(corpus.tokens) - 1)
         self.seq_length = seq_length
-        self.fingerprint = hashlib.sha256(f"text\n{content}\nseq_length={seq_length}".encode()).hexdigest()
-        self._tokens = tokens
+        self.fingerprint = corpus.fingerprint(f"seq_length={seq_length}")
+        self._tokens = corpus.tokens
 
     def __len__(self) -> int:
         return (len(self._tokens) - 1) // self.seq_length
 
     def sample(self, index: int) -> Sample:
-        """Tokens [index*S, index*S + S] as (S,) inputs and (S,) targets."""
-        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
-        start = index * self.seq_length
+        """With i = index % len: tokens [i*S, i*S + S] as (S,) inputs and (S,) targets, the same in every epoch."""
+        start = index % len(self) * self.seq_length
         window = self._tokens.read(start, start + self.seq_length + 1)
-        return Sample(input_ids=window[:-1], targets=window[1:])
+        return {"input_ids": window[:-1], "targets": window[1:]}
+
+    def blank(self) -> Sample:
+        """See `blank_sample`."""
+        return blank_sample(self.columns, self.seq_length, self.target_length)
 
     def describe(self) -> str:
         """Such as `353,442 tokens, 690 samples of 512`."""

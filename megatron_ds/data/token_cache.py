@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.text import TextSource
-from megatron_ds.data.tokenizer import end_of_text_id, largest_token_id, tokenizer_digest
+from megatron_ds.data.tokenizer import largest_token_id, tokenizer_digest
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 
@@ -52,22 +52,19 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ds" / "tokens"
 
 
-def cached_tokens(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, tokenizer_path: str, directory: Path
-) -> CachedTokens:
-    """The tokens of `source` without special tokens, the end-of-text id after each document that is not empty.
+def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id: int, directory: Path) -> CachedTokens:
+    """The tokens of `source` without special tokens, `end_id` after each document that is not empty.
 
     Reads the source once to hash it; tokenises it only where `directory` does not hold its tokens yet, whole. Safe to
     call from any number of processes at once.
 
     Raises:
-        DataError: the source is malformed, the tokenizer has no end-of-text token, or `directory` cannot be written.
+        DataError: the source is malformed, or `directory` cannot be written.
     """
-    content = f"{FORMAT_VERSION}\n{source.digest()}\n{tokenizer_digest(tokenizer)}"
+    content = f"{FORMAT_VERSION}\n{source.digest()}\n{tokenizer_digest(tokenizer, end_id)}"
     key = hashlib.sha256(content.encode()).hexdigest()
     info = _read_info(directory, key)
     if info is None:
-        end_id = end_of_text_id(tokenizer, tokenizer_path)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(directory / f"{key}.lock"):

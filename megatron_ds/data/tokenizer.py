@@ -1,4 +1,4 @@
-"""A tokenizer from a local directory, the id that ends a document, and a hash of what the tokenizer does."""
+"""A tokenizer from a local directory, the special tokens it must have, and a hash of what it does."""
 
 import hashlib
 import tempfile
@@ -30,18 +30,39 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def end_of_text_id(tokenizer: PreTrainedTokenizerBase, path: str) -> int:
-    """The id that stands after each document: the tokenizer's `eos_token_id`.
+def special_id(tokenizer: PreTrainedTokenizerBase, path: str, name: str, use: str) -> int:
+    """The id of the tokenizer's special token `name` (`eos_token`, `mask_token`, ...).
+
+    Args:
+        tokenizer: where it is looked up.
+        path: the tokenizer's directory, for the error.
+        name: as in tokenizer_config.json.
+        use: what needs the token, for the error; follows "but".
 
     Raises:
-        DataError: the tokenizer has no such token, so documents would run into one another.
+        DataError: the tokenizer has no such token.
     """
-    if tokenizer.eos_token_id is None:
+    token_id = getattr(tokenizer, f"{name}_id")
+    if token_id is None:
         raise DataError(
-            f"tokenizer {path}: eos_token is not set, but data.format=text ends each document with it; "
-            'set "eos_token" in its tokenizer_config.json to a token of its vocabulary'
+            f"tokenizer {path}: {name} is not set, but {use}; "
+            f'set "{name}" in its tokenizer_config.json to a token of its vocabulary'
         )
-    return int(tokenizer.eos_token_id)
+    return int(token_id)
+
+
+def require_ids_below(vocab_size: int, largest_id: int, tokenizer_path: str) -> None:
+    """Refuses a tokenizer that gives ids the model does not have.
+
+    Raises:
+        DataError: `largest_id`, the largest that is used, is not below `vocab_size`.
+    """
+    if largest_id >= vocab_size:
+        raise DataError(
+            f"data: the tokenizer {tokenizer_path} gives ids up to {largest_id}, but the model's "
+            f"vocab_size={vocab_size} ends at {vocab_size - 1}; use the model's own tokenizer, or set vocab_size to at "
+            f"least {largest_id + 1} in a model that starts at random"
+        )
 
 
 def largest_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -49,9 +70,12 @@ def largest_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values())
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides the ids of a text: the serialised backend, or all saved files where there is none."""
-    digest = hashlib.sha256(f"eos={tokenizer.eos_token_id}\n".encode())
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
+    """SHA-256 of what decides the ids of a text: the id that ends a document, and the serialised backend.
+
+    A tokenizer without a backend goes by all the files it saves.
+    """
+    digest = hashlib.sha256(f"eos={end_id}\n".encode())
     if tokenizer.is_fast:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         return digest.hexdigest()

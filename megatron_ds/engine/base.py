@@ -18,7 +18,7 @@ from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Grid
 
 MicroBatch = Mapping[str, Tensor]
-"""`input_ids` and `targets` (B, S) int64, `targets` already shifted; optionally `attention_mask` (B, S)."""
+"""Columns by name, each (B, ...): those that the model's first stage takes, as far as there are, and its labels."""
 
 ShareReader = Callable[[str, ParamSpec, int, int], Tensor]
 """(name, declaration, tensor rank, tensor size) -> this rank's share of a parameter's value."""
@@ -29,9 +29,9 @@ class StepResult:
     """One optimizer step.
 
     Attributes:
-        loss: mean over the labelled tokens of the global batch.
+        loss: the sum, over the model's terms, of the mean over what the global batch has labels of: tokens, sequences.
         grad_norm: L2 norm of the whole model's gradient before clipping.
-        tokens: labelled tokens in the global batch.
+        tokens: labelled tokens in the global batch: labels of the first term.
         applied: False where DeepSpeed skipped the step because of an fp16 overflow.
     """
 
@@ -41,6 +41,25 @@ class StepResult:
     applied: bool
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Of some batches, over all data ranks: a sum and the number of labels for each of the model's terms."""
+
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(
+            tuple(mine + theirs for mine, theirs in zip(self.sums, other.sums)),
+            tuple(mine + theirs for mine, theirs in zip(self.counts, other.counts)),
+        )
+
+    @property
+    def mean(self) -> float:
+        """Each term's mean, added up; a term without labels adds nothing."""
+        return sum(total / count for total, count in zip(self.sums, self.counts) if count)
+
+
 class Engine(ABC):
     """A model under DeepSpeed on this rank. All methods are collective: every rank calls them in the same order.
 
@@ -48,50 +67,68 @@ class Engine(ABC):
         grid: where this rank sits.
         device: where its tensors live.
         optimizer: the torch optimizer inside DeepSpeed's; its `lr` is set from outside before each step.
+        labels: the columns that the loss compares with, one term each.
     """
 
-    def __init__(self, grid: Grid, device: torch.device, optimizer: torch.optim.Optimizer, deepspeed_engine: Any):
+    def __init__(
+        self,
+        grid: Grid,
+        device: torch.device,
+        optimizer: torch.optim.Optimizer,
+        deepspeed_engine: Any,
+        labels: tuple[str, ...],
+    ) -> None:
         self.grid, self.device, self.optimizer, self.deepspeed = grid, device, optimizer, deepspeed_engine
+        self.labels = labels
 
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train_step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Forward, backward and step on this data rank's micro-batches of one global batch.
 
-        The loss is the sum over the labelled tokens of the *global* batch divided by their number: micro-batches and
-        data ranks with fewer labels weigh less, and one without any contributes nothing. Communicates one integer
-        over the data axis beyond what the layers and DeepSpeed do.
+        A term of the loss is the sum over the labels of the *global* batch divided by their number: micro-batches and
+        data ranks with fewer labels weigh less, and one without any contributes nothing. Communicates an integer and a
+        number a term beyond what the layers and DeepSpeed do.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        tokens = self.count_tokens(batches)
-        # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the tokens.
-        scale = len(batches) * self.grid.data.size / tokens if tokens else 0.0
+        counts = self._count(batches)
+        # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the labels.
+        parts = len(batches) * self.grid.data.size
+        scales = torch.tensor([parts / count if count else 0.0 for count in counts], device=self.device)
         skipped_before = self.deepspeed.skipped_steps
-        loss, grad_norm = self._step([self._to_device(batch) for batch in batches], scale)
-        return StepResult(loss, grad_norm, tokens, self.deepspeed.skipped_steps == skipped_before)
+        sums, grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
+        losses = Losses(tuple(sums.tolist()), counts)
+        return StepResult(losses.mean, grad_norm, counts[0], self.deepspeed.skipped_steps == skipped_before)
 
-    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Sum of token losses and number of labelled tokens over all data ranks, without gradients."""
-        tokens = self.count_tokens(batches)
-        return self._evaluate([self._to_device(batch) for batch in batches]), tokens
-
-    @abstractmethod
-    def logits(self, input_ids: Tensor) -> Tensor | None:
-        """(B, S) ids -> (B, S, V) fp32 on CPU where this rank has the last stage, None elsewhere."""
+    def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
+        """Of all data ranks' micro-batches, without gradients."""
+        counts = self._count(batches)
+        return Losses(tuple(self._evaluate([self._to_device(batch) for batch in batches]).tolist()), counts)
 
     @abstractmethod
-    def _step(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, float]:
-        """-> (sum of losses * scale, averaged over micro-batches and data ranks; gradient norm before clipping)."""
+    def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
+        """What the model predicts, by name, (B, ...) fp32 on CPU, where this rank has the last stage; None elsewhere."""
 
     @abstractmethod
-    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        """-> sum of token losses over all data ranks, on every rank."""
+    def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
+        """-> (sums of losses over all data ranks, (terms,), on every rank; gradient norm before clipping).
 
-    def count_tokens(self, batches: Sequence[MicroBatch]) -> int:
-        """Labelled tokens of the global batch that these are this data rank's share of."""
-        mine = sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
-        return int(all_reduce_(torch.tensor(mine, dtype=torch.int64, device=self.device), self.grid.data))
+        What is differentiated is the sum of a micro-batch's losses, each times its scale.
+        """
+
+    @abstractmethod
+    def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """-> sums of losses over all data ranks, (terms,), on every rank."""
+
+    def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, ...]:
+        """Labels of each term in the global batch that these are this data rank's share of."""
+        mine = [sum(_count_labels(batch[name]) for batch in batches) for name in self.labels]
+        counts = all_reduce_(torch.tensor(mine, dtype=torch.int64, device=self.device), self.grid.data)
+        return tuple(counts.tolist())
+
+    def _labels_of(self, batch: MicroBatch) -> dict[str, Tensor]:
+        return {name: batch[name] for name in self.labels}
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -147,6 +184,11 @@ class Engine(ABC):
             unique.append([entry for entry in stage if entry[0] not in seen])
             seen.update(entry[0] for entry in stage)
         return unique
+
+
+def _count_labels(column: Tensor) -> int:
+    """Of integers those that are not ignored; all of what are no ids."""
+    return column.numel() if column.is_floating_point() else int((column != IGNORE_INDEX).sum())
 
 
 def gather_share(share: Tensor, spec: ParamSpec, grid: Grid) -> Tensor | None:

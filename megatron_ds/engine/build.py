@@ -75,7 +75,8 @@ def build_engine(
     specs = stages(placement)
     with _allocation(facts, options.deepspeed, mpu, device):
         if pipelined:
-            module: nn.Module = StagePipeline(specs, partition(specs, grid.pipeline.size), grid.layout)
+            bounds = partition(specs, grid.pipeline.size)
+            module: nn.Module = StagePipeline(specs, bounds, grid.layout, placement.tp.splits_sequence)
         else:
             module = StageModel(specs)
     read = read_share or partial(_initial, options.seed)
@@ -89,7 +90,7 @@ def build_engine(
             mpu=None if pipelined else mpu,  # a PipelineModule brings its own
             dist_init_required=False,
         )
-    return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine)
+    return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine, specs[-1].labels)
 
 
 def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:

@@ -6,18 +6,20 @@ import contextlib
 import io
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine, MicroBatch
-from megatron_ds.engine.plain import wire_of
-from megatron_ds.models.stages import LossStage, StageSpec, Wire, register
+from megatron_ds.models.stages import StageSpec, name_stages, wire_of
+from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Layout
+from megatron_ds.pipeline.wire import Boundary
 
 
 class _Stage(LayerSpec):
@@ -31,116 +33,162 @@ class _Stage(LayerSpec):
         return self.spec.build()
 
 
-class _TiedStage(TiedLayerSpec):
-    """A stage whose `weight` lives on two pipeline stages; DeepSpeed sums its gradients over both."""
-
-    def __init__(self, key: str, spec: StageSpec) -> None:
-        super().__init__(key, nn.Module, tied_weight_attr=["weight"])
-        self.spec = spec
-
-    def build(self, log: bool = False) -> nn.Module:
-        return self.spec.build()
-
-
 class StagePipeline(PipelineModule):
     """The stages from `bounds[p]` to `bounds[p + 1]` on pipeline rank p, under the names of the plain model.
+
+    What enters and leaves is what the stages on both sides of a boundary declare. Parameters that are tied are one where
+    their stages are on one rank; else each rank has a copy, whose gradients are summed before the step.
 
     Args:
         specs: all stages of the model.
         bounds: where each pipeline stage begins, and the end; see `pipeline.partition`.
         layout: sizes of the grid; DeepSpeed's topology has the same rank order.
+        splits_sequence: hidden states are divided along the sequence over the tensor ranks.
     """
 
-    def __init__(self, specs: Sequence[StageSpec], bounds: Sequence[int], layout: Layout) -> None:
-        self._bounds = list(bounds)
-        tied = {spec.tied_to for spec in specs if spec.tied_to}
-        layers = [
-            _TiedStage(spec.tied_to or spec.name, spec) if spec.tied_to or spec.name in tied else _Stage(spec)
-            for spec in specs
-        ]
+    def __init__(
+        self, specs: Sequence[StageSpec], bounds: Sequence[int], layout: Layout, splits_sequence: bool
+    ) -> None:
+        self._bounds, self._specs, self._tied_groups = list(bounds), list(specs), list[tuple[nn.Parameter, Any]]()
         topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partition
-            super().__init__(layers, topology=topology)
-        self._use_plain_names(specs)
-        self.labels: deque[Tensor | None] = deque()
-        self.loss_scale = 1.0
-        self.has_loss = isinstance(self.forward_funcs[-1], LossStage)
-        if self.has_loss:
-            self.forward_funcs[-1] = partial(self._scaled_loss, self.forward_funcs[-1])
+            super().__init__([_Stage(spec) for spec in specs], topology=topology)
+        divisor = layout.tensor if splits_sequence else 1
+        start, stop = self._local_start, self._local_stop
+        self._entry = Boundary(specs[start], divisor)
+        self._exit = Boundary(specs[stop], divisor) if stop < len(specs) else None
+        self.is_last = self._exit is None
+        self.labels: deque[Mapping[str, Tensor] | None] = deque()
+        self.shapes: dict[str, torch.Size] = {}
+        self.scales = self.sums = torch.zeros(len(specs[-1].labels))
+        self.predicted: dict[str, Tensor] | None = None
 
-    def _scaled_loss(self, last: LossStage, wire: Wire) -> Tensor:
-        """Loss inside the module: labels come in the order in which DeepSpeed loads micro-batches and runs them."""
-        targets = self.labels.popleft()
-        return last(wire) if targets is None else last(wire, targets) * self.loss_scale
+    def forward(self, entering: tuple[Tensor, ...]) -> Any:
+        """What travels, in the order of the boundary -> the same for the next boundary; or the scaled loss.
+
+        Labels come in the order in which DeepSpeed loads micro-batches and runs them.
+        """
+        wire = self._entry.unpack(entering, self.shapes)
+        stages = self.forward_funcs
+        if self._exit is not None:
+            for stage in stages:
+                wire = stage(wire)
+            return self._exit.pack(wire, self.shapes)
+        for stage in stages[:-1]:
+            wire = stage(wire)
+        labels = self.labels.popleft()
+        if labels is None:
+            self.predicted = stages[-1](wire)
+            return self.sums.new_zeros(())  # for DeepSpeed to have something to add up
+        losses = stages[-1](wire, labels)
+        self.sums += losses.detach()
+        return (losses * self.scales).sum()
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
-    @torch.no_grad()
-    def _synchronize_tied_weights(self) -> None:
-        """DeepSpeed broadcasts parameters in view of autograd, which would warn of it in the backward pass."""
-        super()._synchronize_tied_weights()
+    # ---- tied parameters -------------------------------------------------------------------------------------------
 
-    def _use_plain_names(self, specs: Sequence[StageSpec]) -> None:
-        """DeepSpeed names stages by number and tied ones apart; give all the names that the plain model has."""
-        tied_modules = self._modules.pop("tied_modules")
-        object.__setattr__(self, "tied_modules", tied_modules)  # DeepSpeed still looks it up
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """DeepSpeed ties one attribute of whole modules, of which a rank holds one; here any parameters may be tied.
+
+        Called once all stages are built. Gives them their names, and a process group to every parameter that several
+        pipeline stages hold. The first of these counts in the gradient's norm.
+        """
+        specs = self._specs[self._local_start : self._local_stop]
         for name in [name for name in self._modules if name.isdigit()]:
             del self._modules[name]
-        self.renamed: dict[str, str] = {}
-        for spec, module in zip(specs[self._local_start : self._local_stop], self.forward_funcs):
-            register(self, spec.name, module)
-            if spec.tied_to is not None:
-                self.renamed[f"{spec.name}.weight"] = f"{spec.tied_to}.weight"
+        self.renamed = name_stages(self, specs, self.forward_funcs)
+        mine = {self.renamed.get(name, name): parameter for name, parameter in self.named_parameters()}
+        for name, stages in self._holders().items():
+            for ranks in self._columns_of_ranks(stages):
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    mine[name].ds_pipe_replicated = self.global_rank != ranks[0]
+                    self._tied_groups.append((mine[name], group))
+        return {}
+
+    def _holders(self) -> dict[str, list[int]]:
+        """Name of a parameter -> the pipeline stages that hold it, where that is more than one."""
+        holders: dict[str, set[int]] = {}
+        owners = {spec.name: self.stage_owner(index) for index, spec in enumerate(self._specs)}
+        for index, spec in enumerate(self._specs):
+            for original in spec.tied.values():
+                owner = next(stage for name, stage in owners.items() if original.startswith(f"{name}."))
+                holders.setdefault(original, {owner}).add(self.stage_owner(index))
+        return {name: sorted(stages) for name, stages in sorted(holders.items()) if len(stages) > 1}
+
+    def _columns_of_ranks(self, stages: Sequence[int]) -> Iterator[list[int]]:
+        """For each tensor and data rank, the ranks of some pipeline stages."""
+        topology = self._topo
+        for data in range(topology.get_dim("data")):
+            for tensor in range(topology.get_dim("model")):
+                yield [topology.get_rank(pipe=stage, data=data, model=tensor) for stage in stages]
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """What DeepSpeed sums gradients of."""
+        return self._tied_groups
+
+    def _synchronize_tied_weights(self) -> None:
+        """Nothing: all copies are filled alike."""
 
 
 class PipelineEngine(Engine):
     """`Engine` around a `StagePipeline`."""
 
-    def _step(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, float]:
-        loss = self.deepspeed.train_batch(self._feed(batches, scale))
+    def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
+        self.deepspeed.train_batch(self._feed(batches, scales))
         norm = self.deepspeed.get_global_grad_norm()  # none without ZeRO, which no training run gets past the checks
-        return float(loss), math.nan if norm is None else float(norm)
+        return self._collect(), math.nan if norm is None else float(norm)
 
-    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        # DeepSpeed averages over micro-batches and data ranks: scale so that the average is the sum.
-        feed = self._feed(batches, float(len(batches) * self.grid.data.size))
+    def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
+        feed = self._feed(batches, torch.zeros(len(self.labels), device=self.device))
         self.deepspeed.total_loss = None
-        total = self.deepspeed.eval_batch(feed, num_micro_batches=len(batches))
+        self.deepspeed.eval_batch(feed, num_micro_batches=len(batches))
         self.deepspeed.total_loss = None
         self.deepspeed.module.train()
-        return float(total)
+        return self._collect()
 
-    def logits(self, input_ids: Tensor) -> Tensor | None:
+    def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
+        module: StagePipeline = self.deepspeed.module
         self._forget_shapes()
-        _, logits = self.deepspeed.eval_batch(
-            self._feed([{"input_ids": input_ids.to(self.device)}], 1.0),
-            return_logits=True,
-            compute_loss=False,
-            reduce_output=None,
-            bcast_loss=False,
-            num_micro_batches=1,
+        self.deepspeed.eval_batch(
+            self._feed([self._to_device(batch)], None), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
         self._forget_shapes()
-        self.deepspeed.module.train()
-        return logits.float().cpu() if self.deepspeed.is_last_stage() else None
+        module.train()
+        found, module.predicted = module.predicted, None
+        return {name: output.float().cpu() for name, output in found.items()} if found is not None else None
 
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         module: StagePipeline = self.deepspeed.module
         for name, parameter in module.named_parameters():
             yield module.renamed.get(name, name), parameter
 
-    def _feed(self, batches: Sequence[MicroBatch], scale: float) -> Iterator[tuple[Wire, Wire]]:
-        """What DeepSpeed loads, on the first and last stage; the labels go round it, to the loss inside the module."""
+    def _feed(self, batches: Sequence[MicroBatch], scales: Tensor | None) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+        """What DeepSpeed loads, on the first and last stage; the labels go round it, to the loss inside the module.
+
+        Args:
+            batches: of one shape.
+            scales: of the terms of the loss; None = the batches have no labels, and outputs are wanted.
+        """
         module: StagePipeline = self.deepspeed.module
-        module.loss_scale = scale
-        for batch in batches:
-            if module.has_loss:
-                module.labels.append(batch.get("targets"))
-            yield wire_of(batch), ()
+        module.shapes = {name: column.shape for name, column in batches[0].items()}
+        if scales is not None:
+            module.scales, module.sums = scales, torch.zeros_like(scales)
+        if module.is_last:
+            module.labels.extend(self._labels_of(batch) if scales is not None else None for batch in batches)
+        columns = module._specs[0].columns
+        return iter([(tuple(wire_of(batch, columns).values()), ()) for batch in batches])
+
+    def _collect(self) -> Tensor:
+        """The sums of the last stage's losses over all data ranks, on every rank."""
+        module: StagePipeline = self.deepspeed.module
+        sums = module.sums if module.is_last else torch.zeros_like(module.sums)
+        return all_reduce_(all_reduce_(sums, self.grid.data), self.grid.pipeline)
 
     def _forget_shapes(self) -> None:
-        """Before and after activations of another shape; and drop the logits that DeepSpeed takes for a loss."""
+        """Before and after activations of another shape; and drop what DeepSpeed takes for a loss."""
         self.deepspeed.total_loss = None
         self.deepspeed.reset_activation_shape()

@@ -18,19 +18,18 @@ from megatron_ds.parallel.collectives import all_reduce_
 class PlainEngine(Engine):
     """`Engine` around a `StageModel`."""
 
-    def _step(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, float]:
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
+    def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
+        total = torch.zeros_like(scales)
         norm_of_stage_0 = 0.0
         for batch in batches:
-            loss = self.deepspeed(wire_of(batch), batch["targets"]) * scale
-            total += loss.detach()
-            self.deepspeed.backward(loss)
+            losses = self.deepspeed(batch, self._labels_of(batch))
+            total += losses.detach()
+            self.deepspeed.backward((losses * scales).sum())
             if self.deepspeed.zero_optimization_stage() == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm_of_stage_0 = self._gradient_norm()
             self.deepspeed.step()
-        mean = float(all_reduce_(total, self.grid.data)) / (len(batches) * self.grid.data.size)
         norm = self.deepspeed.get_global_grad_norm()
-        return mean, norm_of_stage_0 if norm is None else float(norm)
+        return all_reduce_(total, self.grid.data), norm_of_stage_0 if norm is None else float(norm)
 
     def _gradient_norm(self) -> float:
         """L2 norm of the gradients; ZeRO-0 does not keep it. What all tensor ranks hold alike counts once."""
@@ -42,20 +41,20 @@ class PlainEngine(Engine):
         return float(all_reduce_(squares, axis).sqrt())
 
     @torch.no_grad()
-    def _evaluate(self, batches: Sequence[MicroBatch]) -> float:
+    def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
         self.deepspeed.eval()
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        total = torch.zeros(len(self.labels), dtype=torch.float32, device=self.device)
         for batch in batches:
-            total += self.deepspeed(wire_of(batch), batch["targets"])
+            total += self.deepspeed(batch, self._labels_of(batch))
         self.deepspeed.train()
-        return float(all_reduce_(total, self.grid.data))
+        return all_reduce_(total, self.grid.data)
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor) -> Tensor | None:
+    def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
         self.deepspeed.eval()
-        logits = self.deepspeed((input_ids.to(self.device),))
+        found = self.deepspeed(self._to_device(batch))
         self.deepspeed.train()
-        return logits.float().cpu()
+        return {name: output.float().cpu() for name, output in found.items()}
 
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.deepspeed.module.named_parameters()
@@ -65,9 +64,3 @@ class PlainEngine(Engine):
             return nullcontext()
         return deepspeed.zero.GatheredParameters([parameter])
 
-
-def wire_of(batch: MicroBatch) -> tuple[Tensor, ...]:
-    """What enters the first stage: ids, and the key mask where the data has one, as bytes."""
-    if "attention_mask" in batch:
-        return batch["input_ids"], batch["attention_mask"].to(torch.uint8)
-    return (batch["input_ids"],)

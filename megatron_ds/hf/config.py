@@ -12,8 +12,9 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row, axis_sizes
-from megatron_ds.hf.registry import family_of
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.hf.io import has_weights, open_directory
+from megatron_ds.hf.registry import FAMILIES, family_of
+from megatron_ds.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -23,29 +24,34 @@ class HFModel:
     Attributes:
         family: its table.
         config: transformers' config object, defaults filled in.
-        decoder: the same in our terms.
+        core: the same in our terms.
     """
 
     family: Family
     config: Any
-    decoder: DecoderConfig
+    core: ModelConfig
 
     def with_tied(self, tied: bool) -> HFModel:
         """The same model with the head tied to the embedding, or not."""
-        return replace(self, decoder=replace(self.decoder, tied=tied))
+        return self if tied == self.core.tied else replace(self, core=replace(self.core, tied=tied))
+
+    @property
+    def architecture(self) -> str:
+        """transformers' class."""
+        return self.family.architecture_of(self.core)
 
     @cached_property
     def table(self) -> dict[str, Row]:
         """Native name -> row, one a parameter of the model: no head where it is tied."""
-        table = self.family.table(self.decoder)
-        if self.decoder.tied:
-            del table[HEAD]
+        table = self.family.table(self.core)
+        if self.core.tied:
+            table.pop(HEAD, None)
         return table
 
     @cached_property
     def axis_sizes(self) -> dict[str, int]:
         """Sizes of the named axes of `table`."""
-        return axis_sizes(self.decoder)
+        return axis_sizes(self.core)
 
 
 def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
@@ -58,15 +64,35 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
         where, raw = "model.config", dict(source)
     else:
         where, raw = str(Path(source) / "config.json"), _read_json(Path(source) / "config.json")
+        if raw.get("model_type") is None:
+            raw |= _model_type_by_names(Path(source))
     try:
         family = family_of(raw.get("model_type"))
         family.fields.check(raw)
         config = _transformers_config(raw)
         _refuse_contradictions(raw, config)
-        decoder = family.translate(config)
+        core = _with_heads(family, family.translate(config), raw)
     except ConversionError as problem:
         raise ConversionError(f"{where}: {problem}") from problem.__cause__
-    return HFModel(family, config, decoder)
+    return HFModel(family, config, core)
+
+
+def _with_heads(family: Family, core: ModelConfig, raw: Mapping[str, Any]) -> ModelConfig:
+    """The heads of the class that the config names, where the family has several."""
+    named = [name for name in raw.get("architectures") or () if name in family.classes]
+    return replace(core, **family.classes[named[0]]) if named else core
+
+
+def _model_type_by_names(directory: Path) -> dict[str, str]:
+    """What configs of transformers' first years leave out, if only one family's tensors have such names."""
+    names = open_directory(directory).names if has_weights(directory) else ()
+    prefixes = [family.prefix for family in FAMILIES.values()]
+    found = {
+        family.model_type
+        for family in FAMILIES.values()
+        if prefixes.count(family.prefix) == 1 and any(name.startswith(family.prefix or "\0") for name in names)
+    }
+    return {"model_type": found.pop()} if len(found) == 1 else {}
 
 
 def _transformers_config(raw: Mapping[str, Any]) -> Any:
@@ -128,13 +154,13 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
     for name in ("_name_or_path", "auto_map"):
         content.pop(name, None)
     content.update(
-        architectures=[model.family.architecture],
+        architectures=[model.architecture],
         model_type=model.family.model_type,
-        tie_word_embeddings=model.decoder.tied,
+        tie_word_embeddings=model.core.tied,
         dtype=dtype,
         torch_dtype=dtype,
     )
-    return {**content, **_old_rope_fields(content)}
+    return {**content, **_old_rope_fields(content), **model.family.written(model.core)}
 
 
 def _old_rope_fields(content: Mapping[str, Any]) -> dict[str, Any]:

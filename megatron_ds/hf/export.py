@@ -18,6 +18,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, config_json
 from megatron_ds.hf.io import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
+from megatron_ds.models.config import EncoderConfig
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -122,6 +123,8 @@ class DirectoryExport:
         if source is not None and source.is_file():
             shutil.copyfile(source, self.directory / source.name)
             return
+        if isinstance(self.model.core, EncoderConfig):
+            return  # it generates nothing
         from transformers import GenerationConfig
 
         GenerationConfig.from_model_config(self.model.config).save_pretrained(self.directory)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ds.hf.fields import FieldRules
 from megatron_ds.hf.mapping import Op, Part, copy
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
 
 LAYER = "{n}"
 HEAD = "head.weight"
@@ -40,53 +40,87 @@ class Row:
         return Row(self.native.replace(LAYER, number), names, self.op, self.split)
 
 
+def _as_the_config_says(config: Any, names: frozenset[str]) -> Any:
+    return config
+
+
+def _nothing_else(config: Any) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One Hugging Face `model_type`.
 
     Attributes:
-        model_type, architecture: as in config.json.
+        model_type, architecture: as in config.json; the class that is meant where it names none that we know.
         prefix: what base-model saves leave out of tensor names.
         fields: the ledger of its config fields.
-        translate: its config (defaults filled in by transformers) -> ours.
+        translate: its config (defaults filled in by transformers) -> ours, a `ModelConfig`.
         rows: our config -> its table.
         ignored: regular expressions of tensors on disk that are buffers, not weights.
         reference_attention: transformers' implementation of attention to compare with. "eager" is written out; kernels
             leave out what they cannot do, such as a bound of the scores.
+        aliases: name on disk -> name in the table of which it is a copy, in old or careless saves.
+        classes: classes of transformers that differ in their heads -> the options of ours that tell them apart.
+        settle: our config, names on disk -> our config with the heads that are there.
+        head_may_be_absent: a head that is not on disk is the embedding, whatever the config says.
+        written: our config -> fields of config.json that mean something of their own in this family.
     """
 
     model_type: str
     architecture: str
     prefix: str
     fields: FieldRules
-    translate: Callable[[Any], DecoderConfig]
-    rows: Callable[[DecoderConfig], list[Row]]
+    translate: Callable[[Any], Any]
+    rows: Callable[[Any], list[Row]]
     ignored: tuple[str, ...] = ()
     reference_attention: str = "eager"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    classes: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    settle: Callable[[Any, frozenset[str]], Any] = _as_the_config_says
+    head_may_be_absent: bool = False
+    written: Callable[[Any], dict[str, Any]] = _nothing_else
 
-    def table(self, config: DecoderConfig) -> dict[str, Row]:
+    def table(self, config: ModelConfig) -> dict[str, Row]:
         """Native name -> row, one a parameter, layers written out, the head included even where it is tied."""
         table = {}
         for row in self.rows(config):
-            for layer in range(config.num_layers if LAYER in row.native else 1):
+            stack, dot, _ = row.native.partition(f".{LAYER}")
+            for layer in range(config.stacks[stack].num_layers if dot else 1):
                 one = row.at(layer)
                 table[one.native] = one
         return table
 
+    def architecture_of(self, config: ModelConfig) -> str:
+        """The class of transformers that has these heads."""
+        for name, options in self.classes.items():
+            if all(getattr(config, option) == value for option, value in options.items()):
+                return name
+        return self.architecture
 
-def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Sizes of the named axes in all tables: v vocabulary, e embedding, h hidden, f feed-forward, p rows of the
-    position table, n query heads, k key/value heads, g query heads a key head, d head dim."""
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Sizes of the named axes in all tables: v vocabulary, e embedding, h hidden, i the same on the other
+    side of a projection, f feed-forward, p rows of the
+    position table, s segments, n query heads, k key/value heads, g query heads a key head, d head dim, b buckets of
+    relative positions, c classes of pairs of segments."""
+    stack = config.encoder if isinstance(config, EncoderDecoderConfig) else config
+    positions = None if isinstance(config, EncoderDecoderConfig) else config.positions
     return {
         "v": config.vocab_size,
-        "e": config.embedding_size,
-        "h": config.hidden_size,
-        "f": config.ffn_size,
-        "p": config.positions.rows if config.positions is not None else 0,
-        "n": config.num_heads,
-        "k": config.num_kv_heads,
-        "g": config.num_heads // config.num_kv_heads,
-        "d": config.head_dim,
+        "e": config.embedding_size if isinstance(config, DecoderConfig) else config.hidden_size,
+        "h": stack.hidden_size,
+        "i": stack.hidden_size,
+        "f": stack.ffn_size,
+        "p": positions.rows if positions is not None else 0,
+        "s": config.num_token_types if isinstance(config, EncoderConfig) else 0,
+        "n": stack.num_heads,
+        "k": stack.num_kv_heads,
+        "g": stack.num_heads // stack.num_kv_heads,
+        "d": stack.head_dim,
+        "c": 2,
+        "b": stack.relative.num_buckets if stack.relative is not None else 0,
     }
 
 

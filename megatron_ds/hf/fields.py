@@ -37,6 +37,15 @@ SIZES = frozenset(
         "ffn_hidden_size",
         "word_embed_proj_dim",
         "num_kv_heads",
+        "type_vocab_size",
+        "d_model",
+        "d_kv",
+        "d_ff",
+        "num_layers",
+        "num_decoder_layers",
+        "num_heads",
+        "relative_attention_num_buckets",
+        "relative_attention_max_distance",
     ]
 )
 POSITIVE = frozenset(
@@ -73,9 +82,12 @@ PROBABILITIES = frozenset(
         "hidden_dropout",
         "residual_dropout",
         "embedding_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "dropout_rate",
     ]
 )
-FLAGS = frozenset(["tie_word_embeddings", "truncate"])
+FLAGS = frozenset(["tie_word_embeddings", "truncate", "scale_decoder_outputs"])
 LISTS = frozenset(["short_factor", "long_factor"])
 ROPE = frozenset(["rope_parameters", "rope_scaling"])
 PER_LAYER = ("layer_types", "no_rope_layers")
@@ -179,7 +191,8 @@ COMMON_COSMETIC = frozenset(
 
 @dataclass(frozen=True)
 class FieldRules:
-    """Every config field that a family may carry, by what it does to the math.
+    """Every config field that a family may carry, by what it does to the math. What it says itself goes before what is
+    said of all families.
 
     Attributes:
         mapped: read by the family's `translate`, or by transformers' config class on the way to what that reads.

@@ -75,6 +75,11 @@ class TensorSource:
         return True
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there is anything to open."""
+    return any((directory / name).is_file() for one in (SAFETENSORS, BIN) for name in (one, f"{one}.index.json"))
+
+
 def open_directory(directory: str | Path) -> TensorSource:
     """Find a directory's weights: safetensors before .bin, one file before an index, as transformers does.
 

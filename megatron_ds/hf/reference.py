@@ -2,46 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import HFModel
+from megatron_ds.models.config import EncoderConfig
 
 
-def load_reference(directory: str | Path, attention: str, dtype: Any = "auto") -> Any:
-    """transformers' causal model on CPU, in evaluation mode. Runs no code from the directory.
+def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -> Any:
+    """transformers' model on CPU, in evaluation mode. Runs no code from the directory.
 
     Args:
         directory: config.json and weights.
-        attention: which implementation of transformers'; see `Family.reference_attention`.
+        model: what they are: class and implementation of attention go by it.
         dtype: of the weights; "auto" = as they are.
 
     Raises:
         ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
         with _without_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, model.architecture).from_pretrained(
                 directory,
                 dtype=dtype,
-                attn_implementation=attention,
+                attn_implementation=model.family.reference_attention,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **_without_pooler(model),
             )
     except Exception as problem:  # of many types, transformers' own and its libraries'
         reason = " ".join(str(problem).split())[:300]
         raise ConversionError(f"{directory}: transformers cannot load it: {reason}") from problem
-    model, found = loaded
+    theirs, found = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         wrong = sorted(map(str, found[kind]))
         if wrong:
             raise ConversionError(f"{directory}: transformers has {kind.replace('_', ' ')}: {', '.join(wrong[:3])}")
-    return model.eval()
+    return theirs.eval()
+
+
+# What transformers calls what its models predict -> our name.
+_OUTPUTS = {
+    "logits": "logits",
+    "prediction_logits": "logits",
+    "seq_relationship_logits": "next_sentence",
+    "last_hidden_state": "hidden",
+    "pooler_output": "pooled",
+}
+
+
+def predict(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers' model predicts for a batch's columns, by our names, fp32 (B, ...)."""
+    given = {name: column.long() for name, column in columns.items()}
+    cache: dict[str, Any] = {} if isinstance(model.core, EncoderConfig) else {"use_cache": False}
+    found = theirs(**given, **cache)
+    return {ours: found[name].float() for name, ours in _OUTPUTS.items() if found.get(name) is not None}
+
+
+def _without_pooler(model: HFModel) -> dict[str, bool]:
+    """What transformers' base encoders are told in the place of a config field."""
+    core = model.core
+    has_none = isinstance(core, EncoderConfig) and not core.masked_lm and not core.pooler
+    return {"add_pooling_layer": False} if has_none else {}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.families.bert import BERT, ROBERTA
 from megatron_ds.hf.families.bloom import BLOOM
 from megatron_ds.hf.families.falcon import FALCON
 from megatron_ds.hf.families.gemma import GEMMA2, GEMMA3_TEXT
@@ -16,6 +17,7 @@ from megatron_ds.hf.families.llama import GRANITE, LLAMA, MISTRAL, OLMO2, QWEN2,
 from megatron_ds.hf.families.opt import OPT
 from megatron_ds.hf.families.phi3 import PHI3
 from megatron_ds.hf.families.starcoder2 import STARCODER2
+from megatron_ds.hf.families.t5 import T5
 from megatron_ds.hf.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -23,16 +25,25 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(GPT2, GPT_NEOX, GPTJ, OPT, BLOOM, FALCON),
         *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3_TEXT, OLMO2, GRANITE, SMOLLM3, STARCODER2),
+        *(BERT, ROBERTA, T5),
     )
 }
 
 # The nearest family, where it isn't the one of the most similar name.
 RELATIVES = {
+    "albert": "bert",
+    "camembert": "roberta",
     "codegen": "gptj",
+    "distilbert": "bert",
+    "electra": "bert",
     "gemma3": "gemma3_text",
     "gpt_bigcode": "starcoder2",
     "refinedweb": "falcon",
+    "longt5": "t5",
+    "mt5": "t5",
     "refinedwebmodel": "falcon",
+    "umt5": "t5",
+    "xlm-roberta": "roberta",
 }
 
 

@@ -30,6 +30,9 @@ MODELS = {
     "granite": "Granite 3, dense",
     "smollm3": "SmolLM3",
     "starcoder2": "StarCoder2",
+    "bert": "BERT, MiniLM and other encoders of its kind",
+    "roberta": "RoBERTa, DistilRoBERTa",
+    "t5": "T5, T5 v1.1, Flan-T5",
 }
 
 

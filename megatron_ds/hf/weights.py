@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.family import EMBEDDING, HEAD, Row
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
 from megatron_ds.hf.files import DTYPES
 from megatron_ds.hf.io import TensorSource, open_directory
 from megatron_ds.hf.mapping import Part, Reader, allocate, tile
@@ -28,7 +29,7 @@ class HFWeights:
         model: what its config says.
 
     Attributes:
-        model: the model with `tied` settled by the bytes on disk, not by the config alone.
+        model: the model with its heads, and whether one is tied, settled by what is on disk, not by the config alone.
 
     Raises:
         ConversionError: no weights or damaged ones; a tensor that is missing, unexpected, misshapen or not floating.
@@ -37,11 +38,12 @@ class HFWeights:
     def __init__(self, directory: str | Path, model: HFModel) -> None:
         self._source = open_directory(directory)
         self._names = frozenset(self._source.names)
-        table = model.family.table(model.decoder)
-        self._on_disk = _names_on_disk(self._source, model.family.prefix, table)
-        self._head = self.name_on_disk(table[HEAD].names[0])
+        model = replace(model, core=model.family.settle(model.core, self._names))
+        table = model.family.table(model.core)
+        self._on_disk = _names_on_disk(self._source, model.family, table)
+        self._head = self.name_on_disk(table[HEAD].names[0]) if HEAD in table else None
         self._embedding = self.name_on_disk(table[EMBEDDING].names[0])
-        self.model = model.with_tied(self._is_tied(model.decoder.tied))
+        self.model = model.with_tied(self._is_tied(model.core.tied, model.family))
         assert_each_once(self.model.table)
         self._account()
 
@@ -104,11 +106,30 @@ class HFWeights:
         widest = max(DTYPES[self._source.dtype(self._on_disk[name])].itemsize for name in row.names)
         return prod(row.op.native_shape(self.model.axis_sizes)) * widest
 
-    def _is_tied(self, by_config: bool) -> bool:
+    def _is_tied(self, by_config: bool, family: Family) -> bool:
         """Tied where the config says so, unless both tensors are there and differ."""
-        if not by_config or not {self._head, self._embedding} <= self._names:
-            return by_config
-        return self._source.same_bytes(self._head, self._embedding)
+        if self._head is None or not {self._head, self._embedding} <= self._names:
+            return by_config or (family.head_may_be_absent and self._head not in self._names)
+        return by_config and self._source.same_bytes(self._head, self._embedding)
+
+    def _copies(self) -> set[str]:
+        """Names on disk of what is there a second time.
+
+        Raises:
+            ConversionError: it is not the same.
+        """
+        found = {self._head} if self.model.core.tied and self._head is not None else set()
+        for alias, name in self.model.family.aliases.items():
+            original = self._on_disk.get(name)
+            if alias not in self._names or alias == original or original not in self._names:
+                continue
+            if not self._source.same_bytes(alias, original):
+                raise ConversionError(
+                    f"{self._source.directory}: {alias} differs from {original}, of which "
+                    f"{self.model.family.model_type} has it as a copy; not supported: two tables of their own"
+                )
+            found.add(alias)
+        return found
 
     def _account(self) -> None:
         """Every tensor on disk is used, ignored by a rule, or refused; every parameter has its tensors."""
@@ -125,10 +146,9 @@ class HFWeights:
                 f"{where}: missing {_some(missing)}, which {family.model_type} with this config needs"
                 f"{hint if missing == [self._head] else ''}"
             )
-        alias = {self._head} if self.model.decoder.tied else set()
         unexpected = [
             name
-            for name in sorted(self._names - wanted.keys() - alias)
+            for name in sorted(self._names - wanted.keys() - self._copies())
             if not any(re.search(pattern, name) for pattern in family.ignored)
         ]
         if unexpected:
@@ -201,13 +221,17 @@ def assert_each_once(table: Mapping[str, Row]) -> None:
         assert tile(sources), f"{name} is not the sum of {sources}"
 
 
-def _names_on_disk(source: TensorSource, prefix: str, table: Mapping[str, Row]) -> dict[str, str]:
+def _names_on_disk(source: TensorSource, family: Family, table: Mapping[str, Row]) -> dict[str, str]:
     """Name in the table -> name on disk: without the prefix where it is a base model's, old where only that is there.
+
+    The table of a base model has no prefix itself; what it reads may have.
 
     Raises:
         ConversionError: with and without the prefix, or by an old and a new name.
     """
-    names, is_norm = set(source.names), {name: "norm" in row.native for row in table.values() for name in row.names}
+    names, prefix = set(source.names), family.prefix
+    is_norm = {name: "norm" in row.native for row in table.values() for name in row.names}
+    is_base = not any(name.startswith(prefix) for name in is_norm)
 
     def found(name: str, norm: bool) -> str | None:
         old = _old_norm_name(name) if norm else name
@@ -215,8 +239,15 @@ def _names_on_disk(source: TensorSource, prefix: str, table: Mapping[str, Row]) 
             raise ConversionError(f"{source.directory}: {name} stands there twice, also by its old name {old}")
         return old if old in names else name if name in names else None
 
-    whole = {name: found(name, norm) for name, norm in is_norm.items()}
-    bare = {name: found(name.removeprefix(prefix), norm) for name, norm in is_norm.items() if name.startswith(prefix)}
+    whole = {name: found(prefix + name if is_base else name, norm) for name, norm in is_norm.items()}
+    copies = {name: alias for alias, name in family.aliases.items() if alias in names}
+    if not prefix:
+        return {name: here or copies.get(name, name) for name, here in whole.items()}
+    bare = {
+        name: found(name.removeprefix(prefix), norm)
+        for name, norm in is_norm.items()
+        if is_base or name.startswith(prefix)
+    }
     with_prefix = [here for name, here in whole.items() if here and name in bare]
     without = [here for here in bare.values() if here]
     if with_prefix and without:
@@ -225,7 +256,9 @@ def _names_on_disk(source: TensorSource, prefix: str, table: Mapping[str, Row]) 
             "none to have it"
         )
     return {
-        name: (bare.get(name, here) or name.removeprefix(prefix)) if without else here or name
+        name: (bare.get(name, here) or copies.get(name, name.removeprefix(prefix)))
+        if without
+        else here or copies.get(name, name)
         for name, here in whole.items()
     }
 

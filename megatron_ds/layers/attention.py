@@ -1,4 +1,7 @@
-"""Causal self-attention with grouped query heads (Ainslie et al. 2023), divided over the tensor axis by query head."""
+"""Attention with grouped query heads (Ainslie et al. 2023), divided over the tensor axis by query head.
+
+One class for all: causal and bidirectional self-attention, and attention to the states of another stack.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
 from megatron_ds.layers.recompute import Recompute
+from megatron_ds.layers.relative import RelativeBias, RelativePositions
 from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -25,14 +29,16 @@ class AttentionShape:
     Attributes:
         hidden_size, num_heads, num_kv_heads, head_dim: H, N, K, D.
         scale: of the scores.
+        causal: a query sees no later key; else it sees all.
         qkv_bias, out_bias: which projections have a bias.
         qk_norm: RMSNorm of queries and keys before the rotation; None = no such norm.
         qk_norm_across_heads: it normalises all heads of a token together, not each by itself.
         window: a query sees this many last keys, itself included; None = all.
         softcap: scores s become softcap * tanh(s / softcap); None = they stay.
         alibi: biases by distance; None = none.
+        relative: learned biases by distance; None = none.
         dropout: on the attention probabilities.
-        std, out_std: initialisation of the projections in and out.
+        q_std, kv_std, out_std: initialisation of the projections in and out.
     """
 
     hidden_size: int
@@ -40,6 +46,7 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     scale: float
+    causal: bool
     qkv_bias: bool
     out_bias: bool
     qk_norm: NormStyle | None
@@ -47,12 +54,14 @@ class AttentionShape:
     window: int | None
     softcap: float | None
     alibi: Alibi | None
+    relative: RelativePositions | None
     dropout: float
-    std: float
+    q_std: float
+    kv_std: float
     out_std: float
 
 
-class CausalSelfAttention(nn.Module):
+class Attention(nn.Module):
     """(S, B, H) -> (S, B, H), sequence split over t under sequence parallelism; each rank has N/t query heads.
 
     It has the K/gcd(K, t) key and value heads that these may need, which its neighbours have too where t does not
@@ -77,7 +86,12 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.shape, self.rotary, self.recompute, self.rng = shape, rotary, recompute, rng
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        self.qkv = QKVLinear(shape.hidden_size, heads, kv_heads, dim, tp, std=shape.std, bias=shape.qkv_bias)
+        self.qkv = QKVLinear(
+            *(shape.hidden_size, heads, kv_heads, dim, tp),
+            q_std=shape.q_std,
+            kv_std=shape.kv_std,
+            bias=shape.qkv_bias,
+        )
         self.out = RowParallelLinear(heads * dim, shape.hidden_size, tp, std=shape.out_std, bias=shape.out_bias)
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
@@ -87,13 +101,21 @@ class CausalSelfAttention(nn.Module):
         elif shape.qk_norm is not None:
             self.q_norm = Norm(dim, shape.qk_norm, tp, tp.inside)
             self.k_norm = Norm(dim, shape.qk_norm, tp, tp.inside)
+        relative = shape.relative
+        self.relative = RelativeBias(relative, heads, tp, causal=shape.causal) if relative is not None else None
         local = heads // tp.axis.size
         self.heads = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
         self.kv_of_head = _kv_of_head(self.heads, heads // kv_heads, kv_heads // self.qkv.shares[1])
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """key_mask (B, S), nonzero where a position may be attended to; None = everywhere."""
-        q, kv = self.qkv(x)
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Attend to x itself, or to a `context` (C, B, H), split as x is.
+
+        Args:
+            x: (S, B, H).
+            key_mask: (B, S or C), nonzero where a position may be attended to; None = everywhere.
+            context: where keys and values come from; None = x.
+        """
+        q, kv = self.qkv(x, context)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
         k, v = kv.unflatten(-1, (-1, 2, self.shape.head_dim)).unbind(-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -104,11 +126,12 @@ class CausalSelfAttention(nn.Module):
         return self.out(core)
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """(S, B, N/t, D), (S, B, K/c, D) twice -> (S, B, N/t * D)."""
+        """(S, B, N/t, D), (C, B, K/c, D) twice -> (S, B, N/t * D)."""
         shape = self.shape
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-        mask = allowed_keys(q.shape[2], shape.window, key_mask, q.device)
-        plain = mask is None and shape.alibi is None and shape.softcap is None
+        mask = self._allowed(q.shape[2], key_mask, q.device)
+        has_bias = shape.alibi is not None or self.relative is not None
+        plain = mask is None and not has_bias and shape.softcap is None
         k, v = (self._for_each_head(part, shares_heads=plain) for part in (k, v))
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
@@ -119,9 +142,9 @@ class CausalSelfAttention(nn.Module):
                     q,
                     k,
                     v,
-                    mask if shape.alibi is None else self._bias(q, mask, key_mask),
+                    self._bias(q, mask, key_mask) if has_bias else mask,
                     dropout,
-                    is_causal=plain,
+                    is_causal=plain and shape.causal,
                     scale=shape.scale,
                     enable_gqa=k.shape[1] != q.shape[1],
                 )
@@ -135,16 +158,24 @@ class CausalSelfAttention(nn.Module):
         probabilities = F.softmax(scores + bias, dim=-1, dtype=torch.float32).to(q.dtype)
         return F.dropout(probabilities, dropout) @ v
 
+    def _allowed(self, length: int, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which keys each query sees; None where causality, if any, says it all."""
+        if self.shape.causal:
+            return allowed_keys(length, self.shape.window, key_mask, device)
+        return key_mask.bool()[:, None, None, :] if key_mask is not None else None
+
     def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
-        """(1 or B, 1 or N/t, S, S) added to the scores: ALiBi, and the lowest number where a key is not seen."""
+        """(1 or B, 1 or N/t, S, C) added to the scores: biases by distance, and the lowest number where a key is not
+        seen."""
         length = q.shape[2]
-        if mask is None:
+        seen = q.new_zeros(())
+        if self.shape.alibi is not None:
+            seen = self.shape.alibi.bias(length, self.heads, self.shape.num_heads, q, key_mask)
+        if self.relative is not None:
+            seen = seen + self.relative(length)
+        if mask is None and self.shape.causal:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
-        alibi = self.shape.alibi
-        if alibi is None:
-            return torch.where(mask, q.new_zeros(()), torch.finfo(q.dtype).min)
-        seen = alibi.bias(length, self.heads, self.shape.num_heads, q, key_mask)
-        return torch.where(mask, seen, torch.finfo(q.dtype).min)
+        return seen if mask is None else torch.where(mask, seen, torch.finfo(q.dtype).min)
 
     def _for_each_head(self, part: Tensor, shares_heads: bool) -> Tensor:
         """(B, K/c, S, D) -> (B, N/t, S, D), a key or value head for each query head.

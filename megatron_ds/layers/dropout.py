@@ -9,20 +9,25 @@ from megatron_ds.parallel.random import RngStreams
 
 
 class HiddenDropout(nn.Module):
-    """Dropout on hidden states between the parallel regions.
+    """Dropout on hidden states.
 
-    All tensor ranks draw the same mask, except under sequence parallelism, where each holds another part of the
-    sequence and draws its own.
+    All tensor ranks draw the same mask of what they hold alike. Where each holds another part (of the sequence under
+    sequence parallelism, of the features inside a parallel region) it draws its own.
+
+    Args:
+        p: probability.
+        rng: the streams; None = torch's own.
+        differs: whether tensor ranks hold different parts.
     """
 
-    def __init__(self, p: float, rng: RngStreams | None, splits_sequence: bool) -> None:
+    def __init__(self, p: float, rng: RngStreams | None, differs: bool) -> None:
         super().__init__()
-        self.p, self.rng, self.splits_sequence = p, rng, splits_sequence
+        self.p, self.rng, self.differs = p, rng, differs
 
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0.0 or not self.training:
             return x
-        if self.splits_sequence and self.rng is not None:
+        if self.differs and self.rng is not None:
             with self.rng.sharded():
                 return F.dropout(x, self.p)
         return F.dropout(x, self.p)

@@ -51,11 +51,14 @@ class PositionTable:
         max_positions: how many positions there are.
         offset: rows before the first position's (OPT has 2).
         skips_padding: positions count the tokens that the key mask shows, not all (OPT).
+        skipped_id: positions count the tokens that are not this one (RoBERTa). Those that are have the row before the
+            first position's, which does not learn.
     """
 
     max_positions: int
     offset: int = 0
     skips_padding: bool = False
+    skipped_id: int | None = None
 
     @property
     def rows(self) -> int:
@@ -63,22 +66,57 @@ class PositionTable:
 
 
 class LearnedPositions(nn.Module):
-    """Add a learned vector per position: (S, B, H) -> same; or this rank's (S/t, B, H) part of it."""
+    """Add a learned vector per position: (S, B, H) -> same; or this rank's (S/t, B, H) part of it.
+
+    Args:
+        table: which rows there are.
+        hidden_size: H.
+        tp: the tensor axis.
+        std: standard deviation of the table's initialisation.
+    """
 
     def __init__(self, table: PositionTable, hidden_size: int, tp: TensorParallel, *, std: float) -> None:
         super().__init__()
         self.table, self.tp = table, tp
         self.weight = make_parameter(ParamSpec((table.rows, hidden_size), std=std), tp.axis)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """key_mask (B, S), nonzero at tokens; None = everywhere."""
-        length = x.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1)
-        mine, weight = self.tp.sequence_slice(length), self.tp.between(self.weight)
-        if key_mask is None or not self.table.skips_padding:
-            return x + weight[self.table.offset :][mine, None, :]
-        seen = key_mask.long()
-        rows = seen.cumsum(1) * seen - 1 + self.table.offset  # padding has the row before the first position's
-        return x + F.embedding(rows.t()[mine], weight)
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+        """counted (B, S), nonzero at tokens that positions count, if the table skips any; None = everywhere."""
+        table, weight = self.table, self.tp.between(self.weight)
+        mine = self.tp.sequence_slice(_whole_length(x, self.tp))
+        if counted is None or not (table.skips_padding or table.skipped_id is not None):
+            return x + weight[table.offset :][mine, None, :]
+        seen = counted.long()
+        before_first = table.offset - 1
+        rows = seen.cumsum(1) * seen + before_first  # what is not counted has the row before the first position's
+        return x + F.embedding(rows.t()[mine], weight, before_first if table.skipped_id is not None else None)
+
+
+class TokenTypes(nn.Module):
+    """Add a learned vector per segment: (S, B, H) -> same; or this rank's (S/t, B, H) part of it.
+
+    Args:
+        num_types, hidden_size: rows of the table, H.
+        tp: the tensor axis.
+        std: standard deviation of the table's initialisation.
+    """
+
+    def __init__(self, num_types: int, hidden_size: int, tp: TensorParallel, *, std: float) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = make_parameter(ParamSpec((num_types, hidden_size), std=std), tp.axis)
+
+    def forward(self, x: Tensor, types: Tensor | None = None) -> Tensor:
+        """types (B, S); None = all of the first."""
+        weight = self.tp.between(self.weight)
+        if types is None:
+            return x + weight[0]
+        return x + F.embedding(types.t()[self.tp.sequence_slice(_whole_length(x, self.tp))], weight)
+
+
+def _whole_length(x: Tensor, tp: TensorParallel) -> int:
+    """Of the sequence of which a rank has x."""
+    return x.shape[0] * (tp.axis.size if tp.splits_sequence else 1)
 
 
 def scaled(x: Tensor, factor: float, in_dtype: bool) -> Tensor:

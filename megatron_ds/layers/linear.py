@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,18 +112,18 @@ class ColumnParallelLinear(nn.Module):
 
 
 class QKVLinear(nn.Module):
-    """Queries, keys and values of one input, which enters the tensor-parallel region once.
+    """Queries, keys and values of one input, which enters the tensor-parallel region once; or keys and values of another.
 
     (S, B, H), or (S/t, B, H) under sequence parallelism -> queries (S, B, N/t * D) and, key beside value for each head,
     (S, B, K/c * 2 * D) with c = gcd(K, t). Where t does not divide K, t/c neighbouring ranks hold the same key and
     value heads, and the gradients of these are summed over them: an all-reduce of c shares. Else it communicates what
-    a `ColumnParallelLinear` does.
+    a `ColumnParallelLinear` does, for each input.
 
     Args:
         in_features: H.
         num_heads, num_kv_heads, head_dim: N, K, D, whole.
         tp: the tensor axis; t divides N.
-        std: standard deviation of the weights' initialisation.
+        q_std, kv_std: standard deviations of the weights' initialisation.
         bias: whether there are biases.
     """
 
@@ -134,23 +135,29 @@ class QKVLinear(nn.Module):
         head_dim: int,
         tp: TensorParallel,
         *,
-        std: float,
+        q_std: float,
+        kv_std: float,
         bias: bool,
     ) -> None:
         super().__init__()
         assert num_heads % tp.axis.size == 0, (num_heads, tp.axis.size)
         q, kv = num_heads * head_dim, num_kv_heads * 2 * head_dim
         self.tp = tp
-        kv_spec = ParamSpec((kv, in_features), 0, std=std, units=num_kv_heads)
+        kv_spec = ParamSpec((kv, in_features), 0, std=kv_std, units=num_kv_heads)
         self.shares = (tp.axis.size, kv_spec.shares(tp.axis.size))
-        self.q_weight = make_parameter(ParamSpec((q, in_features), 0, std=std), tp.axis)
+        self.q_weight = make_parameter(ParamSpec((q, in_features), 0, std=q_std), tp.axis)
         self.kv_weight = make_parameter(kv_spec, tp.axis)
         self.q_bias = make_parameter(ParamSpec((q,), 0, decay=False), tp.axis) if bias else None
         self.kv_bias = make_parameter(ParamSpec((kv,), 0, decay=False, units=num_kv_heads), tp.axis) if bias else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parameters = (self.q_weight, self.kv_weight, self.q_bias, self.kv_bias)
-        q, kv = _ColumnLinears.apply(x, self.tp, self.shares, *parameters)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values are of `context` (C, B, H), split as x is; None = of x."""
+        if context is None:
+            parameters = (self.q_weight, self.kv_weight, self.q_bias, self.kv_bias)
+            q, kv = _ColumnLinears.apply(x, self.tp, self.shares, *parameters)
+            return q, kv
+        (q,) = _ColumnLinears.apply(x, self.tp, self.shares[:1], self.q_weight, self.q_bias)
+        (kv,) = _ColumnLinears.apply(context, self.tp, self.shares[1:], self.kv_weight, self.kv_bias)
         return q, kv
 
 
@@ -176,16 +183,33 @@ class RowParallelLinear(nn.Module):
 
 
 class ReplicatedLinear(nn.Module):
-    """y = x W^T on hidden states between the parallel regions, with a weight that every tensor rank holds whole.
+    """y = x W^T + b with parameters that every tensor rank holds whole, because they are too small to divide.
 
-    (S, B, in), or (S/t, B, in) under sequence parallelism -> (..., out). For the narrow projections next to an
-    embedding, which are too small to divide.
+    (S, B, in), or (S/t, B, in) under sequence parallelism -> (..., out): next to embeddings and in heads.
+
+    Args:
+        in_features, out_features: sizes.
+        tp: the tensor axis.
+        std: standard deviation of the weight's initialisation.
+        bias: whether there is one.
+        enter: how the parameters enter the graph: `tp.between` (the default) for hidden states; the identity for what
+            all tensor ranks hold alike, such as one vector a sequence.
     """
 
-    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, *, std: float) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tp: TensorParallel,
+        *,
+        std: float,
+        bias: bool = False,
+        enter: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.tp = tp
+        self.enter = enter or tp.between
         self.weight = make_parameter(ParamSpec((out_features, in_features), std=std), tp.axis)
+        self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axis) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.tp.between(self.weight))
+        return F.linear(x, self.enter(self.weight), self.enter(self.bias) if self.bias is not None else None)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,6 +29,15 @@ class MLP(nn.Module):
 
     (S, B, H) -> (S, B, H), sequence split over t under sequence parallelism. Gate and up are one matrix of shape
     (2, F, H) divided over F, so a plain concatenation of shards is the whole matrix at any t.
+
+    Args:
+        hidden_size, ffn_size: H, F.
+        tp: the tensor axis.
+        activation: a name in `ACTIVATIONS`.
+        gated, bias: see above; whether the projections have biases.
+        std, out_std: initialisation of up (and gate) and of down.
+        dropout: on what down takes; its masks differ between tensor ranks, which hold different features.
+        rng: the streams of these masks.
     """
 
     def __init__(
@@ -40,6 +51,8 @@ class MLP(nn.Module):
         bias: bool,
         std: float,
         out_std: float,
+        dropout: float = 0.0,
+        rng: RngStreams | None = None,
     ) -> None:
         super().__init__()
         self.gated = gated
@@ -47,10 +60,11 @@ class MLP(nn.Module):
         out_shape, split_dim = ((2, ffn_size), 1) if gated else ((ffn_size,), 0)
         self.up = ColumnParallelLinear(hidden_size, out_shape, tp, std=std, bias=bias, split_dim=split_dim)
         self.down = RowParallelLinear(ffn_size, hidden_size, tp, std=out_std, bias=bias)
+        self.dropout = HiddenDropout(dropout, rng, differs=tp.axis.size > 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
-            return self.down(self.act(gate) * up)
-        return self.down(self.act(x))
+            return self.down(self.dropout(self.act(gate) * up))
+        return self.down(self.dropout(self.act(x)))

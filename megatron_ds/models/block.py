@@ -1,20 +1,21 @@
-"""The transformer block of decoders."""
+"""The transformer block of all models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor, nn
 
-from megatron_ds.layers.attention import CausalSelfAttention
+from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import scaled
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
-from megatron_ds.models.config import DecoderConfig
-from megatron_ds.models.stages import Wire
+from megatron_ds.models.config import StackConfig
+from megatron_ds.models.stages import HIDDEN, StageSpec, Wire
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -28,21 +29,53 @@ class Placement:
     recompute: Recompute = field(default_factory=Recompute)
 
 
-class DecoderBlock(nn.Module):
-    """Attention and MLP around a residual stream; the second of a wire's tensors, if any, is the key mask.
+@dataclass(frozen=True)
+class BlockInputs:
+    """What blocks read from the wire beside their hidden states, where it is there.
+
+    Attributes:
+        mask: which positions of their own may be attended to.
+        context, context_mask: the states that cross attention attends to, and which of them it may.
+    """
+
+    mask: str = "attention_mask"
+    context: str | None = None
+    context_mask: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.mask, self.context, self.context_mask) if name is not None)
+
+
+class Block(nn.Module):
+    """Attention and MLP around a residual stream, with cross attention between them where there is another stack.
 
     Where the norms stand and what the MLP starts from are the config's: with the defaults x + attention(norm(x)), then
     x + mlp(norm(x)).
 
     Hidden states (S, B, H), or (S/t, B, H) under sequence parallelism. A micro-batch moves, forward and backward
-    together, 8 SBH(t-1)/t elements by all-reduces; or 10 SBH(t-1)/t by all-gathers and reduce-scatters.
+    together, 8 SBH(t-1)/t elements by all-reduces; or 10 SBH(t-1)/t by all-gathers and reduce-scatters. Cross attention
+    to C positions adds 4 SBH(t-1)/t and 2 CBH(t-1)/t; or 5 SBH(t-1)/t and 3 CBH(t-1)/t.
     """
 
-    def __init__(self, config: DecoderConfig, layer: int, rotary: RotaryTable | None, at: Placement) -> None:
+    def __init__(
+        self,
+        config: StackConfig,
+        layer: int,
+        at: Placement,
+        rotary: RotaryTable | None = None,
+        inputs: BlockInputs = BlockInputs(),
+    ) -> None:
         super().__init__()
-        self.config, self.recompute = config, at.recompute
+        self.config, self.recompute, self.inputs = config, at.recompute, inputs
+        shape = config.attention(layer)
         self.attention_norm, self.attention_output_norm = self._norms(at)
-        self.attention = CausalSelfAttention(config.attention(layer), at.tp, rotary, at.recompute, at.rng)
+        self.attention = Attention(shape, at.tp, rotary, at.recompute, at.rng)
+        self.cross_norm = self.cross_output_norm = self.cross = None
+        if config.cross_attention:
+            self.cross_norm, self.cross_output_norm = self._norms(at)
+            across = replace(shape, causal=False, window=None, alibi=None, relative=None)
+            self.cross = Attention(across, at.tp, None, at.recompute, at.rng)
         self.mlp_norm, self.mlp_output_norm = self._norms(at)
         if config.shared_norm:
             self.mlp_norm = None
@@ -53,8 +86,10 @@ class DecoderBlock(nn.Module):
             activation=config.activation,
             gated=config.gated,
             bias=config.mlp_bias,
-            std=config.init_std,
-            out_std=config.out_std,
+            std=config.weight_std,
+            out_std=config.out_std(config.ffn_size),
+            dropout=config.ffn_dropout,
+            rng=at.rng,
         )
         self.dropout = HiddenDropout(config.residual_dropout, at.rng, at.tp.splits_sequence)
 
@@ -68,16 +103,22 @@ class DecoderBlock(nn.Module):
         return norm("input", "both"), norm("output", "both", "sum")
 
     def forward(self, wire: Wire) -> Wire:
-        hidden, *rest = wire
-        return (self.recompute.run("full", self._block, hidden, *rest), *rest)
+        names = [name for name in self.inputs.names if name in wire]
+        run = partial(self._block, names)
+        return {**wire, HIDDEN: self.recompute.run("full", run, wire[HIDDEN], *(wire[name] for name in names))}
 
-    def _block(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:
+        given = dict(zip(names, others))
         normal = _apply(self.attention_norm, x)
-        attended = self.attention(normal, key_mask)
+        attended = self.attention(normal, given.get(self.inputs.mask))
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
             return x + self._weighed(attended) + self._weighed(self.mlp(start))
         x = self._add(x, attended, self.attention_output_norm)
+        if self.cross is not None:
+            context, mask = (given.get(name or "") for name in (self.inputs.context, self.inputs.context_mask))
+            assert context is not None, f"cross attention needs {self.inputs.context}, there is {names}"
+            x = self._add(x, self.cross(_apply(self.cross_norm, x), mask, context), self.cross_output_norm)
         return self._add(x, self.mlp(_apply(self.mlp_norm, x)), self.mlp_output_norm)
 
     def _add(self, x: Tensor, change: Tensor, norm: Norm | None) -> Tensor:
@@ -91,3 +132,39 @@ class DecoderBlock(nn.Module):
 
 def _apply(norm: Norm | None, x: Tensor) -> Tensor:
     return norm(x) if norm is not None else x
+
+
+def block_stages(prefix: str, config: StackConfig, at: Placement, like: StageSpec, inputs: BlockInputs) -> list[StageSpec]:
+    """A stack's blocks, unbuilt.
+
+    Args:
+        prefix: of their names, which their number follows.
+        config: of the stack.
+        at: where they run.
+        like: what they take from the wire.
+        inputs: what of it they read.
+    """
+    tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
+    stages = []
+    for layer in range(config.num_layers):
+        rotary = config.rotary[layer] if config.rotary else None
+        table = tables[rotary] if rotary is not None else None
+        shared = {"attention.relative.weight": f"{prefix}.0.attention.relative.weight"}
+        stages.append(
+            replace(
+                like,
+                name=f"{prefix}.{layer}",
+                build=partial(Block, config, layer, at, table, inputs),
+                cost=block_cost(config),
+                is_block=True,
+                tied=shared if config.relative is not None and layer > 0 else {},
+            )
+        )
+    return stages
+
+
+def block_cost(config: StackConfig) -> float:
+    """Multiplications a token of one block's matrices, which is also their number of parameters."""
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    ffn = (3 if config.gated else 2) * config.ffn_size
+    return float(config.hidden_size * (attention * (2 if config.cross_attention else 1) + ffn))

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
-from megatron_ds.layers.cross_entropy import Head, LogitFinish, gather_logits, head_loss
+from megatron_ds.layers.cross_entropy import LogitFinish
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.embedding import LearnedPositions, VocabParallelEmbedding, scaled
+from megatron_ds.layers.embedding import LearnedPositions, scaled
 from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.norm import Norm
-from megatron_ds.layers.parameter import ParamSpec, make_parameter
-from megatron_ds.layers.rotary import RotaryTable
-from megatron_ds.models.block import DecoderBlock, Placement
+from megatron_ds.models.block import BlockInputs, Placement, block_stages
 from megatron_ds.models.config import DecoderConfig
-from megatron_ds.models.stages import LossStage, StageSpec, Wire
-from megatron_ds.parallel.collectives import copy_to, gather_sequence
-
-
-class WordEmbedding(VocabParallelEmbedding):
-    """ids (B, S) -> hidden (S, B, H), or this rank's (S/t, B, H)."""
-
-    def forward(self, wire: Wire) -> Wire:  # type: ignore[override]
-        ids, *rest = wire
-        return (super().forward(ids.t()), *rest)
+from megatron_ds.models.ends import LanguageModelHead, WordEmbedding
+from megatron_ds.models.stages import HIDDEN, StageSpec, Wire
 
 
 class Entry(nn.Module):
@@ -44,15 +35,15 @@ class Entry(nn.Module):
         self.dropout = HiddenDropout(config.embedding_dropout, at.rng, at.tp.splits_sequence)
 
     def forward(self, wire: Wire) -> Wire:
-        hidden, *rest = wire
+        hidden = wire[HIDDEN]
         hidden = scaled(hidden, self.config.embedding_multiplier, self.config.embedding_multiplier_in_dtype)
         if self.projection is not None:
             hidden = self.projection(hidden)
         if self.positions is not None:
-            hidden = self.positions(hidden, *rest)
+            hidden = self.positions(hidden, wire.get("attention_mask"))
         if self.norm is not None:
             hidden = self.norm(hidden)
-        return (self.dropout(hidden), *rest)
+        return {**wire, HIDDEN: self.dropout(hidden)}
 
 
 class Exit(nn.Module):
@@ -65,61 +56,33 @@ class Exit(nn.Module):
         self.projection = ReplicatedLinear(hidden, width, at.tp, std=config.init_std) if width != hidden else None
 
     def forward(self, wire: Wire) -> Wire:
-        hidden, *rest = wire
+        hidden = wire[HIDDEN]
         if self.norm is not None:
             hidden = self.norm(hidden)
         if self.projection is not None:
             hidden = self.projection(hidden)
-        return (hidden, *rest)
-
-
-class LanguageModelHead(LossStage):
-    """Next-token loss over a vocabulary divided over the tensor axis."""
-
-    def __init__(self, config: DecoderConfig, at: Placement) -> None:
-        super().__init__()
-        self.vocab_size, self.tp = config.vocab_size, at.tp
-        self.finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
-        spec = ParamSpec((config.vocab_size, config.embedding_size), 0, std=config.init_std)
-        self.weight = make_parameter(spec, at.tp.axis)
-        bias = ParamSpec((config.vocab_size,), 0, decay=False)
-        self.bias = make_parameter(bias, at.tp.axis) if config.head_bias else None
-
-    def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
-        """Enters the parallel region by an all-gather under sequence parallelism, else as a copy."""
-        hidden, axis = wire[0], self.tp.axis
-        hidden = gather_sequence(hidden, axis) if self.tp.splits_sequence else copy_to(hidden, axis)
-        head = Head(self.weight, self.bias, self.vocab_size, axis, self.finish)
-        if targets is None:
-            return gather_logits(hidden, head).transpose(0, 1)
-        return head_loss(hidden, head, targets.t())
+        return {**wire, HIDDEN: hidden}
 
 
 def decoder_stages(config: DecoderConfig, at: Placement | None = None) -> list[StageSpec]:
-    """The stages of a decoder, unbuilt; the wire is (ids,) or (ids, key mask), each (B, S)."""
+    """The stages of a decoder, unbuilt. A batch has `input_ids` and may have an `attention_mask`; labels are `targets`,
+    of each position what follows it."""
     at = at or Placement()
-    tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
-    vocab, width = config.vocab_size, config.embedding_size
-    embed = partial(WordEmbedding, vocab, width, at.tp, std=config.init_std, padding_id=config.padding_id)
-    stages = [StageSpec("embedding", embed), StageSpec("entry", partial(Entry, config, at))]
-    for layer in range(config.num_layers):
-        rotary = config.rotary[layer] if config.rotary else None
-        table = tables[rotary] if rotary is not None else None
-        build = partial(DecoderBlock, config, layer, table, at)
-        stages.append(StageSpec(f"blocks.{layer}", build, cost=block_cost(config)))
-    stages.append(StageSpec("exit", partial(Exit, config, at)))
-    stages.append(
+    vocab, width, std = config.vocab_size, config.embedding_size, config.init_std
+    embed = partial(WordEmbedding, "input_ids", vocab, width, at.tp, std=std, padding_id=config.padding_id)
+    finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
+    head = partial(LanguageModelHead, vocab, width, at, std=std, bias=config.head_bias, finish=finish)
+    hidden = StageSpec("", nn.Identity, columns=("attention_mask",))  # what all but the first and last take
+    return [
+        StageSpec("embedding", embed, hidden={}, columns=("input_ids", "attention_mask")),
+        replace(hidden, name="entry", build=partial(Entry, config, at)),
+        *block_stages("blocks", config, at, hidden, BlockInputs()),
+        replace(hidden, name="exit", build=partial(Exit, config, at)),
         StageSpec(
             "head",
-            partial(LanguageModelHead, config, at),
+            head,
+            labels=("targets",),
             cost=float(vocab * width),
-            tied_to="embedding" if config.tied else None,
-        )
-    )
-    return stages
-
-
-def block_cost(config: DecoderConfig) -> float:
-    """Multiplications a token of one block's matrices, which is also their number of parameters."""
-    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return float(config.hidden_size * (attention + (3 if config.gated else 2) * config.ffn_size))
+            tied={"weight": "embedding.weight"} if config.tied else {},
+        ),
+    ]

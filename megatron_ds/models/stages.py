@@ -1,18 +1,23 @@
 """A model as a list of stages: the one description from which plain and pipelined models are made.
 
-A stage takes and gives a *wire*: a tuple of tensors, all that travels from one stage to the next. The first is the
-one that a stage transforms (token ids, then hidden states); the others (integers: masks) pass through unchanged.
+A stage takes and gives a *wire*: tensors by name, all that travels from one stage to the next. Some are hidden states,
+others columns of the batch (ids, masks) that this stage or a later one reads. Each stage declares what it takes, and
+that is all that an engine knows of it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-Wire = tuple[Tensor, ...]
+Wire = dict[str, Tensor]
+"""Columns (B, ...) of integers; hidden states (S, B, H), or this rank's (S/t, B, H)."""
+
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
@@ -22,29 +27,41 @@ class StageSpec:
     Attributes:
         name: prefix of its parameters' names, such as "embedding" or "blocks.3".
         build: allocates the module, `forward(wire) -> wire`. The last stage is a `LossStage`.
+        hidden: the hidden states that it takes: name on the wire -> the column of ids whose positions they are of.
+        columns: the columns of the batch that it or a later stage takes, where the batch has them.
+        labels: the columns that the last stage compares with, one term of the loss each.
         cost: forward work relative to other stages, for balancing a pipeline.
-        tied_to: name of an earlier stage whose `weight` this stage's `weight` is; both then are one parameter, under
-            the earlier stage's name.
+        is_block: one of the layers of which every pipeline stage gets at least one.
+        tied: own parameter's name -> name in the model of an earlier stage's parameter that it is the same as.
     """
 
     name: str
     build: Callable[[], nn.Module]
+    hidden: Mapping[str, str] = field(default_factory=lambda: {HIDDEN: "input_ids"})
+    columns: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
     cost: float = 0.0
-    tied_to: str | None = None
+    is_block: bool = False
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 class LossStage(nn.Module, ABC):
-    """The last stage: turns hidden states into a loss without leaving logits behind.
+    """The last stage: turns hidden states into losses without leaving logits behind.
 
     Loss and head are one call, because DeepSpeed starts a backward pass (and clears bf16 gradients) when the gradient
     reaches what the module returned: a parameter used after that, in a loss function, would lose its gradient.
     """
 
-    weight: nn.Parameter
+    def forward(self, wire: Wire, labels: Mapping[str, Tensor] | None = None) -> Tensor | Wire:
+        """With labels: the fp32 sums of losses, (terms,), in the order of `StageSpec.labels`, 0 for a column that is
+        not there. Without: what the model predicts, by name, such as "logits" (B, S, V)."""
+        return self.outputs(wire) if labels is None else self.losses(wire, labels)
 
     @abstractmethod
-    def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
-        """Wire, targets (B, S) -> fp32 sum of the labelled tokens' losses; without targets -> (B, S, V) logits."""
+    def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor: ...
+
+    @abstractmethod
+    def outputs(self, wire: Wire) -> Wire: ...
 
 
 class StageModel(nn.Module):
@@ -52,22 +69,49 @@ class StageModel(nn.Module):
 
     def __init__(self, specs: Sequence[StageSpec]) -> None:
         super().__init__()
-        self.order: list[nn.Module] = []
-        for spec in specs:
-            stage = spec.build()
-            register(self, spec.name, stage)
-            if spec.tied_to is not None:
-                stage.weight = self.get_submodule(spec.tied_to).weight
-            self.order.append(stage)
+        self.order = [spec.build() for spec in specs]
+        self.columns = specs[0].columns
+        name_stages(self, specs, self.order)
 
-    def forward(self, wire: Wire, targets: Tensor | None = None) -> Tensor:
-        """Wire of (B, S) integers, targets (B, S) -> fp32 sum of token losses; without targets -> logits (B, S, V)."""
+    def forward(self, batch: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None) -> Tensor | Wire:
+        """The batch's columns, each (B, ...) -> as `LossStage.forward`."""
+        wire = wire_of(batch, self.columns)
         for stage in self.order[:-1]:
             wire = stage(wire)
-        return self.order[-1](wire, targets)
+        return self.order[-1](wire, labels)
 
 
-def register(parent: nn.Module, name: str, module: nn.Module) -> None:
+def wire_of(batch: Mapping[str, Tensor], columns: Iterable[str]) -> Wire:
+    """What enters the first stage: the columns that the batch has, masks as bytes."""
+    found = {name: batch[name] for name in columns if name in batch}
+    return {name: column.to(torch.uint8) if column.dtype == torch.bool else column for name, column in found.items()}
+
+
+def name_stages(parent: nn.Module, specs: Sequence[StageSpec], stages: Sequence[nn.Module]) -> dict[str, str]:
+    """Register stages under their names, and make tied parameters one where both are here.
+
+    Returns:
+        of parameters that are tied to one of a stage that is not here: name -> name in the model. If there are several
+        such, they are the same, under the first one's name.
+    """
+    renamed: dict[str, str] = {}
+    for spec, stage in zip(specs, stages):
+        _register(parent, spec.name, stage)
+        for own, original in spec.tied.items():
+            first = next((name for name, target in renamed.items() if target == original), original)
+            if _has_parameter(parent, first):
+                owner, _, leaf = own.rpartition(".")
+                setattr(stage.get_submodule(owner), leaf, parent.get_parameter(first))
+            else:
+                renamed[f"{spec.name}.{own}"] = original
+    return renamed
+
+
+def _has_parameter(parent: nn.Module, name: str) -> bool:
+    return any(name == there for there, _ in parent.named_parameters(remove_duplicate=False))
+
+
+def _register(parent: nn.Module, name: str, module: nn.Module) -> None:
     """Make `module` a submodule of `parent` under a dotted name, creating plain containers on the way."""
     *containers, leaf = name.split(".")
     for part in containers:

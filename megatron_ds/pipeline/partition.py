@@ -11,9 +11,9 @@ from megatron_ds.models.stages import StageSpec
 def partition(specs: Sequence[StageSpec], num_parts: int) -> list[int]:
     """Bounds of `num_parts` contiguous parts with the smallest possible largest cost.
 
-    Every part gets at least one block: a stage without parameters of its own hangs ZeRO. Stages before the first
-    block stay with it, those after the last likewise. Among equal choices the earlier parts get more, since the last
-    also has the head.
+    Every part begins with a block, but for the first: a stage without parameters of its own hangs ZeRO. Stages before the
+    first block stay with it, those after the last likewise, and those between two stacks with the first of them. Among
+    equal choices the earlier parts get more, since the last also has the head.
 
     Returns:
         num_parts + 1 indices into `specs`, first 0, last len(specs).
@@ -21,13 +21,13 @@ def partition(specs: Sequence[StageSpec], num_parts: int) -> list[int]:
     Raises:
         TopologyError: fewer blocks than parts.
     """
-    blocks = [index for index, spec in enumerate(specs) if spec.name.startswith("blocks.")]
+    blocks = [index for index, spec in enumerate(specs) if spec.is_block]
     if num_parts > len(blocks):
         raise TopologyError(
             f"parallel.pipeline={num_parts} exceeds the model's {len(blocks)} layers; nearest: {len(blocks)}"
         )
-    costs = [specs[index].cost for index in blocks]
-    costs[-1] += sum(spec.cost for spec in specs[blocks[-1] + 1 :])
+    ends = [*blocks[1:], len(specs)]
+    costs = [sum(spec.cost for spec in specs[start:end]) for start, end in zip(blocks, ends)]
     costs[0] += sum(spec.cost for spec in specs[: blocks[0]])
     cuts = _balanced_cuts(costs, num_parts)
     return [0, *(blocks[cut] for cut in cuts), len(specs)]

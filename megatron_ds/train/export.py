@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.config import ExportSection
-from megatron_ds.engine import Engine
+from megatron_ds.engine import Engine, MicroBatch
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.export import exporting
-from megatron_ds.hf.reference import load_reference
+from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.job import Job
 
@@ -58,44 +61,46 @@ def fits_in(engine: Engine, dtype: str | None) -> bool:
     return float(all_reduce_(largest, engine.grid.world, dist.ReduceOp.MAX)) <= torch.finfo(torch.float16).max
 
 
-def check_export(engine: Engine, job: Job, section: ExportSection, input_ids: Tensor) -> float:
-    """Largest relative L2 error of transformers' logits on the exported directory against the live model's.
+def check_export(engine: Engine, job: Job, section: ExportSection, batch: MicroBatch) -> float:
+    """Largest relative L2 error of what transformers predicts from the exported directory against the live model.
 
-    Collective. The ranks with the last pipeline stage have the live logits; the first of them loads the directory.
+    Collective. The ranks with the last pipeline stage have the live model's predictions; the first of them loads the
+    directory.
 
     Args:
-        input_ids: (B, S) real ids, the same on every rank.
+        batch: a real one, the same on every rank; its labels are not looked at.
 
     Raises:
         RuntimeError: the error is over the bound of the coarser of the run's precision and the export's dtype: no
             mistake of the user's.
     """
-    live = engine.logits(input_ids)
+    columns = {name: column for name, column in batch.items() if name not in engine.labels}
+    live = engine.outputs(columns)
     error = torch.zeros((), dtype=torch.float64, device=engine.device)
     if live is not None and engine.grid.tensor.rank == 0 and engine.grid.data.rank == 0:
-        reference = reference_logits(section.path, job.model.family.reference_attention, input_ids.cpu())
-        error += float((live - reference).norm() / reference.norm())
+        reference = reference_outputs(section.path, job.model, columns)
+        error += max(float((live[name] - output).norm() / output.norm()) for name, output in reference.items())
     relative = float(all_reduce_(error, engine.grid.world))
     trained_in = DTYPE_OF_PRECISION[job.facts.precision]
     bound = max(CHECK_TOLERANCE[trained_in], CHECK_TOLERANCE[section.dtype or trained_in])
     if not relative <= bound:  # NaN is wrong too
         raise RuntimeError(
-            f"export.path={section.path}: transformers' logits differ from the live model's by {relative:.2e} "
+            f"export.path={section.path}: transformers' predictions differ from the live model's by {relative:.2e} "
             f"(relative L2), more than {bound:g}; the export is wrong, please report it"
         )
     return relative
 
 
-def reference_logits(directory: str, attention: str, input_ids: Tensor) -> Tensor:
-    """(B, S) ids -> (B, S, V) fp32 logits that transformers computes from a directory, on CPU.
+def reference_outputs(directory: str, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers predicts from a directory, on CPU, by our names, fp32 (B, ...).
 
     Args:
         directory: the export.
-        attention: see `Family.reference_attention`.
-        input_ids: real ids.
+        model: what was exported.
+        columns: of a batch, without labels.
 
     Raises:
         ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
     """
     with torch.no_grad():
-        return load_reference(directory, attention)(input_ids=input_ids, use_cache=False).logits.float()
+        return predict(load_reference(directory, model), model, {name: one.cpu() for name, one in columns.items()})

@@ -15,12 +15,14 @@ from megatron_ds.config import (
     fill_deepspeed,
     load_deepspeed,
 )
+from megatron_ds.data import Objective
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.export import not_ours
 from megatron_ds.hf.io import parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Layout
+from megatron_ds.train.objective import objective_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Job:
         run: as the user wrote it.
         model: the Hugging Face model's meaning; `tied` settled by the weights where there are any.
         weights: where they are read from; None = random initialisation.
+        objective: what it is trained to do.
         layout: sizes of the grid.
         deepspeed: the filled DeepSpeed config.
         facts: what it says of ZeRO, precision and offload.
@@ -39,6 +42,7 @@ class Job:
     run: RunConfig
     model: HFModel
     weights: HFWeights | None
+    objective: Objective
     layout: Layout
     deepspeed: dict[str, Any]
     facts: DeepSpeedFacts
@@ -53,7 +57,7 @@ def resolve(run: RunConfig, world_size: int, device_type: str) -> Job:
     model = read_model(run.model.path if run.model.path is not None else run.model.config or {})
     mapping = load_deepspeed(run.deepspeed)
     facts = deepspeed_facts(mapping)
-    data_size = check_run(run, model.decoder.shape(), facts, world_size, device_type)
+    data_size = check_run(run, model.core.shape(), facts, world_size, device_type)
     _check_recomputation(run, mapping)
     _check_paths(run)
     weights = None
@@ -62,8 +66,8 @@ def resolve(run: RunConfig, world_size: int, device_type: str) -> Job:
         weights = HFWeights(run.model.path, model)
         model = weights.model
     layout = Layout(run.parallel.tensor, run.parallel.pipeline, data_size)
-    filled = fill_deepspeed(mapping, run, data_size, model.decoder.hidden_size)
-    return Job(run, model, weights, layout, filled, facts)
+    filled = fill_deepspeed(mapping, run, data_size, model.core.hidden_size)
+    return Job(run, model, weights, objective_of(model.core, run), layout, filled, facts)
 
 
 def _check_recomputation(run: RunConfig, mapping: dict[str, Any]) -> None:

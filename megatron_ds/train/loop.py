@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank, open_dataset, ordered_pass
 from megatron_ds.engine import (
     Engine,
@@ -20,7 +22,7 @@ from megatron_ds.engine import (
     start_distributed,
     stop_distributed,
 )
-from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.build import model_stages
 from megatron_ds.monitor import Reporter, StepMetrics, Throughput, ValidMetrics
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import create_grid
@@ -30,7 +32,7 @@ from megatron_ds.train.interrupt import Interrupt
 from megatron_ds.train.job import Job, resolve
 from megatron_ds.train.output import RunOutput
 from megatron_ds.train.schedule import learning_rate
-from megatron_ds.train.summary import flops_per_position, summarize
+from megatron_ds.train.summary import flops_per_position, positions_of, summarize
 from megatron_ds.train.together import together
 
 
@@ -62,16 +64,19 @@ class _Prepared:
 def _prepare(run: RunConfig, info: RankInfo) -> _Prepared:
     """Everything that can be refused: the run against model and world, and its data."""
     job = resolve(run, info.world_size, device_type())
-    return _Prepared(job, _open(job, "train"), _open(job, "valid") if run.data.valid else None)
+    train_data = _open(job, "train")
+    check_target_length(run, train_data.target_length)
+    return _Prepared(job, train_data, _open(job, "valid") if run.data.valid else None)
 
 
 def _open(job: Job, split: str) -> Dataset:
     data = job.run.data
     return open_dataset(
         data.format,
+        job.objective,
         [source.path for source in getattr(data, split)],
         data.seq_length,
-        job.model.decoder.vocab_size,
+        job.model.core.vocab_size,
         job.run.model.tokenizer_path,
         data.cache_dir,
     )
@@ -82,7 +87,7 @@ def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
     options = EngineOptions(job.deepspeed, run.optimizer, run.parallel.sequence, run.train.recompute, run.train.seed)
     grid = create_grid(job.layout, info.rank)
     read_share = job.weights.share if job.weights is not None else None
-    return build_engine(lambda at: decoder_stages(job.model.decoder, at), grid, device, options, read_share)
+    return build_engine(lambda at: model_stages(job.model.core, at), grid, device, options, read_share)
 
 
 def _train(prepared: _Prepared, engine: Engine, reporter: Reporter) -> bool:
@@ -91,7 +96,8 @@ def _train(prepared: _Prepared, engine: Engine, reporter: Reporter) -> bool:
     summary = summarize(job, engine, prepared.train_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary)
-        throughput = Throughput(flops_per_position(job, summary.num_params), job.layout.world_size)
+        flops = flops_per_position(job, summary.num_params, prepared.train_data)
+        throughput = Throughput(flops, job.layout.world_size)
         loop = TrainingLoop(run, engine, prepared.train_data, prepared.valid_data, output, throughput)
         with Interrupt() as interrupt:
             done = loop.run(interrupt)
@@ -111,9 +117,9 @@ def _export(job: Job, engine: Engine, data: Dataset, output: RunOutput) -> None:
     export_live(engine, job, section)
     output.note(f"exported a Hugging Face directory: {section.path}")
     if section.check:
-        ids = collate(data, range(job.run.train.micro_batch_size))["input_ids"]
-        error = check_export(engine, job, section, ids)
-        output.note(f"transformers' logits on it equal the live model's: relative error {error:.1e}")
+        batch = collate(data, range(job.run.train.micro_batch_size))
+        error = check_export(engine, job, section, batch)
+        output.note(f"what transformers predicts from it equals the live model's: relative error {error:.1e}")
 
 
 class TrainingLoop:
@@ -125,8 +131,8 @@ class TrainingLoop:
         train_data: whose samples' order depends on seed and step alone, never on the layout.
         valid_data: None = no validation.
         output: is told of every logged step.
-        throughput: counts positions, G * S a step: the work done, padding included. `tokens` and `tokens_per_s` in the
-            metrics count labelled tokens: what was learned from.
+        throughput: counts positions, G * S a step, with an encoder-decoder's targets G * (S + T): the work done, padding
+            included. `tokens` and `tokens_per_s` in the metrics count labelled tokens: what was learned from.
     """
 
     def __init__(
@@ -165,7 +171,7 @@ class TrainingLoop:
         self._output.watch(step, result.loss)
 
     def _metrics(self, step: int, lr: float, result: StepResult, step_s: float) -> StepMetrics:
-        positions = self._run.train.global_batch_size * self._run.data.seq_length
+        positions = self._run.train.global_batch_size * positions_of(self._train_data)
         return StepMetrics(
             step=step,
             loss=result.loss,
@@ -182,13 +188,12 @@ class TrainingLoop:
         return self._valid_data is not None and every > 0 and (step % every == 0 or step == self._run.train.steps)
 
     def _validate(self, step: int) -> None:
-        """Mean loss of a labelled token over the whole validation set; the last batch is filled up without labels."""
-        assert self._valid_data is not None
-        loss, tokens = 0.0, 0
-        for indices in ordered_pass(len(self._valid_data), self._run.train.global_batch_size):
-            batch_loss, batch_tokens = self._engine.evaluate(self._micro_batches(self._valid_data, indices))
-            loss, tokens = loss + batch_loss, tokens + batch_tokens
-        self._output.valid(ValidMetrics(step, loss / max(tokens, 1)))
+        """The loss of the whole validation set; the last batch is filled up without labels."""
+        data, size = self._valid_data, self._run.train.global_batch_size
+        assert data is not None
+        batches = (self._micro_batches(data, indices) for indices in ordered_pass(len(data), size))
+        losses = reduce(operator.add, map(self._engine.evaluate, batches))
+        self._output.valid(ValidMetrics(step, losses.mean))
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> list[dict[str, torch.Tensor]]:
         axis = self._engine.grid.data

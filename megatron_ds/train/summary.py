@@ -8,6 +8,8 @@ import torch
 
 from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
+from megatron_ds.models.block import block_cost
+from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
 from megatron_ds.monitor import RunSummary, model_flops_per_token
 from megatron_ds.train.job import Job
 
@@ -26,21 +28,46 @@ def summarize(job: Job, engine: Engine, data: Dataset) -> RunSummary:
         zero_stage=job.facts.zero_stage,
         precision=job.facts.precision,
         device=_device_words(engine.device),
-        tokens_per_step=run.train.global_batch_size * run.data.seq_length,
+        tokens_per_step=run.train.global_batch_size * positions_of(data),
         steps=run.train.steps,
         data_description=data.describe(),
         output=run.output,
     )
 
 
-def flops_per_position(job: Job, num_params: int) -> float:
-    """FLOPs of one position; see `model_flops_per_token`. Tables that are only looked up cost none."""
-    decoder = job.model.decoder
-    looked_up = 0 if decoder.tied else decoder.vocab_size * decoder.embedding_size
-    if decoder.positions is not None:
-        looked_up += decoder.positions.rows * decoder.hidden_size
+def positions_of(data: Dataset) -> int:
+    """A sample's: those of its inputs, and those of its targets where a decoder of their own reads them."""
+    return data.seq_length + (data.target_length or 0)
+
+
+def flops_per_position(job: Job, num_params: int, data: Dataset) -> float:
+    """FLOPs of one position, on average; see `model_flops_per_token`. Tables that are only looked up cost none."""
+    core = job.model.core
+    if isinstance(core, EncoderDecoderConfig):
+        assert data.target_length is not None
+        return _encoder_decoder_flops(core, data.seq_length, data.target_length) / positions_of(data)
+    looked_up = 0
+    if isinstance(core, DecoderConfig) and not core.tied:
+        looked_up += core.vocab_size * core.embedding_size
+    if isinstance(core, EncoderConfig):
+        looked_up += core.num_token_types * core.hidden_size
+    if core.positions is not None:
+        looked_up += core.positions.rows * core.hidden_size
+    width = core.num_heads * core.head_dim
+    return model_flops_per_token(num_params - looked_up, core.num_layers, width, data.seq_length)
+
+
+def _encoder_decoder_flops(core: EncoderDecoderConfig, inputs: int, targets: int) -> float:
+    """Of one sample: 6 for each multiplication of a forward pass, matrices and attention alike."""
+    encoder, decoder = core.encoder, core.decoder
     width = decoder.num_heads * decoder.head_dim
-    return model_flops_per_token(num_params - looked_up, decoder.num_layers, width, job.run.data.seq_length)
+    across = 2 * core.hidden_size * decoder.num_kv_heads * decoder.head_dim  # keys and values of the encoder's states
+    matrices = encoder.num_layers * block_cost(encoder) * inputs
+    matrices += decoder.num_layers * ((block_cost(decoder) - across) * targets + across * inputs)
+    matrices += core.vocab_size * core.hidden_size * targets
+    attention = encoder.num_layers * encoder.num_heads * encoder.head_dim * inputs * inputs
+    attention += decoder.num_layers * width * targets * (targets + inputs)
+    return 6.0 * (matrices + 2 * attention)
 
 
 def _device_words(device: torch.device) -> str:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # Both sides compute in fp32, in another order: 6e-8 a rounding, grown by the depth of the model. A wrong constant,
@@ -59,9 +58,3 @@ def root_mean_square(tensors: Iterable[Tensor]) -> float:
         squares += float(tensor.double().square().sum())
         count += tensor.numel()
     return math.sqrt(squares / max(1, count))
-
-
-def token_loss(logits: Tensor, input_ids: Tensor) -> float:
-    """Mean next-token loss of (B, S, V) logits, fp32."""
-    targets = input_ids[:, 1:].flatten()
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets))

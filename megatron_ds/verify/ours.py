@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -22,15 +22,18 @@ from megatron_ds.engine import (
 )
 from megatron_ds.hf.io import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.layers.cross_entropy import IGNORE_INDEX
-from megatron_ds.models.config import DecoderConfig
-from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.build import model_stages
+from megatron_ds.models.config import EncoderDecoderConfig, ModelConfig, StackConfig
+from megatron_ds.models.stages import HIDDEN, Wire
 from megatron_ds.parallel.collectives import all_gather_dim0
 from megatron_ds.parallel.grid import Grid, Layout, create_grid
 from megatron_ds.parallel.rank import RankInfo
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
 from megatron_ds.verify.inputs import Probe
 from megatron_ds.verify.reference import GRADIENTS
+from megatron_ds.verify.stages import stage_names
+
+Stack = TypeVar("Stack", bound=StackConfig)
 
 
 @dataclass
@@ -39,13 +42,13 @@ class Findings:
 
     Attributes:
         loss: ours.
-        logits: on the first tensor rank of the last pipeline stage.
+        outputs: what is predicted, by name -> difference, on the first tensor rank of the last pipeline stage.
         hidden: stage -> difference, on the first tensor rank of the pipeline stage that has it.
         gradients: Hugging Face name -> difference, on rank 0.
     """
 
     loss: float
-    logits: Difference | None = None
+    outputs: dict[str, Difference] = field(default_factory=dict)
     hidden: dict[str, Difference] = field(default_factory=dict)
     gradients: dict[str, Difference] = field(default_factory=dict)
 
@@ -57,17 +60,24 @@ def run_rank(
     torch.set_num_threads(max(1, torch.get_num_threads() // layout.world_size))
     device = start_distributed(info)
     grid = create_grid(layout, info.rank)
-    decoder = without_dropout(weights.model.decoder)
+    core = without_dropout(weights.model.core)
     options = EngineOptions(_deepspeed(inputs[0]), None, sequence, "none", seed=0)
-    engine = build_engine(lambda at: decoder_stages(decoder, at), grid, device, options, weights.share)
+    engine = build_engine(lambda at: model_stages(core, at), grid, device, options, weights.share)
     found = [_run_probe(engine, probe, weights, sequence, results, index) for index, probe in enumerate(inputs)]
     stop_distributed()
     return found
 
 
-def without_dropout(decoder: DecoderConfig) -> DecoderConfig:
+def without_dropout(core: ModelConfig) -> ModelConfig:
     """The same model, the same on every run."""
-    return replace(decoder, embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
+    if isinstance(core, EncoderDecoderConfig):
+        encoder, decoder = (_without_dropout(stack) for stack in (core.encoder, core.decoder))
+        return replace(core, encoder=encoder, decoder=decoder, embedding_dropout=0.0)
+    return replace(_without_dropout(core), embedding_dropout=0.0)
+
+
+def _without_dropout(stack: Stack) -> Stack:
+    return replace(stack, attention_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
 
 
 def _deepspeed(probe: Probe) -> dict[str, Any]:
@@ -83,20 +93,16 @@ def _deepspeed(probe: Probe) -> dict[str, Any]:
 
 
 def _run_probe(engine: Engine, probe: Probe, weights: HFWeights, sequence: bool, results: Path, index: int) -> Findings:
-    ids = probe.input_ids
-    batch = {"input_ids": ids, "targets": torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE_INDEX)], dim=1)}
     if probe.with_gradients:
-        findings = Findings(engine.train_step([batch], lr=0.0).loss)
+        findings = Findings(engine.train_step([probe.batch], lr=0.0).loss)
         findings.gradients = _compare_gradients(engine, weights, open_directory(results / GRADIENTS))
     else:
-        total, tokens = engine.evaluate([batch])
-        findings = Findings(total / tokens)
-    with _hidden_states(engine, sequence) as hidden:
-        logits = engine.logits(ids)
+        findings = Findings(engine.evaluate([probe.batch]).mean)
+    with _hidden_states(engine, stage_names(weights.model.core), sequence) as hidden:
+        outputs = engine.outputs(probe.columns) or {}
     if engine.grid.tensor.rank == 0:
         with safe_open(results / f"{index}.safetensors", framework="pt") as reference:
-            if logits is not None:
-                findings.logits = difference(logits, reference.get_tensor("logits"))
+            findings.outputs = {name: difference(outputs[name], reference.get_tensor(name)) for name in outputs}
             findings.hidden = {name: difference(hidden[name], reference.get_tensor(name)) for name in hidden}
     return findings
 
@@ -117,21 +123,22 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
 
 
 @contextmanager
-def _hidden_states(engine: Engine, sequence: bool) -> Iterator[dict[str, Tensor]]:
-    """Within it, a dict that fills with the (B, S, H) fp32 outputs of this rank's stages, by name."""
+def _hidden_states(engine: Engine, stages: Sequence[str], sequence: bool) -> Iterator[dict[str, Tensor]]:
+    """Within it, a dict that fills with the (B, S, H) fp32 outputs of those of the stages that this rank has, by name
+    and in the order in which they run."""
     states: dict[str, Tensor] = {}
     grid: Grid = engine.grid
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            whole = all_gather_dim0(output[0].detach(), grid.tensor) if sequence else output[0].detach()
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Wire) -> None:
+            mine = output[HIDDEN].detach()
+            whole = all_gather_dim0(mine, grid.tensor) if sequence else mine
             states[name] = whole.transpose(0, 1).float().cpu()
 
         return hook
 
     modules = dict(engine.deepspeed.module.named_modules())
-    names = [name for name in modules if name == "entry" or (name.startswith("blocks.") and name.count(".") == 1)]
-    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    handles = [modules[name].register_forward_hook(keep(name)) for name in stages if name in modules]
     try:
         yield states
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,28 @@ from torch import Tensor, nn
 
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.reference import load_reference
-from megatron_ds.verify.compare import token_loss
+from megatron_ds.models.config import EncoderConfig
 from megatron_ds.verify.inputs import Probe
+from megatron_ds.verify.loss import ReferenceLoss, mean_loss, reference_loss
+from megatron_ds.verify.stages import blocks_paths, entry_of
 
 GRADIENTS = "gradients"
-FIRST_BLOCK = "blocks.0."
+
+# What transformers calls what its models predict -> our name.
+OUTPUTS = {
+    "logits": "logits",
+    "prediction_logits": "logits",
+    "seq_relationship_logits": "next_sentence",
+    "last_hidden_state": "hidden",
+    "pooler_output": "pooled",
+}
 
 
-def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], results: Path) -> list[float]:
+def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], results: Path) -> list[ReferenceLoss]:
     """Run transformers and save what it computes; returns the loss of each input.
 
-    Written to `results`: `<index>.safetensors` with `logits` and the hidden states by stage, and `gradients/`, a
-    Hugging Face directory whose weights are the gradients, so that they stand under the names on disk.
+    Written to `results`: `<index>.safetensors` with the outputs by our names and the hidden states by stage, and
+    `gradients/`, a Hugging Face directory whose weights are the gradients, so that they stand under the names on disk.
 
     Raises:
         ConversionError: transformers cannot load the directory, or finds tensors missing.
@@ -32,26 +42,37 @@ def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], resu
     losses = []
     for index, probe in enumerate(inputs):
         # anew for each: gradients take the place of its weights, and some models remember lengths
-        theirs = load_reference(directory, model.family.reference_attention, torch.float32)
+        theirs = load_reference(directory, model, torch.float32)
         with torch.set_grad_enabled(probe.with_gradients), hidden_states(theirs, model) as hidden:
-            logits = theirs(input_ids=probe.input_ids, use_cache=False).logits.float()
-        tensors = {name: state.detach().contiguous() for name, state in hidden.items()}
-        save_file({**tensors, "logits": logits.detach().contiguous()}, results / f"{index}.safetensors")
-        losses.append(token_loss(logits.detach(), probe.input_ids))
+            outputs = predict(theirs, model, probe.columns)
+        # as copies: the last block's output may be what is predicted
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in {**hidden, **outputs}.items()}
+        save_file(tensors, results / f"{index}.safetensors")
+        losses.append(reference_loss(tensors, probe.labels))
         if probe.with_gradients:
-            targets = probe.input_ids[:, 1:].flatten()
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
+            mean_loss(outputs, probe.labels).backward()
             _save_gradients(theirs, results / GRADIENTS)
     return losses
 
 
+def predict(theirs: nn.Module, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers predicts for a batch's columns, by our names, fp32 (B, ...)."""
+    given = {name: column.long() for name, column in columns.items()}
+    cache: dict[str, Any] = {} if isinstance(model.core, EncoderConfig) else {"use_cache": False}
+    found = theirs(**given, **cache)
+    return {ours: found[name].float() for name, ours in OUTPUTS.items() if found.get(name) is not None}
+
+
 @contextmanager
 def hidden_states(theirs: nn.Module, model: HFModel) -> Iterator[dict[str, Tensor]]:
-    """Within it, a dict that fills with the (B, S, H) input of the first block, "entry", and each block's output."""
+    """Within it, a dict that fills with the (B, S, H) inputs of each stack's first block and every block's output."""
     states: dict[str, Tensor] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states["entry"] = args[0] if args else kwargs["hidden_states"]
+    def before(name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states[name] = args[0] if args else kwargs["hidden_states"]
+
+        return keep
 
     def after(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -59,20 +80,16 @@ def hidden_states(theirs: nn.Module, model: HFModel) -> Iterator[dict[str, Tenso
 
         return keep
 
-    blocks: Any = theirs.get_submodule(blocks_path(model))
-    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [block.register_forward_hook(after(f"blocks.{index}")) for index, block in enumerate(blocks)]
+    handles: list[Any] = []
+    for prefix, path in blocks_paths(model):
+        blocks: Any = theirs.get_submodule(path)
+        handles.append(blocks[0].register_forward_pre_hook(before(entry_of(prefix)), with_kwargs=True))
+        handles += [block.register_forward_hook(after(f"{prefix}.{layer}")) for layer, block in enumerate(blocks)]
     try:
         yield states
     finally:
         for handle in handles:
             handle.remove()
-
-
-def blocks_path(model: HFModel) -> str:
-    """Where transformers keeps the list of blocks, such as "model.layers": read off the names in the table."""
-    name = next(row.names[0] for native, row in model.table.items() if native.startswith(FIRST_BLOCK))
-    return name[: name.index(".0.")]
 
 
 @torch.no_grad()

@@ -18,18 +18,31 @@ class InputReport:
     Attributes:
         name: of the probe.
         batch, length: B, S.
-        logits, loss: ours against transformers'.
-        hidden: "entry", then "blocks.0" and so on, each against the input or output of transformers' block.
+        decoder_length: T of an encoder-decoder; None elsewhere.
+        outputs: what the model predicts, by name such as "logits", ours against transformers'.
+        loss: likewise.
+        hidden: "entry", then "blocks.0" and so on, of an encoder-decoder "encoder.entry" and so on, each against the
+            input or output of transformers' block.
         gradients: of every Hugging Face tensor; empty where no backward pass was made.
     """
 
     name: str
     batch: int
     length: int
-    logits: Difference
+    decoder_length: int | None
+    outputs: Mapping[str, Difference]
     loss: Difference
     hidden: Mapping[str, Difference]
     gradients: Mapping[str, Difference] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Difference | None:
+        """None of a model without a head."""
+        return self.outputs.get("logits")
+
+    @property
+    def wrong_outputs(self) -> list[str]:
+        return [name for name, apart in self.outputs.items() if not apart.within(LOGITS_BOUND)]
 
     @property
     def first_apart(self) -> str | None:
@@ -47,7 +60,7 @@ class InputReport:
 
     @property
     def ok(self) -> bool:
-        return self.logits.within(LOGITS_BOUND) and self.loss.within(LOSS_BOUND) and not self.wrong_gradients
+        return not self.wrong_outputs and self.loss.within(LOSS_BOUND) and not self.wrong_gradients
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,9 @@ class Report:
         """Plain values: every number of the report, the bounds and the verdict."""
         content = asdict(self)
         for entry, one in zip(content["inputs"], self.inputs):
-            entry.update(ok=one.ok, first_apart=one.first_apart)
-        bounds = {"logits": LOGITS_BOUND, "loss": LOSS_BOUND, "gradients": GRADIENT_BOUND}
+            logits = {"logits": entry["outputs"]["logits"]} if one.logits is not None else {}
+            entry.update(ok=one.ok, first_apart=one.first_apart, **logits)
+        bounds = {"logits": LOGITS_BOUND, "outputs": LOGITS_BOUND, "loss": LOSS_BOUND, "gradients": GRADIENT_BOUND}
         return {"ok": self.ok, "bounds": bounds, **content}
 
     def save(self, path: str | Path) -> None:

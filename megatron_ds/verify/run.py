@@ -21,8 +21,8 @@ from megatron_ds.log import quiet_libraries
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank import rank_from_environment
-from megatron_ds.verify.compare import Difference
 from megatron_ds.verify.inputs import Probe, probes
+from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.report import InputReport, Report, RoundTrip
 
@@ -35,7 +35,7 @@ Note = Callable[[str], None]
 def verify_hf(
     hf_dir: str | Path, tp: int = 1, pp: int = 1, *, sequence: bool = False, note: Note = lambda text: None
 ) -> Report:
-    """Compare our model on tp * pp ranks with transformers, in fp32: logits, loss, every gradient, and the round trip.
+    """Compare our model on tp * pp ranks with transformers, in fp32: outputs, loss, every gradient, and the round trip.
 
     Needs memory for the model, its gradients and its activations, a few times over, and disk for two copies of it in
     the temporary directory.
@@ -55,15 +55,15 @@ def verify_hf(
         raise TopologyError("verify starts its own ranks; run it without torchrun, deepspeed or srun")
     directory = Path(hf_dir)
     weights = HFWeights(directory, read_model(directory))
-    decoder = weights.model.decoder
-    check_layout(decoder.shape(), tp, pp, names=("--tp", "--pp"))
-    inputs, not_reached = probes(decoder, tp if sequence else 1)
+    core = weights.model.core
+    check_layout(core.shape(), tp, pp, names=("--tp", "--pp"))
+    inputs, not_reached = probes(core, tp if sequence else 1)
     _preload()
     from megatron_ds.verify.ours import run_rank
 
     with tempfile.TemporaryDirectory(prefix="megatron_ds-verify-") as folder:
         results = Path(folder)
-        note("transformers: logits, loss and gradients")
+        note("transformers: outputs, loss and gradients")
         (losses,) = run_local(lambda info: run_reference(directory, weights.model, inputs, results), 1)
         note(f"megatron_ds on {tp * pp} ranks: the same")
         ranks = run_local(lambda info: run_rank(info, weights, inputs, Layout(tp, pp), sequence, results), tp * pp)
@@ -90,25 +90,21 @@ def _preload() -> None:
     preload()
 
 
-def merge(probe: Probe, reference_loss: float, ranks: Sequence[Findings]) -> InputReport:
-    """One report out of what each rank saw."""
+def merge(probe: Probe, reference: ReferenceLoss, ranks: Sequence[Findings]) -> InputReport:
+    """One report out of what each rank saw, in the order of the ranks: pipeline stage by stage."""
     batch, length = probe.input_ids.shape
-    hidden = {name: apart for rank in ranks for name, apart in rank.hidden.items()}
-    logits = [rank.logits for rank in ranks if rank.logits is not None]
-    losses = [Difference(abs(rank.loss - reference_loss), abs(rank.loss / reference_loss - 1)) for rank in ranks]
+    decoder_ids = probe.columns.get("decoder_input_ids")
+    losses = [reference.difference(rank.loss) for rank in ranks]
     return InputReport(
         name=probe.name,
         batch=batch,
         length=length,
-        logits=max(logits, key=lambda apart: apart.relative),
+        decoder_length=decoder_ids.shape[1] if decoder_ids is not None else None,
+        outputs={name: apart for rank in ranks for name, apart in rank.outputs.items()},
         loss=max(losses, key=lambda apart: apart.relative),
-        hidden=dict(sorted(hidden.items(), key=lambda item: _place(item[0]))),
+        hidden={name: apart for rank in ranks for name, apart in rank.hidden.items()},
         gradients={name: apart for rank in ranks for name, apart in rank.gradients.items()},
     )
-
-
-def _place(stage: str) -> int:
-    return int(stage.removeprefix("blocks.")) if stage.startswith("blocks.") else -1
 
 
 def check_round_trip(weights: HFWeights, directory: Path, target: Path) -> RoundTrip:

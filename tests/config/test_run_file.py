@@ -55,6 +55,10 @@ def test_defaults(run_file):
         "seq_length": 512,
         "shuffle": True,
         "cache_dir": None,
+        "mask_rate": 0.15,
+        "whole_words": False,
+        "mean_span": 3.0,
+        "target_length": None,
     }
     assert run.optimizer.model_dump() == {
         "name": "adamw",

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.data.tiny_tokenizers import save_byte_level, save_sentencepiece, save_wordpiece
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moby_dick"
 
 
@@ -23,6 +25,21 @@ def valid_text() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_path() -> str:
     return str(EXAMPLE / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def wordpiece(valid_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_wordpiece(valid_text, tmp_path_factory.mktemp("wordpiece"))
+
+
+@pytest.fixture(scope="session")
+def byte_level(valid_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_byte_level(valid_text, tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(valid_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_sentencepiece(valid_text, tmp_path_factory.mktemp("sentencepiece"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_ds.data import collate, open_dataset
+from megatron_ds.data import Causal, collate, open_dataset
 from megatron_ds.data.text import TextSource, TokenStream
 from megatron_ds.errors import DataError
 
@@ -24,17 +24,17 @@ def encode(tokenizer_path, *documents):
 
 def open_text(tmp_path, tokenizer_path, *sources, seq_length=8, vocab_size=VOCAB_SIZE):
     sources = [str(source) for source in sources]
-    return open_dataset("text", sources, seq_length, vocab_size, tokenizer_path, str(tmp_path / "cache"))
+    return open_dataset("text", Causal(), sources, seq_length, vocab_size, tokenizer_path, str(tmp_path / "cache"))
 
 
 def stream_of(dataset):
     """The tokens the samples cover, put together again; checks that consecutive samples share one token."""
     samples = [dataset.sample(index) for index in range(len(dataset))]
     for sample, following in itertools.pairwise(samples):
-        assert sample.targets[-1] == following.input_ids[0]
+        assert sample["targets"][-1] == following["input_ids"][0]
     for sample in samples:
-        np.testing.assert_array_equal(sample.input_ids[1:], sample.targets[:-1])
-    return [samples[0].input_ids[0], *np.concatenate([sample.targets for sample in samples])]
+        np.testing.assert_array_equal(sample["input_ids"][1:], sample["targets"][:-1])
+    return [samples[0]["input_ids"][0], *np.concatenate([sample["targets"] for sample in samples])]
 
 
 def test_samples_of_the_shipped_book(tmp_path, tokenizer_path, valid_text):
@@ -43,7 +43,8 @@ def test_samples_of_the_shipped_book(tmp_path, tokenizer_path, valid_text):
     assert len(dataset) == (len(tokens) - 1) // 64
     assert stream_of(dataset) == tokens[: len(dataset) * 64 + 1]
     assert dataset.describe() == f"{len(tokens):,} tokens, {len(dataset):,} samples of 64"
-    assert not dataset.has_attention_mask
+    assert dataset.columns == ("input_ids", "targets")
+    assert dataset.target_length is None
 
 
 def test_shipped_tokenizer_round_trips_the_whole_book(tokenizer_path, book, valid_text):
@@ -131,14 +132,14 @@ def test_collate_of_text(tmp_path, tokenizer_path):
     assert set(batch) == {"input_ids", "targets"}
     assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}
     assert batch["input_ids"].tolist() == [
-        dataset.sample(1).input_ids.tolist(),
+        dataset.sample(1)["input_ids"].tolist(),
         [0] * 4,
-        dataset.sample(0).input_ids.tolist(),
+        dataset.sample(0)["input_ids"].tolist(),
     ]
     assert batch["targets"].tolist() == [
-        dataset.sample(1).targets.tolist(),
+        dataset.sample(1)["targets"].tolist(),
         [-100] * 4,
-        dataset.sample(0).targets.tolist(),
+        dataset.sample(0)["targets"].tolist(),
     ]
 
 
@@ -251,8 +252,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer_path, valid_t
 def test_open_dataset_refuses_what_it_does_not_know(tmp_path, valid_text):
     for format in ("chat", "indexed", "txt"):
         with pytest.raises(DataError, match=f"data.format='{format}' is not read by this version; it reads text and"):
-            open_dataset(format, [str(valid_text)], 8, VOCAB_SIZE)
+            open_dataset(format, Causal(), [str(valid_text)], 8, VOCAB_SIZE)
     with pytest.raises(DataError, match=re.escape("model.tokenizer is not set, but data.format=text needs it")):
-        open_dataset("text", [str(valid_text)], 8, VOCAB_SIZE)
+        open_dataset("text", Causal(), [str(valid_text)], 8, VOCAB_SIZE)
     with pytest.raises(DataError, match="no sources; name at least one"):
-        open_dataset("text", [], 8, VOCAB_SIZE)
+        open_dataset("text", Causal(), [], 8, VOCAB_SIZE)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers import ByT5Tokenizer
 
-from megatron_ds.data import default_cache_dir, load_tokenizer, token_cache
+from megatron_ds.data import Causal, default_cache_dir, load_tokenizer, open_dataset, token_cache
 from megatron_ds.data.text import TextSource
-from megatron_ds.data.tokenizer import end_of_text_id, tokenizer_digest
+from megatron_ds.data.tokenizer import special_id, tokenizer_digest
 from megatron_ds.errors import DataError
 
 TEXT = "There she blows! A hump like a snow-hill! It is Moby Dick!\n" * 20
@@ -46,7 +46,8 @@ def written(monkeypatch):
 
 
 def tokens_of(source, tokenizer_path, cache):
-    return token_cache.cached_tokens(TextSource(str(source)), load_tokenizer(tokenizer_path), tokenizer_path, cache)
+    tokenizer = load_tokenizer(tokenizer_path)
+    return token_cache.cached_tokens(TextSource(str(source)), tokenizer, tokenizer.eos_token_id, cache)
 
 
 def test_second_reading_tokenises_nothing_even_from_a_read_only_cache(
@@ -76,12 +77,13 @@ def test_key_follows_the_content_not_the_path_or_time(text, tokenizer_path, cach
     assert len(written) == 2
 
 
-def test_digest_follows_the_end_of_text_token_alone(tokenizer_path):
+def test_key_follows_the_id_that_ends_a_document(text, tokenizer_path, cache):
     first, second = load_tokenizer(tokenizer_path), load_tokenizer(tokenizer_path)
-    assert tokenizer_digest(first) == tokenizer_digest(second)
-    second.eos_token = "A"
-    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
-    assert tokenizer_digest(first) != tokenizer_digest(second)
+    assert tokenizer_digest(first, 0) == tokenizer_digest(second, 0)
+    assert tokenizer_digest(first, 0) != tokenizer_digest(first, 1)
+    ended = [token_cache.cached_tokens(TextSource(str(text)), first, end_id, cache) for end_id in (0, 1)]
+    assert ended[0].key != ended[1].key
+    assert [part.tokens[-1] for part in ended] == [0, 1]
 
 
 @pytest.mark.parametrize("field", ["vocab", "eos"])
@@ -194,7 +196,7 @@ def test_tokenizer_without_a_fast_backend_works(text, cache, tmp_path):
     ByT5Tokenizer().save_pretrained(path)
     cached = tokens_of(text, str(path), cache)
     assert cached.tokens.tolist() == [*(byte + 3 for byte in TEXT.encode()), 1]
-    assert tokenizer_digest(load_tokenizer(str(path))) == tokenizer_digest(load_tokenizer(str(path)))
+    assert tokenizer_digest(load_tokenizer(str(path)), 0) == tokenizer_digest(load_tokenizer(str(path)), 0)
     ByT5Tokenizer(extra_ids=7).save_pretrained(tmp_path / "other")
     assert tokens_of(text, str(tmp_path / "other"), cache).key != cached.key
 
@@ -235,5 +237,6 @@ def test_tokenizer_without_end_of_text_is_refused(text, tokenizer_path, cache, t
     del settings["eos_token"]
     (other / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(DataError, match=r"eos_token is not set.*set \"eos_token\" in its tokenizer_config.json"):
-        tokens_of(text, str(other), cache)
-    assert end_of_text_id(load_tokenizer(tokenizer_path), tokenizer_path) == 0
+        open_dataset("text", Causal(), [str(text)], 8, 4096, str(other), str(cache))
+    assert not cache.exists()
+    assert special_id(load_tokenizer(tokenizer_path), tokenizer_path, "eos_token", "") == 0

@@ -6,20 +6,21 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_ds.data import collate, open_dataset
+from megatron_ds.data import Causal, collate, open_dataset
 from megatron_ds.data.tokenized import TokenizedDataset
+from megatron_ds.data.tokenized_causal import CausalExamples
 from megatron_ds.errors import DataError
 
 VOCAB_SIZE = 50
 
 
 def open_tokenized(*sources, seq_length=6):
-    return open_dataset("tokenized", sources, seq_length, VOCAB_SIZE)
+    return open_dataset("tokenized", Causal(), sources, seq_length, VOCAB_SIZE)
 
 
 def as_lists(sample):
-    mask = sample.attention_mask
-    return sample.input_ids.tolist(), sample.targets.tolist(), None if mask is None else mask.tolist()
+    mask = sample.get("attention_mask")
+    return sample["input_ids"].tolist(), sample["targets"].tolist(), None if mask is None else mask.tolist()
 
 
 def test_labels_are_shifted_and_examples_padded(write_jsonl):
@@ -48,14 +49,14 @@ def test_attention_mask_is_there_for_all_samples_or_none(write_jsonl):
     masked = {"input_ids": [1, 2, 3], "attention_mask": [0, 1, 1]}
     bare = {"input_ids": [4, 5]}
     dataset = open_tokenized(write_jsonl([masked, bare]), write_jsonl([bare], "second.jsonl"))
-    assert dataset.has_attention_mask
-    masks = [dataset.sample(index).attention_mask.tolist() for index in range(3)]
+    assert dataset.columns == ("input_ids", "targets", "attention_mask")
+    masks = [dataset.sample(index)["attention_mask"].tolist() for index in range(3)]
     assert masks == [[False, True, True, False, False, False]] + [[True, True, False, False, False, False]] * 2
     batch = collate(dataset, [1, -1])
     assert batch["attention_mask"].dtype == torch.bool
     assert batch["attention_mask"].tolist() == [masks[1], [True] * 6]
     assert batch["targets"].tolist() == [[5, -100, -100, -100, -100, -100], [-100] * 6]
-    assert not open_tokenized(write_jsonl([bare])).has_attention_mask
+    assert open_tokenized(write_jsonl([bare])).columns == ("input_ids", "targets")
     assert set(collate(open_tokenized(write_jsonl([bare])), [0])) == {"input_ids", "targets"}
 
 
@@ -71,7 +72,7 @@ def test_jsonl_directory_and_saved_dataset_are_the_same_data(tmp_path, write_jso
             as_lists(opened[0].sample(index)) for index in range(20)
         ]
         assert dataset.fingerprint == opened[0].fingerprint
-    assert opened[0].sample(4).input_ids.tolist() == [4, 5, 0, 0, 0, 0]
+    assert opened[0].sample(4)["input_ids"].tolist() == [4, 5, 0, 0, 0, 0]
 
 
 def test_fingerprint_follows_content_order_boundaries_and_length(write_jsonl):
@@ -170,7 +171,7 @@ def test_malformed_row_of_a_table_is_named(tmp_path):
 
 def test_boolean_masks_are_taken(write_jsonl):
     dataset = open_tokenized(write_jsonl([{"input_ids": [1, 2], "attention_mask": [False, True]}]))
-    assert dataset.sample(0).attention_mask.tolist() == [False, True, False, False, False, False]
+    assert dataset.sample(0)["attention_mask"].tolist() == [False, True, False, False, False, False]
 
 
 def test_sources_without_examples_are_refused(tmp_path, write_jsonl):
@@ -185,8 +186,8 @@ def test_sources_without_examples_are_refused(tmp_path, write_jsonl):
 def test_opening_does_not_hold_the_examples(write_jsonl):
     """Lines are indexed and parsed when asked for: what is kept of 2,000 of them is 3 numbers a line."""
     source = write_jsonl([{"input_ids": [n % VOCAB_SIZE] * 6} for n in range(2000)])
-    dataset = TokenizedDataset([source], 6, VOCAB_SIZE)
+    dataset = TokenizedDataset([source], CausalExamples(6, VOCAB_SIZE))
     part = dataset._parts[0]
     assert part._index.shape == (2000, 3)
     assert isinstance(part._raw, np.memmap)
-    assert dataset.sample(1999).input_ids.tolist() == [49] * 6
+    assert dataset.sample(1999)["input_ids"].tolist() == [49] * 6

@@ -11,7 +11,7 @@ from megatron_ds.hf.export import exporting
 from megatron_ds.hf.io import open_directory
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.parameter import ParamSpec
-from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from tests.parity.cases import CONFIGS
 
@@ -57,7 +57,7 @@ def hashes(directory: Path) -> dict[str, str]:
 def declarations(weights: HFWeights) -> dict[str, ParamSpec]:
     """Native name -> declaration, from the model itself."""
     with torch.device("meta"):
-        model = StageModel(decoder_stages(weights.model.decoder))
+        model = StageModel(model_stages(weights.model.core))
     return {name: parameter.spec for name, parameter in model.named_parameters()}
 
 

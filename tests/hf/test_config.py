@@ -21,7 +21,7 @@ ALL_CASES = {**CONFIGS, **FAMILY_CASES}
 
 def meaning(config: dict[str, Any]) -> dict[str, Any]:
     """What a wrong reading would get wrong."""
-    decoder = read_model(config).decoder
+    decoder = read_model(config).core
     rotary = decoder.rotary[-1] if decoder.rotary else None
     return {
         "head_dim": decoder.head_dim,
@@ -152,7 +152,7 @@ def test_hub_configs_are_accepted(name: str) -> None:
 def test_hub_configs_survive_an_export(name: str, tmp_path: Path) -> None:
     model = read_model(HUB[name])
     (tmp_path / "config.json").write_text(json.dumps(config_json(model, "bfloat16")))
-    assert read_model(tmp_path).decoder == model.decoder
+    assert read_model(tmp_path).core == model.core
 
 
 # ---- old and new words -----------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_hub_configs_survive_an_export(name: str, tmp_path: Path) -> None:
 
 def rope_of(words: dict[str, Any]) -> RotaryConfig:
     """Of the first layer of a small Llama."""
-    rotary = read_model({**SMALL, **words}).decoder.rotary[0]
+    rotary = read_model({**SMALL, **words}).core.rotary[0]
     assert rotary is not None
     return rotary
 
@@ -176,7 +176,7 @@ def rope_of(words: dict[str, Any]) -> RotaryConfig:
 )
 def test_rope_in_the_words_of_transformers_4(old: dict[str, Any]) -> None:
     new = {**SMALL, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}
-    assert read_model({**SMALL, **old}).decoder == read_model(new).decoder
+    assert read_model({**SMALL, **old}).core == read_model(new).core
 
 
 def test_linear_rope_in_the_words_of_transformers_4() -> None:
@@ -211,11 +211,11 @@ def test_rope_in_the_words_of_gpt_neox() -> None:
         ({"rotary_pct": 0.5, "rotary_emb_base": 500}, 4, 500.0),
         ({"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 1.0}}, 8, 7.0),
     ):
-        assert read_model({**base, **words}).decoder.rotary == (RotaryConfig(dim, theta),) * 4
+        assert read_model({**base, **words}).core.rotary == (RotaryConfig(dim, theta),) * 4
 
 
 def test_ropes_of_gemma_3_in_the_words_of_transformers_4() -> None:
-    decoder = read_model(FAMILY_CASES["gemma3_text-linear-one-kv-head"]).decoder
+    decoder = read_model(FAMILY_CASES["gemma3_text-linear-one-kv-head"]).core
     sliding, full = decoder.rotary[:2]
     assert (sliding, decoder.windows[0]) == (RotaryConfig(8, 5e3), 7)
     assert (full and (full.theta, full.scaling, full.factor), decoder.windows[1]) == ((1e6, "linear", 8.0), None)
@@ -223,31 +223,31 @@ def test_ropes_of_gemma_3_in_the_words_of_transformers_4() -> None:
 
 def test_layers_without_rope() -> None:
     for case, rotating in (("every-fourth", (1, 1, 1, 0)), ("windows-untied", (0, 1, 1, 0))):
-        found = read_model(FAMILY_CASES[f"smollm3-{case}"]).decoder.rotary
+        found = read_model(FAMILY_CASES[f"smollm3-{case}"]).core.rotary
         assert tuple(int(rope is not None) for rope in found) == rotating
 
 
 def test_falcons_key_heads() -> None:
     for case, kv_heads in (("7b", 1), ("40b", 2), ("rw", 8)):
-        assert read_model(FAMILY_CASES[f"falcon-{case}"]).decoder.num_kv_heads == kv_heads
+        assert read_model(FAMILY_CASES[f"falcon-{case}"]).core.num_kv_heads == kv_heads
 
 
 def test_padding_id_counts_from_the_end_where_negative() -> None:
-    assert read_model({**SMALL, "pad_token_id": -1}).decoder.padding_id == 130
+    assert read_model({**SMALL, "pad_token_id": -1}).core.padding_id == 130
 
 
 def test_sliding_window_of_qwen() -> None:
     base = {**CONFIGS["qwen2"], "sliding_window": 9, "max_window_layers": 1}
-    assert read_model({**base, "use_sliding_window": True}).decoder.windows == (None, 9, 9, 9)
-    assert read_model({**base, "use_sliding_window": False}).decoder.windows == (None,) * 4
+    assert read_model({**base, "use_sliding_window": True}).core.windows == (None, 9, 9, 9)
+    assert read_model({**base, "use_sliding_window": False}).core.windows == (None,) * 4
     explicit = {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    assert read_model({**base, **explicit}).decoder.windows == (9, None, 9, None)
+    assert read_model({**base, **explicit}).core.windows == (9, None, 9, None)
 
 
 def test_sliding_window_of_mistral() -> None:
     without = {key: value for key, value in CONFIGS["mistral"].items() if key != "sliding_window"}
-    assert read_model(without).decoder.windows == (4096,) * 4
-    assert read_model({**without, "sliding_window": None}).decoder.windows == (None,) * 4
+    assert read_model(without).core.windows == (4096,) * 4
+    assert read_model({**without, "sliding_window": None}).core.windows == (None,) * 4
 
 
 # ---- what we write ---------------------------------------------------------------------------------------------------
@@ -263,13 +263,13 @@ def test_written_config_is_read_by_transformers_5(case: str, tmp_path: Path) -> 
         dtype="bfloat16",
         architectures=[model.family.architecture],
         _name_or_path=read["_name_or_path"],
-        tie_word_embeddings=model.decoder.tied,
+        tie_word_embeddings=model.core.tied,
     )
     only_for_4 = {name for name in read.keys() - expected.keys() if name == "partial_rotary_factor"}
     ropes = [content.pop("rope_parameters", None) for content in (read, expected)]
     assert {name: value for name, value in read.items() if name not in only_for_4} == expected
     assert _without_old_word(ropes[0]) == _without_old_word(ropes[1])
-    assert read_model(tmp_path).decoder == model.decoder
+    assert read_model(tmp_path).core == model.core
 
 
 def _without_old_word(rope: dict[str, Any] | None) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def test_written_config_has_the_words_of_transformers_4(case: str) -> None:
     model = read_model(ALL_CASES[case])
     content = config_json(model, "float16")
     assert content["torch_dtype"] == content["dtype"] == "float16"
-    assert content["tie_word_embeddings"] is model.decoder.tied
+    assert content["tie_word_embeddings"] is model.core.tied
     if "rope_parameters" not in content:
         assert "rope_theta" not in content
         return

@@ -310,7 +310,7 @@ def test_old_names_of_what_is_no_norm(saved: Path, tmp_path: Path) -> None:
 def test_table_that_leaves_out_a_piece_of_a_tensor_is_ours_to_mend(saved: Path) -> None:
     """No user can cause it: a table that reads less than all of a tensor, or some of it twice."""
     model = read_model(CONFIGS["gpt2"])
-    rows = model.family.rows(model.decoder)
+    rows = model.family.rows(model.core)
     twice = [*rows, replace(rows[1], native="entry.again")]
     for wrong in ([row for row in rows if not row.native.endswith("qkv.q_weight")], twice):
         family = replace(model.family, rows=lambda config, wrong=wrong: wrong)

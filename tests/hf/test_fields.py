@@ -88,7 +88,7 @@ def read_fields(family: str) -> set[str]:
 
 def outcome(config: dict[str, Any]) -> DecoderConfig | str:
     try:
-        return read_model(config).decoder
+        return read_model(config).core
     except ConversionError as problem:
         return str(problem)
 

@@ -215,7 +215,7 @@ def test_tied_by_config_and_equal_bytes_is_tied(saved: Path, tmp_path: Path) -> 
     tensors["lm_head.weight"][3, 4] = tensors["model.embed_tokens.weight"][3, 4] = float("nan")  # NaN != NaN
     save_file(tensors, tmp_path / "model.safetensors")
     weights = HFWeights(tmp_path, read_model(CONFIGS["qwen2-tied"]))
-    assert weights.model.decoder.tied and "head.weight" not in declarations(weights)
+    assert weights.model.core.tied and "head.weight" not in declarations(weights)
 
 
 @pytest.mark.parametrize("change", ["value", "sign of zero", "dtype"])
@@ -229,7 +229,7 @@ def test_tied_by_config_and_different_bytes_is_not_tied(change: str, saved: Path
         head[-1, -1] = 1e-30 if change == "value" else -0.0
     save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
     weights = HFWeights(tmp_path, read_model(CONFIGS["qwen2-tied"]))
-    assert not weights.model.decoder.tied
+    assert not weights.model.core.tied
     assert torch.equal(weights.share("head.weight", declarations(weights)["head.weight"], 0, 1), head)
 
 
@@ -242,11 +242,11 @@ def test_chunks_of_the_comparison_cover_the_whole_tensor(
         head = tensors["model.embed_tokens.weight"].clone()
         head[row, -1] += 1
         save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
-        assert not HFWeights(tmp_path, read_model(CONFIGS["qwen2-tied"])).model.decoder.tied
+        assert not HFWeights(tmp_path, read_model(CONFIGS["qwen2-tied"])).model.core.tied
 
 
 def test_untied_by_config_stays_untied(saved: Path, tmp_path: Path) -> None:
     tensors = tensors_of(saved, "llama")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert not HFWeights(tmp_path, read_model(CONFIGS["llama"])).model.decoder.tied
+    assert not HFWeights(tmp_path, read_model(CONFIGS["llama"])).model.core.tied

@@ -30,7 +30,7 @@ def test_bit_exact(case: str, dtype: str, tensor_size: int, saved: Path, tmp_pat
     weights = HFWeights(source, read_model(source))
     export(weights, tmp_path / "out", tensor_size=tensor_size, max_shard_size="20KB" if tensor_size == 2 else "5GB")
     assert hashes(tmp_path / "out") == hashes(source)
-    assert read_model(tmp_path / "out").decoder == read_model(source).decoder
+    assert read_model(tmp_path / "out").core == read_model(source).core
 
 
 def fused_llama(model: HFModel) -> HFModel:
@@ -41,7 +41,7 @@ def fused_llama(model: HFModel) -> HFModel:
         name = "model.layers.{n}.self_attn.qkv_proj"
         return separate + fused_qkv("blocks.{n}.attention.qkv", name, "(k [g|1|1] d)", bias=config.qkv_bias)
 
-    return HFModel(replace(model.family, rows=rows), model.config, model.decoder)
+    return HFModel(replace(model.family, rows=rows), model.config, model.core)
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-uneven", "llama-tied-bias"])

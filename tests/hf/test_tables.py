@@ -12,7 +12,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.family import Family
 from megatron_ds.hf.mapping import Part
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from tests.parity.cases import CONFIGS
 from tests.parity.family_cases import FAMILY_CASES
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_table_is_the_model(case: str) -> None:
     model = read_model(OPTIONS[case])
     with torch.device("meta"):
-        ours = dict(StageModel(decoder_stages(model.decoder)).named_parameters())
+        ours = dict(StageModel(model_stages(model.core)).named_parameters())
     assert set(model.table) == set(ours)
     for name, row in model.table.items():
         assert row.native == name
@@ -104,6 +104,6 @@ def _names(config: dict[str, Any]) -> set[str]:
 
 def test_tied_model_has_no_head_and_knows_it_again() -> None:
     model = read_model(CONFIGS["gpt2"])
-    assert model.decoder.tied and "head.weight" not in model.table
+    assert model.core.tied and "head.weight" not in model.table
     untied = model.with_tied(False)
     assert "head.weight" in untied.table and "head.weight" not in model.table

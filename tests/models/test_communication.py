@@ -18,9 +18,9 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.layers.parameter import initial_share, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
-from megatron_ds.models.block import DecoderBlock, Placement
+from megatron_ds.models.block import Block, Placement
 from megatron_ds.models.config import DecoderConfig
-from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
@@ -71,18 +71,17 @@ def shared_heads_bytes(config: DecoderConfig, t: int) -> Fraction:
 
 
 def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
-    config = read_model(CONFIGS[case]).decoder
+    config = read_model(CONFIGS[case]).core
     at = Placement(TensorParallel(grid.tensor, sequence), recompute=Recompute(mode))
     rotary = config.rotary[0] if config.rotary else None
-    block = DecoderBlock(config, 0, RotaryTable(rotary) if rotary is not None else None, at)
+    block = Block(config, 0, at, RotaryTable(rotary) if rotary is not None else None)
     for name, parameter in block.named_parameters():
         spec = spec_of(parameter)
         parameter.data.copy_(initial_share(name, spec, 1, grid.tensor.rank, grid.tensor.size))
     length = S // grid.tensor.size if sequence else S
     x = torch.randn(length, B, config.hidden_size, requires_grad=True)
     with counting() as wire:
-        (y,) = block((x,))
-        y.sum().backward()
+        block({"hidden": x})["hidden"].sum().backward()
     return {"total": wire.total, "by_kind": wire.bytes}
 
 
@@ -100,7 +99,7 @@ def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
     ],
 )
 def test_a_layer_moves_what_the_papers_say(case: str, mode: str, sequence: bool, t: int) -> None:
-    config = read_model(CONFIGS[case]).decoder
+    config = read_model(CONFIGS[case]).core
     expected = block_bytes(config, t, sequence, recomputed=mode == "full")
     for counted in run_grid(_block, Layout(tensor=t), case, sequence, mode):
         assert counted["total"] == expected, counted
@@ -111,13 +110,13 @@ def test_a_layer_moves_what_the_papers_say(case: str, mode: str, sequence: bool,
 
 
 def _model(grid: Grid, case: str, sequence: bool) -> Fraction:
-    config = read_model(CONFIGS[case]).decoder
-    model = StageModel(decoder_stages(config, Placement(TensorParallel(grid.tensor, sequence))))
+    config = read_model(CONFIGS[case]).core
+    model = StageModel(model_stages(config, Placement(TensorParallel(grid.tensor, sequence))))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     ids = torch.randint(0, VOCAB, (B, S), generator=torch.Generator().manual_seed(0))
     with counting() as wire:
-        model((ids,), ids).backward()
+        model({"input_ids": ids}, {"targets": ids}).sum().backward()
     return wire.total
 
 
@@ -125,7 +124,7 @@ def _model(grid: Grid, case: str, sequence: bool) -> Fraction:
 @pytest.mark.parametrize("case", ["llama", "gpt2"])
 def test_embedding_and_head_never_gather_logits(case: str, sequence: bool) -> None:
     """Embedding: one reduction of bsh (and a gather back); head: one of bsh, and 3 numbers a token for the softmax."""
-    t, config = 2, read_model(CONFIGS[case]).decoder
+    t, config = 2, read_model(CONFIGS[case]).core
     bsh = B * S * config.hidden_size
     embedding = ring(bsh, t, 2)
     head = ring(bsh, t, 2) + ring(3 * B * S, t, 2)
@@ -150,7 +149,7 @@ def _pipeline(grid: Grid, directory: Any, place: Any, recipe: Any) -> Fraction:
 def test_a_pipeline_moves_one_activation_a_boundary_each_way(tp: int, pp: int, tmp_path: Any) -> None:
     recipe, place = Recipe(), Place(tp, pp, 1, 1, tp > 1)
     run_alone(train_reference, "llama", replace(recipe, steps=0), tmp_path)
-    hidden = read_model(CONFIGS["llama"]).decoder.hidden_size
+    hidden = read_model(CONFIGS["llama"]).core.hidden_size
     activation = recipe.global_batch * SEQ * hidden * FLOAT_BYTES // tp  # a rank's part of the sequence
     sent = run_grid(_pipeline, place.layout, tmp_path, place, recipe)
     for rank, size in enumerate(sent):

@@ -13,7 +13,7 @@ from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.parameter import initial_share, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.block import Placement
-from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.random import RngStreams, derive_seed
@@ -33,9 +33,9 @@ def test_seeds_are_stable() -> None:
 def _masks(grid: Grid) -> dict[str, Any]:
     rng = RngStreams(5, grid.coords, CPU)
     x = torch.ones(64)
-    hidden = HiddenDropout(0.5, rng, splits_sequence=False)(x)
-    split = HiddenDropout(0.5, rng, splits_sequence=True)(x)
-    again = HiddenDropout(0.5, rng, splits_sequence=False)(x)
+    hidden = HiddenDropout(0.5, rng, differs=False)(x)
+    split = HiddenDropout(0.5, rng, differs=True)(x)
+    again = HiddenDropout(0.5, rng, differs=False)(x)
     return {"place": tuple(grid.coords), "hidden": hidden.tolist(), "split": split.tolist(), "again": again.tolist()}
 
 
@@ -52,7 +52,7 @@ def test_masks_on_each_axis() -> None:
 
 def _gradients(grid: Grid, sequence: bool, mode: str, how: str, replay: bool = True) -> list[torch.Tensor]:
     """Gradients of two micro-batches in a pipeline's order: both forwards, then both backwards."""
-    config = read_model({**CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}).decoder
+    config = read_model({**CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}).core
     rng = RngStreams(5, grid.coords, CPU)
     checkpoint = {
         "torch": partial(torch_checkpoint, use_reentrant=False),
@@ -61,12 +61,12 @@ def _gradients(grid: Grid, sequence: bool, mode: str, how: str, replay: bool = T
         "deepspeed-non-reentrant": checkpointing.non_reentrant_checkpoint,
     }[how]
     recompute = Recompute(mode, checkpoint, rng if replay else None)
-    model = StageModel(decoder_stages(config, Placement(TensorParallel(grid.tensor, sequence), rng, recompute)))
+    model = StageModel(model_stages(config, Placement(TensorParallel(grid.tensor, sequence), rng, recompute)))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(initial_share(name, spec_of(parameter), 1, grid.tensor.rank, grid.tensor.size))
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, VOCAB, (2, 8), generator=generator) for _ in range(2)]
-    losses = [model((ids,), ids) for ids in batches]
+    losses = [model({"input_ids": ids}, {"targets": ids}).sum() for ids in batches]
     for loss in losses:
         loss.backward()
     return [parameter.grad for parameter in model.parameters()]

@@ -10,9 +10,10 @@ from megatron_ds.config import OptimizerSection
 from megatron_ds.engine import EngineOptions, build_engine
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.models.gpt import decoder_stages
+from megatron_ds.models.build import model_stages
 from megatron_ds.parallel.grid import Grid, Layout
-from tests.parity.cases import Recipe, global_batch, shifted
+from tests.parity.batches import batch_for, ours
+from tests.parity.cases import Recipe
 from tests.ranks import run_grid
 
 
@@ -69,7 +70,7 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
     engine, model = engine_on(grid, directory, place, recipe)
     losses, norms = [], []
     for step in range(recipe.steps):
-        result = engine.train_step(micro_batches(grid, place, recipe, step), recipe.lr)
+        result = engine.train_step(micro_batches(grid, place, recipe, step, model.family.model_type), recipe.lr)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     weights, to_hf = {}, ToHF(model)
@@ -91,17 +92,16 @@ def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tupl
         seed=1234,
     )
     engine = build_engine(
-        lambda at: decoder_stages(model.decoder, at), grid, torch.device("cpu"), options, weights.share
+        lambda at: model_stages(model.core, at), grid, torch.device("cpu"), options, weights.share
     )
     return engine, model
 
 
-def micro_batches(grid: Grid, place: Place, recipe: Recipe, step: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(
+    grid: Grid, place: Place, recipe: Recipe, step: int, model_type: str = "llama"
+) -> list[dict[str, torch.Tensor]]:
     """This data rank's share of a global batch."""
-    batch = global_batch(recipe, step)
-    whole = {"input_ids": batch["input_ids"], "targets": shifted(batch["labels"])}
-    if recipe.attention_mask:
-        whole["attention_mask"] = batch["attention_mask"].bool()
+    whole = ours(model_type, batch_for(model_type, recipe, step))
     per_rank, size = recipe.global_batch // grid.data.size, place.micro_batch(recipe)
     mine = slice(grid.data.rank * per_rank, (grid.data.rank + 1) * per_rank)
     return [

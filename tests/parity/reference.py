@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from megatron_ds.hf.registry import FAMILIES
-from tests.parity.cases import CONFIGS, Recipe, global_batch
+from tests.parity.batches import batch_for, reference_loss
+from tests.parity.cases import CONFIGS, Recipe
+from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
 
-ALL_CONFIGS = {**CONFIGS, **FAMILY_CASES}
-assert len(ALL_CONFIGS) == len(CONFIGS) + len(FAMILY_CASES), "a name stands for two configs"
+ALL_CONFIGS = {**CONFIGS, **FAMILY_CASES, **ENCODER_CASES}
+assert len(ALL_CONFIGS) == len(CONFIGS) + len(FAMILY_CASES) + len(ENCODER_CASES), "a name stands for two configs"
 
 
 def make_model(config: dict[str, Any], seed: int = 7, attention: str | None = None) -> Any:
@@ -30,10 +31,16 @@ def make_model(config: dict[str, Any], seed: int = 7, attention: str | None = No
 
 
 def _from_config(config: Any, attention: str | None) -> Any:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    attention = attention or FAMILIES[config.model_type].reference_attention
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+    family = FAMILIES[config.model_type]
+    named = (config.architectures or [family.architecture])[0]
+    attention = attention or family.reference_attention
+    model = getattr(transformers, named)._from_config(config, attn_implementation=attention).float()
+    if config.model_type == "t5" and not config.scale_decoder_outputs:
+        # transformers 5 ties every T5 that it makes; those of v1.1 and later have a head of their own
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
 
 
 def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any]:
@@ -51,7 +58,8 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
     losses, norms = [], []
     for step in range(recipe.steps):
-        loss = _backward(model, global_batch(recipe, step), recipe)
+        loss = reference_loss(model, batch_for(model.config.model_type, recipe, step))
+        loss.backward()
         for master, parameter in zip(masters, model.parameters()):
             master.grad = parameter.grad.float() if parameter.grad is not None else torch.zeros_like(master)
             parameter.grad = None
@@ -60,18 +68,8 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
         with torch.no_grad():
             for master, parameter in zip(masters, model.parameters()):
                 parameter.copy_(master)
-        losses.append(loss)
+        losses.append(float(loss.detach()))
     model.save_pretrained(directory / "trained")  # under the names on disk
     weights = {name: tensor.float() for name, tensor in load_file(directory / "trained" / "model.safetensors").items()}
     return {"losses": losses, "norms": norms, "weights": weights}
 
-
-def _backward(model: Any, batch: dict[str, Tensor], recipe: Recipe) -> float:
-    mask = batch.get("attention_mask")
-    # position_ids are left at 0..S-1, as a training loop without generation does
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits.float()
-    shifted_logits, labels = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-    loss = torch.nn.functional.cross_entropy(shifted_logits, labels, ignore_index=-100, reduction="sum")
-    loss = loss / (labels != -100).sum()
-    loss.backward()
-    return float(loss.detach())

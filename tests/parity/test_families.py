@@ -67,7 +67,7 @@ def prepare(cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory) -
             directory, results = folders.mktemp("model"), folders.mktemp("results")
             run_alone(_save, cases[case], directory)
             weights = HFWeights(directory, read_model(directory))
-            inputs, _ = probes(weights.model.decoder, 4)
+            inputs, _ = probes(weights.model.core, 4)
             losses = run_alone(run_reference, directory, weights.model, inputs, results)
             made[case] = results, weights, inputs, losses
         return made[case]
@@ -88,7 +88,7 @@ def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
         report = merge(probe, loss, found)
         assert report.ok, (report.name, report.logits, report.loss, report.worst_gradient, report.first_apart)
         assert report.first_apart is None
-        assert len(report.hidden) == weights.model.decoder.num_layers + 1
+        assert len(report.hidden) == weights.model.core.num_layers + 1
     gradients = merge(inputs[0], losses[0], next(zip(*ranks))).gradients
     assert gradients.keys() == {name for row in weights.model.table.values() for name in row.names}
 

@@ -50,14 +50,14 @@ def rope_cases() -> dict[str, dict[str, Any]]:
         configs = [config for config in FAMILY_CASES.values() if config["model_type"] == family]
         config = configs[CASE_TO_START_FROM.get(family, 0)]
         model = read_model(config)
-        if any(model.decoder.rotary) and hasattr(model.config, "rope_parameters"):
+        if any(model.core.rotary) and hasattr(model.config, "rope_parameters"):
             cases.update({f"{family}-{kind}": with_rope(config, model, kind) for kind in KINDS})
     return cases
 
 
 def with_rope(config: dict[str, Any], model: HFModel, kind: str) -> dict[str, Any]:
     """A config with another rope, for the full layers where there are two ropes, and for the same part of a head."""
-    pairs = next(one for one in model.decoder.rotary if one is not None).dim // 2
+    pairs = next(one for one in model.core.rotary if one is not None).dim // 2
     before = model.config.rope_parameters
     kept = {name: before[name] for name in ("partial_rotary_factor",) if name in before}
     parameters: dict[str, Any] = {**rope(kind, pairs), **kept}

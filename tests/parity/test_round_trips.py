@@ -33,7 +33,7 @@ def _round_trip(case: str, dtype: str, folder: Path) -> dict[str, Any]:
     before, after = (load_reference(place, attention, torch.float32) for place in (source, target))
     with torch.no_grad():
         equal = torch.equal(before(input_ids=ids).logits, after(input_ids=ids).logits)
-    return {"trip": trip, "logits equal": equal, "dtype": after.config.dtype, "config": read_model(target).decoder}
+    return {"trip": trip, "logits equal": equal, "dtype": after.config.dtype, "config": read_model(target).core}
 
 
 def check(case: str, dtype: str, folder: Path) -> None:
@@ -42,7 +42,7 @@ def check(case: str, dtype: str, folder: Path) -> None:
     assert len(found["trip"].sha256) > 20
     assert found["trip"].left_out == []
     assert found["logits equal"]
-    assert found["config"] == read_model(folder / "source").decoder
+    assert found["config"] == read_model(folder / "source").core
 
 
 def covering() -> list[tuple[str, str]]:

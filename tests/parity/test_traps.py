@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from deepspeed.pipe import PipelineModule
 
 from megatron_ds.engine import base, build
+from megatron_ds.engine.pipelined import StagePipeline
 from megatron_ds.layers import attention, cross_entropy, linear, rotary
 from megatron_ds.layers.parameter import ParamSpec
+from megatron_ds.models import bert
 from megatron_ds.parallel import collectives
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.tensor import TensorParallel
+from megatron_ds.pipeline.wire import Boundary
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_on
@@ -38,7 +40,7 @@ def partial_head_norm_gradients() -> None:
 
 def tied_gradients_not_summed() -> None:
     """The two copies of a tied embedding each learn from their own gradient."""
-    PipelineModule.get_tied_weights_and_groups = lambda self: []
+    StagePipeline.get_tied_weights_and_groups = lambda self: []  # type: ignore[method-assign]
 
 
 def flags_lost() -> None:
@@ -56,11 +58,8 @@ def flags_lost() -> None:
 
 def mean_of_means() -> None:
     """The loss is averaged per data rank, then over data ranks."""
-    base.Engine.count_tokens = lambda self, batches: (
-        self.grid.data.size
-        * sum(  # type: ignore[method-assign]
-            int((batch["targets"] != -100).sum()) for batch in batches
-        )
+    base.Engine._count = lambda self, batches: tuple(  # type: ignore[method-assign]
+        self.grid.data.size * sum(int((batch[name] != -100).sum()) for batch in batches) for name in self.labels
     )
 
 
@@ -130,6 +129,42 @@ def shared_heads_counted_often() -> None:
     ParamSpec.holds_first = lambda self, rank, size: True  # type: ignore[method-assign]
 
 
+def one_mean_over_both_losses() -> None:
+    """Masked tokens and pairs are averaged together, as if they were labels of one kind."""
+    count = base.Engine._count
+    base.Engine._count = lambda self, batches: (sum(count(self, batches)),) * 2  # type: ignore[method-assign]
+
+
+def first_position_of_every_part() -> None:
+    """Under sequence parallelism each rank's pooler takes the first position of its own part."""
+    bert.reduce_from = lambda first, axis: collectives.reduce_from(first, axis) / axis.size
+    bert.Pooler.forward = lambda self, hidden: torch.tanh(  # type: ignore[method-assign]
+        self.dense(bert.reduce_from(hidden[0], self.tp.axis))
+    )
+
+
+def encoder_learns_nothing_from_later_stages() -> None:
+    """What travels beside a decoder's own states comes without a gradient's way back."""
+    unpack = Boundary.unpack
+
+    def detached(self: Boundary, *args: Any) -> Any:
+        wire = unpack(self, *args)
+        return {name: state.detach() if name == "encoded" else state for name, state in wire.items()}
+
+    Boundary.unpack = detached  # type: ignore[method-assign]
+
+
+def columns_mixed_up() -> None:
+    """A stage takes the decoder's padding for the encoder's."""
+    unpack = Boundary.unpack
+
+    def mixed(self: Boundary, *args: Any) -> Any:
+        wire = unpack(self, *args)
+        return {name: torch.ones_like(column) if name == "attention_mask" else column for name, column in wire.items()}
+
+    Boundary.unpack = mixed  # type: ignore[method-assign]
+
+
 TRAPS: list[tuple[Callable[[], None], str, Place]] = [
     (partial_norm_gradients, "llama", Place(2, 1, 1, 1, True)),
     (partial_norm_gradients, "gpt2", Place(2, 1, 1, 1, True)),
@@ -146,6 +181,16 @@ TRAPS: list[tuple[Callable[[], None], str, Place]] = [
     (input_gradient_not_reduced, "llama", Place(2, 1, 1, 1)),
     (shared_heads_not_summed, "qwen2-2kv", Place(4, 1, 1, 1)),
     (shared_heads_counted_often, "qwen2-2kv", Place(4, 1, 1, 1)),
+    (tied_gradients_not_summed, "t5-gated", Place(1, 4, 1, 1)),
+    (tied_gradients_not_summed, "bert-masked", Place(1, 2, 1, 1)),
+    (partial_norm_gradients, "bert-pretraining", Place(2, 1, 1, 1, True)),
+    (flags_lost, "t5-tied-relu", Place(2, 1, 1, 1)),
+    (mean_of_means, "bert-pretraining", Place(1, 1, 2, 1)),
+    (one_mean_over_both_losses, "bert-pretraining", Place(1, 1, 1, 1)),
+    (first_position_of_every_part, "bert-pretraining", Place(2, 1, 1, 1, True)),
+    (encoder_learns_nothing_from_later_stages, "t5-tied-relu", Place(1, 4, 1, 1)),
+    (columns_mixed_up, "t5-tied-relu", Place(1, 2, 1, 1)),
+    (columns_mixed_up, "bert-masked", Place(1, 2, 1, 1)),
 ]
 
 

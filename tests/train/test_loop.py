@@ -15,7 +15,7 @@ import pytest
 
 from megatron_ds.config import RunConfig, load_run
 from megatron_ds.data import Sample
-from megatron_ds.engine import StepResult
+from megatron_ds.engine import Losses, StepResult
 from megatron_ds.monitor import RunSummary, SilentReporter, Throughput
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.train.interrupt import Interrupt
@@ -30,7 +30,7 @@ SUMMARY = RunSummary("llama", 1, 1, 1, 1, 1, False, 1, "fp32", "cpu", 1, 1, "dat
 class Numbers:
     """Sample i is all i, with i + 1 labels."""
 
-    seq_length, has_attention_mask, fingerprint = 32, False, ""
+    seq_length, target_length, columns, fingerprint = 32, None, ("input_ids", "targets"), ""
 
     def __init__(self, size: int, read_s: float = 0.0) -> None:
         self.size, self.read_s = size, read_s
@@ -41,8 +41,12 @@ class Numbers:
     def sample(self, index: int) -> Sample:
         time.sleep(self.read_s)
         targets = np.full(32, -100, dtype=np.int64)
+        index %= self.size
         targets[: index + 1] = index
-        return Sample(np.full(32, index, dtype=np.int64), targets)
+        return {"input_ids": np.full(32, index, dtype=np.int64), "targets": targets}
+
+    def blank(self) -> Sample:
+        return {"input_ids": np.zeros(32, dtype=np.int64), "targets": np.full(32, -100, dtype=np.int64)}
 
     def describe(self) -> str:
         return "numbers"
@@ -66,9 +70,9 @@ class CountingEngine:
         tokens = sum(int((batch["targets"] != -100).sum()) for batch in batches)
         return StepResult(self.losses.get(step, 1 / 3), 0.1 + 0.2, tokens, step not in self.skipped)
 
-    def evaluate(self, batches: list[Any]) -> tuple[float, int]:
+    def evaluate(self, batches: list[Any]) -> Losses:
         labelled = [batch["targets"][batch["targets"] != -100] for batch in batches]
-        return float(sum(int(part.sum()) for part in labelled)), sum(part.numel() for part in labelled)
+        return Losses((float(sum(int(part.sum()) for part in labelled)),), (sum(part.numel() for part in labelled),))
 
 
 class Listener(SilentReporter):

@@ -51,7 +51,7 @@ def test_the_command(directory_of: Directories, start: Start, tmp_path: Path) ->
     process = start("-m", "megatron_ds", "verify", directory, "--tp", "2", "--json", "report.json")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, ""), (out, err)
-    assert out.splitlines()[0] == "transformers: logits, loss and gradients", "DeepSpeed does not speak first"
+    assert out.splitlines()[0] == "transformers: outputs, loss and gradients", "DeepSpeed does not speak first"
     assert out.splitlines()[-1] == f"verdict     equal to transformers: {directory}"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] and report["tp"] == 2 and report["bounds"]["logits"] == 1e-5
@@ -107,7 +107,7 @@ def test_no_directory_is_refused(tmp_path: Path) -> None:
 def decoder(config: dict[str, Any]) -> DecoderConfig:
     from megatron_ds.hf.config import read_model
 
-    return read_model(config).decoder
+    return read_model(config).core
 
 
 def test_inputs_go_past_windows_and_stay_within_tables() -> None:

@@ -1,0 +1,64 @@
+"""Examples of a causal model: `input_ids`, `labels` aligned with them (absent = `input_ids`), `attention_mask`.
+
+A causal model of transformers shifts the labels inside; here they are shifted when a sample is read: targets[t] =
+labels[t + 1], and the last position has none.
+"""
+
+import numpy as np
+
+from megatron_ds.data.columns import (
+    Example,
+    padded,
+    padded_mask,
+    read_columns,
+    require_equal_lengths,
+    require_ids,
+    require_length,
+)
+from megatron_ds.data.rows import Located
+from megatron_ds.data.sample import IGNORE_INDEX, Sample
+
+PAD_ID = 0  # any valid id will do: padded positions have no target, and a causal model never looks ahead at them
+_COLUMNS = ("input_ids", "labels", "attention_mask")
+
+
+class CausalExamples:
+    """See `ExampleKind`.
+
+    Args:
+        seq_length: S.
+        vocab_size: ids must be below it.
+    """
+
+    target_length = None
+    identity = "causal"
+
+    def __init__(self, seq_length: int, vocab_size: int) -> None:
+        self.seq_length = seq_length
+        self._vocab_size = vocab_size
+
+    def parse(self, located: Located) -> Example:
+        """The columns; `labels` are there in any case."""
+        example, where = read_columns(located, _COLUMNS, "causal"), located.where
+        example.setdefault("labels", example["input_ids"])
+        require_equal_lengths(example, where, "input_ids", ("labels", "attention_mask"))
+        require_length(example, where, self.seq_length, "data.seq_length")
+        require_ids(example, where, self._vocab_size, ("input_ids", "labels"))
+        return example
+
+    def count_targets(self, example: Example) -> int:
+        """Labels that are not ignored, the first left out: nothing predicts it."""
+        return int((example["labels"][1:] != IGNORE_INDEX).sum())
+
+    def columns(self, given: frozenset[str], some_shorter: bool) -> tuple[str, ...]:
+        """With a mask iff any example has one: what a causal model attends to lies before the padding."""
+        return ("input_ids", "targets", *(("attention_mask",) if "attention_mask" in given else ()))
+
+    def sample(self, example: Example, index: int) -> Sample:
+        """The example shifted and padded: (S,) each."""
+        shifted = np.append(example["labels"][1:], IGNORE_INDEX)
+        return {
+            "input_ids": padded(example["input_ids"], self.seq_length, PAD_ID),
+            "targets": padded(shifted, self.seq_length, IGNORE_INDEX),
+            "attention_mask": padded_mask(example, "attention_mask", "input_ids", self.seq_length),
+        }

@@ -1,0 +1,197 @@
+"""BERT and RoBERTa: encoders with norms after each sum, learned positions and segments, and a head tied to the words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.family import EMBEDDING, Family, Row, linear, norm, separate_qkv
+from megatron_ds.hf.fields import FieldRules
+from megatron_ds.hf.mapping import copy
+from megatron_ds.hf.translate import activation, padding_id, quotient
+from megatron_ds.layers.embedding import PositionTable
+from megatron_ds.layers.norm import NormStyle
+from megatron_ds.models.config import EncoderConfig
+
+FIELDS = FieldRules(
+    mapped=frozenset(
+        [
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "initializer_range",
+            "layer_norm_eps",
+            "pad_token_id",
+        ]
+    ),
+    equal={
+        "tie_word_embeddings": (True,),
+        "is_decoder": (False,),
+        "position_embedding_type": ("absolute",),
+    },
+    cosmetic=frozenset({"classifier_dropout"}),
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the families call the parts of their heads.
+
+    Attributes:
+        prefix: of the base model.
+        transform, norm: of the head that predicts masked tokens.
+        bias: of its logits.
+        copies: names under which old saves have head weight and bias a second time.
+        next_sentence: of the other head; None = the family has none.
+    """
+
+    prefix: str
+    transform: str
+    norm: str
+    bias: str
+    copies: tuple[str, str]
+    next_sentence: str | None = None
+
+
+BERT_NAMES = Names(
+    prefix="bert.",
+    transform="cls.predictions.transform.dense",
+    norm="cls.predictions.transform.LayerNorm",
+    bias="cls.predictions.bias",
+    copies=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+    next_sentence="cls.seq_relationship",
+)
+ROBERTA_NAMES = Names(
+    prefix="roberta.",
+    transform="lm_head.dense",
+    norm="lm_head.layer_norm",
+    bias="lm_head.bias",
+    copies=("lm_head.decoder.weight", "lm_head.decoder.bias"),
+)
+
+
+def _translate(config: Any, family: str, positions: PositionTable, padding: int | None) -> EncoderConfig:
+    act = activation("hidden_act", config.hidden_act)
+    return EncoderConfig(
+        family=family,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=quotient(config, "hidden_size", "num_attention_heads"),
+        ffn_size=config.intermediate_size,
+        norm=NormStyle("layer", config.layer_norm_eps),
+        causal=False,
+        norm_place="sum",
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+        activation=act,
+        attention_dropout=config.attention_probs_dropout_prob,
+        residual_dropout=config.hidden_dropout_prob,
+        init_std=config.initializer_range,
+        padding_id=padding,
+        positions=positions,
+        num_token_types=config.type_vocab_size,
+        head_activation=act,
+        embedding_dropout=config.hidden_dropout_prob,
+    )
+
+
+def translate_bert(config: Any) -> EncoderConfig:
+    """BertConfig -> EncoderConfig, without the heads that its class adds."""
+    return _translate(config, "bert", PositionTable(config.max_position_embeddings), padding_id(config))
+
+
+def translate_roberta(config: Any) -> EncoderConfig:
+    """RobertaConfig -> EncoderConfig. Positions begin after the padding's, and the head's activation is fixed."""
+    padding, rows = padding_id(config), config.max_position_embeddings
+    if padding is None:
+        raise ConversionError("pad_token_id=None is not supported by roberta, whose positions begin after it; nearest: 1")
+    if rows < padding + 2:
+        raise ConversionError(
+            f"max_position_embeddings={rows} leaves no position after pad_token_id={padding}; nearest: {padding + 2}"
+        )
+    positions = PositionTable(rows - padding - 1, offset=padding + 1, skipped_id=padding)
+    return replace(_translate(config, "roberta", positions, padding), head_activation="gelu")
+
+
+def _rows(config: EncoderConfig, names: Names) -> list[Row]:
+    prefix = names.prefix if config.masked_lm else ""  # as transformers writes a model without a head
+    native, theirs, embeddings = "blocks.{n}", f"{prefix}encoder.layer.{{n}}", f"{prefix}embeddings"
+    q, k, v = (f"{theirs}.attention.self.{part}" for part in ("query", "key", "value"))
+    table = [
+        Row(EMBEDDING, (f"{embeddings}.word_embeddings.weight",), copy("v e"), "v"),
+        Row("entry.positions.weight", (f"{embeddings}.position_embeddings.weight",), copy("p h")),
+        Row("entry.token_types.weight", (f"{embeddings}.token_type_embeddings.weight",), copy("s h")),
+        *norm("entry.norm", f"{embeddings}.LayerNorm", config.norm),
+        *separate_qkv(f"{native}.attention.qkv", q, k, v, bias=True),
+        *linear(f"{native}.attention.out", f"{theirs}.attention.output.dense", "h (n d)", "n", bias=True),
+        *norm(f"{native}.attention_output_norm", f"{theirs}.attention.output.LayerNorm", config.norm),
+        *linear(f"{native}.mlp.up", f"{theirs}.intermediate.dense", "f h", "f", bias=True),
+        *linear(f"{native}.mlp.down", f"{theirs}.output.dense", "h f", "f", bias=True),
+        *norm(f"{native}.mlp_output_norm", f"{theirs}.output.LayerNorm", config.norm),
+    ]
+    if config.masked_lm:
+        table += linear("head.transform", names.transform, "h i", None, bias=True)
+        table += norm("head.norm", names.norm, config.norm)
+        table.append(Row("head.bias", (names.bias,), copy("v"), "v"))
+    if config.next_sentence:
+        table += linear("head.next_sentence.pooler.dense", f"{prefix}pooler.dense", "h i", None, bias=True)
+        table += linear("head.next_sentence.out", f"{names.next_sentence}", "c i", None, bias=True)
+    elif config.pooler:
+        table += linear("head.pooler.dense", f"{prefix}pooler.dense", "h i", None, bias=True)
+    return table
+
+
+def _settle(config: EncoderConfig, on_disk: frozenset[str], names: Names) -> EncoderConfig:
+    """The heads whose tensors are there. A pooler beside the head for masked tokens alone serves nothing."""
+    masked_lm = f"{names.transform}.weight" in on_disk
+    next_sentence = masked_lm and f"{names.next_sentence}.weight" in on_disk
+    pooled = any(f"{prefix}pooler.dense.weight" in on_disk for prefix in ("", names.prefix))
+    pooler = next_sentence if masked_lm else pooled
+    return replace(config, masked_lm=masked_lm, next_sentence=next_sentence, pooler=pooler)
+
+
+def _family(
+    model_type: str, names: Names, translate: Callable[[Any], EncoderConfig], classes: Mapping[str, Mapping[str, bool]]
+) -> Family:
+    prefix = names.prefix.replace(".", r"\.")
+    head_weight, head_bias = names.copies
+    return Family(
+        model_type=model_type,
+        architecture=next(iter(classes)),
+        prefix=names.prefix,
+        fields=FIELDS,
+        translate=translate,
+        rows=lambda config: _rows(config, names),
+        ignored=(rf"^({prefix})?embeddings\.(position|token_type)_ids$", rf"^({prefix})?pooler\.dense\."),
+        aliases={head_weight: f"{names.prefix}embeddings.word_embeddings.weight", head_bias: names.bias},
+        classes=classes,
+        settle=lambda config, on_disk: _settle(config, on_disk, names),
+    )
+
+
+MASKED_LM = {"masked_lm": True, "pooler": False, "next_sentence": False}
+PRETRAINING = {"masked_lm": True, "pooler": True, "next_sentence": True}
+NO_HEAD = {"masked_lm": False, "next_sentence": False}
+
+BERT = _family(
+    "bert",
+    BERT_NAMES,
+    translate_bert,
+    {"BertForMaskedLM": MASKED_LM, "BertForPreTraining": PRETRAINING, "BertModel": NO_HEAD},
+)
+ROBERTA = _family(
+    "roberta", ROBERTA_NAMES, translate_roberta, {"RobertaForMaskedLM": MASKED_LM, "RobertaModel": NO_HEAD}
+)

@@ -1,0 +1,179 @@
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) as a list of stages: embedding, entry, blocks, head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ds.layers.cross_entropy import IGNORE_INDEX
+from megatron_ds.layers.dropout import HiddenDropout
+from megatron_ds.layers.embedding import LearnedPositions, TokenTypes
+from megatron_ds.layers.linear import ReplicatedLinear
+from megatron_ds.layers.mlp import ACTIVATIONS
+from megatron_ds.layers.norm import Norm
+from megatron_ds.models.block import BlockInputs, Placement, block_stages
+from megatron_ds.models.config import EncoderConfig
+from megatron_ds.models.ends import LanguageModelHead, WordEmbedding
+from megatron_ds.models.stages import HIDDEN, LossStage, StageSpec, Wire
+from megatron_ds.parallel.collectives import gather_sequence, reduce_from
+from megatron_ds.parallel.tensor import TensorParallel
+
+
+class Entry(nn.Module):
+    """From the word embedding to the first block: learned positions, segments, a norm, dropout; (S, B, H) -> same, or
+    this rank's part of the sequence."""
+
+    def __init__(self, config: EncoderConfig, at: Placement) -> None:
+        super().__init__()
+        hidden, std = config.hidden_size, config.init_std
+        self.table = config.positions
+        self.positions = LearnedPositions(config.positions, hidden, at.tp, std=std)
+        self.token_types = TokenTypes(config.num_token_types, hidden, at.tp, std=std)
+        self.norm = Norm(hidden, config.norm, at.tp)
+        self.dropout = HiddenDropout(config.embedding_dropout, at.rng, at.tp.splits_sequence)
+
+    def forward(self, wire: Wire) -> Wire:
+        padding = self.table.skipped_id
+        seen = wire["input_ids"] != padding if padding is not None else None
+        hidden = self.positions(self.token_types(wire[HIDDEN], wire.get("token_type_ids")), seen)
+        rest = {name: wire[name] for name in ("attention_mask",) if name in wire}
+        return {**rest, HIDDEN: self.dropout(self.norm(hidden))}
+
+
+class Pooler(nn.Module):
+    """The first position's state -> a vector a sequence, (S, B, H) -> (B, H), which all tensor ranks compute alike.
+
+    Under sequence parallelism the first of them has that position: an all-reduce of (B, H) forward, nothing backward.
+    """
+
+    def __init__(self, config: EncoderConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        size = config.hidden_size
+        self.dense = ReplicatedLinear(size, size, tp, std=config.init_std, bias=True, enter=_as_it_is)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        first = hidden[0]
+        if self.tp.splits_sequence:
+            first = reduce_from(first if self.tp.axis.rank == 0 else first * 0.0, self.tp.axis)
+        return torch.tanh(self.dense(first))
+
+
+class NextSentenceHead(nn.Module):
+    """(S, B, H) -> (B, 2): how likely the second segment follows the first, and how likely not."""
+
+    def __init__(self, config: EncoderConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.pooler = Pooler(config, tp)
+        self.out = ReplicatedLinear(config.hidden_size, 2, tp, std=config.init_std, bias=True, enter=_as_it_is)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out(self.pooler(hidden))
+
+
+class MaskedLMHead(LanguageModelHead):
+    """The losses of masked tokens and, where the model has the head, of whether the second segment follows the first.
+
+    The transformation before the product runs on each rank's part of the sequence under sequence parallelism, else on
+    all tensor ranks alike.
+    """
+
+    def __init__(self, config: EncoderConfig, at: Placement) -> None:
+        size, std = config.hidden_size, config.init_std
+        super().__init__(config.vocab_size, size, at, std=std, bias=True)
+        self.transform = ReplicatedLinear(size, size, at.tp, std=std, bias=True)
+        self.activation = ACTIVATIONS[config.head_activation]
+        self.norm = Norm(size, config.norm, at.tp)
+        self.next_sentence = NextSentenceHead(config, at.tp) if config.next_sentence else None
+
+    def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor:
+        """fp32 sums over the masked tokens and over the sequences, (2,); or the first alone, (1,)."""
+        total = super().losses({HIDDEN: self._transformed(wire)}, labels)
+        if self.next_sentence is None:
+            return total
+        scores, follows = self.next_sentence(wire[HIDDEN]).float(), labels["next_sentence_label"]
+        return torch.cat([total, F.cross_entropy(scores, follows, ignore_index=IGNORE_INDEX, reduction="sum")[None]])
+
+    def outputs(self, wire: Wire) -> Wire:
+        """`logits` (B, S, V), and `next_sentence` (B, 2)."""
+        found = super().outputs({HIDDEN: self._transformed(wire)})
+        if self.next_sentence is not None:
+            found["next_sentence"] = self.next_sentence(wire[HIDDEN])
+        return found
+
+    def _transformed(self, wire: Wire) -> Tensor:
+        return self.norm(self.activation(self.transform(wire[HIDDEN])))
+
+
+class EncoderOutput(LossStage):
+    """The end of an encoder without a head, which has no loss of its own.
+
+    It takes directions in the place of labels: the inner product with them has any gradient that one may want to see
+    (a vector-Jacobian product).
+    """
+
+    def __init__(self, config: EncoderConfig, at: Placement) -> None:
+        super().__init__()
+        self.tp = at.tp
+        self.pooler = Pooler(config, at.tp) if config.pooler else None
+
+    def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor:
+        """fp32 inner products with `hidden_direction` (B, S, H) and, if there is a pooler, `pooled_direction` (B, H)."""
+        hidden = wire[HIDDEN]
+        along = labels["hidden_direction"].transpose(0, 1)[self.tp.sequence_slice(self._length(hidden))]
+        total = (hidden.float() * along).sum()[None]
+        if self.tp.splits_sequence:
+            total = reduce_from(total, self.tp.axis)
+        if self.pooler is None:
+            return total
+        return torch.cat([total, (self.pooler(hidden).float() * labels["pooled_direction"]).sum()[None]])
+
+    def outputs(self, wire: Wire) -> Wire:
+        """`hidden` (B, S, H), and `pooled` (B, H)."""
+        hidden = wire[HIDDEN]
+        whole = gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else hidden
+        pooled = {"pooled": self.pooler(hidden)} if self.pooler is not None else {}
+        return {"hidden": whole.transpose(0, 1), **pooled}
+
+    def _length(self, hidden: Tensor) -> int:
+        return hidden.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1)
+
+
+def encoder_stages(config: EncoderConfig, at: Placement | None = None) -> list[StageSpec]:
+    """The stages of an encoder, unbuilt. A batch has `input_ids` and may have an `attention_mask` and `token_type_ids`;
+    labels are `targets`, of masked positions the token that was there, and `next_sentence_label`, 0 if it is."""
+    at = at or Placement()
+    vocab, size, std = config.vocab_size, config.hidden_size, config.init_std
+    embed = partial(
+        WordEmbedding, "input_ids", vocab, size, at.tp, std=std, padding_id=config.padding_id, keeps_ids=True
+    )
+    columns = ("input_ids", "attention_mask", "token_type_ids")
+    hidden = StageSpec("", nn.Identity, columns=("attention_mask",))
+    return [
+        StageSpec("embedding", embed, hidden={}, columns=columns),
+        replace(hidden, name="entry", build=partial(Entry, config, at), columns=columns),
+        *block_stages("blocks", config, at, hidden, BlockInputs()),
+        _head(config, at),
+    ]
+
+
+def _head(config: EncoderConfig, at: Placement) -> StageSpec:
+    if not config.masked_lm:
+        labels = ("hidden_direction", "pooled_direction") if config.pooler else ("hidden_direction",)
+        return StageSpec("head", partial(EncoderOutput, config, at), labels=labels)
+    return StageSpec(
+        "head",
+        partial(MaskedLMHead, config, at),
+        labels=("targets", "next_sentence_label") if config.next_sentence else ("targets",),
+        cost=float(config.hidden_size * (config.vocab_size + config.hidden_size)),
+        tied={"weight": "embedding.weight"},
+    )
+
+
+def _as_it_is(parameter: Tensor) -> Tensor:
+    return parameter

@@ -1,0 +1,79 @@
+"""The first and the last stage of a model with words at both ends: the word embedding, and the head over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ds.layers.cross_entropy import Head, LogitFinish, gather_logits, head_loss
+from megatron_ds.layers.embedding import VocabParallelEmbedding
+from megatron_ds.layers.parameter import ParamSpec, make_parameter
+from megatron_ds.models.block import Placement
+from megatron_ds.models.stages import HIDDEN, LossStage, Wire
+from megatron_ds.parallel.collectives import copy_to, gather_sequence
+
+
+class WordEmbedding(VocabParallelEmbedding):
+    """ids (B, S) -> hidden states (S, B, E), or this rank's (S/t, B, E).
+
+    Args:
+        column: where the ids stand on the wire.
+        keeps_ids: a later stage reads them too.
+        options: see `VocabParallelEmbedding`.
+    """
+
+    def __init__(self, column: str, *args: Any, keeps_ids: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.column, self.keeps_ids = column, keeps_ids
+
+    def forward(self, wire: Wire) -> Wire:  # type: ignore[override]
+        kept = {name: tensor for name, tensor in wire.items() if name != self.column or self.keeps_ids}
+        return {**kept, HIDDEN: super().forward(wire[self.column].t())}
+
+
+class LanguageModelHead(LossStage):
+    """The loss of each position's label over a vocabulary divided over the tensor axis.
+
+    Args:
+        vocab_size, width: V, and the length of the vectors that it takes.
+        at: where it runs.
+        std: of the weight's initialisation.
+        bias: whether the logits have one.
+        finish: what follows the product.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        at: Placement,
+        *,
+        std: float,
+        bias: bool = False,
+        finish: LogitFinish = LogitFinish(),
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.tp, self.finish = vocab_size, at.tp, finish
+        self.weight = make_parameter(ParamSpec((vocab_size, width), 0, std=std), at.tp.axis)
+        spec = ParamSpec((vocab_size,), 0, decay=False)
+        self.bias = make_parameter(spec, at.tp.axis) if bias else None
+
+    def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor:
+        """The fp32 sum of the labelled positions' losses, as (1,)."""
+        return head_loss(self.enter(wire[HIDDEN]), self.local(), labels["targets"].t())[None]
+
+    def outputs(self, wire: Wire) -> Wire:
+        """`logits` (B, S, V)."""
+        with torch.no_grad():
+            return {"logits": gather_logits(self.enter(wire[HIDDEN]), self.local()).transpose(0, 1)}
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Into the parallel region: by an all-gather under sequence parallelism, else as a copy."""
+        return gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else copy_to(hidden, self.tp.axis)
+
+    def local(self) -> Head:
+        """This rank's part."""
+        return Head(self.weight, self.bias, self.vocab_size, self.tp.axis, self.finish)

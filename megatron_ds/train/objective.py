@@ -1,0 +1,56 @@
+"""What a model is trained to do on the run's data: decided by the model, with rates from the run file."""
+
+from __future__ import annotations
+
+from megatron_ds.config import RunConfig
+from megatron_ds.data import Causal, Masked, Objective, Seq2Seq
+from megatron_ds.errors import ConfigError
+from megatron_ds.models.config import DecoderConfig, EncoderConfig, ModelConfig
+
+# Keys of `data` that only some kinds of models heed.
+_NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
+_HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
+
+
+def objective_of(core: ModelConfig, run: RunConfig) -> Objective:
+    """The objective of a model in a run.
+
+    Raises:
+        ConfigError: the model has no head to train, or a key of `data` is set that this kind of model does not heed.
+    """
+    objective = _objective(core, run)
+    for key in _NOISE_KEYS:
+        value, default = getattr(run.data, key), type(run.data).model_fields[key].default
+        if value != default and key not in _HEEDED[type(objective)]:
+            raise ConfigError(
+                f"data.{key}={value} says how text is hidden from other kinds of models than {core.family}; remove it"
+            )
+    return objective
+
+
+def _objective(core: ModelConfig, run: RunConfig) -> Objective:
+    data, seed = run.data, run.train.seed
+    if isinstance(core, DecoderConfig):
+        return Causal()
+    if isinstance(core, EncoderConfig):
+        if not core.masked_lm:
+            raise ConfigError(
+                f"model.path={run.model.path} holds a {core.family} encoder without a head, so there is nothing to train "
+                f"it on; nearest: a checkpoint with the head for masked tokens, or model.init=random"
+            )
+        return Masked(
+            seed=seed,
+            next_sentence=core.next_sentence,
+            token_types=core.num_token_types > 1,
+            padding_id=core.padding_id or 0,
+            mask_rate=data.mask_rate,
+            whole_words=data.whole_words,
+        )
+    return Seq2Seq(
+        seed=seed,
+        decoder_start_id=core.decoder_start_id,
+        padding_id=core.padding_id,
+        target_length=data.target_length,
+        mask_rate=data.mask_rate,
+        mean_span=data.mean_span,
+    )

@@ -1,0 +1,65 @@
+"""Tokenizers of the three conventions, trained on a text in a second: like BERT's, RoBERTa's and T5's."""
+
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+VOCAB_SIZE = 700
+NUM_SENTINELS = 100
+
+
+def save_wordpiece(text: Path, directory: Path) -> str:
+    """As BERT's: lower case, `##` continues a word; [PAD] is 0. Its directory."""
+    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    specials["mask_token"] = "[MASK]"
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=list(specials.values()))
+    return _save(tokenizer, trainer, text, directory, specials)
+
+
+def save_byte_level(text: Path, directory: Path) -> str:
+    """As RoBERTa's: `Ġ` begins a word, <s> and </s> serve as cls and sep; <pad> is 1. Its directory."""
+    specials = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    specials["mask_token"] = "<mask>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=list(specials.values()), initial_alphabet=alphabet, show_progress=False
+    )
+    return _save(tokenizer, trainer, text, directory, {**specials, "cls_token": "<s>", "sep_token": "</s>"})
+
+
+def save_sentencepiece(text: Path, directory: Path, num_sentinels: int = NUM_SENTINELS) -> str:
+    """As T5's: `▁` begins a word, <pad> is 0, and the sentinels stand at the end, the first last. Its directory."""
+    specials = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCAB_SIZE - num_sentinels,
+        special_tokens=list(specials.values()),
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    sentinels = [AddedToken(f"<extra_id_{number}>", special=True) for number in reversed(range(num_sentinels))]
+    return _save(tokenizer, trainer, text, directory, specials, sentinels)
+
+
+def _save(
+    tokenizer: Tokenizer,
+    trainer: object,
+    text: Path,
+    directory: Path,
+    specials: dict[str, str],
+    sentinels: list[AddedToken] | None = None,
+) -> str:
+    tokenizer.train_from_iterator(text.read_text(encoding="utf-8").splitlines(keepends=True), trainer)
+    tokenizer.add_special_tokens(sentinels or [])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials).save_pretrained(directory)
+    return str(directory)

