@@ -108,7 +108,7 @@ class Engine(ABC):
 
     @abstractmethod
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
-        """What the model predicts, by name, (B, ...) fp32 on CPU, where this rank has the last stage; None elsewhere."""
+        """What the model predicts, by name, (B, ...) fp32 on CPU, where this rank has the last stage; else None."""
 
     @abstractmethod
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:

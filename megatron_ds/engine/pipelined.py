@@ -36,8 +36,8 @@ class _Stage(LayerSpec):
 class StagePipeline(PipelineModule):
     """The stages from `bounds[p]` to `bounds[p + 1]` on pipeline rank p, under the names of the plain model.
 
-    What enters and leaves is what the stages on both sides of a boundary declare. Parameters that are tied are one where
-    their stages are on one rank; else each rank has a copy, whose gradients are summed before the step.
+    What enters and leaves is what the stages on both sides of a boundary declare. Parameters that are tied are one
+    where their stages are on one rank; else each rank has a copy, whose gradients are summed before the step.
 
     Args:
         specs: all stages of the model.

@@ -63,4 +63,3 @@ class PlainEngine(Engine):
         if self.deepspeed.zero_optimization_stage() < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters([parameter])
-

@@ -112,7 +112,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class QKVLinear(nn.Module):
-    """Queries, keys and values of one input, which enters the tensor-parallel region once; or keys and values of another.
+    """Queries, keys and values of one input, which enters the tensor-parallel region once; or the latter of another.
 
     (S, B, H), or (S/t, B, H) under sequence parallelism -> queries (S, B, N/t * D) and, key beside value for each head,
     (S, B, K/c * 2 * D) with c = gcd(K, t). Where t does not divide K, t/c neighbouring ranks hold the same key and

@@ -123,7 +123,7 @@ class EncoderOutput(LossStage):
         self.pooler = Pooler(config, at.tp) if config.pooler else None
 
     def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor:
-        """fp32 inner products with `hidden_direction` (B, S, H) and, if there is a pooler, `pooled_direction` (B, H)."""
+        """fp32 inner products with `hidden_direction` (B, S, H) and, with a pooler, `pooled_direction` (B, H)."""
         hidden = wire[HIDDEN]
         along = labels["hidden_direction"].transpose(0, 1)[self.tp.sequence_slice(self._length(hidden))]
         total = (hidden.float() * along).sum()[None]

@@ -134,7 +134,9 @@ def _apply(norm: Norm | None, x: Tensor) -> Tensor:
     return norm(x) if norm is not None else x
 
 
-def block_stages(prefix: str, config: StackConfig, at: Placement, like: StageSpec, inputs: BlockInputs) -> list[StageSpec]:
+def block_stages(
+    prefix: str, config: StackConfig, at: Placement, like: StageSpec, inputs: BlockInputs
+) -> list[StageSpec]:
     """A stack's blocks, unbuilt.
 
     Args:

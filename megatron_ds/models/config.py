@@ -221,7 +221,9 @@ class EncoderConfig(StackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         wanted = self.pooler if self.masked_lm else False
-        assert self.next_sentence == wanted, "beside masked tokens, the pooler serves to predict the next sentence alone"
+        assert self.next_sentence == wanted, (
+            "beside masked tokens, the pooler serves to predict the next sentence alone"
+        )
 
     @property
     def stacks(self) -> dict[str, StackConfig]:
@@ -244,7 +246,7 @@ class EncoderDecoderConfig:
         tied: the head is the word embedding.
         logit_multiplier: of the logits.
         embedding_dropout: probability, of word embeddings and of what leaves a stack.
-        embedding_std: of the embedding's and the head's initialisation.
+        embedding_std, head_std: of the embedding's initialisation, and of that of a head of its own.
         decoder_start_id: what the decoder reads before the first target.
         padding_id: what stands where there is no token.
     """
@@ -256,7 +258,8 @@ class EncoderDecoderConfig:
     tied: bool
     logit_multiplier: float = 1.0
     embedding_dropout: float = 0.0
-    embedding_std: float = 1.0
+    embedding_std: float
+    head_std: float
     decoder_start_id: int
     padding_id: int
 

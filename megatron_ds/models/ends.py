@@ -42,7 +42,7 @@ class LanguageModelHead(LossStage):
         at: where it runs.
         std: of the weight's initialisation.
         bias: whether the logits have one.
-        finish: what follows the product.
+        finish: what follows the product; None = nothing.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class LanguageModelHead(LossStage):
         *,
         std: float,
         bias: bool = False,
-        finish: LogitFinish = LogitFinish(),
+        finish: LogitFinish | None = None,
     ) -> None:
         super().__init__()
-        self.vocab_size, self.tp, self.finish = vocab_size, at.tp, finish
+        self.vocab_size, self.tp, self.finish = vocab_size, at.tp, finish or LogitFinish()
         self.weight = make_parameter(ParamSpec((vocab_size, width), 0, std=std), at.tp.axis)
         spec = ParamSpec((vocab_size,), 0, decay=False)
         self.bias = make_parameter(spec, at.tp.axis) if bias else None

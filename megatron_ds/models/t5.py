@@ -5,6 +5,7 @@ The decoder's blocks all attend to the encoder's states, which travel on through
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -54,8 +55,8 @@ class Exit(nn.Module):
 
 
 def encoder_decoder_stages(config: EncoderDecoderConfig, at: Placement | None = None) -> list[StageSpec]:
-    """The stages of an encoder-decoder, unbuilt. A batch has `input_ids` and `decoder_input_ids`, and may have a mask of
-    each; labels are `targets`, of each of the decoder's positions what follows it."""
+    """The stages of an encoder-decoder, unbuilt. A batch has `input_ids` and `decoder_input_ids`, and may have a mask
+    of each; labels are `targets`, of each of the decoder's positions what follows it."""
     at = at or Placement()
     vocab, width, std = config.vocab_size, config.hidden_size, config.embedding_std
     masks, later = ("attention_mask", "decoder_attention_mask"), ("decoder_input_ids",)
@@ -65,7 +66,7 @@ def encoder_decoder_stages(config: EncoderDecoderConfig, at: Placement | None = 
     across = BlockInputs("decoder_attention_mask", ENCODED, "attention_mask")
     shared = {"weight": "embedding.weight"}
 
-    def embed(column: str) -> partial[nn.Module]:
+    def embed(column: str) -> Callable[[], nn.Module]:
         return partial(WordEmbedding, column, vocab, width, at.tp, std=std)
 
     finish = LogitFinish(config.logit_multiplier)
@@ -87,7 +88,7 @@ def encoder_decoder_stages(config: EncoderDecoderConfig, at: Placement | None = 
         replace(
             decoding,
             name="head",
-            build=partial(LanguageModelHead, vocab, width, at, std=std, finish=finish),
+            build=partial(LanguageModelHead, vocab, width, at, std=config.head_std, finish=finish),
             columns=(),
             labels=("targets",),
             cost=float(vocab * width),

@@ -11,9 +11,9 @@ from megatron_ds.models.stages import StageSpec
 def partition(specs: Sequence[StageSpec], num_parts: int) -> list[int]:
     """Bounds of `num_parts` contiguous parts with the smallest possible largest cost.
 
-    Every part begins with a block, but for the first: a stage without parameters of its own hangs ZeRO. Stages before the
-    first block stay with it, those after the last likewise, and those between two stacks with the first of them. Among
-    equal choices the earlier parts get more, since the last also has the head.
+    Every part begins with a block, but for the first: a stage without parameters of its own hangs ZeRO. Stages before
+    the first block stay with it, those after the last likewise, and those between two stacks with the first of them.
+    Among equal choices the earlier parts get more, since the last also has the head.
 
     Returns:
         num_parts + 1 indices into `specs`, first 0, last len(specs).

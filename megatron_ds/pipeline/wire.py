@@ -13,9 +13,9 @@ from megatron_ds.models.stages import StageSpec, Wire
 class Boundary:
     """The way into a stage.
 
-    All hidden states travel as one tensor, one after another along the sequence. So a gradient comes back as one, and the
-    stage behind runs backward once: DeepSpeed starts a backward pass for each tensor that it receives a gradient of,
-    and the second would go through what both depend on again (an encoder, below the decoder that reads it).
+    All hidden states travel as one tensor, one after another along the sequence. So a gradient comes back as one, and
+    the stage behind runs backward once: DeepSpeed starts a backward pass for each tensor that it receives a gradient
+    of, and the second would go through what both depend on again (an encoder, below the decoder that reads it).
 
     Args:
         spec: the stage.

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_ds.config import ExportSection
 from megatron_ds.engine import Engine, MicroBatch
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.export import exporting
 from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.export import exporting
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.job import Job

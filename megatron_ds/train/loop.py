@@ -131,8 +131,8 @@ class TrainingLoop:
         train_data: whose samples' order depends on seed and step alone, never on the layout.
         valid_data: None = no validation.
         output: is told of every logged step.
-        throughput: counts positions, G * S a step, with an encoder-decoder's targets G * (S + T): the work done, padding
-            included. `tokens` and `tokens_per_s` in the metrics count labelled tokens: what was learned from.
+        throughput: counts positions, G * S a step, with an encoder-decoder's targets G * (S + T): the work done,
+            padding included. `tokens` and `tokens_per_s` in the metrics count labelled tokens: what was learned from.
     """
 
     def __init__(

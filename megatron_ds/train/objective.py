@@ -35,8 +35,8 @@ def _objective(core: ModelConfig, run: RunConfig) -> Objective:
     if isinstance(core, EncoderConfig):
         if not core.masked_lm:
             raise ConfigError(
-                f"model.path={run.model.path} holds a {core.family} encoder without a head, so there is nothing to train "
-                f"it on; nearest: a checkpoint with the head for masked tokens, or model.init=random"
+                f"model.path={run.model.path} holds a {core.family} encoder without a head, so there is nothing to "
+                "train it on; nearest: a checkpoint with the head for masked tokens, or model.init=random"
             )
         return Masked(
             seed=seed,

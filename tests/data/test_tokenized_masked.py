@@ -97,6 +97,17 @@ def test_table_and_lines_are_the_same_data(write_jsonl, tmp_path):
     assert [as_lists(lines.sample(n)) for n in range(5)] == [as_lists(table.sample(n)) for n in range(5)]
 
 
+def test_fingerprint_follows_content_and_what_the_model_takes(write_jsonl):
+    rows = [{"input_ids": [1, 2], "labels": [X, 2]}]
+    others = [[{"input_ids": [1, 2], "labels": [1, X]}], [{**rows[0], "attention_mask": [1, 1]}]]
+    prints = [open_masked(write_jsonl(variant)).fingerprint for variant in (rows, *others)]
+    source = write_jsonl(rows)
+    for options in ({"padding_id": 1}, {"token_types": True}, {"seq_length": 7}):
+        prints.append(open_masked(source, **options).fingerprint)
+    assert len(set(prints)) == 6
+    assert open_masked(write_jsonl(rows, "moved.jsonl")).fingerprint == prints[0]
+
+
 @pytest.fixture
 def unlabelled(write_jsonl, wordpiece, valid_text):
     """Examples without labels, of many lengths, some with a mask at their end; and their ids."""

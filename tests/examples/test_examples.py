@@ -16,7 +16,8 @@ from megatron_ds.train.launch import train
 ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*/run.yaml"))
 JSONS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ds_configs").glob("*.json"))
-RANKS = {"pretrain_moby_dick": 2, "continue_pretraining": 2, "parallel_3d": 8}
+RANKS = {"pretrain_moby_dick": 2, "continue_pretraining": 2, "parallel_3d": 8, "pretrain_bert": 2, "finetune_t5": 2}
+PUNCTUATION = "examples/finetune_t5"
 SHORT = ["train.steps=2", "schedule.warmup_steps=1", "train.eval_every=0"]
 
 
@@ -54,6 +55,24 @@ def moby_dick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def small_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of the T5 example's first run file."""
+    output = tmp_path_factory.mktemp("t5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train(shortened(f"{PUNCTUATION}/pretrain.yaml", output), RANKS["finetune_t5"])
+    return output
+
+
+def run_script(script: str, *arguments: str) -> list[str]:
+    """Lines that a script prints, which must not import this project."""
+    imports = [line.split()[1] for line in Path(script).read_text().splitlines() if line.startswith(("import", "from"))]
+    assert "megatron_ds" not in [name.split(".")[0] for name in imports]
+    command = [sys.executable, script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+
+
 def test_every_run_file_is_known() -> None:
     assert [Path(run_file).parent.name for run_file in RUN_FILES] == sorted(RANKS)
 
@@ -64,19 +83,7 @@ def test_pretrain_moby_dick(moby_dick: Path) -> None:
 
 def test_generate_continues_with_plain_transformers(moby_dick: Path) -> None:
     script = "examples/pretrain_moby_dick/generate.py"
-    assert "megatron_ds" not in [
-        line.split()[1].split(".")[0]
-        for line in Path(script).read_text().splitlines()
-        if line.startswith(("import", "from"))
-    ]
-    done = subprocess.run(
-        [sys.executable, script, str(moby_dick / "hf"), "Call me Ishmael."],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    continued = done.stdout.splitlines()[-1]
+    continued = run_script(script, str(moby_dick / "hf"), "Call me Ishmael.")[-1]
     assert continued.startswith("Call me Ishmael.") and len(continued) > 40
 
 
@@ -92,6 +99,28 @@ def test_continue_pretraining_at_another_layout(moby_dick: Path, tmp_path: Path)
 def test_parallel_3d(tmp_path: Path) -> None:
     train(shortened("examples/parallel_3d/run.yaml", tmp_path), RANKS["parallel_3d"])
     check_written(tmp_path)
+
+
+def test_pretrain_bert_and_fill_a_gap(tmp_path: Path) -> None:
+    train(shortened("examples/pretrain_bert/run.yaml", tmp_path), RANKS["pretrain_bert"])
+    check_written(tmp_path)
+    lines = run_script("examples/pretrain_bert/fill_mask.py", str(tmp_path / "hf"), "the [MASK] is white.")
+    assert len(lines) == 6 and all("%" in line for line in lines[1:])
+
+
+def test_pretrain_t5(small_t5: Path) -> None:
+    check_written(small_t5)
+
+
+def test_finetune_t5_and_count_exact_matches(small_t5: Path, tmp_path: Path) -> None:
+    pairs, output = tmp_path / "pairs", tmp_path / "run"
+    told = run_script(f"{PUNCTUATION}/make_pairs.py", str(pairs))
+    assert len(told) == 2 and "20,0" in told[0]
+    data = [f"data.train={pairs}/train.jsonl", f"data.valid={pairs}/valid.jsonl"]
+    train(shortened(f"{PUNCTUATION}/run.yaml", output, f"model.path={small_t5}/hf", *data), RANKS["finetune_t5"])
+    check_written(output)
+    lines = run_script(f"{PUNCTUATION}/exact_match.py", str(output / "hf"), f"{pairs}/valid.jsonl", "8")
+    assert "exact match 0.0% (0 of 8)" in lines[0] and lines[1].startswith("  wanted   ")
 
 
 def tiny(path: str, output: Path) -> tuple[RunConfig, int]:

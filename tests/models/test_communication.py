@@ -18,19 +18,21 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.layers.parameter import initial_share, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
-from megatron_ds.models.block import Block, Placement
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.block import Block, BlockInputs, Placement
 from megatron_ds.models.build import model_stages
+from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.stages import StageModel
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.parallel.wire import counting
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
+from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.ours import Place, engine_on, micro_batches
 from tests.parity.reference import train_reference
 from tests.ranks import run_alone, run_grid
 
 S, B, FLOAT_BYTES = 16, 3, 4
+CONTEXT = 24
 
 
 def ring(elements: int, t: int, passes: int = 1) -> Fraction:
@@ -107,6 +109,33 @@ def test_a_layer_moves_what_the_papers_say(case: str, mode: str, sequence: bool,
             # only parameters' gradients are all-reduced; activations are gathered and scattered
             partial = sum(ring(size, t, 2) for size in partial_parameters(config, sequence))
             assert counted["by_kind"].get("all_reduce", 0) == partial
+
+
+def _cross_block(grid: Grid, sequence: bool) -> Fraction:
+    config = read_model(ENCODER_CASES["t5-gated"]).core.decoder
+    inputs = BlockInputs("decoder_attention_mask", "encoded", "attention_mask")
+    block = Block(config, 0, Placement(TensorParallel(grid.tensor, sequence)), inputs=inputs)
+    for name, parameter in block.named_parameters():
+        spec = spec_of(parameter)
+        parameter.data.copy_(initial_share(name, spec, 1, grid.tensor.rank, grid.tensor.size))
+    parts = grid.tensor.size if sequence else 1
+    states = [torch.randn(length // parts, B, config.hidden_size, requires_grad=True) for length in (S, CONTEXT)]
+    with counting() as wire:
+        block({"hidden": states[0], "encoded": states[1]})["hidden"].sum().backward()
+    return wire.total
+
+
+@pytest.mark.parametrize("t", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True], ids=["tp", "sp"])
+def test_cross_attention_moves_both_stacks_states(sequence: bool, t: int) -> None:
+    """As the block's docstring says: 4 SBH + 2 CBH beside the 8 SBH; or 5 and 3 beside the 10, and three norms."""
+    hidden = read_model(ENCODER_CASES["t5-gated"]).core.hidden_size
+    own, other = B * S * hidden, B * CONTEXT * hidden
+    passes = (15, 3) if sequence else (12, 2)
+    expected = ring(own, t, passes[0]) + ring(other, t, passes[1])
+    if sequence:
+        expected += 3 * ring(hidden, t, 2)
+    assert run_grid(_cross_block, Layout(tensor=t), sequence) == [expected] * t
 
 
 def _model(grid: Grid, case: str, sequence: bool) -> Fraction:

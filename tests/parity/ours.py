@@ -91,9 +91,7 @@ def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tupl
         recompute=place.recompute,
         seed=1234,
     )
-    engine = build_engine(
-        lambda at: model_stages(model.core, at), grid, torch.device("cpu"), options, weights.share
-    )
+    engine = build_engine(lambda at: model_stages(model.core, at), grid, torch.device("cpu"), options, weights.share)
     return engine, model
 
 

@@ -72,4 +72,3 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
     model.save_pretrained(directory / "trained")  # under the names on disk
     weights = {name: tensor.float() for name, tensor in load_file(directory / "trained" / "model.safetensors").items()}
     return {"losses": losses, "norms": norms, "weights": weights}
-

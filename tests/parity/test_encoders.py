@@ -50,7 +50,8 @@ def test_five_steps_equal_transformers(case: str, place: Place, references: Any)
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     ("case", "place"),
-    [(case, place) for case in TRAINED for place in MORE_PLACES] + [one for one in RECOMPUTED if one not in RECOMPUTED[::7]],
+    [(case, place) for case in TRAINED for place in MORE_PLACES]
+    + [one for one in RECOMPUTED if one not in RECOMPUTED[::7]],
     ids=str,
 )
 def test_every_combination_equals_transformers(case: str, place: Place, references: Any) -> None:

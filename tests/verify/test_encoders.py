@@ -102,7 +102,7 @@ def test_a_model_without_logits_has_no_such_key(directory_of: Directories) -> No
     report = mds.verify_hf(directory_of(ENCODER_CASES["roberta-base"]))
     assert "logits" not in report.to_json()["inputs"][0]
     assert report.inputs[0].logits is None
-    assert [line[:14] for line in lines(report)[3:5]] == ["  hidden    ok ", "  pooled    ok "]
+    assert [line[:14] for line in lines(report)[3:5]] == ["  hidden    ok", "  pooled    ok"]
 
 
 def test_a_broken_stack_is_named(directory_of: Directories, tmp_path: Path) -> None:

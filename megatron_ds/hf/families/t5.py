@@ -60,6 +60,7 @@ def translate(config: Any) -> EncoderDecoderConfig:
         logit_multiplier=config.d_model**-0.5 if config.scale_decoder_outputs else 1.0,
         embedding_dropout=config.dropout_rate,
         embedding_std=config.initializer_factor,
+        head_std=config.initializer_factor * config.d_model**-0.5,  # as T5 was trained; transformers begins with 1
         decoder_start_id=_id(config, "decoder_start_token_id", padding),
         padding_id=padding,
     )
