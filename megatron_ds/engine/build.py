@@ -81,6 +81,8 @@ def build_engine(
             module = StageModel(specs)
     read = read_share or partial(_initial, options.seed)
     _fill(module, grid, read, zero_3=facts.zero_stage == 3)
+    if isinstance(module, StagePipeline):
+        module.equalize_copies()
     optimizer = _optimizer(module, options.optimizer, device)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
         engine, *_ = deepspeed.initialize(

@@ -131,7 +131,16 @@ class StagePipeline(PipelineModule):
         return self._tied_groups
 
     def _synchronize_tied_weights(self) -> None:
-        """Nothing: all copies are filled alike."""
+        """Nothing yet: see `equalize_copies`."""
+
+    @torch.no_grad()
+    def equalize_copies(self) -> None:
+        """Give all copies of a tied parameter the value of the first, once it is filled. Collective.
+
+        At random they need not begin alike: a copy may be declared with another deviation.
+        """
+        for parameter, group in self._tied_groups:
+            dist.broadcast(parameter.data, group_src=0, group=group)
 
 
 class PipelineEngine(Engine):

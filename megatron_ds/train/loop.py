@@ -64,14 +64,12 @@ class _Prepared:
 def _prepare(run: RunConfig, info: RankInfo) -> _Prepared:
     """Everything that can be refused: the run against model and world, and its data."""
     job = resolve(run, info.world_size, device_type())
-    train_data = _open(job, "train")
-    check_target_length(run, train_data.target_length)
-    return _Prepared(job, train_data, _open(job, "valid") if run.data.valid else None)
+    return _Prepared(job, _open(job, "train"), _open(job, "valid") if run.data.valid else None)
 
 
 def _open(job: Job, split: str) -> Dataset:
     data = job.run.data
-    return open_dataset(
+    found = open_dataset(
         data.format,
         job.objective,
         [source.path for source in getattr(data, split)],
@@ -80,6 +78,8 @@ def _open(job: Job, split: str) -> Dataset:
         job.run.model.tokenizer_path,
         data.cache_dir,
     )
+    check_target_length(job.run, found.target_length)
+    return found
 
 
 def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
