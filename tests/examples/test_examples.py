@@ -38,8 +38,8 @@ def shortened(run_file: str, output: Path, *overrides: str) -> RunConfig:
 
 
 def check_written(output: Path) -> None:
-    first, second = losses(output)
-    assert second < first
+    found = losses(output)
+    assert len(found) > 1 and found[-1] < found[0]
     held = {path.name for path in output.iterdir()} | {path.name for path in (output / "hf").iterdir()}
     assert held >= {"config.yaml", "loss.png", "config.json", "model.safetensors", "tokenizer.json"}
 
@@ -102,7 +102,8 @@ def test_parallel_3d(tmp_path: Path) -> None:
 
 
 def test_pretrain_bert_and_fill_a_gap(tmp_path: Path) -> None:
-    train(shortened("examples/pretrain_bert/run.yaml", tmp_path), RANKS["pretrain_bert"])
+    longer = ["train.steps=6", "optimizer.lr=3.0e-3"]  # each batch hides other words: two steps tell nothing
+    train(shortened("examples/pretrain_bert/run.yaml", tmp_path, *longer, "train.log_every=5"), RANKS["pretrain_bert"])
     check_written(tmp_path)
     lines = run_script("examples/pretrain_bert/fill_mask.py", str(tmp_path / "hf"), "the [MASK] is white.")
     assert len(lines) == 6 and all("%" in line for line in lines[1:])
@@ -115,7 +116,7 @@ def test_pretrain_t5(small_t5: Path) -> None:
 def test_finetune_t5_and_count_exact_matches(small_t5: Path, tmp_path: Path) -> None:
     pairs, output = tmp_path / "pairs", tmp_path / "run"
     told = run_script(f"{PUNCTUATION}/make_pairs.py", str(pairs))
-    assert len(told) == 2 and "20,0" in told[0]
+    assert len(told) == 2 and "20,130 examples" in told[0]
     data = [f"data.train={pairs}/train.jsonl", f"data.valid={pairs}/valid.jsonl"]
     train(shortened(f"{PUNCTUATION}/run.yaml", output, f"model.path={small_t5}/hf", *data), RANKS["finetune_t5"])
     check_written(output)
