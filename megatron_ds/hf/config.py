@@ -14,7 +14,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row, axis_sizes
 from megatron_ds.hf.io import has_weights, open_directory
 from megatron_ds.hf.registry import FAMILIES, family_of
-from megatron_ds.models.config import ModelConfig
+from megatron_ds.models.config import EncoderConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class HFModel:
 
     def with_tied(self, tied: bool) -> HFModel:
         """The same model with the head tied to the embedding, or not."""
-        return self if tied == self.core.tied else replace(self, core=replace(self.core, tied=tied))
+        if tied == self.core.tied:
+            return self
+        assert not isinstance(self.core, EncoderConfig), "an encoder's head is its embedding"
+        return replace(self, core=replace(self.core, tied=tied))
 
     @property
     def architecture(self) -> str:
@@ -78,9 +81,11 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
 
 
 def _with_heads(family: Family, core: ModelConfig, raw: Mapping[str, Any]) -> ModelConfig:
-    """The heads of the class that the config names, where the family has several."""
+    """The heads of the class that the config names, where the family has several; the first one's if it names none."""
+    if not isinstance(core, EncoderConfig):
+        return core
     named = [name for name in raw.get("architectures") or () if name in family.classes]
-    return replace(core, **family.classes[named[0]]) if named else core
+    return replace(core, **family.classes[named[0] if named else family.architecture])
 
 
 def _model_type_by_names(directory: Path) -> dict[str, str]:

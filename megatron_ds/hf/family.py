@@ -77,7 +77,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     reference_attention: str = "eager"
     aliases: Mapping[str, str] = field(default_factory=dict)
-    classes: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settle: Callable[[Any, frozenset[str]], Any] = _as_the_config_says
     head_may_be_absent: bool = False
     written: Callable[[Any], dict[str, Any]] = _nothing_else

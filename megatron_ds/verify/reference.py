@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.reference import load_reference
-from megatron_ds.models.config import EncoderConfig
+from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.verify.inputs import Probe
 from megatron_ds.verify.loss import ReferenceLoss, mean_loss, reference_loss
 from megatron_ds.verify.stages import blocks_paths, entry_of
 
 GRADIENTS = "gradients"
-
-# What transformers calls what its models predict -> our name.
-OUTPUTS = {
-    "logits": "logits",
-    "prediction_logits": "logits",
-    "seq_relationship_logits": "next_sentence",
-    "last_hidden_state": "hidden",
-    "pooler_output": "pooled",
-}
 
 
 def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], results: Path) -> list[ReferenceLoss]:
@@ -53,14 +43,6 @@ def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], resu
             mean_loss(outputs, probe.labels).backward()
             _save_gradients(theirs, results / GRADIENTS)
     return losses
-
-
-def predict(theirs: nn.Module, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers predicts for a batch's columns, by our names, fp32 (B, ...)."""
-    given = {name: column.long() for name, column in columns.items()}
-    cache: dict[str, Any] = {} if isinstance(model.core, EncoderConfig) else {"use_cache": False}
-    found = theirs(**given, **cache)
-    return {ours: found[name].float() for name, ours in OUTPUTS.items() if found.get(name) is not None}
 
 
 @contextmanager

@@ -13,9 +13,12 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.fields import COMMON_COSMETIC, COMMON_EQUAL, COMMON_TRAINING
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.config import ModelConfig
 from tests.hf.hub_configs import HUB
+from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
+
+CASES = {**FAMILY_CASES, **ENCODER_CASES}
 
 # Fields that transformers' class turns into others: what to set beside them, and two values that must differ.
 FOLDED: dict[str, tuple[dict[str, Any], Any, Any]] = {
@@ -40,16 +43,18 @@ FOLDED: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "num_hidden_layers": ({"n_layer": 4}, 4, 5),
     "num_attention_heads": ({"n_head": 8}, 8, 4),
     "max_position_embeddings": ({"n_positions": 64}, 64, 32),
+    "head_dim": ({"d_kv": 4}, 4, 8),
+    "tie_word_embeddings": ({}, True, False),
 }
 
 
 def first_case(family: str) -> dict[str, Any]:
-    return next(config for config in FAMILY_CASES.values() if config["model_type"] == family)
+    return next(config for config in CASES.values() if config["model_type"] == family)
 
 
 def cases(family: str) -> Iterator[dict[str, Any]]:
     yield {"model_type": family}
-    yield from (config for config in FAMILY_CASES.values() if config["model_type"] == family)
+    yield from (config for config in CASES.values() if config["model_type"] == family)
 
 
 def upstream(family: str) -> set[str]:
@@ -86,7 +91,7 @@ def read_fields(family: str) -> set[str]:
     return read - {"model_type"}
 
 
-def outcome(config: dict[str, Any]) -> DecoderConfig | str:
+def outcome(config: dict[str, Any]) -> ModelConfig | str:
     try:
         return read_model(config).core
     except ConversionError as problem:
@@ -103,10 +108,18 @@ def test_every_field_of_transformers_is_in_the_ledger(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_field_is_classified_twice(family: str) -> None:
+    """What a family says itself goes before what is said of all; that it says something else is the exception."""
     rules = FAMILIES[family].fields
+    own = [rules.mapped, rules.cosmetic, rules.training, set(rules.equal)]
     common = [COMMON_COSMETIC, COMMON_TRAINING, set(COMMON_EQUAL)]
-    classes = [rules.mapped, rules.cosmetic, rules.training, set(rules.equal), *common]
-    assert sum(map(len, classes)) == len(set().union(*classes))
+    for classes in (own, common):
+        assert sum(map(len, classes)) == len(set().union(*classes))
+    of_its_own = {
+        "t5": {"is_encoder_decoder", "decoder_start_token_id"},
+        "bert": {"is_decoder"},
+        "roberta": {"is_decoder"},
+    }
+    assert set().union(*own) & set().union(*common) == of_its_own.get(family, set())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,7 +153,7 @@ def test_fields_that_must_equal_are_refused_else(family: str) -> None:
     base = first_case(family)
     for name, supported in {**COMMON_EQUAL, **FAMILIES[family].fields.equal}.items():
         for value in supported:
-            assert isinstance(outcome({**base, name: value}), DecoderConfig), (name, value)
+            assert isinstance(outcome({**base, name: value}), ModelConfig), (name, value)
         message = outcome({**base, name: "something else"})
         assert message == f"model.config: {name}='something else' is not supported; supported: {supported[0]!r}"
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.reference import load_reference
+from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
@@ -24,7 +24,6 @@ from megatron_ds.models.block import Block
 from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from megatron_ds.verify.compare import difference
-from megatron_ds.verify.reference import predict
 from tests.parity.alone_batches import make_batch
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.reference import make_model

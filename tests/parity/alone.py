@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.hf.config import config_json, read_model
-from megatron_ds.hf.reference import load_reference
+from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.layers.parameter import spec_of
 from megatron_ds.models.build import model_stages
@@ -20,7 +20,6 @@ from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.stages import StageModel
 from megatron_ds.verify.compare import difference, root_mean_square, smallest_norm
 from megatron_ds.verify.loss import mean_loss
-from megatron_ds.verify.reference import predict
 from tests.parity.alone_batches import Batch, make_batch
 from tests.parity.left_out import Variant, without_each_option
 from tests.parity.reference import make_model

@@ -1,7 +1,7 @@
 """Every family, in several configs, equals transformers at every layout: logits, loss, every gradient, in fp32.
 
-Bounds are those of `megatron-ds verify`: logits 1e-5 and gradients 1e-4, relative L2. The weights are random, norms and
-biases too: no decoder's real weights are in a package registry.
+Bounds are those of `megatron-ds verify`: outputs 1e-5 and gradients 1e-4, relative L2. The weights are random, norms
+and biases too: no decoder's or T5's real weights are in a package registry.
 """
 
 from collections import Counter
@@ -16,13 +16,17 @@ from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.verify.inputs import Probe, probes
+from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.ours import run_rank
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.run import merge
+from megatron_ds.verify.stages import stage_names
+from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.reference import make_model
 from tests.ranks import run_alone, run_local_ranks
 
+CASES = {**FAMILY_CASES, **ENCODER_CASES}
 Place = tuple[int, int, bool]  # tp, pp, sequence parallel
 PLACES: list[Place] = [
     (tp, pp, sequence) for tp in (1, 2, 4) for pp in (1, 2, 4) for sequence in ((False, True) if tp > 1 else (False,))
@@ -32,14 +36,15 @@ QUICK = [(2, 2, True), (4, 1, False), (4, 1, True), (1, 4, False), (2, 1, True),
 
 def fits(case: str, place: Place) -> bool:
     """Tensor ranks divide the query heads; other layouts are refused, which has its own test."""
-    config = FAMILY_CASES[case]
-    return config.get("num_attention_heads", config.get("n_head")) % place[0] == 0
+    config = CASES[case]
+    heads = next(config[name] for name in ("num_attention_heads", "n_head", "num_heads") if name in config)
+    return heads % place[0] == 0
 
 
 def covering() -> list[tuple[str, Place]]:
     """Each case alone and on some ranks: the first of each family on all axes, the others on one after the other."""
     chosen, seen = [], Counter[str]()
-    for case, config in FAMILY_CASES.items():
+    for case, config in CASES.items():
         start = seen[config["model_type"]] % len(QUICK)
         seen[config["model_type"]] += 1
         chosen += [(case, (1, 1, False)), (case, next(p for p in QUICK[start:] + QUICK if fits(case, p)))]
@@ -48,14 +53,14 @@ def covering() -> list[tuple[str, Place]]:
 
 COVERING = covering()
 EVERYTHING = [
-    (case, place) for case in FAMILY_CASES for place in PLACES if fits(case, place) and (case, place) not in COVERING
+    (case, place) for case in CASES for place in PLACES if fits(case, place) and (case, place) not in COVERING
 ]
-Prepared = tuple[Path, HFWeights, list[Probe], list[float]]
+Prepared = tuple[Path, HFWeights, list[Probe], list[ReferenceLoss]]
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
-    return prepare(FAMILY_CASES, tmp_path_factory)
+    return prepare(CASES, tmp_path_factory)
 
 
 def prepare(cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory) -> Callable[[str], Prepared]:
@@ -86,21 +91,21 @@ def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
     ranks = run_local_ranks(run_rank, layout.world_size, weights, inputs, layout, sequence, results)
     for probe, loss, found in zip(inputs, losses, zip(*ranks)):
         report = merge(probe, loss, found)
-        assert report.ok, (report.name, report.logits, report.loss, report.worst_gradient, report.first_apart)
+        assert report.ok, (report.name, report.outputs, report.loss, report.worst_gradient, report.first_apart)
         assert report.first_apart is None
-        assert len(report.hidden) == weights.model.core.num_layers + 1
+        assert list(report.hidden) == stage_names(weights.model.core)
     gradients = merge(inputs[0], losses[0], next(zip(*ranks))).gradients
     assert gradients.keys() == {name for row in weights.model.table.values() for name in row.names}
 
 
 def test_every_family_has_several_cases() -> None:
-    counts = {kind: sum(config["model_type"] == kind for config in FAMILY_CASES.values()) for kind in FAMILIES}
+    counts = {kind: sum(config["model_type"] == kind for config in CASES.values()) for kind in FAMILIES}
     assert min(counts.values()) >= 2, counts
 
 
 def test_every_family_meets_every_axis() -> None:
     """In the covering sample: tensor ranks, pipeline ranks, sequence parallelism."""
-    met = {kind: [place for case, place in COVERING if FAMILY_CASES[case]["model_type"] == kind] for kind in FAMILIES}
+    met = {kind: [place for case, place in COVERING if CASES[case]["model_type"] == kind] for kind in FAMILIES}
     for kind, places in met.items():
         assert any(tp > 1 for tp, _, _ in places), kind
         assert any(pp > 1 for _, pp, _ in places), kind

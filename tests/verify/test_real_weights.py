@@ -21,7 +21,7 @@ PLACES = [(1, 1, False), (2, 1, True), (2, 2, False)]
 def in_package(name: str, folder: str) -> Path:
     """A folder of an installed package, which is not imported: these want much that is not needed here."""
     spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None, f"{name} is not installed; `make setup` does it"
+    assert spec is not None and spec.origin is not None, f"{name} is not installed; `make test` does it"
     return Path(spec.origin).parent / folder
 
 

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: encoders with norms after each sum, learned positions and segments, and a head tied to the words."""
+"""BERT and RoBERTa: norms after each sum, learned positions and segments, and a head tied to the words."""
 
 from __future__ import annotations
 
@@ -103,13 +103,15 @@ def _translate(config: Any, family: str, positions: PositionTable, padding: int 
         padding_id=padding,
         positions=positions,
         num_token_types=config.type_vocab_size,
+        masked_lm=False,
+        pooler=True,
         head_activation=act,
         embedding_dropout=config.hidden_dropout_prob,
     )
 
 
 def translate_bert(config: Any) -> EncoderConfig:
-    """BertConfig -> EncoderConfig, without the heads that its class adds."""
+    """BertConfig -> EncoderConfig of the base model, to which its class adds heads."""
     return _translate(config, "bert", PositionTable(config.max_position_embeddings), padding_id(config))
 
 
@@ -117,7 +119,7 @@ def translate_roberta(config: Any) -> EncoderConfig:
     """RobertaConfig -> EncoderConfig. Positions begin after the padding's, and the head's activation is fixed."""
     padding, rows = padding_id(config), config.max_position_embeddings
     if padding is None:
-        raise ConversionError("pad_token_id=None is not supported by roberta, whose positions begin after it; nearest: 1")
+        raise ConversionError("pad_token_id=None is not supported: roberta's positions begin after it; nearest: 1")
     if rows < padding + 2:
         raise ConversionError(
             f"max_position_embeddings={rows} leaves no position after pad_token_id={padding}; nearest: {padding + 2}"
@@ -164,7 +166,7 @@ def _settle(config: EncoderConfig, on_disk: frozenset[str], names: Names) -> Enc
 
 
 def _family(
-    model_type: str, names: Names, translate: Callable[[Any], EncoderConfig], classes: Mapping[str, Mapping[str, bool]]
+    model_type: str, names: Names, translate: Callable[[Any], EncoderConfig], classes: Mapping[str, Mapping[str, Any]]
 ) -> Family:
     prefix = names.prefix.replace(".", r"\.")
     head_weight, head_bias = names.copies

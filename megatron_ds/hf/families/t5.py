@@ -98,8 +98,8 @@ def _relative(config: Any) -> RelativePositions:
         )
     if distance <= buckets // 2:
         raise ConversionError(
-            f"relative_attention_max_distance={distance} must be above half of relative_attention_num_buckets={buckets}; "
-            f"nearest: {buckets // 2 + 1}"
+            f"relative_attention_max_distance={distance} must be above half of relative_attention_num_buckets="
+            f"{buckets}; nearest: {buckets // 2 + 1}"
         )
     return RelativePositions(buckets, distance, std=config.initializer_factor * config.d_model**-0.5)
 
