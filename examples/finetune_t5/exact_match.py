@@ -28,14 +28,14 @@ def main() -> None:
         )
         with torch.no_grad():
             ids = model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=48
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=16
             )
         written += tokenizer.batch_decode(ids, skip_special_tokens=True)
     wanted = [tokenizer.decode(pair["labels"], skip_special_tokens=True) for pair in pairs]
     right = sum(ours == target for ours, target in zip(written, wanted))
     print(f"{directory}: exact match {right / len(pairs):.1%} ({right} of {len(pairs)})")
     for ours, target in islice(zip(written, wanted), 3):
-        print(f"  wanted   {target}\n  written  {ours}")
+        print(f"  wanted   {target}\n  written  {' '.join(ours.split())}")
 
 
 if __name__ == "__main__":

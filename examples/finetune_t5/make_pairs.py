@@ -1,6 +1,6 @@
 """Makes the task's examples out of Moby Dick: words without punctuation in, the same with punctuation out.
 
-A line of the book is cut into pieces of 6 to 10 words that hold at least one mark. The training text and the
+A line of the book is cut into pieces of 3 to 5 words that hold at least one mark. The training text and the
 validation text of `pretrain_moby_dick` give the examples to train on and those to test on.
 
     python examples/finetune_t5/make_pairs.py [OUTPUT_DIR]
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 HERE = Path(__file__).resolve().parent
 TEXTS = HERE.parent / "pretrain_moby_dick" / "data"
 MARKS = ",.;:!?"
-LONGEST = 32  # tokens; names that fall into many pieces are left out
+LONGEST = 16  # tokens; names that fall into many pieces are left out
 
 
 def pieces(text: str, seed: int = 0) -> Iterator[tuple[str, str]]:
@@ -29,7 +29,7 @@ def pieces(text: str, seed: int = 0) -> Iterator[tuple[str, str]]:
     words = [word for word in words if word.strip(MARKS)]
     start = 0
     while start < len(words):
-        size = draw.randint(6, 10)
+        size = draw.randint(3, 5)
         chosen, start = words[start : start + size], start + size
         target, source = " ".join(chosen), " ".join(word.strip(MARKS) for word in chosen)
         if len(chosen) == size and target != source:

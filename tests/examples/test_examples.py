@@ -116,7 +116,7 @@ def test_pretrain_t5(small_t5: Path) -> None:
 def test_finetune_t5_and_count_exact_matches(small_t5: Path, tmp_path: Path) -> None:
     pairs, output = tmp_path / "pairs", tmp_path / "run"
     told = run_script(f"{PUNCTUATION}/make_pairs.py", str(pairs))
-    assert len(told) == 2 and "20,130 examples" in told[0]
+    assert len(told) == 2 and "25,811 examples" in told[0]
     data = [f"data.train={pairs}/train.jsonl", f"data.valid={pairs}/valid.jsonl"]
     train(shortened(f"{PUNCTUATION}/run.yaml", output, f"model.path={small_t5}/hf", *data), RANKS["finetune_t5"])
     check_written(output)
