@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class StepResult:
         grad_norm: L2 norm of the whole model's gradient before clipping.
         tokens: labelled tokens in the global batch: labels of the first term.
         applied: False where DeepSpeed skipped the step because of an fp16 overflow.
+        terms: the loss's terms by the column of their labels.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     applied: bool
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,14 @@ class Losses:
         )
 
     @property
+    def terms(self) -> tuple[float, ...]:
+        """Each term's mean; 0 where there are no labels."""
+        return tuple(total / count if count else 0.0 for total, count in zip(self.sums, self.counts))
+
+    @property
     def mean(self) -> float:
-        """Each term's mean, added up; a term without labels adds nothing."""
-        return sum(total / count for total, count in zip(self.sums, self.counts) if count)
+        """The loss: the terms added up."""
+        return sum(self.terms)
 
 
 class Engine(ABC):
@@ -99,7 +106,8 @@ class Engine(ABC):
         skipped_before = self.deepspeed.skipped_steps
         sums, grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
         losses = Losses(tuple(sums.tolist()), counts)
-        return StepResult(losses.mean, grad_norm, counts[0], self.deepspeed.skipped_steps == skipped_before)
+        applied = self.deepspeed.skipped_steps == skipped_before
+        return StepResult(losses.mean, grad_norm, counts[0], applied, dict(zip(self.labels, losses.terms)))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
         """Of all data ranks' micro-batches, without gradients."""

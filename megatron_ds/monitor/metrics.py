@@ -7,8 +7,8 @@ to the same double. JSON has no NaN: a value that is not finite becomes null, an
 import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,7 @@ class StepMetrics:
         tokens_per_s: Labelled tokens a second over all ranks.
         tflops_per_rank: Model TFLOP/s of one rank (1e12 floating-point operations a second), of all positions of the
             batch, padding included: the work done.
+        terms: Of a loss that is a sum, its terms by the column of their labels; empty where there is one.
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepMetrics:
     step_s: float
     tokens_per_s: float
     tflops_per_rank: float
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class ValidMetrics:
 
 Metrics = StepMetrics | ValidMetrics
 _INT_FIELDS = frozenset({"step", "tokens"})
+_TERMS = "terms"
 
 
 class MetricsWriter:
@@ -125,13 +128,16 @@ def read_metrics(path: Path | str) -> tuple[list[StepMetrics], list[ValidMetrics
 def _encode(metrics: Metrics) -> str:
     record: dict[str, Any] = {}
     non_finite: list[str] = []
-    for field in fields(metrics):
-        value = getattr(metrics, field.name)
+    for name in _number_fields(type(metrics)):
+        value = getattr(metrics, name)
         # numpy and torch scalars would not serialise, and float() of them is exact
-        number = int(value) if field.name in _INT_FIELDS else float(value)
+        number = int(value) if name in _INT_FIELDS else float(value)
         if not math.isfinite(number):
-            non_finite.append(field.name)
-        record[field.name] = number if math.isfinite(number) else None
+            non_finite.append(name)
+        record[name] = number if math.isfinite(number) else None
+    terms = getattr(metrics, _TERMS, None)
+    if terms:
+        record[_TERMS] = {name: float(term) if math.isfinite(term) else None for name, term in terms.items()}
     if non_finite:
         record["non_finite"] = non_finite
     return json.dumps(record, allow_nan=False)
@@ -141,10 +147,16 @@ def _decode(line: str, path: Path, number: int) -> Metrics:
     try:
         record = json.loads(line)
         kind = ValidMetrics if "valid_loss" in record else StepMetrics
-        values: dict[str, Any] = {field.name: _number(field.name, record[field.name]) for field in fields(kind)}
+        values: dict[str, Any] = {name: _number(name, record[name]) for name in _number_fields(kind)}
+        if _TERMS in record:
+            values[_TERMS] = {name: _number(name, term) for name, term in record[_TERMS].items()}
         return kind(**values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}, line {number} is no line of metrics: {line.strip()[:80]!r}") from error
+
+
+def _number_fields(kind: type[Metrics]) -> list[str]:
+    return [one.name for one in fields(kind) if one.name != _TERMS]
 
 
 def _number(name: str, value: float | None) -> float:

@@ -181,6 +181,7 @@ class TrainingLoop:
             step_s=step_s,
             tokens_per_s=result.tokens / step_s,
             tflops_per_rank=self._throughput.rates(positions, step_s).tflops_per_rank,
+            terms=result.terms if len(result.terms) > 1 else {},
         )
 
     def _is_validation_due(self, step: int) -> bool:

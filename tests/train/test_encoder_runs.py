@@ -10,6 +10,7 @@ import megatron_ds as mds
 from megatron_ds.config import build_run, check_target_length
 from megatron_ds.engine import preload
 from megatron_ds.errors import ConfigError, DataError, TopologyError
+from megatron_ds.monitor.metrics import read_metrics
 from megatron_ds.train.job import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,9 @@ def test_a_layout_changes_nothing_but_rounding(config: dict[str, Any], tmp_path:
         mds.train(build_run(mapping(config, folder, parallel=parallel)), nproc=ranks)
         found[name] = losses(folder / "out")
     assert len(found["one"]) == 4 and found["one"][-1] < found["one"][0]
+    first = read_metrics(tmp_path / "pipeline" / "out" / "metrics.jsonl")[0][0]
+    assert set(first.terms) == ({"targets", "next_sentence_label"} if config is BERT else set())
+    assert not first.terms or sum(first.terms.values()) == pytest.approx(first.loss)
     for name, other in found.items():
         assert other == pytest.approx(found["one"], rel=2e-5), name
 
