@@ -177,7 +177,10 @@ def _family(
         fields=FIELDS,
         translate=translate,
         rows=lambda config: _rows(config, names),
-        ignored=(rf"^({prefix})?embeddings\.(position|token_type)_ids$", rf"^({prefix})?pooler\.dense\."),
+        ignored=(
+            rf"^({prefix})?embeddings\.(position|token_type)_ids$",
+            rf"^({prefix})?pooler\.dense\.(weight|bias)$",  # where no head of this class reads it
+        ),
         aliases={head_weight: f"{names.prefix}embeddings.word_embeddings.weight", head_bias: names.bias},
         classes=classes,
         settle=lambda config, on_disk: _settle(config, on_disk, names),
