@@ -79,7 +79,8 @@ def check_export(engine: Engine, job: Job, section: ExportSection, batch: MicroB
     error = torch.zeros((), dtype=torch.float64, device=engine.device)
     if live is not None and engine.grid.tensor.rank == 0 and engine.grid.data.rank == 0:
         reference = reference_outputs(section.path, job.model, columns)
-        error += max(float((live[name] - output).norm() / output.norm()) for name, output in reference.items())
+        apart = [(live[name] - output).norm() / output.norm() for name, output in reference.items()]
+        error += torch.stack(apart).max()  # NaN if any is
     relative = float(all_reduce_(error, engine.grid.world))
     trained_in = DTYPE_OF_PRECISION[job.facts.precision]
     bound = max(CHECK_TOLERANCE[trained_in], CHECK_TOLERANCE[section.dtype or trained_in])

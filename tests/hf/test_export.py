@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,12 @@ import torch
 from safetensors import safe_open
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
 from megatron_ds.hf.io import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Axis
-from megatron_ds.train.export import check_export, fits_in, reference_logits
+from megatron_ds.train.export import check_export, fits_in, reference_outputs
 from tests.hf.models import declarations, export, gathered, hashes
 from tests.ranks import run_alone
 
@@ -326,6 +327,16 @@ def test_generation_config_is_carried_or_made(saved: Path, tmp_path: Path) -> No
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
+def model_of(directory: str, attention: str) -> HFModel:
+    """What a directory holds, to be compared with an implementation of transformers' attention."""
+    model = read_model(directory)
+    return replace(model, family=replace(model.family, reference_attention=attention))
+
+
+def logits_of(directory: str, attention: str, ids: torch.Tensor) -> torch.Tensor:
+    return reference_outputs(directory, model_of(directory, attention), {"input_ids": ids})["logits"]
+
+
 def load_as_a_user(directory: Path, screen: Path) -> dict[str, Any]:
     """Load with transformers, its warnings and bars going to a file; then again through our check."""
     import logging as standard_logging
@@ -341,7 +352,7 @@ def load_as_a_user(directory: Path, screen: Path) -> dict[str, Any]:
     logging.enable_progress_bar()  # as in a process where our command line has not turned them off for good
 
     ids = torch.arange(24).reshape(2, 12)
-    ours = reference_logits(str(directory), "sdpa", ids)
+    ours = logits_of(str(directory), "sdpa", ids)
     after_our_check = screen.read_text()
     restored = logging.is_progress_bar_enabled()
     model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
@@ -383,11 +394,14 @@ def check_with(logits: torch.Tensor | None, directory: str, precision: str, dtyp
     """`check_export` on one rank whose live model gives these logits."""
     axis = SimpleNamespace(rank=0, size=1, group=None, ranks=(0,))
     grid = SimpleNamespace(rank=0, tensor=axis, data=axis, world=axis)
-    engine: Any = SimpleNamespace(grid=grid, device=torch.device("cpu"), logits=lambda ids: logits)
-    model = SimpleNamespace(family=SimpleNamespace(reference_attention="sdpa"))
-    job: Any = SimpleNamespace(facts=SimpleNamespace(precision=precision), model=model)
+    predicted = None if logits is None else {"logits": logits}
+    engine: Any = SimpleNamespace(
+        grid=grid, device=torch.device("cpu"), labels=("targets",), outputs=lambda columns: predicted
+    )
+    job: Any = SimpleNamespace(facts=SimpleNamespace(precision=precision), model=model_of(directory, "sdpa"))
     section: Any = SimpleNamespace(path=directory, dtype=dtype)
-    return check_export(engine, job, section, torch.arange(24).reshape(2, 12))
+    ids = torch.arange(24).reshape(2, 12)
+    return check_export(engine, job, section, {"input_ids": ids, "targets": ids})
 
 
 def outcome(logits: torch.Tensor, directory: str, precision: str, dtype: str | None) -> float | str:
@@ -398,7 +412,7 @@ def outcome(logits: torch.Tensor, directory: str, precision: str, dtype: str | N
 
 
 def run_checks(directory: str) -> dict[str, float | str]:
-    right = reference_logits(directory, "sdpa", torch.arange(24).reshape(2, 12))
+    right = logits_of(directory, "sdpa", torch.arange(24).reshape(2, 12))
     seen = {"right": outcome(right, directory, "fp32", None)}
     for name, wrong in {"off": right * 1.001, "nan": right * float("nan"), "zero": right * 0}.items():
         for precision, dtype in (("fp32", None), ("bf16", None), ("fp32", "bfloat16"), ("bf16", "float32")):
@@ -411,8 +425,8 @@ def test_check_of_an_export_finds_what_is_wrong(saved: Path) -> None:
     seen = run_alone(run_checks, directory)
     assert seen.pop("right") == 0.0
     assert seen.pop("off fp32 None") == (
-        f"export.path={directory}: transformers' logits differ from the live model's by 1.00e-03 (relative L2), more "
-        "than 1e-05; the export is wrong, please report it"
+        f"export.path={directory}: transformers' predictions differ from the live model's by 1.00e-03 (relative L2), "
+        "more than 1e-05; the export is wrong, please report it"
     )
     for key in ("off bf16 None", "off fp32 bfloat16", "off bf16 float32"):  # within bf16's rounding
         assert seen.pop(key) == pytest.approx(1e-3, rel=1e-2)
@@ -421,7 +435,7 @@ def test_check_of_an_export_finds_what_is_wrong(saved: Path) -> None:
 
 def missing_tensor_is_refused(directory: str) -> str:
     try:
-        reference_logits(directory, "eager", torch.arange(4)[None])
+        logits_of(directory, "eager", torch.arange(4)[None])
     except ConversionError as problem:
         return str(problem)
     return "loaded"

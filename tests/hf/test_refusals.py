@@ -39,10 +39,13 @@ NEAREST = {
     "RefinedWebModel": "falcon",
     "gpt_bigcode": "starcoder2",
     "granitemoe": "granite",
+    "distilbert": "bert",
+    "xlm-roberta": "roberta",
+    "mt5": "t5",
 }
 UNKNOWN: list[tuple[dict[str, Any], str]] = [
     ({}, f"model_type is missing; supported: {SUPPORTED}"),
-    ({"model_type": "t5"}, f"model_type='t5' is not supported; supported: {SUPPORTED}"),
+    ({"model_type": "whisper"}, f"model_type='whisper' is not supported; supported: {SUPPORTED}"),
     ({"model_type": ["gpt2"]}, "model_type=['gpt2'] is not supported; nearest: gpt2"),
     *(
         ({"model_type": asked}, f"model_type={asked!r} is not supported; nearest: {near}")

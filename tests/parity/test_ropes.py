@@ -48,6 +48,8 @@ def rope_cases() -> dict[str, dict[str, Any]]:
     cases = {}
     for family in FAMILIES:
         configs = [config for config in FAMILY_CASES.values() if config["model_type"] == family]
+        if not configs:
+            continue  # no decoder
         config = configs[CASE_TO_START_FROM.get(family, 0)]
         model = read_model(config)
         if any(model.core.rotary) and hasattr(model.config, "rope_parameters"):
@@ -106,4 +108,4 @@ def test_a_rope_that_transformers_refuses_is_refused(case: str) -> None:
 
 def test_the_families_with_ropes() -> None:
     families = {case.rpartition("-")[0] for case in CASES}
-    assert families == set(FAMILIES) - {"gpt2", "gptj", "opt", "bloom"}
+    assert families == set(FAMILIES) - {"gpt2", "gptj", "opt", "bloom", "bert", "roberta", "t5"}
