@@ -67,7 +67,7 @@ def resolve(run: RunConfig, world_size: int, device_type: str) -> Job:
         model = weights.model
     layout = Layout(run.parallel.tensor, run.parallel.pipeline, data_size)
     filled = fill_deepspeed(mapping, run, data_size, model.core.hidden_size)
-    return Job(run, model, weights, objective_of(model.core, run), layout, filled, facts)
+    return Job(run, model, weights, objective_of(model, run), layout, filled, facts)
 
 
 def _check_recomputation(run: RunConfig, mapping: dict[str, Any]) -> None:

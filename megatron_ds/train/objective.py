@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from megatron_ds.config import RunConfig
+from megatron_ds.config.wording import show
 from megatron_ds.data import Causal, Masked, Objective, Seq2Seq
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.config import DecoderConfig, EncoderConfig, ModelConfig
+from megatron_ds.hf.config import HFModel
+from megatron_ds.models.config import DecoderConfig, EncoderConfig
 
 # Keys of `data` that only some kinds of models heed.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
 _HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
 
 
-def objective_of(core: ModelConfig, run: RunConfig) -> Objective:
+def objective_of(model: HFModel, run: RunConfig) -> Objective:
     """The objective of a model in a run.
 
     Raises:
         ConfigError: the model has no head to train, or a key of `data` is set that this kind of model does not heed.
     """
-    objective = _objective(core, run)
+    objective = _objective(model, run)
     for key in _NOISE_KEYS:
         value, default = getattr(run.data, key), type(run.data).model_fields[key].default
         if value != default and key not in _HEEDED[type(objective)]:
-            raise ConfigError(
-                f"data.{key}={value} says how text is hidden from other kinds of models than {core.family}; remove it"
-            )
+            raise ConfigError(f"data.{key}={show(value)} does nothing for a {model.family.model_type} model; remove it")
     return objective
 
 
-def _objective(core: ModelConfig, run: RunConfig) -> Objective:
-    data, seed = run.data, run.train.seed
+def _objective(model: HFModel, run: RunConfig) -> Objective:
+    core, data, seed = model.core, run.data, run.train.seed
     if isinstance(core, DecoderConfig):
         return Causal()
     if isinstance(core, EncoderConfig):
         if not core.masked_lm:
             raise ConfigError(
-                f"model.path={run.model.path} holds a {core.family} encoder without a head, so there is nothing to "
-                "train it on; nearest: a checkpoint with the head for masked tokens, or model.init=random"
+                f"{'model.config' if run.model.path is None else f'model.path={run.model.path}'} is a "
+                f"{model.architecture}, without a head to train; nearest: {model.family.architecture}"
             )
         return Masked(
             seed=seed,

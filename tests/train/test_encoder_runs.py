@@ -114,7 +114,9 @@ def test_pairs_of_inputs_and_labels_are_learned_by_heart(tmp_path: Path) -> None
 
 def test_a_model_without_a_head_is_not_trained(tmp_path: Path) -> None:
     base = {**BERT, "architectures": ["BertModel"]}
-    with pytest.raises(ConfigError, match="bert encoder without a head, so there is nothing to train it on"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.config is a BertModel, without a head to train; nearest: BertForMaskedLM$"
+    ):
         resolve(build_run(mapping(base, tmp_path)), 1, "cpu")
 
 
@@ -125,8 +127,10 @@ def test_a_model_without_a_head_is_not_trained(tmp_path: Path) -> None:
 def test_a_key_that_the_model_does_not_heed_is_refused(
     config: dict[str, Any], key: dict[str, Any], tmp_path: Path
 ) -> None:
-    ((name, value),) = key.items()
-    with pytest.raises(ConfigError, match=rf"^data\.{name}={value} .* than {config['model_type']}; remove it$"):
+    (name,) = key
+    with pytest.raises(
+        ConfigError, match=rf"^data\.{name}=\S+ does nothing for a {config['model_type']} model; remove it$"
+    ):
         resolve(build_run(mapping(config, tmp_path, data=key)), 1, "cpu")
 
 
