@@ -1,6 +1,8 @@
 """How many held-out examples a T5 directory writes exactly right, by plain transformers' greedy generation.
 
-python examples/finetune_t5/exact_match.py [HF_DIR] [EXAMPLES.jsonl] [COUNT]
+Without arguments, those of the example's last run:
+
+    python examples/finetune_t5/exact_match.py [HF_DIR] [EXAMPLES.jsonl] [COUNT]
 """
 
 import json

@@ -1,6 +1,8 @@
 """Fills a gap in a sentence by plain transformers.
 
-    python examples/pretrain_bert/fill_mask.py [HF_DIR] [SENTENCE WITH [MASK]]
+The gap is written [MASK]:
+
+    python examples/pretrain_bert/fill_mask.py [HF_DIR] [SENTENCE]
 """
 
 import sys
