@@ -44,6 +44,10 @@ def _as_the_config_says(config: Any, names: frozenset[str]) -> Any:
     return config
 
 
+def _nothing(config: Any) -> tuple[str, ...]:
+    return ()
+
+
 def _nothing_else(config: Any) -> dict[str, Any]:
     return {}
 
@@ -64,7 +68,9 @@ class Family:
         aliases: name on disk -> name in the table of which it is a copy, in old or careless saves.
         classes: classes of transformers that differ in their heads -> the options of ours that tell them apart.
         settle: our config, names on disk -> our config with the heads that are there.
-        head_may_be_absent: a head that is not on disk is the embedding, whatever the config says.
+        unread: our config -> names of weights that other classes of the family have, and transformers leaves out of the
+            class that has our heads.
+        tied_by_bytes: the head is the embedding unless both are on disk and differ, whatever the config says.
         written: our config -> fields of config.json that mean something of their own in this family.
     """
 
@@ -79,7 +85,8 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settle: Callable[[Any, frozenset[str]], Any] = _as_the_config_says
-    head_may_be_absent: bool = False
+    unread: Callable[[Any], tuple[str, ...]] = _nothing
+    tied_by_bytes: bool = False
     written: Callable[[Any], dict[str, Any]] = _nothing_else
 
     def table(self, config: ModelConfig) -> dict[str, Row]:
@@ -101,10 +108,12 @@ class Family:
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the named axes in all tables: v vocabulary, e embedding, h hidden, i the same on the other
-    side of a projection, f feed-forward, p rows of the
-    position table, s segments, n query heads, k key/value heads, g query heads a key head, d head dim, b buckets of
-    relative positions, c classes of pairs of segments."""
+    """Sizes of the named axes in all tables.
+
+    v vocabulary, e embedding, h hidden, i the same on the other side of a projection, f feed-forward, p rows of the
+    position table, s segments, n query heads, k key/value heads, g query heads a key head, d head dim, c classes of
+    pairs of segments, b buckets of relative positions.
+    """
     stack = config.encoder if isinstance(config, EncoderDecoderConfig) else config
     positions = None if isinstance(config, EncoderDecoderConfig) else config.positions
     return {

@@ -107,10 +107,11 @@ class HFWeights:
         return prod(row.op.native_shape(self.model.axis_sizes)) * widest
 
     def _is_tied(self, by_config: bool, family: Family) -> bool:
-        """Tied where the config says so, unless both tensors are there and differ."""
+        """Tied where the config says so, or the family is tied by its bytes; unless both are there and differ."""
+        tied = by_config or family.tied_by_bytes
         if self._head is None or not {self._head, self._embedding} <= self._names:
-            return by_config or (family.head_may_be_absent and self._head not in self._names)
-        return by_config and self._source.same_bytes(self._head, self._embedding)
+            return tied
+        return tied and self._source.same_bytes(self._head, self._embedding)
 
     def _copies(self) -> set[str]:
         """Names on disk of what is there a second time.
@@ -131,6 +132,11 @@ class HFWeights:
             found.add(alias)
         return found
 
+    def _unread(self) -> set[str]:
+        """Names on disk of what only other classes of the family read."""
+        names, prefix = self.model.family.unread(self.model.core), self.model.family.prefix
+        return {form for name in names for form in (name, name.removeprefix(prefix))}
+
     def _account(self) -> None:
         """Every tensor on disk is used, ignored by a rule, or refused; every parameter has its tensors."""
         where, family = self._source.directory, self.model.family
@@ -148,7 +154,7 @@ class HFWeights:
             )
         unexpected = [
             name
-            for name in sorted(self._names - wanted.keys() - self._copies())
+            for name in sorted(self._names - wanted.keys() - self._copies() - self._unread())
             if not any(re.search(pattern, name) for pattern in family.ignored)
         ]
         if unexpected:

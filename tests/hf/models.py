@@ -1,12 +1,15 @@
 """Tiny random models of every family and option, saved by transformers; and what is on disk, by hash."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from megatron_ds.hf.config import read_model
 from megatron_ds.hf.export import exporting
 from megatron_ds.hf.io import open_directory
 from megatron_ds.hf.weights import HFWeights
@@ -14,7 +17,10 @@ from megatron_ds.layers.parameter import ParamSpec
 from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from tests.parity.cases import CONFIGS
+from tests.parity.encoder_cases import ENCODER_CASES
+from tests.parity.reference import make_model
 
+Tensors = dict[str, torch.Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LLAMA3 = {
     "factor": 8.0,
@@ -42,6 +48,26 @@ def save_all(directory: Path) -> None:
         model = build(config)
         for name, dtype in DTYPES.items():
             model.to(dtype).save_pretrained(directory / case / name)
+
+
+def save_encoders(directory: Path) -> None:
+    """Every case that is no decoder, in fp32, as directory/case."""
+    for case, config in ENCODER_CASES.items():
+        make_model(config).save_pretrained(directory / case)
+
+
+def changed(source: Path, target: Path, change: Callable[[Tensors], Tensors] = dict, **fields: Any) -> Path:
+    """`target`, a directory with other tensors and with some fields of its config replaced; None removes one."""
+    target.mkdir(exist_ok=True)
+    save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors", metadata={"format": "pt"})
+    config = {**json.loads((source / "config.json").read_text()), **fields}
+    config = {name: value for name, value in config.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def opened(directory: Path) -> HFWeights:
+    return HFWeights(directory, read_model(directory))
 
 
 def hashes(directory: Path) -> dict[str, str]:

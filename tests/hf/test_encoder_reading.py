@@ -1,56 +1,24 @@
 """BERT, RoBERTa and T5 directories in all the forms in which they are found, read alike or refused in one line."""
 
 import importlib.util
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.verify.run import check_round_trip
-from tests.hf.models import declarations, gathered, hashes
+from tests.hf.models import Tensors, changed, declarations, gathered, hashes, opened
 from tests.parity.encoder_cases import ENCODER_CASES
-from tests.parity.reference import make_model
-from tests.ranks import run_alone
 
-Tensors = dict[str, torch.Tensor]
 BUFFER = "embeddings.position_ids"
 STALE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-
-
-def _save(directory: Path) -> None:
-    for case, config in ENCODER_CASES.items():
-        make_model(config).save_pretrained(directory / case)
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """models/case is what transformers' save_pretrained wrote."""
-    directory = tmp_path_factory.mktemp("models")
-    run_alone(_save, directory)
-    return directory
-
-
-def changed(models: Path, case: str, target: Path, change: Callable[[Tensors], Tensors], **fields: Any) -> Path:
-    """A case's directory with other tensors, and with some fields of its config replaced; None removes one."""
-    target.mkdir(exist_ok=True)
-    save_file(change(load_file(models / case / "model.safetensors")), target / "model.safetensors")
-    config = {**json.loads((models / case / "config.json").read_text()), **fields}
-    config = {name: value for name, value in config.items() if value is not None}
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def opened(directory: Path) -> HFWeights:
-    return HFWeights(directory, read_model(directory))
 
 
 def values(weights: HFWeights, size: int = 1) -> Tensors:
@@ -64,8 +32,8 @@ def same(one: HFWeights, other: HFWeights) -> bool:
 
 
 @pytest.mark.parametrize("case", ENCODER_CASES)
-def test_shares_are_parts_of_the_whole(case: str, models: Path) -> None:
-    weights = opened(models / case)
+def test_shares_are_parts_of_the_whole(case: str, encoders: Path) -> None:
+    weights = opened(encoders / case)
     whole = values(weights)
     assert whole.keys() == weights.model.table.keys()
     for size in (2, 4, 8):
@@ -74,7 +42,7 @@ def test_shares_are_parts_of_the_whole(case: str, models: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["bert-masked", "bert-pretraining", "bert-base", "roberta-masked", "roberta-base"])
-def test_with_and_without_the_prefix(case: str, models: Path, tmp_path: Path) -> None:
+def test_with_and_without_the_prefix(case: str, encoders: Path, tmp_path: Path) -> None:
     prefix = "roberta." if case.startswith("roberta") else "bert."
 
     def other(tensors: Tensors) -> Tensors:
@@ -82,14 +50,14 @@ def test_with_and_without_the_prefix(case: str, models: Path, tmp_path: Path) ->
             return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    directory = changed(models, case, tmp_path / "other", other)
-    assert same(opened(directory), opened(models / case))
+    directory = changed(encoders / case, tmp_path / "other", other)
+    assert same(opened(directory), opened(encoders / case))
     rewrite(directory, tmp_path / "out")
-    assert hashes(tmp_path / "out") == hashes(models / case), "written as transformers writes it"
+    assert hashes(tmp_path / "out") == hashes(encoders / case), "written as transformers writes it"
 
 
 @pytest.mark.parametrize("case", ["bert-pretraining", "bert-base"])
-def test_gamma_beta_and_buffers_of_old(case: str, models: Path, tmp_path: Path) -> None:
+def test_gamma_beta_and_buffers_of_old(case: str, encoders: Path, tmp_path: Path) -> None:
     def old(tensors: Tensors) -> Tensors:
         renamed = {
             re.sub(
@@ -100,11 +68,11 @@ def test_gamma_beta_and_buffers_of_old(case: str, models: Path, tmp_path: Path) 
         prefix = "" if case.endswith("-base") else "bert."
         return {**renamed, f"{prefix}{BUFFER}": torch.arange(64)[None]}
 
-    directory = changed(models, case, tmp_path / "old", old)
+    directory = changed(encoders / case, tmp_path / "old", old)
     assert len([name for name in load_file(directory / "model.safetensors") if "gamma" in name]) >= 9
-    assert same(opened(directory), opened(models / case))
+    assert same(opened(directory), opened(encoders / case))
     rewrite(directory, tmp_path / "out")
-    assert hashes(tmp_path / "out") == hashes(models / case)
+    assert hashes(tmp_path / "out") == hashes(encoders / case)
 
 
 @pytest.mark.parametrize(
@@ -119,83 +87,86 @@ def test_gamma_beta_and_buffers_of_old(case: str, models: Path, tmp_path: Path) 
     ],
 )
 def test_copies_are_left_out_if_they_are_copies(
-    case: str, copy: str, original: str, models: Path, tmp_path: Path
+    case: str, copy: str, original: str, encoders: Path, tmp_path: Path
 ) -> None:
-    equal = changed(models, case, tmp_path / "equal", lambda tensors: {**tensors, copy: tensors[original].clone()})
-    assert same(opened(equal), opened(models / case))
-    differing = changed(models, case, tmp_path / "other", lambda tensors: {**tensors, copy: tensors[original] + 1})
+    equal = changed(encoders / case, tmp_path / "equal", lambda tensors: {**tensors, copy: tensors[original].clone()})
+    assert same(opened(equal), opened(encoders / case))
+    differing = changed(encoders / case, tmp_path / "other", lambda tensors: {**tensors, copy: tensors[original] + 1})
     with pytest.raises(ConversionError) as caught:
         opened(differing)
     assert str(caught.value).startswith(f"{differing}: {copy} differs from {original}, of which ")
     alone = changed(
-        models, case, tmp_path / "alone", lambda t: {**{n: v for n, v in t.items() if n != original}, copy: t[original]}
+        encoders / case,
+        tmp_path / "alone",
+        lambda t: {**{n: v for n, v in t.items() if n != original}, copy: t[original]},
     )
-    assert same(opened(alone), opened(models / case))
+    assert same(opened(alone), opened(encoders / case))
 
 
-def test_a_pooler_beside_the_head_for_masked_tokens_alone_is_left_out(models: Path, tmp_path: Path) -> None:
-    for case, prefix in (("bert-masked", "bert."), ("roberta-masked", "roberta.")):
-        extra = {f"{prefix}pooler.dense.weight": torch.ones(32, 32), f"{prefix}pooler.dense.bias": torch.ones(32)}
-        directory = changed(models, case, tmp_path / case, lambda tensors, extra=extra: {**tensors, **extra})
-        assert same(opened(directory), opened(models / case))
+@pytest.mark.parametrize(("case", "prefix"), [("bert-masked", "bert."), ("roberta-masked", "roberta.")])
+def test_a_pooler_beside_the_head_for_masked_tokens_alone_is_left_out(
+    case: str, prefix: str, encoders: Path, tmp_path: Path
+) -> None:
+    pooler = {f"{prefix}pooler.dense.weight": torch.ones(32, 32), f"{prefix}pooler.dense.bias": torch.ones(32)}
+    for name, bare in (("whole", ""), ("bare", prefix)):
+        directory = changed(
+            encoders / case,
+            tmp_path / name,
+            lambda tensors, bare=bare: {name.removeprefix(bare): v for name, v in {**tensors, **pooler}.items()},
+        )
+        assert same(opened(directory), opened(encoders / case))
+        rewrite(directory, tmp_path / "out")
+        assert hashes(tmp_path / "out") == hashes(encoders / case)
 
 
-def test_heads_are_those_on_disk_whatever_the_config_says(models: Path, tmp_path: Path) -> None:
-    assert read_model(models / "bert-masked").architecture == "BertForMaskedLM"
-    directory = changed(models, "bert-pretraining", tmp_path / "a", dict, architectures=["BertForMaskedLM"])
+def test_a_part_of_a_pooler_is_refused(encoders: Path, tmp_path: Path) -> None:
+    """What one class leaves unread is a weight of another."""
+    for part, words in {"weight": "unexpected pooler.dense.bias", "bias": "missing pooler.dense.bias"}.items():
+        left_out = f"pooler.dense.{part}"
+        directory = changed(
+            encoders / "bert-base",
+            tmp_path / part,
+            lambda tensors, left_out=left_out: {name: v for name, v in tensors.items() if name != left_out},
+        )
+        with pytest.raises(ConversionError, match=re.escape(f"{directory}: {words}, which bert")):
+            opened(directory)
+
+
+def test_heads_are_those_on_disk_whatever_the_config_says(encoders: Path, tmp_path: Path) -> None:
+    assert read_model(encoders / "bert-masked").architecture == "BertForMaskedLM"
+    directory = changed(encoders / "bert-pretraining", tmp_path / "a", architectures=["BertForMaskedLM"])
     assert opened(directory).model.architecture == "BertForPreTraining"
-    directory = changed(models, "bert-base", tmp_path / "b", dict, architectures=["BertForPreTraining"])
+    directory = changed(encoders / "bert-base", tmp_path / "b", architectures=["BertForPreTraining"])
     assert opened(directory).model.architecture == "BertModel"
     without = changed(
-        models, "bert-base", tmp_path / "c", lambda t: {name: v for name, v in t.items() if "pooler" not in name}
+        encoders / "bert-base", tmp_path / "c", lambda t: {name: v for name, v in t.items() if "pooler" not in name}
     )
     core = opened(without).model.core
     assert (core.masked_lm, core.pooler, opened(without).model.architecture) == (False, False, "BertModel")
 
 
-@pytest.mark.parametrize("name", ["classifier.weight", "qa_outputs.bias"])
-def test_other_heads_are_refused_by_name(name: str, models: Path, tmp_path: Path) -> None:
-    directory = changed(models, "bert-masked", tmp_path / "other", lambda tensors: {**tensors, name: torch.ones(2)})
-    with pytest.raises(
-        ConversionError, match=re.escape(f"unexpected {name}, which bert with this config does not have")
-    ):
-        opened(directory)
+def test_a_stale_table_of_cross_attention_is_ignored(encoders: Path, tmp_path: Path) -> None:
+    directory = changed(
+        encoders / "t5-gated", tmp_path / "stale", lambda tensors: {**tensors, STALE: torch.ones(32, 8)}
+    )
+    assert same(opened(directory), opened(encoders / "t5-gated"))
 
 
-def test_a_stale_table_of_cross_attention_is_ignored(models: Path, tmp_path: Path) -> None:
-    directory = changed(models, "t5-gated", tmp_path / "stale", lambda tensors: {**tensors, STALE: torch.ones(32, 8)})
-    assert same(opened(directory), opened(models / "t5-gated"))
-
-
-@pytest.mark.parametrize("word", [True, False, None])
-def test_bytes_say_whether_a_t5_is_tied(word: bool | None, models: Path, tmp_path: Path) -> None:
-    """tie_word_embeddings says whether the head's input is scaled, as transformers 5 has it."""
-    said = {"tie_word_embeddings": word, "scale_decoder_outputs": None}
-    absent = changed(models, "t5-tied-relu", tmp_path / "absent", dict, **said)
-    own = changed(models, "t5-gated", tmp_path / "own", dict, **said)
-    assert opened(absent).model.core.tied and not opened(own).model.core.tied
-    for directory in (absent, own):
-        assert (opened(directory).model.core.logit_multiplier == 1.0) == (word is False)
-        rewrite(directory, tmp_path / "out")
-        assert opened(tmp_path / "out").model.core == opened(directory).model.core
-        assert hashes(tmp_path / "out") == hashes(directory)
-
-
-def test_types_may_be_mixed(models: Path, tmp_path: Path) -> None:
+def test_types_may_be_mixed(encoders: Path, tmp_path: Path) -> None:
     """transformers keeps a T5's `wo` in fp32 where the rest is in half precision."""
 
     def mixed(tensors: Tensors) -> Tensors:
         return {name: tensor if ".wo." in name else tensor.half() for name, tensor in tensors.items()}
 
-    directory = changed(models, "t5-gated", tmp_path / "mixed", mixed)
+    directory = changed(encoders / "t5-gated", tmp_path / "mixed", mixed)
     rewrite(directory, tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(directory)
 
 
-def test_a_config_without_model_type_goes_by_the_tensors(models: Path, tmp_path: Path) -> None:
-    directory = changed(models, "bert-masked", tmp_path / "old", dict, model_type=None, architectures=None)
-    assert same(opened(directory), opened(models / "bert-masked"))
-    bare = changed(models, "bert-base", tmp_path / "bare", dict, model_type=None, architectures=None)
+def test_a_config_without_model_type_goes_by_the_tensors(encoders: Path, tmp_path: Path) -> None:
+    directory = changed(encoders / "bert-masked", tmp_path / "old", model_type=None, architectures=None)
+    assert same(opened(directory), opened(encoders / "bert-masked"))
+    bare = changed(encoders / "bert-base", tmp_path / "bare", model_type=None, architectures=None)
     with pytest.raises(ConversionError, match="model_type is missing; supported: gpt2"):
         read_model(bare)
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Family
 from megatron_ds.hf.mapping import Part
 from megatron_ds.hf.registry import FAMILIES
@@ -77,9 +77,12 @@ def test_every_piece_stands_in_one_row(case: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_buffers_are_ignored_by_their_whole_names(family: Family) -> None:
     """What is ignored can't be a weight, and a longer name that ends or begins alike is not ignored."""
-    usual = [family.architecture]  # BERT's pooler is a weight of its other classes
-    cases = [case for case in OPTIONS.values() if case["model_type"] == family.model_type]
-    names = {name for case in cases if case.get("architectures", usual) == usual for name in _names(case)}
+    names = {
+        name
+        for case in OPTIONS.values()
+        if case["model_type"] == family.model_type
+        for name in _names(read_model(case))
+    }
     assert names
     for pattern in family.ignored:
         assert pattern.startswith("^") and pattern.endswith("$")
@@ -105,8 +108,19 @@ def test_buffers_of_old_checkpoints_are_ignored(family: str, buffer: str) -> Non
     assert not any(re.search(pattern, f"other.{buffer}") for pattern in FAMILIES[family].ignored)
 
 
-def _names(config: dict[str, Any]) -> set[str]:
-    return {name for row in read_model(config).table.values() for name in row.names}
+@pytest.mark.parametrize("case", OPTIONS)
+def test_what_a_class_leaves_unread_is_a_weight_of_another(case: str) -> None:
+    """And never its own. Base models' tables have no prefix."""
+    model = read_model(OPTIONS[case])
+    prefix, unread = model.family.prefix, set(model.family.unread(model.core))
+    family = [read_model(config) for config in OPTIONS.values() if config["model_type"] == model.family.model_type]
+    whole = {prefix + name.removeprefix(prefix) for other in family for name in _names(other)}
+    assert bool(unread) == (model.architecture in ("BertForMaskedLM", "RobertaForMaskedLM"))
+    assert unread <= whole and not unread & _names(model)
+
+
+def _names(model: HFModel) -> set[str]:
+    return {name for row in model.table.values() for name in row.names}
 
 
 def test_tied_model_has_no_head_and_knows_it_again() -> None:

@@ -157,12 +157,19 @@ def _rows(config: EncoderConfig, names: Names) -> list[Row]:
 
 
 def _settle(config: EncoderConfig, on_disk: frozenset[str], names: Names) -> EncoderConfig:
-    """The heads whose tensors are there. A pooler beside the head for masked tokens alone serves nothing."""
+    """The heads whose tensors are there."""
     masked_lm = f"{names.transform}.weight" in on_disk
     next_sentence = masked_lm and f"{names.next_sentence}.weight" in on_disk
     pooled = any(f"{prefix}pooler.dense.weight" in on_disk for prefix in ("", names.prefix))
     pooler = next_sentence if masked_lm else pooled
     return replace(config, masked_lm=masked_lm, next_sentence=next_sentence, pooler=pooler)
+
+
+def _unread(config: EncoderConfig, names: Names) -> tuple[str, ...]:
+    """A pooler beside the head for masked tokens alone, which old saves carry, serves nothing."""
+    if not config.masked_lm or config.pooler:
+        return ()
+    return tuple(f"{names.prefix}pooler.dense.{part}" for part in ("weight", "bias"))
 
 
 def _family(
@@ -177,13 +184,11 @@ def _family(
         fields=FIELDS,
         translate=translate,
         rows=lambda config: _rows(config, names),
-        ignored=(
-            rf"^({prefix})?embeddings\.(position|token_type)_ids$",
-            rf"^({prefix})?pooler\.dense\.(weight|bias)$",  # where no head of this class reads it
-        ),
+        ignored=(rf"^({prefix})?embeddings\.(position|token_type)_ids$",),
         aliases={head_weight: f"{names.prefix}embeddings.word_embeddings.weight", head_bias: names.bias},
         classes=classes,
         settle=lambda config, on_disk: _settle(config, on_disk, names),
+        unread=lambda config: _unread(config, names),
     )
 
 

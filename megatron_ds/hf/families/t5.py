@@ -174,6 +174,6 @@ T5 = Family(
     rows=rows,
     ignored=(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",),
     aliases={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
-    head_may_be_absent=True,
+    tied_by_bytes=True,
     written=written,
 )
