@@ -142,6 +142,8 @@ def test_bytes_say_whether_a_t5_is_tied(word: bool | None, encoders: Path, tmp_p
         )
         rewrite(source, tmp_path / "out")
         assert opened(tmp_path / "out").model.core == core
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert (written["tie_word_embeddings"], written["scale_decoder_outputs"]) == (scaled, scaled)  # 4's, 5's word
         assert hashes(tmp_path / "out") == hashes(tmp_path / ("absent" if tied else "different"))
 
 
