@@ -109,3 +109,19 @@ def test_export_from_live_ranks(case: str, place: Place, saved: Path, tmp_path: 
     source = saved / case / "float32"
     run_grid(_export_from_ranks, place.layout, source, tmp_path / "out", place)
     assert hashes(tmp_path / "out") == hashes(source)
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        ("bert-pretraining", Place(2, 2, 1, 1, True)),
+        ("roberta-masked", Place(2, 1, 2, 3)),
+        ("t5-tied-relu", Place(2, 2, 1, 1, True)),
+        ("t5-gated", Place(1, 4, 1, 1)),
+    ],
+    ids=str,
+)
+def test_export_of_encoders_from_live_ranks(case: str, place: Place, encoders: Path, tmp_path: Path) -> None:
+    """Tables and embeddings that several stages hold are written once."""
+    run_grid(_export_from_ranks, place.layout, encoders / case, tmp_path / "out", place)
+    assert hashes(tmp_path / "out") == hashes(encoders / case)
