@@ -161,11 +161,11 @@ class PipelineEngine(Engine):
 
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
         module: StagePipeline = self.deepspeed.module
-        self._forget_shapes()
+        self.deepspeed.total_loss = None  # what DeepSpeed takes for a loss is none
         self.deepspeed.eval_batch(
             self._feed([self._to_device(batch)], None), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
-        self._forget_shapes()
+        self.deepspeed.total_loss = None
         module.train()
         found, module.predicted = module.predicted, None
         return {name: output.float().cpu() for name, output in found.items()} if found is not None else None
@@ -183,7 +183,7 @@ class PipelineEngine(Engine):
             scales: of the terms of the loss; None = the batches have no labels, and outputs are wanted.
         """
         module: StagePipeline = self.deepspeed.module
-        module.shapes = {name: column.shape for name, column in batches[0].items()}
+        self._expect({name: column.shape for name, column in batches[0].items()})
         if scales is not None:
             module.scales, module.sums = scales, torch.zeros_like(scales)
         if module.is_last:
@@ -191,13 +191,17 @@ class PipelineEngine(Engine):
         columns = module._specs[0].columns
         return iter([(tuple(wire_of(batch, columns).values()), ()) for batch in batches])
 
+    def _expect(self, shapes: dict[str, torch.Size]) -> None:
+        """Tell all stages what travels. DeepSpeed keeps what it learned of the first micro-batch: where training and
+        validation differ in columns or lengths, it must learn again."""
+        module: StagePipeline = self.deepspeed.module
+        columns = module._specs[0].columns
+        if any(shapes.get(name) != module.shapes.get(name) for name in columns):
+            self.deepspeed.reset_activation_shape()
+        module.shapes = shapes
+
     def _collect(self) -> Tensor:
         """The sums of the last stage's losses over all data ranks, on every rank."""
         module: StagePipeline = self.deepspeed.module
         sums = module.sums if module.is_last else torch.zeros_like(module.sums)
         return all_reduce_(all_reduce_(sums, self.grid.data), self.grid.pipeline)
-
-    def _forget_shapes(self) -> None:
-        """Before and after activations of another shape; and drop what DeepSpeed takes for a loss."""
-        self.deepspeed.total_loss = None
-        self.deepspeed.reset_activation_shape()

@@ -71,5 +71,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         buckets = _buckets_on(self.weight.device, self.positions, length, self.causal)
-        by_offset = F.embedding(buckets, self.weight).t()  # (N/t, 2S - 1)
-        return by_offset.unfold(1, length, 1).flip(1)[None]  # row q is offsets -q to S - 1 - q
+        # in fp32: the gradient of a distance is a sum over all pairs so far apart, which bf16 cannot hold
+        by_offset = F.embedding(buckets, self.weight.float()).t()  # (N/t, 2S - 1)
+        rows = by_offset.unfold(1, length, 1).to(self.weight.dtype)
+        return rows.flip(1)[None]  # row q is offsets -q to S - 1 - q

@@ -21,6 +21,7 @@ from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.export import not_ours
 from megatron_ds.hf.io import parse_size
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.models.config import EncoderDecoderConfig
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.train.objective import objective_of
 
@@ -58,7 +59,7 @@ def resolve(run: RunConfig, world_size: int, device_type: str) -> Job:
     mapping = load_deepspeed(run.deepspeed)
     facts = deepspeed_facts(mapping)
     data_size = check_run(run, model.core.shape(), facts, world_size, device_type)
-    _check_recomputation(run, mapping)
+    _check_recomputation(run, mapping, model)
     _check_paths(run)
     weights = None
     if run.model.init == "pretrained":
@@ -70,8 +71,13 @@ def resolve(run: RunConfig, world_size: int, device_type: str) -> Job:
     return Job(run, model, weights, objective_of(model, run), layout, filled, facts)
 
 
-def _check_recomputation(run: RunConfig, mapping: dict[str, Any]) -> None:
+def _check_recomputation(run: RunConfig, mapping: dict[str, Any], model: HFModel) -> None:
     section = mapping.get("activation_checkpointing") or {}
+    if section.get("partition_activations") and isinstance(model.core, EncoderDecoderConfig):
+        raise ConfigError(
+            "deepspeed.activation_checkpointing.partition_activations=true empties what a layer is given, and the "
+            f"encoder's states of a {model.family.model_type} are given to all layers of its decoder; nearest: false"
+        )
     for key in ("cpu_checkpointing", "contiguous_memory_optimization"):
         if section.get(key) and not section.get("partition_activations"):
             raise ConfigError(

@@ -167,3 +167,28 @@ def test_batches_without_labels_give_no_nan(place: Place, tmp_path: Path) -> Non
     for one, nothing in run_grid(_nothing_labelled, place.layout, tmp_path, place):
         assert 0 < one.loss < 10 and one.grad_norm > 0
         assert (nothing.loss, nothing.grad_norm, nothing.tokens) == (0.0, 0.0, 0)
+
+
+def _other_columns(grid: Grid, directory: Path, place: Place, first: bool) -> list[float]:
+    """Training batches with a mask and validation without, or the reverse; then validation of another length."""
+    engine, _ = engine_on(grid, directory, place, RECIPE)
+    with_mask = micro_batches(grid, place, RECIPE, 0, "bert")
+    without = [{name: column for name, column in one.items() if name != "attention_mask"} for one in with_mask]
+    shorter = [
+        {name: column[:, :16] if column.dim() > 1 else column for name, column in one.items()} for one in without
+    ]
+    train, valid = (with_mask, without) if first else (without, with_mask)
+    seen = []
+    for _ in range(2):
+        seen.append(engine.train_step(train, RECIPE.lr).loss)
+        seen += [engine.evaluate(batches).mean for batches in (valid, shorter)]
+    return seen
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["masked training", "masked validation"])
+def test_validation_may_have_other_columns_and_lengths(first: bool, tmp_path: Path) -> None:
+    run_alone(train_reference, "bert-pretraining", replace(RECIPE, steps=0), tmp_path)
+    places = (Place(1, 1, 1, 1), Place(1, 2, 1, 1), Place(2, 2, 1, 1, True))
+    alone, *others = (run_grid(_other_columns, p.layout, tmp_path, p, first)[0] for p in places)
+    for other in others:
+        assert other == pytest.approx(alone, rel=2e-5)

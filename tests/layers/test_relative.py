@@ -9,7 +9,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from megatron_ds.layers.relative import RelativeBias, RelativePositions
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
-from tests.ranks import run_grid
+from tests.ranks import run_alone, run_grid
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
@@ -54,3 +54,18 @@ def test_a_rank_has_the_biases_of_its_heads(causal: bool) -> None:
     assert torch.equal(torch.cat([found for found, _ in parts], dim=1), expected)
     assert torch.equal(torch.cat([grad for _, grad in parts], dim=1), gradient)
     assert float(gradient[:, 0].sum()) == length * length
+
+
+def _gradients(dtype: torch.dtype) -> torch.Tensor:
+    torch.manual_seed(0)
+    bias = RelativeBias(RelativePositions(32, 128, std=1.0), 2, TensorParallel(), causal=False)
+    bias.weight.data = torch.randn(32, 2).to(dtype)
+    towards = torch.randn(1, 2, 512, 512) + 0.5  # sums that do not cancel
+    (bias(512).float() * towards.to(dtype).float()).sum().backward()
+    return bias.weight.grad.double()
+
+
+def test_gradients_of_long_sequences_are_summed_in_fp32() -> None:
+    """Of a distance there are as many pairs as positions: added up in bf16, their sum stops growing."""
+    exact, rounded = (run_alone(_gradients, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert float((rounded - exact).norm() / exact.norm()) < 5e-3

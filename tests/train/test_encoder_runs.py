@@ -157,3 +157,14 @@ def test_a_tokenizer_without_sentinels_is_refused_before_anything_is_written(tmp
 def test_more_stages_than_blocks_of_both_stacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match=r"parallel\.pipeline=4 is more than num_layers=2"):
         resolve(build_run(mapping(T5, tmp_path, parallel={"pipeline": 4})), 4, "cpu")
+
+
+def test_partitioned_recomputation_is_not_for_two_stacks(tmp_path: Path) -> None:
+    """DeepSpeed takes away from the first decoder layer what the second one is given too."""
+    deepspeed = {"zero_optimization": {"stage": 1}, "activation_checkpointing": {"partition_activations": True}}
+    sections = mapping(T5, tmp_path, deepspeed=deepspeed, parallel={"tensor": 2})
+    with pytest.raises(
+        ConfigError, match=r"partition_activations=true empties what a layer is given, .*; nearest: false$"
+    ):
+        resolve(build_run(sections), 2, "cpu")
+    resolve(build_run({**mapping(BERT, tmp_path, deepspeed=deepspeed), "parallel": {"tensor": 2}}), 2, "cpu")
