@@ -24,7 +24,7 @@ class Masked:
     Attributes:
         seed: of what is hidden and paired.
         next_sentence: whether the model also tells if the second part of a sample follows the first.
-        token_types: whether samples carry `token_type_ids`.
+        num_token_types: how many different `token_type_ids` the model has; samples carry them where it has several.
         padding_id: the id that fills short samples.
         mask_rate: share of the tokens that are predicted.
         whole_words: whether the tokens of a word are hidden together.
@@ -32,10 +32,15 @@ class Masked:
 
     seed: int
     next_sentence: bool = False
-    token_types: bool = False
+    num_token_types: int = 1
     padding_id: int = 0
     mask_rate: float = 0.15
     whole_words: bool = False
+
+    @property
+    def token_types(self) -> bool:
+        """Whether samples carry `token_type_ids`."""
+        return self.num_token_types > 1
 
 
 @dataclass(frozen=True)

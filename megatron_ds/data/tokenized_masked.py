@@ -83,6 +83,11 @@ class MaskedExamples:
                 f"data: {where}: column 'token_type_ids' holds {types.max()}, but this model has no token types; "
                 "remove the column"
             )
+        if types.max() >= self._objective.num_token_types:
+            raise DataError(
+                f"data: {where}: token_type_ids holds {types.max()}, but this model's type_vocab_size="
+                f"{self._objective.num_token_types} ends at {self._objective.num_token_types - 1}"
+            )
 
     def _check_next_sentence(self, example: Example, where: str) -> None:
         there = "next_sentence_label" in example

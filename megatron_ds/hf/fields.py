@@ -99,6 +99,7 @@ COMMON_EQUAL: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
     "pruned_heads": ({}, None),
     "rope_interleaved": (False,),
+    "tie_encoder_decoder": (False,),
     "use_mrope": (False,),
 }
 
@@ -163,7 +164,6 @@ COMMON_COSMETIC = frozenset(
         # encoder-decoders
         "is_decoder",
         "cross_attention_hidden_size",
-        "tie_encoder_decoder",
         # generation
         "do_sample",
         "early_stopping",

@@ -41,7 +41,7 @@ def _objective(model: HFModel, run: RunConfig) -> Objective:
         return Masked(
             seed=seed,
             next_sentence=core.next_sentence,
-            token_types=core.num_token_types > 1,
+            num_token_types=core.num_token_types,
             padding_id=core.padding_id or 0,
             mask_rate=data.mask_rate,
             whole_words=data.whole_words,

@@ -47,7 +47,7 @@ def test_masked_positions_put_back_give_the_framed_stream(kind, request, open_ma
 
 
 def test_share_of_masked_tokens_over_the_whole_text(open_masked, wordpiece, valid_text):
-    dataset = open_masked(wordpiece, valid_text, seq_length=128, token_types=True)
+    dataset = open_masked(wordpiece, valid_text, seq_length=128, num_token_types=2)
     batch = {name: tensor.numpy() for name, tensor in collate(dataset, range(4 * len(dataset))).items()}
     chosen = batch["targets"] != -100
     assert (chosen.sum(axis=1) == round(0.15 * 126)).all()
@@ -71,7 +71,7 @@ def test_another_source_leaves_the_samples_before_it_as_they_were(open_masked, w
 
 
 def test_fingerprint_follows_all_that_changes_a_sample(open_masked, wordpiece, valid_text):
-    variants = [{}, {"seed": 8}, {"mask_rate": 0.2}, {"whole_words": True}, {"token_types": True}, {"seq_length": 33}]
+    variants = [{}, {"seed": 8}, {"mask_rate": 0.2}, {"whole_words": True}, {"num_token_types": 2}, {"seq_length": 33}]
     variants += [{"next_sentence": True}, {"padding_id": 9}]
     assert len({open_masked(wordpiece, valid_text, **options).fingerprint for options in variants}) == len(variants)
 

@@ -20,7 +20,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def open_pairs(cache, wordpiece):
     def open_text(*sources, seq_length=S, token_types=True, **options):
-        objective = Masked(**{"seed": 7, "next_sentence": True, "token_types": token_types, **options})
+        objective = Masked(**{"seed": 7, "next_sentence": True, "num_token_types": 1 + token_types, **options})
         return open_dataset("text", objective, [str(s) for s in sources], seq_length, VOCAB_SIZE, wordpiece, cache)
 
     return open_text

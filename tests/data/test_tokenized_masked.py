@@ -73,7 +73,7 @@ def test_types_and_pair_labels(write_jsonl):
         {"input_ids": [2, 9, 3, 9, 3, 5], "labels": [X] * 6},
     ]
     rows[0]["next_sentence_label"], rows[1]["next_sentence_label"] = 1, -100
-    dataset = open_masked(write_jsonl(rows), next_sentence=True, token_types=True)
+    dataset = open_masked(write_jsonl(rows), next_sentence=True, num_token_types=2)
     assert dataset.columns == ("input_ids", "targets", "attention_mask", "token_type_ids", "next_sentence_label")
     assert dataset.sample(0)["token_type_ids"].tolist() == [0, 0, 0, 1, 1, 0]
     assert dataset.sample(1)["token_type_ids"].tolist() == [0] * 6
@@ -102,7 +102,7 @@ def test_fingerprint_follows_content_and_what_the_model_takes(write_jsonl):
     others = [[{"input_ids": [1, 2], "labels": [1, X]}], [{**rows[0], "attention_mask": [1, 1]}]]
     prints = [open_masked(write_jsonl(variant)).fingerprint for variant in (rows, *others)]
     source = write_jsonl(rows)
-    for options in ({"padding_id": 1}, {"token_types": True}, {"seq_length": 7}):
+    for options in ({"padding_id": 1}, {"num_token_types": 2}, {"seq_length": 7}):
         prints.append(open_masked(source, **options).fingerprint)
     assert len(set(prints)) == 6
     assert open_masked(write_jsonl(rows, "moved.jsonl")).fingerprint == prints[0]
@@ -163,7 +163,7 @@ def test_loss_from_our_columns_is_the_loss_of_transformers(write_jsonl):
         row = {"input_ids": ids.tolist(), "labels": np.where(rng.random(length) < 0.5, ids, X).tolist()}
         row |= {"token_type_ids": (np.arange(length) > length // 2).astype(int).tolist(), "next_sentence_label": label}
         rows.append(row)
-    dataset = open_masked(write_jsonl(rows), seq_length=12, next_sentence=True, token_types=True)
+    dataset = open_masked(write_jsonl(rows), seq_length=12, next_sentence=True, num_token_types=2)
     batch = collate(dataset, range(3))
     torch.manual_seed(0)
     config = BertConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -239,3 +239,10 @@ def test_a_model_with_the_head_needs_the_label_of_every_pair(write_jsonl, label)
         f"data: {source}:2: no 'next_sentence_label', but this model has a next-sentence head; "
         "give 0 (the second part follows), 1 (it is random) or -100 (no loss)"
     )
+
+
+def test_a_segment_that_the_model_does_not_have_is_refused(write_jsonl, open_masked):
+    rows = [{"input_ids": [7, 8, 9], "labels": [X, X, 9], "token_type_ids": [0, 1, 2]}]
+    open_masked(write_jsonl(rows), num_token_types=3)
+    with pytest.raises(DataError, match=r":1: token_type_ids holds 2, but this model's type_vocab_size=2 ends at 1$"):
+        open_masked(write_jsonl(rows), num_token_types=2)

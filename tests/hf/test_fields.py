@@ -115,7 +115,7 @@ def test_no_field_is_classified_twice(family: str) -> None:
     for classes in (own, common):
         assert sum(map(len, classes)) == len(set().union(*classes))
     of_its_own = {
-        "t5": {"is_encoder_decoder", "decoder_start_token_id"},
+        "t5": {"is_encoder_decoder", "is_decoder", "decoder_start_token_id"},
         "bert": {"is_decoder"},
         "roberta": {"is_decoder"},
     }

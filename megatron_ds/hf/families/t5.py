@@ -42,7 +42,7 @@ FIELDS = FieldRules(
             "decoder_start_token_id",
         ]
     ),
-    equal={"is_encoder_decoder": (True,)},
+    equal={"is_encoder_decoder": (True,), "is_decoder": (False,)},
     cosmetic=frozenset({"n_positions", "classifier_dropout"}),
 )
 
