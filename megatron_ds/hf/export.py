@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from megatron_ds.hf.io import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.models.config import EncoderConfig
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,7 +42,7 @@ WEIGHT_FILES = (
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
 )
-OTHER_FILES = (CONFIG, GENERATION_CONFIG, "additional_chat_templates")
+OTHER_FILES = ("config.json", "generation_config.json", "additional_chat_templates")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHECKED_AT_ONCE = 2**20
@@ -95,14 +92,13 @@ class DirectoryExport:
         """Write the small files and put the directory in its place; an earlier export there is replaced.
 
         Args:
-            model_path: where generation_config.json is taken from; no such file = made from the model's config, and from
-                what config.json there says of generating.
+            model_path: where generation_config.json is taken from; None or no such file = made from the config.
             tokenizer_path: where the tokenizer and chat templates are taken from; None = none.
         """
         assert self._added == self.model.table.keys(), self._added ^ self.model.table.keys()
         self._writer.finish()
         dtype = str(self._elements_of.most_common(1)[0][0]).removeprefix("torch.")
-        write_json(self.directory / CONFIG, config_json(self.model, dtype))
+        write_json(self.directory / "config.json", config_json(self.model, dtype))
         self._write_generation_config(model_path)
         if tokenizer_path is not None:
             copy_tokenizer(Path(tokenizer_path), self.directory)
@@ -123,31 +119,15 @@ class DirectoryExport:
         return cast
 
     def _write_generation_config(self, model_path: str | Path | None) -> None:
-        """Write what steers `generate`, where a model has that."""
+        source = Path(model_path) / "generation_config.json" if model_path is not None else None
+        if source is not None and source.is_file():
+            shutil.copyfile(source, self.directory / source.name)
+            return
         if isinstance(self.model.core, EncoderConfig):
             return  # it generates nothing
-        source = Path(model_path) if model_path is not None else None
-        if source is not None and (source / GENERATION_CONFIG).is_file():
-            shutil.copyfile(source / GENERATION_CONFIG, self.directory / GENERATION_CONFIG)
-            return
         from transformers import GenerationConfig
 
-        # an old config.json holds the settings itself: transformers' models take them from there, its configs drop them
-        settings = {**_fields(source), **self.model.config.to_dict()}
-        try:
-            GenerationConfig.from_model_config(settings).save_pretrained(self.directory)
-        except ValueError as problem:
-            reason = " ".join(str(problem).split())
-            raise ConversionError(f"{source}: transformers refuses its settings for generating: {reason}") from problem
-
-
-def _fields(source: Path | None) -> dict[str, Any]:
-    """What config.json says, where there is one; it was read, and checked, as that of a model before."""
-    file = source / CONFIG if source is not None else None
-    if file is None or not file.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+        GenerationConfig.from_model_config(self.model.config).save_pretrained(self.directory)
 
 
 def not_ours(directory: Path) -> list[str]:

@@ -241,7 +241,7 @@ def test_a_model_with_the_head_needs_the_label_of_every_pair(write_jsonl, label)
     )
 
 
-def test_a_segment_that_the_model_does_not_have_is_refused(write_jsonl, open_masked):
+def test_a_segment_that_the_model_does_not_have_is_refused(write_jsonl):
     rows = [{"input_ids": [7, 8, 9], "labels": [X, X, 9], "token_type_ids": [0, 1, 2]}]
     open_masked(write_jsonl(rows), num_token_types=3)
     with pytest.raises(DataError, match=r":1: token_type_ids holds 2, but this model's type_vocab_size=2 ends at 1$"):
