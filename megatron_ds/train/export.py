@@ -12,16 +12,21 @@ from megatron_ds.config import ExportSection
 from megatron_ds.engine import Engine, MicroBatch
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.export import exporting
+from megatron_ds.hf.export import DTYPES, exporting
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.job import Job
 
 CHECK_TOLERANCE = {
     "float32": 1e-5,  # sums in another order
-    "float16": 2e-3,  # 10 bits of mantissa through all layers
+    "float16": 2e-3,  # 10 bits of mantissa, a few layers
     "bfloat16": 2e-2,  # 7 bits
 }
+# What rounding makes of a deeper model goes by its depth and by its weights: 0.6 to 3.5 % with 2 to 24 layers of Llama
+# in bf16. So it is measured, on transformers itself. Right exports were seen at 0.5 to 1.3 times that; partial sums of
+# tensor ranks and a GPU's kernels round in other places still.
+NOISE_FACTOR = 3.0
+MOST_NOISE = 0.1  # where rounding alone makes more, a wrong weight would not be seen
 DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -65,7 +70,8 @@ def check_export(engine: Engine, job: Job, section: ExportSection, batch: MicroB
     """Largest relative L2 error of what transformers predicts from the exported directory against the live model.
 
     Collective. The ranks with the last pipeline stage have the live model's predictions; the first of them loads the
-    directory.
+    directory. In half precision an error above what a few layers make is held against what rounding makes of this
+    model: for that the directory is loaded twice more, in fp32 at last.
 
     Args:
         batch: a real one, the same on every rank; its labels are not looked at.
@@ -76,32 +82,58 @@ def check_export(engine: Engine, job: Job, section: ExportSection, batch: MicroB
     """
     columns = {name: column for name, column in batch.items() if name not in engine.labels}
     live = engine.outputs(columns)
-    error = torch.zeros((), dtype=torch.float64, device=engine.device)
-    if live is not None and engine.grid.tensor.rank == 0 and engine.grid.data.rank == 0:
-        reference = reference_outputs(section.path, job.model, columns)
-        apart = [(live[name] - output).norm() / output.norm() for name, output in reference.items()]
-        error += torch.stack(apart).max()  # NaN if any is
-    relative = float(all_reduce_(error, engine.grid.world))
+    if engine.grid.tensor.rank != 0 or engine.grid.data.rank != 0:
+        live = None
+    error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, job.model, columns))
+    relative = _from_first(engine, error)
     trained_in = DTYPE_OF_PRECISION[job.facts.precision]
-    bound = max(CHECK_TOLERANCE[trained_in], CHECK_TOLERANCE[section.dtype or trained_in])
+    coarser = max(trained_in, section.dtype or trained_in, key=CHECK_TOLERANCE.__getitem__)
+    bound = CHECK_TOLERANCE[coarser]
+    if relative > bound and coarser != "float32":
+        noise = 0.0 if live is None else rounding_error(section.path, job.model, columns, coarser)
+        bound = max(bound, min(MOST_NOISE, NOISE_FACTOR * _from_first(engine, noise)))
     if not relative <= bound:  # NaN is wrong too
         raise RuntimeError(
             f"export.path={section.path}: transformers' predictions differ from the live model's by {relative:.2e} "
-            f"(relative L2), more than {bound:g}; the export is wrong, please report it"
+            f"(relative L2), more than {bound:.3g}; the export is wrong, please report it"
         )
     return relative
 
 
-def reference_outputs(directory: str, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest of the outputs' relative L2 errors; NaN if any is."""
+    return float(torch.stack([(ours[name] - output).norm() / output.norm() for name, output in theirs.items()]).max())
+
+
+def rounding_error(directory: str, model: HFModel, columns: Mapping[str, Tensor], dtype: str) -> float:
+    """How far transformers itself, computing in a dtype, is from what it computes in fp32 with the same weights.
+
+    Raises:
+        ConversionError: as `reference_outputs`.
+    """
+    rounded = reference_outputs(directory, model, columns, DTYPES[dtype])
+    return relative_error(rounded, reference_outputs(directory, model, columns, torch.float32))
+
+
+def _from_first(engine: Engine, value: float) -> float:
+    """What one rank found, on all of them; 0 on the others. Collective."""
+    return float(all_reduce_(torch.tensor(value, dtype=torch.float64, device=engine.device), engine.grid.world))
+
+
+def reference_outputs(
+    directory: str, model: HFModel, columns: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """What transformers predicts from a directory, on CPU, by our names, fp32 (B, ...).
 
     Args:
         directory: the export.
         model: what was exported.
         columns: of a batch, without labels.
+        dtype: in which it computes; None = that of the directory.
 
     Raises:
         ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
     """
+    theirs = load_reference(directory, model, dtype or "auto")
     with torch.no_grad():
-        return predict(load_reference(directory, model), model, {name: one.cpu() for name, one in columns.items()})
+        return predict(theirs, model, {name: one.cpu() for name, one in columns.items()})

@@ -1,0 +1,72 @@
+"""BERT, RoBERTa and T5 as written: checked against the live model at any depth, and how they generate."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ds.models.build import model_stages
+from megatron_ds.models.stages import StageModel
+from megatron_ds.train.export import CHECK_TOLERANCE, check_export
+from tests.hf.models import DTYPES, Tensors, opened
+from tests.parity.cases import VOCAB
+from tests.parity.encoder_cases import ENCODER_CASES
+from tests.parity.reference import make_model
+from tests.ranks import run_alone
+
+# ---- export.check ----------------------------------------------------------------------------------------------------
+
+DEEP = {**ENCODER_CASES["t5-gated"], "num_layers": 12}
+
+
+def check_deep(place: Path, dtype: str, size: float) -> dict[str, float | str]:
+    """`export.check` of a T5 of 12 + 12 layers run in bf16: as it is, and with one weight of the export another.
+
+    Args:
+        size: of the weights, in units of 0.08.
+    """
+    model = make_model(DEEP)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 if parameter.dim() == 1 else size)
+    model.bfloat16().save_pretrained(place / "right")
+    weights = opened(place / "right")
+    live = StageModel(model_stages(weights.model.core)).bfloat16().eval()
+    ids = torch.randint(2, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            parameter.copy_(weights.whole(name))
+        predicted: Any = {name: output.float() for name, output in live(batch).items()}
+        model.to(DTYPES[dtype]).save_pretrained(place / "right")
+        value = model.decoder.block[6].layer[0].SelfAttention.v.weight
+        value.copy_(value.roll(1, 0))
+        model.save_pretrained(place / "wrong")
+    return {name: outcome(predicted, place / name, batch, dtype) for name in ("right", "wrong")}
+
+
+def outcome(live: Tensors, directory: Path, batch: Tensors, dtype: str) -> float | str:
+    axis = SimpleNamespace(rank=0, size=1, group=None, ranks=(0,))
+    grid = SimpleNamespace(rank=0, tensor=axis, data=axis, world=axis)
+    engine: Any = SimpleNamespace(grid=grid, device=torch.device("cpu"), labels=(), outputs=lambda columns: live)
+    job: Any = SimpleNamespace(facts=SimpleNamespace(precision="bf16"), model=opened(directory).model)
+    section: Any = SimpleNamespace(path=str(directory), dtype=dtype)
+    try:
+        return check_export(engine, job, section, batch)
+    except RuntimeError as problem:
+        return str(problem)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_deep_model_is_held_against_its_own_rounding(dtype: str, tmp_path: Path) -> None:
+    seen = run_alone(check_deep, tmp_path, dtype, 1.8)
+    assert isinstance(seen["right"], float), seen["right"]
+    assert seen["right"] > CHECK_TOLERANCE["bfloat16"], "not deep enough to tell"
+    assert str(seen["wrong"]).endswith("; the export is wrong, please report it")
+
+
+def test_where_rounding_hides_a_wrong_weight_nothing_passes(tmp_path: Path) -> None:
+    for message in run_alone(check_deep, tmp_path, "bfloat16", 3.0).values():
+        assert "more than 0.1; the export is wrong" in str(message)
