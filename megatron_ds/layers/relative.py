@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +43,6 @@ class RelativePositions:
         return after + torch.where(distances < exact, distances, shared)
 
 
-@lru_cache(maxsize=8)
-def _buckets_on(device: torch.device, positions: RelativePositions, length: int, causal: bool) -> Tensor:
-    """Every block of a stack asks for the same ones at every micro-batch."""
-    return positions.buckets(length, causal).to(device)
-
-
 class RelativeBias(nn.Module):
     """The biases of this rank's heads, (1, N/t, S, S); no communication.
 
@@ -68,10 +61,17 @@ class RelativeBias(nn.Module):
         self.positions, self.causal = positions, causal
         spec = ParamSpec((positions.num_buckets, num_heads), 1, std=positions.std)
         self.weight = make_parameter(spec, tp.axis)
+        self._buckets: Tensor | None = None  # of the last length: (2S - 1,), the same at every micro-batch
 
     def forward(self, length: int) -> Tensor:
-        buckets = _buckets_on(self.weight.device, self.positions, length, self.causal)
         # in fp32: the gradient of a distance is a sum over all pairs so far apart, which bf16 cannot hold
-        by_offset = F.embedding(buckets, self.weight.float()).t()  # (N/t, 2S - 1)
+        by_offset = F.embedding(self._buckets_of(length), self.weight.float()).t()  # (N/t, 2S - 1)
         rows = by_offset.unfold(1, length, 1).to(self.weight.dtype)
         return rows.flip(1)[None]  # row q is offsets -q to S - 1 - q
+
+    def _buckets_of(self, length: int) -> Tensor:
+        # made on CPU, whose rounding is the reference's, in 0.1 to 0.3 ms: kept, as a GPU would wait for them
+        kept = self._buckets
+        if kept is None or len(kept) != 2 * length - 1 or kept.device != self.weight.device:
+            kept = self._buckets = self.positions.buckets(length, self.causal).to(self.weight.device)
+        return kept

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from megatron_ds.train.export import CHECK_TOLERANCE, check_export
@@ -70,3 +71,24 @@ def test_a_deep_model_is_held_against_its_own_rounding(dtype: str, tmp_path: Pat
 def test_where_rounding_hides_a_wrong_weight_nothing_passes(tmp_path: Path) -> None:
     for message in run_alone(check_deep, tmp_path, "bfloat16", 3.0).values():
         assert "more than 0.1; the export is wrong" in str(message)
+
+
+def predict_at(directory: Path, lengths: tuple[int, ...]) -> list[float]:
+    """Differences of one model's predictions, length after length, from those of transformers."""
+    weights, theirs = opened(directory), load_reference(directory, opened(directory).model)
+    live = StageModel(model_stages(weights.model.core)).eval()
+    found = []
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            parameter.copy_(weights.whole(name))
+        for length in lengths:
+            ids = torch.arange(2, 2 + length).repeat(2, 1)
+            batch = {"input_ids": ids, "decoder_input_ids": ids[:, : length // 2]}
+            output: Any = live(batch)
+            found.append(float((output["logits"] - predict(theirs, weights.model, batch)["logits"]).abs().max()))
+    return found
+
+
+def test_a_t5_is_asked_at_one_length_after_another(encoders: Path) -> None:
+    """Its biases are those of the length, though what they are made from is kept."""
+    assert max(run_alone(predict_at, encoders / "t5-uneven-few", (10, 30, 10))) < 1e-4
