@@ -20,6 +20,7 @@ setup(
         "transformers>=5.23,<6",
         "datasets>=5.2,<6",
         "safetensors>=0.8,<1",
+        "xxhash>=3",
         "pydantic>=2.14,<3",
         "PyYAML>=6",
         "numpy>=2",

@@ -29,5 +29,9 @@ class DataError(MegatronDSError):
     """Training data is missing, malformed or does not fit the model."""
 
 
+class TrainingError(MegatronDSError):
+    """A run cannot go on: its loss or gradient is not finite."""
+
+
 class LaunchError(MegatronDSError):
     """A rank died, hung or could not be started."""

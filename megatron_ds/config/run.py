@@ -4,6 +4,7 @@ Every section is frozen and refuses unknown keys. Numbers are strict (`true` is 
 whole float such as `1e3` is an integer. Rules that need the model or the number of ranks stand in `checks.py`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
@@ -28,10 +29,28 @@ def _betas_pair(value: Any) -> Any:
     return tuple(value)
 
 
+def _words_or_path(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ConfigError(f"checkpoint.resume={show(value)} is neither auto, never nor the path of a checkpoint")
+    return value
+
+
 def _path_or_mapping(value: Any) -> Any:
     if not isinstance(value, str | dict):
         raise ConfigError(f"deepspeed={show(value)} is neither the path of a DeepSpeed JSON nor a mapping")
     return value
+
+
+def _seconds(value: Any) -> Any:
+    """Slurm's words for a time, D-HH:MM:SS or a part of it, as seconds."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2})(?::(\d{2}))?", value.strip())
+    if not match:
+        raise ConfigError(f"train.max_time={show(value)} is not a time; write seconds, or HH:MM:SS as 3:50:00")
+    days, first, second, third = (int(part) if part else 0 for part in match.groups())
+    hours, minutes, seconds = (first, second, third) if match[1] or match[4] else (0, first, second)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 Count = Annotated[int, BeforeValidator(_whole_float_to_int), Field(ge=1)]
@@ -101,6 +120,7 @@ class DataSection(Section):
 
     `cache_dir`: where tokenised text is kept (None: a per-user cache directory). `mask_rate` and `whole_words` go with
     masked models, `mask_rate`, `mean_span` and `target_length` (None: chosen) with sequence-to-sequence models.
+    `restart`: a resumed run takes data that differ from what it was on, from their beginning.
     """
 
     format: Literal["text", "chat", "tokenized", "indexed"] = "text"
@@ -113,6 +133,7 @@ class DataSection(Section):
     whole_words: bool = False
     mean_span: Annotated[float, Field(ge=1)] = 3.0
     target_length: Count | None = None
+    restart: bool = False
 
     @field_serializer("train", "valid")
     def _plain_sources(self, sources: list[DataSource]) -> list[Any]:
@@ -140,7 +161,12 @@ class ScheduleSection(Section):
 
 
 class TrainSection(Section):
-    """How long and in what batches. `eval_every: 0` never evaluates."""
+    """How long and in what batches.
+
+    `eval_every: 0` never evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many
+    steps in a row without a finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do
+    (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained.
+    """
 
     steps: Count
     global_batch_size: Count = 8
@@ -149,14 +175,23 @@ class TrainSection(Section):
     eval_every: CountOrZero = 0
     log_every: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
+    max_time: Annotated[float | None, BeforeValidator(_seconds)] = None
+    max_bad_steps: Count = 10
+    step_timeout: NonNegative = 1800.0
+    freeze: list[Text] = []
 
 
 class CheckpointSection(Section):
-    """When state is saved. `every: 0` never saves; `keep` is how many checkpoints stay."""
+    """When state is saved. `every: 0` never saves; `keep` is how many checkpoints stay.
+
+    `resume`: "auto" goes on from the newest whole checkpoint under `output`, "never" starts anew, anything else is the
+    checkpoint to go on from. `asynchronous`: training goes on while files are written.
+    """
 
     every: CountOrZero = 0
     keep: Count = 3
-    resume: Literal["auto", "never"] = "auto"
+    resume: Annotated[Text, BeforeValidator(_words_or_path)] = "auto"
+    asynchronous: bool = True
 
 
 class ExportSection(Section):
@@ -214,7 +249,6 @@ NOT_BUILT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("data.train.*.weight", (None,), "sources without a weight"),
     ("data.valid.*.weight", (None,), "sources without a weight"),
     ("optimizer.name", ("adamw",), "adamw"),
-    ("checkpoint.every", (0,), "0 (no checkpoints)"),
 )
 
 

@@ -39,9 +39,13 @@ class GlobalBatches:
         self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, step: int) -> np.ndarray:
-        """The samples of 0-based `step`: (G,) int64, e * n + i for sample i of epoch e."""
-        assert step >= 0, f"step {step}"
-        positions = step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
+        """The samples of 0-based `step`, the first of which began the stream: see `indices_from`."""
+        return self.indices_from(step * self.global_batch_size)
+
+    def indices_from(self, position: int) -> np.ndarray:
+        """The samples of the batch that begins at a position: (G,) int64, e * n + i for sample i of epoch e."""
+        assert position >= 0, f"position {position}"
+        positions = position + np.arange(self.global_batch_size, dtype=np.int64)
         if not self.shuffle:
             return positions
         epochs, offsets = np.divmod(positions, self.num_samples)

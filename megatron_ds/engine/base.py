@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ds.engine.optimizer import GuardedAdamW
 from megatron_ds.layers.cross_entropy import IGNORE_INDEX
 from megatron_ds.layers.parameter import ParamSpec, spec_of
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.parallel.random import RngStreams
 
 MicroBatch = Mapping[str, Tensor]
 """Columns by name, each (B, ...): those that the model's first stage takes, as far as there are, and its labels."""
@@ -32,7 +34,7 @@ class StepResult:
         loss: the sum, over the model's terms, of the mean over what the global batch has labels of: tokens, sequences.
         grad_norm: L2 norm of the whole model's gradient before clipping.
         tokens: labelled tokens in the global batch: labels of the first term.
-        applied: False where DeepSpeed skipped the step because of an fp16 overflow.
+        applied: False where the step was skipped: the loss or the gradient norm is not finite, or fp16 overflowed.
         terms: the loss's terms by the column of their labels.
     """
 
@@ -75,6 +77,7 @@ class Engine(ABC):
         device: where its tensors live.
         optimizer: the torch optimizer inside DeepSpeed's; its `lr` is set from outside before each step.
         labels: the columns that the loss compares with, one term each.
+        steps_begun: how many steps were asked for, skipped ones too; a resumed run sets it.
     """
 
     def __init__(
@@ -84,9 +87,14 @@ class Engine(ABC):
         optimizer: torch.optim.Optimizer,
         deepspeed_engine: Any,
         labels: tuple[str, ...],
+        rng: RngStreams,
     ) -> None:
         self.grid, self.device, self.optimizer, self.deepspeed = grid, device, optimizer, deepspeed_engine
         self.labels = labels
+        self.steps_begun = 0
+        self._rng = rng
+        if isinstance(optimizer, GuardedAdamW):
+            optimizer.may_step = self._may_step
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -94,9 +102,14 @@ class Engine(ABC):
         """Forward, backward and step on this data rank's micro-batches of one global batch.
 
         A term of the loss is the sum over the labels of the *global* batch divided by their number: micro-batches and
-        data ranks with fewer labels weigh less, and one without any contributes nothing. Communicates an integer and a
-        number a term beyond what the layers and DeepSpeed do.
+        data ranks with fewer labels weigh less, and one without any contributes nothing. Where the loss or the
+        gradient norm is not finite, nothing is changed. Communicates an integer and a number a term beyond what the
+        layers and DeepSpeed do.
         """
+        self._rng.begin_step(self.steps_begun)
+        self.steps_begun += 1
+        if isinstance(self.optimizer, GuardedAdamW):
+            self.optimizer.begin_step()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         counts = self._count(batches)
@@ -106,13 +119,18 @@ class Engine(ABC):
         skipped_before = self.deepspeed.skipped_steps
         sums, grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
         losses = Losses(tuple(sums.tolist()), counts)
-        applied = self.deepspeed.skipped_steps == skipped_before
+        applied = self.deepspeed.skipped_steps == skipped_before and not getattr(self.optimizer, "sat_out", False)
         return StepResult(losses.mean, grad_norm, counts[0], applied, dict(zip(self.labels, losses.terms)))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
         """Of all data ranks' micro-batches, without gradients."""
         counts = self._count(batches)
         return Losses(tuple(self._evaluate([self._to_device(batch) for batch in batches]).tolist()), counts)
+
+    @property
+    def can_overflow(self) -> bool:
+        """Whether skipping a step for a gradient that is not finite is in the course of things: fp16's loss scale."""
+        return bool(getattr(getattr(self.deepspeed.optimizer, "loss_scaler", None), "dynamic", False))
 
     @abstractmethod
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
@@ -124,6 +142,10 @@ class Engine(ABC):
 
         What is differentiated is the sum of a micro-batch's losses, each times its scale.
         """
+
+    @abstractmethod
+    def _may_step(self) -> bool:
+        """Whether what is known of the step under way is finite; the same on all ranks. Collective."""
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
@@ -153,7 +175,7 @@ class Engine(ABC):
 
     def count_params(self) -> int:
         """Parameters of the whole model, tied ones once, without vocabulary padding. Collective."""
-        return sum(spec.numel for stage in self._inventory() for _, spec, _ in stage)
+        return sum(spec.numel for stage in self.inventory() for _, spec, _ in stage)
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter of the model in order, whole and without padding: on global rank 0, and None elsewhere.
@@ -167,7 +189,7 @@ class Engine(ABC):
         """Like `whole_parameters`, for something that each rank has of its parameters' shape and dtype: a gradient."""
         grid = self.grid
         parameters = dict(self.local_parameters())
-        for stage, entries in enumerate(self._inventory()):
+        for stage, entries in enumerate(self.inventory()):
             source = grid.layout.rank_of(stage, 0, 0)
             for name, spec, dtype in entries:
                 whole: Tensor | None = None
@@ -179,8 +201,8 @@ class Engine(ABC):
                     whole = _send_to_rank_0(whole, spec, dtype, source, grid.rank, self.device)
                 yield name, whole if grid.rank == 0 else None
 
-    def _inventory(self) -> list[list[tuple[str, ParamSpec, torch.dtype]]]:
-        """Stage by stage: name, declaration, dtype of the parameters that it is the first to hold."""
+    def inventory(self) -> list[list[tuple[str, ParamSpec, torch.dtype]]]:
+        """Stage by stage: name, declaration, dtype of the parameters that it is the first to hold. Collective."""
         mine = [(name, spec_of(parameter), parameter.dtype) for name, parameter in self.local_parameters()]
         stages: list[Any] = [mine]
         if self.grid.pipeline.size > 1:
@@ -199,16 +221,16 @@ def _count_labels(column: Tensor) -> int:
     return column.numel() if column.is_floating_point() else int((column != IGNORE_INDEX).sum())
 
 
-def gather_share(share: Tensor, spec: ParamSpec, grid: Grid) -> Tensor | None:
-    """Shares -> the whole tensor without padding on tensor rank 0, None on the others.
+def gather_share(share: Tensor, spec: ParamSpec, grid: Grid, to: int = 0) -> Tensor | None:
+    """Shares -> the whole tensor without padding on tensor rank `to`, None on the others.
 
     Of a share that several ranks hold the first one's is taken.
     """
     axis = grid.tensor
     if spec.split_dim is None or axis.size == 1:
-        return share if axis.rank == 0 else None
-    parts = [torch.empty_like(share) for _ in range(axis.size)] if axis.rank == 0 else None
-    dist.gather(share.contiguous(), parts, dst=axis.ranks[0], group=axis.group)
+        return share if axis.rank == to else None
+    parts = [torch.empty_like(share) for _ in range(axis.size)] if axis.rank == to else None
+    dist.gather(share.contiguous(), parts, dst=axis.ranks[to], group=axis.group)
     if parts is None:
         return None
     different = [part for rank, part in enumerate(parts) if spec.holds_first(rank, axis.size)]

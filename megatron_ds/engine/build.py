@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from megatron_ds.config import DeepSpeedFacts, OptimizerSection, deepspeed_facts
 from megatron_ds.engine.base import Engine, ShareReader
 from megatron_ds.engine.mpu import Mpu
+from megatron_ds.engine.optimizer import GuardedAdamW
 from megatron_ds.engine.pipelined import PipelineEngine, StagePipeline
 from megatron_ds.engine.plain import PlainEngine
 from megatron_ds.engine.probe import GradientProbe
+from megatron_ds.errors import ConfigError
 from megatron_ds.layers.parameter import initial_share, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.block import Placement
@@ -42,6 +44,7 @@ class EngineOptions:
         sequence: Megatron's sequence parallelism.
         recompute: "none", "selective" or "full".
         seed: for dropout, and for initialisation where no weights are read.
+        frozen: names of parameters that are not trained.
     """
 
     deepspeed: dict[str, Any]
@@ -49,6 +52,7 @@ class EngineOptions:
     sequence: bool
     recompute: str
     seed: int
+    frozen: frozenset[str] = frozenset()
 
 
 def build_engine(
@@ -66,6 +70,9 @@ def build_engine(
         device: where its tensors live.
         options: DeepSpeed config, optimizer and the rest.
         read_share: where weights come from; None = random initialisation from the seed, the same at every layout.
+
+    Raises:
+        ConfigError: a pipeline stage would have nothing to train.
     """
     facts = deepspeed_facts(options.deepspeed)
     rng = RngStreams(options.seed, grid.coords, device)
@@ -83,6 +90,7 @@ def build_engine(
     _fill(module, grid, read, zero_3=facts.zero_stage == 3)
     if isinstance(module, StagePipeline):
         module.equalize_copies()
+    _freeze(module, options.frozen)
     optimizer = _optimizer(module, options.optimizer, device)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
         engine, *_ = deepspeed.initialize(
@@ -92,7 +100,10 @@ def build_engine(
             mpu=None if pipelined else mpu,  # a PipelineModule brings its own
             dist_init_required=False,
         )
-    return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine, specs[-1].labels)
+    if isinstance(optimizer, GuardedAdamW):
+        for parameters in flat_parameters(engine):
+            optimizer.create_state(parameters)
+    return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine, specs[-1].labels, rng)
 
 
 def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:
@@ -133,20 +144,38 @@ def _fill(module: nn.Module, grid: Grid, read_share: ShareReader, zero_3: bool) 
                 parameter.copy_(share)
 
 
+def _freeze(module: nn.Module, frozen: frozenset[str]) -> None:
+    renamed: dict[str, str] = getattr(module, "renamed", {})
+    for name, parameter in module.named_parameters():
+        if renamed.get(name, name) in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError("train.freeze leaves nothing to train in a pipeline stage; nearest: parallel.pipeline=1")
+
+
+def flat_parameters(deepspeed_engine: Any) -> list[Tensor]:
+    """What DeepSpeed gives its inner optimizer on this rank: flat fp32 partitions under ZeRO, else the parameters."""
+    if hasattr(deepspeed_engine.optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3 empties param_groups between steps
+        return list(deepspeed_engine.optimizer.fp32_partitioned_groups_flat)
+    return [one for group in deepspeed_engine.basic_optimizer.param_groups for one in group["params"]]
+
+
 def _optimizer(module: nn.Module, section: OptimizerSection | None, device: torch.device) -> torch.optim.Optimizer:
     return _adamw(module, section, device) if section is not None else GradientProbe(module.parameters())
 
 
-def _adamw(module: nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only, unless `decay_all`.
+def _adamw(module: nn.Module, section: OptimizerSection, device: torch.device) -> GuardedAdamW:
+    """AdamW with weight decay on matrices only, unless `decay_all`, of what is not frozen.
 
     Which parameter decays is its declaration's word, not its shape's: ZeRO-3 has flattened the shapes by now.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
         decays = section.decay_all or spec_of(parameter).decay
         groups.setdefault(section.weight_decay if decays else 0.0, []).append(parameter)
-    return torch.optim.AdamW(
+    return GuardedAdamW(
         [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
         lr=section.lr,
         betas=section.betas,

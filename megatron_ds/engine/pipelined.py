@@ -128,7 +128,7 @@ class StagePipeline(PipelineModule):
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """What DeepSpeed sums gradients of."""
-        return self._tied_groups
+        return [(parameter, group) for parameter, group in self._tied_groups if parameter.requires_grad]
 
     def _synchronize_tied_weights(self) -> None:
         """Nothing yet: see `equalize_copies`."""
@@ -150,6 +150,9 @@ class PipelineEngine(Engine):
         self.deepspeed.train_batch(self._feed(batches, scales))
         norm = self.deepspeed.get_global_grad_norm()  # none without ZeRO, which no training run gets past the checks
         return self._collect(), math.nan if norm is None else float(norm)
+
+    def _may_step(self) -> bool:
+        return bool(self._collect().isfinite().all())
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
         feed = self._feed(batches, torch.zeros(len(self.labels), device=self.device))
@@ -203,5 +206,5 @@ class PipelineEngine(Engine):
     def _collect(self) -> Tensor:
         """The sums of the last stage's losses over all data ranks, on every rank."""
         module: StagePipeline = self.deepspeed.module
-        sums = module.sums if module.is_last else torch.zeros_like(module.sums)
+        sums = module.sums.clone() if module.is_last else torch.zeros_like(module.sums)
         return all_reduce_(all_reduce_(sums, self.grid.data), self.grid.pipeline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,18 +19,24 @@ from megatron_ds.parallel.collectives import all_reduce_
 class PlainEngine(Engine):
     """`Engine` around a `StageModel`."""
 
+    _sums: Tensor  # of the step under way: the losses over all data ranks, once all micro-batches are through
+    _norm: float | None = None  # and the gradient norm, where DeepSpeed keeps none
+
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
-        total = torch.zeros_like(scales)
-        norm_of_stage_0 = 0.0
+        self._sums = torch.zeros_like(scales)
         for batch in batches:
             losses = self.deepspeed(batch, self._labels_of(batch))
-            total += losses.detach()
+            self._sums += losses.detach()
             self.deepspeed.backward((losses * scales).sum())
-            if self.deepspeed.zero_optimization_stage() == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm_of_stage_0 = self._gradient_norm()
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                all_reduce_(self._sums, self.grid.data)
+                self._norm = self._gradient_norm() if self.deepspeed.zero_optimization_stage() == 0 else None
             self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        return all_reduce_(total, self.grid.data), norm_of_stage_0 if norm is None else float(norm)
+        norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
+        return self._sums, float(norm)
+
+    def _may_step(self) -> bool:
+        return bool(self._sums.isfinite().all()) and (self._norm is None or math.isfinite(self._norm))
 
     def _gradient_norm(self) -> float:
         """L2 norm of the gradients; ZeRO-0 does not keep it. What all tensor ranks hold alike counts once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,10 +99,7 @@ class DirectoryExport:
         assert self._added == self.model.table.keys(), self._added ^ self.model.table.keys()
         self._writer.finish()
         dtype = str(self._elements_of.most_common(1)[0][0]).removeprefix("torch.")
-        write_json(self.directory / "config.json", config_json(self.model, dtype))
-        self._write_generation_config(model_path)
-        if tokenizer_path is not None:
-            copy_tokenizer(Path(tokenizer_path), self.directory)
+        write_small_files(self.directory, self.model, dtype, model_path, tokenizer_path)
         _replace_directory(self._target, self.directory)
 
     def _cast(self, name: str, whole: Tensor) -> Tensor:
@@ -118,16 +116,48 @@ class DirectoryExport:
                 )
         return cast
 
-    def _write_generation_config(self, model_path: str | Path | None) -> None:
-        source = Path(model_path) / "generation_config.json" if model_path is not None else None
-        if source is not None and source.is_file():
-            shutil.copyfile(source, self.directory / source.name)
-            return
-        if isinstance(self.model.core, EncoderConfig):
-            return  # it generates nothing
-        from transformers import GenerationConfig
 
-        GenerationConfig.from_model_config(self.model.config).save_pretrained(self.directory)
+def write_small_files(
+    directory: Path,
+    model: HFModel,
+    dtype: str,
+    model_path: str | Path | None,
+    tokenizer_path: str | Path | None,
+) -> None:
+    """All but the weights: config, generation config, tokenizer and chat templates.
+
+    Args:
+        directory: where.
+        model: what the config says.
+        dtype: of the weights, such as "bfloat16".
+        model_path, tokenizer_path: see `DirectoryExport.finish`.
+    """
+    write_json(directory / "config.json", config_json(model, dtype))
+    _write_generation_config(directory, model, model_path)
+    if tokenizer_path is not None:
+        copy_tokenizer(Path(tokenizer_path), directory)
+
+
+def small_files(
+    model: HFModel, dtype: str, model_path: str | Path | None, tokenizer_path: str | Path | None
+) -> dict[str, bytes]:
+    """What `write_small_files` writes: path in the directory -> content."""
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
+        write_small_files(Path(place), model, dtype, model_path, tokenizer_path)
+        files = sorted(path for path in Path(place).rglob("*") if path.is_file())
+        return {str(path.relative_to(place)): path.read_bytes() for path in files}
+
+
+def _write_generation_config(directory: Path, model: HFModel, model_path: str | Path | None) -> None:
+    source = Path(model_path) / "generation_config.json" if model_path is not None else None
+    if source is not None and source.is_file():
+        shutil.copyfile(source, directory / source.name)
+        return
+    if isinstance(model.core, EncoderConfig):
+        return  # it generates nothing
+    from transformers import GenerationConfig
+
+    GenerationConfig.from_model_config(model.config).save_pretrained(directory)
 
 
 def not_ours(directory: Path) -> list[str]:

@@ -223,5 +223,10 @@ class ShardWriter:
 def write_json(path: Path, content: Any) -> None:
     """Write pretty JSON through a temporary name."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json_text(content), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def json_text(content: Any) -> str:
+    """Pretty JSON."""
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -204,6 +204,16 @@ class ToHF:
             if self._missing[theirs] == 0:
                 yield theirs, self._fused[theirs]
                 self._end(self._fused.pop(theirs))
+
+    def order(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The tensors that adding native parameters in this order would give: names and shapes, in that order."""
+        missing = self._missing.copy()
+        for name in names:
+            row = self.model.table[name]
+            for source, theirs in enumerate(row.names):
+                missing[theirs] -= row.op.is_piece(source)
+                if not missing[theirs] or not row.op.is_piece(source):
+                    yield theirs, row.op.source_shape(source, self.model.axis_sizes)
 
     def _begin(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if not self._reuse:

@@ -3,8 +3,9 @@
 Two streams a rank. *Replicated*: equal on all tensor ranks, for activations that every tensor rank holds whole.
 *Sharded*: different on each tensor rank, for activations split over heads or sequence. Both differ between data
 replicas and pipeline stages. The replicated stream is torch's default generator; the sharded one is swapped in by
-`RngStreams.sharded()`. The same code serves CPU and accelerators, and `replayable` makes recomputation draw the same
-masks again under any checkpoint function that preserves torch's default generators (torch's and DeepSpeed's do).
+`RngStreams.sharded()`. Each optimizer step begins them anew. The same code serves CPU and accelerators, and
+`replayable` makes recomputation draw the same masks again under any checkpoint function that preserves torch's default
+generators (torch's and DeepSpeed's do).
 """
 
 from __future__ import annotations
@@ -37,10 +38,19 @@ class RngStreams:
 
     def __init__(self, seed: int, coords: Coords, device: torch.device) -> None:
         self._generator = _default_generator(device)
-        place = (seed, coords.pipeline, coords.data)
-        sharded = torch.Generator(device=device).manual_seed(derive_seed("sharded", *place, coords.tensor))
+        self._sharded = torch.Generator(device=device)
+        self._place, self._tensor_rank = (seed, coords.pipeline, coords.data), coords.tensor
+        self.begin_step(0)
+
+    def begin_step(self, step: int) -> None:
+        """Set both streams to where they begin a step, as a function of seed, place and step alone.
+
+        So a run that is resumed at the same layout draws the masks that it would have drawn, and has no states to
+        save. In the 0-based `step` the streams go on from one micro-batch to the next.
+        """
+        sharded = self._sharded.manual_seed(derive_seed("sharded", *self._place, self._tensor_rank, step))
         self._sharded_state: Tensor = sharded.get_state()
-        self._generator.manual_seed(derive_seed("replicated", *place))
+        self._generator.manual_seed(derive_seed("replicated", *self._place, step))
 
     @contextmanager
     def sharded(self) -> Iterator[None]:

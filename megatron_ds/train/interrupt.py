@@ -1,36 +1,55 @@
-"""Ctrl-C while training: finish the step, close the files, then end."""
+"""Told to stop while training, by Ctrl-C, a scheduler or the clock: finish the step, save, close the files, end."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 
-from megatron_ds.parallel.failure import INTERRUPTED
-
 SAME_PRESS_S = 1.0  # one Ctrl-C under torchrun arrives twice: from the terminal, and from torchrun
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning, if asked for
 
 
 class Interrupt:
-    """Within it the first SIGINT sets `requested`, which the loop reads after a step; the second ends the process."""
+    """Within it the first signal of `STOPPING` sets `requested`, which the loop reads after a step.
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._pressed_s = 0.0
+    A second one, more than `SAME_PRESS_S` later, ends the process at once with 128 + its number. Only the main thread
+    can have handlers; elsewhere only the clock counts.
+
+    Args:
+        max_time_s: after so many seconds `requested` is set too; None = never.
+
+    Attributes:
+        signal: the first one; None if there was none.
+    """
+
+    def __init__(self, max_time_s: float | None = None) -> None:
+        self.signal: signal.Signals | None = None
+        self._ends_s = None if max_time_s is None else time.monotonic() + max_time_s
+        self._arrived_s = 0.0
+        self._before: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run is to stop after this step."""
+        return self.signal is not None or (self._ends_s is not None and time.monotonic() >= self._ends_s)
 
     def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.requested:
-            self.requested, self._pressed_s = True, now
-        elif now - self._pressed_s > SAME_PRESS_S:
-            os._exit(INTERRUPTED)
+        if self.signal is None:
+            self.signal, self._arrived_s = signal.Signals(number), now
+        elif now - self._arrived_s > SAME_PRESS_S:
+            os._exit(128 + number)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ds.checkpoint.folder import is_checkpoint, resolve_checkpoint
 from megatron_ds.config import (
     DeepSpeedFacts,
     RunConfig,
@@ -24,6 +25,7 @@ from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.config import EncoderDecoderConfig
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.train.objective import objective_of
+from megatron_ds.train.resume import check_same_model, frozen_parameters
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,14 @@ class Job:
     """A run that fits its world.
 
     Attributes:
-        run: as the user wrote it.
+        run: as the user wrote it, `latest` checkpoints named.
         model: the Hugging Face model's meaning; `tied` settled by the weights where there are any.
         weights: where they are read from; None = random initialisation.
         objective: what it is trained to do.
         layout: sizes of the grid.
         deepspeed: the filled DeepSpeed config.
         facts: what it says of ZeRO, precision and offload.
+        frozen: our names of the parameters that are not trained.
     """
 
     run: RunConfig
@@ -47,28 +50,51 @@ class Job:
     layout: Layout
     deepspeed: dict[str, Any]
     facts: DeepSpeedFacts
+    frozen: frozenset[str] = frozenset()
 
 
-def resolve(run: RunConfig, world_size: int, device_type: str) -> Job:
+def resolve(run: RunConfig, world_size: int, device_type: str, checkpoint: Path | None = None) -> Job:
     """Check a run against the model, the DeepSpeed config and the number of ranks.
+
+    Args:
+        run: the run.
+        world_size: number of ranks.
+        device_type: torch's name, such as `cpu` or `cuda`.
+        checkpoint: what it goes on from: the weights are read there.
 
     Raises:
         MegatronDSError: naming field, value, rule and nearest fix.
     """
+    run = _with_named_checkpoint(run)
     model = read_model(run.model.path if run.model.path is not None else run.model.config or {})
     mapping = load_deepspeed(run.deepspeed)
     facts = deepspeed_facts(mapping)
     data_size = check_run(run, model.core.shape(), facts, world_size, device_type)
     _check_recomputation(run, mapping, model)
+    _check_saving(run, mapping)
     _check_paths(run)
     weights = None
     if run.model.init == "pretrained":
         assert run.model.path is not None
         weights = HFWeights(run.model.path, model)
         model = weights.model
+    if checkpoint is not None:
+        weights = HFWeights(checkpoint, read_model(checkpoint))
+        check_same_model(model, weights.model, checkpoint)
     layout = Layout(run.parallel.tensor, run.parallel.pipeline, data_size)
     filled = fill_deepspeed(mapping, run, data_size, model.core.hidden_size)
-    return Job(run, model, weights, objective_of(model, run), layout, filled, facts)
+    frozen = frozen_parameters(model, run.train.freeze)
+    return Job(run, model, weights, objective_of(model, run), layout, filled, facts, frozen)
+
+
+def _with_named_checkpoint(run: RunConfig) -> RunConfig:
+    """Where `model` names a folder of checkpoints, or a run's output: the latest one in it."""
+    named = {
+        field: str(resolve_checkpoint(path))
+        for field, path in (("path", run.model.path), ("tokenizer", run.model.tokenizer))
+        if path is not None
+    }
+    return run.model_copy(update={"model": run.model.model_copy(update=named)})
 
 
 def _check_recomputation(run: RunConfig, mapping: dict[str, Any], model: HFModel) -> None:
@@ -103,6 +129,22 @@ def _check_recomputation(run: RunConfig, mapping: dict[str, Any], model: HFModel
         raise ConfigError(
             "deepspeed.pipeline.activation_checkpoint_interval would recompute a second time what train.recompute "
             "does; remove it and set train.recompute=full"
+        )
+
+
+def _check_saving(run: RunConfig, mapping: dict[str, Any]) -> None:
+    zero = mapping.get("zero_optimization") or {}
+    for key in ("offload_optimizer", "offload_param"):
+        if run.checkpoint.every and (zero.get(key) or {}).get("device") == "nvme":
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{key}.device=nvme cannot be saved yet; nearest: cpu, or "
+                "checkpoint.every=0"
+            )
+    resume = run.checkpoint.resume
+    if resume not in ("auto", "never") and not is_checkpoint(resolve_checkpoint(resume)):
+        raise ConfigError(
+            f"checkpoint.resume={resume} is no checkpoint; nearest: auto, never, or the path of one, such as "
+            f"{run.output}/checkpoints/step_00000100"
         )
 
 

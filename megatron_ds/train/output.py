@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import json
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from megatron_ds.checkpoint.saver import Saved
 from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.monitor import MetricsWriter, Reporter, RunSummary, StepMetrics, ValidMetrics, draw_loss
 
@@ -23,15 +25,19 @@ class RunOutput:
         self._run, self._reporter, self._is_first = run, reporter, is_first
         self._directory = Path(run.output)
         self._writer: MetricsWriter | None = None
-        self._told_non_finite = False
 
-    def start(self, summary: RunSummary) -> None:
-        """Make the directory, write `config.yaml`, open `metrics.jsonl`, show the summary."""
+    def start(self, summary: RunSummary, continue_after: int | None = None) -> None:
+        """Make the directory, write `config.yaml`, open `metrics.jsonl`, show the summary.
+
+        Args:
+            summary: of the run.
+            continue_after: the step that a resumed run goes on after; None for a new run.
+        """
         if not self._is_first:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / "config.yaml").write_text(dump_run(self._run), encoding="utf-8")
-        self._writer = MetricsWriter(self._directory / "metrics.jsonl")
+        self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
         self._reporter.start(summary)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -46,11 +52,17 @@ class RunOutput:
         if self._is_first:
             self._reporter.valid(metrics)
 
-    def watch(self, step: int, loss: float) -> None:
-        """Say so, once, when a loss is not finite; the run goes on, and its metrics show what becomes of it."""
-        if self._is_first and not self._told_non_finite and not math.isfinite(loss):
-            self._told_non_finite = True
-            self._reporter.note(f"step {step}: the loss is {loss}; the run goes on, but look at lr and data")
+    def saved(self, saved: Saved) -> None:
+        """Show a checkpoint that is there, and write what it cost to `checkpoints/saves.jsonl`."""
+        if not self._is_first:
+            return
+        rate = saved.bytes / 1e6 / max(saved.written_s, 1e-9)
+        self._reporter.note(
+            f"saved {saved.path}: {saved.bytes / 1e6:,.1f} MB in {saved.written_s:.2f} s ({rate:,.0f} MB/s), training "
+            f"paused {saved.paused_s:.2f} s"
+        )
+        with open(Path(saved.path).parent / "saves.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(saved)) + "\n")
 
     def note(self, text: str) -> None:
         """Say something worth a line."""

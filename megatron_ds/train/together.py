@@ -29,8 +29,9 @@ def together(step: Callable[[], T]) -> T:
         result = step()
     except MegatronDSError as problem:
         mine = problem
-    for error in _gather(mine):
-        if error is not None and dist.get_rank() == 0:
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    for error in [mine] if alone else _gather(mine):
+        if error is not None and (alone or dist.get_rank() == 0):
             raise error
         if error is not None:
             sys.exit(2)
@@ -38,8 +39,6 @@ def together(step: Callable[[], T]) -> T:
 
 
 def _gather(mine: MegatronDSError | None) -> list[MegatronDSError | None]:
-    if dist.get_world_size() == 1:
-        return [mine]
     everyone: list[MegatronDSError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone

@@ -59,6 +59,7 @@ def test_defaults(run_file):
         "whole_words": False,
         "mean_span": 3.0,
         "target_length": None,
+        "restart": False,
     }
     assert run.optimizer.model_dump() == {
         "name": "adamw",
@@ -78,8 +79,12 @@ def test_defaults(run_file):
         "eval_every": 0,
         "log_every": 1,
         "recompute": "none",
+        "max_time": None,
+        "max_bad_steps": 10,
+        "step_timeout": 1800.0,
+        "freeze": [],
     }
-    assert run.checkpoint.model_dump() == {"every": 0, "keep": 3, "resume": "auto"}
+    assert run.checkpoint.model_dump() == {"every": 0, "keep": 3, "resume": "auto", "asynchronous": True}
     assert run.export is None
 
 

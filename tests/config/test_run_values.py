@@ -52,7 +52,7 @@ REFUSALS = [
     ),
     ("schedule.name=cosin", "schedule.name=cosin is not one of constant, linear, cosine; did you mean cosine?"),
     ("train.recompute=all", "train.recompute=all is not one of none, selective, full"),
-    ("checkpoint.resume=no", "checkpoint.resume=false is not one of auto, never"),
+    ("checkpoint.resume=no", "checkpoint.resume=false is neither auto, never nor the path of a checkpoint"),
     (
         "export={path: x, dtype: fp16}",
         "export.dtype=fp16 is not one of float32, bfloat16, float16",
@@ -119,7 +119,8 @@ REFUSALS = [
         "data.valid[0].weight=2.0 is not built yet; supported: sources without a weight",
     ),
     ("optimizer.name=lion", "optimizer.name=lion is not built yet; supported: adamw"),
-    ("checkpoint.every=200", "checkpoint.every=200 is not built yet; supported: 0 (no checkpoints)"),
+    ("train.max_time=soon", "train.max_time=soon is not a time; write seconds, or HH:MM:SS as 3:50:00"),
+    ("train.max_bad_steps=0", "train.max_bad_steps=0 must be at least 1; nearest: 1"),
 ]
 
 
@@ -158,6 +159,11 @@ ACCEPTED = [
     (LLAMA + ", tokenizer: t}", lambda run: (run.model.init, run.model.tokenizer_path) == ("random", "t")),
     ("export={path: x, max_shard_size: 1.5GiB}", lambda run: run.export.max_shard_size == "1.5GiB"),
     ("checkpoint.resume=never", lambda run: run.checkpoint.resume == "never"),
+    ("checkpoint.resume=out/run/checkpoints", lambda run: run.checkpoint.resume == "out/run/checkpoints"),
+    ("train.max_time=90", lambda run: run.train.max_time == 90.0),
+    ("train.max_time='03:50:00'", lambda run: run.train.max_time == 13800.0),
+    ("train.max_time='1-02:30'", lambda run: run.train.max_time == 95400.0),
+    ("train.max_time='10:30'", lambda run: run.train.max_time == 630.0),
 ]
 
 

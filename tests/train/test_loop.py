@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.config import RunConfig, load_run
 from megatron_ds.data import Sample
 from megatron_ds.engine import Losses, StepResult
+from megatron_ds.errors import TrainingError
 from megatron_ds.monitor import RunSummary, SilentReporter, Throughput
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.train.interrupt import Interrupt
@@ -55,7 +57,7 @@ class Numbers:
 class CountingEngine:
     """Every token's loss is its target; step k (1-based) is applied unless k is in `skipped`."""
 
-    device = "cpu"
+    device, can_overflow = "cpu", False
     grid = SimpleNamespace(data=Axis(), world=Axis())
 
     def __init__(self, skipped: Sequence[int] = (), losses: dict[int, float] | None = None) -> None:
@@ -88,9 +90,10 @@ def drive(run: RunConfig, engine: CountingEngine, valid: Numbers | None = None, 
 
     def inside() -> Any:
         listener = Listener()
-        with RunOutput(run, listener, is_first=True) as output, Interrupt() as interrupt:
+        with RunOutput(run, listener, is_first=True) as output, Interrupt(run.train.max_time) as interrupt:
             output.start(SUMMARY)
-            loop = TrainingLoop(run, engine, Numbers(20, read_s), valid, output, Throughput(1e9, 2))  # type: ignore[arg-type]
+            data: Any = Numbers(20, read_s)
+            loop = TrainingLoop(run, engine, data, valid, output, Throughput(1e9, 2), None, Progress())  # type: ignore[arg-type]
             done = loop.run(interrupt)
             output.close("numbers")
         return done, listener.notes, engine.lrs
@@ -140,12 +143,44 @@ def test_validation_covers_every_sample_once_and_weighs_tokens(make_run: Callabl
     assert valid[0]["valid_loss"] == pytest.approx(float((np.arange(11) * weights).sum() / weights.sum()), rel=1e-15)
 
 
-def test_a_loss_that_is_not_finite_is_noted_once_and_the_run_goes_on(make_run: Callable[..., RunConfig]) -> None:
-    run = make_run(train={"steps": 6, "log_every": 5})
-    done, lines, notes, _ = drive(run, CountingEngine(losses={3: math.nan, 4: math.inf, 5: math.nan}))
-    assert done == 6
-    assert notes == ["step 3: the loss is nan; the run goes on, but look at lr and data"]
+def test_a_step_that_is_not_finite_is_told_and_a_few_in_a_row_do_not_end_the_run(
+    make_run: Callable[..., RunConfig],
+) -> None:
+    run = make_run(train={"steps": 8, "log_every": 4, "max_bad_steps": 3})
+    engine = CountingEngine(skipped=(3, 4, 6, 7), losses={3: math.nan, 4: math.inf, 6: math.nan})
+    done, lines, notes, _ = drive(run, engine)
+    assert done == 8
+    assert notes == [
+        "step 3 was skipped, 1 of train.max_bad_steps=3 in a row: loss nan, gradient norm 0.3",
+        "step 4 was skipped, 2 of train.max_bad_steps=3 in a row: loss inf, gradient norm 0.3",
+        "step 6 was skipped, 1 of train.max_bad_steps=3 in a row: loss nan, gradient norm 0.3",
+        "step 7 was skipped, 2 of train.max_bad_steps=3 in a row: loss 0.333333, gradient norm 0.3",
+    ]
     assert lines[1]["loss"] is None and lines[1]["non_finite"] == ["loss"]
+
+
+def test_too_many_of_them_in_a_row_end_the_run(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(train={"steps": 9, "max_bad_steps": 3})
+    engine = CountingEngine(skipped=(2, 4, 5, 6), losses=dict.fromkeys((2, 4, 5, 6), math.nan))
+    with pytest.raises(
+        TrainingError, match=r"^train.max_bad_steps=3 steps in a row had no finite .* step 6 \(loss nan"
+    ):
+        drive(run, engine)
+    lines = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_overflow_of_fp16_is_in_the_course_of_things(make_run: Callable[..., RunConfig]) -> None:
+    engine = CountingEngine(skipped=(1, 2, 3))
+    engine.can_overflow = True
+    done, _, notes, _ = drive(make_run(train={"steps": 5, "max_bad_steps": 2}), engine)
+    assert done == 5 and notes == []
+
+
+def test_the_clock_ends_the_run_after_the_step(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(train={"steps": 100, "max_time": 0.5})
+    done, lines, _, _ = drive(run, CountingEngine(), read_s=0.01)
+    assert 2 <= done < 20 and len(lines) == done
 
 
 def test_an_interrupt_ends_the_run_after_the_step_with_files_closed(make_run: Callable[..., RunConfig]) -> None:

@@ -1,0 +1,163 @@
+"""The directory of a run's checkpoints: what is whole, what is newest, what may go.
+
+```
+checkpoints/
+  step_00000200/           a checkpoint; it has this name only once it is whole
+    config.json, model*.safetensors, tokenizer ...      what transformers loads
+    training_state/
+      manifest.json        every file's length and checksum
+      progress.json        see `progress`
+      state-*.safetensors  fp32 masters and moments, as boxes of whole tensors
+  latest                   the name of the newest one
+  .step_00000400.tmp/      being written, or left by a crash
+```
+
+Names come and go by rename alone, which a crash cannot cut in two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_ds.checkpoint.files import FileRecord, flush_directory, write_bytes
+from megatron_ds.errors import CheckpointError
+
+STATE = "training_state"
+MANIFEST = f"{STATE}/manifest.json"
+PROGRESS = f"{STATE}/progress.json"
+LATEST = "latest"
+_STEP = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|old)")
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint's directory by its name; -1 if it has another kind of name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory was a whole checkpoint once."""
+    return (path / MANIFEST).is_file()
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first; damaged ones among them."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A checkpoint, where that or a folder of checkpoints is given, or the output of a run: then the latest.
+
+    A path that is neither is given back as it is.
+    """
+    path = Path(path)
+    for folder in (path, path / "checkpoints"):
+        if (folder / LATEST).is_file():
+            return folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+    return path
+
+
+def temporary_for(folder: Path, step: int) -> Path:
+    return folder / f".{name_of(step)}.tmp"
+
+
+def write_manifest(directory: Path, records: dict[str, FileRecord]) -> None:
+    """The last file of a checkpoint."""
+    files = {name: asdict(records[name]) for name in sorted(records)}
+    write_bytes(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
+
+
+def read_manifest(directory: Path) -> dict[str, FileRecord]:
+    """What files a checkpoint must have.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged itself.
+    """
+    path = directory / MANIFEST
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {name: FileRecord(int(record["bytes"]), str(record["xxh3_128"])) for name, record in files.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"{path} is damaged ({problem})") from problem
+
+
+def put_in_place(folder: Path, step: int) -> Path:
+    """Give a whole checkpoint its name and let `latest` say it.
+
+    One of the same step that is there, whose place this one takes, is removed.
+    """
+    new, final = temporary_for(folder, step), folder / name_of(step)
+    for directory in (new / STATE, new):
+        flush_directory(directory)
+    old = folder / f".{name_of(step)}.old"
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(new, final)
+    flush_directory(folder)
+    point_to(folder, final.name)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def point_to(folder: Path, name: str) -> None:
+    """Have `latest` name a checkpoint."""
+    temporary = folder / f".{LATEST}.tmp"
+    write_bytes(temporary, f"{name}\n".encode())
+    os.replace(temporary, folder / LATEST)
+    flush_directory(folder)
+
+
+def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> list[str]:
+    """Remove all but the `keep` newest checkpoints and the protected ones; gives their names."""
+    safe = {path.resolve() for path in protected}
+    gone = [path for path in checkpoints_in(folder)[keep:] if path.resolve() not in safe]
+    for path in gone:
+        leftover = folder / f".{path.name}.old"
+        shutil.rmtree(leftover, ignore_errors=True)
+        os.replace(path, leftover)  # never half there under its own name
+        shutil.rmtree(leftover, ignore_errors=True)
+    return [path.name for path in gone]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a crash left of checkpoints being written or removed."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path, after: int) -> Path | None:
+    """Move checkpoints of later steps than `after` out of the way: to `checkpoints.1`, `checkpoints.2`, ...
+
+    They are another run's, damaged, or of a course that is not followed any more.
+
+    Returns:
+        where they are now; None if there were none.
+    """
+    later = [path for path in checkpoints_in(folder) if step_of(path) > after]
+    if not later:
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    target.mkdir()
+    for path in later:
+        os.replace(path, target / path.name)
+    return target

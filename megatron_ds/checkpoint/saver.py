@@ -1,0 +1,282 @@
+"""Save a live run: take what it is at one moment, write it on every rank, and give it its name when all is there.
+
+With `asynchronous` only the taking stops the training. Files are written by a thread of each rank; the threads agree
+over a process group of their own that all have written, and the first rank's then makes the checkpoint appear.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ds.checkpoint import folder as naming
+from megatron_ds.checkpoint.files import FileRecord, write_bytes, write_pieces
+from megatron_ds.checkpoint.folder import PROGRESS, STATE
+from megatron_ds.checkpoint.progress import Origin, Progress, encode
+from megatron_ds.checkpoint.snapshot import HostMemory, Part, pass_on, take_part
+from megatron_ds.checkpoint.state import fragments, loss_scale
+from megatron_ds.checkpoint.weights import index_of, plan_shards
+from megatron_ds.engine import Engine
+from megatron_ds.errors import CheckpointError
+from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.export import small_files
+from megatron_ds.hf.io import SAFETENSORS, json_text
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How a run's checkpoints are kept.
+
+    Attributes:
+        folder: where they are.
+        keep: how many stay.
+        asynchronous: whether training goes on while files are written.
+        protected: checkpoints that are never removed.
+        model_path, tokenizer_path: where generation settings and the tokenizer are taken from, once.
+    """
+
+    folder: Path
+    keep: int = 3
+    asynchronous: bool = True
+    protected: tuple[Path, ...] = ()
+    model_path: str | None = None
+    tokenizer_path: str | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is there, and what it cost.
+
+    Attributes:
+        path: where it is.
+        step: of the run.
+        bytes: of all files, over all ranks.
+        waited_s: training stood still until the one before was written.
+        paused_s: training stood still in all, that wait included.
+        written_s: from the moment that it was taken until it had its name.
+        host_bytes: memory of this rank that asynchronous saving holds.
+    """
+
+    path: str
+    step: int
+    bytes: int
+    waited_s: float
+    paused_s: float
+    written_s: float
+    host_bytes: int
+
+
+class Saver:
+    """Saves one run. Making it, `save` and `wait` are collective: every rank calls them after the same step.
+
+    Args:
+        engine: what is saved.
+        model: what it is in Hugging Face's words.
+        options: where and how.
+        origin: who writes.
+
+    Raises:
+        ConversionError: on rank 0, if the tokenizer's files are damaged.
+    """
+
+    def __init__(self, engine: Engine, model: HFModel, options: SaveOptions, origin: Origin) -> None:
+        self.engine, self.model, self.options, self.origin = engine, model, options, origin
+        inventory = engine.inventory()
+        self.shards = plan_shards(model, inventory, engine.grid.layout)
+        # what threads say to each other must not mix with what the training says, and needs no accelerator
+        self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self.trained = self._all_trained([name for stage in inventory for name, _, _ in stage])
+        dtype = str(inventory[0][0][2]).removeprefix("torch.")
+        first = engine.grid.rank == 0
+        self.small = small_files(model, dtype, options.model_path, options.tokenizer_path) if first else {}
+        index = index_of(self.shards)
+        if first and index is not None:
+            self.small[f"{SAFETENSORS}.index.json"] = json_text(index).encode()
+        self.memory = HostMemory(pinned=engine.device.type == "cuda") if options.asynchronous else None
+        self._writing: _Writing | None = None
+
+    def save(self, progress: Progress) -> Saved | None:
+        """Save the run as it is now; returns when training may go on.
+
+        Returns:
+            the save before, if it was still being written: it is waited for.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write; what was there before is as it was.
+        """
+        began_s = time.monotonic()
+        before = self.wait()
+        waited_s = time.monotonic() - began_s
+        progress = replace(progress, loss_scale=loss_scale(self.engine), trained=self.trained)
+        writing = _Writing(self, progress, began_s, waited_s)
+        writing.make_room()
+        part = take_part(self.engine, self.model, self.shards, self.memory or pass_on)
+        if self.memory is not None:
+            part = replace(part, pieces=iter(list(part.pieces)))
+        writing.start(part, in_thread=self.memory is not None)
+        self._writing = writing
+        return before
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a save came to its end on this rank, so that `wait` will not wait for it. Not collective."""
+        return self._writing is not None and not self._writing.is_running
+
+    def wait(self) -> Saved | None:
+        """Until what was saved last is there; None if nothing is being written.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write it.
+        """
+        writing, self._writing = self._writing, None
+        return writing.result() if writing is not None else None
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What every rank has, on every rank."""
+        if self.group is None:
+            return [mine]
+        everyone: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+    def _all_trained(self, order: list[str]) -> tuple[str, ...]:
+        everyone = self.gather([fragment.name for fragment in fragments(self.engine)])
+        trained = {name for names in everyone for name in names}
+        return tuple(name for name in order if name in trained)
+
+
+class _Writing:
+    """One save on its way to the disk, on one rank."""
+
+    def __init__(self, saver: Saver, progress: Progress, began_s: float, waited_s: float) -> None:
+        self._saver, self._progress = saver, progress
+        self._began_s, self._waited_s, self._paused_s, self._written_s = began_s, waited_s, 0.0, 0.0
+        self._folder = saver.options.folder
+        self._directory = naming.temporary_for(self._folder, progress.step)
+        self._is_first = saver.engine.grid.rank == 0
+        self._thread: threading.Thread | None = None
+        self._part: Part | None = None
+        self._problems: list[str] = []
+        self._bytes = 0
+        self._defect: BaseException | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def make_room(self) -> None:
+        """An empty directory under a temporary name, seen by all ranks."""
+
+        def make() -> None:
+            if self._is_first:
+                shutil.rmtree(self._directory, ignore_errors=True)
+                (self._directory / STATE).mkdir(parents=True)
+
+        def look() -> None:
+            if not (self._directory / STATE).is_dir():
+                raise FileNotFoundError(f"{self._folder} is not on a disk that all machines share")
+
+        self._everywhere(make)
+        if not self._problems:
+            self._everywhere(look)
+        self._refuse()
+
+    def start(self, part: Part, in_thread: bool) -> None:
+        """Write, now or from now on."""
+        self._part = part
+        if in_thread:
+            self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._run()
+        self._paused_s = time.monotonic() - self._began_s
+
+    def result(self) -> Saved:
+        """Wait for the end.
+
+        Raises:
+            CheckpointError: see `Saver.wait`.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._defect is not None:
+            raise self._defect
+        self._refuse()
+        memory = self._saver.memory
+        return Saved(
+            path=str(self._folder / naming.name_of(self._progress.step)),
+            step=self._progress.step,
+            bytes=self._bytes,
+            waited_s=self._waited_s,
+            paused_s=self._paused_s,
+            written_s=self._written_s,
+            host_bytes=memory.bytes if memory is not None else 0,
+        )
+
+    def _run(self) -> None:
+        part = self._part
+        assert part is not None
+        try:
+            records = self._everywhere(lambda: write_pieces(self._directory, part.files, part.pieces))
+            if not self._problems:
+                everything = {name: record for mine in records for name, record in mine.items()}
+                self._bytes = sum(self._everywhere(lambda: self._finish(everything))) if not self._problems else 0
+            if self._problems and self._is_first:
+                shutil.rmtree(self._directory, ignore_errors=True)
+            self._written_s = time.monotonic() - self._began_s - self._waited_s
+        except BaseException as problem:  # of a thread, or another rank's end: `result` raises it
+            self._defect = problem
+
+    def _finish(self, records: Mapping[str, FileRecord]) -> int:
+        """On the first rank: the small files, the manifest, the name; then make room."""
+        if not self._is_first:
+            return 0
+        directory, options = self._directory, self._saver.options
+        origin = replace(self._saver.origin, written_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        small = {**self._saver.small, PROGRESS: encode(self._progress, origin).encode()}
+        files = dict(records)
+        for name, content in small.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            files[name] = write_bytes(directory / name, content)
+        naming.write_manifest(directory, files)
+        final = naming.put_in_place(self._folder, self._progress.step)
+        naming.remove_old(self._folder, options.keep, (*options.protected, final))
+        return sum(record.bytes for record in files.values())
+
+    def _everywhere(self, act: Any) -> list[Any]:
+        """Do something on every rank and tell the results to all; what goes wrong on any stands in `_problems`."""
+        mine, problem = None, None
+        try:
+            mine = act()
+        except OSError as error:
+            problem = f"rank {self._saver.engine.grid.rank}: {error.strerror or error}"
+        except Exception:  # a defect of ours: the others must not wait for this rank
+            problem = f"rank {self._saver.engine.grid.rank} failed:\n{traceback.format_exc().rstrip()}"
+        everyone = self._saver.gather((mine, problem))
+        self._problems += [problem for _, problem in everyone if problem is not None]
+        return [result for result, _ in everyone]
+
+    def _refuse(self) -> None:
+        if not self._problems:
+            return
+        whole = naming.checkpoints_in(self._folder)
+        left = f"{whole[0].name} is the newest that is whole" if whole else "there is no earlier one"
+        free = shutil.disk_usage(_existing(self._folder)).free
+        raise CheckpointError(
+            f"{self._folder}: {naming.name_of(self._progress.step)} could not be saved: {self._problems[0]} "
+            f"({free / 1e9:.2f} GB are free there); {left}; mend it and start again: the run goes on from there"
+        )
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.resolve().parents) if os.path.exists(place))

@@ -1,0 +1,57 @@
+"""AdamW that can sit out a step, and whose state exists from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter 2019) under DeepSpeed.
+
+    DeepSpeed calls `step` once for each flat partition of parameters, when all gradients are reduced. It skips a step
+    whose gradient norm is not finite by itself, but for ZeRO-0; it knows nothing of the loss.
+
+    Attributes:
+        may_step: asked at the first partition of every step; its answer must be the same on all ranks. It may
+            communicate: DeepSpeed reaches this point on all ranks or on none.
+    """
+
+    may_step: Callable[[], bool] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._answer: bool | None = None
+
+    @property
+    def sat_out(self) -> bool:
+        """Whether `may_step` said no in this step."""
+        return self._answer is False
+
+    def begin_step(self) -> None:
+        """The next call of `step` asks again."""
+        self._answer = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters in `param_groups`, unless this step is to be sat out."""
+        if self._answer is None:
+            self._answer = self.may_step() if self.may_step is not None else True
+        return super().step(closure) if self._answer else None
+
+    def create_state(self, parameter: Tensor) -> None:
+        """What torch's AdamW makes at a parameter's first step, if it is not there: a checkpoint can be read into it.
+
+        Args:
+            parameter: what DeepSpeed puts into `param_groups`, (n,) or a parameter's own shape.
+        """
+        if self.state[parameter]:
+            return
+        device = parameter.device if self.defaults["fused"] else torch.device("cpu")
+        self.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
