@@ -75,9 +75,40 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
         config = _transformers_config(raw)
         _refuse_contradictions(raw, config)
         core = _with_heads(family, family.translate(config), raw)
+        _check_classes(family, core, raw.get("architectures"))
     except ConversionError as problem:
         raise ConversionError(f"{where}: {problem}") from problem.__cause__
     return HFModel(family, config, core)
+
+
+# Of transformers' and other code's first years -> what the same class is called now.
+OLD_CLASSES = {
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "RWForCausalLM": "FalconForCausalLM",
+    "T5WithLMHeadModel": "T5ForConditionalGeneration",
+}
+
+
+def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
+    """Refuse a class with other heads than ours: its config alone would become a model of another task.
+
+    A base model is none. Where its weights would not tell that a head of its own is missing, its config has to.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    if named is None:
+        return
+    base = MODEL_MAPPING_NAMES[family.model_type]
+    known = list(dict.fromkeys((*(family.classes or [family.architecture]), base)))
+    if not isinstance(named, list) or any(OLD_CLASSES.get(name, name) not in known for name in map(str, named)):
+        raise ConversionError(
+            f"architectures={named!r} is not supported; supported of {family.model_type}: {', '.join(known)}"
+        )
+    if base in named and family.tied_by_bytes and not core.tied:
+        raise ConversionError(
+            f"architectures={named!r} with tie_word_embeddings=False leaves out a head that is not the embedding; "
+            f"nearest: {family.architecture}, with the head among its weights"
+        )
 
 
 def _with_heads(family: Family, core: ModelConfig, raw: Mapping[str, Any]) -> ModelConfig:

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.reference import predict
 from tests.hf.models import Tensors, changed, hashes, opened
@@ -98,12 +99,54 @@ REFUSED = {
 }
 
 
-def test_other_classes_are_refused_by_the_name_of_a_tensor(tmp_path: Path) -> None:
+def refusal(directory: Path) -> str:
+    with pytest.raises(ConversionError) as caught:
+        opened(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_other_classes_are_refused_by_name_and_else_by_the_name_of_a_tensor(tmp_path: Path) -> None:
     run_alone(save_classes, tmp_path, [(case, name) for name, (case, _) in REFUSED.items()])
     for name, (_, words) in REFUSED.items():
-        with pytest.raises(ConversionError) as caught:
-            opened(tmp_path / name)
-        assert words in str(caught.value) and "\n" not in str(caught.value), name
+        assert (words if name == "T5EncoderModel" else f"architectures=['{name}'] is not") in refusal(tmp_path / name)
+        assert words in refusal(changed(tmp_path / name, tmp_path / "unnamed", architectures=None)), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named", "known"),
+    [
+        ("bert", ["BertForSequenceClassification"], "BertForMaskedLM, BertForPreTraining, BertModel"),
+        ("bert", "BertModel", "BertForMaskedLM, BertForPreTraining, BertModel"),
+        ("roberta", ["RobertaForMaskedLM", "RobertaForCausalLM"], "RobertaForMaskedLM, RobertaModel"),
+        ("t5", ["T5ForSequenceClassification"], "T5ForConditionalGeneration, T5Model"),
+        ("llama", ["LlamaForSequenceClassification"], "LlamaForCausalLM, LlamaModel"),
+        ("gpt2", ["GPT2DoubleHeadsModel"], "GPT2LMHeadModel, GPT2Model"),
+        ("gemma3_text", ["Gemma3ForConditionalGeneration"], "Gemma3ForCausalLM, Gemma3TextModel"),
+    ],
+)
+def test_a_config_of_another_class_is_no_model_of_ours(model_type: str, named: Any, known: str) -> None:
+    """With weights at random nothing else would tell."""
+    with pytest.raises(ConversionError) as caught:
+        read_model({"model_type": model_type, "architectures": named})
+    assert str(caught.value) == (
+        f"model.config: architectures={named!r} is not supported; supported of {model_type}: {known}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named", "read_as"),
+    [
+        ("llama", ["LLaMAForCausalLM"], "LlamaForCausalLM"),
+        ("falcon", ["RWForCausalLM"], "FalconForCausalLM"),
+        ("t5", ["T5WithLMHeadModel"], "T5ForConditionalGeneration"),
+        ("gpt2", ["GPT2Model"], "GPT2LMHeadModel"),
+        ("bert", [], "BertForMaskedLM"),
+        ("bert", None, "BertForMaskedLM"),
+    ],
+)
+def test_old_names_base_models_and_none(model_type: str, named: Any, read_as: str) -> None:
+    assert read_model({"model_type": model_type, "architectures": named}).architecture == read_as
 
 
 # ---- T5's head -------------------------------------------------------------------------------------------------------
@@ -153,3 +196,16 @@ def test_a_t5_without_a_head_is_one_that_has_it_tied(encoders: Path, tmp_path: P
     model = opened(tmp_path / "T5Model").model
     assert model.core.tied and model.architecture == "T5ForConditionalGeneration"
     assert hashes(tmp_path / "T5Model").keys() == hashes(encoders / "t5-tied-relu").keys()
+
+
+def test_a_t5_without_its_own_head_is_refused(encoders: Path, tmp_path: Path) -> None:
+    """transformers 5 ties it in silence, as it does every T5 without a head; what was trained is another model."""
+    run_alone(save_classes, tmp_path, [("t5-gated", "T5Model")])
+    directory = tmp_path / "T5Model"
+    assert run_alone(tied_and_scaled, [directory]) == [(True, False)]
+    expected = (
+        f"{directory}/config.json: architectures=['T5Model'] with tie_word_embeddings=False leaves out a head that is "
+        "not the embedding; nearest: T5ForConditionalGeneration, with the head among its weights"
+    )
+    assert refusal(directory) == expected
+    assert refusal(changed(directory, directory, tie_word_embeddings=False, scale_decoder_outputs=None)) == expected
