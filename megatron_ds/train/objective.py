@@ -12,19 +12,27 @@ from megatron_ds.models.config import DecoderConfig, EncoderConfig
 # Keys of `data` that only some kinds of models heed.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
 _HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
+# Those of text alone: examples of pairs have been made. Of BERT's, those without `labels` are masked; the data tells.
+_OF_TEXT = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
 
 
 def objective_of(model: HFModel, run: RunConfig) -> Objective:
     """The objective of a model in a run.
 
     Raises:
-        ConfigError: the model has no head to train, or a key of `data` is set that this kind of model does not heed.
+        ConfigError: the model has no head to train, or a key of `data` is set that this kind of model does not heed,
+            or not in this format.
     """
     objective = _objective(model, run)
+    kind = type(objective)
+    heeded = set(_HEEDED[kind]) - (set() if run.data.format == "text" else set(_OF_TEXT[kind]))
     for key in _NOISE_KEYS:
         value, default = getattr(run.data, key), type(run.data).model_fields[key].default
-        if value != default and key not in _HEEDED[type(objective)]:
-            raise ConfigError(f"data.{key}={show(value)} does nothing for a {model.family.model_type} model; remove it")
+        if value != default and key not in heeded:
+            where = f" with data.format={run.data.format}" if key in _HEEDED[kind] else ""
+            raise ConfigError(
+                f"data.{key}={show(value)} does nothing for a {model.family.model_type} model{where}; remove it"
+            )
     return objective
 
 

@@ -134,6 +134,21 @@ def test_a_key_that_the_model_does_not_heed_is_refused(
         resolve(build_run(mapping(config, tmp_path, data=key)), 1, "cpu")
 
 
+@pytest.mark.parametrize("key", [{"mask_rate": 0.3}, {"mean_span": 4.0}])
+def test_noise_of_text_is_refused_where_pairs_have_been_made(key: dict[str, float], tmp_path: Path) -> None:
+    """Spans are cut out of text alone; a BERT's examples without labels are masked, so there it stays allowed."""
+    ((name, value),) = key.items()
+    with pytest.raises(ConfigError) as caught:
+        resolve(build_run(mapping(T5, tmp_path, data={"format": "tokenized", **key})), 1, "cpu")
+    assert str(caught.value) == (
+        f"data.{name}={value} does nothing for a t5 model with data.format=tokenized; remove it"
+    )
+    resolve(build_run(mapping(T5, tmp_path, data=key)), 1, "cpu")
+    if name == "mask_rate":
+        resolve(build_run(mapping(BERT, tmp_path, data={"format": "tokenized", **key})), 1, "cpu")
+    resolve(build_run(mapping(T5, tmp_path, data={"format": "tokenized", "target_length": 8})), 1, "cpu")
+
+
 def test_a_decoders_positions_are_divided_too(tmp_path: Path) -> None:
     run = build_run(mapping(T5, tmp_path, parallel={"tensor": 4, "sequence": True}))
     check_target_length(run, 16)
