@@ -117,7 +117,8 @@ def load_masker(tokenizer: PreTrainedTokenizerBase, tokenizer_path: str, objecti
     own_padding = [] if tokenizer.pad_token_id is None else [int(tokenizer.pad_token_id)]
     ids = MaskingIds(cls, sep, mask, tuple(sorted({objective.padding_id, *own_padding})))
     require_ids_below(vocab_size, max(cls, sep, mask), tokenizer_path)
-    # A tokenizer may have more ids than the model, as long as the data has none of them.
+    # All ids, special ones too, as in BERT's own code and transformers' collator. A tokenizer may have more than the
+    # model, as long as the data has none of them.
     num_random = min(vocab_size, largest_token_id(tokenizer) + 1)
     marks = word_marks(tokenizer, tokenizer_path, vocab_size) if objective.whole_words else None
     return Masker(objective, ids, num_random, marks)

@@ -58,6 +58,7 @@ def test_80_10_10_and_every_position_and_id_alike():
     assert_share(int(kept.sum()), total, 0.1 + 0.1 / VOCAB_SIZE)
     assert_share(len(replaced), total, 0.1 * (1 - 2 / VOCAB_SIZE))
     assert replaced.min() < 20 and replaced.max() > VOCAB_SIZE - 20
+    assert {CLS, SEP, PAD} <= set(replaced.tolist())  # special ids too, as in BERT's own code
     assert_share(int((replaced < VOCAB_SIZE // 2).sum()), len(replaced), 0.5)
     for position in range(len(ids)):
         assert_share(int(chosen[:, position].sum()), 2000, 0.15)
