@@ -66,7 +66,7 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
     if isinstance(source, Mapping):
         where, raw = "model.config", dict(source)
     else:
-        where, raw = str(Path(source) / "config.json"), _read_json(Path(source) / "config.json")
+        where, raw = str(Path(source) / "config.json"), read_json(Path(source) / "config.json")
         if raw.get("model_type") is None:
             raw |= _model_type_by_names(Path(source))
     try:
@@ -76,6 +76,8 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
         _refuse_contradictions(raw, config)
         core = _with_heads(family, family.translate(config), raw)
         _check_classes(family, core, raw.get("architectures"))
+        if isinstance(source, Mapping) or not (Path(source) / "generation_config.json").is_file():
+            generation_config(config, core, raw)  # to refuse it at the end of a run, when it is written, is too late
     except ConversionError as problem:
         raise ConversionError(f"{where}: {problem}") from problem.__cause__
     return HFModel(family, config, core)
@@ -173,6 +175,33 @@ def _refuse_contradictions(raw: Mapping[str, Any], config: Any) -> None:
             raise ConversionError(f"rope_scaling.{key}={old[key]!r} contradicts rope_parameters.{key}={new[key]!r}")
 
 
+def generation_config(config: Any, core: ModelConfig, raw: Mapping[str, Any]) -> Any:
+    """transformers' settings for generating, where no generation_config.json has them; None for what generates nothing.
+
+    Args:
+        config: transformers' object, which drops them.
+        core: the same in our terms.
+        raw: config.json, which of old holds them itself, and from which transformers' models take them.
+
+    Raises:
+        ConversionError: transformers refuses them, and with them the model.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    if isinstance(core, EncoderConfig):
+        return None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # settings without effect are kept as they are
+    try:
+        return GenerationConfig.from_model_config({**raw, **config.to_dict()})
+    except ValueError as problem:
+        reason = " ".join(str(problem).split())
+        raise ConversionError(f"transformers refuses its settings for generating: {reason}") from problem
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
     """config.json's content, with the names of both transformers 4 and 5 where they differ.
 
@@ -227,7 +256,7 @@ def _old_scaling(rope: Mapping[str, Any], content: Mapping[str, Any]) -> dict[st
     return bare if rope.keys() <= {*PHI3_ELSEWHERE, *bare} else scaling
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

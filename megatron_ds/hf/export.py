@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import HFModel, config_json
+from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.io import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.models.config import EncoderConfig
@@ -149,15 +149,15 @@ def small_files(
 
 
 def _write_generation_config(directory: Path, model: HFModel, model_path: str | Path | None) -> None:
-    source = Path(model_path) / "generation_config.json" if model_path is not None else None
-    if source is not None and source.is_file():
-        shutil.copyfile(source, directory / source.name)
-        return
+    """What steers `generate`, where a model has that; as the source has it, in a file of its own or in config.json."""
     if isinstance(model.core, EncoderConfig):
         return  # it generates nothing
-    from transformers import GenerationConfig
-
-    GenerationConfig.from_model_config(model.config).save_pretrained(directory)
+    source = Path(model_path) if model_path is not None else directory
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")
+        return
+    raw = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    generation_config(model.config, model.core, raw).save_pretrained(directory)
 
 
 def not_ours(directory: Path) -> list[str]:

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from megatron_ds.train.export import CHECK_TOLERANCE, check_export
-from tests.hf.models import DTYPES, Tensors, opened
+from tests.hf.models import DTYPES, Tensors, changed, opened
 from tests.parity.cases import VOCAB
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.reference import make_model
@@ -92,3 +96,60 @@ def predict_at(directory: Path, lengths: tuple[int, ...]) -> list[float]:
 def test_a_t5_is_asked_at_one_length_after_another(encoders: Path) -> None:
     """Its biases are those of the length, though what they are made from is kept."""
     assert max(run_alone(predict_at, encoders / "t5-uneven-few", (10, 30, 10))) < 1e-4
+
+
+# ---- how it generates ------------------------------------------------------------------------------------------------
+
+SUMMARISING = {"max_length": 200, "num_beams": 4, "length_penalty": 2.0, "early_stopping": True}
+SETTINGS: list[dict[str, Any]] = [
+    {**SUMMARISING, "no_repeat_ngram_size": 3},
+    {"early_stopping": True},  # to no effect without beams, of which transformers warns only
+    {"temperature": 0.7, "do_sample": False},
+    {"task_specific_params": {"summarization": SUMMARISING}},
+    {"eos_token_id": [1, 7], "decoder_start_token_id": 3, "pad_token_id": 5},
+]
+
+
+def settings_of(directories: list[Path]) -> list[dict[str, Any]]:
+    """What steers `generate` in transformers' models, and tasks; what is not set, and what is off, left out."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    found = []
+    for directory in directories:
+        theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory)
+        tasks = {"tasks": getattr(theirs.config, "task_specific_params", None)}
+        settings = {**theirs.generation_config.to_dict(), **tasks}
+        found.append({name: value for name, value in settings.items() if value not in (None, False)})
+    return found
+
+
+def test_settings_for_generating_of_an_old_config_are_kept(encoders: Path, tmp_path: Path) -> None:
+    """transformers 5 drops them from the config, and its models take them from the file."""
+    sources, outs = ([tmp_path / f"{name}{number}" for number in range(len(SETTINGS))] for name in ("source", "out"))
+    for source, out, fields in zip(sources, outs, SETTINGS, strict=True):
+        rewrite(changed(encoders / "t5-tied-relu", source, **fields), out)
+    before, after = run_alone(settings_of, sources), run_alone(settings_of, outs)
+    assert after == before
+    assert after[0].items() >= SETTINGS[0].items() and after[3]["tasks"] == {"summarization": SUMMARISING}
+    rewrite(outs[0], tmp_path / "again")
+    assert (tmp_path / "again/generation_config.json").read_bytes() == (outs[0] / "generation_config.json").read_bytes()
+
+
+def test_settings_that_transformers_refuses_are_refused_when_they_are_read(encoders: Path, tmp_path: Path) -> None:
+    """Not when they are written, at the end of a run."""
+    source = changed(encoders / "t5-tied-relu", tmp_path / "source", early_stopping=3)
+    with pytest.raises(ConversionError) as caught:
+        read_model(source)
+    message = f"{source}/config.json: transformers refuses its settings for generating: `early_stopping` must be"
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    (source / "generation_config.json").write_text('{"num_beams": 2}')  # goes before them
+    rewrite(source, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"num_beams": 2}'
+
+
+def test_a_model_that_does_not_generate_has_none(encoders: Path, tmp_path: Path) -> None:
+    """As transformers writes it; also where a careless save left a file."""
+    source = changed(encoders / "bert-masked", tmp_path / "source", max_length=20)
+    (source / "generation_config.json").write_text('{"max_length": 20}')
+    rewrite(source, tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
