@@ -1,0 +1,104 @@
+"""Saved at one layout, gone on with at another: the losses and norms of transformers' uninterrupted single process.
+
+The model's head is tied to its embedding, over two pipeline stages where there are as many, and its vocabulary of 131
+is padded wherever tensor ranks divide it. There are two parameter groups: weights that decay, and norms and biases.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ds.checkpoint.folder import name_of
+from megatron_ds.checkpoint.load import first_damage
+from tests.checkpoint.runs import CUT, Curve, apart, offloaded, resumed_at, saved_at
+from tests.parity.cases import Recipe
+from tests.parity.ours import Place
+
+RECIPE = Recipe()
+PLACES = {
+    "alone": Place(1, 1, 1, 0),
+    "alone-z1": Place(1, 1, 1, 1),
+    "dp2-z0": Place(1, 1, 2, 0),
+    "dp2-z2": Place(1, 1, 2, 2),
+    "dp2-z3": Place(1, 1, 2, 3),
+    "dp4-z1": Place(1, 1, 4, 1),
+    "dp4-z3": Place(1, 1, 4, 3),
+    "tp2-sp": Place(2, 1, 1, 1, True),
+    "tp4": Place(4, 1, 1, 1),
+    "tp2-dp2-z2": Place(2, 1, 2, 2, True),
+    "tp2-dp2-z3": Place(2, 1, 2, 3),
+    "pp2": Place(1, 2, 1, 1),
+    "pp4": Place(1, 4, 1, 1),
+    "pp2-dp2": Place(1, 2, 2, 1),
+    "tp2-pp2-sp": Place(2, 2, 1, 1, True),
+    "dp2-z1-offload": offloaded(Place(1, 1, 2, 1)),
+    "dp2-z3-offload": offloaded(Place(1, 1, 2, 3)),
+}
+PAIRS = [
+    ("alone", "tp2-sp"),
+    ("alone", "tp2-dp2-z3"),
+    ("alone", "tp2-pp2-sp"),
+    ("alone", "dp2-z0"),
+    ("tp2-sp", "alone"),
+    ("tp2-sp", "pp2-dp2"),
+    ("tp2-sp", "tp4"),
+    ("dp2-z3", "alone-z1"),
+    ("dp2-z3", "tp2-pp2-sp"),
+    ("dp2-z3", "dp4-z3"),
+    ("dp2-z3", "dp2-z2"),
+    ("tp2-pp2-sp", "alone"),
+    ("tp2-pp2-sp", "dp4-z1"),
+    ("tp2-pp2-sp", "tp2-dp2-z2"),
+    ("tp2-pp2-sp", "dp2-z3-offload"),
+    ("tp2-dp2-z3", "dp2-z0"),
+    ("tp2-dp2-z3", "pp4"),
+    ("tp2-dp2-z3", "dp2-z1-offload"),
+    ("dp4-z1", "pp2"),
+    ("dp4-z1", "dp2-z3"),
+    ("dp4-z1", "tp2-sp"),
+    ("dp2-z3-offload", "tp2-sp"),
+    ("dp2-z3-offload", "dp2-z2"),
+]
+assert len(PAIRS) >= 20
+
+
+@pytest.fixture(scope="module")
+def saved(references: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Name of a layout -> (checkpoint, the curve of the run that was not cut)."""
+    made: dict[str, tuple[Path, Curve]] = {}
+
+    def get(name: str) -> tuple[Path, Curve]:
+        if name not in made:
+            directory, _ = references("qwen2-tied", RECIPE)
+            folder = tmp_path_factory.mktemp(name)
+            curve = saved_at(directory, PLACES[name], RECIPE, folder, asynchronous=len(made) % 2 == 0)
+            made[name] = folder / name_of(CUT), curve
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_another_layout_goes_on_where_one_stopped(source: str, target: str, saved: Any, references: Any) -> None:
+    checkpoint, _ = saved(source)
+    _, reference = references("qwen2-tied", RECIPE)
+    expected = list(zip(reference["losses"], reference["norms"]))[CUT:]
+    loss, norm = apart(resumed_at(checkpoint, PLACES[target], RECIPE), expected)
+    assert loss < 2e-5 and norm < 1e-4, (loss, norm)
+
+
+@pytest.mark.parametrize("name", ["alone", "tp2-sp", "dp2-z3", "tp2-pp2-sp", "dp4-z1", "dp2-z3-offload"])
+def test_the_same_layout_goes_on_bit_for_bit(name: str, saved: Any) -> None:
+    checkpoint, curve = saved(name)
+    assert first_damage(checkpoint) is None
+    assert resumed_at(checkpoint, PLACES[name], RECIPE) == curve[CUT:]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("target", PLACES)
+@pytest.mark.parametrize("source", PLACES)
+def test_every_layout_goes_on_from_every_other(source: str, target: str, saved: Any, references: Any) -> None:
+    if (source, target) in PAIRS:
+        pytest.skip("stands above")
+    test_another_layout_goes_on_where_one_stopped(source, target, saved, references)
