@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -155,6 +155,13 @@ class Saver:
         return tuple(name for name in order if name in trained)
 
 
+class _Problem(NamedTuple):
+    """What went wrong on a rank: a disk's fault in a line, or a defect of ours with its traceback."""
+
+    text: str
+    is_defect: bool
+
+
 class _Writing:
     """One save on its way to the disk, on one rank."""
 
@@ -166,7 +173,7 @@ class _Writing:
         self._is_first = saver.engine.grid.rank == 0
         self._thread: threading.Thread | None = None
         self._part: Part | None = None
-        self._problems: list[str] = []
+        self._problems: list[_Problem] = []
         self._bytes = 0
         self._defect: BaseException | None = None
 
@@ -255,13 +262,14 @@ class _Writing:
 
     def _everywhere(self, act: Any) -> list[Any]:
         """Do something on every rank and tell the results to all; what goes wrong on any stands in `_problems`."""
-        mine, problem = None, None
+        rank, mine = self._saver.engine.grid.rank, None
+        problem: _Problem | None = None
         try:
             mine = act()
         except OSError as error:
-            problem = f"rank {self._saver.engine.grid.rank}: {error.strerror or error}"
-        except Exception:  # a defect of ours: the others must not wait for this rank
-            problem = f"rank {self._saver.engine.grid.rank} failed:\n{traceback.format_exc().rstrip()}"
+            problem = _Problem(f"rank {rank}: {error.strerror or error}", is_defect=False)
+        except Exception:  # the others must not wait for this rank
+            problem = _Problem(f"rank {rank} failed while saving:\n{traceback.format_exc().rstrip()}", is_defect=True)
         everyone = self._saver.gather((mine, problem))
         self._problems += [problem for _, problem in everyone if problem is not None]
         return [result for result, _ in everyone]
@@ -269,11 +277,14 @@ class _Writing:
     def _refuse(self) -> None:
         if not self._problems:
             return
+        for problem in self._problems:
+            if problem.is_defect:
+                raise RuntimeError(problem.text)
         whole = naming.checkpoints_in(self._folder)
         left = f"{whole[0].name} is the newest that is whole" if whole else "there is no earlier one"
         free = shutil.disk_usage(_existing(self._folder)).free
         raise CheckpointError(
-            f"{self._folder}: {naming.name_of(self._progress.step)} could not be saved: {self._problems[0]} "
+            f"{self._folder}: {naming.name_of(self._progress.step)} could not be saved: {self._problems[0].text} "
             f"({free / 1e9:.2f} GB are free there); {left}; mend it and start again: the run goes on from there"
         )
 
