@@ -14,6 +14,7 @@ Examples:
 \b
   megatron-ds train run.yaml --nproc 2
   megatron-ds train run.yaml train.steps=10 parallel.tensor=2 --nproc 4
+  megatron-ds train run.yaml --nproc 4 --max-restarts 3 --min-nproc 2
   torchrun --nproc-per-node 8 -m megatron_ds train run.yaml
   deepspeed --module megatron_ds train run.yaml
   srun --kill-on-bad-exit=1 python -m megatron_ds train run.yaml
@@ -32,10 +33,21 @@ def train(
             help="Local ranks to start (default 1). Leave out under torchrun, deepspeed or srun.",
         ),
     ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Start local ranks again, from the last checkpoint, at most N times if they die."
+        ),
+    ] = 0,
+    min_nproc: Annotated[
+        int | None,
+        typer.Option(metavar="M", help="Then go on with the ranks that are left, as long as there are M of them."),
+    ] = None,
 ) -> None:
     """Train; see HELP."""
     from megatron_ds.cli.display import TerminalReporter
     from megatron_ds.config import load_run
+    from megatron_ds.train.launch import Restarts
     from megatron_ds.train.launch import train as start
 
-    start(load_run(run, overrides or []), nproc, TerminalReporter)
+    start(load_run(run, overrides or []), nproc, TerminalReporter, Restarts(max_restarts, min_nproc))

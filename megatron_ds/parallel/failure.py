@@ -25,6 +25,18 @@ _LOST_PEER = re.compile(
 _ECHOES = (signal.SIGABRT, signal.SIGTERM)
 
 
+class GroupError(LaunchError):
+    """A group of ranks ended without having done its work.
+
+    Attributes:
+        lost: rank -> the signal that killed it, where that was nobody of ours.
+    """
+
+    def __init__(self, message: str, lost: Mapping[int, int] | None = None) -> None:
+        super().__init__(message)
+        self.lost = dict(lost or {})
+
+
 @dataclass(frozen=True)
 class Failure:
     """An exception that ended a rank.
@@ -89,7 +101,8 @@ def find_cause(statuses: Mapping[int, int], failures: Sequence[Failure], left_ea
         assert error is not None
         return error
     killed = {rank: -status for rank, status in statuses.items() if status < 0}
-    parts = [_killed(rank, number) for rank, number in killed.items() if number not in _ECHOES]
+    lost = {rank: number for rank, number in killed.items() if number not in _ECHOES}
+    parts = [_killed(rank, number) for rank, number in lost.items()]
     parts += [f"rank {failure.rank} failed:\n{failure.text}" for failure in own[:1]]
     if not parts:
         parts = [f"rank {rank} called sys.exit(0) while others went on" for rank in left_early]
@@ -99,7 +112,7 @@ def find_cause(statuses: Mapping[int, int], failures: Sequence[Failure], left_ea
         parts += [_killed(rank, number) for rank, number in killed.items()]
     if not parts:
         parts = [f"rank {f.rank} failed:\n{f.text}" for f in sorted(failures, key=lambda failure: failure.at_s)[:1]]
-    return LaunchError("; ".join(parts))
+    return GroupError("; ".join(parts), lost)
 
 
 def _killed(rank: int, number: int) -> str:

@@ -33,9 +33,9 @@ __all__ = ["RENDEZVOUS_FILE", "RankInfo", "run_local"]
 
 POLL_S = 0.02
 GRACE_S = 5.0  # from the first failure until the rest is ended: time to tell their own errors
-INTERRUPT_GRACE_S = 60.0  # after a Ctrl-C: time to close files and draw the plot
+INTERRUPT_GRACE_S = 60.0  # the same after a signal: time to save, close files and draw the plot
 TERM_S = 2.0  # from SIGTERM to SIGKILL
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,9 +60,10 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
     """Run `fn` on `world_size` forked ranks of this machine and return what each returned, in rank order.
 
     The parent must not have started threads or an accelerator. Each rank leads a process group of its own, so a Ctrl-C
-    reaches the parent alone, which passes it on: once, and the ranks may finish what they do; twice, and they are
-    ended. SIGTERM ends ranks and parent. A rank that leaves by `sys.exit(0)` returns None; whether that is wrong, its
-    peers will show.
+    reaches the parent alone, which passes it on, as it does SIGTERM and SIGUSR1: once, and the ranks may finish what
+    they do, for as long as that takes; if all end with status 0 so does this call. Twice, or where a rank does not
+    handle it, ranks and parent end. A rank that leaves by `sys.exit(0)` returns None; whether that is wrong, its peers
+    will show.
 
     Args:
         fn: called as fn(RankInfo) in each rank; its result is pickled.
@@ -73,6 +74,7 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
         MegatronDSError: a rank raised it; the same error, of the lowest rank that did.
         LaunchError: a rank died otherwise, or the time ran out; with the ranks' own tracebacks or stacks.
         KeyboardInterrupt: after a Ctrl-C.
+        SystemExit: after another signal, if its handler, which is called once more, lets this process live.
     """
     _check_forkable()
     folder = Path(tempfile.mkdtemp(prefix="megatron_ds-"))
@@ -83,11 +85,23 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
             _fork_all(fn, world_size, folder, ranks)
             _supervise(ranks, folder, timeout_s, received)
         return [_result(folder / f"{rank}.result") for rank in range(world_size)]
+    except _Ended as problem:
+        ended_by = problem.number
     finally:
         _end(ranks)
         shutil.rmtree(folder, ignore_errors=True)
-        if signal.SIGTERM in received:
-            signal.raise_signal(signal.SIGTERM)  # the default, or what the caller had set
+    if ended_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    signal.raise_signal(ended_by)  # the default, or what the caller had set
+    raise SystemExit(128 + ended_by)
+
+
+class _Ended(Exception):
+    """A signal ends ranks and parent."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def _check_forkable() -> None:
@@ -110,7 +124,7 @@ def _result(file: Path) -> Any:
 
 @contextmanager
 def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
-    """Within it SIGINT and SIGTERM go to `received` and to the ranks; handlers belong to the main thread alone."""
+    """Within it signals go to `received` and to the ranks; handlers belong to the main thread alone."""
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)
@@ -143,19 +157,17 @@ def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, re
     """Wait until every rank has ended.
 
     Raises:
-        BaseException: what `find_cause` makes of a failure; SystemExit after SIGTERM.
+        BaseException: what `find_cause` makes of a failure; _Ended after a signal.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     settled: float | None = None
     while any(rank.running for rank in ranks):
         _reap(ranks)
         now = time.monotonic()
-        if signal.SIGTERM in received:
-            raise SystemExit(128 + signal.SIGTERM)
-        if received.count(signal.SIGINT) > 1:
-            raise KeyboardInterrupt
+        if len(received) > 1:
+            raise _Ended(received[-1])
         if settled is None and any(rank.failed for rank in ranks):
-            settled = now + (INTERRUPT_GRACE_S if signal.SIGINT in received else GRACE_S)
+            settled = now + (INTERRUPT_GRACE_S if received else GRACE_S)
         if settled is not None and now > settled:
             break
         if settled is None and deadline is not None and now > deadline:
@@ -163,10 +175,11 @@ def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, re
             names = ", ".join(str(rank.index) for rank in hung)
             raise LaunchError(f"no end after {timeout_s:g} s; still running: rank {names}\n{_stacks(hung, folder)}")
         time.sleep(POLL_S)
-    if signal.SIGINT in received and any(rank.failed for rank in ranks):
-        raise KeyboardInterrupt
-    if any(rank.failed for rank in ranks):
-        raise _cause(ranks, folder)
+    if not any(rank.failed for rank in ranks):
+        return
+    if any(rank.status == -number for rank in ranks for number in received):
+        raise _Ended(received[0])  # it arrived where nobody handled it
+    raise _cause(ranks, folder)
 
 
 def _reap(ranks: Sequence[_Rank]) -> None:
@@ -235,7 +248,8 @@ def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
         os.setpgid(0, 0)
         _die_with(parent)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         os.environ.update(_environment(info, folder))
         status = _call(fn, info, folder, mask)

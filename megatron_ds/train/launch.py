@@ -8,14 +8,16 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 from megatron_ds.config import RunConfig
-from megatron_ds.errors import MegatronDSError, TopologyError
+from megatron_ds.errors import ConfigError, MegatronDSError, TopologyError
 from megatron_ds.log import get_logger, quiet_libraries, setup_logging
 from megatron_ds.monitor import Reporter, SilentReporter
 from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank import RankInfo, rank_from_environment
+from megatron_ds.parallel.restart import run_with_restarts
 
 ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
 
@@ -27,7 +29,25 @@ def silent() -> AbstractContextManager[Reporter]:
     return nullcontext(SilentReporter())
 
 
-def train(run: RunConfig, nproc: int | None = None, reporter: ReporterFactory = silent) -> None:
+@dataclass(frozen=True)
+class Restarts:
+    """What to do where local ranks die.
+
+    Attributes:
+        at_most: how often the group is started again, from its last checkpoint.
+        min_ranks: go on with the ranks that are left, as long as there are so many; None = with as many as before.
+    """
+
+    at_most: int = 0
+    min_ranks: int | None = None
+
+
+def train(
+    run: RunConfig,
+    nproc: int | None = None,
+    reporter: ReporterFactory = silent,
+    restarts: Restarts = Restarts(),
+) -> None:
     """Train a run.
 
     Under torchrun, the `deepspeed` launcher or srun this process is one rank of their world. Alone it starts `nproc`
@@ -37,6 +57,7 @@ def train(run: RunConfig, nproc: int | None = None, reporter: ReporterFactory = 
         run: from `load_run`.
         nproc: local ranks; None = 1, or what the launcher says.
         reporter: opened on rank 0 only.
+        restarts: of local ranks.
 
     Raises:
         MegatronDSError: what the user can mend.
@@ -48,7 +69,12 @@ def train(run: RunConfig, nproc: int | None = None, reporter: ReporterFactory = 
         raise TopologyError(f"--nproc={nproc} is less than one rank; nearest: 1")
     given = rank_from_environment()
     if given is None:
-        _train_locally(run, nproc or 1, reporter)
+        _train_locally(run, nproc or 1, reporter, restarts)
+    elif restarts.at_most:
+        raise TopologyError(
+            f"--max-restarts={restarts.at_most} is for starting alone, but the environment says that a launcher "
+            f"started rank {given.rank} of {given.world_size}; nearest: torchrun --max-restarts"
+        )
     elif nproc is None:
         _train_launched(run, given, reporter)
     else:
@@ -58,7 +84,8 @@ def train(run: RunConfig, nproc: int | None = None, reporter: ReporterFactory = 
         )
 
 
-def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory) -> None:
+def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restarts: Restarts) -> None:
+    check_restarts(run, ranks, restarts)
     _share_cores(ranks)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
 
@@ -68,7 +95,43 @@ def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory) -> Non
     check_devices(ranks, device_type(), device_count())
     resolve(run, ranks, device_type())
     preload()
-    run_local(lambda info: _train_as(run, info, reporter), ranks)
+    resumed = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
+
+    def start(count: int, is_restart: bool) -> None:
+        run_local(lambda info: _train_as(resumed if is_restart else run, info, reporter), count)
+
+    def fits(count: int) -> bool:
+        try:
+            resolve(resumed, count, device_type())
+        except ConfigError:
+            return False
+        return device_type() == "cpu" or count <= device_count()
+
+    def fewer(left: int) -> int:
+        assert restarts.min_ranks is not None
+        return next((count for count in range(left, restarts.min_ranks - 1, -1) if fits(count)), ranks)
+
+    run_with_restarts(start, ranks, restarts.at_most, fewer if restarts.min_ranks is not None else None)
+
+
+def check_restarts(run: RunConfig, ranks: int, restarts: Restarts) -> None:
+    """Whether restarting makes sense.
+
+    Raises:
+        ConfigError: there would be nothing to go on from.
+        TopologyError: the least number of ranks is none.
+    """
+    if restarts.at_most and not run.checkpoint.every:
+        raise ConfigError(
+            f"--max-restarts={restarts.at_most} has nothing to go on from: checkpoint.every=0 saves nothing; nearest: "
+            "checkpoint.every=100"
+        )
+    if restarts.min_ranks is None:
+        return
+    if not 1 <= restarts.min_ranks <= ranks:
+        raise TopologyError(f"--min-nproc={restarts.min_ranks} is not between 1 and --nproc={ranks}; nearest: {ranks}")
+    if not restarts.at_most:
+        raise TopologyError(f"--min-nproc={restarts.min_ranks} does nothing without --max-restarts; nearest: 1")
 
 
 def _share_cores(local_ranks: int) -> None:

@@ -6,7 +6,7 @@ import math
 import operator
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -45,7 +45,9 @@ from megatron_ds.train.resume import begin, check_found, clear_way, find, folder
 from megatron_ds.train.schedule import learning_rate
 from megatron_ds.train.summary import flops_per_position, positions_of, summarize
 from megatron_ds.train.together import together
+from megatron_ds.train.watchdog import Watchdog, board_of
 
+COLLECTIVE_TIMEOUT_S = 1800.0  # of a collective, at least: the watchdog, which says more, comes first
 _CLOCK = 1  # beside the numbers of signals, of which 1, SIGHUP, is none that stops a run
 
 
@@ -60,10 +62,12 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> None:
         KeyboardInterrupt: after SIGINT, once every rank has finished its step, saved, and closed the files.
     """
     with Interrupt(run.train.max_time) as interrupt:
-        device = start_distributed(info)
+        device = start_distributed(info, timeout_s=max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout))
         found = find(run, info)
         prepared = together(lambda: _prepare(run, info, found))
-        was_interrupted = _train(prepared, _build(prepared.job, info, device), reporter, interrupt)
+        engine = _build(prepared.job, info, device)
+        with Watchdog(info, run.train.step_timeout, board_of(info)) as watchdog:
+            was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog)
         stop_distributed()
     if was_interrupted:
         raise KeyboardInterrupt
@@ -115,11 +119,12 @@ def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
     return build_engine(lambda at: model_stages(job.model.core, at), grid, device, options, read_share)
 
 
-def _train(prepared: _Prepared, engine: Engine, reporter: Reporter, interrupt: Interrupt) -> bool:
+def _train(prepared: _Prepared, engine: Engine, reporter: Reporter, interrupt: Interrupt, watchdog: Watchdog) -> bool:
     """Train and export, or save and leave where `interrupt` says so; whether by a Ctrl-C, the same on every rank."""
     job, run, begin = prepared.job, prepared.job.run, prepared.begin
     summary = summarize(job, engine, prepared.train_data)
     if prepared.reader is not None:
+        watchdog.beat("reading the checkpoint")
         load_state(engine, prepared.reader)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
@@ -128,12 +133,15 @@ def _train(prepared: _Prepared, engine: Engine, reporter: Reporter, interrupt: I
         flops = flops_per_position(job, summary.num_params, prepared.train_data)
         throughput = Throughput(flops, job.layout.world_size)
         saver = _saver(prepared, engine)
-        loop = TrainingLoop(run, engine, prepared.train_data, prepared.valid_data, output, throughput, saver, begin)
+        loop = TrainingLoop(
+            run, engine, prepared.train_data, prepared.valid_data, output, throughput, saver, begin, watchdog.beat
+        )
         done = loop.run(interrupt)
         output.close(job.model.family.model_type)
         if done < run.train.steps:
             output.finish(f"stopped by {loop.reason} after step {done} of {run.train.steps}{loop.left_behind}")
             return loop.was_interrupted
+        watchdog.beat("exporting")
         _export(job, engine, prepared.train_data, output)
         output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
         return False
@@ -207,6 +215,7 @@ class TrainingLoop:
             padding included. `tokens` and `tokens_per_s` in the metrics count labelled tokens: what was learned from.
         saver: None = no checkpoints.
         begin: where the run stands.
+        beat: is told what this rank does from now on.
     """
 
     def __init__(
@@ -219,11 +228,12 @@ class TrainingLoop:
         throughput: Throughput,
         saver: Saver | None,
         begin: Progress,
+        beat: Callable[[str], None],
     ) -> None:
         self._run, self._engine, self._output, self._throughput = run, engine, output, throughput
         self._train_data, self._valid_data, self._saver = train_data, valid_data, saver
         self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, run.data.shuffle)
-        self._now, self._saved_step = begin, begin.step
+        self._now, self._saved_step, self._beat = begin, begin.step, beat
         self._stopped_by = 0
 
     @property
@@ -262,6 +272,7 @@ class TrainingLoop:
                 self._save()
             if stop:
                 break
+        self._beat(f"waiting until step {self._now.step} is saved")
         self._tell(self._saver.wait() if self._saver is not None else None)
         return self._now.step
 
@@ -270,7 +281,9 @@ class TrainingLoop:
         began_s = time.perf_counter()
         train, now = self._run.train, self._now
         lr = learning_rate(now.applied, train.steps, self._run.optimizer, self._run.schedule)
+        self._beat(f"step {step}: reading data")
         batches = self._micro_batches(self._train_data, self._batches.indices_from(now.data.samples))
+        self._beat(f"step {step}: forward and backward pass, optimizer")
         result = self._engine.train_step(batches, lr)
         bad = not result.applied and (not self._engine.can_overflow or not math.isfinite(result.loss))
         self._now = replace(
@@ -304,6 +317,7 @@ class TrainingLoop:
     def _save(self) -> None:
         if self._saver is None or self._saved_step == self._now.step:
             return
+        self._beat(f"saving after step {self._now.step}")
         self._tell(self._saver.save(self._now))
         self._saved_step = self._now.step
 
@@ -337,8 +351,11 @@ class TrainingLoop:
         """The loss of the whole validation set; the last batch is filled up without labels."""
         data, size = self._valid_data, self._run.train.global_batch_size
         assert data is not None
-        batches = (self._micro_batches(data, indices) for indices in ordered_pass(len(data), size))
-        losses = reduce(operator.add, map(self._engine.evaluate, batches))
+        parts = []
+        for number, indices in enumerate(ordered_pass(len(data), size), start=1):
+            self._beat(f"validation after step {step}, batch {number}")
+            parts.append(self._engine.evaluate(self._micro_batches(data, indices)))
+        losses = reduce(operator.add, parts)
         self._output.valid(ValidMetrics(step, losses.mean))
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> list[dict[str, torch.Tensor]]:

@@ -93,7 +93,8 @@ def drive(run: RunConfig, engine: CountingEngine, valid: Numbers | None = None, 
         with RunOutput(run, listener, is_first=True) as output, Interrupt(run.train.max_time) as interrupt:
             output.start(SUMMARY)
             data: Any = Numbers(20, read_s)
-            loop = TrainingLoop(run, engine, data, valid, output, Throughput(1e9, 2), None, Progress())  # type: ignore[arg-type]
+            told: list[str] = []
+            loop = TrainingLoop(run, engine, data, valid, output, Throughput(1e9, 2), None, Progress(), told.append)  # type: ignore[arg-type]
             done = loop.run(interrupt)
             output.close("numbers")
         return done, listener.notes, engine.lrs

@@ -1,0 +1,107 @@
+"""Who hangs is named: a stopped rank, one that is behind, or all that wait; a run that goes on is left alone."""
+
+import os
+import re
+import signal
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ds.errors import LaunchError
+from megatron_ds.parallel import launch
+from megatron_ds.parallel.rank import RankInfo
+from megatron_ds.train.watchdog import FileBoard, Note, StoreBoard, Watchdog, board_of, diagnose
+from tests.ranks import run_ranks
+
+TIMEOUT_S = 2.0
+
+
+def _steps(info: RankInfo, at: str) -> None:
+    with Watchdog(info, TIMEOUT_S, board_of(info)) as watchdog:
+        for step in range(1, 6):
+            watchdog.beat(f"step {step}: reading data")
+            if step == 3 and info.rank == 1 and at == "reading":
+                time.sleep(60)
+            watchdog.beat(f"step {step}: computing")
+            if step == 3 and info.rank == 1 and at == "stopped":
+                time.sleep(1.0)  # its watchdog has told
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if step == 3 and info.rank == 1 and at == "computing":
+                time.sleep(60)
+            dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        ("reading", r"rank 1 is behind the others; it last said: step 3: reading data; ranks 0, 2 wait at: step 3: c"),
+        ("stopped", r"rank 1 does not answer: .*; it last said: step 3: computing; ranks 0, 2 wait at: step 3: c"),
+        ("computing", r"ranks 0, 1, 2 stand at: step 3: computing"),
+    ],
+)
+def test_the_rank_that_hangs_is_named(at: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=rf"^no progress for 2 s \(train.step_timeout=2\); {says}") as caught:
+        run_ranks(_steps, 3, at)
+    assert time.monotonic() - began < TIMEOUT_S + 20
+    if at == "reading":
+        assert re.search(r"rank 1 stood at:\n(.*\n)*.* in _steps", str(caught.value)), "its stack, not another's"
+
+
+def _slow_but_going(info: RankInfo) -> str:
+    with Watchdog(info, 0.5, board_of(info)) as watchdog:
+        for part in range(8):
+            watchdog.beat(f"part {part}")
+            time.sleep(0.2)
+    return "done"
+
+
+def test_a_run_that_goes_on_is_left_alone() -> None:
+    assert run_ranks(_slow_but_going, 2) == ["done", "done"]
+
+
+def test_zero_turns_it_off() -> None:
+    def stands(info: RankInfo) -> str:
+        with Watchdog(info, 0.0, board_of(info)):
+            time.sleep(0.5)
+        return "done"
+
+    assert run_ranks(stands, 1) == ["done"]
+
+
+def test_the_board_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like the one in a folder: notes are read by all, one rank claims."""
+
+    def two_boards(info: Any) -> Any:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = dist.TCPStore("127.0.0.1", port, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
+        first, second = StoreBoard("127.0.0.1", port), StoreBoard("127.0.0.1", port)
+        first.put(1, Note(3, 2, "step 1", "here"))
+        found = second.read(1), second.read(0), first.claim(), second.claim()
+        del server
+        return found
+
+    assert launch.run_local(two_boards, 1)[0] == (Note(3, 2, "step 1", "here"), Note(), True, False)
+
+
+def test_the_board_in_a_folder(tmp_path: Path) -> None:
+    first, second = FileBoard(tmp_path), FileBoard(tmp_path)
+    first.put(1, Note(3, 2, "step 1", "here"))
+    assert (second.read(1), second.read(0)) == (Note(3, 2, "step 1", "here"), Note())
+    assert (first.claim(), second.claim()) == (True, False)
+
+
+def test_of_one_rank_the_place_is_told() -> None:
+    said = diagnose([Note(9, 4, "step 2: reading data", "a stack")], [True], 30.0)
+    first, rest = said.split("\n", 1)
+    assert first == "no progress for 30 s (train.step_timeout=30); rank 0 stands at: step 2: reading data"
+    assert rest == "rank 0 stood at:\na stack"
