@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sweep check tables clean
+.PHONY: help setup demo test sweep soak check tables clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,10 +33,13 @@ demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), expor
 	$(BIN)/python examples/pretrain_moby_dick/generate.py
 
 test: $(WEIGHTS)  ## the test suite, without the sweep over every combination
-	$(PYTEST) -m "not sweep"
+	$(PYTEST) -m "not sweep and not soak"
 
 sweep: $(WEIGHTS)  ## all tests, the sweep over every combination too
-	$(PYTEST) -m "sweep or not sweep"
+	$(PYTEST) -m "not soak"
+
+soak: $(STAMP)  ## long fault injection: kills, faults, full disks; prints the counts
+	$(BIN)/python -m pytest -m soak -s
 
 check: $(STAMP)  ## lint, formatting, types, import floors
 	$(BIN)/ruff check .

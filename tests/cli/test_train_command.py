@@ -111,7 +111,7 @@ def test_an_interrupt_ends_the_run_cleanly(start: Start, run_file: Path) -> None
     assert (status, err) == (130, "")
     steps = read_lines(run_file.parent / "out")[-1]["step"]
     assert out.splitlines()[-1] == (
-        f"interrupted after step {steps} of 1000000; metrics are in {run_file.parent / 'out'}"
+        f"stopped by SIGINT after step {steps} of 1000000; nothing was saved (checkpoint.every=0)"
     )
     assert (run_file.parent / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -200,18 +200,26 @@ def test_an_interrupt_ends_the_run_after_the_step_with_files_closed(make_run: Ca
     assert load_run(Path(run.output) / "config.yaml") == run
 
 
-def test_a_second_interrupt_ends_the_process() -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGTERM)],
+)
+def test_a_second_signal_ends_the_process(first: signal.Signals, second: signal.Signals) -> None:
     from megatron_ds.errors import LaunchError
     from megatron_ds.parallel.launch import run_local
 
     def press_twice(info: Any) -> None:
-        with Interrupt():
-            os.kill(os.getpid(), signal.SIGINT)
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), first)
+            assert interrupt.requested and interrupt.signal is first
             time.sleep(1.1)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), second)
             time.sleep(5)
             raise AssertionError("still here")
 
     with pytest.raises((KeyboardInterrupt, LaunchError)) as caught:
         run_local(press_twice, 1)
-    assert caught.type is KeyboardInterrupt
+    if second == signal.SIGINT:
+        assert caught.type is KeyboardInterrupt
+    else:
+        assert str(caught.value) == f"rank 0 ended with exit code {128 + second}"

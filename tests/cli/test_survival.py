@@ -1,0 +1,216 @@
+"""`megatron-ds train` under what happens to real runs: schedulers' signals, the clock, killed ranks.
+
+Whatever it was, the losses are those of a run that nothing happened to, bit for bit.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ds.checkpoint.folder import checkpoints_in, name_of, step_of
+from megatron_ds.checkpoint.load import first_damage
+from megatron_ds.config.yaml_text import format_yaml
+from tests.cli.conftest import Start, processes_of, wait_for_steps, wait_until
+from tests.train.tiny import run_mapping
+
+pytestmark = pytest.mark.slow
+
+STEPS = 300
+
+
+@pytest.fixture(autouse=True)
+def no_orphans(start: Start, tmp_path: Path) -> Iterator[None]:
+    yield
+    assert processes_of(tmp_path) == {}
+
+
+def write_run(corpus: Path, folder: Path, name: str = "out", steps: int = STEPS) -> Path:
+    mapping = run_mapping(corpus, folder / name)
+    mapping["train"].update(steps=steps, eval_every=0)
+    mapping["checkpoint"] = {"every": 3, "keep": 2}
+    file = folder / f"{name}.yaml"
+    file.write_text(format_yaml(mapping))
+    return file
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def finish(process: "subprocess.Popen[str]", within_s: float = 120.0) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=within_s)
+    return process.returncode, out, re.sub(r"^tokenising \S+\n", "", err, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def uncut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run that nothing happened to."""
+    from megatron_ds.config import load_run
+    from megatron_ds.train.launch import train
+    from tests.ranks import preload
+
+    preload()
+    folder = tmp_path_factory.mktemp("uncut")
+    train(load_run(write_run(corpus, folder), ["checkpoint.every=0"]), 2)
+    return losses(folder / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_a_run_well_and_it_goes_on(
+    number: signal.Signals, start: Start, corpus: Path, tmp_path: Path, uncut: list[float]
+) -> None:
+    file, output = write_run(corpus, tmp_path), tmp_path / "out"
+    process = start("-m", "megatron_ds", "train", file, "--nproc", 2)
+    wait_for_steps(output, 10, process)
+    process.send_signal(number)
+    status, out, err = finish(process)
+    assert (status, err) == (0, "")
+    done = len(losses(output))
+    newest = checkpoints_in(output / "checkpoints")[0]
+    assert newest.name == name_of(done) and first_damage(newest) is None
+    said = f"stopped by {number.name} after step {done} of {STEPS}; it goes on from checkpoint {newest.name} when"
+    assert said in out
+    status, out, _ = finish(start("-m", "megatron_ds", "train", file, "--nproc", 2))
+    assert status == 0 and f"goes on after step {done} from" in out
+    assert losses(output) == uncut
+
+
+def test_the_clock_ends_a_run_well(start: Start, corpus: Path, tmp_path: Path) -> None:
+    file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
+    status, out, err = finish(start("-m", "megatron_ds", "train", file, "train.max_time=8", "--nproc", 2))
+    assert (status, err) == (0, "") and "stopped by train.max_time=8 after step" in out
+    assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
+
+
+def test_a_ranks_own_signal_counts_for_all_under_torchrun(start: Start, corpus: Path, tmp_path: Path) -> None:
+    """As a scheduler warns one task."""
+    file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "megatron_ds", "train", file)
+    process = start(*command)
+    wait_for_steps(output, 5, process)
+    second = [pid for pid, environ in processes_of(tmp_path).items() if environ.get("RANK") == "1"]
+    os.kill(second[0], signal.SIGUSR1)
+    status, out, _ = finish(process)
+    assert status == 0 and "stopped by SIGUSR1 after step" in out
+    assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
+
+
+def test_ctrl_c_saves_too(start: Start, corpus: Path, tmp_path: Path) -> None:
+    file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
+    process = start("-m", "megatron_ds", "train", file, "--nproc", 2)
+    wait_for_steps(output, 5, process)
+    process.send_signal(signal.SIGINT)
+    status, out, err = finish(process)
+    assert (status, err) == (130, "") and "stopped by SIGINT after step" in out
+    assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """Pids of the ranks that a command has forked."""
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [int(pid) for pid in children]
+
+
+def kill_now_and_then(process: "subprocess.Popen[str]", output: Path, kills: int, chance: random.Random) -> int:
+    """Kill random ranks at random moments, of starting, training and saving; gives how often, until the run ended."""
+    for count in range(kills):
+        wait_until(lambda: len(ranks_of(process)) == 2 or process.poll() is not None, 60)
+        ranks = ranks_of(process)
+        metrics = output / "metrics.jsonl"
+        before = metrics.stat().st_mtime_ns if metrics.is_file() else 0
+        if chance.random() < 0.25:
+            time.sleep(chance.uniform(0.0, 2.5))
+        else:  # once it trains
+            wait_until(
+                lambda before=before, metrics=metrics: (
+                    process.poll() is not None or (metrics.is_file() and metrics.stat().st_mtime_ns > before)
+                ),
+                60,
+            )
+            time.sleep(chance.uniform(0.0, 0.4))
+        if process.poll() is not None or not ranks:
+            return count
+        os.kill(chance.choice(ranks), signal.SIGKILL)
+        wait_until(lambda ranks=ranks: not set(ranks) & set(ranks_of(process)) or process.poll() is not None, 30)
+    return kills
+
+
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(30, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["few", "many"]
+)
+def test_killed_ranks_leave_no_trace_in_the_losses(
+    kills: int, start: Start, corpus: Path, tmp_path: Path, uncut: list[float]
+) -> None:
+    """kill -9 of a random rank at random moments; the built-in launcher starts the group again."""
+    chance, done, runs = random.Random(5), 0, 0
+    while done < kills:
+        runs += 1
+        file, output = write_run(corpus, tmp_path, f"run{runs}"), tmp_path / f"run{runs}"
+        process: Any = start("-m", "megatron_ds", "train", file, "--nproc", 2, "--max-restarts", kills)
+        killed = kill_now_and_then(process, output, kills - done, chance)
+        status, _, err = finish(process, 240)
+        assert status == 0, err
+        assert len(re.findall(r"was killed by SIGKILL", err)) == killed == len(re.findall(r"; restart \d+ of", err))
+        assert losses(output) == uncut
+        folder = output / "checkpoints"
+        assert checkpoints_in(folder)[0].name == name_of(STEPS)
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".step")]
+        done += killed
+    print(f"\n{done} kills in {runs} runs: the losses of each are those of the run that was not killed, bit for bit")
+
+
+def test_restarts_go_on_with_the_ranks_that_are_left(start: Start, corpus: Path, tmp_path: Path) -> None:
+    """Of 4 one is killed: 3 would not divide the batch of 8, so 2 go on."""
+    file, output = write_run(corpus, tmp_path, steps=40), tmp_path / "out"
+    command = ("-m", "megatron_ds", "train", file, "--nproc", 4, "--max-restarts", 2, "--min-nproc", 2)
+    process = start(*command)
+    wait_for_steps(output, 8, process)
+    os.kill(ranks_of(process)[3], signal.SIGKILL)
+    status, out, err = finish(process)
+    assert status == 0, err
+    assert re.search(r"rank 3 was killed by SIGKILL, .*; restart 1 of 2 with 2 ranks", err)
+    assert len(losses(output)) == 40 and "world       2 = tp 1 x pp 1 x dp 2" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ("--max-restarts", 1, "checkpoint.every=0"),
+            "--max-restarts=1 has nothing to go on from: checkpoint.ev",
+        ),
+        (("--min-nproc", 1), "--min-nproc=1 does nothing without --max-restarts; nearest: 1"),
+        (("--max-restarts", 1, "--min-nproc", 3), "--min-nproc=3 is not between 1 and --nproc=2; nearest: 2"),
+        (
+            ("checkpoint.resume=out/nothing",),
+            "checkpoint.resume=out/nothing is no checkpoint; nearest: auto, never",
+        ),
+        (
+            ("train.freeze=[lm_hed.weight]",),
+            "train.freeze=lm_hed.weight matches no tensor of the model, such as",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    options: tuple[Any, ...], says: str, start: Start, corpus: Path, tmp_path: Path
+) -> None:
+    status, out, err = finish(start("-m", "megatron_ds", "train", write_run(corpus, tmp_path), "--nproc", 2, *options))
+    assert (status, out) == (2, "") and err.startswith(f"error: {says}") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
