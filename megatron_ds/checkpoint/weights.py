@@ -26,7 +26,7 @@ from megatron_ds.layers.parameter import ParamSpec, spec_of
 from megatron_ds.parallel.grid import Layout
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
-MIN_SHARE_BYTES = 2**28  # a small model is not scattered over many files
+MIN_SHARE_BYTES = 2**26  # a small model is not scattered over many files
 
 Inventory = Sequence[Sequence[tuple[str, ParamSpec, torch.dtype]]]
 
