@@ -2,13 +2,14 @@
 
 import megatron_ds as mds
 mds.train(mds.load_run("run.yaml"))
-mds.verify_hf(hf_dir, tp=2, pp=2)
+mds.import_hf(hf_dir, checkpoint); mds.export_hf(checkpoint, hf_dir); mds.verify_hf(hf_dir, tp=2, pp=2)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_ds.checkpoint.convert import export_hf, import_hf
     from megatron_ds.config import load_run
     from megatron_ds.train.launch import train
     from megatron_ds.verify.run import verify_hf
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Resolved on first use, so that importing the package costs nothing. `train` is not here: see megatron_ds/train.
-_PUBLIC = {"load_run": "megatron_ds.config", "verify_hf": "megatron_ds.verify.run"}
+_PUBLIC = {
+    "export_hf": "megatron_ds.checkpoint.convert",
+    "import_hf": "megatron_ds.checkpoint.convert",
+    "load_run": "megatron_ds.config",
+    "verify_hf": "megatron_ds.verify.run",
+}
 
-__all__ = ["__version__", "load_run", "train", "verify_hf"]
+__all__ = ["__version__", "export_hf", "import_hf", "load_run", "train", "verify_hf"]
 
 
 def __getattr__(name: str) -> Any:

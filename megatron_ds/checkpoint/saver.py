@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from megatron_ds.checkpoint import folder as naming
 from megatron_ds.checkpoint.files import FileRecord, write_bytes, write_pieces
 from megatron_ds.checkpoint.folder import PROGRESS, STATE
-from megatron_ds.checkpoint.progress import Origin, Progress, encode
+from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import HostMemory, Part, pass_on, take_part
 from megatron_ds.checkpoint.state import fragments, loss_scale
 from megatron_ds.checkpoint.weights import index_of, plan_shards
@@ -249,7 +248,7 @@ class _Writing:
         if not self._is_first:
             return 0
         directory, options = self._directory, self._saver.options
-        origin = replace(self._saver.origin, written_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        origin = replace(self._saver.origin, written_at=timestamp())
         small = {**self._saver.small, PROGRESS: encode(self._progress, origin).encode()}
         files = dict(records)
         for name, content in small.items():

@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_ds.checkpoint.boxes import Box
 from megatron_ds.checkpoint.files import Entry, Piece
 from megatron_ds.checkpoint.folder import STATE
-from megatron_ds.checkpoint.state import STEPS, Fragment, owned
+from megatron_ds.checkpoint.keys import STEPS, key_of
+from megatron_ds.checkpoint.state import Fragment, owned
 from megatron_ds.checkpoint.weights import Shard, gather_weights
 from megatron_ds.engine import Engine
 from megatron_ds.hf.config import HFModel
@@ -85,17 +86,6 @@ def take_part(engine: Engine, model: HFModel, shards: Sequence[Shard], keep: Kee
             yield Piece(file, name, keep(name, tensor))
 
     return Part(files, pieces())
-
-
-def key_of(kind: str, name: str, box: Box) -> str:
-    """How a box of a parameter is called in a file of the training state: `exp_avg/blocks.0.norm.weight/0,64`."""
-    return f"{kind}/{name}/{','.join(map(str, box.start))}"
-
-
-def parse_key(key: str, shape: tuple[int, ...]) -> tuple[str, str, Box]:
-    """What `key_of` was given."""
-    kind, name, start = key.split("/")
-    return kind, name, Box(tuple(int(part) for part in start.split(",") if part), shape)
 
 
 def _state_tensors(own: Sequence[Fragment], engine: Engine) -> Iterator[tuple[str, Tensor]]:

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.checkpoint.boxes import Box, boxes_of_range, in_whole
+from megatron_ds.checkpoint.keys import KINDS, MASTER
 from megatron_ds.engine import Engine
 from megatron_ds.layers.parameter import ParamSpec, spec_of
-
-MASTER, STEPS = "master", "step"
-KINDS = (MASTER, "exp_avg", "exp_avg_sq")
-"""What there is of every element that is trained: the weight in fp32 and AdamW's two moments (Kingma and Ba 2015)."""
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

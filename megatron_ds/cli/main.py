@@ -13,6 +13,12 @@ from typing import Annotated
 import typer
 
 from megatron_ds import __version__
+from megatron_ds.cli.export import HELP as EXPORT_HELP
+from megatron_ds.cli.export import export
+from megatron_ds.cli.import_hf import HELP as IMPORT_HELP
+from megatron_ds.cli.import_hf import import_hf
+from megatron_ds.cli.inspect import HELP as INSPECT_HELP
+from megatron_ds.cli.inspect import inspect
 from megatron_ds.cli.train import HELP as TRAIN_HELP
 from megatron_ds.cli.train import train
 from megatron_ds.cli.verify import HELP as VERIFY_HELP
@@ -26,7 +32,9 @@ Examples:
 
 \b
   megatron-ds train run.yaml --nproc 2
-  megatron-ds verify path/to/hf_dir --tp 2
+  megatron-ds inspect out/run
+  megatron-ds export out/run out/hf
+  megatron-ds verify out/hf --tp 2
 """
 SPEECH_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to speak
 
@@ -39,7 +47,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(help=TRAIN_HELP)(train)
+app.command(help=EXPORT_HELP)(export)
+app.command("import", help=IMPORT_HELP)(import_hf)
 app.command(help=VERIFY_HELP)(verify)
+app.command(help=INSPECT_HELP)(inspect)
 
 
 @app.callback()

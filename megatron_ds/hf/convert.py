@@ -29,22 +29,32 @@ def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, ma
         ConversionError: the source cannot be read without changing its meaning, or does not fit into the dtype; the
             target is the source, or holds something else than a model.
     """
-    _check_target(Path(source), Path(target))
+    check_target(Path(source), Path(target))
     weights = HFWeights(source, read_model(source))
-    with exporting(target, weights.model, dtype, max_shard_size) as export, _one_thread():
+    with exporting(target, weights.model, dtype, max_shard_size) as export, one_thread():
         for name, whole in weights.each():
             export.add(name, whole)
             del whole  # what it was read from leaves memory before the next is read
         export.finish(source, source)
 
 
-def _check_target(source: Path, target: Path) -> None:
+def check_target(source: Path, target: Path, allowed: tuple[str, ...] = ()) -> None:
+    """Whether a directory may be written, and one that is there be replaced.
+
+    Args:
+        source: what is read.
+        target: what is to be written.
+        allowed: names beside a model's that it may hold.
+
+    Raises:
+        ConversionError: it is the source or around it, no directory, or holds something else.
+    """
     ours, theirs = target.resolve(), source.resolve()
     if ours == theirs or ours in theirs.parents:
         raise ConversionError(f"{target} would replace {source}, which is read; choose another directory")
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} is a file; choose another place for the directory")
-    strangers = not_ours(target) if target.is_dir() else []
+    strangers = [name for name in not_ours(target) if name not in allowed] if target.is_dir() else []
     if strangers:
         raise ConversionError(
             f"{target} would be replaced, and holds {strangers[0]}, which is no file of a model; choose another "
@@ -53,7 +63,7 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Copying is bound by memory: more threads are hardly faster, and wait for one another on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -89,17 +89,25 @@ class DirectoryExport:
         for theirs, tensor in self._to_hf.add(name, whole):
             self._writer.add(theirs, tensor)
 
-    def finish(self, model_path: str | Path | None = None, tokenizer_path: str | Path | None = None) -> None:
+    def finish(
+        self,
+        model_path: str | Path | None = None,
+        tokenizer_path: str | Path | None = None,
+        last: Callable[[Path], None] | None = None,
+    ) -> None:
         """Write the small files and put the directory in its place; an earlier export there is replaced.
 
         Args:
             model_path: where generation_config.json is taken from; None or no such file = made from the config.
             tokenizer_path: where the tokenizer and chat templates are taken from; None = none.
+            last: adds more to the directory before it gets its place.
         """
         assert self._added == self.model.table.keys(), self._added ^ self.model.table.keys()
         self._writer.finish()
         dtype = str(self._elements_of.most_common(1)[0][0]).removeprefix("torch.")
         write_small_files(self.directory, self.model, dtype, model_path, tokenizer_path)
+        if last is not None:
+            last(self.directory)
         _replace_directory(self._target, self.directory)
 
     def _cast(self, name: str, whole: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class TensorSource:
     """
 
     def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, Stored]]) -> None:
-        self.directory = directory
+        self.directory, self.files = directory, list(tables)
         self._found = {name: (file, stored) for file, table in tables.items() for name, stored in table.items()}
 
     @property

@@ -91,6 +91,11 @@ class HFWeights:
             yield name, self.whole(name, place)
 
     @property
+    def files(self) -> list[Path]:
+        """Where they are."""
+        return self._source.files
+
+    @property
     def num_params(self) -> int:
         """Of the whole model, tied ones once."""
         return sum(prod(row.op.native_shape(self.model.axis_sizes)) for row in self.model.table.values())

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from megatron_ds import __version__
 from megatron_ds.checkpoint.folder import name_of
-from megatron_ds.checkpoint.load import Found, StateReader, load_state
+from megatron_ds.checkpoint.load import load_state
 from megatron_ds.checkpoint.progress import Origin, Progress
+from megatron_ds.checkpoint.reader import Found, StateReader
 from megatron_ds.checkpoint.saver import Saved, SaveOptions, Saver
 from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank, open_dataset, ordered_pass

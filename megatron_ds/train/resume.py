@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.checkpoint.folder import remove_leftovers, resolve_checkpoint, set_aside, step_of
-from megatron_ds.checkpoint.load import Found, first_damage, newest_whole
 from megatron_ds.checkpoint.progress import DataPosition, Progress
+from megatron_ds.checkpoint.reader import Found, first_damage, newest_whole
 from megatron_ds.config import RunConfig
 from megatron_ds.config.wording import nearest_names, show
 from megatron_ds.data import Dataset

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.load import StateReader, load_state
+from megatron_ds.checkpoint.load import load_state
 from megatron_ds.checkpoint.progress import Origin, Progress
+from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.parallel.grid import Grid
 from tests.parity.cases import Recipe

@@ -21,7 +21,7 @@ import megatron_ds as mds
 from megatron_ds.checkpoint import folder as naming
 from megatron_ds.checkpoint import saver
 from megatron_ds.checkpoint.folder import LATEST, name_of
-from megatron_ds.checkpoint.load import first_damage, newest_whole
+from megatron_ds.checkpoint.reader import first_damage, newest_whole
 from megatron_ds.config import RunConfig, build_run
 from megatron_ds.errors import CheckpointError, LaunchError
 from megatron_ds.monitor import SilentReporter

@@ -11,8 +11,9 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from megatron_ds.checkpoint import load, state
 from megatron_ds.checkpoint.folder import name_of
-from megatron_ds.checkpoint.load import StateReader, load_state
+from megatron_ds.checkpoint.load import load_state
 from megatron_ds.checkpoint.progress import Origin, Progress
+from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.checkpoint.state import loss_scale, set_loss_scale
 from megatron_ds.config import OptimizerSection

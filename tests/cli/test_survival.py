@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.checkpoint.folder import checkpoints_in, name_of, step_of
-from megatron_ds.checkpoint.load import first_damage
+from megatron_ds.checkpoint.reader import first_damage
 from megatron_ds.config.yaml_text import format_yaml
 from tests.cli.conftest import Start, processes_of, wait_for_steps, wait_until
 from tests.train.tiny import run_mapping

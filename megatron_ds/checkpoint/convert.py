@@ -1,0 +1,125 @@
+"""Hugging Face directory -> checkpoint, and checkpoint -> Hugging Face directory: files in, files out.
+
+No process group, no accelerator, no model in memory: one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ds.checkpoint.files import record_file, write_bytes
+from megatron_ds.checkpoint.folder import (
+    PROGRESS,
+    STATE,
+    checkpoints_in,
+    is_checkpoint,
+    resolve_checkpoint,
+    write_manifest,
+)
+from megatron_ds.checkpoint.keys import MASTER
+from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
+from megatron_ds.checkpoint.reader import StateReader, first_damage
+from megatron_ds.errors import CheckpointError, ConversionError
+from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.convert import check_target, one_thread
+from megatron_ds.hf.export import DTYPES, exporting
+from megatron_ds.hf.weights import HFWeights
+
+
+def import_hf(source: str | Path, target: str | Path) -> HFModel:
+    """Any Hugging Face directory through our tables -> a checkpoint that no step was trained of.
+
+    Args:
+        source: config, weights and what else belongs to the model.
+        target: a checkpoint of no steps, or a model, that is there is replaced at the end; on failure it stays.
+
+    Returns:
+        what was imported.
+
+    Raises:
+        ConversionError: the source cannot be read without changing its meaning; the target holds something else.
+        CheckpointError: the target is a checkpoint that was trained.
+    """
+    check_target(Path(source), Path(target), allowed=(STATE,))
+    if is_checkpoint(Path(target)) and (step := decode(Path(target) / PROGRESS)[0].step):
+        raise CheckpointError(
+            f"{target} would be replaced, and is a checkpoint of step {step}; choose another directory"
+        )
+
+    def add_state(directory: Path) -> None:
+        (directory / STATE).mkdir()
+        origin = Origin(written_at=timestamp(), source=f"import of {source}")
+        write_bytes(directory / PROGRESS, encode(Progress(), origin).encode())
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        for path in files:
+            _flush(path)
+        write_manifest(directory, {str(path.relative_to(directory)): record_file(path) for path in files})
+
+    weights = HFWeights(source, read_model(source))
+    with exporting(target, weights.model, None, "5GB") as export, one_thread():
+        for name, whole in weights.each():
+            export.add(name, whole)
+            del whole  # what it was read from leaves memory before the next is read
+        export.finish(source, source, add_state)
+    return weights.model
+
+
+def export_hf(
+    checkpoint: str | Path, target: str | Path, dtype: str | None = None, max_shard_size: str = "5GB"
+) -> HFModel:
+    """A checkpoint -> a clean Hugging Face directory without training state.
+
+    Weights that have the dtype asked for are copied. Of others the fp32 masters are rounded once, where there are any:
+    float32 of a run in bfloat16 is what was trained, not a widened rounding of it.
+
+    Args:
+        checkpoint: or a folder of checkpoints, or a run's output: the latest. A plain Hugging Face directory will do.
+        target: a model that is there is replaced at the end; on failure it stays.
+        dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
+        max_shard_size: such as "5GB".
+
+    Returns:
+        what was exported.
+
+    Raises:
+        CheckpointError: a file of the checkpoint is missing or damaged.
+        ConversionError: the weights do not fit into the dtype; the target is the source, or holds something else.
+    """
+    source = resolve_checkpoint(checkpoint)
+    check_target(source, Path(target))
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
+    reader = _open_whole(source) if (source / STATE).is_dir() else None
+    weights = HFWeights(source, read_model(source))
+
+    def best(name: str, whole: Tensor) -> Tensor:
+        if reader is None or dtype is None or whole.dtype == DTYPES[dtype] or not reader.has(MASTER, name):
+            return whole
+        return reader.read_whole(MASTER, name, tuple(whole.shape))
+
+    with exporting(target, weights.model, dtype, max_shard_size) as export, one_thread():
+        for name, whole in weights.each():
+            export.add(name, best(name, whole))
+            del whole
+        export.finish(source, source)
+    return weights.model
+
+
+def _open_whole(checkpoint: Path) -> StateReader:
+    problem = first_damage(checkpoint)
+    if problem is None:
+        return StateReader(checkpoint)
+    others = [path for path in checkpoints_in(checkpoint.parent) if path != checkpoint and first_damage(path) is None]
+    nearest = f"; nearest: {others[0]}, which is whole" if others else ""
+    raise CheckpointError(f"{problem}{nearest}")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
