@@ -9,14 +9,14 @@ import typer
 
 HELP = """Write the model of a checkpoint as a Hugging Face directory that transformers loads.
 
-CHECKPOINT may be a folder of checkpoints or a run's output: then it is the latest. Without --dtype weights are copied;
-with another type than theirs the fp32 masters are rounded once.
+CHECKPOINT may be a folder of checkpoints or a run's output: then it is the latest. Without
+--dtype weights are copied; with another type than theirs the fp32 masters are rounded once.
 
 Examples:
 
 \b
   megatron-ds export out/run out/hf
-  megatron-ds export out/run/checkpoints/step_00000200 out/hf --dtype float32 --max-shard-size 2GB
+  megatron-ds export out/run/checkpoints/step_00000200 out/hf --dtype float32
 """
 
 

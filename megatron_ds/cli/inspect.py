@@ -102,7 +102,7 @@ def _checkpoint(facts: CheckpointFacts) -> Iterator[str]:
             yield _row("state", f"{kinds}; {_files_words(facts.state_files)}")
         else:
             yield _row("state", "none: nothing was trained")
-        yield _row("whole", _verdict(facts))
+        yield _row("whole", _verdict(facts).removeprefix("whole, ").removeprefix("whole "))
     for problem in facts.problems:
         yield _row("DAMAGED", problem)
 

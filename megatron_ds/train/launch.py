@@ -176,7 +176,7 @@ def _leave(status: int) -> None:
 
 
 def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
-    from megatron_ds.train.loop import train_rank
+    from megatron_ds.train.rank import train_rank
 
     setup_logging(info.rank)
     with reporter() if info.rank == 0 else silent() as listening:

@@ -14,6 +14,9 @@ from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.support import MODELS, with_table
 from megatron_ds.train.job import resolve
+from megatron_ds.train.launch import train
+from tests.ranks import preload
+from tests.train.tiny import run_mapping
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")])
@@ -23,6 +26,19 @@ NOT_THERE_IN_A_CLONE = ("out/moby_dick/hf", "out/t5/hf")  # examples make them
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def a_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with the output of a run, out/run, and a Hugging Face directory, path/to/hf_dir."""
+    place = tmp_path_factory.mktemp("place")
+    mapping = run_mapping(corpus, place / "out" / "run")
+    mapping["train"].update(steps=200, global_batch_size=2, eval_every=0)
+    mapping["checkpoint"] = {"every": 100}
+    mapping["export"] = {"path": str(place / "path" / "to" / "hf_dir")}
+    preload()
+    train(build_run(mapping))
+    return place
 
 
 def commands() -> list[tuple[str, str]]:
@@ -39,10 +55,11 @@ def run_of(words: list[str]) -> tuple[RunConfig, int | None]:
     """The run and the number of local ranks behind `train RUN.yaml [key.sub=value ...] [--nproc N]`."""
     assert words[0] == "train", words
     rest, ranks = words[1:], None
-    if "--nproc" in rest:
-        at = rest.index("--nproc")
-        ranks = int(rest[at + 1])
-        rest = rest[:at] + rest[at + 2 :]
+    for option in ("--nproc", "--max-restarts", "--min-nproc"):
+        if option in rest:
+            at = rest.index(option)
+            ranks = int(rest[at + 1]) if option == "--nproc" else ranks
+            rest = rest[:at] + rest[at + 2 :]
     assert not [word for word in rest if word.startswith("-")], words
     return load_run(rest[0], rest[1:]), ranks
 
@@ -57,11 +74,16 @@ def check_fits(run: RunConfig, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value.replace("/", "-"))
-def test_command_is_right(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_is_right(
+    page: str, command: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
+    elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
+        request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("a_run"))
+        assert _run(words[1:]) == 0, capsys.readouterr().err
     elif words[:2] == ["megatron-ds", "verify"]:
         arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
         assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word

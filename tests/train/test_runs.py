@@ -12,7 +12,7 @@ import megatron_ds as mds
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import DataError, LaunchError, TopologyError
 from megatron_ds.parallel.launch import RankInfo
-from megatron_ds.train import loop
+from megatron_ds.train import loop, rank
 from megatron_ds.train.launch import check_devices
 from tests.ranks import preload, run_ranks
 
@@ -66,12 +66,12 @@ def test_a_data_error_of_one_rank_is_the_error_of_the_run(
     preload()
     run = make_run()
 
-    def fail(job: Any, split: str, found: Any = loop._open) -> Any:
+    def fail(job: Any, split: str, found: Any = rank._open) -> Any:
         if os.environ["RANK"] == "1":
             raise DataError("train.txt: gone from this node")
         return found(job, split)
 
-    monkeypatch.setattr(loop, "_open", fail)
+    monkeypatch.setattr(rank, "_open", fail)
     with pytest.raises(DataError, match=r"^train.txt: gone from this node$"):
         mds.train(run, nproc=2)
     assert not Path(run.output).exists()
