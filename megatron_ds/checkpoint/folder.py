@@ -25,6 +25,8 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
+import filelock
+
 from megatron_ds.checkpoint.files import FileRecord, flush_directory, write_bytes
 from megatron_ds.errors import CheckpointError
 
@@ -100,19 +102,15 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 def put_in_place(folder: Path, step: int) -> Path:
     """Give a whole checkpoint its name and let `latest` say it.
 
-    One of the same step that is there, whose place this one takes, is removed.
+    Raises:
+        OSError: there is one of that step, which no run that it belongs to leaves there.
     """
     new, final = temporary_for(folder, step), folder / name_of(step)
     for directory in (new / STATE, new):
         flush_directory(directory)
-    old = folder / f".{name_of(step)}.old"
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
     os.replace(new, final)
     flush_directory(folder)
     point_to(folder, final.name)
-    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -134,6 +132,22 @@ def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> list[str
         os.replace(path, leftover)  # never half there under its own name
         shutil.rmtree(leftover, ignore_errors=True)
     return [path.name for path in gone]
+
+
+def lock(folder: Path) -> filelock.BaseFileLock:
+    """Keep other runs from writing to a folder as long as this process lives.
+
+    Raises:
+        CheckpointError: another run does.
+    """
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        raise CheckpointError(
+            f"{folder} is being written by another run; wait for its end, or choose another output"
+        ) from None
+    return held
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -11,8 +11,9 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import small_files
 from megatron_ds.hf.io import SAFETENSORS, json_text
+
+SLOWEST_S = 7200.0  # ranks wait so long for the one whose storage is slowest
+PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,27 @@ class Saver:
         model: what it is in Hugging Face's words.
         options: where and how.
         origin: who writes.
+        patience: is called now and then while training waits for a save.
 
     Raises:
         ConversionError: on rank 0, if the tokenizer's files are damaged.
     """
 
-    def __init__(self, engine: Engine, model: HFModel, options: SaveOptions, origin: Origin) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: HFModel,
+        options: SaveOptions,
+        origin: Origin,
+        patience: Callable[[], None] = lambda: None,
+    ) -> None:
         self.engine, self.model, self.options, self.origin = engine, model, options, origin
+        self.patience = patience
         inventory = engine.inventory()
         self.shards = plan_shards(model, inventory, engine.grid.layout)
         # what threads say to each other must not mix with what the training says, and needs no accelerator
-        self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        alone = dist.get_world_size() == 1
+        self.group = None if alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=SLOWEST_S))
         self.trained = self._all_trained([name for stage in inventory for name, _, _ in stage])
         dtype = str(inventory[0][0][2]).removeprefix("torch.")
         first = engine.grid.rank == 0
@@ -180,6 +194,12 @@ class _Writing:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def wait(self) -> None:
+        """Until it has come to its end."""
+        while self._thread is not None and self._thread.is_alive():
+            self._saver.patience()
+            self._thread.join(PATIENCE_S)
+
     def make_room(self) -> None:
         """An empty directory under a temporary name, seen by all ranks."""
 
@@ -213,8 +233,7 @@ class _Writing:
         Raises:
             CheckpointError: see `Saver.wait`.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self.wait()
         if self._defect is not None:
             raise self._defect
         self._refuse()

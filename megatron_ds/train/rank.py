@@ -25,7 +25,7 @@ from megatron_ds.train.interrupt import Interrupt
 from megatron_ds.train.job import Job, resolve
 from megatron_ds.train.loop import TrainingLoop
 from megatron_ds.train.output import RunOutput
-from megatron_ds.train.resume import begin, check_found, clear_way, find, folder_of
+from megatron_ds.train.resume import Claim, begin, check_found, clear_way, find, folder_of
 from megatron_ds.train.summary import flops_per_position, summarize
 from megatron_ds.train.together import together
 from megatron_ds.train.watchdog import Watchdog, board_of
@@ -62,7 +62,7 @@ class _Prepared:
     valid_data: Dataset | None
     begin: Progress
     reader: StateReader | None
-    notes: tuple[str, ...]
+    claim: Claim
 
 
 def _prepare(run: RunConfig, info: RankInfo, found: Found) -> _Prepared:
@@ -72,8 +72,8 @@ def _prepare(run: RunConfig, info: RankInfo, found: Found) -> _Prepared:
     train_data, valid_data = _open(job, "train"), _open(job, "valid") if run.data.valid else None
     reader = StateReader(found.path) if found.path is not None else None
     start = begin(run, reader.progress if reader is not None else None, train_data, found.path)
-    notes = clear_way(run, found) if info.rank == 0 else []
-    return _Prepared(job, train_data, valid_data, start, reader, tuple(notes))
+    claim = clear_way(run, found) if info.rank == 0 else Claim()
+    return _Prepared(job, train_data, valid_data, start, reader, claim)
 
 
 def _open(job: Job, split: str) -> Dataset:
@@ -110,11 +110,11 @@ def _train(prepared: _Prepared, engine: Engine, reporter: Reporter, interrupt: I
         load_state(engine, prepared.reader)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
-        for note in (*prepared.notes, *_resumed(prepared)):
+        for note in (*prepared.claim.notes, *_resumed(prepared)):
             output.note(note)
         flops = flops_per_position(job, summary.num_params, prepared.train_data)
         throughput = Throughput(flops, job.layout.world_size)
-        saver = _saver(prepared, engine)
+        saver = _saver(prepared, engine, watchdog)
         loop = TrainingLoop(
             run, engine, prepared.train_data, prepared.valid_data, output, throughput, saver, begin, watchdog.beat
         )
@@ -142,7 +142,7 @@ def _resumed(prepared: _Prepared) -> Iterator[str]:
         yield "data.restart=true: the data begin anew"
 
 
-def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
+def _saver(prepared: _Prepared, engine: Engine, watchdog: Watchdog) -> Saver | None:
     job, run = prepared.job, prepared.job.run
     if not run.checkpoint.every:
         return None
@@ -169,7 +169,7 @@ def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
         precision=job.facts.precision,
         source=f"megatron-ds {__version__}",
     )
-    return Saver(engine, job.model, options, origin)
+    return Saver(engine, job.model, options, origin, patience=lambda: watchdog.beat("waiting for a save"))
 
 
 def _export(job: Job, engine: Engine, data: Dataset, output: RunOutput) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.folder import remove_leftovers, resolve_checkpoint, set_aside, step_of
+from megatron_ds.checkpoint.folder import lock, remove_leftovers, resolve_checkpoint, set_aside, step_of
 from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import Found, first_damage, newest_whole
 from megatron_ds.config import RunConfig
@@ -50,27 +50,42 @@ def check_found(run: RunConfig, found: Found) -> None:
         )
 
 
-def clear_way(run: RunConfig, found: Found) -> list[str]:
-    """Make room for the checkpoints to come, on one rank, losing nothing; gives what there is to say.
+@dataclass(frozen=True)
+class Claim:
+    """A folder of checkpoints that is this process's alone, as long as this object lives.
+
+    Attributes:
+        notes: what there is to say of how it was found.
+        lock: of the folder; None where there is none.
+    """
+
+    notes: tuple[str, ...] = ()
+    lock: object = None
+
+
+def clear_way(run: RunConfig, found: Found) -> Claim:
+    """Make room for the checkpoints to come, on one rank, losing nothing.
 
     What a crash left half-written goes. Checkpoints that this run does not go on from are moved aside.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or another run does.
     """
     folder = folder_of(run)
     said = [f"passed over a damaged checkpoint: {problem}" for problem in found.damaged]
+    held = None
     try:
+        if run.checkpoint.every or folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            held = lock(folder)
         remove_leftovers(folder)
         inside = found.path is not None and found.path.resolve().parent == folder.resolve()
         aside = set_aside(folder, after=step_of(found.path) if inside and found.path is not None else -1)
-        if run.checkpoint.every:
-            folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise CheckpointError(f"{folder} cannot be written ({problem.strerror or problem})") from problem
     if aside is not None:
         said.append(f"checkpoints that this run does not go on from are now in {aside}")
-    return said
+    return Claim(tuple(said), held)
 
 
 def check_same_model(run: HFModel, saved: HFModel, checkpoint: Path) -> None:
@@ -79,9 +94,8 @@ def check_same_model(run: HFModel, saved: HFModel, checkpoint: Path) -> None:
     Raises:
         CheckpointError: naming the first field that differs.
     """
-    mine, theirs = _fields(asdict(run.core)), _fields(asdict(saved.core))
-    mine["model_type"], theirs["model_type"] = run.family.model_type, saved.family.model_type
-    for name in sorted(mine.keys() | theirs.keys(), key=lambda name: name != "model_type"):
+    mine, theirs = ({"model_type": model.family.model_type, **_fields(asdict(model.core))} for model in (run, saved))
+    for name in sorted({**mine, **theirs}, key=lambda name: isinstance(mine.get(name), list | tuple)):  # numbers first
         if mine.get(name) != theirs.get(name) and "dropout" not in name:
             raise CheckpointError(
                 f"{checkpoint} is of another model: {name}={show(theirs.get(name))}, the run has "

@@ -252,7 +252,7 @@ def test_a_rank_that_is_killed_while_it_saves(
     assert (folder / LATEST).read_text().strip() == BEFORE
     go_on(corpus, output, checkpoint=checkpoint)
     assert losses(output) == uncut
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")], "leftovers are gone"
+    assert not list(folder.glob(".step*")), "leftovers are gone"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "asynchronous"])
@@ -276,7 +276,7 @@ def test_a_rank_that_cannot_write(
     assert f"{NEWEST} could not be saved: rank {rank}: " in words and f"{BEFORE} is the newest that is whole" in words
     assert "\n" not in words
     folder = output / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([BEFORE, LATEST, "saves.jsonl"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", BEFORE, LATEST, "saves.jsonl"])
     go_on(corpus, output, checkpoint=checkpoint)
     assert losses(output) == uncut
 
@@ -340,6 +340,15 @@ def test_a_read_only_folder(corpus: Path, tmp_path: Path) -> None:
         run_alone(clear)
 
 
+def test_two_runs_do_not_write_to_one_output(cut: Path, corpus: Path) -> None:
+    with naming.lock(cut / "checkpoints"):
+        before = sorted(cut.rglob("*"))
+        with pytest.raises(CheckpointError, match=r"checkpoints is being written by another run; wait for its end"):
+            go_on(corpus, cut)
+        assert sorted(cut.rglob("*")) == before
+    go_on(corpus, cut)
+
+
 # ---- slow storage ----------------------------------------------------------------------------------------------------
 
 
@@ -401,7 +410,10 @@ def test_an_earlier_checkpoint_can_be_named(cut: Path, corpus: Path, uncut: list
         ({"data": {"seq_length": 16}}, r"^data.seq_length=16 is not what .* was trained on: 32"),
         ({"data": {"shuffle": False}}, r"^data.shuffle=false is not what .* was trained on: true"),
         ({"data": {"train": ["valid.txt"]}}, r"^data.train=\S.* is not what .* was trained on: \S"),
-        ({"model": {"config": {"hidden_size": 64}}}, r"is of another model: .*=\d+, the run has"),
+        (
+            {"model": {"config": {"hidden_size": 64}}},
+            r"is of another model: hidden_size=32, the run has 64; choose another output, or",
+        ),
     ],
 )
 def test_another_run_is_refused(

@@ -39,7 +39,10 @@ def test_without_arguments_it_shows_its_help(start: Start) -> None:
     [
         (["train"], "error: Missing argument 'RUN.yaml'; see megatron-ds train --help\n"),
         (["tran"], "error: No such command 'tran'. Did you mean 'train'?; see megatron-ds --help\n"),
-        (["train", "--nprc", "2"], "error: No such option: --nprc (Possible options: --min-nproc, --nproc); see megatron-ds train"),
+        (
+            ["train", "--nprc", "2"],
+            "error: No such option: --nprc (Possible options: --min-nproc, --nproc); see megatron-ds train",
+        ),
         (["train", "nope.yaml"], "error: run file nope.yaml does not exist"),
         (["train", "run.yaml", "train.stps=1"], "error: train.stps: unknown key; did you mean train.steps?\n"),
         (["train", "run.yaml", "--nproc", "0"], "error: --nproc=0 is less than one rank; nearest: 1\n"),
