@@ -41,7 +41,7 @@ def test_without_arguments_it_shows_its_help(start: Start) -> None:
         (["tran"], "error: No such command 'tran'. Did you mean 'train'?; see megatron-ds --help\n"),
         (
             ["train", "--nprc", "2"],
-            "error: No such option: --nprc (Possible options: --min-nproc, --nproc); see megatron-ds train",
+            "error: No such option: --nprc (Possible options: --min-nproc, --nproc); see ",
         ),
         (["train", "nope.yaml"], "error: run file nope.yaml does not exist"),
         (["train", "run.yaml", "train.stps=1"], "error: train.stps: unknown key; did you mean train.steps?\n"),

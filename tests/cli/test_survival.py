@@ -189,6 +189,19 @@ def test_restarts_go_on_with_the_ranks_that_are_left(start: Start, corpus: Path,
     assert len(losses(output)) == 40 and "world       2 = tp 1 x pp 1 x dp 2" in out
 
 
+def test_a_rank_that_hangs_is_named_and_the_group_starts_again(start: Start, corpus: Path, tmp_path: Path) -> None:
+    file, output = write_run(corpus, tmp_path, steps=60), tmp_path / "out"
+    command = ("-m", "megatron_ds", "train", file, "--nproc", 2, "--max-restarts", 1, "train.step_timeout=4")
+    process = start(*command)
+    wait_for_steps(output, 8, process)
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
+    status, _, err = finish(process)
+    assert status == 0, err
+    assert re.search(r"no progress for 4 s \(train.step_timeout=4\); rank 1 does not answer: .*; it last said: ", err)
+    assert "; restart 1 of 1 with 2 ranks" in err
+    assert len(losses(output)) == 60
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
