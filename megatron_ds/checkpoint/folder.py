@@ -114,8 +114,11 @@ def put_in_place(folder: Path, step: int) -> Path:
     return final
 
 
-def point_to(folder: Path, name: str) -> None:
-    """Have `latest` name a checkpoint."""
+def point_to(folder: Path, name: str | None) -> None:
+    """Have `latest` name a checkpoint; None = there is none."""
+    if name is None:
+        (folder / LATEST).unlink(missing_ok=True)
+        return
     temporary = folder / f".{LATEST}.tmp"
     write_bytes(temporary, f"{name}\n".encode())
     os.replace(temporary, folder / LATEST)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.folder import lock, remove_leftovers, resolve_checkpoint, set_aside, step_of
+from megatron_ds.checkpoint.folder import lock, point_to, remove_leftovers, resolve_checkpoint, set_aside, step_of
 from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import Found, first_damage, newest_whole
 from megatron_ds.config import RunConfig
@@ -79,8 +79,10 @@ def clear_way(run: RunConfig, found: Found) -> Claim:
             folder.mkdir(parents=True, exist_ok=True)
             held = lock(folder)
         remove_leftovers(folder)
-        inside = found.path is not None and found.path.resolve().parent == folder.resolve()
-        aside = set_aside(folder, after=step_of(found.path) if inside and found.path is not None else -1)
+        mine = found.path if found.path is not None and found.path.resolve().parent == folder.resolve() else None
+        aside = set_aside(folder, after=step_of(mine) if mine is not None else -1)
+        if folder.is_dir():
+            point_to(folder, mine.name if mine is not None else None)
     except OSError as problem:
         raise CheckpointError(f"{folder} cannot be written ({problem.strerror or problem})") from problem
     if aside is not None:

@@ -235,6 +235,16 @@ def test_a_stale_latest_misleads_nobody(latest: str | None, cut: Path) -> None:
     assert newest_whole(cut / "checkpoints").path == cut / "checkpoints" / NEWEST
 
 
+def test_latest_names_a_whole_one_before_the_first_step(cut: Path, corpus: Path) -> None:
+    run, folder = tiny_run(corpus, cut), cut / "checkpoints"
+    _flip(folder / NEWEST / "config.json")
+    claim = resume.clear_way(run, newest_whole(folder))
+    assert (folder / LATEST).read_text().strip() == BEFORE and f"{cut}/checkpoints.1" in claim.notes[-1]
+    del claim
+    resume.clear_way(run, resume.Found())  # checkpoint.resume=never
+    assert not (folder / LATEST).exists() and naming.checkpoints_in(folder) == []
+
+
 # ---- a save that does not come to its end ----------------------------------------------------------------------------
 
 
