@@ -24,7 +24,7 @@ from tests.train.tiny import run_mapping
 
 pytestmark = pytest.mark.slow
 
-STEPS = 300
+STEPS = 120
 
 
 @pytest.fixture(autouse=True)
