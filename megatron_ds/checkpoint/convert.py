@@ -5,12 +5,11 @@ No process group, no accelerator, no model in memory: one parameter at a time.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ds.checkpoint.files import record_file, write_bytes
+from megatron_ds.checkpoint.files import flush, record_file, write_bytes
 from megatron_ds.checkpoint.folder import (
     PROGRESS,
     STATE,
@@ -55,7 +54,7 @@ def import_hf(source: str | Path, target: str | Path) -> HFModel:
         write_bytes(directory / PROGRESS, encode(Progress(), origin).encode())
         files = sorted(path for path in directory.rglob("*") if path.is_file())
         for path in files:
-            _flush(path)
+            flush(path)
         write_manifest(directory, {str(path.relative_to(directory)): record_file(path) for path in files})
 
     weights = HFWeights(source, read_model(source))
@@ -115,11 +114,3 @@ def _open_whole(checkpoint: Path) -> StateReader:
     others = [path for path in checkpoints_in(checkpoint.parent) if path != checkpoint and first_damage(path) is None]
     nearest = f"; nearest: {others[0]}, which is whole" if others else ""
     raise CheckpointError(f"{problem}{nearest}")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

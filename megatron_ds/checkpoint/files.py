@@ -177,8 +177,8 @@ def damage(path: Path, expected: FileRecord) -> str | None:
         return f"cannot be read ({problem.strerror or problem})"
 
 
-def flush_directory(path: Path) -> None:
-    """Have on the disk what names are in a directory."""
+def flush(path: Path) -> None:
+    """Have a file's bytes, or the names in a directory, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

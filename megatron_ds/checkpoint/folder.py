@@ -27,7 +27,7 @@ from pathlib import Path
 
 import filelock
 
-from megatron_ds.checkpoint.files import FileRecord, flush_directory, write_bytes
+from megatron_ds.checkpoint.files import FileRecord, flush, write_bytes
 from megatron_ds.errors import CheckpointError
 
 STATE = "training_state"
@@ -107,9 +107,9 @@ def put_in_place(folder: Path, step: int) -> Path:
     """
     new, final = temporary_for(folder, step), folder / name_of(step)
     for directory in (new / STATE, new):
-        flush_directory(directory)
+        flush(directory)
     os.replace(new, final)
-    flush_directory(folder)
+    flush(folder)
     point_to(folder, final.name)
     return final
 
@@ -122,7 +122,7 @@ def point_to(folder: Path, name: str | None) -> None:
     temporary = folder / f".{LATEST}.tmp"
     write_bytes(temporary, f"{name}\n".encode())
     os.replace(temporary, folder / LATEST)
-    flush_directory(folder)
+    flush(folder)
 
 
 def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> list[str]:

@@ -52,7 +52,8 @@ class Note:
 class Board(Protocol):
     """Where ranks leave notes for one another."""
 
-    def put(self, rank: int, note: Note) -> None: ...
+    def put(self, rank: int, note: Note) -> None:
+        """Leave a rank's note in the place of its last one."""
 
     def read(self, rank: int) -> Note:
         """The last note of a rank; an empty one if it has left none."""
