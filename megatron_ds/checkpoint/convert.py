@@ -14,7 +14,6 @@ from megatron_ds.checkpoint.folder import (
     PROGRESS,
     STATE,
     checkpoints_in,
-    is_checkpoint,
     resolve_checkpoint,
     write_manifest,
 )
@@ -43,10 +42,12 @@ def import_hf(source: str | Path, target: str | Path) -> HFModel:
         CheckpointError: the target is a checkpoint that was trained.
     """
     check_target(Path(source), Path(target), allowed=(STATE,))
-    if is_checkpoint(Path(target)) and (step := decode(Path(target) / PROGRESS)[0].step):
-        raise CheckpointError(
-            f"{target} would be replaced, and is a checkpoint of step {step}; choose another directory"
-        )
+    if (Path(target) / STATE).exists():
+        step = decode(Path(target) / PROGRESS)[0].step
+        if step or any((Path(target) / STATE).glob("*.safetensors")):
+            raise CheckpointError(
+                f"{target} would be replaced, and is a checkpoint of step {step}; choose another place"
+            )
 
     def add_state(directory: Path) -> None:
         (directory / STATE).mkdir()

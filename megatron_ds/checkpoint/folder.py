@@ -69,7 +69,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+            named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+            newest = next((one for one in checkpoints_in(folder) if is_checkpoint(one)), named)
+            return named if step_of(named) >= 0 and is_checkpoint(named) else newest
     return path
 
 
@@ -106,8 +108,9 @@ def put_in_place(folder: Path, step: int) -> Path:
         OSError: there is one of that step, which no run that it belongs to leaves there.
     """
     new, final = temporary_for(folder, step), folder / name_of(step)
-    for directory in (new / STATE, new):
+    for directory in sorted((path for path in new.rglob("*") if path.is_dir()), reverse=True):
         flush(directory)
+    flush(new)
     os.replace(new, final)
     flush(folder)
     point_to(folder, final.name)
@@ -125,20 +128,19 @@ def point_to(folder: Path, name: str | None) -> None:
     flush(folder)
 
 
-def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> list[str]:
-    """Remove all but the `keep` newest checkpoints and the protected ones; gives their names."""
+def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> None:
+    """Remove all but the `keep` newest checkpoints and the protected ones."""
     safe = {path.resolve() for path in protected}
     gone = [path for path in checkpoints_in(folder)[keep:] if path.resolve() not in safe]
     for path in gone:
         leftover = folder / f".{path.name}.old"
         shutil.rmtree(leftover, ignore_errors=True)
         os.replace(path, leftover)  # never half there under its own name
-        shutil.rmtree(leftover, ignore_errors=True)
-    return [path.name for path in gone]
+        shutil.rmtree(leftover)
 
 
 def lock(folder: Path) -> filelock.BaseFileLock:
-    """Keep other runs from writing to a folder as long as this process lives.
+    """Keep other runs from writing to a directory as long as what is returned lives.
 
     Raises:
         CheckpointError: another run does.
@@ -171,8 +173,8 @@ def set_aside(folder: Path, after: int) -> Path | None:
     later = [path for path in checkpoints_in(folder) if step_of(path) > after]
     if not later:
         return None
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+    number, real = 1, folder.resolve()  # which may be on another disk than its link
+    while (target := real.with_name(f"{real.name}.{number}")).exists():
         number += 1
     target.mkdir()
     for path in later:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,10 +44,15 @@ def newest_whole(folder: Path, rank: int = 0, world_size: int = 1) -> Found:
         folder: on a disk that all ranks see.
         rank, world_size: of the process group.
     """
-    listed: list[Any] = [[path.name for path in checkpoints_in(folder)] if rank == 0 else None]
+    mine = [path.name for path in checkpoints_in(folder)]
+    listed: list[list[str]] = [mine]
     if world_size > 1:
-        dist.broadcast_object_list(listed, src=0)
+        listed = [[]] * world_size
+        dist.all_gather_object(listed, mine)
     damaged: list[str] = []
+    if listed[0] and not all(listed):
+        blind = listed.index([])
+        return Found(None, (f"{folder} is not on a disk that all machines share: rank {blind} sees nothing",))
     for name in listed[0]:
         problem = first_damage(folder / name, rank, world_size)
         if problem is None:
@@ -100,7 +104,8 @@ class StateReader:
         self.progress, self.origin = decode(directory / PROGRESS)
         self._boxes: dict[tuple[str, str], list[tuple[Box, Path, Stored]]] = defaultdict(list)
         try:
-            for file in sorted((directory / STATE).glob("*.safetensors")):
+            names = [name for name in read_manifest(directory) if name.startswith(f"{STATE}/state-")]
+            for file in (directory / name for name in sorted(names)):
                 for key, stored in read_table(file).items():
                     kind, name, box = parse_key(key, stored.shape)
                     self._boxes[kind, name].append((box, file, stored))

@@ -31,9 +31,9 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import small_files
 from megatron_ds.hf.io import SAFETENSORS, json_text
+from megatron_ds.log import get_logger
 
 SLOWEST_S = 7200.0  # ranks wait so long for the one whose storage is slowest
-PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ class Saver:
         model: what it is in Hugging Face's words.
         options: where and how.
         origin: who writes.
-        patience: is called now and then while training waits for a save.
 
     Raises:
         ConversionError: on rank 0, if the tokenizer's files are damaged.
@@ -99,10 +98,8 @@ class Saver:
         model: HFModel,
         options: SaveOptions,
         origin: Origin,
-        patience: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine, self.model, self.options, self.origin = engine, model, options, origin
-        self.patience = patience
         inventory = engine.inventory()
         self.shards = plan_shards(model, inventory, engine.grid.layout)
         # what threads say to each other must not mix with what the training says, and needs no accelerator
@@ -196,9 +193,8 @@ class _Writing:
 
     def wait(self) -> None:
         """Until it has come to its end."""
-        while self._thread is not None and self._thread.is_alive():
-            self._saver.patience()
-            self._thread.join(PATIENCE_S)
+        if self._thread is not None:
+            self._thread.join()
 
     def make_room(self) -> None:
         """An empty directory under a temporary name, seen by all ranks."""
@@ -255,7 +251,8 @@ class _Writing:
             records = self._everywhere(lambda: write_pieces(self._directory, part.files, part.pieces))
             if not self._problems:
                 everything = {name: record for mine in records for name, record in mine.items()}
-                self._bytes = sum(self._everywhere(lambda: self._finish(everything))) if not self._problems else 0
+                sizes = self._everywhere(lambda: self._finish(everything))
+                self._bytes = sizes[0] or 0
             if self._problems and self._is_first:
                 shutil.rmtree(self._directory, ignore_errors=True)
             self._written_s = time.monotonic() - self._began_s - self._waited_s
@@ -275,10 +272,13 @@ class _Writing:
             files[name] = write_bytes(directory / name, content)
         naming.write_manifest(directory, files)
         final = naming.put_in_place(self._folder, self._progress.step)
-        naming.remove_old(self._folder, options.keep, (*options.protected, final))
+        try:
+            naming.remove_old(self._folder, options.keep, (*options.protected, final))
+        except OSError as problem:  # the new one is there: that an old one stays is no reason to stop
+            get_logger().warning("%s: an old checkpoint could not be removed (%s)", self._folder, problem)
         return sum(record.bytes for record in files.values())
 
-    def _everywhere(self, act: Any) -> list[Any]:
+    def _everywhere(self, act: Callable[[], Any]) -> list[Any]:
         """Do something on every rank and tell the results to all; what goes wrong on any stands in `_problems`."""
         rank, mine = self._saver.engine.grid.rank, None
         problem: _Problem | None = None

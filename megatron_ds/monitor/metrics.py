@@ -7,6 +7,7 @@ to the same double. JSON has no NaN: a value that is not finite becomes null, an
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -183,7 +184,7 @@ def _cut_after(path: Path, step: int) -> None:
         return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(text)
-    path.rename(_next_archive(path))
+    shutil.copyfile(path, _next_archive(path))  # the file itself is never away, whatever happens here
     os.replace(temporary, path)
 
 

@@ -30,11 +30,13 @@ class GroupError(LaunchError):
 
     Attributes:
         lost: rank -> the signal that killed it, where that was nobody of ours.
+        is_stopping: it had been told to stop: it is not to be started again.
     """
 
     def __init__(self, message: str, lost: Mapping[int, int] | None = None) -> None:
         super().__init__(message)
         self.lost = dict(lost or {})
+        self.is_stopping = False
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import get_logger
-from megatron_ds.parallel.failure import INTERRUPTED, find_cause, read_failure, write_failure
+from megatron_ds.parallel.failure import INTERRUPTED, GroupError, find_cause, read_failure, write_failure
 from megatron_ds.parallel.rank import RENDEZVOUS_FILE, RankInfo
 
 __all__ = ["RENDEZVOUS_FILE", "RankInfo", "run_local"]
@@ -34,6 +34,7 @@ __all__ = ["RENDEZVOUS_FILE", "RankInfo", "run_local"]
 POLL_S = 0.02
 GRACE_S = 5.0  # from the first failure until the rest is ended: time to tell their own errors
 INTERRUPT_GRACE_S = 60.0  # the same after a signal: time to save, close files and draw the plot
+SAME_PRESS_S = 1.0  # a signal may arrive twice: from a scheduler, and from what that told too
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
@@ -126,8 +127,14 @@ def _result(file: Path) -> Any:
 def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
     """Within it signals go to `received` and to the ranks; handlers belong to the main thread alone."""
 
+    first_s = 0.0
+
     def handle(number: int, frame: Any) -> None:
-        received.append(number)
+        nonlocal first_s
+        now = time.monotonic()
+        if not received or now - first_s > SAME_PRESS_S:
+            received.append(number)
+            first_s = now
         for rank in ranks:
             if rank.running:
                 os.kill(rank.pid, number)
@@ -179,7 +186,10 @@ def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, re
         return
     if any(rank.status == -number for rank in ranks for number in received):
         raise _Ended(received[0])  # it arrived where nobody handled it
-    raise _cause(ranks, folder)
+    cause = _cause(ranks, folder)
+    if isinstance(cause, GroupError):
+        cause.is_stopping = bool(received)
+    raise cause
 
 
 def _reap(ranks: Sequence[_Rank]) -> None:

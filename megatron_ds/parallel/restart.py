@@ -13,7 +13,7 @@ def run_with_restarts(
     start: Callable[[int, bool], None],
     ranks: int,
     max_restarts: int,
-    fewer: Callable[[int], int] | None = None,
+    fewer: Callable[[int], int | None] | None = None,
 ) -> None:
     """Run a group until it ends well, or has died `max_restarts` + 1 times.
 
@@ -23,20 +23,23 @@ def run_with_restarts(
         start: runs a group of so many ranks to its end; is told whether it is a restart.
         ranks: of the first group.
         max_restarts: at most.
-        fewer: the number of ranks to go on with where so many are left; None = always as many.
+        fewer: the number of ranks to go on with where so many are left, None if too few; None = always as many.
 
     Raises:
-        LaunchError: of the last group that died.
+        LaunchError: of the last group that died, or of one that had been told to stop or leaves too few ranks.
     """
     for restart in range(max_restarts + 1):
         try:
             return start(ranks, restart > 0)
         except LaunchError as problem:
-            if restart == max_restarts:
+            dead = problem if isinstance(problem, GroupError) else GroupError(str(problem))
+            if restart == max_restarts or dead.is_stopping:
                 raise
-            lost = len(problem.lost) if isinstance(problem, GroupError) else 0
             if fewer is not None:
-                ranks = fewer(ranks - lost)
+                left = fewer(ranks - len(dead.lost))
+                if left is None:
+                    raise LaunchError(f"{problem}; too few ranks are left to go on") from problem
+                ranks = left
             number = f"{ranks} rank{'s' if ranks > 1 else ''}"
             get_logger().warning("%s; restart %d of %d with %s", problem, restart + 1, max_restarts, number)
     raise AssertionError("unreachable: the last round returns or raises")

@@ -6,10 +6,25 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+BEGAN = "MEGATRON_DS_BEGAN"
+"""Environment variable of local ranks: when the command began, in seconds since the epoch, restarts included."""
 
 SAME_PRESS_S = 1.0  # one Ctrl-C under torchrun arrives twice: from the terminal, and from torchrun
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning, if asked for
+
+
+@contextmanager
+def counting_time() -> Iterator[None]:
+    """Within it time counts for all groups of ranks that this process starts, one after the other."""
+    os.environ[BEGAN] = str(time.time())
+    try:
+        yield
+    finally:
+        del os.environ[BEGAN]
 
 
 class Interrupt:
@@ -19,7 +34,7 @@ class Interrupt:
     can have handlers; elsewhere only the clock counts.
 
     Args:
-        max_time_s: after so many seconds `requested` is set too; None = never.
+        max_time_s: so many seconds after this, or after `counting_time` began, `requested` is set too; None = never.
 
     Attributes:
         signal: the first one; None if there was none.
@@ -27,7 +42,8 @@ class Interrupt:
 
     def __init__(self, max_time_s: float | None = None) -> None:
         self.signal: signal.Signals | None = None
-        self._ends_s = None if max_time_s is None else time.monotonic() + max_time_s
+        passed_s = time.time() - float(os.environ.get(BEGAN, time.time()))
+        self._ends_s = None if max_time_s is None else time.monotonic() + max_time_s - passed_s
         self._arrived_s = 0.0
         self._before: dict[int, object] = {}
 

@@ -24,8 +24,9 @@ from megatron_ds.hf.io import parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.config import EncoderDecoderConfig
 from megatron_ds.parallel.grid import Layout
+from megatron_ds.train.freeze import frozen_parameters
 from megatron_ds.train.objective import objective_of
-from megatron_ds.train.resume import check_same_model, frozen_parameters
+from megatron_ds.train.resume import check_same_model, folder_of
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ def _check_paths(run: RunConfig) -> None:
     if target == output or target in output.parents:
         raise ConfigError(
             f"export.path={run.export.path} would replace output={run.output}; choose another, such as {run.output}/hf"
+        )
+    kept = folder_of(run).resolve()
+    if kept == target or kept in target.parents:
+        raise ConfigError(
+            f"export.path={run.export.path} is among the run's checkpoints; choose another, such as {run.output}/hf"
         )
     strangers = not_ours(target) if target.is_dir() else []
     if strangers:

@@ -18,6 +18,7 @@ from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank import RankInfo, rank_from_environment
 from megatron_ds.parallel.restart import run_with_restarts
+from megatron_ds.train.interrupt import counting_time
 
 ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
 
@@ -107,11 +108,12 @@ def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restar
             return False
         return device_type() == "cpu" or count <= device_count()
 
-    def fewer(left: int) -> int:
+    def fewer(left: int) -> int | None:
         assert restarts.min_ranks is not None
-        return next((count for count in range(left, restarts.min_ranks - 1, -1) if fits(count)), ranks)
+        return next((count for count in range(left, restarts.min_ranks - 1, -1) if fits(count)), None)
 
-    run_with_restarts(start, ranks, restarts.at_most, fewer if restarts.min_ranks is not None else None)
+    with counting_time():
+        run_with_restarts(start, ranks, restarts.at_most, fewer if restarts.min_ranks is not None else None)
 
 
 def check_restarts(run: RunConfig, ranks: int, restarts: Restarts) -> None:

@@ -6,7 +6,7 @@ import math
 import operator
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -28,6 +28,7 @@ from megatron_ds.train.output import RunOutput
 from megatron_ds.train.schedule import learning_rate
 from megatron_ds.train.summary import positions_of
 from megatron_ds.train.together import together
+from megatron_ds.train.watchdog import Beat
 
 _CLOCK = 1  # beside the numbers of signals, of which 1, SIGHUP, is none that stops a run
 
@@ -58,7 +59,7 @@ class TrainingLoop:
         throughput: Throughput,
         saver: Saver | None,
         begin: Progress,
-        beat: Callable[[str], None],
+        beat: Beat,
     ) -> None:
         self._run, self._engine, self._output, self._throughput = run, engine, output, throughput
         self._train_data, self._valid_data, self._saver = train_data, valid_data, saver
@@ -83,6 +84,8 @@ class TrainingLoop:
         """For people: what the run can go on from."""
         if self._saver is None:
             return "; nothing was saved (checkpoint.every=0)"
+        if self._saved_step == 0:
+            return "; nothing was saved yet"
         return f"; it goes on from checkpoint {name_of(self._saved_step)} when it is started again"
 
     def run(self, interrupt: Interrupt) -> int:
@@ -95,14 +98,14 @@ class TrainingLoop:
         steps = self._run.train.steps
         while self._now.step < steps:
             self._step(self._now.step + 1)
-            if self._is_validation_due(self._now.step):
-                self._validate(self._now.step)
             stop = self._agree(interrupt)
+            if not stop and self._is_validation_due(self._now.step):
+                stop = self._validate(self._now.step, interrupt)
             if stop or self._now.step == steps or self._is_save_due(self._now.step):
                 self._save()
             if stop:
                 break
-        self._beat(f"waiting until step {self._now.step} is saved")
+        self._beat(f"waiting until step {self._now.step} is saved", may_take_long=True)
         self._tell(self._saver.wait() if self._saver is not None else None)
         return self._now.step
 
@@ -147,7 +150,7 @@ class TrainingLoop:
     def _save(self) -> None:
         if self._saver is None or self._saved_step == self._now.step:
             return
-        self._beat(f"saving after step {self._now.step}")
+        self._beat(f"saving after step {self._now.step}", may_take_long=True)
         self._tell(self._saver.save(self._now))
         self._saved_step = self._now.step
 
@@ -177,16 +180,22 @@ class TrainingLoop:
         every = self._run.checkpoint.every
         return every > 0 and step % every == 0
 
-    def _validate(self, step: int) -> None:
-        """The loss of the whole validation set; the last batch is filled up without labels."""
+    def _validate(self, step: int, interrupt: Interrupt) -> bool:
+        """The loss of the whole validation set; the last batch is filled up without labels.
+
+        Whoever stops the run has little time: then the rest is left out and nothing is told. Returns whether.
+        """
         data, size = self._valid_data, self._run.train.global_batch_size
         assert data is not None
         parts = []
         for number, indices in enumerate(ordered_pass(len(data), size), start=1):
             self._beat(f"validation after step {step}, batch {number}")
             parts.append(self._engine.evaluate(self._micro_batches(data, indices)))
+            if self._agree(interrupt):
+                return True
         losses = reduce(operator.add, parts)
         self._output.valid(ValidMetrics(step, losses.mean))
+        return False
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> list[dict[str, torch.Tensor]]:
         axis = self._engine.grid.data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import Dataset, collate, open_dataset
 from megatron_ds.engine import Engine, EngineOptions, build_engine, device_type, start_distributed, stop_distributed
 from megatron_ds.models.build import model_stages
-from megatron_ds.monitor import Reporter, Throughput
+from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.grid import create_grid
 from megatron_ds.parallel.rank import RankInfo
 from megatron_ds.train.export import check_export, export_live
@@ -25,7 +25,7 @@ from megatron_ds.train.interrupt import Interrupt
 from megatron_ds.train.job import Job, resolve
 from megatron_ds.train.loop import TrainingLoop
 from megatron_ds.train.output import RunOutput
-from megatron_ds.train.resume import Claim, begin, check_found, clear_way, find, folder_of
+from megatron_ds.train.resume import begin, begin_output, check_found, claim, find, folder_of
 from megatron_ds.train.summary import flops_per_position, summarize
 from megatron_ds.train.together import together
 from megatron_ds.train.watchdog import Watchdog, board_of
@@ -45,12 +45,17 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> None:
     """
     with Interrupt(run.train.max_time) as interrupt:
         device = start_distributed(info, timeout_s=max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout))
+        claimed = together(lambda: claim(run) if info.rank == 0 else None)
         found = find(run, info)
         prepared = together(lambda: _prepare(run, info, found))
         engine = _build(prepared.job, info, device)
+        if prepared.reader is not None:
+            load_state(engine, prepared.reader)
+        held, notes = together(lambda: begin_output(run, found, claimed) if info.rank == 0 else (None, ()))
         with Watchdog(info, run.train.step_timeout, board_of(info)) as watchdog:
-            was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog)
+            was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog, notes)
         stop_distributed()
+        del held  # until here no other run could write to the output
     if was_interrupted:
         raise KeyboardInterrupt
 
@@ -62,7 +67,6 @@ class _Prepared:
     valid_data: Dataset | None
     begin: Progress
     reader: StateReader | None
-    claim: Claim
 
 
 def _prepare(run: RunConfig, info: RankInfo, found: Found) -> _Prepared:
@@ -72,8 +76,10 @@ def _prepare(run: RunConfig, info: RankInfo, found: Found) -> _Prepared:
     train_data, valid_data = _open(job, "train"), _open(job, "valid") if run.data.valid else None
     reader = StateReader(found.path) if found.path is not None else None
     start = begin(run, reader.progress if reader is not None else None, train_data, found.path)
-    claim = clear_way(run, found) if info.rank == 0 else Claim()
-    return _Prepared(job, train_data, valid_data, start, reader, claim)
+    metrics = Path(run.output) / "metrics.jsonl"
+    if info.rank == 0 and reader is not None and metrics.is_file():
+        read_metrics(metrics)  # a line that is none is refused now
+    return _Prepared(job, train_data, valid_data, start, reader)
 
 
 def _open(job: Job, split: str) -> Dataset:
@@ -101,20 +107,24 @@ def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
     return build_engine(lambda at: model_stages(job.model.core, at), grid, device, options, read_share)
 
 
-def _train(prepared: _Prepared, engine: Engine, reporter: Reporter, interrupt: Interrupt, watchdog: Watchdog) -> bool:
+def _train(
+    prepared: _Prepared,
+    engine: Engine,
+    reporter: Reporter,
+    interrupt: Interrupt,
+    watchdog: Watchdog,
+    notes: Sequence[str],
+) -> bool:
     """Train and export, or save and leave where `interrupt` says so; whether by a Ctrl-C, the same on every rank."""
     job, run, begin = prepared.job, prepared.job.run, prepared.begin
     summary = summarize(job, engine, prepared.train_data)
-    if prepared.reader is not None:
-        watchdog.beat("reading the checkpoint")
-        load_state(engine, prepared.reader)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
-        for note in (*prepared.claim.notes, *_resumed(prepared)):
+        for note in (*notes, *_resumed(prepared)):
             output.note(note)
         flops = flops_per_position(job, summary.num_params, prepared.train_data)
         throughput = Throughput(flops, job.layout.world_size)
-        saver = _saver(prepared, engine, watchdog)
+        saver = _saver(prepared, engine)
         loop = TrainingLoop(
             run, engine, prepared.train_data, prepared.valid_data, output, throughput, saver, begin, watchdog.beat
         )
@@ -123,7 +133,7 @@ def _train(prepared: _Prepared, engine: Engine, reporter: Reporter, interrupt: I
         if done < run.train.steps:
             output.finish(f"stopped by {loop.reason} after step {done} of {run.train.steps}{loop.left_behind}")
             return loop.was_interrupted
-        watchdog.beat("exporting")
+        watchdog.beat("exporting", may_take_long=True)
         _export(job, engine, prepared.train_data, output)
         output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
         return False
@@ -142,7 +152,7 @@ def _resumed(prepared: _Prepared) -> Iterator[str]:
         yield "data.restart=true: the data begin anew"
 
 
-def _saver(prepared: _Prepared, engine: Engine, watchdog: Watchdog) -> Saver | None:
+def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
     job, run = prepared.job, prepared.job.run
     if not run.checkpoint.every:
         return None
@@ -169,7 +179,7 @@ def _saver(prepared: _Prepared, engine: Engine, watchdog: Watchdog) -> Saver | N
         precision=job.facts.precision,
         source=f"megatron-ds {__version__}",
     )
-    return Saver(engine, job.model, options, origin, patience=lambda: watchdog.beat("waiting for a save"))
+    return Saver(engine, job.model, options, origin)
 
 
 def _export(job: Job, engine: Engine, data: Dataset, output: RunOutput) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from megatron_ds.checkpoint.folder import lock, point_to, remove_leftovers, reso
 from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import Found, first_damage, newest_whole
 from megatron_ds.config import RunConfig
-from megatron_ds.config.wording import nearest_names, show
+from megatron_ds.config.wording import show
 from megatron_ds.data import Dataset
-from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.parallel.rank import RankInfo
 
@@ -30,8 +30,8 @@ def find(run: RunConfig, info: RankInfo) -> Found:
     if resume == "never":
         return Found()
     if resume == "auto":
-        return newest_whole(folder_of(run), info.rank, info.world_size)
-    path = resolve_checkpoint(resume)
+        return newest_whole(folder_of(run).resolve(), info.rank, info.world_size)
+    path = resolve_checkpoint(resume).resolve()
     problem = first_damage(path, info.rank, info.world_size)
     return Found(path) if problem is None else Found(None, (problem,))
 
@@ -50,44 +50,69 @@ def check_found(run: RunConfig, found: Found) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A folder of checkpoints that is this process's alone, as long as this object lives.
+def claim(run: RunConfig) -> object:
+    """Have an output that is there for this process alone, as long as what is returned lives; on one rank.
 
-    Attributes:
-        notes: what there is to say of how it was found.
-        lock: of the folder; None where there is none.
-    """
-
-    notes: tuple[str, ...] = ()
-    lock: object = None
-
-
-def clear_way(run: RunConfig, found: Found) -> Claim:
-    """Make room for the checkpoints to come, on one rank, losing nothing.
-
-    What a crash left half-written goes. Checkpoints that this run does not go on from are moved aside.
+    What a crash left half-written goes.
 
     Raises:
-        CheckpointError: the folder cannot be written, or another run does.
+        CheckpointError: another run has it, or it cannot be written.
     """
-    folder = folder_of(run)
+    output = Path(run.output)
+    if not output.is_dir():
+        return None
+    with _told(output):
+        held = lock(output)
+        remove_leftovers(folder_of(run))
+    return held
+
+
+def begin_output(run: RunConfig, found: Found, held: object) -> tuple[object, tuple[str, ...]]:
+    """Make room for what the run is going to write, losing nothing, when nothing can refuse it any more; on one rank.
+
+    Checkpoints that this run does not go on from are moved aside, `latest` names the one that it does.
+
+    Args:
+        run: the run.
+        found: what it goes on from.
+        held: from `claim`.
+
+    Returns:
+        what keeps the output for this process, and what there is to say.
+
+    Raises:
+        CheckpointError: the output cannot be written, another run has it, or the run would move what it reads.
+    """
+    output, folder = Path(run.output), folder_of(run)
     said = [f"passed over a damaged checkpoint: {problem}" for problem in found.damaged]
-    held = None
-    try:
-        if run.checkpoint.every or folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            held = lock(folder)
-        remove_leftovers(folder)
-        mine = found.path if found.path is not None and found.path.resolve().parent == folder.resolve() else None
-        aside = set_aside(folder, after=step_of(mine) if mine is not None else -1)
+    with _told(folder):
+        output.mkdir(parents=True, exist_ok=True)
+        held = held if held is not None else lock(output)
+        if run.checkpoint.every:
+            folder.mkdir(exist_ok=True)
+        mine = found.path if found.path is not None and found.path.parent == folder.resolve() else None
+        after = step_of(mine) if mine is not None else -1
+        for field, path in (("model.path", run.model.path), ("model.tokenizer", run.model.tokenizer)):
+            used = resolve_checkpoint(path).resolve() if path is not None else None
+            if used is not None and used.parent == folder.resolve() and step_of(used) > after:
+                raise CheckpointError(
+                    f"{field}={path} is among the checkpoints under output={run.output} that would be moved aside; "
+                    "choose another output"
+                )
+        aside = set_aside(folder, after)
         if folder.is_dir():
             point_to(folder, mine.name if mine is not None else None)
-    except OSError as problem:
-        raise CheckpointError(f"{folder} cannot be written ({problem.strerror or problem})") from problem
     if aside is not None:
         said.append(f"checkpoints that this run does not go on from are now in {aside}")
-    return Claim(tuple(said), held)
+    return held, tuple(said)
+
+
+@contextmanager
+def _told(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise CheckpointError(f"{place} cannot be written ({problem.strerror or problem})") from problem
 
 
 def check_same_model(run: HFModel, saved: HFModel, checkpoint: Path) -> None:
@@ -115,7 +140,8 @@ def begin(run: RunConfig, saved: Progress | None, data: Dataset, where: Path | N
     """Where a run begins, or goes on.
 
     Raises:
-        CheckpointError: it would go on in other data, and `data.restart` does not say that it may.
+        CheckpointError: it would go on in other data, and `data.restart` does not say that it may; or it has more steps
+            than the run.
     """
     here = DataPosition(
         fingerprint=data.fingerprint,
@@ -126,50 +152,28 @@ def begin(run: RunConfig, saved: Progress | None, data: Dataset, where: Path | N
     )
     if saved is None:
         return Progress(data=here)
+    if saved.step > run.train.steps:
+        raise CheckpointError(
+            f"train.steps={run.train.steps} is less than the {saved.step} steps that {where} has; nearest: {saved.step}"
+        )
     then = saved.data
+    if then.samples == 0:
+        return saved.with_data(**asdict(here))
     changed = [
         (field, old, new)
         for field, old, new in (
             ("data.seq_length", then.seq_length, here.seq_length),
             ("train.seed", then.seed, here.seed),
             ("data.shuffle", then.shuffle, here.shuffle),
-            ("data.train", then.description, here.description),
         )
         if old != new
     ]
-    if then.samples == 0 or (not changed and then.fingerprint == here.fingerprint):
+    if not changed and then.fingerprint == here.fingerprint:
         return saved.with_data(**{**asdict(here), "samples": then.samples})
     if run.data.restart:
         return saved.with_data(**asdict(here))
-    field, old, new = changed[0] if changed else ("data.train", "other samples", here.description)
+    field, old, new = changed[0] if changed else ("data.train", then.description, here.description)
     raise CheckpointError(
         f"{field}={show(new)} is not what {where} was trained on: {show(old)}; change it back, or set "
         "data.restart=true to go on with the new data from their beginning"
     )
-
-
-def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]:
-    """Our names of the parameters all of whose Hugging Face tensors match a pattern of `train.freeze`.
-
-    Raises:
-        ConfigError: a pattern matches nothing, or a part of a parameter.
-    """
-    names = [name for row in model.table.values() for name in row.names]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = " or ".join(nearest_names(pattern, names) or names[:2])
-            raise ConfigError(f"train.freeze={pattern} matches no tensor of the model, such as {near}")
-    frozen = set()
-    for native, row in model.table.items():
-        matched = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in row.names]
-        if any(matched) and not all(matched):
-            apart = row.names[matched.index(False)]
-            raise ConfigError(
-                f"train.freeze: {row.names[matched.index(True)]} is one parameter with {apart} here; freeze both or "
-                "none"
-            )
-        if all(matched):
-            frozen.add(native)
-    if len(frozen) == len(model.table):
-        raise ConfigError("train.freeze matches every tensor of the model; leave some to train")
-    return frozenset(frozen)

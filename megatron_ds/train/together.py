@@ -21,24 +21,35 @@ def together(step: Callable[[], T]) -> T:
 
     Raises:
         MegatronDSError: on rank 0, the error of the lowest rank that had one.
-        SystemExit: on the other ranks then, with status 2: rank 0 speaks for all.
+        SystemExit: on the other ranks then, with status 2: rank 0 speaks for all. With status 1 on those that only
+            hear of another's defect.
+        Exception: a defect, on the rank that had it.
     """
     result: Any = None
     mine: MegatronDSError | None = None
+    defect: Exception | None = None
     try:
         result = step()
     except MegatronDSError as problem:
         mine = problem
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
-    for error in [mine] if alone else _gather(mine):
-        if error is not None and (alone or dist.get_rank() == 0):
+    except Exception as problem:
+        defect = problem
+    everyone = _gather((mine, defect is not None))
+    if defect is not None:
+        raise defect
+    if any(is_defect for _, is_defect in everyone):
+        sys.exit(1)
+    for error, _ in everyone:
+        if error is not None and (len(everyone) == 1 or dist.get_rank() == 0):
             raise error
         if error is not None:
             sys.exit(2)
     return result
 
 
-def _gather(mine: MegatronDSError | None) -> list[MegatronDSError | None]:
-    everyone: list[MegatronDSError | None] = [None] * dist.get_world_size()
+def _gather(mine: tuple[MegatronDSError | None, bool]) -> list[tuple[MegatronDSError | None, bool]]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone

@@ -29,7 +29,7 @@ from megatron_ds.parallel.failure import write_failure
 from megatron_ds.parallel.rank import RENDEZVOUS_FILE, RankInfo
 
 TELL_S = 1.0  # between two notes of a rank
-OTHERS_WAIT_S = 10.0  # for the rank that reports: its launcher ends them before
+BOARD_S = 10.0  # a board that has not answered by then does not
 
 
 @dataclass(frozen=True)
@@ -88,31 +88,48 @@ class FileBoard:
 
 
 class StoreBoard:
-    """In the store through which a launcher's ranks found one another."""
+    """In the store through which a launcher's ranks found one another.
 
-    def __init__(self, host: str, port: int) -> None:
-        self._store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
+    Args:
+        host, port: of the store.
+        group: which of the groups that a launcher started one after the other.
+    """
+
+    def __init__(self, host: str, port: int, group: str = "0") -> None:
+        self._store = dist.PrefixStore(
+            f"megatron_ds/{group}", dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
+        )
 
     def put(self, rank: int, note: Note) -> None:
-        self._store.set(f"megatron_ds/note/{rank}", json.dumps(asdict(note)))
+        self._store.set(f"note/{rank}", json.dumps(asdict(note)))
 
     def read(self, rank: int) -> Note:
-        key = f"megatron_ds/note/{rank}"
+        key = f"note/{rank}"
         return Note(**json.loads(self._store.get(key))) if self._store.check([key]) else Note()
 
     def claim(self) -> bool:
-        return self._store.add("megatron_ds/claimed", 1) == 1
+        return self._store.add("claimed", 1) == 1
 
 
 def board_of(info: RankInfo) -> Board:
     """The board of this process's job; its process group is there."""
     if RENDEZVOUS_FILE in os.environ:
         return FileBoard(Path(os.environ[RENDEZVOUS_FILE]).parent)
-    return StoreBoard(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a group
+    return StoreBoard(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), restarts)
+
+
+class Beat(Protocol):
+    """Is told what a rank does from now on, such as "step 12: reading data"."""
+
+    def __call__(self, doing: str, *, may_take_long: bool = False) -> None:
+        """`may_take_long`: as long as it likes: storage decides how long saving takes."""
 
 
 class Watchdog:
     """Within it this process ends, with a word on who hangs, when it has not called `beat` for too long.
+
+    Two threads: one leaves notes on the board, the other looks at the clock. The board may be what hangs.
 
     Args:
         info: which rank this is.
@@ -123,63 +140,79 @@ class Watchdog:
     def __init__(self, info: RankInfo, timeout_s: float, board: Board) -> None:
         self._info, self._timeout_s, self._board = info, timeout_s, board
         self._tell_s = min(TELL_S, timeout_s / 4)
-        self._note, self._beaten_s = Note(doing="starting"), time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._note, self._beaten_s, self._is_limited = Note(doing="starting"), time.monotonic(), True
+        self._ended, self._stack = threading.Event(), ""
+        self._threads = [
+            threading.Thread(target=act, name=f"watchdog-{act.__name__}", daemon=True)
+            for act in (self._tell, self._watch)
+        ]
 
-    def beat(self, doing: str) -> None:
-        """Say what this rank does from now on, such as "step 12: reading data"."""
+    def beat(self, doing: str, *, may_take_long: bool = False) -> None:
+        """See `Beat`."""
         self._note = Note(self._note.number, self._note.beats + 1, doing)
-        self._beaten_s = time.monotonic()
+        self._is_limited, self._beaten_s = not may_take_long, time.monotonic()
 
     def __enter__(self) -> Watchdog:
         self._beaten_s = time.monotonic()
         if self._timeout_s > 0:
             self._board.put(self._info.rank, self._note)
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+
+    def _tell(self) -> None:
+        number = 0
+        with contextlib.suppress(RuntimeError, OSError):  # a board that is gone: the job is ending
+            while not self._ended.wait(self._tell_s):
+                number += 1
+                self._board.put(self._info.rank, Note(number, self._note.beats, self._note.doing, self._stack))
 
     def _watch(self) -> None:
-        number = 0
+        looked_s = time.monotonic()
         while not self._ended.wait(self._tell_s):
-            number += 1
-            beaten_s, note = self._beaten_s, self._note
-            stuck = time.monotonic() - beaten_s > self._timeout_s
-            stack = _own_stack() if stuck else ""
-            with contextlib.suppress(RuntimeError, OSError):  # a board that is gone: the job is ending
-                self._board.put(self._info.rank, Note(number, note.beats, note.doing, stack))
-            if stuck:
-                self._end(number, note)
+            now = time.monotonic()
+            if now - looked_s > 2 * self._tell_s + 1:  # this process was stopped itself, with its job it may be
+                self._beaten_s += now - looked_s
+            looked_s = now
+            if self._is_limited and now - self._beaten_s > self._timeout_s:
+                self._end()
 
-    def _end(self, number: int, note: Note) -> None:
-        """Report, if this rank is the first to notice; end the process."""
+    def _end(self) -> None:
+        """Report, if this rank is the first to notice; end the process, whatever becomes of the board."""
+        try:
+            self._stack = _own_stack()
+            report = threading.Thread(target=self._report, name="watchdog-report", daemon=True)
+            report.start()
+            report.join(3 * self._tell_s + BOARD_S)
+            if report.is_alive():  # who keeps the board does not answer
+                what = f"no progress for {self._timeout_s:g} s (train.step_timeout={self._timeout_s:g})"
+                self._write(LaunchError(f"{what}; rank 0 or its machine does not answer; here: {self._note.doing}"))
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _report(self) -> None:
         if not self._board.claim():
-            until = time.monotonic() + OTHERS_WAIT_S
-            while time.monotonic() < until:  # that the reporter sees that this rank lives
-                number += 1
-                self._board.put(self._info.rank, Note(number, note.beats, note.doing, _own_stack()))
-                time.sleep(self._tell_s)
+            time.sleep(3 * self._tell_s + BOARD_S / 2)  # the reporter sees that this rank lives; it is ended before
             os._exit(1)
         ranks = range(self._info.world_size)
         before = [self._board.read(rank) for rank in ranks]
         time.sleep(3 * self._tell_s)
         after = [self._board.read(rank) for rank in ranks]
         alive = [rank == self._info.rank or after[rank].number > before[rank].number for rank in ranks]
-        problem = LaunchError(diagnose(after, alive, self._timeout_s))
+        self._write(LaunchError(diagnose(after, alive, self._timeout_s)))
+
+    def _write(self, problem: LaunchError) -> None:
         if RENDEZVOUS_FILE in os.environ:
             folder = Path(os.environ[RENDEZVOUS_FILE]).parent
             write_failure(folder / f"{self._info.rank}.error", self._info.rank, problem)
         else:
             get_logger().error("error: %s", problem)
-        sys.stderr.flush()
-        os._exit(1)
 
 
 def diagnose(notes: Sequence[Note], alive: Sequence[bool], timeout_s: float) -> str:

@@ -269,7 +269,8 @@ def _peaks(large: Path, tiny: Path, place: Path) -> dict[str, int]:
 
 
 def test_memory_is_bounded(saved: Path, tmp_path: Path) -> None:
-    """Of 430 MB in fp32: a few times the largest parameter, which is gate and up of a layer."""
+    """Of 430 MB in fp32: the largest parameter (gate and up of a layer) on disk, in memory, in the new type, as it is
+    written; and blocks that the C library keeps."""
     config = {**SMALL, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 8000}
     run_alone(_save_large, config, tmp_path / "large")
     largest = 2 * 4096 * 1024 * 4
@@ -277,7 +278,7 @@ def test_memory_is_bounded(saved: Path, tmp_path: Path) -> None:
     tiny = Path(shutil.copytree(saved / "llama" / "bfloat16", tmp_path / "tiny"))
     found = run_alone(_peaks, tmp_path / "large", tiny, tmp_path)
     print({name: f"{size / 2**20:.1f} MB" for name, size in found.items()})
-    assert max(found.values()) < 4 * largest
+    assert max(found.values()) < 5 * largest
 
 
 def _save_large(config: dict[str, Any], directory: Path) -> None:

@@ -25,7 +25,7 @@ from megatron_ds.checkpoint import saver
 from megatron_ds.checkpoint.folder import LATEST, name_of
 from megatron_ds.checkpoint.reader import first_damage, newest_whole
 from megatron_ds.config import RunConfig, build_run
-from megatron_ds.errors import CheckpointError, LaunchError
+from megatron_ds.errors import CheckpointError, ConfigError, LaunchError
 from megatron_ds.monitor import SilentReporter
 from megatron_ds.train import loop, resume
 from tests.ranks import preload, run_alone
@@ -238,10 +238,10 @@ def test_a_stale_latest_misleads_nobody(latest: str | None, cut: Path) -> None:
 def test_latest_names_a_whole_one_before_the_first_step(cut: Path, corpus: Path) -> None:
     run, folder = tiny_run(corpus, cut), cut / "checkpoints"
     _flip(folder / NEWEST / "config.json")
-    claim = resume.clear_way(run, newest_whole(folder))
-    assert (folder / LATEST).read_text().strip() == BEFORE and f"{cut}/checkpoints.1" in claim.notes[-1]
-    del claim
-    resume.clear_way(run, resume.Found())  # checkpoint.resume=never
+    held = resume.claim(run)
+    _, notes = resume.begin_output(run, newest_whole(folder.resolve()), held)
+    assert (folder / LATEST).read_text().strip() == BEFORE and f"{cut}/checkpoints.1" in notes[-1]
+    resume.begin_output(run, resume.Found(), held)  # checkpoint.resume=never
     assert not (folder / LATEST).exists() and naming.checkpoints_in(folder) == []
 
 
@@ -318,7 +318,7 @@ def test_a_rank_that_cannot_write(
     assert f"{NEWEST} could not be saved: rank {rank}: " in words and f"{BEFORE} is the newest that is whole" in words
     assert "\n" not in words
     folder = output / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", BEFORE, LATEST, "saves.jsonl"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([BEFORE, LATEST, "saves.jsonl"])
     go_on(corpus, output, checkpoint=checkpoint)
     assert losses(output) == uncut
 
@@ -350,6 +350,40 @@ def test_full_disks_at_random_moments(
         assert losses(output) == uncut
         refused += 1
     print(f"\n{refused} full disks: each was told in one line, and the run went on bit for bit")
+
+
+@pytest.mark.parametrize("where", ["write_manifest", "put_in_place", "point_to"])
+def test_a_disk_that_is_full_at_the_very_end(
+    where: str, corpus: Path, tmp_path: Path, uncut: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank's last writes: the manifest, the name, latest."""
+    output, real = tmp_path / "run", getattr(naming, where)
+
+    def full(place: Path, which: Any) -> Any:
+        if NEWEST in (place.name.strip(".").removesuffix(".tmp"), which) or which == 6:
+            _no_space()
+        return real(place, which)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(naming, where, full)
+        with pytest.raises(CheckpointError, match=f"{NEWEST} could not be saved: rank 0: No space left on device"):
+            go_on(corpus, output)
+    assert not list((output / "checkpoints").glob(".step*"))
+    go_on(corpus, output)
+    assert losses(output) == uncut
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(
+    corpus: Path, tmp_path: Path, uncut: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path, *given: Any, real: Any = shutil.rmtree, **how: Any) -> None:
+        if str(path).endswith(".old") and not how:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        real(path, *given, **how)
+
+    monkeypatch.setattr(naming.shutil, "rmtree", busy)
+    go_on(corpus, tmp_path / "run", checkpoint={"keep": 1})
+    assert losses(tmp_path / "run") == uncut
 
 
 def test_killed_between_the_name_and_latest(
@@ -387,7 +421,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(corpus: Path, tmp_pa
     (tmp_path / "run" / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match=r"^\S+/run/checkpoints cannot be written \(File exists\)$"):
         go_on(corpus, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints"]
 
 
 def test_a_read_only_folder(corpus: Path, tmp_path: Path) -> None:
@@ -403,18 +437,18 @@ def test_a_read_only_folder(corpus: Path, tmp_path: Path) -> None:
         try:
             if user == 0:
                 os.seteuid(65534)
-            resume.clear_way(tiny_run(corpus, output), resume.Found())
+            resume.begin_output(tiny_run(corpus, output), resume.Found(), None)
         finally:
             os.seteuid(user)
 
-    with pytest.raises(CheckpointError, match=r"run/checkpoints cannot be written \(Permission denied\)$"):
+    with pytest.raises(CheckpointError, match=r"run\S* cannot be written \(Permission denied\)$"):
         run_alone(clear)
 
 
 def test_two_runs_do_not_write_to_one_output(cut: Path, corpus: Path) -> None:
-    with naming.lock(cut / "checkpoints"):
+    with naming.lock(cut):
         before = sorted(cut.rglob("*"))
-        with pytest.raises(CheckpointError, match=r"checkpoints is being written by another run; wait for its end"):
+        with pytest.raises(CheckpointError, match=r"run is being written by another run; wait for its end, or choose"):
             go_on(corpus, cut)
         assert sorted(cut.rglob("*")) == before
     go_on(corpus, cut)
@@ -477,6 +511,7 @@ def test_an_earlier_checkpoint_can_be_named(cut: Path, corpus: Path, uncut: list
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
+        ({"train": {"steps": 5}}, r"^train.steps=5 is less than the 6 steps that .* has; nearest: 6$"),
         ({"train": {"seed": 7}}, r"^train.seed=7 is not what .* was trained on: 1234; change it back, or set data.res"),
         ({"data": {"seq_length": 16}}, r"^data.seq_length=16 is not what .* was trained on: 32"),
         ({"data": {"shuffle": False}}, r"^data.shuffle=false is not what .* was trained on: true"),
@@ -499,6 +534,25 @@ def test_another_run_is_refused(
     with pytest.raises(CheckpointError, match=says):
         go_on(corpus, cut, **sections)
     assert sorted(cut.rglob("*")) == before
+
+
+def test_a_run_does_not_move_what_it_reads(cut: Path, corpus: Path) -> None:
+    before = sorted(cut.rglob("*"))
+    model = {"config": None, "path": str(cut), "init": "pretrained"}
+    with pytest.raises(
+        CheckpointError, match=r"^model.path=.* is among the checkpoints under output=.* choose another"
+    ):
+        go_on(corpus, cut, checkpoint={"resume": "never"}, model=model)
+    with pytest.raises(ConfigError, match=r"^export.path=.* is among the run's checkpoints; choose another, such as"):
+        go_on(corpus, cut, export={"path": str(cut / "checkpoints" / NEWEST)})
+    assert sorted(cut.rglob("*")) == before
+
+
+def test_a_link_to_a_checkpoint_is_that_checkpoint(cut: Path, corpus: Path, uncut: list[float]) -> None:
+    link = cut.parent / "best"
+    link.symlink_to(cut / "checkpoints" / BEFORE)
+    go_on(corpus, cut, checkpoint={"resume": str(link)})
+    assert losses(cut) == uncut and (cut / "checkpoints" / BEFORE).is_dir()
 
 
 def test_restart_takes_the_new_data_from_their_beginning(cut: Path, corpus: Path, uncut: list[float]) -> None:

@@ -264,7 +264,7 @@ def test_one_interrupt_lets_ranks_finish_even_when_that_takes_longer_than_the_gr
 def test_a_second_interrupt_ends_ranks_that_do_not_finish(tmp_path: Path) -> None:
     with parent_of_two(tmp_path, finish_s=50.0) as (parent, pids):
         parent.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(launch.SAME_PRESS_S + 0.3)
         assert parent.poll() is None
         parent.send_signal(signal.SIGINT)
         assert parent.wait(10) == 130

@@ -44,6 +44,22 @@ def test_what_would_be_the_same_again_ends_it(problem: BaseException) -> None:
     assert len(seen) == 1
 
 
+def test_a_group_that_was_told_to_stop_is_not_started_again() -> None:
+    problem = GroupError("rank 1 was killed", {1: signal.SIGKILL})
+    problem.is_stopping = True
+    seen, start = dying(9, problem)
+    with pytest.raises(GroupError):
+        run_with_restarts(start, 2, 5)
+    assert len(seen) == 1
+
+
+def test_too_few_that_are_left_end_it() -> None:
+    seen, start = dying(9, GroupError("rank 1 was killed", {1: signal.SIGKILL}))
+    with pytest.raises(LaunchError, match=r"^rank 1 was killed; too few ranks are left to go on$"):
+        run_with_restarts(start, 2, 5, fewer=lambda left: None)
+    assert len(seen) == 1
+
+
 def test_it_goes_on_with_those_that_are_left() -> None:
     seen, start = dying(2, GroupError("rank 1 was killed", {1: signal.SIGKILL}))
     run_with_restarts(start, 4, 3, fewer=lambda left: {3: 2, 1: 1}[left])

@@ -85,7 +85,11 @@ class Listener(SilentReporter):
         self.notes.append(text)
 
 
-def drive(run: RunConfig, engine: CountingEngine, valid: Numbers | None = None, read_s: float = 0.0) -> Any:
+def _hear(doing: str, *, may_take_long: bool = False) -> None:
+    """What a watchdog is told."""
+
+
+def drive(run: RunConfig, engine: Any, valid: Numbers | None = None, read_s: float = 0.0) -> Any:
     """(steps done, lines of metrics.jsonl, notes, rates); in a process of its own, since it runs torch."""
 
     def inside() -> Any:
@@ -93,8 +97,7 @@ def drive(run: RunConfig, engine: CountingEngine, valid: Numbers | None = None, 
         with RunOutput(run, listener, is_first=True) as output, Interrupt(run.train.max_time) as interrupt:
             output.start(SUMMARY)
             data: Any = Numbers(20, read_s)
-            told: list[str] = []
-            loop = TrainingLoop(run, engine, data, valid, output, Throughput(1e9, 2), None, Progress(), told.append)  # type: ignore[arg-type]
+            loop = TrainingLoop(run, engine, data, valid, output, Throughput(1e9, 2), None, Progress(), _hear)
             done = loop.run(interrupt)
             output.close("numbers")
         return done, listener.notes, engine.lrs

@@ -67,6 +67,49 @@ def test_a_run_that_goes_on_is_left_alone() -> None:
     assert run_ranks(_slow_but_going, 2) == ["done", "done"]
 
 
+def test_what_may_take_long_is_no_hang_and_neither_is_a_job_that_was_stopped() -> None:
+    def saves(info: RankInfo) -> str:
+        with Watchdog(info, 0.4, board_of(info)) as watchdog:
+            watchdog.beat("saving", may_take_long=True)
+            time.sleep(1.5)
+            watchdog.beat("step 2")
+            if os.fork() == 0:  # goes on with the stopped process
+                time.sleep(3.0)
+                os.kill(os.getppid(), signal.SIGCONT)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.3)
+            watchdog.beat("step 3")
+        return "done"
+
+    assert run_ranks(saves, 1) == ["done"]
+
+
+def test_a_board_that_does_not_answer_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a launcher the first rank keeps it, and may be the one that hangs."""
+    from megatron_ds.train import watchdog as module
+
+    monkeypatch.setattr(module, "BOARD_S", 1.0)
+
+    class Dead(FileBoard):
+        def put(self, rank: int, note: Note) -> None:
+            if note.number:
+                time.sleep(60)
+
+        def claim(self) -> bool:
+            time.sleep(60)
+            return True
+
+    def stands(info: RankInfo) -> None:
+        with Watchdog(info, 0.5, Dead(Path("/nowhere"))):
+            time.sleep(60)
+
+    with pytest.raises(
+        LaunchError, match=r"^no progress for 0.5 s .*; rank 0 or its machine does not answer; here: st"
+    ):
+        run_ranks(stands, 1)
+
+
 def test_zero_turns_it_off() -> None:
     def stands(info: RankInfo) -> str:
         with Watchdog(info, 0.0, board_of(info)):
@@ -87,6 +130,8 @@ def test_the_board_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         first, second = StoreBoard("127.0.0.1", port), StoreBoard("127.0.0.1", port)
         first.put(1, Note(3, 2, "step 1", "here"))
         found = second.read(1), second.read(0), first.claim(), second.claim()
+        after_a_restart = StoreBoard("127.0.0.1", port, "1")
+        assert after_a_restart.read(1) == Note() and after_a_restart.claim()
         del server
         return found
 
