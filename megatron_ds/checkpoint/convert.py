@@ -22,7 +22,7 @@ from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, ti
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel, read_model
-from megatron_ds.hf.convert import check_target, one_thread
+from megatron_ds.hf.convert import check_target
 from megatron_ds.hf.export import DTYPES, exporting
 from megatron_ds.hf.weights import HFWeights
 
@@ -59,7 +59,7 @@ def import_hf(source: str | Path, target: str | Path) -> HFModel:
         write_manifest(directory, {str(path.relative_to(directory)): record_file(path) for path in files})
 
     weights = HFWeights(source, read_model(source))
-    with exporting(target, weights.model, None, "5GB") as export, one_thread():
+    with exporting(target, weights.model, None, "5GB") as export:
         for name, whole in weights.each():
             export.add(name, whole)
             del whole  # what it was read from leaves memory before the next is read
@@ -100,7 +100,7 @@ def export_hf(
             return whole
         return reader.read_whole(MASTER, name, tuple(whole.shape))
 
-    with exporting(target, weights.model, dtype, max_shard_size) as export, one_thread():
+    with exporting(target, weights.model, dtype, max_shard_size) as export:
         for name, whole in weights.each():
             export.add(name, best(name, whole))
             del whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ def import_hf(
     checkpoint: Annotated[Path, typer.Argument(help="The directory to write.", metavar="CHECKPOINT")],
 ) -> None:
     """Import; see HELP."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying is bound by memory; before torch is imported
     from megatron_ds.checkpoint.convert import import_hf as convert
     from megatron_ds.cli.inspect import written
 

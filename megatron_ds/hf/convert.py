@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
@@ -31,7 +27,7 @@ def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, ma
     """
     check_target(Path(source), Path(target))
     weights = HFWeights(source, read_model(source))
-    with exporting(target, weights.model, dtype, max_shard_size) as export, one_thread():
+    with exporting(target, weights.model, dtype, max_shard_size) as export:
         for name, whole in weights.each():
             export.add(name, whole)
             del whole  # what it was read from leaves memory before the next is read
@@ -60,14 +56,3 @@ def check_target(source: Path, target: Path, allowed: tuple[str, ...] = ()) -> N
             f"{target} would be replaced, and holds {strangers[0]}, which is no file of a model; choose another "
             "directory"
         )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Copying is bound by memory: more threads are hardly faster, and wait for one another on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
