@@ -37,7 +37,7 @@ def pieces(text: str, seed: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Write train.jsonl and valid.jsonl: `input_ids` and `labels`, and the words themselves."""
+    """Write train.jsonl and valid.jsonl: `input_ids` and `labels`."""
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("out/punctuation")
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tokenizer")
