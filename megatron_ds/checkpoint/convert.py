@@ -5,12 +5,16 @@ No process group, no accelerator, no model in memory: one parameter at a time.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_ds.checkpoint.files import flush, record_file, write_bytes
 from megatron_ds.checkpoint.folder import (
+    MANIFEST,
     PROGRESS,
     STATE,
     checkpoints_in,
@@ -39,31 +43,27 @@ def import_hf(source: str | Path, target: str | Path) -> HFModel:
 
     Raises:
         ConversionError: the source cannot be read without changing its meaning; the target holds something else.
-        CheckpointError: the target is a checkpoint that was trained.
+        CheckpointError: the target is a checkpoint that was trained, or cannot be written.
     """
     check_target(Path(source), Path(target), allowed=(STATE,))
-    if (Path(target) / STATE).exists():
-        step = decode(Path(target) / PROGRESS)[0].step
-        if step or any((Path(target) / STATE).glob("*.safetensors")):
-            raise CheckpointError(
-                f"{target} would be replaced, and is a checkpoint of step {step}; choose another place"
-            )
+    _check_untrained(Path(target))
 
     def add_state(directory: Path) -> None:
         (directory / STATE).mkdir()
         origin = Origin(written_at=timestamp(), source=f"import of {source}")
         write_bytes(directory / PROGRESS, encode(Progress(), origin).encode())
         files = sorted(path for path in directory.rglob("*") if path.is_file())
-        for path in files:
-            flush(path)
         write_manifest(directory, {str(path.relative_to(directory)): record_file(path) for path in files})
+        for path in (*directory.rglob("*"), directory):
+            flush(path)
 
     weights = HFWeights(source, read_model(source))
-    with exporting(target, weights.model, None, "5GB") as export:
+    with _writing(Path(target)), exporting(target, weights.model, None, "5GB") as export:
         for name, whole in weights.each():
             export.add(name, whole)
             del whole  # what it was read from leaves memory before the next is read
         export.finish(source, source, add_state)
+        flush(Path(target).resolve().parent)
     return weights.model
 
 
@@ -85,7 +85,7 @@ def export_hf(
         what was exported.
 
     Raises:
-        CheckpointError: a file of the checkpoint is missing or damaged.
+        CheckpointError: a file of the checkpoint is missing or damaged, or the target cannot be written.
         ConversionError: the weights do not fit into the dtype; the target is the source, or holds something else.
     """
     source = resolve_checkpoint(checkpoint)
@@ -100,7 +100,7 @@ def export_hf(
             return whole
         return reader.read_whole(MASTER, name, tuple(whole.shape))
 
-    with exporting(target, weights.model, dtype, max_shard_size) as export:
+    with _writing(Path(target)), exporting(target, weights.model, dtype, max_shard_size) as export:
         for name, whole in weights.each():
             export.add(name, best(name, whole))
             del whole
@@ -108,10 +108,41 @@ def export_hf(
     return weights.model
 
 
+def _check_untrained(target: Path) -> None:
+    """Nothing that was trained, and nothing of anybody else, is in the training state that would be replaced."""
+    state = target / STATE
+    if not state.exists():
+        return
+    if (target / PROGRESS).is_file() and (step := decode(target / PROGRESS)[0].step):
+        raise CheckpointError(
+            f"{target} would be replaced, and is a checkpoint of step {step}; choose another directory"
+        )
+    found = {str(path.relative_to(target)) for path in state.iterdir()} if state.is_dir() else {STATE}
+    strangers = sorted(found - {MANIFEST, PROGRESS})
+    if strangers:
+        raise CheckpointError(
+            f"{target} would be replaced, and holds {strangers[0]}, which is not of an import; choose another directory"
+        )
+
+
 def _open_whole(checkpoint: Path) -> StateReader:
     problem = first_damage(checkpoint)
     if problem is None:
         return StateReader(checkpoint)
-    others = [path for path in checkpoints_in(checkpoint.parent) if path != checkpoint and first_damage(path) is None]
-    nearest = f"; nearest: {others[0]}, which is whole" if others else ""
-    raise CheckpointError(f"{problem}{nearest}")
+    others = (path for path in checkpoints_in(checkpoint.parent) if path != checkpoint)
+    whole = next((path for path in others if first_damage(path) is None), None)
+    raise CheckpointError(f"{problem}; nearest: {whole}, which is whole" if whole else problem)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """A full disk, or one that may not be written, is the user's to mend."""
+    try:
+        yield
+    except OSError as problem:
+        place = next(place for place in target.resolve().parents if place.is_dir())
+        free = shutil.disk_usage(place).free
+        raise CheckpointError(
+            f"{target} could not be written: {problem.strerror or problem} ({free / 1e9:.2f} GB are free there); make "
+            "room, or choose another directory"
+        ) from problem

@@ -6,16 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from megatron_ds.checkpoint.files import damage
-from megatron_ds.checkpoint.folder import (
-    LATEST,
-    PROGRESS,
-    STATE,
-    checkpoints_in,
-    is_checkpoint,
-    read_manifest,
-    step_of,
-)
+from megatron_ds.checkpoint.files import FileRecord, damage
+from megatron_ds.checkpoint.folder import LATEST, PROGRESS, STATE, checkpoints_in, read_manifest, step_of
 from megatron_ds.checkpoint.progress import Origin, Progress, decode
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.errors import CheckpointError, ConversionError
@@ -53,7 +45,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """A checkpoint, or a plain model: then without progress, origin and state.
+    """A checkpoint, or a plain model: then without progress, origin and state. What is damaged is left out.
 
     Attributes:
         path: where.
@@ -100,62 +92,80 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
     for folder in (path, path / "checkpoints"):
         if checkpoints_in(folder):
             latest = folder / LATEST
-            name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+            name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
             return FolderFacts(str(folder), name, tuple(_checkpoint(one, fast) for one in checkpoints_in(folder)))
-    if (path / STATE).is_dir() or is_checkpoint(path) or step_of(path) >= 0:
+    if (path / STATE).is_dir():
         return _checkpoint(path, fast)
-    if (path / "config.json").is_file():
-        model = _model(path)
+    if (path / "config.json").is_file():  # an export may have any name
+        model = inspect_model(path)
         return CheckpointFacts(str(path), model, bytes=sum(file.bytes for file in model.files))
-    if path.with_suffix(".idx").is_file() or path.suffix in (".bin", ".idx"):
+    if path.is_dir() and step_of(path) >= 0:
+        return _checkpoint(path, fast)
+    if Path(f"{path}.idx").is_file() or path.suffix in (".bin", ".idx"):
         raise CheckpointError(f"{path} is indexed data, which this version cannot look into yet")
     raise CheckpointError(f"{path} is no checkpoint, folder of checkpoints, run output or Hugging Face directory")
 
 
-def _checkpoint(path: Path, fast: bool) -> CheckpointFacts:
-    """Everything that can still be read, and what cannot."""
-    try:
-        records = read_manifest(path)
-    except CheckpointError as problem:
-        return CheckpointFacts(str(path), None, problems=(str(problem),))
-    problems = []
-    for name, record in records.items():
-        file = path / name
-        if fast and file.is_file() and file.stat().st_size == record.bytes:
-            continue
-        found = damage(file, record)
-        if found is not None:
-            problems.append(f"{file} {found}")
-    facts = CheckpointFacts(
-        str(path),
-        None,
-        bytes=sum(record.bytes for record in records.values()),
-        problems=tuple(problems),
-        checked=not fast,
-    )
-    if problems:
-        return facts
-    progress, origin = decode(path / PROGRESS)
-    return replace(
-        facts,
-        model=_model(path),
-        progress=progress,
-        origin=origin,
-        state=StateReader(path).elements_by_kind(),
-        state_files=tuple(_file(file) for file in sorted((path / STATE).glob("*.safetensors"))),
-    )
+def inspect_model(path: Path) -> ModelFacts:
+    """The model in a directory, whatever else is there; headers are read, no weights.
 
-
-def _model(path: Path) -> ModelFacts:
+    Raises:
+        CheckpointError: there is none that our tables know.
+    """
     try:
         weights = HFWeights(path, read_model(path))
+        tables = {file: read_table(file) for file in weights.files}
     except ConversionError as problem:
         raise CheckpointError(str(problem)) from problem
-    tables = {file: read_table(file) for file in weights.files}
     dtypes = Counter(stored.dtype for table in tables.values() for stored in table.values())
     model = weights.model
     files = tuple(FileFacts(file.name, file.stat().st_size, len(table)) for file, table in tables.items())
     return ModelFacts(model.family.model_type, model.architecture, weights.num_params, dict(dtypes), files)
+
+
+def _checkpoint(path: Path, fast: bool) -> CheckpointFacts:
+    """What can be read, and a line for what cannot."""
+    try:
+        records = read_manifest(path)
+    except CheckpointError as problem:
+        return CheckpointFacts(str(path), None, problems=(str(problem),))
+    found = {name: _damage(path / name, record, fast) for name, record in records.items()}
+    damaged = [name for name, what in found.items() if what is not None]
+    problems = [f"{path / name} {found[name]}" for name in damaged]
+    facts = CheckpointFacts(str(path), None, bytes=sum(record.bytes for record in records.values()), checked=not fast)
+    parts = (
+        (_with_model, any(not name.startswith(STATE) for name in damaged)),
+        (_with_progress, PROGRESS in damaged),
+        (_with_state, any(name.startswith(STATE) for name in damaged)),
+    )
+    for add, is_damaged in parts:
+        if not is_damaged:
+            try:
+                facts = add(facts, path)
+            except CheckpointError as problem:  # damage that lengths do not show, or a version to come
+                problems.append(str(problem))
+    return replace(facts, problems=tuple(dict.fromkeys(problems)))
+
+
+def _damage(file: Path, record: FileRecord, fast: bool) -> str | None:
+    if fast and file.is_file() and file.stat().st_size == record.bytes:
+        return None
+    return damage(file, record)
+
+
+def _with_model(facts: CheckpointFacts, path: Path) -> CheckpointFacts:
+    return replace(facts, model=inspect_model(path))
+
+
+def _with_progress(facts: CheckpointFacts, path: Path) -> CheckpointFacts:
+    progress, origin = decode(path / PROGRESS)
+    return replace(facts, progress=progress, origin=origin)
+
+
+def _with_state(facts: CheckpointFacts, path: Path) -> CheckpointFacts:
+    state = StateReader(path).elements_by_kind()
+    files = tuple(_file(file) for file in sorted((path / STATE).glob("*.safetensors")))
+    return replace(facts, state=state, state_files=files)
 
 
 def _file(path: Path) -> FileFacts:

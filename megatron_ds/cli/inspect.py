@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.inspect import CheckpointFacts, FileFacts, FolderFacts, ModelFacts
+    from megatron_ds.checkpoint.progress import Origin, Progress
 
 HELP = """Show what a checkpoint, a folder of checkpoints, a run's output or a Hugging Face directory holds.
 
@@ -23,6 +24,9 @@ Examples:
   megatron-ds inspect out/run/checkpoints/step_00000200 --json
 """
 WIDTH = 12
+
+Row = tuple[str, str]
+"""What, and what it is."""
 
 
 def inspect(
@@ -38,8 +42,7 @@ def inspect(
     if json:
         print(json_module.dumps(as_json(facts), indent=2))
     else:
-        for line in _folder(facts) if isinstance(facts, FolderFacts) else _checkpoint(facts):
-            print(line)
+        _show(_folder(facts) if isinstance(facts, FolderFacts) else _checkpoint(facts))
     whole = facts.checkpoints if isinstance(facts, FolderFacts) else (facts,)
     if any(one.problems for one in whole):
         raise typer.Exit(1)
@@ -47,64 +50,82 @@ def inspect(
 
 def written(path: Path) -> str:
     """One line on a directory that was just written."""
-    from megatron_ds.checkpoint.inspect import CheckpointFacts
-    from megatron_ds.checkpoint.inspect import inspect as look
+    from megatron_ds.checkpoint.inspect import inspect_model
 
-    facts = look(path, fast=True)
-    assert isinstance(facts, CheckpointFacts) and facts.model is not None
-    return f"{path}: {_model_words(facts.model)}, {_files_words(facts.model.files)}"
+    model = inspect_model(path)
+    return f"{path}: {_model_words(model)}, {_files_words(model.files)}"
 
 
-def _row(name: str, value: str) -> str:
-    return f"{name:<{WIDTH}}{value}"
+def _show(rows: Iterable[Row]) -> None:
+    """A table on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if not console.is_terminal:
+            print(f"{name:<{WIDTH}}{value}".rstrip())
+        table.add_row(Text(name), Text(value, style="bold red" if "DAMAGED" in name + value else ""))
+    if console.is_terminal:
+        console.print(table)
 
 
-def _folder(facts: FolderFacts) -> Iterator[str]:
-    yield _row("checkpoints", facts.path)
+def _folder(facts: FolderFacts) -> Iterator[Row]:
+    yield ("checkpoints", facts.path)
     for one in facts.checkpoints:
         name = Path(one.path).name
         mark = " (latest)" if name == facts.latest else ""
         when = f", written {one.origin.written_at}" if one.origin is not None else ""
-        yield f"  {name}  {_verdict(one)}, {_size(one.bytes)}{when}{mark}"
-        for problem in one.problems:
-            yield f"    {problem}"
+        size = f", {_size(one.bytes)}" if one.bytes else ""
+        yield ("", f"{name}  {_verdict(one)}{size}{when}{mark}")
+        yield from (("", f"  {problem}") for problem in one.problems)
     if facts.latest not in {Path(one.path).name for one in facts.checkpoints}:
-        yield _row("latest", f"names {facts.latest}, which is not there; a run goes on from the newest that is whole")
+        what = "is missing" if facts.latest is None else f"names {facts.latest}, which is not there"
+        yield ("latest", f"{what}; a run goes on from the newest that is whole")
     whole = [one for one in facts.checkpoints if not one.problems]
     if whole:
-        yield ""
+        yield ("", "")
         yield from _checkpoint(whole[0])
 
 
-def _checkpoint(facts: CheckpointFacts) -> Iterator[str]:
-    yield _row("path", facts.path)
+def _checkpoint(facts: CheckpointFacts) -> Iterator[Row]:
+    yield ("path", facts.path)
     if facts.model is not None:
-        yield _row("model", _model_words(facts.model))
-        yield _row("weights", _files_words(facts.model.files))
-    progress, origin = facts.progress, facts.origin
-    if progress is not None and origin is not None:
-        skipped = progress.step - progress.applied
-        yield _row("step", f"{progress.step:,}{f', of which {skipped:,} were skipped' if skipped else ''}")
-        data = progress.data
-        if data.fingerprint:
-            yield _row("data", f"{data.samples:,} samples taken of {data.description}")
-            order = "shuffled" if data.shuffle else "in order"
-            yield _row("", f"seq_length {data.seq_length}, {order}, seed {data.seed}, {data.fingerprint[:12]}")
-        yield _row("written", f"{origin.written_at} by {origin.source}")
-        if facts.state_files:
-            sequence = ", sequence parallel" if origin.sequence else ""
-            yield _row(
-                "layout",
-                f"{origin.world_size} = tp {origin.tensor} x pp {origin.pipeline} x dp {origin.data}{sequence}, "
-                f"ZeRO-{origin.zero_stage}, {origin.precision}; it goes on at any other",
-            )
-            kinds = ", ".join(f"{kind} {_count(number)}" for kind, number in facts.state.items())
-            yield _row("state", f"{kinds}; {_files_words(facts.state_files)}")
-        else:
-            yield _row("state", "none: nothing was trained")
-        yield _row("whole", _verdict(facts).removeprefix("whole, ").removeprefix("whole "))
+        yield ("model", _model_words(facts.model))
+        yield ("weights", _files_words(facts.model.files))
+    if facts.progress is not None and facts.origin is not None:
+        yield from _progress(facts.progress, facts.origin)
+        if not facts.progress.trained:
+            yield ("state", "none: nothing was trained")
+    if facts.state_files:
+        kinds = ", ".join(f"{kind} {_count(number)}" for kind, number in facts.state.items())
+        yield ("state", f"{kinds}; {_files_words(facts.state_files)}")
+    if facts.progress is not None and not facts.problems:
+        yield ("whole", _verdict(facts).removeprefix("whole, ").removeprefix("whole "))
     for problem in facts.problems:
-        yield _row("DAMAGED", problem)
+        yield ("DAMAGED", problem)
+
+
+def _progress(progress: Progress, origin: Origin) -> Iterator[Row]:
+    skipped = progress.step - progress.applied
+    yield ("step", f"{progress.step:,}{f', of which {skipped:,} were skipped' if skipped else ''}")
+    data = progress.data
+    if data.fingerprint:
+        yield ("data", f"{data.samples:,} samples taken of {data.description}")
+        order = "shuffled" if data.shuffle else "in order"
+        yield ("", f"seq_length {data.seq_length}, {order}, seed {data.seed}, {data.fingerprint[:12]}")
+    yield ("written", f"{origin.written_at} by {origin.source}")
+    if progress.trained:
+        sequence = ", sequence parallel" if origin.sequence else ""
+        yield (
+            "layout",
+            f"{origin.world_size} = tp {origin.tensor} x pp {origin.pipeline} x dp {origin.data}{sequence}, "
+            f"ZeRO-{origin.zero_stage}, {origin.precision}; it goes on at any other",
+        )
 
 
 def _verdict(facts: CheckpointFacts) -> str:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import megatron_ds as mds
 from megatron_ds.checkpoint.folder import name_of
-from megatron_ds.checkpoint.inspect import CheckpointFacts, FolderFacts, inspect
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.cli.main import _run
 from megatron_ds.errors import CheckpointError, ConversionError
@@ -131,6 +130,28 @@ assert torch.equal(first, second) and bool(first.isfinite().all())
 """
 
 
+def _same_logits(source: Path, others: list[Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def logits(directory: Path) -> torch.Tensor:
+        model, told = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
+        assert not any(told[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+        return torch.as_tensor(model.eval()(torch.arange(2, 18)[None]).logits)
+
+    expected = logits(source)
+    assert bool(expected.isfinite().all())
+    for directory in others:
+        assert torch.equal(logits(directory), expected), directory
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_transformers_loads_what_was_imported_and_exported(case: str, saved: Path, tmp_path: Path) -> None:
+    source = saved / case / "float32"
+    mds.import_hf(source, tmp_path / "checkpoint")
+    mds.export_hf(tmp_path / "checkpoint", tmp_path / "hf", max_shard_size="30KB")
+    run_alone(_same_logits, source, [tmp_path / "checkpoint", tmp_path / "hf"])
+
+
 def test_transformers_loads_a_checkpoint_as_it_stands(trained: Path, tmp_path: Path) -> None:
     mds.export_hf(trained, tmp_path / "hf")
     directories = [str(trained / name_of(CUT)), str(tmp_path / "hf")]
@@ -178,7 +199,14 @@ def test_a_flipped_byte_is_named_and_the_whole_one_beside_it(
         (("export", "model", "ck"), "ck would be replaced, and holds training_state"),
         (("import", "model", "trained"), "trained would be replaced, and is a checkpoint of step 2"),
         (("import", "nothing", "other"), "nothing: no config.json here"),
+        (
+            ("import", "model", "theirs"),
+            "theirs would be replaced, and holds training_state/notes.txt, which is not of",
+        ),
+        (("export", "ck", "mine/notes.txt/hf"), "mine/notes.txt/hf could not be written: Not a directory"),
         (("inspect", "mine"), "mine is no checkpoint, folder of checkpoints, run output or Hugging Face directory"),
+        (("inspect", "."), ". is no checkpoint, folder of checkpoints, run output or Hugging Face directory"),
+        (("inspect", "/"), "/ is no checkpoint, folder of checkpoints, run output or Hugging Face directory"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -196,6 +224,8 @@ def test_mistakes_are_one_line(
     mds.import_hf("model", "ck")
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
+    shutil.copytree("ck", "theirs")
+    Path("theirs/training_state/notes.txt").write_text("mine")
     before = sorted(Path(".").rglob("*"))
     assert says in _one_line(capsys, *words)
     assert sorted(Path(".").rglob("*")) == before
@@ -211,7 +241,7 @@ def test_a_failure_in_the_middle_leaves_nothing(saved: Path, tmp_path: Path, mon
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(convert, "write_manifest", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(CheckpointError, match="ck could not be written: the disk is gone"):
         mds.import_hf(saved / "gpt2" / "float32", tmp_path / "ck")
     with pytest.raises(ConversionError, match="float16 cannot hold"):
         big = changed(
@@ -223,29 +253,7 @@ def test_a_failure_in_the_middle_leaves_nothing(saved: Path, tmp_path: Path, mon
     assert first_damage(tmp_path / "ck") is None
 
 
-# ---- inspect ---------------------------------------------------------------------------------------------------------
-
-
-def test_inspect_tells_what_is_there(trained: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = inspect(trained)
-    assert isinstance(folder, FolderFacts) and folder.latest == name_of(CUT) and len(folder.checkpoints) == 1
-    (facts,) = folder.checkpoints
-    assert facts.model is not None and facts.progress is not None and not facts.problems and facts.checked
-    assert (facts.model.model_type, facts.model.dtypes) == ("qwen2", {"BF16": 50})
-    assert facts.progress.step == CUT and facts.state == dict.fromkeys(facts.state, facts.model.num_params)
-    assert (
-        facts.bytes
-        == sum(file.stat().st_size for file in (trained / name_of(CUT)).rglob("*") if file.is_file())
-        - (trained / name_of(CUT) / "training_state/manifest.json").stat().st_size
-    )
-    plain = inspect(saved / "gpt2" / "float16")
-    assert isinstance(plain, CheckpointFacts) and plain.progress is None and plain.model is not None
-    assert plain.model.dtypes == {"F16": len(load_file(saved / "gpt2" / "float16" / "model.safetensors"))}
-    assert _run(["inspect", "--json", str(trained)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["checkpoints"][0]["model"]["num_params"] == facts.model.num_params
-    with pytest.raises(CheckpointError, match="indexed data, which this version cannot look into yet"):
-        inspect(trained / "corpus.bin")
+# ---- what it takes ---------------------------------------------------------------------------------------------------
 
 
 def test_nothing_of_deepspeed_is_needed(saved: Path, tmp_path: Path) -> None:
