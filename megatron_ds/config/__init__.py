@@ -1,12 +1,11 @@
 """What a run is: the run file, the DeepSpeed JSON, and whether both fit a model on a number of ranks."""
 
 from megatron_ds.config.checks import ModelShape, check_layout, check_run, check_target_length
+from megatron_ds.config.data_section import DataSection, DataSource
 from megatron_ds.config.deepspeed_json import DeepSpeedFacts, deepspeed_facts, fill_deepspeed, load_deepspeed
 from megatron_ds.config.load import build_run, dump_run, load_run
 from megatron_ds.config.run import (
     CheckpointSection,
-    DataSection,
-    DataSource,
     ExportSection,
     ModelSection,
     OptimizerSection,

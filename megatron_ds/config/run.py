@@ -7,20 +7,20 @@ whole float such as `1e3` is an integer. Rules that need the model or the number
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_ds.config.data_section import DataSection
+from megatron_ds.config.section import (
+    Beta,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Section,
+    Text,
+    whole_float_to_int,
+)
 from megatron_ds.config.wording import show
 from megatron_ds.errors import ConfigError
-
-
-def _whole_float_to_int(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _list_of_sources(value: Any) -> Any:
-    """A lone source becomes a list of one; plain entries become mappings with a path."""
-    entries = value if isinstance(value, list | tuple) else [value]
-    return [e if isinstance(e, dict | DataSource) else {"path": e} for e in entries if e is not None]
 
 
 def _betas_pair(value: Any) -> Any:
@@ -51,19 +51,6 @@ def _seconds(value: Any) -> Any:
     days, first, second, third = (int(part) if part else 0 for part in match.groups())
     hours, minutes, seconds = (first, second, third) if match[1] or match[4] else (0, first, second)
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-Count = Annotated[int, BeforeValidator(_whole_float_to_int), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_whole_float_to_int), Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, strict, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -108,38 +95,6 @@ class ParallelSection(Section):
     sequence: bool = False
 
 
-class DataSource(Section):
-    """One file, directory, hub id or prefix; `weight` is its share of a blend."""
-
-    path: Text
-    weight: Annotated[float, Field(gt=0)] | None = None
-
-
-class DataSection(Section):
-    """What is read, and how much of it masked models and sequence-to-sequence models have hidden.
-
-    `cache_dir`: where tokenised text is kept (None: a per-user cache directory). `mask_rate` and `whole_words` go with
-    masked models, `mask_rate`, `mean_span` and `target_length` (None: chosen) with sequence-to-sequence models.
-    `restart`: a resumed run takes data that differ from what it was on, from their beginning.
-    """
-
-    format: Literal["text", "chat", "tokenized", "indexed"] = "text"
-    train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
-    valid: Annotated[list[DataSource], BeforeValidator(_list_of_sources)] = []
-    seq_length: Count = 512
-    shuffle: bool = True
-    cache_dir: Text | None = None
-    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    whole_words: bool = False
-    mean_span: Annotated[float, Field(ge=1)] = 3.0
-    target_length: Count | None = None
-    restart: bool = False
-
-    @field_serializer("train", "valid")
-    def _plain_sources(self, sources: list[DataSource]) -> list[Any]:
-        return [s.path if s.weight is None else {"path": s.path, "weight": s.weight} for s in sources]
-
-
 class OptimizerSection(Section):
     """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too."""
 
@@ -171,7 +126,7 @@ class TrainSection(Section):
     steps: Count
     global_batch_size: Count = 8
     micro_batch_size: Count = 1
-    seed: Annotated[int, BeforeValidator(_whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
+    seed: Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
     eval_every: CountOrZero = 0
     log_every: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
@@ -233,9 +188,9 @@ class RunConfig(Section):
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is more than train.steps={self.train.steps}; "
                 f"nearest: {self.train.steps}"
             )
-        if self.data.format == "text" and self.model.tokenizer_path is None:
+        if self.data.format in ("text", "chat") and self.model.tokenizer_path is None:
             raise ConfigError(
-                "model.tokenizer is missing: data.format=text with model.config needs one; "
+                f"model.tokenizer is missing: data.format={self.data.format} with model.config needs one; "
                 "give the directory of a tokenizer, or use data.format=tokenized"
             )
         refuse_not_built(self)
@@ -244,12 +199,7 @@ class RunConfig(Section):
 
 # Words of the run file that have no code behind them yet: field, the values that work, how to say them.
 # `*` stands for every entry of a list. Remove a line when its feature is built.
-NOT_BUILT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("data.format", ("text", "tokenized"), "text, tokenized"),
-    ("data.train.*.weight", (None,), "sources without a weight"),
-    ("data.valid.*.weight", (None,), "sources without a weight"),
-    ("optimizer.name", ("adamw",), "adamw"),
-)
+NOT_BUILT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (("optimizer.name", ("adamw",), "adamw"),)
 
 
 def refuse_not_built(run: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from megatron_ds.data.collate import NO_SAMPLE, collate
 from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
 from megatron_ds.data.open import FORMATS, open_dataset
+from megatron_ds.data.options import ChatOptions, Order, Split
 from megatron_ds.data.sample import IGNORE_INDEX, Dataset, Sample
 from megatron_ds.data.sampler import GlobalBatches, for_data_rank, ordered_pass
 from megatron_ds.data.token_cache import default_cache_dir
@@ -13,12 +14,15 @@ __all__ = [
     "IGNORE_INDEX",
     "NO_SAMPLE",
     "Causal",
+    "ChatOptions",
     "Dataset",
     "GlobalBatches",
     "Masked",
     "Objective",
+    "Order",
     "Sample",
     "Seq2Seq",
+    "Split",
     "collate",
     "default_cache_dir",
     "for_data_rank",

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_ds.data.chat import open_chat
+from megatron_ds.data.indexed import open_indexed
 from megatron_ds.data.masking import Masker, load_masker
 from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
+from megatron_ds.data.options import ChatOptions, Order, Split
 from megatron_ds.data.sample import Dataset
 from megatron_ds.data.text import CausalText, Corpus, TextSource, TokenStream
 from megatron_ds.data.text_corrupted import CorruptedText, find_sentinels
@@ -23,7 +26,7 @@ from megatron_ds.data.tokenized_seq2seq import Seq2SeqExamples
 from megatron_ds.data.tokenizer import load_tokenizer, require_ids_below, special_id
 from megatron_ds.errors import DataError
 
-FORMATS = ("text", "tokenized")
+FORMATS = ("text", "chat", "tokenized", "indexed")
 
 
 def open_dataset(
@@ -34,8 +37,13 @@ def open_dataset(
     vocab_size: int,
     tokenizer_path: str | None = None,
     cache_dir: str | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    order: Order | None = None,
+    split: Split | None = None,
+    chat: ChatOptions | None = None,
 ) -> Dataset:
-    """The samples of `sources`, concatenated in the order given, checked against the model.
+    """The samples of `sources`, concatenated in the order given or blended, checked against the model.
 
     Args:
         format: one of FORMATS.
@@ -45,6 +53,10 @@ def open_dataset(
         vocab_size: number of ids of the model; every id of the data must be below it.
         tokenizer_path: directory of a tokenizer; `text` needs it, `tokenized` only to mask examples without labels.
         cache_dir: where tokens of texts are kept; None is `megatron_ds/tokens` under $XDG_CACHE_HOME or ~/.cache.
+        weights: of the sources in a blend; None = one after the other.
+        order: how the run goes through them; None = every sample once, in order: for validation.
+        split: which part of each corpus is taken, of `indexed`; None = all.
+        chat: what is learned of conversations, of `chat`.
 
     Raises:
         DataError: a source, the tokenizer or the format is missing, malformed or does not fit the model.
@@ -59,12 +71,18 @@ def open_dataset(
                 )
             directory = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
             return _TextOpener(sources, seq_length, vocab_size, tokenizer_path, directory).open(objective)
+        if format == "chat":
+            return open_chat(
+                sources, objective, seq_length, vocab_size, tokenizer_path, cache_dir, chat or ChatOptions()
+            )
+        if format == "indexed":
+            return open_indexed(sources, objective, seq_length, vocab_size, tokenizer_path, cache_dir, order, split)
         if format == "tokenized":
             kind = _example_kind(objective, seq_length, vocab_size, tokenizer_path)
             return TokenizedDataset(sources, kind)
     except OSError as error:
         raise DataError(f"data: {', '.join(sources)}: cannot be read ({error})") from error
-    raise DataError(f"data.format={format!r} is not read by this version; it reads {' and '.join(FORMATS)}")
+    raise DataError(f"data.format={format!r} is not read by this version; it reads {', '.join(FORMATS)}")
 
 
 def _example_kind(objective: Objective, seq_length: int, vocab_size: int, tokenizer_path: str | None) -> ExampleKind:

@@ -12,6 +12,7 @@ Shape suffixes: `S` = `seq_length`, `T` = `target_length` (S where there is no d
 | `next_sentence_label` | () | int64 | 0: the second part follows, 1: it is random, IGNORE_INDEX: no loss |
 | `decoder_input_ids` | (T,) | int64 | |
 | `decoder_attention_mask` | (T,) | bool | as `attention_mask`, for the decoder's own positions |
+| `position_ids` | (S,) | int64 | places within a document, 0 where one begins; none is seen by another |
 """
 
 from collections.abc import Mapping
@@ -44,6 +45,10 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """Hash of the samples' content and length: equal on every machine, and changed by any change of a sample."""
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the samples stand in the order in which a run takes them, which `data.shuffle` had its say in."""
+
     def __len__(self) -> int:
         """n, the number of samples of an epoch, at least 1."""
 
@@ -62,7 +67,7 @@ class Dataset(Protocol):
 
 
 def blank_sample(columns: tuple[str, ...], seq_length: int, target_length: int | None) -> Sample:
-    """What `Dataset.blank` gives: ids and types 0, targets IGNORE_INDEX, masks True throughout."""
+    """What `Dataset.blank` gives: ids and types 0, targets IGNORE_INDEX, masks True throughout, one document."""
     decoder_length = seq_length if target_length is None else target_length
     sample = {}
     for name in columns:
@@ -72,6 +77,8 @@ def blank_sample(columns: tuple[str, ...], seq_length: int, target_length: int |
             shape = (decoder_length if name.startswith("decoder_") or name == "targets" else seq_length,)
         if name.endswith("attention_mask"):
             sample[name] = np.ones(shape, dtype=bool)
+        elif name == "position_ids":
+            sample[name] = np.arange(seq_length, dtype=np.int64)
         else:
             no_loss = name in ("targets", "next_sentence_label")
             sample[name] = np.full(shape, IGNORE_INDEX if no_loss else 0, dtype=np.int64)

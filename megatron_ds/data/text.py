@@ -153,6 +153,7 @@ class CausalText:
 
     columns = ("input_ids", "targets")
     target_length = None
+    ordered = False
 
     def __init__(self, corpus: Corpus, seq_length: int) -> None:
         corpus.require_sample(seq_length + 1, seq_length, len(corpus.tokens) - 1)

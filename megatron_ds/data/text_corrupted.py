@@ -33,6 +33,8 @@ class CorruptedText:
         DataError: S is below 3, T is below what the targets take, or fewer than L tokens.
     """
 
+    ordered = False
+
     def __init__(self, corpus: Corpus, seq_length: int, objective: Seq2Seq, sentinels: np.ndarray, end_id: int) -> None:
         self._lengths = sample_lengths(seq_length, objective)
         self._refuse_too_short(corpus, seq_length, objective)

@@ -29,6 +29,7 @@ class MaskedText:
     """
 
     target_length = None
+    ordered = False
 
     def __init__(self, corpus: Corpus, seq_length: int, objective: Masked, masker: Masker) -> None:
         if seq_length <= _ADDED:

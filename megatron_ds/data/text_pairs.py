@@ -36,6 +36,7 @@ class SentencePairs:
     """
 
     target_length = None
+    ordered = False
 
     def __init__(self, corpus: Corpus, seq_length: int, objective: Masked, masker: Masker) -> None:
         if seq_length < _ADDED + _SMALLEST_CHUNK:

@@ -65,6 +65,8 @@ class TokenizedDataset:
         DataError: a source is missing or empty, or an example is malformed or too long.
     """
 
+    ordered = False
+
     def __init__(self, sources: Sequence[str], kind: ExampleKind) -> None:
         census = _Census(kind)
         self._parts = [part for source in sources for part in open_rows(source, census.add)]

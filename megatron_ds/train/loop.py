@@ -63,7 +63,8 @@ class TrainingLoop:
     ) -> None:
         self._run, self._engine, self._output, self._throughput = run, engine, output, throughput
         self._train_data, self._valid_data, self._saver = train_data, valid_data, saver
-        self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, run.data.shuffle)
+        shuffle = run.data.shuffle and not train_data.ordered
+        self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, shuffle)
         self._now, self._saved_step, self._beat = begin, begin.step, beat
         self._stopped_by = 0
 

@@ -60,6 +60,11 @@ def test_defaults(run_file):
         "mean_span": 3.0,
         "target_length": None,
         "restart": False,
+        "split": None,
+        "loss_turns": "all",
+        "overlong": "refuse",
+        "packing": False,
+        "prefetch": 2,
     }
     assert run.optimizer.model_dump() == {
         "name": "adamw",

@@ -108,16 +108,33 @@ REFUSALS = [
         "model.config.model_type is missing; name the Hugging Face model type, for example llama",
     ),
     # not built yet
-    ("data.format=chat", "data.format=chat is not built yet; supported: text, tokenized"),
-    ("data.format=indexed", "data.format=indexed is not built yet; supported: text, tokenized"),
+    # fields of data that contradict each other
     (
         "data.train=[a, {path: b, weight: 0.5}]",
-        "data.train[1].weight=0.5 is not built yet; supported: sources without a weight",
+        "data.train[0].weight is missing, and other sources have one; give all of them one, or none",
     ),
     (
         "data.valid=[{path: b, weight: 2}]",
-        "data.valid[0].weight=2.0 is not built yet; supported: sources without a weight",
+        "data.valid[0].weight=2.0 does nothing: validation takes every sample once; remove it",
     ),
+    (
+        "data.packing=true",
+        "data.packing=true does nothing with data.format=text; remove it, or use data.format=chat",
+    ),
+    (
+        "data.split=[9,1]",
+        "data.split=[9.0, 1.0] does nothing with data.format=text; remove it, or use data.format=indexed",
+    ),
+    (
+        "data={format: indexed, train: [a], valid: [b], split: [9, 1]}",
+        "data.split=[9.0, 1.0] takes validation data from data.train, and data.valid names others; keep one",
+    ),
+    (
+        "data={format: indexed, train: [a], split: [9]}",
+        "data.split=[9.0] is not the parts of training, of validation and, if any, of neither; write "
+        "data.split=[0.97, 0.03]",
+    ),
+    # not built yet
     ("optimizer.name=lion", "optimizer.name=lion is not built yet; supported: adamw"),
     ("train.max_time=soon", "train.max_time=soon is not a time; write seconds, or HH:MM:SS as 3:50:00"),
     ("train.max_bad_steps=0", "train.max_bad_steps=0 must be at least 1; nearest: 1"),

@@ -250,9 +250,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer_path, valid_t
 
 
 def test_open_dataset_refuses_what_it_does_not_know(tmp_path, valid_text):
-    for format in ("chat", "indexed", "txt"):
-        with pytest.raises(DataError, match=f"data.format='{format}' is not read by this version; it reads text and"):
-            open_dataset(format, Causal(), [str(valid_text)], 8, VOCAB_SIZE)
+    with pytest.raises(DataError, match="data.format='txt' is not read by this version; it reads text, chat,"):
+        open_dataset("txt", Causal(), [str(valid_text)], 8, VOCAB_SIZE)
     with pytest.raises(DataError, match=re.escape("model.tokenizer is not set, but data.format=text needs it")):
         open_dataset("text", Causal(), [str(valid_text)], 8, VOCAB_SIZE)
     with pytest.raises(DataError, match="no sources; name at least one"):

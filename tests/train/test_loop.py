@@ -32,7 +32,7 @@ SUMMARY = RunSummary("llama", 1, 1, 1, 1, 1, False, 1, "fp32", "cpu", 1, 1, "dat
 class Numbers:
     """Sample i is all i, with i + 1 labels."""
 
-    seq_length, target_length, columns, fingerprint = 32, None, ("input_ids", "targets"), ""
+    seq_length, target_length, columns, fingerprint, ordered = 32, None, ("input_ids", "targets"), "", False
 
     def __init__(self, size: int, read_s: float = 0.0) -> None:
         self.size, self.read_s = size, read_s

@@ -1,0 +1,98 @@
+"""The section of the run file that says what is read."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
+
+from megatron_ds.config.section import Count, CountOrZero, NonNegative, Section, Text
+from megatron_ds.config.wording import show
+from megatron_ds.errors import ConfigError
+
+
+def _list_of_sources(value: Any) -> Any:
+    """A lone source becomes a list of one; plain entries become mappings with a path."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return [e if isinstance(e, dict | DataSource) else {"path": e} for e in entries if e is not None]
+
+
+class DataSource(Section):
+    """One file, directory, hub id or prefix; `weight` is its share of a blend."""
+
+    path: Text
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+
+class DataSection(Section):
+    """What is read, and how much of it masked models and sequence-to-sequence models have hidden.
+
+    `cache_dir`: where tokenised text is kept (None: a per-user cache directory). `mask_rate` and `whole_words` go with
+    masked models, `mask_rate`, `mean_span` and `target_length` (None: chosen) with sequence-to-sequence models.
+    `restart`: a resumed run takes data that differ from what it was on, from their beginning. `split`: parts of each
+    indexed corpus for training, validation and neither. `loss_turns`, `overlong` and `packing` go with conversations.
+    `prefetch`: so many batches are read ahead (0: none).
+    """
+
+    format: Literal["text", "chat", "tokenized", "indexed"] = "text"
+    train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
+    valid: Annotated[list[DataSource], BeforeValidator(_list_of_sources)] = []
+    seq_length: Count = 512
+    shuffle: bool = True
+    cache_dir: Text | None = None
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    whole_words: bool = False
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    target_length: Count | None = None
+    restart: bool = False
+    split: list[NonNegative] | None = None
+    loss_turns: Literal["all", "last"] = "all"
+    overlong: Literal["refuse", "drop", "cut"] = "refuse"
+    packing: bool = False
+    prefetch: CountOrZero = 2
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "DataSection":
+        _check_weights(self)
+        _check_split(self)
+        if self.format != "chat":
+            for key in ("loss_turns", "overlong", "packing"):
+                value = getattr(self, key)
+                if value != type(self).model_fields[key].default:
+                    raise ConfigError(
+                        f"data.{key}={show(value)} does nothing with data.format={self.format}; remove it, or use "
+                        "data.format=chat"
+                    )
+        return self
+
+    @field_serializer("train", "valid")
+    def _plain_sources(self, sources: list[DataSource]) -> list[Any]:
+        return [s.path if s.weight is None else {"path": s.path, "weight": s.weight} for s in sources]
+
+
+def _check_weights(data: DataSection) -> None:
+    """A blend has a weight for each source; validation has none."""
+    without = [number for number, source in enumerate(data.train) if source.weight is None]
+    if without and len(without) < len(data.train):
+        raise ConfigError(
+            f"data.train[{without[0]}].weight is missing, and other sources have one; give all of them one, or none"
+        )
+    for number, source in enumerate(data.valid):
+        if source.weight is not None:
+            raise ConfigError(
+                f"data.valid[{number}].weight={show(source.weight)} does nothing: validation takes every sample once; "
+                "remove it"
+            )
+
+
+def _check_split(data: DataSection) -> None:
+    split = data.split
+    if split is None:
+        return
+    said = f"data.split={show(split)}"
+    if data.format != "indexed":
+        raise ConfigError(f"{said} does nothing with data.format={data.format}; remove it, or use data.format=indexed")
+    if data.valid:
+        raise ConfigError(f"{said} takes validation data from data.train, and data.valid names others; keep one")
+    if len(split) not in (2, 3) or split[0] == 0:
+        raise ConfigError(
+            f"{said} is not the parts of training, of validation and, if any, of neither; write data.split=[0.97, 0.03]"
+        )
