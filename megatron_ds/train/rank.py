@@ -13,13 +13,14 @@ from megatron_ds.checkpoint.load import load_state
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import Found, StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
-from megatron_ds.config import RunConfig, check_target_length
-from megatron_ds.data import ChatOptions, Dataset, Order, Split, collate, open_dataset
+from megatron_ds.config import RunConfig
+from megatron_ds.data import Dataset, collate
 from megatron_ds.engine import Engine, EngineOptions, build_engine, device_type, start_distributed, stop_distributed
 from megatron_ds.models.build import model_stages
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.grid import create_grid
 from megatron_ds.parallel.rank import RankInfo
+from megatron_ds.train.data import has_validation, open_split
 from megatron_ds.train.export import check_export, export_live
 from megatron_ds.train.interrupt import Interrupt
 from megatron_ds.train.job import Job, resolve
@@ -73,42 +74,13 @@ def _prepare(run: RunConfig, info: RankInfo, found: Found) -> _Prepared:
     """Everything that can be refused: the run against model, world and what it goes on from, and its data."""
     check_found(run, found)
     job = resolve(run, info.world_size, device_type(), found.path)
-    train_data, valid_data = _open(job, "train"), _open(job, "valid") if has_validation(run) else None
+    train_data, valid_data = open_split(job, "train"), open_split(job, "valid") if has_validation(run) else None
     reader = StateReader(found.path) if found.path is not None else None
     start = begin(run, reader.progress if reader is not None else None, train_data, found.path)
     metrics = Path(run.output) / "metrics.jsonl"
     if info.rank == 0 and reader is not None and metrics.is_file():
         read_metrics(metrics)  # a line that is none is refused now
     return _Prepared(job, train_data, valid_data, start, reader)
-
-
-def _open(job: Job, split: str) -> Dataset:
-    """The data of a split, `train` or `valid`; the latter is read once from its beginning to its end."""
-    data, train = job.run.data, job.run.train
-    is_train = split == "train"
-    sources = data.train if is_train or data.split is not None else data.valid
-    weighted = is_train and any(source.weight is not None for source in sources)
-    found = open_dataset(
-        data.format,
-        job.objective,
-        [source.path for source in sources],
-        data.seq_length,
-        job.model.core.vocab_size,
-        job.run.model.tokenizer_path,
-        data.cache_dir,
-        weights=[source.weight or 0.0 for source in sources] if weighted else None,
-        order=Order(train.steps * train.global_batch_size, train.seed, data.shuffle) if is_train else None,
-        split=Split(tuple(data.split), 0 if is_train else 1) if data.split is not None else None,
-        chat=ChatOptions(data.loss_turns, data.overlong, data.packing),
-    )
-    check_target_length(job.run, found.target_length)
-    return found
-
-
-def has_validation(run: RunConfig) -> bool:
-    """Whether a run has data to validate on: files of their own, or a part of its corpora."""
-    split = run.data.split
-    return bool(run.data.valid) or (split is not None and len(split) > 1 and split[1] > 0)
 
 
 def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
