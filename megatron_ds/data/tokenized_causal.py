@@ -1,5 +1,7 @@
 """Examples of a causal model: `input_ids`, `labels` aligned with them (absent = `input_ids`), `attention_mask`.
 
+`position_ids` say that an example is several documents one after the other: they begin at 0 wherever a document does.
+
 A causal model of transformers shifts the labels inside; here they are shifted when a sample is read: targets[t] =
 labels[t + 1], and the last position has none.
 """
@@ -17,9 +19,10 @@ from megatron_ds.data.columns import (
 )
 from megatron_ds.data.rows import Located
 from megatron_ds.data.sample import IGNORE_INDEX, Sample
+from megatron_ds.errors import DataError
 
 PAD_ID = 0  # any valid id will do: padded positions have no target, and a causal model never looks ahead at them
-_COLUMNS = ("input_ids", "labels", "attention_mask")
+_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 class CausalExamples:
@@ -41,24 +44,48 @@ class CausalExamples:
         """The columns; `labels` are there in any case."""
         example, where = read_columns(located, _COLUMNS, "causal"), located.where
         example.setdefault("labels", example["input_ids"])
-        require_equal_lengths(example, where, "input_ids", ("labels", "attention_mask"))
+        require_equal_lengths(example, where, "input_ids", ("labels", "attention_mask", "position_ids"))
+        _require_restarts(example, where)
         require_length(example, where, self.seq_length, "data.seq_length")
         require_ids(example, where, self._vocab_size, ("input_ids", "labels"))
         return example
 
     def count_targets(self, example: Example) -> int:
-        """Labels that are not ignored, the first left out: nothing predicts it."""
-        return int((example["labels"][1:] != IGNORE_INDEX).sum())
+        """Labels that are not ignored, the first of each document left out: nothing predicts it."""
+        return int((_shifted(example) != IGNORE_INDEX).sum())
 
     def columns(self, given: frozenset[str], some_shorter: bool) -> tuple[str, ...]:
         """With a mask iff any example has one: what a causal model attends to lies before the padding."""
-        return ("input_ids", "targets", *(("attention_mask",) if "attention_mask" in given else ()))
+        return ("input_ids", "targets", *(name for name in ("attention_mask", "position_ids") if name in given))
 
     def sample(self, example: Example, index: int) -> Sample:
-        """The example shifted and padded: (S,) each."""
-        shifted = np.append(example["labels"][1:], IGNORE_INDEX)
+        """The example shifted and padded: (S,) each. The padding is a document of its own."""
+        length = len(example["input_ids"])
+        positions = example.get("position_ids", np.arange(length))
         return {
             "input_ids": padded(example["input_ids"], self.seq_length, PAD_ID),
-            "targets": padded(shifted, self.seq_length, IGNORE_INDEX),
+            "targets": padded(_shifted(example), self.seq_length, IGNORE_INDEX),
+            "position_ids": np.concatenate([positions, np.arange(self.seq_length - length)]),
             "attention_mask": padded_mask(example, "attention_mask", "input_ids", self.seq_length),
         }
+
+
+def _shifted(example: Example) -> np.ndarray:
+    """(L,): the label of what follows in the same document."""
+    shifted = np.append(example["labels"][1:], IGNORE_INDEX)
+    if "position_ids" in example:
+        shifted[:-1][example["position_ids"][1:] == 0] = IGNORE_INDEX
+    return shifted
+
+
+def _require_restarts(example: Example, where: str) -> None:
+    positions = example.get("position_ids")
+    if positions is None:
+        return
+    before = np.concatenate([[-1], positions[:-1]])
+    wrong = np.flatnonzero((positions != 0) & (positions != before + 1))
+    if len(wrong):
+        raise DataError(
+            f"data: {where}: position_ids holds {positions[wrong[0]]} after {before[wrong[0]]}; each is one more than "
+            "the one before, or 0 where a document begins"
+        )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
@@ -60,11 +63,34 @@ _OUTPUTS = {
 
 
 def predict(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers' model predicts for a batch's columns, by our names, fp32 (B, ...)."""
+    """What transformers' model predicts for a batch's columns, by our names, fp32 (B, ...).
+
+    Documents that share a sequence, as `position_ids` say, are given to it one by one.
+    """
+    if "position_ids" in columns:
+        return _predict_each_document(theirs, model, columns)
     given = {name: column.long() for name, column in columns.items()}
     cache: dict[str, Any] = {} if isinstance(model.core, EncoderConfig) else {"use_cache": False}
     found = theirs(**given, **cache)
     return {ours: found[name].float() for name, ours in _OUTPUTS.items() if found.get(name) is not None}
+
+
+def _predict_each_document(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each at the head of a sequence as long as the shared one, by which some rotary frequencies go."""
+    others = {name: column for name, column in columns.items() if name != "position_ids"}
+    rows = []
+    for row, positions in enumerate(columns["position_ids"]):
+        length = len(positions)
+        parts = []
+        for start, stop in pairwise([*(positions == 0).nonzero().flatten().tolist(), length]):
+            alone = {
+                name: F.pad(one[row : row + 1, start:stop].long(), (0, length - stop + start))
+                for name, one in others.items()
+            }
+            found = predict(theirs, model, alone)
+            parts.append({name: output[:, : stop - start] for name, output in found.items()})
+        rows.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def _without_pooler(model: HFModel) -> dict[str, bool]:

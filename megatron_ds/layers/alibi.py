@@ -21,17 +21,26 @@ class Alibi:
     scale: float = 1.0
     bf16: bool = False
 
-    def bias(self, length: int, heads: range, num_heads: int, like: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def bias(
+        self,
+        length: int,
+        heads: range,
+        num_heads: int,
+        like: Tensor,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """(B or 1, heads, 1, S) in `like`'s dtype and device, for some of the model's heads.
 
-        Positions count the tokens that `key_mask` (B, S) shows: padding on the left moves none, which matters to how
-        they are rounded.
+        Positions (B, S), where they are not given, count the tokens that `key_mask` (B, S) shows: padding on the left
+        moves none. Which matters to how the biases are rounded.
         """
         slopes = alibi_slopes(num_heads)[heads.start : heads.stop, None].to(like.device)
-        positions = torch.arange(length, device=like.device)[None]
-        if key_mask is not None:
+        if positions is None and key_mask is not None:
             seen = key_mask.long()
             positions = (seen.cumsum(1) - 1) * seen
+        elif positions is None:
+            positions = torch.arange(length, device=like.device)[None]
         bias = (slopes.bfloat16() if self.bf16 else slopes) * positions[:, None, :]
         return (bias.to(like.dtype) * self.scale)[:, :, None, :]
 

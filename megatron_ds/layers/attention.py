@@ -107,13 +107,21 @@ class Attention(nn.Module):
         self.heads = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
         self.kv_of_head = _kv_of_head(self.heads, heads // kv_heads, kv_heads // self.qkv.shares[1])
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Attend to x itself, or to a `context` (C, B, H), split as x is.
 
         Args:
             x: (S, B, H).
             key_mask: (B, S or C), nonzero where a position may be attended to; None = everywhere.
             context: where keys and values come from; None = x.
+            positions: (B, S) places within the documents that share a sequence, 0 where one begins: none sees another.
+                None = one document.
         """
         q, kv = self.qkv(x, context)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
@@ -121,28 +129,30 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary.rotate(q), self.rotary.rotate(k)
-        core = self.recompute.run("selective", self._core, q, k, v, key_mask)
+            q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+        core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions)
         return self.out(core)
 
-    def _core(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    def _core(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
         """(S, B, N/t, D), (C, B, K/c, D) twice -> (S, B, N/t * D)."""
         shape = self.shape
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-        mask = self._allowed(q.shape[2], key_mask, q.device)
+        mask = self._allowed(q.shape[2], key_mask, positions, q.device)
         has_bias = shape.alibi is not None or self.relative is not None
         plain = mask is None and not has_bias and shape.softcap is None
         k, v = (self._for_each_head(part, shares_heads=plain) for part in (k, v))
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if shape.softcap is not None:
-                y = self._capped(q, k, v, self._bias(q, mask, key_mask), dropout)
+                y = self._capped(q, k, v, self._bias(q, mask, key_mask, positions), dropout)
             else:
                 y = F.scaled_dot_product_attention(
                     q,
                     k,
                     v,
-                    self._bias(q, mask, key_mask) if has_bias else mask,
+                    self._bias(q, mask, key_mask, positions) if has_bias else mask,
                     dropout,
                     is_causal=plain and shape.causal,
                     scale=shape.scale,
@@ -158,19 +168,22 @@ class Attention(nn.Module):
         probabilities = F.softmax(scores + bias, dim=-1, dtype=torch.float32).to(q.dtype)
         return F.dropout(probabilities, dropout) @ v
 
-    def _allowed(self, length: int, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    def _allowed(
+        self, length: int, key_mask: Tensor | None, positions: Tensor | None, device: torch.device
+    ) -> Tensor | None:
         """Which keys each query sees; None where causality, if any, says it all."""
         if self.shape.causal:
-            return allowed_keys(length, self.shape.window, key_mask, device)
+            return allowed_keys(length, self.shape.window, key_mask, device, positions)
+        assert positions is None, "documents share a sequence of causal models only"
         return key_mask.bool()[:, None, None, :] if key_mask is not None else None
 
-    def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """(1 or B, 1 or N/t, S, C) added to the scores: biases by distance, and the lowest number where a key is not
         seen."""
         length = q.shape[2]
         seen = q.new_zeros(())
         if self.shape.alibi is not None:
-            seen = self.shape.alibi.bias(length, self.heads, self.shape.num_heads, q, key_mask)
+            seen = self.shape.alibi.bias(length, self.heads, self.shape.num_heads, q, key_mask, positions)
         if self.relative is not None:
             seen = seen + self.relative(length)
         if mask is None and self.shape.causal:
@@ -201,13 +214,21 @@ def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:
     return tuple(head // group % kv_heads for head in heads)
 
 
-def allowed_keys(length: int, window: int | None, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """(B or 1, 1, S, S) bool: which keys each query sees; None where plain causality says it all."""
-    if key_mask is None and (window is None or window >= length):
+def allowed_keys(
+    length: int, window: int | None, key_mask: Tensor | None, device: torch.device, positions: Tensor | None = None
+) -> Tensor | None:
+    """(B or 1, 1, S, S) bool: which keys each query sees; None where plain causality says it all.
+
+    With `positions` (B, S), 0 where a document begins, a query sees keys of its own document only.
+    """
+    if key_mask is None and positions is None and (window is None or window >= length):
         return None
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     if window is not None and window < length:
         allowed = allowed.triu(1 - window)
-    if key_mask is None:
-        return allowed[None, None]
-    return allowed & key_mask.bool()[:, None, None, :]
+    if key_mask is not None:
+        allowed = allowed & key_mask.bool()[:, None, None, :]
+    if positions is not None:
+        documents = (positions == 0).cumsum(1)
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    return allowed

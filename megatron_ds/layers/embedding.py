@@ -80,10 +80,13 @@ class LearnedPositions(nn.Module):
         self.table, self.tp = table, tp
         self.weight = make_parameter(ParamSpec((table.rows, hidden_size), std=std), tp.axis)
 
-    def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
-        """counted (B, S), nonzero at tokens that positions count, if the table skips any; None = everywhere."""
+    def forward(self, x: Tensor, counted: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Positions (B, S), where they are not given, are 0..S-1, or count the tokens at which `counted` (B, S) is not
+        zero, if the table skips any."""
         table, weight = self.table, self.tp.between(self.weight)
         mine = self.tp.sequence_slice(_whole_length(x, self.tp))
+        if positions is not None:
+            return x + F.embedding(positions.t()[mine] + table.offset, weight)
         if counted is None or not (table.skips_padding or table.skipped_id is not None):
             return x + weight[table.offset :][mine, None, :]
         seen = counted.long()

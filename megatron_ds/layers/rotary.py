@@ -102,17 +102,20 @@ class RotaryConfig:
 class RotaryTable:
     """cos and sin of every position, made once per length, dtype and device and shared by a stage's blocks.
 
-    Positions run 0..S-1 over the whole sequence: attention sees all of it, sequence parallelism or not.
+    Unless they are given, positions run 0..S-1 over the whole sequence: attention sees all of it, sequence parallelism
+    or not.
     """
 
     def __init__(self, config: RotaryConfig) -> None:
         self.config = config
         self._tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate the pairs of (S, B, heads, D) by each position's angles."""
+    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Rotate the pairs of (S, B, heads, D) by the angles of each position: (B, S), below S; None = 0..S-1."""
         dim, adjacent = self.config.dim, self.config.adjacent
         cos, sin = self.cos_sin(x.shape[0], like=x)
+        if positions is not None:
+            cos, sin = (table[positions.t(), 0] for table in (cos, sin))
         if dim == x.shape[-1]:
             return rotate(x, cos, sin, adjacent)
         return torch.cat([rotate(x[..., :dim], cos, sin, adjacent), x[..., dim:]], dim=-1)

@@ -36,15 +36,17 @@ class BlockInputs:
     Attributes:
         mask: which positions of their own may be attended to.
         context, context_mask: the states that cross attention attends to, and which of them it may.
+        positions: places within the documents that share a sequence.
     """
 
     mask: str = "attention_mask"
     context: str | None = None
     context_mask: str | None = None
+    positions: str = "position_ids"
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.mask, self.context, self.context_mask) if name is not None)
+        return tuple(name for name in (self.mask, self.context, self.context_mask, self.positions) if name is not None)
 
 
 class Block(nn.Module):
@@ -110,7 +112,7 @@ class Block(nn.Module):
     def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:
         given = dict(zip(names, others))
         normal = _apply(self.attention_norm, x)
-        attended = self.attention(normal, given.get(self.inputs.mask))
+        attended = self.attention(normal, given.get(self.inputs.mask), positions=given.get(self.inputs.positions))
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
             return x + self._weighed(attended) + self._weighed(self.mlp(start))

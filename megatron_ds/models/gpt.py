@@ -17,6 +17,8 @@ from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.ends import LanguageModelHead, WordEmbedding
 from megatron_ds.models.stages import HIDDEN, StageSpec, Wire
 
+MASKS = ("attention_mask", "position_ids")  # what says which positions see which
+
 
 class Entry(nn.Module):
     """From the word embedding to the first block: a multiplier, a projection, learned positions, a norm, dropout.
@@ -40,7 +42,7 @@ class Entry(nn.Module):
         if self.projection is not None:
             hidden = self.projection(hidden)
         if self.positions is not None:
-            hidden = self.positions(hidden, wire.get("attention_mask"))
+            hidden = self.positions(hidden, wire.get("attention_mask"), wire.get("position_ids"))
         if self.norm is not None:
             hidden = self.norm(hidden)
         return {**wire, HIDDEN: self.dropout(hidden)}
@@ -65,16 +67,19 @@ class Exit(nn.Module):
 
 
 def decoder_stages(config: DecoderConfig, at: Placement | None = None) -> list[StageSpec]:
-    """The stages of a decoder, unbuilt. A batch has `input_ids` and may have an `attention_mask`; labels are `targets`,
-    of each position what follows it."""
+    """The stages of a decoder, unbuilt. Labels are `targets`, of each position what follows it.
+
+    A batch has `input_ids` and may have an `attention_mask`. With `position_ids`, which begin at 0 wherever a document
+    does, several documents share a sequence and none attends to another.
+    """
     at = at or Placement()
     vocab, width, std = config.vocab_size, config.embedding_size, config.init_std
     embed = partial(WordEmbedding, "input_ids", vocab, width, at.tp, std=std, padding_id=config.padding_id)
     finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
     head = partial(LanguageModelHead, vocab, width, at, std=std, bias=config.head_bias, finish=finish)
-    hidden = StageSpec("", nn.Identity, columns=("attention_mask",))  # what all but the first and last take
+    hidden = StageSpec("", nn.Identity, columns=MASKS)  # what all but the first and last take
     return [
-        StageSpec("embedding", embed, hidden={}, columns=("input_ids", "attention_mask")),
+        StageSpec("embedding", embed, hidden={}, columns=("input_ids", *MASKS)),
         replace(hidden, name="entry", build=partial(Entry, config, at)),
         *block_stages("blocks", config, at, hidden, BlockInputs()),
         replace(hidden, name="exit", build=partial(Exit, config, at)),

@@ -145,7 +145,7 @@ def test_loss_from_our_targets_is_the_loss_of_transformers(write_jsonl, with_mas
         ({"input_ids": None}, "no 'input_ids'; every example needs them"),
         (
             {"input_ids": [1], "label": [1]},
-            "unknown column 'label'; known are input_ids, labels, attention_mask; did you",
+            "unknown column 'label'; known are input_ids, labels, attention_mask, position_ids; did you",
         ),
         ({"input_ids": [1], "zebra": 1}, "unknown column 'zebra'; known are .*; remove the column"),
         ({"input_ids": [1], "token_type_ids": [0]}, "column 'token_type_ids' belongs to BERT-like models, but this"),
@@ -191,3 +191,30 @@ def test_opening_does_not_hold_the_examples(write_jsonl):
     assert part._index.shape == (2000, 3)
     assert isinstance(part._raw, np.memmap)
     assert dataset.sample(1999)["input_ids"].tolist() == [49] * 6
+
+
+def test_documents_that_share_an_example_predict_nothing_of_each_other(write_jsonl):
+    packed = {"input_ids": [1, 2, 3, 4, 5], "position_ids": [0, 1, 0, 0, 1]}
+    dataset = open_tokenized(write_jsonl([packed, {"input_ids": [6, 7]}]), seq_length=7)
+    assert dataset.columns == ("input_ids", "targets", "position_ids")
+    x = -100
+    first, second = dataset.sample(0), dataset.sample(1)
+    assert first["targets"].tolist() == [2, x, x, 5, x, x, x]
+    assert first["position_ids"].tolist() == [0, 1, 0, 0, 1, 0, 1]
+    assert second["position_ids"].tolist() == [0, 1, 0, 1, 2, 3, 4]
+    assert dataset.blank()["position_ids"].tolist() == list(range(7))
+    assert dataset.describe() == "2 examples of up to 7 tokens: 7 tokens, 3 targets"
+
+
+@pytest.mark.parametrize(
+    ("positions", "says"),
+    [
+        ([1, 2, 3], "position_ids holds 1 after -1; each is one more than the one before, or 0"),
+        ([0, 2, 3], "position_ids holds 2 after 0;"),
+        ([0, 1, 1], "position_ids holds 1 after 1;"),
+        ([0, 1], "position_ids has 2 entries, input_ids has 3"),
+    ],
+)
+def test_positions_that_do_not_go_on_are_refused(write_jsonl, positions, says):
+    with pytest.raises(DataError, match=says):
+        open_tokenized(write_jsonl([{"input_ids": [1, 2, 3], "position_ids": positions}]))

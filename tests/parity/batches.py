@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.cases import SEQ, VOCAB, Recipe, global_batch, shifted
+from tests.parity.packed import draw_rows, unpacked
 
 TARGETS = 24  # a multiple of every tensor size, other than SEQ
 PADDING = 1  # RoBERTa's positions skip it
@@ -18,6 +19,8 @@ def batch_for(model_type: str, recipe: Recipe, step: int) -> dict[str, Tensor]:
         return encoder_batch(recipe, step, pairs=model_type == "bert")
     if model_type in ENCODER_DECODERS:
         return encoder_decoder_batch(recipe, step)
+    if recipe.packed:
+        return unpacked(draw_rows(recipe.global_batch, step))
     return global_batch(recipe, step)
 
 

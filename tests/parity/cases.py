@@ -91,6 +91,7 @@ class Recipe:
     grad_clip: float = 0.5
     precision: str = "fp32"
     attention_mask: bool = False
+    packed: bool = False
 
 
 def global_batch(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:

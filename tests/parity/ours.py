@@ -14,6 +14,7 @@ from megatron_ds.models.build import model_stages
 from megatron_ds.parallel.grid import Grid, Layout
 from tests.parity.batches import batch_for, ours
 from tests.parity.cases import Recipe
+from tests.parity.packed import draw_rows, packed
 from tests.ranks import run_grid
 
 
@@ -99,7 +100,10 @@ def micro_batches(
     grid: Grid, place: Place, recipe: Recipe, step: int, model_type: str = "llama"
 ) -> list[dict[str, torch.Tensor]]:
     """This data rank's share of a global batch."""
-    whole = ours(model_type, batch_for(model_type, recipe, step))
+    if recipe.packed:
+        whole = packed(draw_rows(recipe.global_batch, step))
+    else:
+        whole = ours(model_type, batch_for(model_type, recipe, step))
     per_rank, size = recipe.global_batch // grid.data.size, place.micro_batch(recipe)
     mine = slice(grid.data.rank * per_rank, (grid.data.rank + 1) * per_rank)
     return [

@@ -109,8 +109,8 @@ def decay_by_shape() -> None:
 def window_off_by_one() -> None:
     """A window of W keys that does not count the query's own."""
     allowed = attention.allowed_keys
-    attention.allowed_keys = lambda length, window, mask, device: allowed(
-        length, None if window is None else window + 1, mask, device
+    attention.allowed_keys = lambda length, window, *others: allowed(
+        length, None if window is None else window + 1, *others
     )
 
 
