@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
 from megatron_ds.hf.files import DTYPES
 from megatron_ds.hf.io import TensorSource, open_directory
-from megatron_ds.hf.mapping import Part, Reader, allocate, tile
+from megatron_ds.hf.mapping import Part, Reader, Sizes, allocate, tile
 from megatron_ds.layers.parameter import ParamSpec, pad_share
 
 
@@ -55,16 +56,10 @@ class HFWeights:
             spec: the parameter's declaration.
             rank, size: place on the tensor axis.
         """
-        row, sizes = self.model.table[name], self.model.axis_sizes
-        assert spec.shape == row.op.native_shape(sizes), (name, spec.shape, row.op.native_shape(sizes))
-        assert spec.split_dim == row.op.split_dim(row.split), (name, spec.split_dim, row)
-        start, stop = spec.local_range(rank, size)
-        if row.split is None or spec.split_dim is None:
+        row = self.model.table[name]
+        if row.split is None:
             return self.whole(name)
-        unit = spec.shape[spec.split_dim] // sizes[row.split]
-        first, last = start // unit, -(-stop // unit)  # a share may end within a unit: in a group of query heads
-        covering = row.op.read(self._reader(row, ahead=False), sizes, row.split, first, last)
-        return pad_share(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
+        return read_share(row, self.model.axis_sizes, self._reader(row, ahead=False), spec, rank, size)
 
     def whole(self, name: str, place: Tensor | None = None) -> Tensor:
         """One whole native parameter, in its dtype on disk, without padding.
@@ -176,6 +171,39 @@ class HFWeights:
                 )
 
 
+def read_share(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, rank: int, size: int) -> Tensor:
+    """A tensor rank's share of one native parameter, padding included.
+
+    Args:
+        row: the parameter's.
+        sizes: of the axes in it.
+        reader: of its sources.
+        spec: the parameter's declaration.
+        rank, size: place on the tensor axis.
+    """
+    assert spec.shape == row.op.native_shape(sizes), (row, spec.shape, row.op.native_shape(sizes))
+    assert spec.split_dim == row.op.split_dim(row.split), (row, spec.split_dim)
+    if row.split is None or spec.split_dim is None:
+        return row.op.read(reader, sizes)
+    start, stop = spec.local_range(rank, size)
+    unit = spec.shape[spec.split_dim] // sizes[row.split]
+    first, last = start // unit, -(-stop // unit)  # a share may end within a unit: in a group of query heads
+    covering = row.op.read(reader, sizes, row.split, first, last)
+    return pad_share(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
+
+
+class Tables(Protocol):
+    """What `ToHF` goes by: a model, or its adapters."""
+
+    @property
+    def table(self) -> dict[str, Row]:
+        """Native name -> row."""
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the named axes of `table`."""
+
+
 class ToHF:
     """Whole native parameters -> Hugging Face tensors, one parameter at a time, in any order.
 
@@ -186,7 +214,7 @@ class ToHF:
         reuse: a fused tensor may be put where the one before was, with which the caller is done.
     """
 
-    def __init__(self, model: HFModel, *, reuse: bool = False) -> None:
+    def __init__(self, model: Tables, *, reuse: bool = False) -> None:
         self.model, self._reuse = model, reuse
         assert_each_once(model.table)
         self._missing = Counter(

@@ -5,6 +5,7 @@ One class for all: causal and bidirectional self-attention, and attention to the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.layers.adapter import ColumnAdapter, LowRank, Output, RowAdapter, add_to
 from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
@@ -93,6 +95,7 @@ class Attention(nn.Module):
             bias=shape.qkv_bias,
         )
         self.out = RowParallelLinear(heads * dim, shape.hidden_size, tp, std=shape.out_std, bias=shape.out_bias)
+        self.adapters = nn.ModuleDict()
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if shape.qk_norm is not None and shape.qk_norm_across_heads:
@@ -126,12 +129,34 @@ class Attention(nn.Module):
         q, kv = self.qkv(x, context)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
         k, v = kv.unflatten(-1, (-1, 2, self.shape.head_dim)).unbind(-2)
+        if self.adapters:
+            q, k, v = self._adapted(x, x if context is None else context, q, k, v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
         core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions)
-        return self.out(core)
+        y = self.out(core)
+        return y + self.adapters["out"](core) if "out" in self.adapters else y
+
+    def adapt(self, outputs: Sequence[str], low: LowRank) -> None:
+        """Put an adapter beside `("out",)`, or beside projections of one input: `("q",)`, `("k", "v")` and so on."""
+        shape, hidden, rng = self.shape, self.shape.hidden_size, self.rng
+        if tuple(outputs) == ("out",):
+            self.adapters["out"] = RowAdapter(shape.num_heads * shape.head_dim, hidden, low, self.out.tp, rng)
+            return
+        queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        sizes = {"q": Output(queries), "k": Output(keys, shape.num_kv_heads), "v": Output(keys, shape.num_kv_heads)}
+        wanted = {name: sizes[name] for name in outputs}
+        self.adapters["_".join(outputs)] = ColumnAdapter(hidden, wanted, low, self.out.tp, rng)
+
+    def _adapted(self, x: Tensor, context: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries are of x, keys and values of the context."""
+        found = {"q": q, "k": k, "v": v}
+        for name, adapter in self.adapters.items():
+            if name != "out":
+                found = add_to(found, adapter(x if name.startswith("q") else context))
+        return found["q"], found["k"], found["v"]
 
     def _core(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.layers.adapter import ColumnAdapter, LowRank, Output, RowAdapter, add_to
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.parallel.random import RngStreams
@@ -61,10 +62,26 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(hidden_size, out_shape, tp, std=std, bias=bias, split_dim=split_dim)
         self.down = RowParallelLinear(ffn_size, hidden_size, tp, std=out_std, bias=bias)
         self.dropout = HiddenDropout(dropout, rng, differs=tp.axis.size > 1)
+        self.adapters = nn.ModuleDict()
+        self.tp, self.rng, self.hidden_size, self.ffn_size = tp, rng, hidden_size, ffn_size
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+        wide = self.up(x)
+        found = dict(zip(("gate", "up"), wide.chunk(2, dim=-1))) if self.gated else {"up": wide}
+        for name, adapter in self.adapters.items():
+            if name != "down":
+                found = add_to(found, adapter(x))
         if self.gated:
-            gate, up = x.chunk(2, dim=-1)
-            return self.down(self.dropout(self.act(gate) * up))
-        return self.down(self.dropout(self.act(x)))
+            middle = self.dropout(self.act(found["gate"]) * found["up"])
+        else:
+            middle = self.dropout(self.act(found["up"]))
+        y = self.down(middle)
+        return y + self.adapters["down"](middle) if "down" in self.adapters else y
+
+    def adapt(self, outputs: Sequence[str], low: LowRank) -> None:
+        """Put an adapter beside `("down",)`, or beside `("gate",)`, `("up",)` or both."""
+        if tuple(outputs) == ("down",):
+            self.adapters["down"] = RowAdapter(self.ffn_size, self.hidden_size, low, self.tp, self.rng)
+            return
+        wanted = {name: Output(self.ffn_size) for name in outputs}
+        self.adapters["_".join(outputs)] = ColumnAdapter(self.hidden_size, wanted, low, self.tp, self.rng)

@@ -23,8 +23,9 @@ class ParamSpec:
     Attributes:
         shape: the whole (logical) shape, without vocabulary padding.
         split_dim: the dim divided over the tensor axis; None = every tensor rank holds all of it.
-        std: standard deviation of its normal initialisation; None = filled with `fill`.
-        fill: the constant that it starts from where `std` is None.
+        std: standard deviation of its normal initialisation; None = not normal.
+        bound: it starts uniform within ±bound, where `std` is None.
+        fill: the constant that it starts from where both are None.
         decay: whether Adam's weight decay applies (not to biases and norms).
         units: how many things that cannot be cut `split_dim` is made of (key and value heads); None = any cut will do.
             An axis longer than they divide holds fewer shares than it has ranks, each on several neighbours.
@@ -36,6 +37,7 @@ class ParamSpec:
     fill: float = 0.0
     decay: bool = True
     units: int | None = None
+    bound: float | None = None
 
     def shares(self, size: int) -> int:
         """How many different shares `size` ranks hold: as many, unless `units` divide into fewer."""
@@ -110,11 +112,13 @@ def initial_share(name: str, spec: ParamSpec, seed: int, rank: int, size: int) -
     The whole tensor is drawn from a generator seeded by (seed, name) and then cut, so the weights depend on neither
     layout nor the order in which parameters are filled. Holds one whole tensor at a time.
     """
-    if spec.std is None:
-        whole = torch.full(spec.shape, spec.fill)
-    else:
-        generator = torch.Generator().manual_seed(derive_seed("init", seed, name))
+    generator = torch.Generator().manual_seed(derive_seed("init", seed, name))
+    if spec.std is not None:
         whole = torch.empty(spec.shape).normal_(0.0, spec.std, generator=generator)
+    elif spec.bound is not None:
+        whole = torch.empty(spec.shape).uniform_(-spec.bound, spec.bound, generator=generator)
+    else:
+        whole = torch.full(spec.shape, spec.fill)
     if spec.split_dim is None:
         return whole
     start, stop = spec.local_range(rank, size)

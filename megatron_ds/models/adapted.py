@@ -1,0 +1,49 @@
+"""Adapters beside the projections of a model's blocks, put there as its stages are built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import nn
+
+from megatron_ds.layers.adapter import LowRank
+from megatron_ds.models.stages import StageSpec
+
+
+@dataclass(frozen=True)
+class AdapterPlace:
+    """Where one adapter is.
+
+    Attributes:
+        module: name of an attention or MLP in the model, such as "blocks.0.attention".
+        outputs: the projections in it that share the adapter's A, such as ("q",); see `adapt` there.
+        low: what the adapter is.
+    """
+
+    module: str
+    outputs: tuple[str, ...]
+    low: LowRank
+
+
+def with_adapters(stages: Sequence[StageSpec], places: Sequence[AdapterPlace]) -> list[StageSpec]:
+    """The same stages, which come with their adapters."""
+    adapted = []
+    for spec in stages:
+        prefix = f"{spec.name}."
+        mine = [
+            replace(place, module=place.module.removeprefix(prefix))
+            for place in places
+            if place.module.startswith(prefix)
+        ]
+        adapted.append(replace(spec, build=partial(_build, spec, mine)) if mine else spec)
+    return adapted
+
+
+def _build(spec: StageSpec, places: Sequence[AdapterPlace]) -> nn.Module:
+    stage = spec.build()
+    for place in places:
+        module = stage.get_submodule(place.module)
+        module.adapt(place.outputs, place.low)  # type: ignore[operator]
+    return stage

@@ -1,0 +1,91 @@
+"""The same few steps of adapters by peft on transformers, and by ours at a layout."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_ds.config import OptimizerSection
+from megatron_ds.engine import EngineOptions, build_engine
+from megatron_ds.hf.adapters import AdapterWeights, read_adapters
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.layers.parameter import ParamSpec
+from megatron_ds.models.adapted import with_adapters
+from megatron_ds.models.build import model_stages
+from megatron_ds.parallel.grid import Grid
+from tests.parity.batches import batch_for, reference_loss
+from tests.parity.cases import Recipe
+from tests.parity.ours import Place, deepspeed_config, micro_batches
+from tests.parity.reference import ALL_CONFIGS, make_model
+from tests.ranks import run_grid
+
+
+def train_peft(case: str, config: dict[str, Any], recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Save the base to `directory/base` and the initial adapter to `directory/adapter`, and train."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model(ALL_CONFIGS[case])
+    base.save_pretrained(directory / "base")
+    torch.manual_seed(11)
+    model = get_peft_model(base, LoraConfig(**config, init_lora_weights=False), autocast_adapter_dtype=False)
+    model.save_pretrained(directory / "adapter")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+    )
+    losses, norms = [], []
+    for step in range(recipe.steps):
+        loss = reference_loss(model, batch_for(base.config.model_type, recipe, step))
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, recipe.grad_clip or float("inf"))))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.save_pretrained(directory / "trained")
+    weights = load_file(directory / "trained" / "adapter_model.safetensors")
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
+    """Losses, gradient norms, and the final adapter under peft's names."""
+    return run_grid(train_on, place.layout, directory, place, recipe)[0]
+
+
+def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
+    weights = HFWeights(directory / "base", read_model(directory / "base"))
+    adapters = read_adapters(directory / "adapter", weights.model, "base")
+    options = EngineOptions(
+        deepspeed=deepspeed_config(place, recipe),
+        optimizer=OptimizerSection(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay),
+        sequence=place.sp,
+        recompute=place.recompute,
+        seed=1234,
+        frozen=frozenset(weights.model.table),
+    )
+    engine = build_engine(
+        lambda at: with_adapters(model_stages(weights.model.core, at), adapters.places),
+        grid,
+        torch.device("cpu"),
+        options,
+        partial(_read, weights, AdapterWeights(directory / "adapter", adapters)),
+    )
+    losses, norms = [], []
+    for step in range(recipe.steps):
+        model_type = weights.model.family.model_type
+        result = engine.train_step(micro_batches(grid, place, recipe, step, model_type), recipe.lr)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    found, to_hf = {}, ToHF(adapters)
+    for name, whole in engine.whole_parameters():
+        if whole is not None and name in adapters.table:
+            found.update({theirs: tensor.float().clone() for theirs, tensor in to_hf.add(name, whole)})
+    return {"losses": losses, "norms": norms, "weights": found}
+
+
+def _read(weights: HFWeights, adapter: AdapterWeights, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
+    source = adapter if name in adapter.adapters.table else weights
+    return source.share(name, spec, rank, size)

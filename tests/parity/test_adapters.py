@@ -1,0 +1,131 @@
+"""LoRA is what peft on transformers makes of it: losses, gradient norms and adapters after five steps.
+
+Bounds as in `test_layouts`. Adapters begin at random, B too, so that a wrong one shows at the first step.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ds.layers import adapter
+from megatron_ds.parallel.tensor import TensorParallel
+from tests.parity.adapter_cases import train_on, train_ours, train_peft
+from tests.parity.cases import Recipe
+from tests.parity.errors import relative_errors, within_fp32
+from tests.parity.ours import Place
+from tests.ranks import run_alone, run_grid
+
+RECIPE = Recipe()
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}),
+    "all": ("llama-1kv", {"r": 4, "target_modules": "all-linear"}),
+    "ranks": (
+        "qwen3",
+        {
+            "r": 4,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "target_modules": r".*\.(k_proj|o_proj|gate_proj|down_proj)",
+            "layers_to_transform": None,
+            "rank_pattern": {"down_proj": 2},
+            "alpha_pattern": {"o_proj": 5},
+        },
+    ),
+    "fused-inputs-first": ("gpt2", {"r": 4, "target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}),
+    "fused-groups": ("falcon-40b", {"r": 4, "target_modules": ["query_key_value", "dense_4h_to_h"]}),
+    "fused-gate": ("phi3-plain", {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
+    "some-layers": ("llama", {"r": 4, "target_modules": ["up_proj"], "layers_to_transform": [0, 2]}),
+    "encoder-decoder": ("t5-gated", {"r": 4, "target_modules": ["q", "k", "v", "o", "wi_0", "wo"]}),
+    "encoder": ("bert-pretraining", {"r": 4, "target_modules": ["query", "value", "intermediate.dense"]}),
+}
+PLACES = [
+    Place(1, 1, 1, 1),
+    Place(2, 1, 1, 1),
+    Place(2, 1, 1, 1, True),
+    Place(2, 2, 1, 1, True),
+    Place(1, 1, 2, 2),
+    Place(2, 1, 2, 3, True),
+]
+COVERING = [
+    *(("llama", place) for place in PLACES),
+    *(("all", place) for place in (Place(4, 1, 1, 1, True), Place(2, 1, 2, 3), Place(2, 2, 1, 1, True))),
+    *(
+        (name, place)
+        for name in ("ranks", "fused-inputs-first", "fused-groups", "fused-gate", "encoder-decoder", "encoder")
+        for place in (Place(2, 2, 1, 1, True), Place(2, 1, 2, 3))
+    ),
+    ("some-layers", Place(1, 2, 1, 1)),
+    ("some-layers", Place(2, 1, 1, 2, True, recompute="full")),
+    ("llama", Place(1, 2, 2, 1, recompute="full")),
+    ("all", Place(4, 1, 1, 1, recompute="selective")),
+]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Name -> (directory with base and adapter, what peft's training gave)."""
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def get(name: str) -> tuple[Path, dict[str, Any]]:
+        if name not in known:
+            case, config = CONFIGS[name]
+            directory = tmp_path_factory.mktemp(name)
+            known[name] = directory, run_alone(train_peft, case, config, RECIPE, directory)
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "place"), COVERING, ids=str)
+def test_five_steps_equal_peft(name: str, place: Place, made: Any) -> None:
+    directory, reference = made(name)
+    errors = relative_errors(train_ours(directory, place, RECIPE), reference)
+    assert within_fp32(errors), errors
+
+
+def _partial_a() -> None:
+    """A is left with each rank's part of its gradient."""
+    adapter.copy_to = lambda x, axis: x
+
+
+def _partial_under_sequence() -> None:
+    """What sequence parallelism leaves partial stays so."""
+    TensorParallel.between = lambda self, parameter: parameter  # type: ignore[method-assign]
+
+
+def _unscaled() -> None:
+    """alpha / r is left out."""
+    low = adapter.LowRank.__init__
+
+    def without(self: Any, *args: Any, **options: Any) -> None:
+        low(self, *args, **{**options, "scale": 1.0})
+
+    adapter.LowRank.__init__ = without  # type: ignore[method-assign]
+
+
+def _shares_alone() -> None:
+    """Key heads that several ranks hold learn from each rank's own queries alone."""
+    TensorParallel.shared = lambda self, parameter, shares: parameter  # type: ignore[method-assign]
+
+
+def _in_the_trap(grid: Any, trap: Callable[[], None], directory: Path, place: Place) -> dict[str, Any]:
+    trap()
+    return train_on(grid, directory, place, RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("trap", "name", "place"),
+    [
+        (_partial_a, "llama", Place(2, 1, 1, 1)),
+        (_partial_under_sequence, "llama", Place(2, 1, 1, 1, True)),
+        (_unscaled, "llama", Place(1, 1, 1, 1)),
+        (_shares_alone, "all", Place(4, 1, 1, 1)),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_trap_turns_it_red(trap: Callable[[], None], name: str, place: Place, made: Any) -> None:
+    directory, reference = made(name)
+    caught = relative_errors(run_grid(_in_the_trap, place.layout, trap, directory, place)[0], reference)
+    assert not within_fp32(caught), caught
