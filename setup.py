@@ -21,6 +21,7 @@ setup(
         "datasets>=5.2,<6",
         "safetensors>=0.8,<1",
         "xxhash>=3",
+        "peft>=0.21,<1",
         "pydantic>=2.14,<3",
         "PyYAML>=6",
         "numpy>=2",

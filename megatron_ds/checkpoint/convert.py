@@ -25,7 +25,9 @@ from megatron_ds.checkpoint.keys import MASTER
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.adapter_export import export_adapters, export_merged
+from megatron_ds.hf.adapters import ADAPTER_CONFIG, AdapterWeights, read_adapters
+from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.convert import check_target
 from megatron_ds.hf.export import DTYPES, exporting
 from megatron_ds.hf.weights import HFWeights
@@ -68,7 +70,13 @@ def import_hf(source: str | Path, target: str | Path) -> HFModel:
 
 
 def export_hf(
-    checkpoint: str | Path, target: str | Path, dtype: str | None = None, max_shard_size: str = "5GB"
+    checkpoint: str | Path,
+    target: str | Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    *,
+    merge: bool = False,
+    base: str | Path | None = None,
 ) -> HFModel:
     """A checkpoint -> a clean Hugging Face directory without training state.
 
@@ -80,9 +88,11 @@ def export_hf(
         target: a model that is there is replaced at the end; on failure it stays.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
         max_shard_size: such as "5GB".
+        merge: of adapters, the base model with them in its weights instead of a directory that peft loads.
+        base: of adapters, where the model is that they are beside; None = where their config says.
 
     Returns:
-        what was exported.
+        what was exported, or what the adapters are beside.
 
     Raises:
         CheckpointError: a file of the checkpoint is missing or damaged, or the target cannot be written.
@@ -93,6 +103,10 @@ def export_hf(
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
     reader = _open_whole(source) if (source / STATE).is_dir() else None
+    if (source / ADAPTER_CONFIG).is_file():
+        return _export_adapters(source, Path(target), reader, base, (dtype, max_shard_size), merge)
+    if merge or base is not None:
+        raise ConversionError(f"{source} holds no adapters; remove {'--merge' if merge else '--base'}")
     weights = HFWeights(source, read_model(source))
 
     def best(name: str, whole: Tensor) -> Tensor:
@@ -105,6 +119,39 @@ def export_hf(
             export.add(name, best(name, whole))
             del whole
         export.finish(source, source)
+    return weights.model
+
+
+def _export_adapters(
+    source: Path,
+    target: Path,
+    reader: StateReader | None,
+    base: str | Path | None,
+    form: tuple[str | None, str],
+    merge: bool,
+) -> HFModel:
+    """Adapters as peft has them, or merged. What is rounded is the fp32 masters, where there are any."""
+    named = base or read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
+    check_target(Path(named), target)
+    weights = HFWeights(named, read_model(named))
+    adapters = read_adapters(source, weights.model, str(Path(named).resolve()))
+    stored, (dtype, max_shard_size) = AdapterWeights(source, adapters), form
+
+    def read(name: str) -> Tensor:
+        whole = stored.whole(name)
+        copied = not merge and (dtype is None or whole.dtype == DTYPES[dtype])
+        if copied or reader is None or not reader.has(MASTER, name):
+            return whole
+        return reader.read_whole(MASTER, name, tuple(whole.shape))
+
+    parameters = {name: read(name) for name in adapters.table}
+    with _writing(target):
+        if merge:
+            export_merged(target, weights, named, adapters, parameters, dtype, max_shard_size, source)
+        else:
+            export_adapters(target, adapters, parameters.items(), dtype, source)
     return weights.model
 
 

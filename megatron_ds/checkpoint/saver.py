@@ -25,12 +25,11 @@ from megatron_ds.checkpoint.folder import PROGRESS, STATE
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import HostMemory, Part, pass_on, take_part
 from megatron_ds.checkpoint.state import fragments, loss_scale
-from megatron_ds.checkpoint.weights import index_of, plan_shards
+from megatron_ds.checkpoint.weights import AdapterWeights, ModelWeights
 from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError
+from megatron_ds.hf.adapters import Adapters
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.export import small_files
-from megatron_ds.hf.io import SAFETENSORS, json_text
 from megatron_ds.log import get_logger
 
 SLOWEST_S = 7200.0  # ranks wait so long for the one whose storage is slowest
@@ -87,6 +86,7 @@ class Saver:
         model: what it is in Hugging Face's words.
         options: where and how.
         origin: who writes.
+        adapters: what is trained beside a model that is not; then they alone are saved.
 
     Raises:
         ConversionError: on rank 0, if the tokenizer's files are damaged.
@@ -98,20 +98,20 @@ class Saver:
         model: HFModel,
         options: SaveOptions,
         origin: Origin,
+        adapters: Adapters | None = None,
     ) -> None:
-        self.engine, self.model, self.options, self.origin = engine, model, options, origin
+        self.engine, self.options, self.origin = engine, options, origin
         inventory = engine.inventory()
-        self.shards = plan_shards(model, inventory, engine.grid.layout)
+        self.weights: ModelWeights | AdapterWeights
+        if adapters is None:
+            self.weights = ModelWeights(engine, model, inventory, options.model_path, options.tokenizer_path)
+        else:
+            self.weights = AdapterWeights(engine, adapters, inventory, options.tokenizer_path)
         # what threads say to each other must not mix with what the training says, and needs no accelerator
         alone = dist.get_world_size() == 1
         self.group = None if alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=SLOWEST_S))
         self.trained = self._all_trained([name for stage in inventory for name, _, _ in stage])
-        dtype = str(inventory[0][0][2]).removeprefix("torch.")
-        first = engine.grid.rank == 0
-        self.small = small_files(model, dtype, options.model_path, options.tokenizer_path) if first else {}
-        index = index_of(self.shards)
-        if first and index is not None:
-            self.small[f"{SAFETENSORS}.index.json"] = json_text(index).encode()
+        self.small = self.weights.small_files() if engine.grid.rank == 0 else {}
         self.memory = HostMemory(pinned=engine.device.type == "cuda") if options.asynchronous else None
         self._writing: _Writing | None = None
 
@@ -130,7 +130,7 @@ class Saver:
         progress = replace(progress, loss_scale=loss_scale(self.engine), trained=self.trained)
         writing = _Writing(self, progress, began_s, waited_s)
         writing.make_room()
-        part = take_part(self.engine, self.model, self.shards, self.memory or pass_on)
+        part = take_part(self.engine, self.weights, self.memory or pass_on)
         if self.memory is not None:
             part = replace(part, pieces=iter(list(part.pieces)))
         writing.start(part, in_thread=self.memory is not None)

@@ -14,9 +14,8 @@ from megatron_ds.checkpoint.files import Entry, Piece
 from megatron_ds.checkpoint.folder import STATE
 from megatron_ds.checkpoint.keys import STEPS, key_of
 from megatron_ds.checkpoint.state import Fragment, owned
-from megatron_ds.checkpoint.weights import Shard, gather_weights
+from megatron_ds.checkpoint.weights import AdapterWeights, ModelWeights
 from megatron_ds.engine import Engine
-from megatron_ds.hf.config import HFModel
 
 
 class Keep(Protocol):
@@ -71,16 +70,15 @@ class Part:
         return sum(entry.bytes for entries in self.files.values() for entry in entries)
 
 
-def take_part(engine: Engine, model: HFModel, shards: Sequence[Shard], keep: Keep) -> Part:
+def take_part(engine: Engine, weights: ModelWeights | AdapterWeights, keep: Keep) -> Part:
     """This rank's part of a checkpoint of a live model. Collective, and so is taking the pieces."""
-    mine = {shard.file: shard.entries for shard in shards if shard.rank == engine.grid.rank}
     own = list(owned(engine))
     state = list(_state_tensors(own, engine))
     file = f"{STATE}/state-{engine.grid.rank:05d}-of-{engine.grid.layout.world_size:05d}.safetensors"
-    files = {**mine, file: [Entry(name, torch.float32, tuple(tensor.shape)) for name, tensor in state]}
+    files = {**weights.files(), file: [Entry(name, torch.float32, tuple(tensor.shape)) for name, tensor in state]}
 
     def pieces() -> Iterator[Piece]:
-        for weights_file, name, tensor in gather_weights(engine, model, shards):
+        for weights_file, name, tensor in weights.pieces():
             yield Piece(weights_file, name, keep(f"weights/{name}", tensor))
         for name, tensor in state:
             yield Piece(file, name, keep(name, tensor))

@@ -19,8 +19,11 @@ from torch import Tensor
 from megatron_ds.checkpoint.files import Entry
 from megatron_ds.engine import Engine
 from megatron_ds.engine.base import gather_share
+from megatron_ds.hf.adapter_export import adapter_files
+from megatron_ds.hf.adapters import ADAPTER_WEIGHTS, Adapters
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.io import SAFETENSORS
+from megatron_ds.hf.export import small_files
+from megatron_ds.hf.io import SAFETENSORS, json_text
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.layers.parameter import ParamSpec, spec_of
 from megatron_ds.parallel.grid import Layout
@@ -140,6 +143,72 @@ def _divide(groups: Sequence[_Group], writers: Sequence[int], most: int) -> Iter
         before += group.bytes
     if held:
         yield open_rank, held
+
+
+class ModelWeights:
+    """A whole model: its ranks share the writing.
+
+    Args:
+        engine: what is written.
+        model: what it is in Hugging Face's words.
+        inventory: see `plan_shards`.
+        model_path, tokenizer_path: where generation settings and the tokenizer are taken from.
+    """
+
+    def __init__(
+        self, engine: Engine, model: HFModel, inventory: Inventory, model_path: str | None, tokenizer_path: str | None
+    ) -> None:
+        self._engine, self._model = engine, model
+        self._paths = model_path, tokenizer_path
+        self._dtype = str(inventory[0][0][2]).removeprefix("torch.")
+        self.shards = plan_shards(model, inventory, engine.grid.layout)
+
+    def files(self) -> dict[str, Sequence[Entry]]:
+        """What this rank writes."""
+        return {shard.file: shard.entries for shard in self.shards if shard.rank == self._engine.grid.rank}
+
+    def pieces(self) -> Iterator[tuple[str, str, Tensor]]:
+        """See `gather_weights`. Collective."""
+        return gather_weights(self._engine, self._model, self.shards)
+
+    def small_files(self) -> dict[str, bytes]:
+        """All but the weights: path -> content."""
+        found, index = small_files(self._model, self._dtype, *self._paths), index_of(self.shards)
+        return found if index is None else {**found, f"{SAFETENSORS}.index.json": json_text(index).encode()}
+
+
+class AdapterWeights:
+    """Adapters alone, in the one file that peft reads, which the first rank writes: they are small.
+
+    Args:
+        engine: what is written.
+        adapters: what they are in peft's words.
+        inventory: of each pipeline stage the parameters that it is the first to hold.
+        tokenizer_path: where the tokenizer is taken from.
+    """
+
+    def __init__(self, engine: Engine, adapters: Adapters, inventory: Inventory, tokenizer_path: str | None) -> None:
+        self._engine, self._adapters, self._tokenizer_path = engine, adapters, tokenizer_path
+        dtypes = {name: dtype for stage in inventory for name, _, dtype in stage if name in adapters.table}
+        assert dtypes.keys() == adapters.table.keys(), dtypes.keys() ^ adapters.table.keys()
+        (dtype,) = set(dtypes.values())
+        self._entries = [Entry(theirs, dtype, shape) for theirs, shape in ToHF(adapters).order(dtypes)]
+
+    def files(self) -> dict[str, Sequence[Entry]]:
+        """What this rank writes."""
+        return {ADAPTER_WEIGHTS: self._entries} if self._engine.grid.rank == 0 else {}
+
+    def pieces(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(file, name, whole tensor) of what this rank writes. Collective over the world."""
+        to_hf = ToHF(self._adapters)
+        for name, whole in self._engine.whole_parameters(self._adapters.table):
+            if whole is not None:
+                for theirs, tensor in to_hf.add(name, whole.to("cpu")):
+                    yield ADAPTER_WEIGHTS, theirs, tensor
+
+    def small_files(self) -> dict[str, bytes]:
+        """All but the weights: path -> content."""
+        return adapter_files(self._adapters, self._tokenizer_path)
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:

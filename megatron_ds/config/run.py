@@ -41,6 +41,15 @@ def _path_or_mapping(value: Any) -> Any:
     return value
 
 
+def _peft(value: Any) -> Any:
+    if value is not None and not isinstance(value, str | dict):
+        raise ConfigError(
+            f"peft={show(value)} is neither fields of a peft config, such as {{r: 8, target_modules: all-linear}}, nor "
+            "the path of one"
+        )
+    return value
+
+
 def _seconds(value: Any) -> Any:
     """Slurm's words for a time, D-HH:MM:SS or a part of it, as seconds."""
     if not isinstance(value, str):
@@ -152,12 +161,14 @@ class CheckpointSection(Section):
 class ExportSection(Section):
     """A Hugging Face directory written at the end.
 
+    `merge`: of adapters, the base model with them in its weights, not a directory of peft.
     `dtype: None` keeps the model's own. `check` loads the directory with transformers, on a rank of the last pipeline
     stage, and compares its logits with the live model's; for models that fit there, and a path that this rank sees.
     """
 
     path: Text
     check: bool = False
+    merge: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B$")] = "5GB"
 
@@ -167,6 +178,7 @@ class RunConfig(Section):
 
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
+    peft: Annotated[str | dict[str, Any] | None, BeforeValidator(_peft)] = None
     deepspeed: Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)] = {}
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
@@ -193,8 +205,20 @@ class RunConfig(Section):
                 f"model.tokenizer is missing: data.format={self.data.format} with model.config needs one; "
                 "give the directory of a tokenizer, or use data.format=tokenized"
             )
+        _check_peft(self)
         refuse_not_built(self)
         return self
+
+
+def _check_peft(run: RunConfig) -> None:
+    if run.peft is None:
+        if run.export is not None and run.export.merge:
+            raise ConfigError("export.merge=true does nothing without peft; remove it")
+        return
+    if run.model.init == "random":
+        raise ConfigError("peft needs a model to adapt, and model.init=random has none; use model.init=pretrained")
+    if run.train.freeze:
+        raise ConfigError("train.freeze does nothing with peft, which trains adapters alone; remove it")
 
 
 # Words of the run file that have no code behind them yet: field, the values that work, how to say them.

@@ -4,7 +4,7 @@ One list of stages goes in. With one pipeline stage it becomes a plain module (Z
 becomes DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters offer the same `Engine`.
 """
 
-from megatron_ds.engine.base import Engine, Losses, MicroBatch, StepResult
+from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShareReader, StepResult
 from megatron_ds.engine.build import EngineOptions, build_engine
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
 from megatron_ds.engine.probe import GradientProbe
@@ -15,6 +15,7 @@ __all__ = [
     "GradientProbe",
     "Losses",
     "MicroBatch",
+    "ShareReader",
     "StepResult",
     "build_engine",
     "device_count",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,21 +177,26 @@ class Engine(ABC):
         """Parameters of the whole model, tied ones once, without vocabulary padding. Collective."""
         return sum(spec.numel for stage in self.inventory() for _, spec, _ in stage)
 
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Every parameter of the model in order, whole and without padding: on global rank 0, and None elsewhere.
+    def whole_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
+        """Every parameter of the model in order, or the named ones, whole and without padding: on global rank 0, and
+        None elsewhere.
 
         Collective; at any time rank 0 holds one whole tensor, the others their share. A tensor is gathered over the
         tensor ranks of its stage and sent to rank 0.
         """
-        return self.whole_tensors(lambda parameter: parameter.detach())
+        return self.whole_tensors(lambda parameter: parameter.detach(), names)
 
-    def whole_tensors(self, of: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+    def whole_tensors(
+        self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor | None]]:
         """Like `whole_parameters`, for something that each rank has of its parameters' shape and dtype: a gradient."""
         grid = self.grid
         parameters = dict(self.local_parameters())
         for stage, entries in enumerate(self.inventory()):
             source = grid.layout.rank_of(stage, 0, 0)
             for name, spec, dtype in entries:
+                if names is not None and name not in names:
+                    continue
                 whole: Tensor | None = None
                 if grid.coords.pipeline == stage:
                     with self.gathered(parameters[name]):

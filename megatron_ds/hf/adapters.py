@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
@@ -30,7 +31,9 @@ from megatron_ds.models.adapted import AdapterPlace
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PROJECTION = re.compile(r"(?P<parent>.+)\.(qkv\.(?P<qkv>q|kv)_weight|(?P<one>out|up|down)\.weight)")
+_PROJECTION = re.compile(
+    r"(?P<parent>.+\.(attention|cross|mlp))\.(qkv\.(?P<qkv>q|kv)_weight|(?P<one>out|up|down)\.weight)"
+)
 
 # Fields of peft's LoraConfig: those that we heed; those that must say what is given here; the rest is not about math.
 HEEDED = frozenset(
@@ -134,19 +137,35 @@ class Adapters:
         """Sizes of the named axes of `table`: the model's, and one for each rank."""
         return {**self.model.axis_sizes, **{f"r{low.rank}": low.rank for low in self.low.values()}}
 
-    def change(self, native: str, whole: Mapping[str, Tensor]) -> Iterator[tuple[int | None, Tensor]]:
-        """What the adapters add to a base weight: (entry along `*`, or None where there is none; fp32 (out, in)).
+    def merge(self, native: str, whole: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """W + s B A, computed in fp32: a whole base weight with what adapters add to it.
 
         Args:
-            native: name of the base weight.
-            whole: the adapters' parameters by native name, whole.
+            native: the weight's name.
+            whole: the weight; unchanged.
+            parameters: the adapters', whole, by native name.
+
+        Returns:
+            the weight itself if there is no adapter beside it, else a new one in fp32.
         """
+        merged = whole
+        for module, one in self._beside.get(native, ()):
+            if merged is whole:
+                merged = whole.float().clone(memory_format=torch.contiguous_format)
+            name = self._native(module)
+            change = parameters[_b_name(name, one)].float() @ parameters[f"{name}.a"].float()
+            slot = one.row.op.slot(one.source, merged, self.axis_sizes)
+            slot += (self.low[module].scale * change).view(slot.shape)
+        return merged
+
+    @cached_property
+    def _beside(self) -> dict[str, list[tuple[str, _Projection]]]:
+        """Name of a base weight -> the modules that are, or hold, projections of it."""
+        found: dict[str, list[tuple[str, _Projection]]] = {}
         for module, projections in self.modules.items():
             for one in projections:
-                if one.native == native:
-                    name, scale = self._native(module), self.low[module].scale
-                    a, b = whole[f"{name}.a"].float(), whole[_b_name(name, one)].float()
-                    yield one.source if STAR in one.row.op.native_axes else None, scale * (b @ a)
+                found.setdefault(one.native, []).append((module, one))
+        return found
 
     def _native(self, module: str) -> str:
         projections = self.modules[module]

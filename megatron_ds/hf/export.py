@@ -43,7 +43,8 @@ WEIGHT_FILES = (
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
 )
-OTHER_FILES = ("config.json", "generation_config.json", "additional_chat_templates")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+OTHER_FILES = ("config.json", "generation_config.json", "additional_chat_templates", *ADAPTER_FILES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHECKED_AT_ONCE = 2**20
@@ -84,7 +85,7 @@ class DirectoryExport:
         """
         assert name not in self._added, f"{name} was added before"
         self._added.add(name)
-        whole = self._cast(name, whole.detach().to("cpu"))
+        whole = check_fits(name, whole.detach().to("cpu"), self.dtype or whole.dtype)
         self._elements_of[whole.dtype] += whole.numel()
         for theirs, tensor in self._to_hf.add(name, whole):
             self._writer.add(theirs, tensor)
@@ -108,21 +109,27 @@ class DirectoryExport:
         write_small_files(self.directory, self.model, dtype, model_path, tokenizer_path)
         if last is not None:
             last(self.directory)
-        _replace_directory(self._target, self.directory)
+        replace_directory(self._target, self.directory)
 
-    def _cast(self, name: str, whole: Tensor) -> Tensor:
-        cast = whole.to(self.dtype or whole.dtype)
-        if torch.finfo(cast.dtype).max >= torch.finfo(whole.dtype).max:
-            return cast
-        rows = max(1, _CHECKED_AT_ONCE // max(1, whole[0].numel()))
-        for given, made in zip(whole.split(rows), cast.split(rows)):
-            if bool((made.isinf() & given.isfinite()).any()):
-                largest = float(given[given.isfinite()].abs().max())
-                raise ConversionError(
-                    f"dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, which has a value of size "
-                    f"{largest:g}; nearest: bfloat16"
-                )
+
+def check_fits(name: str, whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in another type.
+
+    Raises:
+        ConversionError: a value is too large for it.
+    """
+    cast = whole.to(dtype)
+    if torch.finfo(cast.dtype).max >= torch.finfo(whole.dtype).max:
         return cast
+    rows = max(1, _CHECKED_AT_ONCE // max(1, whole[0].numel()))
+    for given, made in zip(whole.split(rows), cast.split(rows)):
+        if bool((made.isinf() & given.isfinite()).any()):
+            largest = float(given[given.isfinite()].abs().max())
+            raise ConversionError(
+                f"dtype={str(cast.dtype).removeprefix('torch.')} cannot hold {name}, which has a value of size "
+                f"{largest:g}; nearest: bfloat16"
+            )
+    return cast
 
 
 def write_small_files(
@@ -215,7 +222,7 @@ def _use_words_of_both_versions(file: Path) -> None:
         write_json(file, changed)
 
 
-def _replace_directory(target: Path, new: Path) -> None:
+def replace_directory(target: Path, new: Path) -> None:
     """Put `new` in the place of `target`, which is there again if that fails."""
     old = target.with_name(f".{target.name}.old")
     if not target.exists():

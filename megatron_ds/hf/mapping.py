@@ -179,13 +179,13 @@ class Op:
         """The inverse, for a whole native parameter: one Hugging Face tensor, a view of `native` where possible."""
         assert not self.is_piece(source), f"{self}: source {source} is not a whole tensor"
         given = self._axes(source)
-        entries = self._slot(source, native, sizes).permute([self._order.index(name) for name in given])
+        entries = self.slot(source, native, sizes).permute([self._order.index(name) for name in given])
         return entries.reshape(self.source_shape(source, sizes))
 
     def write_piece(self, source: int, native: Tensor, sizes: Sizes, fused: Tensor) -> None:
         """The same for a piece: copied to its place in the whole fused tensor."""
         assert self.is_piece(source), f"{self}: source {source} is a whole tensor"
-        self._in_native_order(source, fused, sizes).copy_(self._slot(source, native, sizes))
+        self._in_native_order(source, fused, sizes).copy_(self.slot(source, native, sizes))
 
     @property
     def _order(self) -> list[str]:
@@ -212,7 +212,7 @@ class Op:
         room = allocate(tuple(shape[dim] for dim in order), entries.dtype, place)
         return room.permute([order.index(dim) for dim in range(len(order))])
 
-    def _slot(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
+    def slot(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
         """View what one source holds of a native parameter, with a dim an axis."""
         view = native.reshape([{**sizes, STAR: len(self.sources)}[name] for name in self.native_axes])
         return view.select(self.native_axes.index(STAR), source) if STAR in self.native_axes else view

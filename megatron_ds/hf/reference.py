@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.adapters import ADAPTER_CONFIG
+from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.models.config import EncoderConfig
 
 
@@ -21,7 +22,7 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
     """transformers' model on CPU, in evaluation mode. Runs no code from the directory.
 
     Args:
-        directory: config.json and weights.
+        directory: config.json and weights; or adapters, whose base is loaded too.
         model: what they are: class and implementation of attention go by it.
         dtype: of the weights; "auto" = as they are.
 
@@ -30,6 +31,8 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
     """
     import transformers
 
+    if (Path(directory) / ADAPTER_CONFIG).is_file():
+        return _with_adapters(Path(directory), model, dtype)
     try:
         with _without_progress_bars():
             loaded: Any = getattr(transformers, model.architecture).from_pretrained(
@@ -50,6 +53,19 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
         if wrong:
             raise ConversionError(f"{directory}: transformers has {kind.replace('_', ' ')}: {', '.join(wrong[:3])}")
     return theirs.eval()
+
+
+def _with_adapters(directory: Path, model: HFModel, dtype: Any) -> Any:
+    """peft's model on transformers' own of the base that the adapters name."""
+    from peft import PeftModel
+
+    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    theirs = load_reference(str(base), model, dtype)
+    try:
+        return PeftModel.from_pretrained(theirs, str(directory), autocast_adapter_dtype=False).eval()
+    except Exception as problem:  # of many types, as above
+        reason = " ".join(str(problem).split())[:300]
+        raise ConversionError(f"{directory}: peft cannot load it: {reason}") from problem
 
 
 # What transformers calls what its models predict -> our name.

@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_ds.config import ExportSection
 from megatron_ds.engine import Engine, MicroBatch
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.adapter_export import export_adapters, export_merged
+from megatron_ds.hf.adapters import Adapters
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import DTYPES, exporting
 from megatron_ds.hf.reference import load_reference, predict
@@ -37,6 +39,9 @@ def export_live(engine: Engine, job: Job, section: ExportSection) -> None:
         ConversionError: on every rank, if `section.dtype` cannot hold a weight. The run is not lost: the directory was
             written in the run's own dtype.
     """
+    if job.adapters is not None:
+        _export_adapters(engine, job, job.adapters, section)
+        return
     fits = fits_in(engine, section.dtype)
     if engine.grid.rank != 0:
         for _ in engine.whole_parameters():
@@ -47,11 +52,33 @@ def export_live(engine: Engine, job: Job, section: ExportSection) -> None:
                 assert whole is not None, name
                 export.add(name, whole)
             export.finish(job.run.model.path, job.run.model.tokenizer_path)
+    _refuse_unfit(section, fits)
+
+
+def _refuse_unfit(section: ExportSection, fits: bool) -> None:
     if not fits:
         raise ConversionError(
             f"export.dtype={section.dtype} cannot hold the largest weight; {section.path} was written in the run's own "
             f"dtype instead; nearest: bfloat16"
         )
+
+
+def _export_adapters(engine: Engine, job: Job, adapters: Adapters, section: ExportSection) -> None:
+    """What was trained, for peft; or in the weights of the base, which are read where they are on disk."""
+    fits = fits_in(engine, section.dtype)
+    dtype = section.dtype if fits else None
+    gathered = engine.whole_parameters(adapters.table)
+    parameters = {name: whole.detach().to("cpu").clone() for name, whole in gathered if whole is not None}
+    if engine.grid.rank == 0:
+        tokenizer, base = job.run.model.tokenizer_path, job.run.model.path
+        if section.merge:
+            assert job.weights is not None and base is not None
+            of_run = dtype or DTYPE_OF_PRECISION[job.facts.precision]
+            size = section.max_shard_size
+            export_merged(section.path, job.weights, base, adapters, parameters, of_run, size, tokenizer)
+        else:
+            export_adapters(section.path, adapters, parameters.items(), dtype, tokenizer)
+    _refuse_unfit(section, fits)
 
 
 def fits_in(engine: Engine, dtype: str | None) -> bool:

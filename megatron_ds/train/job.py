@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_ds.checkpoint.folder import is_checkpoint, resolve_checkpoint
 from megatron_ds.config import (
     DeepSpeedFacts,
@@ -17,13 +19,21 @@ from megatron_ds.config import (
     load_deepspeed,
 )
 from megatron_ds.data import Objective
+from megatron_ds.engine import ShareReader
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.adapters import ADAPTER_CONFIG, Adapters, AdapterWeights
+from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.export import not_ours
 from megatron_ds.hf.io import parse_size
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.layers.parameter import ParamSpec, initial_share
+from megatron_ds.models.adapted import with_adapters
+from megatron_ds.models.block import Placement
+from megatron_ds.models.build import model_stages
 from megatron_ds.models.config import EncoderDecoderConfig
+from megatron_ds.models.stages import StageSpec
 from megatron_ds.parallel.grid import Layout
+from megatron_ds.train.adapters import open_adapters, refuse_adapters
 from megatron_ds.train.freeze import frozen_parameters
 from megatron_ds.train.objective import objective_of
 from megatron_ds.train.resume import check_same_model, folder_of
@@ -42,6 +52,8 @@ class Job:
         deepspeed: the filled DeepSpeed config.
         facts: what it says of ZeRO, precision and offload.
         frozen: our names of the parameters that are not trained.
+        adapters: what is trained beside the model, which then is not.
+        adapter_weights: where they are read from; None = they begin anew.
     """
 
     run: RunConfig
@@ -52,6 +64,26 @@ class Job:
     deepspeed: dict[str, Any]
     facts: DeepSpeedFacts
     frozen: frozenset[str] = frozenset()
+    adapters: Adapters | None = None
+    adapter_weights: AdapterWeights | None = None
+
+    def stages(self, at: Placement) -> list[StageSpec]:
+        """The model's stages, unbuilt, with their adapters."""
+        stages = model_stages(self.model.core, at)
+        return stages if self.adapters is None else with_adapters(stages, self.adapters.places)
+
+    @property
+    def read_share(self) -> ShareReader | None:
+        """Where the parameters' values come from; None = all begin at random."""
+        return self._read_share if self.weights is not None else None
+
+    def _read_share(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
+        if self.adapters is None or name not in self.adapters.table:
+            assert self.weights is not None
+            return self.weights.share(name, spec, rank, size)
+        if self.adapter_weights is not None:
+            return self.adapter_weights.share(name, spec, rank, size)
+        return initial_share(name, spec, self.run.train.seed, rank, size)
 
 
 def resolve(run: RunConfig, world_size: int, device_type: str, checkpoint: Path | None = None) -> Job:
@@ -67,6 +99,7 @@ def resolve(run: RunConfig, world_size: int, device_type: str, checkpoint: Path 
         MegatronDSError: naming field, value, rule and nearest fix.
     """
     run = _with_named_checkpoint(run)
+    _check_base(run)
     model = read_model(run.model.path if run.model.path is not None else run.model.config or {})
     mapping = load_deepspeed(run.deepspeed)
     facts = deepspeed_facts(mapping)
@@ -79,13 +112,18 @@ def resolve(run: RunConfig, world_size: int, device_type: str, checkpoint: Path 
         assert run.model.path is not None
         weights = HFWeights(run.model.path, model)
         model = weights.model
-    if checkpoint is not None:
+    adapters = adapter_weights = None
+    if run.peft is not None:
+        adapters, adapter_weights = open_adapters(run, model, checkpoint)
+    elif checkpoint is not None:
+        refuse_adapters(checkpoint)
         weights = HFWeights(checkpoint, read_model(checkpoint))
         check_same_model(model, weights.model, checkpoint)
     layout = Layout(run.parallel.tensor, run.parallel.pipeline, data_size)
     filled = fill_deepspeed(mapping, run, data_size, model.core.hidden_size)
-    frozen = frozen_parameters(model, run.train.freeze)
-    return Job(run, model, weights, objective_of(model, run), layout, filled, facts, frozen)
+    frozen = frozen_parameters(model, run.train.freeze) if adapters is None else frozenset(model.table)
+    objective = objective_of(model, run)
+    return Job(run, model, weights, objective, layout, filled, facts, frozen, adapters, adapter_weights)
 
 
 def _with_named_checkpoint(run: RunConfig) -> RunConfig:
@@ -95,11 +133,24 @@ def _with_named_checkpoint(run: RunConfig) -> RunConfig:
         for field, path in (("path", run.model.path), ("tokenizer", run.model.tokenizer))
         if path is not None
     }
-    return run.model_copy(update={"model": run.model.model_copy(update=named)})
+    peft = str(resolve_checkpoint(run.peft)) if isinstance(run.peft, str) else run.peft
+    return run.model_copy(update={"model": run.model.model_copy(update=named), "peft": peft})
+
+
+def _check_base(run: RunConfig) -> None:
+    path = run.model.path
+    if path is not None and (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
+        base = read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise ConfigError(f"model.path={path} is an adapter; nearest: model.path={base} and peft={path}")
 
 
 def _check_recomputation(run: RunConfig, mapping: dict[str, Any], model: HFModel) -> None:
     section = mapping.get("activation_checkpointing") or {}
+    if section and run.train.recompute != "none" and (run.peft is not None or run.train.freeze):
+        raise ConfigError(
+            "deepspeed.activation_checkpointing recomputes nothing of a layer whose input needs no gradient, as behind "
+            f"a frozen embedding; nearest: remove it, and train.recompute={run.train.recompute} is torch's own"
+        )
     if section.get("partition_activations") and isinstance(model.core, EncoderDecoderConfig):
         raise ConfigError(
             "deepspeed.activation_checkpointing.partition_activations=true empties what a layer is given, and the "

@@ -16,7 +16,6 @@ from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, collate
 from megatron_ds.engine import Engine, EngineOptions, build_engine, device_type, start_distributed, stop_distributed
-from megatron_ds.models.build import model_stages
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.grid import create_grid
 from megatron_ds.parallel.rank import RankInfo
@@ -89,8 +88,7 @@ def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
         job.deepspeed, run.optimizer, run.parallel.sequence, run.train.recompute, run.train.seed, job.frozen
     )
     grid = create_grid(job.layout, info.rank)
-    read_share = job.weights.share if job.weights is not None else None
-    return build_engine(lambda at: model_stages(job.model.core, at), grid, device, options, read_share)
+    return build_engine(job.stages, grid, device, options, job.read_share)
 
 
 def _train(
@@ -165,7 +163,7 @@ def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
         precision=job.facts.precision,
         source=f"megatron-ds {__version__}",
     )
-    return Saver(engine, job.model, options, origin)
+    return Saver(engine, job.model, options, origin, job.adapters)
 
 
 def _export(job: Job, engine: Engine, data: Dataset, output: RunOutput) -> None:
@@ -173,7 +171,8 @@ def _export(job: Job, engine: Engine, data: Dataset, output: RunOutput) -> None:
     if section is None:
         return
     export_live(engine, job, section)
-    output.note(f"exported a Hugging Face directory: {section.path}")
+    what = "a directory of peft" if job.adapters is not None and not section.merge else "a Hugging Face directory"
+    output.note(f"exported {what}: {section.path}")
     if section.check:
         batch = collate(data, range(job.run.train.micro_batch_size))
         error = check_export(engine, job, section, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from math import prod
 
 import torch
 
@@ -18,7 +19,7 @@ def summarize(job: Job, engine: Engine, data: Dataset) -> RunSummary:
     """Collective: pipeline stages tell each other their parameters."""
     run, layout = job.run, job.layout
     return RunSummary(
-        model_name=job.model.family.model_type,
+        model_name=_model_words(job),
         num_params=engine.count_params(),
         world_size=layout.world_size,
         tensor=layout.tensor,
@@ -33,6 +34,16 @@ def summarize(job: Job, engine: Engine, data: Dataset) -> RunSummary:
         data_description=data.describe(),
         output=run.output,
     )
+
+
+def _model_words(job: Job) -> str:
+    """Such as `llama`, or `llama with LoRA of 1.2 M parameters`."""
+    name = job.model.family.model_type
+    if job.adapters is None:
+        return name
+    sizes = job.adapters.axis_sizes
+    trained = sum(prod(row.op.native_shape(sizes)) for row in job.adapters.table.values())
+    return f"{name} with LoRA of {trained / 1e6:,.3g} M parameters"
 
 
 def positions_of(data: Dataset) -> int:

@@ -66,12 +66,12 @@ def test_a_data_error_of_one_rank_is_the_error_of_the_run(
     preload()
     run = make_run()
 
-    def fail(job: Any, split: str, found: Any = rank._open) -> Any:
+    def fail(job: Any, split: str, found: Any = rank.open_split) -> Any:
         if os.environ["RANK"] == "1":
             raise DataError("train.txt: gone from this node")
         return found(job, split)
 
-    monkeypatch.setattr(rank, "_open", fail)
+    monkeypatch.setattr(rank, "open_split", fail)
     with pytest.raises(DataError, match=r"^train.txt: gone from this node$"):
         mds.train(run, nproc=2)
     assert not Path(run.output).exists()

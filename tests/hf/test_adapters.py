@@ -1,0 +1,145 @@
+"""peft's adapters in our tables: every field of its config, every family, both ways, merged, share by share."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf import adapters as module
+from megatron_ds.hf.adapter_export import export_adapters, export_merged
+from megatron_ds.hf.adapters import ADAPTER_WEIGHTS, AdapterWeights, read_adapters
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.models.adapted import with_adapters
+from megatron_ds.models.block import Placement
+from megatron_ds.models.build import model_stages
+from megatron_ds.models.stages import StageModel
+from megatron_ds.parallel.grid import Axis
+from megatron_ds.parallel.tensor import TensorParallel
+from tests.parity.reference import ALL_CONFIGS, make_model
+from tests.ranks import run_alone
+
+# One of each layout of weights: separate, fused in each order, inputs first, gates fused or not, encoders.
+CASES = (
+    *("llama", "gpt2", "gpt_neox-parallel", "gptj-partial", "opt-before", "bloom-tied", "falcon-7b", "falcon-40b"),
+    *("phi3-plain", "qwen2-2kv", "gemma2-caps", "starcoder2-window", "bert-pretraining", "roberta-masked", "t5-gated"),
+)
+CONFIG = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "rank_pattern": {"down_proj": 2, "q": 2}}
+
+
+def test_every_field_of_pefts_config_is_heeded_refused_or_not_about_math() -> None:
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)}
+    assert known == module.HEEDED | module.MUST_BE.keys() | module.COSMETIC
+    assert len(known) == len(module.HEEDED) + len(module.MUST_BE) + len(module.COSMETIC)
+    plain = LoraConfig()
+    assert {name: getattr(plain, name) for name in module.MUST_BE} == dict(module.MUST_BE)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """case -> a directory with a base, an adapter of peft's, and what peft merges."""
+    known: dict[str, Path] = {}
+
+    def get(case: str) -> Path:
+        if case not in known:
+            known[case] = tmp_path_factory.mktemp(case)
+            run_alone(_save, case, known[case])
+        return known[case]
+
+    return get
+
+
+def _save(case: str, directory: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model(ALL_CONFIGS[case])
+    base.save_pretrained(directory / "base")
+    targets = sorted(read_adapters(CONFIG, read_model(directory / "base"), "").modules)
+    config = LoraConfig(**{**CONFIG, "target_modules": targets}, init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.save_pretrained(directory / "adapter")
+    model.merge_and_unload().save_pretrained(directory / "merged")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_bit_for_bit(case: str, made: Any, tmp_path: Path) -> None:
+    directory = made(case)
+    adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
+    weights = AdapterWeights(directory / "adapter", adapters)
+    parameters = [(name, weights.whole(name)) for name in adapters.table]
+    export_adapters(tmp_path / "again", adapters, parameters, None, None)
+    before, after = (load_file(place / ADAPTER_WEIGHTS) for place in (directory / "adapter", tmp_path / "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    again = read_adapters(tmp_path / "again", read_model(directory / "base"), "base")
+    assert again.low == adapters.low and again.config == adapters.config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_as_peft_merges(case: str, made: Any, tmp_path: Path) -> None:
+    directory = made(case)
+    base = HFWeights(directory / "base", read_model(directory / "base"))
+    adapters = read_adapters(directory / "adapter", base.model, "base")
+    weights = AdapterWeights(directory / "adapter", adapters)
+    parameters = {name: weights.whole(name) for name in adapters.table}
+    export_merged(tmp_path / "hf", base, directory / "base", adapters, parameters, None, "5GB", None)
+    mine, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "hf", directory / "merged"))
+    plain = load_file(directory / "base" / "model.safetensors")
+    changed = 0
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-6)
+        changed += not torch.equal(mine[name], plain[name])
+    assert changed == len(adapters.modules)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_reads_its_share(case: str, made: Any) -> None:
+    """The shapes are those of the modules that are built; shares of one parameter are parts of the whole."""
+    directory = made(case)
+    model = HFWeights(directory / "base", read_model(directory / "base")).model
+    adapters = read_adapters(directory / "adapter", model, "base")
+    weights = AdapterWeights(directory / "adapter", adapters)
+    size = 2
+    for rank in range(size):
+        at = Placement(TensorParallel(Axis(size, rank, tuple(range(size)))))
+        built = StageModel(with_adapters(model_stages(model.core, at), adapters.places))
+        found = {name: one for name, one in built.named_parameters() if ".adapters." in name}
+        assert found.keys() == adapters.table.keys()
+        for name, parameter in found.items():
+            spec = parameter.spec  # type: ignore[attr-defined]
+            share = weights.share(name, spec, rank, size)
+            assert share.shape == parameter.shape
+            start, stop = spec.local_range(rank, size)
+            whole = weights.whole(name)
+            cut = whole if spec.split_dim is None else whole.narrow(spec.split_dim, start, stop - start)
+            assert torch.equal(share, cut), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"drop": "lora_A"}, r"missing base_model\.model\..*lora_A\.weight, by its adapter_config\.json"),
+        ({"add": "extra.lora_A.weight"}, r"unexpected extra\.lora_A\.weight"),
+        ({"shape": True}, r"has shape \[1, 1\], its adapter_config\.json and this model say"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(changes: dict[str, Any], says: str, made: Any, tmp_path: Path) -> None:
+    directory = made("llama")
+    tensors = load_file(directory / "adapter" / ADAPTER_WEIGHTS)
+    first = next(name for name in tensors if "lora_A" in name)
+    if "drop" in changes:
+        del tensors[first]
+    elif "add" in changes:
+        tensors[changes["add"]] = torch.zeros(1)
+    else:
+        tensors[first] = torch.zeros(1, 1)
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
+    adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
+    with pytest.raises(ConversionError, match=says):
+        AdapterWeights(tmp_path, adapters)
