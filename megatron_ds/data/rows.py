@@ -3,7 +3,7 @@
 A file is checked from end to end when it is opened; after that, an example is read when it is asked for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -46,6 +46,28 @@ def open_rows(source: str, visit: Callable[[Located], None]) -> Sequence[Rows]:
     return [_TableRows(found, visit)]
 
 
+def each_row(source: str) -> Iterator[Located]:
+    """Every example behind a source string, once, in order, holding a few at a time.
+
+    Raises:
+        DataError: as `open_rows`.
+    """
+    found = find_source(source, JSON_SUFFIXES)
+    if isinstance(found, FileSource):
+        for path in found.paths:
+            yield from (Located(line.value, f"{path}:{line.number}") for line in json_lines(path))
+    else:
+        yield from _table_rows(found)
+
+
+def _table_rows(source: TableSource) -> Iterator[Located]:
+    row = 0
+    for batch in source.table.iter(_TABLE_ROWS):
+        for values in zip(*batch.values()):
+            yield Located(dict(zip(batch, values)), f"{source.name}: row {row}")
+            row += 1
+
+
 class _JsonLinesRows:
     """The examples of one file: the offset of each line is kept, a line is parsed when it is asked for."""
 
@@ -73,11 +95,8 @@ class _TableRows:
 
     def __init__(self, source: TableSource, visit: Callable[[Located], None]) -> None:
         self._source = source
-        row = 0
-        for batch in source.table.iter(_TABLE_ROWS):
-            for values in zip(*batch.values()):
-                visit(Located(dict(zip(batch, values)), f"{source.name}: row {row}"))
-                row += 1
+        for located in _table_rows(source):
+            visit(located)
 
     def __len__(self) -> int:
         return len(self._source.table)

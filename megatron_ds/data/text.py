@@ -59,7 +59,7 @@ class TextSource:
         if isinstance(self._source, FileSource):
             for path in self._source.paths:
                 kind = "json" if path.suffix.lower() in JSON_SUFFIXES else "txt"
-                digest.update(f"{kind}:{_file_digest(path)}\n".encode())
+                digest.update(f"{kind}:{file_digest(path)}\n".encode())
             return digest.hexdigest()
         for text in _table_documents(self._source):
             raw = text.encode("utf-8")
@@ -223,7 +223,8 @@ def _require_text(value: object, where: str, kind: str, names: Sequence[str]) ->
     raise DataError(f"data: {where}: {kind} {TEXT_COLUMN!r} holds {type(value).__name__}; it must hold a string")
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):

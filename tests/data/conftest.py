@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.data.tiny_tokenizers import save_byte_level, save_sentencepiece, save_wordpiece
+from tests.data.tiny_tokenizers import save_byte_level, save_chat, save_sentencepiece, save_wordpiece
 
+TEMPLATES = Path(__file__).with_name("chat_templates")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain_moby_dick"
 
 
@@ -40,6 +41,20 @@ def byte_level(valid_text: Path, tmp_path_factory: pytest.TempPathFactory) -> st
 @pytest.fixture(scope="session")
 def sentencepiece(valid_text: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_sentencepiece(valid_text, tmp_path_factory.mktemp("sentencepiece"))
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(valid_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Name of a template, whether with pieces -> a tokenizer's directory."""
+    made: dict[tuple[str, bool], str] = {}
+
+    def get(name: str, pieces: bool = False) -> str:
+        if (name, pieces) not in made:
+            template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+            made[name, pieces] = save_chat(valid_text, tmp_path_factory.mktemp(name), template, pieces=pieces)
+        return made[name, pieces]
+
+    return get
 
 
 @pytest.fixture

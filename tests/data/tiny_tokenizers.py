@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 700
@@ -49,6 +49,22 @@ def save_sentencepiece(text: Path, directory: Path, num_sentinels: int = NUM_SEN
     )
     sentinels = [AddedToken(f"<extra_id_{number}>", special=True) for number in reversed(range(num_sentinels))]
     return _save(tokenizer, trainer, text, directory, specials, sentinels)
+
+
+CONTROL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|start_header|>", "<|end_header|>", "<|eot|>"]
+
+
+def save_chat(text: Path, directory: Path, template: str, *, pieces: bool = False) -> str:
+    """Byte-level, offsets without spaces, or `pieces`; with a chat template and its tokens. Its directory."""
+    path = (save_sentencepiece if pieces else save_byte_level)(text, directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if not pieces:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROL_TOKENS, "bos_token": "<s>"})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
+    return path
 
 
 def _save(

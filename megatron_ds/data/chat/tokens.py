@@ -1,0 +1,203 @@
+"""Conversations as tokens, made once: the ids, and which of them are learned, lie in a cache named after their content.
+
+Every rank calls this at start-up; nothing is communicated. A file lock lets one process of a machine tokenise while the
+others wait. An entry is a directory of arrays, which appears under its name when it is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import filelock
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from megatron_ds.data.chat.conversations import Conversation, read_conversations
+from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
+from megatron_ds.data.sources import JSON_SUFFIXES, FileSource, find_source
+from megatron_ds.data.text import file_digest
+from megatron_ds.data.tokenizer import tokenizer_digest
+from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
+
+FORMAT_VERSION = 1
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The conversations of one source as tokens, memory-mapped, one after the other.
+
+    Attributes:
+        key: stands for their content.
+        name: the source.
+        ids: (T,) int32.
+        learned: (T,) bool: tokens that are to be predicted.
+        starts: (n + 1,) int64: where each conversation begins, and the end of the last.
+        places: (n,) where each stands, behind the name of the source: `:7`.
+    """
+
+    key: str
+    name: str
+    ids: np.ndarray
+    learned: np.ndarray
+    starts: np.ndarray
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, in tokens."""
+        return np.diff(self.starts)
+
+    def where(self, index: int) -> str:
+        """File and line of a conversation, for errors."""
+        return f"{_prefix(self.name)}{self.places[index]}"
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (L,) int64 and what is learned (L,) bool of one conversation."""
+        start, stop = self.starts[index], self.starts[index + 1]
+        return self.ids[start:stop].astype(np.int64), np.asarray(self.learned[start:stop])
+
+
+def cached_conversations(
+    source: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate, directory: Path
+) -> Conversations:
+    """The conversations behind a source string, tokenised unless `directory` holds them already. For any number of
+    processes at once.
+
+    Raises:
+        DataError: the source is malformed, the template does not fit it, or `directory` cannot be written.
+    """
+    content = f"{FORMAT_VERSION}\n{_digest(source)}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
+    key = hashlib.sha256(content.encode()).hexdigest()
+    entry = directory / f"{key}.chat"
+    try:
+        if not entry.is_dir():
+            directory.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(directory / f"{key}.lock"):
+                if not entry.is_dir():  # another rank may have made it while this one waited
+                    get_logger("data").info("tokenising %s", source)
+                    _write(source, backend, template, entry)
+        return _open(entry, key, source)
+    except OSError as error:
+        raise DataError(
+            f"data: the token cache {directory} cannot be used ({error}); set data.cache_dir to a writable directory "
+            "with enough space"
+        ) from error
+
+
+def tokenize(rendered: Sequence[Rendered], backend: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids (L,) and what is learned (L,) of each text: tokens that have a character in one of its spans.
+
+    A token that begins before a span and reaches into it (a space and a word) is learned: its word is.
+    """
+    for text, encoding in zip(rendered, backend.encode_batch([one.text for one in rendered], add_special_tokens=False)):
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        learned = np.zeros(len(offsets), dtype=bool)
+        for start, end in text.spans:
+            learned |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        yield np.asarray(encoding.ids, dtype=np.int32), learned
+
+
+def offset_backend(tokenizer: PreTrainedTokenizerBase, path: str) -> Tokenizer:
+    """The tokenizer's backend, with offsets that leave no character out: some are told to trim spaces off them.
+
+    Raises:
+        DataError: it has no backend, so it cannot tell where its tokens stand.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"tokenizer {path}: does not tell where in a text its tokens stand, but data.format=chat needs that; "
+            "convert it to a fast tokenizer (tokenizer.json)"
+        )
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    _keep_spaces(content)
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _keep_spaces(node: object) -> None:
+    if isinstance(node, dict):
+        if "trim_offsets" in node:
+            node["trim_offsets"] = False
+        for value in node.values():
+            _keep_spaces(value)
+    elif isinstance(node, list):
+        for value in node:
+            _keep_spaces(value)
+
+
+def _write(source: str, backend: Tokenizer, template: ChatTemplate, entry: Path) -> None:
+    ids, learned, lengths, places = [], [], [0], []
+    for batch in _batches(read_conversations(source), _BATCH):
+        texts = [template.render(one) for one in batch]
+        for one, (tokens, mask) in zip(batch, tokenize(texts, backend)):
+            ids.append(tokens)
+            learned.append(mask)
+            lengths.append(len(tokens))
+            places.append(one.where.removeprefix(_prefix(source)))
+    if not ids:
+        raise DataError(f"data: {source}: no conversations; each line or row must hold one")
+    # the lock may not reach other machines on a shared disk: their temporary names differ, and all write the same
+    temporary = entry.with_name(f"{entry.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        np.save(temporary / "ids.npy", np.concatenate(ids))
+        np.save(temporary / "learned.npy", np.concatenate(learned))
+        np.save(temporary / "starts.npy", np.cumsum(lengths, dtype=np.int64))
+        np.save(temporary / "places.npy", np.asarray(places))
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        try:
+            temporary.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # or another machine was first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _batches(items: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _open(entry: Path, key: str, source: str) -> Conversations:
+    try:
+        arrays = [np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("ids", "learned", "starts", "places")]
+    except ValueError as error:
+        raise DataError(f"data: {entry} is damaged ({error}); remove it, and it is made again") from error
+    return Conversations(key, source, *arrays)
+
+
+def _prefix(source: str) -> str:
+    """What errors call a source; the cache must not remember where the data were when it was made."""
+    path = Path(source).expanduser()
+    return str(path) if path.exists() else source
+
+
+def _digest(source: str) -> str:
+    """SHA-256 of the content: bytes of files, columns of rows; of no name, path or time."""
+    found = find_source(source, JSON_SUFFIXES)
+    digest = hashlib.sha256()
+    if isinstance(found, FileSource):
+        for path in found.paths:
+            digest.update(f"file:{file_digest(path)}\n".encode())
+        return digest.hexdigest()
+    for batch in found.table.iter(_BATCH):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
