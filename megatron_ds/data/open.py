@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_ds.data.blend import Blend, InSuccession, Ordered, samples_of_each
 from megatron_ds.data.chat import open_chat
 from megatron_ds.data.indexed import open_indexed
 from megatron_ds.data.masking import Masker, load_masker
@@ -63,26 +64,63 @@ def open_dataset(
     """
     if not sources:
         raise DataError("data: no sources; name at least one file, directory or hub id under data.train")
+    if format not in FORMATS:
+        raise DataError(f"data.format={format!r} is not read by this version; it reads {', '.join(FORMATS)}")
+    opener = _Opener(format, objective, seq_length, vocab_size, tokenizer_path, cache_dir, split, chat or ChatOptions())
     try:
-        if format == "text":
-            if tokenizer_path is None:
+        if weights is not None:
+            assert order is not None, "validation takes every sample once"
+            return opener.blend(sources, weights, order)
+        return opener.open(sources, order)
+    except OSError as error:
+        raise DataError(f"data: {', '.join(sources)}: cannot be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """All that is the same for every source; arguments as `open_dataset`."""
+
+    format: str
+    objective: Objective
+    seq_length: int
+    vocab_size: int
+    tokenizer_path: str | None
+    cache_dir: str | None
+    split: Split | None
+    chat: ChatOptions
+
+    def open(self, sources: Sequence[str], order: Order | None) -> Dataset:
+        """Sources one after the other; indexed ones, which have an order of their own, in shares by their tokens."""
+        shared = self.objective, self.seq_length, self.vocab_size
+        if self.format == "text":
+            if self.tokenizer_path is None:
                 raise DataError(
                     "model.tokenizer is not set, but data.format=text needs it; point it at a tokenizer directory"
                 )
-            directory = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-            return _TextOpener(sources, seq_length, vocab_size, tokenizer_path, directory).open(objective)
-        if format == "chat":
-            return open_chat(
-                sources, objective, seq_length, vocab_size, tokenizer_path, cache_dir, chat or ChatOptions()
-            )
-        if format == "indexed":
-            return open_indexed(sources, objective, seq_length, vocab_size, tokenizer_path, cache_dir, order, split)
-        if format == "tokenized":
-            kind = _example_kind(objective, seq_length, vocab_size, tokenizer_path)
-            return TokenizedDataset(sources, kind)
-    except OSError as error:
-        raise DataError(f"data: {', '.join(sources)}: cannot be read ({error})") from error
-    raise DataError(f"data.format={format!r} is not read by this version; it reads {', '.join(FORMATS)}")
+            opener = _TextOpener(sources, self.seq_length, self.vocab_size, self.tokenizer_path, self.directory)
+            return opener.open(self.objective)
+        if self.format == "chat":
+            return open_chat(sources, *shared, self.tokenizer_path, self.cache_dir, self.chat)
+        if self.format == "tokenized":
+            return TokenizedDataset(sources, _example_kind(*shared, self.tokenizer_path))
+        if len(sources) == 1:
+            return open_indexed(sources[0], *shared, self.cache_dir, order, self.split)
+        once = [open_indexed(source, *shared, self.cache_dir, None, self.split) for source in sources]
+        if order is None:
+            return InSuccession(once, sources)
+        return self.blend(sources, [float(one.num_tokens) for one in once], order)
+
+    def blend(self, sources: Sequence[str], weights: Sequence[float], order: Order) -> Dataset:
+        """Sources in shares."""
+        datasets = []
+        for number, (source, share) in enumerate(zip(sources, samples_of_each(weights, order.num_samples))):
+            one = self.open([source], replace(order, num_samples=share))
+            datasets.append(one if one.ordered else Ordered(one, order, number))
+        return Blend(datasets, sources, weights, order.num_samples, self.directory)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_dir()
 
 
 def _example_kind(objective: Objective, seq_length: int, vocab_size: int, tokenizer_path: str | None) -> ExampleKind:

@@ -162,7 +162,7 @@ def test_the_cache_goes_by_content(
     with pytest.raises(DataError, match=r"the first at .*/moved\.jsonl:2;"):
         open_chat(write_jsonl(chats(4), "moved.jsonl"), seq_length=100)
     assert again.fingerprint == first.fingerprint and len(list((tmp_path / "cache").glob("*.chat"))) == 1
-    monkeypatch.setattr(tokens, "_write", None)  # nothing may be written again
+    monkeypatch.setattr(tokens, "_make", None)  # nothing may be made again
     assert open_chat(write_jsonl(chats(4))).fingerprint == first.fingerprint
     monkeypatch.undo()
     others = [

@@ -1,24 +1,17 @@
-"""Conversations as tokens, made once: the ids, and which of them are learned, lie in a cache named after their content.
-
-Every rank calls this at start-up; nothing is communicated. A file lock lets one process of a machine tokenise while the
-others wait. An entry is a directory of arrays, which appears under its name when it is whole.
-"""
+"""Conversations as tokens, made once: the ids, and which of them are learned, are cached by their content."""
 
 import hashlib
 import json
-import os
-import shutil
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import filelock
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from megatron_ds.data.array_cache import cached_arrays
 from megatron_ds.data.chat.conversations import Conversation, read_conversations
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.sources import JSON_SUFFIXES, FileSource, find_source
@@ -29,6 +22,7 @@ from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
 _BATCH = 512
+_ARRAYS = ("ids", "learned", "starts", "places")
 
 
 @dataclass(frozen=True)
@@ -80,20 +74,8 @@ def cached_conversations(
     """
     content = f"{FORMAT_VERSION}\n{_digest(source)}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
     key = hashlib.sha256(content.encode()).hexdigest()
-    entry = directory / f"{key}.chat"
-    try:
-        if not entry.is_dir():
-            directory.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(directory / f"{key}.lock"):
-                if not entry.is_dir():  # another rank may have made it while this one waited
-                    get_logger("data").info("tokenising %s", source)
-                    _write(source, backend, template, entry)
-        return _open(entry, key, source)
-    except OSError as error:
-        raise DataError(
-            f"data: the token cache {directory} cannot be used ({error}); set data.cache_dir to a writable directory "
-            "with enough space"
-        ) from error
+    arrays = cached_arrays(directory, f"{key}.chat", _ARRAYS, lambda: _make(source, backend, template))
+    return Conversations(key, source, **arrays)
 
 
 def tokenize(rendered: Sequence[Rendered], backend: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -139,7 +121,8 @@ def _keep_spaces(node: object) -> None:
             _keep_spaces(value)
 
 
-def _write(source: str, backend: Tokenizer, template: ChatTemplate, entry: Path) -> None:
+def _make(source: str, backend: Tokenizer, template: ChatTemplate) -> dict[str, np.ndarray]:
+    get_logger("data").info("tokenising %s", source)
     ids, learned, lengths, places = [], [], [0], []
     for batch in _batches(read_conversations(source), _BATCH):
         texts = [template.render(one) for one in batch]
@@ -150,38 +133,18 @@ def _write(source: str, backend: Tokenizer, template: ChatTemplate, entry: Path)
             places.append(one.where.removeprefix(_prefix(source)))
     if not ids:
         raise DataError(f"data: {source}: no conversations; each line or row must hold one")
-    # the lock may not reach other machines on a shared disk: their temporary names differ, and all write the same
-    temporary = entry.with_name(f"{entry.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        np.save(temporary / "ids.npy", np.concatenate(ids))
-        np.save(temporary / "learned.npy", np.concatenate(learned))
-        np.save(temporary / "starts.npy", np.cumsum(lengths, dtype=np.int64))
-        np.save(temporary / "places.npy", np.asarray(places))
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        try:
-            temporary.rename(entry)
-        except OSError:
-            if not entry.is_dir():  # or another machine was first
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "ids": np.concatenate(ids),
+        "learned": np.concatenate(learned),
+        "starts": np.cumsum(lengths, dtype=np.int64),
+        "places": np.asarray(places),
+    }
 
 
 def _batches(items: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _open(entry: Path, key: str, source: str) -> Conversations:
-    try:
-        arrays = [np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("ids", "learned", "starts", "places")]
-    except ValueError as error:
-        raise DataError(f"data: {entry} is damaged ({error}); remove it, and it is made again") from error
-    return Conversations(key, source, *arrays)
 
 
 def _prefix(source: str) -> str:
