@@ -101,9 +101,10 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
         return CheckpointFacts(str(path), model, bytes=sum(file.bytes for file in model.files))
     if path.is_dir() and step_of(path) >= 0:
         return _checkpoint(path, fast)
-    if Path(f"{path}.idx").is_file() or path.suffix in (".bin", ".idx"):
-        raise CheckpointError(f"{path} is indexed data, which this version cannot look into yet")
-    raise CheckpointError(f"{path} is no checkpoint, folder of checkpoints, run output or Hugging Face directory")
+    what = "is no checkpoint, folder of checkpoints, run output or Hugging Face directory"
+    if not path.exists():
+        what = f"does not exist (looked in {Path.cwd()})"
+    raise CheckpointError(f"{path} {what}; data are a run file, the PREFIX of indexed files, or a .jsonl or .txt file")
 
 
 def inspect_model(path: Path) -> ModelFacts:

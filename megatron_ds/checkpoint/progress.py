@@ -25,6 +25,8 @@ class DataPosition:
         seq_length: of a sample.
         shuffle: whether they are in an order of their own each epoch.
         description: for people.
+        settings: what the run file said of the data: to tell what has changed, should the fingerprint; empty in
+            checkpoints of earlier versions.
     """
 
     samples: int = 0
@@ -33,6 +35,7 @@ class DataPosition:
     seq_length: int = 0
     shuffle: bool = True
     description: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

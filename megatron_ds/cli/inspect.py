@@ -1,40 +1,89 @@
-"""`megatron-ds inspect`: what a checkpoint, a folder of them, or a Hugging Face directory holds."""
+"""`megatron-ds inspect`: what a checkpoint, a folder of them, a Hugging Face directory or data hold."""
 
 from __future__ import annotations
 
+import io
 import json as json_module
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from megatron_ds.cli.rows import Row, count, show_rows, size
 
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.inspect import CheckpointFacts, FileFacts, FolderFacts, ModelFacts
     from megatron_ds.checkpoint.progress import Origin, Progress
 
-HELP = """Show what a checkpoint, a folder of checkpoints, a run's output or a Hugging Face directory holds.
+HELP = """Show what a checkpoint, a run's output, a Hugging Face directory or data hold.
 
-Every file of a checkpoint is read and compared with its checksum; exit status 1 if one is missing or damaged.
+PATH is a directory, or data: a run file (the data that it trains on, as it takes them), the prefix of indexed files
+(.bin and .idx), or a .jsonl or .txt file with --tokenizer. Of data, the first samples are shown as text: what is
+under loss is green on a terminal, and stands between the marks \u27e6 and \u27e7 elsewhere.
+
+Every file with a checksum is compared with it; exit status 1 if one is missing or damaged.
 
 Examples:
 
 \b
   megatron-ds inspect out/run
   megatron-ds inspect out/run/checkpoints/step_00000200 --json
+  megatron-ds inspect run.yaml data.packing=true --samples 5
+  megatron-ds inspect corpus --tokenizer hf_dir
+  megatron-ds inspect chat.jsonl --tokenizer hf_dir
 """
-WIDTH = 12
-
-Row = tuple[str, str]
-"""What, and what it is."""
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="What is looked at.", metavar="PATH")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Values that replace those of a run file.", metavar="key.sub=value")
+    ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Look at the files' lengths, not at their bytes.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Shows data as text; a run file names its own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="How many samples or documents are shown.")] = 2,
 ) -> None:
     """Inspect; see HELP."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # data hold characters that not every terminal has
+    kind = _kind_of(path)
+    if overrides and kind != "run":
+        raise typer.BadParameter(f"{overrides[0]}: only the values of a run file can be replaced, and {path} is none")
+    if tokenizer is not None and kind in ("run", "directory"):
+        raise typer.BadParameter(
+            "--tokenizer goes with indexed data and files"
+            + ("; a run names its own: model.tokenizer=DIR" if kind == "run" else "")
+        )
+    if kind == "directory":
+        is_whole = _directory(path, fast, json)
+    else:
+        from megatron_ds.cli import inspect_data
+
+        if kind == "run":
+            is_whole = inspect_data.run(path, overrides or [], samples, json)
+        elif kind == "indexed":
+            is_whole = inspect_data.indexed(path, fast, tokenizer, samples, json)
+        else:
+            is_whole = inspect_data.file(path, tokenizer, samples, json)
+    if not is_whole:
+        raise typer.Exit(1)
+
+
+def _kind_of(path: Path) -> Literal["run", "indexed", "file", "directory"]:
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        return "run"
+    if Path(f"{path}.idx").is_file() or (not path.is_dir() and path.suffix in (".bin", ".idx")):
+        return "indexed"
+    return "file" if path.is_file() else "directory"
+
+
+def _directory(path: Path, fast: bool, json: bool) -> bool:
+    """Show it; whether all of it is whole."""
     from megatron_ds.checkpoint.inspect import FolderFacts, as_json
     from megatron_ds.checkpoint.inspect import inspect as look
 
@@ -42,10 +91,9 @@ def inspect(
     if json:
         print(json_module.dumps(as_json(facts), indent=2))
     else:
-        _show(_folder(facts) if isinstance(facts, FolderFacts) else _checkpoint(facts))
+        show_rows(_folder(facts) if isinstance(facts, FolderFacts) else _checkpoint(facts))
     whole = facts.checkpoints if isinstance(facts, FolderFacts) else (facts,)
-    if any(one.problems for one in whole):
-        raise typer.Exit(1)
+    return not any(one.problems for one in whole)
 
 
 def written(path: Path) -> str:
@@ -56,32 +104,14 @@ def written(path: Path) -> str:
     return f"{path}: {_model_words(model)}, {_files_words(model.files)}"
 
 
-def _show(rows: Iterable[Row]) -> None:
-    """A table on a terminal, plain lines elsewhere."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        if not console.is_terminal:
-            print(f"{name:<{WIDTH}}{value}".rstrip())
-        table.add_row(Text(name), Text(value, style="bold red" if "DAMAGED" in name + value else ""))
-    if console.is_terminal:
-        console.print(table)
-
-
 def _folder(facts: FolderFacts) -> Iterator[Row]:
     yield ("checkpoints", facts.path)
     for one in facts.checkpoints:
         name = Path(one.path).name
         mark = " (latest)" if name == facts.latest else ""
         when = f", written {one.origin.written_at}" if one.origin is not None else ""
-        size = f", {_size(one.bytes)}" if one.bytes else ""
-        yield ("", f"{name}  {_verdict(one)}{size}{when}{mark}")
+        held = f", {size(one.bytes)}" if one.bytes else ""
+        yield ("", f"{name}  {_verdict(one)}{held}{when}{mark}")
         yield from (("", f"  {problem}") for problem in one.problems)
     if facts.latest not in {Path(one.path).name for one in facts.checkpoints}:
         what = "is missing" if facts.latest is None else f"names {facts.latest}, which is not there"
@@ -102,7 +132,7 @@ def _checkpoint(facts: CheckpointFacts) -> Iterator[Row]:
         if not facts.progress.trained:
             yield ("state", "none: nothing was trained")
     if facts.state_files:
-        kinds = ", ".join(f"{kind} {_count(number)}" for kind, number in facts.state.items())
+        kinds = ", ".join(f"{kind} {count(number)}" for kind, number in facts.state.items())
         yield ("state", f"{kinds}; {_files_words(facts.state_files)}")
     if facts.progress is not None and not facts.problems:
         yield ("whole", _verdict(facts).removeprefix("whole, ").removeprefix("whole "))
@@ -136,20 +166,10 @@ def _verdict(facts: CheckpointFacts) -> str:
 
 def _model_words(model: ModelFacts) -> str:
     types = ", ".join(sorted(model.dtypes))
-    return f"{model.model_type} ({model.architecture}), {_count(model.num_params)} parameters, {types}"
+    return f"{model.model_type} ({model.architecture}), {count(model.num_params)} parameters, {types}"
 
 
 def _files_words(files: tuple[FileFacts, ...]) -> str:
     tensors, total = sum(file.tensors for file in files), sum(file.bytes for file in files)
     number = f"{len(files)} file{'s' if len(files) != 1 else ''}"
-    return f"{number}, {tensors:,} tensors, {_size(total)}"
-
-
-def _count(number: float) -> str:
-    from megatron_ds.cli.display import format_count
-
-    return format_count(number)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{_count(num_bytes)}B" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
+    return f"{number}, {tensors:,} tensors, {size(total)}"

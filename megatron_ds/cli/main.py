@@ -19,6 +19,8 @@ from megatron_ds.cli.import_hf import HELP as IMPORT_HELP
 from megatron_ds.cli.import_hf import import_hf
 from megatron_ds.cli.inspect import HELP as INSPECT_HELP
 from megatron_ds.cli.inspect import inspect
+from megatron_ds.cli.prepare import HELP as PREPARE_HELP
+from megatron_ds.cli.prepare import prepare
 from megatron_ds.cli.train import HELP as TRAIN_HELP
 from megatron_ds.cli.train import train
 from megatron_ds.cli.verify import HELP as VERIFY_HELP
@@ -31,6 +33,7 @@ ROOT_HELP = """Train and fine-tune transformers with Megatron's model parallelis
 Examples:
 
 \b
+  megatron-ds prepare corpus.jsonl --tokenizer path/to/hf_dir --output data/corpus
   megatron-ds train run.yaml --nproc 2
   megatron-ds inspect out/run
   megatron-ds export out/run out/hf
@@ -47,6 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(help=TRAIN_HELP)(train)
+app.command(help=PREPARE_HELP)(prepare)
 app.command(help=EXPORT_HELP)(export)
 app.command("import", help=IMPORT_HELP)(import_hf)
 app.command(help=VERIFY_HELP)(verify)

@@ -31,6 +31,7 @@ class StepMetrics:
         tokens_per_s: Labelled tokens a second over all ranks.
         tflops_per_rank: Model TFLOP/s of one rank (1e12 floating-point operations a second), of all positions of the
             batch, padding included: the work done.
+        data_s: Seconds of `step_s` that rank 0 waited for its part of the batch to be read; None = not measured.
         terms: Of a loss that is a sum, its terms by the column of their labels; empty where there is one.
     """
 
@@ -42,6 +43,7 @@ class StepMetrics:
     step_s: float
     tokens_per_s: float
     tflops_per_rank: float
+    data_s: float | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -56,6 +58,8 @@ class ValidMetrics:
 Metrics = StepMetrics | ValidMetrics
 _INT_FIELDS = frozenset({"step", "tokens"})
 _TERMS = "terms"
+_OPTIONAL = frozenset({"data_s"})
+"""Numbers that files of earlier versions do not have."""
 
 
 class MetricsWriter:
@@ -131,6 +135,8 @@ def _encode(metrics: Metrics) -> str:
     non_finite: list[str] = []
     for name in _number_fields(type(metrics)):
         value = getattr(metrics, name)
+        if value is None and name in _OPTIONAL:
+            continue
         # numpy and torch scalars would not serialise, and float() of them is exact
         number = int(value) if name in _INT_FIELDS else float(value)
         if not math.isfinite(number):
@@ -148,7 +154,11 @@ def _decode(line: str, path: Path, number: int) -> Metrics:
     try:
         record = json.loads(line)
         kind = ValidMetrics if "valid_loss" in record else StepMetrics
-        values: dict[str, Any] = {name: _number(name, record[name]) for name in _number_fields(kind)}
+        values: dict[str, Any] = {
+            name: _number(name, record[name])
+            for name in _number_fields(kind)
+            if name in record or name not in _OPTIONAL
+        }
         if _TERMS in record:
             values[_TERMS] = {name: _number(name, term) for name, term in record[_TERMS].items()}
         return kind(**values)

@@ -6,9 +6,9 @@ import math
 import operator
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -25,10 +25,14 @@ from megatron_ds.monitor import StepMetrics, Throughput, ValidMetrics
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.interrupt import Interrupt
 from megatron_ds.train.output import RunOutput
+from megatron_ds.train.prefetch import DataWait, Prefetch, pinned
 from megatron_ds.train.schedule import learning_rate
 from megatron_ds.train.summary import positions_of
 from megatron_ds.train.together import together
 from megatron_ds.train.watchdog import Beat
+
+Batches = list[dict[str, torch.Tensor]]
+"""The micro-batches of one data rank's share of a global batch."""
 
 _CLOCK = 1  # beside the numbers of signals, of which 1, SIGHUP, is none that stops a run
 
@@ -65,6 +69,7 @@ class TrainingLoop:
         self._train_data, self._valid_data, self._saver = train_data, valid_data, saver
         shuffle = run.data.shuffle and not train_data.ordered
         self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, shuffle)
+        self._ahead, self._data_wait = run.data.prefetch, DataWait(run.data.prefetch)
         self._now, self._saved_step, self._beat = begin, begin.step, beat
         self._stopped_by = 0
 
@@ -97,26 +102,37 @@ class TrainingLoop:
             CheckpointError: a checkpoint could not be written.
         """
         steps = self._run.train.steps
-        while self._now.step < steps:
-            self._step(self._now.step + 1)
-            stop = self._agree(interrupt)
-            if not stop and self._is_validation_due(self._now.step):
-                stop = self._validate(self._now.step, interrupt)
-            if stop or self._now.step == steps or self._is_save_due(self._now.step):
-                self._save()
-            if stop:
-                break
+        with Prefetch(self._read_train, self._positions(), self._ahead) as batches:
+            while self._now.step < steps:
+                self._step(self._now.step + 1, batches)
+                stop = self._agree(interrupt)
+                if not stop and self._is_validation_due(self._now.step):
+                    stop = self._validate(self._now.step, interrupt)
+                if stop or self._now.step == steps or self._is_save_due(self._now.step):
+                    self._save()
+                if stop:
+                    break
         self._beat(f"waiting until step {self._now.step} is saved", may_take_long=True)
         self._tell(self._saver.wait() if self._saver is not None else None)
+        self._output.taken(self._train_data, self._now.data.samples, is_last=True)
         return self._now.step
 
-    def _step(self, step: int) -> None:
-        """One optimizer step; its seconds cover the reading of its data."""
+    def _positions(self) -> range:
+        """Where the batches of the steps to come begin in the stream of samples."""
+        begin, size = self._now.data.samples, self._run.train.global_batch_size
+        return range(begin, begin + size * (self._run.train.steps - self._now.step), size)
+
+    def _read_train(self, position: int) -> Batches:
+        return self._micro_batches(self._train_data, self._batches.indices_from(position))
+
+    def _step(self, step: int, ahead: Iterator[Batches]) -> None:
+        """One optimizer step; its seconds cover the wait for its data."""
         began_s = time.perf_counter()
         train, now = self._run.train, self._now
         lr = learning_rate(now.applied, train.steps, self._run.optimizer, self._run.schedule)
         self._beat(f"step {step}: reading data")
-        batches = self._micro_batches(self._train_data, self._batches.indices_from(now.data.samples))
+        batches = next(ahead)
+        data_s = time.perf_counter() - began_s
         self._beat(f"step {step}: forward and backward pass, optimizer")
         result = self._engine.train_step(batches, lr)
         bad = not result.applied and (not self._engine.can_overflow or not math.isfinite(result.loss))
@@ -126,8 +142,11 @@ class TrainingLoop:
             applied=now.applied + result.applied,
             bad_steps=now.bad_steps + 1 if bad else 0 if result.applied else now.bad_steps,
         )
+        step_s = time.perf_counter() - began_s
         if step % train.log_every == 0 or step in (1, train.steps):
-            self._output.step(self._metrics(step, lr, result, time.perf_counter() - began_s))
+            self._output.step(self._metrics(step, lr, result, step_s, data_s))
+        if (wait := self._data_wait.add(data_s, step_s)) is not None:
+            self._output.note(wait)
         if bad:
             self._refuse_to_go_on(result)
 
@@ -153,13 +172,14 @@ class TrainingLoop:
             return
         self._beat(f"saving after step {self._now.step}", may_take_long=True)
         self._tell(self._saver.save(self._now))
+        self._output.taken(self._train_data, self._now.data.samples)
         self._saved_step = self._now.step
 
     def _tell(self, saved: Saved | None) -> None:
         if saved is not None:
             self._output.saved(saved)
 
-    def _metrics(self, step: int, lr: float, result: StepResult, step_s: float) -> StepMetrics:
+    def _metrics(self, step: int, lr: float, result: StepResult, step_s: float, data_s: float) -> StepMetrics:
         positions = self._run.train.global_batch_size * positions_of(self._train_data)
         return StepMetrics(
             step=step,
@@ -170,6 +190,7 @@ class TrainingLoop:
             step_s=step_s,
             tokens_per_s=result.tokens / step_s,
             tflops_per_rank=self._throughput.rates(positions, step_s).tflops_per_rank,
+            data_s=data_s,
             terms=result.terms if len(result.terms) > 1 else {},
         )
 
@@ -189,19 +210,22 @@ class TrainingLoop:
         data, size = self._valid_data, self._run.train.global_batch_size
         assert data is not None
         parts = []
-        for number, indices in enumerate(ordered_pass(len(data), size), start=1):
-            self._beat(f"validation after step {step}, batch {number}")
-            parts.append(self._engine.evaluate(self._micro_batches(data, indices)))
-            if self._agree(interrupt):
-                return True
+        count = -(-len(data) // size)
+        with Prefetch(partial(self._micro_batches, data), ordered_pass(len(data), size), self._ahead) as batches:
+            for number in range(1, count + 1):
+                self._beat(f"validation after step {step}, batch {number}")
+                parts.append(self._engine.evaluate(next(batches)))
+                if self._agree(interrupt):
+                    return True
         losses = reduce(operator.add, parts)
         self._output.valid(ValidMetrics(step, losses.mean))
         return False
 
-    def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> list[dict[str, torch.Tensor]]:
+    def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> Batches:
         axis = self._engine.grid.data
         parts = for_data_rank(indices, axis.rank, axis.size, self._run.train.micro_batch_size)
-        return [collate(data, part) for part in parts]
+        batches = [collate(data, part) for part in parts]
+        return pinned(batches, self._engine.device) if self._ahead else batches
 
     def _agree(self, interrupt: Interrupt) -> bool:
         """Whether any rank was told to stop, so that all leave after the same step. Tells of a save that is done."""

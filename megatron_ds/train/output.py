@@ -1,15 +1,22 @@
-"""What a run tells while it goes on: `config.yaml`, `metrics.jsonl` and `loss.png` in its directory, and a reporter."""
+"""What a run tells while it goes on: `config.yaml`, `metrics.jsonl`, `data.json`, `loss.png` in its directory, and a
+reporter."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
 from megatron_ds.checkpoint.saver import Saved
 from megatron_ds.config import RunConfig, dump_run
+from megatron_ds.data import Dataset
+from megatron_ds.data.blend import Share, account
 from megatron_ds.monitor import MetricsWriter, Reporter, RunSummary, StepMetrics, ValidMetrics, draw_loss
+
+ACCOUNT = "data.json"
 
 
 class RunOutput:
@@ -37,6 +44,8 @@ class RunOutput:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / "config.yaml").write_text(dump_run(self._run), encoding="utf-8")
+        if continue_after is None:
+            (self._directory / ACCOUNT).unlink(missing_ok=True)  # of an earlier run
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
         self._reporter.start(summary)
 
@@ -63,6 +72,24 @@ class RunOutput:
         )
         with open(Path(saved.path).parent / "saves.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(saved)) + "\n")
+
+    def taken(self, data: Dataset, samples: int, *, is_last: bool = False) -> None:
+        """Write what the run has taken of each corpus to `data.json`, if the data keep an account; tell it at last.
+
+        Args:
+            data: of the run.
+            samples: taken so far.
+            is_last: whether no more are taken.
+        """
+        shares = account(data, samples) if self._is_first else ()
+        if not shares:
+            return
+        content = json.dumps({"samples": samples, "sources": [asdict(share) for share in shares]}, indent=2)
+        temporary = self._directory / f".{ACCOUNT}.tmp"
+        temporary.write_text(content + "\n", encoding="utf-8")
+        os.replace(temporary, self._directory / ACCOUNT)
+        if is_last:
+            self._reporter.note(account_words(shares))
 
     def note(self, text: str) -> None:
         """Say something worth a line."""
@@ -92,3 +119,13 @@ class RunOutput:
     def _write(self, metrics: StepMetrics | ValidMetrics) -> None:
         if self._writer is not None:
             self._writer.write(metrics)
+
+
+def account_words(shares: Sequence[Share]) -> str:
+    """Such as `data: a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples (0.39, wanted 0.40), ...`."""
+    whole = max(1, sum(share.samples for share in shares))
+    parts = []
+    for share in shares:
+        of_all = f" ({share.samples / whole:.2f}, wanted {share.weight:.2f})" if len(shares) > 1 else ""
+        parts.append(f"{share.name} {share.samples:,} samples{of_all}, {share.epochs:.2f} epochs")
+    return f"data: {'; '.join(parts)}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ds.checkpoint.folder import lock, point_to, remove_leftovers, resolve_checkpoint, set_aside, step_of
 from megatron_ds.checkpoint.progress import DataPosition, Progress
@@ -149,6 +149,7 @@ def begin(run: RunConfig, saved: Progress | None, data: Dataset, where: Path | N
         seq_length=data.seq_length,
         shuffle=run.data.shuffle,
         description=data.describe(),
+        settings=_settings(run),
     )
     if saved is None:
         return Progress(data=here)
@@ -157,23 +158,64 @@ def begin(run: RunConfig, saved: Progress | None, data: Dataset, where: Path | N
             f"train.steps={run.train.steps} is less than the {saved.step} steps that {where} has; nearest: {saved.step}"
         )
     then = saved.data
-    if then.samples == 0:
-        return saved.with_data(**asdict(here))
-    changed = [
-        (field, old, new)
-        for field, old, new in (
-            ("data.seq_length", then.seq_length, here.seq_length),
-            ("train.seed", then.seed, here.seed),
-            ("data.shuffle", then.shuffle, here.shuffle),
-        )
-        if old != new
-    ]
-    if not changed and then.fingerprint == here.fingerprint:
+    changed = None if then.samples == 0 else _first_change(then, here, data.ordered)
+    if changed is None:
         return saved.with_data(**{**asdict(here), "samples": then.samples})
     if run.data.restart:
         return saved.with_data(**asdict(here))
-    field, old, new = changed[0] if changed else ("data.train", then.description, here.description)
     raise CheckpointError(
-        f"{field}={show(new)} is not what {where} was trained on: {show(old)}; change it back, or set "
-        "data.restart=true to go on with the new data from their beginning"
+        f"{changed.now} is not what {where} was trained on: {changed.then}; change it back, or set data.restart=true "
+        "to go on with the new data from their beginning"
     )
+
+
+class _Change(NamedTuple):
+    """In words."""
+
+    now: str
+    then: str
+
+
+_SIZE = ("train.steps", "train.global_batch_size")
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """What decides which samples there are, beside the content of the data; the likeliest to be changed last."""
+    data = run.data
+    weights = [source.weight for source in data.train]
+    plain = ("split", "loss_turns", "overlong", "packing", "mask_rate", "whole_words", "mean_span", "target_length")
+    return {
+        "data.format": data.format,
+        "data.train": [source.path for source in data.train],
+        "data.train[*].weight": None if None in weights else weights,
+        **{f"data.{name}": getattr(data, name) for name in plain},
+        "model.tokenizer": run.model.tokenizer_path,
+        "train.steps": run.train.steps,
+        "train.global_batch_size": run.train.global_batch_size,
+    }
+
+
+def _first_change(then: DataPosition, here: DataPosition, is_ordered: bool) -> _Change | None:
+    """The first thing that makes the samples others, or puts them in another order; None = they are the same."""
+    for field, old, new in (
+        ("data.seq_length", then.seq_length, here.seq_length),
+        ("train.seed", then.seed, here.seed),
+        ("data.shuffle", then.shuffle, here.shuffle),
+    ):
+        if old != new:
+            return _Change(f"{field}={show(new)}", show(old))
+    if then.fingerprint == here.fingerprint:
+        return None
+    changed = [field for field, new in here.settings.items() if field in then.settings and then.settings[field] != new]
+    for field in changed:
+        if field not in _SIZE:
+            return _Change(f"{field}={show(here.settings[field])}", show(then.settings[field]))
+    if is_ordered and changed:
+        sizes = " x ".join(f"{field}={here.settings[field]}" for field in _SIZE)
+        before = " x ".join(str(then.settings[field]) for field in _SIZE)
+        return _Change(
+            f"the order of {here.description}, which goes by the epochs that {sizes} take,",
+            f"{then.description}, with {before}",
+        )
+    same = then.description == here.description
+    return _Change(f"data.train ({here.description})", "other content of the same size" if same else then.description)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Collection
 from math import prod
 
 import torch
 
 from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
+from megatron_ds.hf.family import EMBEDDING
+from megatron_ds.hf.weights import Tables
 from megatron_ds.models.block import block_cost
 from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
 from megatron_ds.monitor import RunSummary, model_flops_per_token
@@ -41,9 +44,14 @@ def _model_words(job: Job) -> str:
     name = job.model.family.model_type
     if job.adapters is None:
         return name
-    sizes = job.adapters.axis_sizes
-    trained = sum(prod(row.op.native_shape(sizes)) for row in job.adapters.table.values())
+    trained = _count(job.adapters, job.adapters.table)
     return f"{name} with LoRA of {trained / 1e6:,.3g} M parameters"
+
+
+def _count(tables: Tables, names: Collection[str]) -> int:
+    """Elements of the named native parameters."""
+    shapes = (row.op.native_shape(tables.axis_sizes) for name, row in tables.table.items() if name in names)
+    return sum(map(prod, shapes))
 
 
 def positions_of(data: Dataset) -> int:
@@ -65,7 +73,8 @@ def flops_per_position(job: Job, num_params: int, data: Dataset) -> float:
     if core.positions is not None:
         looked_up += core.positions.rows * core.hidden_size
     width = core.num_heads * core.head_dim
-    return model_flops_per_token(num_params - looked_up, core.num_layers, width, data.seq_length)
+    frozen = _count(job.model, job.frozen) - (looked_up if EMBEDDING in job.frozen else 0)
+    return model_flops_per_token(num_params - looked_up, core.num_layers, width, data.seq_length, max(0, frozen))
 
 
 def _encoder_decoder_flops(core: EncoderDecoderConfig, inputs: int, targets: int) -> float:

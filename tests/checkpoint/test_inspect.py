@@ -55,11 +55,11 @@ def test_inspect_tells_what_is_there(trained: Path, saved: Path, capsys: pytest.
     assert _run(["inspect", "--json", str(trained)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["checkpoints"][0]["model"]["num_params"] == facts.model.num_params
-    with pytest.raises(CheckpointError, match="indexed data, which this version cannot look into yet"):
-        inspect(trained / "corpus.bin")
-    with pytest.raises(CheckpointError, match="indexed data"):
-        (trained / "my.corpus.idx").touch()
-        inspect(trained / "my.corpus")
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist .looked in .*; data are a run file, the PREFIX"):
+        inspect(trained / "nowhere")
+    (trained / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty is no checkpoint, folder of checkpoints, run output or Hugging"):
+        inspect(trained / "empty")
 
 
 def _flip(file: Path, at: int) -> None:

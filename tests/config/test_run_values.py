@@ -6,7 +6,7 @@ from megatron_ds.config import load_run
 from megatron_ds.config.run import NOT_BUILT_YET
 from megatron_ds.errors import ConfigError
 
-TOP = "checkpoint, data, deepspeed, export, model, optimizer, output, parallel, schedule, train"
+TOP = "checkpoint, data, deepspeed, export, model, optimizer, output, parallel, peft, schedule, train"
 LLAMA = "model={config: {model_type: llama}"
 
 REFUSALS = [

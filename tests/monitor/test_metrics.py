@@ -20,6 +20,7 @@ STEP = StepMetrics(
     step_s=math.pi,
     tokens_per_s=1e300,
     tflops_per_rank=5e-324,
+    data_s=2 / 7,
 )
 
 
@@ -40,9 +41,34 @@ def test_reads_back_bit_equal(tmp_path: Path) -> None:
         writer.write(ValidMetrics(step=1, valid_loss=2 / 3))
     assert read_metrics(path) == ([STEP], [ValidMetrics(1, 2 / 3)])
     first, second = (json.loads(line) for line in path.read_text().splitlines())
-    assert list(first) == ["step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "tflops_per_rank"]
+    assert list(first) == [
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "step_s",
+        "tokens_per_s",
+        "tflops_per_rank",
+        "data_s",
+    ]
     assert first["loss"] == 0.1 + 0.2 and first["tflops_per_rank"] == 5e-324
     assert second == {"step": 1, "valid_loss": 2 / 3}
+
+
+def test_files_of_earlier_versions_have_no_wait_for_data(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(STEP)
+        writer.write(replace(STEP, data_s=None))
+        writer.write(replace(STEP, data_s=math.nan))
+    first, second, third = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {**second, "data_s": 2 / 7} and "data_s" not in second
+    assert third["data_s"] is None and third["non_finite"] == ["data_s"]
+    steps, _ = read_metrics(path)
+    assert steps[:2] == [STEP, replace(STEP, data_s=None)] and math.isnan(steps[2].data_s or 0.0)
+    write(path, range(2, 3), continue_after=1)
+    assert len(path.read_text().splitlines()) == 4, "and a run goes on in them"
 
 
 def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ def test_flops_are_those_of_the_products_of_a_small_model() -> None:
     forward = sum(2 * rows * inner * columns for rows, inner, columns in products)
     params = layers * (4 * hidden * heads * head_size + 2 * hidden * ffn) + hidden * vocab
     assert model_flops_per_token(params, layers, heads * head_size, seq) * seq == 3 * forward
+    frozen = model_flops_per_token(params, layers, heads * head_size, seq, params)
+    assert (frozen + 2 * params) * seq == 3 * forward  # no gradients of weights
 
 
 def test_rates_have_their_units() -> None:

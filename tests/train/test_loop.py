@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.config import RunConfig, load_run
-from megatron_ds.data import Sample
+from megatron_ds.data import GlobalBatches, Sample
 from megatron_ds.engine import Losses, StepResult
-from megatron_ds.errors import TrainingError
+from megatron_ds.errors import DataError, TrainingError
 from megatron_ds.monitor import RunSummary, SilentReporter, Throughput
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.train.interrupt import Interrupt
@@ -57,18 +58,23 @@ class Numbers:
 class CountingEngine:
     """Every token's loss is its target; step k (1-based) is applied unless k is in `skipped`."""
 
-    device, can_overflow = "cpu", False
+    device, can_overflow = torch.device("cpu"), False
     grid = SimpleNamespace(data=Axis(), world=Axis())
 
-    def __init__(self, skipped: Sequence[int] = (), losses: dict[int, float] | None = None) -> None:
-        self.skipped, self.losses = skipped, losses or {}
+    def __init__(
+        self, skipped: Sequence[int] = (), losses: dict[int, float] | None = None, step_s: float = 0.0
+    ) -> None:
+        self.skipped, self.losses, self.step_s = skipped, losses or {}, step_s
         self.lrs: list[float] = []
+        self.seen: list[list[int]] = []
         self.on_step: Callable[[int], None] = lambda step: None
 
     def train_step(self, batches: list[Any], lr: float) -> StepResult:
         self.lrs.append(lr)
         step = len(self.lrs)
         self.on_step(step)
+        time.sleep(self.step_s)
+        self.seen.append([int(number) for batch in batches for number in batch["input_ids"][:, 0]])
         tokens = sum(int((batch["targets"] != -100).sum()) for batch in batches)
         return StepResult(self.losses.get(step, 1 / 3), 0.1 + 0.2, tokens, step not in self.skipped)
 
@@ -87,6 +93,41 @@ class Listener(SilentReporter):
 
 def _hear(doing: str, *, may_take_long: bool = False) -> None:
     """What a watchdog is told."""
+
+
+class KeepingSaver:
+    """Keeps what it was to save."""
+
+    is_due = False
+
+    def __init__(self) -> None:
+        self.saved: list[Progress] = []
+
+    def save(self, progress: Progress) -> None:
+        self.saved.append(progress)
+
+    def wait(self) -> None:
+        pass
+
+
+def travel(run: RunConfig, engine: Any, begin: Progress = Progress(), read_s: float = 0.0) -> Any:  # noqa: B008
+    """(samples of each step, positions saved, what the watchdog was told); in a process of its own."""
+
+    def inside() -> Any:
+        saver: Any = KeepingSaver()
+        heard: list[str] = []
+        with RunOutput(run, SilentReporter(), is_first=True) as output, Interrupt() as interrupt:
+            output.start(SUMMARY)
+            data: Any = Numbers(20, read_s)
+
+            def hear(doing: str, *, may_take_long: bool = False) -> None:
+                heard.append(doing)
+
+            loop = TrainingLoop(run, engine, data, None, output, Throughput(1e9, 2), saver, begin, hear)
+            loop.run(interrupt)
+        return engine.seen, saver.saved, heard
+
+    return run_alone(inside)
 
 
 def drive(run: RunConfig, engine: Any, valid: Numbers | None = None, read_s: float = 0.0) -> Any:
@@ -115,7 +156,7 @@ def test_the_rate_does_not_advance_on_a_step_that_was_not_applied(make_run: Call
 
 
 def test_metrics_are_whole(make_run: Callable[..., RunConfig]) -> None:
-    run = make_run(train={"steps": 5, "log_every": 2}, data={"shuffle": False})
+    run = make_run(train={"steps": 5, "log_every": 2}, data={"shuffle": False, "prefetch": 0})
     done, lines, notes, lrs = drive(run, CountingEngine(), read_s=0.02)
     assert done == 5 and notes == []
     assert [line["step"] for line in lines] == [1, 2, 4, 5]
@@ -129,11 +170,12 @@ def test_metrics_are_whole(make_run: Callable[..., RunConfig]) -> None:
             "step_s",
             "tokens_per_s",
             "tflops_per_rank",
+            "data_s",
         ]
         first = (line["step"] - 1) * 8
         assert (line["loss"], line["grad_norm"], line["lr"]) == (1 / 3, 0.1 + 0.2, lrs[line["step"] - 1])
         assert line["tokens"] == sum(index % 20 + 1 for index in range(first, first + 8)), "labels, not positions"
-        assert line["step_s"] >= 8 * 0.02, "reading the data counts"
+        assert line["step_s"] >= line["data_s"] >= 8 * 0.02, "reading the data counts"
         assert line["tokens_per_s"] == line["tokens"] / line["step_s"]
         assert line["tflops_per_rank"] == pytest.approx(8 * 32 / line["step_s"] * 1e9 / 2 / 1e12), "positions count"
 
@@ -226,3 +268,71 @@ def test_a_second_signal_ends_the_process(first: signal.Signals, second: signal.
         assert caught.type is KeyboardInterrupt
     else:
         assert str(caught.value) == f"rank 0 ended with exit code {128 + second}"
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_reading_ahead_changes_no_sample_and_what_is_saved_is_what_was_done(
+    make_run: Callable[..., RunConfig], ahead: int
+) -> None:
+    run = make_run(train={"steps": 7}, data={"prefetch": ahead}, checkpoint={"every": 3})
+    seen, saved, heard = travel(run, CountingEngine())
+    order = GlobalBatches(20, 8, run.train.seed, shuffle=True)
+    assert seen == [(order.indices(step) % 20).tolist() for step in range(7)]
+    assert [(one.step, one.data.samples) for one in saved] == [(3, 24), (6, 48), (7, 56)]
+    assert heard[:3] == ["step 1: reading data", "step 1: forward and backward pass, optimizer", "step 2: reading data"]
+
+
+@pytest.mark.parametrize("ahead", [0, 5])
+def test_a_run_that_is_cut_goes_on_with_the_samples_it_would_have_had(
+    make_run: Callable[..., RunConfig], ahead: int
+) -> None:
+    whole, _, _ = travel(make_run("whole", train={"steps": 8}), CountingEngine())
+    run = make_run("cut", train={"steps": 8}, data={"prefetch": ahead}, checkpoint={"every": 100})
+    engine = CountingEngine(step_s=0.05)  # time to read ahead in
+    engine.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    before, saved, _ = travel(run, engine)
+    assert [(one.step, one.data.samples) for one in saved] == [(3, 24)]
+    after, _, _ = travel(run, CountingEngine(), saved[0])
+    assert before + after == whole and len(before) == 3
+
+
+def test_a_step_hides_the_reading_of_the_next(make_run: Callable[..., RunConfig]) -> None:
+    waits = {}
+    for ahead in (0, 2):
+        run = make_run(f"ahead{ahead}", train={"steps": 8}, data={"prefetch": ahead})
+        _, lines, _, _ = drive(run, CountingEngine(step_s=0.2), read_s=0.01)
+        waits[ahead] = [line["data_s"] for line in lines]
+        assert waits[ahead][0] >= 0.08, "the first step has nothing to hide it behind"
+    assert min(waits[0]) >= 0.08
+    assert sorted(waits[2][1:])[3] < 0.01, waits
+
+
+def test_steps_that_wait_for_data_are_told_of_once(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(train={"steps": 70, "log_every": 70})
+    _, lines, notes, _ = drive(run, CountingEngine(), read_s=0.001)
+    assert len(notes) == 1 and notes[0].startswith("steps wait for data: 0.0")
+    assert notes[0].endswith("put the data on faster storage, or raise data.prefetch where reading is uneven")
+    assert [line["step"] for line in lines] == [1, 70]
+
+
+def test_data_that_cannot_be_read_end_the_run_at_the_step_that_needs_them(make_run: Callable[..., RunConfig]) -> None:
+    engine = CountingEngine(step_s=0.05)
+
+    class Broken(Numbers):
+        def sample(self, index: int) -> Sample:
+            if index >= 16:
+                raise DataError("data: corpus: holds the id 99")
+            return super().sample(index)
+
+    run = make_run(train={"steps": 6}, data={"prefetch": 5, "shuffle": False})
+
+    def inside() -> Any:
+        with RunOutput(run, SilentReporter(), is_first=True) as output, Interrupt() as interrupt:
+            output.start(SUMMARY)
+            data: Any = Broken(20)
+            loop = TrainingLoop(run, engine, data, None, output, Throughput(1e9, 2), None, Progress(), _hear)
+            with pytest.raises(DataError, match=r"^data: corpus: holds the id 99$"):
+                loop.run(interrupt)
+        return len(engine.seen)
+
+    assert run_alone(inside) == 2

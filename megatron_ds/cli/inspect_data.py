@@ -1,0 +1,222 @@
+"""`megatron-ds inspect` on data: facts in rows, lengths as bars, and samples as text with what carries loss marked."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from megatron_ds.cli.rows import Row, count, show_rows, size
+
+if TYPE_CHECKING:
+    from megatron_ds.config import RunConfig
+    from megatron_ds.data.inspect import FileFacts, IndexedFacts, RunDataFacts
+    from megatron_ds.data.lengths import Lengths
+    from megatron_ds.data.shown import Document, ShownSample
+
+BAR_CELLS = 30
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+LEARNED, BESIDE = "bold green", "dim"
+MARKS = ("⟦", "⟧")
+# What would move the cursor or ring the bell is shown as its picture; lines and tabs are text.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421, 0x9B: 0x241B}
+
+
+def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
+    """Show the data of a run, opened just as `train` opens them."""
+    from megatron_ds.config import load_run
+    from megatron_ds.log import quiet_libraries
+
+    quiet_libraries()
+    from megatron_ds.data import GlobalBatches
+    from megatron_ds.data.inspect import inspect_run_data
+    from megatron_ds.train.data import has_validation, open_split
+    from megatron_ds.train.job import resolve
+
+    config = load_run(path, overrides)
+    world_size = config.parallel.tensor * config.parallel.pipeline
+    job = resolve(config, world_size, "cuda")  # whatever this machine has: nothing is computed
+    data = open_split(job, "train")
+    valid = open_split(job, "valid") if has_validation(config) else None
+    section = config.train
+    shuffle = config.data.shuffle and not data.ordered
+    order = GlobalBatches(len(data), section.global_batch_size, section.seed, shuffle)
+    facts = inspect_run_data(data, valid, order, job.objective, job.run.model.tokenizer_path, samples)
+    if json:
+        _print_json({"run": str(path), "format": config.data.format, "steps": section.steps, **asdict(facts)})
+        return True
+    show_rows(_run_rows(path, config, facts))
+    _show_samples("sample", facts.shown, marked=True)
+    return True
+
+
+def indexed(path: Path, fast: bool, tokenizer: str | None, samples: int, json: bool) -> bool:
+    """Show a pair of indexed files; whether they are as their manifest says."""
+    from megatron_ds.log import quiet_libraries
+
+    quiet_libraries()
+    from megatron_ds.data.inspect import inspect_indexed
+
+    facts = inspect_indexed(str(path), fast=fast, tokenizer_path=tokenizer, num_shown=samples)
+    if json:
+        _print_json(asdict(facts))
+    else:
+        show_rows(_indexed_rows(facts))
+        _show_samples("document", facts.shown, marked=False)
+    return not facts.problems
+
+
+def file(path: Path, tokenizer: str | None, samples: int, json: bool) -> bool:
+    """Show a file of text or of conversations."""
+    from megatron_ds.log import quiet_libraries
+
+    quiet_libraries()
+    from megatron_ds.data.inspect import inspect_file
+
+    if tokenizer is None:
+        raise typer.BadParameter(f"{path} is text, which is looked at as a tokenizer cuts it; add --tokenizer DIR")
+    facts = inspect_file(str(path), tokenizer, samples)
+    if json:
+        _print_json(asdict(facts))
+        return True
+    show_rows(_file_rows(facts))
+    is_chat = facts.format == "chat"
+    _show_samples("conversation" if is_chat else "document", facts.shown, marked=is_chat)
+    return True
+
+
+def _print_json(content: Mapping[str, Any]) -> None:
+    print(json_module.dumps(content, indent=2))
+
+
+def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts) -> Iterator[Row]:
+    size, positions = facts.global_batch_size, facts.positions
+    yield ("run", str(path))
+    yield ("data", f"{config.data.format}: {facts.training}")
+    yield ("valid", facts.validation or "none")
+    yield ("columns", ", ".join(facts.columns))
+    steps, epochs = config.train.steps, config.train.steps * size / facts.samples
+    order = "shuffled" if config.data.shuffle else "in order"
+    yield ("order", f"{order}; {steps:,} steps of {size:,} take {epochs:,.2f} times {facts.samples:,} samples")
+    exactly = "" if facts.looked_at == facts.samples else f", by {facts.looked_at:,} samples"
+    yield (
+        "loss",
+        f"on {facts.learned:,.1f} of a sample's {positions:,} positions ({facts.learned / positions:.1%}), on "
+        f"{facts.learned * size:,.0f} of a step's {size * positions:,}{exactly}",
+    )
+    yield ("fingerprint", facts.fingerprint[:12])
+    if facts.lengths is not None:
+        yield from _length_rows(facts.lengths)
+
+
+def _indexed_rows(facts: IndexedFacts) -> Iterator[Row]:
+    yield ("prefix", facts.prefix)
+    sequences = f" in {facts.sequences:,} sequences" if facts.sequences != facts.documents else ""
+    yield ("documents", f"{facts.documents:,}{sequences}")
+    yield ("tokens", f"{facts.tokens:,} ({count(facts.tokens)}), {facts.dtype}")
+    yield ("files", f".bin {size(facts.tokens_bytes)}, .idx {size(facts.index_bytes)}")
+    if facts.manifest is None:
+        yield ("manifest", "none, so nothing says what the files must be")
+    else:
+        yield from _manifest_rows(facts.manifest)
+        if not facts.problems:
+            yield ("whole", "every checksum is right" if facts.checked else "by the lengths of the files")
+    yield from (("DAMAGED", problem) for problem in facts.problems)
+    if facts.lengths is not None:
+        yield from _length_rows(facts.lengths)
+
+
+def _manifest_rows(manifest: Mapping[str, Any]) -> Iterator[Row]:
+    """What is known of the files beside what they say themselves; a manifest may have more or less of it."""
+    for source in manifest.get("sources") or ():
+        yield ("source", str(source.get("name", source)) if isinstance(source, dict) else str(source))
+    tokenizer = manifest.get("tokenizer")
+    if tokenizer:
+        yield ("tokenizer", str(tokenizer.get("path", tokenizer)) if isinstance(tokenizer, dict) else str(tokenizer))
+    if "largest_id" in manifest:
+        yield ("largest id", f"{manifest['largest_id']:,}")
+    bad = (manifest.get("bad_lines") or {}).get("count")
+    if bad:
+        yield ("bad lines", f"{bad:,} were left out")
+
+
+def _file_rows(facts: FileFacts) -> Iterator[Row]:
+    yield ("file", f"{facts.path}, {size(facts.bytes)}")
+    total = facts.lengths.total
+    loss = f", {facts.learned:,} of them under loss ({facts.learned / max(1, total):.1%})"
+    said = f"{facts.lengths.count:,} {facts.lengths.what}, {total:,} tokens"
+    yield (facts.format, said + (loss if facts.format == "chat" else ""))
+    yield from _length_rows(facts.lengths)
+
+
+def _length_rows(lengths: Lengths) -> Iterator[Row]:
+    yield (
+        "lengths",
+        f"of {lengths.what}: {lengths.shortest:,} to {lengths.longest:,} tokens, median "
+        f"{f'{lengths.median:,.1f}'.removesuffix('.0')}, mean {lengths.total / lengths.count:,.1f}",
+    )
+    if lengths.shortest < lengths.longest:
+        yield from (("", line) for line in bars(lengths))
+
+
+def bars(lengths: Lengths) -> Iterator[str]:
+    """A line a bar: from, to, the bar, how many, and their share."""
+    most = max(bar.count for bar in lengths.bars)
+    first, last = (max(len(f"{getattr(bar, end):,}") for bar in lengths.bars) for end in ("first", "last"))
+    number = len(f"{most:,}")
+    for bar in lengths.bars:
+        eighths = -(-bar.count * BAR_CELLS * 8 // most)  # one that is not empty shows
+        drawn = (EIGHTHS[8] * (eighths // 8) + EIGHTHS[eighths % 8]).strip()
+        share = f"{bar.count / lengths.count:.1%}"
+        yield f"{bar.first:>{first},} - {bar.last:>{last},}  {drawn:<{BAR_CELLS}}  {bar.count:>{number},}  {share:>6}"
+
+
+def _show_samples(name: str, samples: Sequence[ShownSample], marked: bool) -> None:
+    """Samples one after the other, each with its documents."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for sample in samples:
+        print()
+        console.print(Text(_sample_words(name, sample, marked), style="bold"), soft_wrap=True)
+        for place, document in enumerate(sample.documents, start=1):
+            if len(sample.documents) > 1:
+                said = document.name or f"document {place}"
+                learned = f", {document.learned:,} under loss" if marked else ""
+                console.print(Text(f"  {said}: {document.tokens:,} tokens{learned}"), soft_wrap=True)
+            if console.is_terminal:
+                console.print(Padding(_styled(document, marked), (0, 0, 0, 4)))
+            else:
+                for line in _plain(document).split("\n"):
+                    print(f"  │ {line}".rstrip())
+            if document.hidden:
+                print(f"  ... and {document.hidden:,} more tokens")
+
+
+def _sample_words(name: str, sample: ShownSample, marked: bool) -> str:
+    documents = sample.documents
+    number = f" in {len(documents)} documents" if len(documents) > 1 else ""
+    padding = f", {sample.padding:,} positions of padding" if sample.padding else ""
+    learned = f", {sum(one.learned for one in documents):,} under loss" if marked else ""
+    return f"{name} {sample.index:,}: {sum(one.tokens for one in documents):,} tokens{number}{learned}{padding}"
+
+
+def _styled(document: Document, marked: bool) -> Any:
+    from rich.text import Text
+
+    text = Text()
+    for piece in document.pieces:
+        style = (LEARNED if piece.learned else BESIDE) if marked else ""
+        text.append(piece.text.translate(PICTURES), style)
+    return text
+
+
+def _plain(document: Document) -> str:
+    texts = [(piece.text.translate(PICTURES), piece.learned) for piece in document.pieces]
+    return "".join(f"{MARKS[0]}{text}{MARKS[1]}" if learned else text for text, learned in texts)

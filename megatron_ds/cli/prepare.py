@@ -1,0 +1,139 @@
+"""`megatron-ds prepare`: text -> Megatron's .bin and .idx."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_ds.data.prepare import State
+
+HELP = """Tokenise text once: PREFIX.bin and PREFIX.idx, as Megatron reads them, and a manifest.
+
+INPUT is a file (.txt: one document; .jsonl: one a line, in the field "text"; .parquet), a directory
+of such, a directory saved by datasets, or a hub id. Started again, the command goes on where it
+was. Lines that hold no document are counted, named, and refused unless --skip-bad.
+
+Examples:
+
+\b
+  megatron-ds prepare corpus.jsonl --tokenizer path/to/hf_dir --output data/corpus
+  megatron-ds prepare part1.parquet part2.parquet --tokenizer hf_dir --output data/all --workers 16
+  megatron-ds inspect data/corpus --tokenizer path/to/hf_dir
+"""
+SHOWN = 10
+EVERY_S = 10.0
+
+
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help="What is read, in this order.", metavar="INPUT...")],
+    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="A directory with a tokenizer.")],
+    output: Annotated[str, typer.Option(metavar="PREFIX", help="What is written: PREFIX.bin, .idx and .json.")],
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Processes (default: the cores there are).")] = 0,
+    column: Annotated[str, typer.Option(metavar="NAME", help="The field that holds the text.")] = "text",
+    no_eod: Annotated[bool, typer.Option("--no-eod", help="No end-of-text token behind documents.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without lines that hold no document.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other data of the same prefix.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier try left.")] = False,
+) -> None:
+    """Prepare; see HELP."""
+    from megatron_ds.data.indexed.files import index_path, tokens_path
+    from megatron_ds.data.prepare import PrepareOptions
+    from megatron_ds.data.prepare import prepare as run
+    from megatron_ds.data.prepare.run import usable_cores
+
+    options = PrepareOptions(
+        inputs, tokenizer, output, workers or usable_cores(), column, not no_eod, skip_bad, overwrite, restart
+    )
+    began_s, last = time.monotonic(), _Last()
+    try:
+        with _progress() as show:
+
+            def keep_and_show(state: State, total: int) -> None:
+                last.keep(state)
+                show(state, total)
+
+            result = run(options, partial(print, flush=True), keep_and_show)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        raise
+    finally:
+        last.tell_bad()
+    manifest, took_s = result.manifest, time.monotonic() - began_s
+    if result.was_there:
+        print(f"{output}: nothing to do, made of the same sources before")
+        return
+    size = sum(path.stat().st_size for path in (tokens_path(output), index_path(output)))
+    rate = last.tokens_since_start / max(took_s, 1e-9)
+    facts = (
+        f"{manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens ({manifest['dtype'][1:]})",
+        f"{size / 1e6:,.1f} MB; the longest {manifest['longest_document']:,} tokens",
+        f"{rate:,.0f} tokens/s by {options.workers} workers",
+    )
+    print(f"{output}: {', '.join(facts[:2])}; {facts[2]}")
+
+
+class _Last:
+    """The last state that was shown, and the tokens of this start alone."""
+
+    def __init__(self) -> None:
+        self._state: State | None = None
+        self._first: int | None = None
+
+    def keep(self, state: State) -> None:
+        self._state = state
+        if self._first is None:
+            self._first = state.tokens
+
+    @property
+    def tokens_since_start(self) -> int:
+        return self._state.tokens - (self._first or 0) if self._state is not None else 0
+
+    def tell_bad(self) -> None:
+        """The first places that hold no document."""
+        bad = self._state.bad if self._state is not None else []
+        for place in bad[:SHOWN]:
+            print(place, file=sys.stderr)
+        if self._state is not None and self._state.num_bad > SHOWN:
+            print(f"... and {self._state.num_bad - SHOWN:,} more", file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[State, int], None]]:
+    """A bar on a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task, began_s, first = bar.add_task("prepare", total=None, told=""), time.monotonic(), [-1]
+
+        def show(state: State, total: int) -> None:
+            first[0] = state.tokens if first[0] < 0 else first[0]
+            rate = (state.tokens - first[0]) / max(time.monotonic() - began_s, 1e-9)
+            told = f"{state.documents:,} documents, {rate:,.0f} tokens/s"
+            bar.update(task, completed=state.bytes, total=total, told=told)
+
+        yield show
+
+
+def _lines() -> Callable[[State, int], None]:
+    last = [time.monotonic()]
+
+    def show(state: State, total: int) -> None:
+        if time.monotonic() - last[0] >= EVERY_S:
+            last[0] = time.monotonic()
+            share = state.bytes / max(1, total)
+            print(f"{share:6.1%}  {state.documents:,} documents, {state.tokens:,} tokens", flush=True)
+
+    return show

@@ -1,0 +1,40 @@
+"""Facts in rows of a name and a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+WIDTH = 12
+
+Row = tuple[str, str]
+"""What, and what it is."""
+
+
+def show_rows(rows: Iterable[Row]) -> None:
+    """A table on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if not console.is_terminal:
+            print(f"{name:<{WIDTH}}{value}".rstrip())
+        table.add_row(Text(name), Text(value, style="bold red" if "DAMAGED" in name + value else ""))
+    if console.is_terminal:
+        console.print(table)
+
+
+def count(number: float) -> str:
+    """In few characters: 512, 1.5K, 109.5M."""
+    from megatron_ds.cli.display import format_count
+
+    return format_count(number)
+
+
+def size(num_bytes: int) -> str:
+    """In few characters: 512B, 1.5KB, 12.3 GB."""
+    return f"{count(num_bytes)}B" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,59 @@
+"""How long documents are: their histogram, in few bars."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MOST_BARS = 10
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many lengths are in [first, last]."""
+
+    first: int
+    last: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths in tokens.
+
+    Attributes:
+        what: has them, such as `documents`.
+        count, total, shortest, median, longest: in words.
+        bars: of their histogram, in order, ends included.
+    """
+
+    what: str
+    count: int
+    total: int
+    shortest: int
+    median: float
+    longest: int
+    bars: tuple[Bar, ...]
+
+
+def measure(what: str, lengths: np.ndarray) -> Lengths:
+    """Lengths and their histogram: bars of one width, or doubling ones where lengths are far apart."""
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    edges = _edges(shortest, longest)
+    counts, _ = np.histogram(lengths, bins=edges)
+    bars = tuple(Bar(first, stop - 1, int(count)) for first, stop, count in zip(edges, edges[1:], counts))
+    median = float(np.median(lengths))
+    return Lengths(what, len(lengths), int(lengths.sum(dtype=np.int64)), shortest, median, longest, bars)
+
+
+def _edges(shortest: int, longest: int) -> list[int]:
+    """Where bars begin, and where the last ends: all whole numbers, the last above `longest`."""
+    if longest - shortest >= MOST_BARS and longest > 16 * max(shortest, 1):
+        edges = [0] if shortest == 0 else []
+        power = 1 << (max(shortest, 1).bit_length() - 1)
+        while power <= longest:
+            edges.append(power)
+            power *= 2
+        return [*edges, power]
+    widths = (factor * 10**power for power in range(12) for factor in (1, 2, 5))
+    width = next(width for width in widths if longest // width - shortest // width < MOST_BARS)
+    return list(range(shortest // width * width, longest // width * width + width + 1, width))
