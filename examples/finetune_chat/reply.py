@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+GREEDY = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
 QUESTIONS = ["What is AI?", "Tell me a joke", "Who are you?"]
 
 
@@ -38,7 +39,7 @@ def main() -> None:
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         inputs.pop("token_type_ids", None)
         with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=end, pad_token_id=0)
+            ids = model.generate(**inputs, **GREEDY, eos_token_id=end, pad_token_id=0)
         reply = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(f"  {question:<16} {' '.join(reply.split())}")
 

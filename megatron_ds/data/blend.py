@@ -56,7 +56,7 @@ class Ordered:
 
     def __init__(self, dataset: Dataset, order: Order, number: int) -> None:
         self._dataset, self._order, self._number = dataset, order, number
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+        self._known = -1, np.empty(0, dtype=np.int64)  # an epoch and its permutation: one name, as threads read it
         self.seq_length, self.target_length = dataset.seq_length, dataset.target_length
         self.columns, self.fingerprint = dataset.columns, dataset.fingerprint
 
@@ -66,7 +66,8 @@ class Ordered:
     def sample(self, index: int) -> Sample:
         """What the run takes as number `index`, in any epoch."""
         epoch, place = divmod(index, len(self))
-        return self._dataset.sample(epoch * len(self) + int(self._permutation_of(epoch)[place]))
+        at = int(self._permutation_of(epoch)[place]) if self._order.shuffle else place
+        return self._dataset.sample(epoch * len(self) + at)
 
     def blank(self) -> Sample:
         """As the dataset's."""
@@ -77,12 +78,9 @@ class Ordered:
         return self._dataset.describe()
 
     def _permutation_of(self, epoch: int) -> np.ndarray:
-        if not self._order.shuffle:
-            return np.arange(len(self), dtype=np.int64)
-        known = self._epoch, self._permutation
+        known = self._known
         if known[0] != epoch:
-            known = epoch, Draws(self._order.seed, epoch, self._number).order(len(self))
-            self._epoch, self._permutation = known
+            known = self._known = epoch, Draws(self._order.seed, epoch, self._number).order(len(self))
         return known[1]
 
 

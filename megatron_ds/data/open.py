@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_ds.data.blend import Blend, InSuccession, Ordered, samples_of_each
 from megatron_ds.data.chat import open_chat
 from megatron_ds.data.indexed import open_indexed
+from megatron_ds.data.indexed.dataset import tokens_of
+from megatron_ds.data.indexed.files import IndexedFile
 from megatron_ds.data.masking import Masker, load_masker
 from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
 from megatron_ds.data.options import ChatOptions, Order, Split
@@ -105,13 +107,16 @@ class _Opener:
             return TokenizedDataset(sources, _example_kind(*shared, self.tokenizer_path))
         if len(sources) == 1:
             return open_indexed(sources[0], *shared, self.cache_dir, order, self.split)
-        once = [open_indexed(source, *shared, self.cache_dir, None, self.split) for source in sources]
         if order is None:
+            once = [open_indexed(source, *shared, self.cache_dir, None, self.split) for source in sources]
             return InSuccession(once, sources)
-        return self.blend(sources, [float(one.num_tokens) for one in once], order)
+        return self.blend(sources, [float(tokens_of(IndexedFile(source), self.split)) for source in sources], order)
 
     def blend(self, sources: Sequence[str], weights: Sequence[float], order: Order) -> Dataset:
         """Sources in shares."""
+        if self.format == "text":
+            for source in sources:
+                TextSource(source)  # all of them are looked for before time is spent on the first
         datasets = []
         for number, (source, share) in enumerate(zip(sources, samples_of_each(weights, order.num_samples))):
             one = self.open([source], replace(order, num_samples=share))

@@ -20,7 +20,9 @@ from tests.train.tiny import run_mapping
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")])
-NOT_THERE_IN_A_CLONE = ("out/moby_dick/hf", "out/t5/hf")  # examples make them
+NOT_THERE_IN_A_CLONE = ("out/moby_dick/hf", "out/t5/hf", "out/blend/hf")  # examples make them
+CHAINED = [f"examples/{name}/README.md" for name in ("pretrain_blend", "finetune_chat", "finetune_lora")]
+"""Pages all of whose commands `tests/examples` runs, one after the other."""
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +83,8 @@ def test_command_is_right(
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
+    elif words[0] == "megatron-ds" and page.startswith("examples/") and words[1] in ("prepare", "inspect", "export"):
+        assert page in CHAINED, f"{page}: {command}: no test runs this command"
     elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
         request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("a_run"))
         assert _run(words[1:]) == 0, capsys.readouterr().err

@@ -47,7 +47,7 @@ class IndexedDataset:
     ) -> None:
         self.seq_length, self._file, self._vocab_size = seq_length, file, vocab_size
         self._start, self._stop = part_of(len(file), split)
-        self.num_tokens = int(file.lengths[self._start : self._stop].sum(dtype=np.int64))
+        self.num_tokens = tokens_of(file, split)
         if self.num_tokens < seq_length + 1:
             raise DataError(
                 f"data: {file.prefix}: {self.num_tokens} tokens in {self._stop - self._start} documents do not fill a "
@@ -89,7 +89,7 @@ class IndexedDataset:
             parts.append(self._file.read(int(documents[place]), begin, length))
         tokens = np.concatenate(parts, dtype=np.int64)
         assert len(tokens) == self.seq_length + 1, (len(tokens), at)
-        self._check(tokens)
+        self._check(tokens, documents[first : last + 1])
         return {"input_ids": tokens[:-1], "targets": tokens[1:]}
 
     def blank(self) -> Sample:
@@ -99,17 +99,20 @@ class IndexedDataset:
     def describe(self) -> str:
         """Such as `1.2 B tokens in 3,456 documents, 23,437 samples of 512 in 2 epochs`."""
         epochs = f" in {self.epochs.count} epochs" if self.epochs.count > 1 else ""
+        epochs += ", the last apart" if self.epochs.first_samples is not None else ""
         return (
             f"{count(self.num_tokens)} tokens in {self._stop - self._start:,} documents, {len(self):,} samples of "
             f"{self.seq_length}{epochs}"
         )
 
-    def _check(self, tokens: np.ndarray) -> None:
+    def _check(self, tokens: np.ndarray, sequences: np.ndarray) -> None:
         wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
         if len(wrong):
+            others = f" or one of the next {len(sequences) - 1}" if len(sequences) > 1 else ""
             raise DataError(
-                f"data: {self._file.prefix}: holds the id {wrong[0]}, but the model's vocab_size={self._vocab_size} "
-                f"ends at {self._vocab_size - 1}; prepare the data with the model's own tokenizer"
+                f"data: {self._file.prefix}: sequence {sequences[0]}{others} holds the id {wrong[0]}, but the model's "
+                f"vocab_size={self._vocab_size} ends at {self._vocab_size - 1}; prepare the data with the model's "
+                "own tokenizer"
             )
 
     def _cached_indices(self, seed: int | None, cache_dir: Path) -> Indices:
@@ -124,6 +127,12 @@ class IndexedDataset:
 
         names = [field.name for field in fields(Indices)]
         return Indices(**cached_arrays(cache_dir, f"{digest.hexdigest()}.indices", names, make))
+
+
+def tokens_of(file: IndexedFile, split: Split | None) -> int:
+    """Of the documents of a part."""
+    start, stop = part_of(len(file), split)
+    return int(file.lengths[start:stop].sum(dtype=np.int64))
 
 
 def part_of(num_documents: int, split: Split | None) -> tuple[int, int]:

@@ -1,0 +1,90 @@
+"""The examples that build on one another: every command of their pages, in order, with fewer steps."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ds import engine
+from megatron_ds.cli.main import _run
+from megatron_ds.config import load_run
+from megatron_ds.train.launch import train
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["train.steps=4", "schedule.warmup_steps=1", "train.eval_every=2"]
+
+
+def commands(example: str) -> list[list[str]]:
+    page = (ROOT / "examples" / example / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `out/` is."""
+    return tmp_path_factory.mktemp("place")
+
+
+def moved(word: str, place: Path) -> str:
+    """A word of a command with `out/` elsewhere, in a run file too."""
+    if word.endswith(".yaml"):
+        copy = place / f"{Path(word).parent.name}.yaml"
+        copy.write_text((ROOT / word).read_text(encoding="utf-8").replace("out/", f"{place}/out/"), encoding="utf-8")
+        return str(copy)
+    return word.replace("out/", f"{place}/out/") if word.startswith("out/") else word
+
+
+def run_command(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What it prints."""
+    words = [moved(word, place) for word in words]
+    if words[0] == "python":
+        command = [sys.executable, *words[1:]]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    assert words[0] == "megatron-ds"
+    if words[1] == "train":
+        train(load_run(words[2], SHORT), int(words[words.index("--nproc") + 1]))
+    else:
+        assert _run(words[1:]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def _at_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    engine.preload()
+
+
+def found(output: Path, field: str) -> list[float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line[field] for line in lines if field in line]
+
+
+@pytest.mark.usefixtures("_at_the_root")
+def test_blend_then_chat_then_lora(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {
+        example: [run_command(words, place, capsys) for words in commands(example)]
+        for example in ("pretrain_blend", "finetune_chat", "finetune_lora")
+    }
+    out = place / "out"
+    taken = json.loads((out / "blend" / "run" / "data.json").read_text())
+    assert [share["samples"] for share in taken["sources"]] == [18, 6] and taken["samples"] == 24
+    for run in ("blend", "chat", "lora"):
+        valid = found(out / run / "run", "valid_loss")
+        assert len(valid) == 2 and valid[1] < valid[0], run
+    assert (out / "chat" / "hf" / "chat_template.jinja").is_file()
+    assert {path.name for path in (out / "lora" / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+    }
+    before, after = told["finetune_chat"][1], told["finetune_chat"][-1]
+    assert before.splitlines()[0] == f"replies of {out}/blend/hf:" and len(after.splitlines()) == 4
+    of_adapter, of_merged = told["finetune_lora"][1], told["finetune_lora"][-1]
+    assert of_adapter.splitlines()[1:] == of_merged.splitlines()[1:]
+    assert "⟦" in told["finetune_chat"][0] and "conversations" in told["finetune_chat"][0]
