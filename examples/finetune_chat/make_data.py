@@ -32,14 +32,13 @@ def conversations(directory: Path) -> Iterator[list[str]]:
 def main() -> None:
     """Write train.jsonl and valid.jsonl."""
     openings: dict[str, int] = {}
-    parts: dict[str, list[str]] = {"train": [], "valid": []}
+    parts: dict[str, dict[str, None]] = {"train": {}, "valid": {}}  # many stand there several times
     for turns in conversations(Path(sys.argv[1])):
         number = openings.setdefault(turns[0].casefold(), len(openings))
         roles = ["user", "assistant"] * (len(turns) // 2)
         messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
-        parts["valid" if number % EVERY == EVERY - 1 else "train"].append(
-            json.dumps({"messages": messages}, ensure_ascii=False)
-        )
+        part = "valid" if number % EVERY == EVERY - 1 else "train"
+        parts[part][json.dumps({"messages": messages}, ensure_ascii=False)] = None
     for name, lines in parts.items():
         (HERE / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{name}: {len(lines):,} conversations")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 from megatron_ds.checkpoint.files import FileRecord, damage
@@ -11,7 +12,8 @@ from megatron_ds.checkpoint.folder import LATEST, PROGRESS, STATE, checkpoints_i
 from megatron_ds.checkpoint.progress import Origin, Progress, decode
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.config import read_model
+from megatron_ds.hf.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.config import read_json, read_model
 from megatron_ds.hf.files import read_table
 from megatron_ds.hf.weights import HFWeights
 
@@ -44,12 +46,34 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """Adapters on disk, in peft's words.
+
+    Attributes:
+        kind: such as LORA.
+        rank: r.
+        modules: how many of the base's modules have one.
+        num_params: of all of them.
+        base: where the model is that they are beside.
+        file: of weights.
+    """
+
+    kind: str
+    rank: int
+    modules: int
+    num_params: int
+    base: str
+    file: FileFacts
+
+
+@dataclass(frozen=True)
 class CheckpointFacts:
     """A checkpoint, or a plain model: then without progress, origin and state. What is damaged is left out.
 
     Attributes:
         path: where.
-        model: its weights.
+        model: its weights; None where it holds adapters.
+        adapters: what it holds then.
         progress, origin: see `progress`.
         state: kind -> number of elements.
         state_files: of the training state.
@@ -67,6 +91,7 @@ class CheckpointFacts:
     bytes: int = 0
     problems: tuple[str, ...] = ()
     checked: bool = False
+    adapters: AdapterFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +121,9 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
             return FolderFacts(str(folder), name, tuple(_checkpoint(one, fast) for one in checkpoints_in(folder)))
     if (path / STATE).is_dir():
         return _checkpoint(path, fast)
+    if (path / ADAPTER_CONFIG).is_file():
+        found = inspect_adapters(path)
+        return CheckpointFacts(str(path), None, bytes=found.file.bytes, adapters=found)
     if (path / "config.json").is_file():  # an export may have any name
         model = inspect_model(path)
         return CheckpointFacts(str(path), model, bytes=sum(file.bytes for file in model.files))
@@ -122,6 +150,23 @@ def inspect_model(path: Path) -> ModelFacts:
     model = weights.model
     files = tuple(FileFacts(file.name, file.stat().st_size, len(table)) for file, table in tables.items())
     return ModelFacts(model.family.model_type, model.architecture, weights.num_params, dict(dtypes), files)
+
+
+def inspect_adapters(path: Path) -> AdapterFacts:
+    """The adapters in a directory; the base is not looked for.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        config, table = read_json(path / ADAPTER_CONFIG), read_table(path / ADAPTER_WEIGHTS)
+        kind, rank = str(config.get("peft_type")), int(config.get("r") or 0)
+    except (ConversionError, TypeError, ValueError) as problem:
+        raise CheckpointError(str(problem)) from problem
+    modules = {name.rpartition(".lora_")[0] for name in table}
+    num_params = sum(prod(stored.shape) for stored in table.values())
+    base = str(config.get("base_model_name_or_path"))
+    return AdapterFacts(kind, rank, len(modules), num_params, base, _file(path / ADAPTER_WEIGHTS))
 
 
 def _checkpoint(path: Path, fast: bool) -> CheckpointFacts:
@@ -155,6 +200,8 @@ def _damage(file: Path, record: FileRecord, fast: bool) -> str | None:
 
 
 def _with_model(facts: CheckpointFacts, path: Path) -> CheckpointFacts:
+    if (path / ADAPTER_CONFIG).is_file():
+        return replace(facts, adapters=inspect_adapters(path))
     return replace(facts, model=inspect_model(path))
 
 

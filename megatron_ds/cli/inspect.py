@@ -14,7 +14,7 @@ import typer
 from megatron_ds.cli.rows import Row, count, show_rows, size
 
 if TYPE_CHECKING:
-    from megatron_ds.checkpoint.inspect import CheckpointFacts, FileFacts, FolderFacts, ModelFacts
+    from megatron_ds.checkpoint.inspect import AdapterFacts, CheckpointFacts, FileFacts, FolderFacts, ModelFacts
     from megatron_ds.checkpoint.progress import Origin, Progress
 
 HELP = """Show what a checkpoint, a run's output, a Hugging Face directory or data hold.
@@ -127,6 +127,10 @@ def _checkpoint(facts: CheckpointFacts) -> Iterator[Row]:
     if facts.model is not None:
         yield ("model", _model_words(facts.model))
         yield ("weights", _files_words(facts.model.files))
+    if facts.adapters is not None:
+        yield ("adapters", _adapter_words(facts.adapters))
+        yield ("base", facts.adapters.base)
+        yield ("weights", _files_words((facts.adapters.file,)))
     if facts.progress is not None and facts.origin is not None:
         yield from _progress(facts.progress, facts.origin)
         if not facts.progress.trained:
@@ -138,6 +142,11 @@ def _checkpoint(facts: CheckpointFacts) -> Iterator[Row]:
         yield ("whole", _verdict(facts).removeprefix("whole, ").removeprefix("whole "))
     for problem in facts.problems:
         yield ("DAMAGED", problem)
+
+
+def _adapter_words(adapters: AdapterFacts) -> str:
+    kind = {"LORA": "LoRA"}.get(adapters.kind, adapters.kind)
+    return f"{kind}, r {adapters.rank}, beside {adapters.modules} modules, {count(adapters.num_params)} parameters"
 
 
 def _progress(progress: Progress, origin: Origin) -> Iterator[Row]:

@@ -16,6 +16,7 @@ class Purpose(IntEnum):
     MASKING = 1
     PAIRING = 2
     CORRUPTION = 3
+    PACKING = 4
 
 
 class Draws:

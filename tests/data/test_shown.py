@@ -36,6 +36,14 @@ def test_pieces_make_the_whole_text_whatever_is_marked(kind: str, request: pytes
     assert pieces_of(ids[:0], learned[:0], tokenizer) == ()
 
 
+def test_a_character_of_several_tokens_is_where_it_ends(byte_level: str) -> None:
+    tokenizer = load_tokenizer(byte_level)
+    ids = np.asarray(tokenizer("a🙂b", add_special_tokens=False)["input_ids"])
+    assert len(ids) == 6
+    pieces = pieces_of(ids, np.arange(6) == 4, tokenizer)
+    assert [(piece.text, piece.learned) for piece in pieces] == [("a", False), ("🙂", True), ("b", False)]
+
+
 def test_without_a_tokenizer_there_are_ids() -> None:
     pieces = pieces_of(np.array([5, 6, 7]), np.array([False, True, True]), None)
     assert [(piece.text, piece.learned) for piece in pieces] == [("5 ", False), ("6 7", True)]

@@ -112,7 +112,9 @@ def _logits(directory: Path, merged: Path, base: Path, other: Path) -> None:
     assert AutoTokenizer.from_pretrained(directory).eos_token == "<eos>"
 
 
-def test_exports_for_peft_and_merged(make_lora: Any, base: Path, tmp_path: Path) -> None:
+def test_exports_for_peft_and_merged(
+    make_lora: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By the run, checked by it, and by the command from its checkpoint."""
     preload()
     export = {"path": str(tmp_path / "adapter"), "check": True}
@@ -123,6 +125,10 @@ def test_exports_for_peft_and_merged(make_lora: Any, base: Path, tmp_path: Path)
     assert _run(["export", run.output, str(tmp_path / "from_command"), "--merge"]) == 0
     assert _run(["export", run.output, str(tmp_path / "adapter_from_command")]) == 0
     run_alone(_logits, tmp_path / "adapter", tmp_path / "merged", base, tmp_path / "from_command")
+    for place in (run.output, str(tmp_path / "adapter")):
+        assert _run(["inspect", place]) == 0
+        shown = capsys.readouterr().out
+        assert "LoRA, r 4, beside 14 modules" in shown and f"base        {base}" in shown
     mine, theirs = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "adapter_from_command")
     )

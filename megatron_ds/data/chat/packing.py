@@ -1,13 +1,16 @@
 """Which conversations share a sequence: best-fit decreasing (Johnson 1973), whole conversations only.
 
 The longest are placed first, each where it leaves the least room; at worst that takes 11/9 of the fewest sequences
-possible, and for conversations of mixed lengths hardly more than these.
+possible, and for conversations of mixed lengths hardly more than these. Those of one length come in a drawn order: in
+that of the data, what was written one after the other would share a sequence, and be learned at once.
 """
 
 import bisect
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_ds.data.draws import Draws, Purpose
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def pack(lengths: np.ndarray, seq_length: int) -> Packs:
     with_room: list[list[int]] = [[] for _ in range(seq_length + 1)]  # by free positions
     rooms: list[int] = []  # those that any sequence has, ascending
     opened = 0
-    for index in np.argsort(-lengths, kind="stable").tolist():
+    drawn = Draws(0, Purpose.PACKING).order(len(lengths))
+    for index in drawn[np.argsort(-lengths[drawn], kind="stable")].tolist():
         length = int(lengths[index])
         at = bisect.bisect_left(rooms, length)
         if at < len(rooms):

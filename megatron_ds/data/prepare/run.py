@@ -75,7 +75,7 @@ def prepare(
     Args:
         options: what is made of what.
         tell: takes a line worth saying.
-        show: takes the state after each chunk, and the bytes that there are to read.
+        show: takes the state, before the first chunk and after each, and the bytes that there are to read.
 
     Raises:
         DataError: a source or the tokenizer cannot be read, documents are malformed, or the output cannot be written.
@@ -97,6 +97,7 @@ def prepare(
             tell(f"begins anew: {journal.began_anew}")
         elif state.chunks:
             tell(f"goes on after {state.documents:,} documents, {state.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+        show(state, total)
         left = chunks[state.chunks :]
         with closing(encode_all(left, tokenizer, encoding, options.workers)) as results:
             for chunk, encoded in zip(left, results, strict=True):
