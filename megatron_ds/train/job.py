@@ -227,7 +227,8 @@ def _check_paths(run: RunConfig) -> None:
 
 def _check_directory(field: str, path: str, run: RunConfig) -> None:
     target = Path(path).resolve()
-    sources = {"model.path": run.model.path, "model.tokenizer": run.model.tokenizer}
+    adapters = run.peft if isinstance(run.peft, str) else None
+    sources = {"model.path": run.model.path, "model.tokenizer": run.model.tokenizer, "peft": adapters}
     for source_field, source in sources.items():
         place = Path(source).resolve() if source is not None else None
         if place is not None and (target == place or (field == "export.path" and target in place.parents)):

@@ -92,7 +92,9 @@ def begin_output(run: RunConfig, found: Found, held: object) -> tuple[object, tu
             folder.mkdir(exist_ok=True)
         mine = found.path if found.path is not None and found.path.parent == folder.resolve() else None
         after = step_of(mine) if mine is not None else -1
-        for field, path in (("model.path", run.model.path), ("model.tokenizer", run.model.tokenizer)):
+        adapters = run.peft if isinstance(run.peft, str) else None
+        read = (("model.path", run.model.path), ("model.tokenizer", run.model.tokenizer), ("peft", adapters))
+        for field, path in read:
             used = resolve_checkpoint(path).resolve() if path is not None else None
             if used is not None and used.parent == folder.resolve() and step_of(used) > after:
                 raise CheckpointError(

@@ -187,6 +187,11 @@ def test_other_adapters_are_not_gone_on_with(make_lora: Any, base: Path, tmp_pat
     ):
         with pytest.raises(MegatronDSError, match=says):
             mds.train(make_lora("run", *overrides))
+    own = f"peft={run.output}/checkpoints/{name_of(2)}"
+    with pytest.raises(MegatronDSError, match=r"peft=.* is among the checkpoints under output=.* that would be moved"):
+        mds.train(make_lora("run", own, "checkpoint.resume=never"))
+    with pytest.raises(MegatronDSError, match=r"export\.path=.* would replace peft="):
+        mds.train(make_lora("other", own, f"export={{path: {run.output}/checkpoints/{name_of(2)}}}"))
     with pytest.raises(MegatronDSError, match=r"is an adapter; nearest: model\.path="):
         mds.train(make_lora("other", f"model.path={run.output}", "peft=null"))
     shutil.copytree(run.output, tmp_path / "moved")
@@ -194,3 +199,20 @@ def test_other_adapters_are_not_gone_on_with(make_lora: Any, base: Path, tmp_pat
     assert _run(["export", str(content), str(tmp_path / "hf"), "--merge", "--base", str(tmp_path / "gone")]) == 2
     assert _run(["export", str(base), str(tmp_path / "hf"), "--merge"]) == 2
     assert not (tmp_path / "hf").exists()
+
+
+def test_half_precision_keeps_its_masters(make_lora: Any, tmp_path: Path) -> None:
+    """Cut and gone on with in bf16, bit for bit; exported in fp32 from the masters."""
+    preload()
+    half = ["deepspeed.bf16={enabled: true}", "schedule.name=constant"]
+    whole = make_lora("whole", *half)
+    mds.train(whole)
+    mds.train(make_lora("cut", *half, "train.steps=2"))
+    cut = make_lora("cut", *half)
+    mds.train(cut)
+    assert losses(cut.output, "loss") == losses(whole.output, "loss")
+    assert _run(["export", cut.output, str(tmp_path / "fp32"), "--dtype", "float32"]) == 0
+    assert _run(["export", cut.output, str(tmp_path / "bf16")]) == 0
+    fp32, bf16 = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fp32", "bf16"))
+    assert all(torch.equal(fp32[name].bfloat16(), bf16[name]) for name in bf16)
+    assert any(not torch.equal(fp32[name], bf16[name].float()) for name in bf16)
