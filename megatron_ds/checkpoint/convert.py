@@ -25,8 +25,9 @@ from megatron_ds.checkpoint.keys import MASTER
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.errors import CheckpointError, ConversionError
+from megatron_ds.hf.adapter_config import ADAPTER_CONFIG
 from megatron_ds.hf.adapter_export import export_adapters, export_merged
-from megatron_ds.hf.adapters import ADAPTER_CONFIG, AdapterWeights, read_adapters
+from megatron_ds.hf.adapters import AdapterWeights, read_adapters
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.convert import check_target
 from megatron_ds.hf.export import DTYPES, exporting

@@ -12,7 +12,7 @@ from megatron_ds.checkpoint.folder import LATEST, PROGRESS, STATE, checkpoints_i
 from megatron_ds.checkpoint.progress import Origin, Progress, decode
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.config import read_json, read_model
 from megatron_ds.hf.files import read_table
 from megatron_ds.hf.weights import HFWeights

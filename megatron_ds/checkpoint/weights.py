@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_ds.checkpoint.files import Entry
 from megatron_ds.engine import Engine
 from megatron_ds.engine.base import gather_share
+from megatron_ds.hf.adapter_config import ADAPTER_WEIGHTS
 from megatron_ds.hf.adapter_export import adapter_files
-from megatron_ds.hf.adapters import ADAPTER_WEIGHTS, Adapters
+from megatron_ds.hf.adapters import Adapters
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import small_files
 from megatron_ds.hf.io import SAFETENSORS, json_text

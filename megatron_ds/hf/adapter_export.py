@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ds.hf.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapters
+from megatron_ds.hf.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.adapters import Adapters
 from megatron_ds.hf.export import DTYPES, check_fits, copy_tokenizer, exporting, replace_directory
 from megatron_ds.hf.io import json_text
 from megatron_ds.hf.weights import HFWeights, ToHF

@@ -6,11 +6,11 @@ peft itself. The tables follow from the family's: a `lora_B` has the rows of the
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
+from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import Row
 from megatron_ds.hf.files import read_table
 from megatron_ds.hf.io import TensorSource
@@ -28,46 +29,9 @@ from megatron_ds.layers.adapter import LowRank
 from megatron_ds.layers.parameter import ParamSpec
 from megatron_ds.models.adapted import AdapterPlace
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PROJECTION = re.compile(
     r"(?P<parent>.+\.(attention|cross|mlp))\.(qkv\.(?P<qkv>q|kv)_weight|(?P<one>out|up|down)\.weight)"
-)
-
-# Fields of peft's LoraConfig: those that we heed; those that must say what is given here; the rest is not about math.
-HEEDED = frozenset(
-    {
-        *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
-        *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    }
-)
-MUST_BE: Mapping[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "use_dora": False,
-    "lora_bias": False,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "velora_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "ensure_weight_tying": False,
-}
-COSMETIC = frozenset(
-    {
-        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        *("fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
-    }
 )
 
 
@@ -247,65 +211,26 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
         ConversionError: peft refuses it, it says what is not supported, or it matches nothing or what cannot be
             adapted.
     """
-    where, raw = _read(source)
-    config = _checked(where, raw)
-    found = _projections(model)
-    config.target_modules = _targets(where, config, model, found)
-    modules = {name: parts for name, parts in found.items() if _matches(config, name)}
+    config, found = AdapterConfig(source), _projections(model)
+    targets = config.settle_targets(model, found)
+    modules = {name: parts for name, parts in found.items() if config.matches(name)}
     others = {name.removesuffix(".weight") for row in model.table.values() for name in row.names} - found.keys()
-    wrong = sorted(name for name in others if _matches(config, name))
+    wrong = sorted(filter(config.matches, others))
     if wrong:
         raise ConversionError(
-            f"{where}.target_modules matches {wrong[0]}, which cannot have an adapter here; supported: the projections "
-            f"of attention and MLP, such as {next(iter(found))}"
+            f"{config.where}.target_modules matches {wrong[0]}, which cannot have an adapter here; supported: the "
+            f"projections of attention and MLP, such as {next(iter(found))}"
         )
     if not modules:
         raise ConversionError(
-            f"{where}.target_modules={_shown(config.target_modules)} matches nothing in a {model.family.model_type}; "
-            f"supported: {', '.join(sorted({name.rpartition('.')[2] for name in found}))}"
+            f"{config.where}.target_modules={targets} matches nothing in a {model.family.model_type}; supported: "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in found}))}"
         )
-    low = {name: _low(config, name, parts[0], model) for name, parts in modules.items()}
-    return Adapters(model, _content(config, model, base), modules, low)
-
-
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if isinstance(source, Mapping):
-        return "peft", dict(source)
-    path = Path(source)
-    file = path / ADAPTER_CONFIG if path.is_dir() else path
-    if not file.is_file():
-        raise ConversionError(f"peft={source}: no {ADAPTER_CONFIG} here; is it a directory that peft wrote?")
-    return f"peft={source}", read_json(file)
-
-
-def _checked(where: str, raw: Mapping[str, Any]) -> Any:
-    """peft's own object, with nothing in it that we would ignore."""
-    from peft import LoraConfig
-
-    kind = str(raw.get("peft_type", "LORA")).upper()
-    if kind != "LORA":
-        raise ConversionError(f"{where}.peft_type={kind} is not supported; supported: LORA")
-    known = {field.name for field in fields(LoraConfig)}
-    unknown = sorted(raw.keys() - known)
-    if unknown:
-        raise ConversionError(f"{where}.{unknown[0]} is no field of peft's LoraConfig; remove it")
-    for name, wanted in MUST_BE.items():
-        if name in raw and raw[name] != wanted and not (raw[name] in (None, False) and not wanted):
-            raise ConversionError(f"{where}.{name}={_shown(raw[name])} is not supported; nearest: {_shown(wanted)}")
-    given = {name: value for name, value in raw.items() if name != "peft_type"}
-    try:
-        config = LoraConfig(**given)
-    except (TypeError, ValueError) as problem:
-        raise ConversionError(f"{where}: peft refuses it: {' '.join(str(problem).split())}") from problem
-    if not isinstance(config.r, int) or config.r < 1:
-        raise ConversionError(f"{where}.r={config.r} must be at least 1; nearest: 1")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ConversionError(
-            f"{where}.init_lora_weights={config.init_lora_weights} is not supported; nearest: true, false or gaussian"
-        )
-    if not 0 <= config.lora_dropout < 1:
-        raise ConversionError(f"{where}.lora_dropout={config.lora_dropout} is not in [0, 1); nearest: 0.0")
-    return config
+    sizes = model.axis_sizes
+    low = {
+        name: config.low_rank(name, prod(sizes[axis] for axis in parts[0].in_axes)) for name, parts in modules.items()
+    }
+    return Adapters(model, config.content(model, base), modules, low)
 
 
 def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
@@ -323,54 +248,6 @@ def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
             module = name.removesuffix(".weight")
             found.setdefault(module, []).append(_Projection(native, row, source, match["parent"], output))
     return {module: tuple(parts) for module, parts in found.items()}
-
-
-def _targets(where: str, config: Any, model: HFModel, found: Mapping[str, Any]) -> Any:
-    """`target_modules` as peft would have it: of a model's kind where it says nothing, by name for "all-linear"."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
-
-    targets = config.target_modules
-    if targets is None:
-        if model.family.model_type not in USUAL:
-            raise ConversionError(f"{where}.target_modules is missing; nearest: all-linear")
-        return set(USUAL[model.family.model_type])
-    return set(found) if targets == "all-linear" else targets
-
-
-def _matches(config: Any, name: str) -> bool:
-    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
-
-    match = check_target_module_exists(config, name)
-    return bool(match) and not isinstance(match, _ExcludedModule)
-
-
-def _low(config: Any, module: str, first: _Projection, model: HFModel) -> LowRank:
-    """Rank, scale and start of one module's adapter, by peft's rules."""
-    from peft.utils.other import get_pattern_key
-
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
-    width = math.prod(model.axis_sizes[axis] for axis in first.in_axes)
-    gaussian, plain = config.init_lora_weights == "gaussian", config.init_lora_weights is False
-    return LowRank(
-        rank=rank,
-        scale=alpha / math.sqrt(rank) if config.use_rslora else alpha / rank,
-        dropout=config.lora_dropout,
-        a_bound=None if gaussian else 1 / math.sqrt(width),
-        a_std=1 / rank if gaussian else None,
-        b_bound=1 / math.sqrt(rank) if plain else None,
-    )
-
-
-def _content(config: Any, model: HFModel, base: str) -> dict[str, Any]:
-    from megatron_ds.models.config import DecoderConfig, EncoderDecoderConfig
-
-    content = config.to_dict()
-    if content.get("task_type") is None:
-        kinds = {DecoderConfig: "CAUSAL_LM", EncoderDecoderConfig: "SEQ_2_SEQ_LM"}
-        content["task_type"] = kinds.get(type(model.core))
-    content.update(peft_type="LORA", base_model_name_or_path=base, inference_mode=True)
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 
 
 def _b_name(native: str, projection: _Projection) -> str:
@@ -391,7 +268,3 @@ def _out_dim(pattern: str, in_dim: str) -> str:
     dims = _dims(pattern)
     assert len(dims) == 2 and dims.count(in_dim) == 1, (pattern, in_dim)
     return dims[1 - dims.index(in_dim)]
-
-
-def _shown(value: Any) -> str:
-    return str(sorted(value) if isinstance(value, set) else value)

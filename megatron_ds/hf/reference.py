@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.adapters import ADAPTER_CONFIG
+from megatron_ds.hf.adapter_config import ADAPTER_CONFIG
 from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.models.config import EncoderConfig
 

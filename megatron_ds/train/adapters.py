@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_ds.config import RunConfig
 from megatron_ds.config.wording import show
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapters, AdapterWeights, read_adapters
+from megatron_ds.hf.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.adapters import Adapters, AdapterWeights, read_adapters
 from megatron_ds.hf.config import HFModel
 
 

@@ -21,7 +21,8 @@ from megatron_ds.config import (
 from megatron_ds.data import Objective
 from megatron_ds.engine import ShareReader
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.adapters import ADAPTER_CONFIG, Adapters, AdapterWeights
+from megatron_ds.hf.adapter_config import ADAPTER_CONFIG
+from megatron_ds.hf.adapters import Adapters, AdapterWeights
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.export import not_ours
 from megatron_ds.hf.io import parse_size

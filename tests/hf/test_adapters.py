@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf import adapters as module
+from megatron_ds.hf import adapter_config as module
+from megatron_ds.hf.adapter_config import ADAPTER_WEIGHTS
 from megatron_ds.hf.adapter_export import export_adapters, export_merged
-from megatron_ds.hf.adapters import ADAPTER_WEIGHTS, AdapterWeights, read_adapters
+from megatron_ds.hf.adapters import AdapterWeights, read_adapters
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.adapted import with_adapters

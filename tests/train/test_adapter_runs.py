@@ -152,6 +152,7 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
     ("overrides", "says"),
     [
         (["peft={r: 0}"], "peft.r=0 must be at least 1"),
+        (["peft={rank_pattern: {q_proj: 0}}"], "peft.rank_pattern.q_proj=0 must be at least 1"),
         (["peft={rank: 8}"], "peft.rank is no field of peft's LoraConfig"),
         (["peft={peft_type: VERA}"], "peft.peft_type=VERA is not supported; supported: LORA"),
         (["peft={use_dora: true}"], "peft.use_dora=True is not supported; nearest: False"),
