@@ -27,7 +27,7 @@ from tests.data import oracle
 @pytest.fixture
 def made(tokenizer_path: str, tmp_path: Path) -> Callable[..., Prepared]:
     def make(*sources: str, name: str = "out/my.corpus", num_workers: int = 2, **options: Any) -> Prepared:
-        return prepare(PrepareOptions(sources, tokenizer_path, str(tmp_path / name), num_workers, **options))
+        return prepare(PrepareOptions(sources, tokenizer_path, f"{tmp_path}/{name}", num_workers, **options))
 
     return make
 
@@ -268,6 +268,65 @@ def test_a_worker_that_dies_does_not_hang(
         made(source)
 
 
+def test_the_same_source_twice_is_two_sources(book: Path, write_jsonl: Any, made: Any, tmp_path: Path) -> None:
+    rows = [{"text": text} for text in texts(book, 3)]
+    source, bad = write_jsonl(rows), write_jsonl([rows[0], b"bad"], "bad.jsonl")
+    made(source)
+    with pytest.raises(DataError, match="of other data"):
+        made(source, source)
+    found = made(bad, bad, name="x", skip_bad=True).manifest
+    assert [place.partition(": ")[0] for place in found["bad_lines"]["first"]] == [f"{bad}:2"] * 2
+    assert found["num_documents"] == 2
+
+
+def test_moved_sources_are_the_same(book: Path, write_jsonl: Any, made: Any, tmp_path: Path) -> None:
+    source = write_jsonl([{"text": text} for text in texts(book, 3)])
+    made(source)
+    moved = Path(source).rename(tmp_path / "elsewhere.jsonl")
+    assert made(str(moved)).was_there
+
+
+def test_cut_while_it_gets_its_names(
+    book: Path, write_jsonl: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two of the renames; also over data that were there."""
+    source = write_jsonl([{"text": text} for text in texts(book, 3)])
+    made(write_jsonl([{"text": "others"}], "others.jsonl"))
+    made(source, name="whole/x")
+    replace = os.replace
+    for suffix in (".idx", ".json"):
+
+        def cut_short(old: Any, new: Any, suffix: str = suffix) -> None:
+            if str(new).endswith(f"my.corpus{suffix}"):
+                raise KeyboardInterrupt
+            replace(old, new)
+
+        monkeypatch.setattr(os, "replace", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            made(source, overwrite=True, anew=True)
+        monkeypatch.setattr(os, "replace", replace)
+        assert made(source).was_there and content(tmp_path) == content(tmp_path, "whole/x")
+
+
+def test_damaged_data_are_not_taken_for_whole(book: Path, write_jsonl: Any, made: Any, tmp_path: Path) -> None:
+    source = write_jsonl([{"text": text} for text in texts(book, 3)])
+    made(source)
+    whole = content(tmp_path)
+    (tmp_path / "out/my.corpus.bin").write_bytes(whole[0][:-2])
+    with pytest.raises(DataError, match="is there, of other data"):
+        made(source)
+    made(source, overwrite=True)
+    assert content(tmp_path) == whole
+
+
+def test_names_in_errors_are_few_and_in_one_line(write_jsonl: Any, made: Any) -> None:
+    for row in (b'{"a\\nb": 1}', rb'{"\ud800": 1}', json.dumps({f"k{number}": 1 for number in range(3000)}).encode()):
+        with pytest.raises(DataError) as caught:
+            made(write_jsonl([row]))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+        str(caught.value).encode()
+
+
 def test_mistakes(tmp_path: Path, write_jsonl: Any, made: Any, tokenizer_path: str, sentencepiece: str) -> None:
     with pytest.raises(DataError, match="no such file or directory"):
         made(str(tmp_path / "gone.jsonl"))
@@ -278,6 +337,8 @@ def test_mistakes(tmp_path: Path, write_jsonl: Any, made: Any, tokenizer_path: s
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="is no parquet file that can be read"):
         made(str(tmp_path / "x.parquet"))
+    with pytest.raises(DataError, match=r"names a directory; give a name in it, such as .*/out/corpus"):
+        made(write_jsonl([{"text": "x"}]), name="out/")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="could not be written: "):
         made(write_jsonl([{"text": "x"}]), name="file/x")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Chunk:
     """A part of a source.
 
     Attributes:
+        file: its number among all files; one that is named twice has two.
         source: as the user wrote it.
         path: the file; the source itself where it is a table.
         kind: its suffix; "table" for those of `datasets`.
@@ -39,6 +41,7 @@ class Chunk:
         bytes: about what there is to read, for the progress bar.
     """
 
+    file: int
     source: str
     path: str
     kind: str
@@ -68,43 +71,46 @@ def cut(sources: Sequence[str]) -> list[Chunk]:
     Raises:
         DataError: a source is missing or of a kind that is not read.
     """
-    return [chunk for source in sources for chunk in _cut(source)]
+    numbers = count()
+    return [chunk for source in sources for chunk in _cut(source, numbers)]
 
 
-def _cut(source: str) -> Iterator[Chunk]:
+def _cut(source: str, numbers: Iterator[int]) -> Iterator[Chunk]:
     found = find_source(source, SUFFIXES)
     if not isinstance(found, FileSource):
-        yield from _ranges(source, source, "table", len(found.table), CHUNK_ROWS, found.table.data.nbytes)
+        whole = Chunk(next(numbers), source, source, "table", 0, len(found.table), found.table.data.nbytes)
+        yield from _ranges(whole, CHUNK_ROWS)
         return
     for path in found.paths:
         size, suffix = path.stat().st_size, path.suffix.lower()
         if suffix == PARQUET:
-            yield from _ranges(source, str(path), PARQUET, _row_groups(path), 1, size)
+            yield from _ranges(Chunk(next(numbers), source, str(path), PARQUET, 0, _row_groups(path), size), 1)
         elif suffix == TEXT:
-            yield Chunk(source, str(path), TEXT, 0, size, size)
+            yield Chunk(next(numbers), source, str(path), TEXT, 0, size, size)
         else:
-            yield from _ranges(source, str(path), ".jsonl", size, CHUNK_BYTES, size)
+            yield from _ranges(Chunk(next(numbers), source, str(path), ".jsonl", 0, size, size), CHUNK_BYTES)
 
 
-def _ranges(source: str, path: str, kind: str, count: int, step: int, size: int) -> Iterator[Chunk]:
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        yield Chunk(source, path, kind, start, stop, size * stop // count - size * start // count)
+def _ranges(whole: Chunk, step: int) -> Iterator[Chunk]:
+    for start in range(0, whole.stop, step):
+        stop = min(start + step, whole.stop)
+        size = whole.bytes * stop // whole.stop - whole.bytes * start // whole.stop
+        yield replace(whole, start=start, stop=stop, bytes=size)
 
 
 def identity(chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
     """What the sources are, cheaply: of each file its size, and a hash of its first and last MiB; of a table its own
-    fingerprint. Not names or times: a file may be moved."""
-    found: dict[str, dict[str, Any]] = {}
+    fingerprint. Names are for people."""
+    found: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
-        if chunk.path in found:
+        if chunk.file in found:
             continue
         if chunk.kind == "table":
             table = _table(chunk.source)
-            found[chunk.path] = {"name": chunk.source, "rows": len(table), "digest": table._fingerprint}
+            found[chunk.file] = {"name": chunk.source, "rows": len(table), "digest": table._fingerprint}
         else:
             path = Path(chunk.path)
-            found[chunk.path] = {"name": chunk.path, "bytes": path.stat().st_size, "digest": _ends_digest(path)}
+            found[chunk.file] = {"name": chunk.path, "bytes": path.stat().st_size, "digest": _ends_digest(path)}
     return list(found.values())
 
 
@@ -170,7 +176,7 @@ class Reader:
     def _rows(self, given: tuple[list[str], list[Any] | None], chunk: Chunk) -> Iterator[Document]:
         names, values = given
         if values is None:
-            raise DataError(f"data: {chunk.path}: no column {self._column!r}, only {', '.join(names)}; give --column")
+            raise DataError(f"data: {chunk.path}: no column {self._column!r}, only {_some(names)}; give --column")
         for line, value in enumerate(values):
             yield _checked(value, line, self._column, names)
         yield Document(None, len(values))
@@ -213,9 +219,16 @@ def _decoded(raw: bytes, line: int) -> Document:
     return Document(text, line) if text else Document(None, line, "empty")
 
 
+def _some(names: Sequence[str], most: int = 5) -> str:
+    """A few names in one line, whatever is in them."""
+    shown = [json.dumps(name)[1:-1][:40] for name in names[:most]]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(shown) or "an empty object") + more
+
+
 def _checked(value: Any, line: int, column: str, names: Sequence[str]) -> Document:
     if value is None:
-        there = f"only {', '.join(names) or 'an empty object'}" if column not in names else "it is null"
+        there = f"only {_some(names)}" if column not in names else "it is null"
         return Document(None, line, f"no {column!r}, {there}")
     if not isinstance(value, str):
         return Document(None, line, f"{column!r} holds {type(value).__name__}, not a string")

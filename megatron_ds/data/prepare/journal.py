@@ -45,7 +45,7 @@ class State:
         chunks: done.
         tokens_bytes, documents, tokens, largest_id, longest: of their documents.
         bytes: read of the sources.
-        path, lines: the file of the last chunk, and its lines before the next one.
+        file, lines: number of the last chunk's file, and its lines before the next one.
         num_bad, bad: what was no document: how many, and the first places with the reason.
     """
 
@@ -57,7 +57,7 @@ class State:
     largest_id: int = -1
     longest: int = 0
     bytes: int = 0
-    path: str = ""
+    file: int = -1
     lines: int = 0
     num_bad: int = 0
     bad: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Journal:
 
     def __init__(self, prefix: str, key: str, anew: bool) -> None:
         self._prefix = prefix
-        self._directory = Path(f"{prefix}.bin").with_name(f".{Path(prefix).name}.partial")
+        self._directory = _directory_of(prefix)
         self.began_anew = ""
         try:
             self._directory.parent.mkdir(parents=True, exist_ok=True)
@@ -109,11 +109,16 @@ class Journal:
             DataError: the disk is full.
         """
         state = self.state
-        if chunk.path != state.path:
-            state.path, state.lines = chunk.path, 0
-        for line, problem in encoded.bad:
+        try:  # first the files: what the state does not speak of is cut off
+            self._tokens.write(encoded.tokens)
+            self._lengths.write(encoded.lengths.astype("<i4").tobytes())
+        except OSError as problem:
+            raise self._full(problem) from problem
+        if chunk.file != state.file:
+            state.file, state.lines = chunk.file, 0
+        for line, why in encoded.bad:
             if len(state.bad) < MOST_BAD:
-                state.bad.append(_place(chunk, state.lines + line) + f": {problem}")
+                state.bad.append(_place(chunk, state.lines + line) + f": {why}")
         state.num_bad += len(encoded.bad)
         state.lines += encoded.num_lines
         state.chunks += 1
@@ -123,14 +128,11 @@ class Journal:
         state.tokens_bytes += len(encoded.tokens)
         state.largest_id = max(state.largest_id, encoded.largest_id)
         state.longest = max(state.longest, int(encoded.lengths.max(initial=0)))
-        try:
-            self._tokens.write(encoded.tokens)
-            self._lengths.write(encoded.lengths.astype("<i4").tobytes())
-            if time.monotonic() - self._saved_s > _EVERY_S:
+        if time.monotonic() - self._saved_s > _EVERY_S:
+            try:
                 self.save()
-        except OSError as problem:
-            self._saved_s = float("inf")  # what was said last still holds: nothing is said of this chunk
-            raise self._full(problem) from problem
+            except OSError as problem:
+                raise self._full(problem) from problem
 
     def save(self) -> None:
         """Note how far it is."""
@@ -158,16 +160,13 @@ class Journal:
             names = {"tokens.bin": tokens_path(self._prefix), "index": index_path(self._prefix)}
             sums = {final.suffix[1:]: _checksum(self._directory / name) for name, final in names.items()}
             manifest = {**manifest, "xxh3_128": sums}
-            (self._directory / "manifest").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            names["manifest"] = Path(f"{self._prefix}.json")
-            for name in names:
+            text = json.dumps(manifest, indent=2) + "\n"
+            (self._directory / "manifest.tmp").write_text(text, encoding="utf-8")
+            for name in (*names, "manifest.tmp"):
                 with (self._directory / name).open("rb") as file:
                     os.fsync(file.fileno())
-            for final in (*names.values(),):
-                final.unlink(missing_ok=True)  # of earlier data: never beside files of these
-            for name, final in names.items():
-                os.replace(self._directory / name, final)
-            shutil.rmtree(self._directory)
+            os.replace(self._directory / "manifest.tmp", self._directory / "manifest")
+            complete(self._prefix)
         except OSError as problem:
             raise self._full(problem) from problem
         return manifest
@@ -179,7 +178,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._directory.is_dir() and self._saved_s != float("inf"):
+            if self._directory.is_dir():  # else it has its name already
                 self.save()
         except OSError as problem:
             raise self._full(problem) from error
@@ -212,6 +211,24 @@ class Journal:
             f"--output={self._prefix} could not be written: {problem.strerror or problem} ({free / 1e9:.2f} GB are "
             "free there); make room, or choose another place; the same command goes on where it was"
         )
+
+
+def complete(prefix: str) -> None:
+    """Give whole files their names, the manifest last, where that was begun; else nothing."""
+    directory = _directory_of(prefix)
+    if not (directory / "manifest").is_file():
+        return
+    names = {"tokens.bin": tokens_path(prefix), "index": index_path(prefix), "manifest": Path(f"{prefix}.json")}
+    left = {name: final for name, final in names.items() if (directory / name).is_file()}
+    for final in reversed(left.values()):
+        final.unlink(missing_ok=True)  # of earlier data: never beside files of these
+    for name, final in left.items():
+        os.replace(directory / name, final)
+    shutil.rmtree(directory)
+
+
+def _directory_of(prefix: str) -> Path:
+    return Path(f"{prefix}.bin").with_name(f".{Path(prefix).name}.partial")
 
 
 def _place(chunk: Chunk, line: int) -> str:

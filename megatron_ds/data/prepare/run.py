@@ -15,9 +15,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds import __version__
-from megatron_ds.data.indexed.files import index_path, token_dtype, tokens_path
+from megatron_ds.data.indexed.files import IndexedFile, index_path, token_dtype, tokens_path
 from megatron_ds.data.prepare.chunks import CHUNK_BYTES, CHUNK_ROWS, Chunk, cut, identity
-from megatron_ds.data.prepare.journal import Journal, State
+from megatron_ds.data.prepare.journal import Journal, State, complete
 from megatron_ds.data.prepare.workers import Encoding, encode_all
 from megatron_ds.data.tokenizer import largest_token_id, load_tokenizer, special_id, tokenizer_digest
 from megatron_ds.errors import DataError
@@ -87,7 +87,7 @@ def prepare(
     if not chunks:
         raise DataError(f"data: {', '.join(options.sources)}: nothing to read; each line or row must hold a document")
     manifest = _manifest(options, encoding, tokenizer, chunks)
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    key = _key(manifest)
     there = _there(options, key)
     if there is not None:
         return Prepared(there, was_there=True)
@@ -116,6 +116,13 @@ def prepare(
             "bad_lines": {"count": state.num_bad, "first": state.bad},
         }
         return Prepared(journal.finish(np.dtype(encoding.dtype), {**manifest, **counted}))
+
+
+def _key(manifest: dict[str, Any]) -> str:
+    """Stands for what is made of what; names are not part of it: files may be moved."""
+    sources = [{name: value for name, value in source.items() if name != "name"} for source in manifest["sources"]]
+    decides = {**manifest, "sources": sources, "tokenizer": manifest["tokenizer"]["sha256"]}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _encoding(options: PrepareOptions, tokenizer: PreTrainedTokenizerBase) -> Encoding:
@@ -153,6 +160,9 @@ def _there(options: PrepareOptions, key: str) -> dict[str, Any] | None:
         DataError: other data have the prefix, or something else than a directory is in its way.
     """
     prefix = options.prefix
+    if prefix.endswith("/") or Path(prefix).name in ("", ".", ".."):
+        raise DataError(f"--output={prefix} names a directory; give a name in it, such as {Path(prefix) / 'corpus'}")
+    complete(prefix)
     files = [tokens_path(prefix), index_path(prefix), Path(f"{prefix}.json")]
     there = [file for file in files if file.exists()]
     if not there:
@@ -160,7 +170,8 @@ def _there(options: PrepareOptions, key: str) -> dict[str, Any] | None:
     try:
         manifest = json.loads(files[2].read_text(encoding="utf-8"))
         same = manifest["key"] == key and (options.skip_bad or not manifest["bad_lines"]["count"])
-    except (OSError, ValueError, KeyError, TypeError):
+        IndexedFile(prefix)
+    except (OSError, ValueError, KeyError, TypeError, DataError):  # not there, or damaged
         manifest, same = {}, False
     if same and len(there) == len(files) and not options.anew:
         return manifest
