@@ -33,7 +33,7 @@ ROOT_HELP = """Train and fine-tune transformers with Megatron's model parallelis
 Examples:
 
 \b
-  megatron-ds prepare corpus.jsonl --tokenizer path/to/hf_dir --output data/corpus
+  megatron-ds prepare corpus.jsonl --tokenizer hf_dir --output data/corpus
   megatron-ds train run.yaml --nproc 2
   megatron-ds inspect out/run
   megatron-ds export out/run out/hf

@@ -23,9 +23,9 @@ was. Lines that hold no document are counted, named, and refused unless --skip-b
 Examples:
 
 \b
-  megatron-ds prepare corpus.jsonl --tokenizer path/to/hf_dir --output data/corpus
-  megatron-ds prepare part1.parquet part2.parquet --tokenizer hf_dir --output data/all --workers 16
-  megatron-ds inspect data/corpus --tokenizer path/to/hf_dir
+  megatron-ds prepare corpus.jsonl --tokenizer hf_dir --output data/corpus
+  megatron-ds prepare parts/ --tokenizer hf_dir --output data/all --workers 16
+  megatron-ds inspect data/corpus --tokenizer hf_dir
 """
 SHOWN = 10
 EVERY_S = 10.0

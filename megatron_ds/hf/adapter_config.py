@@ -4,52 +4,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
-from megatron_ds.layers.adapter import LowRank
+from megatron_ds.layers.adapter import LowRank, Scaling
 from megatron_ds.models.config import DecoderConfig, EncoderDecoderConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-# Fields of peft's LoraConfig: those that we heed; those that must say what is given here; the rest is not about math.
-HEEDED = frozenset(
-    {
-        *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
-        *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    }
-)
-MUST_BE: Mapping[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "use_dora": False,
-    "lora_bias": False,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "velora_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "ensure_weight_tying": False,
-}
+
+@dataclass(frozen=True)
+class Ledger:
+    """What becomes of the fields of one kind's config in peft: all of them are in one of these.
+
+    Attributes:
+        heeded: they mean here what they mean there.
+        must_be: they must say what is given here.
+    """
+
+    heeded: frozenset[str]
+    must_be: Mapping[str, Any]
+
+
 COSMETIC = frozenset(
     {
-        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        *("fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *(
+            "inference_mode",
+            "fan_in_fan_out",
+            "megatron_config",
+            "megatron_core",
+            "runtime_config",
+            "qalora_group_size",
+        ),
     }
 )
+"""Fields of any kind that are not about math, or are settled by the model."""
+LEDGERS = {
+    "LORA": Ledger(
+        frozenset(
+            {
+                *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
+                *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+            }
+        ),
+        {
+            "bias": "none",
+            "modules_to_save": None,
+            "use_dora": False,
+            "lora_bias": False,
+            "layer_replication": None,
+            "target_parameters": None,
+            "trainable_token_indices": None,
+            "loftq_config": {},
+            "eva_config": None,
+            "corda_config": None,
+            "lora_ga_config": None,
+            "velora_config": None,
+            "alora_invocation_tokens": None,
+            "use_qalora": False,
+            "monteclora_config": None,
+            "use_bdlora": None,
+            "arrow_config": None,
+            "kasa_config": None,
+            "ensure_weight_tying": False,
+        },
+    ),
+    "IA3": Ledger(
+        frozenset({"target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights"}),
+        {"modules_to_save": None},
+    ),
+}
 
 
 class AdapterConfig:
@@ -60,6 +89,7 @@ class AdapterConfig:
 
     Attributes:
         where: for errors: `peft`, or `peft=PATH`.
+        kind: peft's word, a key of `LEDGERS`.
 
     Raises:
         ConversionError: peft refuses it, or it says what is not supported.
@@ -67,7 +97,8 @@ class AdapterConfig:
 
     def __init__(self, source: str | Path | Mapping[str, Any]) -> None:
         self.where, raw = _read(source)
-        self._config = _checked(self.where, raw)
+        self.kind = str(raw.get("peft_type", "LORA")).upper()
+        self._config = _checked(self.where, self.kind, raw)
 
     def settle_targets(self, model: HFModel, modules: Collection[str]) -> str:
         """Say `target_modules` by name where the config does not: peft's usual ones, or all modules for "all-linear".
@@ -82,12 +113,17 @@ class AdapterConfig:
         Raises:
             ConversionError: the config says nothing, and peft knows nothing usual.
         """
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
+        import peft.utils as known
 
         if self._config.target_modules is None:
-            if model.family.model_type not in USUAL:
+            name = f"TRANSFORMERS_MODELS_TO_{self.kind}_TARGET_MODULES_MAPPING"
+            usual = getattr(known, name).get(model.family.model_type)
+            if usual is None:
                 raise ConversionError(f"{self.where}.target_modules is missing; nearest: all-linear")
-            self._config.target_modules = set(USUAL[model.family.model_type])
+            self._config.target_modules = set(usual)
+            if self.kind == "IA3" and not self._config.feedforward_modules:
+                usual = known.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model.family.model_type]
+                self._config.feedforward_modules = set(usual)
         elif self._config.target_modules == "all-linear":
             self._config.target_modules = set(modules)
         return _shown(self._config.target_modules)
@@ -99,13 +135,21 @@ class AdapterConfig:
         match = check_target_module_exists(self._config, module)
         return bool(match) and not isinstance(match, _ExcludedModule)
 
-    def low_rank(self, module: str, width: int) -> LowRank:
-        """Rank, scale and start of one module's adapter, by peft's rules.
+    def adapter(self, module: str, width: int) -> LowRank | Scaling:
+        """What one module's adapter is, by peft's rules.
 
         Args:
             module: its name.
             width: its input features.
         """
+        if self.kind == "IA3":
+            from peft import IA3Model
+
+            of_input = IA3Model._check_target_module_feedforward(self._config, module)
+            return Scaling(of_input, None if self._config.init_ia3_weights else 1.0)
+        return self._low_rank(module, width)
+
+    def _low_rank(self, module: str, width: int) -> LowRank:
         from peft.utils.other import get_pattern_key
 
         config = self._config
@@ -127,7 +171,7 @@ class AdapterConfig:
         if content.get("task_type") is None:
             kinds = {DecoderConfig: "CAUSAL_LM", EncoderDecoderConfig: "SEQ_2_SEQ_LM"}
             content["task_type"] = kinds.get(type(model.core))
-        content.update(peft_type="LORA", base_model_name_or_path=base, inference_mode=True)
+        content.update(peft_type=self.kind, base_model_name_or_path=base, inference_mode=True)
         return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 
 
@@ -141,29 +185,33 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return f"peft={source}", read_json(file)
 
 
-def _checked(where: str, raw: Mapping[str, Any]) -> Any:
+def _checked(where: str, kind: str, raw: Mapping[str, Any]) -> Any:
     """peft's own object, with nothing in it that we would ignore."""
-    from peft import LoraConfig
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
-    kind = str(raw.get("peft_type", "LORA")).upper()
-    if kind != "LORA":
-        raise ConversionError(f"{where}.peft_type={kind} is not supported; supported: LORA")
-    known = {field.name for field in fields(LoraConfig)}
-    unknown = sorted(raw.keys() - known)
+    if kind not in LEDGERS:
+        raise ConversionError(f"{where}.peft_type={kind} is not supported; supported: {', '.join(LEDGERS)}")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    unknown = sorted(raw.keys() - {field.name for field in fields(made)})
     if unknown:
-        raise ConversionError(f"{where}.{unknown[0]} is no field of peft's LoraConfig; remove it")
-    for name, wanted in MUST_BE.items():
+        raise ConversionError(f"{where}.{unknown[0]} is no field of peft's {made.__name__}; remove it")
+    for name, wanted in LEDGERS[kind].must_be.items():
         if name in raw and raw[name] != wanted and not (raw[name] in (None, False) and not wanted):
             raise ConversionError(f"{where}.{name}={_shown(raw[name])} is not supported; nearest: {_shown(wanted)}")
-    given = {name: value for name, value in raw.items() if name != "peft_type"}
     try:
-        config = LoraConfig(**given)
+        config: Any = made(**{name: value for name, value in raw.items() if name != "peft_type"})
     except (TypeError, ValueError) as problem:
         raise ConversionError(f"{where}: peft refuses it: {' '.join(str(problem).split())}") from problem
-    for field, rank in (
-        ("r", config.r),
-        *((f"rank_pattern.{name}", r) for name, r in (config.rank_pattern or {}).items()),
-    ):
+    if kind == "LORA":
+        _check_lora(where, config)
+    elif config.feedforward_modules is None:
+        config.feedforward_modules = set()
+    return config
+
+
+def _check_lora(where: str, config: Any) -> None:
+    others = {f"rank_pattern.{name}": rank for name, rank in (config.rank_pattern or {}).items()}
+    for field, rank in {"r": config.r, **others}.items():
         if not isinstance(rank, int) or rank < 1:
             raise ConversionError(f"{where}.{field}={rank} must be at least 1; nearest: 1")
     if config.init_lora_weights not in (True, False, "gaussian"):
@@ -172,7 +220,6 @@ def _checked(where: str, raw: Mapping[str, Any]) -> Any:
         )
     if not 0 <= config.lora_dropout < 1:
         raise ConversionError(f"{where}.lora_dropout={config.lora_dropout} is not in [0, 1); nearest: 0.0")
-    return config
 
 
 def _shown(value: Any) -> str:

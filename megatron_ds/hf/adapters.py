@@ -25,7 +25,7 @@ from megatron_ds.hf.files import read_table
 from megatron_ds.hf.io import TensorSource
 from megatron_ds.hf.mapping import STAR, Op, Part, Reader
 from megatron_ds.hf.weights import read_share
-from megatron_ds.layers.adapter import LowRank
+from megatron_ds.layers.adapter import LowRank, Scaling
 from megatron_ds.layers.parameter import ParamSpec
 from megatron_ds.models.adapted import AdapterPlace
 
@@ -75,19 +75,19 @@ class Adapters:
         model: what is adapted.
         config: content of adapter_config.json.
         modules: peft's name of each module -> its projections, one adapter each.
-        low: by the same names, what each adapter is.
+        adapters: by the same names, what each adapter is.
     """
 
     model: HFModel
     config: dict[str, Any]
     modules: Mapping[str, tuple[_Projection, ...]]
-    low: Mapping[str, LowRank]
+    adapters: Mapping[str, LowRank | Scaling]
 
     @property
     def places(self) -> list[AdapterPlace]:
         """Where they are in our model."""
         return [
-            AdapterPlace(projections[0].parent, tuple(one.output for one in projections), self.low[module])
+            AdapterPlace(projections[0].parent, tuple(one.output for one in projections), self.adapters[module])
             for module, projections in self.modules.items()
         ]
 
@@ -99,36 +99,46 @@ class Adapters:
     @cached_property
     def axis_sizes(self) -> dict[str, int]:
         """Sizes of the named axes of `table`: the model's, and one for each rank."""
-        return {**self.model.axis_sizes, **{f"r{low.rank}": low.rank for low in self.low.values()}}
+        ranks = {1, *(one.rank for one in self.adapters.values() if isinstance(one, LowRank))}
+        return {**self.model.axis_sizes, **{f"r{rank}": rank for rank in ranks}}
 
     def merge(self, native: str, whole: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """W + s B A, computed in fp32: a whole base weight with what adapters add to it.
+        """A whole base weight, or bias, with what adapters make of it, computed in fp32: W + s B A, or W times l.
 
         Args:
-            native: the weight's name.
-            whole: the weight; unchanged.
+            native: its name.
+            whole: itself; unchanged.
             parameters: the adapters', whole, by native name.
 
         Returns:
-            the weight itself if there is no adapter beside it, else a new one in fp32.
+            itself if no adapter changes it, else a new one in fp32.
         """
         merged = whole
-        for module, one in self._beside.get(native, ()):
+        for module, one, row in self._beside.get(native, ()):
             if merged is whole:
                 merged = whole.float().clone(memory_format=torch.contiguous_format)
-            name = self._native(module)
-            change = parameters[_b_name(name, one)].float() @ parameters[f"{name}.a"].float()
-            slot = one.row.op.slot(one.source, merged, self.axis_sizes)
-            slot += (self.low[module].scale * change).view(slot.shape)
+            name, adapter = self._native(module), self.adapters[module]
+            slot = row.op.slot(one.source, merged, self.axis_sizes)
+            if isinstance(adapter, LowRank):
+                change = parameters[_name_of("b", name, one)].float() @ parameters[f"{name}.a"].float()
+                slot += (adapter.scale * change).view(slot.shape)
+                continue
+            vector = parameters[f"{name}.l" if adapter.of_input else _name_of("l", name, one)].float()
+            flat = slot.reshape(-1, vector.numel()) if adapter.of_input else slot.reshape(vector.numel(), -1)
+            slot.copy_((flat * vector).view(slot.shape))  # (1, in), or (out, 1)
         return merged
 
     @cached_property
-    def _beside(self) -> dict[str, list[tuple[str, _Projection]]]:
-        """Name of a base weight -> the modules that are, or hold, projections of it."""
-        found: dict[str, list[tuple[str, _Projection]]] = {}
+    def _beside(self) -> dict[str, list[tuple[str, _Projection, Row]]]:
+        """Name of a base weight, or bias -> the modules that are, or hold, projections of it; and its row."""
+        found: dict[str, list[tuple[str, _Projection, Row]]] = {}
         for module, projections in self.modules.items():
+            adapter = self.adapters[module]
             for one in projections:
-                found.setdefault(one.native, []).append((module, one))
+                found.setdefault(one.native, []).append((module, one, one.row))
+                bias = re.sub("weight$", "bias", one.native)
+                if isinstance(adapter, Scaling) and not adapter.of_input and bias in self.model.table:
+                    found.setdefault(bias, []).append((module, one, self.model.table[bias]))
         return found
 
     def _native(self, module: str) -> str:
@@ -136,20 +146,18 @@ class Adapters:
         return f"{projections[0].parent}.adapters.{'_'.join(one.output for one in projections)}"
 
     def _rows(self, module: str) -> Iterator[Row]:
-        projections, rank = self.modules[module], f"r{self.low[module].rank}"
+        projections, adapter = self.modules[module], self.adapters[module]
         name, first = self._native(module), projections[0]
-        split = None if first.is_column else first.row.split
-        a = Op((f"{rank} {first.in_dim}",), f"{rank} {first.in_dim}")
-        yield Row(f"{name}.a", (f"{_PREFIX}{module}.lora_A.weight",), a, split)
-        for one in projections:
-            out = " ".join(dim for dim in map(_without_star, _dims(one.row.op.native)[:-1]) if dim)
-            source = one.row.op.sources[one.source]
-            if isinstance(source, Part):
-                given: str | Part = Part(f"{_out_dim(source.pattern, one.in_dim)} {rank}", source.piece)
-            else:
-                given = f"{_out_dim(source, one.in_dim)} {rank}"
-            op, split = Op((given,), f"{out} {rank}"), one.row.split if one.is_column else None
-            yield Row(_b_name(name, one), (f"{_PREFIX}{module}.lora_B.weight",), op, split)
+        theirs = f"{_PREFIX}{module}"
+        if isinstance(adapter, LowRank):
+            yield _a_row(f"{name}.a", f"{theirs}.lora_A.weight", first, f"r{adapter.rank}")
+            for one in projections:
+                yield _b_row(_name_of("b", name, one), f"{theirs}.lora_B.weight", one, f"r{adapter.rank}")
+        elif adapter.of_input:
+            yield _a_row(f"{name}.l", f"{theirs}.ia3_l", first, "r1")
+        else:
+            for one in projections:
+                yield _b_row(_name_of("l", name, one), f"{theirs}.ia3_l", one, "r1")
 
 
 class AdapterWeights:
@@ -227,10 +235,17 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
             f"{', '.join(sorted({name.rpartition('.')[2] for name in found}))}"
         )
     sizes = model.axis_sizes
-    low = {
-        name: config.low_rank(name, prod(sizes[axis] for axis in parts[0].in_axes)) for name, parts in modules.items()
+    adapters = {
+        name: config.adapter(name, prod(sizes[axis] for axis in parts[0].in_axes)) for name, parts in modules.items()
     }
-    return Adapters(model, config.content(model, base), modules, low)
+    for name, parts in modules.items():
+        adapter = adapters[name]
+        if isinstance(adapter, Scaling) and adapter.of_input and parts[0].is_column:
+            raise ConversionError(
+                f"{config.where}.feedforward_modules matches {name}, whose input others take too; supported: modules "
+                "whose output goes into the residual stream, such as down_proj"
+            )
+    return Adapters(model, config.content(model, base), modules, adapters)
 
 
 def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
@@ -250,8 +265,25 @@ def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
     return {module: tuple(parts) for module, parts in found.items()}
 
 
-def _b_name(native: str, projection: _Projection) -> str:
-    return f"{native}.b_{projection.output}" if projection.is_column else f"{native}.b"
+def _a_row(native: str, theirs: str, first: _Projection, rank: str) -> Row:
+    """Of what has the input features of a module."""
+    pattern = f"{rank} {first.in_dim}"
+    return Row(native, (theirs,), Op((pattern,), pattern), None if first.is_column else first.row.split)
+
+
+def _b_row(native: str, theirs: str, one: _Projection, rank: str) -> Row:
+    """Of what has the output features of a projection, as they lie in its module."""
+    out = " ".join(dim for dim in map(_without_star, _dims(one.row.op.native)[:-1]) if dim)
+    source = one.row.op.sources[one.source]
+    if isinstance(source, Part):
+        given: str | Part = Part(f"{_out_dim(source.pattern, one.in_dim)} {rank}", source.piece)
+    else:
+        given = f"{_out_dim(source, one.in_dim)} {rank}"
+    return Row(native, (theirs,), Op((given,), f"{out} {rank}"), one.row.split if one.is_column else None)
+
+
+def _name_of(letter: str, native: str, projection: _Projection) -> str:
+    return f"{native}.{letter}_{projection.output}" if projection.is_column else f"{native}.{letter}"
 
 
 def _dims(pattern: str) -> list[str]:

@@ -1,12 +1,13 @@
-"""Low-rank adapters of parallel linear layers (Hu et al. 2021, LoRA): y = W x + s B A x, with W frozen.
+"""Adapters of parallel linear layers, which are frozen: low-rank ones (Hu et al. 2021, LoRA), y = W x + s B A x, and
+scalings of outputs or inputs (Liu et al. 2022, (IA)^3), y = l * W x or y = W (l * x).
 
-The r-wide product A x is where an adapter crosses into or out of the tensor-parallel region, so that it moves S B r
-elements where its layer moves S B H.
+The r-wide product A x is where a low-rank adapter crosses into or out of the tensor-parallel region, so that it moves
+S B r elements where its layer moves S B H. Scalings move nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -37,6 +38,29 @@ class LowRank:
     a_bound: float | None = None
     a_std: float | None = None
     b_bound: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What makes it another adapter, for people."""
+        return f"r {self.rank}, scale {self.scale}"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A vector that multiplies what a layer gives, its bias included, or what it takes.
+
+    Attributes:
+        of_input: the latter.
+        std: the vector begins normal; None = at 1.
+    """
+
+    of_input: bool
+    std: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What makes it another adapter, for people."""
+        return f"a scaling of its {'input' if self.of_input else 'output'}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +118,45 @@ class ColumnAdapter(nn.Module):
             for name, shares in self.shares.items()
         }
 
+    def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the layer made of x, by name of the projection, with this beside it: (..., heads, D) or (..., out/t)."""
+        changes = self(x)
+        return {
+            name: output + changes[name].view_as(output) if name in changes else output
+            for name, output in outputs.items()
+        }
+
+
+class ColumnScaling(nn.Module):
+    """l * y of column-parallel outputs; backward, shares that neighbours hold alike get the sum of their gradients.
+
+    Args:
+        outputs: name -> a projection.
+        scaling: of the outputs.
+        tp: the tensor axis.
+    """
+
+    def __init__(self, outputs: Mapping[str, Output], scaling: Scaling, tp: TensorParallel) -> None:
+        super().__init__()
+        assert not scaling.of_input, "projections of one input cannot each scale it"
+        self.tp = tp
+        self.shares = {}
+        for name, output in outputs.items():
+            spec = ParamSpec((output.size, 1), 0, std=scaling.std, fill=1.0, units=output.units)
+            self.register_parameter(f"l_{name}", make_parameter(spec, tp.axis))
+            self.shares[name] = spec.shares(tp.axis.size)
+
+    def forward(self, *outputs: Tensor) -> tuple[Tensor, ...]:
+        """In the order of the projections, each (S, B, heads, D) or (S, B, out/t)."""
+        return tuple(
+            output * self.tp.shared(self.get_parameter(f"l_{name}"), shares).view(output.shape[2:])
+            for (name, shares), output in zip(self.shares.items(), outputs, strict=True)
+        )
+
+    def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `ColumnAdapter.adapted`."""
+        return {**outputs, **dict(zip(self.shares, self(*(outputs[name] for name in self.shares))))}
+
 
 class RowAdapter(nn.Module):
     """s B A x beside a row-parallel layer: (S, B, in/t) -> (S, B, H), or (S/t, B, H) under sequence parallelism.
@@ -120,9 +183,51 @@ class RowAdapter(nn.Module):
         narrow = self.tp.leave(F.linear(self.dropout(x), self.a))
         return F.linear(narrow, self.tp.between(self.b)) * self.low.scale
 
+    def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the layer makes of x, with this beside it."""
+        return layer(x) + self(x)
 
-def add_to(outputs: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Projections with what adapters make of the same input: (S, B, heads, D), or (S, B, out/t), and (S, B, out/t)."""
-    return {
-        name: output + changes[name].view_as(output) if name in changes else output for name, output in outputs.items()
-    }
+
+class RowScaling(nn.Module):
+    """l * y of a row-parallel layer's output, or its input times l: (S, B, in/t) there.
+
+    Args:
+        in_features, out_features: whole sizes.
+        scaling: of which.
+        tp: the tensor axis.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scaling: Scaling, tp: TensorParallel) -> None:
+        super().__init__()
+        self.scaling, self.tp = scaling, tp
+        shape, split = ((1, in_features), 1) if scaling.of_input else ((out_features, 1), None)
+        self.l = make_parameter(ParamSpec(shape, split, std=scaling.std, fill=1.0), tp.axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.l if self.scaling.of_input else self.tp.between(self.l)).flatten()
+
+    def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """As `RowAdapter.around`."""
+        return layer(self(x)) if self.scaling.of_input else self(layer(x))
+
+
+def column_adapter(
+    in_features: int,
+    outputs: Mapping[str, Output],
+    adapter: LowRank | Scaling,
+    tp: TensorParallel,
+    rng: RngStreams | None,
+) -> ColumnAdapter | ColumnScaling:
+    """Of either kind; arguments as theirs."""
+    if isinstance(adapter, Scaling):
+        return ColumnScaling(outputs, adapter, tp)
+    return ColumnAdapter(in_features, outputs, adapter, tp, rng)
+
+
+def row_adapter(
+    in_features: int, out_features: int, adapter: LowRank | Scaling, tp: TensorParallel, rng: RngStreams | None
+) -> RowAdapter | RowScaling:
+    """Of either kind; arguments as theirs."""
+    if isinstance(adapter, Scaling):
+        return RowScaling(in_features, out_features, adapter, tp)
+    return RowAdapter(in_features, out_features, adapter, tp, rng)

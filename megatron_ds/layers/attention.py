@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter import ColumnAdapter, LowRank, Output, RowAdapter, add_to
+from megatron_ds.layers.adapter import LowRank, Output, Scaling, column_adapter, row_adapter
 from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
@@ -136,26 +137,29 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
         core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions)
-        y = self.out(core)
-        return y + self.adapters["out"](core) if "out" in self.adapters else y
+        if "out" not in self.adapters:
+            return self.out(core)
+        beside: Any = self.adapters["out"]
+        return beside.around(self.out, core)
 
-    def adapt(self, outputs: Sequence[str], low: LowRank) -> None:
+    def adapt(self, outputs: Sequence[str], adapter: LowRank | Scaling) -> None:
         """Put an adapter beside `("out",)`, or beside projections of one input: `("q",)`, `("k", "v")` and so on."""
         shape, hidden, rng = self.shape, self.shape.hidden_size, self.rng
         if tuple(outputs) == ("out",):
-            self.adapters["out"] = RowAdapter(shape.num_heads * shape.head_dim, hidden, low, self.out.tp, rng)
+            self.adapters["out"] = row_adapter(shape.num_heads * shape.head_dim, hidden, adapter, self.out.tp, rng)
             return
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         sizes = {"q": Output(queries), "k": Output(keys, shape.num_kv_heads), "v": Output(keys, shape.num_kv_heads)}
         wanted = {name: sizes[name] for name in outputs}
-        self.adapters["_".join(outputs)] = ColumnAdapter(hidden, wanted, low, self.out.tp, rng)
+        self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.out.tp, rng)
 
     def _adapted(self, x: Tensor, context: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries are of x, keys and values of the context."""
         found = {"q": q, "k": k, "v": v}
+        adapter: Any
         for name, adapter in self.adapters.items():
             if name != "out":
-                found = add_to(found, adapter(x if name.startswith("q") else context))
+                found = adapter.adapted(x if name.startswith("q") else context, found)
         return found["q"], found["k"], found["v"]
 
     def _core(

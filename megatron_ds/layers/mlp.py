@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter import ColumnAdapter, LowRank, Output, RowAdapter, add_to
+from megatron_ds.layers.adapter import LowRank, Output, Scaling, column_adapter, row_adapter
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.parallel.random import RngStreams
@@ -68,20 +69,23 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = self.up(x)
         found = dict(zip(("gate", "up"), wide.chunk(2, dim=-1))) if self.gated else {"up": wide}
+        adapter: Any
         for name, adapter in self.adapters.items():
             if name != "down":
-                found = add_to(found, adapter(x))
+                found = adapter.adapted(x, found)
         if self.gated:
             middle = self.dropout(self.act(found["gate"]) * found["up"])
         else:
             middle = self.dropout(self.act(found["up"]))
-        y = self.down(middle)
-        return y + self.adapters["down"](middle) if "down" in self.adapters else y
+        if "down" not in self.adapters:
+            return self.down(middle)
+        beside: Any = self.adapters["down"]
+        return beside.around(self.down, middle)
 
-    def adapt(self, outputs: Sequence[str], low: LowRank) -> None:
+    def adapt(self, outputs: Sequence[str], adapter: LowRank | Scaling) -> None:
         """Put an adapter beside `("down",)`, or beside `("gate",)`, `("up",)` or both."""
         if tuple(outputs) == ("down",):
-            self.adapters["down"] = RowAdapter(self.ffn_size, self.hidden_size, low, self.tp, self.rng)
+            self.adapters["down"] = row_adapter(self.ffn_size, self.hidden_size, adapter, self.tp, self.rng)
             return
         wanted = {name: Output(self.ffn_size) for name in outputs}
-        self.adapters["_".join(outputs)] = ColumnAdapter(self.hidden_size, wanted, low, self.tp, self.rng)
+        self.adapters["_".join(outputs)] = column_adapter(self.hidden_size, wanted, adapter, self.tp, self.rng)

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from megatron_ds.layers.adapter import LowRank
+from megatron_ds.layers.adapter import LowRank, Scaling
 from megatron_ds.models.stages import StageSpec
 
 
@@ -18,13 +18,13 @@ class AdapterPlace:
 
     Attributes:
         module: name of an attention or MLP in the model, such as "blocks.0.attention".
-        outputs: the projections in it that share the adapter's A, such as ("q",); see `adapt` there.
-        low: what the adapter is.
+        outputs: the projections in it that share it, such as ("q",); see `adapt` there.
+        adapter: what it is.
     """
 
     module: str
     outputs: tuple[str, ...]
-    low: LowRank
+    adapter: LowRank | Scaling
 
 
 def with_adapters(stages: Sequence[StageSpec], places: Sequence[AdapterPlace]) -> list[StageSpec]:
@@ -45,5 +45,5 @@ def _build(spec: StageSpec, places: Sequence[AdapterPlace]) -> nn.Module:
     stage = spec.build()
     for place in places:
         module = stage.get_submodule(place.module)
-        module.adapt(place.outputs, place.low)  # type: ignore[operator]
+        module.adapt(place.outputs, place.adapter)  # type: ignore[operator]
     return stage

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ds.config import RunConfig
-from megatron_ds.config.wording import show
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.adapters import Adapters, AdapterWeights, read_adapters
@@ -56,10 +55,10 @@ def _check_same(adapters: Adapters, checkpoint: Path, model: HFModel, base: str)
         saved = read_adapters(checkpoint, model, base)
     except ConversionError as problem:
         raise CheckpointError(f"{checkpoint}: {problem}") from problem
-    for module in sorted({*adapters.low, *saved.low}):
-        mine, theirs = adapters.low.get(module), saved.low.get(module)
-        if mine is None or theirs is None or (mine.rank, mine.scale) != (theirs.rank, theirs.scale):
-            said = [f"r {low.rank}, scale {show(low.scale)}" if low is not None else "none" for low in (mine, theirs)]
+    for module in sorted({*adapters.adapters, *saved.adapters}):
+        both = adapters.adapters.get(module), saved.adapters.get(module)
+        said = [one.words if one is not None else "none" for one in both]
+        if said[0] != said[1]:
             raise CheckpointError(
                 f"peft: the adapter of {module} is {said[0]}, and {checkpoint} has {said[1]}; change it back, or "
                 "choose another output"

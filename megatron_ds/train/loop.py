@@ -70,6 +70,7 @@ class TrainingLoop:
         shuffle = run.data.shuffle and not train_data.ordered
         self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, shuffle)
         self._ahead, self._data_wait = run.data.prefetch, DataWait(run.data.prefetch)
+        self._coming: Iterator[Batches] = iter(())
         self._now, self._saved_step, self._beat = begin, begin.step, beat
         self._stopped_by = 0
 
@@ -102,9 +103,9 @@ class TrainingLoop:
             CheckpointError: a checkpoint could not be written.
         """
         steps = self._run.train.steps
-        with Prefetch(self._read_train, self._positions(), self._ahead) as batches:
+        with Prefetch(self._read_train, self._positions(), self._ahead) as self._coming:
             while self._now.step < steps:
-                self._step(self._now.step + 1, batches)
+                self._step(self._now.step + 1)
                 stop = self._agree(interrupt)
                 if not stop and self._is_validation_due(self._now.step):
                     stop = self._validate(self._now.step, interrupt)
@@ -125,13 +126,13 @@ class TrainingLoop:
     def _read_train(self, position: int) -> Batches:
         return self._micro_batches(self._train_data, self._batches.indices_from(position))
 
-    def _step(self, step: int, ahead: Iterator[Batches]) -> None:
+    def _step(self, step: int) -> None:
         """One optimizer step; its seconds cover the wait for its data."""
         began_s = time.perf_counter()
         train, now = self._run.train, self._now
         lr = learning_rate(now.applied, train.steps, self._run.optimizer, self._run.schedule)
         self._beat(f"step {step}: reading data")
-        batches = next(ahead)
+        batches = next(self._coming)
         data_s = time.perf_counter() - began_s
         self._beat(f"step {step}: forward and backward pass, optimizer")
         result = self._engine.train_step(batches, lr)

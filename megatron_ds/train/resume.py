@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,6 +211,8 @@ def _first_change(then: DataPosition, here: DataPosition, is_ordered: bool) -> _
         return None
     changed = [field for field, new in here.settings.items() if field in then.settings and then.settings[field] != new]
     for field in changed:
+        if field == "data.train":
+            return _first_other_source(then.settings[field], here.settings[field])
         if field not in _SIZE:
             return _Change(f"{field}={show(here.settings[field])}", show(then.settings[field]))
     if is_ordered and changed:
@@ -221,3 +224,10 @@ def _first_change(then: DataPosition, here: DataPosition, is_ordered: bool) -> _
         )
     same = then.description == here.description
     return _Change(f"data.train ({here.description})", "other content of the same size" if same else then.description)
+
+
+def _first_other_source(then: Sequence[str], here: Sequence[str]) -> _Change:
+    pairs = enumerate(zip_longest(then, here, fillvalue="nothing"))
+    place, (old, new) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+    field = "data.train" if len(then) == len(here) == 1 else f"data.train[{place}]"
+    return _Change(f"{field}={new}", old)

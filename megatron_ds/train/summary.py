@@ -40,12 +40,12 @@ def summarize(job: Job, engine: Engine, data: Dataset) -> RunSummary:
 
 
 def _model_words(job: Job) -> str:
-    """Such as `llama`, or `llama with LoRA of 1.2 M parameters`."""
+    """Such as `llama`, or `llama with adapters of 1.2 M parameters`."""
     name = job.model.family.model_type
     if job.adapters is None:
         return name
     trained = _count(job.adapters, job.adapters.table)
-    return f"{name} with LoRA of {trained / 1e6:,.3g} M parameters"
+    return f"{name} with adapters of {trained / 1e6:,.3g} M parameters"
 
 
 def _count(tables: Tables, names: Collection[str]) -> int:

@@ -24,7 +24,7 @@ def no_orphans(start: Start, tmp_path: Path) -> Iterator[None]:
     assert processes_of(tmp_path) == {}
 
 
-STEP_FIELDS = ["step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "tflops_per_rank"]
+STEP_FIELDS = ["step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "data_s"]
 SPOKEN = re.compile(
     r"(model|world|deepspeed|device|steps|data|output) {2,}\S.*|step  \d+/\d+  loss .*|valid \d+/\d+  loss .*"
     r"|exported a Hugging Face directory: .*|what transformers predicts from it equals .*|done: \d+ steps; .*"

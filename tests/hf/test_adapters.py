@@ -22,6 +22,7 @@ from megatron_ds.models.build import model_stages
 from megatron_ds.models.stages import StageModel
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.parallel.tensor import TensorParallel
+from tests.parity.adapter_cases import random_config
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone
 
@@ -34,44 +35,50 @@ CONFIG = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "rank_pattern
 
 
 def test_every_field_of_pefts_config_is_heeded_refused_or_not_about_math() -> None:
-    from peft import LoraConfig
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
-    known = {field.name for field in fields(LoraConfig)}
-    assert known == module.HEEDED | module.MUST_BE.keys() | module.COSMETIC
-    assert len(known) == len(module.HEEDED) + len(module.MUST_BE) + len(module.COSMETIC)
-    plain = LoraConfig()
-    assert {name: getattr(plain, name) for name in module.MUST_BE} == dict(module.MUST_BE)
+    for kind, ledger in module.LEDGERS.items():
+        made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+        known = {field.name for field in fields(made)}
+        cosmetic = module.COSMETIC & known
+        assert known == ledger.heeded | ledger.must_be.keys() | cosmetic
+        assert len(known) == len(ledger.heeded) + len(ledger.must_be) + len(cosmetic)
+        assert {name: getattr(made(), name) for name in ledger.must_be} == dict(ledger.must_be)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """case -> a directory with a base, an adapter of peft's, and what peft merges."""
-    known: dict[str, Path] = {}
+    """Case and kind -> a directory with a base, an adapter of peft's, and what peft merges."""
+    known: dict[tuple[str, str], Path] = {}
 
-    def get(case: str) -> Path:
-        if case not in known:
-            known[case] = tmp_path_factory.mktemp(case)
-            run_alone(_save, case, known[case])
-        return known[case]
+    def get(case: str, kind: str = "LORA") -> Path:
+        if (case, kind) not in known:
+            known[case, kind] = tmp_path_factory.mktemp(case)
+            run_alone(_save, case, kind, known[case, kind])
+        return known[case, kind]
 
     return get
 
 
-def _save(case: str, directory: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+def _save(case: str, kind: str, directory: Path) -> None:
+    from peft import get_peft_model
 
     base = make_model(ALL_CONFIGS[case])
     base.save_pretrained(directory / "base")
-    targets = sorted(read_adapters(CONFIG, read_model(directory / "base"), "").modules)
-    config = LoraConfig(**{**CONFIG, "target_modules": targets}, init_lora_weights=False)
-    model = get_peft_model(base, config)
+    meaning = read_adapters(CONFIG, read_model(directory / "base"), "")
+    config: dict[str, Any] = {**CONFIG, "target_modules": sorted(meaning.modules)}
+    if kind == "IA3":
+        inner = [name for name, parts in meaning.modules.items() if not parts[0].is_column and "mlp" in parts[0].parent]
+        config = {"peft_type": kind, "target_modules": config["target_modules"], "feedforward_modules": inner}
+    model = get_peft_model(base, random_config(config))
     model.save_pretrained(directory / "adapter")
     model.merge_and_unload().save_pretrained(directory / "merged")
 
 
+@pytest.mark.parametrize("kind", ["LORA", "IA3"])
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back_bit_for_bit(case: str, made: Any, tmp_path: Path) -> None:
-    directory = made(case)
+def test_there_and_back_bit_for_bit(case: str, kind: str, made: Any, tmp_path: Path) -> None:
+    directory = made(case, kind)
     adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
     weights = AdapterWeights(directory / "adapter", adapters)
     parameters = [(name, weights.whole(name)) for name in adapters.table]
@@ -79,12 +86,13 @@ def test_there_and_back_bit_for_bit(case: str, made: Any, tmp_path: Path) -> Non
     before, after = (load_file(place / ADAPTER_WEIGHTS) for place in (directory / "adapter", tmp_path / "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     again = read_adapters(tmp_path / "again", read_model(directory / "base"), "base")
-    assert again.low == adapters.low and again.config == adapters.config
+    assert again.adapters == adapters.adapters and again.config == adapters.config
 
 
+@pytest.mark.parametrize("kind", ["LORA", "IA3"])
 @pytest.mark.parametrize("case", CASES)
-def test_merged_as_peft_merges(case: str, made: Any, tmp_path: Path) -> None:
-    directory = made(case)
+def test_merged_as_peft_merges(case: str, kind: str, made: Any, tmp_path: Path) -> None:
+    directory = made(case, kind)
     base = HFWeights(directory / "base", read_model(directory / "base"))
     adapters = read_adapters(directory / "adapter", base.model, "base")
     weights = AdapterWeights(directory / "adapter", adapters)
@@ -96,13 +104,15 @@ def test_merged_as_peft_merges(case: str, made: Any, tmp_path: Path) -> None:
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-6)
         changed += not torch.equal(mine[name], plain[name])
-    assert changed == len(adapters.modules)
+    biases = sum(name.removesuffix("weight") + "bias" in mine for name in mine) if kind == "IA3" else 0
+    assert len(adapters.modules) <= changed <= len(adapters.modules) + biases
 
 
+@pytest.mark.parametrize("kind", ["LORA", "IA3"])
 @pytest.mark.parametrize("case", CASES)
-def test_each_rank_reads_its_share(case: str, made: Any) -> None:
+def test_each_rank_reads_its_share(case: str, kind: str, made: Any) -> None:
     """The shapes are those of the modules that are built; shares of one parameter are parts of the whole."""
-    directory = made(case)
+    directory = made(case, kind)
     model = HFWeights(directory / "base", read_model(directory / "base")).model
     adapters = read_adapters(directory / "adapter", model, "base")
     weights = AdapterWeights(directory / "adapter", adapters)

@@ -26,12 +26,12 @@ from tests.ranks import run_grid
 
 def train_peft(case: str, config: dict[str, Any], recipe: Recipe, directory: Path) -> dict[str, Any]:
     """Save the base to `directory/base` and the initial adapter to `directory/adapter`, and train."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     base = make_model(ALL_CONFIGS[case])
     base.save_pretrained(directory / "base")
     torch.manual_seed(11)
-    model = get_peft_model(base, LoraConfig(**config, init_lora_weights=False), autocast_adapter_dtype=False)
+    model = get_peft_model(base, random_config(config), autocast_adapter_dtype=False)
     model.save_pretrained(directory / "adapter")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -48,6 +48,16 @@ def train_peft(case: str, config: dict[str, Any], recipe: Recipe, directory: Pat
     model.save_pretrained(directory / "trained")
     weights = load_file(directory / "trained" / "adapter_model.safetensors")
     return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def random_config(config: dict[str, Any]) -> Any:
+    """peft's, whose adapters begin at random throughout."""
+    from peft import IA3Config, LoraConfig
+
+    if config.get("peft_type") == "IA3":
+        given = {name: value for name, value in config.items() if name != "peft_type"}
+        return IA3Config(**given, init_ia3_weights=False)
+    return LoraConfig(**config, init_lora_weights=False)
 
 
 def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:

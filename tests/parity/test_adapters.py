@@ -1,4 +1,4 @@
-"""LoRA is what peft on transformers makes of it: losses, gradient norms and adapters after five steps.
+"""Adapters are what peft on transformers makes of them: losses, gradient norms and adapters after five steps.
 
 Bounds as in `test_layouts`. Adapters begin at random, B too, so that a wrong one shows at the first step.
 """
@@ -38,6 +38,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fused-gate": ("phi3-plain", {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
     "some-layers": ("llama", {"r": 4, "target_modules": ["up_proj"], "layers_to_transform": [0, 2]}),
     "encoder-decoder": ("t5-gated", {"r": 4, "target_modules": ["q", "k", "v", "o", "wi_0", "wo"]}),
+    "scalings": (
+        "llama",
+        {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+    "scalings-shared-biased": (
+        "llama-1kv",
+        {"peft_type": "IA3", "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}
+        | {"feedforward_modules": []},
+    ),
+    "scalings-fused": (
+        "gpt2",
+        {"peft_type": "IA3", "target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]},
+    ),
     "encoder": ("bert-pretraining", {"r": 4, "target_modules": ["query", "value", "intermediate.dense"]}),
 }
 PLACES = [
@@ -56,6 +69,9 @@ COVERING = [
         for name in ("ranks", "fused-inputs-first", "fused-groups", "fused-gate", "encoder-decoder", "encoder")
         for place in (Place(2, 2, 1, 1, True), Place(2, 1, 2, 3))
     ),
+    *(("scalings", place) for place in (Place(1, 1, 1, 1), Place(2, 2, 1, 1, True), Place(2, 1, 2, 3, True))),
+    *(("scalings-shared-biased", place) for place in (Place(4, 1, 1, 1, True), Place(4, 1, 1, 3), Place(2, 2, 1, 1))),
+    *(("scalings-fused", place) for place in (Place(2, 1, 2, 2, True), Place(1, 2, 1, 1))),
     ("some-layers", Place(1, 2, 1, 1)),
     ("some-layers", Place(2, 1, 1, 2, True, recompute="full")),
     ("llama", Place(1, 2, 2, 1, recompute="full")),
@@ -122,6 +138,8 @@ def _in_the_trap(grid: Any, trap: Callable[[], None], directory: Path, place: Pl
         (_partial_under_sequence, "llama", Place(2, 1, 1, 1, True)),
         (_unscaled, "llama", Place(1, 1, 1, 1)),
         (_shares_alone, "all", Place(4, 1, 1, 1)),
+        (_shares_alone, "scalings-shared-biased", Place(4, 1, 1, 1)),
+        (_partial_under_sequence, "scalings-shared-biased", Place(4, 1, 1, 1, True)),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

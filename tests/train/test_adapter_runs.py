@@ -154,7 +154,7 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
         (["peft={r: 0}"], "peft.r=0 must be at least 1"),
         (["peft={rank_pattern: {q_proj: 0}}"], "peft.rank_pattern.q_proj=0 must be at least 1"),
         (["peft={rank: 8}"], "peft.rank is no field of peft's LoraConfig"),
-        (["peft={peft_type: VERA}"], "peft.peft_type=VERA is not supported; supported: LORA"),
+        (["peft={peft_type: VERA}"], "peft.peft_type=VERA is not supported; supported: LORA, IA3"),
         (["peft={use_dora: true}"], "peft.use_dora=True is not supported; nearest: False"),
         (["peft={bias: all}"], "peft.bias=all is not supported; nearest: none"),
         (["peft={target_modules: [q]}"], "matches nothing in a llama; supported: down_proj, gate_proj, k_proj"),
@@ -162,6 +162,11 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
             ["peft={target_modules: [q_proj, lm_head]}"],
             "target_modules matches lm_head, which cannot have an adapter",
         ),
+        (
+            ["peft={peft_type: IA3, target_modules: [up_proj], feedforward_modules: [up_proj]}"],
+            "peft.feedforward_modules matches model.layers.0.mlp.up_proj, whose input others take too",
+        ),
+        (["peft={peft_type: IA3, r: 4}"], "peft.r is no field of peft's IA3Config"),
         (["peft=nowhere"], "peft=nowhere: no adapter_config.json here"),
         (["peft=3"], "peft=3 is neither fields of a peft config"),
         (["train.freeze=[model.norm.weight]"], "train.freeze does nothing with peft"),
@@ -217,3 +222,19 @@ def test_half_precision_keeps_its_masters(make_lora: Any, tmp_path: Path) -> Non
     fp32, bf16 = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fp32", "bf16"))
     assert all(torch.equal(fp32[name].bfloat16(), bf16[name]) for name in bf16)
     assert any(not torch.equal(fp32[name], bf16[name].float()) for name in bf16)
+
+
+def test_scalings_too(make_lora: Any, base: Path, tmp_path: Path) -> None:
+    """(IA)^3, gone on with at another layout, exported for peft and merged."""
+    preload()
+    scalings = "peft={peft_type: IA3}"  # peft's usual ones of a Llama
+    more = ["schedule.name=constant", "optimizer.lr=0.05"]
+    straight = make_lora("straight", scalings, *more)
+    mds.train(straight)
+    mds.train(make_lora("cut", scalings, *more, "train.steps=2", parallel={"tensor": 2, "sequence": True}), nproc=2)
+    export = {"path": str(tmp_path / "adapter"), "check": True}
+    cut = make_lora("cut", scalings, *more, export=export, parallel={"pipeline": 2})
+    mds.train(cut, nproc=2)
+    assert losses(cut.output, "loss") == pytest.approx(losses(straight.output, "loss"), rel=2e-5)
+    assert _run(["export", cut.output, str(tmp_path / "merged"), "--merge"]) == 0
+    run_alone(_logits, tmp_path / "adapter", tmp_path / "merged", base, tmp_path / "merged")

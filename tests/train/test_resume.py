@@ -68,8 +68,13 @@ def test_other_files_and_other_content_are_told_apart(make_run: MakeRun, tmp_pat
     saved = after_two_steps(run, tmp_path)
     other = make_run(data={"train": [str(tmp_path / "other.txt")]})
     (tmp_path / "other.txt").write_text("w5 " * 100)
-    with pytest.raises(CheckpointError, match=r"^data.train=.*other.txt.* is not what .*step_00000002 was .*mine.txt"):
+    with pytest.raises(
+        CheckpointError, match=r"^data.train=/.*/other.txt is not what .*step_00000002 was .*/mine.txt; "
+    ):
         began(other, saved)
+    more = make_run(data={"train": [str(file), str(tmp_path / "other.txt")]})
+    with pytest.raises(CheckpointError, match=r"^data.train\[1\]=.*/other.txt is not what .* trained on: nothing; "):
+        began(more, saved)
     file.write_text("w1 w2 w3 w5 " * 100)
     with pytest.raises(CheckpointError) as caught:
         began(run, saved)
@@ -115,9 +120,9 @@ def test_more_steps_may_change_the_order_of_indexed_data(make_run: MakeRun, tmp_
     with pytest.raises(CheckpointError) as caught:
         began(of(20), saved)
     assert str(caught.value).startswith(
-        "the order of 2,000 tokens in 40 documents, 187 samples of 32 in 3 epochs, which goes by the epochs that "
-        f"train.steps=20 x train.global_batch_size=8 take, is not what {WHERE} was trained on: 2,000 tokens in 40 "
-        "documents, 62 samples of 32, with 5 x 8; change it back"
+        "the order of 2,000 tokens in 40 documents, 187 samples of 32 in 3 epochs, the last apart, which goes by the "
+        f"epochs that train.steps=20 x train.global_batch_size=8 take, is not what {WHERE} was trained on: 2,000 "
+        "tokens in 40 documents, 62 samples of 32, with 5 x 8; change it back"
     )
 
 

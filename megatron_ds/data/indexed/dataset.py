@@ -69,6 +69,11 @@ class IndexedDataset:
         return self._file.prefix
 
     @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int32: tokens of each document."""
+        return self._file.lengths[self._start : self._stop]
+
+    @property
     def num_epoch_samples(self) -> int:
         """Samples that the documents hold once."""
         return (self.num_tokens - 1) // self.seq_length
