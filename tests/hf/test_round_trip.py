@@ -87,6 +87,8 @@ def _export_from_ranks(grid: Grid, source: Path, target: Path, place: Place) -> 
 class _JobOf:
     """The parts of a job that an export reads."""
 
+    adapters = None
+
     class run:
         class model:
             path = tokenizer_path = None

@@ -201,7 +201,7 @@ def _logits(grid: Grid, directory: Path, sequence: bool, batches: list[dict[str,
     return [outputs["logits"] for outputs in found if outputs is not None]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["llama", "gpt2", "mistral", "bloom-tied", "gemma2-caps"])
 def test_nothing_leaks_from_one_document_to_another(case: str, models: Any) -> None:
     """Other tokens in one document change its logits and, to the bit, no other's."""
     row, number = 4, 1

@@ -176,7 +176,9 @@ def encoder_norm_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def cross_attention_reads_its_own_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Attention.forward
 
-    def own(self: Attention, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def own(
+        self: Attention, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None, **others: Any
+    ) -> Tensor:
         return forward(self, x, mask if context is None else None)
 
     monkeypatch.setattr(Attention, "forward", own)
