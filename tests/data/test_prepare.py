@@ -268,6 +268,22 @@ def test_a_worker_that_dies_does_not_hang(
         made(source)
 
 
+def test_a_worker_that_dies_while_it_sends_does_not_hang(
+    book: Path, write_jsonl: Any, made: Any, monkeypatch: pytest.MonkeyPatch, small_chunks: None
+) -> None:
+    """In the middle of a message: what the other worker sends is still read, and the end of this one seen."""
+    source = write_jsonl([{"text": text} for text in texts(book, 10)])
+
+    def send_much(*given: Any) -> workers.Encoded:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        return workers.Encoded(bytes(1 << 28), np.empty(0, dtype=np.int32), -1, 1, [])
+
+    monkeypatch.setattr(workers, "encode_chunk", send_much)
+    with pytest.raises(LaunchError, match=r"prepare-\d ended with status -14"):
+        made(source)
+
+
 def test_the_same_source_twice_is_two_sources(book: Path, write_jsonl: Any, made: Any, tmp_path: Path) -> None:
     rows = [{"text": text} for text in texts(book, 3)]
     source, bad = write_jsonl(rows), write_jsonl([rows[0], b"bad"], "bad.jsonl")
@@ -387,9 +403,11 @@ def test_the_command_survives_being_killed(book: Path, write_jsonl: Any, tokeniz
         while process.poll() is None and not psutil.Process(process.pid).children() and time.monotonic() < deadline:
             time.sleep(0.02)  # until its workers are there
         time.sleep(0.15 * (number + 1))
+        children = psutil.Process(process.pid).children() if process.poll() is None else []
         process.send_signal(sent)
         status = process.wait(30)
         assert status in ((-9, 0) if sent == signal.SIGKILL else (130, 0)), process.communicate()
+        assert not psutil.wait_procs(children, timeout=10)[1]  # workers end with their parent
         if status == 130:
             assert "the same command goes on where it was" in process.communicate()[1]
     last = _start(source, tokenizer_path, tmp_path / "cut")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-import queue
 import signal
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_ds.data.prepare.chunks import Chunk, Reader
 from megatron_ds.errors import DataError, LaunchError
 
 AHEAD = 3  # chunks a worker that are read, tokenised or waiting to be written
-_POLL_S = 0.5
+_GIVEN = 2  # chunks a worker has at once: the one that it tokenises, and the next
 
 
 @dataclass(frozen=True)
@@ -97,71 +98,118 @@ def encode_all(
         DataError: a chunk cannot be read.
         LaunchError: a worker died, or failed for a reason that is ours.
     """
-    context: Any = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
-    tasks, results = context.Queue(), context.Queue()
-    workers = [
-        context.Process(target=_work, args=(encoding, tokenizer, tasks, results), name=f"prepare-{number}", daemon=True)
-        for number in range(min(num_workers, len(chunks)))
-    ]
-    for worker in workers:
-        worker.start()
+    workers: list[_Worker] = []
     try:
-        yield from _in_order(chunks, tasks, results, workers)
+        for number in range(min(num_workers, len(chunks))):
+            workers.append(_start(number, encoding, tokenizer, workers))
+        yield from _in_order(chunks, workers)
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.process.terminate()
+            worker.pipe.close()
         for worker in workers:
-            worker.join(5)
-        for one in (tasks, results):
-            one.cancel_join_thread()
-            one.close()
+            worker.process.join(5)
 
 
-def _in_order(chunks: Sequence[Chunk], tasks: Any, results: Any, workers: Sequence[Any]) -> Iterator[Encoded]:
+@dataclass
+class _Worker:
+    """A process, and a pipe that only it and its parent hold: when either ends, the other reads the end of the pipe.
+
+    A queue shared by all has a lock, and who is killed while it holds it leaves the others waiting for ever.
+    """
+
+    process: Any
+    pipe: Connection
+    num_given: int = 0
+
+
+def _start(number: int, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, others: Sequence[_Worker]) -> _Worker:
+    forks = "fork" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+    ours, theirs = context.Pipe()
+    inherited = [ours, *(other.pipe for other in others)] if forks else []
+    process = context.Process(
+        target=_work, args=(encoding, tokenizer, theirs, inherited), name=f"prepare-{number}", daemon=True
+    )
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _in_order(chunks: Sequence[Chunk], workers: Sequence[_Worker]) -> Iterator[Encoded]:
     waiting: dict[int, Encoded] = {}
     given, room = 0, AHEAD * max(1, len(workers))
     for number in range(len(chunks)):
-        while given < len(chunks) and given < number + room:
-            tasks.put((given, chunks[given]))
-            given += 1
         while number not in waiting:
-            found, result = _next(results, workers)
-            if isinstance(result, DataError):
-                raise result
-            if isinstance(result, str):
-                raise LaunchError(f"a worker failed at {chunks[found].path}:\n{result}")
-            waiting[found] = result
+            for worker in [*workers, *workers]:  # one each, then the next
+                if worker.num_given < _GIVEN and given < min(len(chunks), number + room):
+                    _give(worker, given, chunks[given])
+                    given += 1
+            for worker in _ready(workers):
+                found, result = _receive(worker)
+                if isinstance(result, DataError):
+                    raise result
+                if isinstance(result, str):
+                    raise LaunchError(f"a worker failed at {chunks[found].path}:\n{result}")
+                waiting[found] = result
         yield waiting.pop(number)
 
 
-def _next(results: Any, workers: Sequence[Any]) -> tuple[int, Any]:
-    while True:
-        try:
-            return results.get(timeout=_POLL_S)
-        except queue.Empty:
-            dead = [worker for worker in workers if not worker.is_alive()]
-            if dead:
-                raise LaunchError(
-                    f"{dead[0].name} ended with status {dead[0].exitcode} (negative: by that signal; -9 is often the "
-                    "kernel's, for want of memory); start the command again, with fewer --workers: it goes on where it "
-                    "was"
-                ) from None
+def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
+    pipes = wait([worker.pipe for worker in workers])
+    return [worker for worker in workers if worker.pipe in pipes]
 
 
-def _work(encoding: Encoding, tokenizer: PreTrainedTokenizerBase, tasks: Any, results: Any) -> None:
+def _give(worker: _Worker, number: int, chunk: Chunk) -> None:
+    try:
+        worker.pipe.send((number, chunk))
+    except OSError:
+        raise _ended(worker) from None
+    worker.num_given += 1
+
+
+def _receive(worker: _Worker) -> tuple[int, Any]:
+    try:
+        result = worker.pipe.recv()
+    except (EOFError, OSError):  # also in the middle of a message
+        raise _ended(worker) from None
+    worker.num_given -= 1
+    return result
+
+
+def _ended(worker: _Worker) -> LaunchError:
+    worker.process.join(5)
+    return LaunchError(
+        f"{worker.process.name} ended with status {worker.process.exitcode} (negative: by that signal; -9 is often the "
+        "kernel's, for want of memory); start the command again, with fewer --workers: it goes on where it was"
+    )
+
+
+def _work(
+    encoding: Encoding, tokenizer: PreTrainedTokenizerBase, pipe: Connection, inherited: Sequence[Connection]
+) -> None:
+    for other in inherited:  # held by a fork, they would keep their pipes from ending with the parent
+        other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     reader = Reader(encoding.column)
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    while True:
-        number, chunk = tasks.get()
-        try:
-            results.put((number, encode_chunk(reader, tokenizer, encoding, chunk)))
-        except DataError as problem:
-            results.put((number, problem))
-        except OSError as problem:
-            results.put((number, DataError(f"data: {chunk.path}: cannot be read ({problem})")))
-        except Exception:  # the parent must not wait for it
-            results.put((number, traceback.format_exc()))
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
+            number, chunk = pipe.recv()
+            pipe.send((number, _result(reader, tokenizer, encoding, chunk)))
+
+
+def _result(
+    reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk
+) -> Encoded | DataError | str:
+    try:
+        return encode_chunk(reader, tokenizer, encoding, chunk)
+    except DataError as problem:
+        return problem
+    except OSError as problem:
+        return DataError(f"data: {chunk.path}: cannot be read ({problem})")
+    except Exception:  # the parent must not wait for it
+        return traceback.format_exc()
