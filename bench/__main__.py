@@ -1,0 +1,114 @@
+"""`python -m bench [CASE ...]`: run cases, show them, and write `results.json`, `RESULTS.md` and `results.png`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.arena import Samples, compete
+from bench.cases import CASES, Case, Entry
+from bench.files import write_corpus
+from bench.gemm import device_peak, flops_of_step
+from bench.report import draw, markdown, show
+from bench.result import CaseResult, EntryResult, judge, machine, write_json
+from bench.work import Spec, write_model
+
+GEMM = "matrix products"
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.", metavar="[CASE]...")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant.")] = 3,
+    output: Annotated[Path, typer.Option(help="Directory of what is written.")] = Path("out/bench"),
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small work, to look at the plumbing.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the one that is there by default.")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+) -> None:
+    """Ours beside what a user would pick instead, taking turns within one run.
+
+    Example: python -m bench one tp2 --rounds 5
+    """
+    console = Console(highlight=False)
+    if listing:
+        for name, case in CASES.items():
+            console.print(f"{name:12} {case.title}: {'; '.join(case.entries)}", soft_wrap=True)
+        return
+    unknown = [name for name in names or () if name not in CASES]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is no case; there are {', '.join(CASES)}")
+    began_s = time.monotonic()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    device = device or _device()
+    results = []
+    for name in names or CASES:
+        results.append(run_case(name, CASES[name], rounds, device, tiny))
+        show(results[-1], console)
+    where = {"date": datetime.date.today().isoformat(), **machine(device), "rounds": str(rounds)}
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(results, where, output / "results.json")
+    draw(results, output / "results.png")
+    (output / "RESULTS.md").write_text(markdown(results, where, "results.png"))
+    console.print(f"{time.monotonic() - began_s:.0f} s; {output}/RESULTS.md, results.json, results.png")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False) -> CaseResult:
+    """Write what the contestants start from, let them compete, and judge."""
+    work = case.work.shrunk() if tiny else case.work
+    if device == "cuda":
+        work = replace(work, dtype="bf16")
+    with tempfile.TemporaryDirectory(prefix="bench-") as made:
+        place = Path(made)
+        folder = place / "given"
+        folder.mkdir()
+        flops = 0.0
+        if work.size_bytes:
+            amount = float(write_corpus(work.size_bytes, folder))
+        else:
+            flops = write_model(work, folder)
+            amount = float(work.tokens)
+        if case.unit == "GB/s":
+            flops, amount = 0.0, sum(file.stat().st_size for file in folder.iterdir()) / 1e9
+        entries: dict[str, Entry] = {**case.entries, **({GEMM: Entry("gemm")} if flops else {})}
+        specs = {
+            label: Spec(entry.runner, entry.world, _options(entry), work, str(folder), device)
+            for label, entry in entries.items()
+        }
+        samples = compete(specs, rounds, case.steps, place)
+    limits = _limits(samples.pop(GEMM), device) if flops else {}
+    found = tuple(
+        EntryResult(label, entries[label].world, tuple(one.seconds), one.peak_bytes or 0, one.losses[0])
+        for label, one in samples.items()
+    )
+    result = CaseResult(name, case.title, case.unit, amount, flops, limits, found, ())
+    return replace(result, targets=judge(result, case.targets))
+
+
+def _options(entry: Entry) -> Mapping[str, object]:
+    return {**entry.options, "workers": len(os.sched_getaffinity(0))}
+
+
+def _limits(gemm: Samples, device: str) -> dict[str, float]:
+    limits = {"the limit": flops_of_step(device) / gemm.median_s}
+    peak = device_peak(device)
+    return {**limits, "the device's peak (MFU)": peak} if peak is not None else limits
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

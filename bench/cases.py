@@ -1,0 +1,189 @@
+"""Who meets whom, on what work, and what is hoped for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bench.work import Work
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 16_384,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 30_522,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 32_128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 1024,
+    "num_layers": 6,
+    "num_decoder_layers": 6,
+    "num_heads": 8,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "tie_word_embeddings": True,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant: a name in `contestant.RUNNERS`, its ranks and options."""
+
+    runner: str
+    world: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio that is hoped for: of `figure` of one contestant to that of another.
+
+    Attributes:
+        ours, other: labels.
+        bound: of the ratio.
+        figure: "speed", which should be at least so high, or "memory" a rank, at most.
+    """
+
+    ours: str
+    other: str
+    bound: float
+    figure: str = "speed"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One meeting.
+
+    Attributes:
+        title: in a few words.
+        work: the same for all.
+        entries: label -> contestant, the one that others are measured by first.
+        targets: what is hoped for.
+        unit: of the speed: "tokens/s" or "GB/s".
+        steps: of a turn.
+    """
+
+    title: str
+    work: Work
+    entries: Mapping[str, Entry]
+    targets: tuple[Target, ...] = ()
+    unit: str = "tokens/s"
+    steps: int = 1
+
+
+ALONE = Entry("transformers")
+DECODER = Work(model=LLAMA)
+LARGE_VOCABULARY = replace(DECODER, model={**LLAMA, "vocab_size": 128_000})
+TWO_RANKS = {"tensor": 2}
+
+CASES: dict[str, Case] = {
+    "one": Case(
+        "one process",
+        DECODER,
+        {"transformers": ALONE, "ours": Entry("ours"), "ours, compiled": Entry("ours", options={"compile": True})},
+        (Target("ours", "transformers", 1.05),),
+        steps=2,
+    ),
+    "tp2": Case(
+        "tensor parallel on 2 ranks",
+        DECODER,
+        {
+            "transformers, 1 process": ALONE,
+            "DeepSpeed AutoTP": Entry("autotp", 2),
+            "transformers tp_plan": Entry("transformers-tp", 2),
+            "ours": Entry("ours", 2, TWO_RANKS),
+            "ours, sequence parallel": Entry("ours", 2, {**TWO_RANKS, "sequence": True}),
+        },
+        (
+            Target("ours", "DeepSpeed AutoTP", 1.6),
+            Target("ours", "transformers tp_plan", 1.4),
+            Target("ours", "transformers, 1 process", 0.95),
+            Target("ours, sequence parallel", "DeepSpeed AutoTP", 1.6),
+        ),
+    ),
+    **{
+        f"zero{stage}": Case(
+            f"ZeRO-{stage} on 2 ranks",
+            DECODER,
+            {
+                "DeepSpeed, transformers": Entry("deepspeed", 2, {"zero": stage}),
+                "ours": Entry("ours", 2, {"zero": stage}),
+            },
+            (Target("ours", "DeepSpeed, transformers", 1.1),) if stage != 2 else (),
+        )
+        for stage in (1, 2, 3)
+    },
+    "pp2": Case(
+        "a pipeline of 2 ranks, 4 micro-batches",
+        DECODER,
+        {"transformers, 1 process": ALONE, "ours": Entry("ours", 2, {"pipeline": 2, "micro_batch": 1})},
+    ),
+    "vocabulary": Case(
+        "a vocabulary of 128,000",
+        LARGE_VOCABULARY,
+        {"transformers": ALONE, "ours": Entry("ours"), "ours, tp 2": Entry("ours", 2, TWO_RANKS)},
+        (
+            Target("ours", "transformers", 1.3),
+            Target("ours", "transformers", 0.65, "memory"),
+            Target("ours, tp 2", "transformers", 0.4, "memory"),
+        ),
+    ),
+    "long2k": Case(
+        "sequences of 2,048 tokens, recomputation",
+        replace(DECODER, batch=1, seq_length=2048, recompute=True),
+        {"transformers": ALONE, "ours": Entry("ours")},
+    ),
+    "long8k": Case(
+        "sequences of 8,192 tokens, recomputation",
+        replace(DECODER, batch=1, seq_length=8192, recompute=True),
+        {"transformers": ALONE, "ours": Entry("ours")},
+        (Target("ours", "transformers", 0.5, "memory"), Target("ours", "transformers", 1.0)),
+    ),
+    "bert": Case(
+        "BERT",
+        Work(model=BERT),
+        {"transformers": ALONE, "ours": Entry("ours"), "ours, tp 2": Entry("ours", 2, TWO_RANKS)},
+    ),
+    "t5": Case(
+        "T5",
+        Work(model=T5),
+        {"transformers": ALONE, "ours": Entry("ours"), "ours, tp 2": Entry("ours", 2, TWO_RANKS)},
+    ),
+    "convert": Case(
+        "converting a directory of 220 MB",
+        DECODER,
+        {"cp": Entry("cp"), "ours": Entry("rewrite")},
+        unit="GB/s",
+        steps=3,
+    ),
+    "prepare": Case(
+        "tokenising 10 MB of text",
+        Work(size_bytes=10_000_000),
+        {"a loop": Entry("loop"), "datasets.map": Entry("map"), "ours": Entry("prepare")},
+    ),
+}

@@ -1,0 +1,109 @@
+"""One contestant: a process, and the ranks that it forks, that does steps when it is told to.
+
+Its standard input brings numbers of steps, one a line; for each, and once at the start, its rank 0 writes a line of
+JSON to what was its standard output. Everything else that is said goes to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench.work import Spec
+
+Step = Callable[[], float]
+"""Does the work once; returns its loss, or 0."""
+
+RUNNERS = {
+    "transformers": "bench.peers:transformers_alone",
+    "transformers-tp": "bench.peers:transformers_tp",
+    "autotp": "bench.peers:autotp",
+    "deepspeed": "bench.peers:deepspeed_zero",
+    "ours": "bench.ours:train",
+    "gemm": "bench.gemm:products",
+    "cp": "bench.files:copy",
+    "rewrite": "bench.files:rewrite_directory",
+    "loop": "bench.files:plain_loop",
+    "map": "bench.files:datasets_map",
+    "prepare": "bench.files:prepare_corpus",
+}
+
+
+def main() -> None:
+    spec = Spec.read(sys.argv[1])
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not stand among the answers
+    module, _, name = RUNNERS[spec.runner].partition(":")
+    build = getattr(importlib.import_module(module), name)
+    if spec.world == 1 and spec.runner != "ours":
+        _serve(build(spec), spec, channel, rank=0)
+        return
+    from megatron_ds.engine import preload, start_distributed, stop_distributed
+    from megatron_ds.parallel.launch import run_local
+
+    preload()
+
+    def rank(info: Any) -> None:
+        start_distributed(info)
+        _serve(build(spec), spec, channel, info.rank)
+        stop_distributed()
+
+    run_local(rank, spec.world)
+
+
+def _serve(step: Step, spec: Spec, channel: Any, rank: int) -> None:
+    """Ready, then steps as often as asked, until no number comes."""
+    if rank == 0:
+        channel.write(json.dumps({"ready": True}) + "\n")
+    while count := _told(spec, rank):
+        began_s = time.perf_counter()
+        for _ in range(count):
+            loss = step()
+        _synchronize(spec)
+        seconds = time.perf_counter() - began_s
+        peaks = _from_all(_peak_bytes(spec), spec)
+        if rank == 0:
+            channel.write(json.dumps({"seconds": seconds, "steps": count, "loss": loss, "peaks": peaks}) + "\n")
+
+
+def _told(spec: Spec, rank: int) -> int:
+    """The next number of steps, on all ranks; who waits sleeps."""
+    count = int(sys.stdin.readline().strip() or 0) if rank == 0 else 0
+    return int(_from_all(count, spec)[0])
+
+
+def _from_all(value: int, spec: Spec) -> list[int]:
+    import torch
+    import torch.distributed as dist
+
+    if spec.world == 1:
+        return [value]
+    parts = [torch.zeros(1, dtype=torch.int64, device=spec.device) for _ in range(spec.world)]
+    dist.all_gather(parts, torch.tensor([value], device=spec.device))
+    return [int(part) for part in parts]
+
+
+def _synchronize(spec: Spec) -> None:
+    if spec.device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _peak_bytes(spec: Spec) -> int:
+    """The most that this rank held: resident memory on CPU, allocated tensors on a GPU."""
+    if spec.device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Work on files: converting weights beside `cp`, preparing a corpus beside a loop and `datasets.map`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from bench.contestant import Step
+from bench.work import Spec
+
+TEXT, TOKENIZER = "corpus.jsonl", "tokenizer"
+
+
+def copy(spec: Spec) -> Step:
+    """`cp -r`, into the page cache as the others."""
+    return _making(spec, lambda source, target: subprocess.run(["cp", "-r", source, target], check=True))
+
+
+def rewrite_directory(spec: Spec) -> Step:
+    """A Hugging Face directory through our tables and back: read, understood, and written with the same names."""
+    from megatron_ds.hf.convert import rewrite
+
+    return _making(spec, rewrite)
+
+
+def _making(spec: Spec, make: object) -> Step:
+    assert callable(make)
+    target = Path(spec.folder).parent / f"made-{spec.runner}"
+
+    def step() -> float:
+        make(spec.folder, str(target))
+        shutil.rmtree(target)
+        return 0.0
+
+    return step
+
+
+def plain_loop(spec: Spec) -> Step:
+    """Each line's text through the tokenizer, its ids to a file: what a script of ten lines does."""
+    from transformers import AutoTokenizer
+
+    source = Path(spec.folder)
+    tokenizer = AutoTokenizer.from_pretrained(source / TOKENIZER)
+
+    def step() -> float:
+        with open(source / TEXT) as lines, open(source / "loop.bin", "wb") as file:
+            for line in lines:
+                ids = tokenizer(json.loads(line)["text"])["input_ids"]
+                file.write(np.asarray(ids, dtype="<u2").tobytes())
+        return 0.0
+
+    return step
+
+
+def datasets_map(spec: Spec) -> Step:
+    """`datasets.map` with a process a core; Arrow in the end, so what it made is still to be packed."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    source = Path(spec.folder)
+    tokenizer = AutoTokenizer.from_pretrained(source / TOKENIZER)
+    table = datasets.load_dataset(
+        "json", data_files=str(source / TEXT), split="train", cache_dir=str(source / "cache")
+    )
+
+    def step() -> float:
+        table.map(
+            lambda rows: {"ids": tokenizer(rows["text"])["input_ids"]},
+            batched=True,
+            batch_size=64,
+            num_proc=spec.options["workers"],
+            remove_columns=["text"],
+            load_from_cache_file=False,
+        )
+        return 0.0
+
+    return step
+
+
+def prepare_corpus(spec: Spec) -> Step:
+    """`megatron-ds prepare`, from text to `.bin` and `.idx`, checksums and manifest included."""
+    from megatron_ds.data.prepare import PrepareOptions, prepare
+
+    source = Path(spec.folder)
+    options = PrepareOptions(
+        (str(source / TEXT),),
+        str(source / TOKENIZER),
+        str(source / "prepared" / "corpus"),
+        spec.options["workers"],
+        overwrite=True,
+        anew=True,
+    )
+
+    def step() -> float:
+        prepare(options)
+        return 0.0
+
+    return step
+
+
+def write_corpus(size_bytes: int, folder: Path) -> int:
+    """Different documents out of the examples' book, and their tokenizer; returns the number of tokens."""
+    from transformers import AutoTokenizer
+
+    example = Path("examples/pretrain_moby_dick")
+    shutil.copytree(example / "tokenizer", folder / TOKENIZER)
+    book = "\n".join(path.read_text(encoding="utf-8") for path in sorted((example / "data").glob("*.txt")))
+    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    at = tokens = 0
+    with (folder / TEXT).open("w", encoding="utf-8") as file:
+        for number in count(1):
+            if file.tell() > size_bytes:
+                return tokens
+            at = (at + 7919 * number) % (len(book) - 20_000)
+            text = book[at : at + 4000 + number * 131 % 16_000]
+            tokens += len(tokenizer(text)["input_ids"])
+            file.write(json.dumps({"text": text}) + "\n")
+    raise AssertionError

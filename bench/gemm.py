@@ -1,0 +1,45 @@
+"""The limit: what this machine's matrix products reach, measured in turn with the others."""
+
+from __future__ import annotations
+
+from bench.contestant import Step
+from bench.work import Spec
+
+SHAPE = {"cpu": (2048, 512, 1408), "cuda": (8192, 8192, 8192)}  # of the work's own matrices; large enough for a GPU
+REPEATS = 20
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets."""
+
+
+def flops_of_step(device: str) -> float:
+    """Of `products`."""
+    rows, inner, columns = SHAPE[device]
+    return 2.0 * rows * inner * columns * REPEATS
+
+
+def products(spec: Spec) -> Step:
+    """Plain matrix products in the work's precision."""
+    import torch
+
+    dtype = torch.bfloat16 if spec.work.dtype == "bf16" else torch.float32
+    rows, inner, columns = SHAPE[spec.device]
+    a = torch.randn(rows, inner, dtype=dtype, device=spec.device)
+    b = torch.randn(columns, inner, dtype=dtype, device=spec.device)
+    out = torch.empty(rows, columns, dtype=dtype, device=spec.device)
+
+    def step() -> float:
+        for _ in range(REPEATS):
+            torch.mm(a, b.t(), out=out)
+        return 0.0
+
+    return step
+
+
+def device_peak(device: str) -> float | None:
+    """FLOP/s that the maker states; None where it is not known."""
+    import torch
+
+    if device != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name.split()), None)

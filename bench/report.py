@@ -1,0 +1,102 @@
+"""What people read: tables on the terminal and in Markdown, and a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.result import CaseResult, EntryResult
+
+
+def columns(result: CaseResult) -> list[str]:
+    names = ["", "ranks", result.unit, "slowest to fastest", "of the first", "peak GB a rank"]
+    return names + [f"of {name}" for name in result.limit_flops] if result.flops else names
+
+
+def row(result: CaseResult, entry: EntryResult) -> list[str]:
+    """A contestant in a few words, as `columns` say."""
+    speed, first = result.speed(entry), result.speed(result.entries[0])
+    digits = 0 if speed >= 100 else 2
+    low, high = result.range(entry)
+    cells = [
+        entry.label,
+        str(entry.world),
+        f"{speed:,.{digits}f}",
+        f"{low:,.{digits}f} to {high:,.{digits}f}",
+        f"{speed / first:.2f}",
+        f"{entry.peak_bytes / 1e9:.2f}",
+    ]
+    if result.flops:
+        cells += [f"{result.flops / entry.median_s / limit:.0%}" for limit in result.limit_flops.values()]
+    return cells
+
+
+def show(result: CaseResult, console: Console) -> None:
+    """On the terminal."""
+    table = Table(title=f"{result.name}: {result.title}", title_justify="left", title_style="bold")
+    for name in columns(result):
+        table.add_column(name, justify="left" if not name else "right")
+    for entry in result.entries:
+        table.add_row(*row(result, entry), style="bold" if entry.label.startswith("ours") else None)
+    console.print(table)
+    for target in result.targets:
+        console.print(f"  {target.words}", style="green" if target.met else "red")
+    console.print()
+
+
+def markdown(results: Sequence[CaseResult], where: dict[str, str], chart: str | None) -> str:
+    """The same as a page."""
+    lines = ["# What was measured", ""]
+    lines += [f"- {name}: {value}" for name, value in where.items()]
+    lines += [
+        "",
+        "Made by `make bench`. Contestants of a case take turns within one run, from the same weights on the same batch;",
+        "figures are medians over rounds, ratios medians of ratios within a round. Memory is the peak of the rank that",
+        "held most (resident on CPU, allocated on a GPU), libraries included. The limit is what plain matrix products",
+        "reached in the same run; recomputation does not count as work.",
+        "",
+    ]
+    if chart is not None:
+        lines += [f"![speed and memory beside the first of each case]({chart})", ""]
+    for result in results:
+        lines += [f"## {result.name}: {result.title}", ""]
+        names = columns(result)
+        lines += [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
+        lines += [f"| {' | '.join(row(result, entry))} |" for entry in result.entries]
+        lines += ["", *(f"- {target.words}" for target in result.targets), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw(results: Sequence[CaseResult], path: Path) -> None:
+    """Bars beside the first contestant of each case: how fast, how much memory a rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [(result, entry) for result in results for entry in result.entries[1:]]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.8 + 0.26 * len(bars)), sharey=True, layout="constrained")
+    labels = [f"{result.name}: {entry.label}" for result, entry in bars]
+    colors = ["#2b6cb0" if entry.label.startswith("ours") else "#a0aec0" for _, entry in bars]
+    speeds = [result.speed(entry) / result.speed(result.entries[0]) for result, entry in bars]
+    peaks = [entry.peak_bytes / result.entries[0].peak_bytes for result, entry in bars]
+    _bars(axes[0], speeds, colors, "speed, beside the first of the case (more is better)")
+    _bars(axes[1], peaks, colors, "peak memory a rank, beside the first (less is better)")
+    axes[0].set_yticks(range(len(bars)), labels, fontsize=8)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(axes: Any, values: Sequence[float], colors: Sequence[str], title: str) -> None:
+    drawn = axes.barh(range(len(values)), values, color=colors)
+    axes.bar_label(drawn, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_title(title, fontsize=9)
+    axes.margins(x=0.12)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

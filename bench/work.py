@@ -1,0 +1,143 @@
+"""What contestants do: a model, a batch, a precision. The same for all of a case."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MASKED_MODELS = ("bert",)
+SEQ2SEQ_MODELS = ("t5",)
+MASK_EVERY = 7  # about the 15 % of BERT's masked tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model to train, or files to handle.
+
+    Attributes:
+        model: fields of a Hugging Face config, `model_type` among them.
+        batch, seq_length: B and S of a global batch; a T5 has S / 4 targets.
+        recompute: activations of whole blocks are made again in the backward pass.
+        dtype: "fp32", or "bf16" with fp32 masters where the contestant keeps some.
+        lr, grad_clip: of AdamW.
+        size_bytes: of the text that is prepared.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    batch: int = 4
+    seq_length: int = 512
+    recompute: bool = False
+    dtype: str = "fp32"
+    lr: float = 1e-4
+    grad_clip: float = 1.0
+    size_bytes: int = 0
+
+    @property
+    def target_length(self) -> int:
+        return self.seq_length // 4 if self.model["model_type"] in SEQ2SEQ_MODELS else 0
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a step."""
+        return self.batch * (self.seq_length + self.target_length)
+
+    def shrunk(self) -> Work:
+        """The same kind of work in seconds: for looking at the plumbing."""
+        small = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "d_model": 32,
+            "d_ff": 64,
+            "d_kv": 8,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": 256,
+        }
+        model = {name: min(value, small[name]) if name in small else value for name, value in self.model.items()}
+        return replace(self, model=model, seq_length=32, size_bytes=min(self.size_bytes, 100_000))
+
+    def batches(self) -> dict[str, Tensor]:
+        """A global batch in transformers' words, always the same; every position is attended to."""
+        generator = torch.Generator().manual_seed(5)
+        shape, vocab = (self.batch, self.seq_length), self.model["vocab_size"]
+        ids = torch.randint(3, vocab, shape, generator=generator)
+        if self.model["model_type"] in MASKED_MODELS:
+            labels = torch.full(shape, -100)
+            labels[:, ::MASK_EVERY] = ids[:, ::MASK_EVERY]
+            return {"input_ids": ids, "labels": labels}
+        if self.target_length:
+            labels = torch.randint(3, vocab, (self.batch, self.target_length), generator=generator)
+            return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a contestant's process is told.
+
+    Attributes:
+        runner: a name in `contestant.RUNNERS`.
+        world: ranks.
+        options: of the runner: degrees, ZeRO stage, switches.
+        work: what is done.
+        folder: the model as a Hugging Face directory, the text; its own subfolder may be written.
+        device: "cpu" or "cuda".
+    """
+
+    runner: str
+    world: int
+    options: dict[str, Any]
+    work: Work
+    folder: str
+    device: str
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: str) -> Spec:
+        found = json.loads(Path(path).read_text())
+        return cls(**{**found, "work": Work(**found["work"])})
+
+
+def write_model(work: Work, folder: Path) -> float:
+    """The model with random weights that all contestants start from; returns the FLOPs of a step.
+
+    They are counted on transformers' own forward and backward pass over shapes alone: matrix products and attention.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, set_seed
+
+    fields = {name: value for name, value in work.model.items() if name != "model_type"}
+    config = AutoConfig.for_model(work.model["model_type"], **fields)
+    set_seed(3)
+    model_class(work).from_config(config).save_pretrained(folder)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = model_class(work).from_config(config, attn_implementation="eager")
+        batch = {name: torch.empty_like(column, device="meta") for name, column in work.batches().items()}
+        logits = model(**_inputs(batch, work)).logits
+        logits.sum().backward()
+    return float(counter.get_total_flops())
+
+
+def _inputs(batch: dict[str, Tensor], work: Work) -> dict[str, Tensor]:
+    """What logits are made of; labels stay out, whose loss looks at values."""
+    ids = {"input_ids": batch["input_ids"]}
+    return {**ids, "decoder_input_ids": batch["labels"]} if work.target_length else ids
+
+
+def model_class(work: Work) -> Any:
+    """transformers' class of models for the work."""
+    import transformers
+
+    kind = work.model["model_type"]
+    if kind in MASKED_MODELS:
+        return transformers.AutoModelForMaskedLM
+    return transformers.AutoModelForSeq2SeqLM if kind in SEQ2SEQ_MODELS else transformers.AutoModelForCausalLM
