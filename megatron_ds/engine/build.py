@@ -31,6 +31,7 @@ from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 from megatron_ds.pipeline import partition
 
+FUSED_ADAMW = ("cpu", "cuda")  # where torch steps in one pass over parameters, gradients and moments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -180,7 +181,7 @@ def _adamw(module: nn.Module, section: OptimizerSection, device: torch.device) -
         lr=section.lr,
         betas=section.betas,
         eps=section.eps,
-        fused=device.type == "cuda",
+        fused=device.type in FUSED_ADAMW,
     )
 
 

@@ -19,7 +19,8 @@ from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Axis
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 1024
+LEAST_CHUNK = 128  # tokens, however large the vocabulary is
+LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of a chunk's fp32 logits: larger ones make no faster products
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         grad_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if wants_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        buffer = torch.empty((min(chunk, tokens.shape[0]), valid), dtype=torch.float32, device=hidden.device)
         for begin in range(0, tokens.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            logits = head.finish(F.linear(tokens[part], rows, offsets).float())
+            logits = head.finish(_project(tokens[part], rows, offsets, buffer))
             finished = logits.clone() if head.finish.softcap is not None else None
             chunk_loss, grad_logits = _chunk(logits, flat_targets[part], start, axis)
             loss += chunk_loss
@@ -108,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, exact_rows, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight[:valid] += grad_logits.t() @ tokens[part].to(exact)
+                _add_product(grad_weight[:valid], grad_logits.t(), tokens[part].to(exact))
         ctx.grads = (
             _spread(grad_hidden, labelled, hidden) if grad_hidden is not None else None,
             grad_weight.to(exact) if grad_weight is not None else None,
@@ -123,6 +125,23 @@ class _HeadLoss(torch.autograd.Function):
         own = (None if g is None else g.mul_(grads[0]).to(ctx.dtype) for g in ctx.grads)
         ctx.grads = None
         return *own, None, None, None
+
+
+def _project(tokens: Tensor, rows: Tensor, offsets: Tensor | None, buffer: Tensor) -> Tensor:
+    """Their fp32 logits, in `buffer`: a new tensor of this size a chunk would cost as much as the arithmetic on it."""
+    into = buffer[: tokens.shape[0]]
+    if rows.dtype != torch.float32:
+        return into.copy_(F.linear(tokens, rows, offsets))
+    torch.mm(tokens, rows.t(), out=into)
+    return into if offsets is None else into.add_(offsets)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in one pass where the types allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _spread(grads: Tensor, positions: Tensor, like: Tensor) -> Tensor:
@@ -164,7 +183,7 @@ def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Ten
     return losses.sum(), grad
 
 
-def head_loss(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int = CHUNK_TOKENS) -> Tensor:
+def head_loss(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int | None = None) -> Tensor:
     """Sum over labelled tokens of -log p(target). A chunk communicates 3 fp32 numbers a labelled token.
 
     Args:
@@ -172,12 +191,14 @@ def head_loss(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int = CHUNK
             `gather_sequence`, whose backward completes it.
         head: this rank's part of the head.
         targets: (S, B) ids, IGNORE_INDEX where there is no label.
-        chunk: labelled tokens whose logits exist at one time.
+        chunk: labelled tokens whose logits exist at one time; None = as many as `LOGITS_BYTES` hold.
 
     Returns:
         fp32 scalar, equal on all tensor ranks.
     """
     weight, bias = head.weight, head.bias
+    if chunk is None:  # by what all tensor ranks hold alike, padding included: they meet in every chunk
+        chunk = max(LEAST_CHUNK, LOGITS_BYTES.get(hidden.device.type, 2**27) // (4 * weight.shape[0]))
     if not torch.is_grad_enabled():  # autograd.Function would make gradients even so
         hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach() if bias is not None else None
     return _HeadLoss.apply(hidden, weight, bias, targets, head, chunk)

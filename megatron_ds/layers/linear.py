@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
-from megatron_ds.parallel.collectives import all_gather_dim0, sum_over_holders
+from megatron_ds.parallel.collectives import all_gather_dim0, all_reduce_, reduce_scatter_dim0, sum_over_holders
 from megatron_ds.parallel.tensor import TensorParallel
 
 
@@ -29,7 +29,7 @@ class _ColumnLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(shares)], parameters[len(shares) :]
         ctx.tp, ctx.shares, ctx.has_bias = tp, shares, [bias is not None for bias in biases]
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3 : 3 + len(weights)]) else None, *weights)
         whole = all_gather_dim0(x, tp.axis) if tp.splits_sequence else x
         return tuple(
             F.linear(whole, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
@@ -52,27 +52,51 @@ class _ColumnLinears(torch.autograd.Function):
 
         grad_x, reducing = None, None
         if wants_x:
-            grad_x = sum(grad @ weight.flatten(0, -2) for grad, weight in zip(grads, weights))
+            grad_x = grads[0] @ weights[0].flatten(0, -2)
+            for grad, weight in zip(grads[1:], weights[1:]):
+                grad_x.flatten(0, -2).addmm_(grad.flatten(0, -2), weight.flatten(0, -2))
             if tp.splits_sequence:
                 partial = grad_x
-                grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+                grad_x = partial.new_empty((partial.shape[0] // axis.size, *partial.shape[1:]))
                 reducing = dist.reduce_scatter_single(grad_x, partial.contiguous(), group=axis.group, async_op=True)
             elif axis.size > 1:
                 reducing = dist.all_reduce(grad_x, group=axis.group, async_op=True)
 
         if gathering is not None:
             gathering.wait()
-        inputs = whole.flatten(0, -2)
+        inputs = whole.flatten(0, -2) if any(wants_weight) else None
         grad_weights, grad_biases = [], []
         for index, (grad, weight, share) in enumerate(zip(grads, weights, ctx.shares)):
             rows = grad.flatten(0, -2)
-            grad_weight = (rows.t() @ inputs).view_as(weight) if wants_weight[index] else None
+            grad_weight = (rows.t() @ inputs).view_as(weight) if wants_weight[index] and inputs is not None else None
             grad_bias = rows.sum(0).view(weight.shape[:-1]) if wants_bias[index] and ctx.has_bias[index] else None
             grad_weights.append(None if grad_weight is None else sum_over_holders(grad_weight, axis, share))
             grad_biases.append(None if grad_bias is None else sum_over_holders(grad_bias, axis, share))
         if reducing is not None:
             reducing.wait()
         return grad_x, None, None, *grad_weights, *grad_biases
+
+
+class _RowLinear(torch.autograd.Function):
+    """Multiply and leave the tensor-parallel region; the reduction is in place of the product.
+
+    Weights are saved as leaf parameters, as above.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
+        ctx.tp = tp
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        partial = F.linear(x, weight)
+        return reduce_scatter_dim0(partial, tp.axis) if tp.splits_sequence else all_reduce_(partial, tp.axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = all_gather_dim0(grads[0], ctx.tp.axis) if ctx.tp.splits_sequence else grads[0]
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_weight
 
 
 class ColumnParallelLinear(nn.Module):
@@ -178,7 +202,7 @@ class RowParallelLinear(nn.Module):
         self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axis) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tp.leave(F.linear(x, self.weight))
+        y = _RowLinear.apply(x, self.tp, self.weight)
         return y if self.bias is None else y + self.tp.between(self.bias)
 
 

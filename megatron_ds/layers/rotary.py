@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,13 +113,10 @@ class RotaryTable:
 
     def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotate the pairs of (S, B, heads, D) by the angles of each position: (B, S), below S; None = 0..S-1."""
-        dim, adjacent = self.config.dim, self.config.adjacent
         cos, sin = self.cos_sin(x.shape[0], like=x)
         if positions is not None:
             cos, sin = (table[positions.t(), 0] for table in (cos, sin))
-        if dim == x.shape[-1]:
-            return rotate(x, cos, sin, adjacent)
-        return torch.cat([rotate(x[..., :dim], cos, sin, adjacent), x[..., dim:]], dim=-1)
+        return rotate(x, cos, sin, self.config.adjacent)
 
     def cos_sin(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors (S, 1, 1, dim), a value for each dim of a pair, in `like`'s dtype and device."""
@@ -134,10 +132,32 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool = False) -> Tensor:
-    """Rotate (S, B, heads, D), pairs being (i, i + D/2), or neighbours where `adjacent`."""
-    if adjacent:
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    else:
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-    return x * cos + turned * sin
+    """Rotate the first `dim` of (S, B, heads, D), pairs being (i, i + dim/2), or neighbours where `adjacent`.
+
+    Keeps nothing of x, and makes one tensor forward and one backward.
+    """
+    return _Rotate.apply(x, cos, sin, adjacent)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.adjacent = adjacent
+        return _rotated(x, cos, sin, adjacent)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """A rotation's transpose turns back."""
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin, ctx.adjacent), None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
+    dim = cos.shape[-1]
+    out = x * cos if dim == x.shape[-1] else torch.cat([x[..., :dim] * cos, x[..., dim:]], dim=-1)
+    firsts, seconds = (slice(0, dim, 2), slice(1, dim, 2)) if adjacent else (slice(0, dim // 2), slice(dim // 2, dim))
+    sines = sin[..., firsts]
+    out[..., firsts].addcmul_(x[..., seconds], sines, value=-1)
+    out[..., seconds].addcmul_(x[..., firsts], sines)
+    return out
