@@ -50,7 +50,7 @@ def _config(work: Work, options: dict[str, Any], layout: Layout, micro: int) -> 
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": work.batch // micro // layout.data,
         "gradient_clipping": work.grad_clip,
-        "zero_optimization": {"stage": options.get("zero", 0 if single else 1)},
+        "zero_optimization": {"stage": options.get("zero", 0 if single else 1), **options.get("more_zero", {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": work.dtype == "bf16"},

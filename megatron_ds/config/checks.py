@@ -174,7 +174,6 @@ def _check_zero(run: RunConfig, facts: DeepSpeedFacts) -> None:
 
 def _check_stage_0(run: RunConfig, facts: DeepSpeedFacts, stated: str) -> None:
     for used, place in (
-        (run.parallel.tensor > 1, f"parallel.tensor={run.parallel.tensor}"),
         (run.parallel.pipeline > 1, f"parallel.pipeline={run.parallel.pipeline}"),
         (facts.precision != "fp32", f"{facts.precision}.enabled=true"),
     ):

@@ -31,6 +31,7 @@ from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 from megatron_ds.pipeline import partition
 
+CPU_BUCKET = 5_000_000  # gradients: memory that stays with the process
 FUSED_ADAMW = ("cpu", "cuda")  # where torch steps in one pass over parameters, gradients and moments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,18 +94,39 @@ def build_engine(
         module.equalize_copies()
     _freeze(module, options.frozen)
     optimizer = _optimizer(module, options.optimizer, device)
+    config = _suited(options.deepspeed, facts, device, grid)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=options.deepspeed,
+            config=config,
             mpu=None if pipelined else mpu,  # a PipelineModule brings its own
             dist_init_required=False,
         )
     if isinstance(optimizer, GuardedAdamW):
         for parameters in flat_parameters(engine):
             optimizer.create_state(parameters)
-    return (PipelineEngine if pipelined else PlainEngine)(grid, device, optimizer, engine, specs[-1].labels, rng)
+    if pipelined:
+        return PipelineEngine(grid, device, optimizer, engine, specs[-1].labels, rng)
+    clip = float(options.deepspeed.get("gradient_clipping", 0.0))
+    return PlainEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip)
+
+
+def _suited(config: dict[str, Any], facts: DeepSpeedFacts, device: torch.device, grid: Grid) -> dict[str, Any]:
+    """The config with what it leaves open filled in for the place.
+
+    At stage 0 the clipping is ours, because DeepSpeed's norm counts neither tensor ranks nor replicated parameters. On
+    a CPU, DeepSpeed's default bucket of 5e8 gradients is fresh memory in every step, whose pages cost more than the
+    copy; with one data rank there is nothing to reduce, and none is needed.
+    """
+    if facts.zero_stage == 0:
+        return {**config, "gradient_clipping": 0.0}
+    zero = dict(config["zero_optimization"])
+    if device.type == "cpu":
+        zero.setdefault("reduce_bucket_size", CPU_BUCKET)
+        if facts.zero_stage == 1 and grid.data.size == 1:
+            zero.setdefault("contiguous_gradients", False)
+    return {**config, "zero_optimization": zero}
 
 
 def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:

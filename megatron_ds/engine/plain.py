@@ -22,6 +22,11 @@ class PlainEngine(Engine):
     _sums: Tensor  # of the step under way: the losses over all data ranks, once all micro-batches are through
     _norm: float | None = None  # and the gradient norm, where DeepSpeed keeps none
 
+    def __init__(self, *args: Any, clip: float) -> None:
+        """As `Engine`; `clip` bounds the gradient norm where DeepSpeed does not, at stage 0. 0 = no bound."""
+        super().__init__(*args)
+        self._clip = clip
+
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
         self._sums = torch.zeros_like(scales)
         for batch in batches:
@@ -30,7 +35,7 @@ class PlainEngine(Engine):
             self.deepspeed.backward((losses * scales).sum())
             if self.deepspeed.is_gradient_accumulation_boundary():
                 all_reduce_(self._sums, self.grid.data)
-                self._norm = self._gradient_norm() if self.deepspeed.zero_optimization_stage() == 0 else None
+                self._norm = self._clipped() if self.deepspeed.zero_optimization_stage() == 0 else None
             self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
         return self._sums, float(norm)
@@ -38,14 +43,21 @@ class PlainEngine(Engine):
     def _may_step(self) -> bool:
         return bool(self._sums.isfinite().all()) and (self._norm is None or math.isfinite(self._norm))
 
-    def _gradient_norm(self) -> float:
-        """L2 norm of the gradients; ZeRO-0 does not keep it. What all tensor ranks hold alike counts once."""
+    def _clipped(self) -> float:
+        """L2 norm of the gradients, which are then scaled down where it exceeds the bound, as torch's clipping does.
+
+        For ZeRO-0, where DeepSpeed keeps no norm. What all tensor ranks hold alike counts once.
+        """
         axis = self.grid.tensor
-        counted = [p for p in self.deepspeed.module.parameters() if p.grad is not None and counts_here(p, axis)]
+        trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
+        counted = [p.grad for p in trained if counts_here(p, axis)]
         squares = torch.zeros((), dtype=torch.float32, device=self.device)
-        for parameter in counted:
-            squares += parameter.grad.float().square().sum()
-        return float(all_reduce_(squares, axis).sqrt())
+        if counted:
+            squares += torch.stack(torch._foreach_norm(counted)).square().sum()
+        norm = float(all_reduce_(squares, axis).sqrt())
+        if math.isfinite(norm) and norm > self._clip > 0.0:
+            torch._foreach_mul_([p.grad for p in trained], self._clip / (norm + 1e-6))
+        return norm
 
     @torch.no_grad()
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:

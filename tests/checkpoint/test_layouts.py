@@ -20,6 +20,7 @@ PLACES = {
     "alone": Place(1, 1, 1, 0),
     "alone-z1": Place(1, 1, 1, 1),
     "dp2-z0": Place(1, 1, 2, 0),
+    "tp2-z0": Place(2, 1, 1, 0),
     "dp2-z2": Place(1, 1, 2, 2),
     "dp2-z3": Place(1, 1, 2, 3),
     "dp4-z1": Place(1, 1, 4, 1),
@@ -41,6 +42,8 @@ PAIRS = [
     ("alone", "tp2-pp2-sp"),
     ("alone", "dp2-z0"),
     ("tp2-sp", "alone"),
+    ("tp2-sp", "tp2-z0"),
+    ("tp2-z0", "tp2-dp2-z3"),
     ("tp2-sp", "pp2-dp2"),
     ("tp2-sp", "tp4"),
     ("dp2-z3", "alone-z1"),
@@ -88,7 +91,7 @@ def test_another_layout_goes_on_where_one_stopped(source: str, target: str, save
     assert loss < 2e-5 and norm < 1e-4, (loss, norm)
 
 
-@pytest.mark.parametrize("name", ["alone", "tp2-sp", "dp2-z3", "tp2-pp2-sp", "dp4-z1", "dp2-z3-offload"])
+@pytest.mark.parametrize("name", ["alone", "tp2-z0", "tp2-sp", "dp2-z3", "tp2-pp2-sp", "dp4-z1", "dp2-z3-offload"])
 def test_the_same_layout_goes_on_bit_for_bit(name: str, saved: Any) -> None:
     checkpoint, curve = saved(name)
     assert first_damage(checkpoint) is None

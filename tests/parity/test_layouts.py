@@ -17,6 +17,8 @@ from tests.parity.ours import Place, train_ours
 PLACES = [
     Place(1, 1, 1, 1),
     Place(1, 1, 2, 0),
+    Place(2, 1, 1, 0),
+    Place(2, 1, 2, 0, True),
     Place(2, 1, 1, 1),
     Place(2, 1, 1, 1, True),
     Place(4, 1, 1, 1, True),
