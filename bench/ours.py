@@ -19,7 +19,7 @@ from megatron_ds.parallel.grid import Grid, Layout, create_grid
 
 
 def train(spec: Spec) -> Step:
-    """Options: `tensor`, `pipeline`, `sequence`, `zero`, `micro_batch`."""
+    """Options: `tensor`, `pipeline`, `sequence`, `zero`, `micro_batch`, `compile`."""
     work, options = spec.work, spec.options
     tensor, pipeline = options.get("tensor", 1), options.get("pipeline", 1)
     layout = Layout(tensor, pipeline, spec.world // tensor // pipeline)
@@ -36,6 +36,7 @@ def train(spec: Spec) -> Step:
             sequence=options.get("sequence", False),
             recompute="full" if work.recompute else "none",
             seed=1,
+            compiled=options.get("compile", False),
         ),
         weights.share,
     )
@@ -44,13 +45,13 @@ def train(spec: Spec) -> Step:
 
 
 def _config(work: Work, options: dict[str, Any], layout: Layout, micro: int) -> dict[str, Any]:
-    single = layout.world_size == 1 and work.dtype == "fp32"
+    plain = layout.pipeline == 1 and layout.data == 1 and work.dtype == "fp32"  # nothing to shard
     return {
         "train_batch_size": work.batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": work.batch // micro // layout.data,
         "gradient_clipping": work.grad_clip,
-        "zero_optimization": {"stage": options.get("zero", 0 if single else 1), **options.get("more_zero", {})},
+        "zero_optimization": {"stage": options.get("zero", 0 if plain else 1)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": work.dtype == "bf16"},

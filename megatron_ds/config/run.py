@@ -124,12 +124,27 @@ class ScheduleSection(Section):
     min_lr: NonNegative = 0.0
 
 
+def _first_and_last(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigError(
+            f"train.profile.steps={show(value)} is not a first and a last step; write train.profile.steps=[10, 12]"
+        )
+    return tuple(value)
+
+
+class ProfileSection(Section):
+    """Steps, the first and the last of them counted from 1, whose time is recorded in full."""
+
+    steps: Annotated[tuple[Count, Count], BeforeValidator(_first_and_last)]
+
+
 class TrainSection(Section):
     """How long and in what batches.
 
     `eval_every: 0` never evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many
     steps in a row without a finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do
-    (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained.
+    (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
+    torch.compile. `profile`: steps that are recorded.
     """
 
     steps: Count
@@ -139,6 +154,8 @@ class TrainSection(Section):
     eval_every: CountOrZero = 0
     log_every: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    profile: ProfileSection | None = None
     max_time: Annotated[float | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10
     step_timeout: NonNegative = 1800.0
@@ -195,6 +212,7 @@ class RunConfig(Section):
                 f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; "
                 f"nearest: {self.optimizer.lr}"
             )
+        _check_profile(self.train)
         if self.schedule.warmup_steps > self.train.steps:
             raise ConfigError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is more than train.steps={self.train.steps}; "
@@ -208,6 +226,19 @@ class RunConfig(Section):
         _check_peft(self)
         refuse_not_built(self)
         return self
+
+
+def _check_profile(train: TrainSection) -> None:
+    if train.profile is None:
+        return
+    first, last = train.profile.steps
+    if first > last:
+        raise ConfigError(f"train.profile.steps=[{first}, {last}] ends before it begins; nearest: [{last}, {first}]")
+    if last > train.steps:
+        nearest = [min(first, train.steps), train.steps]
+        raise ConfigError(
+            f"train.profile.steps=[{first}, {last}] goes beyond train.steps={train.steps}; nearest: {nearest}"
+        )
 
 
 def _check_peft(run: RunConfig) -> None:

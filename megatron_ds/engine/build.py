@@ -47,6 +47,7 @@ class EngineOptions:
         recompute: "none", "selective" or "full".
         seed: for dropout, and for initialisation where no weights are read.
         frozen: names of parameters that are not trained.
+        compiled: see `Placement`.
     """
 
     deepspeed: dict[str, Any]
@@ -55,6 +56,7 @@ class EngineOptions:
     recompute: str
     seed: int
     frozen: frozenset[str] = frozenset()
+    compiled: bool = False
 
 
 def build_engine(
@@ -80,7 +82,8 @@ def build_engine(
     rng = RngStreams(options.seed, grid.coords, device)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
-    placement = Placement(TensorParallel(grid.tensor, options.sequence), rng, _recompute(options, mpu, rng))
+    tp = TensorParallel(grid.tensor, options.sequence)
+    placement = Placement(tp, rng, _recompute(options, mpu, rng), options.compiled)
     specs = stages(placement)
     with _allocation(facts, options.deepspeed, mpu, device):
         if pipelined:

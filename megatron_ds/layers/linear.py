@@ -99,6 +99,19 @@ class _RowLinear(torch.autograd.Function):
         return grad_x, None, grad_weight
 
 
+@torch.compiler.disable
+def _column_linears(
+    x: Tensor, tp: TensorParallel, shares: tuple[int, ...], *parameters: Tensor | None
+) -> tuple[Tensor, ...]:
+    """A compiled block ends here and begins again after it: collectives are not compiled."""
+    return _ColumnLinears.apply(x, tp, shares, *parameters)
+
+
+@torch.compiler.disable
+def _row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
+    return _RowLinear.apply(x, tp, weight)
+
+
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the output features divided over the tensor axis.
 
@@ -131,7 +144,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = make_parameter(ParamSpec(out_shape, split_dim, decay=False), tp.axis) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        (y,) = _ColumnLinears.apply(x, self.tp, (self.tp.axis.size,), self.weight, self.bias)
+        (y,) = _column_linears(x, self.tp, (self.tp.axis.size,), self.weight, self.bias)
         return y
 
 
@@ -178,10 +191,10 @@ class QKVLinear(nn.Module):
         """Keys and values are of `context` (C, B, H), split as x is; None = of x."""
         if context is None:
             parameters = (self.q_weight, self.kv_weight, self.q_bias, self.kv_bias)
-            q, kv = _ColumnLinears.apply(x, self.tp, self.shares, *parameters)
+            q, kv = _column_linears(x, self.tp, self.shares, *parameters)
             return q, kv
-        (q,) = _ColumnLinears.apply(x, self.tp, self.shares[:1], self.q_weight, self.q_bias)
-        (kv,) = _ColumnLinears.apply(context, self.tp, self.shares[1:], self.kv_weight, self.kv_bias)
+        (q,) = _column_linears(x, self.tp, self.shares[:1], self.q_weight, self.q_bias)
+        (kv,) = _column_linears(context, self.tp, self.shares[1:], self.kv_weight, self.kv_bias)
         return q, kv
 
 
@@ -202,7 +215,7 @@ class RowParallelLinear(nn.Module):
         self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axis) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _RowLinear.apply(x, self.tp, self.weight)
+        y = _row_linear(x, self.tp, self.weight)
         return y if self.bias is None else y + self.tp.between(self.bias)
 
 

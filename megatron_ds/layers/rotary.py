@@ -118,6 +118,7 @@ class RotaryTable:
             cos, sin = (table[positions.t(), 0] for table in (cos, sin))
         return rotate(x, cos, sin, self.config.adjacent)
 
+    @torch.compiler.disable  # a table made in one pass and found in the next would be two graphs: recomputation fails
     def cos_sin(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors (S, 1, 1, dim), a value for each dim of a pair, in `like`'s dtype and device."""
         key = (length, like.dtype, like.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from megatron_ds.layers.attention import Attention
@@ -22,11 +23,19 @@ from megatron_ds.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a stage runs: the tensor axis, the random streams, and what is recomputed. The default is one process."""
+    """Where a stage runs, and how. The default is one process.
+
+    Attributes:
+        tp: the tensor axis.
+        rng: the random streams.
+        recompute: what is recomputed.
+        compiled: what blocks do between their matrix products is fused by torch.compile.
+    """
 
     tp: TensorParallel = field(default_factory=TensorParallel)
     rng: RngStreams | None = None
     recompute: Recompute = field(default_factory=Recompute)
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class Block(nn.Module):
             rng=at.rng,
         )
         self.dropout = HiddenDropout(config.residual_dropout, at.rng, at.tp.splits_sequence)
+        self._run = torch.compile(self._block, dynamic=False) if at.compiled else self._block
 
     def _norms(self, at: Placement) -> tuple[Norm | None, Norm | None]:
         """The norm at the input of attention or MLP, and that of its output, or of the sum with it."""
@@ -106,7 +116,7 @@ class Block(nn.Module):
 
     def forward(self, wire: Wire) -> Wire:
         names = [name for name in self.inputs.names if name in wire]
-        run = partial(self._block, names)
+        run = partial(self._run, names)
         return {**wire, HIDDEN: self.recompute.run("full", run, wire[HIDDEN], *(wire[name] for name in names))}
 
     def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:

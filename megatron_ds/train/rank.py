@@ -85,7 +85,13 @@ def _prepare(run: RunConfig, info: RankInfo, found: Found) -> _Prepared:
 def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
     run = job.run
     options = EngineOptions(
-        job.deepspeed, run.optimizer, run.parallel.sequence, run.train.recompute, run.train.seed, job.frozen
+        job.deepspeed,
+        run.optimizer,
+        run.parallel.sequence,
+        run.train.recompute,
+        run.train.seed,
+        job.frozen,
+        run.train.compile,
     )
     grid = create_grid(job.layout, info.rank)
     return build_engine(job.stages, grid, device, options, job.read_share)

@@ -84,6 +84,8 @@ def test_defaults(run_file):
         "eval_every": 0,
         "log_every": 1,
         "recompute": "none",
+        "compile": False,
+        "profile": None,
         "max_time": None,
         "max_bad_steps": 10,
         "step_timeout": 1800.0,

@@ -18,7 +18,7 @@ from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.mlp import ACTIVATIONS, MLP
 from megatron_ds.layers.parameter import spec_of
 from megatron_ds.models.block import Block
 from megatron_ds.models.build import model_stages
@@ -135,7 +135,8 @@ def after_the_down_projection() -> None:
     def forward(self: MLP, x: Tensor) -> Tensor:
         up = self.up(x)
         gate, rest = up.chunk(2, dim=-1) if self.gated else (up, None)
-        hidden = self.act(gate) if rest is None else self.act(gate) * rest
+        act = ACTIVATIONS[self.activation]
+        hidden = act(gate) if rest is None else act(gate) * rest
         return self.dropout(self.down(hidden))
 
     MLP.forward = forward  # type: ignore[method-assign]

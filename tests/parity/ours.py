@@ -28,6 +28,7 @@ class Place:
     zero: int = 1
     sp: bool = False
     recompute: str = "none"
+    compiled: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -39,7 +40,8 @@ class Place:
         return min(recipe.micro_batch, max(1, recipe.global_batch // self.dp // 2))
 
     def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}"
+        compiled = "-compiled" if self.compiled else ""
+        return f"tp{self.tp}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}{compiled}"
 
 
 def deepspeed_config(place: Place, recipe: Recipe) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tupl
         sequence=place.sp,
         recompute=place.recompute,
         seed=1234,
+        compiled=place.compiled,
     )
     engine = build_engine(lambda at: model_stages(model.core, at), grid, torch.device("cpu"), options, weights.share)
     return engine, model

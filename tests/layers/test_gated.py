@@ -1,0 +1,20 @@
+"""A gated activation and its gradient, written in place of one another, equal what autograd makes of the formula."""
+
+import pytest
+import torch
+
+from megatron_ds.layers.mlp import ACTIVATIONS, gated
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated(activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    wide = torch.randn(5, 3, 14).to(dtype).requires_grad_()
+    gate, up = wide.chunk(2, dim=-1)
+    expected = ACTIVATIONS[activation](gate) * up
+    found = gated(wide, activation)
+    assert torch.equal(found, expected)
+    grad = torch.randn(5, 3, 7).to(dtype)
+    ours, theirs = (torch.autograd.grad(y, wide, grad)[0] for y in (found, expected))
+    assert torch.equal(ours, theirs)

@@ -1,0 +1,34 @@
+"""Compiled blocks train what plain ones do: five steps against transformers, within the bounds of the layouts."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.parity.cases import Recipe
+from tests.parity.errors import relative_errors, within_fp32
+from tests.parity.ours import Place, train_ours
+
+COMPILED = [
+    ("qwen3", Place(2, 1, 1, 1, True)),
+    ("gemma3_text-two-ropes", Place(1, 1, 2, 2, recompute="full")),
+    ("gpt2", Place(1, 2, 1, 1)),
+]
+MORE = [
+    ("llama", Place(1, 1, 1, 0)),
+    ("gemma2-caps", Place(2, 1, 1, 1, recompute="selective")),
+    ("falcon-7b-alibi", Place(1, 1, 2, 1)),
+    ("bert-pretraining", Place(2, 1, 1, 1)),
+    ("t5-gated", Place(1, 2, 1, 1)),
+    ("llama", Place(2, 1, 2, 3)),
+    ("olmo2-all-heads", Place(2, 2, 1, 1, True)),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "place"), [*COMPILED, *(pytest.param(*one, marks=pytest.mark.sweep) for one in MORE)], ids=str
+)
+def test_compiled_blocks(case: str, place: Place, references: Any) -> None:
+    directory, reference = references(case, Recipe())
+    errors = relative_errors(train_ours(directory, replace(place, compiled=True), Recipe()), reference)
+    assert within_fp32(errors), errors
