@@ -64,9 +64,7 @@ def datasets_map(spec: Spec) -> Step:
 
     source = Path(spec.folder)
     tokenizer = AutoTokenizer.from_pretrained(source / TOKENIZER)
-    table = datasets.load_dataset(
-        "json", data_files=str(source / TEXT), split="train", cache_dir=str(source / "cache")
-    )
+    table = datasets.load_dataset("json", data_files=str(source / TEXT), split="train", cache_dir=str(source / "cache"))
 
     def step() -> float:
         table.map(

@@ -54,10 +54,10 @@ def markdown(results: Sequence[CaseResult], where: dict[str, str], chart: str | 
     lines += [f"- {name}: {value}" for name, value in where.items()]
     lines += [
         "",
-        "Made by `make bench`. Contestants of a case take turns within one run, from the same weights on the same batch;",
-        "figures are medians over rounds, ratios medians of ratios within a round. Memory is the peak of the rank that",
-        "held most (resident on CPU, allocated on a GPU), libraries included. The limit is what plain matrix products",
-        "reached in the same run; recomputation does not count as work.",
+        "Made by `make bench`. Contestants of a case take turns in one run, from the same weights on the same batch;",
+        "figures are medians over rounds, ratios of targets medians of ratios within a round. Memory is the peak",
+        "of the rank that held most (resident on CPU, allocated on a GPU), libraries included. The limit is what plain",
+        "matrix products reached in the same run; recomputation does not count as work.",
         "",
     ]
     if chart is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine, MicroBatch
 from megatron_ds.layers.parameter import counts_here
+from megatron_ds.monitor.parts import OPTIMIZER, part
 from megatron_ds.parallel.collectives import all_reduce_
 
 
@@ -36,7 +37,8 @@ class PlainEngine(Engine):
             if self.deepspeed.is_gradient_accumulation_boundary():
                 all_reduce_(self._sums, self.grid.data)
                 self._norm = self._clipped() if self.deepspeed.zero_optimization_stage() == 0 else None
-            self.deepspeed.step()
+            with part(OPTIMIZER):
+                self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
         return self._sums, float(norm)
 

@@ -17,6 +17,8 @@ from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.models.config import StackConfig
 from megatron_ds.models.stages import HIDDEN, StageSpec, Wire
+from megatron_ds.monitor.parts import ATTENTION, BLOCK, part
+from megatron_ds.monitor.parts import MLP as MLP_PART
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -117,21 +119,30 @@ class Block(nn.Module):
     def forward(self, wire: Wire) -> Wire:
         names = [name for name in self.inputs.names if name in wire]
         run = partial(self._run, names)
-        return {**wire, HIDDEN: self.recompute.run("full", run, wire[HIDDEN], *(wire[name] for name in names))}
+        with part(BLOCK):
+            return {**wire, HIDDEN: self.recompute.run("full", run, wire[HIDDEN], *(wire[name] for name in names))}
 
     def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:
         given = dict(zip(names, others))
         normal = _apply(self.attention_norm, x)
-        attended = self.attention(normal, given.get(self.inputs.mask), positions=given.get(self.inputs.positions))
+        with part(ATTENTION):
+            attended = self.attention(normal, given.get(self.inputs.mask), positions=given.get(self.inputs.positions))
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
-            return x + self._weighed(attended) + self._weighed(self.mlp(start))
+            return x + self._weighed(attended) + self._weighed(self._fed_forward(start))
         x = self._add(x, attended, self.attention_output_norm)
         if self.cross is not None:
             context, mask = (given.get(name or "") for name in (self.inputs.context, self.inputs.context_mask))
             assert context is not None, f"cross attention needs {self.inputs.context}, there is {names}"
-            x = self._add(x, self.cross(_apply(self.cross_norm, x), mask, context), self.cross_output_norm)
-        return self._add(x, self.mlp(_apply(self.mlp_norm, x)), self.mlp_output_norm)
+            normal = _apply(self.cross_norm, x)
+            with part(ATTENTION):
+                attended = self.cross(normal, mask, context)
+            x = self._add(x, attended, self.cross_output_norm)
+        return self._add(x, self._fed_forward(_apply(self.mlp_norm, x)), self.mlp_output_norm)
+
+    def _fed_forward(self, x: Tensor) -> Tensor:
+        with part(MLP_PART):
+            return self.mlp(x)
 
     def _add(self, x: Tensor, change: Tensor, norm: Norm | None) -> Tensor:
         if self.config.norm_place == "sum":

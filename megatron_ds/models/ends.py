@@ -13,6 +13,7 @@ from megatron_ds.layers.embedding import VocabParallelEmbedding
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
 from megatron_ds.models.block import Placement
 from megatron_ds.models.stages import HIDDEN, LossStage, Wire
+from megatron_ds.monitor.parts import EMBEDDING, part
 from megatron_ds.parallel.collectives import copy_to, gather_sequence
 
 
@@ -31,7 +32,8 @@ class WordEmbedding(VocabParallelEmbedding):
 
     def forward(self, wire: Wire) -> Wire:  # type: ignore[override]
         kept = {name: tensor for name, tensor in wire.items() if name != self.column or self.keeps_ids}
-        return {**kept, HIDDEN: super().forward(wire[self.column].t())}
+        with part(EMBEDDING):
+            return {**kept, HIDDEN: super().forward(wire[self.column].t())}
 
 
 class LanguageModelHead(LossStage):

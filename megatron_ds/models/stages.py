@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.monitor.parts import HEAD, part
+
 Wire = dict[str, Tensor]
 """Columns (B, ...) of integers; hidden states (S, B, H), or this rank's (S/t, B, H)."""
 
@@ -55,7 +57,8 @@ class LossStage(nn.Module, ABC):
     def forward(self, wire: Wire, labels: Mapping[str, Tensor] | None = None) -> Tensor | Wire:
         """With labels: the fp32 sums of losses, (terms,), in the order of `StageSpec.labels`, 0 for a column that is
         not there. Without: what the model predicts, by name, such as "logits" (B, S, V)."""
-        return self.outputs(wire) if labels is None else self.losses(wire, labels)
+        with part(HEAD):
+            return self.outputs(wire) if labels is None else self.losses(wire, labels)
 
     @abstractmethod
     def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor: ...
@@ -114,8 +117,8 @@ def _has_parameter(parent: nn.Module, name: str) -> bool:
 def _register(parent: nn.Module, name: str, module: nn.Module) -> None:
     """Make `module` a submodule of `parent` under a dotted name, creating plain containers on the way."""
     *containers, leaf = name.split(".")
-    for part in containers:
-        if part not in parent._modules:
-            parent.add_module(part, nn.Module())
-        parent = parent.get_submodule(part)
+    for container in containers:
+        if container not in parent._modules:
+            parent.add_module(container, nn.Module())
+        parent = parent.get_submodule(container)
     parent.add_module(leaf, module)

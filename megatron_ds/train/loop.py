@@ -22,10 +22,12 @@ from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank, ord
 from megatron_ds.engine import Engine, StepResult
 from megatron_ds.errors import TrainingError
 from megatron_ds.monitor import StepMetrics, Throughput, ValidMetrics
+from megatron_ds.monitor.parts import DATA, part
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.train.interrupt import Interrupt
 from megatron_ds.train.output import RunOutput
 from megatron_ds.train.prefetch import DataWait, Prefetch, pinned
+from megatron_ds.train.profile import StepProfile
 from megatron_ds.train.schedule import learning_rate
 from megatron_ds.train.summary import positions_of
 from megatron_ds.train.together import together
@@ -73,6 +75,7 @@ class TrainingLoop:
         self._coming: Iterator[Batches] = iter(())
         self._now, self._saved_step, self._beat = begin, begin.step, beat
         self._stopped_by = 0
+        self._profile = StepProfile(run, engine.grid.rank, output.note, beat)
 
     @property
     def reason(self) -> str:
@@ -105,7 +108,8 @@ class TrainingLoop:
         steps = self._run.train.steps
         with Prefetch(self._read_train, self._positions(), self._ahead) as self._coming:
             while self._now.step < steps:
-                self._step(self._now.step + 1)
+                with self._profile.around(self._now.step + 1):
+                    self._step(self._now.step + 1)
                 stop = self._agree(interrupt)
                 if not stop and self._is_validation_due(self._now.step):
                     stop = self._validate(self._now.step, interrupt)
@@ -132,7 +136,8 @@ class TrainingLoop:
         train, now = self._run.train, self._now
         lr = learning_rate(now.applied, train.steps, self._run.optimizer, self._run.schedule)
         self._beat(f"step {step}: reading data")
-        batches = next(self._coming)
+        with part(DATA):
+            batches = next(self._coming)
         data_s = time.perf_counter() - began_s
         self._beat(f"step {step}: forward and backward pass, optimizer")
         result = self._engine.train_step(batches, lr)

@@ -1,0 +1,228 @@
+"""Where the time of a step goes: a Chrome trace, as torch's profiler writes it, summed up by parts of the model.
+
+Operations of a forward pass stand inside `parts.part`; those of a backward pass are linked to them by the trace itself.
+On a CPU the time of a part is that of the threads which compute it; on a GPU that of its kernels. Communication is
+hidden while something is computed beside it and exposed while nothing is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ds.monitor.parts import BLOCK, DATA, OPTIMIZER, PARTS, PREFIX, STEP
+
+Span = tuple[float, float]
+
+OTHER, EXPOSED, HIDDEN = "other", "communication, exposed", "communication, hidden"
+ROWS = (*PARTS, EXPOSED, OTHER)
+"""What adds up to a step; hidden communication is beside it."""
+
+_BACKWARD = "autograd::engine::evaluate_function: "
+_OPTIMIZER_STEP = "Optimizer.step#"
+_COMPILED = "Torch-Compiled Region"
+_BACKENDS = ("gloo:", "nccl:", "mpi:", "ucc:")
+_KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """One rank's.
+
+    Attributes:
+        seconds: of a step, by the names in `ROWS`.
+        hidden_s: communication beside computation, of a step.
+        steps: recorded ones.
+    """
+
+    seconds: Mapping[str, float]
+    hidden_s: float
+    steps: int
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+def time_by_part(trace: Mapping[str, Any]) -> PartTimes:
+    """Sum a Chrome trace up. Its steps are annotations called `parts.STEP`."""
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    steps = _merged(_span(event) for event in events if event["name"] == STEP and event.get("cat") == "user_annotation")
+    threads = _threads(events)
+    labelled = _label(threads, trace["traceEvents"])
+    kernels = [event for event in events if event.get("cat") in _KERNELS]
+    by_part: dict[str, list[Span]] = defaultdict(list)
+    if kernels:
+        part_of = {event["args"]["External id"]: label for event, label, _ in labelled if _has_id(event)}
+        communication = _merged(_span(event) for event in kernels if "nccl" in event["name"].lower())
+        for event in kernels:
+            if "nccl" not in event["name"].lower():
+                label = part_of.get(event["args"]["External id"]) if _has_id(event) else None
+                by_part[label or OTHER].append(_span(event))
+        busy = _merged(span for spans in by_part.values() for span in spans)
+        by_part[DATA] = _without(_own(labelled, DATA), busy)
+    else:
+        communication = _merged(_span(event) for event in events if event["name"].startswith(_BACKENDS))
+        for _, label, own in labelled:
+            by_part[label or OTHER].extend(own)
+        busy = _merged(_span(event) for event, _, own in labelled if _computes(event, own))
+    exposed = _common(_without(communication, busy), steps)
+    seconds = {name: _length(_common(_without(_merged(by_part[name]), exposed), steps)) / 1e6 for name in PARTS}
+    seconds[EXPOSED] = _length(exposed) / 1e6
+    seconds[OTHER] = max(0.0, _length(steps) / 1e6 - sum(seconds.values()))
+    count = max(1, sum(event["name"] == STEP and event.get("cat") == "user_annotation" for event in events))
+    hidden = _length(_common(_common(communication, busy), steps)) / 1e6
+    return PartTimes({name: seconds[name] / count for name in ROWS}, hidden / count, count)
+
+
+def table(ranks: Sequence[PartTimes]) -> list[str]:
+    """Lines for people: of each part the mean over ranks, its share of the step, and the largest with its rank."""
+    whole = sum(one.step_s for one in ranks) / len(ranks)
+    lines = [f"{'':24}{'mean s':>10}{'share':>8}{'largest s':>11}  rank"]
+    for name in (*ROWS, "step"):
+        values = [one.step_s if name == "step" else one.seconds[name] for one in ranks]
+        lines.append(_line(name, values, whole))
+    return [*lines, _line(f"({HIDDEN})", [one.hidden_s for one in ranks], whole)]
+
+
+def _line(name: str, values: Sequence[float], whole: float) -> str:
+    mean, largest = sum(values) / len(values), max(values)
+    share = mean / whole if whole else 0.0
+    return f"{name:24}{mean:>10.4f}{share:>8.1%}{largest:>11.4f}  {values.index(largest)}"
+
+
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+
+_Labelled = tuple[Mapping[str, Any], str | None, list[Span]]
+"""An event, its part, and when it did something itself."""
+
+
+def _threads(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Events of the threads that train, each in the order in which they nest."""
+    by_thread: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") in ("cpu_op", "user_annotation") and not event["name"].startswith(_BACKENDS):
+            by_thread[event["tid"]].append(event)
+    training = [thread for thread in by_thread.values() if any(_is_of_a_step(event) for event in thread)]
+    return [sorted(thread, key=lambda event: (event["ts"], -event["dur"])) for thread in training]
+
+
+def _has_id(event: Mapping[str, Any]) -> bool:
+    """What connects a kernel with the operation that started it."""
+    return "External id" in event.get("args", {})
+
+
+def _is_of_a_step(event: Mapping[str, Any]) -> bool:
+    return event["name"] == STEP or event["name"].startswith(_BACKWARD)
+
+
+def _label(threads: Sequence[Sequence[Mapping[str, Any]]], everything: Iterable[Mapping[str, Any]]) -> list[_Labelled]:
+    """Twice over the events: parts of the forward pass first, then with them those of the backward pass."""
+    sources = {event["id"]: (event["tid"], event["ts"]) for event in everything if _is_flow(event, "s")}
+    forward_of = {(event["tid"], event["ts"]): sources.get(event["id"]) for event in everything if _is_flow(event, "f")}
+    first = {(event["tid"], event["ts"]): label for event, label, _ in _walk(threads, {})}
+    known = {place: first.get(source) if source else None for place, source in forward_of.items()}
+    return list(_walk(threads, known))
+
+
+def _is_flow(event: Mapping[str, Any], end: str) -> bool:
+    return event.get("cat") == "fwdbwd" and event.get("ph") == end
+
+
+def _walk(threads: Sequence[Sequence[Mapping[str, Any]]], known: Mapping[Any, str | None]) -> Iterable[_Labelled]:
+    """Each event with the part that it or what it stands in belongs to.
+
+    Args:
+        threads: events that nest.
+        known: (thread, begin) of an operation of a backward pass -> the part of its forward pass.
+    """
+    for thread in threads:
+        stack: list[tuple[float, str | None, list[Span], Mapping[str, Any]]] = []
+        for event in thread:
+            begin, end = _span(event)
+            while stack and begin >= stack[-1][0]:
+                yield _closed(stack)
+            outer = stack[-1][1] if stack else None
+            if stack:
+                _cut(stack[-1][2], begin, end)
+            label = _own_part(event) or known.get((event["tid"], event["ts"])) or outer
+            stack.append((end, label, [(begin, end)], event))
+        while stack:
+            yield _closed(stack)
+
+
+def _closed(stack: list[tuple[float, str | None, list[Span], Mapping[str, Any]]]) -> _Labelled:
+    _, label, own, event = stack.pop()
+    return event, label, own
+
+
+def _cut(own: list[Span], begin: float, end: float) -> None:
+    """Take an inner event out of what an outer one did itself."""
+    first, last = own.pop()
+    own.extend(span for span in ((first, begin), (end, last)) if span[1] > span[0] or span[1] == last)
+
+
+def _own_part(event: Mapping[str, Any]) -> str | None:
+    name: str = event["name"]
+    if name.startswith(PREFIX):
+        return name[len(PREFIX) :]
+    if name.startswith(_OPTIMIZER_STEP):
+        return OPTIMIZER
+    return BLOCK if name.startswith(_COMPILED) else None
+
+
+def _computes(event: Mapping[str, Any], own: Sequence[Span]) -> bool:
+    """Whether it is an operation that has no others inside."""
+    return event.get("cat") == "cpu_op" and event["name"].startswith("aten::") and len(own) == 1
+
+
+def _own(labelled: Iterable[_Labelled], part: str) -> list[Span]:
+    return _merged(span for _, label, own in labelled if label == part for span in own)
+
+
+# ---- spans -----------------------------------------------------------------------------------------------------------
+
+
+def _span(event: Mapping[str, Any]) -> Span:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """In order, without overlaps."""
+    merged: list[Span] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        elif end > begin:
+            merged.append((begin, end))
+    return merged
+
+
+def _common(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
+    """What lies in both; each is merged."""
+    found, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        begin, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
+        if end > begin:
+            found.append((begin, end))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def _without(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
+    """What lies in the first only; each is merged."""
+    gaps, before = [], float("-inf")
+    for begin, end in right:
+        gaps.append((before, begin))
+        before = end
+    return _common(left, [*gaps, (before, float("inf"))])
+
+
+def _length(spans: Iterable[Span]) -> float:
+    return sum(end - begin for begin, end in spans)
