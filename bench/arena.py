@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.work import Spec
 
-WARM_UPS = 2
+WARM_UPS = 1
 TIMEOUT_S = 600.0  # of a start, and of a turn
 
 

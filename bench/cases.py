@@ -159,8 +159,8 @@ CASES: dict[str, Case] = {
         {"transformers": ALONE, "ours": Entry("ours")},
     ),
     "long8k": Case(
-        "sequences of 8,192 tokens, recomputation",
-        replace(DECODER, batch=1, seq_length=8192, recompute=True),
+        "sequences of 8,192 tokens, recomputation, half the layers",
+        replace(DECODER, model={**LLAMA, "num_hidden_layers": 4}, batch=1, seq_length=8192, recompute=True),
         {"transformers": ALONE, "ours": Entry("ours")},
         (Target("ours", "transformers", 0.5, "memory"), Target("ours", "transformers", 1.0)),
     ),
@@ -173,6 +173,31 @@ CASES: dict[str, Case] = {
         "T5",
         Work(model=T5),
         {"transformers": ALONE, "ours": Entry("ours"), "ours, tp 2": Entry("ours", 2, TWO_RANKS)},
+    ),
+    "start": Case(
+        "from the command to the first step, a directory of 1 GB on 2 ranks",
+        replace(
+            DECODER,
+            model={
+                **LLAMA,
+                "vocab_size": 4096,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 15,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+            },
+        ),
+        {
+            "from_pretrained alone": Entry("from-pretrained"),
+            "ours, tp 2, ZeRO-0": Entry("start", options={"tensor": 2, "zero": 0}),
+            "ours, tp 2, ZeRO-1": Entry("start", options={"tensor": 2, "zero": 1}),
+        },
+        (
+            Target("ours, tp 2, ZeRO-0", "from_pretrained alone", 1 / 1.5),
+            Target("ours, tp 2, ZeRO-1", "from_pretrained alone", 1 / 1.5),
+        ),
+        unit="GB/s",
     ),
     "convert": Case(
         "converting a directory of 220 MB",

@@ -29,10 +29,15 @@ RUNNERS = {
     "gemm": "bench.gemm:products",
     "cp": "bench.files:copy",
     "rewrite": "bench.files:rewrite_directory",
+    "from-pretrained": "bench.files:from_pretrained",
+    "start": "bench.files:start_training",
     "loop": "bench.files:plain_loop",
     "map": "bench.files:datasets_map",
     "prepare": "bench.files:prepare_corpus",
 }
+
+
+IN_CHILDREN = ("from-pretrained", "start", "cp", "map", "prepare")  # whose work is done by processes of their own
 
 
 def main() -> None:
@@ -47,7 +52,7 @@ def main() -> None:
     from megatron_ds.engine import preload, start_distributed, stop_distributed
     from megatron_ds.parallel.launch import run_local
 
-    preload()
+    preload(spec.options.get("compile", False))
 
     def rank(info: Any) -> None:
         start_distributed(info)
@@ -102,7 +107,8 @@ def _peak_bytes(spec: Spec) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    who = resource.RUSAGE_CHILDREN if spec.runner in IN_CHILDREN else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -119,3 +121,53 @@ def write_corpus(size_bytes: int, folder: Path) -> int:
             tokens += len(tokenizer(text)["input_ids"])
             file.write(json.dumps({"text": text}) + "\n")
     raise AssertionError
+
+
+FIRST_STEP = "output "  # the last line that a run says before its first step
+
+
+def from_pretrained(spec: Spec) -> Step:
+    """A Python of its own that loads the model with transformers."""
+    code = f"from transformers import AutoModelForCausalLM as Model; Model.from_pretrained({spec.folder!r})"
+
+    def step() -> float:
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        return 0.0
+
+    return step
+
+
+def start_training(spec: Spec) -> Step:
+    """`megatron-ds train`, from the command until its first step begins; then it is ended."""
+    place = Path(spec.folder).parent / f"start-{spec.options['zero']}"
+    place.mkdir()
+    (place / "data.jsonl").write_text(json.dumps({"input_ids": list(range(3, 35))}) + "\n")
+    run = {
+        "model": {"path": spec.folder},
+        "parallel": {"tensor": spec.options["tensor"]},
+        "deepspeed": {"zero_optimization": {"stage": spec.options["zero"]}},
+        "data": {"format": "tokenized", "train": [str(place / "data.jsonl")], "seq_length": 32},
+        "train": {"steps": 1, "global_batch_size": 1},
+        "output": str(place / "out"),
+    }
+    (place / "run.yaml").write_text(json.dumps(run))  # which is YAML too
+    ranks = str(spec.options["tensor"])
+    command = [sys.executable, "-m", "megatron_ds", "train", str(place / "run.yaml"), "--nproc", ranks]
+
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # it sees to that
+
+    def step() -> float:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        lines: list[str] = []
+        while line := process.stdout.readline():
+            lines.append(line)
+            if line.startswith(FIRST_STEP):
+                break
+        else:
+            raise RuntimeError("".join(lines))
+        process.kill()  # its ranks end with it
+        process.communicate()
+        return 0.0
+
+    return step

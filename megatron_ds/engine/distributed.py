@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -14,8 +17,7 @@ from megatron_ds.parallel.launch import RENDEZVOUS_FILE, RankInfo
 
 # Imported by deepspeed.initialize at its first call; importing them before ranks are forked saves each rank seconds.
 _LATE_IMPORTS = (
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
+    "torch._dynamo",  # an optimizer's constructor does
     "deepspeed.runtime.pipe.engine",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
@@ -23,14 +25,37 @@ _LATE_IMPORTS = (
 )
 
 
-def preload() -> None:
-    """Import everything that a rank needs. Runs no multi-threaded operation, so the process can fork afterwards."""
-    import deepspeed
+def preload(compiles: bool = False) -> None:
+    """Import everything that a rank needs. Runs no multi-threaded operation, so the process can fork afterwards.
 
-    for name in _LATE_IMPORTS:
-        importlib.import_module(name)
+    Args:
+        compiles: whether ranks use torch.compile.
+    """
+    with _muon_left_alone():
+        import deepspeed
+
+        for name in _LATE_IMPORTS:
+            importlib.import_module(name)
+    if compiles:
+        importlib.import_module("torch._inductor.compile_fx")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     torch.optim.AdamW([torch.nn.Parameter(torch.empty(1))])
+
+
+@contextmanager
+def _muon_left_alone() -> Iterator[None]:
+    """DeepSpeed's Muon, which no run of ours uses, is decorated with torch.compile: 0.6 s of imports in every start."""
+    name = "deepspeed.runtime.zero.muon.original_muon"
+    if name in sys.modules or "torch._inductor.compile_fx" in sys.modules:
+        yield
+        return
+    compile_ = torch.compile
+    torch.compile = lambda fn=None, **_: fn if fn is not None else lambda other: other  # type: ignore[assignment]
+    try:
+        importlib.import_module(name)
+        yield
+    finally:
+        torch.compile = compile_  # type: ignore[assignment]
 
 
 def device_type() -> str:

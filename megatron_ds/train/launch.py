@@ -95,7 +95,7 @@ def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restar
 
     check_devices(ranks, device_type(), device_count())
     resolve(run, ranks, device_type())
-    preload()
+    preload(run.train.compile)
     resumed = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
 
     def start(count: int, is_restart: bool) -> None:
