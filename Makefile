@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sweep soak check tables clean
+.PHONY: help setup demo test sweep soak bench check tables clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ sweep: $(WEIGHTS)  ## all tests, the sweep over every combination too
 
 soak: $(STAMP)  ## long fault injection: kills, faults, full disks; prints the counts
 	$(BIN)/python -m pytest -m soak -s
+
+bench: $(STAMP)  ## speed and memory beside transformers, DeepSpeed and others; CASES="one tp2" for some alone
+	$(BIN)/python -m bench $(CASES)
 
 check: $(STAMP)  ## lint, formatting, types, import floors
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from bench.cases import CASES, Case, Entry
 from bench.files import write_corpus
 from bench.gemm import device_peak, flops_of_step
 from bench.report import draw, markdown, show
-from bench.result import CaseResult, EntryResult, judge, machine, write_json
+from bench.result import CaseResult, EntryResult, check_same_work, judge, machine, write_json
 from bench.work import Spec, write_model
 
 GEMM = "matrix products"
@@ -94,6 +94,7 @@ def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False
         EntryResult(label, entries[label].world, tuple(one.seconds), one.peak_bytes or 0, one.losses[0])
         for label, one in samples.items()
     )
+    check_same_work(found)
     result = CaseResult(name, case.title, case.unit, amount, flops, limits, found, ())
     return replace(result, targets=judge(result, case.targets))
 

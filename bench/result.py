@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -87,6 +88,21 @@ class CaseResult:
     def range(self, entry: EntryResult) -> tuple[float, float]:
         """The slowest and the fastest round."""
         return self.amount / max(entry.seconds), self.amount / min(entry.seconds)
+
+
+SAME_LOSS = 0.01  # relative: under ZeRO each rank of DeepSpeed's tells the loss of its own samples
+
+
+def check_same_work(entries: Sequence[EntryResult]) -> None:
+    """Whether all began with the same loss.
+
+    Raises:
+        ValueError: one of them does something else.
+    """
+    first = entries[0]
+    for entry in entries:
+        if abs(entry.loss - first.loss) > SAME_LOSS * abs(first.loss):
+            raise ValueError(f"{entry.label} began with loss {entry.loss:g}, {first.label} with {first.loss:g}")
 
 
 def judge(case: CaseResult, targets: tuple[Target, ...]) -> tuple[TargetResult, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.cases import CASES
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError, MegatronDSError
@@ -82,7 +83,12 @@ def test_command_is_right(
     words = shlex.split(command)
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert set(words[1:]) <= set(targets)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+        cases = [name for word in words if word.startswith("CASES=") for name in word[len("CASES=") :].split()]
+        assert set(cases) <= set(CASES)
+    elif words[:3] == ["python", "-m", "bench"]:
+        assert {word for word in words[3:] if word[0].isalpha()} <= set(CASES)
+        assert {word for word in words[3:] if word.startswith("--")} <= {"--list", "--rounds"}
     elif words[0] == "megatron-ds" and page.startswith("examples/") and words[1] in ("prepare", "inspect", "export"):
         assert page in CHAINED, f"{page}: {command}: no test runs this command"
     elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
@@ -133,8 +139,8 @@ def zero_table() -> list[tuple[int, int, int, bool, bool]]:
     """(tensor, pipeline, stage, fp32 runs, bf16 runs) by the table in docs/parallelism.md."""
     text = (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")
     rows = [row.strip("| \n").split(" | ") for row in text.splitlines() if re.match(r"\| `pipeline", row)]
-    layouts = [(1, 1), (2, 1), (1, 2)]
-    assert len(rows) == len(layouts), rows
+    assert len(rows) == 2, rows
+    rows, layouts = [rows[0], *rows], [(1, 1), (2, 1), (1, 2)]
     return [
         (tensor, pipeline, stage, word != "refused", word == "yes")
         for (tensor, pipeline), row in zip(layouts, rows)

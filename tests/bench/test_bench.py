@@ -1,0 +1,78 @@
+"""The bench's plumbing: a tiny case by the command, and what is made of figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.arena import ContestantError, compete
+from bench.cases import CASES, Target
+from bench.contestant import RUNNERS
+from bench.report import markdown
+from bench.result import CaseResult, EntryResult, check_same_work, judge
+from bench.work import Spec, Work
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_tiny_case_by_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "tp2", "convert", "--tiny", "--rounds", "2", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr
+    for words in ("tp2: tensor parallel on 2 ranks", "ours / DeepSpeed AutoTP, speed:", "RESULTS.md"):
+        assert words in done.stdout.replace("\n", " "), done.stdout
+    trained, converted = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert {entry["label"] for entry in trained["entries"]} == set(CASES["tp2"].entries)
+    losses = [entry["loss"] for entry in trained["entries"]]
+    assert max(losses) - min(losses) < 1e-4 * losses[0], "tensor parallelism does not change what is computed"
+    assert trained["flops"] > 0 and trained["limit_flops"]["the limit"] > 0
+    for entry in (*trained["entries"], *converted["entries"]):
+        assert len(entry["seconds"]) == 2 and entry["peak_bytes"] > 1e6, entry
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| DeepSpeed AutoTP | 2 |" in page and "## convert" in page
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_an_unknown_case_is_named() -> None:
+    command = [sys.executable, "-m", "bench", "twelve"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "twelve is no case; there are one, tp2" in " ".join(done.stderr.split())
+
+
+def test_a_contestant_that_fails_tells_why(tmp_path: Path) -> None:
+    spec = Spec("transformers", 1, {}, Work(model={"model_type": "llama"}), str(tmp_path / "nowhere"), "cpu")
+    with pytest.raises(ContestantError, match=r"(?s)peer ended; the end of .*peer.log:.*nowhere"):
+        compete({"peer": spec}, 1, 1, tmp_path)
+
+
+def test_cases_name_what_is_there() -> None:
+    for name, case in CASES.items():
+        for target in case.targets:
+            assert {target.ours, target.other} <= set(case.entries), name
+            assert target.figure in ("speed", "memory"), name
+        assert all(entry.runner in RUNNERS for entry in case.entries.values()), name
+
+
+def result(*entries: EntryResult) -> CaseResult:
+    return CaseResult("name", "title", "tokens/s", 100.0, 1e9, {"the limit": 1e10}, entries, ())
+
+
+def test_ratios_are_those_of_rounds_that_belong_together() -> None:
+    """A machine that halves its speed from one round to the next changes no ratio."""
+    peer = EntryResult("peer", 1, (1.0, 2.0, 1.0), 1000, 3.0)
+    ours = EntryResult("ours", 2, (0.5, 1.0, 2.0), 400, 3.0)
+    speed, memory = Target("ours", "peer", 2.0), Target("ours", "peer", 0.3, "memory")
+    judged = judge(result(peer, ours), (speed, memory))
+    assert [(one.ratio, one.met) for one in judged] == [(2.0, True), (0.4, False)]
+    assert judged[1].words == "ours / peer, memory: 0.40, hoped for at most 0.3 - MISSED"
+    page = markdown([result(peer, ours)], {"device": "a machine"}, None)
+    assert "| ours | 2 | 100 | 50.00 to 200.00 | 1.00 | 0.00 | 10% |" in page
+
+
+def test_other_work_is_no_contest() -> None:
+    first = EntryResult("first", 1, (1.0,), 1, 2.5)
+    check_same_work([first, EntryResult("near", 1, (1.0,), 1, 2.52)])
+    with pytest.raises(ValueError, match="far began with loss 2.6, first with 2.5"):
+        check_same_work([first, EntryResult("far", 1, (1.0,), 1, 2.6)])
