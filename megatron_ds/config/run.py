@@ -144,7 +144,8 @@ class TrainSection(Section):
     `eval_every: 0` never evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many
     steps in a row without a finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do
     (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
-    torch.compile. `profile`: steps that are recorded.
+    torch.compile. `kernels`: on CUDA, those of libraries that are installed, or PyTorch's alone. `profile`: steps that
+    are recorded.
     """
 
     steps: Count
@@ -155,6 +156,7 @@ class TrainSection(Section):
     log_every: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    kernels: Literal["auto", "torch"] = "auto"
     profile: ProfileSection | None = None
     max_time: Annotated[float | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10

@@ -78,7 +78,10 @@ class Engine(ABC):
         optimizer: the torch optimizer inside DeepSpeed's; its `lr` is set from outside before each step.
         labels: the columns that the loss compares with, one term each.
         steps_begun: how many steps were asked for, skipped ones too; a resumed run sets it.
+        kernels: for people: what is computed by other libraries than PyTorch.
     """
+
+    kernels: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from megatron_ds.engine.pipelined import PipelineEngine, StagePipeline
 from megatron_ds.engine.plain import PlainEngine
 from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.errors import ConfigError
+from megatron_ds.layers.kernels import pick
 from megatron_ds.layers.parameter import initial_share, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.block import Placement
@@ -48,6 +49,7 @@ class EngineOptions:
         seed: for dropout, and for initialisation where no weights are read.
         frozen: names of parameters that are not trained.
         compiled: see `Placement`.
+        kernels: "auto" or "torch"; see `layers.kernels.pick`.
     """
 
     deepspeed: dict[str, Any]
@@ -57,6 +59,7 @@ class EngineOptions:
     seed: int
     frozen: frozenset[str] = frozenset()
     compiled: bool = False
+    kernels: str = "auto"
 
 
 def build_engine(
@@ -76,14 +79,15 @@ def build_engine(
         read_share: where weights come from; None = random initialisation from the seed, the same at every layout.
 
     Raises:
-        ConfigError: a pipeline stage would have nothing to train.
+        ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
     """
     facts = deepspeed_facts(options.deepspeed)
     rng = RngStreams(options.seed, grid.coords, device)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
     tp = TensorParallel(grid.tensor, options.sequence)
-    placement = Placement(tp, rng, _recompute(options, mpu, rng), options.compiled)
+    kernels = pick(options.kernels, device)
+    placement = Placement(tp, rng, _recompute(options, mpu, rng), options.compiled, kernels)
     specs = stages(placement)
     with _allocation(facts, options.deepspeed, mpu, device):
         if pipelined:
@@ -109,10 +113,14 @@ def build_engine(
     if isinstance(optimizer, GuardedAdamW):
         for parameters in flat_parameters(engine):
             optimizer.create_state(parameters)
+    made: Engine
     if pipelined:
-        return PipelineEngine(grid, device, optimizer, engine, specs[-1].labels, rng)
-    clip = float(options.deepspeed.get("gradient_clipping", 0.0))
-    return PlainEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip)
+        made = PipelineEngine(grid, device, optimizer, engine, specs[-1].labels, rng)
+    else:
+        clip = float(options.deepspeed.get("gradient_clipping", 0.0))
+        made = PlainEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip)
+    made.kernels = kernels.names
+    return made
 
 
 def _suited(config: dict[str, Any], facts: DeepSpeedFacts, device: torch.device, grid: Grid) -> dict[str, Any]:

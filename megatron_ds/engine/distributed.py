@@ -55,7 +55,7 @@ def _muon_left_alone() -> Iterator[None]:
         importlib.import_module(name)
         yield
     finally:
-        torch.compile = compile_  # type: ignore[assignment]
+        torch.compile = compile_
 
 
 def device_type() -> str:

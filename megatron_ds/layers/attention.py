@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter import LowRank, Output, Scaling, column_adapter, row_adapter
 from megatron_ds.layers.alibi import Alibi
+from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
 from megatron_ds.layers.recompute import Recompute
@@ -76,6 +77,7 @@ class Attention(nn.Module):
         rotary: shared table of angles; None = no rotation.
         recompute: how the core is kept for the backward pass.
         rng: masks of the probabilities differ between tensor ranks, which hold different heads.
+        kernels: what plain causal attention, and norms of heads, are computed with.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class Attention(nn.Module):
         rotary: RotaryTable | None,
         recompute: Recompute,
         rng: RngStreams | None,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
+        self.kernel = kernels.attention
         self.shape, self.rotary, self.recompute, self.rng = shape, rotary, recompute, rng
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.qkv = QKVLinear(
@@ -103,8 +107,8 @@ class Attention(nn.Module):
             self.q_norm = AcrossHeadsNorm(heads, dim, shape.qk_norm, tp)
             self.k_norm = AcrossHeadsNorm(kv_heads, dim, shape.qk_norm, tp)
         elif shape.qk_norm is not None:
-            self.q_norm = Norm(dim, shape.qk_norm, tp, tp.inside)
-            self.k_norm = Norm(dim, shape.qk_norm, tp, tp.inside)
+            self.q_norm = Norm(dim, shape.qk_norm, tp, tp.inside, kernels)
+            self.k_norm = Norm(dim, shape.qk_norm, tp, tp.inside, kernels)
         relative = shape.relative
         self.relative = RelativeBias(relative, heads, tp, causal=shape.causal) if relative is not None else None
         local = heads // tp.axis.size
@@ -167,6 +171,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(S, B, N/t, D), (C, B, K/c, D) twice -> (S, B, N/t * D)."""
         shape = self.shape
+        if self.kernel is not None and key_mask is None and self._is_plain(q, k):
+            call = AttentionCall(shape.scale, shape.window, shape.softcap, positions)
+            return self.kernel(q, k, v, call).flatten(2)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         mask = self._allowed(q.shape[2], key_mask, positions, q.device)
         has_bias = shape.alibi is not None or self.relative is not None
@@ -188,6 +195,14 @@ class Attention(nn.Module):
                     enable_gqa=k.shape[1] != q.shape[1],
                 )
         return y.permute(2, 0, 1, 3).flatten(2)
+
+    def _is_plain(self, q: Tensor, k: Tensor) -> bool:
+        """Whether it is what `Kernels.attention` computes."""
+        shape, group = self.shape, q.shape[2] // k.shape[2]
+        grouped = self.kv_of_head == tuple(head // group for head in range(q.shape[2]))
+        has_bias = shape.alibi is not None or self.relative is not None
+        drops = shape.dropout > 0.0 and self.training
+        return shape.causal and grouped and not has_bias and not drops and q.dtype != torch.float32
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
         """The formula written out, because no kernel of torch caps scores. Makes (B, N/t, S, S) tensors."""

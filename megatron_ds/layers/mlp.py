@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter import LowRank, Output, Scaling, column_adapter, row_adapter
 from megatron_ds.layers.dropout import HiddenDropout
+from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -78,6 +79,7 @@ class MLP(nn.Module):
         std, out_std: initialisation of up (and gate) and of down.
         dropout: on what down takes; its masks differ between tensor ranks, which hold different features.
         rng: the streams of these masks.
+        kernels: what SwiGLU is computed with.
     """
 
     def __init__(
@@ -93,9 +95,11 @@ class MLP(nn.Module):
         out_std: float,
         dropout: float = 0.0,
         rng: RngStreams | None = None,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
         self.gated, self.activation = gated, activation
+        self.swiglu = kernels.swiglu if gated and activation == "silu" else None
         out_shape, split_dim = ((2, ffn_size), 1) if gated else ((ffn_size,), 0)
         self.up = ColumnParallelLinear(hidden_size, out_shape, tp, std=std, bias=bias, split_dim=split_dim)
         self.down = RowParallelLinear(ffn_size, hidden_size, tp, std=out_std, bias=bias)
@@ -107,6 +111,8 @@ class MLP(nn.Module):
         wide = self.up(x)
         if self.adapters:
             middle = self._adapted(x, wide)
+        elif self.swiglu is not None:
+            middle = self.swiglu(wide)
         else:
             middle = gated(wide, self.activation) if self.gated else ACTIVATIONS[self.activation](wide)
         middle = self.dropout(middle)

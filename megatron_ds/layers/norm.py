@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
 from megatron_ds.parallel.collectives import sum_over
 from megatron_ds.parallel.tensor import TensorParallel
@@ -37,6 +38,11 @@ class NormStyle:
         assert self.kind in ("layer", "rms"), self
         assert self.kind == "rms" or not (self.one_plus or self.fp32_weight), self
 
+    @property
+    def is_llamas(self) -> bool:
+        """Whether it is weight * (x / rms(x)), cast down before the product."""
+        return self.kind == "rms" and self.affine and not self.one_plus and not self.fp32_weight
+
     def spec(self, size: int, split_dim: int | None = None, units: int | None = None) -> ParamSpec:
         """The declaration of its weight: it starts as the identity."""
         fill = 0.0 if self.one_plus else 1.0
@@ -61,13 +67,20 @@ class Norm(nn.Module):
         tp: the tensor axis, over which the parameters are replicated.
         enter: how they enter the graph: `tp.between` (the default) for hidden states, `tp.inside` for heads. Their
             gradients are then complete on every rank.
+        kernels: what Llama's form of it is computed with.
     """
 
     def __init__(
-        self, size: int, style: NormStyle, tp: TensorParallel, enter: Callable[[Tensor], Tensor] | None = None
+        self,
+        size: int,
+        style: NormStyle,
+        tp: TensorParallel,
+        enter: Callable[[Tensor], Tensor] | None = None,
+        kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
         self.size, self.style = size, style
+        self.kernel = kernels.rms_norm if style.is_llamas else None
         self.enter = enter or tp.between
         self.weight = make_parameter(style.spec(size), tp.axis) if style.affine else None
         has_bias = style.affine and style.kind == "layer"
@@ -79,6 +92,8 @@ class Norm(nn.Module):
         if self.style.kind == "layer":
             bias = self.enter(self.bias) if self.bias is not None else None
             return F.layer_norm(x, (self.size,), weight, bias, self.style.eps)
+        if self.kernel is not None and weight is not None:
+            return self.kernel(x, weight, self.style.eps)
         if not self.style.fp32_weight:
             normal = F.rms_norm(x, (self.size,), None, self.style.eps)  # fp32 inside, cast down at its end
             return self.style.scale(x, normal, weight)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import scaled
+from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.recompute import Recompute
@@ -32,12 +33,14 @@ class Placement:
         rng: the random streams.
         recompute: what is recomputed.
         compiled: what blocks do between their matrix products is fused by torch.compile.
+        kernels: what they compute with.
     """
 
     tp: TensorParallel = field(default_factory=TensorParallel)
     rng: RngStreams | None = None
     recompute: Recompute = field(default_factory=Recompute)
     compiled: bool = False
+    kernels: Kernels = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,12 @@ class Block(nn.Module):
         self.config, self.recompute, self.inputs = config, at.recompute, inputs
         shape = config.attention(layer)
         self.attention_norm, self.attention_output_norm = self._norms(at)
-        self.attention = Attention(shape, at.tp, rotary, at.recompute, at.rng)
+        self.attention = Attention(shape, at.tp, rotary, at.recompute, at.rng, at.kernels)
         self.cross_norm = self.cross_output_norm = self.cross = None
         if config.cross_attention:
             self.cross_norm, self.cross_output_norm = self._norms(at)
             across = replace(shape, causal=False, window=None, alibi=None, relative=None)
-            self.cross = Attention(across, at.tp, None, at.recompute, at.rng)
+            self.cross = Attention(across, at.tp, None, at.recompute, at.rng, at.kernels)
         self.mlp_norm, self.mlp_output_norm = self._norms(at)
         if config.shared_norm:
             self.mlp_norm = None
@@ -103,6 +106,7 @@ class Block(nn.Module):
             out_std=config.out_std(config.ffn_size),
             dropout=config.ffn_dropout,
             rng=at.rng,
+            kernels=at.kernels,
         )
         self.dropout = HiddenDropout(config.residual_dropout, at.rng, at.tp.splits_sequence)
         self._run = torch.compile(self._block, dynamic=False) if at.compiled else self._block
@@ -112,7 +116,9 @@ class Block(nn.Module):
         config = self.config
 
         def norm(*places: str) -> Norm | None:
-            return Norm(config.hidden_size, config.norm, at.tp) if config.norm_place in places else None
+            if config.norm_place not in places:
+                return None
+            return Norm(config.hidden_size, config.norm, at.tp, kernels=at.kernels)
 
         return norm("input", "both"), norm("output", "both", "sum")
 

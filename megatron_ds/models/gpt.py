@@ -54,7 +54,7 @@ class Exit(nn.Module):
     def __init__(self, config: DecoderConfig, at: Placement) -> None:
         super().__init__()
         width, hidden = config.embedding_size, config.hidden_size
-        self.norm = Norm(hidden, config.norm, at.tp) if config.final_norm else None
+        self.norm = Norm(hidden, config.norm, at.tp, kernels=at.kernels) if config.final_norm else None
         self.projection = ReplicatedLinear(hidden, width, at.tp, std=config.init_std) if width != hidden else None
 
     def forward(self, wire: Wire) -> Wire:

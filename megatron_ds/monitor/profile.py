@@ -49,7 +49,8 @@ class PartTimes:
 def time_by_part(trace: Mapping[str, Any]) -> PartTimes:
     """Sum a Chrome trace up. Its steps are annotations called `parts.STEP`."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    steps = _merged(_span(event) for event in events if event["name"] == STEP and event.get("cat") == "user_annotation")
+    recorded = [_span(event) for event in events if event["name"] == STEP and event.get("cat") == "user_annotation"]
+    steps = _merged(recorded)
     threads = _threads(events)
     labelled = _label(threads, trace["traceEvents"])
     kernels = [event for event in events if event.get("cat") in _KERNELS]
@@ -72,7 +73,7 @@ def time_by_part(trace: Mapping[str, Any]) -> PartTimes:
     seconds = {name: _length(_common(_without(_merged(by_part[name]), exposed), steps)) / 1e6 for name in PARTS}
     seconds[EXPOSED] = _length(exposed) / 1e6
     seconds[OTHER] = max(0.0, _length(steps) / 1e6 - sum(seconds.values()))
-    count = max(1, sum(event["name"] == STEP and event.get("cat") == "user_annotation" for event in events))
+    count = max(1, len(recorded))
     hidden = _length(_common(_common(communication, busy), steps)) / 1e6
     return PartTimes({name: seconds[name] / count for name in ROWS}, hidden / count, count)
 

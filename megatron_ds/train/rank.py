@@ -92,6 +92,7 @@ def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
         run.train.seed,
         job.frozen,
         run.train.compile,
+        run.train.kernels,
     )
     grid = create_grid(job.layout, info.rank)
     return build_engine(job.stages, grid, device, options, job.read_share)
@@ -110,7 +111,7 @@ def _train(
     summary = summarize(job, engine, prepared.train_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
-        for note in (*notes, *_resumed(prepared)):
+        for note in (*notes, *_resumed(prepared), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(job, summary.num_params, prepared.train_data)
         throughput = Throughput(flops, job.layout.world_size)

@@ -74,5 +74,5 @@ def test_ratios_are_those_of_rounds_that_belong_together() -> None:
 def test_other_work_is_no_contest() -> None:
     first = EntryResult("first", 1, (1.0,), 1, 2.5)
     check_same_work([first, EntryResult("near", 1, (1.0,), 1, 2.52)])
-    with pytest.raises(ValueError, match="far began with loss 2.6, first with 2.5"):
+    with pytest.raises(ValueError, match=r"far began with loss 2\.6, first with 2\.5"):
         check_same_work([first, EntryResult("far", 1, (1.0,), 1, 2.6)])

@@ -85,6 +85,7 @@ def test_defaults(run_file):
         "log_every": 1,
         "recompute": "none",
         "compile": False,
+        "kernels": "auto",
         "profile": None,
         "max_time": None,
         "max_bad_steps": 10,

@@ -14,7 +14,7 @@ REFUSALS = [
     ("trian={}", "trian: unknown key; did you mean train?"),
     ("foo.bar=1", f"foo: unknown key; legal here: {TOP}"),
     ("1=2", f"1: unknown key; legal here: {TOP}"),
-    ("steps=3", "steps: unknown key; did you mean train.steps?"),
+    ("steps=3", "steps: unknown key; did you mean train.steps or train.profile.steps?"),
     ("train.lr=3", "train.lr: unknown key; did you mean optimizer.lr?"),
     (
         "parallel.qqqq=1",

@@ -1,0 +1,188 @@
+"""The table of kernels: what is picked, how it is checked, and that layers compute the same with it.
+
+flash-attn and liger-kernel need a GPU; here a stand-in of flash-attn's documented interface, written in PyTorch, takes
+its place.
+"""
+
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.hf.config import read_model
+from megatron_ds.layers import kernels
+from megatron_ds.layers.kernels import TABLE, AttentionCall, Candidate, Kernels, checked, pick
+from megatron_ds.layers.parameter import initial_share, spec_of
+from megatron_ds.models.block import Placement
+from megatron_ds.models.build import model_stages
+from megatron_ds.models.stages import StageModel
+from tests.parity.reference import ALL_CONFIGS
+from tests.ranks import run_alone
+
+CPU = torch.device("cpu")
+NORM, SWIGLU, ATTENTION = TABLE
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> Tensor:
+    """(B, S, N, D): softcap 0 is none, a window of (left, right) keys beside the query's own, -1 is all."""
+    assert causal and window_size[1] in (-1, 0)
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (part.float().repeat_interleave(group, dim=2) for part in (k, v))
+    scores = torch.einsum("bind,bjnd->bnij", q.float(), k) * softmax_scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    back = torch.arange(length)[:, None] - torch.arange(length)[None]
+    hidden = (back < 0) | (back > (window_size[0] if window_size[0] >= 0 else length))
+    return torch.einsum("bnij,bjnd->bind", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).to(q.dtype)
+
+
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, longest_q: int, longest_k: int, **options: Any
+) -> Tensor:
+    """(tokens, N, D), documents one after the other; int32 bounds, one more than there are documents."""
+    assert bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k) and int(bounds_q[-1]) == len(q)
+    lengths = bounds_q.diff().tolist()
+    assert min(lengths) > 0 and max(lengths) <= min(longest_q, longest_k)
+    parts = zip(*(part.split(lengths) for part in (q, k, v)))
+    return torch.cat([flash_attn_func(*(one[None] for one in part), **options)[0] for part in parts])
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> kernels.CausalAttention:
+    module = ModuleType("flash_attn")
+    vars(module).update(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return kernels.flash_attention()
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0]])
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("positions", [None, POSITIONS], ids=["one", "packed"])
+def test_flash_attention_is_asked_for_the_same(
+    flash: Any, window: int | None, softcap: float | None, positions: Tensor | None
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(8, 2, 4, 16), torch.randn(8, 2, 2, 16), torch.randn(8, 2, 2, 16)
+    call = AttentionCall(0.3, window, softcap, positions)
+    found, expected = flash(q, k, v, call), kernels.reference_attention(q, k, v, call)
+    assert found.shape == q.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_picked_on_a_cpu() -> None:
+    assert pick("auto", CPU) == pick("torch", torch.device("cuda")) == Kernels()
+
+
+def test_what_is_not_installed_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda package: object() if package == "torch" else None)
+    monkeypatch.setattr(kernels, "checked", lambda candidate, device: candidate.reference)
+    there = replace(SWIGLU, package="torch", distribution="torch")
+    found = pick("auto", torch.device("cuda"), (NORM, there, ATTENTION))
+    assert found == Kernels(swiglu=SWIGLU.reference, names=(f"swiglu: torch {version('torch')}",))
+
+
+def candidate(make: Any, of: Candidate = SWIGLU) -> Candidate:
+    return replace(of, distribution="torch", make=make)
+
+
+def test_a_kernel_is_checked_with_its_gradients(flash: Any) -> None:
+    for one in TABLE:
+        assert checked(candidate(lambda one=one: one.reference, one), CPU) is one.reference
+    assert checked(candidate(lambda: flash, ATTENTION), CPU) is flash
+
+    def other_gradient(wide: Tensor) -> Tensor:
+        gate, up = wide.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.detach()) * up
+
+    for wrong in (lambda wide: 1.1 * SWIGLU.reference(wide), other_gradient, lambda wide: wide[..., :32] * torch.nan):
+        with pytest.raises(ConfigError, match=r"train.kernels=auto: torch .*, swiglu: differs from PyTorch by .* near"):
+            checked(candidate(lambda wrong=wrong: wrong), CPU)
+    with pytest.raises(ConfigError, match=r"swiglu: ZeroDivisionError.*nearest: train.kernels=torch"):
+        checked(candidate(lambda: 1 / 0), CPU)
+
+
+class Counted:
+    """Reference kernels that count their calls."""
+
+    def __init__(self) -> None:
+        self.calls = {one.operation: 0 for one in TABLE}
+
+    def kernels(self) -> Kernels:
+        def counting(one: Candidate) -> Any:
+            def call(*arguments: Any) -> Tensor:
+                self.calls[one.operation] += 1
+                return one.reference(*arguments).to(arguments[0].dtype)
+
+            return call
+
+        return Kernels(**{one.operation: counting(one) for one in TABLE})
+
+
+def losses(case: str, at: Placement, dtype: torch.dtype, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss, and its gradient to the word embedding."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = StageModel(model_stages(read_model(ALL_CONFIGS[case]).core, at))
+    finally:
+        torch.set_default_dtype(default)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_share(name, spec_of(parameter), 5, 0, 1))
+    loss = model(batch, {"targets": batch["input_ids"]}).sum()
+    loss.backward()
+    embedding = dict(model.named_parameters())["embedding.weight"].grad
+    assert embedding is not None
+    return loss.detach().float(), embedding.float()
+
+
+# which of norm, SwiGLU and attention are used
+USED = {
+    "llama": (True, True, True),
+    "qwen3": (True, True, True),
+    "mistral-window": (True, True, True),
+    "gemma2-caps": (False, False, True),
+    "falcon-7b-alibi": (False, False, False),
+    "gpt2": (False, False, True),
+    "olmo2-all-heads": (False, True, True),
+}
+
+
+@pytest.mark.parametrize("case", USED)
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+def test_layers_compute_the_same_with_kernels(case: str, packed: bool) -> None:
+    if packed and case == "falcon-7b-alibi":
+        packed = False
+    batch = {"input_ids": torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(1))}
+    if packed:
+        batch["position_ids"] = POSITIONS
+    run_alone(_compare, case, batch)
+
+
+def _compare(case: str, batch: dict[str, Tensor]) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        counted = Counted()
+        plain, plain_grad = losses(case, Placement(), dtype, batch)
+        with_kernels, grad = losses(case, Placement(kernels=counted.kernels()), dtype, batch)
+        assert abs(float(with_kernels - plain)) <= tolerance * float(plain)
+        assert float((grad - plain_grad).norm()) <= 2 * tolerance * float(plain_grad.norm())
+        half = dtype != torch.float32
+        used = tuple(counted.calls[one.operation] > 0 for one in TABLE)
+        assert used == (*USED[case][:2], USED[case][2] and half), counted.calls
