@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
-from megatron_ds.parallel.collectives import all_gather_dim0, all_reduce_, reduce_scatter_dim0, sum_over_holders
+from megatron_ds.parallel.collectives import all_gather_dim0, reduce_from_, sum_over_holders
 from megatron_ds.parallel.tensor import TensorParallel
 
 
@@ -77,28 +77,6 @@ class _ColumnLinears(torch.autograd.Function):
         return grad_x, None, None, *grad_weights, *grad_biases
 
 
-class _RowLinear(torch.autograd.Function):
-    """Multiply and leave the tensor-parallel region; the reduction is in place of the product.
-
-    Weights are saved as leaf parameters, as above.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
-        ctx.tp = tp
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
-        partial = F.linear(x, weight)
-        return reduce_scatter_dim0(partial, tp.axis) if tp.splits_sequence else all_reduce_(partial, tp.axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = all_gather_dim0(grads[0], ctx.tp.axis) if ctx.tp.splits_sequence else grads[0]
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_weight
-
-
 @torch.compiler.disable
 def _column_linears(
     x: Tensor, tp: TensorParallel, shares: tuple[int, ...], *parameters: Tensor | None
@@ -109,7 +87,12 @@ def _column_linears(
 
 @torch.compiler.disable
 def _row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
-    return _RowLinear.apply(x, tp, weight)
+    """Multiply and leave the tensor-parallel region; an all-reduce is in place of the product.
+
+    Two nodes, not one: recomputation stops at the product, whose input is what it needs, and reduces nothing again.
+    """
+    product = F.linear(x, weight)
+    return tp.leave(product) if tp.splits_sequence else reduce_from_(product, tp.axis)
 
 
 class ColumnParallelLinear(nn.Module):

@@ -95,6 +95,17 @@ class _ReduceFrom(torch.autograd.Function):
         return grads[0], None
 
 
+class _ReduceFromInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.mark_dirty(x)
+        return all_reduce_(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -149,6 +160,11 @@ def copy_to(x: Tensor, axis: Axis) -> Tensor:
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """Megatron's g: forward all-reduce, backward identity."""
     return _ReduceFrom.apply(x, axis) if axis.size > 1 else x
+
+
+def reduce_from_(x: Tensor, axis: Axis) -> Tensor:
+    """`reduce_from` in place of x, which nothing else reads: a product that was made for it."""
+    return _ReduceFromInPlace.apply(x, axis) if axis.size > 1 else x
 
 
 def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
