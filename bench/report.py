@@ -20,7 +20,7 @@ def columns(result: CaseResult) -> list[str]:
 def row(result: CaseResult, entry: EntryResult) -> list[str]:
     """A contestant in a few words, as `columns` say."""
     speed, first = result.speed(entry), result.speed(result.entries[0])
-    digits = 0 if speed >= 10 else 2
+    digits = 0 if speed >= 100 else 2
     low, high = result.range(entry)
     cells = [
         entry.label,
