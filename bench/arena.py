@@ -43,9 +43,7 @@ class Samples:
         return statistics.median(self.seconds)
 
 
-def compete(
-    specs: dict[str, Spec], rounds: int, steps: int, folder: Path, threads: int | None = None
-) -> dict[str, Samples]:
+def compete(specs: dict[str, Spec], rounds: int, steps: int, folder: Path) -> dict[str, Samples]:
     """Every contestant by its label.
 
     Args:
@@ -53,14 +51,13 @@ def compete(
         rounds: turns of each.
         steps: of a turn.
         folder: for logs.
-        threads: of the whole machine, which a contestant's ranks share; None = its cores.
 
     Raises:
         ContestantError: one of them failed.
     """
     found = {label: Samples() for label in specs}
     with ExitStack() as stack:
-        running = {label: stack.enter_context(_started(label, spec, folder, threads)) for label, spec in specs.items()}
+        running = {label: stack.enter_context(_started(label, spec, folder)) for label, spec in specs.items()}
         for contestant in running.values():
             contestant.answer()  # that it is ready
         for label, contestant in running.items():
@@ -81,11 +78,11 @@ def _turned(labels: Sequence[str], number: int) -> list[str]:
 
 
 @contextmanager
-def _started(label: str, spec: Spec, folder: Path, threads: int | None) -> Iterator[_Contestant]:
+def _started(label: str, spec: Spec, folder: Path) -> Iterator[_Contestant]:
     name = label.replace(" ", "_").replace("/", "_")
     told, log = folder / f"{name}.json", folder / f"{name}.log"
     spec.write(told)
-    cores = threads or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // spec.world)), "PYTHONWARNINGS": "ignore"}
     with log.open("w") as errors:
         process = subprocess.Popen(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -30,8 +31,7 @@ def rewrite_directory(spec: Spec) -> Step:
     return _making(spec, rewrite)
 
 
-def _making(spec: Spec, make: object) -> Step:
-    assert callable(make)
+def _making(spec: Spec, make: Callable[[str, str], object]) -> Step:
     target = Path(spec.folder).parent / f"made-{spec.runner}"
 
     def step() -> float:
@@ -107,20 +107,25 @@ def write_corpus(size_bytes: int, folder: Path) -> int:
     """Different documents out of the examples' book, and their tokenizer; returns the number of tokens."""
     from transformers import AutoTokenizer
 
-    example = Path("examples/pretrain_moby_dick")
+    example = Path(__file__).parents[1] / "examples" / "pretrain_moby_dick"
     shutil.copytree(example / "tokenizer", folder / TOKENIZER)
     book = "\n".join(path.read_text(encoding="utf-8") for path in sorted((example / "data").glob("*.txt")))
     tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
-    at = tokens = 0
-    with (folder / TEXT).open("w", encoding="utf-8") as file:
-        for number in count(1):
-            if file.tell() > size_bytes:
-                return tokens
-            at = (at + 7919 * number) % (len(book) - 20_000)
-            text = book[at : at + 4000 + number * 131 % 16_000]
-            tokens += len(tokenizer(text)["input_ids"])
-            file.write(json.dumps({"text": text}) + "\n")
-    raise AssertionError
+    texts = documents(book, size_bytes)
+    (folder / TEXT).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return sum(len(tokenizer(text)["input_ids"]) for text in texts)
+
+
+def documents(book: str, size: int) -> list[str]:
+    """Of 4,000 to 20,000 characters, about `size` in all, cut out of a book so that no two are the same."""
+    texts, at, length = [], 0, 0
+    for number in count(1):
+        if length >= size:
+            break
+        at = (at + 7919 * number) % (len(book) - 20_000)
+        texts.append(book[at : at + 4000 + number * 131 % 16_000])
+        length += len(texts[-1])
+    return texts
 
 
 FIRST_STEP = "output "  # the last line that a run says before its first step

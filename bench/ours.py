@@ -1,4 +1,4 @@
-"""Ours, through the engine that `megatron-ds train` uses."""
+"""Ours: a run as `megatron-ds train` would read it, and its engine."""
 
 from __future__ import annotations
 
@@ -10,53 +10,52 @@ from torch import Tensor
 
 from bench.contestant import Step
 from bench.work import MASKED_MODELS, Spec, Work
-from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine
-from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights
-from megatron_ds.models.build import model_stages
-from megatron_ds.parallel.grid import Grid, Layout, create_grid
+from megatron_ds.config import build_run
+from megatron_ds.parallel.grid import Grid
+from megatron_ds.parallel.rank import RankInfo
+from megatron_ds.train.job import resolve
+from megatron_ds.train.rank import build
 
 
 def train(spec: Spec) -> Step:
     """Options: `tensor`, `pipeline`, `sequence`, `zero`, `micro_batch`, `compile`."""
+    rank = dist.get_rank()
+    job = resolve(build_run(_run_of(spec)), spec.world, spec.device)
+    device = torch.device(spec.device, rank) if spec.device == "cuda" else torch.device(spec.device)
+    engine = build(job, RankInfo(rank, spec.world, rank), device)
+    batches = _micro_batches(spec.work, engine.grid, job.run.train.micro_batch_size)
+    return lambda: engine.train_step(batches, spec.work.lr).loss
+
+
+def _run_of(spec: Spec) -> dict[str, Any]:
+    """What a user would write. ZeRO-1, or ZeRO-0 in fp32 where there is nothing to shard."""
     work, options = spec.work, spec.options
     tensor, pipeline = options.get("tensor", 1), options.get("pipeline", 1)
-    layout = Layout(tensor, pipeline, spec.world // tensor // pipeline)
-    grid = create_grid(layout, dist.get_rank())
-    micro = options.get("micro_batch", work.batch // layout.data)
-    weights = HFWeights(spec.folder, read_model(spec.folder))
-    engine = build_engine(
-        lambda at: model_stages(weights.model.core, at),
-        grid,
-        torch.device(spec.device, grid.rank) if spec.device == "cuda" else torch.device(spec.device),
-        EngineOptions(
-            deepspeed=_config(work, options, layout, micro),
-            optimizer=OptimizerSection(lr=work.lr, betas=(0.9, 0.999), weight_decay=0.1, decay_all=True),
-            sequence=options.get("sequence", False),
-            recompute="full" if work.recompute else "none",
-            seed=1,
-            compiled=options.get("compile", False),
-        ),
-        weights.share,
-    )
-    batches = _micro_batches(work, grid, micro)
-    return lambda: engine.train_step(batches, work.lr).loss
-
-
-def _config(work: Work, options: dict[str, Any], layout: Layout, micro: int) -> dict[str, Any]:
-    plain = layout.pipeline == 1 and layout.data == 1 and work.dtype == "fp32"  # nothing to shard
+    data = spec.world // tensor // pipeline
+    nothing_to_shard = pipeline == data == 1 and work.dtype == "fp32"
     return {
-        "train_batch_size": work.batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": work.batch // micro // layout.data,
-        "gradient_clipping": work.grad_clip,
-        "zero_optimization": {"stage": options.get("zero", 0 if plain else 1)},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": work.dtype == "bf16"},
-        "steps_per_print": 10**9,
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        "model": {"path": spec.folder},
+        "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": options.get("sequence", False)},
+        "deepspeed": {
+            "zero_optimization": {"stage": options.get("zero", 0 if nothing_to_shard else 1)},
+            "bf16": {"enabled": work.dtype == "bf16"},
+        },
+        "data": {"format": "tokenized", "train": [f"{spec.folder}/none.jsonl"], "seq_length": work.seq_length},
+        "optimizer": {
+            "lr": work.lr,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.1,
+            "decay_all": True,
+            "grad_clip": work.grad_clip,
+        },
+        "train": {
+            "steps": 1,
+            "global_batch_size": work.batch,
+            "micro_batch_size": options.get("micro_batch", work.batch // data),
+            "recompute": "full" if work.recompute else "none",
+            "compile": options.get("compile", False),
+        },
+        "output": f"{spec.folder}-out",
     }
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -31,29 +28,23 @@ def preload(compiles: bool = False) -> None:
     Args:
         compiles: whether ranks use torch.compile.
     """
-    with _muon_left_alone():
-        import deepspeed
+    _import_muon()
+    import deepspeed
 
-        for name in _LATE_IMPORTS:
-            importlib.import_module(name)
+    for name in _LATE_IMPORTS:
+        importlib.import_module(name)
     if compiles:
         importlib.import_module("torch._inductor.compile_fx")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     torch.optim.AdamW([torch.nn.Parameter(torch.empty(1))])
 
 
-@contextmanager
-def _muon_left_alone() -> Iterator[None]:
+def _import_muon() -> None:
     """DeepSpeed's Muon, which no run of ours uses, is decorated with torch.compile: 0.6 s of imports in every start."""
-    name = "deepspeed.runtime.zero.muon.original_muon"
-    if name in sys.modules or "torch._inductor.compile_fx" in sys.modules:
-        yield
-        return
     compile_ = torch.compile
     torch.compile = lambda fn=None, **_: fn if fn is not None else lambda other: other  # type: ignore[assignment]
     try:
-        importlib.import_module(name)
-        yield
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         torch.compile = compile_
 

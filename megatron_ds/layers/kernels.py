@@ -111,10 +111,12 @@ def flash_attention() -> CausalAttention:
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `RMSNorm` says; torch's own norm is fp32 inside."""
     return weight * F.rms_norm(x, (x.shape[-1],), None, eps)
 
 
 def reference_swiglu(wide: Tensor) -> Tensor:
+    """As `Gated` says."""
     gate, up = wide.chunk(2, dim=-1)
     return F.silu(gate) * up
 

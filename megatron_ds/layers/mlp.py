@@ -37,7 +37,7 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def gated(wide: Tensor, activation: str) -> Tensor:
+def gated_product(wide: Tensor, activation: str) -> Tensor:
     """act(gate) * up of (..., 2F), gate first -> (..., F) (Shazeer 2020). Of what it makes it keeps nothing."""
     if activation in _BACKWARD:
         return _Gated.apply(wide, activation)
@@ -99,7 +99,10 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.gated, self.activation = gated, activation
-        self.swiglu = kernels.swiglu if gated and activation == "silu" else None
+        self.middle: Callable[[Tensor], Tensor] = ACTIVATIONS[activation]
+        if gated:
+            swiglu = kernels.swiglu if activation == "silu" else None
+            self.middle = swiglu or partial(gated_product, activation=activation)
         out_shape, split_dim = ((2, ffn_size), 1) if gated else ((ffn_size,), 0)
         self.up = ColumnParallelLinear(hidden_size, out_shape, tp, std=std, bias=bias, split_dim=split_dim)
         self.down = RowParallelLinear(ffn_size, hidden_size, tp, std=out_std, bias=bias)
@@ -109,13 +112,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.up(x)
-        if self.adapters:
-            middle = self._adapted(x, wide)
-        elif self.swiglu is not None:
-            middle = self.swiglu(wide)
-        else:
-            middle = gated(wide, self.activation) if self.gated else ACTIVATIONS[self.activation](wide)
-        middle = self.dropout(middle)
+        middle = self.dropout(self._adapted(x, wide) if self.adapters else self.middle(wide))
         if "down" not in self.adapters:
             return self.down(middle)
         beside: Any = self.adapters["down"]

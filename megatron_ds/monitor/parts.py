@@ -17,4 +17,4 @@ def part(name: str) -> AbstractContextManager[object]:
     """What is done inside belongs to a part, and so does its backward pass. Costs nothing unless a profiler looks."""
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return nullcontext()
-    return torch.profiler.record_function(name if name == STEP else PREFIX + name)
+    return torch.profiler.record_function(PREFIX + name)

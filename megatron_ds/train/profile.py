@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, supported_activities
+from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import TrainingError
-from megatron_ds.monitor.parts import STEP, part
+from megatron_ds.monitor.parts import STEP
 from megatron_ds.monitor.profile import PartTimes, table, time_by_part
 from megatron_ds.train.together import together
 from megatron_ds.train.watchdog import Beat
@@ -69,7 +69,7 @@ class StepProfile:
             self._profiler = profile(activities=wanted)
             with _quiet():
                 self._profiler.start()
-        with part(STEP):
+        with record_function(STEP):
             yield
         if step == self._last:
             self._write()

@@ -48,7 +48,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> None:
         claimed = together(lambda: claim(run) if info.rank == 0 else None)
         found = find(run, info)
         prepared = together(lambda: _prepare(run, info, found))
-        engine = _build(prepared.job, info, device)
+        engine = build(prepared.job, info, device)
         if prepared.reader is not None:
             load_state(engine, prepared.reader)
         held, notes = together(lambda: begin_output(run, found, claimed) if info.rank == 0 else (None, ()))
@@ -82,7 +82,12 @@ def _prepare(run: RunConfig, info: RankInfo, found: Found) -> _Prepared:
     return _Prepared(job, train_data, valid_data, start, reader)
 
 
-def _build(job: Job, info: RankInfo, device: torch.device) -> Engine:
+def build(job: Job, info: RankInfo, device: torch.device) -> Engine:
+    """This rank's engine for a job. Collective over the world.
+
+    Raises:
+        ConfigError: see `build_engine`.
+    """
     run = job.run
     options = EngineOptions(
         job.deepspeed,

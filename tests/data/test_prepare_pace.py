@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.files import documents
+
 LOOP = """
 import json, sys, time
 import numpy as np
@@ -51,13 +53,8 @@ print(done.manifest["num_tokens"] / (time.perf_counter() - began))
 
 def write_source(book: Path, path: Path, size: int) -> None:
     """About so many bytes of JSON lines, of documents that are all different."""
-    text = book.read_text(encoding="utf-8")
-    with path.open("w", encoding="utf-8") as file:
-        at = step = 0
-        while file.tell() < size:
-            step += 1
-            at = (at + 7919 * step) % (len(text) - 20_000)
-            file.write(json.dumps({"text": text[at : at + 4000 + step * 131 % 16_000]}) + "\n")
+    texts = documents(book.read_text(encoding="utf-8"), size)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def run(code: str, source: Path, tokenizer: str, output: Path) -> tuple[float, float]:

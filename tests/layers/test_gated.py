@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ds.layers.mlp import ACTIVATIONS, gated
+from megatron_ds.layers.mlp import ACTIVATIONS, gated_product
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -13,7 +13,7 @@ def test_gated(activation: str, dtype: torch.dtype) -> None:
     wide = torch.randn(5, 3, 14).to(dtype).requires_grad_()
     gate, up = wide.chunk(2, dim=-1)
     expected = ACTIVATIONS[activation](gate) * up
-    found = gated(wide, activation)
+    found = gated_product(wide, activation)
     assert torch.equal(found, expected)
     grad = torch.randn(5, 3, 7).to(dtype)
     ours, theirs = (torch.autograd.grad(y, wide, grad)[0] for y in (found, expected))

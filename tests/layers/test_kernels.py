@@ -168,8 +168,6 @@ USED = {
 @pytest.mark.parametrize("case", USED)
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 def test_layers_compute_the_same_with_kernels(case: str, packed: bool) -> None:
-    if packed and case == "falcon-7b-alibi":
-        packed = False
     batch = {"input_ids": torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(1))}
     if packed:
         batch["position_ids"] = POSITIONS
