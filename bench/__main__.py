@@ -26,7 +26,7 @@ GEMM = "matrix products"
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.", metavar="[CASE]...")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.", metavar="CASE")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant.")] = 3,
     output: Annotated[Path, typer.Option(help="Directory of what is written.")] = Path("out/bench"),
     tiny: Annotated[bool, typer.Option("--tiny", help="Small work, to look at the plumbing.")] = False,

@@ -48,6 +48,7 @@ def check_run(run: RunConfig, shape: ModelShape, facts: DeepSpeedFacts, world_si
     _check_precision(facts, device_type)
     _check_zero(run, facts)
     data_size = _check_world(run, shape, world_size)
+    _check_shared_memory(run, world_size, device_type)
     _check_batch(run, data_size)
     return data_size
 
@@ -200,6 +201,26 @@ def _check_world(run: RunConfig, shape: ModelShape, world_size: int) -> int:
         f"parallel.tensor={tensor} * parallel.pipeline={pipeline} = {ranks} does not divide the number of ranks "
         f"{world_size}; nearest: {_words(_nearest_multiples(world_size, ranks))} ranks{with_these}"
     )
+
+
+def _check_shared_memory(run: RunConfig, world_size: int, device_type: str) -> None:
+    if not run.parallel.shared_memory or run.parallel.tensor == 1:
+        return
+    if device_type != "cpu":
+        raise ConfigError(
+            f"parallel.shared_memory=true is for ranks on CPUs, and they are on {device_type}; nearest: false"
+        )
+    if run.parallel.sequence:
+        raise ConfigError(
+            "parallel.shared_memory=true is for all-reduces, and parallel.sequence=true gathers and scatters instead; "
+            "set one of them to false"
+        )
+    if run.parallel.tensor != world_size:
+        raise ConfigError(
+            f"parallel.shared_memory=true needs all {world_size} ranks to be one tensor group, and "
+            f"parallel.tensor={run.parallel.tensor}; nearest: false, or {run.parallel.tensor} ranks"
+            f"{' and parallel.pipeline=1' if run.parallel.pipeline > 1 else ''}"
+        )
 
 
 def _check_batch(run: RunConfig, data_size: int) -> None:

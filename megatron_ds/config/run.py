@@ -97,11 +97,15 @@ class ModelSection(Section):
 
 
 class ParallelSection(Section):
-    """Degrees of model parallelism; the data degree is world / (tensor * pipeline)."""
+    """Degrees of model parallelism; the data degree is world / (tensor * pipeline).
+
+    `shared_memory`: tensor ranks of one machine's CPU sum through its memory instead of TCP.
+    """
 
     tensor: Count = 1
     pipeline: Count = 1
     sequence: bool = False
+    shared_memory: bool = False
 
 
 class OptimizerSection(Section):

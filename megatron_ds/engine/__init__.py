@@ -8,6 +8,7 @@ from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShareReader, Ste
 from megatron_ds.engine.build import EngineOptions, build_engine
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
 from megatron_ds.engine.probe import GradientProbe
+from megatron_ds.engine.shared_memory import share_memory
 
 __all__ = [
     "Engine",
@@ -21,6 +22,7 @@ __all__ = [
     "device_count",
     "device_type",
     "preload",
+    "share_memory",
     "start_distributed",
     "stop_distributed",
 ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.parameter import ParamSpec, make_parameter
-from megatron_ds.parallel.collectives import all_gather_dim0, reduce_from_, sum_over_holders
+from megatron_ds.parallel.collectives import all_gather_dim0, begin_all_reduce_, reduce_from_, sum_over_holders
 from megatron_ds.parallel.tensor import TensorParallel
 
 
@@ -59,8 +59,8 @@ class _ColumnLinears(torch.autograd.Function):
                 partial = grad_x
                 grad_x = partial.new_empty((partial.shape[0] // axis.size, *partial.shape[1:]))
                 reducing = dist.reduce_scatter_single(grad_x, partial.contiguous(), group=axis.group, async_op=True)
-            elif axis.size > 1:
-                reducing = dist.all_reduce(grad_x, group=axis.group, async_op=True)
+            else:
+                reducing = begin_all_reduce_(grad_x, axis)
 
         if gathering is not None:
             gathering.wait()

@@ -23,7 +23,7 @@ ROWS = (*PARTS, EXPOSED, OTHER)
 _BACKWARD = "autograd::engine::evaluate_function: "
 _OPTIMIZER_STEP = "Optimizer.step#"
 _COMPILED = "Torch-Compiled Region"
-_BACKENDS = ("gloo:", "nccl:", "mpi:", "ucc:")
+_BACKENDS = ("gloo:", "nccl:", "mpi:", "ucc:", "deepspeed::inference_all_reduce")
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 

@@ -7,11 +7,13 @@ group and never touches `torch.distributed`, so a model built with such axes is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 
 AXES = ("pipeline", "data", "tensor")
 
@@ -33,12 +35,15 @@ class Axis:
         rank: this rank's place, 0 <= rank < size.
         ranks: the global ranks along the axis, in order.
         group: their process group; None where size is 1.
+        sum_here: sums a tensor in place over the axis without the group, where it can; whether it did. See
+            `engine.shared_memory`.
     """
 
     size: int = 1
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+    sum_here: Callable[[Tensor], bool] | None = None
 
 
 @dataclass(frozen=True)

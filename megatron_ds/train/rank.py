@@ -15,7 +15,15 @@ from megatron_ds.checkpoint.reader import Found, StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, collate
-from megatron_ds.engine import Engine, EngineOptions, build_engine, device_type, start_distributed, stop_distributed
+from megatron_ds.engine import (
+    Engine,
+    EngineOptions,
+    build_engine,
+    device_type,
+    share_memory,
+    start_distributed,
+    stop_distributed,
+)
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.grid import create_grid
 from megatron_ds.parallel.rank import RankInfo
@@ -86,7 +94,7 @@ def build(job: Job, info: RankInfo, device: torch.device) -> Engine:
     """This rank's engine for a job. Collective over the world.
 
     Raises:
-        ConfigError: see `build_engine`.
+        ConfigError: see `build_engine` and `share_memory`.
     """
     run = job.run
     options = EngineOptions(
@@ -100,6 +108,8 @@ def build(job: Job, info: RankInfo, device: torch.device) -> Engine:
         run.train.kernels,
     )
     grid = create_grid(job.layout, info.rank)
+    if run.parallel.shared_memory and grid.tensor.size > 1:
+        grid = share_memory(grid, together)
     return build_engine(job.stages, grid, device, options, job.read_share)
 
 

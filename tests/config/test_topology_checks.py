@@ -152,6 +152,21 @@ def test_sequence_without_tensor_has_no_effect(make_run):
     assert check_run(run, SHAPE, ZERO_1, 2, "cpu") == 1
 
 
+def test_shared_memory(make_run):
+    run = make_run(parallel={"tensor": 2, "shared_memory": True})
+    assert check_run(run, SHAPE, ZERO_1, 2, "cpu") == 1
+    assert check_run(make_run(parallel={"shared_memory": True}), SHAPE, ZERO_1, 2, "cuda") == 2  # without effect
+    assert refusal(run, world_size=2, device_type="cuda") == (
+        "parallel.shared_memory=true is for ranks on CPUs, and they are on cuda; nearest: false"
+    )
+    words = "parallel.shared_memory=true needs all 4 ranks to be one tensor group, and parallel.tensor=2; nearest: "
+    assert refusal(run, world_size=4) == f"{words}false, or 2 ranks"
+    run = make_run(parallel={"tensor": 2, "pipeline": 2, "shared_memory": True})
+    assert refusal(run, world_size=4) == f"{words}false, or 2 ranks and parallel.pipeline=1"
+    run = make_run(parallel={"tensor": 2, "sequence": True, "shared_memory": True})
+    assert "parallel.sequence=true gathers and scatters instead" in refusal(run, world_size=2)
+
+
 def test_learned_positions(make_run):
     learned = replace(SHAPE, max_positions=1024)
     assert refusal(make_run(data={"seq_length": 2048}), learned) == (

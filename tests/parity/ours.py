@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine
+from megatron_ds.engine import EngineOptions, build_engine, share_memory
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.models.build import model_stages
@@ -29,6 +29,7 @@ class Place:
     sp: bool = False
     recompute: str = "none"
     compiled: bool = False
+    shared: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -40,7 +41,7 @@ class Place:
         return min(recipe.micro_batch, max(1, recipe.global_batch // self.dp // 2))
 
     def __str__(self) -> str:
-        compiled = "-compiled" if self.compiled else ""
+        compiled = "-compiled" * self.compiled + "-shared" * self.shared
         return f"tp{self.tp}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}{compiled}"
 
 
@@ -95,6 +96,8 @@ def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tupl
         seed=1234,
         compiled=place.compiled,
     )
+    if place.shared:
+        grid = share_memory(grid, lambda step: step())
     engine = build_engine(lambda at: model_stages(model.core, at), grid, torch.device("cpu"), options, weights.share)
     return engine, model
 

@@ -1,0 +1,143 @@
+"""Sums through the memory of a machine: what they give, what is left behind, and where they are refused."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ds.engine import share_memory, shared_memory
+from megatron_ds.errors import ConfigError
+from megatron_ds.parallel.collectives import all_reduce_, begin_all_reduce_
+from megatron_ds.parallel.grid import Grid, Layout
+from tests.ranks import run_grid
+
+SIZES = [0, 1, 7, 1000, 262_144, 262_147, 1_000_001, 9_000_001]  # across the kernel's 1 MiB and 32 MiB
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64]
+
+
+def _directly(grid: Grid) -> Grid:
+    return share_memory(grid, lambda step: step())
+
+
+def _sums(grid: Grid) -> list[str]:
+    """What is wrong."""
+    shared = _directly(grid).tensor
+    wrong = []
+    for dtype in DTYPES:
+        for size in SIZES:
+            each = [(torch.arange(size) % 61 + rank).to(dtype) for rank in range(grid.tensor.size)]
+            wanted = torch.stack(each).sum(0)
+            found = all_reduce_(each[grid.rank].clone(), shared)
+            waited = each[grid.rank].clone()
+            work = begin_all_reduce_(waited, shared)
+            if work is not None:
+                work.wait()
+            if not (torch.equal(found, wanted) and torch.equal(waited, wanted)):
+                wrong.append(f"{dtype} {size}")
+    largest = all_reduce_(torch.tensor([float(grid.rank)]), shared, torch.distributed.ReduceOp.MAX)
+    if float(largest) != grid.tensor.size - 1:
+        wrong.append("maximum")
+    return wrong
+
+
+@pytest.fixture
+def name(monkeypatch: pytest.MonkeyPatch) -> str:
+    """What this test's run is called, that of no other."""
+    drawn = uuid.uuid4()
+    monkeypatch.setattr(shared_memory.uuid, "uuid4", lambda: drawn)
+    return drawn.hex
+
+
+def _left(name: str) -> list[str]:
+    return [path.name for path in Path("/dev/shm").iterdir() if name in path.name]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sums(ranks: int, name: str) -> None:
+    assert run_grid(_sums, Layout(tensor=ranks)) == [[]] * ranks
+    assert not _left(name)
+
+
+def _refused(grid: Grid, change: Any) -> str:
+    change(grid)
+    try:
+        _directly(grid)
+    except ConfigError as problem:
+        return str(problem)
+    return "not refused"
+
+
+def small_folder(grid: Grid) -> None:
+    usage = shutil.disk_usage(shared_memory.FOLDER)
+    shutil.disk_usage = lambda path: usage._replace(free=64_000_000)  # type: ignore[assignment]
+
+
+def no_folder(grid: Grid) -> None:
+    shared_memory.FOLDER = Path("/nowhere")
+
+
+def no_compiler(grid: Grid) -> None:
+    os.environ["XDG_CACHE_HOME"] = os.environ["ELSEWHERE"]
+    os.environ["CXX"] = "no-such-compiler"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (small_folder, "needs 138 MB of /dev/shm for 2 ranks, and 64 MB are free; nearest: false, or for a container"),
+        (no_folder, "needs 138 MB of /nowhere for 2 ranks, and 0 MB are free"),
+        (no_compiler, "which cannot be compiled here ("),
+    ],
+)
+def test_what_every_rank_refuses(change: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path))
+    for said in run_grid(_refused, Layout(tensor=2), change):
+        assert said.startswith("parallel.shared_memory=true ") and words in said, said
+        assert "\n" not in said
+
+
+def _on_another_machine(grid: Grid, folder: Path) -> str:
+    if grid.rank == 1:
+        shared_memory.FOLDER = folder
+    said: list[str] = []
+
+    def together(step: Any) -> Any:
+        """All ranks hear of a refusal, as in a run."""
+        try:
+            result = step()
+        except ConfigError as problem:
+            said.append(str(problem))
+            result = None
+        heard: list[Any] = [None] * grid.world.size
+        torch.distributed.all_gather_object(heard, list(said))
+        if any(heard):
+            raise ConfigError(next(one[0] for one in heard if one))
+        return result
+
+    try:
+        share_memory(grid, together)
+    except ConfigError as problem:
+        return str(problem)
+    return "not refused"
+
+
+def test_ranks_that_share_no_folder(tmp_path: Path, name: str) -> None:
+    for said in run_grid(_on_another_machine, Layout(tensor=2), tmp_path):
+        assert "needs all ranks on one machine, or in one container" in said
+    assert not _left(name)
+
+
+def _with_a_lock_left(grid: Grid) -> bool:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ds" / "kernels"
+    for built in cache.glob("*/deepspeed_shm_comm"):
+        (built / "lock").touch()
+    torch.distributed.barrier()
+    return _directly(grid).tensor.sum_here is not None
+
+
+def test_a_lock_left_by_a_killed_compiler_stops_nobody() -> None:
+    assert run_grid(_with_a_lock_left, Layout(tensor=2)) == [True, True]
