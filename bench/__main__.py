@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from bench.result import CaseResult, EntryResult, check_same_work, judge, machin
 from bench.work import Spec, write_model
 
 GEMM = "matrix products"
+WIDTH = 120  # of tables that go to a file
 
 
 def main(
@@ -37,7 +39,7 @@ def main(
 
     Example: python -m bench one tp2 --rounds 5
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     if listing:
         for name, case in CASES.items():
             console.print(f"{name:12} {case.title}: {'; '.join(case.entries)}", soft_wrap=True)
@@ -57,7 +59,8 @@ def main(
     write_json(results, where, output / "results.json")
     draw(results, output / "results.png")
     (output / "RESULTS.md").write_text(markdown(results, where, "results.png"))
-    console.print(f"{time.monotonic() - began_s:.0f} s; {output}/RESULTS.md, results.json, results.png")
+    took = f"{time.monotonic() - began_s:.0f} s; {output}/RESULTS.md, results.json, results.png"
+    console.print(took, soft_wrap=True)
 
 
 def _device() -> str:
@@ -83,7 +86,8 @@ def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False
             amount = float(work.tokens)
         if case.unit == "GB/s":
             flops, amount = 0.0, sum(file.stat().st_size for file in folder.iterdir()) / 1e9
-        entries: dict[str, Entry] = {**case.entries, **({GEMM: Entry("gemm")} if flops else {})}
+        entries = {label: entry for label, entry in case.entries.items() if entry.device in (None, device)}
+        entries |= {GEMM: Entry("gemm")} if flops else {}
         specs = {
             label: Spec(entry.runner, entry.world, _options(entry), work, str(folder), device)
             for label, entry in entries.items()
@@ -95,7 +99,7 @@ def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False
         for label, one in samples.items()
     )
     check_same_work(found)
-    result = CaseResult(name, case.title, case.unit, amount, flops, limits, found, ())
+    result = CaseResult(name, case.title, case.unit, amount, flops, limits, found, (), case.note)
     return replace(result, targets=judge(result, case.targets))
 
 

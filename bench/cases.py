@@ -52,11 +52,12 @@ T5 = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant: a name in `contestant.RUNNERS`, its ranks and options."""
+    """A contestant: a name in `contestant.RUNNERS`, its ranks and options; the only device it takes part on."""
 
     runner: str
     world: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Case:
         targets: what is hoped for.
         unit: of the speed: "tokens/s" or "GB/s".
         steps: of a turn.
+        note: what a reader of the results should know.
     """
 
     title: str
@@ -94,12 +96,15 @@ class Case:
     targets: tuple[Target, ...] = ()
     unit: str = "tokens/s"
     steps: int = 1
+    note: str = ""
 
 
 ALONE = Entry("transformers")
 DECODER = Work(model=LLAMA)
 LARGE_VOCABULARY = replace(DECODER, model={**LLAMA, "vocab_size": 128_000})
 TWO_RANKS = {"tensor": 2}
+SHARED = Entry("ours", 2, {**TWO_RANKS, "shared_memory": True}, device="cpu")
+SMALL = replace(DECODER, model={**LLAMA, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 4096})
 
 CASES: dict[str, Case] = {
     "one": Case(
@@ -118,6 +123,7 @@ CASES: dict[str, Case] = {
             "transformers tp_plan": Entry("transformers-tp", 2),
             "ours": Entry("ours", 2, TWO_RANKS),
             "ours, sequence parallel": Entry("ours", 2, {**TWO_RANKS, "sequence": True}),
+            "ours, shared memory": SHARED,
         },
         (
             Target("ours", "DeepSpeed AutoTP", 1.6),
@@ -125,6 +131,12 @@ CASES: dict[str, Case] = {
             Target("ours", "transformers, 1 process", 0.95),
             Target("ours, sequence parallel", "DeepSpeed AutoTP", 1.6),
         ),
+    ),
+    "small": Case(
+        "a model of 10 M parameters, tensor parallel on 2 ranks",
+        SMALL,
+        {"transformers, 1 process": ALONE, "ours": Entry("ours", 2, TWO_RANKS), "ours, shared memory": SHARED},
+        steps=3,
     ),
     **{
         f"zero{stage}": Case(
@@ -168,6 +180,8 @@ CASES: dict[str, Case] = {
         "BERT",
         Work(model=BERT),
         {"transformers": ALONE, "ours": Entry("ours"), "ours, tp 2": Entry("ours", 2, TWO_RANKS)},
+        note="The limit counts the head at every position, as transformers computes it; ours computes it where a token "
+        "is masked, so its share of the limit can exceed 100 %.",
     ),
     "t5": Case(
         "T5",

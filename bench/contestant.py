@@ -6,14 +6,19 @@ JSON to what was its standard output. Everything else that is said goes to stand
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.work import Spec
 
@@ -66,13 +71,14 @@ def _serve(step: Step, spec: Spec, channel: Any, rank: int) -> None:
     """Ready, then steps as often as asked, until no number comes."""
     if rank == 0:
         channel.write(json.dumps({"ready": True}) + "\n")
+    children = _Children() if spec.runner in IN_CHILDREN else None
     while count := _told(spec, rank):
         began_s = time.perf_counter()
         for _ in range(count):
             loss = step()
         _synchronize(spec)
         seconds = time.perf_counter() - began_s
-        peaks = _from_all(_peak_bytes(spec), spec)
+        peaks = [children.peak_bytes] if children is not None else _from_all(_peak_bytes(spec), spec)
         if rank == 0:
             channel.write(json.dumps({"seconds": seconds, "steps": count, "loss": loss, "peaks": peaks}) + "\n")
 
@@ -107,8 +113,26 @@ def _peak_bytes(spec: Spec) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    who = resource.RUSAGE_CHILDREN if spec.runner in IN_CHILDREN else resource.RUSAGE_SELF
-    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's would be that of the process that started this one, where it held more
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+class _Children:
+    """The most that one of the processes below this one holds, seen five times a second."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while True:
+            for child in me.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self.peak_bytes = max(self.peak_bytes, child.memory_info().rss)
+            time.sleep(0.2)
 
 
 if __name__ == "__main__":

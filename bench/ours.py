@@ -18,7 +18,7 @@ from megatron_ds.train.rank import build
 
 
 def train(spec: Spec) -> Step:
-    """Options: `tensor`, `pipeline`, `sequence`, `zero`, `micro_batch`, `compile`."""
+    """Options: `tensor`, `pipeline`, `sequence`, `shared_memory`, `zero`, `micro_batch`, `compile`."""
     rank = dist.get_rank()
     job = resolve(build_run(_run_of(spec)), spec.world, spec.device)
     device = torch.device(spec.device, rank) if spec.device == "cuda" else torch.device(spec.device)
@@ -35,7 +35,12 @@ def _run_of(spec: Spec) -> dict[str, Any]:
     nothing_to_shard = pipeline == data == 1 and work.dtype == "fp32"
     return {
         "model": {"path": spec.folder},
-        "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": options.get("sequence", False)},
+        "parallel": {
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "sequence": options.get("sequence", False),
+            "shared_memory": options.get("shared_memory", False),
+        },
         "deepspeed": {
             "zero_optimization": {"stage": options.get("zero", 0 if nothing_to_shard else 1)},
             "bf16": {"enabled": work.dtype == "bf16"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bench.result import CaseResult, EntryResult
 
 
 def columns(result: CaseResult) -> list[str]:
-    names = ["", "ranks", result.unit, "slowest to fastest", "of the first", "peak GB a rank"]
+    names = ["", "ranks", result.unit, "slowest to fastest", "of the first", "peak GB a process"]
     return names + [f"of {name}" for name in result.limit_flops] if result.flops else names
 
 
@@ -28,7 +29,7 @@ def row(result: CaseResult, entry: EntryResult) -> list[str]:
         f"{speed:,.{digits}f}",
         f"{low:,.{digits}f} to {high:,.{digits}f}",
         f"{speed / first:.2f}",
-        f"{entry.peak_bytes / 1e9:.2f}",
+        f"{entry.peak_bytes / 1e9:.2f}" if entry.peak_bytes else "-",
     ]
     if result.flops:
         cells += [f"{result.flops / entry.median_s / limit:.0%}" for limit in result.limit_flops.values()]
@@ -43,6 +44,8 @@ def show(result: CaseResult, console: Console) -> None:
     for entry in result.entries:
         table.add_row(*row(result, entry), style="bold" if entry.label.startswith("ours") else None)
     console.print(table)
+    if result.note:
+        console.print(f"  {result.note}", style="dim")
     for target in result.targets:
         console.print(f"  {target.words}", style="green" if target.met else "red")
     console.print()
@@ -56,8 +59,8 @@ def markdown(results: Sequence[CaseResult], where: dict[str, str], chart: str | 
         "",
         "Made by `make bench`. Contestants of a case take turns in one run, from the same weights on the same batch;",
         "figures are medians over rounds, ratios of targets medians of ratios within a round. Memory is the peak",
-        "of the rank that held most (resident on CPU, allocated on a GPU), libraries included. The limit is what plain",
-        "matrix products reached in the same run; recomputation does not count as work.",
+        "of the process that held most (resident on CPU, allocated on a GPU), libraries included. The limit is what",
+        "plain matrix products reached in the same run; recomputation does not count as work.",
         "",
     ]
     if chart is not None:
@@ -67,7 +70,7 @@ def markdown(results: Sequence[CaseResult], where: dict[str, str], chart: str | 
         names = columns(result)
         lines += [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
         lines += [f"| {' | '.join(row(result, entry))} |" for entry in result.entries]
-        lines += ["", *(f"- {target.words}" for target in result.targets), ""]
+        lines += ["", *([result.note, ""] if result.note else []), *(f"- {one.words}" for one in result.targets), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -83,9 +86,9 @@ def draw(results: Sequence[CaseResult], path: Path) -> None:
     labels = [f"{result.name}: {entry.label}" for result, entry in bars]
     colors = ["#2b6cb0" if entry.label.startswith("ours") else "#a0aec0" for _, entry in bars]
     speeds = [result.speed(entry) / result.speed(result.entries[0]) for result, entry in bars]
-    peaks = [entry.peak_bytes / result.entries[0].peak_bytes for result, entry in bars]
+    peaks = [entry.peak_bytes / (result.entries[0].peak_bytes or math.nan) for result, entry in bars]
     _bars(axes[0], speeds, colors, "speed, beside the first of the case (more is better)")
-    _bars(axes[1], peaks, colors, "peak memory a rank, beside the first (less is better)")
+    _bars(axes[1], peaks, colors, "peak memory a process, beside the first (less is better)")
     axes[0].set_yticks(range(len(bars)), labels, fontsize=8)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
@@ -94,7 +97,7 @@ def draw(results: Sequence[CaseResult], path: Path) -> None:
 
 def _bars(axes: Any, values: Sequence[float], colors: Sequence[str], title: str) -> None:
     drawn = axes.barh(range(len(values)), values, color=colors)
-    axes.bar_label(drawn, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
+    axes.bar_label(drawn, ["" if math.isnan(value) else f"{value:.2f}" for value in values], fontsize=7, padding=2)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_title(title, fontsize=9)
     axes.margins(x=0.12)

@@ -24,7 +24,7 @@ class EntryResult:
         label: its name.
         world: ranks.
         seconds: of a step, a round each.
-        peak_bytes: of the rank that held most.
+        peak_bytes: of the process that held most; 0 where it was too short to be seen.
         loss: of the first step; contestants of a case do the same work if theirs agree.
     """
 
@@ -71,6 +71,7 @@ class CaseResult:
         limit_flops: a second, of plain matrix products in the same run, and of the maker's data sheet where known.
         entries: contestants, the first one first.
         targets: what was hoped for.
+        note: what a reader should know.
     """
 
     name: str
@@ -81,6 +82,7 @@ class CaseResult:
     limit_flops: dict[str, float]
     entries: tuple[EntryResult, ...]
     targets: tuple[TargetResult, ...]
+    note: str = ""
 
     def speed(self, entry: EntryResult) -> float:
         return self.amount / entry.median_s

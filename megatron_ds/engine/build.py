@@ -32,7 +32,8 @@ from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 from megatron_ds.pipeline import partition
 
-CPU_BUCKET = 5_000_000  # gradients: memory that stays with the process
+DEFAULT_BUCKET = 500_000_000  # gradients: DeepSpeed's
+CPU_BUCKET = 5_000_000  # memory that stays with the process
 FUSED_ADAMW = ("cpu", "cuda")  # where torch steps in one pass over parameters, gradients and moments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,7 +119,8 @@ def build_engine(
         made = PipelineEngine(grid, device, optimizer, engine, specs[-1].labels, rng)
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
-        made = PlainEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip)
+        bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))
+        made = PlainEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip, bucket=bucket)
     made.kernels = kernels.names
     return made
 
@@ -130,14 +132,13 @@ def _suited(config: dict[str, Any], facts: DeepSpeedFacts, device: torch.device,
     a CPU, DeepSpeed's default bucket of 5e8 gradients is fresh memory in every step, whose pages cost more than the
     copy; with one data rank there is nothing to reduce, and none is needed.
     """
-    if facts.zero_stage == 0:
-        return {**config, "gradient_clipping": 0.0}
-    zero = dict(config["zero_optimization"])
+    zero = dict(config.get("zero_optimization", {}))
     if device.type == "cpu":
         zero.setdefault("reduce_bucket_size", CPU_BUCKET)
         if facts.zero_stage == 1 and grid.data.size == 1:
             zero.setdefault("contiguous_gradients", False)
-    return {**config, "zero_optimization": zero}
+    suited = {**config, "zero_optimization": zero}
+    return {**suited, "gradient_clipping": 0.0} if facts.zero_stage == 0 else suited
 
 
 def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:

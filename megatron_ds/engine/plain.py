@@ -23,10 +23,19 @@ class PlainEngine(Engine):
     _sums: Tensor  # of the step under way: the losses over all data ranks, once all micro-batches are through
     _norm: float | None = None  # and the gradient norm, where DeepSpeed keeps none
 
-    def __init__(self, *args: Any, clip: float) -> None:
-        """As `Engine`; `clip` bounds the gradient norm where DeepSpeed does not, at stage 0. 0 = no bound."""
+    def __init__(self, *args: Any, clip: float, bucket: int) -> None:
+        """As `Engine`, and what is done here at stage 0.
+
+        Args:
+            clip: bounds the gradient norm, which DeepSpeed would count wrongly. 0 = no bound.
+            bucket: gradients that data ranks reduce at a time. DeepSpeed would copy all of them into one tensor, and
+                one data rank's too.
+        """
         super().__init__(*args)
-        self._clip = clip
+        self._clip, self._bucket = clip, bucket
+        self._stage_0 = self.deepspeed.zero_optimization_stage() == 0
+        if self._stage_0:
+            self.deepspeed.enable_backward_allreduce = False
 
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
         self._sums = torch.zeros_like(scales)
@@ -36,7 +45,7 @@ class PlainEngine(Engine):
             self.deepspeed.backward((losses * scales).sum())
             if self.deepspeed.is_gradient_accumulation_boundary():
                 all_reduce_(self._sums, self.grid.data)
-                self._norm = self._clipped() if self.deepspeed.zero_optimization_stage() == 0 else None
+                self._norm = self._reduced_and_clipped() if self._stage_0 else None
             with part(OPTIMIZER):
                 self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
@@ -45,11 +54,13 @@ class PlainEngine(Engine):
     def _may_step(self) -> bool:
         return bool(self._sums.isfinite().all()) and (self._norm is None or math.isfinite(self._norm))
 
-    def _clipped(self) -> float:
+    def _reduced_and_clipped(self) -> float:
         """L2 norm of the gradients, which are then scaled down where it exceeds the bound, as torch's clipping does.
 
-        For ZeRO-0, where DeepSpeed keeps no norm. What all tensor ranks hold alike counts once.
+        What all tensor ranks hold alike counts once.
         """
+        if self.grid.data.size > 1:
+            self.deepspeed.allreduce_gradients(bucket_size=self._bucket)
         axis = self.grid.tensor
         trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
         counted = [p.grad for p in trained if counts_here(p, axis)]

@@ -22,14 +22,15 @@ def test_a_tiny_case_by_the_command(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
     for words in ("tp2: tensor parallel on 2 ranks", "ours / DeepSpeed AutoTP, speed:", "RESULTS.md"):
-        assert words in done.stdout.replace("\n", " "), done.stdout
+        assert words in done.stdout, done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-2])) <= 120
     trained, converted = json.loads((tmp_path / "results.json").read_text())["cases"]
     assert {entry["label"] for entry in trained["entries"]} == set(CASES["tp2"].entries)
     losses = [entry["loss"] for entry in trained["entries"]]
     assert max(losses) - min(losses) < 1e-4 * losses[0], "tensor parallelism does not change what is computed"
     assert trained["flops"] > 0 and trained["limit_flops"]["the limit"] > 0
     for entry in (*trained["entries"], *converted["entries"]):
-        assert len(entry["seconds"]) == 2 and entry["peak_bytes"] > 1e6, entry
+        assert len(entry["seconds"]) == 2 and (entry["peak_bytes"] > 1e6 or entry["label"] == "cp"), entry
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| DeepSpeed AutoTP | 2 |" in page and "## convert" in page
     assert (tmp_path / "results.png").stat().st_size > 10_000

@@ -192,3 +192,31 @@ def test_validation_may_have_other_columns_and_lengths(first: bool, tmp_path: Pa
     alone, *others = (run_grid(_other_columns, p.layout, tmp_path, p, first)[0] for p in places)
     for other in others:
         assert other == pytest.approx(alone, rel=2e-5)
+
+
+def _flat_copies(grid: Grid, directory: Path, place: Place) -> tuple[list[int], int]:
+    """Elements of each flat copy of gradients that DeepSpeed makes in a step, and of the largest gradient."""
+    engine, _ = engine_on(grid, directory, place, RECIPE)
+    copied: list[int] = []
+    make = engine.deepspeed.allreduce_and_copy
+
+    def counted(bucket: list[torch.Tensor], *args: Any) -> None:
+        copied.append(sum(one.numel() for one in bucket))
+        make(bucket, *args)
+
+    engine.deepspeed.allreduce_and_copy = counted
+    engine.train_step(micro_batches(grid, place, RECIPE, 0), RECIPE.lr)
+    return copied, max(parameter.numel() for _, parameter in engine.local_parameters())
+
+
+def test_zero_0_copies_gradients_in_buckets_or_not_at_all(references: Any) -> None:
+    directory, _ = references("llama", RECIPE)
+    bucket = 4096
+    zero = (("zero_optimization", {"stage": 0, "reduce_bucket_size": bucket}),)
+    for data, sequence in ((1, False), (1, True), (2, False)):
+        place = Place(2 if sequence else 1, 1, data, 0, sequence, extra=zero)
+        copied, largest = run_grid(_flat_copies, place.layout, directory, place)[0]
+        if data == 1:
+            assert not copied
+        else:
+            assert len(copied) > 1 and max(copied) <= bucket + largest
