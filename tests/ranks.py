@@ -1,10 +1,14 @@
 """Start ranks for tests: forked from this preloaded process, with a file rendezvous and a time limit."""
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import transformers
+
 from megatron_ds import engine
+from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.log import quiet_libraries
 from megatron_ds.parallel.grid import Grid, Layout, create_grid
 from megatron_ds.parallel.launch import RankInfo, run_local
@@ -15,6 +19,9 @@ def preload() -> None:
     """Import what ranks need, once in this process."""
     quiet_libraries()
     engine.preload()
+    importlib.import_module("transformers.modeling_utils")  # most of what ranks take up to their first step
+    for model_type in FAMILIES:
+        transformers.AutoConfig.for_model(model_type)
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:

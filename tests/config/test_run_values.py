@@ -18,7 +18,7 @@ REFUSALS = [
     ("train.lr=3", "train.lr: unknown key; did you mean optimizer.lr?"),
     (
         "parallel.qqqq=1",
-        "parallel.qqqq: unknown key; legal here: pipeline, sequence, tensor",
+        "parallel.qqqq: unknown key; legal here: pipeline, sequence, shared_memory, tensor",
     ),
     ("export={pth: x}", "export.pth: unknown key; did you mean export.path?"),
     ("data.train=[{path: a, wieght: 1}]", "data.train[0].wieght: unknown key; did you mean data.train[0].weight?"),
