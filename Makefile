@@ -1,4 +1,4 @@
-# Everything that a clone needs: `make help` lists it. Needs python3 (3.11 or newer), a C compiler and make.
+# Everything that a clone needs: `make help` lists it. Needs python3 (3.11 or newer), a C++ compiler and make.
 
 PYTHON ?= python3
 VENV := .venv

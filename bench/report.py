@@ -75,7 +75,7 @@ def markdown(results: Sequence[CaseResult], where: dict[str, str], chart: str | 
 
 
 def draw(results: Sequence[CaseResult], path: Path) -> None:
-    """Bars beside the first contestant of each case: how fast, how much memory a rank."""
+    """Bars beside the first contestant of each case: how fast, and where a model is trained how much memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,7 +86,7 @@ def draw(results: Sequence[CaseResult], path: Path) -> None:
     labels = [f"{result.name}: {entry.label}" for result, entry in bars]
     colors = ["#2b6cb0" if entry.label.startswith("ours") else "#a0aec0" for _, entry in bars]
     speeds = [result.speed(entry) / result.speed(result.entries[0]) for result, entry in bars]
-    peaks = [entry.peak_bytes / (result.entries[0].peak_bytes or math.nan) for result, entry in bars]
+    peaks = [entry.peak_bytes / (result.entries[0].peak_bytes if result.flops else math.nan) for result, entry in bars]
     _bars(axes[0], speeds, colors, "speed, beside the first of the case (more is better)")
     _bars(axes[1], peaks, colors, "peak memory a process, beside the first (less is better)")
     axes[0].set_yticks(range(len(bars)), labels, fontsize=8)
@@ -100,6 +100,6 @@ def _bars(axes: Any, values: Sequence[float], colors: Sequence[str], title: str)
     axes.bar_label(drawn, ["" if math.isnan(value) else f"{value:.2f}" for value in values], fontsize=7, padding=2)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_title(title, fontsize=9)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

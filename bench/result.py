@@ -56,7 +56,7 @@ class TargetResult:
         target, speed = self.target, self.target.figure == "speed"
         return (
             f"{target.ours} / {target.other}, {target.figure}: {self.ratio:.2f}, hoped for "
-            f"{'at least' if speed else 'at most'} {target.bound:g}{'' if self.met else ' - MISSED'}"
+            f"{'at least' if speed else 'at most'} {target.bound:.3g}{'' if self.met else ' - MISSED'}"
         )
 
 

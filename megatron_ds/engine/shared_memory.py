@@ -99,7 +99,7 @@ def _load(ranks: int) -> Any:
             why = next(iter(f"{problem}\n{said.getvalue()}".strip().splitlines()), type(problem).__name__)
             raise ConfigError(
                 f"{FIELD} needs DeepSpeed's kernel, which cannot be compiled here ({why}); "
-                "nearest: false, or install a C++ compiler such as g++"
+                "nearest: false, or install g++ and the headers of Python"
             ) from None
     if module.vector_kernel_level() < min(LEVELS.values()):
         raise ConfigError(f"{FIELD} needs a processor with AVX2; nearest: false")

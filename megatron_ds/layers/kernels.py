@@ -211,7 +211,8 @@ def checked(candidate: Candidate, device: torch.device) -> Callable[..., Tensor]
         kernel = candidate.make()
         ours, theirs = (_with_gradients(one, candidate, device) for one in (candidate.reference, kernel))
     except Exception as problem:  # whatever an installation that does not fit its GPU raises
-        raise ConfigError(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[:1]}; {nearest}") from problem
+        reason = " ".join([f"{type(problem).__name__}:", *str(problem).splitlines()[:1]])
+        raise ConfigError(f"{name}: {reason}; {nearest}") from problem
     for expected, found in zip(ours, theirs, strict=True):
         apart = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
         if not apart <= TOLERANCE:
