@@ -95,6 +95,19 @@ def test_what_is_recomputed_belongs_to_its_part() -> None:
     assert parts == {MLP: 50, OTHER: 50}
 
 
+def test_sums_through_shared_memory_are_communication() -> None:
+    """Although the thread that computes makes them itself."""
+    parts, hidden = summed(
+        [
+            annotation(STEP, 0, 100),
+            annotation(PREFIX + MLP, 10, 60),
+            event("aten::mm", 10, 40),
+            event("deepspeed::inference_all_reduce_", 40, 60),
+        ]
+    )
+    assert parts == {MLP: 30, EXPOSED: 20, OTHER: 50} and hidden == 0
+
+
 def test_a_step_on_a_gpu() -> None:
     """The device's time counts: kernels by what started them, from the backward pass's own thread too."""
     kernels = [
