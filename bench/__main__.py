@@ -18,7 +18,7 @@ from rich.console import Console
 from bench.arena import Samples, compete
 from bench.cases import CASES, Case, Entry
 from bench.files import write_corpus
-from bench.gemm import device_peak, flops_of_step
+from bench.gemm import device_count, device_peak, flops_of_step
 from bench.report import draw, markdown, show
 from bench.result import CaseResult, EntryResult, check_same_work, judge, machine, write_json
 from bench.work import Spec, write_model
@@ -50,17 +50,21 @@ def main(
     began_s = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     device = device or _device()
-    results = []
+    output.mkdir(parents=True, exist_ok=True)
+    where = {"date": datetime.date.today().isoformat(), **machine(device)}
+    results: list[CaseResult] = []
     for name in names or CASES:
         results.append(run_case(name, CASES[name], rounds, device, tiny))
         show(results[-1], console)
-    where = {"date": datetime.date.today().isoformat(), **machine(device), "rounds": str(rounds)}
-    output.mkdir(parents=True, exist_ok=True)
+        _write(results, {**where, "rounds": str(rounds)}, output)  # what is there, should the next one fail
+    took = f"{time.monotonic() - began_s:.0f} s; {output}/RESULTS.md, results.json, results.png"
+    console.print(took, soft_wrap=True)
+
+
+def _write(results: list[CaseResult], where: dict[str, str], output: Path) -> None:
     write_json(results, where, output / "results.json")
     draw(results, output / "results.png")
     (output / "RESULTS.md").write_text(markdown(results, where, "results.png"))
-    took = f"{time.monotonic() - began_s:.0f} s; {output}/RESULTS.md, results.json, results.png"
-    console.print(took, soft_wrap=True)
 
 
 def _device() -> str:
@@ -86,7 +90,12 @@ def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False
             amount = float(work.tokens)
         if case.unit == "GB/s":
             flops, amount = 0.0, sum(file.stat().st_size for file in folder.iterdir()) / 1e9
-        entries = {label: entry for label, entry in case.entries.items() if entry.device in (None, device)}
+        ranks = device_count(device)
+        entries = {
+            label: entry
+            for label, entry in case.entries.items()
+            if entry.device in (None, device) and (ranks is None or entry.world <= ranks)
+        }
         entries |= {GEMM: Entry("gemm")} if flops else {}
         specs = {
             label: Spec(entry.runner, entry.world, _options(entry), work, str(folder), device)
@@ -95,11 +104,12 @@ def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False
         samples = compete(specs, rounds, case.steps, place)
     limits = _limits(samples.pop(GEMM), device) if flops else {}
     found = tuple(
-        EntryResult(label, entries[label].world, tuple(one.seconds), one.peak_bytes or 0, one.losses[0])
+        EntryResult(label, entries[label].world, tuple(one.seconds), one.peak_bytes or 0, one.losses[0], one.losses[-1])
         for label, one in samples.items()
     )
-    check_same_work(found)
-    result = CaseResult(name, case.title, case.unit, amount, flops, limits, found, (), case.note)
+    check_same_work(found, work.dtype)
+    shared = device == "cpu"
+    result = CaseResult(name, case.title, case.unit, amount, flops, limits, found, (), case.note, shared)
     return replace(result, targets=judge(result, case.targets))
 
 

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Samples:
 
     Attributes:
         seconds: of a step, a round each.
-        losses: of the first step, and of the last.
+        losses: of the first steps, and of the last of each turn.
         peak_bytes: the most that any of its ranks held; None where nothing is held.
     """
 
@@ -67,6 +67,7 @@ def compete(specs: dict[str, Spec], rounds: int, steps: int, folder: Path) -> di
             for label in _turned(list(running), number):
                 told = running[label].run(steps)
                 found[label].seconds.append(told["seconds"] / told["steps"])
+                found[label].losses.append(told["loss"])
                 found[label].peak_bytes = max(told["peaks"])
     return found
 
@@ -97,7 +98,8 @@ def _started(label: str, spec: Spec, folder: Path) -> Iterator[_Contestant]:
             yield _Contestant(label, process, log)
         finally:
             assert process.stdin is not None
-            process.stdin.close()  # no more numbers: it ends by itself
+            with suppress(BrokenPipeError):  # of one that has ended already
+                process.stdin.close()  # no more numbers: it ends by itself
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

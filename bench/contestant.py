@@ -52,7 +52,7 @@ def main() -> None:
     module, _, name = RUNNERS[spec.runner].partition(":")
     build = getattr(importlib.import_module(module), name)
     if spec.world == 1 and spec.runner != "ours":
-        _serve(build(spec), spec, channel, rank=0)
+        _serve(build(spec), spec, channel, 0, lambda value: [value])
         return
     from megatron_ds.engine import preload, start_distributed, stop_distributed
     from megatron_ds.parallel.launch import run_local
@@ -61,43 +61,53 @@ def main() -> None:
 
     def rank(info: Any) -> None:
         start_distributed(info)
-        _serve(build(spec), spec, channel, info.rank)
+        _serve(build(spec), spec, channel, info.rank, _meeting(info.world_size))
         stop_distributed()
 
     run_local(rank, spec.world)
 
 
-def _serve(step: Step, spec: Spec, channel: Any, rank: int) -> None:
+FromAll = Callable[[float], list[float]]
+"""Every rank's value, by rank."""
+
+
+def _meeting(ranks: int) -> FromAll:
+    """By gloo on any device: a rank that waits for its turn must not keep a GPU busy."""
+    import torch
+    import torch.distributed as dist
+
+    group = dist.new_group(list(range(ranks)), backend="gloo") if ranks > 1 else None
+
+    def from_all(value: float) -> list[float]:
+        if group is None:
+            return [value]
+        parts = [torch.zeros(1, dtype=torch.float64) for _ in range(ranks)]
+        dist.all_gather(parts, torch.tensor([value], dtype=torch.float64), group=group)
+        return [float(part) for part in parts]
+
+    return from_all
+
+
+def _serve(step: Step, spec: Spec, channel: Any, rank: int, from_all: FromAll) -> None:
     """Ready, then steps as often as asked, until no number comes."""
     if rank == 0:
         channel.write(json.dumps({"ready": True}) + "\n")
     children = _Children() if spec.runner in IN_CHILDREN else None
-    while count := _told(spec, rank):
+    while count := int(from_all(_told() if rank == 0 else 0)[0]):  # who waits sleeps
         began_s = time.perf_counter()
         for _ in range(count):
             loss = step()
         _synchronize(spec)
         seconds = time.perf_counter() - began_s
-        peaks = [children.peak_bytes] if children is not None else _from_all(_peak_bytes(spec), spec)
+        losses = from_all(loss)
+        peaks = [float(children.peak_bytes)] if children is not None else from_all(_peak_bytes(spec))
         if rank == 0:
-            channel.write(json.dumps({"seconds": seconds, "steps": count, "loss": loss, "peaks": peaks}) + "\n")
+            told = {"seconds": seconds, "steps": count, "loss": sum(losses) / len(losses), "peaks": peaks}
+            channel.write(json.dumps(told) + "\n")
 
 
-def _told(spec: Spec, rank: int) -> int:
-    """The next number of steps, on all ranks; who waits sleeps."""
-    count = int(sys.stdin.readline().strip() or 0) if rank == 0 else 0
-    return int(_from_all(count, spec)[0])
-
-
-def _from_all(value: int, spec: Spec) -> list[int]:
-    import torch
-    import torch.distributed as dist
-
-    if spec.world == 1:
-        return [value]
-    parts = [torch.zeros(1, dtype=torch.int64, device=spec.device) for _ in range(spec.world)]
-    dist.all_gather(parts, torch.tensor([value], device=spec.device))
-    return [int(part) for part in parts]
+def _told() -> int:
+    return int(sys.stdin.readline().strip() or 0)
 
 
 def _synchronize(spec: Spec) -> None:
@@ -120,7 +130,7 @@ def _peak_bytes(spec: Spec) -> int:
 
 
 class _Children:
-    """The most that one of the processes below this one holds, seen five times a second."""
+    """The most that this process or one below it holds, seen five times a second."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -129,9 +139,9 @@ class _Children:
     def _watch(self) -> None:
         me = psutil.Process()
         while True:
-            for child in me.children(recursive=True):
+            for one in (me, *me.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    self.peak_bytes = max(self.peak_bytes, child.memory_info().rss)
+                    self.peak_bytes = max(self.peak_bytes, one.memory_info().rss)
             time.sleep(0.2)
 
 

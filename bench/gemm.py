@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 from bench.contestant import Step
 from bench.work import Spec
 
 SHAPE = {"cpu": (2048, 512, 1408), "cuda": (8192, 8192, 8192)}  # of the work's own matrices; large enough for a GPU
 REPEATS = 20
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+}
 """Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets."""
 
 
@@ -42,4 +53,11 @@ def device_peak(device: str) -> float | None:
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name.split()), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def device_count(device: str) -> int | None:
+    """How many ranks can have a device of their own; None where ranks share it."""
+    import torch
+
+    return torch.cuda.device_count() if device == "cuda" else None

@@ -52,7 +52,7 @@ def _batch(work: Work, device: str) -> dict[str, Tensor]:
 
 def _adamw(model: nn.Module, work: Work) -> torch.optim.AdamW:
     groups = [{"params": parameters} for parameters in _kinds(model)]
-    return torch.optim.AdamW(groups, lr=work.lr, weight_decay=0.1, fused=len(groups) == 1)
+    return torch.optim.AdamW(groups, lr=work.lr, weight_decay=0.1, fused=True)
 
 
 def _kinds(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -104,7 +104,10 @@ def _deepspeed_steps(spec: Spec, zero: int, data: int, more: dict[str, Any]) -> 
     }
     optimizer = _adamw(model, work) if not more else None
     if optimizer is None:  # made from what DeepSpeed has divided
-        config["optimizer"] = {"type": "AdamW", "params": {"lr": work.lr, "weight_decay": 0.1, "torch_adam": True}}
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {"lr": work.lr, "weight_decay": 0.1, "torch_adam": True, "fused": True},
+        }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     share = slice(dist.get_rank() * work.batch // data, (dist.get_rank() + 1) * work.batch // data)
     batch = {name: column[share if data > 1 else slice(None)] for name, column in _batch(work, spec.device).items()}

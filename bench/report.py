@@ -32,7 +32,7 @@ def row(result: CaseResult, entry: EntryResult) -> list[str]:
         f"{entry.peak_bytes / 1e9:.2f}" if entry.peak_bytes else "-",
     ]
     if result.flops:
-        cells += [f"{result.flops / entry.median_s / limit:.0%}" for limit in result.limit_flops.values()]
+        cells += [f"{share:.0%}" for share in result.shares_of_limits(entry)]
     return cells
 
 

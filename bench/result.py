@@ -25,7 +25,8 @@ class EntryResult:
         world: ranks.
         seconds: of a step, a round each.
         peak_bytes: of the process that held most; 0 where it was too short to be seen.
-        loss: of the first step; contestants of a case do the same work if theirs agree.
+        loss: of the first step, over all ranks.
+        last_loss: of the last; contestants of a case do the same work if theirs agree.
     """
 
     label: str
@@ -33,6 +34,7 @@ class EntryResult:
     seconds: tuple[float, ...]
     peak_bytes: int
     loss: float
+    last_loss: float
 
     @property
     def median_s(self) -> float:
@@ -72,6 +74,7 @@ class CaseResult:
         entries: contestants, the first one first.
         targets: what was hoped for.
         note: what a reader should know.
+        ranks_share: whether the limit is that of all ranks together, the cores of a CPU, or of each one's GPU.
     """
 
     name: str
@@ -83,6 +86,12 @@ class CaseResult:
     entries: tuple[EntryResult, ...]
     targets: tuple[TargetResult, ...]
     note: str = ""
+    ranks_share: bool = True
+
+    def shares_of_limits(self, entry: EntryResult) -> list[float]:
+        """How much of each limit a contestant reaches."""
+        devices = 1 if self.ranks_share else entry.world
+        return [self.flops / entry.median_s / (limit * devices) for limit in self.limit_flops.values()]
 
     def speed(self, entry: EntryResult) -> float:
         return self.amount / entry.median_s
@@ -92,19 +101,24 @@ class CaseResult:
         return self.amount / max(entry.seconds), self.amount / min(entry.seconds)
 
 
-SAME_LOSS = 0.01  # relative: under ZeRO each rank of DeepSpeed's tells the loss of its own samples
+SAME_LOSS = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 2e-2)}  # relative, of the first step and of the last
 
 
-def check_same_work(entries: Sequence[EntryResult]) -> None:
-    """Whether all began with the same loss.
+def check_same_work(entries: Sequence[EntryResult], dtype: str = "fp32") -> None:
+    """Whether all began and ended with the same loss, on a batch that they learned by heart meanwhile.
 
     Raises:
         ValueError: one of them does something else.
     """
     first = entries[0]
+    at_first, at_last = SAME_LOSS[dtype]
     for entry in entries:
-        if abs(entry.loss - first.loss) > SAME_LOSS * abs(first.loss):
+        if abs(entry.loss - first.loss) > at_first * abs(first.loss):
             raise ValueError(f"{entry.label} began with loss {entry.loss:g}, {first.label} with {first.loss:g}")
+        if abs(entry.last_loss - first.last_loss) > at_last * abs(first.last_loss):
+            raise ValueError(
+                f"{entry.label} ended with loss {entry.last_loss:g}, {first.label} with {first.last_loss:g}"
+            )
 
 
 def judge(case: CaseResult, targets: tuple[Target, ...]) -> tuple[TargetResult, ...]:
@@ -112,6 +126,8 @@ def judge(case: CaseResult, targets: tuple[Target, ...]) -> tuple[TargetResult, 
     entries = {entry.label: entry for entry in case.entries}
     judged = []
     for target in targets:
+        if not {target.ours, target.other} <= set(entries):
+            continue  # one of them takes no part on this device
         ours, other = entries[target.ours], entries[target.other]
         if target.figure == "memory":
             ratio = ours.peak_bytes / other.peak_bytes

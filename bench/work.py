@@ -53,6 +53,7 @@ class Work:
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
+            "num_key_value_heads": 2,
             "d_model": 32,
             "d_ff": 64,
             "d_kv": 8,

@@ -1,6 +1,6 @@
 """Sums over the ranks of one machine through its memory: DeepSpeed's kernel for CPUs in the place of gloo's TCP.
 
-The kernel adds in rank order, the same on every rank, and waits by spinning: one core a rank. It knows one group only,
+The kernel adds in the same order on every rank, and waits by spinning: one core a rank. It knows one group only,
 all ranks, and leaves its files in /dev/shm to others; here they are removed as soon as every rank has mapped them.
 """
 
@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import io
 import os
+import platform
+import re
 import shutil
 import sys
 import uuid
@@ -29,7 +31,7 @@ from megatron_ds.parallel.grid import Grid
 FIELD = "parallel.shared_memory=true"
 FOLDER = Path("/dev/shm")
 SEGMENT_BYTES = 69_206_024  # of a rank, mapped by all; DeepSpeed 0.19.8
-LARGEST_BYTES = 2**31  # the kernel counts them in an int
+LARGEST_BYTES = 2**31 - 2**25  # the kernel counts them in an int, 2^25 at a time
 LEVELS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2}  # of vector instructions: AVX2, AVX-512 BW
 
 
@@ -65,7 +67,7 @@ class _Sum:
         self._dtypes = {dtype for dtype, needed in LEVELS.items() if needed <= level}
 
     def __call__(self, x: Tensor) -> bool:
-        if x.dtype not in self._dtypes or not x.is_contiguous() or x.nbytes >= LARGEST_BYTES:
+        if x.dtype not in self._dtypes or not x.is_contiguous() or x.nbytes > LARGEST_BYTES:
             return False
         if x.numel():
             torch.ops.deepspeed.inference_all_reduce_(x)
@@ -77,6 +79,13 @@ def _load(ranks: int) -> Any:
     import deepspeed
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise ConfigError(
+            f"{FIELD} needs Linux on x86-64, for whose order of memory DeepSpeed's kernel is written, and this is "
+            f"{platform.system()} on {platform.machine()}; nearest: false"
+        )
+    if FOLDER.is_dir() and not os.access(FOLDER, os.W_OK):
+        raise ConfigError(f"{FIELD} needs {FOLDER}, which cannot be written here; nearest: false")
     free = shutil.disk_usage(FOLDER).free if FOLDER.is_dir() else 0
     if free < ranks * SEGMENT_BYTES:
         raise ConfigError(
@@ -96,7 +105,7 @@ def _load(ranks: int) -> Any:
             with contextlib.redirect_stdout(said):
                 module = ShareMemCommBuilder().load(verbose=False)
         except (RuntimeError, OSError, ImportError) as problem:
-            why = next(iter(f"{problem}\n{said.getvalue()}".strip().splitlines()), type(problem).__name__)
+            why = _reason(f"{said.getvalue()}\n{problem}")
             raise ConfigError(
                 f"{FIELD} needs DeepSpeed's kernel, which cannot be compiled here ({why}); "
                 "nearest: false, or install g++ and the headers of Python"
@@ -104,6 +113,15 @@ def _load(ranks: int) -> Any:
     if module.vector_kernel_level() < min(LEVELS.values()):
         raise ConfigError(f"{FIELD} needs a processor with AVX2; nearest: false")
     return module
+
+
+def _reason(said: str) -> str:
+    """What went wrong, out of all that ninja and the compiler say: their command lines are long."""
+    lines = [
+        line.strip() for line in said.splitlines() if line.strip() and not line.startswith(("[", "Error building"))
+    ]
+    telling = [line for line in lines if re.search(r"error|not found|No space|Killed|denied", line)]
+    return (telling or lines[-1:] or ["for no reason that is told"])[0]
 
 
 def _agree(grid: Grid) -> str:

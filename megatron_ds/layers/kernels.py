@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -147,6 +147,11 @@ def _gated_input(random: Callable[..., Tensor]) -> tuple[Any, ...]:
 
 
 def _attention_input(random: Callable[..., Tensor]) -> tuple[Any, ...]:
+    call = AttentionCall(0.3, softcap=2.0)
+    return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
+
+
+def _documents_input(random: Callable[..., Tensor]) -> tuple[Any, ...]:
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0]], device=random(1).device)
     call = AttentionCall(0.3, window=3, positions=positions)
     return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
@@ -162,7 +167,7 @@ class Candidate:
         distribution: its name for pip.
         make: the kernel out of it.
         reference: what it must equal.
-        example: its arguments out of random tensors.
+        examples: its arguments out of random tensors.
     """
 
     operation: str
@@ -170,13 +175,28 @@ class Candidate:
     distribution: str
     make: Callable[[], Callable[..., Tensor]]
     reference: Callable[..., Tensor]
-    example: Callable[[Callable[..., Tensor]], tuple[Any, ...]]
+    examples: tuple[Callable[[Callable[..., Tensor]], tuple[Any, ...]], ...]
+
+    @property
+    def version(self) -> str | None:
+        """Of what is installed; None = nothing is."""
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:  # a folder of that name, left by another distribution
+            return None
 
 
 TABLE = (
-    Candidate("rms_norm", "liger_kernel", "liger-kernel", liger_rms_norm, reference_rms_norm, _norm_input),
-    Candidate("swiglu", "liger_kernel", "liger-kernel", liger_swiglu, reference_swiglu, _gated_input),
-    Candidate("attention", "flash_attn", "flash-attn", flash_attention, reference_attention, _attention_input),
+    Candidate("rms_norm", "liger_kernel", "liger-kernel", liger_rms_norm, reference_rms_norm, (_norm_input,)),
+    Candidate("swiglu", "liger_kernel", "liger-kernel", liger_swiglu, reference_swiglu, (_gated_input,)),
+    Candidate(
+        "attention",
+        "flash_attn",
+        "flash-attn",
+        flash_attention,
+        reference_attention,
+        (_attention_input, _documents_input),
+    ),
 )
 TOLERANCE = 2e-2  # relative to the largest, in bf16: a rounding is 4e-3
 
@@ -196,16 +216,16 @@ def pick(wanted: str, device: torch.device, table: tuple[Candidate, ...] = TABLE
     if wanted == "torch" or device.type != "cuda":
         return kernels
     for candidate in table:
-        if find_spec(candidate.package) is not None:
+        if find_spec(candidate.package) is not None and candidate.version is not None:
             kernel = checked(candidate, device)
-            name = f"{candidate.operation}: {candidate.distribution} {version(candidate.distribution)}"
+            name = f"{candidate.operation}: {candidate.distribution} {candidate.version}"
             kernels = replace(kernels, **{candidate.operation: kernel}, names=(*kernels.names, name))
     return kernels
 
 
 def checked(candidate: Candidate, device: torch.device) -> Callable[..., Tensor]:
-    """The kernel, if results and gradients on a small input are the reference's."""
-    name = f"train.kernels=auto: {candidate.distribution} {version(candidate.distribution)}, {candidate.operation}"
+    """The kernel, if results and gradients on small inputs are the reference's."""
+    name = f"train.kernels=auto: {candidate.distribution} {candidate.version}, {candidate.operation}"
     nearest = f"nearest: train.kernels=torch, or without {candidate.distribution}"
     try:
         kernel = candidate.make()
@@ -226,8 +246,11 @@ def _with_gradients(kernel: Callable[..., Tensor], candidate: Candidate, device:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
-    arguments = candidate.example(random)
-    leaves = [one.requires_grad_() for one in arguments if isinstance(one, Tensor)]
-    result = kernel(*arguments)
-    grads = torch.autograd.grad(result, leaves, random(*result.shape).to(result.dtype))
-    return [result.detach(), *grads]
+    found = []
+    for example in candidate.examples:
+        arguments = example(random)
+        leaves = [one.requires_grad_() for one in arguments if isinstance(one, Tensor)]
+        result = kernel(*arguments)
+        grads = torch.autograd.grad(result, leaves, random(*result.shape).to(result.dtype))
+        found += [result.detach(), *grads]
+    return found

@@ -89,7 +89,8 @@ def _column_linears(
 def _row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
     """Multiply and leave the tensor-parallel region; an all-reduce is in place of the product.
 
-    Two nodes, not one: recomputation stops at the product, whose input is what it needs, and reduces nothing again.
+    Two nodes, not one: torch's recomputation of a block stops at the last product, whose input is what it needs, and
+    does not repeat the reduction behind it.
     """
     product = F.linear(x, weight)
     return tp.leave(product) if tp.splits_sequence else reduce_from_(product, tp.axis)

@@ -39,7 +39,7 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 
 def gated_product(wide: Tensor, activation: str) -> Tensor:
     """act(gate) * up of (..., 2F), gate first -> (..., F) (Shazeer 2020). Of what it makes it keeps nothing."""
-    if activation in _BACKWARD:
+    if activation in _BACKWARD and not torch.compiler.is_compiling():  # the compiler decides what is kept
         return _Gated.apply(wide, activation)
     gate, up = wide.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up

@@ -101,4 +101,8 @@ class StepProfile:
     def _write_table(self, everyone: list[PartTimes]) -> None:
         if self._rank == 0:
             content = {"steps": [self._first, self._last], "ranks": [asdict(one) for one in everyone]}
-            (self._folder / "parts.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            path = self._folder / "parts.json"
+            try:
+                path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            except OSError as problem:
+                raise TrainingError(f"train.profile: {path} could not be written: {problem}") from None

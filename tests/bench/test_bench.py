@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from bench.arena import ContestantError, compete
 from bench.cases import CASES, Target
 from bench.contestant import RUNNERS
+from bench.gemm import device_peak
 from bench.report import markdown
 from bench.result import CaseResult, EntryResult, check_same_work, judge
-from bench.work import Spec, Work
+from bench.work import Spec, Work, write_model
 
 
 @pytest.mark.slow
@@ -62,8 +64,8 @@ def result(*entries: EntryResult) -> CaseResult:
 
 def test_ratios_are_those_of_rounds_that_belong_together() -> None:
     """A machine that halves its speed from one round to the next changes no ratio."""
-    peer = EntryResult("peer", 1, (1.0, 2.0, 1.0), 1000, 3.0)
-    ours = EntryResult("ours", 2, (0.5, 1.0, 2.0), 400, 3.0)
+    peer = EntryResult("peer", 1, (1.0, 2.0, 1.0), 1000, 3.0, 2.0)
+    ours = EntryResult("ours", 2, (0.5, 1.0, 2.0), 400, 3.0, 2.0)
     speed, memory = Target("ours", "peer", 2.0), Target("ours", "peer", 0.3, "memory")
     judged = judge(result(peer, ours), (speed, memory))
     assert [(one.ratio, one.met) for one in judged] == [(2.0, True), (0.4, False)]
@@ -73,7 +75,40 @@ def test_ratios_are_those_of_rounds_that_belong_together() -> None:
 
 
 def test_other_work_is_no_contest() -> None:
-    first = EntryResult("first", 1, (1.0,), 1, 2.5)
-    check_same_work([first, EntryResult("near", 1, (1.0,), 1, 2.52)])
-    with pytest.raises(ValueError, match=r"far began with loss 2\.6, first with 2\.5"):
-        check_same_work([first, EntryResult("far", 1, (1.0,), 1, 2.6)])
+    first = EntryResult("first", 1, (1.0,), 1, 2.5, 1.5)
+    check_same_work([first, EntryResult("near", 1, (1.0,), 1, 2.5001, 1.501)])
+    check_same_work([first, EntryResult("rounded", 1, (1.0,), 1, 2.51, 1.51)], "bf16")
+    with pytest.raises(ValueError, match=r"other began with loss 2\.501, first with 2\.5"):
+        check_same_work([first, EntryResult("other", 1, (1.0,), 1, 2.501, 1.5)])
+    with pytest.raises(ValueError, match=r"idle ended with loss 2\.5, first with 1\.5"):
+        check_same_work([first, EntryResult("idle", 1, (1.0,), 1, 2.5, 2.5)])
+
+
+def test_on_gpus_each_rank_has_a_limit_of_its_own_and_who_has_no_device_stays_out() -> None:
+    ours = EntryResult("ours", 2, (0.5,), 400, 3.0, 2.0)
+    assert result(ours).shares_of_limits(ours) == [0.2]
+    assert replace(result(ours), ranks_share=False).shares_of_limits(ours) == [0.1]
+    assert judge(result(ours), (Target("ours", "peer", 2.0),)) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks_of_devices(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    assert device_peak("cuda") == peak
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_work_of_every_case_is_a_model(name: str, tmp_path: Path) -> None:
+    work = CASES[name].work.shrunk()
+    if not work.size_bytes:
+        assert write_model(work, tmp_path) > 0

@@ -80,6 +80,14 @@ def no_folder(grid: Grid) -> None:
     shared_memory.FOLDER = Path("/nowhere")
 
 
+def read_only(grid: Grid) -> None:
+    os.access = lambda path, mode: False  # type: ignore[assignment]
+
+
+def an_arm(grid: Grid) -> None:
+    shared_memory.platform.machine = lambda: "aarch64"  # type: ignore[assignment]
+
+
 def no_compiler(grid: Grid) -> None:
     os.environ["XDG_CACHE_HOME"] = os.environ["ELSEWHERE"]
     os.environ["CXX"] = "no-such-compiler"
@@ -90,7 +98,12 @@ def no_compiler(grid: Grid) -> None:
     [
         (small_folder, "needs 138 MB of /dev/shm for 2 ranks, and 64 MB are free; nearest: false, or for a container"),
         (no_folder, "needs 138 MB of /nowhere for 2 ranks, and 0 MB are free"),
-        (no_compiler, "which cannot be compiled here ("),
+        (read_only, "needs /dev/shm, which cannot be written here; nearest: false"),
+        (
+            an_arm,
+            "needs Linux on x86-64, for whose order of memory DeepSpeed's kernel is written, and this is Linux on a",
+        ),
+        (no_compiler, "no-such-compiler"),
     ],
 )
 def test_what_every_rank_refuses(change: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +111,27 @@ def test_what_every_rank_refuses(change: Any, words: str, tmp_path: Path, monkey
     for said in run_grid(_refused, Layout(tensor=2), change):
         assert said.startswith("parallel.shared_memory=true ") and words in said, said
         assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("[1/3] c++ -MMD -o error.o\nfailed\nx.h:3:10: fatal error: Python.h: No such file\n", "x.h:3:10: fatal error"),
+        (
+            "Error building extension 'x': [1/2] c++ -c\n/bin/sh: 1: c++: not found\nninja: stopped",
+            "/bin/sh: 1: c++: not",
+        ),
+        ("cc1plus: No space left on device", "cc1plus: No space"),
+        ("one\ntwo\n", "two"),
+        ("", "for no reason that is told"),
+    ],
+)
+def test_the_reason_out_of_what_a_compiler_says(said: str, reason: str) -> None:
+    assert shared_memory._reason(said).startswith(reason)
+
+
+def test_what_the_kernel_cannot_count_goes_over_tcp() -> None:
+    assert not shared_memory._Sum(2)(torch.empty((2**31 - 2**25) // 4 + 1, device="meta"))
 
 
 def _on_another_machine(grid: Grid, folder: Path) -> str:

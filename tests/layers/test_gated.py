@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_ds.layers.mlp import ACTIVATIONS, gated_product
+from tests.ranks import run_alone
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -18,3 +19,12 @@ def test_gated(activation: str, dtype: torch.dtype) -> None:
     grad = torch.randn(5, 3, 7).to(dtype)
     ours, theirs = (torch.autograd.grad(y, wide, grad)[0] for y in (found, expected))
     assert torch.equal(ours, theirs)
+
+
+def _graph_breaks(activation: str) -> int:
+    compiled = torch._dynamo.explain(lambda wide: gated_product(wide, activation))
+    return compiled(torch.randn(5, 3, 14, requires_grad=True)).graph_break_count
+
+
+def test_a_compiler_sees_one_graph() -> None:
+    assert run_alone(_graph_breaks, "silu") == 0

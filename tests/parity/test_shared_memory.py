@@ -16,6 +16,7 @@ from tests.ranks import run_grid
 PLACES = [
     ("llama", Place(2, 1, 1, 0, shared=True)),
     pytest.param("qwen2-2kv", Place(4, 1, 1, 1, recompute="full", shared=True), marks=pytest.mark.sweep),  # spins
+    pytest.param("qwen3", Place(2, 1, 1, 1, compiled=True, shared=True), marks=pytest.mark.sweep),
     ("bert-pretraining", Place(2, 1, 1, 2, recompute="selective", shared=True)),
     ("t5-gated", Place(2, 1, 1, 3, shared=True)),
 ]
