@@ -52,7 +52,7 @@ def main() -> None:
     module, _, name = RUNNERS[spec.runner].partition(":")
     build = getattr(importlib.import_module(module), name)
     if spec.world == 1 and spec.runner != "ours":
-        _serve(build(spec), spec, channel, 0, lambda value: [value])
+        _serve(build(spec), spec, channel, 0, _alone)
         return
     from megatron_ds.engine import preload, start_distributed, stop_distributed
     from megatron_ds.parallel.launch import run_local
@@ -61,7 +61,7 @@ def main() -> None:
 
     def rank(info: Any) -> None:
         start_distributed(info)
-        _serve(build(spec), spec, channel, info.rank, _meeting(info.world_size))
+        _serve(build(spec), spec, channel, info.rank, _meeting(info.world_size) if info.world_size > 1 else _alone)
         stop_distributed()
 
     run_local(rank, spec.world)
@@ -71,16 +71,18 @@ FromAll = Callable[[float], list[float]]
 """Every rank's value, by rank."""
 
 
+def _alone(value: float) -> list[float]:
+    return [value]
+
+
 def _meeting(ranks: int) -> FromAll:
     """By gloo on any device: a rank that waits for its turn must not keep a GPU busy."""
     import torch
     import torch.distributed as dist
 
-    group = dist.new_group(list(range(ranks)), backend="gloo") if ranks > 1 else None
+    group = dist.new_group(list(range(ranks)), backend="gloo")
 
     def from_all(value: float) -> list[float]:
-        if group is None:
-            return [value]
         parts = [torch.zeros(1, dtype=torch.float64) for _ in range(ranks)]
         dist.all_gather(parts, torch.tensor([value], dtype=torch.float64), group=group)
         return [float(part) for part in parts]
@@ -92,7 +94,7 @@ def _serve(step: Step, spec: Spec, channel: Any, rank: int, from_all: FromAll) -
     """Ready, then steps as often as asked, until no number comes."""
     if rank == 0:
         channel.write(json.dumps({"ready": True}) + "\n")
-    children = _Children() if spec.runner in IN_CHILDREN else None
+    processes = _Processes() if spec.runner in IN_CHILDREN else None
     while count := int(from_all(_told() if rank == 0 else 0)[0]):  # who waits sleeps
         began_s = time.perf_counter()
         for _ in range(count):
@@ -100,7 +102,7 @@ def _serve(step: Step, spec: Spec, channel: Any, rank: int, from_all: FromAll) -
         _synchronize(spec)
         seconds = time.perf_counter() - began_s
         losses = from_all(loss)
-        peaks = [float(children.peak_bytes)] if children is not None else from_all(_peak_bytes(spec))
+        peaks = [float(processes.peak_bytes)] if processes is not None else from_all(_peak_bytes(spec))
         if rank == 0:
             told = {"seconds": seconds, "steps": count, "loss": sum(losses) / len(losses), "peaks": peaks}
             channel.write(json.dumps(told) + "\n")
@@ -129,7 +131,7 @@ def _peak_bytes(spec: Spec) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-class _Children:
+class _Processes:
     """The most that this process or one below it holds, seen five times a second."""
 
     def __init__(self) -> None:

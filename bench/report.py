@@ -29,7 +29,7 @@ def row(result: CaseResult, entry: EntryResult) -> list[str]:
         f"{speed:,.{digits}f}",
         f"{low:,.{digits}f} to {high:,.{digits}f}",
         f"{speed / first:.2f}",
-        f"{entry.peak_bytes / 1e9:.2f}" if entry.peak_bytes else "-",
+        f"{entry.peak_bytes / 1e9:.2f}",
     ]
     if result.flops:
         cells += [f"{share:.0%}" for share in result.shares_of_limits(entry)]

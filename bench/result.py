@@ -24,7 +24,7 @@ class EntryResult:
         label: its name.
         world: ranks.
         seconds: of a step, a round each.
-        peak_bytes: of the process that held most; 0 where it was too short to be seen.
+        peak_bytes: of the process that held most.
         loss: of the first step, over all ranks.
         last_loss: of the last; contestants of a case do the same work if theirs agree.
     """

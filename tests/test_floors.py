@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_ds"
 FLOORS = [
-    {"errors", "log"},
+    {"errors", "log", "cache"},
     {"config"},
     {"parallel", "planner", "data", "monitor"},
     {"layers"},

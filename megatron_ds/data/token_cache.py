@@ -17,6 +17,7 @@ import filelock
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_ds.cache import cache_folder
 from megatron_ds.data.text import TextSource
 from megatron_ds.data.tokenizer import largest_token_id, tokenizer_digest
 from megatron_ds.errors import DataError
@@ -48,8 +49,8 @@ class CachedTokens:
 
 
 def default_cache_dir() -> Path:
-    """`megatron_ds/tokens` under $XDG_CACHE_HOME, or under ~/.cache where that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ds" / "tokens"
+    """Where tokens are kept unless a run says otherwise."""
+    return cache_folder("tokens")
 
 
 def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id: int, directory: Path) -> CachedTokens:

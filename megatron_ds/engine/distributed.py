@@ -79,7 +79,7 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device
     local_rank = info.local_rank
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile its shared-memory collectives: minutes, a C++ compiler, and a lock file that hangs
-        # later runs if a rank dies meanwhile. gloo serves.
+        # later runs if a rank dies meanwhile. gloo serves, and `shared_memory` where it is asked for.
         deepspeed.ops.__compatible_ops__ = {}
     else:
         local_rank %= accelerator.device_count()  # under `srun --gpus-per-task=1` each rank sees one device

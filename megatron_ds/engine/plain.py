@@ -57,7 +57,7 @@ class PlainEngine(Engine):
     def _reduced_and_clipped(self) -> float:
         """L2 norm of the gradients, which are then scaled down where it exceeds the bound, as torch's clipping does.
 
-        What all tensor ranks hold alike counts once.
+        DeepSpeed averages them over the data ranks first, in buckets. What all tensor ranks hold alike counts once.
         """
         if self.grid.data.size > 1:
             self.deepspeed.allreduce_gradients(bucket_size=self._bucket)

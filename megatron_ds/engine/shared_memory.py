@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ds.cache import cache_folder
 from megatron_ds.errors import ConfigError
 from megatron_ds.parallel.grid import Grid
 
@@ -94,7 +95,7 @@ def _load(ranks: int) -> Any:
         )
     built_with = "|".join((torch.__version__, torch.__file__, deepspeed.__version__, sys.version))
     key = hashlib.sha256(built_with.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ds" / "kernels" / key
+    cache = cache_folder("kernels") / key
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja, of no active venv
     said = io.StringIO()
     cache.mkdir(parents=True, exist_ok=True)

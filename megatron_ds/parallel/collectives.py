@@ -20,14 +20,14 @@ from megatron_ds.parallel.grid import Axis
 
 def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduce in place over the axis. Not differentiable."""
-    if axis.size > 1 and not (op == dist.ReduceOp.SUM and axis.sum_here is not None and axis.sum_here(x)):
+    if axis.size > 1 and not (op == dist.ReduceOp.SUM and axis.sum_here(x)):
         dist.all_reduce(x, op=op, group=axis.group)
     return x
 
 
 def begin_all_reduce_(x: Tensor, axis: Axis) -> dist.Work | None:
     """Begin to sum in place over the axis; None = it is done, else to be waited for before x is read."""
-    if axis.size == 1 or (axis.sum_here is not None and axis.sum_here(x)):
+    if axis.size == 1 or axis.sum_here(x):
         return None
     return dist.all_reduce(x, group=axis.group, async_op=True)
 

@@ -26,6 +26,10 @@ class Coords(NamedTuple):
     tensor: int
 
 
+def _cannot(x: Tensor) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis of the grid as one rank sees it.
@@ -43,7 +47,7 @@ class Axis:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
-    sum_here: Callable[[Tensor], bool] | None = None
+    sum_here: Callable[[Tensor], bool] = _cannot
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ds.cache import cache_folder
 from megatron_ds.engine import share_memory, shared_memory
 from megatron_ds.errors import ConfigError
 from megatron_ds.parallel.collectives import all_reduce_, begin_all_reduce_
@@ -166,11 +167,10 @@ def test_ranks_that_share_no_folder(tmp_path: Path, name: str) -> None:
 
 
 def _with_a_lock_left(grid: Grid) -> bool:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ds" / "kernels"
-    for built in cache.glob("*/deepspeed_shm_comm"):
+    for built in cache_folder("kernels").glob("*/deepspeed_shm_comm"):
         (built / "lock").touch()
     torch.distributed.barrier()
-    return _directly(grid).tensor.sum_here is not None
+    return _directly(grid).tensor.sum_here(torch.ones(1))
 
 
 def test_a_lock_left_by_a_killed_compiler_stops_nobody() -> None:
