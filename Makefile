@@ -51,7 +51,7 @@ check: $(STAMP)  ## lint, formatting, types, import floors
 	$(if $(wildcard tests/test_floors.py),$(BIN)/python -m pytest tests/test_floors.py)
 
 tables: $(STAMP)  ## bring the README's table of families up to date with the registry
-	$(BIN)/python -m megatron_ds.hf.support README.md
+	$(BIN)/python -m megatron_ds.hf.support_table README.md
 
 clean:  ## remove .venv, out/ and caches
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,12 +1,13 @@
 """The package, its dependency ranges and its command. `requirements.txt` pins what was tested."""
 
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
 
 setup(
     name="megatron-ds",
-    version="0.1.0",
+    version=run_path(str(Path(__file__).with_name("megatron_ds") / "version.py"))["__version__"],
     description="Megatron's tensor and pipeline parallelism on DeepSpeed's engine, Hugging Face checkpoints in and out",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -12,18 +12,18 @@ from bench.contestant import Step
 from bench.work import MASKED_MODELS, Spec, Work
 from megatron_ds.config import build_run
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.parallel.rank import RankInfo
-from megatron_ds.train.job import resolve
-from megatron_ds.train.rank import build
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.training.resolve import resolve_run
+from megatron_ds.training.worker import build
 
 
 def train(spec: Spec) -> Step:
     """Options: `tensor`, `pipeline`, `sequence`, `shared_memory`, `zero`, `micro_batch`, `compile`."""
     rank = dist.get_rank()
-    job = resolve(build_run(_run_of(spec)), spec.world, spec.device)
+    resolved = resolve_run(build_run(_run_of(spec)), spec.world, spec.device)
     device = torch.device(spec.device, rank) if spec.device == "cuda" else torch.device(spec.device)
-    engine = build(job, RankInfo(rank, spec.world, rank), device)
-    batches = _micro_batches(spec.work, engine.grid, job.run.train.micro_batch_size)
+    engine = build(resolved, RankInfo(rank, spec.world, rank), device)
+    batches = _micro_batches(spec.work, engine.grid, resolved.run.train.micro_batch_size)
     return lambda: engine.train_step(batches, spec.work.lr).loss
 
 

@@ -8,19 +8,20 @@ mds.import_hf(hf_dir, checkpoint); mds.export_hf(checkpoint, hf_dir); mds.verify
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from megatron_ds.version import __version__
+
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.convert import export_hf, import_hf
     from megatron_ds.config import load_run
-    from megatron_ds.train.launch import train
+    from megatron_ds.training.launch import train
     from megatron_ds.verify.run import verify_hf
 
-__version__ = "0.1.0"
-
-# Resolved on first use, so that importing the package costs nothing. `train` is not here: see megatron_ds/train.
+# Imported on first use, so that importing the package costs nothing.
 _PUBLIC = {
     "export_hf": "megatron_ds.checkpoint.convert",
     "import_hf": "megatron_ds.checkpoint.convert",
     "load_run": "megatron_ds.config",
+    "train": "megatron_ds.training.launch",
     "verify_hf": "megatron_ds.verify.run",
 }
 
@@ -28,8 +29,6 @@ __all__ = ["__version__", "export_hf", "import_hf", "load_run", "train", "verify
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return import_module("megatron_ds.train")
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidia
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with what `write_corpus` writes."""
-    from tests.train.tiny import write_corpus
+    from tests.training.tiny import write_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ds.checkpoint.files import flush, record_file, write_bytes
-from megatron_ds.checkpoint.folder import (
+from megatron_ds.checkpoint.directory import (
     MANIFEST,
     PROGRESS,
     STATE,
@@ -21,16 +20,17 @@ from megatron_ds.checkpoint.folder import (
     resolve_checkpoint,
     write_manifest,
 )
-from megatron_ds.checkpoint.keys import MASTER
+from megatron_ds.checkpoint.files import flush, record_file, write_bytes
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
+from megatron_ds.checkpoint.state_keys import MASTER
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.adapter_config import ADAPTER_CONFIG
-from megatron_ds.hf.adapter_export import export_adapters, export_merged
-from megatron_ds.hf.adapters import AdapterWeights, read_adapters
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.convert import check_target
 from megatron_ds.hf.export import DTYPES, exporting
+from megatron_ds.hf.peft.adapters import AdapterWeights, read_adapters
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.weights import HFWeights
 
 

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_ds.hf.files import word_for
+from megatron_ds.hf.tensor_files import word_for
 
 _CHUNK_BYTES = 2**24
 _ALIGNMENT = 64

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 
+from megatron_ds.checkpoint.directory import LATEST, PROGRESS, STATE, checkpoints_in, read_manifest, step_of
 from megatron_ds.checkpoint.files import FileRecord, damage
-from megatron_ds.checkpoint.folder import LATEST, PROGRESS, STATE, checkpoints_in, read_manifest, step_of
 from megatron_ds.checkpoint.progress import Origin, Progress, decode
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.config import read_json, read_model
-from megatron_ds.hf.files import read_table
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.tensor_files import read_table
 from megatron_ds.hf.weights import HFWeights
 
 

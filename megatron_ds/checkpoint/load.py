@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ds.checkpoint.boxes import Box
-from megatron_ds.checkpoint.keys import KINDS
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.state import Fragment, fragments, refresh_weights, set_loss_scale
+from megatron_ds.checkpoint.state_keys import KINDS
+from megatron_ds.checkpoint.tensor_slices import Box
 from megatron_ds.engine import Engine
 
 

@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ds.checkpoint.boxes import Box, whole
+from megatron_ds.checkpoint.directory import PROGRESS, STATE, checkpoints_in, is_checkpoint, read_manifest
 from megatron_ds.checkpoint.files import FileRecord, damage
-from megatron_ds.checkpoint.folder import PROGRESS, STATE, checkpoints_in, is_checkpoint, read_manifest
-from megatron_ds.checkpoint.keys import KINDS, STEPS, parse_key
 from megatron_ds.checkpoint.progress import decode
+from megatron_ds.checkpoint.state_keys import KINDS, STEPS, parse_key
+from megatron_ds.checkpoint.tensor_slices import Box, whole
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.files import Stored, read_table
+from megatron_ds.hf.tensor_files import Stored, read_table
 
 # ---- which one -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """What there is to go on from.
 
     Attributes:
@@ -35,7 +35,7 @@ class Found:
     damaged: tuple[str, ...] = ()
 
 
-def newest_whole(folder: Path, rank: int = 0, world_size: int = 1) -> Found:
+def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoint:
     """The newest checkpoint in a folder none of whose files is missing or damaged. Collective.
 
     Every file is read; the ranks share them.
@@ -52,13 +52,13 @@ def newest_whole(folder: Path, rank: int = 0, world_size: int = 1) -> Found:
     damaged: list[str] = []
     if listed[0] and not all(listed):
         blind = listed.index([])
-        return Found(None, (f"{folder} is not on a disk that all machines share: rank {blind} sees nothing",))
+        return ResumePoint(None, (f"{folder} is not on a disk that all machines share: rank {blind} sees nothing",))
     for name in listed[0]:
         problem = first_damage(folder / name, rank, world_size)
         if problem is None:
-            return Found(folder / name, tuple(damaged))
+            return ResumePoint(folder / name, tuple(damaged))
         damaged.append(problem)
-    return Found(None, tuple(damaged))
+    return ResumePoint(None, tuple(damaged))
 
 
 def first_damage(directory: Path, rank: int = 0, world_size: int = 1) -> str | None:

@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron_ds.checkpoint import folder as naming
+from megatron_ds.checkpoint import directory as naming
+from megatron_ds.checkpoint.directory import PROGRESS, STATE
 from megatron_ds.checkpoint.files import FileRecord, write_bytes, write_pieces
-from megatron_ds.checkpoint.folder import PROGRESS, STATE
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import HostMemory, Part, pass_on, take_part
 from megatron_ds.checkpoint.state import fragments, loss_scale
 from megatron_ds.checkpoint.weights import AdapterWeights, ModelWeights
 from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError
-from megatron_ds.hf.adapters import Adapters
 from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.log import get_logger
 
 SLOWEST_S = 7200.0  # ranks wait so long for the one whose storage is slowest

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_ds.checkpoint.boxes import Box
+from megatron_ds.checkpoint.directory import STATE
 from megatron_ds.checkpoint.files import Entry, Piece
-from megatron_ds.checkpoint.folder import STATE
-from megatron_ds.checkpoint.keys import STEPS, key_of
 from megatron_ds.checkpoint.state import Fragment, owned
+from megatron_ds.checkpoint.state_keys import STEPS, key_of
+from megatron_ds.checkpoint.tensor_slices import Box
 from megatron_ds.checkpoint.weights import AdapterWeights, ModelWeights
 from megatron_ds.engine import Engine
 

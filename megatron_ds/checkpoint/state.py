@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.checkpoint.boxes import Box, boxes_of_range, in_whole
-from megatron_ds.checkpoint.keys import KINDS, MASTER
+from megatron_ds.checkpoint.state_keys import KINDS, MASTER
+from megatron_ds.checkpoint.tensor_slices import Box, boxes_of_range, in_whole
 from megatron_ds.engine import Engine
-from megatron_ds.layers.parameter import ParamSpec, spec_of
+from megatron_ds.layers.param_spec import ParamSpec, spec_of
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

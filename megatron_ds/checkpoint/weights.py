@@ -18,15 +18,15 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.files import Entry
 from megatron_ds.engine import Engine
-from megatron_ds.engine.base import gather_share
-from megatron_ds.hf.adapter_config import ADAPTER_WEIGHTS
-from megatron_ds.hf.adapter_export import adapter_files
-from megatron_ds.hf.adapters import Adapters
+from megatron_ds.engine.base import gather_shard
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import small_files
-from megatron_ds.hf.io import SAFETENSORS, json_text
+from megatron_ds.hf.peft.adapters import Adapters
+from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
+from megatron_ds.hf.peft.export import adapter_files
+from megatron_ds.hf.weight_files import SAFETENSORS, json_text
 from megatron_ds.hf.weights import ToHF
-from megatron_ds.layers.parameter import ParamSpec, spec_of
+from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.parallel.grid import Layout
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
@@ -202,7 +202,7 @@ class AdapterWeights:
     def pieces(self) -> Iterator[tuple[str, str, Tensor]]:
         """(file, name, whole tensor) of what this rank writes. Collective over the world."""
         to_hf = ToHF(self._adapters)
-        for name, whole in self._engine.whole_parameters(self._adapters.table):
+        for name, whole in self._engine.full_parameters(self._adapters.table):
             if whole is not None:
                 for theirs, tensor in to_hf.add(name, whole.to("cpu")):
                     yield ADAPTER_WEIGHTS, theirs, tensor
@@ -240,7 +240,7 @@ def gather_weights(engine: Engine, model: HFModel, shards: Sequence[Shard]) -> I
             with engine.gathered(parameters[name]):
                 if place.data != grid.coords.data:
                     continue
-                whole = gather_share(parameters[name].detach(), spec_of(parameters[name]), grid, to=place.tensor)
+                whole = gather_shard(parameters[name].detach(), spec_of(parameters[name]), grid, to=place.tensor)
                 if whole is None or shard.rank != grid.rank:
                     continue
                 for theirs, tensor in to_hf.add(name, whole.to("cpu")):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from megatron_ds.cli.rows import Row, count, show_rows, size
+from megatron_ds.cli.table import Row, count, show_rows, size
 
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.inspect import AdapterFacts, CheckpointFacts, FileFacts, FolderFacts, ModelFacts

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from megatron_ds.cli.rows import Row, count, show_rows, size
+from megatron_ds.cli.table import Row, count, show_rows, size
 
 if TYPE_CHECKING:
     from megatron_ds.config import RunConfig
-    from megatron_ds.data.inspect import FileFacts, IndexedFacts, RunDataFacts
-    from megatron_ds.data.lengths import Lengths
-    from megatron_ds.data.shown import Document, ShownSample
+    from megatron_ds.data.inspect.facts import FileFacts, IndexedFacts, RunDataFacts
+    from megatron_ds.data.inspect.histogram import Lengths
+    from megatron_ds.data.inspect.rendering import Document, ShownSample
 
 BAR_CELLS = 30
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -33,19 +33,19 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
 
     quiet_libraries()
     from megatron_ds.data import GlobalBatches
-    from megatron_ds.data.inspect import inspect_run_data
-    from megatron_ds.train.data import has_validation, open_split
-    from megatron_ds.train.job import resolve
+    from megatron_ds.data.inspect.facts import inspect_run_data
+    from megatron_ds.training.datasets import has_validation, open_split
+    from megatron_ds.training.resolve import resolve_run
 
     config = load_run(path, overrides)
     world_size = config.parallel.tensor * config.parallel.pipeline
-    job = resolve(config, world_size, "cuda")  # whatever this machine has: nothing is computed
-    data = open_split(job, "train")
-    valid = open_split(job, "valid") if has_validation(config) else None
+    resolved = resolve_run(config, world_size, "cuda")  # whatever this machine has: nothing is computed
+    data = open_split(resolved, "train")
+    valid = open_split(resolved, "valid") if has_validation(config) else None
     section = config.train
     shuffle = config.data.shuffle and not data.ordered
     order = GlobalBatches(len(data), section.global_batch_size, section.seed, shuffle)
-    facts = inspect_run_data(data, valid, order, job.objective, job.run.model.tokenizer_path, samples)
+    facts = inspect_run_data(data, valid, order, resolved.objective, resolved.run.model.tokenizer_path, samples)
     if json:
         _print_json({"run": str(path), "format": config.data.format, "steps": section.steps, **asdict(facts)})
         return True
@@ -59,7 +59,7 @@ def indexed(path: Path, fast: bool, tokenizer: str | None, samples: int, json: b
     from megatron_ds.log import quiet_libraries
 
     quiet_libraries()
-    from megatron_ds.data.inspect import inspect_indexed
+    from megatron_ds.data.inspect.facts import inspect_indexed
 
     facts = inspect_indexed(str(path), fast=fast, tokenizer_path=tokenizer, num_shown=samples)
     if json:
@@ -75,7 +75,7 @@ def file(path: Path, tokenizer: str | None, samples: int, json: bool) -> bool:
     from megatron_ds.log import quiet_libraries
 
     quiet_libraries()
-    from megatron_ds.data.inspect import inspect_file
+    from megatron_ds.data.inspect.facts import inspect_file
 
     if tokenizer is None:
         raise typer.BadParameter(f"{path} is text, which is looked at as a tokenizer cuts it; add --tokenizer DIR")

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from megatron_ds import __version__
 from megatron_ds.cli.export import HELP as EXPORT_HELP
 from megatron_ds.cli.export import export
 from megatron_ds.cli.import_hf import HELP as IMPORT_HELP
@@ -26,6 +25,7 @@ from megatron_ds.cli.train import train
 from megatron_ds.cli.verify import HELP as VERIFY_HELP
 from megatron_ds.cli.verify import verify
 from megatron_ds.errors import LaunchError, MegatronDSError
+from megatron_ds.version import __version__
 
 PROGRAM = "megatron-ds"
 ROOT_HELP = """Train and fine-tune transformers with Megatron's model parallelism on DeepSpeed's engine.

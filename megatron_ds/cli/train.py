@@ -47,7 +47,7 @@ def train(
     """Train; see HELP."""
     from megatron_ds.cli.display import TerminalReporter
     from megatron_ds.config import load_run
-    from megatron_ds.train.launch import Restarts
-    from megatron_ds.train.launch import train as start
+    from megatron_ds.training.launch import Restarts
+    from megatron_ds.training.launch import train as start
 
     start(load_run(run, overrides or []), nproc, TerminalReporter, Restarts(max_restarts, min_nproc))

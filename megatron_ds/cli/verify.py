@@ -92,7 +92,7 @@ def _input_lines(one: InputReport) -> list[str]:
 
 
 def _first_apart(one: InputReport) -> list[str]:
-    from megatron_ds.verify.stages import stack_of_entry
+    from megatron_ds.verify.layer_names import stack_of_entry
 
     if one.first_apart is None:
         return [f"{'first apart':<12}after the last block"] if one.wrong_outputs else []

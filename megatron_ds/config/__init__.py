@@ -2,9 +2,9 @@
 
 from megatron_ds.config.checks import ModelShape, check_layout, check_run, check_target_length
 from megatron_ds.config.data_section import DataSection, DataSource
-from megatron_ds.config.deepspeed_json import DeepSpeedFacts, deepspeed_facts, fill_deepspeed, load_deepspeed
+from megatron_ds.config.deepspeed_json import DeepSpeedSummary, fill_deepspeed, load_deepspeed, summarize_deepspeed
 from megatron_ds.config.load import build_run, dump_run, load_run
-from megatron_ds.config.run import (
+from megatron_ds.config.run_config import (
     CheckpointSection,
     ExportSection,
     ModelSection,
@@ -19,7 +19,7 @@ __all__ = [
     "CheckpointSection",
     "DataSection",
     "DataSource",
-    "DeepSpeedFacts",
+    "DeepSpeedSummary",
     "ExportSection",
     "ModelSection",
     "ModelShape",
@@ -32,9 +32,9 @@ __all__ = [
     "check_layout",
     "check_run",
     "check_target_length",
-    "deepspeed_facts",
     "dump_run",
     "fill_deepspeed",
     "load_deepspeed",
     "load_run",
+    "summarize_deepspeed",
 ]

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_ds.config.deepspeed_json import DeepSpeedFacts
-from megatron_ds.config.run import RunConfig
+from megatron_ds.config.deepspeed_json import DeepSpeedSummary
+from megatron_ds.config.run_config import RunConfig
 from megatron_ds.errors import ConfigError, TopologyError
 
 
@@ -28,7 +28,7 @@ class ModelShape:
     max_positions: int | None
 
 
-def check_run(run: RunConfig, shape: ModelShape, facts: DeepSpeedFacts, world_size: int, device_type: str) -> int:
+def check_run(run: RunConfig, shape: ModelShape, facts: DeepSpeedSummary, world_size: int, device_type: str) -> int:
     """The data-parallel degree of a run that can exist.
 
     Args:
@@ -144,14 +144,14 @@ def _check_sequence(run: RunConfig, shape: ModelShape) -> None:
         )
 
 
-def _check_precision(facts: DeepSpeedFacts, device_type: str) -> None:
+def _check_precision(facts: DeepSpeedSummary, device_type: str) -> None:
     if facts.precision == "fp16" and device_type == "cpu":
         raise ConfigError(
             "fp16.enabled=true in the DeepSpeed JSON cannot run on cpu, where DeepSpeed has no fp16; nearest: bf16"
         )
 
 
-def _check_zero(run: RunConfig, facts: DeepSpeedFacts) -> None:
+def _check_zero(run: RunConfig, facts: DeepSpeedSummary) -> None:
     stage, pipeline = facts.zero_stage, run.parallel.pipeline
     stated = f"zero_optimization.stage={stage} in the DeepSpeed JSON"
     if pipeline > 1 and facts.offload_param:
@@ -173,7 +173,7 @@ def _check_zero(run: RunConfig, facts: DeepSpeedFacts) -> None:
         _check_stage_0(run, facts, stated)
 
 
-def _check_stage_0(run: RunConfig, facts: DeepSpeedFacts, stated: str) -> None:
+def _check_stage_0(run: RunConfig, facts: DeepSpeedSummary, stated: str) -> None:
     for used, place in (
         (run.parallel.pipeline > 1, f"parallel.pipeline={run.parallel.pipeline}"),
         (facts.precision != "fp32", f"{facts.precision}.enabled=true"),

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from megatron_ds.config.section import Count, CountOrZero, NonNegative, Section, Text
-from megatron_ds.config.wording import show
+from megatron_ds.config.error_messages import show
+from megatron_ds.config.schema_base import Count, CountOrZero, NonNegative, Section, Text
 from megatron_ds.errors import ConfigError
 
 

@@ -20,16 +20,16 @@ from megatron_ds.config.deepspeed_keys import (
     TOP_LEVEL_KEYS,
     UNSUPPORTED_KEYS,
 )
-from megatron_ds.config.deepspeed_place import AUTO, Place, equal, is_unset
-from megatron_ds.config.run import RunConfig
-from megatron_ds.config.wording import show, suggest
+from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
+from megatron_ds.config.error_messages import show, suggest
+from megatron_ds.config.run_config import RunConfig
 from megatron_ds.errors import ConfigError
 
 _NEVER_PRINT_STEPS = 10**9  # our own metrics speak instead
 
 
 @dataclass(frozen=True)
-class DeepSpeedFacts:
+class DeepSpeedSummary:
     """What the rest of megatron_ds must know of a DeepSpeed JSON.
 
     `offload_optimizer` and `offload_param` are true for cpu and for nvme.
@@ -123,7 +123,7 @@ def _check_section(mapping: Mapping[str, Any], section: str, legal: tuple[str, .
             )
 
 
-def deepspeed_facts(mapping: Mapping[str, Any]) -> DeepSpeedFacts:
+def summarize_deepspeed(mapping: Mapping[str, Any]) -> DeepSpeedSummary:
     """The facts of a mapping, before or after `fill_deepspeed`; an empty one means ZeRO-1 in fp32.
 
     Raises:
@@ -132,7 +132,7 @@ def deepspeed_facts(mapping: Mapping[str, Any]) -> DeepSpeedFacts:
     return _facts(mapping, Place(None))
 
 
-def _facts(mapping: Mapping[str, Any], place: Place) -> DeepSpeedFacts:
+def _facts(mapping: Mapping[str, Any], place: Place) -> DeepSpeedSummary:
     bf16_name = "bf16" if mapping.get("bf16") is not None else "bfloat16"  # as DeepSpeed chooses
     bf16 = _switch(mapping, f"{bf16_name}.enabled", place)
     fp16 = _switch(mapping, "fp16.enabled", place)
@@ -143,7 +143,7 @@ def _facts(mapping: Mapping[str, Any], place: Place) -> DeepSpeedFacts:
         stage = 0 if mapping else 1
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{place.state('zero_optimization.stage', stage)} is not one of 0, 1, 2, 3")
-    return DeepSpeedFacts(
+    return DeepSpeedSummary(
         zero_stage=int(stage),
         precision="bf16" if bf16 else "fp16" if fp16 else "fp32",
         offload_optimizer=_offloads(mapping, "offload_optimizer", "cpu_offload", place),
@@ -203,7 +203,7 @@ def fill_deepspeed(mapping: Mapping[str, Any], run: RunConfig, data_size: int, h
     if run.parallel.pipeline > 1:  # with several tensor ranks DeepSpeed's default is to partition what stages exchange
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         filled["pipeline"] = {**pipeline, **(filled.get("pipeline") or {})}
-    if deepspeed_facts(filled).precision == "bf16":
+    if summarize_deepspeed(filled).precision == "bf16":
         data_types = filled["data_types"] = dict(filled.get("data_types") or {})
         if data_types.get("grad_accum_dtype") is None:
             data_types["grad_accum_dtype"] = "fp32"

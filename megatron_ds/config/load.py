@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ds.config.deepspeed_json import load_deepspeed, read_deepspeed_file
-from megatron_ds.config.run import RunConfig
-from megatron_ds.config.wording import explain, show
+from megatron_ds.config.error_messages import explain, show
+from megatron_ds.config.run_config import RunConfig
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ds.data.array_cache import cached_arrays
-from megatron_ds.data.concatenation import Concatenation
-from megatron_ds.data.draws import Draws
+from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.indexed.dataset import IndexedDataset
+from megatron_ds.data.noise.seeded_random import Draws
 from megatron_ds.data.options import Order
-from megatron_ds.data.sample import Dataset, Sample
+from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.readers.concat_index import Concatenation
 from megatron_ds.errors import DataError
 
 SURPLUS = 0.005

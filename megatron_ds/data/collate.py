@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_ds.data.sample import Dataset
+from megatron_ds.data.dataset import Dataset
 
 NO_SAMPLE = -1
 """The index that stands for no sample: a blank one without loss. It fills the last batch of a validation pass."""

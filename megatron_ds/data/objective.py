@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ds.data.sample import IGNORE_INDEX
+from megatron_ds.data.dataset import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,23 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.blend import Blend, InSuccession, Ordered, samples_of_each
 from megatron_ds.data.chat import open_chat
+from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.indexed import open_indexed
 from megatron_ds.data.indexed.dataset import tokens_of
 from megatron_ds.data.indexed.files import IndexedFile
-from megatron_ds.data.masking import Masker, load_masker
+from megatron_ds.data.noise.masking import Masker, load_masker
 from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
 from megatron_ds.data.options import ChatOptions, Order, Split
-from megatron_ds.data.sample import Dataset
-from megatron_ds.data.text import CausalText, Corpus, TextSource, TokenStream
-from megatron_ds.data.text_corrupted import CorruptedText, find_sentinels
-from megatron_ds.data.text_masked import MaskedText
-from megatron_ds.data.text_pairs import SentencePairs
-from megatron_ds.data.token_cache import cached_tokens, default_cache_dir
-from megatron_ds.data.tokenized import ExampleKind, TokenizedDataset
-from megatron_ds.data.tokenized_causal import CausalExamples
-from megatron_ds.data.tokenized_masked import MaskedExamples
-from megatron_ds.data.tokenized_seq2seq import Seq2SeqExamples
-from megatron_ds.data.tokenizer import load_tokenizer, require_ids_below, special_id
+from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below, special_id
+from megatron_ds.data.text.corpus import CausalText, Corpus, TextSource, TokenStream
+from megatron_ds.data.text.masked import MaskedText
+from megatron_ds.data.text.sentence_pairs import SentencePairs
+from megatron_ds.data.text.span_corruption import CorruptedText, find_sentinels
+from megatron_ds.data.text.token_cache import cached_tokens, default_cache_dir
+from megatron_ds.data.tokenized.causal import CausalExamples
+from megatron_ds.data.tokenized.dataset import ExampleKind, TokenizedDataset
+from megatron_ds.data.tokenized.masked import MaskedExamples
+from megatron_ds.data.tokenized.seq2seq import Seq2SeqExamples
 from megatron_ds.errors import DataError
 
 FORMATS = ("text", "chat", "tokenized", "indexed")

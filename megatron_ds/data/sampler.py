@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_ds.data.collate import NO_SAMPLE
-from megatron_ds.data.draws import Draws
+from megatron_ds.data.noise.seeded_random import Draws
 from megatron_ds.errors import ConfigError, TopologyError
 
 

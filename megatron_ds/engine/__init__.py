@@ -4,11 +4,11 @@ One list of stages goes in. With one pipeline stage it becomes a plain module (Z
 becomes DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters offer the same `Engine`.
 """
 
-from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShareReader, StepResult
+from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShardReader, StepResult
 from megatron_ds.engine.build import EngineOptions, build_engine
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
 from megatron_ds.engine.probe import GradientProbe
-from megatron_ds.engine.shared_memory import share_memory
+from megatron_ds.engine.shared_memory import enable_shared_memory
 
 __all__ = [
     "Engine",
@@ -16,13 +16,13 @@ __all__ = [
     "GradientProbe",
     "Losses",
     "MicroBatch",
-    "ShareReader",
+    "ShardReader",
     "StepResult",
     "build_engine",
     "device_count",
     "device_type",
+    "enable_shared_memory",
     "preload",
-    "share_memory",
     "start_distributed",
     "stop_distributed",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_ds.engine.optimizer import GuardedAdamW
 from megatron_ds.layers.cross_entropy import IGNORE_INDEX
-from megatron_ds.layers.parameter import ParamSpec, spec_of
+from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
@@ -22,7 +22,7 @@ from megatron_ds.parallel.random import RngStreams
 MicroBatch = Mapping[str, Tensor]
 """Columns by name, each (B, ...): those that the model's first stage takes, as far as there are, and its labels."""
 
-ShareReader = Callable[[str, ParamSpec, int, int], Tensor]
+ShardReader = Callable[[str, ParamSpec, int, int], Tensor]
 """(name, declaration, tensor rank, tensor size) -> this rank's share of a parameter's value."""
 
 
@@ -97,7 +97,7 @@ class Engine(ABC):
         self.steps_begun = 0
         self._rng = rng
         if isinstance(optimizer, GuardedAdamW):
-            optimizer.may_step = self._may_step
+            optimizer.should_step = self._should_step
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class Engine(ABC):
         skipped_before = self.deepspeed.skipped_steps
         sums, grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
         losses = Losses(tuple(sums.tolist()), counts)
-        applied = self.deepspeed.skipped_steps == skipped_before and not getattr(self.optimizer, "sat_out", False)
+        applied = self.deepspeed.skipped_steps == skipped_before and not getattr(self.optimizer, "skipped", False)
         return StepResult(losses.mean, grad_norm, counts[0], applied, dict(zip(self.labels, losses.terms)))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
@@ -147,7 +147,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def _may_step(self) -> bool:
+    def _should_step(self) -> bool:
         """Whether what is known of the step under way is finite; the same on all ranks. Collective."""
 
     @abstractmethod
@@ -180,19 +180,19 @@ class Engine(ABC):
         """Parameters of the whole model, tied ones once, without vocabulary padding. Collective."""
         return sum(spec.numel for stage in self.inventory() for _, spec, _ in stage)
 
-    def whole_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
+    def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter of the model in order, or the named ones, whole and without padding: on global rank 0, and
         None elsewhere.
 
         Collective; at any time rank 0 holds one whole tensor, the others their share. A tensor is gathered over the
         tensor ranks of its stage and sent to rank 0.
         """
-        return self.whole_tensors(lambda parameter: parameter.detach(), names)
+        return self.full_tensors(lambda parameter: parameter.detach(), names)
 
-    def whole_tensors(
+    def full_tensors(
         self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor | None]]:
-        """Like `whole_parameters`, for something that each rank has of its parameters' shape and dtype: a gradient."""
+        """Like `full_parameters`, for something that each rank has of its parameters' shape and dtype: a gradient."""
         grid = self.grid
         parameters = dict(self.local_parameters())
         for stage, entries in enumerate(self.inventory()):
@@ -204,7 +204,7 @@ class Engine(ABC):
                 if grid.coords.pipeline == stage:
                     with self.gathered(parameters[name]):
                         if grid.coords.data == 0:
-                            whole = gather_share(of(parameters[name]), spec, grid)
+                            whole = gather_shard(of(parameters[name]), spec, grid)
                 if source != 0:
                     whole = _send_to_rank_0(whole, spec, dtype, source, grid.rank, self.device)
                 yield name, whole if grid.rank == 0 else None
@@ -229,7 +229,7 @@ def _count_labels(column: Tensor) -> int:
     return column.numel() if column.is_floating_point() else int((column != IGNORE_INDEX).sum())
 
 
-def gather_share(share: Tensor, spec: ParamSpec, grid: Grid, to: int = 0) -> Tensor | None:
+def gather_shard(share: Tensor, spec: ParamSpec, grid: Grid, to: int = 0) -> Tensor | None:
     """Shares -> the whole tensor without padding on tensor rank `to`, None on the others.
 
     Of a share that several ranks hold the first one's is taken.

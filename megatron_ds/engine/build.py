@@ -14,23 +14,23 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.config import DeepSpeedFacts, OptimizerSection, deepspeed_facts
-from megatron_ds.engine.base import Engine, ShareReader
+from megatron_ds.config import DeepSpeedSummary, OptimizerSection, summarize_deepspeed
+from megatron_ds.engine.base import Engine, ShardReader
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.optimizer import GuardedAdamW
-from megatron_ds.engine.pipelined import PipelineEngine, StagePipeline
-from megatron_ds.engine.plain import PlainEngine
+from megatron_ds.engine.pipeline.engine import PipelinedModel, PipelineEngine
+from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.engine.probe import GradientProbe
+from megatron_ds.engine.zero import ZeroEngine
 from megatron_ds.errors import ConfigError
-from megatron_ds.layers.kernels import pick
-from megatron_ds.layers.parameter import initial_share, spec_of
+from megatron_ds.layers.kernels import select_kernels
+from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
-from megatron_ds.models.block import Placement
-from megatron_ds.models.stages import StageModel, StageSpec
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import LayerSpec, SequentialModel
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
-from megatron_ds.pipeline import partition
 
 DEFAULT_BUCKET = 500_000_000  # gradients: DeepSpeed's
 CPU_BUCKET = 5_000_000  # memory that stays with the process
@@ -49,8 +49,8 @@ class EngineOptions:
         recompute: "none", "selective" or "full".
         seed: for dropout, and for initialisation where no weights are read.
         frozen: names of parameters that are not trained.
-        compiled: see `Placement`.
-        kernels: "auto" or "torch"; see `layers.kernels.pick`.
+        compiled: see `BuildContext`.
+        kernels: "auto" or "torch"; see `layers.kernels.select_kernels`.
     """
 
     deepspeed: dict[str, Any]
@@ -64,41 +64,41 @@ class EngineOptions:
 
 
 def build_engine(
-    stages: Callable[[Placement], list[StageSpec]],
+    layers: Callable[[BuildContext], list[LayerSpec]],
     grid: Grid,
     device: torch.device,
     options: EngineOptions,
-    read_share: ShareReader | None = None,
+    read_shard: ShardReader | None = None,
 ) -> Engine:
     """Build this rank's part of a model, fill it, and hand it to DeepSpeed. Collective over the world.
 
     Args:
-        stages: the model's list of stages for a placement.
+        layers: the model's layer specs for a build context.
         grid: where this rank sits.
         device: where its tensors live.
         options: DeepSpeed config, optimizer and the rest.
-        read_share: where weights come from; None = random initialisation from the seed, the same at every layout.
+        read_shard: where weights come from; None = random initialisation from the seed, the same at every layout.
 
     Raises:
         ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
     """
-    facts = deepspeed_facts(options.deepspeed)
+    facts = summarize_deepspeed(options.deepspeed)
     rng = RngStreams(options.seed, grid.coords, device)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
     tp = TensorParallel(grid.tensor, options.sequence)
-    kernels = pick(options.kernels, device)
-    placement = Placement(tp, rng, _recompute(options, mpu, rng), options.compiled, kernels)
-    specs = stages(placement)
+    kernels = select_kernels(options.kernels, device)
+    ctx = BuildContext(tp, rng, _recompute(options, mpu, rng), options.compiled, kernels)
+    specs = layers(ctx)
     with _allocation(facts, options.deepspeed, mpu, device):
         if pipelined:
             bounds = partition(specs, grid.pipeline.size)
-            module: nn.Module = StagePipeline(specs, bounds, grid.layout, placement.tp.splits_sequence)
+            module: nn.Module = PipelinedModel(specs, bounds, grid.layout, ctx.tp.splits_sequence)
         else:
-            module = StageModel(specs)
-    read = read_share or partial(_initial, options.seed)
+            module = SequentialModel(specs)
+    read = read_shard or partial(_initial, options.seed)
     _fill(module, grid, read, zero_3=facts.zero_stage == 3)
-    if isinstance(module, StagePipeline):
+    if isinstance(module, PipelinedModel):
         module.equalize_copies()
     _freeze(module, options.frozen)
     optimizer = _optimizer(module, options.optimizer, device)
@@ -120,12 +120,12 @@ def build_engine(
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
         bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))
-        made = PlainEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip, bucket=bucket)
+        made = ZeroEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip, bucket=bucket)
     made.kernels = kernels.names
     return made
 
 
-def _suited(config: dict[str, Any], facts: DeepSpeedFacts, device: torch.device, grid: Grid) -> dict[str, Any]:
+def _suited(config: dict[str, Any], facts: DeepSpeedSummary, device: torch.device, grid: Grid) -> dict[str, Any]:
     """The config with what it leaves open filled in for the place.
 
     At stage 0 the clipping is ours, because DeepSpeed's norm counts neither tensor ranks nor replicated parameters. On
@@ -142,11 +142,11 @@ def _suited(config: dict[str, Any], facts: DeepSpeedFacts, device: torch.device,
 
 
 def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:
-    return initial_share(name, spec, seed, rank, size)
+    return initial_shard(name, spec, seed, rank, size)
 
 
 @contextmanager
-def _allocation(facts: DeepSpeedFacts, config: dict[str, Any], mpu: Mpu, device: torch.device) -> Iterator[None]:
+def _allocation(facts: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, device: torch.device) -> Iterator[None]:
     """Parameters made inside are of the run's dtype and device, and born partitioned under ZeRO-3."""
     zero_init: AbstractContextManager[Any] = nullcontext()
     if facts.zero_stage == 3:
@@ -167,14 +167,14 @@ def _allocation(facts: DeepSpeedFacts, config: dict[str, Any], mpu: Mpu, device:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, grid: Grid, read_share: ShareReader, zero_3: bool) -> None:
+def _fill(module: nn.Module, grid: Grid, read_shard: ShardReader, zero_3: bool) -> None:
     """Give every parameter its value, one at a time; under ZeRO-3 the first data rank reads and broadcasts."""
     renamed: dict[str, str] = getattr(module, "renamed", {})
     for name, parameter in module.named_parameters():
         gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if zero_3 else nullcontext()
         with gathered:
             if not zero_3 or grid.data.rank == 0:
-                share = read_share(renamed.get(name, name), spec_of(parameter), grid.tensor.rank, grid.tensor.size)
+                share = read_shard(renamed.get(name, name), spec_of(parameter), grid.tensor.rank, grid.tensor.size)
                 assert share.shape == parameter.shape, (name, share.shape, parameter.shape)
                 parameter.copy_(share)
 

@@ -16,19 +16,19 @@ class GuardedAdamW(torch.optim.AdamW):
     whose gradient norm is not finite by itself, but for ZeRO-0; it knows nothing of the loss.
 
     Attributes:
-        may_step: asked at the first partition of every step; its answer must be the same on all ranks. It may
+        should_step: asked at the first partition of every step; its answer must be the same on all ranks. It may
             communicate: DeepSpeed reaches this point on all ranks or on none.
     """
 
-    may_step: Callable[[], bool] | None = None
+    should_step: Callable[[], bool] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._answer: bool | None = None
 
     @property
-    def sat_out(self) -> bool:
-        """Whether `may_step` said no in this step."""
+    def skipped(self) -> bool:
+        """Whether `should_step` said no in this step."""
         return self._answer is False
 
     def begin_step(self) -> None:
@@ -38,7 +38,7 @@ class GuardedAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """Update the parameters in `param_groups`, unless this step is to be sat out."""
         if self._answer is None:
-            self._answer = self.may_step() if self.may_step is not None else True
+            self._answer = self.should_step() if self.should_step is not None else True
         return super().step(closure) if self._answer else None
 
     def create_state(self, parameter: Tensor) -> None:

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_ds.cache import cache_folder
 from megatron_ds.errors import ConfigError
+from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.grid import Grid
 
 FIELD = "parallel.shared_memory=true"
@@ -36,23 +37,22 @@ LARGEST_BYTES = 2**31 - 2**25  # the kernel counts them in an int, 2^25 at a tim
 LEVELS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2}  # of vector instructions: AVX2, AVX-512 BW
 
 
-def share_memory(grid: Grid, together: Callable[[Callable[[], Any]], Any]) -> Grid:
+def enable_shared_memory(grid: Grid) -> Grid:
     """The grid, whose tensor axis sums through memory. Collective over the world, which the tensor axis spans.
 
     Compiles the kernel the first time on a machine, half a minute, and keeps it in the cache.
 
     Args:
         grid: of more than one tensor rank, one data rank and one stage.
-        together: runs a step that can fail on some ranks, and fails as one.
 
     Raises:
         ConfigError: no compiler, too small a /dev/shm, or ranks that do not share one.
     """
     assert grid.tensor.size == grid.world.size > 1, grid.layout
-    module = together(lambda: _load(grid.world.size))
+    module = run_on_all_ranks(lambda: _load(grid.world.size))
     name = _agree(grid)
     try:
-        together(lambda: _check_shared(name))
+        run_on_all_ranks(lambda: _check_shared(name))
         with _environment(LOCAL_SIZE=str(grid.world.size), MASTER_ADDR="megatron_ds", MASTER_PORT=name):
             module.initialize(grid.world.size, grid.rank)  # waits for the segments of the others
         dist.barrier()

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row, axis_sizes
-from megatron_ds.hf.io import has_weights, open_directory
 from megatron_ds.hf.registry import FAMILIES, family_of
+from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.models.config import EncoderConfig, ModelConfig
 
 

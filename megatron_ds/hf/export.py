@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
-from megatron_ds.hf.io import ShardWriter, parse_size, write_json
+from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.models.config import EncoderConfig
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import Op, Part, copy
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.tensor_mapping import Op, Part, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.adapter_config import ADAPTER_CONFIG
 from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.models.config import EncoderConfig
 
 

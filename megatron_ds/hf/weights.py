@@ -16,10 +16,10 @@ from torch import Tensor
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
-from megatron_ds.hf.files import DTYPES
-from megatron_ds.hf.io import TensorSource, open_directory
-from megatron_ds.hf.mapping import Part, Reader, Sizes, allocate, tile
-from megatron_ds.layers.parameter import ParamSpec, pad_share
+from megatron_ds.hf.tensor_files import DTYPES
+from megatron_ds.hf.tensor_mapping import Part, Reader, Sizes, allocate, tile
+from megatron_ds.hf.weight_files import TensorSource, open_directory
+from megatron_ds.layers.param_spec import ParamSpec, pad_shard
 
 
 class HFWeights:
@@ -59,7 +59,7 @@ class HFWeights:
         row = self.model.table[name]
         if row.split is None:
             return self.whole(name)
-        return read_share(row, self.model.axis_sizes, self._reader(row, ahead=False), spec, rank, size)
+        return read_shard(row, self.model.axis_sizes, self._reader(row, ahead=False), spec, rank, size)
 
     def whole(self, name: str, place: Tensor | None = None) -> Tensor:
         """One whole native parameter, in its dtype on disk, without padding.
@@ -171,7 +171,7 @@ class HFWeights:
                 )
 
 
-def read_share(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, rank: int, size: int) -> Tensor:
+def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, rank: int, size: int) -> Tensor:
     """A tensor rank's share of one native parameter, padding included.
 
     Args:
@@ -189,7 +189,7 @@ def read_share(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, rank: in
     unit = spec.shape[spec.split_dim] // sizes[row.split]
     first, last = start // unit, -(-stop // unit)  # a share may end within a unit: in a group of query heads
     covering = row.op.read(reader, sizes, row.split, first, last)
-    return pad_share(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
+    return pad_shard(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
 
 
 class Tables(Protocol):

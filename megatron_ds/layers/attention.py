@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter import LowRank, Output, Scaling, column_adapter, row_adapter
+from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output, column_adapter, row_adapter
 from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
 from megatron_ds.layers.recompute import Recompute
-from megatron_ds.layers.relative import RelativeBias, RelativePositions
+from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions
 from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         beside: Any = self.adapters["out"]
         return beside.around(self.out, core)
 
-    def adapt(self, outputs: Sequence[str], adapter: LowRank | Scaling) -> None:
+    def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
         """Put an adapter beside `("out",)`, or beside projections of one input: `("q",)`, `("k", "v")` and so on."""
         shape, hidden, rng = self.shape, self.shape.hidden_size, self.rng
         if tuple(outputs) == ("out",):

@@ -48,7 +48,7 @@ class LogitFinish:
 
 
 @dataclass(frozen=True)
-class Head:
+class VocabShard:
     """This rank's part of a language-model head.
 
     Attributes:
@@ -81,7 +81,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: VocabShard, chunk: int
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         start, valid, axis = head.start, head.valid, head.axis
@@ -183,7 +183,7 @@ def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Ten
     return losses.sum(), grad
 
 
-def head_loss(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+def head_loss(hidden: Tensor, head: VocabShard, targets: Tensor, *, chunk: int | None = None) -> Tensor:
     """Sum over labelled tokens of -log p(target). A chunk communicates 3 fp32 numbers a labelled token.
 
     Args:
@@ -205,7 +205,7 @@ def head_loss(hidden: Tensor, head: Head, targets: Tensor, *, chunk: int | None 
 
 
 @torch.no_grad()
-def gather_logits(hidden: Tensor, head: Head) -> Tensor:
+def gather_logits(hidden: Tensor, head: VocabShard) -> Tensor:
     """(S, B, H) -> (S, B, V) on every tensor rank. For inspection, never for training: an all-gather of all logits."""
     local = head.finish(F.linear(hidden, head.weight, head.bias))
     if head.axis.size == 1:

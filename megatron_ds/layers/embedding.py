@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.parameter import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter
 from megatron_ds.parallel.tensor import TensorParallel
 
 

@@ -201,7 +201,7 @@ TABLE = (
 TOLERANCE = 2e-2  # relative to the largest, in bf16: a rounding is 4e-3
 
 
-def pick(wanted: str, device: torch.device, table: tuple[Candidate, ...] = TABLE) -> Kernels:
+def select_kernels(wanted: str, device: torch.device, table: tuple[Candidate, ...] = TABLE) -> Kernels:
     """What to compute with on a device.
 
     Args:
@@ -217,13 +217,13 @@ def pick(wanted: str, device: torch.device, table: tuple[Candidate, ...] = TABLE
         return kernels
     for candidate in table:
         if find_spec(candidate.package) is not None and candidate.version is not None:
-            kernel = checked(candidate, device)
+            kernel = validated(candidate, device)
             name = f"{candidate.operation}: {candidate.distribution} {candidate.version}"
             kernels = replace(kernels, **{candidate.operation: kernel}, names=(*kernels.names, name))
     return kernels
 
 
-def checked(candidate: Candidate, device: torch.device) -> Callable[..., Tensor]:
+def validated(candidate: Candidate, device: torch.device) -> Callable[..., Tensor]:
     """The kernel, if results and gradients on small inputs are the reference's."""
     name = f"train.kernels=auto: {candidate.distribution} {candidate.version}, {candidate.operation}"
     nearest = f"nearest: train.kernels=torch, or without {candidate.distribution}"

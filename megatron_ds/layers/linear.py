@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.parameter import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter
 from megatron_ds.parallel.collectives import all_gather_dim0, begin_all_reduce_, reduce_from_, sum_over_holders
 from megatron_ds.parallel.tensor import TensorParallel
 

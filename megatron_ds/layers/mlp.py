@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter import LowRank, Output, Scaling, column_adapter, row_adapter
+from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output, column_adapter, row_adapter
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -127,7 +127,7 @@ class MLP(nn.Module):
                 found = adapter.adapted(x, found)
         return act(found["gate"]) * found["up"] if self.gated else act(found["up"])
 
-    def adapt(self, outputs: Sequence[str], adapter: LowRank | Scaling) -> None:
+    def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
         """Put an adapter beside `("down",)`, or beside `("gate",)`, `("up",)` or both."""
         if tuple(outputs) == ("down",):
             self.adapters["down"] = row_adapter(self.ffn_size, self.hidden_size, adapter, self.tp, self.rng)

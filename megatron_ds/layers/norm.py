@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.kernels import REFERENCE, Kernels
-from megatron_ds.layers.parameter import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter
 from megatron_ds.parallel.collectives import sum_over
 from megatron_ds.parallel.tensor import TensorParallel
 

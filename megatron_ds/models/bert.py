@@ -16,10 +16,11 @@ from megatron_ds.layers.embedding import LearnedPositions, TokenTypes
 from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.mlp import ACTIVATIONS
 from megatron_ds.layers.norm import Norm
-from megatron_ds.models.block import BlockInputs, Placement, block_stages
+from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import EncoderConfig
-from megatron_ds.models.ends import LanguageModelHead, WordEmbedding
-from megatron_ds.models.stages import HIDDEN, LossStage, StageSpec, Wire
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec, OutputHead
 from megatron_ds.parallel.collectives import gather_sequence, reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -28,20 +29,20 @@ class Entry(nn.Module):
     """From the word embedding to the first block: learned positions, segments, a norm, dropout; (S, B, H) -> same, or
     this rank's part of the sequence."""
 
-    def __init__(self, config: EncoderConfig, at: Placement) -> None:
+    def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
         super().__init__()
         hidden, std = config.hidden_size, config.init_std
         self.table = config.positions
-        self.positions = LearnedPositions(config.positions, hidden, at.tp, std=std)
-        self.token_types = TokenTypes(config.num_token_types, hidden, at.tp, std=std)
-        self.norm = Norm(hidden, config.norm, at.tp)
-        self.dropout = HiddenDropout(config.embedding_dropout, at.rng, at.tp.splits_sequence)
+        self.positions = LearnedPositions(config.positions, hidden, ctx.tp, std=std)
+        self.token_types = TokenTypes(config.num_token_types, hidden, ctx.tp, std=std)
+        self.norm = Norm(hidden, config.norm, ctx.tp)
+        self.dropout = HiddenDropout(config.embedding_dropout, ctx.rng, ctx.tp.splits_sequence)
 
-    def forward(self, wire: Wire) -> Wire:
+    def forward(self, activations: Activations) -> Activations:
         padding = self.table.skipped_id
-        seen = wire["input_ids"] != padding if padding is not None else None
-        hidden = self.positions(self.token_types(wire[HIDDEN], wire.get("token_type_ids")), seen)
-        rest = {name: wire[name] for name in ("attention_mask",) if name in wire}
+        seen = activations["input_ids"] != padding if padding is not None else None
+        hidden = self.positions(self.token_types(activations[HIDDEN], activations.get("token_type_ids")), seen)
+        rest = {name: activations[name] for name in ("attention_mask",) if name in activations}
         return {**rest, HIDDEN: self.dropout(self.norm(hidden))}
 
 
@@ -83,48 +84,48 @@ class MaskedLMHead(LanguageModelHead):
     all tensor ranks alike.
     """
 
-    def __init__(self, config: EncoderConfig, at: Placement) -> None:
+    def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
         size, std = config.hidden_size, config.init_std
-        super().__init__(config.vocab_size, size, at, std=std, bias=True)
-        self.transform = ReplicatedLinear(size, size, at.tp, std=std, bias=True)
+        super().__init__(config.vocab_size, size, ctx, std=std, bias=True)
+        self.transform = ReplicatedLinear(size, size, ctx.tp, std=std, bias=True)
         self.activation = ACTIVATIONS[config.head_activation]
-        self.norm = Norm(size, config.norm, at.tp)
-        self.next_sentence = NextSentenceHead(config, at.tp) if config.next_sentence else None
+        self.norm = Norm(size, config.norm, ctx.tp)
+        self.next_sentence = NextSentenceHead(config, ctx.tp) if config.next_sentence else None
 
-    def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor:
+    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> Tensor:
         """fp32 sums over the masked tokens and over the sequences, (2,); or the first alone, (1,)."""
-        total = super().losses({HIDDEN: self._transformed(wire)}, labels)
+        total = super().losses({HIDDEN: self._transformed(activations)}, labels)
         if self.next_sentence is None:
             return total
-        scores, follows = self.next_sentence(wire[HIDDEN]).float(), labels["next_sentence_label"]
+        scores, follows = self.next_sentence(activations[HIDDEN]).float(), labels["next_sentence_label"]
         return torch.cat([total, F.cross_entropy(scores, follows, ignore_index=IGNORE_INDEX, reduction="sum")[None]])
 
-    def outputs(self, wire: Wire) -> Wire:
+    def outputs(self, activations: Activations) -> Activations:
         """`logits` (B, S, V), and `next_sentence` (B, 2)."""
-        found = super().outputs({HIDDEN: self._transformed(wire)})
+        found = super().outputs({HIDDEN: self._transformed(activations)})
         if self.next_sentence is not None:
-            found["next_sentence"] = self.next_sentence(wire[HIDDEN])
+            found["next_sentence"] = self.next_sentence(activations[HIDDEN])
         return found
 
-    def _transformed(self, wire: Wire) -> Tensor:
-        return self.norm(self.activation(self.transform(wire[HIDDEN])))
+    def _transformed(self, activations: Activations) -> Tensor:
+        return self.norm(self.activation(self.transform(activations[HIDDEN])))
 
 
-class EncoderOutput(LossStage):
+class EncoderOutput(OutputHead):
     """The end of an encoder without a head, which has no loss of its own.
 
     It takes directions in the place of labels: the inner product with them has any gradient that one may want to see
     (a vector-Jacobian product).
     """
 
-    def __init__(self, config: EncoderConfig, at: Placement) -> None:
+    def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.tp = at.tp
-        self.pooler = Pooler(config, at.tp) if config.pooler else None
+        self.tp = ctx.tp
+        self.pooler = Pooler(config, ctx.tp) if config.pooler else None
 
-    def losses(self, wire: Wire, labels: Mapping[str, Tensor]) -> Tensor:
+    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> Tensor:
         """fp32 inner products with `hidden_direction` (B, S, H) and, with a pooler, `pooled_direction` (B, H)."""
-        hidden = wire[HIDDEN]
+        hidden = activations[HIDDEN]
         along = labels["hidden_direction"].transpose(0, 1)[self.tp.sequence_slice(self._length(hidden))]
         total = (hidden.float() * along).sum()[None]
         if self.tp.splits_sequence:
@@ -133,9 +134,9 @@ class EncoderOutput(LossStage):
             return total
         return torch.cat([total, (self.pooler(hidden).float() * labels["pooled_direction"]).sum()[None]])
 
-    def outputs(self, wire: Wire) -> Wire:
+    def outputs(self, activations: Activations) -> Activations:
         """`hidden` (B, S, H), and `pooled` (B, H)."""
-        hidden = wire[HIDDEN]
+        hidden = activations[HIDDEN]
         whole = gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else hidden
         pooled = {"pooled": self.pooler(hidden)} if self.pooler is not None else {}
         return {"hidden": whole.transpose(0, 1), **pooled}
@@ -144,31 +145,31 @@ class EncoderOutput(LossStage):
         return hidden.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1)
 
 
-def encoder_stages(config: EncoderConfig, at: Placement | None = None) -> list[StageSpec]:
+def encoder_layers(config: EncoderConfig, ctx: BuildContext | None = None) -> list[LayerSpec]:
     """The stages of an encoder, unbuilt. A batch has `input_ids` and may have an `attention_mask` and `token_type_ids`;
     labels are `targets`, of masked positions the token that was there, and `next_sentence_label`, 0 if it is."""
-    at = at or Placement()
+    ctx = ctx or BuildContext()
     vocab, size, std = config.vocab_size, config.hidden_size, config.init_std
     embed = partial(
-        WordEmbedding, "input_ids", vocab, size, at.tp, std=std, padding_id=config.padding_id, keeps_ids=True
+        WordEmbedding, "input_ids", vocab, size, ctx.tp, std=std, padding_id=config.padding_id, keeps_ids=True
     )
     columns = ("input_ids", "attention_mask", "token_type_ids")
-    hidden = StageSpec("", nn.Identity, columns=("attention_mask",))
+    hidden = LayerSpec("", nn.Identity, columns=("attention_mask",))
     return [
-        StageSpec("embedding", embed, hidden={}, columns=columns),
-        replace(hidden, name="entry", build=partial(Entry, config, at), columns=columns),
-        *block_stages("blocks", config, at, hidden, BlockInputs()),
-        _head(config, at),
+        LayerSpec("embedding", embed, hidden={}, columns=columns),
+        replace(hidden, name="entry", build=partial(Entry, config, ctx), columns=columns),
+        *block_layers("blocks", config, ctx, hidden, BlockInputs()),
+        _head(config, ctx),
     ]
 
 
-def _head(config: EncoderConfig, at: Placement) -> StageSpec:
+def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
     if not config.masked_lm:
         labels = ("hidden_direction", "pooled_direction") if config.pooler else ("hidden_direction",)
-        return StageSpec("head", partial(EncoderOutput, config, at), labels=labels)
-    return StageSpec(
+        return LayerSpec("head", partial(EncoderOutput, config, ctx), labels=labels)
+    return LayerSpec(
         "head",
-        partial(MaskedLMHead, config, at),
+        partial(MaskedLMHead, config, ctx),
         labels=("targets", "next_sentence_label") if config.next_sentence else ("targets",),
         cost=float(config.hidden_size * (config.vocab_size + config.hidden_size)),
         tied={"weight": "embedding.weight"},

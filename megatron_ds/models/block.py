@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,36 +11,14 @@ from torch import Tensor, nn
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import scaled
-from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
-from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.models.config import StackConfig
-from megatron_ds.models.stages import HIDDEN, StageSpec, Wire
-from megatron_ds.monitor.parts import ATTENTION, BLOCK, part
-from megatron_ds.monitor.parts import MLP as MLP_PART
-from megatron_ds.parallel.random import RngStreams
-from megatron_ds.parallel.tensor import TensorParallel
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a stage runs, and how. The default is one process.
-
-    Attributes:
-        tp: the tensor axis.
-        rng: the random streams.
-        recompute: what is recomputed.
-        compiled: what blocks do between their matrix products is fused by torch.compile.
-        kernels: what they compute with.
-    """
-
-    tp: TensorParallel = field(default_factory=TensorParallel)
-    rng: RngStreams | None = None
-    recompute: Recompute = field(default_factory=Recompute)
-    compiled: bool = False
-    kernels: Kernels = REFERENCE
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec
+from megatron_ds.parallel.regions import ATTENTION, BLOCK, part
+from megatron_ds.parallel.regions import MLP as MLP_PART
 
 
 @dataclass(frozen=True)
@@ -78,55 +56,58 @@ class Block(nn.Module):
         self,
         config: StackConfig,
         layer: int,
-        at: Placement,
+        ctx: BuildContext,
         rotary: RotaryTable | None = None,
         inputs: BlockInputs = BlockInputs(),
     ) -> None:
         super().__init__()
-        self.config, self.recompute, self.inputs = config, at.recompute, inputs
+        self.config, self.recompute, self.inputs = config, ctx.recompute, inputs
         shape = config.attention(layer)
-        self.attention_norm, self.attention_output_norm = self._norms(at)
-        self.attention = Attention(shape, at.tp, rotary, at.recompute, at.rng, at.kernels)
+        self.attention_norm, self.attention_output_norm = self._norms(ctx)
+        self.attention = Attention(shape, ctx.tp, rotary, ctx.recompute, ctx.rng, ctx.kernels)
         self.cross_norm = self.cross_output_norm = self.cross = None
         if config.cross_attention:
-            self.cross_norm, self.cross_output_norm = self._norms(at)
+            self.cross_norm, self.cross_output_norm = self._norms(ctx)
             across = replace(shape, causal=False, window=None, alibi=None, relative=None)
-            self.cross = Attention(across, at.tp, None, at.recompute, at.rng, at.kernels)
-        self.mlp_norm, self.mlp_output_norm = self._norms(at)
+            self.cross = Attention(across, ctx.tp, None, ctx.recompute, ctx.rng, ctx.kernels)
+        self.mlp_norm, self.mlp_output_norm = self._norms(ctx)
         if config.shared_norm:
             self.mlp_norm = None
         self.mlp = MLP(
             config.hidden_size,
             config.ffn_size,
-            at.tp,
+            ctx.tp,
             activation=config.activation,
             gated=config.gated,
             bias=config.mlp_bias,
             std=config.weight_std,
             out_std=config.out_std(config.ffn_size),
             dropout=config.ffn_dropout,
-            rng=at.rng,
-            kernels=at.kernels,
+            rng=ctx.rng,
+            kernels=ctx.kernels,
         )
-        self.dropout = HiddenDropout(config.residual_dropout, at.rng, at.tp.splits_sequence)
-        self._run = torch.compile(self._block, dynamic=False) if at.compiled else self._block
+        self.dropout = HiddenDropout(config.residual_dropout, ctx.rng, ctx.tp.splits_sequence)
+        self._run = torch.compile(self._block, dynamic=False) if ctx.compiled else self._block
 
-    def _norms(self, at: Placement) -> tuple[Norm | None, Norm | None]:
+    def _norms(self, ctx: BuildContext) -> tuple[Norm | None, Norm | None]:
         """The norm at the input of attention or MLP, and that of its output, or of the sum with it."""
         config = self.config
 
         def norm(*places: str) -> Norm | None:
             if config.norm_place not in places:
                 return None
-            return Norm(config.hidden_size, config.norm, at.tp, kernels=at.kernels)
+            return Norm(config.hidden_size, config.norm, ctx.tp, kernels=ctx.kernels)
 
         return norm("input", "both"), norm("output", "both", "sum")
 
-    def forward(self, wire: Wire) -> Wire:
-        names = [name for name in self.inputs.names if name in wire]
+    def forward(self, activations: Activations) -> Activations:
+        names = [name for name in self.inputs.names if name in activations]
         run = partial(self._run, names)
         with part(BLOCK):
-            return {**wire, HIDDEN: self.recompute.run("full", run, wire[HIDDEN], *(wire[name] for name in names))}
+            return {
+                **activations,
+                HIDDEN: self.recompute.run("full", run, activations[HIDDEN], *(activations[name] for name in names)),
+            }
 
     def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:
         given = dict(zip(names, others))
@@ -163,9 +144,9 @@ def _apply(norm: Norm | None, x: Tensor) -> Tensor:
     return norm(x) if norm is not None else x
 
 
-def block_stages(
-    prefix: str, config: StackConfig, at: Placement, like: StageSpec, inputs: BlockInputs
-) -> list[StageSpec]:
+def block_layers(
+    prefix: str, config: StackConfig, ctx: BuildContext, like: LayerSpec, inputs: BlockInputs
+) -> list[LayerSpec]:
     """A stack's blocks, unbuilt.
 
     Args:
@@ -176,22 +157,22 @@ def block_stages(
         inputs: what of it they read.
     """
     tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
-    stages = []
+    layers = []
     for layer in range(config.num_layers):
         rotary = config.rotary[layer] if config.rotary else None
         table = tables[rotary] if rotary is not None else None
         shared = {"attention.relative.weight": f"{prefix}.0.attention.relative.weight"}
-        stages.append(
+        layers.append(
             replace(
                 like,
                 name=f"{prefix}.{layer}",
-                build=partial(Block, config, layer, at, table, inputs),
+                build=partial(Block, config, layer, ctx, table, inputs),
                 cost=block_cost(config),
                 is_block=True,
                 tied=shared if config.relative is not None and layer > 0 else {},
             )
         )
-    return stages
+    return layers
 
 
 def block_cost(config: StackConfig) -> float:

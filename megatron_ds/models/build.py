@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from megatron_ds.models.bert import encoder_stages
-from megatron_ds.models.block import Placement
+from megatron_ds.models.bert import encoder_layers
 from megatron_ds.models.config import DecoderConfig, EncoderConfig, ModelConfig
-from megatron_ds.models.gpt import decoder_stages
-from megatron_ds.models.stages import StageSpec
-from megatron_ds.models.t5 import encoder_decoder_stages
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.gpt import decoder_layers
+from megatron_ds.models.sequential import LayerSpec
+from megatron_ds.models.t5 import encoder_decoder_layers
 
 
-def model_stages(config: ModelConfig, at: Placement | None = None) -> list[StageSpec]:
+def model_layers(config: ModelConfig, ctx: BuildContext | None = None) -> list[LayerSpec]:
     """The stages of any model, unbuilt."""
     if isinstance(config, DecoderConfig):
-        return decoder_stages(config, at)
+        return decoder_layers(config, ctx)
     if isinstance(config, EncoderConfig):
-        return encoder_stages(config, at)
-    return encoder_decoder_stages(config, at)
+        return encoder_layers(config, ctx)
+    return encoder_decoder_layers(config, ctx)

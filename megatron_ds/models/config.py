@@ -11,7 +11,7 @@ from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.attention import AttentionShape
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.layers.relative import RelativePositions
+from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.layers.rotary import RotaryConfig
 
 NORM_PLACES = ("input", "output", "both", "sum")

@@ -14,10 +14,11 @@ from torch import nn
 from megatron_ds.layers.cross_entropy import LogitFinish
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.norm import Norm
-from megatron_ds.models.block import BlockInputs, Placement, block_stages
+from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import EncoderDecoderConfig, StackConfig
-from megatron_ds.models.ends import LanguageModelHead, WordEmbedding
-from megatron_ds.models.stages import HIDDEN, StageSpec, Wire
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec
 
 ENCODED = "encoded"
 
@@ -25,12 +26,12 @@ ENCODED = "encoded"
 class Entry(nn.Module):
     """From the word embedding to the first block of a stack: dropout, no positions."""
 
-    def __init__(self, config: EncoderDecoderConfig, at: Placement) -> None:
+    def __init__(self, config: EncoderDecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
-        self.dropout = HiddenDropout(config.embedding_dropout, at.rng, at.tp.splits_sequence)
+        self.dropout = HiddenDropout(config.embedding_dropout, ctx.rng, ctx.tp.splits_sequence)
 
-    def forward(self, wire: Wire) -> Wire:
-        return {**wire, HIDDEN: self.dropout(wire[HIDDEN])}
+    def forward(self, activations: Activations) -> Activations:
+        return {**activations, HIDDEN: self.dropout(activations[HIDDEN])}
 
 
 class Exit(nn.Module):
@@ -43,38 +44,38 @@ class Exit(nn.Module):
         name: what its hidden states are called from here on.
     """
 
-    def __init__(self, config: EncoderDecoderConfig, stack: StackConfig, at: Placement, name: str) -> None:
+    def __init__(self, config: EncoderDecoderConfig, stack: StackConfig, ctx: BuildContext, name: str) -> None:
         super().__init__()
         self.name = name
-        self.norm = Norm(stack.hidden_size, stack.norm, at.tp)
-        self.dropout = HiddenDropout(config.embedding_dropout, at.rng, at.tp.splits_sequence)
+        self.norm = Norm(stack.hidden_size, stack.norm, ctx.tp)
+        self.dropout = HiddenDropout(config.embedding_dropout, ctx.rng, ctx.tp.splits_sequence)
 
-    def forward(self, wire: Wire) -> Wire:
-        rest = {name: tensor for name, tensor in wire.items() if name != HIDDEN}
-        return {**rest, self.name: self.dropout(self.norm(wire[HIDDEN]))}
+    def forward(self, activations: Activations) -> Activations:
+        rest = {name: tensor for name, tensor in activations.items() if name != HIDDEN}
+        return {**rest, self.name: self.dropout(self.norm(activations[HIDDEN]))}
 
 
-def encoder_decoder_stages(config: EncoderDecoderConfig, at: Placement | None = None) -> list[StageSpec]:
+def encoder_decoder_layers(config: EncoderDecoderConfig, ctx: BuildContext | None = None) -> list[LayerSpec]:
     """The stages of an encoder-decoder, unbuilt. A batch has `input_ids` and `decoder_input_ids`, and may have a mask
     of each; labels are `targets`, of each of the decoder's positions what follows it."""
-    at = at or Placement()
+    ctx = ctx or BuildContext()
     vocab, width, std = config.vocab_size, config.hidden_size, config.embedding_std
     masks, later = ("attention_mask", "decoder_attention_mask"), ("decoder_input_ids",)
-    encoding = StageSpec("", nn.Identity, columns=(*masks, *later))
+    encoding = LayerSpec("", nn.Identity, columns=(*masks, *later))
     both = {HIDDEN: "decoder_input_ids", ENCODED: "input_ids"}
-    decoding = StageSpec("", nn.Identity, hidden=both, columns=masks)
+    decoding = LayerSpec("", nn.Identity, hidden=both, columns=masks)
     across = BlockInputs("decoder_attention_mask", ENCODED, "attention_mask")
     shared = {"weight": "embedding.weight"}
 
     def embed(column: str) -> Callable[[], nn.Module]:
-        return partial(WordEmbedding, column, vocab, width, at.tp, std=std)
+        return partial(WordEmbedding, column, vocab, width, ctx.tp, std=std)
 
     finish = LogitFinish(config.logit_multiplier)
     return [
-        StageSpec("embedding", embed("input_ids"), hidden={}, columns=("input_ids", *masks, *later)),
-        replace(encoding, name="encoder.entry", build=partial(Entry, config, at)),
-        *block_stages("encoder.blocks", config.encoder, at, encoding, BlockInputs()),
-        replace(encoding, name="encoder.exit", build=partial(Exit, config, config.encoder, at, ENCODED)),
+        LayerSpec("embedding", embed("input_ids"), hidden={}, columns=("input_ids", *masks, *later)),
+        replace(encoding, name="encoder.entry", build=partial(Entry, config, ctx)),
+        *block_layers("encoder.blocks", config.encoder, ctx, encoding, BlockInputs()),
+        replace(encoding, name="encoder.exit", build=partial(Exit, config, config.encoder, ctx, ENCODED)),
         replace(
             encoding,
             name="decoder.embedding",
@@ -82,13 +83,13 @@ def encoder_decoder_stages(config: EncoderDecoderConfig, at: Placement | None = 
             hidden={ENCODED: "input_ids"},
             tied=shared,
         ),
-        replace(decoding, name="decoder.entry", build=partial(Entry, config, at)),
-        *block_stages("decoder.blocks", config.decoder, at, decoding, across),
-        replace(decoding, name="decoder.exit", build=partial(Exit, config, config.decoder, at, HIDDEN)),
+        replace(decoding, name="decoder.entry", build=partial(Entry, config, ctx)),
+        *block_layers("decoder.blocks", config.decoder, ctx, decoding, across),
+        replace(decoding, name="decoder.exit", build=partial(Exit, config, config.decoder, ctx, HIDDEN)),
         replace(
             decoding,
             name="head",
-            build=partial(LanguageModelHead, vocab, width, at, std=config.head_std, finish=finish),
+            build=partial(LanguageModelHead, vocab, width, ctx, std=config.head_std, finish=finish),
             columns=(),
             labels=("targets",),
             cost=float(vocab * width),

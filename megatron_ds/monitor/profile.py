@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.monitor.parts import BLOCK, DATA, OPTIMIZER, PARTS, PREFIX, STEP
+from megatron_ds.parallel.regions import BLOCK, DATA, OPTIMIZER, PARTS, PREFIX, STEP
 
 Span = tuple[float, float]
 

@@ -27,7 +27,7 @@ from typing import Any
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.failure import INTERRUPTED, GroupError, find_cause, read_failure, write_failure
-from megatron_ds.parallel.rank import RENDEZVOUS_FILE, RankInfo
+from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 
 __all__ = ["RENDEZVOUS_FILE", "RankInfo", "run_local"]
 

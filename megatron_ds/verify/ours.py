@@ -20,18 +20,18 @@ from megatron_ds.engine import (
     start_distributed,
     stop_distributed,
 )
-from megatron_ds.hf.io import TensorSource, open_directory
+from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.models.build import model_stages
+from megatron_ds.models.build import model_layers
 from megatron_ds.models.config import EncoderDecoderConfig, ModelConfig, StackConfig
-from megatron_ds.models.stages import HIDDEN, Wire
+from megatron_ds.models.sequential import HIDDEN, Activations
 from megatron_ds.parallel.collectives import all_gather_dim0
 from megatron_ds.parallel.grid import Grid, Layout, create_grid
-from megatron_ds.parallel.rank import RankInfo
+from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
 from megatron_ds.verify.inputs import Probe
+from megatron_ds.verify.layer_names import stage_names
 from megatron_ds.verify.reference import GRADIENTS
-from megatron_ds.verify.stages import stage_names
 
 Stack = TypeVar("Stack", bound=StackConfig)
 
@@ -62,7 +62,7 @@ def run_rank(
     grid = create_grid(layout, info.rank)
     core = without_dropout(weights.model.core)
     options = EngineOptions(_deepspeed(inputs[0]), None, sequence, "none", seed=0)
-    engine = build_engine(lambda at: model_stages(core, at), grid, device, options, weights.share)
+    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, device, options, weights.share)
     found = [_run_probe(engine, probe, weights, sequence, results, index) for index, probe in enumerate(inputs)]
     stop_distributed()
     return found
@@ -113,7 +113,7 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
     assert isinstance(probe, GradientProbe)
     to_hf, found = ToHF(weights.model), {}
     typical = root_mean_square(map(reference.tensor, reference.names)) if engine.grid.rank == 0 else 0.0
-    for name, gradient in engine.whole_tensors(probe.gradient):
+    for name, gradient in engine.full_tensors(probe.gradient):
         if gradient is None:
             continue
         for theirs, ours in to_hf.add(name, gradient.cpu()):
@@ -123,14 +123,14 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
 
 
 @contextmanager
-def _hidden_states(engine: Engine, stages: Sequence[str], sequence: bool) -> Iterator[dict[str, Tensor]]:
+def _hidden_states(engine: Engine, layers: Sequence[str], sequence: bool) -> Iterator[dict[str, Tensor]]:
     """Within it, a dict that fills with the (B, S, H) fp32 outputs of those of the stages that this rank has, by name
     and in the order in which they run."""
     states: dict[str, Tensor] = {}
     grid: Grid = engine.grid
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Wire) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Activations) -> None:
             mine = output[HIDDEN].detach()
             whole = all_gather_dim0(mine, grid.tensor) if sequence else mine
             states[name] = whole.transpose(0, 1).float().cpu()
@@ -138,7 +138,7 @@ def _hidden_states(engine: Engine, stages: Sequence[str], sequence: bool) -> Ite
         return hook
 
     modules = dict(engine.deepspeed.module.named_modules())
-    handles = [modules[name].register_forward_hook(keep(name)) for name in stages if name in modules]
+    handles = [modules[name].register_forward_hook(keep(name)) for name in layers if name in modules]
     try:
         yield states
     finally:

@@ -15,12 +15,12 @@ from megatron_ds.config import check_layout
 from megatron_ds.errors import ConversionError, TopologyError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
-from megatron_ds.hf.io import TensorSource, open_directory
+from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import quiet_libraries
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.parallel.launch import run_local
-from megatron_ds.parallel.rank import rank_from_environment
+from megatron_ds.parallel.rank_info import rank_from_environment
 from megatron_ds.verify.inputs import Probe, probes
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import megatron_ds as mds
-from megatron_ds.checkpoint.folder import name_of
+from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.cli.main import _run
 from megatron_ds.errors import CheckpointError, ConversionError

@@ -20,16 +20,16 @@ from typing import Any
 import pytest
 
 import megatron_ds as mds
-from megatron_ds.checkpoint import folder as naming
+from megatron_ds.checkpoint import directory as naming
 from megatron_ds.checkpoint import saver
-from megatron_ds.checkpoint.folder import LATEST, name_of
-from megatron_ds.checkpoint.reader import first_damage, newest_whole
+from megatron_ds.checkpoint.directory import LATEST, name_of
+from megatron_ds.checkpoint.reader import first_damage, newest_intact
 from megatron_ds.config import RunConfig, build_run
 from megatron_ds.errors import CheckpointError, ConfigError, LaunchError
 from megatron_ds.monitor import SilentReporter
-from megatron_ds.train import loop, resume
+from megatron_ds.training import loop, resume
 from tests.ranks import preload, run_alone
-from tests.train.tiny import run_mapping
+from tests.training.tiny import run_mapping
 
 STEPS = 10
 NEWEST, BEFORE = name_of(6), name_of(3)
@@ -174,7 +174,7 @@ def test_damage_is_found_named_and_passed_over(harm: Callable[[Path], None], fil
     """By every rank's share of the checking, whatever their number."""
     folder = cut / "checkpoints"
     harm(folder / NEWEST / file)
-    found = newest_whole(folder)
+    found = newest_intact(folder)
     assert found.path == folder / BEFORE
     assert len(found.damaged) == 1 and f"{folder / NEWEST / file} " in found.damaged[0] and says in found.damaged[0]
 
@@ -215,7 +215,7 @@ def test_any_damage_of_any_file_is_found_and_named(cut: Path, tmp_path: Path) ->
             damaged, at = bytearray(content), chance.randrange(len(content))
             damaged[at] ^= 1 << chance.randrange(8)
             file.write_bytes(damaged)
-        found = newest_whole(folder)
+        found = newest_intact(folder)
         in_manifest = file.name == "manifest.json" and kind == "flipped"
         if found.path == folder / NEWEST:
             assert in_manifest, (file, kind)  # a blank or a name's case may change without changing what is said
@@ -224,7 +224,7 @@ def test_any_damage_of_any_file_is_found_and_named(cut: Path, tmp_path: Path) ->
             assert in_manifest or str(file) in found.damaged[0], (file, kind, found)
         found_by[kind] += 1
         file.write_bytes(content)
-    assert newest_whole(folder).path == folder / NEWEST
+    assert newest_intact(folder).path == folder / NEWEST
     print(f"\n{sum(found_by.values())} files damaged ({dict(found_by)}): the last whole checkpoint was taken each time")
 
 
@@ -232,16 +232,16 @@ def test_any_damage_of_any_file_is_found_and_named(cut: Path, tmp_path: Path) ->
 def test_a_stale_latest_misleads_nobody(latest: str | None, cut: Path) -> None:
     file = cut / "checkpoints" / LATEST
     file.unlink() if latest is None else file.write_text(latest)
-    assert newest_whole(cut / "checkpoints").path == cut / "checkpoints" / NEWEST
+    assert newest_intact(cut / "checkpoints").path == cut / "checkpoints" / NEWEST
 
 
 def test_latest_names_a_whole_one_before_the_first_step(cut: Path, corpus: Path) -> None:
     run, folder = tiny_run(corpus, cut), cut / "checkpoints"
     _flip(folder / NEWEST / "config.json")
-    held = resume.claim(run)
-    _, notes = resume.begin_output(run, newest_whole(folder.resolve()), held)
+    held = resume.lock_output(run)
+    _, notes = resume.prepare_output(run, newest_intact(folder.resolve()), held)
     assert (folder / LATEST).read_text().strip() == BEFORE and f"{cut}/checkpoints.1" in notes[-1]
-    resume.begin_output(run, resume.Found(), held)  # checkpoint.resume=never
+    resume.prepare_output(run, resume.ResumePoint(), held)  # checkpoint.resume=never
     assert not (folder / LATEST).exists() and naming.checkpoints_in(folder) == []
 
 
@@ -437,7 +437,7 @@ def test_a_read_only_folder(corpus: Path, tmp_path: Path) -> None:
         try:
             if user == 0:
                 os.seteuid(65534)
-            resume.begin_output(tiny_run(corpus, output), resume.Found(), None)
+            resume.prepare_output(tiny_run(corpus, output), resume.ResumePoint(), None)
         finally:
             os.seteuid(user)
 
@@ -527,7 +527,7 @@ def test_another_run_is_refused(
 ) -> None:
     monkeypatch.chdir(corpus)
     if "model" in sections:
-        from tests.train.tiny import MODEL
+        from tests.training.tiny import MODEL
 
         sections = {"model": {"config": {**MODEL, **sections["model"]["config"]}}}
     before = sorted(cut.rglob("*"))

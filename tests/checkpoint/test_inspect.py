@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import megatron_ds as mds
-from megatron_ds.checkpoint.folder import LATEST, MANIFEST, PROGRESS, name_of
+from megatron_ds.checkpoint.directory import LATEST, MANIFEST, PROGRESS, name_of
 from megatron_ds.checkpoint.inspect import CheckpointFacts, FolderFacts, inspect
 from megatron_ds.cli.main import _run
 from megatron_ds.errors import CheckpointError

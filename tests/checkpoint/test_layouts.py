@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.checkpoint.folder import name_of
+from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.reader import first_damage
 from tests.checkpoint.runs import CUT, Curve, apart, offloaded, resumed_at, saved_at
 from tests.parity.cases import Recipe

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ds.checkpoint.folder import name_of
+from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.saver import Saved, SaveOptions, Saver
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine import EngineOptions, build_engine
 from megatron_ds.hf.config import read_model
-from megatron_ds.models.build import model_stages
+from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, deepspeed_config
@@ -42,7 +42,7 @@ MODEL = {
 def _engine(grid: Grid, place: Place) -> tuple[Any, Any]:
     model = read_model(MODEL)
     options = EngineOptions(deepspeed_config(place, Recipe()), OptimizerSection(), False, "none", 1)
-    engine = build_engine(lambda at: model_stages(model.core, at), grid, torch.device("cpu"), options)
+    engine = build_engine(lambda ctx: model_layers(model.core, ctx), grid, torch.device("cpu"), options)
     return engine, model
 
 

@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from megatron_ds.checkpoint import load, state
-from megatron_ds.checkpoint.folder import name_of
+from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.load import load_state
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import StateReader
@@ -20,7 +20,7 @@ from megatron_ds.config import OptimizerSection
 from megatron_ds.engine import EngineOptions, build_engine
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.models.build import model_stages
+from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
 from tests.checkpoint.runs import CUT, Curve, apart, resume_run, resumed_at, saved_at, steps
 from tests.parity.cases import Recipe
@@ -80,7 +80,7 @@ def _masters(grid: Grid, checkpoint: Path, place: Place, recipe: Recipe) -> dict
 
     engine, _ = engine_on(grid, checkpoint, place, recipe)
     load_state(engine, StateReader(checkpoint))
-    return {name: whole.float().clone() for name, whole in engine.whole_parameters() if whole is not None}
+    return {name: whole.float().clone() for name, whole in engine.full_parameters() if whole is not None}
 
 
 def test_fp32_gets_the_masters_of_bf16_and_not_its_weights(references: Any, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def _engine(grid: Grid, directory: Path, place: Place, recipe: Recipe, **changes
     section = OptimizerSection(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
     options = EngineOptions(deepspeed_config(place, recipe), section, place.sp, "none", 1234, **changes)
     core = weights.model.core
-    engine = build_engine(lambda at: model_stages(core, at), grid, torch.device("cpu"), options, weights.share)
+    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, torch.device("cpu"), options, weights.share)
     return engine, weights.model
 
 
@@ -115,11 +115,11 @@ def _frozen_run(grid: Grid, directory: Path, place: Place, recipe: Recipe, folde
     if folder is None:
         load_state(engine, StateReader(directory))
         return steps(engine, model, grid, place, recipe, CUT, recipe.steps)
-    before = {name: whole.clone() for name, whole in engine.whole_parameters() if whole is not None}
+    before = {name: whole.clone() for name, whole in engine.full_parameters() if whole is not None}
     curve = steps(engine, model, grid, place, recipe, 0, CUT)
     saver = Saver(engine, model, SaveOptions(folder), Origin())
     saver.save(Progress(step=CUT))
-    after = {name: whole for name, whole in engine.whole_parameters() if whole is not None}
+    after = {name: whole for name, whole in engine.full_parameters() if whole is not None}
     assert {name for name in after if torch.equal(before[name], after[name])} == (FROZEN if grid.rank == 0 else set())
     curve += steps(engine, model, grid, place, recipe, CUT, recipe.steps)
     saver.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.config.yaml_text import format_yaml
-from tests.train.tiny import run_mapping
+from tests.training.tiny import run_mapping
 
 MARK = "MEGATRON_DS_TEST"
 Start = Callable[..., "subprocess.Popen[str]"]

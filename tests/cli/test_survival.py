@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.checkpoint.folder import checkpoints_in, name_of, step_of
+from megatron_ds.checkpoint.directory import checkpoints_in, name_of, step_of
 from megatron_ds.checkpoint.reader import first_damage
 from megatron_ds.config.yaml_text import format_yaml
 from tests.cli.conftest import Start, processes_of, wait_for_steps, wait_until
-from tests.train.tiny import run_mapping
+from tests.training.tiny import run_mapping
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def finish(process: "subprocess.Popen[str]", within_s: float = 120.0) -> tuple[i
 def uncut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the run that nothing happened to."""
     from megatron_ds.config import load_run
-    from megatron_ds.train.launch import train
+    from megatron_ds.training.launch import train
     from tests.ranks import preload
 
     preload()

@@ -150,7 +150,7 @@ def test_tasks_of_srun_and_an_error_of_one(start: Start, run_file: Path) -> None
     script = run_file.parent / "fails.py"
     script.write_text(
         "import os\n"
-        "from megatron_ds.train import loop\n"
+        "from megatron_ds.training import loop\n"
         "collate, calls = loop.collate, []\n"
         "def fail(dataset, indices):\n"
         "    calls.append(indices)\n"

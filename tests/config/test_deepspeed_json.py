@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ds.config import DeepSpeedFacts, check_run, deepspeed_facts, fill_deepspeed, load_deepspeed
+from megatron_ds.config import DeepSpeedSummary, check_run, fill_deepspeed, load_deepspeed, summarize_deepspeed
 from megatron_ds.config.checks import ModelShape
 from megatron_ds.errors import ConfigError
 
@@ -13,17 +13,17 @@ SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 TRAIN = {"steps": 100, "global_batch_size": 64, "micro_batch_size": 4}
 
 EXPECTED_FACTS = {
-    "zero0_fp32": DeepSpeedFacts(0, "fp32", False, False),
-    "zero1_fp32": DeepSpeedFacts(1, "fp32", False, False),
-    "zero1_bf16": DeepSpeedFacts(1, "bf16", False, False),
-    "zero1_fp16": DeepSpeedFacts(1, "fp16", False, False),
-    "zero2_bf16": DeepSpeedFacts(2, "bf16", False, False),
-    "zero2_offload_bf16": DeepSpeedFacts(2, "bf16", True, False),
-    "zero3_fp32": DeepSpeedFacts(3, "fp32", False, False),
-    "zero3_bf16": DeepSpeedFacts(3, "bf16", False, False),
-    "zero3_offload_bf16": DeepSpeedFacts(3, "bf16", True, True),
-    "pipeline_bf16": DeepSpeedFacts(1, "bf16", False, False),
-    "recompute_partitioned_bf16": DeepSpeedFacts(1, "bf16", False, False),
+    "zero0_fp32": DeepSpeedSummary(0, "fp32", False, False),
+    "zero1_fp32": DeepSpeedSummary(1, "fp32", False, False),
+    "zero1_bf16": DeepSpeedSummary(1, "bf16", False, False),
+    "zero1_fp16": DeepSpeedSummary(1, "fp16", False, False),
+    "zero2_bf16": DeepSpeedSummary(2, "bf16", False, False),
+    "zero2_offload_bf16": DeepSpeedSummary(2, "bf16", True, False),
+    "zero3_fp32": DeepSpeedSummary(3, "fp32", False, False),
+    "zero3_bf16": DeepSpeedSummary(3, "bf16", False, False),
+    "zero3_offload_bf16": DeepSpeedSummary(3, "bf16", True, True),
+    "pipeline_bf16": DeepSpeedSummary(1, "bf16", False, False),
+    "recompute_partitioned_bf16": DeepSpeedSummary(1, "bf16", False, False),
 }
 
 
@@ -58,10 +58,10 @@ def test_shipped_configs_fill_and_run(make_run, path):
     run = make_run(deepspeed=str(path), train=TRAIN)
     mapping = load_deepspeed(run.deepspeed)
     assert not {"optimizer", "scheduler", "gradient_clipping"} & set(mapping)
-    facts = deepspeed_facts(mapping)
+    facts = summarize_deepspeed(mapping)
     assert facts == EXPECTED_FACTS[path.stem]
     filled = fill_deepspeed(mapping, run, data_size=2, hidden_size=64)
-    assert deepspeed_facts(filled) == facts
+    assert summarize_deepspeed(filled) == facts
     assert '"auto"' not in json.dumps(filled)
     assert (filled["train_batch_size"], filled["gradient_accumulation_steps"]) == (64, 8)
     shape = ModelShape(4, 8, 128, 64, 100, None)
@@ -69,7 +69,7 @@ def test_shipped_configs_fill_and_run(make_run, path):
 
 
 def test_empty_mapping_becomes_zero_1_in_fp32(make_run):
-    assert deepspeed_facts({}) == DeepSpeedFacts(1, "fp32", False, False)
+    assert summarize_deepspeed({}) == DeepSpeedSummary(1, "fp32", False, False)
     assert fill(make_run, {}, data_size=4) == {
         "zero_optimization": {"stage": 1},
         "train_batch_size": 64,
@@ -84,8 +84,8 @@ def test_empty_mapping_becomes_zero_1_in_fp32(make_run):
 
 
 def test_stage_is_deepspeeds_own_default_where_anything_is_said():
-    assert deepspeed_facts({"wall_clock_breakdown": True}).zero_stage == 0
-    assert deepspeed_facts({"zero_optimization": {}}).zero_stage == 0
+    assert summarize_deepspeed({"wall_clock_breakdown": True}).zero_stage == 0
+    assert summarize_deepspeed({"zero_optimization": {}}).zero_stage == 0
 
 
 def test_what_the_user_says_stays(make_run):
@@ -344,10 +344,12 @@ def test_other_autos_are_refused_by_place(make_run, mapping, place):
 
 
 def test_facts_of_offload():
-    assert deepspeed_facts({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}).offload_param
-    assert not deepspeed_facts({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}).offload_param
-    assert not deepspeed_facts({"zero_optimization": {"stage": 3, "offload_param": None}}).offload_param
-    assert deepspeed_facts({"zero_optimization": {"stage": 2, "cpu_offload": True}}).offload_optimizer
+    assert summarize_deepspeed({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}).offload_param
+    assert not summarize_deepspeed(
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}
+    ).offload_param
+    assert not summarize_deepspeed({"zero_optimization": {"stage": 3, "offload_param": None}}).offload_param
+    assert summarize_deepspeed({"zero_optimization": {"stage": 2, "cpu_offload": True}}).offload_optimizer
 
 
 def test_unreadable_files(ds_file, tmp_path):

@@ -119,11 +119,11 @@ def test_section_keys(installed):
 
 
 def test_deepspeed_reads_the_filled_configs_as_our_facts_say(installed):
-    from megatron_ds.config import deepspeed_facts
+    from megatron_ds.config import summarize_deepspeed
 
     assert len(installed["parsed"]) == 12
     for name, (stage, precision, offload_optimizer, offload_param, sizes) in installed["parsed"].items():
-        facts = deepspeed_facts(load_deepspeed(str(ROOT / "ds_configs" / f"{name}.json") if name else {}))
+        facts = summarize_deepspeed(load_deepspeed(str(ROOT / "ds_configs" / f"{name}.json") if name else {}))
         assert (facts.zero_stage, facts.precision) == (stage, precision), name
         assert (facts.offload_optimizer, facts.offload_param) == (offload_optimizer, offload_param), name
         assert sizes == [8, 2, 4, 0.5], name

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ds.config import load_run
-from megatron_ds.config.run import NOT_BUILT_YET
+from megatron_ds.config.run_config import NOT_BUILT_YET
 from megatron_ds.errors import ConfigError
 
 TOP = "checkpoint, data, deepspeed, export, model, optimizer, output, parallel, peft, schedule, train"

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ds.config import DeepSpeedFacts, ModelShape, check_run
+from megatron_ds.config import DeepSpeedSummary, ModelShape, check_run
 from megatron_ds.config.checks import nearest
 from megatron_ds.errors import ConfigError, TopologyError
 
 SHAPE = ModelShape(num_layers=4, num_attention_heads=8, ffn_size=64, hidden_size=32, vocab_size=101, max_positions=None)
-ZERO_1 = DeepSpeedFacts(1, "fp32", False, False)
+ZERO_1 = DeepSpeedSummary(1, "fp32", False, False)
 
 
 def refusal(run, shape=SHAPE, facts=ZERO_1, world_size=1, device_type="cpu", kind=ConfigError):
@@ -193,14 +193,14 @@ def test_pipeline_needs_zero_1(make_run, stage):
     ],
 )
 def test_zero_0_without_a_pipeline_in_fp32(make_run, parallel, precision, place):
-    facts = DeepSpeedFacts(0, precision, False, False)
+    facts = DeepSpeedSummary(0, precision, False, False)
     assert refusal(make_run(parallel=parallel), facts=facts, world_size=2, device_type="cuda") == (
         f"zero_optimization.stage=0 in the DeepSpeed JSON cannot run with {place}: DeepSpeed's gradient norm, "
         "and so its clipping, is wrong there; nearest: stage 1 (0 is DeepSpeed's default where no stage is given)"
     )
     for tensor in (1, 2):
         run = make_run(parallel={"tensor": tensor})
-        assert check_run(run, SHAPE, DeepSpeedFacts(0, "fp32", False, False), 2, "cpu") == 2 // tensor
+        assert check_run(run, SHAPE, DeepSpeedSummary(0, "fp32", False, False), 2, "cpu") == 2 // tensor
 
 
 def test_fp16_on_cpu(make_run):
@@ -213,7 +213,7 @@ def test_fp16_on_cpu(make_run):
 
 
 def test_offload(make_run):
-    param = DeepSpeedFacts(2, "bf16", False, True)
+    param = DeepSpeedSummary(2, "bf16", False, True)
     assert refusal(make_run(), facts=param) == (
         "zero_optimization.offload_param needs stage 3, but zero_optimization.stage=2 in the DeepSpeed JSON; "
         "nearest: stage 3, or remove it"
@@ -225,7 +225,7 @@ def test_offload(make_run):
             "stage 3, which DeepSpeed's pipeline engine has not; nearest: stage 1 without offload_param, "
             "or parallel.pipeline=1"
         )
-    optimizer = DeepSpeedFacts(0, "fp32", True, False)
+    optimizer = DeepSpeedSummary(0, "fp32", True, False)
     assert refusal(make_run(), facts=optimizer) == (
         "zero_optimization.offload_optimizer needs stage 1, 2 or 3, but zero_optimization.stage=0 in the DeepSpeed "
         "JSON; nearest: stage 1"
@@ -236,7 +236,7 @@ def test_offload(make_run):
 def test_every_legal_stage_and_layout_passes(make_run):
     for stage, precision, tensor, pipeline in itertools.product(range(4), ("fp32", "bf16"), (1, 2), (1, 2)):
         run = make_run(parallel={"tensor": tensor, "pipeline": pipeline})
-        facts = DeepSpeedFacts(stage, precision, False, False)
+        facts = DeepSpeedSummary(stage, precision, False, False)
         plain = pipeline == 1 and precision == "fp32"
         if (stage == 0 and not plain) or (stage >= 2 and pipeline > 1):
             refusal(run, facts=facts, world_size=4)

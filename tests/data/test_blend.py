@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ds.data import Causal, Order, open_dataset
 from megatron_ds.data.blend import Blend, InSuccession, Ordered, normalized, samples_of_each
-from megatron_ds.data.sample import Sample
+from megatron_ds.data.dataset import Sample
 from megatron_ds.errors import DataError
 from tests.data import oracle
 

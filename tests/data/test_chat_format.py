@@ -147,11 +147,11 @@ def test_sources_of_every_kind_are_one_dataset(write_jsonl: Any, open_chat: Any,
     (tmp_path / "folder").mkdir()
     for name, row in zip("xyz", rows[6:]):
         (tmp_path / "folder" / f"{name}.jsonl").write_text(json.dumps(row))
-    together = open_chat(first, str(tmp_path / "table"), str(tmp_path / "folder"))
+    run_on_all_ranks = open_chat(first, str(tmp_path / "table"), str(tmp_path / "folder"))
     whole = open_chat(write_jsonl(chats(9), "whole.jsonl"))
-    assert len(together) == 9
+    assert len(run_on_all_ranks) == 9
     for index in range(9):
-        assert together.sample(index)["targets"].tolist() == whole.sample(index)["targets"].tolist()
+        assert run_on_all_ranks.sample(index)["targets"].tolist() == whole.sample(index)["targets"].tolist()
 
 
 def test_the_cache_goes_by_content(

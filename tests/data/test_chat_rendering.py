@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from megatron_ds.data.chat.conversations import Conversation, parse_conversation
 from megatron_ds.data.chat.rendering import ChatTemplate
 from megatron_ds.data.chat.tokens import offset_backend, tokenize
-from megatron_ds.data.rows import Located
+from megatron_ds.data.readers.examples import Located
 from megatron_ds.errors import DataError
 
 ENDS = {"qwen3": "<|im_end|>", "header": "<|eot|>", "instruct": " </s>", "marked": "<|im_end|>"}

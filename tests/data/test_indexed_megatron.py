@@ -165,5 +165,5 @@ def test_a_blend_without_weights_goes_by_tokens(tmp_path: Path) -> None:
     once = open_dataset("indexed", Causal(), sources, 8, VOCAB_SIZE, None, str(tmp_path / "cache"))
     parts = [open_dataset("indexed", Causal(), [one], 8, VOCAB_SIZE, None, str(tmp_path / "cache")) for one in sources]
     assert all(isinstance(one, IndexedDataset) for one in parts)
-    together = [once.sample(index)["input_ids"].tolist() for index in range(len(once))]
-    assert together == [one.sample(index)["input_ids"].tolist() for one in parts for index in range(len(one))]
+    run_on_all_ranks = [once.sample(index)["input_ids"].tolist() for index in range(len(once))]
+    assert run_on_all_ranks == [one.sample(index)["input_ids"].tolist() for one in parts for index in range(len(one))]

@@ -15,8 +15,8 @@ from megatron_ds.cli.main import _run
 from megatron_ds.config.yaml_text import format_yaml
 from megatron_ds.data import GlobalBatches, load_tokenizer
 from megatron_ds.data.indexed.files import write_index
-from megatron_ds.data.lengths import measure
-from tests.train.tiny import MODEL
+from megatron_ds.data.inspect.histogram import measure
+from tests.training.tiny import MODEL
 
 Told = Callable[..., str]
 CHATS = [("call me?", "ishmael"), ("some years?", "ago"), ("never mind?", "how long precisely"), ("how?", "long")]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import Masked, load_tokenizer
-from megatron_ds.data.masking import Masker, MaskingIds, load_masker
-from megatron_ds.data.words import word_marks
+from megatron_ds.data.noise.masking import Masker, MaskingIds, load_masker
+from megatron_ds.data.noise.word_boundaries import word_marks
 from megatron_ds.errors import DataError
 from tests.data.noise import assert_share
 

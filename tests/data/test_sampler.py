@@ -64,8 +64,8 @@ def test_ranks_and_micro_batches_partition_the_global_batch(data_size, micro_bat
     ranks = [for_data_rank(batch, rank, data_size, micro_batch_size) for rank in range(data_size)]
     for micro_batches in ranks:
         assert [len(micro) for micro in micro_batches] == [micro_batch_size] * accumulation
-    together = [ranks[rank][m] for m in range(accumulation) for rank in range(data_size)]
-    np.testing.assert_array_equal(np.concatenate(together), batch)
+    run_on_all_ranks = [ranks[rank][m] for m in range(accumulation) for rank in range(data_size)]
+    np.testing.assert_array_equal(np.concatenate(run_on_all_ranks), batch)
 
 
 @pytest.mark.parametrize(

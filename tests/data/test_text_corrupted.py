@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import Seq2Seq, load_tokenizer, open_dataset
-from megatron_ds.data.corruption import corrupt, fit_lengths, lengths_of
-from megatron_ds.data.draws import Draws
-from megatron_ds.data.text_corrupted import find_sentinels
+from megatron_ds.data.noise.seeded_random import Draws
+from megatron_ds.data.noise.span_corruption import corrupt, fit_lengths, lengths_of
+from megatron_ds.data.text.span_corruption import find_sentinels
 from megatron_ds.errors import DataError
 from tests.data.noise import assert_equal_samples, assert_noise_depends_on_the_index_alone, assert_shapes, assert_share
 from tests.data.tiny_tokenizers import NUM_SENTINELS, save_sentencepiece

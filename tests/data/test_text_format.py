@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_ds.data import Causal, collate, open_dataset
-from megatron_ds.data.text import TextSource, TokenStream
+from megatron_ds.data.text.corpus import TextSource, TokenStream
 from megatron_ds.errors import DataError
 
 VOCAB_SIZE = 4096
@@ -104,7 +104,7 @@ def test_many_batches_give_what_one_does(tmp_path, tokenizer_path, write_jsonl, 
     documents = [rarest, *(f"Chapter {n}, in which the whale is {'not ' * n}seen." for n in range(50))]
     tokens = encode(tokenizer_path, *documents)
     assert tokens[0] == VOCAB_SIZE - 1 > max(tokens[1:])  # the largest id is in the first batch alone
-    monkeypatch.setattr("megatron_ds.data.token_cache._BATCH_CHARACTERS", 200)
+    monkeypatch.setattr("megatron_ds.data.text.token_cache._BATCH_CHARACTERS", 200)
     source = write_jsonl([{"text": text} for text in documents])
     assert stream_of(open_text(tmp_path, tokenizer_path, source, seq_length=1)) == tokens
     assert "gives ids up to 4095" in refused(tmp_path, tokenizer_path, source, vocab_size=VOCAB_SIZE - 1)

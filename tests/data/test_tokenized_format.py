@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ds.data import Causal, collate, open_dataset
-from megatron_ds.data.tokenized import TokenizedDataset
-from megatron_ds.data.tokenized_causal import CausalExamples
+from megatron_ds.data.tokenized.causal import CausalExamples
+from megatron_ds.data.tokenized.dataset import TokenizedDataset
 from megatron_ds.errors import DataError
 
 VOCAB_SIZE = 50

@@ -13,11 +13,11 @@ from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.hf.support import MODELS, with_table
-from megatron_ds.train.job import resolve
-from megatron_ds.train.launch import train
+from megatron_ds.hf.support_table import MODELS, with_table
+from megatron_ds.training.launch import train
+from megatron_ds.training.resolve import resolve_run
 from tests.ranks import preload
-from tests.train.tiny import run_mapping
+from tests.training.tiny import run_mapping
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")])
@@ -70,7 +70,7 @@ def run_of(words: list[str]) -> tuple[RunConfig, int | None]:
 def check_fits(run: RunConfig, ranks: int) -> None:
     """The run can start on so many ranks; the weights that another example makes may be missing."""
     try:
-        resolve(run, ranks, "cpu")
+        resolve_run(run, ranks, "cpu")
     except MegatronDSError as problem:
         if run.model.path not in NOT_THERE_IN_A_CLONE or not str(problem).startswith(str(run.model.path)):
             raise
@@ -155,10 +155,10 @@ def test_table_of_zero_stages(tensor: int, pipeline: int, stage: int, fp32: bool
         deepspeed = f"deepspeed={{zero_optimization: {{stage: {stage}}}, bf16: {{enabled: {str(enabled).lower()}}}}}"
         run = load_run("examples/parallel_3d/run.yaml", [*layout, deepspeed])
         if runs:
-            resolve(run, 2, "cpu")
+            resolve_run(run, 2, "cpu")
         else:
             with pytest.raises(ConfigError):
-                resolve(run, 2, "cpu")
+                resolve_run(run, 2, "cpu")
 
 
 def troubles() -> list[tuple[str, str]]:
@@ -170,7 +170,7 @@ def troubles() -> list[tuple[str, str]]:
 def test_trouble_is_told_in_this_line(override: str, line: str) -> None:
     ranks, overrides = (int(override.split()[1]), []) if override.startswith("--nproc") else (8, [override])
     with pytest.raises(MegatronDSError) as caught:
-        resolve(load_run("examples/parallel_3d/run.yaml", overrides), ranks, "cpu")
+        resolve_run(load_run("examples/parallel_3d/run.yaml", overrides), ranks, "cpu")
     assert str(caught.value) == line
 
 

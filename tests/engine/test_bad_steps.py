@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ds.models.stages import LossStage
+from megatron_ds.models.sequential import OutputHead
 from megatron_ds.parallel.grid import Grid
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_on, micro_batches
@@ -24,7 +24,7 @@ def _poison(engine: Any, kind: str) -> None:
     last = stages[-1]
     real = last.forward
     engine.cure = lambda: setattr(last, "forward", real)
-    if not isinstance(last, LossStage):
+    if not isinstance(last, OutputHead):
         return
 
     def forward(*given: Any) -> Any:

@@ -13,8 +13,8 @@ from torch import nn
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine import EngineOptions, build_engine
 from megatron_ds.hf.config import read_model
-from megatron_ds.layers.parameter import initial_share, spec_of
-from megatron_ds.models.build import model_stages
+from megatron_ds.layers.param_spec import initial_shard, spec_of
+from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
 from tests.parity.ours import Place, deepspeed_config, engine_on, micro_batches
@@ -28,13 +28,13 @@ PLACES = [Place(1, 1, 1, 1), Place(2, 1, 1, 1, True), Place(2, 1, 2, 3), Place(2
 def _random_engine(grid: Grid, case: str, place: Place, read: Any = None) -> Any:
     config = read_model(CONFIGS[case]).core
     options = EngineOptions(deepspeed_config(place, RECIPE), OptimizerSection(), place.sp, "none", seed=99)
-    return build_engine(lambda at: model_stages(config, at), grid, torch.device("cpu"), options, read)
+    return build_engine(lambda ctx: model_layers(config, ctx), grid, torch.device("cpu"), options, read)
 
 
 def _fingerprints(grid: Grid, case: str, place: Place) -> dict[str, str]:
     engine = _random_engine(grid, case, place)
     found = {}
-    for name, whole in engine.whole_parameters():
+    for name, whole in engine.full_parameters():
         if whole is not None:
             found[name] = hashlib.sha256(whole.contiguous().numpy().tobytes()).hexdigest()
     return found
@@ -57,7 +57,7 @@ def _whole_model_never_held(grid: Grid, place: Place) -> tuple[int, int, int]:
         nonlocal peak
         alive = {id(p): p.numel() for p in gc.get_objects() if isinstance(p, nn.Parameter)}
         peak = max(peak, sum(alive.values()))
-        return initial_share(name, spec, 1, rank, size)
+        return initial_shard(name, spec, 1, rank, size)
 
     engine = _random_engine(grid, "llama", place, read)
     parameters = [parameter for _, parameter in engine.local_parameters()]

@@ -12,7 +12,7 @@ import pytest
 from megatron_ds import engine
 from megatron_ds.cli.main import _run
 from megatron_ds.config import load_run
-from megatron_ds.train.launch import train
+from megatron_ds.training.launch import train
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["train.steps=4", "schedule.warmup_steps=1", "train.eval_every=2"]

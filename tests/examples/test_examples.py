@@ -11,7 +11,7 @@ import pytest
 from megatron_ds import engine
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError
-from megatron_ds.train.launch import train
+from megatron_ds.training.launch import train
 
 ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*/run.yaml"))

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.export import exporting
-from megatron_ds.hf.io import open_directory
+from megatron_ds.hf.weight_files import open_directory
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.layers.parameter import ParamSpec
-from megatron_ds.models.build import model_stages
-from megatron_ds.models.stages import StageModel
+from megatron_ds.layers.param_spec import ParamSpec
+from megatron_ds.models.build import model_layers
+from megatron_ds.models.sequential import SequentialModel
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.reference import make_model
@@ -83,7 +83,7 @@ def hashes(directory: Path) -> dict[str, str]:
 def declarations(weights: HFWeights) -> dict[str, ParamSpec]:
     """Native name -> declaration, from the model itself."""
     with torch.device("meta"):
-        model = StageModel(model_stages(weights.model.core))
+        model = SequentialModel(model_layers(weights.model.core))
     return {name: parameter.spec for name, parameter in model.named_parameters()}
 
 

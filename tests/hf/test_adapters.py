@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf import adapter_config as module
-from megatron_ds.hf.adapter_config import ADAPTER_WEIGHTS
-from megatron_ds.hf.adapter_export import export_adapters, export_merged
-from megatron_ds.hf.adapters import AdapterWeights, read_adapters
 from megatron_ds.hf.config import read_model
+from megatron_ds.hf.peft import config as module
+from megatron_ds.hf.peft.adapters import AdapterWeights, read_adapters
+from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
+from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.models.adapted import with_adapters
-from megatron_ds.models.block import Placement
-from megatron_ds.models.build import model_stages
-from megatron_ds.models.stages import StageModel
+from megatron_ds.models.adapters import with_adapters
+from megatron_ds.models.build import model_layers
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.parity.adapter_cases import random_config
@@ -118,8 +118,8 @@ def test_each_rank_reads_its_share(case: str, kind: str, made: Any) -> None:
     weights = AdapterWeights(directory / "adapter", adapters)
     size = 2
     for rank in range(size):
-        at = Placement(TensorParallel(Axis(size, rank, tuple(range(size)))))
-        built = StageModel(with_adapters(model_stages(model.core, at), adapters.places))
+        at = BuildContext(TensorParallel(Axis(size, rank, tuple(range(size)))))
+        built = SequentialModel(with_adapters(model_layers(model.core, at), adapters.places))
         found = {name: one for name, one in built.named_parameters() if ".adapters." in name}
         assert found.keys() == adapters.table.keys()
         for name, parameter in found.items():

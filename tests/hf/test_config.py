@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.layers.embedding import PositionTable
-from megatron_ds.layers.relative import RelativePositions
+from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.layers.rotary import RotaryConfig
 from megatron_ds.models.config import EncoderConfig, EncoderDecoderConfig
 from tests.hf.hub_configs import HUB

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.io import open_directory
+from megatron_ds.hf.weight_files import open_directory
 from megatron_ds.hf.weights import HFWeights
 from tests.hf.models import build, declarations, export, hashes
 from tests.parity.cases import CONFIGS
@@ -236,7 +236,7 @@ def test_tied_by_config_and_different_bytes_is_not_tied(change: str, saved: Path
 def test_chunks_of_the_comparison_cover_the_whole_tensor(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_ds.hf.io._SAME_BYTES_CHUNK", 32 * 4 * 10)  # ten rows
+    monkeypatch.setattr("megatron_ds.hf.weight_files._SAME_BYTES_CHUNK", 32 * 4 * 10)  # ten rows
     tensors = tensors_of(saved, "qwen2-tied")
     for row in (0, 9, 10, 129, 130):
         head = tensors["model.embed_tokens.weight"].clone()

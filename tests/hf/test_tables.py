@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Family
-from megatron_ds.hf.mapping import Part
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.models.build import model_stages
-from megatron_ds.models.stages import StageModel
+from megatron_ds.hf.tensor_mapping import Part
+from megatron_ds.models.build import model_layers
+from megatron_ds.models.sequential import SequentialModel
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_table_is_the_model(case: str) -> None:
     model = read_model(OPTIONS[case])
     with torch.device("meta"):
-        ours = dict(StageModel(model_stages(model.core)).named_parameters())
+        ours = dict(SequentialModel(model_layers(model.core)).named_parameters())
     assert set(model.table) == set(ours)
     for name, row in model.table.items():
         assert row.native == name

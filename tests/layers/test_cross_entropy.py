@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ds.layers.cross_entropy import Head, LogitFinish, head_loss
-from megatron_ds.layers.parameter import ParamSpec, pad_share
+from megatron_ds.layers.cross_entropy import LogitFinish, VocabShard, head_loss
+from megatron_ds.layers.param_spec import ParamSpec, pad_shard
 from megatron_ds.parallel.collectives import copy_to
 from megatron_ds.parallel.grid import Axis, Grid, Layout
 from tests.ranks import run_alone, run_grid
@@ -49,10 +49,10 @@ def _ours(grid: Grid, vocab: int, chunk: int, finish: LogitFinish) -> list[torch
     hidden, weight, targets = _problem(vocab)
     spec, axis = ParamSpec((vocab, H), 0), grid.tensor
     start, stop = spec.local_range(axis.rank, axis.size)
-    share = pad_share(weight[start:stop], spec, axis.size).requires_grad_()
-    bias = pad_share(_bias(vocab)[start:stop], ParamSpec((vocab,), 0), axis.size).requires_grad_()
+    share = pad_shard(weight[start:stop], spec, axis.size).requires_grad_()
+    bias = pad_shard(_bias(vocab)[start:stop], ParamSpec((vocab,), 0), axis.size).requires_grad_()
     hidden.requires_grad_()
-    loss = head_loss(copy_to(hidden, axis), Head(share, bias, vocab, axis, finish), targets, chunk=chunk)
+    loss = head_loss(copy_to(hidden, axis), VocabShard(share, bias, vocab, axis, finish), targets, chunk=chunk)
     (loss * 0.25).backward()
     assert share.grad is not None and bias.grad is not None
     assert not share.grad[stop - start :].any() and not bias.grad[stop - start :].any(), "padding rows must not learn"
@@ -104,7 +104,7 @@ def _largest_logits(vocab: int, chunk: int, labelled: int) -> int:
     hidden.requires_grad_()
     weight.requires_grad_()
     with _LargestOutput(vocab) as largest:
-        head_loss(hidden, Head(weight, None, vocab, Axis()), targets, chunk=chunk).backward()
+        head_loss(hidden, VocabShard(weight, None, vocab, Axis()), targets, chunk=chunk).backward()
     return largest.rows
 
 
@@ -121,7 +121,7 @@ def _all_ignored() -> list[torch.Tensor]:
     hidden, weight, targets = _problem(31)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = head_loss(hidden, Head(weight, None, 31, Axis()), torch.full_like(targets, -100))
+    loss = head_loss(hidden, VocabShard(weight, None, 31, Axis()), torch.full_like(targets, -100))
     loss.backward()
     return [loss.detach(), hidden.grad, weight.grad]
 
@@ -136,7 +136,7 @@ def _half(loss_scale: float) -> list[torch.Tensor]:
     hidden = torch.full((tokens, 1, H), 40.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(50, H, dtype=torch.float16, requires_grad=True)
     targets = torch.zeros(tokens, 1, dtype=torch.int64)
-    loss = head_loss(hidden, Head(weight, None, 50, Axis()), targets)
+    loss = head_loss(hidden, VocabShard(weight, None, 50, Axis()), targets)
     (loss / tokens * loss_scale).backward()
     assert weight.grad is not None
     return [weight.grad.float() / loss_scale, torch.tensor(float(weight.grad.isinf().any()))]

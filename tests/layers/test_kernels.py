@@ -17,11 +17,11 @@ from torch import Tensor
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers import kernels
-from megatron_ds.layers.kernels import TABLE, AttentionCall, Candidate, Kernels, checked, pick
-from megatron_ds.layers.parameter import initial_share, spec_of
-from megatron_ds.models.block import Placement
-from megatron_ds.models.build import model_stages
-from megatron_ds.models.stages import StageModel
+from megatron_ds.layers.kernels import TABLE, AttentionCall, Candidate, Kernels, select_kernels, validated
+from megatron_ds.layers.param_spec import initial_shard, spec_of
+from megatron_ds.models.build import model_layers
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import SequentialModel
 from tests.parity.reference import ALL_CONFIGS
 from tests.ranks import run_alone
 
@@ -87,14 +87,14 @@ def test_flash_attention_is_asked_for_the_same(
 
 
 def test_nothing_is_picked_on_a_cpu() -> None:
-    assert pick("auto", CPU) == pick("torch", torch.device("cuda")) == Kernels()
+    assert select_kernels("auto", CPU) == select_kernels("torch", torch.device("cuda")) == Kernels()
 
 
 def test_what_is_not_installed_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "find_spec", lambda package: object() if package == "torch" else None)
-    monkeypatch.setattr(kernels, "checked", lambda candidate, device: candidate.reference)
+    monkeypatch.setattr(kernels, "validated", lambda candidate, device: candidate.reference)
     there = replace(SWIGLU, package="torch", distribution="torch")
-    found = pick("auto", torch.device("cuda"), (NORM, there, ATTENTION))
+    found = select_kernels("auto", torch.device("cuda"), (NORM, there, ATTENTION))
     assert found == Kernels(swiglu=SWIGLU.reference, names=(f"swiglu: torch {version('torch')}",))
 
 
@@ -104,8 +104,8 @@ def candidate(make: Any, of: Candidate = SWIGLU) -> Candidate:
 
 def test_a_kernel_is_checked_with_its_gradients(flash: Any) -> None:
     for one in TABLE:
-        assert checked(candidate(lambda one=one: one.reference, one), CPU) is one.reference
-    assert checked(candidate(lambda: flash, ATTENTION), CPU) is flash
+        assert validated(candidate(lambda one=one: one.reference, one), CPU) is one.reference
+    assert validated(candidate(lambda: flash, ATTENTION), CPU) is flash
 
     def other_gradient(wide: Tensor) -> Tensor:
         gate, up = wide.chunk(2, dim=-1)
@@ -113,9 +113,9 @@ def test_a_kernel_is_checked_with_its_gradients(flash: Any) -> None:
 
     for wrong in (lambda wide: 1.1 * SWIGLU.reference(wide), other_gradient, lambda wide: wide[..., :32] * torch.nan):
         with pytest.raises(ConfigError, match=r"train.kernels=auto: torch .*, swiglu: differs from PyTorch by .* near"):
-            checked(candidate(lambda wrong=wrong: wrong), CPU)
+            validated(candidate(lambda wrong=wrong: wrong), CPU)
     with pytest.raises(ConfigError, match=r"swiglu: ZeroDivisionError.*nearest: train.kernels=torch"):
-        checked(candidate(lambda: 1 / 0), CPU)
+        validated(candidate(lambda: 1 / 0), CPU)
 
 
 class Counted:
@@ -135,17 +135,17 @@ class Counted:
         return Kernels(**{one.operation: counting(one) for one in TABLE})
 
 
-def losses(case: str, at: Placement, dtype: torch.dtype, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def losses(case: str, at: BuildContext, dtype: torch.dtype, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient to the word embedding."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = StageModel(model_stages(read_model(ALL_CONFIGS[case]).core, at))
+        model = SequentialModel(model_layers(read_model(ALL_CONFIGS[case]).core, at))
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_share(name, spec_of(parameter), 5, 0, 1))
+            parameter.copy_(initial_shard(name, spec_of(parameter), 5, 0, 1))
     loss = model(batch, {"targets": batch["input_ids"]}).sum()
     loss.backward()
     embedding = dict(model.named_parameters())["embedding.weight"].grad
@@ -177,8 +177,8 @@ def test_layers_compute_the_same_with_kernels(case: str, packed: bool) -> None:
 def _compare(case: str, batch: dict[str, Tensor]) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         counted = Counted()
-        plain, plain_grad = losses(case, Placement(), dtype, batch)
-        with_kernels, grad = losses(case, Placement(kernels=counted.kernels()), dtype, batch)
+        plain, plain_grad = losses(case, BuildContext(), dtype, batch)
+        with_kernels, grad = losses(case, BuildContext(kernels=counted.kernels()), dtype, batch)
         assert abs(float(with_kernels - plain)) <= tolerance * float(plain)
         assert float((grad - plain_grad).norm()) <= 2 * tolerance * float(plain_grad.norm())
         half = dtype != torch.float32

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ds.hf.translate import rotary
+from megatron_ds.hf.config_translation import rotary
 from megatron_ds.layers.alibi import Alibi, alibi_slopes
 from megatron_ds.layers.rotary import RotaryConfig, RotaryTable
 from tests.ranks import run_alone

@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from megatron_ds.hf.config import read_model
-from megatron_ds.layers.parameter import initial_share, spec_of
+from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
-from megatron_ds.models.block import Block, BlockInputs, Placement
-from megatron_ds.models.build import model_stages
+from megatron_ds.models.block import Block, BlockInputs
+from megatron_ds.models.build import model_layers
 from megatron_ds.models.config import DecoderConfig
-from megatron_ds.models.stages import StageModel
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
-from tests.parallel.wire import counting
+from tests.parallel.wire_bytes import counting
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.ours import Place, engine_on, micro_batches
@@ -74,12 +75,12 @@ def shared_heads_bytes(config: DecoderConfig, t: int) -> Fraction:
 
 def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
     config = read_model(CONFIGS[case]).core
-    at = Placement(TensorParallel(grid.tensor, sequence), recompute=Recompute(mode))
+    at = BuildContext(TensorParallel(grid.tensor, sequence), recompute=Recompute(mode))
     rotary = config.rotary[0] if config.rotary else None
     block = Block(config, 0, at, RotaryTable(rotary) if rotary is not None else None)
     for name, parameter in block.named_parameters():
         spec = spec_of(parameter)
-        parameter.data.copy_(initial_share(name, spec, 1, grid.tensor.rank, grid.tensor.size))
+        parameter.data.copy_(initial_shard(name, spec, 1, grid.tensor.rank, grid.tensor.size))
     length = S // grid.tensor.size if sequence else S
     x = torch.randn(length, B, config.hidden_size, requires_grad=True)
     with counting() as wire:
@@ -114,10 +115,10 @@ def test_a_layer_moves_what_the_papers_say(case: str, mode: str, sequence: bool,
 def _cross_block(grid: Grid, sequence: bool) -> Fraction:
     config = read_model(ENCODER_CASES["t5-gated"]).core.decoder
     inputs = BlockInputs("decoder_attention_mask", "encoded", "attention_mask")
-    block = Block(config, 0, Placement(TensorParallel(grid.tensor, sequence)), inputs=inputs)
+    block = Block(config, 0, BuildContext(TensorParallel(grid.tensor, sequence)), inputs=inputs)
     for name, parameter in block.named_parameters():
         spec = spec_of(parameter)
-        parameter.data.copy_(initial_share(name, spec, 1, grid.tensor.rank, grid.tensor.size))
+        parameter.data.copy_(initial_shard(name, spec, 1, grid.tensor.rank, grid.tensor.size))
     parts = grid.tensor.size if sequence else 1
     states = [torch.randn(length // parts, B, config.hidden_size, requires_grad=True) for length in (S, CONTEXT)]
     with counting() as wire:
@@ -140,7 +141,7 @@ def test_cross_attention_moves_both_stacks_states(sequence: bool, t: int) -> Non
 
 def _model(grid: Grid, case: str, sequence: bool) -> Fraction:
     config = read_model(CONFIGS[case]).core
-    model = StageModel(model_stages(config, Placement(TensorParallel(grid.tensor, sequence))))
+    model = SequentialModel(model_layers(config, BuildContext(TensorParallel(grid.tensor, sequence))))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     ids = torch.randint(0, VOCAB, (B, S), generator=torch.Generator().manual_seed(0))

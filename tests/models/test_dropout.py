@@ -19,10 +19,10 @@ from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.mlp import ACTIVATIONS, MLP
-from megatron_ds.layers.parameter import spec_of
+from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.models.block import Block
-from megatron_ds.models.build import model_stages
-from megatron_ds.models.stages import StageModel
+from megatron_ds.models.build import model_layers
+from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.verify.compare import difference
 from tests.parity.alone_batches import make_batch
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -83,7 +83,7 @@ def measure(config: dict[str, Any], directory: Path, change: Callable[[], None])
     columns = make_batch(weights.model.core, padded=True).columns
     theirs = load_reference(directory, weights.model, torch.float32).train()
     change()
-    ours = StageModel(model_stages(weights.model.core)).train()
+    ours = SequentialModel(model_layers(weights.model.core)).train()
     calls: dict[str, Calls] = {"theirs": [], "ours": []}
     with torch.no_grad():
         for name, parameter in ours.named_parameters():

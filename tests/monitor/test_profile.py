@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.monitor.parts import ATTENTION, BLOCK, DATA, HEAD, MLP, OPTIMIZER, PREFIX, STEP
 from megatron_ds.monitor.profile import EXPOSED, OTHER, PartTimes, table, time_by_part
+from megatron_ds.parallel.regions import ATTENTION, BLOCK, DATA, HEAD, MLP, OPTIMIZER, PREFIX, STEP
 
 BACKWARD = "autograd::engine::evaluate_function: "
 

@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.parameter import initial_share, spec_of
+from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
-from megatron_ds.models.block import Placement
-from megatron_ds.models.build import model_stages
-from megatron_ds.models.stages import StageModel
+from megatron_ds.models.build import model_layers
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.random import RngStreams, derive_seed
 from megatron_ds.parallel.tensor import TensorParallel
@@ -61,9 +61,9 @@ def _gradients(grid: Grid, sequence: bool, mode: str, how: str, replay: bool = T
         "deepspeed-non-reentrant": checkpointing.non_reentrant_checkpoint,
     }[how]
     recompute = Recompute(mode, checkpoint, rng if replay else None)
-    model = StageModel(model_stages(config, Placement(TensorParallel(grid.tensor, sequence), rng, recompute)))
+    model = SequentialModel(model_layers(config, BuildContext(TensorParallel(grid.tensor, sequence), rng, recompute)))
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(initial_share(name, spec_of(parameter), 1, grid.tensor.rank, grid.tensor.size))
+        parameter.data.copy_(initial_shard(name, spec_of(parameter), 1, grid.tensor.rank, grid.tensor.size))
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, VOCAB, (2, 8), generator=generator) for _ in range(2)]
     losses = [model({"input_ids": ids}, {"targets": ids}).sum() for ids in batches]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine import EngineOptions, build_engine
-from megatron_ds.hf.adapters import AdapterWeights, read_adapters
 from megatron_ds.hf.config import read_model
+from megatron_ds.hf.peft.adapters import AdapterWeights, read_adapters
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.layers.parameter import ParamSpec
-from megatron_ds.models.adapted import with_adapters
-from megatron_ds.models.build import model_stages
+from megatron_ds.layers.param_spec import ParamSpec
+from megatron_ds.models.adapters import with_adapters
+from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
 from tests.parity.batches import batch_for, reference_loss
 from tests.parity.cases import Recipe
@@ -77,7 +77,7 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
         frozen=frozenset(weights.model.table),
     )
     engine = build_engine(
-        lambda at: with_adapters(model_stages(weights.model.core, at), adapters.places),
+        lambda at: with_adapters(model_layers(weights.model.core, at), adapters.places),
         grid,
         torch.device("cpu"),
         options,
@@ -90,7 +90,7 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
         losses.append(result.loss)
         norms.append(result.grad_norm)
     found, to_hf = {}, ToHF(adapters)
-    for name, whole in engine.whole_parameters():
+    for name, whole in engine.full_parameters():
         if whole is not None and name in adapters.table:
             found.update({theirs: tensor.float().clone() for theirs, tensor in to_hf.add(name, whole)})
     return {"losses": losses, "norms": norms, "weights": found}

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_ds.layers.relative import RelativeBias
+from megatron_ds.layers.relative_bias import RelativeBias
 from megatron_ds.layers.rotary import RotaryConfig
 from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig, StackConfig
-from megatron_ds.models.stages import StageModel
+from megatron_ds.models.sequential import SequentialModel
 from tests.parity.alone_batches import Batch
 
 # Options that leave the parameters as they are, and the value that leaves them out.
@@ -35,7 +35,7 @@ class Variant:
 
     core: ModelConfig
     batch: Batch
-    change: Callable[[StageModel], None] = lambda model: None
+    change: Callable[[SequentialModel], None] = lambda model: None
 
 
 def without_each_option(core: ModelConfig, batch: Batch) -> dict[str, Variant]:
@@ -111,8 +111,8 @@ def _without_distances(core: EncoderDecoderConfig, batch: Batch) -> dict[str, Va
     return found
 
 
-def _each_bias(stack: str, **attributes: Any) -> Callable[[StageModel], None]:
-    def change(model: StageModel) -> None:
+def _each_bias(stack: str, **attributes: Any) -> Callable[[SequentialModel], None]:
+    def change(model: SequentialModel) -> None:
         biases = [part for part in model.get_submodule(stack).modules() if isinstance(part, RelativeBias)]
         assert biases
         for bias in biases:

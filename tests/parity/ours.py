@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine, share_memory
+from megatron_ds.engine import EngineOptions, build_engine, enable_shared_memory
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.models.build import model_stages
+from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid, Layout
 from tests.parity.batches import batch_for, ours
 from tests.parity.cases import Recipe
@@ -78,7 +78,7 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
         losses.append(result.loss)
         norms.append(result.grad_norm)
     weights, to_hf = {}, ToHF(model)
-    for name, whole in engine.whole_parameters():
+    for name, whole in engine.full_parameters():
         if whole is not None:
             weights.update({theirs: tensor.float().clone() for theirs, tensor in to_hf.add(name, whole)})
     return {"losses": losses, "norms": norms, "weights": weights}
@@ -97,8 +97,8 @@ def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tupl
         compiled=place.compiled,
     )
     if place.shared:
-        grid = share_memory(grid, lambda step: step())
-    engine = build_engine(lambda at: model_stages(model.core, at), grid, torch.device("cpu"), options, weights.share)
+        grid = enable_shared_memory(grid)
+    engine = build_engine(lambda ctx: model_layers(model.core, ctx), grid, torch.device("cpu"), options, weights.share)
     return engine, model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.layers import adapter
+from megatron_ds.layers import adapter_layers as adapter
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.parity.adapter_cases import train_on, train_ours, train_peft
 from tests.parity.cases import Recipe
@@ -122,12 +122,12 @@ def _partial_under_sequence() -> None:
 
 def _unscaled() -> None:
     """alpha / r is left out."""
-    low = adapter.LowRank.__init__
+    low = adapter.LoRASpec.__init__
 
     def without(self: Any, *args: Any, **options: Any) -> None:
         low(self, *args, **{**options, "scale": 1.0})
 
-    adapter.LowRank.__init__ = without  # type: ignore[method-assign]
+    adapter.LoRASpec.__init__ = without  # type: ignore[method-assign]
 
 
 def _shares_alone() -> None:

@@ -16,11 +16,11 @@ from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.verify.inputs import Probe, probes
+from megatron_ds.verify.layer_names import stage_names
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.ours import run_rank
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.run import merge
-from megatron_ds.verify.stages import stage_names
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.reference import make_model

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_ds.engine import EngineOptions, build_engine
+from megatron_ds.engine.pipeline.boundary import Boundary
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.layers import attention
 from megatron_ds.layers.embedding import LearnedPositions
-from megatron_ds.models.build import model_stages
+from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.pipeline.wire import Boundary
 from megatron_ds.verify.compare import difference, root_mean_square, smallest_norm
 from tests.parity.batches import ours, reference_loss
 from tests.parity.cases import Recipe
@@ -78,10 +78,10 @@ def _gradients(grid: Grid, directory: Path, place: Place, batch: dict[str, Tenso
     }
     options = EngineOptions(config, None, place.sp, place.recompute, seed=0)
     core = weights.model.core
-    engine = build_engine(lambda at: model_stages(core, at), grid, torch.device("cpu"), options, weights.share)
+    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, torch.device("cpu"), options, weights.share)
     loss = engine.train_step([batch], lr=0.0).loss
     found, to_hf = {}, ToHF(weights.model)
-    for name, gradient in engine.whole_tensors(engine.optimizer.gradient):  # type: ignore[attr-defined]
+    for name, gradient in engine.full_tensors(engine.optimizer.gradient):  # type: ignore[attr-defined]
         if gradient is not None:
             found.update({theirs: tensor.clone() for theirs, tensor in to_hf.add(name, gradient)})
     return loss, found
@@ -196,7 +196,7 @@ def _logits(grid: Grid, directory: Path, sequence: bool, batches: list[dict[str,
     config = deepspeed_config(Place(zero=0), Recipe())
     options = EngineOptions(config, None, sequence, "none", seed=0)
     core = weights.model.core
-    engine = build_engine(lambda at: model_stages(core, at), grid, torch.device("cpu"), options, weights.share)
+    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, torch.device("cpu"), options, weights.share)
     found = [engine.outputs({name: one for name, one in batch.items() if name != "targets"}) for batch in batches]
     return [outputs["logits"] for outputs in found if outputs is not None]
 
@@ -227,11 +227,11 @@ def test_the_reference_takes_documents_one_by_one(models: Any) -> None:
             alone = predict(theirs, model, {"input_ids": unpacked(ROWS)["input_ids"]})["logits"]
             return predict(theirs, model, columns)["logits"], alone
 
-    together, alone = run_alone(both, models("llama"))
+    run_on_all_ranks, alone = run_alone(both, models("llama"))
     at = [
         (row, sum(len(ids) for ids, _ in documents[:number]), len(documents[number][0]))
         for row, documents in enumerate(ROWS.rows)
         for number in range(len(documents))
     ]
     for one, (row, start, length) in zip(alone, at, strict=True):
-        assert torch.equal(together[row, start : start + length], one[:length])
+        assert torch.equal(run_on_all_ranks[row, start : start + length], one[:length])

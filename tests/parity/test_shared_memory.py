@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ds.engine.shared_memory import _Sum
 from megatron_ds.parallel.grid import Grid
-from tests.parallel.wire import counting
+from tests.parallel.wire_bytes import counting
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_on, train_ours

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ds.engine import base, build
-from megatron_ds.engine.pipelined import StagePipeline
+from megatron_ds.engine.pipeline.boundary import Boundary
+from megatron_ds.engine.pipeline.engine import PipelinedModel
 from megatron_ds.layers import attention, cross_entropy, linear, rotary
-from megatron_ds.layers.parameter import ParamSpec
+from megatron_ds.layers.param_spec import ParamSpec
 from megatron_ds.models import bert
 from megatron_ds.parallel import collectives
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.tensor import TensorParallel
-from megatron_ds.pipeline.wire import Boundary
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_on
@@ -40,7 +40,7 @@ def partial_head_norm_gradients() -> None:
 
 def tied_gradients_not_summed() -> None:
     """The two copies of a tied embedding each learn from their own gradient."""
-    StagePipeline.get_tied_weights_and_groups = lambda self: []  # type: ignore[method-assign]
+    PipelinedModel.get_tied_weights_and_groups = lambda self: []  # type: ignore[method-assign]
 
 
 def flags_lost() -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_ds.hf.family import Family, Row
-from megatron_ds.hf.mapping import Op
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.hf.tensor_mapping import Op
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.embedding import LearnedPositions, TokenTypes
-from megatron_ds.layers.relative import RelativePositions
+from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.models import bert, t5
 from megatron_ds.models.block import BlockInputs
 from megatron_ds.verify import verify_hf

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_ds.hf.family import Family, Row
-from megatron_ds.hf.mapping import Op
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.hf.tensor_mapping import Op
 from megatron_ds.models.config import DecoderConfig
 from megatron_ds.verify import verify_hf
 from tests.parity.cases import CONFIGS

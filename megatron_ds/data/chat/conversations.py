@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.data.rows import Located, each_row
+from megatron_ds.data.readers.examples import Located, each_row
 from megatron_ds.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -7,10 +7,10 @@ import numpy as np
 
 from megatron_ds.data.chat.packing import one_each, pack
 from megatron_ds.data.chat.tokens import Conversations
-from megatron_ds.data.concatenation import Concatenation
+from megatron_ds.data.dataset import IGNORE_INDEX, Sample, blank_sample
 from megatron_ds.data.options import ChatOptions
-from megatron_ds.data.sample import IGNORE_INDEX, Sample, blank_sample
-from megatron_ds.data.text import count
+from megatron_ds.data.readers.concat_index import Concatenation
+from megatron_ds.data.text.corpus import count
 from megatron_ds.errors import DataError
 
 PAD_ID = 0  # any valid id will do: padded positions have no target, and no token before them looks ahead

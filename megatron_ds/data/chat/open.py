@@ -8,8 +8,8 @@ from megatron_ds.data.chat.rendering import ChatTemplate
 from megatron_ds.data.chat.tokens import cached_conversations, offset_backend
 from megatron_ds.data.objective import Causal, Objective
 from megatron_ds.data.options import ChatOptions
-from megatron_ds.data.token_cache import default_cache_dir
-from megatron_ds.data.tokenizer import load_tokenizer, require_ids_below
+from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
+from megatron_ds.data.text.token_cache import default_cache_dir
 from megatron_ds.errors import DataError
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ds.data.draws import Draws, Purpose
+from megatron_ds.data.noise.seeded_random import Draws, Purpose
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds.data.array_cache import cached_arrays
 from megatron_ds.data.chat.conversations import Conversation, read_conversations
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
-from megatron_ds.data.sources import JSON_SUFFIXES, FileSource, find_source
-from megatron_ds.data.text import file_digest
-from megatron_ds.data.tokenizer import tokenizer_digest
+from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.readers.sources import JSON_SUFFIXES, FileSource, find_source
+from megatron_ds.data.readers.tokenizer import tokenizer_digest
+from megatron_ds.data.text.corpus import file_digest
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ds.data.array_cache import cached_arrays
+from megatron_ds.data.dataset import Sample, blank_sample
 from megatron_ds.data.indexed.files import IndexedFile
 from megatron_ds.data.indexed.order import Epochs, Indices, build_indices, count_epochs
 from megatron_ds.data.options import Order, Split
-from megatron_ds.data.sample import Sample, blank_sample
-from megatron_ds.data.text import count
+from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.text.corpus import count
 from megatron_ds.errors import DataError
 
 FORMAT_VERSION = 1

@@ -7,7 +7,7 @@ from megatron_ds.data.indexed.dataset import IndexedDataset
 from megatron_ds.data.indexed.files import IndexedFile
 from megatron_ds.data.objective import Causal, Objective
 from megatron_ds.data.options import Order, Split
-from megatron_ds.data.token_cache import default_cache_dir
+from megatron_ds.data.text.token_cache import default_cache_dir
 from megatron_ds.errors import DataError
 
 

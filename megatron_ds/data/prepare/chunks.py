@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from megatron_ds.data.sources import JSON_SUFFIXES, FileSource, find_source
+from megatron_ds.data.readers.sources import JSON_SUFFIXES, FileSource, find_source
 from megatron_ds.errors import DataError
 
 if TYPE_CHECKING:

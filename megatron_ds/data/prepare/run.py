@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds import __version__
 from megatron_ds.data.indexed.files import IndexedFile, index_path, token_dtype, tokens_path
 from megatron_ds.data.prepare.chunks import CHUNK_BYTES, CHUNK_ROWS, Chunk, cut, identity
 from megatron_ds.data.prepare.journal import Journal, State, complete
 from megatron_ds.data.prepare.workers import Encoding, encode_all
-from megatron_ds.data.tokenizer import largest_token_id, load_tokenizer, special_id, tokenizer_digest
+from megatron_ds.data.readers.tokenizer import largest_token_id, load_tokenizer, special_id, tokenizer_digest
 from megatron_ds.errors import DataError
+from megatron_ds.version import __version__
 
 FORMAT_VERSION = 1
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.config_translation import layer_windows, rotary
 from megatron_ds.hf.families.llama import SHARED_FIELDS, decoder, family
-from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.translate import layer_windows, rotary
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.rotary import RotaryConfig
 from megatron_ds.models.config import DecoderConfig

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.config_translation import activation, quotient
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv, norm
-from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import Op, copy
-from megatron_ds.hf.translate import activation, quotient
+from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig

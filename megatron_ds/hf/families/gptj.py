@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.config_translation import activation, quotient
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
-from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import copy
-from megatron_ds.hf.translate import activation, quotient
+from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.rotary import RotaryConfig
 from megatron_ds.models.config import DecoderConfig

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.config_translation import activation, layer_windows, padding_id, quotient, rotary
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
-from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import Op, copy
-from megatron_ds.hf.translate import activation, layer_windows, padding_id, quotient, rotary
+from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig
 

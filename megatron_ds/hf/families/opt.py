@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.config_translation import activation, padding_id, quotient
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
-from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import copy
-from megatron_ds.hf.translate import activation, padding_id, quotient
+from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.config_translation import rotary
 from megatron_ds.hf.families.llama import NATIVE, RMS_FIELDS, THEIRS, decoder, family, one_window, outer_rows
 from megatron_ds.hf.family import Row, fused_qkv, linear
-from megatron_ds.hf.fields import FieldRules
-from megatron_ds.hf.mapping import Op, Part
-from megatron_ds.hf.translate import rotary
+from megatron_ds.hf.tensor_mapping import Op, Part
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import DecoderConfig
 

@@ -1,0 +1,279 @@
+"""What a run is: the run file's keys, their defaults and the rules that one file can break by itself.
+
+Every section is frozen and refuses unknown keys. Numbers are strict (`true` is not 1, `"5"` is not 5), except that a
+whole float such as `1e3` is an integer. Rules that need the model or the number of ranks stand in `checks.py`.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_ds.config.data_section import DataSection
+from megatron_ds.config.error_messages import show
+from megatron_ds.config.schema_base import (
+    Beta,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Section,
+    Text,
+    whole_float_to_int,
+)
+from megatron_ds.errors import ConfigError
+
+
+def _betas_pair(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigError(f"optimizer.betas={show(value)} is not two numbers; write optimizer.betas=[0.9, 0.95]")
+    return tuple(value)
+
+
+def _words_or_path(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ConfigError(f"checkpoint.resume={show(value)} is neither auto, never nor the path of a checkpoint")
+    return value
+
+
+def _path_or_mapping(value: Any) -> Any:
+    if not isinstance(value, str | dict):
+        raise ConfigError(f"deepspeed={show(value)} is neither the path of a DeepSpeed JSON nor a mapping")
+    return value
+
+
+def _peft(value: Any) -> Any:
+    if value is not None and not isinstance(value, str | dict):
+        raise ConfigError(
+            f"peft={show(value)} is neither fields of a peft config, such as {{r: 8, target_modules: all-linear}}, nor "
+            "the path of one"
+        )
+    return value
+
+
+def _seconds(value: Any) -> Any:
+    """Slurm's words for a time, D-HH:MM:SS or a part of it, as seconds."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2})(?::(\d{2}))?", value.strip())
+    if not match:
+        raise ConfigError(f"train.max_time={show(value)} is not a time; write seconds, or HH:MM:SS as 3:50:00")
+    days, first, second, third = (int(part) if part else 0 for part in match.groups())
+    hours, minutes, seconds = (first, second, third) if match[1] or match[4] else (0, first, second)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+class ModelSection(Section):
+    """Which model: a directory (`path`) or Hugging Face config fields (`config`, random weights)."""
+
+    path: Text | None = None
+    config: dict[str, Any] | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    tokenizer: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_init(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("config") is not None and data.get("init") is None:
+            return {**data, "init": "random"}
+        return data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelSection":
+        if (self.path is None) == (self.config is None):
+            both = "are both given; keep one" if self.path is not None else "are both missing; give one"
+            raise ConfigError(f"model.path and model.config {both}")
+        if self.config is not None and self.init == "pretrained":
+            raise ConfigError(
+                "model.init=pretrained needs weights, which model.config has not; use model.path, or model.init=random"
+            )
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ConfigError("model.config.model_type is missing; name the Hugging Face model type, for example llama")
+        return self
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Where the tokenizer lies: `tokenizer`, else `path`; None with `config` and no `tokenizer`."""
+        return self.tokenizer or self.path
+
+
+class ParallelSection(Section):
+    """Degrees of model parallelism; the data degree is world / (tensor * pipeline).
+
+    `shared_memory`: tensor ranks of one machine's CPU sum through its memory instead of TCP.
+    """
+
+    tensor: Count = 1
+    pipeline: Count = 1
+    sequence: bool = False
+    shared_memory: bool = False
+
+
+class OptimizerSection(Section):
+    """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too."""
+
+    name: Text = "adamw"
+    lr: NonNegative = 3.0e-4
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_betas_pair)] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    weight_decay: NonNegative = 0.1
+    grad_clip: NonNegative = 1.0
+    decay_all: bool = False
+
+
+class ScheduleSection(Section):
+    """The learning rate over the steps: linear warm-up from 0, then constant, or down to `min_lr`."""
+
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: CountOrZero = 0
+    min_lr: NonNegative = 0.0
+
+
+def _first_and_last(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigError(
+            f"train.profile.steps={show(value)} is not a first and a last step; write train.profile.steps=[10, 12]"
+        )
+    return tuple(value)
+
+
+class ProfileSection(Section):
+    """Steps, the first and the last of them counted from 1, whose time is recorded in full."""
+
+    steps: Annotated[tuple[Count, Count], BeforeValidator(_first_and_last)]
+
+
+class TrainSection(Section):
+    """How long and in what batches.
+
+    `eval_every: 0` never evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many
+    steps in a row without a finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do
+    (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
+    torch.compile. `kernels`: on CUDA, those of libraries that are installed, or PyTorch's alone. `profile`: steps that
+    are recorded.
+    """
+
+    steps: Count
+    global_batch_size: Count = 8
+    micro_batch_size: Count = 1
+    seed: Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
+    eval_every: CountOrZero = 0
+    log_every: Count = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    kernels: Literal["auto", "torch"] = "auto"
+    profile: ProfileSection | None = None
+    max_time: Annotated[float | None, BeforeValidator(_seconds)] = None
+    max_bad_steps: Count = 10
+    step_timeout: NonNegative = 1800.0
+    freeze: list[Text] = []
+
+
+class CheckpointSection(Section):
+    """When state is saved. `every: 0` never saves; `keep` is how many checkpoints stay.
+
+    `resume`: "auto" goes on from the newest whole checkpoint under `output`, "never" starts anew, anything else is the
+    checkpoint to go on from. `asynchronous`: training goes on while files are written.
+    """
+
+    every: CountOrZero = 0
+    keep: Count = 3
+    resume: Annotated[Text, BeforeValidator(_words_or_path)] = "auto"
+    asynchronous: bool = True
+
+
+class ExportSection(Section):
+    """A Hugging Face directory written at the end.
+
+    `merge`: of adapters, the base model with them in its weights, not a directory of peft.
+    `dtype: None` keeps the model's own. `check` loads the directory with transformers, on a rank of the last pipeline
+    stage, and compares its logits with the live model's; for models that fit there, and a path that this rank sees.
+    """
+
+    path: Text
+    check: bool = False
+    merge: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B$")] = "5GB"
+
+
+class RunConfig(Section):
+    """A whole run, as the run file says it. Build it with `load_run` or `build_run`, whose errors are one line."""
+
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    peft: Annotated[str | dict[str, Any] | None, BeforeValidator(_peft)] = None
+    deepspeed: Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)] = {}
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection | None = None
+    output: Text
+
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> "RunConfig":
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ConfigError(
+                f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; "
+                f"nearest: {self.optimizer.lr}"
+            )
+        _check_profile(self.train)
+        if self.schedule.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than train.steps={self.train.steps}; "
+                f"nearest: {self.train.steps}"
+            )
+        if self.data.format in ("text", "chat") and self.model.tokenizer_path is None:
+            raise ConfigError(
+                f"model.tokenizer is missing: data.format={self.data.format} with model.config needs one; "
+                "give the directory of a tokenizer, or use data.format=tokenized"
+            )
+        _check_peft(self)
+        refuse_not_built(self)
+        return self
+
+
+def _check_profile(train: TrainSection) -> None:
+    if train.profile is None:
+        return
+    first, last = train.profile.steps
+    if first > last:
+        raise ConfigError(f"train.profile.steps=[{first}, {last}] ends before it begins; nearest: [{last}, {first}]")
+    if last > train.steps:
+        nearest = [min(first, train.steps), train.steps]
+        raise ConfigError(
+            f"train.profile.steps=[{first}, {last}] goes beyond train.steps={train.steps}; nearest: {nearest}"
+        )
+
+
+def _check_peft(run: RunConfig) -> None:
+    if run.peft is None:
+        if run.export is not None and run.export.merge:
+            raise ConfigError("export.merge=true does nothing without peft; remove it")
+        return
+    if run.model.init == "random":
+        raise ConfigError("peft needs a model to adapt, and model.init=random has none; use model.init=pretrained")
+    if run.train.freeze:
+        raise ConfigError("train.freeze does nothing with peft, which trains adapters alone; remove it")
+
+
+# Words of the run file that have no code behind them yet: field, the values that work, how to say them.
+# `*` stands for every entry of a list. Remove a line when its feature is built.
+NOT_BUILT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (("optimizer.name", ("adamw",), "adamw"),)
+
+
+def refuse_not_built(run: RunConfig) -> None:
+    """Raises ConfigError for the first field whose value is in the interface but not built yet."""
+    for field, working, words in NOT_BUILT_YET:
+        for place, value in _values_at(run, field.split("."), ""):
+            if value not in working:
+                raise ConfigError(f"{place}={show(value)} is not built yet; supported: {words}")
+
+
+def _values_at(node: Any, parts: list[str], place: str) -> list[tuple[str, Any]]:
+    if not parts:
+        return [(place, node)]
+    if parts[0] == "*":
+        return [hit for i, entry in enumerate(node) for hit in _values_at(entry, parts[1:], f"{place}[{i}]")]
+    return _values_at(getattr(node, parts[0]), parts[1:], f"{place}.{parts[0]}" if place else parts[0])

@@ -1,0 +1,1 @@
+"""Masking and span corruption, with reproducible randomness keyed by seed and sample index."""

@@ -1,0 +1,1 @@
+"""Read examples, tokenizers and cached arrays from disk."""

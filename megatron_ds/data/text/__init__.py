@@ -1,0 +1,1 @@
+"""The `text` format: documents to token streams to samples, one module for each objective."""

@@ -1,0 +1,1 @@
+"""The `tokenized` format: examples that already hold token ids, one module for each objective."""

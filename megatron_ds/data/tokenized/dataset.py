@@ -1,0 +1,124 @@
+"""`format: tokenized`: examples of token ids in transformers' convention, one sample each, padded on the right.
+
+What the columns mean depends on the kind of model: see `tokenized_causal`, `tokenized_masked`, `tokenized_seq2seq`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_ds.data.dataset import Sample, blank_sample
+from megatron_ds.data.readers.concat_index import Concatenation
+from megatron_ds.data.readers.examples import Located, open_rows
+from megatron_ds.data.text.corpus import count
+from megatron_ds.data.tokenized.validation import Example
+from megatron_ds.errors import DataError
+
+
+class ExampleKind(Protocol):
+    """What one kind of model makes of an example."""
+
+    @property
+    def seq_length(self) -> int:
+        """S."""
+
+    @property
+    def target_length(self) -> int | None:
+        """T; None where there is no decoder beside an encoder."""
+
+    @property
+    def identity(self) -> str:
+        """Changes with every setting that changes a sample."""
+
+    def parse(self, located: Located) -> Example:
+        """The columns of an example, checked against the run.
+
+        Raises:
+            DataError: the example is malformed or does not fit the model.
+        """
+
+    def count_targets(self, example: Example) -> int:
+        """How many tokens of the example carry loss; about how many where that is drawn."""
+
+    def columns(self, given: frozenset[str], some_shorter: bool) -> tuple[str, ...]:
+        """The columns of a sample.
+
+        Args:
+            given: the columns that any example has.
+            some_shorter: whether any example has fewer than S input ids.
+        """
+
+    def sample(self, example: Example, index: int) -> Sample:
+        """The sample of an example, with all columns that there can be."""
+
+
+class TokenizedDataset:
+    """The examples of all sources in order, one sample each.
+
+    Everything is checked once, here, in a streaming pass; examples are read again, one by one, when asked for.
+
+    Args:
+        sources: JSON-lines files, directories of them, directories saved by `datasets`, or hub ids.
+        kind: what the model makes of an example.
+
+    Raises:
+        DataError: a source is missing or empty, or an example is malformed or too long.
+    """
+
+    ordered = False
+
+    def __init__(self, sources: Sequence[str], kind: ExampleKind) -> None:
+        census = _Census(kind)
+        self._parts = [part for source in sources for part in open_rows(source, census.add)]
+        self._examples = Concatenation([len(part) for part in self._parts])
+        if len(self._examples) == 0:
+            raise DataError(f"data: {', '.join(sources)}: no examples; each line or row must hold one")
+        self._kind = kind
+        self._num_tokens, self._num_targets = census.num_tokens, census.num_targets
+        self.seq_length = kind.seq_length
+        self.target_length = kind.target_length
+        self.columns = kind.columns(frozenset(census.given), census.some_shorter)
+        content = f"tokenized\n{census.digest.hexdigest()}\nseq_length={self.seq_length}\n{kind.identity}"
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def sample(self, index: int) -> Sample:
+        """Example `index % len`, padded; what is drawn for it, if anything, is drawn for `index`."""
+        part, offset = self._examples.locate(index % len(self))
+        sample = self._kind.sample(self._kind.parse(self._parts[part].read(offset)), index)
+        return {name: sample[name] for name in self.columns}
+
+    def blank(self) -> Sample:
+        """See `blank_sample`."""
+        return blank_sample(self.columns, self.seq_length, self.target_length)
+
+    def describe(self) -> str:
+        """Such as `1,234 examples of up to 512 tokens: 0.4 M tokens, 0.3 M targets`."""
+        return (
+            f"{len(self):,} examples of up to {self.seq_length} tokens: "
+            f"{count(self._num_tokens)} tokens, {count(self._num_targets)} targets"
+        )
+
+
+class _Census:
+    """Checks every example as it goes by, and counts and hashes it."""
+
+    def __init__(self, kind: ExampleKind) -> None:
+        self._kind = kind
+        self.num_tokens = self.num_targets = 0
+        self.some_shorter = False
+        self.given: set[str] = set()
+        self.digest = hashlib.sha256()
+
+    def add(self, located: Located) -> None:
+        example = self._kind.parse(located)
+        length = len(example["input_ids"])
+        self.num_tokens += length
+        self.num_targets += self._kind.count_targets(example)
+        self.some_shorter |= length < self._kind.seq_length
+        self.given |= set(example)
+        for name, array in example.items():
+            self.digest.update(f"{name} {array.size}\n".encode() + array.tobytes())
+        self.digest.update(b"\n")

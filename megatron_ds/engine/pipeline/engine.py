@@ -1,0 +1,82 @@
+"""`Engine` for several pipeline stages: DeepSpeed's 1F1B schedule (Narayanan et al. 2021) with ZeRO-1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.engine.base import Engine, MicroBatch
+from megatron_ds.engine.pipeline.module import PipelinedModel
+from megatron_ds.models.sequential import input_activations
+from megatron_ds.parallel.collectives import all_reduce_
+
+
+class PipelineEngine(Engine):
+    """`Engine` around a `PipelinedModel`."""
+
+    def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
+        self.deepspeed.train_batch(self._feed(batches, scales))
+        norm = self.deepspeed.get_global_grad_norm()  # none without ZeRO, which no training run gets past the checks
+        return self._collect(), math.nan if norm is None else float(norm)
+
+    def _should_step(self) -> bool:
+        return bool(self._collect().isfinite().all())
+
+    def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
+        feed = self._feed(batches, torch.zeros(len(self.labels), device=self.device))
+        self.deepspeed.total_loss = None
+        self.deepspeed.eval_batch(feed, num_micro_batches=len(batches))
+        self.deepspeed.total_loss = None
+        self.deepspeed.module.train()
+        return self._collect()
+
+    def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
+        module: PipelinedModel = self.deepspeed.module
+        self.deepspeed.total_loss = None  # what DeepSpeed takes for a loss is none
+        self.deepspeed.eval_batch(
+            self._feed([self._to_device(batch)], None), reduce_output=None, bcast_loss=False, num_micro_batches=1
+        )
+        self.deepspeed.total_loss = None
+        module.train()
+        found, module.predicted = module.predicted, None
+        return {name: output.float().cpu() for name, output in found.items()} if found is not None else None
+
+    def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        module: PipelinedModel = self.deepspeed.module
+        for name, parameter in module.named_parameters():
+            yield module.renamed.get(name, name), parameter
+
+    def _feed(self, batches: Sequence[MicroBatch], scales: Tensor | None) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+        """What DeepSpeed loads, on the first and last stage; the labels go round it, to the loss inside the module.
+
+        Args:
+            batches: of one shape.
+            scales: of the terms of the loss; None = the batches have no labels, and outputs are wanted.
+        """
+        module: PipelinedModel = self.deepspeed.module
+        self._expect({name: column.shape for name, column in batches[0].items()})
+        if scales is not None:
+            module.scales, module.sums = scales, torch.zeros_like(scales)
+        if module.is_last:
+            module.labels.extend(self._labels_of(batch) if scales is not None else None for batch in batches)
+        columns = module._specs[0].columns
+        return iter([(tuple(input_activations(batch, columns).values()), ()) for batch in batches])
+
+    def _expect(self, shapes: dict[str, torch.Size]) -> None:
+        """Tell all stages what travels. DeepSpeed keeps what it learned of the first micro-batch: where training and
+        validation differ in columns or lengths, it must learn again."""
+        module: PipelinedModel = self.deepspeed.module
+        columns = module._specs[0].columns
+        if any(shapes.get(name) != module.shapes.get(name) for name in columns):
+            self.deepspeed.reset_activation_shape()
+        module.shapes = shapes
+
+    def _collect(self) -> Tensor:
+        """The sums of the last stage's losses over all data ranks, on every rank."""
+        module: PipelinedModel = self.deepspeed.module
+        sums = module.sums.clone() if module.is_last else torch.zeros_like(module.sums)
+        return all_reduce_(all_reduce_(sums, self.grid.data), self.grid.pipeline)

@@ -1,0 +1,302 @@
+"""Adapters in the words of Hugging Face's peft: a config -> where they are in our model, and a table of their tensors.
+
+What transformers keeps in one matrix has one A in peft, and so it has here; which modules a config means is asked of
+peft itself. The tables follow from the family's: a `lora_B` has the rows of the weight that it changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.family import Row
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
+from megatron_ds.hf.tensor_files import read_table
+from megatron_ds.hf.tensor_mapping import STAR, Op, Part, Reader
+from megatron_ds.hf.weight_files import TensorSource
+from megatron_ds.hf.weights import read_shard
+from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
+from megatron_ds.layers.param_spec import ParamSpec
+from megatron_ds.models.adapters import AdapterPlace
+
+_PREFIX = "base_model.model."
+_PROJECTION = re.compile(
+    r"(?P<parent>.+\.(attention|cross|mlp))\.(qkv\.(?P<qkv>q|kv)_weight|(?P<one>out|up|down)\.weight)"
+)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A source of a native weight: one projection of an attention or MLP.
+
+    Attributes:
+        native: the weight's name.
+        row: its row.
+        source: index of the projection among the row's sources.
+        parent, output: the module that has it, and what it is called there.
+    """
+
+    native: str
+    row: Row
+    source: int
+    parent: str
+    output: str
+
+    @property
+    def in_dim(self) -> str:
+        """Pattern of the input features."""
+        return _dims(self.row.op.native)[-1]
+
+    @property
+    def in_axes(self) -> list[str]:
+        return self.in_dim.strip("()").split()
+
+    @property
+    def is_column(self) -> bool:
+        """Whether the tensor axis divides the output features."""
+        return self.output not in ("out", "down")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a model.
+
+    Attributes:
+        model: what is adapted.
+        config: content of adapter_config.json.
+        modules: peft's name of each module -> its projections, one adapter each.
+        adapters: by the same names, what each adapter is.
+    """
+
+    model: HFModel
+    config: dict[str, Any]
+    modules: Mapping[str, tuple[_Projection, ...]]
+    adapters: Mapping[str, LoRASpec | IA3Spec]
+
+    @property
+    def places(self) -> list[AdapterPlace]:
+        """Where they are in our model."""
+        return [
+            AdapterPlace(projections[0].parent, tuple(one.output for one in projections), self.adapters[module])
+            for module, projections in self.modules.items()
+        ]
+
+    @cached_property
+    def table(self) -> dict[str, Row]:
+        """Native name -> row, one a parameter of the adapters."""
+        return {row.native: row for module in self.modules for row in self._rows(module)}
+
+    @cached_property
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the named axes of `table`: the model's, and one for each rank."""
+        ranks = {1, *(one.rank for one in self.adapters.values() if isinstance(one, LoRASpec))}
+        return {**self.model.axis_sizes, **{f"r{rank}": rank for rank in ranks}}
+
+    def merge(self, native: str, whole: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """A whole base weight, or bias, with what adapters make of it, computed in fp32: W + s B A, or W times l.
+
+        Args:
+            native: its name.
+            whole: itself; unchanged.
+            parameters: the adapters', whole, by native name.
+
+        Returns:
+            itself if no adapter changes it, else a new one in fp32.
+        """
+        merged = whole
+        for module, one, row in self._beside.get(native, ()):
+            if merged is whole:
+                merged = whole.float().clone(memory_format=torch.contiguous_format)
+            name, adapter = self._native(module), self.adapters[module]
+            slot = row.op.slot(one.source, merged, self.axis_sizes)
+            if isinstance(adapter, LoRASpec):
+                change = parameters[_name_of("b", name, one)].float() @ parameters[f"{name}.a"].float()
+                slot += (adapter.scale * change).view(slot.shape)
+                continue
+            vector = parameters[f"{name}.l" if adapter.of_input else _name_of("l", name, one)].float()
+            flat = slot.reshape(-1, vector.numel()) if adapter.of_input else slot.reshape(vector.numel(), -1)
+            slot.copy_((flat * vector).view(slot.shape))  # (1, in), or (out, 1)
+        return merged
+
+    @cached_property
+    def _beside(self) -> dict[str, list[tuple[str, _Projection, Row]]]:
+        """Name of a base weight, or bias -> the modules that are, or hold, projections of it; and its row."""
+        found: dict[str, list[tuple[str, _Projection, Row]]] = {}
+        for module, projections in self.modules.items():
+            adapter = self.adapters[module]
+            for one in projections:
+                found.setdefault(one.native, []).append((module, one, one.row))
+                bias = re.sub("weight$", "bias", one.native)
+                if isinstance(adapter, IA3Spec) and not adapter.of_input and bias in self.model.table:
+                    found.setdefault(bias, []).append((module, one, self.model.table[bias]))
+        return found
+
+    def _native(self, module: str) -> str:
+        projections = self.modules[module]
+        return f"{projections[0].parent}.adapters.{'_'.join(one.output for one in projections)}"
+
+    def _rows(self, module: str) -> Iterator[Row]:
+        projections, adapter = self.modules[module], self.adapters[module]
+        name, first = self._native(module), projections[0]
+        theirs = f"{_PREFIX}{module}"
+        if isinstance(adapter, LoRASpec):
+            yield _a_row(f"{name}.a", f"{theirs}.lora_A.weight", first, f"r{adapter.rank}")
+            for one in projections:
+                yield _b_row(_name_of("b", name, one), f"{theirs}.lora_B.weight", one, f"r{adapter.rank}")
+        elif adapter.of_input:
+            yield _a_row(f"{name}.l", f"{theirs}.ia3_l", first, "r1")
+        else:
+            for one in projections:
+                yield _b_row(_name_of("l", name, one), f"{theirs}.ia3_l", one, "r1")
+
+
+class AdapterWeights:
+    """Read native parameters of adapters out of a directory that peft, or we, wrote. Opening it accounts for all.
+
+    Args:
+        directory: with adapter_model.safetensors.
+        adapters: what its config says.
+
+    Raises:
+        ConversionError: no weights, or a tensor that is missing, unexpected or misshapen.
+    """
+
+    def __init__(self, directory: str | Path, adapters: Adapters) -> None:
+        self.directory, self.adapters = Path(directory), adapters
+        file = self.directory / ADAPTER_WEIGHTS
+        if not file.is_file():
+            raise ConversionError(f"{directory}: no {ADAPTER_WEIGHTS} here")
+        self._source = TensorSource(self.directory, {file: read_table(file)})
+        self._account()
+
+    def share(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
+        """A tensor rank's share of one native parameter; see `HFWeights.share`."""
+        row = self.adapters.table[name]
+        return read_shard(row, self.adapters.axis_sizes, self._reader(row), spec, rank, size)
+
+    def whole(self, name: str) -> Tensor:
+        """One whole native parameter."""
+        row = self.adapters.table[name]
+        return row.op.read(self._reader(row), self.adapters.axis_sizes)
+
+    def _reader(self, row: Row) -> Reader:
+        return lambda source: self._source.tensor(row.names[source])
+
+    def _account(self) -> None:
+        sizes = self.adapters.axis_sizes
+        wanted = {row.names[0]: row.op.source_shape(0, sizes) for row in self.adapters.table.values()}
+        found = set(self._source.names)
+        for what, names in (("missing", wanted.keys() - found), ("unexpected", found - wanted.keys())):
+            if names:
+                raise ConversionError(f"{self.directory}: {what} {min(names)}, by its {ADAPTER_CONFIG} and this model")
+        for name, shape in wanted.items():
+            if self._source.shape(name) != shape:
+                raise ConversionError(
+                    f"{self.directory}: {name} has shape {list(self._source.shape(name))}, its {ADAPTER_CONFIG} and "
+                    f"this model say {list(shape)}"
+                )
+
+
+def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: str) -> Adapters:
+    """The adapters that a config of peft means.
+
+    Args:
+        source: a directory with adapter_config.json, that file, or its content.
+        model: what is adapted.
+        base: where the model is, which is written into the config.
+
+    Raises:
+        ConversionError: peft refuses it, it says what is not supported, or it matches nothing or what cannot be
+            adapted.
+    """
+    config, found = AdapterConfig(source), _projections(model)
+    targets = config.settle_targets(model, found)
+    modules = {name: parts for name, parts in found.items() if config.matches(name)}
+    others = {name.removesuffix(".weight") for row in model.table.values() for name in row.names} - found.keys()
+    wrong = sorted(filter(config.matches, others))
+    if wrong:
+        raise ConversionError(
+            f"{config.where}.target_modules matches {wrong[0]}, which cannot have an adapter here; supported: the "
+            f"projections of attention and MLP, such as {next(iter(found))}"
+        )
+    if not modules:
+        raise ConversionError(
+            f"{config.where}.target_modules={targets} matches nothing in a {model.family.model_type}; supported: "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in found}))}"
+        )
+    sizes = model.axis_sizes
+    adapters = {
+        name: config.adapter(name, prod(sizes[axis] for axis in parts[0].in_axes)) for name, parts in modules.items()
+    }
+    for name, parts in modules.items():
+        adapter = adapters[name]
+        if isinstance(adapter, IA3Spec) and adapter.of_input and parts[0].is_column:
+            raise ConversionError(
+                f"{config.where}.feedforward_modules matches {name}, whose input others take too; supported: modules "
+                "whose output goes into the residual stream, such as down_proj"
+            )
+    return Adapters(model, config.content(model, base), modules, adapters)
+
+
+def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
+    """Every module of transformers that can be adapted -> its projections, in the order in which they lie in it."""
+    found: dict[str, list[_Projection]] = {}
+    for native, row in model.table.items():
+        match = _PROJECTION.fullmatch(native)
+        if match is None:
+            continue
+        if match["qkv"]:
+            outputs: Sequence[str] = ("q",) if match["qkv"] == "q" else ("k", "v")
+        else:
+            outputs = ("gate", "up") if len(row.names) > 1 else (match["one"],)
+        for source, (name, output) in enumerate(zip(row.names, outputs, strict=True)):
+            module = name.removesuffix(".weight")
+            found.setdefault(module, []).append(_Projection(native, row, source, match["parent"], output))
+    return {module: tuple(parts) for module, parts in found.items()}
+
+
+def _a_row(native: str, theirs: str, first: _Projection, rank: str) -> Row:
+    """Of what has the input features of a module."""
+    pattern = f"{rank} {first.in_dim}"
+    return Row(native, (theirs,), Op((pattern,), pattern), None if first.is_column else first.row.split)
+
+
+def _b_row(native: str, theirs: str, one: _Projection, rank: str) -> Row:
+    """Of what has the output features of a projection, as they lie in its module."""
+    out = " ".join(dim for dim in map(_without_star, _dims(one.row.op.native)[:-1]) if dim)
+    source = one.row.op.sources[one.source]
+    if isinstance(source, Part):
+        given: str | Part = Part(f"{_out_dim(source.pattern, one.in_dim)} {rank}", source.piece)
+    else:
+        given = f"{_out_dim(source, one.in_dim)} {rank}"
+    return Row(native, (theirs,), Op((given,), f"{out} {rank}"), one.row.split if one.is_column else None)
+
+
+def _name_of(letter: str, native: str, projection: _Projection) -> str:
+    return f"{native}.{letter}_{projection.output}" if projection.is_column else f"{native}.{letter}"
+
+
+def _dims(pattern: str) -> list[str]:
+    return re.findall(r"\([^)]*\)|\S+", pattern)
+
+
+def _without_star(dim: str) -> str:
+    axes = [axis for axis in dim.strip("()").split() if axis != STAR]
+    return f"({' '.join(axes)})" if len(axes) > 1 else "".join(axes)
+
+
+def _out_dim(pattern: str, in_dim: str) -> str:
+    """The other dim of a weight's two."""
+    dims = _dims(pattern)
+    assert len(dims) == 2 and dims.count(in_dim) == 1, (pattern, in_dim)
+    return dims[1 - dims.index(in_dim)]

@@ -1,0 +1,226 @@
+"""A config of Hugging Face's peft, read strictly: what every field of it means here, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
+from megatron_ds.models.config import DecoderConfig, EncoderDecoderConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What becomes of the fields of one kind's config in peft: all of them are in one of these.
+
+    Attributes:
+        heeded: they mean here what they mean there.
+        must_be: they must say what is given here.
+    """
+
+    heeded: frozenset[str]
+    must_be: Mapping[str, Any]
+
+
+COSMETIC = frozenset(
+    {
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *(
+            "inference_mode",
+            "fan_in_fan_out",
+            "megatron_config",
+            "megatron_core",
+            "runtime_config",
+            "qalora_group_size",
+        ),
+    }
+)
+"""Fields of any kind that are not about math, or are settled by the model."""
+LEDGERS = {
+    "LORA": Ledger(
+        frozenset(
+            {
+                *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
+                *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+            }
+        ),
+        {
+            "bias": "none",
+            "modules_to_save": None,
+            "use_dora": False,
+            "lora_bias": False,
+            "layer_replication": None,
+            "target_parameters": None,
+            "trainable_token_indices": None,
+            "loftq_config": {},
+            "eva_config": None,
+            "corda_config": None,
+            "lora_ga_config": None,
+            "velora_config": None,
+            "alora_invocation_tokens": None,
+            "use_qalora": False,
+            "monteclora_config": None,
+            "use_bdlora": None,
+            "arrow_config": None,
+            "kasa_config": None,
+            "ensure_weight_tying": False,
+        },
+    ),
+    "IA3": Ledger(
+        frozenset({"target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights"}),
+        {"modules_to_save": None},
+    ),
+}
+
+
+class AdapterConfig:
+    """What a config says, which modules it means, and what their adapters are.
+
+    Args:
+        source: a directory with adapter_config.json, that file, or its content.
+
+    Attributes:
+        where: for errors: `peft`, or `peft=PATH`.
+        kind: peft's word, a key of `LEDGERS`.
+
+    Raises:
+        ConversionError: peft refuses it, or it says what is not supported.
+    """
+
+    def __init__(self, source: str | Path | Mapping[str, Any]) -> None:
+        self.where, raw = _read(source)
+        self.kind = str(raw.get("peft_type", "LORA")).upper()
+        self._config = _checked(self.where, self.kind, raw)
+
+    def settle_targets(self, model: HFModel, modules: Collection[str]) -> str:
+        """Say `target_modules` by name where the config does not: peft's usual ones, or all modules for "all-linear".
+
+        Args:
+            model: what is adapted.
+            modules: that can be.
+
+        Returns:
+            what is meant now, for errors.
+
+        Raises:
+            ConversionError: the config says nothing, and peft knows nothing usual.
+        """
+        import peft.utils as known
+
+        if self._config.target_modules is None:
+            name = f"TRANSFORMERS_MODELS_TO_{self.kind}_TARGET_MODULES_MAPPING"
+            usual = getattr(known, name).get(model.family.model_type)
+            if usual is None:
+                raise ConversionError(f"{self.where}.target_modules is missing; nearest: all-linear")
+            self._config.target_modules = set(usual)
+            if self.kind == "IA3" and not self._config.feedforward_modules:
+                usual = known.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model.family.model_type]
+                self._config.feedforward_modules = set(usual)
+        elif self._config.target_modules == "all-linear":
+            self._config.target_modules = set(modules)
+        return _shown(self._config.target_modules)
+
+    def matches(self, module: str) -> bool:
+        """Whether a module of transformers is meant: peft's own answer."""
+        from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+        match = check_target_module_exists(self._config, module)
+        return bool(match) and not isinstance(match, _ExcludedModule)
+
+    def adapter(self, module: str, width: int) -> LoRASpec | IA3Spec:
+        """What one module's adapter is, by peft's rules.
+
+        Args:
+            module: its name.
+            width: its input features.
+        """
+        if self.kind == "IA3":
+            from peft import IA3Model
+
+            of_input = IA3Model._check_target_module_feedforward(self._config, module)
+            return IA3Spec(of_input, None if self._config.init_ia3_weights else 1.0)
+        return self._low_rank(module, width)
+
+    def _low_rank(self, module: str, width: int) -> LoRASpec:
+        from peft.utils.other import get_pattern_key
+
+        config = self._config
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
+        gaussian, plain = config.init_lora_weights == "gaussian", config.init_lora_weights is False
+        return LoRASpec(
+            rank=rank,
+            scale=alpha / math.sqrt(rank) if config.use_rslora else alpha / rank,
+            dropout=config.lora_dropout,
+            a_bound=None if gaussian else 1 / math.sqrt(width),
+            a_std=1 / rank if gaussian else None,
+            b_bound=1 / math.sqrt(rank) if plain else None,
+        )
+
+    def content(self, model: HFModel, base: str) -> dict[str, Any]:
+        """What is written to adapter_config.json beside adapters of a model that is at `base`."""
+        content = self._config.to_dict()
+        if content.get("task_type") is None:
+            kinds = {DecoderConfig: "CAUSAL_LM", EncoderDecoderConfig: "SEQ_2_SEQ_LM"}
+            content["task_type"] = kinds.get(type(model.core))
+        content.update(peft_type=self.kind, base_model_name_or_path=base, inference_mode=True)
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "peft", dict(source)
+    path = Path(source)
+    file = path / ADAPTER_CONFIG if path.is_dir() else path
+    if not file.is_file():
+        raise ConversionError(f"peft={source}: no {ADAPTER_CONFIG} here; is it a directory that peft wrote?")
+    return f"peft={source}", read_json(file)
+
+
+def _checked(where: str, kind: str, raw: Mapping[str, Any]) -> Any:
+    """peft's own object, with nothing in it that we would ignore."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    if kind not in LEDGERS:
+        raise ConversionError(f"{where}.peft_type={kind} is not supported; supported: {', '.join(LEDGERS)}")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    unknown = sorted(raw.keys() - {field.name for field in fields(made)})
+    if unknown:
+        raise ConversionError(f"{where}.{unknown[0]} is no field of peft's {made.__name__}; remove it")
+    for name, wanted in LEDGERS[kind].must_be.items():
+        if name in raw and raw[name] != wanted and not (raw[name] in (None, False) and not wanted):
+            raise ConversionError(f"{where}.{name}={_shown(raw[name])} is not supported; nearest: {_shown(wanted)}")
+    try:
+        config: Any = made(**{name: value for name, value in raw.items() if name != "peft_type"})
+    except (TypeError, ValueError) as problem:
+        raise ConversionError(f"{where}: peft refuses it: {' '.join(str(problem).split())}") from problem
+    if kind == "LORA":
+        _check_lora(where, config)
+    elif config.feedforward_modules is None:
+        config.feedforward_modules = set()
+    return config
+
+
+def _check_lora(where: str, config: Any) -> None:
+    others = {f"rank_pattern.{name}": rank for name, rank in (config.rank_pattern or {}).items()}
+    for field, rank in {"r": config.r, **others}.items():
+        if not isinstance(rank, int) or rank < 1:
+            raise ConversionError(f"{where}.{field}={rank} must be at least 1; nearest: 1")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ConversionError(
+            f"{where}.init_lora_weights={config.init_lora_weights} is not supported; nearest: true, false or gaussian"
+        )
+    if not 0 <= config.lora_dropout < 1:
+        raise ConversionError(f"{where}.lora_dropout={config.lora_dropout} is not in [0, 1); nearest: 0.0")
+
+
+def _shown(value: Any) -> str:
+    return str(sorted(value) if isinstance(value, set) else value)

@@ -1,0 +1,98 @@
+"""Write adapters: as a directory that peft loads, or merged into the weights that they change."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ds.hf.export import DTYPES, check_fits, copy_tokenizer, exporting, replace_directory
+from megatron_ds.hf.peft.adapters import Adapters
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.weight_files import json_text
+from megatron_ds.hf.weights import HFWeights, ToHF
+
+
+def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict[str, bytes]:
+    """All but the weights: path in the directory -> content."""
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
+        if tokenizer_path is not None:
+            copy_tokenizer(Path(tokenizer_path), Path(place))
+        files = sorted(path for path in Path(place).rglob("*") if path.is_file())
+        found = {str(path.relative_to(place)): path.read_bytes() for path in files}
+    return {ADAPTER_CONFIG: json_text(adapters.config).encode(), **found}
+
+
+def export_adapters(
+    target: str | Path,
+    adapters: Adapters,
+    parameters: Iterable[tuple[str, Tensor]],
+    dtype: str | None,
+    tokenizer_path: str | Path | None,
+) -> None:
+    """Write adapters as peft does; an earlier export there is replaced at the end.
+
+    Args:
+        target: the directory.
+        adapters: what they are.
+        parameters: every native one of them, whole.
+        dtype: of the tensors; None = as they come.
+        tokenizer_path: where the tokenizer and chat templates are taken from; None = none.
+
+    Raises:
+        ConversionError: a value does not fit into the dtype.
+    """
+    target = Path(target).resolve()
+    directory = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    try:
+        to_hf, tensors = ToHF(adapters), {}
+        for name, whole in parameters:
+            cast = check_fits(name, whole.detach().to("cpu"), DTYPES[dtype] if dtype is not None else whole.dtype)
+            tensors.update({theirs: tensor.contiguous() for theirs, tensor in to_hf.add(name, cast)})
+        save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        for name, content in adapter_files(adapters, tokenizer_path).items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+        replace_directory(target, directory)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def export_merged(
+    target: str | Path,
+    base: HFWeights,
+    base_path: str | Path,
+    adapters: Adapters,
+    parameters: Mapping[str, Tensor],
+    dtype: str | None,
+    max_shard_size: str,
+    tokenizer_path: str | Path | None,
+) -> None:
+    """Write the base model with its adapters in its weights: W + s B A in fp32, rounded once.
+
+    Args:
+        target: the directory; an earlier export there is replaced at the end.
+        base: the weights, from which one parameter at a time is read.
+        base_path: where generation settings are taken from.
+        adapters: what is beside them.
+        parameters: the adapters', whole, by native name.
+        dtype: of all weights; None = that of each on disk.
+        max_shard_size: such as "5GB".
+        tokenizer_path: where the tokenizer is taken from; None = none.
+
+    Raises:
+        ConversionError: a value does not fit into the dtype.
+    """
+    with exporting(target, base.model, dtype, max_shard_size) as export:
+        for name, whole in base.each():
+            merged = adapters.merge(name, whole, parameters)
+            export.add(name, merged if dtype is not None else check_fits(name, merged, whole.dtype))
+            del whole, merged
+        export.finish(base_path, tokenizer_path)

@@ -1,0 +1,57 @@
+"""The README's table of supported families, generated from the registry.
+
+`python -m megatron_ds.hf.support_table README.md` updates it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from megatron_ds.hf.registry import FAMILIES
+
+BEGIN, END = "<!-- made by `make tables` -->", "<!-- end -->"
+
+# What people call the models of a family.
+MODELS = {
+    "gpt2": "GPT-2, DistilGPT-2",
+    "gpt_neox": "Pythia, GPT-NeoX-20B",
+    "gptj": "GPT-J-6B",
+    "opt": "OPT, 350M too; Galactica",
+    "bloom": "BLOOM, BLOOMZ",
+    "falcon": "Falcon RW, 7B, 40B, 180B",
+    "llama": "Llama 1 to 3.3, SmolLM2, TinyLlama",
+    "mistral": "Mistral 7B, Nemo, Small",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3, dense",
+    "phi3": "Phi-3 mini and medium, Phi-3.5 mini, Phi-4",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3, text only",
+    "olmo2": "OLMo 2",
+    "granite": "Granite 3, dense",
+    "smollm3": "SmolLM3",
+    "starcoder2": "StarCoder2",
+    "bert": "BERT, MiniLM and other encoders of its kind",
+    "roberta": "RoBERTa, DistilRoBERTa",
+    "t5": "T5, T5 v1.1, Flan-T5",
+}
+
+
+def support_table() -> str:
+    """Markdown, a line a family, in the registry's order."""
+    lines = ["| `model_type` | class in transformers | such as |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | `{family.architecture}` | {MODELS[name]} |" for name, family in FAMILIES.items()]
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """A page with what stands between the marks replaced by the table."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    assert len(pattern.findall(text)) == 1, "the page needs the marks of the table once"
+    return pattern.sub(lambda _: f"{BEGIN}\n{support_table()}\n{END}", text)
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,232 @@
+"""Tensors in Hugging Face directories: views of the files in, shards out, never a whole model in memory.
+
+Reads `model.safetensors`, its sharded form with an index, and `pytorch_model.bin` likewise. Writes sharded safetensors
+with an index, under temporary names until all is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.tensor_files import DTYPES, Stored, read_table, word_for
+
+SAFETENSORS = "model.safetensors"
+BIN = "pytorch_model.bin"
+_SAME_BYTES_CHUNK = 2**24
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]+")  # of a file in the directory itself
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class TensorSource:
+    """The tensors of a directory by name. Opening it reads headers only.
+
+    Args:
+        directory: for messages.
+        tables: file -> its tensors, in the order in which they stand.
+    """
+
+    def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, Stored]]) -> None:
+        self.directory, self.files = directory, list(tables)
+        self._found = {name: (file, stored) for file, table in tables.items() for name, stored in table.items()}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._found)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape on disk, without reading data."""
+        return self._found[name][1].shape
+
+    def dtype(self, name: str) -> str:
+        """Type on disk in safetensors' words, such as "BF16", without reading data."""
+        return self._found[name][1].dtype
+
+    def tensor(self, name: str, *, ahead: bool = False) -> Tensor:
+        """A view of a whole tensor in its file: what is touched is read, and in memory until the view is gone.
+
+        Args:
+            ahead: read all of it at once.
+        """
+        file, stored = self._found[name]
+        return stored.view(file, ahead=ahead)
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two weights are equal bit by bit, dtype and shape included; holds some MB at a time."""
+        shape, word = self.shape(first), self.dtype(first)
+        if shape != self.shape(second) or word != self.dtype(second) or word not in DTYPES:
+            return False
+        rows = max(1, _SAME_BYTES_CHUNK // max(1, DTYPES[word].itemsize * prod(shape[1:])))
+        for start in range(0, shape[0], rows):
+            parts = (self.tensor(name)[start : start + rows].contiguous() for name in (first, second))
+            one, other = (part.view(torch.uint8) for part in parts)
+            if not torch.equal(one, other):
+                return False
+        return True
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there is anything to open."""
+    return any((directory / name).is_file() for one in (SAFETENSORS, BIN) for name in (one, f"{one}.index.json"))
+
+
+def open_directory(directory: str | Path) -> TensorSource:
+    """Find a directory's weights: safetensors before .bin, one file before an index, as transformers does.
+
+    Raises:
+        ConversionError: no weights, a file missing from an index or outside the directory, a damaged file.
+    """
+    directory = Path(directory)
+    for single in (SAFETENSORS, BIN):
+        if (directory / single).is_file():
+            return TensorSource(directory, {directory / single: read_table(directory / single)})
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            return _open_indexed(index)
+    raise ConversionError(f"{directory}: no weights here; expected {SAFETENSORS}, {BIN}, or one of their indexes")
+
+
+def _open_indexed(index: Path) -> TensorSource:
+    file_of = _read_index(index)
+    tables = {file: read_table(file) for file in dict.fromkeys(file_of.values())}
+    for name, file in file_of.items():
+        if name not in tables[file]:
+            raise ConversionError(f"{index}: {name} should be in {file.name}, which does not hold it")
+    holder: dict[str, Path] = {}
+    for file, table in tables.items():
+        for name in table:
+            if name in holder:
+                raise ConversionError(f"{index.parent}: {name} is in both {holder[name].name} and {file.name}")
+            holder[name] = file
+    return TensorSource(index.parent, tables)
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """Name -> file. Nothing else that an index says is believed: transformers does not read it either."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise ConversionError(f"{index}: not JSON ({problem})") from problem
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise ConversionError(f"{index}: has no weight_map from tensors to files") from problem
+    for name, file in entries.items():
+        if not _PLAIN_NAME.fullmatch(file):
+            raise ConversionError(f"{index}: {name} points outside the directory, to {file!r}")
+        if not (index.parent / file).is_file():
+            raise ConversionError(f"{index}: {name} is in {file}, which is missing")
+    return {name: index.parent / file for name, file in entries.items()}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+_ENTRY_BYTES = 160  # of a tensor in a header, at most: braces, keys, type, four dims and two offsets; also of metadata
+_ALIGNMENT = 64
+
+
+def parse_size(text: str) -> int:
+    """ "5GB" -> bytes, in powers of 1000 as transformers counts; "5GiB" in powers of 1024.
+
+    Raises:
+        ConversionError: not a number with a unit, or less than a byte.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B", text.strip().upper())
+    if match:
+        number, unit, binary = match.groups()
+        size_bytes = int(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])
+        if size_bytes > 0:
+            return size_bytes
+    raise ConversionError(f"max_shard_size={text!r} is not a size; write for example 5GB or 500MB")
+
+
+class ShardWriter:
+    """Stream tensors into safetensors files of at most `max_shard_bytes` of them; none is held in memory.
+
+    A file begins with its header, which is known last: room is left for it, and blanks fill the rest, as the format
+    allows. Files get temporary names until `finish`, which renames them and writes the index (or the one plain file). A
+    tensor larger than the limit gets a file of its own.
+
+    Args:
+        directory: where; nothing of the kind is there yet.
+        max_shard_bytes: most bytes of tensors in a file that holds several.
+        names: of all tensors that may come, for the room.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int, names: Iterable[str]) -> None:
+        self.directory, self.max_shard_bytes = directory, max_shard_bytes
+        room = sum(_ENTRY_BYTES + len(json.dumps(name)) for name in names)
+        self._data_start = -(-(room + _ENTRY_BYTES) // _ALIGNMENT) * _ALIGNMENT
+        self._shards: list[dict[str, Any]] = []
+        self._total_bytes = self._total_parameters = self._shard_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; afterwards it may change or be freed."""
+        data = tensor.detach().contiguous()
+        size_bytes = data.numel() * data.element_size()
+        if not self._shards or (self._shard_bytes and self._shard_bytes + size_bytes > self.max_shard_bytes):
+            self._begin_shard()
+        end = self._shard_bytes + size_bytes
+        self._shards[-1][name] = {
+            "dtype": word_for(data.dtype),
+            "shape": list(data.shape),
+            "data_offsets": [self._shard_bytes, end],
+        }
+        if size_bytes:
+            with open(self._temporary(len(self._shards)), "ab") as file:
+                file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self._shard_bytes = end
+        self._total_bytes += size_bytes
+        self._total_parameters += data.numel()
+
+    def finish(self) -> None:
+        """Write the headers, give the files their final names, and write the index."""
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, entries in enumerate(self._shards, start=1):
+            self._write_header(number, entries)
+            final = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            os.replace(self._temporary(number), self.directory / final)
+            weight_map.update(dict.fromkeys(entries, final))
+        if count > 1:
+            metadata = {"total_parameters": self._total_parameters, "total_size": self._total_bytes}
+            write_json(self.directory / f"{SAFETENSORS}.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+    def _begin_shard(self) -> None:
+        self._shards.append({})
+        self._shard_bytes = 0
+        self._temporary(len(self._shards)).write_bytes(b" " * self._data_start)
+
+    def _write_header(self, number: int, entries: Mapping[str, Any]) -> None:
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        room = self._data_start - 8
+        assert len(header) <= room, (len(header), room)
+        with open(self._temporary(number), "r+b") as file:
+            file.write(room.to_bytes(8, "little") + header)
+
+    def _temporary(self, number: int) -> Path:
+        return self.directory / f".model-{number:05d}.safetensors.tmp"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write pretty JSON through a temporary name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json_text(content), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def json_text(content: Any) -> str:
+    """Pretty JSON."""
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,0 +1,233 @@
+"""Adapters of parallel linear layers, which are frozen: low-rank ones (Hu et al. 2021, LoRA), y = W x + s B A x, and
+scalings of outputs or inputs (Liu et al. 2022, (IA)^3), y = l * W x or y = W (l * x).
+
+The r-wide product A x is where a low-rank adapter crosses into or out of the tensor-parallel region, so that it moves
+S B r elements where its layer moves S B H. Scalings move nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ds.layers.dropout import HiddenDropout
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.parallel.collectives import copy_to, gather_sequence
+from megatron_ds.parallel.random import RngStreams
+from megatron_ds.parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """What an adapter is, whatever it adapts.
+
+    Attributes:
+        rank: r.
+        scale: s.
+        dropout: on what A takes.
+        a_bound, a_std: A begins uniform within ±bound, or normal; neither = 0.
+        b_bound: B begins uniform within ±bound; 0 = at 0, so that at first nothing is changed.
+    """
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    a_bound: float | None = None
+    a_std: float | None = None
+    b_bound: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What makes it another adapter, for people."""
+        return f"r {self.rank}, scale {self.scale}"
+
+
+@dataclass(frozen=True)
+class IA3Spec:
+    """A vector that multiplies what a layer gives, its bias included, or what it takes.
+
+    Attributes:
+        of_input: the latter.
+        std: the vector begins normal; None = at 1.
+    """
+
+    of_input: bool
+    std: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What makes it another adapter, for people."""
+        return f"a scaling of its {'input' if self.of_input else 'output'}"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of the projections that share an adapter's A.
+
+    Attributes:
+        size: output features, whole.
+        units: how many things that cannot be cut they are made of (key and value heads); None = any cut will do.
+    """
+
+    size: int
+    units: int | None = None
+
+
+class ColumnAdapter(nn.Module):
+    """s B A x beside a column-parallel layer: (S, B, H), or (S/t, B, H) under sequence parallelism -> (S, B, out/t).
+
+    Forward nothing, or an all-gather of the r-wide product; backward its all-reduce or reduce-scatter. Shares that
+    neighbours hold alike get the sum of their gradients.
+
+    Args:
+        in_features: H.
+        outputs: name -> a projection of x; those that are one matrix in Hugging Face's words have one A.
+        low: rank, scale and the rest.
+        tp: the tensor axis.
+        rng: streams of the dropout.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        outputs: Mapping[str, Output],
+        low: LoRASpec,
+        tp: TensorParallel,
+        rng: RngStreams | None,
+    ) -> None:
+        super().__init__()
+        self.low, self.tp = low, tp
+        self.a = make_parameter(ParamSpec((low.rank, in_features), std=low.a_std, bound=low.a_bound), tp.axis)
+        self.shares = {}
+        for name, output in outputs.items():
+            spec = ParamSpec((output.size, low.rank), 0, bound=low.b_bound, units=output.units)
+            self.register_parameter(f"b_{name}", make_parameter(spec, tp.axis))  # its own: ZeRO-3 gathers no child's
+            self.shares[name] = spec.shares(tp.axis.size)
+        self.dropout = HiddenDropout(low.dropout, rng, differs=tp.splits_sequence)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """By name of the projection."""
+        narrow = F.linear(self.dropout(x), self.tp.between(self.a))
+        axis = self.tp.axis
+        narrow = gather_sequence(narrow, axis) if self.tp.splits_sequence else copy_to(narrow, axis)
+        return {
+            name: F.linear(narrow, self.tp.shared(self.get_parameter(f"b_{name}"), shares)) * self.low.scale
+            for name, shares in self.shares.items()
+        }
+
+    def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the layer made of x, by name of the projection, with this beside it: (..., heads, D) or (..., out/t)."""
+        changes = self(x)
+        return {
+            name: output + changes[name].view_as(output) if name in changes else output
+            for name, output in outputs.items()
+        }
+
+
+class ColumnScaling(nn.Module):
+    """l * y of column-parallel outputs; backward, shares that neighbours hold alike get the sum of their gradients.
+
+    Args:
+        outputs: name -> a projection.
+        scaling: of the outputs.
+        tp: the tensor axis.
+    """
+
+    def __init__(self, outputs: Mapping[str, Output], scaling: IA3Spec, tp: TensorParallel) -> None:
+        super().__init__()
+        assert not scaling.of_input, "projections of one input cannot each scale it"
+        self.tp = tp
+        self.shares = {}
+        for name, output in outputs.items():
+            spec = ParamSpec((output.size, 1), 0, std=scaling.std, fill=1.0, units=output.units)
+            self.register_parameter(f"l_{name}", make_parameter(spec, tp.axis))
+            self.shares[name] = spec.shares(tp.axis.size)
+
+    def forward(self, *outputs: Tensor) -> tuple[Tensor, ...]:
+        """In the order of the projections, each (S, B, heads, D) or (S, B, out/t)."""
+        return tuple(
+            output * self.tp.shared(self.get_parameter(f"l_{name}"), shares).view(output.shape[2:])
+            for (name, shares), output in zip(self.shares.items(), outputs, strict=True)
+        )
+
+    def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `ColumnAdapter.adapted`."""
+        return {**outputs, **dict(zip(self.shares, self(*(outputs[name] for name in self.shares))))}
+
+
+class RowAdapter(nn.Module):
+    """s B A x beside a row-parallel layer: (S, B, in/t) -> (S, B, H), or (S/t, B, H) under sequence parallelism.
+
+    Forward an all-reduce or reduce-scatter of the r-wide product; backward nothing or an all-gather.
+
+    Args:
+        in_features, out_features: whole sizes.
+        low: rank, scale and the rest.
+        tp: the tensor axis.
+        rng: streams of the dropout, whose masks differ between tensor ranks: they hold different features.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, low: LoRASpec, tp: TensorParallel, rng: RngStreams | None
+    ) -> None:
+        super().__init__()
+        self.low, self.tp = low, tp
+        self.a = make_parameter(ParamSpec((low.rank, in_features), 1, std=low.a_std, bound=low.a_bound), tp.axis)
+        self.b = make_parameter(ParamSpec((out_features, low.rank), bound=low.b_bound), tp.axis)
+        self.dropout = HiddenDropout(low.dropout, rng, differs=tp.axis.size > 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = self.tp.leave(F.linear(self.dropout(x), self.a))
+        return F.linear(narrow, self.tp.between(self.b)) * self.low.scale
+
+    def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the layer makes of x, with this beside it."""
+        return layer(x) + self(x)
+
+
+class RowScaling(nn.Module):
+    """l * y of a row-parallel layer's output, or its input times l: (S, B, in/t) there.
+
+    Args:
+        in_features, out_features: whole sizes.
+        scaling: of which.
+        tp: the tensor axis.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scaling: IA3Spec, tp: TensorParallel) -> None:
+        super().__init__()
+        self.scaling, self.tp = scaling, tp
+        shape, split = ((1, in_features), 1) if scaling.of_input else ((out_features, 1), None)
+        self.l = make_parameter(ParamSpec(shape, split, std=scaling.std, fill=1.0), tp.axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.l if self.scaling.of_input else self.tp.between(self.l)).flatten()
+
+    def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """As `RowAdapter.around`."""
+        return layer(self(x)) if self.scaling.of_input else self(layer(x))
+
+
+def column_adapter(
+    in_features: int,
+    outputs: Mapping[str, Output],
+    adapter: LoRASpec | IA3Spec,
+    tp: TensorParallel,
+    rng: RngStreams | None,
+) -> ColumnAdapter | ColumnScaling:
+    """Of either kind; arguments as theirs."""
+    if isinstance(adapter, IA3Spec):
+        return ColumnScaling(outputs, adapter, tp)
+    return ColumnAdapter(in_features, outputs, adapter, tp, rng)
+
+
+def row_adapter(
+    in_features: int, out_features: int, adapter: LoRASpec | IA3Spec, tp: TensorParallel, rng: RngStreams | None
+) -> RowAdapter | RowScaling:
+    """Of either kind; arguments as theirs."""
+    if isinstance(adapter, IA3Spec):
+        return RowScaling(in_features, out_features, adapter, tp)
+    return RowAdapter(in_features, out_features, adapter, tp, rng)

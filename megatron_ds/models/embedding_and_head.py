@@ -1,0 +1,81 @@
+"""The first and the last stage of a model with words at both ends: the word embedding, and the head over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ds.layers.cross_entropy import LogitFinish, VocabShard, gather_logits, head_loss
+from megatron_ds.layers.embedding import VocabParallelEmbedding
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import HIDDEN, Activations, OutputHead
+from megatron_ds.parallel.collectives import copy_to, gather_sequence
+from megatron_ds.parallel.regions import EMBEDDING, part
+
+
+class WordEmbedding(VocabParallelEmbedding):
+    """ids (B, S) -> hidden states (S, B, E), or this rank's (S/t, B, E).
+
+    Args:
+        column: where the ids stand on the wire.
+        keeps_ids: a later stage reads them too.
+        options: see `VocabParallelEmbedding`.
+    """
+
+    def __init__(self, column: str, *args: Any, keeps_ids: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.column, self.keeps_ids = column, keeps_ids
+
+    def forward(self, activations: Activations) -> Activations:  # type: ignore[override]
+        kept = {name: tensor for name, tensor in activations.items() if name != self.column or self.keeps_ids}
+        with part(EMBEDDING):
+            return {**kept, HIDDEN: super().forward(activations[self.column].t())}
+
+
+class LanguageModelHead(OutputHead):
+    """The loss of each position's label over a vocabulary divided over the tensor axis.
+
+    Args:
+        vocab_size, width: V, and the length of the vectors that it takes.
+        at: where it runs.
+        std: of the weight's initialisation.
+        bias: whether the logits have one.
+        finish: what follows the product; None = nothing.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        ctx: BuildContext,
+        *,
+        std: float,
+        bias: bool = False,
+        finish: LogitFinish | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.tp, self.finish = vocab_size, ctx.tp, finish or LogitFinish()
+        self.weight = make_parameter(ParamSpec((vocab_size, width), 0, std=std), ctx.tp.axis)
+        spec = ParamSpec((vocab_size,), 0, decay=False)
+        self.bias = make_parameter(spec, ctx.tp.axis) if bias else None
+
+    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> Tensor:
+        """The fp32 sum of the labelled positions' losses, as (1,)."""
+        return head_loss(self.enter(activations[HIDDEN]), self.local(), labels["targets"].t())[None]
+
+    def outputs(self, activations: Activations) -> Activations:
+        """`logits` (B, S, V)."""
+        with torch.no_grad():
+            return {"logits": gather_logits(self.enter(activations[HIDDEN]), self.local()).transpose(0, 1)}
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Into the parallel region: by an all-gather under sequence parallelism, else as a copy."""
+        return gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else copy_to(hidden, self.tp.axis)
+
+    def local(self) -> VocabShard:
+        """This rank's part."""
+        return VocabShard(self.weight, self.bias, self.vocab_size, self.tp.axis, self.finish)

@@ -1,0 +1,55 @@
+"""Do on every rank what can fail on some of them, and fail as one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_ds.errors import MegatronDSError
+
+T = TypeVar("T")
+
+
+def run_on_all_ranks(step: Callable[[], T]) -> T:
+    """Result of `step()` on this rank, if it succeeded on every rank of the process group.
+
+    Without it, a rank that lacks a file would leave its peers waiting in their next collective. Communicates one small
+    object; `step` itself must not communicate.
+
+    Raises:
+        MegatronDSError: on rank 0, the error of the lowest rank that had one.
+        SystemExit: on the other ranks then, with status 2: rank 0 speaks for all. With status 1 on those that only
+            hear of another's defect.
+        Exception: a defect, on the rank that had it.
+    """
+    result: Any = None
+    mine: MegatronDSError | None = None
+    defect: Exception | None = None
+    try:
+        result = step()
+    except MegatronDSError as problem:
+        mine = problem
+    except Exception as problem:
+        defect = problem
+    everyone = _gather((mine, defect is not None))
+    if defect is not None:
+        raise defect
+    if any(is_defect for _, is_defect in everyone):
+        sys.exit(1)
+    for error, _ in everyone:
+        if error is not None and (len(everyone) == 1 or dist.get_rank() == 0):
+            raise error
+        if error is not None:
+            sys.exit(2)
+    return result
+
+
+def _gather(mine: tuple[MegatronDSError | None, bool]) -> list[tuple[MegatronDSError | None, bool]]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

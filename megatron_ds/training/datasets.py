@@ -1,0 +1,36 @@
+"""The data of a run, as its run file says."""
+
+from __future__ import annotations
+
+from megatron_ds.config import RunConfig, check_target_length
+from megatron_ds.data import ChatOptions, Dataset, Order, Split, open_dataset
+from megatron_ds.training.resolve import ResolvedRun
+
+
+def open_split(resolved: ResolvedRun, split: str) -> Dataset:
+    """The data of a split, `train` or `valid`; the latter is read once from its beginning to its end."""
+    data, train = resolved.run.data, resolved.run.train
+    is_train = split == "train"
+    sources = data.train if is_train or data.split is not None else data.valid
+    weighted = is_train and any(source.weight is not None for source in sources)
+    found = open_dataset(
+        data.format,
+        resolved.objective,
+        [source.path for source in sources],
+        data.seq_length,
+        resolved.model.core.vocab_size,
+        resolved.run.model.tokenizer_path,
+        data.cache_dir,
+        weights=[source.weight or 0.0 for source in sources] if weighted else None,
+        order=Order(train.steps * train.global_batch_size, train.seed, data.shuffle) if is_train else None,
+        split=Split(tuple(data.split), 0 if is_train else 1) if data.split is not None else None,
+        chat=ChatOptions(data.loss_turns, data.overlong, data.packing),
+    )
+    check_target_length(resolved.run, found.target_length)
+    return found
+
+
+def has_validation(run: RunConfig) -> bool:
+    """Whether a run has data to validate on: files of their own, or a part of its corpora."""
+    split = run.data.split
+    return bool(run.data.valid) or (split is not None and len(split) > 1 and split[1] > 0)

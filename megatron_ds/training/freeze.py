@@ -1,0 +1,37 @@
+"""What is not trained: patterns of Hugging Face tensor names -> our parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from megatron_ds.config.error_messages import nearest_names
+from megatron_ds.errors import ConfigError
+from megatron_ds.hf.config import HFModel
+
+
+def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]:
+    """Our names of the parameters all of whose Hugging Face tensors match a pattern of `train.freeze`.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or a part of a parameter.
+    """
+    names = [name for row in model.table.values() for name in row.names]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = " or ".join(nearest_names(pattern, names) or names[:2])
+            raise ConfigError(f"train.freeze={pattern} matches no tensor of the model, such as {near}")
+    frozen = set()
+    for native, row in model.table.items():
+        matched = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in row.names]
+        if any(matched) and not all(matched):
+            apart = row.names[matched.index(False)]
+            raise ConfigError(
+                f"train.freeze: {row.names[matched.index(True)]} is one parameter with {apart} here; freeze both or "
+                "none"
+            )
+        if all(matched):
+            frozen.add(native)
+    if len(frozen) == len(model.table):
+        raise ConfigError("train.freeze matches every tensor of the model; leave some to train")
+    return frozenset(frozen)

@@ -1,0 +1,185 @@
+"""Start a training run: as the rank that a launcher made of this process, or with local ranks of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from megatron_ds.config import RunConfig
+from megatron_ds.errors import ConfigError, MegatronDSError, TopologyError
+from megatron_ds.log import get_logger, quiet_libraries, setup_logging
+from megatron_ds.monitor import Reporter, SilentReporter
+from megatron_ds.parallel.failure import lost_peer
+from megatron_ds.parallel.launch import run_local
+from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment
+from megatron_ds.parallel.restart import run_with_restarts
+from megatron_ds.training.graceful_stop import counting_time
+
+ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
+
+ECHO_WAIT_S = 8.0  # a launcher ends the peers of a rank that failed; until then they do not speak over it
+
+
+def silent() -> AbstractContextManager[Reporter]:
+    """Says nothing; `metrics.jsonl` tells all."""
+    return nullcontext(SilentReporter())
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """What to do where local ranks die.
+
+    Attributes:
+        at_most: how often the group is started again, from its last checkpoint.
+        min_ranks: go on with the ranks that are left, as long as there are so many; None = with as many as before.
+    """
+
+    at_most: int = 0
+    min_ranks: int | None = None
+
+
+def train(
+    run: RunConfig,
+    nproc: int | None = None,
+    reporter: ReporterFactory = silent,
+    restarts: Restarts = Restarts(),
+) -> None:
+    """Train a run.
+
+    Under torchrun, the `deepspeed` launcher or srun this process is one rank of their world. Alone it starts `nproc`
+    local ranks and waits for them; anything wrong with the run is refused first.
+
+    Args:
+        run: from `load_run`.
+        nproc: local ranks; None = 1, or what the launcher says.
+        reporter: opened on rank 0 only.
+        restarts: of local ranks.
+
+    Raises:
+        MegatronDSError: what the user can mend.
+        LaunchError: a rank died; with its traceback.
+        KeyboardInterrupt: after a Ctrl-C, once every rank has finished its step and the files are closed.
+    """
+    quiet_libraries()
+    if nproc is not None and nproc < 1:
+        raise TopologyError(f"--nproc={nproc} is less than one rank; nearest: 1")
+    given = rank_from_environment()
+    if given is None:
+        _train_locally(run, nproc or 1, reporter, restarts)
+    elif restarts.at_most:
+        raise TopologyError(
+            f"--max-restarts={restarts.at_most} is for starting alone, but the environment says that a launcher "
+            f"started rank {given.rank} of {given.world_size}; nearest: torchrun --max-restarts"
+        )
+    elif nproc is None:
+        _train_launched(run, given, reporter)
+    else:
+        raise TopologyError(
+            f"--nproc={nproc} is for starting alone, but the environment says that a launcher started rank "
+            f"{given.rank} of {given.world_size}; leave --nproc out"
+        )
+
+
+def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restarts: Restarts) -> None:
+    check_restarts(run, ranks, restarts)
+    _share_cores(ranks)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
+
+    from megatron_ds.engine import device_count, device_type, preload
+    from megatron_ds.training.resolve import resolve_run
+
+    check_devices(ranks, device_type(), device_count())
+    resolve_run(run, ranks, device_type())
+    preload(run.train.compile)
+    resumed = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
+
+    def start(count: int, is_restart: bool) -> None:
+        run_local(lambda info: _train_as(resumed if is_restart else run, info, reporter), count)
+
+    def fits(count: int) -> bool:
+        try:
+            resolve_run(resumed, count, device_type())
+        except ConfigError:
+            return False
+        return device_type() == "cpu" or count <= device_count()
+
+    def fewer(left: int) -> int | None:
+        assert restarts.min_ranks is not None
+        return next((count for count in range(left, restarts.min_ranks - 1, -1) if fits(count)), None)
+
+    with counting_time():
+        run_with_restarts(start, ranks, restarts.at_most, fewer if restarts.min_ranks is not None else None)
+
+
+def check_restarts(run: RunConfig, ranks: int, restarts: Restarts) -> None:
+    """Whether restarting makes sense.
+
+    Raises:
+        ConfigError: there would be nothing to go on from.
+        TopologyError: the least number of ranks is none.
+    """
+    if restarts.at_most and not run.checkpoint.every:
+        raise ConfigError(
+            f"--max-restarts={restarts.at_most} has nothing to go on from: checkpoint.every=0 saves nothing; nearest: "
+            "checkpoint.every=100"
+        )
+    if restarts.min_ranks is None:
+        return
+    if not 1 <= restarts.min_ranks <= ranks:
+        raise TopologyError(f"--min-nproc={restarts.min_ranks} is not between 1 and --nproc={ranks}; nearest: {ranks}")
+    if not restarts.at_most:
+        raise TopologyError(f"--min-nproc={restarts.min_ranks} does nothing without --max-restarts; nearest: 1")
+
+
+def _share_cores(local_ranks: int) -> None:
+    """Ranks with a thread a core each would stand in one another's way; effective before torch is imported."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
+
+
+def check_devices(ranks: int, device_type: str, count: int) -> None:
+    """A rank needs a device of its own; on CPU they share.
+
+    Raises:
+        TopologyError: there are too few.
+    """
+    if device_type != "cpu" and ranks > count:
+        raise TopologyError(f"--nproc={ranks} is more than the {count} {device_type} devices here; nearest: {count}")
+
+
+def _train_launched(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
+    """As one of a launcher's ranks: tell why this one failed, unless it failed because another did."""
+    # `deepspeed` says how many ranks there are here; torchrun sets the threads itself, srun leaves them to the user
+    _share_cores(int(os.environ.get("LOCAL_SIZE", "1")))
+    try:
+        _train_as(run, info, reporter)
+    except MegatronDSError as problem:
+        if info.rank == 0:
+            raise
+        get_logger().error("%s", problem)
+        _leave(2)
+    except Exception as problem:
+        if lost_peer(problem):
+            time.sleep(ECHO_WAIT_S)
+        get_logger().error("%s", traceback.format_exc().rstrip())
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    """End the process without taking its communication down, which could wait for the others forever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
+    from megatron_ds.training.worker import train_rank
+
+    setup_logging(info.rank)
+    with reporter() if info.rank == 0 else silent() as listening:
+        train_rank(run, info, listening)

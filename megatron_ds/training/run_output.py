@@ -1,0 +1,131 @@
+"""What a run tells while it goes on: `config.yaml`, `metrics.jsonl`, `data.json`, `loss.png` in its directory, and a
+reporter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from megatron_ds.checkpoint.saver import Saved
+from megatron_ds.config import RunConfig, dump_run
+from megatron_ds.data import Dataset
+from megatron_ds.data.blend import Share, account
+from megatron_ds.monitor import MetricsWriter, Reporter, RunSummary, StepMetrics, ValidMetrics, draw_loss
+
+ACCOUNT = "data.json"
+
+
+class RunOutput:
+    """Rank 0's files and voice; on other ranks every method does nothing. Use it as a context manager.
+
+    Args:
+        run: what is run.
+        reporter: who is told.
+        is_first: whether this is rank 0.
+    """
+
+    def __init__(self, run: RunConfig, reporter: Reporter, is_first: bool) -> None:
+        self._run, self._reporter, self._is_first = run, reporter, is_first
+        self._directory = Path(run.output)
+        self._writer: MetricsWriter | None = None
+
+    def start(self, summary: RunSummary, continue_after: int | None = None) -> None:
+        """Make the directory, write `config.yaml`, open `metrics.jsonl`, show the summary.
+
+        Args:
+            summary: of the run.
+            continue_after: the step that a resumed run goes on after; None for a new run.
+        """
+        if not self._is_first:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        (self._directory / "config.yaml").write_text(dump_run(self._run), encoding="utf-8")
+        if continue_after is None:
+            (self._directory / ACCOUNT).unlink(missing_ok=True)  # of an earlier run
+        self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
+        self._reporter.start(summary)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Write and show a logged step."""
+        self._write(metrics)
+        if self._is_first:
+            self._reporter.step(metrics, self._run.train.steps)
+
+    def valid(self, metrics: ValidMetrics) -> None:
+        """Write and show a validation."""
+        self._write(metrics)
+        if self._is_first:
+            self._reporter.valid(metrics)
+
+    def saved(self, saved: Saved) -> None:
+        """Show a checkpoint that is there, and write what it cost to `checkpoints/saves.jsonl`."""
+        if not self._is_first:
+            return
+        rate = saved.bytes / 1e6 / max(saved.written_s, 1e-9)
+        self._reporter.note(
+            f"saved {saved.path}: {saved.bytes / 1e6:,.1f} MB in {saved.written_s:.2f} s ({rate:,.0f} MB/s), training "
+            f"paused {saved.paused_s:.2f} s"
+        )
+        with open(Path(saved.path).parent / "saves.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(saved)) + "\n")
+
+    def taken(self, data: Dataset, samples: int, *, is_last: bool = False) -> None:
+        """Write what the run has taken of each corpus to `data.json`, if the data keep an account; tell it at last.
+
+        Args:
+            data: of the run.
+            samples: taken so far.
+            is_last: whether no more are taken.
+        """
+        shares = account(data, samples) if self._is_first else ()
+        if not shares:
+            return
+        content = json.dumps({"samples": samples, "sources": [asdict(share) for share in shares]}, indent=2)
+        temporary = self._directory / f".{ACCOUNT}.tmp"
+        temporary.write_text(content + "\n", encoding="utf-8")
+        os.replace(temporary, self._directory / ACCOUNT)
+        if is_last:
+            self._reporter.note(describe_shares(shares))
+
+    def note(self, text: str) -> None:
+        """Say something worth a line."""
+        if self._is_first:
+            self._reporter.note(text)
+
+    def close(self, title: str) -> None:
+        """Close `metrics.jsonl` and draw `loss.png` from it."""
+        if self._writer is not None:
+            self._writer.close()
+            draw_loss(self._writer.path, self._directory / "loss.png", f"{title}: {self._directory}")
+
+    def finish(self, text: str) -> None:
+        """Say how it went."""
+        if self._is_first:
+            self._reporter.finish(text)
+
+    def __enter__(self) -> RunOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, metrics: StepMetrics | ValidMetrics) -> None:
+        if self._writer is not None:
+            self._writer.write(metrics)
+
+
+def describe_shares(shares: Sequence[Share]) -> str:
+    """Such as `data: a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples (0.39, wanted 0.40), ...`."""
+    whole = max(1, sum(share.samples for share in shares))
+    parts = []
+    for share in shares:
+        of_all = f" ({share.samples / whole:.2f}, wanted {share.weight:.2f})" if len(shares) > 1 else ""
+        parts.append(f"{share.name} {share.samples:,} samples{of_all}, {share.epochs:.2f} epochs")
+    return f"data: {'; '.join(parts)}"

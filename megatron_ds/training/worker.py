@@ -1,0 +1,211 @@
+"""One rank's part of a training run: join the others, check and read together, resume, train, export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_ds.checkpoint.load import load_state
+from megatron_ds.checkpoint.progress import Origin, Progress
+from megatron_ds.checkpoint.reader import ResumePoint, StateReader
+from megatron_ds.checkpoint.saver import SaveOptions, Saver
+from megatron_ds.config import RunConfig
+from megatron_ds.data import Dataset, collate
+from megatron_ds.engine import (
+    Engine,
+    EngineOptions,
+    build_engine,
+    device_type,
+    enable_shared_memory,
+    start_distributed,
+    stop_distributed,
+)
+from megatron_ds.monitor import Reporter, Throughput, read_metrics
+from megatron_ds.parallel.consensus import run_on_all_ranks
+from megatron_ds.parallel.grid import create_grid
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.training.datasets import has_validation, open_split
+from megatron_ds.training.export import check_export, export_live
+from megatron_ds.training.graceful_stop import GracefulStop
+from megatron_ds.training.loop import TrainingLoop
+from megatron_ds.training.resolve import ResolvedRun, resolve_run
+from megatron_ds.training.resume import (
+    check_resume_point,
+    checkpoint_folder,
+    find_resume_point,
+    initial_progress,
+    lock_output,
+    prepare_output,
+)
+from megatron_ds.training.run_output import RunOutput
+from megatron_ds.training.summary import flops_per_position, summarize
+from megatron_ds.training.watchdog import Watchdog, rank_status_store
+from megatron_ds.version import __version__
+
+COLLECTIVE_TIMEOUT_S = 1800.0  # of a collective, at least: the watchdog, which says more, comes first
+
+
+def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> None:
+    """Train as one rank of a job: join the others, check and read data together, resume, train, export.
+
+    After an exception the process group is left as it is: taking NCCL down waits for peers, which may be waiting for
+    this rank. The process is expected to end.
+
+    Raises:
+        MegatronDSError: what the user can mend; see `together` for which rank raises it.
+        KeyboardInterrupt: after SIGINT, once every rank has finished its step, saved, and closed the files.
+    """
+    with GracefulStop(run.train.max_time) as interrupt:
+        device = start_distributed(info, timeout_s=max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout))
+        claimed = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
+        found = find_resume_point(run, info)
+        prepared = run_on_all_ranks(lambda: _prepare(run, info, found))
+        engine = build(prepared.resolved, info, device)
+        if prepared.reader is not None:
+            load_state(engine, prepared.reader)
+        held, notes = run_on_all_ranks(lambda: prepare_output(run, found, claimed) if info.rank == 0 else (None, ()))
+        with Watchdog(info, run.train.step_timeout, rank_status_store(info)) as watchdog:
+            was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog, notes)
+        stop_distributed()
+        del held  # until here no other run could write to the output
+    if was_interrupted:
+        raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    resolved: ResolvedRun
+    train_data: Dataset
+    valid_data: Dataset | None
+    begin: Progress
+    reader: StateReader | None
+
+
+def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint) -> _Prepared:
+    """Everything that can be refused: the run against model, world and what it goes on from, and its data."""
+    check_resume_point(run, found)
+    resolved = resolve_run(run, info.world_size, device_type(), found.path)
+    train_data, valid_data = (
+        open_split(resolved, "train"),
+        open_split(resolved, "valid") if has_validation(run) else None,
+    )
+    reader = StateReader(found.path) if found.path is not None else None
+    start = initial_progress(run, reader.progress if reader is not None else None, train_data, found.path)
+    metrics = Path(run.output) / "metrics.jsonl"
+    if info.rank == 0 and reader is not None and metrics.is_file():
+        read_metrics(metrics)  # a line that is none is refused now
+    return _Prepared(resolved, train_data, valid_data, start, reader)
+
+
+def build(resolved: ResolvedRun, info: RankInfo, device: torch.device) -> Engine:
+    """This rank's engine for a job. Collective over the world.
+
+    Raises:
+        ConfigError: see `build_engine` and `enable_shared_memory`.
+    """
+    run = resolved.run
+    options = EngineOptions(
+        resolved.deepspeed,
+        run.optimizer,
+        run.parallel.sequence,
+        run.train.recompute,
+        run.train.seed,
+        resolved.frozen,
+        run.train.compile,
+        run.train.kernels,
+    )
+    grid = create_grid(resolved.layout, info.rank)
+    if run.parallel.shared_memory and grid.tensor.size > 1:
+        grid = enable_shared_memory(grid)
+    return build_engine(resolved.layers, grid, device, options, resolved.read_shard)
+
+
+def _train(
+    prepared: _Prepared,
+    engine: Engine,
+    reporter: Reporter,
+    interrupt: GracefulStop,
+    watchdog: Watchdog,
+    notes: Sequence[str],
+) -> bool:
+    """Train and export, or save and leave where `interrupt` says so; whether by a Ctrl-C, the same on every rank."""
+    resolved, run, begin = prepared.resolved, prepared.resolved.run, prepared.begin
+    summary = summarize(resolved, engine, prepared.train_data)
+    with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
+        output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
+        for note in (*notes, *_resumed(prepared), *(f"kernel of {name}" for name in engine.kernels)):
+            output.note(note)
+        flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
+        throughput = Throughput(flops, resolved.layout.world_size)
+        saver = _saver(prepared, engine)
+        loop = TrainingLoop(
+            run, engine, prepared.train_data, prepared.valid_data, output, throughput, saver, begin, watchdog.heartbeat
+        )
+        done = loop.run(interrupt)
+        output.close(resolved.model.family.model_type)
+        if done < run.train.steps:
+            output.finish(f"stopped by {loop.reason} after step {done} of {run.train.steps}{loop.left_behind}")
+            return loop.was_interrupted
+        watchdog.heartbeat("exporting", may_take_long=True)
+        _export(resolved, engine, prepared.train_data, output)
+        output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
+        return False
+
+
+def _resumed(prepared: _Prepared) -> Iterator[str]:
+    """What to say of the checkpoint that the run goes on from."""
+    if prepared.reader is None:
+        return
+    at, now = prepared.reader.origin, prepared.begin
+    yield (
+        f"goes on after step {now.step} from {prepared.reader.directory} (written at tp {at.tensor} x pp {at.pipeline} "
+        f"x dp {at.data}, ZeRO-{at.zero_stage}, {at.precision})"
+    )
+    if now.data.samples == 0 and prepared.reader.progress.data.samples:
+        yield "data.restart=true: the data begin anew"
+
+
+def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
+    resolved, run = prepared.resolved, prepared.resolved.run
+    if not run.checkpoint.every:
+        return None
+    options = SaveOptions(
+        folder=checkpoint_folder(run),
+        keep=run.checkpoint.keep,
+        asynchronous=run.checkpoint.asynchronous,
+        protected=tuple(
+            Path(path)
+            for path in (prepared.reader.directory if prepared.reader is not None else None, run.model.path)
+            if path is not None
+        ),
+        model_path=run.model.path,
+        tokenizer_path=run.model.tokenizer_path,
+    )
+    layout = resolved.layout
+    origin = Origin(
+        world_size=layout.world_size,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        data=layout.data,
+        sequence=run.parallel.sequence,
+        zero_stage=resolved.facts.zero_stage,
+        precision=resolved.facts.precision,
+        source=f"megatron-ds {__version__}",
+    )
+    return Saver(engine, resolved.model, options, origin, resolved.adapters)
+
+
+def _export(resolved: ResolvedRun, engine: Engine, data: Dataset, output: RunOutput) -> None:
+    section = resolved.run.export
+    if section is None:
+        return
+    export_live(engine, resolved, section)
+    what = "a directory of peft" if resolved.adapters is not None and not section.merge else "a Hugging Face directory"
+    output.note(f"exported {what}: {section.path}")
+    if section.check:
+        batch = collate(data, range(resolved.run.train.micro_batch_size))
+        error = check_export(engine, resolved, section, batch)
+        output.note(f"what transformers predicts from it equals the live model's: relative error {error:.1e}")

@@ -1,0 +1,3 @@
+"""The version of the package; setup.py and the command line read it here."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,76 @@
+"""Count bytes on the wire, independently of our code: torch.distributed's own functions are wrapped."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import torch.distributed as dist
+
+
+class Activations:
+    """Bytes that one rank sends, by kind of collective, for ring algorithms."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, Fraction] = {}
+        self.calls: dict[str, int] = {}
+
+    def count(self, kind: str, size_bytes: Fraction) -> None:
+        self.bytes[kind] = self.bytes.get(kind, Fraction(0)) + size_bytes
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+
+    @property
+    def total(self) -> Fraction:
+        return sum(self.bytes.values(), Fraction(0))
+
+
+def _size(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+@contextmanager
+def counting() -> Iterator[Activations]:
+    """Within it, all communication of this process through torch.distributed is counted."""
+    wire = Activations()
+
+    def share(group: Any) -> Fraction:
+        size = dist.get_world_size(group)
+        return Fraction(size - 1, size)
+
+    def all_reduce(tensor: Any, *args: Any, **kwargs: Any) -> None:
+        wire.count("all_reduce", 2 * _size(tensor) * share(kwargs.get("group")))
+
+    def all_gather(output: Any, *args: Any, **kwargs: Any) -> None:
+        wire.count("all_gather", _size(output) * share(kwargs.get("group")))
+
+    def reduce_scatter(output: Any, input: Any, *args: Any, **kwargs: Any) -> None:
+        wire.count("reduce_scatter", _size(input) * share(kwargs.get("group")))
+
+    def send(tensor: Any, *args: Any, **kwargs: Any) -> None:
+        wire.count("send", Fraction(_size(tensor)))
+
+    counters: dict[str, Callable[..., None]] = {
+        "all_reduce": all_reduce,
+        "all_gather_single": all_gather,
+        "all_gather_into_tensor": all_gather,
+        "reduce_scatter_single": reduce_scatter,
+        "reduce_scatter_tensor": reduce_scatter,
+        "send": send,
+        "isend": send,
+    }
+    originals = {name: getattr(dist, name) for name in counters}
+
+    def wrap(name: str) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counters[name](*args, **kwargs)
+            return originals[name](*args, **kwargs)
+
+        return counted
+
+    for name in counters:
+        setattr(dist, name, wrap(name))
+    try:
+        yield wire
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)

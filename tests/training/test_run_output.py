@@ -1,0 +1,106 @@
+"""The account of what a run has taken of its corpora: a file at each save, a line at the end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_ds.config import RunConfig
+from megatron_ds.data import Order, open_dataset
+from megatron_ds.data.blend import Share
+from megatron_ds.data.indexed.files import write_index
+from megatron_ds.data.objective import Causal
+from megatron_ds.monitor import SilentReporter
+from megatron_ds.training.run_output import RunOutput, describe_shares
+from tests.training.test_loop import SUMMARY, CountingEngine, Listener, travel
+
+
+@pytest.fixture
+def blend(tmp_path: Path) -> Any:
+    """60 % of a corpus of 31 samples, 40 % of one of 15, for 40 samples."""
+    for name, count in (("a", 20), ("b", 10)):
+        tokens = np.random.default_rng(0).integers(0, 60, 50 * count).astype("<u2")
+        tokens.tofile(tmp_path / f"{name}.bin")
+        write_index(tmp_path / f"{name}.idx", tokens.dtype, [50] * count, range(count + 1))
+    sources = [str(tmp_path / name) for name in ("a", "b")]
+    order = Order(40, 1234, True)
+    shared = ("indexed", Causal(), sources, 32, 61)
+    return open_dataset(*shared, cache_dir=str(tmp_path / "cache"), weights=[0.6, 0.4], order=order)
+
+
+def test_the_account_is_written_whole_and_told_at_last(
+    make_run: Callable[..., RunConfig], tmp_path: Path, blend: Any
+) -> None:
+    run, listener = make_run(), Listener()
+    file = Path(run.output) / "data.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("of an earlier run")
+    with RunOutput(run, listener, is_first=True) as output:
+        output.start(SUMMARY)
+        assert not file.exists()
+        output.taken(blend, 10)
+        assert json.loads(file.read_text()) == {
+            "samples": 10,
+            "sources": [
+                {"name": str(tmp_path / "a"), "weight": 0.6, "samples": 6, "epochs": 6 / 31},
+                {"name": str(tmp_path / "b"), "weight": 0.4, "samples": 4, "epochs": 4 / 15},
+            ],
+        }
+        assert listener.notes == []
+        output.taken(blend, 40, is_last=True)
+        assert json.loads(file.read_text())["sources"][1]["samples"] == 16
+    assert [path.name for path in file.parent.iterdir() if "data" in path.name] == ["data.json"]
+    (note,) = listener.notes
+    assert note == (
+        f"data: {tmp_path / 'a'} 24 samples (0.60, wanted 0.60), 0.77 epochs; "
+        f"{tmp_path / 'b'} 16 samples (0.40, wanted 0.40), 1.07 epochs"
+    )
+    with RunOutput(run, listener, is_first=True) as output:
+        output.start(SUMMARY, continue_after=1)
+        assert file.exists(), "a run that goes on has it still"
+
+
+def test_other_ranks_write_nothing_and_so_do_data_without_an_account(
+    make_run: Callable[..., RunConfig], blend: Any
+) -> None:
+    run, listener = make_run(), Listener()
+    with RunOutput(run, listener, is_first=False) as output:
+        output.start(SUMMARY)
+        output.taken(blend, 10, is_last=True)
+    assert not Path(run.output).exists()
+    with RunOutput(run, listener, is_first=True) as output:
+        output.start(SUMMARY)
+        output.taken(SimpleNamespace(), 10, is_last=True)  # type: ignore[arg-type]
+    assert not (Path(run.output) / "data.json").exists() and listener.notes == []
+
+
+def test_one_corpus_has_no_share_to_tell() -> None:
+    assert describe_shares([Share("corpus", 1.0, 6120, 0.431)]) == "data: corpus 6,120 samples, 0.43 epochs"
+
+
+def test_a_run_accounts_at_each_save_and_at_its_end(
+    make_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    run = make_run(train={"steps": 4}, checkpoint={"every": 2})
+    monkeypatch.setattr(RunOutput, "taken", lambda self, data, samples, is_last=False: told.append((samples, is_last)))
+    engine = CountingEngine()
+    engine.seen = told  # type: ignore[assignment]  # the process that travels gives it back
+    monkeypatch.setattr(CountingEngine, "train_step", _plain_step)
+    assert travel(run, engine)[0] == [(16, False), (32, False), (32, True)]
+
+
+def _plain_step(self: CountingEngine, batches: list[Any], lr: float) -> Any:
+    from megatron_ds.engine import StepResult
+
+    return StepResult(1.0, 1.0, 1, True)
+
+
+def test_a_silent_reporter_is_enough(make_run: Callable[..., RunConfig], blend: Any) -> None:
+    with RunOutput(make_run(), SilentReporter(), is_first=True) as output:
+        output.start(SUMMARY)
+        output.taken(blend, 10, is_last=True)
