@@ -1,8 +1,15 @@
-"""What can go wrong by the user's hand, as types.
+"""Types of the errors that a user can cause, and the parts of their messages.
 
 The command line turns every `MegatronDSError` into one line on stderr and exit status 2; anything else is a defect
 of ours and keeps its traceback. Each message names the field, its value, the rule, and the nearest fix.
 """
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+_LONGEST_VALUE = 80
 
 
 class MegatronDSError(Exception):
@@ -35,3 +42,27 @@ class TrainingError(MegatronDSError):
 
 class LaunchError(MegatronDSError):
     """A rank died, hung or could not be started."""
+
+
+def show(value: Any) -> str:
+    """Return a value as it stands in YAML or JSON, on one line, shortened."""
+    if isinstance(value, str):
+        text = value if value.strip() == value and value else json.dumps(value)
+    elif value is None or isinstance(value, bool | list | tuple | dict):
+        text = json.dumps(value, default=str)
+    else:
+        text = str(value)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def nearest_names(name: str, legal: Iterable[str]) -> list[str]:
+    """Return up to three legal names that look like `name`, the closest first."""
+    return difflib.get_close_matches(name, list(legal), n=3, cutoff=0.6)
+
+
+def not_one_of(value: Any, legal: Iterable[str]) -> str:
+    """Return `is not one of a, b, c`, followed by the legal name that looks most like the value, if any does."""
+    names = list(legal)
+    close = nearest_names(value, names) if isinstance(value, str) else []
+    return f"is not one of {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")

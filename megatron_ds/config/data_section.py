@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from megatron_ds.config.error_messages import show
 from megatron_ds.config.schema_base import Count, CountOrZero, NonNegative, Section, Text
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, show
 
 
 def _list_of_sources(value: Any) -> Any:

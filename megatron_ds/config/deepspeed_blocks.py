@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ds.config.deepspeed_source import Place, equal, is_unset
-from megatron_ds.config.error_messages import show
 from megatron_ds.config.run_config import RunConfig
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, show
 
 _SCHEDULE_OF_TYPE: Mapping[str, str] = {
     "WarmupLR": "constant",

@@ -21,9 +21,9 @@ from megatron_ds.config.deepspeed_keys import (
     UNSUPPORTED_KEYS,
 )
 from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
-from megatron_ds.config.error_messages import show, suggest
+from megatron_ds.config.error_messages import suggest
 from megatron_ds.config.run_config import RunConfig
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, show
 
 _NEVER_PRINT_STEPS = 10**9  # our own metrics speak instead
 

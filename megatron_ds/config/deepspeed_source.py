@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.config.error_messages import show
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, show
 
 AUTO = "auto"
 

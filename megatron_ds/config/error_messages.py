@@ -1,14 +1,12 @@
-"""How a config error is worded: values as the user wrote them, nearest names, and pydantic's errors as one line."""
+"""Wording of config errors: nearest legal keys, and pydantic's errors as one line."""
 
-import difflib
-import json
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-_LONGEST_VALUE = 80
+from megatron_ds.errors import nearest_names, not_one_of, show
 
 _EXAMPLES: Mapping[str, str] = {
     "data.train": "data: {train: [corpus.txt]}",
@@ -16,23 +14,6 @@ _EXAMPLES: Mapping[str, str] = {
     "output": "output: out/run",
     "export.path": "export: {path: out/hf}",
 }
-
-
-def show(value: Any) -> str:
-    """A value as it stands in YAML or JSON, on one line, shortened."""
-    if isinstance(value, str):
-        text = value if value.strip() == value and value else json.dumps(value)
-    elif value is None or isinstance(value, bool | list | tuple | dict):
-        text = json.dumps(value, default=str)
-    else:
-        text = str(value)
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
-
-
-def nearest_names(name: str, legal: Iterable[str]) -> list[str]:
-    """Up to three legal names that look like `name`, the closest first."""
-    return difflib.get_close_matches(name, list(legal), n=3, cutoff=0.6)
 
 
 def suggest(name: str, legal: Iterable[str], prefix: str = "") -> str:
@@ -94,9 +75,7 @@ def _unknown_key(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
 
 
 def _one_of(ctx: Mapping[str, Any], value: Any) -> str:
-    legal = [word.strip("'") for word in str(ctx["expected"]).replace(" or ", ", ").split(", ")]
-    close = nearest_names(value, legal) if isinstance(value, str) else []
-    return f"is not one of {', '.join(legal)}" + (f"; did you mean {close[0]}?" if close else "")
+    return not_one_of(value, [word.strip("'") for word in str(ctx["expected"]).replace(" or ", ", ").split(", ")])
 
 
 def _not_a(kind: str, value: Any) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ds.config.deepspeed_json import load_deepspeed, read_deepspeed_file
-from megatron_ds.config.error_messages import explain, show
+from megatron_ds.config.error_messages import explain
 from megatron_ds.config.run_config import RunConfig
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, show
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

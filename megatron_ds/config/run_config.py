@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_ds.config.data_section import DataSection
-from megatron_ds.config.error_messages import show
 from megatron_ds.config.schema_base import (
     Beta,
     Count,
@@ -20,7 +19,7 @@ from megatron_ds.config.schema_base import (
     Text,
     whole_float_to_int,
 )
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, show
 
 
 def _betas_pair(value: Any) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from megatron_ds.config.error_messages import nearest_names
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, nearest_names
 from megatron_ds.hf.config import HFModel
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from megatron_ds.config import RunConfig
-from megatron_ds.config.error_messages import show
 from megatron_ds.data import Causal, Masked, Objective, Seq2Seq
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.models.config import DecoderConfig, EncoderConfig
 

@@ -13,9 +13,8 @@ from megatron_ds.checkpoint.directory import lock, point_to, remove_leftovers, r
 from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import ResumePoint, first_damage, newest_intact
 from megatron_ds.config import RunConfig
-from megatron_ds.config.error_messages import show
 from megatron_ds.data import Dataset
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.parallel.rank_info import RankInfo
 

@@ -1,0 +1,81 @@
+"""Registries: named things of one kind that code from outside the package may add to.
+
+A registry stands where the things are used (`FORMATS` in data/, `FAMILIES` in hf/, ...). A module that is named under
+`imports` in the run file, or by an entry point, registers its own when it is imported, before the file is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, ItemsView, Iterator
+from typing import Any, Generic, TypeVar, overload
+
+from megatron_ds.errors import ConfigError, not_one_of, show
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name, in the order in which they were registered.
+
+    Args:
+        kind: the name of one of them in error messages, such as `data format`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    @overload
+    def register(self, name: str, entry: T) -> T: ...
+
+    @overload
+    def register(self, name: str) -> Callable[[T], T]: ...
+
+    def register(self, name: str, entry: T | None = None) -> T | Callable[[T], T]:
+        """Add an entry and return it; without an entry, return a decorator that adds what it decorates.
+
+        Raises:
+            ConfigError: the name is taken by another entry, or is not text.
+        """
+        if entry is None:
+            return lambda decorated: self.register(name, decorated)
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{self.kind} name {show(name)} is not text; give the name that a run file uses for it")
+        taken = self._entries.setdefault(name, entry)
+        if taken is not entry:
+            raise ConfigError(f"{self.kind} {name} is already registered, by {_origin(taken)}; rename one")
+        return entry
+
+    def get(self, name: Any, field: str | None = None) -> T:
+        """Return the entry of a name.
+
+        Args:
+            name: the name, as the user wrote it.
+            field: the run file's key that it stands under, such as `data.format`; None = the kind.
+
+        Raises:
+            ConfigError: nothing is registered under the name; names the nearest ones.
+        """
+        if name not in self:
+            raise ConfigError(f"{field or self.kind}={show(name)} {not_one_of(name, self._entries)}")
+        return self._entries[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All registered names."""
+        return tuple(self._entries)
+
+    def items(self) -> ItemsView[str, T]:
+        """All names with their entries."""
+        return self._entries.items()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._entries
+
+
+def _origin(entry: object) -> str:
+    named = entry if hasattr(entry, "__qualname__") else type(entry)
+    return f"{named.__module__}.{named.__qualname__}"
