@@ -1,9 +1,25 @@
 """What a run is: the run file, the DeepSpeed JSON, and whether both fit a model on a number of ranks."""
 
-from megatron_ds.config.checks import ModelShape, check_layout, check_run, check_target_length
+from megatron_ds.config.checks import (
+    ModelShape,
+    check_data,
+    check_engine,
+    check_layout,
+    check_run,
+    check_target_length,
+)
 from megatron_ds.config.data_section import DataSection, DataSource
-from megatron_ds.config.deepspeed_json import DeepSpeedSummary, fill_deepspeed, load_deepspeed, summarize_deepspeed
-from megatron_ds.config.load import build_run, dump_run, load_run
+from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving
+from megatron_ds.config.deepspeed_json import (
+    DEFAULT_BUCKET_ELEMENTS,
+    DeepSpeedSummary,
+    adapt_to_device,
+    fill_deepspeed,
+    load_deepspeed,
+    summarize_deepspeed,
+)
+from megatron_ds.config.engine_config import EngineConfig
+from megatron_ds.config.load import build_run, build_section, dump_run, load_run
 from megatron_ds.config.run_config import (
     CheckpointSection,
     ExportSection,
@@ -16,10 +32,12 @@ from megatron_ds.config.run_config import (
 )
 
 __all__ = [
+    "DEFAULT_BUCKET_ELEMENTS",
     "CheckpointSection",
     "DataSection",
     "DataSource",
     "DeepSpeedSummary",
+    "EngineConfig",
     "ExportSection",
     "ModelSection",
     "ModelShape",
@@ -28,9 +46,15 @@ __all__ = [
     "RunConfig",
     "ScheduleSection",
     "TrainSection",
+    "adapt_to_device",
     "build_run",
+    "build_section",
+    "check_data",
+    "check_engine",
     "check_layout",
+    "check_recomputation",
     "check_run",
+    "check_saving",
     "check_target_length",
     "dump_run",
     "fill_deepspeed",

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_ds.config.deepspeed_json import DeepSpeedSummary
-from megatron_ds.config.run_config import RunConfig
+from megatron_ds.config.engine_config import EngineConfig
+from megatron_ds.config.run_config import DataSection, ParallelSection, RunConfig
 from megatron_ds.errors import ConfigError, TopologyError
 
 
@@ -28,28 +29,47 @@ class ModelShape:
     max_positions: int | None
 
 
-def check_run(run: RunConfig, shape: ModelShape, facts: DeepSpeedSummary, world_size: int, device_type: str) -> int:
-    """The data-parallel degree of a run that can exist.
+def check_run(run: RunConfig, shape: ModelShape, summary: DeepSpeedSummary, world_size: int, device_type: str) -> int:
+    """Return the data-parallel size of a run that can exist.
 
     Args:
         run: the run.
         shape: its model's sizes.
-        facts: of its DeepSpeed JSON.
+        summary: of its DeepSpeed JSON.
         world_size: number of ranks.
         device_type: torch's name, such as `cpu` or `cuda`.
 
     Raises:
-        TopologyError: model, batch or ranks cannot be divided as asked.
+        TopologyError: model, batch or ranks cannot be divided as requested.
         ConfigError: precision, ZeRO stage or offload cannot run with this parallelism or device.
     """
     check_layout(shape, run.parallel.tensor, run.parallel.pipeline)
-    _check_positions(run, shape)
-    _check_sequence(run, shape)
-    _check_precision(facts, device_type)
-    _check_zero(run, facts)
-    data_size = _check_world(run, shape, world_size)
-    _check_shared_memory(run, world_size, device_type)
-    _check_batch(run, data_size)
+    check_data(run.data, run.parallel, shape)
+    return check_engine(EngineConfig.of_run(run), shape, summary, world_size, device_type)
+
+
+def check_data(data: DataSection, parallel: ParallelSection, shape: ModelShape) -> None:
+    """Check the length of samples against the model's positions and against sequence parallelism.
+
+    Raises:
+        ConfigError: samples are longer than the table of learned positions.
+        TopologyError: the length cannot be divided over the tensor ranks.
+    """
+    _check_positions(data, shape)
+    _check_sequence(data, parallel, shape)
+
+
+def check_engine(
+    config: EngineConfig, shape: ModelShape, summary: DeepSpeedSummary, world_size: int, device_type: str
+) -> int:
+    """Return the data-parallel size of an engine that can exist; see `check_run`, which also checks the data."""
+    parallel = config.parallel
+    check_layout(shape, parallel.tensor, parallel.pipeline)
+    _check_precision(summary, device_type)
+    _check_zero(config, summary)
+    data_size = _check_world(parallel, shape, world_size)
+    _check_shared_memory(parallel, world_size, device_type)
+    _check_batch(config, data_size)
     return data_size
 
 
@@ -111,31 +131,31 @@ def check_layout(
         )
 
 
-def _check_positions(run: RunConfig, shape: ModelShape) -> None:
-    if shape.max_positions is not None and run.data.seq_length > shape.max_positions:
+def _check_positions(data: DataSection, shape: ModelShape) -> None:
+    if shape.max_positions is not None and data.seq_length > shape.max_positions:
         raise ConfigError(
-            f"data.seq_length={run.data.seq_length} is more than the model's {shape.max_positions} learned positions; "
+            f"data.seq_length={data.seq_length} is more than the model's {shape.max_positions} learned positions; "
             f"nearest: {shape.max_positions}"
         )
 
 
-def check_target_length(run: RunConfig, target_length: int | None) -> None:
+def check_target_length(parallel: ParallelSection, target_length: int | None) -> None:
     """Whether a decoder's positions can be divided too, where it has its own.
 
     Raises:
         TopologyError: they cannot.
     """
-    tensor = run.parallel.tensor
-    if run.parallel.sequence and target_length is not None and target_length % tensor:
+    tensor = parallel.tensor
+    if parallel.sequence and target_length is not None and target_length % tensor:
         raise TopologyError(
             f"data.target_length={target_length} is not divisible by parallel.tensor={tensor}, which "
             f"parallel.sequence=true needs; nearest: {-(-target_length // tensor) * tensor}"
         )
 
 
-def _check_sequence(run: RunConfig, shape: ModelShape) -> None:
-    tensor, seq_length = run.parallel.tensor, run.data.seq_length
-    if run.parallel.sequence and seq_length % tensor:
+def _check_sequence(data: DataSection, parallel: ParallelSection, shape: ModelShape) -> None:
+    tensor, seq_length = parallel.tensor, data.seq_length
+    if parallel.sequence and seq_length % tensor:
         lengths = _nearest_multiples(seq_length, tensor, at_most=shape.max_positions)
         mend = f"nearest: {_words(lengths)}" if lengths else "nearest: parallel.sequence=false"
         raise TopologyError(
@@ -144,17 +164,17 @@ def _check_sequence(run: RunConfig, shape: ModelShape) -> None:
         )
 
 
-def _check_precision(facts: DeepSpeedSummary, device_type: str) -> None:
-    if facts.precision == "fp16" and device_type == "cpu":
+def _check_precision(summary: DeepSpeedSummary, device_type: str) -> None:
+    if summary.precision == "fp16" and device_type == "cpu":
         raise ConfigError(
             "fp16.enabled=true in the DeepSpeed JSON cannot run on cpu, where DeepSpeed has no fp16; nearest: bf16"
         )
 
 
-def _check_zero(run: RunConfig, facts: DeepSpeedSummary) -> None:
-    stage, pipeline = facts.zero_stage, run.parallel.pipeline
+def _check_zero(config: EngineConfig, summary: DeepSpeedSummary) -> None:
+    stage, pipeline = summary.zero_stage, config.parallel.pipeline
     stated = f"zero_optimization.stage={stage} in the DeepSpeed JSON"
-    if pipeline > 1 and facts.offload_param:
+    if pipeline > 1 and summary.offload_param:
         raise ConfigError(
             f"zero_optimization.offload_param in the DeepSpeed JSON cannot run with parallel.pipeline={pipeline}: "
             "it needs stage 3, which DeepSpeed's pipeline engine has not; "
@@ -165,30 +185,30 @@ def _check_zero(run: RunConfig, facts: DeepSpeedSummary) -> None:
             f"{stated} cannot run with parallel.pipeline={pipeline}: DeepSpeed's pipeline engine keeps whole "
             "gradients across micro-batches; nearest: stage 1, or parallel.pipeline=1"
         )
-    if facts.offload_param and stage != 3:
+    if summary.offload_param and stage != 3:
         raise ConfigError(
             f"zero_optimization.offload_param needs stage 3, but {stated}; nearest: stage 3, or remove it"
         )
-    if stage == 0:
-        _check_stage_0(run, facts, stated)
+    if stage == 0 and config.optimizer is not None:  # without an optimizer no norm is used
+        _check_stage_0(config.parallel, summary, stated)
 
 
-def _check_stage_0(run: RunConfig, facts: DeepSpeedSummary, stated: str) -> None:
+def _check_stage_0(parallel: ParallelSection, summary: DeepSpeedSummary, stated: str) -> None:
     for used, place in (
-        (run.parallel.pipeline > 1, f"parallel.pipeline={run.parallel.pipeline}"),
-        (facts.precision != "fp32", f"{facts.precision}.enabled=true"),
+        (parallel.pipeline > 1, f"parallel.pipeline={parallel.pipeline}"),
+        (summary.precision != "fp32", f"{summary.precision}.enabled=true"),
     ):
         if used:
             raise ConfigError(
                 f"{stated} cannot run with {place}: DeepSpeed's gradient norm, and so its clipping, "
                 "is wrong there; nearest: stage 1 (0 is DeepSpeed's default where no stage is given)"
             )
-    if facts.offload_optimizer:
+    if summary.offload_optimizer:
         raise ConfigError(f"zero_optimization.offload_optimizer needs stage 1, 2 or 3, but {stated}; nearest: stage 1")
 
 
-def _check_world(run: RunConfig, shape: ModelShape, world_size: int) -> int:
-    tensor, pipeline = run.parallel.tensor, run.parallel.pipeline
+def _check_world(parallel: ParallelSection, shape: ModelShape, world_size: int) -> int:
+    tensor, pipeline = parallel.tensor, parallel.pipeline
     ranks = tensor * pipeline
     if world_size % ranks == 0:
         return world_size // ranks
@@ -203,28 +223,28 @@ def _check_world(run: RunConfig, shape: ModelShape, world_size: int) -> int:
     )
 
 
-def _check_shared_memory(run: RunConfig, world_size: int, device_type: str) -> None:
-    if not run.parallel.shared_memory or run.parallel.tensor == 1:
+def _check_shared_memory(parallel: ParallelSection, world_size: int, device_type: str) -> None:
+    if not parallel.shared_memory or parallel.tensor == 1:
         return
     if device_type != "cpu":
         raise ConfigError(
             f"parallel.shared_memory=true is for ranks on CPUs, and they are on {device_type}; nearest: false"
         )
-    if run.parallel.sequence:
+    if parallel.sequence:
         raise ConfigError(
             "parallel.shared_memory=true is for all-reduces, and parallel.sequence=true gathers and scatters instead; "
             "set one of them to false"
         )
-    if run.parallel.tensor != world_size:
+    if parallel.tensor != world_size:
         raise ConfigError(
             f"parallel.shared_memory=true needs all {world_size} ranks to be one tensor group, and "
-            f"parallel.tensor={run.parallel.tensor}; nearest: false, or {run.parallel.tensor} ranks"
-            f"{' and parallel.pipeline=1' if run.parallel.pipeline > 1 else ''}"
+            f"parallel.tensor={parallel.tensor}; nearest: false, or {parallel.tensor} ranks"
+            f"{' and parallel.pipeline=1' if parallel.pipeline > 1 else ''}"
         )
 
 
-def _check_batch(run: RunConfig, data_size: int) -> None:
-    batch, micro = run.train.global_batch_size, run.train.micro_batch_size
+def _check_batch(config: EngineConfig, data_size: int) -> None:
+    batch, micro = config.global_batch_size, config.micro_batch_size
     if batch % (micro * data_size):
         raise TopologyError(
             f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} * {data_size} data "

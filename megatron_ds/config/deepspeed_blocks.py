@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ds.config.deepspeed_source import Place, equal, is_unset
-from megatron_ds.config.run_config import RunConfig
+from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, show
 
 _SCHEDULE_OF_TYPE: Mapping[str, str] = {
@@ -21,9 +21,12 @@ _SCHEDULE_OF_TYPE: Mapping[str, str] = {
 _Expected = Mapping[str, tuple[str | None, tuple[Any, ...]]]
 
 
-def check_optimizer_block(mapping: Mapping[str, Any], run: RunConfig, place: Place) -> None:
+def check_optimizer_block(mapping: Mapping[str, Any], config: EngineConfig, place: Place) -> None:
     """Raises ConfigError where `optimizer` states what the run file does not."""
-    optimizer = run.optimizer
+    block, optimizer = _block(mapping, "optimizer", place), config.optimizer
+    if optimizer is None:
+        _refuse_block(block, "optimizer", place)
+        return
     expected: _Expected = {
         "lr": (f"optimizer.lr={optimizer.lr}", (optimizer.lr,)),
         "betas": (f"optimizer.betas={show(optimizer.betas)}", (optimizer.betas,)),
@@ -35,20 +38,23 @@ def check_optimizer_block(mapping: Mapping[str, Any], run: RunConfig, place: Pla
         "bias_correction": (f"optimizer.name={optimizer.name}", (True,)),
         "amsgrad": (f"optimizer.name={optimizer.name}", (False,)),
     }
-    block = _block(mapping, "optimizer", place)
     kind = block.get("type")
     if not is_unset(kind) and str(kind).lower() not in ("adamw", "adam"):  # DeepSpeed's Adam is AdamW by default
         place.refuse_disagreement("optimizer.type", kind, f"optimizer.name={optimizer.name}")
     _check_params(block, "optimizer", expected, place)
 
 
-def check_scheduler_block(mapping: Mapping[str, Any], run: RunConfig, place: Place) -> None:
+def check_scheduler_block(mapping: Mapping[str, Any], config: EngineConfig, place: Place) -> None:
     """Raises ConfigError where `scheduler` states what the run file does not."""
-    schedule, lr = run.schedule, run.optimizer.lr
+    block, schedule = _block(mapping, "scheduler", place), config.schedule
+    if schedule is None or config.optimizer is None:
+        _refuse_block(block, "scheduler", place)
+        return
+    lr = config.optimizer.lr
     warmup = "schedule warm-up is linear and starts at 0"
     expected: _Expected = {
         "warmup_num_steps": (f"schedule.warmup_steps={schedule.warmup_steps}", (schedule.warmup_steps,)),
-        "total_num_steps": (f"train.steps={run.train.steps}", (run.train.steps,)),
+        "total_num_steps": (f"train.steps={config.steps}", (config.steps,)),
         "warmup_max_lr": (f"optimizer.lr={lr}", (lr,)),
         "warmup_min_lr": (warmup, (0,)),
         "warmup_min_ratio": (warmup, (0,)),
@@ -59,7 +65,6 @@ def check_scheduler_block(mapping: Mapping[str, Any], run: RunConfig, place: Pla
         ),
         "last_batch_iteration": (None, (-1,)),
     }
-    block = _block(mapping, "scheduler", place)
     kind = block.get("type")
     if not is_unset(kind) and _SCHEDULE_OF_TYPE.get(str(kind)) != schedule.name:
         place.refuse_disagreement("scheduler.type", kind, f"schedule.name={schedule.name}")
@@ -77,6 +82,12 @@ def _block(mapping: Mapping[str, Any], name: str, place: Place) -> Mapping[str, 
         if key not in ("type", "params"):
             _refuse_stranger(place, f"{name}.{key}", block[key])
     return block
+
+
+def _refuse_block(block: Mapping[str, Any], name: str, place: Place) -> None:
+    """Raises ConfigError where the JSON has a block of which the program states nothing."""
+    if block:
+        raise ConfigError(f"{place.name(name)}: the program that builds the engine decides the {name}; remove it")
 
 
 def _check_params(block: Mapping[str, Any], name: str, expected: _Expected, place: Place) -> None:

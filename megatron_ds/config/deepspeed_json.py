@@ -21,11 +21,13 @@ from megatron_ds.config.deepspeed_keys import (
     UNSUPPORTED_KEYS,
 )
 from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
+from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.config.error_messages import suggest
-from megatron_ds.config.run_config import RunConfig
 from megatron_ds.errors import ConfigError, show
 
-_NEVER_PRINT_STEPS = 10**9  # our own metrics speak instead
+DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
+CPU_BUCKET_ELEMENTS = 5_000_000  # a bucket that stays in the process's memory
+_NEVER_PRINT_STEPS = 10**9  # DeepSpeed's own step reports are replaced by metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -169,26 +171,28 @@ def _offloads(mapping: Mapping[str, Any], name: str, old_name: str, place: Place
     return device in ("cpu", "nvme") or _switch(mapping, f"zero_optimization.{old_name}", place)
 
 
-def fill_deepspeed(mapping: Mapping[str, Any], run: RunConfig, data_size: int, hidden_size: int) -> dict[str, Any]:
+def fill_deepspeed(
+    mapping: Mapping[str, Any], config: EngineConfig, data_size: int, hidden_size: int
+) -> dict[str, Any]:
     """A complete DeepSpeed config, to be handed to `deepspeed.initialize` beside a torch optimizer.
 
     Args:
         mapping: what `load_deepspeed` gave; it is not changed.
-        run: the run; `check_run` has accepted its batch sizes for `data_size`.
+        config: the engine's; `check_engine` has accepted its batch sizes for `data_size`.
         data_size: data-parallel ranks.
         hidden_size: the model's, for the ZeRO bucket sizes left at "auto" (as transformers' Trainer fills them).
 
     Raises:
         ConfigError: a value contradicts the run file, or an "auto" that nothing can fill.
     """
-    place = Place.of(run.deepspeed)
+    place = Place.of(config.deepspeed)
     check_deepspeed_keys(mapping, place)
     filled = copy.deepcopy(dict(mapping))
     if not filled:
         filled["zero_optimization"] = {"stage": 1}
-    _fill_from_run(filled, run, data_size, place)
-    check_optimizer_block(filled, run, place)
-    check_scheduler_block(filled, run, place)
+    _fill_from_config(filled, config, data_size, place)
+    check_optimizer_block(filled, config, place)
+    check_scheduler_block(filled, config, place)
     filled.pop("optimizer", None)
     filled.pop("scheduler", None)
     _fill_bucket_sizes(filled, hidden_size)
@@ -200,7 +204,7 @@ def fill_deepspeed(mapping: Mapping[str, Any], run: RunConfig, data_size: int, h
         ("wall_clock_breakdown", False),
     ):
         filled.setdefault(key, default)
-    if run.parallel.pipeline > 1:  # with several tensor ranks DeepSpeed's default is to partition what stages exchange
+    if config.parallel.pipeline > 1:  # DeepSpeed's default partitions what stages exchange over the tensor ranks
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         filled["pipeline"] = {**pipeline, **(filled.get("pipeline") or {})}
     if summarize_deepspeed(filled).precision == "bf16":
@@ -210,13 +214,35 @@ def fill_deepspeed(mapping: Mapping[str, Any], run: RunConfig, data_size: int, h
     return filled
 
 
-def _fill_from_run(filled: dict[str, Any], run: RunConfig, data_size: int, place: Place) -> None:
+def adapt_to_device(filled: Mapping[str, Any], device_type: str, data_size: int) -> dict[str, Any]:
+    """Fill the defaults of a filled DeepSpeed config that depend on the device and the number of data ranks.
+
+    At ZeRO stage 0 the engine clips gradients itself, because DeepSpeed's norm counts neither tensor ranks nor
+    replicated parameters. On a CPU, DeepSpeed's default bucket of 5e8 gradients is fresh memory in every step, whose
+    pages cost more than the copy; with one data rank there is nothing to reduce, and no bucket is needed.
+
+    Args:
+        filled: from `fill_deepspeed`; it is not changed.
+        device_type: torch's name, such as `cpu` or `cuda`.
+        data_size: data-parallel ranks.
+    """
+    stage = summarize_deepspeed(filled).zero_stage
+    zero = dict(filled.get("zero_optimization", {}))
+    if device_type == "cpu":
+        zero.setdefault("reduce_bucket_size", CPU_BUCKET_ELEMENTS)
+        if stage == 1 and data_size == 1:
+            zero.setdefault("contiguous_gradients", False)
+    adapted = {**filled, "zero_optimization": zero}
+    return {**adapted, "gradient_clipping": 0.0} if stage == 0 else adapted
+
+
+def _fill_from_config(filled: dict[str, Any], config: EngineConfig, data_size: int, place: Place) -> None:
     """Sets batch sizes and clipping in place; refuses other values."""
-    micro, batch = run.train.micro_batch_size, run.train.global_batch_size
-    assert batch % (micro * data_size) == 0, f"check_run comes first: {batch=} {micro=} {data_size=}"
+    micro, batch = config.micro_batch_size, config.global_batch_size
+    assert batch % (micro * data_size) == 0, f"check_engine comes first: {batch=} {micro=} {data_size=}"
     accumulation = batch // (micro * data_size)
     rule = f"train.global_batch_size / (train.micro_batch_size * data ranks) = {batch} / ({micro} * {data_size})"
-    clip = run.optimizer.grad_clip
+    clip = config.grad_clip
     for key, value, statement in (
         ("train_batch_size", batch, f"train.global_batch_size={batch}"),
         ("train_micro_batch_size_per_gpu", micro, f"train.micro_batch_size={micro}"),

@@ -5,17 +5,20 @@ to the current directory.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from megatron_ds.config.deepspeed_json import load_deepspeed, read_deepspeed_file
 from megatron_ds.config.error_messages import explain
 from megatron_ds.config.run_config import RunConfig
+from megatron_ds.config.schema_base import Section
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError, show
+
+S = TypeVar("S", bound=Section)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -55,6 +58,25 @@ def build_run(mapping: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(given)
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from None
+
+
+def build_section(kind: type[S], fields: Mapping[str, Any], prefix: str = "", keep: Collection[str] = ()) -> S:
+    """Build one section from keywords, for programs without a run file.
+
+    Args:
+        kind: the section's class.
+        fields: its fields; None stands for the default.
+        prefix: what errors put before a field's name.
+        keep: the fields whose None is a value.
+
+    Raises:
+        ConfigError: an unknown field, a missing or a wrong value, in one line.
+    """
+    given = {name: copy.deepcopy(value) for name, value in fields.items() if value is not None or name in keep}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"{prefix}{'.' if prefix else ''}{explain(error, kind)}") from None
 
 
 def dump_run(run: RunConfig) -> str:

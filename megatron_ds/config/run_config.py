@@ -34,7 +34,7 @@ def _words_or_path(value: Any) -> Any:
     return value
 
 
-def _path_or_mapping(value: Any) -> Any:
+def path_or_mapping(value: Any) -> Any:
     if not isinstance(value, str | dict):
         raise ConfigError(f"deepspeed={show(value)} is neither the path of a DeepSpeed JSON nor a mapping")
     return value
@@ -201,7 +201,7 @@ class RunConfig(Section):
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
     peft: Annotated[str | dict[str, Any] | None, BeforeValidator(_peft)] = None
-    deepspeed: Annotated[str | dict[str, Any], BeforeValidator(_path_or_mapping)] = {}
+    deepspeed: Annotated[str | dict[str, Any], BeforeValidator(path_or_mapping)] = {}
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()

@@ -14,7 +14,13 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.config import DeepSpeedSummary, OptimizerSection, summarize_deepspeed
+from megatron_ds.config import (
+    DEFAULT_BUCKET_ELEMENTS,
+    DeepSpeedSummary,
+    OptimizerSection,
+    adapt_to_device,
+    summarize_deepspeed,
+)
 from megatron_ds.engine.base import Engine, ShardReader
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.optimizer import GuardedAdamW
@@ -32,8 +38,6 @@ from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
-DEFAULT_BUCKET = 500_000_000  # gradients: DeepSpeed's
-CPU_BUCKET = 5_000_000  # memory that stays with the process
 FUSED_ADAMW = ("cpu", "cuda")  # where torch steps in one pass over parameters, gradients and moments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,7 +92,9 @@ def build_engine(
     mpu = Mpu(grid)
     tp = TensorParallel(grid.tensor, options.sequence)
     kernels = select_kernels(options.kernels, device)
-    ctx = BuildContext(tp, rng, _recompute(options, mpu, rng), options.compiled, kernels)
+    ctx = BuildContext(
+        tp=tp, rng=rng, recompute=_recompute(options, mpu, rng), compiled=options.compiled, kernels=kernels
+    )
     specs = layers(ctx)
     with _allocation(facts, options.deepspeed, mpu, device):
         if pipelined:
@@ -102,7 +108,7 @@ def build_engine(
         module.equalize_copies()
     _freeze(module, options.frozen)
     optimizer = _optimizer(module, options.optimizer, device)
-    config = _suited(options.deepspeed, facts, device, grid)
+    config = adapt_to_device(options.deepspeed, device.type, grid.data.size)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -119,26 +125,10 @@ def build_engine(
         made = PipelineEngine(grid, device, optimizer, engine, specs[-1].labels, rng)
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
-        bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))
+        bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
         made = ZeroEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip, bucket=bucket)
     made.kernels = kernels.names
     return made
-
-
-def _suited(config: dict[str, Any], facts: DeepSpeedSummary, device: torch.device, grid: Grid) -> dict[str, Any]:
-    """The config with what it leaves open filled in for the place.
-
-    At stage 0 the clipping is ours, because DeepSpeed's norm counts neither tensor ranks nor replicated parameters. On
-    a CPU, DeepSpeed's default bucket of 5e8 gradients is fresh memory in every step, whose pages cost more than the
-    copy; with one data rank there is nothing to reduce, and none is needed.
-    """
-    zero = dict(config.get("zero_optimization", {}))
-    if device.type == "cpu":
-        zero.setdefault("reduce_bucket_size", CPU_BUCKET)
-        if facts.zero_stage == 1 and grid.data.size == 1:
-            zero.setdefault("contiguous_gradients", False)
-    suited = {**config, "zero_optimization": zero}
-    return {**suited, "gradient_clipping": 0.0} if facts.zero_stage == 0 else suited
 
 
 def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:

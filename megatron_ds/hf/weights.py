@@ -86,6 +86,11 @@ class HFWeights:
             yield name, self.whole(name, place)
 
     @property
+    def directory(self) -> Path:
+        """The directory that is read."""
+        return self._source.directory
+
+    @property
     def files(self) -> list[Path]:
         """Where they are."""
         return self._source.files

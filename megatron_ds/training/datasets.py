@@ -18,7 +18,7 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
         resolved.objective,
         [source.path for source in sources],
         data.seq_length,
-        resolved.model.core.vocab_size,
+        resolved.hf.core.vocab_size,
         resolved.run.model.tokenizer_path,
         data.cache_dir,
         weights=[source.weight or 0.0 for source in sources] if weighted else None,
@@ -26,7 +26,7 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
         split=Split(tuple(data.split), 0 if is_train else 1) if data.split is not None else None,
         chat=ChatOptions(data.loss_turns, data.overlong, data.packing),
     )
-    check_target_length(resolved.run, found.target_length)
+    check_target_length(resolved.run.parallel, found.target_length)
     return found
 
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NoReturn
 
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import ConfigError, MegatronDSError, TopologyError
@@ -19,6 +20,7 @@ from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment
 from megatron_ds.parallel.restart import run_with_restarts
 from megatron_ds.training.graceful_stop import counting_time
+from megatron_ds.training.result import TrainResult
 
 ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
 
@@ -48,7 +50,7 @@ def train(
     nproc: int | None = None,
     reporter: ReporterFactory = silent,
     restarts: Restarts = Restarts(),
-) -> None:
+) -> TrainResult:
     """Train a run.
 
     Under torchrun, the `deepspeed` launcher or srun this process is one rank of their world. Alone it starts `nproc`
@@ -60,6 +62,9 @@ def train(
         reporter: opened on rank 0 only.
         restarts: of local ranks.
 
+    Returns:
+        steps, losses and paths; the same on every rank.
+
     Raises:
         MegatronDSError: what the user can mend.
         LaunchError: a rank died; with its traceback.
@@ -70,22 +75,21 @@ def train(
         raise TopologyError(f"--nproc={nproc} is less than one rank; nearest: 1")
     given = rank_from_environment()
     if given is None:
-        _train_locally(run, nproc or 1, reporter, restarts)
-    elif restarts.at_most:
+        return _train_locally(run, nproc or 1, reporter, restarts)
+    if restarts.at_most:
         raise TopologyError(
             f"--max-restarts={restarts.at_most} is for starting alone, but the environment says that a launcher "
             f"started rank {given.rank} of {given.world_size}; nearest: torchrun --max-restarts"
         )
-    elif nproc is None:
-        _train_launched(run, given, reporter)
-    else:
+    if nproc is not None:
         raise TopologyError(
             f"--nproc={nproc} is for starting alone, but the environment says that a launcher started rank "
             f"{given.rank} of {given.world_size}; leave --nproc out"
         )
+    return _train_launched(run, given, reporter)
 
 
-def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restarts: Restarts) -> None:
+def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restarts: Restarts) -> TrainResult:
     check_restarts(run, ranks, restarts)
     _share_cores(ranks)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
@@ -98,8 +102,10 @@ def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restar
     preload(run.train.compile)
     resumed = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
 
+    results: list[TrainResult] = []
+
     def start(count: int, is_restart: bool) -> None:
-        run_local(lambda info: _train_as(resumed if is_restart else run, info, reporter), count)
+        results[:] = run_local(lambda info: _train_as(resumed if is_restart else run, info, reporter), count)
 
     def fits(count: int) -> bool:
         try:
@@ -114,6 +120,7 @@ def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restar
 
     with counting_time():
         run_with_restarts(start, ranks, restarts.at_most, fewer if restarts.min_ranks is not None else None)
+    return results[0]
 
 
 def check_restarts(run: RunConfig, ranks: int, restarts: Restarts) -> None:
@@ -152,12 +159,12 @@ def check_devices(ranks: int, device_type: str, count: int) -> None:
         raise TopologyError(f"--nproc={ranks} is more than the {count} {device_type} devices here; nearest: {count}")
 
 
-def _train_launched(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
+def _train_launched(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> TrainResult:
     """As one of a launcher's ranks: tell why this one failed, unless it failed because another did."""
     # `deepspeed` says how many ranks there are here; torchrun sets the threads itself, srun leaves them to the user
     _share_cores(int(os.environ.get("LOCAL_SIZE", "1")))
     try:
-        _train_as(run, info, reporter)
+        return _train_as(run, info, reporter)
     except MegatronDSError as problem:
         if info.rank == 0:
             raise
@@ -170,16 +177,16 @@ def _train_launched(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -
         _leave(1)
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     """End the process without taking its communication down, which could wait for the others forever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> None:
+def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> TrainResult:
     from megatron_ds.training.worker import train_rank
 
     setup_logging(info.rank)
     with reporter() if info.rank == 0 else silent() as listening:
-        train_rank(run, info, listening)
+        return train_rank(run, info, listening)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.regions import DATA, part
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.lr_schedule import learning_rate
+from megatron_ds.training.result import LossHistory, TrainResult
+from megatron_ds.training.resume import checkpoint_folder
 from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.step_profile import StepProfile
 from megatron_ds.training.summary import positions_of
@@ -75,6 +78,7 @@ class TrainingLoop:
         self._coming: Iterator[Batches] = iter(())
         self._now, self._saved_step, self._beat = begin, begin.step, heartbeat
         self._stopped_by = 0
+        self._losses, self._valid_losses = LossHistory(), LossHistory()
         self._profile = StepProfile(run, engine.grid.rank, output.note, heartbeat)
 
     @property
@@ -97,6 +101,26 @@ class TrainingLoop:
         if self._saved_step == 0:
             return "; nothing was saved yet"
         return f"; it goes on from checkpoint {name_of(self._saved_step)} when it is started again"
+
+    def result(self, exported: str | None) -> TrainResult:
+        """Return what the run has come to.
+
+        Args:
+            exported: the Hugging Face directory that was written; None = none.
+        """
+        output = Path(self._run.output)
+        saved = checkpoint_folder(self._run.output) / name_of(self._saved_step) if self._saved_step else None
+        return TrainResult(
+            steps=self._now.step,
+            last_loss=self._losses.last,
+            best_loss=self._losses.best,
+            last_valid_loss=self._valid_losses.last,
+            best_valid_loss=self._valid_losses.best,
+            output=output,
+            metrics=output / "metrics.jsonl",
+            checkpoint=saved,
+            export=Path(exported) if exported is not None else None,
+        )
 
     def run(self, interrupt: GracefulStop) -> int:
         """Train until the last step or until told to stop, and save; returns the number of steps done.
@@ -141,6 +165,7 @@ class TrainingLoop:
         data_s = time.perf_counter() - began_s
         self._beat(f"step {step}: forward and backward pass, optimizer")
         result = self._engine.train_step(batches, lr)
+        self._losses.add(result.loss)
         bad = not result.applied and (not self._engine.can_overflow or not math.isfinite(result.loss))
         self._now = replace(
             now.with_data(samples=now.data.samples + train.global_batch_size),
@@ -224,6 +249,7 @@ class TrainingLoop:
                 if self._agree(interrupt):
                     return True
         losses = reduce(operator.add, parts)
+        self._valid_losses.add(losses.mean)
         self._output.valid(ValidMetrics(step, losses.mean))
         return False
 

@@ -19,9 +19,9 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.parallel.rank_info import RankInfo
 
 
-def checkpoint_folder(run: RunConfig) -> Path:
+def checkpoint_folder(output: str) -> Path:
     """Where a run's checkpoints are."""
-    return Path(run.output) / "checkpoints"
+    return Path(output) / "checkpoints"
 
 
 def find_resume_point(run: RunConfig, info: RankInfo) -> ResumePoint:
@@ -30,7 +30,7 @@ def find_resume_point(run: RunConfig, info: RankInfo) -> ResumePoint:
     if resume == "never":
         return ResumePoint()
     if resume == "auto":
-        return newest_intact(checkpoint_folder(run).resolve(), info.rank, info.world_size)
+        return newest_intact(checkpoint_folder(run.output).resolve(), info.rank, info.world_size)
     path = resolve_checkpoint(resume).resolve()
     problem = first_damage(path, info.rank, info.world_size)
     return ResumePoint(path) if problem is None else ResumePoint(None, (problem,))
@@ -63,7 +63,7 @@ def lock_output(run: RunConfig) -> object:
         return None
     with _told(output):
         held = lock(output)
-        remove_leftovers(checkpoint_folder(run))
+        remove_leftovers(checkpoint_folder(run.output))
     return held
 
 
@@ -83,7 +83,7 @@ def prepare_output(run: RunConfig, found: ResumePoint, held: object) -> tuple[ob
     Raises:
         CheckpointError: the output cannot be written, another run has it, or the run would move what it reads.
     """
-    output, folder = Path(run.output), checkpoint_folder(run)
+    output, folder = Path(run.output), checkpoint_folder(run.output)
     said = [f"passed over a damaged checkpoint: {problem}" for problem in found.damaged]
     with _told(folder):
         output.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from megatron_ds.training.resolve import ResolvedRun
 
 def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummary:
     """Collective: pipeline stages tell each other their parameters."""
-    run, layout = resolved.run, resolved.layout
+    run, layout = resolved.run, resolved.plan.layout
     return RunSummary(
         model_name=_model_words(resolved),
         num_params=engine.count_params(),
@@ -29,8 +29,8 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummar
         pipeline=layout.pipeline,
         data=layout.data,
         sequence=run.parallel.sequence,
-        zero_stage=resolved.facts.zero_stage,
-        precision=resolved.facts.precision,
+        zero_stage=resolved.plan.summary.zero_stage,
+        precision=resolved.plan.summary.precision,
         device=_device_words(engine.device),
         tokens_per_step=run.train.global_batch_size * positions_of(data),
         steps=run.train.steps,
@@ -41,10 +41,10 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummar
 
 def _model_words(resolved: ResolvedRun) -> str:
     """Such as `llama`, or `llama with adapters of 1.2 M parameters`."""
-    name = resolved.model.family.model_type
-    if resolved.adapters is None:
+    name = resolved.hf.family.model_type
+    if resolved.model.adapters is None:
         return name
-    trained = _count(resolved.adapters, resolved.adapters.table)
+    trained = _count(resolved.model.adapters, resolved.model.adapters.table)
     return f"{name} with adapters of {trained / 1e6:,.3g} M parameters"
 
 
@@ -61,7 +61,7 @@ def positions_of(data: Dataset) -> int:
 
 def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset) -> float:
     """FLOPs of one position, on average; see `model_flops_per_token`. Tables that are only looked up cost none."""
-    core = resolved.model.core
+    core = resolved.hf.core
     if isinstance(core, EncoderDecoderConfig):
         assert data.target_length is not None
         return _encoder_decoder_flops(core, data.seq_length, data.target_length) / positions_of(data)
@@ -73,7 +73,7 @@ def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset) ->
     if core.positions is not None:
         looked_up += core.positions.rows * core.hidden_size
     width = core.num_heads * core.head_dim
-    frozen = _count(resolved.model, resolved.frozen) - (looked_up if EMBEDDING in resolved.frozen else 0)
+    frozen = _count(resolved.hf, resolved.model.frozen) - (looked_up if EMBEDDING in resolved.model.frozen else 0)
     return model_flops_per_token(num_params - looked_up, core.num_layers, width, data.seq_length, max(0, frozen))
 
 

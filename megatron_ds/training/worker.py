@@ -6,32 +6,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_ds.checkpoint.load import load_state
-from megatron_ds.checkpoint.progress import Origin, Progress
+from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import ResumePoint, StateReader
-from megatron_ds.checkpoint.saver import SaveOptions, Saver
+from megatron_ds.checkpoint.saver import Saver
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, collate
 from megatron_ds.engine import (
     Engine,
-    EngineOptions,
-    build_engine,
     device_type,
-    enable_shared_memory,
     start_distributed,
     stop_distributed,
 )
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import run_on_all_ranks
-from megatron_ds.parallel.grid import create_grid
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.session.export import check_export, export_live
+from megatron_ds.session.saving import make_saver
+from megatron_ds.session.setup import build
 from megatron_ds.training.datasets import has_validation, open_split
-from megatron_ds.training.export import check_export, export_live
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.resolve import ResolvedRun, resolve_run
+from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
     check_resume_point,
     checkpoint_folder,
@@ -43,12 +40,11 @@ from megatron_ds.training.resume import (
 from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.summary import flops_per_position, summarize
 from megatron_ds.training.watchdog import Watchdog, rank_status_store
-from megatron_ds.version import __version__
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # of a collective, at least: the watchdog, which says more, comes first
 
 
-def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> None:
+def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> TrainResult:
     """Train as one rank of a job: join the others, check and read data together, resume, train, export.
 
     After an exception the process group is left as it is: taking NCCL down waits for peers, which may be waiting for
@@ -63,16 +59,18 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> None:
         claimed = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
         found = find_resume_point(run, info)
         prepared = run_on_all_ranks(lambda: _prepare(run, info, found))
-        engine = build(prepared.resolved, info, device)
+        resolved = prepared.resolved
+        engine = build(resolved.model, resolved.plan, info.rank, device)
         if prepared.reader is not None:
             load_state(engine, prepared.reader)
         held, notes = run_on_all_ranks(lambda: prepare_output(run, found, claimed) if info.rank == 0 else (None, ()))
         with Watchdog(info, run.train.step_timeout, rank_status_store(info)) as watchdog:
-            was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog, notes)
+            result, was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog, notes)
         stop_distributed()
         del held  # until here no other run could write to the output
     if was_interrupted:
         raise KeyboardInterrupt
+    return result
 
 
 @dataclass(frozen=True)
@@ -100,29 +98,6 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint) -> _Prepared:
     return _Prepared(resolved, train_data, valid_data, start, reader)
 
 
-def build(resolved: ResolvedRun, info: RankInfo, device: torch.device) -> Engine:
-    """This rank's engine for a job. Collective over the world.
-
-    Raises:
-        ConfigError: see `build_engine` and `enable_shared_memory`.
-    """
-    run = resolved.run
-    options = EngineOptions(
-        resolved.deepspeed,
-        run.optimizer,
-        run.parallel.sequence,
-        run.train.recompute,
-        run.train.seed,
-        resolved.frozen,
-        run.train.compile,
-        run.train.kernels,
-    )
-    grid = create_grid(resolved.layout, info.rank)
-    if run.parallel.shared_memory and grid.tensor.size > 1:
-        grid = enable_shared_memory(grid)
-    return build_engine(resolved.layers, grid, device, options, resolved.read_shard)
-
-
 def _train(
     prepared: _Prepared,
     engine: Engine,
@@ -130,8 +105,12 @@ def _train(
     interrupt: GracefulStop,
     watchdog: Watchdog,
     notes: Sequence[str],
-) -> bool:
-    """Train and export, or save and leave where `interrupt` says so; whether by a Ctrl-C, the same on every rank."""
+) -> tuple[TrainResult, bool]:
+    """Train and export, or save and leave when a stop is requested.
+
+    Returns:
+        the result, and whether Ctrl-C ended the run; the same on every rank.
+    """
     resolved, run, begin = prepared.resolved, prepared.resolved.run, prepared.begin
     summary = summarize(resolved, engine, prepared.train_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
@@ -139,20 +118,20 @@ def _train(
         for note in (*notes, *_resumed(prepared), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
-        throughput = Throughput(flops, resolved.layout.world_size)
+        throughput = Throughput(flops, resolved.plan.layout.world_size)
         saver = _saver(prepared, engine)
         loop = TrainingLoop(
             run, engine, prepared.train_data, prepared.valid_data, output, throughput, saver, begin, watchdog.heartbeat
         )
         done = loop.run(interrupt)
-        output.close(resolved.model.family.model_type)
+        output.close(resolved.hf.family.model_type)
         if done < run.train.steps:
             output.finish(f"stopped by {loop.reason} after step {done} of {run.train.steps}{loop.left_behind}")
-            return loop.was_interrupted
+            return loop.result(exported=None), loop.was_interrupted
         watchdog.heartbeat("exporting", may_take_long=True)
         _export(resolved, engine, prepared.train_data, output)
         output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
-        return False
+        return loop.result(exported=run.export.path if run.export is not None else None), False
 
 
 def _resumed(prepared: _Prepared) -> Iterator[str]:
@@ -172,40 +151,28 @@ def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
     resolved, run = prepared.resolved, prepared.resolved.run
     if not run.checkpoint.every:
         return None
-    options = SaveOptions(
-        folder=checkpoint_folder(run),
+    read = prepared.reader.directory if prepared.reader is not None else None
+    return make_saver(
+        engine,
+        resolved.model,
+        resolved.plan,
+        checkpoint_folder(run.output),
         keep=run.checkpoint.keep,
         asynchronous=run.checkpoint.asynchronous,
-        protected=tuple(
-            Path(path)
-            for path in (prepared.reader.directory if prepared.reader is not None else None, run.model.path)
-            if path is not None
-        ),
-        model_path=run.model.path,
-        tokenizer_path=run.model.tokenizer_path,
+        protected=(read, Path(run.model.path) if run.model.path is not None else None),
     )
-    layout = resolved.layout
-    origin = Origin(
-        world_size=layout.world_size,
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        data=layout.data,
-        sequence=run.parallel.sequence,
-        zero_stage=resolved.facts.zero_stage,
-        precision=resolved.facts.precision,
-        source=f"megatron-ds {__version__}",
-    )
-    return Saver(engine, resolved.model, options, origin, resolved.adapters)
 
 
 def _export(resolved: ResolvedRun, engine: Engine, data: Dataset, output: RunOutput) -> None:
     section = resolved.run.export
     if section is None:
         return
-    export_live(engine, resolved, section)
-    what = "a directory of peft" if resolved.adapters is not None and not section.merge else "a Hugging Face directory"
+    precision = resolved.plan.summary.precision
+    export_live(engine, resolved.model, section, precision)
+    is_adapters = resolved.model.adapters is not None and not section.merge
+    what = "a directory of peft" if is_adapters else "a Hugging Face directory"
     output.note(f"exported {what}: {section.path}")
     if section.check:
         batch = collate(data, range(resolved.run.train.micro_batch_size))
-        error = check_export(engine, resolved, section, batch)
+        error = check_export(engine, resolved.model, section, precision, batch)
         output.note(f"what transformers predicts from it equals the live model's: relative error {error:.1e}")

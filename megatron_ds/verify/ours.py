@@ -12,22 +12,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from megatron_ds.engine import (
-    Engine,
-    EngineOptions,
-    GradientProbe,
-    build_engine,
-    start_distributed,
-    stop_distributed,
-)
+from megatron_ds.config import EngineConfig, ModelSection, ParallelSection
+from megatron_ds.engine import Engine, GradientProbe, start_distributed, stop_distributed
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.config import EncoderDecoderConfig, ModelConfig, StackConfig
 from megatron_ds.models.sequential import HIDDEN, Activations
 from megatron_ds.parallel.collectives import all_gather_dim0
-from megatron_ds.parallel.grid import Grid, Layout, create_grid
+from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.session import LoadedModel, Session
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
 from megatron_ds.verify.inputs import Probe
 from megatron_ds.verify.layer_names import stage_names
@@ -54,16 +48,25 @@ class Findings:
 
 
 def run_rank(
-    info: RankInfo, weights: HFWeights, inputs: Sequence[Probe], layout: Layout, sequence: bool, results: Path
+    info: RankInfo, weights: HFWeights, inputs: Sequence[Probe], parallel: ParallelSection, results: Path
 ) -> list[Findings]:
-    """Run all inputs as one rank of `layout` and compare with what the reference left in `results`."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // layout.world_size))
-    device = start_distributed(info)
-    grid = create_grid(layout, info.rank)
-    core = without_dropout(weights.model.core)
-    options = EngineOptions(_deepspeed(inputs[0]), None, sequence, "none", seed=0)
-    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, device, options, weights.share)
-    found = [_run_probe(engine, probe, weights, sequence, results, index) for index, probe in enumerate(inputs)]
+    """Run all inputs on one rank and compare with the reference's results in the directory `results`."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
+    session = Session(info, start_distributed(info))
+    hf = replace(weights.model, core=without_dropout(weights.model.core))
+    model = LoadedModel(hf, ModelSection(path=str(weights.directory)), weights)
+    samples = len(inputs[0].input_ids)
+    config = EngineConfig(
+        parallel=parallel,
+        deepspeed={"zero_optimization": {"stage": 0}},  # in fp32 gradients stay where autograd leaves them
+        optimizer=None,
+        global_batch_size=samples,
+        micro_batch_size=samples,
+    )
+    engine = session.build_engine(model, config).engine
+    found = [
+        _run_probe(engine, probe, weights, parallel.sequence, results, index) for index, probe in enumerate(inputs)
+    ]
     stop_distributed()
     return found
 
@@ -78,18 +81,6 @@ def without_dropout(core: ModelConfig) -> ModelConfig:
 
 def _without_dropout(stack: Stack) -> Stack:
     return replace(stack, attention_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
-
-
-def _deepspeed(probe: Probe) -> dict[str, Any]:
-    """fp32 without ZeRO: gradients stay where autograd leaves them."""
-    return {
-        "train_batch_size": len(probe.input_ids),
-        "train_micro_batch_size_per_gpu": len(probe.input_ids),
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 0},
-        "steps_per_print": 10**9,
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-    }
 
 
 def _run_probe(engine: Engine, probe: Probe, weights: HFWeights, sequence: bool, results: Path, index: int) -> Findings:

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_ds.config import check_layout
+from megatron_ds.config import ParallelSection, check_layout
 from megatron_ds.errors import ConversionError, TopologyError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import quiet_libraries
-from megatron_ds.parallel.grid import Layout
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import rank_from_environment
 from megatron_ds.verify.inputs import Probe, probes
@@ -61,12 +60,13 @@ def verify_hf(
     _preload()
     from megatron_ds.verify.ours import run_rank
 
+    parallel = ParallelSection(tensor=tp, pipeline=pp, sequence=sequence)
     with tempfile.TemporaryDirectory(prefix="megatron_ds-verify-") as folder:
         results = Path(folder)
         note("transformers: outputs, loss and gradients")
         (losses,) = run_local(lambda info: run_reference(directory, weights.model, inputs, results), 1)
         note(f"megatron_ds on {tp * pp} ranks: the same")
-        ranks = run_local(lambda info: run_rank(info, weights, inputs, Layout(tp, pp), sequence, results), tp * pp)
+        ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), tp * pp)
         note("round trip: every tensor through the tables and back")
         (round_trip,) = run_local(lambda info: check_round_trip(weights, directory, results / "rewritten"), 1)
     return Report(

@@ -17,13 +17,10 @@ from torch import Tensor
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.saver import Saved, SaveOptions, Saver
-from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine
-from megatron_ds.hf.config import read_model
-from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.session import load_model
 from tests.parity.cases import Recipe
-from tests.parity.ours import Place, deepspeed_config
+from tests.parity.ours import Place, engine_config, session_of
 from tests.ranks import run_grid
 
 ROUNDS = 3
@@ -40,10 +37,8 @@ MODEL = {
 
 
 def _engine(grid: Grid, place: Place) -> tuple[Any, Any]:
-    model = read_model(MODEL)
-    options = EngineOptions(deepspeed_config(place, Recipe()), OptimizerSection(), False, "none", 1)
-    engine = build_engine(lambda ctx: model_layers(model.core, ctx), grid, torch.device("cpu"), options)
-    return engine, model
+    model = load_model(MODEL)
+    return session_of(grid).build_engine(model, engine_config(place, Recipe())).engine, model.hf
 
 
 def _save(saver: Saver, step: int) -> Saved:

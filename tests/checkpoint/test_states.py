@@ -16,15 +16,11 @@ from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.checkpoint.state import loss_scale, set_loss_scale
-from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine
-from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights
-from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.session import load_model
 from tests.checkpoint.runs import CUT, Curve, apart, resume_run, resumed_at, saved_at, steps
 from tests.parity.cases import Recipe
-from tests.parity.ours import Place, deepspeed_config
+from tests.parity.ours import Place, engine_config, session_of
 from tests.ranks import run_grid, run_ranks
 
 RECIPE = Recipe()
@@ -101,12 +97,9 @@ FROZEN = frozenset({"embedding.weight", "blocks.1.mlp.up.weight", "blocks.2.atte
 
 
 def _engine(grid: Grid, directory: Path, place: Place, recipe: Recipe, **changes: Any) -> tuple[Any, Any]:
-    weights = HFWeights(directory, read_model(directory))
-    section = OptimizerSection(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
-    options = EngineOptions(deepspeed_config(place, recipe), section, place.sp, "none", 1234, **changes)
-    core = weights.model.core
-    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, torch.device("cpu"), options, weights.share)
-    return engine, weights.model
+    """With changes to the loaded model."""
+    model = replace(load_model(directory), **changes)
+    return session_of(grid).build_engine(model, engine_config(place, recipe)).engine, model.hf
 
 
 def _frozen_run(grid: Grid, directory: Path, place: Place, recipe: Recipe, folder: Path | None) -> Curve:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ds.config import DeepSpeedSummary, check_run, fill_deepspeed, load_deepspeed, summarize_deepspeed
+from megatron_ds.config import (
+    DeepSpeedSummary,
+    EngineConfig,
+    check_run,
+    fill_deepspeed,
+    load_deepspeed,
+    summarize_deepspeed,
+)
 from megatron_ds.config.checks import ModelShape
 from megatron_ds.errors import ConfigError
 
@@ -29,7 +36,7 @@ EXPECTED_FACTS = {
 
 def fill(make_run, mapping, data_size=2, **sections):
     run = make_run(deepspeed=mapping, train=TRAIN, **sections)
-    return fill_deepspeed(load_deepspeed(mapping), run, data_size, hidden_size=64)
+    return fill_deepspeed(load_deepspeed(mapping), EngineConfig.of_run(run), data_size, hidden_size=64)
 
 
 def refusal(make_run, mapping, **sections):
@@ -60,7 +67,7 @@ def test_shipped_configs_fill_and_run(make_run, path):
     assert not {"optimizer", "scheduler", "gradient_clipping"} & set(mapping)
     facts = summarize_deepspeed(mapping)
     assert facts == EXPECTED_FACTS[path.stem]
-    filled = fill_deepspeed(mapping, run, data_size=2, hidden_size=64)
+    filled = fill_deepspeed(mapping, EngineConfig.of_run(run), data_size=2, hidden_size=64)
     assert summarize_deepspeed(filled) == facts
     assert '"auto"' not in json.dumps(filled)
     assert (filled["train_batch_size"], filled["gradient_accumulation_steps"]) == (64, 8)
@@ -112,7 +119,7 @@ def test_autos_are_filled_and_the_mapping_is_left_alone(make_run):
     }
     before = json.dumps(mapping)
     run = make_run(deepspeed=mapping, train=TRAIN, optimizer={"grad_clip": 0.5})
-    filled = fill_deepspeed(mapping, run, data_size=2, hidden_size=64)
+    filled = fill_deepspeed(mapping, EngineConfig.of_run(run), data_size=2, hidden_size=64)
     assert json.dumps(mapping) == before
     assert filled["train_batch_size"] == 64
     assert filled["train_micro_batch_size_per_gpu"] == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ds.config import deepspeed_keys, fill_deepspeed, load_deepspeed
+from megatron_ds.config import EngineConfig, deepspeed_keys, fill_deepspeed, load_deepspeed
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +90,10 @@ def installed(tmp_path_factory):
         }
     )
     sources = {"": {}, **{path.stem: str(path) for path in (ROOT / "ds_configs").glob("*.json")}}
-    filled = {name: fill_deepspeed(load_deepspeed(s), run, data_size=1, hidden_size=64) for name, s in sources.items()}
+    filled = {
+        name: fill_deepspeed(load_deepspeed(s), EngineConfig.of_run(run), data_size=1, hidden_size=64)
+        for name, s in sources.items()
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps(filled)],
         capture_output=True,

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine
+from megatron_ds.engine import build_engine
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.param_spec import initial_shard, spec_of
-from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.session import load_model
+from megatron_ds.session.setup import engine_options, plan_engine
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
-from tests.parity.ours import Place, deepspeed_config, engine_on, micro_batches
+from tests.parity.ours import Place, engine_config, engine_on, micro_batches
 from tests.parity.reference import make_model, train_reference
 from tests.ranks import run_alone, run_grid
 
@@ -26,9 +26,10 @@ PLACES = [Place(1, 1, 1, 1), Place(2, 1, 1, 1, True), Place(2, 1, 2, 3), Place(2
 
 
 def _random_engine(grid: Grid, case: str, place: Place, read: Any = None) -> Any:
-    config = read_model(CONFIGS[case]).core
-    options = EngineOptions(deepspeed_config(place, RECIPE), OptimizerSection(), place.sp, "none", seed=99)
-    return build_engine(lambda ctx: model_layers(config, ctx), grid, torch.device("cpu"), options, read)
+    model = load_model(CONFIGS[case], seed=99)
+    plan = plan_engine(engine_config(place, RECIPE, seed=99), model.hf.core.shape(), grid.layout.world_size, "cpu")
+    options = engine_options(model, plan)
+    return build_engine(model.layers, grid, torch.device("cpu"), options, read)
 
 
 def _fingerprints(grid: Grid, case: str, place: Place) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_ds.training.export import check_export, fits_in, reference_outputs
 from safetensors import safe_open
 
 from megatron_ds.errors import ConversionError
@@ -20,7 +21,6 @@ from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
 from megatron_ds.hf.weight_files import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Axis
-from megatron_ds.training.export import check_export, fits_in, reference_outputs
 from tests.hf.models import declarations, export, gathered, hashes
 from tests.ranks import run_alone
 

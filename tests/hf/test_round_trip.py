@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_ds.training.export import export_live
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.config import ExportSection
@@ -15,7 +16,6 @@ from megatron_ds.hf.family import Row, fused_qkv
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.models.config import DecoderConfig
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.training.export import export_live
 from tests.hf.models import DTYPES, declarations, export, hashes
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.ours import Place, engine_on

@@ -1,25 +1,17 @@
 """The same few steps of adapters by peft on transformers, and by ours at a layout."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine
-from megatron_ds.hf.config import read_model
-from megatron_ds.hf.peft.adapters import AdapterWeights, read_adapters
-from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.layers.param_spec import ParamSpec
-from megatron_ds.models.adapters import with_adapters
-from megatron_ds.models.build import model_layers
+from megatron_ds.hf.weights import ToHF
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.session import load_model
 from tests.parity.batches import batch_for, reference_loss
 from tests.parity.cases import Recipe
-from tests.parity.ours import Place, deepspeed_config, micro_batches
+from tests.parity.ours import Place, engine_config, micro_batches, session_of
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_grid
 
@@ -66,36 +58,17 @@ def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
 
 
 def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
-    weights = HFWeights(directory / "base", read_model(directory / "base"))
-    adapters = read_adapters(directory / "adapter", weights.model, "base")
-    options = EngineOptions(
-        deepspeed=deepspeed_config(place, recipe),
-        optimizer=OptimizerSection(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay),
-        sequence=place.sp,
-        recompute=place.recompute,
-        seed=1234,
-        frozen=frozenset(weights.model.table),
-    )
-    engine = build_engine(
-        lambda at: with_adapters(model_layers(weights.model.core, at), adapters.places),
-        grid,
-        torch.device("cpu"),
-        options,
-        partial(_read, weights, AdapterWeights(directory / "adapter", adapters)),
-    )
+    model = load_model(directory / "base", peft=str(directory / "adapter"))
+    engine = session_of(grid).build_engine(model, engine_config(place, recipe)).engine
     losses, norms = [], []
     for step in range(recipe.steps):
-        model_type = weights.model.family.model_type
+        model_type = model.hf.family.model_type
         result = engine.train_step(micro_batches(grid, place, recipe, step, model_type), recipe.lr)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    found, to_hf = {}, ToHF(adapters)
+    assert model.adapters is not None
+    found, to_hf = {}, ToHF(model.adapters)
     for name, whole in engine.full_parameters():
-        if whole is not None and name in adapters.table:
+        if whole is not None and name in model.adapters.table:
             found.update({theirs: tensor.float().clone() for theirs, tensor in to_hf.add(name, whole)})
     return {"losses": losses, "norms": norms, "weights": found}
-
-
-def _read(weights: HFWeights, adapter: AdapterWeights, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
-    source = adapter if name in adapter.adapters.table else weights
-    return source.share(name, spec, rank, size)

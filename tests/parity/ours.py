@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import EngineOptions, build_engine, enable_shared_memory
-from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.models.build import model_layers
+from megatron_ds.config import EngineConfig, OptimizerSection, ParallelSection
+from megatron_ds.hf.weights import ToHF
 from megatron_ds.parallel.grid import Grid, Layout
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.session import Session, load_model
 from tests.parity.batches import batch_for, ours
 from tests.parity.cases import Recipe
 from tests.parity.packed import draw_rows, packed
@@ -45,24 +44,34 @@ class Place:
         return f"tp{self.tp}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}{compiled}"
 
 
-def deepspeed_config(place: Place, recipe: Recipe) -> dict[str, Any]:
-    """A filled DeepSpeed config."""
-    config: dict[str, Any] = {
-        "train_batch_size": recipe.global_batch,
-        "train_micro_batch_size_per_gpu": place.micro_batch(recipe),
-        "gradient_accumulation_steps": recipe.global_batch // place.micro_batch(recipe) // place.dp,
-        "gradient_clipping": recipe.grad_clip,
+def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
+    """The engine config of a place and a recipe; `changes` replace fields."""
+    deepspeed: dict[str, Any] = {
         "zero_optimization": {"stage": place.zero, "stage3_param_persistence_threshold": 64},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        **({"bf16": {"enabled": True}} if recipe.precision == "bf16" else {}),
+        **dict(place.extra),
     }
-    if recipe.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    config.update(dict(place.extra))
-    return config
+    fields = {
+        "parallel": ParallelSection(tensor=place.tp, pipeline=place.pp, sequence=place.sp, shared_memory=place.shared),
+        "deepspeed": deepspeed,
+        "optimizer": OptimizerSection(
+            lr=recipe.lr,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            grad_clip=recipe.grad_clip,
+        ),
+        "global_batch_size": recipe.global_batch,
+        "micro_batch_size": place.micro_batch(recipe),
+        "recompute": place.recompute,
+        "compile": place.compiled,
+    }
+    return EngineConfig(**{**fields, **changes})
+
+
+def session_of(grid: Grid) -> Session:
+    """The session of a rank that has joined its process group."""
+    return Session(RankInfo(grid.rank, grid.layout.world_size, grid.rank), torch.device("cpu"))
 
 
 def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
@@ -86,20 +95,8 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
 
 def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tuple[Any, Any]:
     """An engine filled from an HF directory, and the model's meaning."""
-    weights = HFWeights(directory, read_model(directory))
-    model = weights.model
-    options = EngineOptions(
-        deepspeed=deepspeed_config(place, recipe),
-        optimizer=OptimizerSection(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay),
-        sequence=place.sp,
-        recompute=place.recompute,
-        seed=1234,
-        compiled=place.compiled,
-    )
-    if place.shared:
-        grid = enable_shared_memory(grid)
-    engine = build_engine(lambda ctx: model_layers(model.core, ctx), grid, torch.device("cpu"), options, weights.share)
-    return engine, model
+    model = load_model(directory)
+    return session_of(grid).build_engine(model, engine_config(place, recipe)).engine, model.hf
 
 
 def micro_batches(

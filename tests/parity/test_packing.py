@@ -13,20 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ds.engine import EngineOptions, build_engine
 from megatron_ds.engine.pipeline.boundary import Boundary
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.layers import attention
 from megatron_ds.layers.embedding import LearnedPositions
-from megatron_ds.models.build import model_layers
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.session import load_model
 from megatron_ds.verify.compare import difference, root_mean_square, smallest_norm
 from tests.parity.batches import ours, reference_loss
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors, within_fp32
-from tests.parity.ours import Place, deepspeed_config, train_ours
+from tests.parity.ours import Place, engine_config, session_of, train_ours
 from tests.parity.packed import Rows, draw_rows, packed, unpacked
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone, run_grid
@@ -68,19 +67,13 @@ def _reference(case: str, directory: Path) -> None:
 
 def _gradients(grid: Grid, directory: Path, place: Place, batch: dict[str, Tensor]) -> Run:
     """Ours, of one micro-batch; the gradients on rank 0."""
-    weights = HFWeights(directory, read_model(directory))
+    model = load_model(directory)
     size = len(batch["input_ids"])
-    config = {
-        **deepspeed_config(replace(place, zero=0), Recipe(grad_clip=0.0)),
-        "train_batch_size": size,
-        "train_micro_batch_size_per_gpu": size,
-        "gradient_accumulation_steps": 1,
-    }
-    options = EngineOptions(config, None, place.sp, place.recompute, seed=0)
-    core = weights.model.core
-    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, torch.device("cpu"), options, weights.share)
+    recipe = Recipe(global_batch=size, grad_clip=0.0)
+    config = engine_config(replace(place, zero=0), recipe, optimizer=None, micro_batch_size=size)
+    engine = session_of(grid).build_engine(model, config).engine
     loss = engine.train_step([batch], lr=0.0).loss
-    found, to_hf = {}, ToHF(weights.model)
+    found, to_hf = {}, ToHF(model.hf)
     for name, gradient in engine.full_tensors(engine.optimizer.gradient):  # type: ignore[attr-defined]
         if gradient is not None:
             found.update({theirs: tensor.clone() for theirs, tensor in to_hf.add(name, gradient)})
@@ -192,11 +185,8 @@ def _changed(rows: Rows, row: int, number: int) -> Rows:
 
 
 def _logits(grid: Grid, directory: Path, sequence: bool, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-    weights = HFWeights(directory, read_model(directory))
-    config = deepspeed_config(Place(zero=0), Recipe())
-    options = EngineOptions(config, None, sequence, "none", seed=0)
-    core = weights.model.core
-    engine = build_engine(lambda ctx: model_layers(core, ctx), grid, torch.device("cpu"), options, weights.share)
+    place = Place(grid.tensor.size, sp=sequence, zero=0)
+    engine = session_of(grid).build_engine(load_model(directory), engine_config(place, Recipe())).engine
     found = [engine.outputs({name: one for name, one in batch.items() if name != "targets"}) for batch in batches]
     return [outputs["logits"] for outputs in found if outputs is not None]
 

@@ -151,10 +151,10 @@ def test_noise_of_text_is_refused_where_pairs_have_been_made(key: dict[str, floa
 
 def test_a_decoders_positions_are_divided_too(tmp_path: Path) -> None:
     run = build_run(mapping(T5, tmp_path, parallel={"tensor": 4, "sequence": True}))
-    check_target_length(run, 16)
-    check_target_length(run, None)
+    check_target_length(run.parallel, 16)
+    check_target_length(run.parallel, None)
     with pytest.raises(TopologyError) as caught:
-        check_target_length(run, 18)
+        check_target_length(run.parallel, 18)
     assert str(caught.value) == (
         "data.target_length=18 is not divisible by parallel.tensor=4, which parallel.sequence=true needs; nearest: 20"
     )

@@ -17,7 +17,7 @@ from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.parallel.collectives import all_reduce_
-from megatron_ds.training.resolve import ResolvedRun
+from megatron_ds.session.loaded_model import LoadedModel
 
 CHECK_TOLERANCE = {
     "float32": 1e-5,  # sums in another order
@@ -32,26 +32,26 @@ MOST_NOISE = 0.1  # where rounding alone makes more, a wrong weight would not be
 DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def export_live(engine: Engine, resolved: ResolvedRun, section: ExportSection) -> None:
+def export_live(engine: Engine, model: LoadedModel, section: ExportSection, precision: str) -> None:
     """Stream the weights to `section.path` on rank 0. Collective: every rank calls it.
 
     Raises:
         ConversionError: on every rank, if `section.dtype` cannot hold a weight. The run is not lost: the directory was
             written in the run's own dtype.
     """
-    if resolved.adapters is not None:
-        _export_adapters(engine, resolved, resolved.adapters, section)
+    if model.adapters is not None:
+        _export_adapters(engine, model, model.adapters, section, precision)
         return
     fits = fits_in(engine, section.dtype)
     if engine.grid.rank != 0:
         for _ in engine.full_parameters():
             pass
     else:
-        with exporting(section.path, resolved.model, section.dtype if fits else None, section.max_shard_size) as export:
+        with exporting(section.path, model.hf, section.dtype if fits else None, section.max_shard_size) as export:
             for name, whole in engine.full_parameters():
                 assert whole is not None, name
                 export.add(name, whole)
-            export.finish(resolved.run.model.path, resolved.run.model.tokenizer_path)
+            export.finish(model.section.path, model.section.tokenizer_path)
     _refuse_unfit(section, fits)
 
 
@@ -63,19 +63,21 @@ def _refuse_unfit(section: ExportSection, fits: bool) -> None:
         )
 
 
-def _export_adapters(engine: Engine, resolved: ResolvedRun, adapters: Adapters, section: ExportSection) -> None:
+def _export_adapters(
+    engine: Engine, model: LoadedModel, adapters: Adapters, section: ExportSection, precision: str
+) -> None:
     """What was trained, for peft; or in the weights of the base, which are read where they are on disk."""
     fits = fits_in(engine, section.dtype)
     dtype = section.dtype if fits else None
     gathered = engine.full_parameters(adapters.table)
     parameters = {name: whole.detach().to("cpu").clone() for name, whole in gathered if whole is not None}
     if engine.grid.rank == 0:
-        tokenizer, base = resolved.run.model.tokenizer_path, resolved.run.model.path
+        tokenizer, base = model.section.tokenizer_path, model.section.path
         if section.merge:
-            assert resolved.weights is not None and base is not None
-            of_run = dtype or DTYPE_OF_PRECISION[resolved.facts.precision]
+            assert model.weights is not None and base is not None
+            of_run = dtype or DTYPE_OF_PRECISION[precision]
             size = section.max_shard_size
-            export_merged(section.path, resolved.weights, base, adapters, parameters, of_run, size, tokenizer)
+            export_merged(section.path, model.weights, base, adapters, parameters, of_run, size, tokenizer)
         else:
             export_adapters(section.path, adapters, parameters.items(), dtype, tokenizer)
     _refuse_unfit(section, fits)
@@ -93,7 +95,9 @@ def fits_in(engine: Engine, dtype: str | None) -> bool:
     return float(all_reduce_(largest, engine.grid.world, dist.ReduceOp.MAX)) <= torch.finfo(torch.float16).max
 
 
-def check_export(engine: Engine, resolved: ResolvedRun, section: ExportSection, batch: MicroBatch) -> float:
+def check_export(
+    engine: Engine, model: LoadedModel, section: ExportSection, precision: str, batch: MicroBatch
+) -> float:
     """Largest relative L2 error of what transformers predicts from the exported directory against the live model.
 
     Collective. The ranks with the last pipeline stage have the live model's predictions; the first of them loads the
@@ -111,13 +115,13 @@ def check_export(engine: Engine, resolved: ResolvedRun, section: ExportSection, 
     live = engine.outputs(columns)
     if engine.grid.tensor.rank != 0 or engine.grid.data.rank != 0:
         live = None
-    error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, resolved.model, columns))
+    error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, model.hf, columns))
     relative = _from_first(engine, error)
-    trained_in = DTYPE_OF_PRECISION[resolved.facts.precision]
+    trained_in = DTYPE_OF_PRECISION[precision]
     coarser = max(trained_in, section.dtype or trained_in, key=CHECK_TOLERANCE.__getitem__)
     bound = CHECK_TOLERANCE[coarser]
     if relative > bound and coarser != "float32":
-        noise = 0.0 if live is None else rounding_error(section.path, resolved.model, columns, coarser)
+        noise = 0.0 if live is None else rounding_error(section.path, model.hf, columns, coarser)
         bound = max(bound, min(MOST_NOISE, NOISE_FACTOR * _from_first(engine, noise)))
     if not relative <= bound:  # NaN is wrong too
         raise RuntimeError(

@@ -1,36 +1,39 @@
-"""The adapters of a run: what its `peft` says, and where they stand."""
+"""The adapters of a model: their config, and the weights that they start from."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from megatron_ds.config import RunConfig
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.peft.adapters import Adapters, AdapterWeights, read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
-def open_adapters(run: RunConfig, model: HFModel, checkpoint: Path | None) -> tuple[Adapters, AdapterWeights | None]:
-    """What a run trains beside its model, and the values that it begins with, if it does not begin anew.
+def open_adapters(
+    peft: str | dict[str, Any], base_path: str | None, model: HFModel, checkpoint: Path | None
+) -> tuple[Adapters, AdapterWeights | None]:
+    """Read the adapters that are trained beside a model, and open the weights that they start from, if there are any.
 
     Args:
-        run: with `peft`: fields of a config, or a directory with one, and with adapters to go on with if it has them.
-        model: the base.
-        checkpoint: what the run goes on from; None = it begins.
+        peft: fields of a peft config, or a directory with one, which may also hold adapter weights to start from.
+        base_path: directory of the base model.
+        model: the base model.
+        checkpoint: the checkpoint that a run resumes; None = the run starts.
 
     Raises:
         ConversionError: the config or its weights cannot be used.
-        CheckpointError: the checkpoint is of other adapters, or of none.
+        CheckpointError: the checkpoint holds other adapters, or none.
     """
-    assert run.peft is not None and run.model.path is not None
-    base = str(Path(run.model.path).resolve())
-    adapters = read_adapters(run.peft, model, base)
+    assert base_path is not None, "adapters need a model with weights"
+    base = str(Path(base_path).resolve())
+    adapters = read_adapters(peft, model, base)
     if checkpoint is not None:
         _check_same(adapters, checkpoint, model, base)
         return adapters, AdapterWeights(checkpoint, adapters)
-    if isinstance(run.peft, str) and (Path(run.peft) / ADAPTER_WEIGHTS).is_file():
-        return adapters, AdapterWeights(run.peft, adapters)
+    if isinstance(peft, str) and (Path(peft) / ADAPTER_WEIGHTS).is_file():
+        return adapters, AdapterWeights(peft, adapters)
     return adapters, None
 
 

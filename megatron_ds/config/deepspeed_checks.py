@@ -1,0 +1,76 @@
+"""Rules that a DeepSpeed JSON and the rest of a run must keep, beyond what the JSON's own keys allow."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ds.config.engine_config import EngineConfig
+from megatron_ds.config.run_config import CheckpointSection
+from megatron_ds.errors import ConfigError
+
+
+def check_recomputation(
+    config: EngineConfig, mapping: Mapping[str, Any], *, trains_part: bool, encoder_decoder: str
+) -> None:
+    """Check a DeepSpeed JSON's `activation_checkpointing` and `pipeline` sections against `train.recompute`.
+
+    Args:
+        config: the engine's.
+        mapping: the DeepSpeed JSON, unfilled.
+        trains_part: whether adapters are trained, or parameters are frozen.
+        encoder_decoder: the model type of an encoder-decoder; empty for other models.
+
+    Raises:
+        ConfigError: the two contradict each other, or cannot work with this model.
+    """
+    section = mapping.get("activation_checkpointing") or {}
+    if section and config.recompute != "none" and trains_part:
+        raise ConfigError(
+            "deepspeed.activation_checkpointing recomputes nothing of a layer whose input needs no gradient, as behind "
+            f"a frozen embedding; nearest: remove it, and train.recompute={config.recompute} is torch's own"
+        )
+    if section.get("partition_activations") and encoder_decoder:
+        raise ConfigError(
+            "deepspeed.activation_checkpointing.partition_activations=true empties what a layer is given, and the "
+            f"encoder's states of a {encoder_decoder} are given to all layers of its decoder; nearest: false"
+        )
+    for key in ("cpu_checkpointing", "contiguous_memory_optimization"):
+        if section.get(key) and not section.get("partition_activations"):
+            raise ConfigError(
+                f"deepspeed.activation_checkpointing.{key}=true works on partitioned activations only; nearest: "
+                f"partition_activations=true beside it"
+            )
+    if section.get("contiguous_memory_optimization") and not section.get("number_checkpoints"):
+        raise ConfigError(
+            "deepspeed.activation_checkpointing.contiguous_memory_optimization=true needs number_checkpoints; nearest: "
+            "the number of layers"
+        )
+    if section.get("partition_activations") and config.recompute == "selective":
+        raise ConfigError(
+            "deepspeed.activation_checkpointing.partition_activations=true splits what all tensor ranks hold alike; "
+            "train.recompute=selective keeps each rank's own heads; nearest: train.recompute=full"
+        )
+    if section.get("partition_activations") and config.parallel.sequence and config.parallel.tensor > 1:
+        raise ConfigError(
+            "deepspeed.activation_checkpointing.partition_activations=true splits what all tensor ranks hold alike; "
+            "with parallel.sequence=true they hold different parts already; set one of them to false"
+        )
+    if (mapping.get("pipeline") or {}).get("activation_checkpoint_interval"):
+        raise ConfigError(
+            "deepspeed.pipeline.activation_checkpoint_interval would recompute a second time what train.recompute "
+            "does; remove it and set train.recompute=full"
+        )
+
+
+def check_saving(checkpoint: CheckpointSection, mapping: Mapping[str, Any]) -> None:
+    """Check that the state which the DeepSpeed JSON keeps on NVMe need not be saved.
+
+    Raises:
+        ConfigError: it would have to be.
+    """
+    zero = mapping.get("zero_optimization") or {}
+    for key in ("offload_optimizer", "offload_param"):
+        if checkpoint.every and (zero.get(key) or {}).get("device") == "nvme":
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{key}.device=nvme cannot be saved yet; nearest: cpu, or "
+                "checkpoint.every=0"
+            )

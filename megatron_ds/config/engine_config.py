@@ -1,0 +1,67 @@
+"""The part of a run that decides its engine: parallelism, DeepSpeed, optimizer, batch sizes.
+
+`EngineConfig.of_run` extracts it from a run file; a Python program builds one by keyword. It holds nothing about
+data, files or the number of steps, so an engine can be built without them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from megatron_ds.config.run_config import (
+    OptimizerSection,
+    ParallelSection,
+    RunConfig,
+    ScheduleSection,
+    path_or_mapping,
+)
+from megatron_ds.config.schema_base import Count, Section, whole_float_to_int
+
+
+class EngineConfig(Section):
+    """Everything besides the model that an engine is built from. The fields are those of the run file's sections.
+
+    Attributes:
+        parallel: sizes of the parallel axes.
+        deepspeed: path of a DeepSpeed JSON, or its content; "auto" values are filled from the other fields.
+        optimizer: None = gradients are computed and kept, and weights never change.
+        schedule, steps: what a `scheduler` block of the DeepSpeed JSON must agree with; None = no block is allowed.
+        global_batch_size, micro_batch_size: samples of an optimizer step, and of one forward pass on one rank.
+        seed: of dropout, and of parameters that start at random.
+        recompute, compile, kernels: as under `train` in the run file.
+    """
+
+    parallel: ParallelSection = ParallelSection()
+    deepspeed: Annotated[str | dict[str, Any], BeforeValidator(path_or_mapping)] = {}
+    optimizer: OptimizerSection | None = OptimizerSection()
+    schedule: ScheduleSection | None = None
+    steps: Count | None = None
+    global_batch_size: Count = 8
+    micro_batch_size: Count = 1
+    seed: Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    kernels: Literal["auto", "torch"] = "auto"
+
+    @classmethod
+    def of_run(cls, run: RunConfig) -> "EngineConfig":
+        """The engine's part of a run file."""
+        train = run.train
+        return cls(
+            parallel=run.parallel,
+            deepspeed=run.deepspeed,
+            optimizer=run.optimizer,
+            schedule=run.schedule,
+            steps=train.steps,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            seed=train.seed,
+            recompute=train.recompute,
+            compile=train.compile,
+            kernels=train.kernels,
+        )
+
+    @property
+    def grad_clip(self) -> float:
+        """Bound of the gradient norm; 0 = none."""
+        return self.optimizer.grad_clip if self.optimizer is not None else 0.0

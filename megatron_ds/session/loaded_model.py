@@ -1,0 +1,163 @@
+"""A model as a program holds it before an engine is built: its config, where its weights are, what of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_ds.checkpoint.directory import resolve_checkpoint
+from megatron_ds.config import ModelSection, build_section
+from megatron_ds.engine import ShardReader
+from megatron_ds.errors import ConfigError
+from megatron_ds.hf.config import HFModel, read_json, read_model
+from megatron_ds.hf.peft.adapters import Adapters, AdapterWeights
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.layers.param_spec import ParamSpec, initial_shard
+from megatron_ds.models.adapters import with_adapters
+from megatron_ds.models.build import model_layers
+from megatron_ds.models.config import EncoderDecoderConfig
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import LayerSpec
+from megatron_ds.session.adapters import open_adapters, refuse_adapters
+from megatron_ds.session.freeze import frozen_parameters
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with the source of its weights. Nothing is allocated yet, and nothing in it depends on a layout.
+
+    Attributes:
+        hf: the Hugging Face model; `tied` is settled by the weights where there are any.
+        section: the run file's `model` section, or the same from keywords.
+        weights: the reader of its weights; None = random initialization.
+        seed: of parameters that start at random.
+        frozen: native names of the parameters that are not trained.
+        adapters: adapters that are trained instead of the model; None = none.
+        adapter_weights: the reader of their weights; None = they start from their initialization.
+    """
+
+    hf: HFModel
+    section: ModelSection
+    weights: HFWeights | None = None
+    seed: int = 1234
+    frozen: frozenset[str] = frozenset()
+    adapters: Adapters | None = None
+    adapter_weights: AdapterWeights | None = None
+
+    def layers(self, ctx: BuildContext) -> list[LayerSpec]:
+        """Return the specs of the model's layers with their adapters; nothing is built."""
+        layers = model_layers(self.hf.core, ctx)
+        return layers if self.adapters is None else with_adapters(layers, self.adapters.places)
+
+    @property
+    def read_shard(self) -> ShardReader | None:
+        """The reader of parameter values for `build_engine`; None = all parameters start at random."""
+        return self._read_shard if self.weights is not None else None
+
+    def _read_shard(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
+        if self.adapters is None or name not in self.adapters.table:
+            assert self.weights is not None
+            return self.weights.share(name, spec, rank, size)
+        if self.adapter_weights is not None:
+            return self.adapter_weights.share(name, spec, rank, size)
+        return initial_shard(name, spec, self.seed, rank, size)
+
+
+def load_model(
+    source: str | Path | Mapping[str, Any],
+    *,
+    init: str | None = None,
+    tokenizer: str | None = None,
+    peft: str | Mapping[str, Any] | None = None,
+    freeze: Sequence[str] = (),
+    seed: int = 1234,
+) -> LoadedModel:
+    """Open a model: read its config and the headers of its weight files. Every rank calls it; it does not communicate.
+
+    Args:
+        source: a Hugging Face directory, a checkpoint or a folder of checkpoints, of which the latest is taken; or the
+            fields of a Hugging Face config, whose weights start at random.
+        init: "pretrained" or "random"; None = "pretrained" for a directory.
+        tokenizer: directory of the tokenizer that exports carry; None = that of `source`.
+        peft: fields of a peft config, or a directory with one; its adapters are trained instead of the model.
+        freeze: patterns of Hugging Face tensor names that are not trained.
+        seed: of parameters that start at random.
+
+    Raises:
+        ConfigError: `init`, `freeze` or `source` is not one of these.
+        ConversionError: the directory cannot be read, or its model is not supported.
+    """
+    fields = {"config": dict(source)} if isinstance(source, Mapping) else {"path": str(source)}
+    section = name_checkpoints(build_section(ModelSection, {**fields, "init": init, "tokenizer": tokenizer}, "model"))
+    plain = dict(peft) if isinstance(peft, Mapping) else peft
+    return open_model(read_model_section(section), section, peft=plain, freeze=freeze, seed=seed)
+
+
+def encoder_decoder_type(hf: HFModel) -> str:
+    """Return the model type of an encoder-decoder, and an empty string for other models."""
+    return hf.family.model_type if isinstance(hf.core, EncoderDecoderConfig) else ""
+
+
+def name_checkpoints(section: ModelSection) -> ModelSection:
+    """Replace a folder of checkpoints, or a run's output, by the latest checkpoint in it."""
+    named = {
+        field: str(resolve_checkpoint(path))
+        for field, path in (("path", section.path), ("tokenizer", section.tokenizer))
+        if path is not None
+    }
+    return section.model_copy(update=named)
+
+
+def read_model_section(section: ModelSection) -> HFModel:
+    """Read the config that a `model` section names.
+
+    Raises:
+        ConfigError: the path is an adapter's.
+        ConversionError: see `read_model`.
+    """
+    path = section.path
+    if path is not None and (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
+        base = read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise ConfigError(f"model.path={path} is an adapter; nearest: model.path={base} and peft={path}")
+    return read_model(path if path is not None else section.config or {})
+
+
+def open_model(
+    hf: HFModel,
+    section: ModelSection,
+    *,
+    peft: str | dict[str, Any] | None = None,
+    freeze: Sequence[str] = (),
+    seed: int = 1234,
+    checkpoint: Path | None = None,
+) -> LoadedModel:
+    """Open the weights of a model whose config was read, and its adapters.
+
+    Args:
+        hf: from `read_model_section`.
+        section: the same section.
+        peft, freeze, seed: see `load_model`.
+        checkpoint: the checkpoint that a run resumes, whose weights replace those of `section`; None = the run starts.
+
+    Raises:
+        ConfigError: a pattern of `freeze` matches nothing.
+        ConversionError: weights or adapters cannot be read.
+        CheckpointError: the checkpoint is of other adapters, or of none.
+    """
+    weights = None
+    if section.init == "pretrained":
+        assert section.path is not None
+        weights = HFWeights(section.path, hf)
+        hf = weights.model
+    if peft is not None:
+        adapters, adapter_weights = open_adapters(peft, section.path, hf, checkpoint)
+        return LoadedModel(hf, section, weights, seed, frozenset(hf.table), adapters, adapter_weights)
+    if checkpoint is not None:
+        refuse_adapters(checkpoint)
+        weights = HFWeights(checkpoint, read_model(checkpoint))
+    return LoadedModel(hf, section, weights, seed, frozen_parameters(hf, freeze))

@@ -1,0 +1,55 @@
+"""Savers of live engines: who writes a checkpoint, where, and what stands in it about its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ds.checkpoint.progress import Origin
+from megatron_ds.checkpoint.saver import SaveOptions, Saver
+from megatron_ds.engine import Engine
+from megatron_ds.session.loaded_model import LoadedModel
+from megatron_ds.session.setup import EnginePlan
+from megatron_ds.version import __version__
+
+
+def make_saver(
+    engine: Engine,
+    model: LoadedModel,
+    plan: EnginePlan,
+    folder: Path,
+    *,
+    keep: int,
+    asynchronous: bool,
+    protected: Sequence[Path | None] = (),
+) -> Saver:
+    """Make the saver of a live engine. Collective over the world.
+
+    Args:
+        engine: the engine that is saved.
+        model, plan: what it was built from.
+        folder: the directory of its checkpoints.
+        keep: number of checkpoints that stay.
+        asynchronous: whether training continues while files are written.
+        protected: checkpoints that are never removed.
+    """
+    options = SaveOptions(
+        folder=folder,
+        keep=keep,
+        asynchronous=asynchronous,
+        protected=tuple(path for path in protected if path is not None),
+        model_path=model.section.path,
+        tokenizer_path=model.section.tokenizer_path,
+    )
+    layout = plan.layout
+    origin = Origin(
+        world_size=layout.world_size,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        data=layout.data,
+        sequence=plan.config.parallel.sequence,
+        zero_stage=plan.summary.zero_stage,
+        precision=plan.summary.precision,
+        source=f"megatron-ds {__version__}",
+    )
+    return Saver(engine, model.hf, options, origin, model.adapters)

@@ -1,0 +1,99 @@
+"""One process's place in a group of ranks, from joining the group to leaving it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ds.config import EngineConfig, build_section
+from megatron_ds.engine import start_distributed, stop_distributed
+from megatron_ds.log import quiet_libraries, setup_logging
+from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
+from megatron_ds.session.loaded_model import LoadedModel, encoder_decoder_type
+from megatron_ds.session.model_engine import ModelEngine
+from megatron_ds.session.setup import build, plan_engine
+
+
+@dataclass(frozen=True)
+class Session:
+    """A process that has joined its group of ranks.
+
+    Attributes:
+        info: its global rank, the number of ranks and its rank on this machine.
+        device: where its tensors live.
+    """
+
+    info: RankInfo
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.info.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.info.world_size
+
+    def build_engine(self, model: LoadedModel, config: EngineConfig | None = None, **fields: Any) -> ModelEngine:
+        """Build this rank's part of a model under DeepSpeed. Collective over the world.
+
+        Args:
+            model: from `load_model`.
+            config: the engine config; None = made from `fields`.
+            fields: of an `EngineConfig`, such as `parallel={"tensor": 2}`, `deepspeed="ds.json"`,
+                `optimizer={"lr": 3e-4}`, `global_batch_size=32`, `micro_batch_size=4`, `recompute="full"`.
+                `optimizer=None` builds an engine whose steps compute gradients and change no weight.
+
+        Raises:
+            ConfigError: a field is wrong or contradicts the DeepSpeed JSON.
+            TopologyError: the model or the batch cannot be divided over the ranks.
+        """
+        assert config is None or not fields, "an engine config and fields of one"
+        config = config or build_section(EngineConfig, fields, keep=("optimizer",))
+        plan = plan_engine(
+            config,
+            model.hf.core.shape(),
+            self.world_size,
+            self.device.type,
+            trains_part=bool(model.frozen),
+            encoder_decoder=encoder_decoder_type(model.hf),
+        )
+        return ModelEngine(build(model, plan, self.rank, self.device), model, plan)
+
+
+@contextmanager
+def session(timeout_s: float = 1800.0) -> Iterator[Session]:
+    """Join the ranks that a launcher started, or be the only rank.
+
+    Under torchrun, the `deepspeed` launcher or srun the process takes its rank from the environment. Started alone, it
+    is rank 0 of one: a notebook works too. After an exception the process group is left as it is, because leaving it
+    could wait for ranks that wait for this one; the process is expected to end.
+
+    Args:
+        timeout_s: time limit of a collective, in seconds.
+
+    Raises:
+        TopologyError: a launcher's environment variables are incomplete.
+    """
+    quiet_libraries()
+    info = rank_from_environment()
+    setup_logging(info.rank if info is not None else 0)
+    if info is not None:
+        yield Session(info, start_distributed(info, timeout_s))
+        stop_distributed()
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as folder:
+        os.environ[RENDEZVOUS_FILE] = str(Path(folder) / "rendezvous")
+        try:
+            device = start_distributed(RankInfo(), timeout_s)
+        finally:
+            del os.environ[RENDEZVOUS_FILE]
+        yield Session(RankInfo(), device)
+        stop_distributed()

@@ -1,0 +1,102 @@
+"""From a model and an engine config to an engine: the one place where engine options are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ds.config import (
+    DeepSpeedSummary,
+    EngineConfig,
+    ModelShape,
+    check_engine,
+    check_recomputation,
+    fill_deepspeed,
+    load_deepspeed,
+    summarize_deepspeed,
+)
+from megatron_ds.engine import Engine, EngineOptions, build_engine, enable_shared_memory
+from megatron_ds.parallel.grid import Layout, create_grid
+from megatron_ds.session.loaded_model import LoadedModel
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """An engine that fits its ranks, before it is built.
+
+    Attributes:
+        config: the engine config.
+        layout: sizes of the parallel axes.
+        deepspeed: the filled DeepSpeed config.
+        summary: its ZeRO stage, precision and offload.
+    """
+
+    config: EngineConfig
+    layout: Layout
+    deepspeed: dict[str, Any]
+    summary: DeepSpeedSummary
+
+
+def plan_engine(
+    config: EngineConfig,
+    shape: ModelShape,
+    world_size: int,
+    device_type: str,
+    *,
+    trains_part: bool = False,
+    encoder_decoder: str = "",
+) -> EnginePlan:
+    """Check an engine config against a model's sizes and the number of ranks, and fill its DeepSpeed config.
+
+    Args:
+        config: the engine config.
+        shape: the model's sizes.
+        world_size: number of ranks.
+        device_type: torch's name, such as `cpu` or `cuda`.
+        trains_part, encoder_decoder: see `check_recomputation`.
+
+    Raises:
+        ConfigError: a value is wrong or contradicts another; TopologyError where sizes cannot be divided.
+    """
+    mapping = load_deepspeed(config.deepspeed)
+    summary = summarize_deepspeed(mapping)
+    data_size = check_engine(config, shape, summary, world_size, device_type)
+    check_recomputation(config, mapping, trains_part=trains_part, encoder_decoder=encoder_decoder)
+    parallel = config.parallel
+    layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, data=data_size)
+    return EnginePlan(config, layout, fill_deepspeed(mapping, config, data_size, shape.hidden_size), summary)
+
+
+def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device) -> Engine:
+    """Build one rank's engine. Collective over the world.
+
+    Args:
+        model: the model.
+        plan: the plan for it.
+        rank: this process's global rank.
+        device: where its tensors live.
+
+    Raises:
+        ConfigError: see `build_engine` and `enable_shared_memory`.
+    """
+    grid = create_grid(plan.layout, rank)
+    if plan.config.parallel.shared_memory and grid.tensor.size > 1:
+        grid = enable_shared_memory(grid)
+    return build_engine(model.layers, grid, device, engine_options(model, plan), model.read_shard)
+
+
+def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
+    """Return the options of the engine that a plan describes for a model."""
+    config = plan.config
+    return EngineOptions(
+        deepspeed=plan.deepspeed,
+        optimizer=config.optimizer,
+        sequence=config.parallel.sequence,
+        recompute=config.recompute,
+        seed=config.seed,
+        frozen=model.frozen,
+        compiled=config.compile,
+        kernels=config.kernels,
+    )

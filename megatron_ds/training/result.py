@@ -1,0 +1,47 @@
+"""The result of a training run, as `megatron_ds.train` returns it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Outcome of one call of `train`; the same on every rank.
+
+    Attributes:
+        steps: optimizer steps of the run so far, those before a resume included.
+        last_loss, best_loss: training loss of the last step of this call and the lowest of its steps; None where this
+            call did no step.
+        last_valid_loss, best_valid_loss: the same of its validations.
+        output: the run's directory.
+        metrics: its `metrics.jsonl`.
+        checkpoint: the last checkpoint that this call saved or resumed from; None = there is none.
+        export: the Hugging Face directory that it wrote; None = none.
+    """
+
+    steps: int
+    last_loss: float | None
+    best_loss: float | None
+    last_valid_loss: float | None
+    best_valid_loss: float | None
+    output: Path
+    metrics: Path
+    checkpoint: Path | None
+    export: Path | None
+
+
+class LossHistory:
+    """The last and the lowest value of a loss. Values that are not finite never count as the lowest."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.best: float | None = None
+
+    def add(self, loss: float) -> None:
+        """Record the loss of a step or validation."""
+        self.last = loss
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
+            self.best = loss
