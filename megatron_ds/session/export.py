@@ -95,9 +95,7 @@ def fits_in(engine: Engine, dtype: str | None) -> bool:
     return float(all_reduce_(largest, engine.grid.world, dist.ReduceOp.MAX)) <= torch.finfo(torch.float16).max
 
 
-def check_export(
-    engine: Engine, model: LoadedModel, section: ExportSection, precision: str, batch: MicroBatch
-) -> float:
+def check_export(engine: Engine, model: HFModel, section: ExportSection, precision: str, batch: MicroBatch) -> float:
     """Largest relative L2 error of what transformers predicts from the exported directory against the live model.
 
     Collective. The ranks with the last pipeline stage have the live model's predictions; the first of them loads the
@@ -115,13 +113,13 @@ def check_export(
     live = engine.outputs(columns)
     if engine.grid.tensor.rank != 0 or engine.grid.data.rank != 0:
         live = None
-    error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, model.hf, columns))
+    error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, model, columns))
     relative = _from_first(engine, error)
     trained_in = DTYPE_OF_PRECISION[precision]
     coarser = max(trained_in, section.dtype or trained_in, key=CHECK_TOLERANCE.__getitem__)
     bound = CHECK_TOLERANCE[coarser]
     if relative > bound and coarser != "float32":
-        noise = 0.0 if live is None else rounding_error(section.path, model.hf, columns, coarser)
+        noise = 0.0 if live is None else rounding_error(section.path, model, columns, coarser)
         bound = max(bound, min(MOST_NOISE, NOISE_FACTOR * _from_first(engine, noise)))
     if not relative <= bound:  # NaN is wrong too
         raise RuntimeError(

@@ -174,5 +174,5 @@ def _export(resolved: ResolvedRun, engine: Engine, data: Dataset, output: RunOut
     output.note(f"exported {what}: {section.path}")
     if section.check:
         batch = collate(data, range(resolved.run.train.micro_batch_size))
-        error = check_export(engine, resolved.model, section, precision, batch)
+        error = check_export(engine, resolved.hf, section, precision, batch)
         output.note(f"what transformers predicts from it equals the live model's: relative error {error:.1e}")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from megatron_ds.training.export import CHECK_TOLERANCE, check_export
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
@@ -15,6 +14,7 @@ from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
+from megatron_ds.session.export import CHECK_TOLERANCE, check_export
 from tests.hf.models import DTYPES, Tensors, changed, opened
 from tests.parity.cases import VOCAB
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -56,10 +56,9 @@ def outcome(live: Tensors, directory: Path, batch: Tensors, dtype: str) -> float
     axis = SimpleNamespace(rank=0, size=1, group=None, ranks=(0,))
     grid = SimpleNamespace(rank=0, tensor=axis, data=axis, world=axis)
     engine: Any = SimpleNamespace(grid=grid, device=torch.device("cpu"), labels=(), outputs=lambda columns: live)
-    job: Any = SimpleNamespace(facts=SimpleNamespace(precision="bf16"), model=opened(directory).model)
     section: Any = SimpleNamespace(path=str(directory), dtype=dtype)
     try:
-        return check_export(engine, job, section, batch)
+        return check_export(engine, opened(directory).model, section, "bf16", batch)
     except RuntimeError as problem:
         return str(problem)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_ds.training.export import check_export, fits_in, reference_outputs
 from safetensors import safe_open
 
 from megatron_ds.errors import ConversionError
@@ -21,6 +20,7 @@ from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
 from megatron_ds.hf.weight_files import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Axis
+from megatron_ds.session.export import check_export, fits_in, reference_outputs
 from tests.hf.models import declarations, export, gathered, hashes
 from tests.ranks import run_alone
 
@@ -398,10 +398,9 @@ def check_with(logits: torch.Tensor | None, directory: str, precision: str, dtyp
     engine: Any = SimpleNamespace(
         grid=grid, device=torch.device("cpu"), labels=("targets",), outputs=lambda columns: predicted
     )
-    job: Any = SimpleNamespace(facts=SimpleNamespace(precision=precision), model=model_of(directory, "sdpa"))
     section: Any = SimpleNamespace(path=directory, dtype=dtype)
     ids = torch.arange(24).reshape(2, 12)
-    return check_export(engine, job, section, {"input_ids": ids, "targets": ids})
+    return check_export(engine, model_of(directory, "sdpa"), section, precision, {"input_ids": ids, "targets": ids})
 
 
 def outcome(logits: torch.Tensor, directory: str, precision: str, dtype: str | None) -> float | str:

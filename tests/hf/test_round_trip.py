@@ -2,20 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from megatron_ds.training.export import export_live
 from safetensors.torch import load_file, save_file
 
-from megatron_ds.config import ExportSection
+from megatron_ds.config import ExportSection, ModelSection
 from megatron_ds.engine import Engine
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Row, fused_qkv
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.models.config import DecoderConfig
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.session import LoadedModel
+from megatron_ds.session.export import export_live
 from tests.hf.models import DTYPES, declarations, export, hashes
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.ours import Place, engine_on
@@ -81,20 +81,8 @@ def test_rank_that_holds_only_padding(tmp_path: Path, saved: Path) -> None:
 def _export_from_ranks(grid: Grid, source: Path, target: Path, place: Place) -> None:
     engine, model = engine_on(grid, source, place, Recipe())
     assert isinstance(engine, Engine)
-    export_live(engine, _JobOf(model), ExportSection(path=str(target), max_shard_size="20KB"))
-
-
-class _JobOf:
-    """The parts of a job that an export reads."""
-
-    adapters = None
-
-    class run:
-        class model:
-            path = tokenizer_path = None
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    section = ExportSection(path=str(target), max_shard_size="20KB")
+    export_live(engine, LoadedModel(model, ModelSection(config={"model_type": "none"}, init="random")), section, "fp32")
 
 
 @pytest.mark.parametrize(

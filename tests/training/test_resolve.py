@@ -33,7 +33,7 @@ def refusal(run: Any) -> str:
 
 def test_a_plain_run_resolves(tmp_path: Path) -> None:
     resolved = resolve_run(run_with(tmp_path, export={"path": str(tmp_path / "out" / "hf")}), 1, "cpu")
-    assert (resolved.layout.world_size, resolved.facts.zero_stage, resolved.weights) == (1, 1, None)
+    assert (resolved.plan.layout.world_size, resolved.plan.summary.zero_stage, resolved.model.weights) == (1, 1, None)
 
 
 @pytest.mark.parametrize("target", ["out", "."])
