@@ -1,9 +1,10 @@
-"""Makes the example's conversations out of the PyPI package chatterbot-corpus 1.3.3, whose English part it must hold.
+"""Make the example's conversations from the English part of the PyPI package chatterbot-corpus 1.3.3.
 
     pip download --no-deps chatterbot-corpus==1.3.3 && unzip chatterbot_corpus-1.3.3-*.whl -d corpus
     python examples/finetune_chat/make_data.py corpus/chatterbot_corpus/data/english
 
-The shipped `data/` was made so. Every twentieth opening goes to validation with all its replies: no opening is in both.
+This script made the `data/` of the repository. Every twentieth first line goes to validation with all its replies,
+so that no first line is in both files.
 """
 
 import json
@@ -18,12 +19,12 @@ EVERY = 20
 
 
 def conversations(directory: Path) -> Iterator[list[str]]:
-    """What is said in turn, the user first; what is not that (a line without a reply, a lone text) is left out."""
+    """Yield the turns of each conversation, the user's first; lines without a reply and single texts are dropped."""
     for file in sorted(directory.glob("*.yml")):
-        for said in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            if not isinstance(said, list):
+        for texts in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            if not isinstance(texts, list):
                 continue
-            turns = [str(text).strip() for text in said]
+            turns = [str(text).strip() for text in texts]
             turns = turns[: len(turns) // 2 * 2]
             if turns and all(turns):
                 yield turns
@@ -32,7 +33,7 @@ def conversations(directory: Path) -> Iterator[list[str]]:
 def main() -> None:
     """Write train.jsonl and valid.jsonl."""
     openings: dict[str, int] = {}
-    parts: dict[str, dict[str, None]] = {"train": {}, "valid": {}}  # many stand there several times
+    parts: dict[str, dict[str, None]] = {"train": {}, "valid": {}}  # the corpus contains many of them several times
     for turns in conversations(Path(sys.argv[1])):
         number = openings.setdefault(turns[0].casefold(), len(openings))
         roles = ["user", "assistant"] * (len(turns) // 2)

@@ -1,4 +1,4 @@
-"""Lets plain transformers reply, from a model or from an adapter with peft; nothing of megatron_ds is imported.
+"""Generate replies with plain transformers (or peft, for an adapter), without importing megatron_ds.
 
 python examples/finetune_chat/reply.py DIRECTORY [QUESTION ...]
 """
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the directories have all that is needed
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the directories are complete
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +18,7 @@ QUESTIONS = ["What is AI?", "Tell me a joke", "Who are you?"]
 
 
 def load(directory: str) -> torch.nn.Module:
-    """A model, or a model with its adapter."""
+    """Load a model, or a model with its adapter."""
     if (Path(directory) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
@@ -27,7 +27,7 @@ def load(directory: str) -> torch.nn.Module:
 
 
 def main() -> None:
-    """Print the likeliest reply to each question."""
+    """Print the greedily decoded reply to each question."""
     directory, *questions = sys.argv[1:]
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)

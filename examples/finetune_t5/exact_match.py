@@ -1,6 +1,6 @@
-"""How many held-out examples a T5 directory writes exactly right, by plain transformers' greedy generation.
+"""Count the held-out examples that a T5 directory generates exactly, with plain transformers and greedy decoding.
 
-Without arguments, those of the example's last run:
+The defaults are the paths of the example's last run:
 
     python examples/finetune_t5/exact_match.py [HF_DIR] [EXAMPLES.jsonl] [COUNT]
 """

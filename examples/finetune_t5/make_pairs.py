@@ -1,7 +1,7 @@
-"""Makes the task's examples out of Moby Dick: words without punctuation in, the same with punctuation out.
+"""Make training pairs from Moby Dick: words without punctuation as input, the same words with punctuation as target.
 
-A line of the book is cut into pieces of 3 to 5 words that hold at least one mark. The training text and the
-validation text of `pretrain_moby_dick` give the examples to train on and those to test on.
+The book is cut into pieces of 3 to 5 words with at least one punctuation mark. The training and the validation text
+of `pretrain_moby_dick` give the training and the validation pairs.
 
     python examples/finetune_t5/make_pairs.py [OUTPUT_DIR]
 """
@@ -18,11 +18,11 @@ from transformers import AutoTokenizer
 HERE = Path(__file__).resolve().parent
 TEXTS = HERE.parent / "pretrain_moby_dick" / "data"
 MARKS = ",.;:!?"
-LONGEST = 16  # tokens; names that fall into many pieces are left out
+LONGEST = 16  # tokens; longer pairs, with names that are split into many tokens, are dropped
 
 
 def pieces(text: str, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """(words alone, words with marks), in the order of the text."""
+    """Yield (words without punctuation, words with punctuation), in the order of the text."""
     draw = random.Random(seed)
     text = re.sub(r"[’‘']", "", text.lower())
     words = re.sub(rf"[^a-z{re.escape(MARKS)}\s]", " ", text).split()

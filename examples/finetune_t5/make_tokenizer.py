@@ -1,7 +1,7 @@
-"""Trains the example's tokenizer: Unigram with 2048 entries on lower-case Moby Dick, punctuation by itself.
+"""Train the example's tokenizer: Unigram with 2048 entries on lower-case Moby Dick, punctuation split off.
 
-Its special tokens are those of T5: padding, end of text, unknown, and the 100 sentinels that stand for what is cut out
-of a text. Lower case, so that a small vocabulary knows most words. The shipped `tokenizer/` was made by this script:
+Its special tokens are those of T5: padding, end of text, unknown, and the 100 sentinels that replace removed spans.
+It is lower-case so that a small vocabulary covers most words. This script made the `tokenizer/` of the repository:
 
     python examples/finetune_t5/make_tokenizer.py [OUTPUT_DIR]
 """
@@ -20,7 +20,7 @@ SENTINELS = [f"<extra_id_{number}>" for number in range(100)]
 
 
 def train_tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
-    """VOCAB_SIZE ids: <pad> 0, </s> 1, <unk> 2, the sentinels, then words and parts of words."""
+    """Train a tokenizer of VOCAB_SIZE ids: <pad> 0, </s> 1, <unk> 2, the sentinels, then words and parts of words."""
     special = ["<pad>", "</s>", "<unk>", *SENTINELS]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Lowercase()
@@ -42,8 +42,8 @@ def train_tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def use_words_of_both_versions(config: Path) -> None:
-    """transformers 5 has names of its own for the class and the special tokens; write those that 4 knows too."""
+def use_names_of_both_versions(config: Path) -> None:
+    """Rewrite the names of the class and the special tokens to those that transformers 4 and 5 both know."""
     content = json.loads(config.read_text(encoding="utf-8"))
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     content["additional_special_tokens"] = content.pop("extra_special_tokens", SENTINELS)
@@ -56,7 +56,7 @@ def main() -> None:
     tokenizer = train_tokenizer(TEXT)
     assert len(tokenizer) == VOCAB_SIZE, f"{len(tokenizer)} entries, expected {VOCAB_SIZE}"
     tokenizer.save_pretrained(output)
-    use_words_of_both_versions(output / "tokenizer_config.json")
+    use_names_of_both_versions(output / "tokenizer_config.json")
     print(f"{output}: {len(tokenizer)} entries")
 
 

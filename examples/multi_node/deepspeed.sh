@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run once, on a node that reaches the others by ssh without a password:  deepspeed.sh RUN.yaml [key.sub=value ...]
-# HOSTFILE lists the nodes and how many ranks each one runs.
+# Run once, on a node that can connect to the others by ssh without a password:  deepspeed.sh RUN.yaml [key.sub=value ...]
+# HOSTFILE lists the nodes and their numbers of ranks.
 set -euo pipefail
 
 deepspeed \

@@ -1,6 +1,6 @@
-"""Fills a gap in a sentence by plain transformers.
+"""Fill the gap in a sentence with plain transformers.
 
-The gap is written [MASK]:
+The gap is written as [MASK]:
 
     python examples/pretrain_bert/fill_mask.py [HF_DIR] [SENTENCE]
 """
@@ -15,7 +15,7 @@ COUNT = 5
 
 
 def main() -> None:
-    """Print the likeliest words for the gap."""
+    """Print the most likely words for the gap."""
     directory, sentence = [*sys.argv[1:], *DEFAULTS[len(sys.argv) - 1 :]]
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = BertForPreTraining.from_pretrained(directory).float().eval()
@@ -23,7 +23,7 @@ def main() -> None:
     gap = int((batch["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0])
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"]).prediction_logits[0, gap]
-    print(f"{sentence}, as transformers fills it from {directory}:")
+    print(f"{sentence}, filled by transformers with {directory}:")
     for share, token in zip(*logits.softmax(dim=-1).topk(COUNT)):
         print(f"  {float(share):6.1%}  {tokenizer.convert_ids_to_tokens(int(token))}")
 

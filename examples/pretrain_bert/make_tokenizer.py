@@ -1,6 +1,6 @@
-"""Trains the example's tokenizer: WordPiece with 4096 entries, lower case, on the training texts of the examples.
+"""Train the example's tokenizer: WordPiece with 4096 entries, lower case, on the training texts of the examples.
 
-The shipped `tokenizer/` was made by this script:
+This script made the `tokenizer/` of the repository:
 
     python examples/pretrain_bert/make_tokenizer.py [OUTPUT_DIR]
 """
@@ -20,14 +20,14 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def texts() -> Iterator[str]:
-    """What the example trains on."""
+    """Yield the training texts of the example."""
     yield (EXAMPLES / "pretrain_moby_dick" / "data" / "moby_dick.txt").read_text(encoding="utf-8")
     for line in (EXAMPLES / "continue_pretraining" / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines():
         yield json.loads(line)["text"]
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """VOCAB_SIZE ids, of which the first five are BERT's special ones."""
+    """Train a tokenizer of VOCAB_SIZE ids; the first five are BERT's special tokens."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -52,7 +52,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def use_class_of_both_versions(config: Path) -> None:
-    """transformers 5 writes its own name of the class, which 4 does not know; both know PreTrainedTokenizerFast."""
+    """Set the class that transformers 4 and 5 both know; 5 writes a name of its own."""
     content = json.loads(config.read_text(encoding="utf-8"))
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
-"""Trains the tokenizer of three examples: byte-level BPE with 4096 entries, with the tokens of conversations.
+"""Train the tokenizer of three examples: byte-level BPE with 4096 entries, including the chat tokens.
 
-It reads the training parts of the book, the speeches and the conversations. The shipped `tokenizer/` was made by it:
+It is trained on the training parts of the book, the speeches and the conversations. This script made the `tokenizer/`
+of the repository:
 
     python examples/pretrain_blend/make_tokenizer.py [OUTPUT_DIR]
 """
@@ -25,7 +26,7 @@ TEMPLATE = (
 
 
 def texts() -> Iterator[str]:
-    """What it is trained on."""
+    """Yield the training texts."""
     yield (HERE.parent / "pretrain_moby_dick" / "data" / "moby_dick.txt").read_text(encoding="utf-8")
     for line in (
         (HERE.parent / "continue_pretraining" / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -36,7 +37,7 @@ def texts() -> Iterator[str]:
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Exactly VOCAB_SIZE ids: END_OF_TEXT is 0, TURN 1, END_OF_TURN 2."""
+    """Train a tokenizer of exactly VOCAB_SIZE ids: END_OF_TEXT is 0, TURN 1, END_OF_TURN 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +48,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    # Padding reuses the end-of-text id: padded positions carry no target, so what stands there is never learnt.
+    # Padding reuses the end-of-text id: padded positions carry no target, so their content is never learned.
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -60,7 +61,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def use_class_of_both_versions(config: Path) -> None:
-    """transformers 5 writes its own name of the class, which 4 does not know; both know PreTrainedTokenizerFast."""
+    """Set the class that transformers 4 and 5 both know; 5 writes a name of its own."""
     content = json.loads(config.read_text(encoding="utf-8"))
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Trains the example's tokenizer: byte-level BPE with 4096 entries on the training part of Moby Dick.
+"""Train the example's tokenizer: byte-level BPE with 4096 entries on the training part of Moby Dick.
 
 Byte-level (as in GPT-2), so that any text round-trips exactly; small, so that the example's embedding stays small.
-The validation part is not read. The shipped `tokenizer/` was made by this script:
+The validation part is not read. This script made the `tokenizer/` of the repository:
 
     python examples/pretrain_moby_dick/make_tokenizer.py [OUTPUT_DIR]
 """
@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
-    """The byte-level BPE of `text_file`: exactly VOCAB_SIZE ids, END_OF_TEXT (id 0) being the only special one."""
+    """Train a byte-level BPE tokenizer of exactly VOCAB_SIZE ids; END_OF_TEXT (id 0) is the only special token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def train_tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train([str(text_file)], trainer)
-    # Padding reuses the end-of-text id: padded positions carry no target, so what stands there is never learnt.
+    # Padding reuses the end-of-text id: padded positions carry no target, so their content is never learned.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -41,7 +41,7 @@ def train_tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
 
 
 def use_class_of_both_versions(config: Path) -> None:
-    """transformers 5 writes its own name of the class, which 4 does not know; both know PreTrainedTokenizerFast."""
+    """Set the class that transformers 4 and 5 both know; 5 writes a name of its own."""
     content = json.loads(config.read_text(encoding="utf-8"))
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
