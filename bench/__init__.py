@@ -1,6 +1,6 @@
-"""Our speed and memory beside what a user would pick instead: `make bench`, or `python -m bench CASE ...`.
+"""Compare this package's speed and memory with its alternatives: `make bench`, or `python -m bench CASE ...`.
 
-Contestants of a case are processes of their own that take turns within one run, so that what else the machine does
-falls on all of them: `cases` says who meets whom on what work, `arena` lets them take turns, `contestant` is the
-process, `peers` and `ours` are what it runs, `report` writes what came of it.
+The contestants of a case are separate processes that alternate within one run, so that other load on the machine
+affects all of them. `cases` defines the contestants and the work of each case, `arena` alternates their turns,
+`contestant` is the process, `peers` and `ours` are the training code that it runs, and `report` writes the results.
 """

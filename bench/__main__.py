@@ -24,18 +24,18 @@ from bench.result import CaseResult, EntryResult, check_same_work, judge, machin
 from bench.work import Spec, write_model
 
 GEMM = "matrix products"
-WIDTH = 120  # of tables that go to a file
+WIDTH = 120  # columns of tables that are not written to a terminal
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Which; all by default.", metavar="CASE")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant.")] = 3,
-    output: Annotated[Path, typer.Option(help="Directory of what is written.")] = Path("out/bench"),
-    tiny: Annotated[bool, typer.Option("--tiny", help="Small work, to look at the plumbing.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the one that is there by default.")] = None,
-    listing: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Cases to run; all by default.", metavar="CASE")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; each contestant has one turn per round.")] = 3,
+    output: Annotated[Path, typer.Option(help="Output directory.")] = Path("out/bench"),
+    tiny: Annotated[bool, typer.Option("--tiny", help="Run with tiny models, to test the bench itself.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if available.")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="List the cases and exit.")] = False,
 ) -> None:
-    """Ours beside what a user would pick instead, taking turns within one run.
+    """Compare this package with its alternatives, which alternate within one run.
 
     Example: python -m bench one tp2 --rounds 5
     """
@@ -46,7 +46,7 @@ def main(
         return
     unknown = [name for name in names or () if name not in CASES]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]} is no case; there are {', '.join(CASES)}")
+        raise typer.BadParameter(f"unknown case {unknown[0]}; cases: {', '.join(CASES)}")
     began_s = time.monotonic()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     device = device or _device()
@@ -56,7 +56,7 @@ def main(
     for name in names or CASES:
         results.append(run_case(name, CASES[name], rounds, device, tiny))
         show(results[-1], console)
-        _write(results, {**where, "rounds": str(rounds)}, output)  # what is there, should the next one fail
+        _write(results, {**where, "rounds": str(rounds)}, output)  # keeps the results if the next case fails
     took = f"{time.monotonic() - began_s:.0f} s; {output}/RESULTS.md, results.json, results.png"
     console.print(took, soft_wrap=True)
 
@@ -74,7 +74,7 @@ def _device() -> str:
 
 
 def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False) -> CaseResult:
-    """Write what the contestants start from, let them compete, and judge."""
+    """Write the inputs of the contestants, run them, and evaluate the targets."""
     work = case.work.shrunk() if tiny else case.work
     if device == "cuda":
         work = replace(work, dtype="bf16")

@@ -1,4 +1,4 @@
-"""Contestants of a case start together, warm up, and then take turns, round after round."""
+"""Run the contestants of a case: start all of them, warm up, then alternate their turns over several rounds."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from typing import Any
 from bench.work import Spec
 
 WARM_UPS = 1
-TIMEOUT_S = 600.0  # of a start, and of a turn
+TIMEOUT_S = 600.0  # limit of a start and of a turn
 
 
 class ContestantError(RuntimeError):
-    """A contestant ended, or said nothing for too long; with the end of what it logged."""
+    """A contestant exited or timed out; the message ends with the last lines of its log."""
 
 
 @dataclass
 class Samples:
-    """What one contestant did.
+    """Measurements of one contestant.
 
     Attributes:
-        seconds: of a step, a round each.
-        losses: of the first steps, and of the last of each turn.
-        peak_bytes: the most that any of its ranks held; None where nothing is held.
+        seconds: duration of a step, one per round.
+        losses: losses of the first steps and of the last step of each turn.
+        peak_bytes: peak memory of its largest rank; None before the first turn.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -44,13 +44,13 @@ class Samples:
 
 
 def compete(specs: dict[str, Spec], rounds: int, steps: int, folder: Path) -> dict[str, Samples]:
-    """Every contestant by its label.
+    """Run all contestants and return their measurements by label.
 
     Args:
         specs: the contestants.
-        rounds: turns of each.
-        steps: of a turn.
-        folder: for logs.
+        rounds: number of turns of each contestant.
+        steps: steps per turn.
+        folder: directory for logs.
 
     Raises:
         ContestantError: one of them failed.
@@ -59,21 +59,21 @@ def compete(specs: dict[str, Spec], rounds: int, steps: int, folder: Path) -> di
     with ExitStack() as stack:
         running = {label: stack.enter_context(_started(label, spec, folder)) for label, spec in specs.items()}
         for contestant in running.values():
-            contestant.answer()  # that it is ready
+            contestant.answer()  # it is ready
         for label, contestant in running.items():
             for _ in range(WARM_UPS):
                 found[label].losses.append(contestant.run(1)["loss"])
         for number in range(rounds):
             for label in _turned(list(running), number):
-                told = running[label].run(steps)
-                found[label].seconds.append(told["seconds"] / told["steps"])
-                found[label].losses.append(told["loss"])
-                found[label].peak_bytes = max(told["peaks"])
+                answer = running[label].run(steps)
+                found[label].seconds.append(answer["seconds"] / answer["steps"])
+                found[label].losses.append(answer["loss"])
+                found[label].peak_bytes = max(answer["peaks"])
     return found
 
 
 def _turned(labels: Sequence[str], number: int) -> list[str]:
-    """Each round begins with another."""
+    """Return the labels in the order of their turns; each round starts with another contestant."""
     at = number % len(labels)
     return [*labels[at:], *labels[:at]]
 
@@ -81,13 +81,13 @@ def _turned(labels: Sequence[str], number: int) -> list[str]:
 @contextmanager
 def _started(label: str, spec: Spec, folder: Path) -> Iterator[_Contestant]:
     name = label.replace(" ", "_").replace("/", "_")
-    told, log = folder / f"{name}.json", folder / f"{name}.log"
-    spec.write(told)
+    spec_file, log = folder / f"{name}.json", folder / f"{name}.log"
+    spec.write(spec_file)
     cores = len(os.sched_getaffinity(0))
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // spec.world)), "PYTHONWARNINGS": "ignore"}
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.contestant", str(told)],
+            [sys.executable, "-m", "bench.contestant", str(spec_file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -98,12 +98,12 @@ def _started(label: str, spec: Spec, folder: Path) -> Iterator[_Contestant]:
             yield _Contestant(label, process, log)
         finally:
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # of one that has ended already
-                process.stdin.close()  # no more numbers: it ends by itself
+            with suppress(BrokenPipeError):  # it has already exited
+                process.stdin.close()  # it exits at the end of its input
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                process.kill()  # its ranks end with it
+                process.kill()  # its ranks exit with it
                 process.wait()
 
 
@@ -127,7 +127,7 @@ class _Contestant:
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             if not selector.select(TIMEOUT_S):
-                raise self._failed(f"said nothing for {TIMEOUT_S:g} s")
+                raise self._failed(f"did not answer for {TIMEOUT_S:g} s")
         line = self.process.stdout.readline()
         if not line:
             raise self._failed("ended")

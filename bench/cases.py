@@ -1,4 +1,4 @@
-"""Who meets whom, on what work, and what is hoped for."""
+"""The cases of the bench: contestants, their common work, and targets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ T5 = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant: a name in `contestant.RUNNERS`, its ranks and options; the only device it takes part on."""
+    """A contestant: a name in `contestant.RUNNERS`, its ranks and options, and the only device it runs on, if any."""
 
     runner: str
     world: int = 1
@@ -62,12 +62,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio that is hoped for: of `figure` of one contestant to that of another.
+    """A target ratio between two contestants.
 
     Attributes:
-        ours, other: labels.
-        bound: of the ratio.
-        figure: "speed", which should be at least so high, or "memory" a rank, at most.
+        ours, other: labels of the contestants.
+        bound: lower bound of the ratio of speeds, upper bound of the ratio of memory.
+        figure: "speed", or "memory" per rank.
     """
 
     ours: str
@@ -78,16 +78,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """One meeting.
+    """One comparison.
 
     Attributes:
-        title: in a few words.
-        work: the same for all.
-        entries: label -> contestant, the one that others are measured by first.
-        targets: what is hoped for.
-        unit: of the speed: "tokens/s" or "GB/s".
-        steps: of a turn.
-        note: what a reader of the results should know.
+        title: short description.
+        work: the work of all contestants.
+        entries: label -> contestant; the first is the reference.
+        targets: target ratios.
+        unit: unit of the speed, "tokens/s" or "GB/s".
+        steps: steps per turn.
+        note: a remark for readers of the results.
     """
 
     title: str
@@ -151,10 +151,10 @@ CASES: dict[str, Case] = {
         for stage in (1, 2, 3)
     },
     "pp2": Case(
-        "a pipeline of 2 ranks, 4 micro-batches",
+        "pipeline of 2 ranks, 4 micro-batches",
         DECODER,
         {"transformers, 1 process": ALONE, "ours": Entry("ours", 2, {"pipeline": 2, "micro_batch": 1})},
-        note="Two stages idle in 1 of 5 turns: 0.8 of what both cores reach is the bound.",
+        note="Two stages are idle for 1 of 5 time slots, so the bound is 0.8 of the speed of both cores.",
     ),
     "vocabulary": Case(
         "a vocabulary of 128,000",
@@ -181,8 +181,8 @@ CASES: dict[str, Case] = {
         "BERT",
         Work(model=BERT),
         {"transformers": ALONE, "ours": Entry("ours"), "ours, tp 2": Entry("ours", 2, TWO_RANKS)},
-        note="The limit counts the head at every position, as transformers computes it; ours computes it where a token "
-        "is masked, so its share of the limit can exceed 100 %.",
+        note="The limit counts the output head at every position, as transformers computes it. Ours computes it only "
+        "at masked tokens, so its fraction of the limit can exceed 100 %.",
     ),
     "t5": Case(
         "T5",
@@ -213,7 +213,8 @@ CASES: dict[str, Case] = {
             Target("ours, tp 2, ZeRO-1", "from_pretrained alone", 1 / 1.5),
         ),
         unit="GB/s",
-        note="from_pretrained maps weights that are not all read when it ends; the others hold them, ready to train.",
+        note="from_pretrained memory-maps the weights and returns before all are read; the others have loaded them and "
+        "are ready to train.",
     ),
     "convert": Case(
         "converting a directory of 220 MB",
@@ -223,7 +224,7 @@ CASES: dict[str, Case] = {
         steps=3,
     ),
     "prepare": Case(
-        "tokenising 10 MB of text",
+        "tokenizing 10 MB of text",
         Work(size_bytes=10_000_000),
         {"a loop": Entry("loop"), "datasets.map": Entry("map"), "ours": Entry("prepare")},
     ),

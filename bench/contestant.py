@@ -1,7 +1,7 @@
-"""One contestant: a process, and the ranks that it forks, that does steps when it is told to.
+"""One contestant: a process with its forked ranks, which runs the requested numbers of steps.
 
-Its standard input brings numbers of steps, one a line; for each, and once at the start, its rank 0 writes a line of
-JSON to what was its standard output. Everything else that is said goes to standard error.
+Its standard input has numbers of steps, one per line. For each of them, and once at the start, rank 0 writes a line of
+JSON to the original standard output. All other output goes to standard error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from bench.work import Spec
 
 Step = Callable[[], float]
-"""Does the work once; returns its loss, or 0."""
+"""Do the work once and return its loss, or 0."""
 
 RUNNERS = {
     "transformers": "bench.peers:transformers_alone",
@@ -42,13 +42,14 @@ RUNNERS = {
 }
 
 
-IN_CHILDREN = ("from-pretrained", "start", "cp", "map", "prepare")  # whose work is done by processes of their own
+IN_CHILDREN = ("from-pretrained", "start", "cp", "map", "prepare")  # their work is done by child processes
 
 
 def main() -> None:
+    """Read the spec named on the command line, start its ranks, and serve steps until the input ends."""
     spec = Spec.read(sys.argv[1])
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not stand among the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     module, _, name = RUNNERS[spec.runner].partition(":")
     build = getattr(importlib.import_module(module), name)
     if spec.world == 1 and spec.runner != "ours":
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 FromAll = Callable[[float], list[float]]
-"""Every rank's value, by rank."""
+"""Gather a number from every rank; returns the list by rank."""
 
 
 def _alone(value: float) -> list[float]:
@@ -76,7 +77,7 @@ def _alone(value: float) -> list[float]:
 
 
 def _meeting(ranks: int) -> FromAll:
-    """By gloo on any device: a rank that waits for its turn must not keep a GPU busy."""
+    """Return a gather over gloo on any device, because a rank that waits for its turn must not keep a GPU busy."""
     import torch
     import torch.distributed as dist
 
@@ -91,11 +92,11 @@ def _meeting(ranks: int) -> FromAll:
 
 
 def _serve(step: Step, spec: Spec, channel: Any, rank: int, from_all: FromAll) -> None:
-    """Ready, then steps as often as asked, until no number comes."""
+    """Report that the rank is ready, then run the requested numbers of steps until the input ends."""
     if rank == 0:
         channel.write(json.dumps({"ready": True}) + "\n")
     processes = _Processes() if spec.runner in IN_CHILDREN else None
-    while count := int(from_all(_told() if rank == 0 else 0)[0]):  # who waits sleeps
+    while count := int(from_all(_next_count() if rank == 0 else 0)[0]):  # waiting ranks sleep
         began_s = time.perf_counter()
         for _ in range(count):
             loss = step()
@@ -104,11 +105,11 @@ def _serve(step: Step, spec: Spec, channel: Any, rank: int, from_all: FromAll) -
         losses = from_all(loss)
         peaks = [float(processes.peak_bytes)] if processes is not None else from_all(_peak_bytes(spec))
         if rank == 0:
-            told = {"seconds": seconds, "steps": count, "loss": sum(losses) / len(losses), "peaks": peaks}
-            channel.write(json.dumps(told) + "\n")
+            answer = {"seconds": seconds, "steps": count, "loss": sum(losses) / len(losses), "peaks": peaks}
+            channel.write(json.dumps(answer) + "\n")
 
 
-def _told() -> int:
+def _next_count() -> int:
     return int(sys.stdin.readline().strip() or 0)
 
 
@@ -120,19 +121,19 @@ def _synchronize(spec: Spec) -> None:
 
 
 def _peak_bytes(spec: Spec) -> int:
-    """The most that this rank held: resident memory on CPU, allocated tensors on a GPU."""
+    """Return the peak memory of this rank: resident memory on CPU, allocated tensors on a GPU."""
     if spec.device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage's would be that of the process that started this one, where it held more
+    if status.is_file():  # getrusage may include the peak of the parent process
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 class _Processes:
-    """The most that this process or one below it holds, seen five times a second."""
+    """Sample the memory of this process and its children five times a second, and keep the largest."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0

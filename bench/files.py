@@ -1,4 +1,4 @@
-"""Work on files: converting weights beside `cp`, preparing a corpus beside a loop and `datasets.map`."""
+"""Contestants that work on files: conversion of weights, `cp`, and three ways to tokenize a corpus."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TEXT, TOKENIZER = "corpus.jsonl", "tokenizer"
 
 
 def copy(spec: Spec) -> Step:
-    """`cp -r`, into the page cache as the others."""
+    """Run `cp -r`, which writes into the page cache like the others."""
     return _making(spec, lambda source, target: subprocess.run(["cp", "-r", source, target], check=True))
 
 
 def rewrite_directory(spec: Spec) -> Step:
-    """A Hugging Face directory through our tables and back: read, understood, and written with the same names."""
+    """Read a Hugging Face directory, map it through our tables in both directions, and write it with the same names."""
     from megatron_ds.hf.convert import rewrite
 
     return _making(spec, rewrite)
@@ -43,7 +43,7 @@ def _making(spec: Spec, make: Callable[[str, str], object]) -> Step:
 
 
 def plain_loop(spec: Spec) -> Step:
-    """Each line's text through the tokenizer, its ids to a file: what a script of ten lines does."""
+    """Tokenize each line and write its ids to a file, like a script of ten lines."""
     from transformers import AutoTokenizer
 
     source = Path(spec.folder)
@@ -60,7 +60,7 @@ def plain_loop(spec: Spec) -> Step:
 
 
 def datasets_map(spec: Spec) -> Step:
-    """`datasets.map` with a process a core; Arrow in the end, so what it made is still to be packed."""
+    """Run `datasets.map` with one process per core; its result is Arrow, which would still have to be packed."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -83,7 +83,7 @@ def datasets_map(spec: Spec) -> Step:
 
 
 def prepare_corpus(spec: Spec) -> Step:
-    """`megatron-ds prepare`, from text to `.bin` and `.idx`, checksums and manifest included."""
+    """Run `megatron-ds prepare`, from text to `.bin` and `.idx` with checksums and manifest."""
     from megatron_ds.data.prepare import PrepareOptions, prepare
 
     source = Path(spec.folder)
@@ -104,7 +104,7 @@ def prepare_corpus(spec: Spec) -> Step:
 
 
 def write_corpus(size_bytes: int, folder: Path) -> int:
-    """Different documents out of the examples' book, and their tokenizer; returns the number of tokens."""
+    """Write distinct documents made from the examples' book, and their tokenizer; returns the number of tokens."""
     from transformers import AutoTokenizer
 
     example = Path(__file__).parents[1] / "examples" / "pretrain_moby_dick"
@@ -117,7 +117,7 @@ def write_corpus(size_bytes: int, folder: Path) -> int:
 
 
 def documents(book: str, size: int) -> list[str]:
-    """Of 4,000 to 20,000 characters, about `size` in all, cut out of a book so that no two are the same."""
+    """Yield distinct documents of 4,000 to 20,000 characters, about `size` in total, cut out of a book."""
     texts, at, length = [], 0, 0
     for number in count(1):
         if length >= size:
@@ -128,11 +128,11 @@ def documents(book: str, size: int) -> list[str]:
     return texts
 
 
-FIRST_STEP = "output "  # the last line that a run says before its first step
+FIRST_STEP = "output "  # the last line that a run prints before its first step
 
 
 def from_pretrained(spec: Spec) -> Step:
-    """A Python of its own that loads the model with transformers."""
+    """Load the model with transformers in a new Python process."""
     code = f"from transformers import AutoModelForCausalLM as Model; Model.from_pretrained({spec.folder!r})"
 
     def step() -> float:
@@ -143,7 +143,7 @@ def from_pretrained(spec: Spec) -> Step:
 
 
 def start_training(spec: Spec) -> Step:
-    """`megatron-ds train`, from the command until its first step begins; then it is ended."""
+    """Run `megatron-ds train` until its first step begins, then stop it."""
     place = Path(spec.folder).parent / f"start-{spec.options['zero']}"
     place.mkdir()
     (place / "data.jsonl").write_text(json.dumps({"input_ids": list(range(3, 35))}) + "\n")
@@ -155,11 +155,11 @@ def start_training(spec: Spec) -> Step:
         "train": {"steps": 1, "global_batch_size": 1},
         "output": str(place / "out"),
     }
-    (place / "run.yaml").write_text(json.dumps(run))  # which is YAML too
+    (place / "run.yaml").write_text(json.dumps(run))  # JSON is valid YAML
     ranks = str(spec.options["tensor"])
     command = [sys.executable, "-m", "megatron_ds", "train", str(place / "run.yaml"), "--nproc", ranks]
 
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # it sees to that
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # it is set there
 
     def step() -> float:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -171,7 +171,7 @@ def start_training(spec: Spec) -> Step:
                 break
         else:
             raise RuntimeError("".join(lines))
-        process.kill()  # its ranks end with it
+        process.kill()  # its ranks exit with it
         process.communicate()
         return 0.0
 

@@ -1,4 +1,4 @@
-"""The limit: what this machine's matrix products reach, measured in turn with the others."""
+"""The speed limit: matrix products on this machine, measured in alternation with the contestants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from bench.contestant import Step
 from bench.work import Spec
 
-SHAPE = {"cpu": (2048, 512, 1408), "cuda": (8192, 8192, 8192)}  # of the work's own matrices; large enough for a GPU
+SHAPE = {"cpu": (2048, 512, 1408), "cuda": (8192, 8192, 8192)}  # the work's own sizes; larger on a GPU
 REPEATS = 20
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -19,17 +19,17 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "A10G": 70e12,
 }
-"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets."""
+"""Dense bf16 FLOP/s by part of the device's name, from the data sheets."""
 
 
 def flops_of_step(device: str) -> float:
-    """Of `products`."""
+    """Return the FLOPs of one step of `products`."""
     rows, inner, columns = SHAPE[device]
     return 2.0 * rows * inner * columns * REPEATS
 
 
 def products(spec: Spec) -> Step:
-    """Plain matrix products in the work's precision."""
+    """Compute plain matrix products in the work's precision."""
     import torch
 
     dtype = torch.bfloat16 if spec.work.dtype == "bf16" else torch.float32
@@ -47,7 +47,7 @@ def products(spec: Spec) -> Step:
 
 
 def device_peak(device: str) -> float | None:
-    """FLOP/s that the maker states; None where it is not known."""
+    """Return the FLOP/s of the device's data sheet; None if unknown."""
     import torch
 
     if device != "cuda":
@@ -57,7 +57,7 @@ def device_peak(device: str) -> float | None:
 
 
 def device_count(device: str) -> int | None:
-    """How many ranks can have a device of their own; None where ranks share it."""
+    """Return the number of ranks that can have their own device; None if ranks share it."""
     import torch
 
     return torch.cuda.device_count() if device == "cuda" else None

@@ -1,4 +1,4 @@
-"""What a user would pick instead, with the settings that its own trainer would use: fused AdamW, clipping."""
+"""Alternatives to this package, with the settings of their own trainers: fused AdamW, clipping."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformers_alone(spec: Spec) -> Step:
-    """One process: the model, autocast where it is asked for, torch's AdamW."""
+    """Train transformers' model in one process: autocast if requested, torch's AdamW."""
     model = _load(spec)
     return _plain_steps(model, spec)
 
 
 def transformers_tp(spec: Spec) -> Step:
-    """transformers' own tensor parallelism, by the plan that its model comes with."""
+    """Train with transformers' tensor parallelism and the model's own plan."""
     from transformers.distributed import DistributedConfig
 
     model = _load(spec, distributed_config=DistributedConfig(tp_plan="auto", tp_size=spec.world))
@@ -28,13 +28,13 @@ def transformers_tp(spec: Spec) -> Step:
 
 
 def autotp(spec: Spec) -> Step:
-    """DeepSpeed's tensor parallelism of transformers' model."""
+    """Train transformers' model with DeepSpeed's tensor parallelism."""
     settings = {"autotp_size": spec.world, **spec.options.get("tensor_parallel", {})}
     return _deepspeed_steps(spec, zero=0, data=1, more={"tensor_parallel": settings})
 
 
 def deepspeed_zero(spec: Spec) -> Step:
-    """DeepSpeed's ZeRO around transformers' model."""
+    """Train transformers' model with DeepSpeed's ZeRO."""
     return _deepspeed_steps(spec, zero=spec.options["zero"], data=spec.world, more={})
 
 
@@ -56,7 +56,7 @@ def _adamw(model: nn.Module, work: Work) -> torch.optim.AdamW:
 
 
 def _kinds(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Plain and distributed tensors, which torch's functions over many do not take together."""
+    """Group plain and distributed tensors separately, because torch's foreach functions do not accept a mixture."""
     from torch.distributed.tensor import DTensor
 
     plain = [one for one in model.parameters() if not isinstance(one, DTensor)]
@@ -103,7 +103,7 @@ def _deepspeed_steps(spec: Spec, zero: int, data: int, more: dict[str, Any]) -> 
         **more,
     }
     optimizer = _adamw(model, work) if not more else None
-    if optimizer is None:  # made from what DeepSpeed has divided
+    if optimizer is None:  # made from the parameters that DeepSpeed has divided
         config["optimizer"] = {
             "type": "AdamW",
             "params": {"lr": work.lr, "weight_decay": 0.1, "torch_adam": True, "fused": True},

@@ -1,4 +1,4 @@
-"""What people read: tables on the terminal and in Markdown, and a chart."""
+"""Reports of the results: tables on the terminal and in Markdown, and a chart."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bench.result import CaseResult, EntryResult
 
 
 def columns(result: CaseResult) -> list[str]:
-    names = ["", "ranks", result.unit, "slowest to fastest", "of the first", "peak GB a process"]
+    names = ["", "ranks", result.unit, "slowest to fastest", "relative to the first", "peak GB per process"]
     return names + [f"of {name}" for name in result.limit_flops] if result.flops else names
 
 
 def row(result: CaseResult, entry: EntryResult) -> list[str]:
-    """A contestant in a few words, as `columns` say."""
+    """Format the table cells of a contestant, one for each of `columns`."""
     speed, first = result.speed(entry), result.speed(result.entries[0])
     digits = 0 if speed >= 100 else 2
     low, high = result.range(entry)
@@ -37,7 +37,7 @@ def row(result: CaseResult, entry: EntryResult) -> list[str]:
 
 
 def show(result: CaseResult, console: Console) -> None:
-    """On the terminal."""
+    """Print the table of a case on the terminal."""
     table = Table(title=f"{result.name}: {result.title}", title_justify="left", title_style="bold")
     for name in columns(result):
         table.add_column(name, justify="left" if not name else "right")
@@ -47,35 +47,35 @@ def show(result: CaseResult, console: Console) -> None:
     if result.note:
         console.print(f"  {result.note}", style="dim")
     for target in result.targets:
-        console.print(f"  {target.words}", style="green" if target.met else "red")
+        console.print(f"  {target.summary}", style="green" if target.met else "red")
     console.print()
 
 
 def markdown(results: Sequence[CaseResult], where: dict[str, str], chart: str | None) -> str:
-    """The same as a page."""
-    lines = ["# What was measured", ""]
+    """Format the tables of all cases as a Markdown page."""
+    lines = ["# Benchmark results", ""]
     lines += [f"- {name}: {value}" for name, value in where.items()]
     lines += [
         "",
-        "Made by `make bench`. Contestants of a case take turns in one run, from the same weights on the same batch;",
-        "figures are medians over rounds, ratios of targets medians of ratios within a round. Memory is the peak",
-        "of the process that held most (resident on CPU, allocated on a GPU), libraries included. The limit is what",
-        "plain matrix products reached in the same run; recomputation does not count as work.",
+        "Written by `make bench`. The contestants of a case alternate within one run, with the same weights and batch.",
+        "Figures are medians over rounds; the ratios of targets are medians of the ratios within a round. Memory is",
+        "the peak of the largest process (resident on CPU, allocated on a GPU), including libraries. The limit is the",
+        "speed of plain matrix products in the same run; recomputation does not count as work.",
         "",
     ]
     if chart is not None:
-        lines += [f"![speed and memory beside the first of each case]({chart})", ""]
+        lines += [f"![speed and memory relative to the first contestant of each case]({chart})", ""]
     for result in results:
         lines += [f"## {result.name}: {result.title}", ""]
         names = columns(result)
         lines += [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
         lines += [f"| {' | '.join(row(result, entry))} |" for entry in result.entries]
-        lines += ["", *([result.note, ""] if result.note else []), *(f"- {one.words}" for one in result.targets), ""]
+        lines += ["", *([result.note, ""] if result.note else []), *(f"- {one.summary}" for one in result.targets), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def draw(results: Sequence[CaseResult], path: Path) -> None:
-    """Bars beside the first contestant of each case: how fast, and where a model is trained how much memory."""
+    """Plot the speed of each contestant relative to the first of its case, and its memory if a model is trained."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,8 +87,8 @@ def draw(results: Sequence[CaseResult], path: Path) -> None:
     colors = ["#2b6cb0" if entry.label.startswith("ours") else "#a0aec0" for _, entry in bars]
     speeds = [result.speed(entry) / result.speed(result.entries[0]) for result, entry in bars]
     peaks = [entry.peak_bytes / (result.entries[0].peak_bytes if result.flops else math.nan) for result, entry in bars]
-    _bars(axes[0], speeds, colors, "speed, beside the first of the case (more is better)")
-    _bars(axes[1], peaks, colors, "peak memory a process, beside the first (less is better)")
+    _bars(axes[0], speeds, colors, "speed relative to the first of the case (higher is better)")
+    _bars(axes[1], peaks, colors, "peak memory per process, relative to the first (lower is better)")
     axes[0].set_yticks(range(len(bars)), labels, fontsize=8)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)

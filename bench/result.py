@@ -1,4 +1,4 @@
-"""What came of a case, and of the whole run."""
+"""Results of a case and of a bench run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class EntryResult:
     Attributes:
         label: its name.
         world: ranks.
-        seconds: of a step, a round each.
-        peak_bytes: of the process that held most.
-        loss: of the first step, over all ranks.
-        last_loss: of the last; contestants of a case do the same work if theirs agree.
+        seconds: duration of a step, one per round.
+        peak_bytes: peak memory of the largest process.
+        loss: loss of the first step, over all ranks.
+        last_loss: loss of the last step; if they agree, the contestants of a case do the same work.
     """
 
     label: str
@@ -43,7 +43,7 @@ class EntryResult:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """A target and the ratio that was seen."""
+    """A target and the measured ratio."""
 
     target: Target
     ratio: float
@@ -54,10 +54,10 @@ class TargetResult:
         return self.ratio >= bound if self.target.figure == "speed" else self.ratio <= bound
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         target, speed = self.target, self.target.figure == "speed"
         return (
-            f"{target.ours} / {target.other}, {target.figure}: {self.ratio:.2f}, hoped for "
+            f"{target.ours} / {target.other}, {target.figure}: {self.ratio:.2f}, target "
             f"{'at least' if speed else 'at most'} {target.bound:.3g}{'' if self.met else ' - MISSED'}"
         )
 
@@ -68,13 +68,13 @@ class CaseResult:
 
     Attributes:
         name, title, unit: see `cases`.
-        amount: what a step does, in the unit times seconds.
-        flops: of a step, forward and backward, recomputation left out; 0 where nothing is trained.
-        limit_flops: a second, of plain matrix products in the same run, and of the maker's data sheet where known.
-        entries: contestants, the first one first.
-        targets: what was hoped for.
-        note: what a reader should know.
-        ranks_share: whether the limit is that of all ranks together, the cores of a CPU, or of each one's GPU.
+        amount: work of a step, in the unit times seconds.
+        flops: FLOPs of a step, forward and backward, without recomputation; 0 if nothing is trained.
+        limit_flops: FLOP/s of plain matrix products in the same run, and of the data sheet if known.
+        entries: contestants, the reference first.
+        targets: targets and their ratios.
+        note: a remark for the reader.
+        ranks_share: True if all ranks share the limit (the cores of a CPU), False if it is that of each rank's GPU.
     """
 
     name: str
@@ -89,7 +89,7 @@ class CaseResult:
     ranks_share: bool = True
 
     def shares_of_limits(self, entry: EntryResult) -> list[float]:
-        """How much of each limit a contestant reaches."""
+        """Return the fraction of each limit that a contestant reaches."""
         devices = 1 if self.ranks_share else entry.world
         return [self.flops / entry.median_s / (limit * devices) for limit in self.limit_flops.values()]
 
@@ -97,7 +97,7 @@ class CaseResult:
         return self.amount / entry.median_s
 
     def range(self, entry: EntryResult) -> tuple[float, float]:
-        """The slowest and the fastest round."""
+        """Return the speed of the slowest and of the fastest round."""
         return self.amount / max(entry.seconds), self.amount / min(entry.seconds)
 
 
@@ -105,10 +105,10 @@ SAME_LOSS = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 2e-2)}  # relative, of the fir
 
 
 def check_same_work(entries: Sequence[EntryResult], dtype: str = "fp32") -> None:
-    """Whether all began and ended with the same loss, on a batch that they learned by heart meanwhile.
+    """Check that all contestants started and ended with the same loss, on a batch that they memorized meanwhile.
 
     Raises:
-        ValueError: one of them does something else.
+        ValueError: the loss of a contestant differs from the first one's.
     """
     first = entries[0]
     at_first, at_last = SAME_LOSS[dtype]
@@ -122,12 +122,12 @@ def check_same_work(entries: Sequence[EntryResult], dtype: str = "fp32") -> None
 
 
 def judge(case: CaseResult, targets: tuple[Target, ...]) -> tuple[TargetResult, ...]:
-    """Ratios round by round, and their median: rounds share what disturbs them."""
+    """Return the median of the ratios within each round, whose contestants share the same disturbances."""
     entries = {entry.label: entry for entry in case.entries}
     judged = []
     for target in targets:
         if not {target.ours, target.other} <= set(entries):
-            continue  # one of them takes no part on this device
+            continue  # one of them does not run on this device
         ours, other = entries[target.ours], entries[target.other]
         if target.figure == "memory":
             ratio = ours.peak_bytes / other.peak_bytes
@@ -138,7 +138,7 @@ def judge(case: CaseResult, targets: tuple[Target, ...]) -> tuple[TargetResult, 
 
 
 def machine(device: str) -> dict[str, str]:
-    """Where this runs, for whoever compares."""
+    """Describe the machine and the versions."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -157,5 +157,5 @@ def _processor() -> str:
 
 
 def write_json(results: list[CaseResult], where: dict[str, str], path: Path) -> None:
-    """Everything, for programs."""
+    """Write all results as JSON."""
     path.write_text(json.dumps({**where, "cases": [asdict(result) for result in results]}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What contestants do: a model, a batch, a precision. The same for all of a case."""
+"""The work of a case, the same for all contestants: a model, a batch, a precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 MASKED_MODELS = ("bert",)
 SEQ2SEQ_MODELS = ("t5",)
-MASK_EVERY = 7  # about the 15 % of BERT's masked tokens
+MASK_EVERY = 7  # masks about 15 % of the tokens, as BERT does
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Work:
     """A model to train, or files to handle.
 
     Attributes:
-        model: fields of a Hugging Face config, `model_type` among them.
+        model: fields of a Hugging Face config, including `model_type`.
         batch, seq_length: B and S of a global batch; a T5 has S / 4 targets.
-        recompute: activations of whole blocks are made again in the backward pass.
-        dtype: "fp32", or "bf16" with fp32 masters where the contestant keeps some.
-        lr, grad_clip: of AdamW.
-        size_bytes: of the text that is prepared.
+        recompute: recompute the activations of complete blocks in the backward pass.
+        dtype: "fp32", or "bf16" with fp32 master weights if the contestant keeps them.
+        lr, grad_clip: options of AdamW.
+        size_bytes: size of the text to prepare.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -43,11 +43,11 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Positions of a step."""
+        """Number of positions per step."""
         return self.batch * (self.seq_length + self.target_length)
 
     def shrunk(self) -> Work:
-        """The same kind of work in seconds: for looking at the plumbing."""
+        """Return a small version that takes seconds, to test the bench itself."""
         small = {
             "hidden_size": 32,
             "intermediate_size": 64,
@@ -65,7 +65,7 @@ class Work:
         return replace(self, model=model, seq_length=32, size_bytes=min(self.size_bytes, 100_000))
 
     def batches(self) -> dict[str, Tensor]:
-        """A global batch in transformers' words, always the same; every position is attended to."""
+        """Return a fixed global batch with transformers' column names; every position is attended to."""
         generator = torch.Generator().manual_seed(5)
         shape, vocab = (self.batch, self.seq_length), self.model["vocab_size"]
         ids = torch.randint(3, vocab, shape, generator=generator)
@@ -81,14 +81,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a contestant's process is told.
+    """Input of a contestant's process.
 
     Attributes:
         runner: a name in `contestant.RUNNERS`.
-        world: ranks.
-        options: of the runner: degrees, ZeRO stage, switches.
-        work: what is done.
-        folder: the model as a Hugging Face directory, the text; its own subfolder may be written.
+        world: number of ranks.
+        options: options of the runner: degrees, ZeRO stage, switches.
+        work: the work of the case.
+        folder: directory of the model or the text; the contestant may write to a subdirectory of its own.
         device: "cpu" or "cuda".
     """
 
@@ -109,9 +109,9 @@ class Spec:
 
 
 def write_model(work: Work, folder: Path) -> float:
-    """The model with random weights that all contestants start from; returns the FLOPs of a step.
+    """Write the randomly initialized model that all contestants start from; returns the FLOPs of a step.
 
-    They are counted on transformers' own forward and backward pass over shapes alone: matrix products and attention.
+    The FLOPs are counted on transformers' own forward and backward pass on meta tensors: matrix products and attention.
     """
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, set_seed
@@ -129,13 +129,13 @@ def write_model(work: Work, folder: Path) -> float:
 
 
 def _inputs(batch: dict[str, Tensor], work: Work) -> dict[str, Tensor]:
-    """What logits are made of; labels stay out, whose loss looks at values."""
+    """Return the columns that the logits depend on, without labels, whose loss depends on values."""
     ids = {"input_ids": batch["input_ids"]}
     return {**ids, "decoder_input_ids": batch["labels"]} if work.target_length else ids
 
 
 def model_class(work: Work) -> Any:
-    """transformers' class of models for the work."""
+    """Return transformers' model class for the work."""
     import transformers
 
     kind = work.model["model_type"]

@@ -70,7 +70,7 @@ def test_ratios_are_those_of_rounds_that_belong_together() -> None:
     speed, memory = Target("ours", "peer", 2.0), Target("ours", "peer", 0.3, "memory")
     judged = judge(result(peer, ours), (speed, memory))
     assert [(one.ratio, one.met) for one in judged] == [(2.0, True), (0.4, False)]
-    assert judged[1].words == "ours / peer, memory: 0.40, hoped for at most 0.3 - MISSED"
+    assert judged[1].summary == "ours / peer, memory: 0.40, target at most 0.3 - MISSED"
     page = markdown([result(peer, ours)], {"device": "a machine"}, None)
     assert "| ours | 2 | 100 | 50 to 200 | 1.00 | 0.00 | 10% |" in page
 
