@@ -1,4 +1,4 @@
-# Everything that a clone needs: `make help` lists it. Needs python3 (3.11 or newer), a C++ compiler and make.
+# Commands for a fresh clone; `make help` lists them. They need python3 (3.11 or newer), a C++ compiler and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,12 +11,12 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test sweep soak bench check tables clean
 
-help:  ## show this
+help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## make .venv with what requirements.txt pins, and this package
+setup: $(STAMP)  ## create .venv with the versions pinned in requirements.txt, and this package
 
-# torch goes first and alone: asked for in one breath with the others, pip may settle on a newer one.
+# torch is installed first and separately: together with the others, pip may choose a newer one.
 $(STAMP): requirements.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c requirements.txt torch
@@ -32,25 +32,25 @@ demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), expor
 	$(BIN)/megatron-ds train examples/pretrain_moby_dick/run.yaml --nproc 2
 	$(BIN)/python examples/pretrain_moby_dick/generate.py
 
-test: $(WEIGHTS)  ## the test suite, without the sweep over every combination
+test: $(WEIGHTS)  ## run the test suite, without the sweep over every combination
 	$(PYTEST) -m "not sweep and not soak"
 
-sweep: $(WEIGHTS)  ## all tests, the sweep over every combination too
+sweep: $(WEIGHTS)  ## run all tests, including the sweep over every combination
 	$(PYTEST) -m "not soak"
 
-soak: $(STAMP)  ## long fault injection: kills, faults, full disks; prints the counts
+soak: $(STAMP)  ## run long fault injection (kills, faults, full disks) and print the counts
 	$(BIN)/python -m pytest -m soak -s
 
-bench: $(STAMP)  ## speed and memory beside transformers, DeepSpeed and others; CASES="one tp2" for some alone
+bench: $(STAMP)  ## compare speed and memory with transformers and DeepSpeed; CASES="one tp2" selects cases
 	$(BIN)/python -m bench $(CASES)
 
-check: $(STAMP)  ## lint, formatting, types, import floors
+check: $(STAMP)  ## check lint, formatting, types and the import order
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(wildcard tests/test_floors.py),$(BIN)/python -m pytest tests/test_floors.py)
 
-tables: $(STAMP)  ## bring the README's table of families up to date with the registry
+tables: $(STAMP)  ## update the README's table of families from the registry
 	$(BIN)/python -m megatron_ds.hf.support_table README.md
 
 clean:  ## remove .venv, out/ and caches
