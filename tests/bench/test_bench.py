@@ -42,7 +42,7 @@ def test_a_tiny_case_by_the_command(tmp_path: Path) -> None:
 def test_an_unknown_case_is_named() -> None:
     command = [sys.executable, "-m", "bench", "twelve"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "twelve is no case; there are one, tp2" in " ".join(done.stderr.split())
+    assert done.returncode == 2 and "unknown case twelve; cases: one, tp2" in " ".join(done.stderr.split())
 
 
 def test_a_contestant_that_fails_tells_why(tmp_path: Path) -> None:
