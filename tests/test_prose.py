@@ -20,7 +20,7 @@ BUDGET: dict[str, int] = {
     "cache": 1,
     "checkpoint": 61,
     "cli": 14,
-    "config": 28,
+    "config": 30,
     "data": 133,
     "engine": 30,
     "errors": 1,
@@ -29,7 +29,8 @@ BUDGET: dict[str, int] = {
     "models": 24,
     "monitor": 16,
     "parallel": 22,
-    "training": 85,
+    "session": 11,
+    "training": 69,
     "verify": 16,
     "bench": 1,
 }
