@@ -24,10 +24,11 @@ from megatron_ds.checkpoint.files import flush, record_file, write_bytes
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.state_keys import MASTER
+from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.convert import check_target
-from megatron_ds.hf.export import DTYPES, exporting
+from megatron_ds.hf.export import exporting
 from megatron_ds.hf.peft.adapters import AdapterWeights, read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.peft.export import export_adapters, export_merged
@@ -101,8 +102,8 @@ def export_hf(
     """
     source = resolve_checkpoint(checkpoint)
     check_target(source, Path(target))
-    if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in EXPORT_DTYPES:
+        raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
     reader = _open_whole(source) if (source / STATE).is_dir() else None
     if (source / ADAPTER_CONFIG).is_file():
         return _export_adapters(source, Path(target), reader, base, (dtype, max_shard_size), merge)
@@ -111,7 +112,7 @@ def export_hf(
     weights = HFWeights(source, read_model(source))
 
     def best(name: str, whole: Tensor) -> Tensor:
-        if reader is None or dtype is None or whole.dtype == DTYPES[dtype] or not reader.has(MASTER, name):
+        if reader is None or dtype is None or whole.dtype == EXPORT_DTYPES[dtype] or not reader.has(MASTER, name):
             return whole
         return reader.read_whole(MASTER, name, tuple(whole.shape))
 
@@ -142,7 +143,7 @@ def _export_adapters(
 
     def read(name: str) -> Tensor:
         whole = stored.whole(name)
-        copied = not merge and (dtype is None or whole.dtype == DTYPES[dtype])
+        copied = not merge and (dtype is None or whole.dtype == EXPORT_DTYPES[dtype])
         if copied or reader is None or not reader.has(MASTER, name):
             return whole
         return reader.read_whole(MASTER, name, tuple(whole.shape))

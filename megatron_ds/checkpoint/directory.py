@@ -27,6 +27,7 @@ from pathlib import Path
 
 import filelock
 
+from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint.files import FileRecord, flush, write_bytes
 from megatron_ds.errors import CheckpointError
 
@@ -122,9 +123,8 @@ def point_to(folder: Path, name: str | None) -> None:
     if name is None:
         (folder / LATEST).unlink(missing_ok=True)
         return
-    temporary = folder / f".{LATEST}.tmp"
-    write_bytes(temporary, f"{name}\n".encode())
-    os.replace(temporary, folder / LATEST)
+    with replacing(folder / LATEST) as temporary:
+        write_bytes(temporary, f"{name}\n".encode())
     flush(folder)
 
 

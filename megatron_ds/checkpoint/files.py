@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_ds.hf.tensor_files import word_for
+from megatron_ds.hf.tensor_files import code_of
 
 _CHUNK_BYTES = 2**24
 _ALIGNMENT = 64
@@ -103,7 +103,7 @@ def _header(entries: Iterable[Entry]) -> bytes:
     at = 0
     for entry in entries:
         table[entry.name] = {
-            "dtype": word_for(entry.dtype),
+            "dtype": code_of(entry.dtype),
             "shape": list(entry.shape),
             "data_offsets": [at, at + entry.bytes],
         }

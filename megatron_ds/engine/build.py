@@ -21,6 +21,7 @@ from megatron_ds.config import (
     adapt_to_device,
     summarize_deepspeed,
 )
+from megatron_ds.dtypes import DTYPE_OF_PRECISION
 from megatron_ds.engine.base import Engine, ShardReader
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.optimizer import GuardedAdamW
@@ -39,7 +40,6 @@ from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
 FUSED_ADAMW = ("cpu", "cuda")  # where torch steps in one pass over parameters, gradients and moments
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _allocation(facts: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, devic
             mpu=mpu,
         )
     default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[facts.precision])
+    torch.set_default_dtype(DTYPE_OF_PRECISION[facts.precision])
     try:
         with zero_init, device:
             yield

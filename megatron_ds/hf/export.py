@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
@@ -45,7 +46,6 @@ WEIGHT_FILES = (
 )
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 OTHER_FILES = ("config.json", "generation_config.json", "additional_chat_templates", *ADAPTER_FILES)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHECKED_AT_ONCE = 2**20
 
@@ -63,9 +63,9 @@ class DirectoryExport:
     """
 
     def __init__(self, target: str | Path, model: HFModel, dtype: str | None, max_shard_size: str) -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise ConversionError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
-        self.model, self.dtype = model, DTYPES[dtype] if dtype else None
+        if dtype is not None and dtype not in EXPORT_DTYPES:
+            raise ConversionError(f"dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
+        self.model, self.dtype = model, EXPORT_DTYPES[dtype] if dtype else None
         max_shard_bytes = parse_size(max_shard_size)
         self._target = Path(target).resolve()
         self.directory = self._target.with_name(f".{self._target.name}.tmp")

@@ -23,18 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ds.dtypes import CODE_OF_DTYPE, DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The types that weights may have, in safetensors' words."""
-
 _POPULATE_READ = 22  # from Linux 5.14 on; the module mmap has no name for it
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
-def word_for(dtype: torch.dtype) -> str:
-    """A type in safetensors' words; of one that no weight has, torch's."""
-    return _WORDS.get(dtype, str(dtype).removeprefix("torch."))
+def code_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in safetensors files, or torch's name where weights cannot have it."""
+    return CODE_OF_DTYPE.get(dtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Stored:
         """The tensor; its data is read where it is touched, or all of it ahead, which is faster than page by page."""
         if self.loaded is not None:
             return self.loaded
-        dtype = DTYPES[self.dtype]
+        dtype = DTYPE_OF_CODE[self.dtype]
         if self.span == 0:
             return torch.empty(self.shape, dtype=dtype)
         before = self.offset % mmap.ALLOCATIONGRANULARITY
@@ -148,7 +145,7 @@ def _can_be_mapped(file: Path) -> bool:
 
 
 def _stored(file: Path, name: str, tensor: Tensor, in_place: bool) -> Stored:
-    word, shape, size = word_for(tensor.dtype), tuple(tensor.shape), tensor.dtype.itemsize
+    word, shape, size = code_of(tensor.dtype), tuple(tensor.shape), tensor.dtype.itemsize
     if not in_place:
         return Stored(word, shape, loaded=tensor)
     storage = tensor.untyped_storage()

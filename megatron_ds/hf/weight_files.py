@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.atomic import replacing
+from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.tensor_files import DTYPES, Stored, read_table, word_for
+from megatron_ds.hf.tensor_files import Stored, code_of, read_table
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -64,9 +66,9 @@ class TensorSource:
     def same_bytes(self, first: str, second: str) -> bool:
         """Whether two weights are equal bit by bit, dtype and shape included; holds some MB at a time."""
         shape, word = self.shape(first), self.dtype(first)
-        if shape != self.shape(second) or word != self.dtype(second) or word not in DTYPES:
+        if shape != self.shape(second) or word != self.dtype(second) or word not in DTYPE_OF_CODE:
             return False
-        rows = max(1, _SAME_BYTES_CHUNK // max(1, DTYPES[word].itemsize * prod(shape[1:])))
+        rows = max(1, _SAME_BYTES_CHUNK // max(1, DTYPE_OF_CODE[word].itemsize * prod(shape[1:])))
         for start in range(0, shape[0], rows):
             parts = (self.tensor(name)[start : start + rows].contiguous() for name in (first, second))
             one, other = (part.view(torch.uint8) for part in parts)
@@ -180,7 +182,7 @@ class ShardWriter:
             self._begin_shard()
         end = self._shard_bytes + size_bytes
         self._shards[-1][name] = {
-            "dtype": word_for(data.dtype),
+            "dtype": code_of(data.dtype),
             "shape": list(data.shape),
             "data_offsets": [self._shard_bytes, end],
         }
@@ -222,9 +224,8 @@ class ShardWriter:
 
 def write_json(path: Path, content: Any) -> None:
     """Write pretty JSON through a temporary name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json_text(content), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json_text(content), encoding="utf-8")
 
 
 def json_text(content: Any) -> str:

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
-from megatron_ds.hf.tensor_files import DTYPES
 from megatron_ds.hf.tensor_mapping import Part, Reader, Sizes, allocate, tile
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.layers.param_spec import ParamSpec, pad_shard
@@ -108,7 +108,7 @@ class HFWeights:
         return lambda source: self._source.tensor(self._on_disk[row.names[source]], ahead=ahead)
 
     def _size_bytes(self, row: Row) -> int:
-        widest = max(DTYPES[self._source.dtype(self._on_disk[name])].itemsize for name in row.names)
+        widest = max(DTYPE_OF_CODE[self._source.dtype(self._on_disk[name])].itemsize for name in row.names)
         return prod(row.op.native_shape(self.model.axis_sizes)) * widest
 
     def _is_tied(self, by_config: bool, family: Family) -> bool:
@@ -170,9 +170,9 @@ class HFWeights:
             found, dtype = self._source.shape(name), self._source.dtype(name)
             if found != shape:
                 raise ConversionError(f"{where}: {name} has shape {list(found)}, the config says {list(shape)}")
-            if dtype not in DTYPES:
+            if dtype not in DTYPE_OF_CODE:
                 raise ConversionError(
-                    f"{where}: {name} is of type {dtype}; supported: {', '.join(DTYPES)} (no quantised weights)"
+                    f"{where}: {name} is of type {dtype}; supported: {', '.join(DTYPE_OF_CODE)} (no quantised weights)"
                 )
 
 

@@ -6,7 +6,6 @@ to the same double. JSON has no NaN: a value that is not finite becomes null, an
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_ds.atomic import replacing
 from megatron_ds.errors import DataError
 
 
@@ -192,10 +192,9 @@ def _cut_after(path: Path, step: int) -> None:
     text = "".join(kept).encode()
     if len(text) == path.stat().st_size:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text)
-    shutil.copyfile(path, _next_archive(path))  # the file itself is never away, whatever happens here
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(text)
+        shutil.copyfile(path, _next_archive(path))  # the file itself is never away, whatever happens here
 
 
 def _next_archive(path: Path) -> Path:

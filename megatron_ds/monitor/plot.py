@@ -5,7 +5,6 @@ points by the least and the greatest loss of each stretch of steps: spikes stay 
 """
 
 import math
-import os
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_ds.atomic import replacing
 from megatron_ds.monitor.metrics import StepMetrics, iter_metrics
 
 if TYPE_CHECKING:
@@ -77,9 +77,8 @@ def draw_loss(metrics_path: Path | str, png_path: Path | str, title: str) -> boo
     _draw_panels(figure, curves, title)
     png_path = Path(png_path)
     png_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = png_path.with_name(png_path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, png_path)
+    with replacing(png_path) as temporary:
+        figure.savefig(temporary, format="png")
     return True
 
 

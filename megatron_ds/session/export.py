@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.config import ExportSection
+from megatron_ds.dtypes import EXPORT_DTYPES, NAME_OF_PRECISION
 from megatron_ds.engine import Engine, MicroBatch
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.export import DTYPES, exporting
+from megatron_ds.hf.export import exporting
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.reference import load_reference, predict
@@ -29,7 +30,6 @@ CHECK_TOLERANCE = {
 # tensor ranks and a GPU's kernels round in other places still.
 NOISE_FACTOR = 3.0
 MOST_NOISE = 0.1  # where rounding alone makes more, a wrong weight would not be seen
-DTYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def export_live(engine: Engine, model: LoadedModel, section: ExportSection, precision: str) -> None:
@@ -75,7 +75,7 @@ def _export_adapters(
         tokenizer, base = model.section.tokenizer_path, model.section.path
         if section.merge:
             assert model.weights is not None and base is not None
-            of_run = dtype or DTYPE_OF_PRECISION[precision]
+            of_run = dtype or NAME_OF_PRECISION[precision]
             size = section.max_shard_size
             export_merged(section.path, model.weights, base, adapters, parameters, of_run, size, tokenizer)
         else:
@@ -115,7 +115,7 @@ def check_export(engine: Engine, model: HFModel, section: ExportSection, precisi
         live = None
     error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, model, columns))
     relative = _from_first(engine, error)
-    trained_in = DTYPE_OF_PRECISION[precision]
+    trained_in = NAME_OF_PRECISION[precision]
     coarser = max(trained_in, section.dtype or trained_in, key=CHECK_TOLERANCE.__getitem__)
     bound = CHECK_TOLERANCE[coarser]
     if relative > bound and coarser != "float32":
@@ -140,7 +140,7 @@ def rounding_error(directory: str, model: HFModel, columns: Mapping[str, Tensor]
     Raises:
         ConversionError: as `reference_outputs`.
     """
-    rounded = reference_outputs(directory, model, columns, DTYPES[dtype])
+    rounded = reference_outputs(directory, model, columns, EXPORT_DTYPES[dtype])
     return relative_error(rounded, reference_outputs(directory, model, columns, torch.float32))
 
 

@@ -4,12 +4,12 @@ reporter."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint.saver import Saved
 from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.data import Dataset
@@ -85,9 +85,8 @@ class RunOutput:
         if not shares:
             return
         content = json.dumps({"samples": samples, "sources": [asdict(share) for share in shares]}, indent=2)
-        temporary = self._directory / f".{ACCOUNT}.tmp"
-        temporary.write_text(content + "\n", encoding="utf-8")
-        os.replace(temporary, self._directory / ACCOUNT)
+        with replacing(self._directory / ACCOUNT) as temporary:
+            temporary.write_text(content + "\n", encoding="utf-8")
         if is_last:
             self._reporter.note(describe_shares(shares))
 

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
+from megatron_ds.atomic import replacing
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.failure import write_failure
@@ -69,9 +70,8 @@ class FileStatusStore:
         self._folder = folder
 
     def put(self, rank: int, note: RankStatus) -> None:
-        temporary = self._folder / f".{rank}.note"
-        temporary.write_text(json.dumps(asdict(note)))
-        os.replace(temporary, self._folder / f"{rank}.note")
+        with replacing(self._folder / f"{rank}.note") as temporary:
+            temporary.write_text(json.dumps(asdict(note)))
 
     def read(self, rank: int) -> RankStatus:
         try:

@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ds.hf.export import DTYPES, check_fits, copy_tokenizer, exporting, replace_directory
+from megatron_ds.dtypes import EXPORT_DTYPES
+from megatron_ds.hf.export import check_fits, copy_tokenizer, exporting, replace_directory
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.weight_files import json_text
@@ -53,7 +54,9 @@ def export_adapters(
     try:
         to_hf, tensors = ToHF(adapters), {}
         for name, whole in parameters:
-            cast = check_fits(name, whole.detach().to("cpu"), DTYPES[dtype] if dtype is not None else whole.dtype)
+            cast = check_fits(
+                name, whole.detach().to("cpu"), EXPORT_DTYPES[dtype] if dtype is not None else whole.dtype
+            )
             tensors.update({theirs: tensor.contiguous() for theirs, tensor in to_hf.add(name, cast)})
         save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         for name, content in adapter_files(adapters, tokenizer_path).items():
