@@ -24,10 +24,10 @@ class DType(NamedTuple):
 
 
 TABLE = (
-    DType(torch.float32, "float32", "fp32", "F32"),
-    DType(torch.bfloat16, "bfloat16", "bf16", "BF16"),
-    DType(torch.float16, "float16", "fp16", "F16"),
     DType(torch.float64, "float64", None, "F64"),
+    DType(torch.float32, "float32", "fp32", "F32"),
+    DType(torch.float16, "float16", "fp16", "F16"),
+    DType(torch.bfloat16, "bfloat16", "bf16", "BF16"),
 )
 EXPORT_DTYPES = {row.name: row.dtype for row in TABLE if row.precision is not None}
 """The types that weights are written in, by name."""
