@@ -23,16 +23,16 @@ class DType(NamedTuple):
     code: str
 
 
-TABLE = (
-    DType(torch.float64, "float64", None, "F64"),
-    DType(torch.float32, "float32", "fp32", "F32"),
-    DType(torch.float16, "float16", "fp16", "F16"),
-    DType(torch.bfloat16, "bfloat16", "bf16", "BF16"),
-)
-EXPORT_DTYPES = {row.name: row.dtype for row in TABLE if row.precision is not None}
+FLOAT64 = DType(torch.float64, "float64", None, "F64")
+FLOAT32 = DType(torch.float32, "float32", "fp32", "F32")
+FLOAT16 = DType(torch.float16, "float16", "fp16", "F16")
+BFLOAT16 = DType(torch.bfloat16, "bfloat16", "bf16", "BF16")
+
+TRAINED = (FLOAT32, BFLOAT16, FLOAT16)
+EXPORT_DTYPES = {row.name: row.dtype for row in TRAINED}
 """The types that weights are written in, by name."""
-DTYPE_OF_PRECISION = {row.precision: row.dtype for row in TABLE if row.precision is not None}
-NAME_OF_PRECISION = {row.precision: row.name for row in TABLE if row.precision is not None}
-DTYPE_OF_CODE = {row.code: row.dtype for row in TABLE}
+DTYPE_OF_PRECISION = {row.precision: row.dtype for row in TRAINED}
+NAME_OF_PRECISION = {row.precision: row.name for row in TRAINED}
+DTYPE_OF_CODE = {row.code: row.dtype for row in (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)}
 """The types that weights may be read in, by their names in safetensors files."""
-CODE_OF_DTYPE = {row.dtype: row.code for row in TABLE}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
