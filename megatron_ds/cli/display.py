@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -84,7 +84,8 @@ class TerminalReporter(Reporter):
     def valid(self, metrics: ValidMetrics) -> None:
         """Print a line, above the bar if there is one."""
         loss = self._padded("loss", format_number(metrics.valid_loss, 4))
-        self._line(f"valid {self._count(metrics.step)}  loss {loss}")
+        columns = (f"valid {self._count(metrics.step)}", f"loss {loss}", *self._averages(metrics.metrics))
+        self._line("  ".join(columns))
 
     def note(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -144,6 +145,7 @@ class TerminalReporter(Reporter):
         columns = (
             f"step  {self._count(metrics.step)}",
             f"loss {self._padded('loss', format_number(metrics.loss, 4))}",
+            *self._averages(metrics.metrics),
             f"grad {self._padded('grad', format_number(metrics.grad_norm, 3))}",
             f"lr {metrics.lr:.2e}",
             f"{self._padded('tokens', format_rate(metrics.tokens_per_s))} tok/s",
@@ -151,6 +153,10 @@ class TerminalReporter(Reporter):
             f"left {self._padded('left', format_duration(left_s))}",
         )
         return "  ".join(columns)
+
+    def _averages(self, metrics: Mapping[str, float]) -> list[str]:
+        """The objective's metrics as columns, such as `accuracy 0.4321`."""
+        return [f"{name} {self._padded(f'metric {name}', format_number(one, 4))}" for name, one in metrics.items()]
 
     def _count(self, step: int) -> str:
         total = str(self._total_steps)
@@ -204,13 +210,15 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
 
 def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:
     """What stands to the right of the bar, in `width` characters: where they are few, what matters less is left out."""
+    averages = {f"metric {name}": f"{name} {format_number(one, 4)}" for name, one in metrics.metrics.items()}
     fields = {
         "loss": f"loss {format_number(metrics.loss, 4)}",
+        **averages,
         "lr": f"lr {metrics.lr:.2e}",
         "rate": f"{format_rate(metrics.tokens_per_s)} tok/s",
         "left": f"left {format_duration(left_s)}",
     }
-    for less_important in ("lr", "rate", "left"):
+    for less_important in (*reversed(averages), "lr", "rate", "left"):
         if len("  ".join(fields.values())) > width:
             del fields[less_important]
     return "  ".join(fields.values())

@@ -1,4 +1,4 @@
-"""What both adapters offer, and what they share: the loss of a global batch, and parameters by name."""
+"""Interface of an engine, and what its adapters share: the loss of a global batch, and access to parameters by name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds.engine.optimizer import GuardedAdamW
-from megatron_ds.layers.cross_entropy import IGNORE_INDEX
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
+from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
 
 MicroBatch = Mapping[str, Tensor]
-"""Columns by name, each (B, ...): those that the model's first stage takes, as far as there are, and its labels."""
+"""Columns by name, each (B, ...): those that the model's first layer takes, where the data has them, and labels."""
 
 ShardReader = Callable[[str, ParamSpec, int, int], Tensor]
-"""(name, declaration, tensor rank, tensor size) -> this rank's share of a parameter's value."""
+"""(name, declaration, tensor rank, tensor size) -> this rank's shard of a parameter's value."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class StepResult:
     """One optimizer step.
 
     Attributes:
-        loss: the sum, over the model's terms, of the mean over what the global batch has labels of: tokens, sequences.
+        loss: the sum of the loss terms, each a mean over its labels (tokens, sequences) in the global batch.
         grad_norm: L2 norm of the whole model's gradient before clipping.
         tokens: labelled tokens in the global batch: labels of the first term.
         applied: False where the step was skipped: the loss or the gradient norm is not finite, or fp16 overflowed.
-        terms: the loss's terms by the column of their labels.
+        terms: the loss terms by name.
+        metrics: the head's metrics by name, averaged over the global batch; see `Losses.metrics`.
     """
 
     loss: float
@@ -43,30 +44,55 @@ class StepResult:
     tokens: int
     applied: bool
     terms: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Of some batches, over all data ranks: a sum and the number of labels for each of the model's terms."""
+    """Summed loss and label count per loss term, sum and weight per metric, reduced over data ranks.
 
-    sums: tuple[float, ...]
-    counts: tuple[int, ...]
+    Attributes:
+        sums: loss term -> sum of its labels' losses.
+        counts: loss term -> number of its labels.
+        metric_sums: metric -> (sum, weight).
+    """
+
+    sums: Mapping[str, float]
+    counts: Mapping[str, int]
+    metric_sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def unpack(cls, packed: Tensor, counts: Sequence[int], head: HeadSpec) -> Losses:
+        """Return what `HeadSpec.pack` put into one tensor, (terms + 2 * metrics,), summed by now, and label counts."""
+        values, rest = packed.tolist(), len(head.terms)
+        parts = zip(values[rest::2], values[rest + 1 :: 2])
+        return cls(dict(zip(head.terms, values)), dict(zip(head.terms, counts)), dict(zip(head.metrics, parts)))
 
     def __add__(self, other: Losses) -> Losses:
+        """Return the losses of both parts of some data."""
         return Losses(
-            tuple(mine + theirs for mine, theirs in zip(self.sums, other.sums)),
-            tuple(mine + theirs for mine, theirs in zip(self.counts, other.counts)),
+            {name: total + other.sums[name] for name, total in self.sums.items()},
+            {name: count + other.counts[name] for name, count in self.counts.items()},
+            {
+                name: (total + other.metric_sums[name][0], weight + other.metric_sums[name][1])
+                for name, (total, weight) in self.metric_sums.items()
+            },
         )
 
     @property
-    def terms(self) -> tuple[float, ...]:
-        """Each term's mean; 0 where there are no labels."""
-        return tuple(total / count if count else 0.0 for total, count in zip(self.sums, self.counts))
+    def terms(self) -> dict[str, float]:
+        """Mean of each loss term; 0 where there are no labels."""
+        return {name: total / self.counts[name] if self.counts[name] else 0.0 for name, total in self.sums.items()}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean of each metric; one without any weight is left out."""
+        return {name: total / weight for name, (total, weight) in self.metric_sums.items() if weight}
 
     @property
     def mean(self) -> float:
-        """The loss: the terms added up."""
-        return sum(self.terms)
+        """The loss: the sum of its terms."""
+        return sum(self.terms.values())
 
 
 class Engine(ABC):
@@ -76,9 +102,9 @@ class Engine(ABC):
         grid: where this rank sits.
         device: where its tensors live.
         optimizer: the torch optimizer inside DeepSpeed's; its `lr` is set from outside before each step.
-        labels: the columns that the loss compares with, one term each.
-        steps_begun: how many steps were asked for, skipped ones too; a resumed run sets it.
-        kernels: for people: what is computed by other libraries than PyTorch.
+        head: what the output head reads and returns.
+        steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
+        kernels: names of third-party kernels in use, for the log.
     """
 
     kernels: tuple[str, ...] = ()
@@ -89,11 +115,11 @@ class Engine(ABC):
         device: torch.device,
         optimizer: torch.optim.Optimizer,
         deepspeed_engine: Any,
-        labels: tuple[str, ...],
+        head: HeadSpec,
         rng: RngStreams,
     ) -> None:
         self.grid, self.device, self.optimizer, self.deepspeed = grid, device, optimizer, deepspeed_engine
-        self.labels = labels
+        self.head = head
         self.steps_begun = 0
         self._rng = rng
         if isinstance(optimizer, GuardedAdamW):
@@ -106,8 +132,10 @@ class Engine(ABC):
 
         A term of the loss is the sum over the labels of the *global* batch divided by their number: micro-batches and
         data ranks with fewer labels weigh less, and one without any contributes nothing. Where the loss or the
-        gradient norm is not finite, nothing is changed. Communicates an integer and a number a term beyond what the
-        layers and DeepSpeed do.
+        gradient norm is not finite, nothing is changed.
+
+        Besides the layers' and DeepSpeed's own traffic: one all-reduce of an int64 label count per loss term, and one
+        of fp32 numbers, a loss sum per term and a sum and a weight per metric.
         """
         self._rng.begin_step(self.steps_begun)
         self.steps_begun += 1
@@ -121,47 +149,60 @@ class Engine(ABC):
         scales = torch.tensor([parts / count if count else 0.0 for count in counts], device=self.device)
         skipped_before = self.deepspeed.skipped_steps
         sums, grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
-        losses = Losses(tuple(sums.tolist()), counts)
+        losses = Losses.unpack(sums, counts, self.head)
         applied = self.deepspeed.skipped_steps == skipped_before and not getattr(self.optimizer, "skipped", False)
-        return StepResult(losses.mean, grad_norm, counts[0], applied, dict(zip(self.labels, losses.terms)))
+        return StepResult(losses.mean, grad_norm, counts[0], applied, losses.terms, losses.metrics)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
-        """Of all data ranks' micro-batches, without gradients."""
+        """Compute the losses and metrics of all data ranks' micro-batches, without gradients."""
         counts = self._count(batches)
-        return Losses(tuple(self._evaluate([self._to_device(batch) for batch in batches]).tolist()), counts)
+        return Losses.unpack(self._evaluate([self._to_device(batch) for batch in batches]), counts, self.head)
 
     @property
     def can_overflow(self) -> bool:
-        """Whether skipping a step for a gradient that is not finite is in the course of things: fp16's loss scale."""
+        """True under fp16's dynamic loss scale, where a skipped step is no defect."""
         return bool(getattr(getattr(self.deepspeed.optimizer, "loss_scaler", None), "dynamic", False))
 
     @abstractmethod
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
-        """What the model predicts, by name, (B, ...) fp32 on CPU, where this rank has the last stage; else None."""
+        """Return the predictions by name, (B, ...) fp32 on CPU; None except on ranks of the last pipeline stage."""
 
     @abstractmethod
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
-        """-> (sums of losses over all data ranks, (terms,), on every rank; gradient norm before clipping).
+        """Run forward, backward and optimizer on this rank's micro-batches.
 
-        What is differentiated is the sum of a micro-batch's losses, each times its scale.
+        Args:
+            batches: micro-batches on the device.
+            scales: (terms,), what each micro-batch's sum of a term is multiplied by before it is differentiated.
+
+        Returns:
+            `HeadSpec.pack`'s tensor, (terms + 2 * metrics,), summed over micro-batches and data ranks, on every rank;
+            the gradient norm before clipping.
         """
 
     @abstractmethod
     def _should_step(self) -> bool:
-        """Whether what is known of the step under way is finite; the same on all ranks. Collective."""
+        """Return whether the current step's loss and norm are finite, on all ranks alike. Collective over the world."""
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """-> sums of losses over all data ranks, (terms,), on every rank."""
+        """Return `HeadSpec.pack`'s tensor, (terms + 2 * metrics,), summed over batches and data ranks, on all ranks."""
 
     def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, ...]:
-        """Labels of each term in the global batch that these are this data rank's share of."""
-        mine = [sum(_count_labels(batch[name]) for batch in batches) for name in self.labels]
-        counts = all_reduce_(torch.tensor(mine, dtype=torch.int64, device=self.device), self.grid.data)
-        return tuple(counts.tolist())
+        """Return the number of labels per loss term in the global batch. Collective over data.
+
+        Args:
+            batches: this data rank's micro-batches of it.
+        """
+        counts = torch.stack([self.head.count_labels(self._labels_of(batch)) for batch in batches]).sum(0)
+        return tuple(all_reduce_(counts.to(self.device), self.grid.data).tolist())
+
+    def _empty_sums(self) -> Tensor:
+        """Return zeros of the shape of `HeadSpec.pack`, to add micro-batches to."""
+        return torch.zeros(self.head.num_sums, dtype=torch.float32, device=self.device)
 
     def _labels_of(self, batch: MicroBatch) -> dict[str, Tensor]:
-        return {name: batch[name] for name in self.labels}
+        return {name: batch[name] for name in self.head.label_columns}
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -170,29 +211,31 @@ class Engine(ABC):
 
     @abstractmethod
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This pipeline stage's parameters under their names in the whole model, each once."""
+        """Yield this pipeline stage's parameters under their names in the full model, each once."""
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        """Within it, the parameter's data is this tensor rank's whole share. Collective over the data axis."""
+        """Context in which the parameter's data is this tensor rank's full shard. Collective over data under ZeRO-3."""
         return nullcontext()
 
     def count_params(self) -> int:
-        """Parameters of the whole model, tied ones once, without vocabulary padding. Collective."""
+        """Count the model's parameters, tied ones once, without vocabulary padding. Collective over pipeline."""
         return sum(spec.numel for stage in self.inventory() for _, spec, _ in stage)
 
     def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
-        """Every parameter of the model in order, or the named ones, whole and without padding: on global rank 0, and
-        None elsewhere.
+        """Yield the model's parameters in order: the full tensor without padding on global rank 0, None elsewhere.
 
-        Collective; at any time rank 0 holds one whole tensor, the others their share. A tensor is gathered over the
-        tensor ranks of its stage and sent to rank 0.
+        Collective over the world. At any time rank 0 holds one full tensor, the others their shard. A tensor is
+        gathered over the tensor ranks of its pipeline stage and sent to rank 0.
+
+        Args:
+            names: those to yield; None = all.
         """
         return self.full_tensors(lambda parameter: parameter.detach(), names)
 
     def full_tensors(
         self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor | None]]:
-        """Like `full_parameters`, for something that each rank has of its parameters' shape and dtype: a gradient."""
+        """Like `full_parameters`, for tensors of the parameters' shapes and dtypes, such as their gradients."""
         grid = self.grid
         parameters = dict(self.local_parameters())
         for stage, entries in enumerate(self.inventory()):
@@ -210,7 +253,10 @@ class Engine(ABC):
                 yield name, whole if grid.rank == 0 else None
 
     def inventory(self) -> list[list[tuple[str, ParamSpec, torch.dtype]]]:
-        """Stage by stage: name, declaration, dtype of the parameters that it is the first to hold. Collective."""
+        """Return name, declaration and dtype of each pipeline stage's parameters. Collective over pipeline.
+
+        A tied parameter is in the list of the first stage that holds it.
+        """
         mine = [(name, spec_of(parameter), parameter.dtype) for name, parameter in self.local_parameters()]
         stages: list[Any] = [mine]
         if self.grid.pipeline.size > 1:
@@ -224,15 +270,10 @@ class Engine(ABC):
         return unique
 
 
-def _count_labels(column: Tensor) -> int:
-    """Of integers those that are not ignored; all of what are no ids."""
-    return column.numel() if column.is_floating_point() else int((column != IGNORE_INDEX).sum())
-
-
 def gather_shard(share: Tensor, spec: ParamSpec, grid: Grid, to: int = 0) -> Tensor | None:
-    """Shares -> the whole tensor without padding on tensor rank `to`, None on the others.
+    """Gather shards into the full tensor without padding on tensor rank `to`; None on the others.
 
-    Of a share that several ranks hold the first one's is taken.
+    Where several ranks hold the same shard, the first one's is taken. Collective over tensor.
     """
     axis = grid.tensor
     if spec.split_dim is None or axis.size == 1:

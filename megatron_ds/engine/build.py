@@ -34,7 +34,7 @@ from megatron_ds.layers.kernels import select_kernels
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.context import BuildContext
-from megatron_ds.models.sequential import LayerSpec, SequentialModel
+from megatron_ds.models.sequential import LayerSpec, SequentialModel, head_of
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -122,11 +122,11 @@ def build_engine(
             optimizer.create_state(parameters)
     made: Engine
     if pipelined:
-        made = PipelineEngine(grid, device, optimizer, engine, specs[-1].labels, rng)
+        made = PipelineEngine(grid, device, optimizer, engine, head_of(specs), rng)
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
         bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
-        made = ZeroEngine(grid, device, optimizer, engine, specs[-1].labels, rng, clip=clip, bucket=bucket)
+        made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, clip=clip, bucket=bucket)
     made.kernels = kernels.names
     return made
 

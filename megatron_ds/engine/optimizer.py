@@ -1,4 +1,4 @@
-"""AdamW that can sit out a step, and whose state exists from the start."""
+"""AdamW that can skip a step, and whose state exists from the start."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) under DeepSpeed.
 
-    DeepSpeed calls `step` once for each flat partition of parameters, when all gradients are reduced. It skips a step
-    whose gradient norm is not finite by itself, but for ZeRO-0; it knows nothing of the loss.
+    DeepSpeed calls `step` once for each flat partition of parameters, when all gradients are reduced. Except at ZeRO-0
+    it skips a step whose gradient norm is not finite; it does not look at the loss.
 
     Attributes:
-        should_step: asked at the first partition of every step; its answer must be the same on all ranks. It may
+        should_step: called at the first partition of every step; it must return the same on all ranks. It may
             communicate: DeepSpeed reaches this point on all ranks or on none.
     """
 
@@ -28,24 +28,24 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @property
     def skipped(self) -> bool:
-        """Whether `should_step` said no in this step."""
+        """True if `should_step` refused this step."""
         return self._answer is False
 
     def begin_step(self) -> None:
-        """The next call of `step` asks again."""
+        """Forget the last answer: the next call of `step` asks `should_step` again."""
         self._answer = None
 
     def step(self, closure: Any = None) -> Any:
-        """Update the parameters in `param_groups`, unless this step is to be sat out."""
+        """Update the parameters in `param_groups`, unless this step is skipped."""
         if self._answer is None:
             self._answer = self.should_step() if self.should_step is not None else True
         return super().step(closure) if self._answer else None
 
     def create_state(self, parameter: Tensor) -> None:
-        """What torch's AdamW makes at a parameter's first step, if it is not there: a checkpoint can be read into it.
+        """Create a parameter's state now instead of at its first step, so that a checkpoint can be read into it.
 
         Args:
-            parameter: what DeepSpeed puts into `param_groups`, (n,) or a parameter's own shape.
+            parameter: entry of DeepSpeed's `param_groups`, (n,) or a parameter's own shape.
         """
         if self.state[parameter]:
             return

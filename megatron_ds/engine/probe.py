@@ -1,4 +1,4 @@
-"""Gradients as the engine makes them: after every reduction, before any step."""
+"""Gradients as the engine computes them: after every reduction, before any step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class GradientProbe(torch.optim.Optimizer):
     """An optimizer that keeps gradients instead of using them: weights never change.
 
-    DeepSpeed calls `step` when tensor, pipeline and data ranks have summed what they share, so what is kept is what a
-    real optimizer would see. Without ZeRO each rank sees its own parameters' gradients, whole.
+    DeepSpeed calls `step` when gradients are reduced over tensor, pipeline and data ranks, so these are the gradients
+    that a real optimizer would see. Without ZeRO each rank sees its own parameters' gradients in full.
     """
 
     def __init__(self, parameters: Any) -> None:
@@ -21,13 +21,13 @@ class GradientProbe(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Keep what is there."""
+        """Keep the current gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._kept[parameter] = parameter.grad.detach().clone()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Of the last step; zeros where there was none."""
+        """Return the parameter's gradient of the last step; zeros where there was none."""
         kept = self._kept.get(parameter)
         return torch.zeros_like(parameter) if kept is None else kept

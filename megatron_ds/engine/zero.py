@@ -14,22 +14,23 @@ from torch import Tensor, nn
 from megatron_ds.engine.base import Engine, MicroBatch
 from megatron_ds.layers.param_spec import counts_here
 from megatron_ds.parallel.collectives import all_reduce_
-from megatron_ds.parallel.regions import OPTIMIZER, part
+from megatron_ds.parallel.regions import OPTIMIZER, profiled
 
 
 class ZeroEngine(Engine):
     """`Engine` around a `SequentialModel`."""
 
-    _sums: Tensor  # of the step under way: the losses over all data ranks, once all micro-batches are through
-    _norm: float | None = None  # and the gradient norm, where DeepSpeed keeps none
+    _sums: Tensor  # the current step's packed losses, over all data ranks once all micro-batches are through
+    _norm: float | None = None  # its gradient norm, where DeepSpeed keeps none
 
     def __init__(self, *args: Any, clip: float, bucket: int) -> None:
-        """As `Engine`, and what is done here at stage 0.
+        """Take over from DeepSpeed what it does wrongly or at a cost at ZeRO-0.
 
         Args:
-            clip: bounds the gradient norm, which DeepSpeed would count wrongly. 0 = no bound.
-            bucket: gradients that data ranks reduce at a time. DeepSpeed would copy all of them into one tensor, and
-                one data rank's too.
+            args: see `Engine`.
+            clip: bound of the gradient norm, in which DeepSpeed would count replicated parameters often. 0 = no bound.
+            bucket: number of gradients that data ranks reduce at a time. DeepSpeed would copy all of them into one
+                tensor, even with one data rank.
         """
         super().__init__(*args)
         self._clip, self._bucket = clip, bucket
@@ -38,26 +39,27 @@ class ZeroEngine(Engine):
             self.deepspeed.enable_backward_allreduce = False
 
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
-        self._sums = torch.zeros_like(scales)
+        self._sums = self._empty_sums()
         for batch in batches:
             losses = self.deepspeed(batch, self._labels_of(batch))
             self._sums += losses.detach()
-            self.deepspeed.backward((losses * scales).sum())
+            self.deepspeed.backward(self.head.scaled_loss(losses, scales))
             if self.deepspeed.is_gradient_accumulation_boundary():
                 all_reduce_(self._sums, self.grid.data)
                 self._norm = self._reduced_and_clipped() if self._stage_0 else None
-            with part(OPTIMIZER):
+            with profiled(OPTIMIZER):
                 self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
         return self._sums, float(norm)
 
     def _should_step(self) -> bool:
-        return bool(self._sums.isfinite().all()) and (self._norm is None or math.isfinite(self._norm))
+        sums = self._sums[: len(self.head.terms)]
+        return bool(sums.isfinite().all()) and (self._norm is None or math.isfinite(self._norm))
 
     def _reduced_and_clipped(self) -> float:
-        """L2 norm of the gradients, which are then scaled down where it exceeds the bound, as torch's clipping does.
+        """Average the gradients over data ranks in buckets, clip them as torch does, and return their L2 norm before.
 
-        DeepSpeed averages them over the data ranks first, in buckets. What all tensor ranks hold alike counts once.
+        Parameters that all tensor ranks hold count once. Collective over data and tensor.
         """
         if self.grid.data.size > 1:
             self.deepspeed.allreduce_gradients(bucket_size=self._bucket)
@@ -75,7 +77,7 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
         self.deepspeed.eval()
-        total = torch.zeros(len(self.labels), dtype=torch.float32, device=self.device)
+        total = self._empty_sums()
         for batch in batches:
             total += self.deepspeed(batch, self._labels_of(batch))
         self.deepspeed.train()

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) as a list of stages: embedding, entry, blocks, head."""
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) as a list of layers: embedding, entry, blocks, head."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import EncoderConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
-from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec, OutputHead
+from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec, OutputHead
 from megatron_ds.parallel.collectives import gather_sequence, reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 
 
 class Entry(nn.Module):
-    """From the word embedding to the first block: learned positions, segments, a norm, dropout; (S, B, H) -> same, or
-    this rank's part of the sequence."""
+    """Layer between the word embedding and the first block: learned positions, segments, a norm, dropout.
+
+    (S, B, H) -> the same, or this rank's part of the sequence.
+    """
 
     def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
         super().__init__()
@@ -47,16 +49,17 @@ class Entry(nn.Module):
 
 
 class Pooler(nn.Module):
-    """The first position's state -> a vector a sequence, (S, B, H) -> (B, H), which all tensor ranks compute alike.
+    """Projection of the first position's state to a vector a sequence: (S, B, H) -> (B, H), equal on all tensor ranks.
 
-    Under sequence parallelism the first of them has that position: an all-reduce of (B, H) forward, nothing backward.
+    Under sequence parallelism the first of them has that position: forward all-reduce of (B, H) over the tensor axis,
+    backward nothing.
     """
 
     def __init__(self, config: EncoderConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
         size = config.hidden_size
-        self.dense = ReplicatedLinear(size, size, tp, std=config.init_std, bias=True, enter=_as_it_is)
+        self.dense = ReplicatedLinear(size, size, tp, std=config.init_std, bias=True, enter=_identity)
 
     def forward(self, hidden: Tensor) -> Tensor:
         first = hidden[0]
@@ -66,22 +69,22 @@ class Pooler(nn.Module):
 
 
 class NextSentenceHead(nn.Module):
-    """(S, B, H) -> (B, 2): how likely the second segment follows the first, and how likely not."""
+    """(S, B, H) -> (B, 2): scores that the second segment follows the first, and that it does not."""
 
     def __init__(self, config: EncoderConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.pooler = Pooler(config, tp)
-        self.out = ReplicatedLinear(config.hidden_size, 2, tp, std=config.init_std, bias=True, enter=_as_it_is)
+        self.out = ReplicatedLinear(config.hidden_size, 2, tp, std=config.init_std, bias=True, enter=_identity)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.out(self.pooler(hidden))
 
 
 class MaskedLMHead(LanguageModelHead):
-    """The losses of masked tokens and, where the model has the head, of whether the second segment follows the first.
+    """Losses of masked tokens and, where the model has the head, of whether the second segment follows the first.
 
-    The transformation before the product runs on each rank's part of the sequence under sequence parallelism, else on
-    all tensor ranks alike.
+    The transformation before the vocabulary projection runs on each rank's part of the sequence under sequence
+    parallelism, else on all tensor ranks alike.
     """
 
     def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
@@ -92,16 +95,17 @@ class MaskedLMHead(LanguageModelHead):
         self.norm = Norm(size, config.norm, ctx.tp)
         self.next_sentence = NextSentenceHead(config, ctx.tp) if config.next_sentence else None
 
-    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> Tensor:
-        """fp32 sums over the masked tokens and over the sequences, (2,); or the first alone, (1,)."""
-        total = super().losses({HIDDEN: self._transformed(activations)}, labels)
+    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
+        """`targets`, summed over the masked tokens; with the head `next_sentence_label`, over the sequences."""
+        masked = super().losses({HIDDEN: self._transformed(activations)}, labels)
         if self.next_sentence is None:
-            return total
+            return masked
         scores, follows = self.next_sentence(activations[HIDDEN]).float(), labels["next_sentence_label"]
-        return torch.cat([total, F.cross_entropy(scores, follows, ignore_index=IGNORE_INDEX, reduction="sum")[None]])
+        loss = F.cross_entropy(scores, follows, ignore_index=IGNORE_INDEX, reduction="sum")
+        return HeadResult({**masked.terms, "next_sentence_label": loss})
 
     def outputs(self, activations: Activations) -> Activations:
-        """`logits` (B, S, V), and `next_sentence` (B, 2)."""
+        """Return `logits` (B, S, V) and, with the head, `next_sentence` (B, 2)."""
         found = super().outputs({HIDDEN: self._transformed(activations)})
         if self.next_sentence is not None:
             found["next_sentence"] = self.next_sentence(activations[HIDDEN])
@@ -112,10 +116,10 @@ class MaskedLMHead(LanguageModelHead):
 
 
 class EncoderOutput(OutputHead):
-    """The end of an encoder without a head, which has no loss of its own.
+    """Output of an encoder without a head, which has no loss of its own.
 
-    It takes directions in the place of labels: the inner product with them has any gradient that one may want to see
-    (a vector-Jacobian product).
+    It takes directions in the place of labels: the gradient of the inner product with them is a vector-Jacobian
+    product, by which any gradient of the encoder can be checked.
     """
 
     def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
@@ -123,19 +127,20 @@ class EncoderOutput(OutputHead):
         self.tp = ctx.tp
         self.pooler = Pooler(config, ctx.tp) if config.pooler else None
 
-    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> Tensor:
-        """fp32 inner products with `hidden_direction` (B, S, H) and, with a pooler, `pooled_direction` (B, H)."""
+    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
+        """Inner products with `hidden_direction` (B, S, H) and, with a pooler, `pooled_direction` (B, H)."""
         hidden = activations[HIDDEN]
         along = labels["hidden_direction"].transpose(0, 1)[self.tp.sequence_slice(self._length(hidden))]
-        total = (hidden.float() * along).sum()[None]
+        total = (hidden.float() * along).sum()
         if self.tp.splits_sequence:
             total = reduce_from(total, self.tp.axis)
         if self.pooler is None:
-            return total
-        return torch.cat([total, (self.pooler(hidden).float() * labels["pooled_direction"]).sum()[None]])
+            return HeadResult({"hidden_direction": total})
+        pooled = (self.pooler(hidden).float() * labels["pooled_direction"]).sum()
+        return HeadResult({"hidden_direction": total, "pooled_direction": pooled})
 
     def outputs(self, activations: Activations) -> Activations:
-        """`hidden` (B, S, H), and `pooled` (B, H)."""
+        """Return `hidden` (B, S, H) and, with a pooler, `pooled` (B, H)."""
         hidden = activations[HIDDEN]
         whole = gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else hidden
         pooled = {"pooled": self.pooler(hidden)} if self.pooler is not None else {}
@@ -146,8 +151,11 @@ class EncoderOutput(OutputHead):
 
 
 def encoder_layers(config: EncoderConfig, ctx: BuildContext | None = None) -> list[LayerSpec]:
-    """The stages of an encoder, unbuilt. A batch has `input_ids` and may have an `attention_mask` and `token_type_ids`;
-    labels are `targets`, of masked positions the token that was there, and `next_sentence_label`, 0 if it is."""
+    """Return the specs of an encoder's layers.
+
+    A batch has `input_ids` and may have an `attention_mask` and `token_type_ids`. Labels are `targets`, the original
+    token of masked positions, and `next_sentence_label`, 0 where the second segment follows the first.
+    """
     ctx = ctx or BuildContext()
     vocab, size, std = config.vocab_size, config.hidden_size, config.init_std
     embed = partial(
@@ -166,15 +174,16 @@ def encoder_layers(config: EncoderConfig, ctx: BuildContext | None = None) -> li
 def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
     if not config.masked_lm:
         labels = ("hidden_direction", "pooled_direction") if config.pooler else ("hidden_direction",)
-        return LayerSpec("head", partial(EncoderOutput, config, ctx), labels=labels)
+        return LayerSpec("head", partial(EncoderOutput, config, ctx), head=HeadSpec.per_column(*labels))
+    labels = ("targets", "next_sentence_label") if config.next_sentence else ("targets",)
     return LayerSpec(
         "head",
         partial(MaskedLMHead, config, ctx),
-        labels=("targets", "next_sentence_label") if config.next_sentence else ("targets",),
+        head=HeadSpec.per_column(*labels),
         cost=float(config.hidden_size * (config.vocab_size + config.hidden_size)),
         tied={"weight": "embedding.weight"},
     )
 
 
-def _as_it_is(parameter: Tensor) -> Tensor:
+def _identity(parameter: Tensor) -> Tensor:
     return parameter

@@ -17,7 +17,7 @@ from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.models.config import StackConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec
-from megatron_ds.parallel.regions import ATTENTION, BLOCK, part
+from megatron_ds.parallel.regions import ATTENTION, BLOCK, profiled
 from megatron_ds.parallel.regions import MLP as MLP_PART
 
 
@@ -103,7 +103,7 @@ class Block(nn.Module):
     def forward(self, activations: Activations) -> Activations:
         names = [name for name in self.inputs.names if name in activations]
         run = partial(self._run, names)
-        with part(BLOCK):
+        with profiled(BLOCK):
             return {
                 **activations,
                 HIDDEN: self.recompute.run("full", run, activations[HIDDEN], *(activations[name] for name in names)),
@@ -112,7 +112,7 @@ class Block(nn.Module):
     def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:
         given = dict(zip(names, others))
         normal = _apply(self.attention_norm, x)
-        with part(ATTENTION):
+        with profiled(ATTENTION):
             attended = self.attention(normal, given.get(self.inputs.mask), positions=given.get(self.inputs.positions))
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
@@ -122,13 +122,13 @@ class Block(nn.Module):
             context, mask = (given.get(name or "") for name in (self.inputs.context, self.inputs.context_mask))
             assert context is not None, f"cross attention needs {self.inputs.context}, there is {names}"
             normal = _apply(self.cross_norm, x)
-            with part(ATTENTION):
+            with profiled(ATTENTION):
                 attended = self.cross(normal, mask, context)
             x = self._add(x, attended, self.cross_output_norm)
         return self._add(x, self._fed_forward(_apply(self.mlp_norm, x)), self.mlp_output_norm)
 
     def _fed_forward(self, x: Tensor) -> Tensor:
-        with part(MLP_PART):
+        with profiled(MLP_PART):
             return self.mlp(x)
 
     def _add(self, x: Tensor, change: Tensor, norm: Norm | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The first and the last stage of a model with words at both ends: the word embedding, and the head over them."""
+"""Word embedding and language-model head."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megatron_ds.layers.cross_entropy import LogitFinish, VocabShard, gather_log
 from megatron_ds.layers.embedding import VocabParallelEmbedding
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter
 from megatron_ds.models.context import BuildContext
-from megatron_ds.models.sequential import HIDDEN, Activations, OutputHead
+from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, OutputHead
 from megatron_ds.parallel.collectives import copy_to, gather_sequence
-from megatron_ds.parallel.regions import EMBEDDING, part
+from megatron_ds.parallel.regions import EMBEDDING, profiled
 
 
 class WordEmbedding(VocabParallelEmbedding):
     """ids (B, S) -> hidden states (S, B, E), or this rank's (S/t, B, E).
 
     Args:
-        column: where the ids stand on the wire.
-        keeps_ids: a later stage reads them too.
-        options: see `VocabParallelEmbedding`.
+        column: name of the ids among the activations.
+        args, options: see `VocabParallelEmbedding`.
+        keeps_ids: whether a later layer reads the ids too.
     """
 
     def __init__(self, column: str, *args: Any, keeps_ids: bool = False, **options: Any) -> None:
@@ -32,19 +32,20 @@ class WordEmbedding(VocabParallelEmbedding):
 
     def forward(self, activations: Activations) -> Activations:  # type: ignore[override]
         kept = {name: tensor for name, tensor in activations.items() if name != self.column or self.keeps_ids}
-        with part(EMBEDDING):
+        with profiled(EMBEDDING):
             return {**kept, HIDDEN: super().forward(activations[self.column].t())}
 
 
 class LanguageModelHead(OutputHead):
-    """The loss of each position's label over a vocabulary divided over the tensor axis.
+    """Cross entropy of each position's label over a vocabulary divided over the tensor axis.
 
     Args:
-        vocab_size, width: V, and the length of the vectors that it takes.
-        at: where it runs.
-        std: of the weight's initialisation.
+        vocab_size: V.
+        width: length of the hidden states that it takes.
+        ctx: the build context.
+        std: standard deviation of the weight's initialisation.
         bias: whether the logits have one.
-        finish: what follows the product; None = nothing.
+        finish: multiplier and bound of the logits; None = neither.
     """
 
     def __init__(
@@ -63,19 +64,22 @@ class LanguageModelHead(OutputHead):
         spec = ParamSpec((vocab_size,), 0, decay=False)
         self.bias = make_parameter(spec, ctx.tp.axis) if bias else None
 
-    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> Tensor:
-        """The fp32 sum of the labelled positions' losses, as (1,)."""
-        return head_loss(self.enter(activations[HIDDEN]), self.local(), labels["targets"].t())[None]
+    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
+        """One term, `targets`: the sum of the labelled positions' losses."""
+        return HeadResult({"targets": head_loss(self.enter(activations[HIDDEN]), self.local(), labels["targets"].t())})
 
     def outputs(self, activations: Activations) -> Activations:
-        """`logits` (B, S, V)."""
+        """Return `logits` (B, S, V), gathered over the tensor axis."""
         with torch.no_grad():
             return {"logits": gather_logits(self.enter(activations[HIDDEN]), self.local()).transpose(0, 1)}
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """Into the parallel region: by an all-gather under sequence parallelism, else as a copy."""
+        """(S, B, H), or (S/t, B, H) under sequence parallelism -> (S, B, H).
+
+        Forward identity or all-gather over the tensor axis, backward all-reduce or reduce-scatter.
+        """
         return gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else copy_to(hidden, self.tp.axis)
 
     def local(self) -> VocabShard:
-        """This rank's part."""
+        """Return this rank's shard of the head."""
         return VocabShard(self.weight, self.bias, self.vocab_size, self.tp.axis, self.finish)

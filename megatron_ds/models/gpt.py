@@ -16,7 +16,7 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
-from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec
+from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
 
 MASKS = ("attention_mask", "position_ids")  # what says which positions see which
 
@@ -87,7 +87,7 @@ def decoder_layers(config: DecoderConfig, ctx: BuildContext | None = None) -> li
         LayerSpec(
             "head",
             head,
-            labels=("targets",),
+            head=HeadSpec.per_column("targets"),
             cost=float(vocab * width),
             tied={"weight": "embedding.weight"} if config.tied else {},
         ),

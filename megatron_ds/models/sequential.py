@@ -1,20 +1,23 @@
-"""A model as a list of stages: the one description from which plain and pipelined models are made.
+"""A model as a list of layers: the one description from which plain and pipelined models are built.
 
-A stage takes and gives a *wire*: tensors by name, all that travels from one stage to the next. Some are hidden states,
-others columns of the batch (ids, masks) that this stage or a later one reads. Each stage declares what it takes, and
-that is all that an engine knows of it.
+Each layer maps a dict of named tensors, the activations, to another. Some are hidden states, others columns of the
+batch (ids, masks) that this layer or a later one reads. A `LayerSpec` declares what its layer takes; the last one also
+declares, in a `HeadSpec`, which labels the output head reads and which loss terms and metrics it returns. That is all
+that an engine knows of a model.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.parallel.regions import HEAD, part
+from megatron_ds.layers.cross_entropy import IGNORE_INDEX
+from megatron_ds.parallel.regions import HEAD, profiled
 
 Activations = dict[str, Tensor]
 """Columns (B, ...) of integers; hidden states (S, B, H), or this rank's (S/t, B, H)."""
@@ -22,53 +25,169 @@ Activations = dict[str, Tensor]
 HIDDEN = "hidden"
 
 
+def count_entries(labels: Mapping[str, Tensor]) -> Tensor:
+    """Count the labels of each column.
+
+    Args:
+        labels: columns by name, each (B, ...).
+
+    Returns:
+        int64 (columns,): number of entries that are not IGNORE_INDEX; numel() for floating-point columns.
+    """
+    counts = [
+        column.numel() if column.is_floating_point() else int((column != IGNORE_INDEX).sum())
+        for column in labels.values()
+    ]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Declaration of an output head's labels, loss terms and metrics, which every pipeline rank has.
+
+    The loss of a global batch is the sum of its terms. A term is the sum of the losses that the head returns under its
+    name, over all micro-batches and data ranks, divided by the number of labels that `count_labels` finds in them.
+
+    Attributes:
+        label_columns: columns of the batch that the losses read; they bypass the model's other layers.
+        terms: names of the loss terms, in order. Labels of the first one are the tokens that a run counts.
+        count_labels: label columns of a micro-batch, each (B, ...) -> int64 (terms,), the labels of each term.
+        metrics: names of averages that the head returns besides its losses, to be logged.
+    """
+
+    label_columns: tuple[str, ...]
+    terms: tuple[str, ...]
+    count_labels: Callable[[Mapping[str, Tensor]], Tensor] = count_entries
+    metrics: tuple[str, ...] = ()
+
+    @classmethod
+    def per_column(cls, *columns: str) -> HeadSpec:
+        """Return the declaration of a head with one loss term for each label column, under the column's name."""
+        return cls(columns, columns)
+
+    @property
+    def num_sums(self) -> int:
+        """Length of what `pack` returns."""
+        return len(self.terms) + 2 * len(self.metrics)
+
+    def pack(self, result: HeadResult) -> Tensor:
+        """Put a head's result into one tensor, so that it is reduced in one collective.
+
+        Returns:
+            fp32 (terms + 2 * metrics,): each term's sum, then each metric's sum and weight, which carry no gradient.
+
+        Raises:
+            ValueError: the head returned other terms or metrics than it declares.
+        """
+        for kind, declared, returned in (
+            ("terms", self.terms, result.terms),
+            ("metrics", self.metrics, result.metrics),
+        ):
+            if set(declared) != set(returned):
+                raise ValueError(f"the head returned {kind} {sorted(returned)}, its HeadSpec has {sorted(declared)}")
+        sums = [result.terms[name] for name in self.terms]
+        averaged = [part.detach().float() for name in self.metrics for part in result.metrics[name]]
+        return torch.stack([*sums, *averaged])
+
+    def scaled_loss(self, packed: Tensor, scales: Tensor) -> Tensor:
+        """Return the scalar to differentiate: each term's sum times its scale, (terms,), added up."""
+        return (packed[: len(self.terms)] * scales).sum()
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """Losses and metrics of one micro-batch, equal on all tensor ranks.
+
+    Attributes:
+        terms: name of a loss term -> fp32 scalar, the sum of its labels' losses.
+        metrics: name of a metric -> (sum, weight), scalars. What is logged is the sum of the sums over the global batch
+            divided by the sum of the weights.
+    """
+
+    terms: Mapping[str, Tensor]
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class LayerSpec:
-    """One stage, not built yet.
+    """Declaration of one layer, which is not built yet.
 
     Attributes:
         name: prefix of its parameters' names, such as "embedding" or "blocks.3".
-        build: allocates the module, `forward(wire) -> wire`. The last stage is a `OutputHead`.
-        hidden: the hidden states that it takes: name on the wire -> the column of ids whose positions they are of.
-        columns: the columns of the batch that it or a later stage takes, where the batch has them.
-        labels: the columns that the last stage compares with, one term of the loss each.
-        cost: forward work relative to other stages, for balancing a pipeline.
+        build: allocates the module, `forward(activations) -> activations`. The last layer is an `OutputHead`.
+        hidden: the hidden states that it takes: name among the activations -> the column of ids whose positions they
+            belong to.
+        columns: the columns of the batch that it or a later layer takes, where the batch has them.
+        head: the declaration of the last layer; None in all others.
+        cost: forward work relative to other layers, for balancing a pipeline.
         is_block: one of the layers of which every pipeline stage gets at least one.
-        tied: own parameter's name -> name in the model of an earlier stage's parameter that it is the same as.
+        tied: own parameter's name -> name in the model of the earlier layer's parameter that it shares.
     """
 
     name: str
     build: Callable[[], nn.Module]
     hidden: Mapping[str, str] = field(default_factory=lambda: {HIDDEN: "input_ids"})
     columns: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    head: HeadSpec | None = None
     cost: float = 0.0
     is_block: bool = False
     tied: Mapping[str, str] = field(default_factory=dict)
 
 
+def head_of(specs: Sequence[LayerSpec]) -> HeadSpec:
+    """Return the declaration of a model's output head."""
+    head = specs[-1].head
+    assert head is not None, f"the last layer, {specs[-1].name}, declares no head"
+    return head
+
+
+def with_head(specs: Sequence[LayerSpec], build: type[OutputHead], head: HeadSpec) -> list[LayerSpec]:
+    """Return the same layers with another class of output head over the same parameters.
+
+    Args:
+        specs: a model's layers, as its family builds them.
+        build: usually a subclass of the model's own head, whose arguments it is built with.
+        head: what it declares.
+    """
+    last = specs[-1]
+    assert isinstance(last.build, partial), f"{last.name} is not built by a partial: {last.build}"
+    own = partial(build, *last.build.args, **last.build.keywords)
+    return [*specs[:-1], replace(last, build=own, head=head)]
+
+
 class OutputHead(nn.Module, ABC):
-    """The last stage: turns hidden states into losses without leaving logits behind.
+    """The last layer: turns hidden states into losses without leaving logits behind.
 
     Loss and head are one call, because DeepSpeed starts a backward pass (and clears bf16 gradients) when the gradient
-    reaches what the module returned: a parameter used after that, in a loss function, would lose its gradient.
+    reaches what the module returned: a parameter used after that, in a loss function, would lose its gradient. It
+    returns one tensor, because DeepSpeed hooks the tensors that a module returns (to scale gradients, and to gather
+    ZeRO-3's parameters for the backward pass) and finds none inside other objects.
+
+    Attributes:
+        spec: its declaration, set when it becomes part of a model.
     """
 
+    spec: HeadSpec
+
     def forward(self, activations: Activations, labels: Mapping[str, Tensor] | None = None) -> Tensor | Activations:
-        """With labels: the fp32 sums of losses, (terms,), in the order of `LayerSpec.labels`, 0 for a column that is
-        not there. Without: what the model predicts, by name, such as "logits" (B, S, V)."""
-        with part(HEAD):
-            return self.outputs(activations) if labels is None else self.losses(activations, labels)
+        """With labels: `HeadSpec.pack` of the losses and metrics. Without: the predictions, by name, such as "logits"
+        (B, S, V)."""
+        with profiled(HEAD):
+            if labels is None:
+                return self.outputs(activations)
+            return self.spec.pack(self.losses(activations, labels))
 
     @abstractmethod
-    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> Tensor: ...
+    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
+        """Return the sums of losses, and of metrics, over one micro-batch, equal on all tensor ranks."""
 
     @abstractmethod
-    def outputs(self, activations: Activations) -> Activations: ...
+    def outputs(self, activations: Activations) -> Activations:
+        """Return the predictions by name, (B, ...)."""
 
 
 class SequentialModel(nn.Module):
-    """All stages in one process, under the names that a pipeline gives them too."""
+    """All layers in one process, under the names that a pipeline gives them too."""
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
@@ -85,21 +204,24 @@ class SequentialModel(nn.Module):
 
 
 def input_activations(batch: Mapping[str, Tensor], columns: Iterable[str]) -> Activations:
-    """What enters the first stage: the columns that the batch has, masks as bytes."""
+    """Return what enters the first layer: those of the columns that the batch has, masks as bytes."""
     found = {name: batch[name] for name in columns if name in batch}
     return {name: column.to(torch.uint8) if column.dtype == torch.bool else column for name, column in found.items()}
 
 
 def register_layers(parent: nn.Module, specs: Sequence[LayerSpec], layers: Sequence[nn.Module]) -> dict[str, str]:
-    """Register stages under their names, and make tied parameters one where both are here.
+    """Register layers under their names, share tied parameters where both layers are here, and give a head its
+    declaration.
 
     Returns:
-        of parameters that are tied to one of a stage that is not here: name -> name in the model. If there are several
-        such, they are the same, under the first one's name.
+        name -> name in the model, for parameters that are tied to one of a layer that is not here. If several are tied
+        to the same one, they are shared under the first one's name.
     """
     renamed: dict[str, str] = {}
     for spec, layer in zip(specs, layers):
         _register(parent, spec.name, layer)
+        if isinstance(layer, OutputHead):
+            layer.spec = head_of([spec])
         for own, original in spec.tied.items():
             first = next((name for name, target in renamed.items() if target == original), original)
             if _has_parameter(parent, first):

@@ -18,7 +18,7 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import EncoderDecoderConfig, StackConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
-from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec
+from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
 
 ENCODED = "encoded"
 
@@ -91,7 +91,7 @@ def encoder_decoder_layers(config: EncoderDecoderConfig, ctx: BuildContext | Non
             name="head",
             build=partial(LanguageModelHead, vocab, width, ctx, std=config.head_std, finish=finish),
             columns=(),
-            labels=("targets",),
+            head=HeadSpec.per_column("targets"),
             cost=float(vocab * width),
             tied=shared if config.tied else {},
         ),

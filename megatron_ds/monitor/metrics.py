@@ -32,7 +32,8 @@ class StepMetrics:
         tflops_per_rank: Model TFLOP/s of one rank (1e12 floating-point operations a second), of all positions of the
             batch, padding included: the work done.
         data_s: Seconds of `step_s` that rank 0 waited for its part of the batch to be read; None = not measured.
-        terms: Of a loss that is a sum, its terms by the column of their labels; empty where there is one.
+        terms: The loss terms by name, where there are several; else empty.
+        metrics: The objective's metrics by name, averaged over the global batch.
     """
 
     step: int
@@ -45,19 +46,28 @@ class StepMetrics:
     tflops_per_rank: float
     data_s: float | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ValidMetrics:
-    """Validation after `step` optimizer steps: mean loss of an unmasked label token, in nats."""
+    """Validation after `step` optimizer steps.
+
+    Attributes:
+        step: Optimizer steps done.
+        valid_loss: Mean loss of an unmasked label token, in nats.
+        metrics: The objective's metrics by name, averaged over the validation data.
+    """
 
     step: int
     valid_loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 Metrics = StepMetrics | ValidMetrics
 _INT_FIELDS = frozenset({"step", "tokens"})
-_TERMS = "terms"
+_MAPPINGS = ("terms", "metrics")
+"""Fields that are written only where they hold anything."""
 _OPTIONAL = frozenset({"data_s"})
 """Numbers that files of earlier versions do not have."""
 
@@ -142,9 +152,9 @@ def _encode(metrics: Metrics) -> str:
         if not math.isfinite(number):
             non_finite.append(name)
         record[name] = number if math.isfinite(number) else None
-    terms = getattr(metrics, _TERMS, None)
-    if terms:
-        record[_TERMS] = {name: float(term) if math.isfinite(term) else None for name, term in terms.items()}
+    for name in _MAPPINGS:
+        if values := getattr(metrics, name, None):
+            record[name] = {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
     if non_finite:
         record["non_finite"] = non_finite
     return json.dumps(record, allow_nan=False)
@@ -159,20 +169,25 @@ def _decode(line: str, path: Path, number: int) -> Metrics:
             for name in _number_fields(kind)
             if name in record or name not in _OPTIONAL
         }
-        if _TERMS in record:
-            values[_TERMS] = {name: _number(name, term) for name, term in record[_TERMS].items()}
+        for name in _MAPPINGS:
+            if name in record and name in kind.__dataclass_fields__:
+                values[name] = {key: _float(value) for key, value in record[name].items()}
         return kind(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}, line {number} is no line of metrics: {line.strip()[:80]!r}") from error
 
 
 def _number_fields(kind: type[Metrics]) -> list[str]:
-    return [one.name for one in fields(kind) if one.name != _TERMS]
+    return [one.name for one in fields(kind) if one.name not in _MAPPINGS]
 
 
 def _number(name: str, value: float | None) -> float:
     if name in _INT_FIELDS:
         return int(value)  # type: ignore[arg-type]  # a null here is refused by the caller
+    return _float(value)
+
+
+def _float(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 

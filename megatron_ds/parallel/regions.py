@@ -1,4 +1,4 @@
-"""Names for what a step is made of, in a profile."""
+"""Names of the parts of a training step in a profile."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ BLOCK, OPTIMIZER, DATA = "norms and residuals", "optimizer", "data wait"
 PARTS = (ATTENTION, MLP, BLOCK, EMBEDDING, HEAD, OPTIMIZER, DATA)
 
 
-def part(name: str) -> AbstractContextManager[object]:
-    """What is done inside belongs to a part, and so does its backward pass. Costs nothing unless a profiler looks."""
+def profiled(part: str) -> AbstractContextManager[object]:
+    """Mark the operations inside, and their backward pass, as a part of the step. Free unless a profiler is active."""
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return nullcontext()
-    return torch.profiler.record_function(PREFIX + name)
+    return torch.profiler.record_function(PREFIX + part)

@@ -109,7 +109,7 @@ def check_export(engine: Engine, model: HFModel, section: ExportSection, precisi
         RuntimeError: the error is over the bound of the coarser of the run's precision and the export's dtype: no
             mistake of the user's.
     """
-    columns = {name: column for name, column in batch.items() if name not in engine.labels}
+    columns = {name: column for name, column in batch.items() if name not in engine.head.label_columns}
     live = engine.outputs(columns)
     if engine.grid.tensor.rank != 0 or engine.grid.data.rank != 0:
         live = None

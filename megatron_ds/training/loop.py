@@ -26,7 +26,7 @@ from megatron_ds.errors import TrainingError
 from megatron_ds.monitor import StepMetrics, Throughput, ValidMetrics
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import run_on_all_ranks
-from megatron_ds.parallel.regions import DATA, part
+from megatron_ds.parallel.regions import DATA, profiled
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.lr_schedule import learning_rate
 from megatron_ds.training.result import LossHistory, TrainResult
@@ -160,7 +160,7 @@ class TrainingLoop:
         train, now = self._run.train, self._now
         lr = learning_rate(now.applied, train.steps, self._run.optimizer, self._run.schedule)
         self._beat(f"step {step}: reading data")
-        with part(DATA):
+        with profiled(DATA):
             batches = next(self._coming)
         data_s = time.perf_counter() - began_s
         self._beat(f"step {step}: forward and backward pass, optimizer")
@@ -223,6 +223,7 @@ class TrainingLoop:
             tflops_per_rank=self._throughput.rates(positions, step_s).tflops_per_rank,
             data_s=data_s,
             terms=result.terms if len(result.terms) > 1 else {},
+            metrics=result.metrics,
         )
 
     def _is_validation_due(self, step: int) -> bool:
@@ -250,7 +251,7 @@ class TrainingLoop:
                     return True
         losses = reduce(operator.add, parts)
         self._valid_losses.add(losses.mean)
-        self._output.valid(ValidMetrics(step, losses.mean))
+        self._output.valid(ValidMetrics(step, losses.mean, losses.metrics))
         return False
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> Batches:

@@ -15,7 +15,7 @@ from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.models.build import model_layers
-from megatron_ds.models.sequential import SequentialModel, input_activations
+from megatron_ds.models.sequential import SequentialModel, head_of, input_activations
 from tests.parity.batches import batch_for, ours
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -42,7 +42,7 @@ def _run(specs: Any, model: SequentialModel, batch: dict[str, Tensor], cuts: set
             assert set(wire) == {*spec.hidden, *(name for name in spec.columns if name in batch)}
         if index < len(specs) - 1:
             wire = stage(wire)
-    loss = model.order[-1](wire, {name: batch[name] for name in specs[-1].labels}).sum()
+    loss = model.order[-1](wire, {name: batch[name] for name in head_of(specs).label_columns}).sum()
     loss.backward()
     for sent, received in reversed(crossings):
         floats = [(out, back.grad) for out, back in zip(sent, received) if out.is_floating_point()]

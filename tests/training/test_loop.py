@@ -80,7 +80,8 @@ class CountingEngine:
 
     def evaluate(self, batches: list[Any]) -> Losses:
         labelled = [batch["targets"][batch["targets"] != -100] for batch in batches]
-        return Losses((float(sum(int(part.sum()) for part in labelled)),), (sum(part.numel() for part in labelled),))
+        total, count = float(sum(int(part.sum()) for part in labelled)), sum(part.numel() for part in labelled)
+        return Losses({"targets": total}, {"targets": count})
 
 
 class Listener(SilentReporter):

@@ -1,4 +1,4 @@
-"""What crosses the boundary between two pipeline stages: the tensors that a stage takes by name, and back."""
+"""Activations that cross the boundary between two pipeline stages: from names to an ordered tuple, and back."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from megatron_ds.models.sequential import Activations, LayerSpec
 
 
 class Boundary:
-    """The way into a stage.
+    """Entry into a pipeline stage.
 
-    All hidden states travel as one tensor, one after another along the sequence. So a gradient comes back as one, and
-    the stage behind runs backward once: DeepSpeed starts a backward pass for each tensor that it receives a gradient
-    of, and the second would go through what both depend on again (an encoder, below the decoder that reads it).
+    All hidden states travel as one tensor, concatenated along the sequence. So one gradient comes back, and the sending
+    stage runs backward once: DeepSpeed starts a backward pass for each tensor that it receives a gradient of, and the
+    second would go again through what both depend on (an encoder, below the decoder that reads it).
 
     Args:
-        spec: the stage.
-        divisor: ranks over which hidden states are divided along the sequence.
+        spec: the first layer behind the boundary.
+        divisor: number of ranks over which hidden states are divided along the sequence.
     """
 
     def __init__(self, spec: LayerSpec, divisor: int) -> None:
         self._spec, self._divisor = spec, divisor
 
     def pack(self, activations: Activations, shapes: Mapping[str, Sequence[int]]) -> tuple[Tensor, ...]:
-        """The wire, by name -> hidden states (all positions, B, H), then the columns that the batch has.
+        """Activations by name -> hidden states (all positions, B, H), then the columns that the batch has.
 
         Args:
-            wire: what the stage before gives.
-            shapes: of the batch's columns, (B, ...).
+            activations: the output of the layer before the boundary.
+            shapes: shapes of the batch's columns, (B, ...).
         """
         states = [activations[name] for name in self._spec.hidden]
         lengths = self._lengths(shapes)
@@ -39,7 +39,7 @@ class Boundary:
         return (torch.cat(states) if len(states) > 1 else states[0], *columns) if states else tuple(columns)
 
     def unpack(self, tensors: tuple[Tensor, ...], shapes: Mapping[str, Sequence[int]]) -> Activations:
-        """The way back."""
+        """Invert `pack`."""
         activations: Activations = {}
         columns = list(tensors)
         if self._spec.hidden:

@@ -20,14 +20,14 @@ class PipelineEngine(Engine):
 
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
         self.deepspeed.train_batch(self._feed(batches, scales))
-        norm = self.deepspeed.get_global_grad_norm()  # none without ZeRO, which no training run gets past the checks
+        norm = self.deepspeed.get_global_grad_norm()  # None without ZeRO, which a training run's checks refuse
         return self._collect(), math.nan if norm is None else float(norm)
 
     def _should_step(self) -> bool:
-        return bool(self._collect().isfinite().all())
+        return bool(self._collect()[: len(self.head.terms)].isfinite().all())
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
-        feed = self._feed(batches, torch.zeros(len(self.labels), device=self.device))
+        feed = self._feed(batches, torch.zeros(len(self.head.terms), device=self.device))
         self.deepspeed.total_loss = None
         self.deepspeed.eval_batch(feed, num_micro_batches=len(batches))
         self.deepspeed.total_loss = None
@@ -36,7 +36,7 @@ class PipelineEngine(Engine):
 
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
         module: PipelinedModel = self.deepspeed.module
-        self.deepspeed.total_loss = None  # what DeepSpeed takes for a loss is none
+        self.deepspeed.total_loss = None  # DeepSpeed accumulates the module output as a loss; reset it
         self.deepspeed.eval_batch(
             self._feed([self._to_device(batch)], None), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
@@ -51,24 +51,24 @@ class PipelineEngine(Engine):
             yield module.renamed.get(name, name), parameter
 
     def _feed(self, batches: Sequence[MicroBatch], scales: Tensor | None) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
-        """What DeepSpeed loads, on the first and last stage; the labels go round it, to the loss inside the module.
+        """Return what DeepSpeed loads on the first and last stage; labels bypass it and go to the module's head.
 
         Args:
-            batches: of one shape.
-            scales: of the terms of the loss; None = the batches have no labels, and outputs are wanted.
+            batches: micro-batches of one shape.
+            scales: (terms,), factors of the loss terms; None = predict, the batches have no labels.
         """
         module: PipelinedModel = self.deepspeed.module
         self._expect({name: column.shape for name, column in batches[0].items()})
         if scales is not None:
-            module.scales, module.sums = scales, torch.zeros_like(scales)
+            module.scales, module.sums = scales, self._empty_sums()
         if module.is_last:
             module.labels.extend(self._labels_of(batch) if scales is not None else None for batch in batches)
         columns = module._specs[0].columns
         return iter([(tuple(input_activations(batch, columns).values()), ()) for batch in batches])
 
     def _expect(self, shapes: dict[str, torch.Size]) -> None:
-        """Tell all stages what travels. DeepSpeed keeps what it learned of the first micro-batch: where training and
-        validation differ in columns or lengths, it must learn again."""
+        """Set the shapes of the columns that cross boundaries. DeepSpeed keeps those of the first micro-batch: where
+        training and validation differ in columns or lengths, it must exchange them again."""
         module: PipelinedModel = self.deepspeed.module
         columns = module._specs[0].columns
         if any(shapes.get(name) != module.shapes.get(name) for name in columns):
@@ -76,7 +76,7 @@ class PipelineEngine(Engine):
         module.shapes = shapes
 
     def _collect(self) -> Tensor:
-        """The sums of the last stage's losses over all data ranks, on every rank."""
+        """Return the last stage's packed losses, summed over data ranks. Collective over data and pipeline."""
         module: PipelinedModel = self.deepspeed.module
         sums = module.sums.clone() if module.is_last else torch.zeros_like(module.sums)
         return all_reduce_(all_reduce_(sums, self.grid.data), self.grid.pipeline)

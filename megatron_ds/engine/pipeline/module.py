@@ -1,4 +1,4 @@
-"""Several pipeline stages: the same stages as a DeepSpeed PipelineModule (1F1B; Narayanan et al. 2021), ZeRO-1."""
+"""A model over several pipeline stages: the same layers as a DeepSpeed PipelineModule (1F1B; Narayanan et al. 2021)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_ds.engine.pipeline.boundary import Boundary
-from megatron_ds.models.sequential import LayerSpec, register_layers
+from megatron_ds.models.sequential import LayerSpec, head_of, register_layers
 from megatron_ds.parallel.grid import Layout
 
 
 class _DeepSpeedLayer(DeepSpeedLayerSpec):
-    """A `LayerSpec` in DeepSpeed's words: built only on the rank that owns it."""
+    """Adapter from `LayerSpec` to DeepSpeed's class: built only on the rank that owns it."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__(nn.Module)
@@ -32,16 +32,16 @@ class _DeepSpeedLayer(DeepSpeedLayerSpec):
 
 
 class PipelinedModel(PipelineModule):
-    """The stages from `bounds[p]` to `bounds[p + 1]` on pipeline rank p, under the names of the plain model.
+    """Layers from `bounds[p]` to `bounds[p + 1]` on pipeline rank p, under the names of the plain model.
 
-    What enters and leaves is what the stages on both sides of a boundary declare. Parameters that are tied are one
-    where their stages are on one rank; else each rank has a copy, whose gradients are summed before the step.
+    The activations that cross a boundary are those that the layer behind it declares. Tied parameters are shared where
+    their layers are on one rank; else each rank has a copy, whose gradients are summed before the step.
 
     Args:
-        specs: all stages of the model.
-        bounds: where each pipeline stage begins, and the end; see `pipeline.partition`.
+        specs: all layers of the model.
+        bounds: first layer of each pipeline stage, and the number of layers; see `pipeline.partition`.
         layout: sizes of the grid; DeepSpeed's topology has the same rank order.
-        splits_sequence: hidden states are divided along the sequence over the tensor ranks.
+        splits_sequence: whether hidden states are divided along the sequence over the tensor ranks.
     """
 
     def __init__(
@@ -58,29 +58,30 @@ class PipelinedModel(PipelineModule):
         self.is_last = self._exit is None
         self.labels: deque[Mapping[str, Tensor] | None] = deque()
         self.shapes: dict[str, torch.Size] = {}
-        self.scales = self.sums = torch.zeros(len(specs[-1].labels))
+        self.head_spec = head_of(specs)
+        self.scales, self.sums = torch.zeros(len(self.head_spec.terms)), torch.zeros(self.head_spec.num_sums)
         self.predicted: dict[str, Tensor] | None = None
 
     def forward(self, entering: tuple[Tensor, ...]) -> Any:
-        """What travels, in the order of the boundary -> the same for the next boundary; or the scaled loss.
+        """Activations in the order of the boundary -> those for the next boundary; on the last stage the scaled loss.
 
         Labels come in the order in which DeepSpeed loads micro-batches and runs them.
         """
         activations = self._entry.unpack(entering, self.shapes)
-        stages = self.forward_funcs
+        layers = self.forward_funcs
         if self._exit is not None:
-            for stage in stages:
-                activations = stage(activations)
+            for layer in layers:
+                activations = layer(activations)
             return self._exit.pack(activations, self.shapes)
-        for stage in stages[:-1]:
-            activations = stage(activations)
+        for layer in layers[:-1]:
+            activations = layer(activations)
         labels = self.labels.popleft()
         if labels is None:
-            self.predicted = stages[-1](activations)
-            return self.sums.new_zeros(())  # for DeepSpeed to have something to add up
-        losses = stages[-1](activations, labels)
+            self.predicted = layers[-1](activations)
+            return self.sums.new_zeros(())  # DeepSpeed accumulates the output as a loss
+        losses = layers[-1](activations, labels)
         self.sums += losses.detach()
-        return (losses * self.scales).sum()
+        return self.head_spec.scaled_loss(losses, self.scales)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
@@ -89,10 +90,10 @@ class PipelinedModel(PipelineModule):
     # ---- tied parameters -------------------------------------------------------------------------------------------
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """DeepSpeed ties one attribute of whole modules, of which a rank holds one; here any parameters may be tied.
+        """Name the layers, and make a process group for every parameter that several pipeline stages hold.
 
-        Called once all stages are built. Gives them their names, and a process group to every parameter that several
-        pipeline stages hold. The first of these counts in the gradient's norm.
+        DeepSpeed, which calls this once all layers are built, ties one attribute of whole modules, of which a rank
+        holds one; here any parameters may be tied. The first stage's copy counts in the gradient norm.
         """
         specs = self._specs[self._local_start : self._local_stop]
         for name in [name for name in self._modules if name.isdigit()]:
@@ -108,7 +109,7 @@ class PipelinedModel(PipelineModule):
         return {}
 
     def _holders(self) -> dict[str, list[int]]:
-        """Name of a parameter -> the pipeline stages that hold it, where that is more than one."""
+        """Return name -> pipeline stages of every parameter that more than one of them holds."""
         holders: dict[str, set[int]] = {}
         owners = {spec.name: self.stage_owner(index) for index, spec in enumerate(self._specs)}
         for index, spec in enumerate(self._specs):
@@ -118,24 +119,24 @@ class PipelinedModel(PipelineModule):
         return {name: sorted(stages) for name, stages in sorted(holders.items()) if len(stages) > 1}
 
     def _columns_of_ranks(self, stages: Sequence[int]) -> Iterator[list[int]]:
-        """For each tensor and data rank, the ranks of some pipeline stages."""
+        """Yield, for each tensor and data rank, the global ranks at some pipeline stages."""
         topology = self._topo
         for data in range(topology.get_dim("data")):
             for tensor in range(topology.get_dim("model")):
                 yield [topology.get_rank(pipe=stage, data=data, model=tensor) for stage in stages]
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """What DeepSpeed sums gradients of."""
+        """Return the parameters whose gradients DeepSpeed sums over pipeline stages, with their groups."""
         return [(parameter, group) for parameter, group in self._tied_groups if parameter.requires_grad]
 
     def _synchronize_tied_weights(self) -> None:
-        """Nothing yet: see `equalize_copies`."""
+        """Do nothing: parameters have no values yet; see `equalize_copies`."""
 
     @torch.no_grad()
     def equalize_copies(self) -> None:
-        """Give all copies of a tied parameter the value of the first, once it is filled. Collective.
+        """Broadcast the first stage's value of each tied parameter to its copies. Collective over pipeline.
 
-        At random they need not begin alike: a copy may be declared with another deviation.
+        With random initialization they may differ: a copy may be declared with another standard deviation.
         """
         for parameter, group in self._tied_groups:
             dist.broadcast(parameter.data, group_src=0, group=group)

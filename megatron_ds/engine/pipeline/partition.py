@@ -1,4 +1,4 @@
-"""Cut a list of stages into contiguous pipeline stages of balanced cost."""
+"""Partition of a list of layers into contiguous pipeline stages of balanced cost."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from megatron_ds.models.sequential import LayerSpec
 
 
 def partition(specs: Sequence[LayerSpec], num_parts: int) -> list[int]:
-    """Bounds of `num_parts` contiguous parts with the smallest possible largest cost.
+    """Return the bounds of `num_parts` contiguous parts with the smallest possible largest cost.
 
-    Every part begins with a block, but for the first: a stage without parameters of its own hangs ZeRO. Stages before
-    the first block stay with it, those after the last likewise, and those between two stacks with the first of them.
-    Among equal choices the earlier parts get more, since the last also has the head.
+    Every part except the first begins with a block: a pipeline stage without parameters of its own hangs ZeRO. Layers
+    before the first block stay with it, those after the last likewise, and those between two stacks with the first of
+    them. Among equal choices the earlier parts get more, since the last also has the head.
 
     Returns:
         num_parts + 1 indices into `specs`, first 0, last len(specs).
@@ -34,7 +34,7 @@ def partition(specs: Sequence[LayerSpec], num_parts: int) -> list[int]:
 
 
 def _balanced_cuts(costs: Sequence[float], num_parts: int) -> list[int]:
-    """Where parts 1.. begin, minimising the largest part (linear partition by dynamic programming)."""
+    """Return the first block of parts 1.., minimizing the largest part (linear partition by dynamic programming)."""
     count = len(costs)
     sums = [0.0]
     for cost in costs:
