@@ -45,7 +45,7 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     section = config.train
     shuffle = config.data.shuffle and not data.ordered
     order = GlobalBatches(len(data), section.global_batch_size, section.seed, shuffle)
-    facts = inspect_run_data(data, valid, order, resolved.objective, resolved.run.model.tokenizer_path, samples)
+    facts = inspect_run_data(data, valid, order, resolved.objective.data, resolved.run.model.tokenizer_path, samples)
     if json:
         _print_json({"run": str(path), "format": config.data.format, "steps": section.steps, **asdict(facts)})
         return True

@@ -144,14 +144,15 @@ class ProfileSection(Section):
 class TrainSection(Section):
     """How long and in what batches.
 
-    `eval_every: 0` never evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many
-    steps in a row without a finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do
-    (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
-    torch.compile. `kernels`: on CUDA, those of libraries that are installed, or PyTorch's alone. `profile`: steps that
-    are recorded.
+    `objective`: "auto" goes by the kind of the model; else the name of a registered one. `eval_every: 0` never
+    evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many steps in a row without a
+    finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do (0: never). `freeze`:
+    patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by torch.compile. `kernels`:
+    on CUDA, those of libraries that are installed, or PyTorch's alone. `profile`: steps that are recorded.
     """
 
     steps: Count
+    objective: Text = "auto"
     global_batch_size: Count = 8
     micro_batch_size: Count = 1
     seed: Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0, lt=2**32)] = 1234

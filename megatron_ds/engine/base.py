@@ -193,8 +193,13 @@ class Engine(ABC):
 
         Args:
             batches: this data rank's micro-batches of it.
+
+        Raises:
+            ValueError: `count_labels` does not count each term.
         """
         counts = torch.stack([self.head.count_labels(self._labels_of(batch)) for batch in batches]).sum(0)
+        if counts.shape != (len(self.head.terms),):
+            raise ValueError(f"count_labels returned {tuple(counts.shape)} for the terms {', '.join(self.head.terms)}")
         return tuple(all_reduce_(counts.to(self.device), self.grid.data).tolist())
 
     def _empty_sums(self) -> Tensor:

@@ -19,7 +19,7 @@ from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
 from megatron_ds.models.adapters import with_adapters
-from megatron_ds.models.build import model_layers
+from megatron_ds.models.build import ChangeLayers, model_layers, own_layers
 from megatron_ds.models.config import EncoderDecoderConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec
@@ -39,6 +39,7 @@ class LoadedModel:
         frozen: native names of the parameters that are not trained.
         adapters: adapters that are trained instead of the model; None = none.
         adapter_weights: the reader of their weights; None = they start from their initialization.
+        change_layers: (the model's own layers, build context) -> the layers to train, such as with another head.
     """
 
     hf: HFModel
@@ -48,10 +49,11 @@ class LoadedModel:
     frozen: frozenset[str] = frozenset()
     adapters: Adapters | None = None
     adapter_weights: AdapterWeights | None = None
+    change_layers: ChangeLayers = own_layers
 
     def layers(self, ctx: BuildContext) -> list[LayerSpec]:
         """Return the specs of the model's layers with their adapters; nothing is built."""
-        layers = model_layers(self.hf.core, ctx)
+        layers = self.change_layers(model_layers(self.hf.core, ctx), ctx)
         return layers if self.adapters is None else with_adapters(layers, self.adapters.places)
 
     @property
@@ -60,10 +62,10 @@ class LoadedModel:
         return self._read_shard if self.weights is not None else None
 
     def _read_shard(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
-        if self.adapters is None or name not in self.adapters.table:
+        if name in self.hf.table:
             assert self.weights is not None
             return self.weights.share(name, spec, rank, size)
-        if self.adapter_weights is not None:
+        if self.adapter_weights is not None and self.adapters is not None and name in self.adapters.table:
             return self.adapter_weights.share(name, spec, rank, size)
         return initial_shard(name, spec, self.seed, rank, size)
 

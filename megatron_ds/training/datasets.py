@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import ChatOptions, Dataset, Order, Split, open_dataset
+from megatron_ds.errors import ConfigError
 from megatron_ds.training.resolve import ResolvedRun
 
 
 def open_split(resolved: ResolvedRun, split: str) -> Dataset:
-    """The data of a split, `train` or `valid`; the latter is read once from its beginning to its end."""
+    """Open the data of a split, `train` or `valid`; the latter is read once, from its beginning to its end.
+
+    Raises:
+        ConfigError: the objective reads a label column that the data does not have.
+    """
     data, train = resolved.run.data, resolved.run.train
     is_train = split == "train"
     sources = data.train if is_train or data.split is not None else data.valid
     weighted = is_train and any(source.weight is not None for source in sources)
     found = open_dataset(
         data.format,
-        resolved.objective,
+        resolved.objective.data,
         [source.path for source in sources],
         data.seq_length,
         resolved.hf.core.vocab_size,
@@ -27,7 +32,19 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
         chat=ChatOptions(data.loss_turns, data.overlong, data.packing),
     )
     check_target_length(resolved.run.parallel, found.target_length)
+    _check_columns(resolved, found)
     return found
+
+
+def _check_columns(resolved: ResolvedRun, data: Dataset) -> None:
+    missing = [name for name in resolved.label_columns if name not in data.columns]
+    if missing:
+        run = resolved.run
+        raise ConfigError(
+            f"train.objective={run.train.objective} reads the label column {missing[0]}, which samples of "
+            f"data.format={run.data.format} do not have for a {resolved.hf.family.model_type} model; they have "
+            f"{', '.join(data.columns)}"
+        )
 
 
 def has_validation(run: RunConfig) -> bool:

@@ -1,12 +1,32 @@
-"""What a model is trained to do on the run's data: decided by the model, with rates from the run file."""
+"""Training objectives: the head over a model, the labels that it reads, and the samples that it is trained on.
+
+`train.objective` names one. A package outside adds its own by registering a function that makes it for a run:
+
+    Z_LOSS = HeadSpec(("targets",), ("loss", "z"), lambda labels: count_entries(labels).repeat(2), ("accuracy",))
+
+    @OBJECTIVES.register("z_loss")
+    def z_loss(model: HFModel, run: RunConfig) -> Objective:
+        return Objective(Causal(), lambda layers, ctx: with_head(layers, ZLossHead, Z_LOSS))
+
+where `ZLossHead` is a `LanguageModelHead` whose `losses` returns both sums and the metric.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
 from megatron_ds.config import RunConfig
-from megatron_ds.data import Causal, Masked, Objective, Seq2Seq
+from megatron_ds.data import Causal, Masked, Seq2Seq
+from megatron_ds.data import Objective as DataObjective
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
+from megatron_ds.models.build import ChangeLayers, model_layers, own_layers
 from megatron_ds.models.config import DecoderConfig, EncoderConfig
+from megatron_ds.models.context import BuildContext
+from megatron_ds.registry import Registry
 
 # Keys of `data` that only some kinds of models heed.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
@@ -15,15 +35,34 @@ _HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rat
 _OF_TEXT = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
 
 
-def objective_of(model: HFModel, run: RunConfig) -> Objective:
-    """The objective of a model in a run.
+@dataclass(frozen=True)
+class Objective:
+    """What a model is trained to do in one run.
+
+    Attributes:
+        data: what samples hold and what is hidden in them; a data format decides by it which columns it makes.
+        layers: (the model's own layers, build context) -> the layers to train. `with_head` puts another head over the
+            same parameters; a spec of its own may have new ones, which begin at random. The `HeadSpec` of the last
+            layer names the label columns that every sample must have; new ones are declared in `megatron_ds.columns`.
+    """
+
+    data: DataObjective
+    layers: ChangeLayers = own_layers
+
+
+OBJECTIVES: Registry[Callable[[HFModel, RunConfig], Objective]] = Registry("objective")
+"""Name -> function that makes the objective of a model in a run, and raises ConfigError where they do not fit."""
+
+
+def find_objective(model: HFModel, run: RunConfig) -> Objective:
+    """Make the objective of a run.
 
     Raises:
-        ConfigError: the model has no head to train, or a key of `data` is set that this kind of model does not heed,
-            or not in this format.
+        ConfigError: there is none of this name, the model has no head to train, or a key of `data` is set that has no
+            effect on this kind of data, or not in this format.
     """
-    objective = _objective(model, run)
-    kind = type(objective)
+    objective = OBJECTIVES.get(run.train.objective, field="train.objective")(model, run)
+    kind = type(objective.data)
     heeded = set(_HEEDED[kind]) - (set() if run.data.format == "text" else set(_OF_TEXT[kind]))
     for key in _NOISE_KEYS:
         value, default = getattr(run.data, key), type(run.data).model_fields[key].default
@@ -35,29 +74,54 @@ def objective_of(model: HFModel, run: RunConfig) -> Objective:
     return objective
 
 
-def _objective(model: HFModel, run: RunConfig) -> Objective:
+@OBJECTIVES.register("auto")
+def own_objective(model: HFModel, run: RunConfig) -> Objective:
+    """Make the objective that a model's kind is pretrained with, over its own head.
+
+    Raises:
+        ConfigError: the model has no head to train.
+    """
     core, data, seed = model.core, run.data, run.train.seed
     if isinstance(core, DecoderConfig):
-        return Causal()
+        return Objective(Causal())
     if isinstance(core, EncoderConfig):
         if not core.masked_lm:
             raise ConfigError(
                 f"{'model.config' if run.model.path is None else f'model.path={run.model.path}'} is a "
                 f"{model.architecture}, without a head to train; nearest: {model.family.architecture}"
             )
-        return Masked(
-            seed=seed,
-            next_sentence=core.next_sentence,
-            num_token_types=core.num_token_types,
-            padding_id=core.padding_id or 0,
-            mask_rate=data.mask_rate,
-            whole_words=data.whole_words,
+        return Objective(
+            Masked(
+                seed=seed,
+                next_sentence=core.next_sentence,
+                num_token_types=core.num_token_types,
+                padding_id=core.padding_id or 0,
+                mask_rate=data.mask_rate,
+                whole_words=data.whole_words,
+            )
         )
-    return Seq2Seq(
-        seed=seed,
-        decoder_start_id=core.decoder_start_id,
-        padding_id=core.padding_id,
-        target_length=data.target_length,
-        mask_rate=data.mask_rate,
-        mean_span=data.mean_span,
+    return Objective(
+        Seq2Seq(
+            seed=seed,
+            decoder_start_id=core.decoder_start_id,
+            padding_id=core.padding_id,
+            target_length=data.target_length,
+            mask_rate=data.mask_rate,
+            mean_span=data.mean_span,
+        )
     )
+
+
+def new_parameters(model: HFModel, objective: Objective) -> list[str]:
+    """Return the names of the parameters that an objective adds to a model. Allocates no memory for them."""
+    ctx = BuildContext()
+    own = model_layers(model.core, ctx)
+    added = []
+    for spec in objective.layers(own, ctx):
+        if spec in own:
+            continue
+        with torch.device("meta"):
+            layer = spec.build()
+        names = {name: spec.tied.get(name, f"{spec.name}.{name}") for name, _ in layer.named_parameters()}
+        added += [name for name in names.values() if name not in model.table]
+    return added

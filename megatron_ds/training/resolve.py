@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
 from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving, load_deepspeed
-from megatron_ds.data import Objective
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import not_ours
 from megatron_ds.hf.weight_files import parse_size
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import head_of
 from megatron_ds.session.loaded_model import (
     LoadedModel,
     encoder_decoder_type,
@@ -21,7 +22,7 @@ from megatron_ds.session.loaded_model import (
     read_model_section,
 )
 from megatron_ds.session.setup import EnginePlan, plan_engine
-from megatron_ds.training.objective import objective_of
+from megatron_ds.training.objective import Objective, find_objective, new_parameters
 from megatron_ds.training.resume import check_same_model, checkpoint_folder
 
 
@@ -31,7 +32,7 @@ class ResolvedRun:
 
     Attributes:
         run: the run file, with folders of checkpoints replaced by the latest checkpoint in them.
-        model: the model and its weights.
+        model: the model and its weights, with the objective's head.
         plan: the engine that is built for it.
         objective: what the model is trained to do.
     """
@@ -45,6 +46,11 @@ class ResolvedRun:
     def hf(self) -> HFModel:
         """The Hugging Face model."""
         return self.model.hf
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns that every sample must have for the loss."""
+        return head_of(self.model.layers(BuildContext())).label_columns
 
 
 def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: Path | None = None) -> ResolvedRun:
@@ -78,7 +84,9 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     if checkpoint is not None and model.adapters is None:
         assert model.weights is not None
         check_same_model(model.hf, model.weights.model, checkpoint)
-    return ResolvedRun(run, model, plan, objective_of(model.hf, run))
+    objective = find_objective(model.hf, run)
+    _check_new_parameters(run, model.hf, objective)
+    return ResolvedRun(run, replace(model, change_layers=objective.layers), plan, objective)
 
 
 def _with_named_checkpoints(run: RunConfig) -> RunConfig:
@@ -94,6 +102,19 @@ def _check_saving(run: RunConfig) -> None:
         raise ConfigError(
             f"checkpoint.resume={resume} is no checkpoint; nearest: auto, never, or the path of one, such as "
             f"{run.output}/checkpoints/step_00000100"
+        )
+
+
+def _check_new_parameters(run: RunConfig, model: HFModel, objective: Objective) -> None:
+    """Refuse to write a model with parameters that its Hugging Face class has no names for."""
+    if not run.checkpoint.every and run.export is None:
+        return
+    added = new_parameters(model, objective)
+    if added:
+        fix = "checkpoint.every=0" if run.checkpoint.every else "no export"
+        raise ConfigError(
+            f"train.objective={run.train.objective} trains {added[0]}, which a {model.architecture} does not have, so "
+            f"that no Hugging Face directory can hold it; try {fix}"
         )
 
 

@@ -78,6 +78,7 @@ def test_defaults(run_file):
     assert run.schedule.model_dump() == {"name": "cosine", "warmup_steps": 0, "min_lr": 0.0}
     assert run.train.model_dump() == {
         "steps": 1000,
+        "objective": "auto",
         "global_batch_size": 8,
         "micro_batch_size": 1,
         "seed": 1234,

@@ -59,15 +59,16 @@ def flags_lost() -> None:
 def mean_of_means() -> None:
     """The loss is averaged per data rank, then over data ranks."""
     base.Engine._count = lambda self, batches: tuple(  # type: ignore[method-assign]
-        self.grid.data.size * sum(int((batch[name] != -100).sum()) for batch in batches) for name in self.labels
+        self.grid.data.size * sum(int((batch[name] != -100).sum()) for batch in batches)
+        for name in self.head.label_columns
     )
 
 
 def padding_in_the_softmax() -> None:
     """Rows that pad the vocabulary take part in the softmax."""
 
-    cross_entropy.Head.start = property(lambda self: self.axis.rank * self.weight.shape[0])  # type: ignore[assignment]
-    cross_entropy.Head.valid = property(lambda self: self.weight.shape[0])  # type: ignore[assignment]
+    cross_entropy.VocabShard.start = property(lambda self: self.axis.rank * self.weight.shape[0])  # type: ignore[assignment]
+    cross_entropy.VocabShard.valid = property(lambda self: self.weight.shape[0])  # type: ignore[assignment]
 
 
 def bias_before_the_reduction() -> None:
