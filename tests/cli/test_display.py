@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_ds.cli.display import (
     Pace,
     TerminalReporter,
+    bar_status,
     format_count,
     format_duration,
     format_number,
@@ -116,6 +117,22 @@ def test_plain_columns_stay_aligned_and_time_left_follows_the_clock() -> None:
         "step    11/1000  loss  5.1234  grad 1.234  lr 3.00e-04   4,321 tok/s  0.12 TFLOP/s/rank  left 0:16:29",
         "valid   11/1000  loss  4.5000",
     ]
+
+
+def test_metrics_follow_the_loss_and_leave_a_narrow_bar_first() -> None:
+    reporter, out, _ = plain()
+    measured = replace(STEP, metrics={"accuracy": 0.4321, "margin": -1.5})
+    reporter.step(measured, total_steps=1000)
+    reporter.valid(ValidMetrics(step=10, valid_loss=4.5, metrics={"accuracy": 0.25}))
+    assert out.getvalue().splitlines() == [
+        "step    10/1000  loss 5.1234  accuracy 0.4321  margin -1.5000  grad 1.234  lr 3.00e-04  4,321 tok/s  "
+        "0.12 TFLOP/s/rank  left 0:12:03",
+        "valid   10/1000  loss 4.5000  accuracy 0.2500",
+    ]
+    full = "loss 5.1234  accuracy 0.4321  margin -1.5000  lr 3.00e-04  4,321 tok/s  left 0:12:03"
+    assert bar_status(measured, 723.0, len(full)) == full
+    assert bar_status(measured, 723.0, len(full) - 1) == full.replace("  margin -1.5000", "")
+    assert bar_status(measured, 723.0, 45) == "loss 5.1234  4,321 tok/s  left 0:12:03"
 
 
 def test_plain_notes_are_not_markup_and_keep_their_length() -> None:

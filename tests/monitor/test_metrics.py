@@ -56,6 +56,22 @@ def test_reads_back_bit_equal(tmp_path: Path) -> None:
     assert second == {"step": 1, "valid_loss": 2 / 3}
 
 
+def test_terms_and_metrics_stand_there_where_there_are_any(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    step = replace(STEP, terms={"chosen": 1 / 3, "step": 0.5}, metrics={"accuracy": 2 / 3, "tokens": 1.5})
+    valid = ValidMetrics(1, 2 / 3, {"accuracy": 0.1 + 0.2})
+    with MetricsWriter(path) as writer:
+        writer.write(step)
+        writer.write(valid)
+        writer.write(replace(step, metrics={"accuracy": math.inf}))
+    first, second, third = (json.loads(line) for line in path.read_text().splitlines())
+    assert first["terms"] == step.terms and first["metrics"] == step.metrics
+    assert second == {"step": 1, "valid_loss": 2 / 3, "metrics": {"accuracy": 0.1 + 0.2}}
+    assert third["metrics"] == {"accuracy": None}
+    (read, last), read_valid = read_metrics(path)
+    assert (read, read_valid) == (step, [valid]) and math.isnan(last.metrics["accuracy"])
+
+
 def test_files_of_earlier_versions_have_no_wait_for_data(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
