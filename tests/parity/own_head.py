@@ -5,6 +5,7 @@ positions, labelled or not, so that each term has a count of its own. The head s
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.config import OptimizerSection
-from megatron_ds.engine import Engine, EngineOptions, GradientProbe, build_engine
-from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.engine import Engine, GradientProbe
+from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.weights import ToHF
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard, make_parameter
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, with_head
 from megatron_ds.parallel.collectives import all_reduce_, reduce_from
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.session import load_model
 from tests.parity.cases import CONFIGS, VOCAB, Recipe, global_batch, shifted
-from tests.parity.ours import Place, deepspeed_config, micro_batches
+from tests.parity.ours import Place, engine_config, micro_batches, session_of
 from tests.parity.reference import make_model
 
 Z_WEIGHT = 0.02
 TOP = VOCAB // 4  # an untrained model is right about a quarter of the time in the sense of `top_quarter`
 GAIN = "head.gain"
-SEED = 1234
+SEED = 1234  # the default of an engine
 
 
 def count(labels: Mapping[str, Tensor]) -> Tensor:
@@ -69,37 +69,17 @@ class ZLossHead(LanguageModelHead):
         )
 
 
-def engine_with_head(grid: Grid, directory: Path, place: Place, recipe: Recipe, *, probe: bool) -> tuple[Engine, Any]:
-    """An engine of a model under `ZLossHead`, and the model's meaning; with `probe` it keeps gradients."""
-    weights = HFWeights(directory, read_model(directory))
-    model = weights.model
-
-    def read(name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
-        if name in model.table:
-            return weights.share(name, spec, rank, size)
-        return initial_shard(name, spec, SEED, rank, size)
-
-    adamw = OptimizerSection(lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
-    options = EngineOptions(
-        deepspeed=deepspeed_config(place, recipe),
-        optimizer=None if probe else adamw,
-        sequence=place.sp,
-        recompute="none",
-        seed=SEED,
-    )
-    engine = build_engine(
-        lambda ctx: with_head(model_layers(model.core, ctx), ZLossHead, HEAD),
-        grid,
-        torch.device("cpu"),
-        options,
-        read,
-    )
-    return engine, model
+def engine_with_head(
+    grid: Grid, directory: Path, place: Place, recipe: Recipe, **changes: Any
+) -> tuple[Engine, HFModel]:
+    """An engine of a model under `ZLossHead`, and the model's meaning; `changes` as in `engine_config`."""
+    model = replace(load_model(directory), change_layers=lambda layers, ctx: with_head(layers, ZLossHead, HEAD))
+    return session_of(grid).build_engine(model, engine_config(place, recipe, **changes)).engine, model.hf
 
 
 def train_with_head(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
     """Losses, terms, metrics and norms of each step, a validation at the end, and final weights."""
-    engine, model = engine_with_head(grid, directory, place, recipe, probe=False)
+    engine, model = engine_with_head(grid, directory, place, recipe)
     results = [engine.train_step(micro_batches(grid, place, recipe, step), recipe.lr) for step in range(recipe.steps)]
     halves = [engine.evaluate(micro_batches(grid, place, recipe, step)) for step in (7, 8)]
     valid = halves[0] + halves[1]
@@ -120,7 +100,7 @@ def train_with_head(grid: Grid, directory: Path, place: Place, recipe: Recipe) -
 
 def gradients_with_head(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[str, Tensor]:
     """Every parameter's gradient of one step, on rank 0."""
-    engine, model = engine_with_head(grid, directory, place, recipe, probe=True)
+    engine, model = engine_with_head(grid, directory, place, recipe, optimizer=None)
     engine.train_step(micro_batches(grid, place, recipe, 0), recipe.lr)
     assert isinstance(engine.optimizer, GradientProbe)
     gradients, to_hf = {}, ToHF(model)
