@@ -1,4 +1,4 @@
-"""What rank 0 shows of a run: a summary, then a progress bar on a terminal or one plain line a logged step elsewhere.
+"""Display of a run on rank 0: a summary, then a progress bar on a terminal or one plain line a logged step elsewhere.
 
 Everything goes to stdout, errors to stderr. No thread redraws the bar: data loader workers are forked from this
 process, and a fork while another thread holds a lock can hang.
@@ -209,7 +209,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
 
 
 def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:
-    """What stands to the right of the bar, in `width` characters: where they are few, what matters less is left out."""
+    """Return the text to the right of the bar, in `width` characters: the least important fields are left out first."""
     averages = {f"metric {name}": f"{name} {format_number(one, 4)}" for name, one in metrics.metrics.items()}
     fields = {
         "loss": f"loss {format_number(metrics.loss, 4)}",

@@ -170,8 +170,7 @@ class OutputHead(nn.Module, ABC):
     spec: HeadSpec
 
     def forward(self, activations: Activations, labels: Mapping[str, Tensor] | None = None) -> Tensor | Activations:
-        """With labels: `HeadSpec.pack` of the losses and metrics. Without: the predictions, by name, such as "logits"
-        (B, S, V)."""
+        """Return `HeadSpec.pack` of losses and metrics; without labels the predictions by name, such as "logits"."""
         with profiled(HEAD):
             if labels is None:
                 return self.outputs(activations)

@@ -19,7 +19,7 @@ from megatron_ds.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one logged optimizer step did.
+    """Results of one logged optimizer step.
 
     Attributes:
         step: Optimizer steps done, this one included (1-based).
@@ -76,7 +76,7 @@ class MetricsWriter:
     """Appends metrics to a JSON-lines file; each line is flushed, so a reader or a crash sees whole lines.
 
     A new run starts a new file: one left by an earlier run is renamed to `metrics.<n>.jsonl` (n = 1, 2, ... in the
-    order of the runs), never overwritten. A resumed run goes on in the file it finds.
+    order of the runs), never overwritten. A resumed run appends to the file it finds.
 
     Args:
         path: The file; its directory is made if missing.
@@ -201,7 +201,7 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Leave only the whole lines up to `step`; what was there before is kept beside it if it differs."""
+    """Leave only the whole lines up to `step`; the former file is kept under another name if it differs."""
     lines = list(_read_lines(path))
     kept = [line for number, line in enumerate(lines, start=1) if _decode(line, path, number).step <= step]
     text = "".join(kept).encode()

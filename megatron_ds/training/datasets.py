@@ -48,6 +48,6 @@ def _check_columns(resolved: ResolvedRun, data: Dataset) -> None:
 
 
 def has_validation(run: RunConfig) -> bool:
-    """Whether a run has data to validate on: files of their own, or a part of its corpora."""
+    """Return whether a run has validation data: separate files, or a part of its corpora."""
     split = run.data.split
     return bool(run.data.valid) or (split is not None and len(split) > 1 and split[1] > 0)

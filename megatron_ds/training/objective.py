@@ -28,16 +28,16 @@ from megatron_ds.models.config import DecoderConfig, EncoderConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.registry import Registry
 
-# Keys of `data` that only some kinds of models heed.
+# Keys of `data` that affect only some kinds of models.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
 _HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
-# Those of text alone: examples of pairs have been made. Of BERT's, those without `labels` are masked; the data tells.
+# Keys that affect plain text only: examples of pairs are complete. BERT examples without `labels` are masked.
 _OF_TEXT = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a model is trained to do in one run.
+    """The training objective of one run: the samples, and the layers over which the loss is computed.
 
     Attributes:
         data: what samples hold and what is hidden in them; a data format decides by it which columns it makes.
@@ -58,7 +58,7 @@ def find_objective(model: HFModel, run: RunConfig) -> Objective:
     """Make the objective of a run.
 
     Raises:
-        ConfigError: there is none of this name, the model has no head to train, or a key of `data` is set that has no
+        ConfigError: no objective has this name, the model has no head to train, or a key of `data` is set that has no
             effect on this kind of data, or not in this format.
     """
     objective = OBJECTIVES.get(run.train.objective, field="train.objective")(model, run)
