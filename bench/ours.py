@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.contestant import Step
 from bench.work import MASKED_MODELS, Spec, Work
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.session import Session, load_model
+from megatron_ds.runtime import Session, load_model
 
 
 def train(spec: Spec) -> Step:

@@ -1,8 +1,13 @@
 """Megatron's model parallelism on DeepSpeed's engine, with Hugging Face Transformers checkpoints in and out.
 
 import megatron_ds as mds
-mds.train(mds.load_run("run.yaml"))
+result = mds.train(mds.load_run("run.yaml"))
 mds.import_hf(hf_dir, checkpoint); mds.export_hf(checkpoint, hf_dir); mds.verify_hf(hf_dir, tp=2, pp=2)
+
+with mds.session() as ranks:
+    engine = ranks.build_engine(mds.load_model(hf_dir), parallel={"tensor": 2}, optimizer={"lr": 3e-4})
+
+docs/python.md describes all of it.
 """
 
 from importlib import import_module
@@ -12,20 +17,34 @@ from megatron_ds.version import __version__
 
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.convert import export_hf, import_hf
-    from megatron_ds.config import load_run
+    from megatron_ds.config import build_run, load_run
+    from megatron_ds.runtime import load_model, session
     from megatron_ds.training.launch import train
     from megatron_ds.verify.run import verify_hf
 
 # Imported on first use, so that importing the package costs nothing.
 _PUBLIC = {
+    "build_run": "megatron_ds.config",
     "export_hf": "megatron_ds.checkpoint.convert",
     "import_hf": "megatron_ds.checkpoint.convert",
+    "load_model": "megatron_ds.runtime",
     "load_run": "megatron_ds.config",
+    "session": "megatron_ds.runtime",
     "train": "megatron_ds.training.launch",
     "verify_hf": "megatron_ds.verify.run",
 }
 
-__all__ = ["__version__", "export_hf", "import_hf", "load_run", "train", "verify_hf"]
+__all__ = [
+    "__version__",
+    "build_run",
+    "export_hf",
+    "import_hf",
+    "load_model",
+    "load_run",
+    "session",
+    "train",
+    "verify_hf",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ BUDGET: dict[str, int] = {
     "models": 21,
     "monitor": 13,
     "parallel": 21,
-    "session": 11,
+    "runtime": 11,
     "training": 67,
     "verify": 16,
     "bench": 1,

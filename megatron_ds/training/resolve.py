@@ -14,14 +14,14 @@ from megatron_ds.hf.export import not_ours
 from megatron_ds.hf.weight_files import parse_size
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
-from megatron_ds.session.loaded_model import (
+from megatron_ds.runtime.loaded_model import (
     LoadedModel,
     encoder_decoder_type,
     name_checkpoints,
     open_model,
     read_model_section,
 )
-from megatron_ds.session.setup import EnginePlan, plan_engine
+from megatron_ds.runtime.setup import EnginePlan, plan_engine
 from megatron_ds.training.objective import Objective, find_objective, new_parameters
 from megatron_ds.training.resume import check_same_model, checkpoint_folder
 

@@ -21,9 +21,9 @@ from megatron_ds.engine import (
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.session.export import check_export, export_live
-from megatron_ds.session.saving import make_saver
-from megatron_ds.session.setup import build
+from megatron_ds.runtime.export import check_export, export_live
+from megatron_ds.runtime.saving import make_saver
+from megatron_ds.runtime.setup import build
 from megatron_ds.training.datasets import has_validation, open_split
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop

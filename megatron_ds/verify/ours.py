@@ -21,7 +21,7 @@ from megatron_ds.models.sequential import HIDDEN, Activations
 from megatron_ds.parallel.collectives import all_gather_dim0
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.session import LoadedModel, Session
+from megatron_ds.runtime import LoadedModel, Session
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
 from megatron_ds.verify.inputs import Probe
 from megatron_ds.verify.layer_names import stage_names

@@ -18,7 +18,7 @@ from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.saver import Saved, SaveOptions, Saver
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session import load_model
+from megatron_ds.runtime import load_model
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, session_of
 from tests.ranks import run_grid

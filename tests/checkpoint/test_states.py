@@ -17,7 +17,7 @@ from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.checkpoint.state import loss_scale, set_loss_scale
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session import load_model
+from megatron_ds.runtime import load_model
 from tests.checkpoint.runs import CUT, Curve, apart, resume_run, resumed_at, saved_at, steps
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, session_of

@@ -14,8 +14,8 @@ from megatron_ds.engine import build_engine
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session import load_model
-from megatron_ds.session.setup import engine_options, plan_engine
+from megatron_ds.runtime import load_model
+from megatron_ds.runtime.setup import engine_options, plan_engine
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
 from tests.parity.ours import Place, engine_config, engine_on, micro_batches
 from tests.parity.reference import make_model, train_reference

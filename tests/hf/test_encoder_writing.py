@@ -14,7 +14,7 @@ from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
-from megatron_ds.session.export import CHECK_TOLERANCE, check_export
+from megatron_ds.runtime.export import CHECK_TOLERANCE, check_export
 from tests.hf.models import DTYPES, Tensors, changed, opened
 from tests.parity.cases import VOCAB
 from tests.parity.encoder_cases import ENCODER_CASES

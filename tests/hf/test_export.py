@@ -20,7 +20,7 @@ from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
 from megatron_ds.hf.weight_files import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Axis
-from megatron_ds.session.export import check_export, fits_in, reference_outputs
+from megatron_ds.runtime.export import check_export, fits_in, reference_outputs
 from tests.hf.models import declarations, export, gathered, hashes
 from tests.ranks import run_alone
 

@@ -14,8 +14,8 @@ from megatron_ds.hf.family import Row, fused_qkv
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.models.config import DecoderConfig
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session import LoadedModel
-from megatron_ds.session.export import export_live
+from megatron_ds.runtime import LoadedModel
+from megatron_ds.runtime.export import export_live
 from tests.hf.models import DTYPES, declarations, export, hashes
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.ours import Place, engine_on

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session import load_model
+from megatron_ds.runtime import load_model
 from tests.parity.batches import batch_for, reference_loss
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, micro_batches, session_of

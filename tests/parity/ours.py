@@ -10,7 +10,7 @@ from megatron_ds.config import EngineConfig, OptimizerSection, ParallelSection
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.session import Session, load_model
+from megatron_ds.runtime import Session, load_model
 from tests.parity.batches import batch_for, ours
 from tests.parity.cases import Recipe
 from tests.parity.packed import draw_rows, packed

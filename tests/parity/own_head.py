@@ -22,7 +22,7 @@ from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, with_head
 from megatron_ds.parallel.collectives import all_reduce_, reduce_from
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session import load_model
+from megatron_ds.runtime import load_model
 from tests.parity.cases import CONFIGS, VOCAB, Recipe, global_batch, shifted
 from tests.parity.ours import Place, engine_config, micro_batches, session_of
 from tests.parity.reference import make_model

@@ -20,7 +20,7 @@ from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.layers import attention
 from megatron_ds.layers.embedding import LearnedPositions
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session import load_model
+from megatron_ds.runtime import load_model
 from megatron_ds.verify.compare import difference, root_mean_square, smallest_norm
 from tests.parity.batches import ours, reference_loss
 from tests.parity.cases import Recipe

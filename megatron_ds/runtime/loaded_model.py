@@ -23,8 +23,8 @@ from megatron_ds.models.build import ChangeLayers, model_layers, own_layers
 from megatron_ds.models.config import EncoderDecoderConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec
-from megatron_ds.session.adapters import open_adapters, refuse_adapters
-from megatron_ds.session.freeze import frozen_parameters
+from megatron_ds.runtime.adapters import open_adapters, refuse_adapters
+from megatron_ds.runtime.freeze import frozen_parameters
 
 
 @dataclass(frozen=True)

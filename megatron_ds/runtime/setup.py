@@ -19,7 +19,7 @@ from megatron_ds.config import (
 )
 from megatron_ds.engine import Engine, EngineOptions, build_engine, enable_shared_memory
 from megatron_ds.parallel.grid import Layout, create_grid
-from megatron_ds.session.loaded_model import LoadedModel
+from megatron_ds.runtime.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from megatron_ds.config import EngineConfig, build_section
 from megatron_ds.engine import start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries, setup_logging
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
-from megatron_ds.session.loaded_model import LoadedModel, encoder_decoder_type
-from megatron_ds.session.model_engine import ModelEngine
-from megatron_ds.session.setup import build, plan_engine
+from megatron_ds.runtime.loaded_model import LoadedModel, encoder_decoder_type
+from megatron_ds.runtime.model_engine import ModelEngine
+from megatron_ds.runtime.setup import build, plan_engine
 
 
 @dataclass(frozen=True)

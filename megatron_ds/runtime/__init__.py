@@ -1,7 +1,7 @@
 """Models and engines without a run file: what `training`, `verify`, the bench and Python programs build on."""
 
-from megatron_ds.session.loaded_model import LoadedModel, load_model
-from megatron_ds.session.model_engine import ModelEngine
-from megatron_ds.session.session import Session, session
+from megatron_ds.runtime.loaded_model import LoadedModel, load_model
+from megatron_ds.runtime.model_engine import ModelEngine
+from megatron_ds.runtime.process_session import Session, session
 
 __all__ = ["LoadedModel", "ModelEngine", "Session", "load_model", "session"]

@@ -18,10 +18,10 @@ from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank
 from megatron_ds.engine import Engine, Losses, MicroBatch, StepResult
 from megatron_ds.errors import CheckpointError, DataError
 from megatron_ds.parallel.grid import Grid
-from megatron_ds.session.export import export_live
-from megatron_ds.session.loaded_model import LoadedModel
-from megatron_ds.session.saving import make_saver
-from megatron_ds.session.setup import EnginePlan
+from megatron_ds.runtime.export import export_live
+from megatron_ds.runtime.loaded_model import LoadedModel
+from megatron_ds.runtime.saving import make_saver
+from megatron_ds.runtime.setup import EnginePlan
 
 
 class ModelEngine:

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_ds.checkpoint.progress import Origin
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.engine import Engine
-from megatron_ds.session.loaded_model import LoadedModel
-from megatron_ds.session.setup import EnginePlan
+from megatron_ds.runtime.loaded_model import LoadedModel
+from megatron_ds.runtime.setup import EnginePlan
 from megatron_ds.version import __version__
 
 

@@ -18,7 +18,7 @@ from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.parallel.collectives import all_reduce_
-from megatron_ds.session.loaded_model import LoadedModel
+from megatron_ds.runtime.loaded_model import LoadedModel
 
 CHECK_TOLERANCE = {
     "float32": 1e-5,  # sums in another order
