@@ -79,7 +79,7 @@ def _locate(engine: Engine, parameter: Any) -> tuple[tuple[int, ...], int, dict[
     optimizer, inner = engine.deepspeed.optimizer, engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO-3: each data rank has an equal part of each parameter, the last ones padded
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        flat, start = optimizer.fp32_partitioned_groups_flat[group], engine.grid.data.rank * length
+        flat, start = optimizer.fp32_partitioned_groups_flat[group], engine.grid.shard.rank * length
         length = min(length, parameter.ds_numel - start)
         if length <= 0:
             return None
@@ -110,7 +110,7 @@ def owned(engine: Engine) -> Iterator[Fragment]:
     for fragment in fragments(engine):
         spec, axis = fragment.spec, grid.tensor
         first = axis.rank == 0 if spec.split_dim is None else spec.holds_first(axis.rank, axis.size)
-        if first and fragment.name in first_here and not (alike and grid.data.rank > 0):
+        if first and fragment.name in first_here and not (alike and grid.replica.rank > 0):
             yield fragment
 
 

@@ -27,7 +27,7 @@ from megatron_ds.hf.peft.export import adapter_files
 from megatron_ds.hf.weight_files import SAFETENSORS, json_text
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
-from megatron_ds.parallel.grid import Layout
+from megatron_ds.parallel.grid import MODEL_AXES, ROLES, Layout
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
 MIN_SHARE_BYTES = 2**26  # a small model is not scattered over many files
@@ -125,8 +125,9 @@ def _connected(model: HFModel, parameters: Sequence[tuple[str, ParamSpec, torch.
 def _writers(stage: int, groups: Sequence[_Group], layout: Layout, min_share_bytes: int) -> list[int]:
     """Ranks of a stage that share its weights: of other data ranks first, which are on other machines."""
     total = sum(group.bytes for group in groups)
-    count = min(layout.data * layout.tensor, max(1, total // min_share_bytes))
-    return [layout.rank_of(stage, number % layout.data, number // layout.data) for number in range(count)]
+    count = min(layout.world_size // layout.pipeline, max(1, total // min_share_bytes))
+    replicas = [ranks for ranks in layout.peers(*ROLES["replica"]) if layout.coords(ranks[0]).pipeline == stage]
+    return [rank for ranks in replicas for rank in ranks][:count]
 
 
 def _divide(groups: Sequence[_Group], writers: Sequence[int], most: int) -> Iterator[tuple[int, list[_Group]]]:
@@ -232,13 +233,14 @@ def gather_weights(engine: Engine, model: HFModel, shards: Sequence[Shard]) -> I
     """
     grid, parameters = engine.grid, dict(engine.local_parameters())
     to_hf = ToHF(model, reuse=True)
+    same_replica = grid.layout.peers_of(grid.rank, *MODEL_AXES)
     for shard in shards:
         place = grid.layout.coords(shard.rank)
         if place.pipeline != grid.coords.pipeline:
             continue
         for name in shard.natives:
             with engine.gathered(parameters[name]):
-                if place.data != grid.coords.data:
+                if shard.rank not in same_replica:
                     continue
                 whole = gather_shard(parameters[name].detach(), spec_of(parameters[name]), grid, to=place.tensor)
                 if whole is None or shard.rank != grid.rank:

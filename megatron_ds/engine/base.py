@@ -145,7 +145,7 @@ class Engine(ABC):
             group["lr"] = lr
         counts = self._count(batches)
         # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the labels.
-        parts = len(batches) * self.grid.data.size
+        parts = len(batches) * self.grid.shard.size
         scales = torch.tensor([parts / count if count else 0.0 for count in counts], device=self.device)
         skipped_before = self.deepspeed.skipped_steps
         sums, grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
@@ -189,7 +189,7 @@ class Engine(ABC):
         """Return `HeadSpec.pack`'s tensor, (terms + 2 * metrics,), summed over batches and data ranks, on all ranks."""
 
     def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, ...]:
-        """Return the number of labels per loss term in the global batch. Collective over data.
+        """Return the number of labels per loss term in the global batch. Collective over loss.
 
         Args:
             batches: this data rank's micro-batches of it.
@@ -200,7 +200,7 @@ class Engine(ABC):
         counts = torch.stack([self.head.count_labels(self._labels_of(batch)) for batch in batches]).sum(0)
         if counts.shape != (len(self.head.terms),):
             raise ValueError(f"count_labels returned {tuple(counts.shape)} for the terms {', '.join(self.head.terms)}")
-        return tuple(all_reduce_(counts.to(self.device), self.grid.data).tolist())
+        return tuple(all_reduce_(counts.to(self.device), self.grid.loss).tolist())
 
     def _empty_sums(self) -> Tensor:
         """Return zeros of the shape of `HeadSpec.pack`, to add micro-batches to."""
@@ -244,14 +244,14 @@ class Engine(ABC):
         grid = self.grid
         parameters = dict(self.local_parameters())
         for stage, entries in enumerate(self.inventory()):
-            source = grid.layout.rank_of(stage, 0, 0)
+            source = grid.layout.rank_of(pipeline=stage)
             for name, spec, dtype in entries:
                 if names is not None and name not in names:
                     continue
                 whole: Tensor | None = None
                 if grid.coords.pipeline == stage:
                     with self.gathered(parameters[name]):
-                        if grid.coords.data == 0:
+                        if grid.replica.rank == 0:
                             whole = gather_shard(of(parameters[name]), spec, grid)
                 if source != 0:
                     whole = _send_to_rank_0(whole, spec, dtype, source, grid.rank, self.device)

@@ -87,7 +87,7 @@ def build_engine(
         ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
     """
     facts = summarize_deepspeed(options.deepspeed)
-    rng = RngStreams(options.seed, grid.coords, device)
+    rng = RngStreams(options.seed, grid, device)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
     tp = TensorParallel(grid.tensor, options.sequence)
@@ -163,7 +163,7 @@ def _fill(module: nn.Module, grid: Grid, read_shard: ShardReader, zero_3: bool) 
     for name, parameter in module.named_parameters():
         gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if zero_3 else nullcontext()
         with gathered:
-            if not zero_3 or grid.data.rank == 0:
+            if not zero_3 or grid.shard.rank == 0:
                 share = read_shard(renamed.get(name, name), spec_of(parameter), grid.tensor.rank, grid.tensor.size)
                 assert share.shape == parameter.shape, (name, share.shape, parameter.shape)
                 parameter.copy_(share)

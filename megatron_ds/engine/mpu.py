@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
-from megatron_ds.parallel.grid import Axis, Grid
+from megatron_ds.parallel.grid import MODEL_AXES, ROLES, Axis, Grid
 
 
 class Mpu:
@@ -18,9 +20,9 @@ class Mpu:
     """
 
     def __init__(self, grid: Grid) -> None:
-        self._tensor, self._data = grid.tensor, grid.data
-        self._tensor_group = _group(grid, "tensor", grid.tensor)
-        self._data_group = _group(grid, "data", grid.data)
+        self._tensor, self._data = grid.tensor, grid.shard
+        self._tensor_group = _group(grid, grid.tensor, MODEL_AXES)
+        self._data_group = _group(grid, grid.shard, ROLES["shard"])
 
     def get_model_parallel_rank(self) -> int:
         return self._tensor.rank
@@ -51,7 +53,7 @@ class Mpu:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-def _group(grid: Grid, name: str, axis: Axis) -> dist.ProcessGroup:
+def _group(grid: Grid, axis: Axis, names: Sequence[str]) -> dist.ProcessGroup:
     if axis.group is not None:
         return axis.group
     if grid.layout.world_size == 1:
@@ -59,7 +61,7 @@ def _group(grid: Grid, name: str, axis: Axis) -> dist.ProcessGroup:
         assert world is not None, "torch.distributed is not initialised"
         return world
     mine = None
-    for ranks in grid.layout.peers(name):
+    for ranks in grid.layout.peers(*names):
         group = dist.new_group(list(ranks))
         if grid.rank in ranks:
             mine = group

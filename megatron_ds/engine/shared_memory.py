@@ -58,7 +58,8 @@ def enable_shared_memory(grid: Grid) -> Grid:
         dist.barrier()
     finally:
         _remove(name, grid.rank)
-    return replace(grid, tensor=replace(grid.tensor, sum_here=_Sum(module.vector_kernel_level())))
+    tensor = replace(grid.tensor, sum_here=_Sum(module.vector_kernel_level()))
+    return replace(grid, axes={**grid.axes, "tensor": tensor})
 
 
 class _Sum:

@@ -45,7 +45,7 @@ class ZeroEngine(Engine):
             self._sums += losses.detach()
             self.deepspeed.backward(self.head.scaled_loss(losses, scales))
             if self.deepspeed.is_gradient_accumulation_boundary():
-                all_reduce_(self._sums, self.grid.data)
+                all_reduce_(self._sums, self.grid.loss)
                 self._norm = self._reduced_and_clipped() if self._stage_0 else None
             with profiled(OPTIMIZER):
                 self.deepspeed.step()
@@ -61,7 +61,7 @@ class ZeroEngine(Engine):
 
         Parameters that all tensor ranks hold count once. Collective over data and tensor.
         """
-        if self.grid.data.size > 1:
+        if self.grid.shard.size > 1:
             self.deepspeed.allreduce_gradients(bucket_size=self._bucket)
         axis = self.grid.tensor
         trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
@@ -81,7 +81,7 @@ class ZeroEngine(Engine):
         for batch in batches:
             total += self.deepspeed(batch, self._labels_of(batch))
         self.deepspeed.train()
-        return all_reduce_(total, self.grid.data)
+        return all_reduce_(total, self.grid.loss)
 
     @torch.no_grad()
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:

@@ -1,45 +1,159 @@
-"""The grid: which rank sits where along the pipeline, data and tensor axes.
+"""The grid: the coordinates of each rank along the parallel axes, and the process groups along them.
 
-Ranks are ordered pipeline > data > tensor: tensor neighbours are adjacent, because they talk most and should share a
-node. `Layout` is arithmetic alone and needs no process; `Grid` adds the process groups. An axis of size 1 has no
-group and never touches `torch.distributed`, so a model built with such axes is its own single-process reference.
+`Layout` holds the sizes of the axes and is arithmetic alone; it needs no process. `Grid` adds the process groups. In
+the default order, pipeline > data > tensor, tensor neighbours are adjacent ranks, because they communicate most and
+should share a node. An axis of size 1 has no group and never touches `torch.distributed`, so a model built with such
+axes is its own single-process reference.
+
+Code below asks the grid for a *role*, not for an axis, wherever it means one of these. A role is the set of ranks that
+differ along some axes; today each is the data axis and shares its process group.
+
+| role      | its ranks                                       | used for                           | context | expert |
+| --------- | ----------------------------------------------- | ---------------------------------- | ------- | ------ |
+| `batch`   | read different samples                          | samplers, micro-batches            | no      | yes    |
+| `loss`    | compute losses of different tokens              | sums of losses and label counts    | yes     | yes    |
+| `shard`   | reduce gradients and hold ZeRO's shards         | gradients, states, weights         | yes     | yes*   |
+| `replica` | hold the same parameters; the first writes them | export, checkpoints                | yes     | yes*   |
+| `random`  | draw different dropout masks                    | random streams                     | yes     | yes    |
+
+The last two columns state whether the ranks of an axis to come will be part of the role: `context`, which divides the
+sequence, and `expert`, which divides the experts. (*) Except for the parameters of experts, for which these roles
+remain the data axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from math import prod
 
 import torch.distributed as dist
 from torch import Tensor
 
 AXES = ("pipeline", "data", "tensor")
+"""The axes of a layout, slowest first: the order of the ranks."""
+
+MODEL_AXES = ("tensor",)
+"""The axes over which the parameters of one pipeline stage are divided; what is not divided is copied along them."""
+
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data",),
+    "loss": ("data",),
+    "shard": ("data",),
+    "replica": ("data",),
+    "random": ("data",),
+}
+"""Role -> the axes along which its ranks differ."""
+
+_GROUP_ORDER = ("tensor", "pipeline", "data")  # the order in which process groups are created; other axes follow
 
 
-class Coords(NamedTuple):
-    """Where a rank sits, slowest axis first."""
+class _ByAxis(Mapping[str, int]):
+    """A number for each axis, slowest axis first. The axes that every layout has are attributes too."""
 
-    pipeline: int
-    data: int
-    tensor: int
+    def __init__(self, numbers: Mapping[str, int]) -> None:
+        self._numbers = dict(numbers)
+
+    @property
+    def pipeline(self) -> int:
+        return self["pipeline"]
+
+    @property
+    def data(self) -> int:
+        return self["data"]
+
+    @property
+    def tensor(self) -> int:
+        return self["tensor"]
+
+    def __getitem__(self, axis: str) -> int:
+        return self._numbers[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and tuple(self.items()) == tuple(other.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{axis}={number}' for axis, number in self.items())})"
 
 
-def _cannot(x: Tensor) -> bool:
+class Coords(_ByAxis):
+    """The coordinates of a rank: its index along each axis, slowest axis first."""
+
+
+class Layout(_ByAxis):
+    """The sizes of the axes, slowest axis first, and the arithmetic between global ranks and coordinates.
+
+    Args:
+        order: the axes, slowest first.
+        sizes: the number of ranks along each axis; 1 for an axis that is not given.
+    """
+
+    def __init__(self, order: Sequence[str] = AXES, /, **sizes: int) -> None:
+        assert sizes.keys() <= set(order), (order, sizes)
+        assert all(size >= 1 for size in sizes.values()), sizes
+        super().__init__({axis: sizes.get(axis, 1) for axis in order})
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.values())
+
+    def coords(self, rank: int) -> Coords:
+        """Return the coordinates of a global rank."""
+        assert 0 <= rank < self.world_size, (rank, self)
+        numbers, rest = dict.fromkeys(self, 0), rank
+        for axis in reversed(list(self)):
+            rest, numbers[axis] = divmod(rest, self[axis])
+        return Coords(numbers)
+
+    def rank_of(self, **coords: int) -> int:
+        """Return the global rank at some coordinates; an axis that is not given has coordinate 0."""
+        assert coords.keys() <= self.keys(), (self, coords)
+        rank = 0
+        for axis, size in self.items():
+            rank = rank * size + coords.get(axis, 0)
+        return rank
+
+    def peers(self, *axes: str) -> list[tuple[int, ...]]:
+        """Return all sets of ranks that differ only along `axes`, each in order. Every rank is in one of them."""
+        assert set(axes) <= self.keys(), (self, axes)
+        groups = defaultdict(list)
+        for rank in range(self.world_size):
+            fixed = tuple(number for axis, number in self.coords(rank).items() if axis not in axes)
+            groups[fixed].append(rank)
+        return [tuple(ranks) for ranks in groups.values()]
+
+    def peers_of(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """Return the ranks that differ from `rank` only along `axes`, itself included, in order."""
+        here = self.coords(rank)
+        moves = product(*(range(self[axis]) if axis in axes else (number,) for axis, number in here.items()))
+        return tuple(self.rank_of(**dict(zip(self, numbers))) for numbers in moves)
+
+
+def _no_local_sum(x: Tensor) -> bool:
     return False
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the grid as one rank sees it.
+    """One axis of the grid as seen by one rank.
 
     Attributes:
-        size: number of ranks along the axis.
-        rank: this rank's place, 0 <= rank < size.
+        size: the number of ranks along the axis.
+        rank: this rank's index along it, 0 <= rank < size.
         ranks: the global ranks along the axis, in order.
-        group: their process group; None where size is 1.
-        sum_here: sums a tensor in place over the axis without the group, where it can; whether it did. See
+        group: their process group; None if size is 1.
+        sum_here: sums a tensor in place over the axis without the group, if it can, and returns whether it did. See
             `engine.shared_memory`.
     """
 
@@ -47,51 +161,51 @@ class Axis:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
-    sum_here: Callable[[Tensor], bool] = _cannot
+    sum_here: Callable[[Tensor], bool] = _no_local_sum
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the three axes and the arithmetic between global ranks and coordinates."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-    def coords(self, rank: int) -> Coords:
-        """Global rank -> (pipeline, data, tensor)."""
-        assert 0 <= rank < self.world_size, (rank, self)
-        return Coords(rank // (self.data * self.tensor), rank // self.tensor % self.data, rank % self.tensor)
-
-    def rank_of(self, pipeline: int, data: int, tensor: int) -> int:
-        """(pipeline, data, tensor) -> global rank."""
-        return (pipeline * self.data + data) * self.tensor + tensor
-
-    def peers(self, *axes: str) -> list[tuple[int, ...]]:
-        """All sets of ranks that differ only along `axes`; together they cover the world once."""
-        sizes = {name: getattr(self, name) for name in AXES}
-        fixed = [range(size) if name not in axes else range(1) for name, size in sizes.items()]
-        moving = [range(size) if name in axes else range(1) for name, size in sizes.items()]
-        return [
-            tuple(self.rank_of(*(a + b for a, b in zip(base, step))) for step in product(*moving))
-            for base in product(*fixed)
-        ]
+Axes = Mapping[str, Axis]
+"""Some axes of the grid by name."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's axes; `world` spans every rank."""
+    """The axes and roles of one rank. The table at the top of this file states what each role is for.
+
+    Attributes:
+        layout: the sizes of the axes.
+        rank: this global rank.
+        axes: every axis of the layout by name. Code that means a role uses the role.
+        world: all ranks.
+        batch: the ranks that read different samples.
+        loss: the ranks over which losses and label counts are summed.
+        shard: the ranks over which ZeRO reduces gradients and shards states.
+        replica: the ranks that hold the same parameters, of which the first writes them.
+        random: the ranks that draw different dropout masks.
+    """
 
     layout: Layout
     rank: int
-    tensor: Axis
-    pipeline: Axis
-    data: Axis
+    axes: Axes
     world: Axis
+    batch: Axis
+    loss: Axis
+    shard: Axis
+    replica: Axis
+    random: Axis
+
+    @property
+    def tensor(self) -> Axis:
+        return self.axes["tensor"]
+
+    @property
+    def pipeline(self) -> Axis:
+        return self.axes["pipeline"]
+
+    @property
+    def model_axes(self) -> Axes:
+        """The axes over which the parameters of one pipeline stage are divided or copied; see `MODEL_AXES`."""
+        return {name: self.axes[name] for name in MODEL_AXES}
 
     @property
     def coords(self) -> Coords:
@@ -99,23 +213,33 @@ class Grid:
 
 
 def create_grid(layout: Layout, rank: int) -> Grid:
-    """Make the process groups of a layout.
+    """Create the process groups of a layout. Collective over the world.
 
-    Collective: every rank of the world calls it, in the same order as other group creations. A layout of one rank
-    needs no initialised `torch.distributed`.
+    Every rank calls it, in the same order as other group creations. Roles along the same axes share one group. A layout
+    of one rank needs no initialised `torch.distributed`.
     """
+    created: dict[tuple[str, ...], Axis] = {}
 
-    def axis(*names: str) -> Axis:
-        mine = Axis()
-        for ranks in layout.peers(*names):
-            if len(ranks) == 1:
-                group = None
-            elif len(ranks) == layout.world_size:
-                group = dist.group.WORLD
-            else:
-                group = dist.new_group(list(ranks))
-            if rank in ranks:
-                mine = Axis(len(ranks), ranks.index(rank), ranks, group)
-        return mine
+    def along(*names: str) -> Axis:
+        if names not in created:
+            created[names] = _create_axis(layout, rank, names)
+        return created[names]
 
-    return Grid(layout, rank, axis("tensor"), axis("pipeline"), axis("data"), axis(*AXES))
+    for name in sorted(layout, key=lambda name: _GROUP_ORDER.index(name) if name in _GROUP_ORDER else len(AXES)):
+        along(name)
+    roles = {role: along(*names) for role, names in ROLES.items()}
+    return Grid(layout, rank, {name: along(name) for name in layout}, along(*layout), **roles)
+
+
+def _create_axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
+    mine = Axis()
+    for ranks in layout.peers(*names):
+        if len(ranks) == 1:
+            group = None
+        elif len(ranks) == layout.world_size:
+            group = dist.group.WORLD
+        else:
+            group = dist.new_group(list(ranks))
+        if rank in ranks:
+            mine = Axis(len(ranks), ranks.index(rank), ranks, group)
+    return mine

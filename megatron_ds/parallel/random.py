@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ds.parallel.grid import Coords
+from megatron_ds.parallel.grid import Grid
 
 
 def derive_seed(*parts: object) -> int:
@@ -32,14 +32,14 @@ class RngStreams:
 
     Args:
         seed: the run's seed.
-        coords: where the rank sits in the grid.
+        grid: the rank's stage, its index among the ranks that draw different masks, and its tensor rank.
         device: where activations live; dropout draws from this device's default generator.
     """
 
-    def __init__(self, seed: int, coords: Coords, device: torch.device) -> None:
+    def __init__(self, seed: int, grid: Grid, device: torch.device) -> None:
         self._generator = _default_generator(device)
         self._sharded = torch.Generator(device=device)
-        self._place, self._tensor_rank = (seed, coords.pipeline, coords.data), coords.tensor
+        self._place, self._tensor_rank = (seed, grid.pipeline.rank, grid.random.rank), grid.tensor.rank
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:

@@ -111,7 +111,7 @@ def check_export(engine: Engine, model: HFModel, section: ExportSection, precisi
     """
     columns = {name: column for name, column in batch.items() if name not in engine.head.label_columns}
     live = engine.outputs(columns)
-    if engine.grid.tensor.rank != 0 or engine.grid.data.rank != 0:
+    if engine.grid.tensor.rank != 0 or engine.grid.replica.rank != 0:
         live = None
     error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, model, columns))
     relative = _from_first(engine, error)

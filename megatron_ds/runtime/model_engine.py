@@ -67,7 +67,7 @@ class ModelEngine:
         for name, column in batch.items():
             if len(column) != samples:
                 raise DataError(f"column {name} has {len(column)} samples, and global_batch_size is {samples}")
-        axis = self.grid.data
+        axis = self.grid.batch
         mine = samples // axis.size
         starts = range(axis.rank * mine, (axis.rank + 1) * mine, micro)
         return [{name: column[start : start + micro] for name, column in batch.items()} for start in starts]
@@ -87,7 +87,7 @@ class ModelEngine:
         """
         size = self.plan.config.global_batch_size
         stream = GlobalBatches(len(dataset), size, seed, shuffle and not dataset.ordered)
-        axis = self.grid.data
+        axis = self.grid.batch
         while True:
             parts = for_data_rank(stream.indices_from(start), axis.rank, axis.size, self.plan.config.micro_batch_size)
             yield [collate(dataset, part) for part in parts]

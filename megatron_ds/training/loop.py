@@ -255,7 +255,7 @@ class TrainingLoop:
         return False
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> Batches:
-        axis = self._engine.grid.data
+        axis = self._engine.grid.batch
         parts = for_data_rank(indices, axis.rank, axis.size, self._run.train.micro_batch_size)
         batches = [collate(data, part) for part in parts]
         return pinned(batches, self._engine.device) if self._ahead else batches

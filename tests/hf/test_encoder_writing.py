@@ -54,7 +54,7 @@ def check_deep(place: Path, dtype: str, size: float) -> dict[str, float | str]:
 
 def outcome(live: Tensors, directory: Path, batch: Tensors, dtype: str) -> float | str:
     axis = SimpleNamespace(rank=0, size=1, group=None, ranks=(0,))
-    grid = SimpleNamespace(rank=0, tensor=axis, data=axis, world=axis)
+    grid = SimpleNamespace(rank=0, tensor=axis, replica=axis, world=axis)
     engine: Any = SimpleNamespace(grid=grid, device=torch.device("cpu"), labels=(), outputs=lambda columns: live)
     section: Any = SimpleNamespace(path=str(directory), dtype=dtype)
     try:

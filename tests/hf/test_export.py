@@ -393,7 +393,7 @@ def test_transformers_loads_it_in_silence(case: str, saved: Path, tmp_path: Path
 def check_with(logits: torch.Tensor | None, directory: str, precision: str, dtype: str | None) -> float:
     """`check_export` on one rank whose live model gives these logits."""
     axis = SimpleNamespace(rank=0, size=1, group=None, ranks=(0,))
-    grid = SimpleNamespace(rank=0, tensor=axis, data=axis, world=axis)
+    grid = SimpleNamespace(rank=0, tensor=axis, replica=axis, world=axis)
     predicted = None if logits is None else {"logits": logits}
     engine: Any = SimpleNamespace(
         grid=grid, device=torch.device("cpu"), labels=("targets",), outputs=lambda columns: predicted

@@ -31,12 +31,13 @@ def test_seeds_are_stable() -> None:
 
 
 def _masks(grid: Grid) -> dict[str, Any]:
-    rng = RngStreams(5, grid.coords, CPU)
+    place = tuple(grid.coords.values())
+    rng = RngStreams(5, grid, CPU)
     x = torch.ones(64)
     hidden = HiddenDropout(0.5, rng, differs=False)(x)
     split = HiddenDropout(0.5, rng, differs=True)(x)
     again = HiddenDropout(0.5, rng, differs=False)(x)
-    return {"place": tuple(grid.coords), "hidden": hidden.tolist(), "split": split.tolist(), "again": again.tolist()}
+    return {"place": place, "hidden": hidden.tolist(), "split": split.tolist(), "again": again.tolist()}
 
 
 def test_masks_on_each_axis() -> None:
@@ -53,7 +54,7 @@ def test_masks_on_each_axis() -> None:
 def _gradients(grid: Grid, sequence: bool, mode: str, how: str, replay: bool = True) -> list[torch.Tensor]:
     """Gradients of two micro-batches in a pipeline's order: both forwards, then both backwards."""
     config = read_model({**CONFIGS["gpt2"], "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}).core
-    rng = RngStreams(5, grid.coords, CPU)
+    rng = RngStreams(5, grid, CPU)
     checkpoint = {
         "torch": partial(torch_checkpoint, use_reentrant=False),
         "torch-reentrant": partial(torch_checkpoint, use_reentrant=True),

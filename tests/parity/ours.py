@@ -33,7 +33,7 @@ class Place:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.tp, self.pp, self.dp)
+        return Layout(tensor=self.tp, pipeline=self.pp, data=self.dp)
 
     def micro_batch(self, recipe: Recipe) -> int:
         """At least two micro-batches a step wherever the data ranks leave as many samples."""
@@ -107,8 +107,8 @@ def micro_batches(
         whole = packed(draw_rows(recipe.global_batch, step))
     else:
         whole = ours(model_type, batch_for(model_type, recipe, step))
-    per_rank, size = recipe.global_batch // grid.data.size, place.micro_batch(recipe)
-    mine = slice(grid.data.rank * per_rank, (grid.data.rank + 1) * per_rank)
+    per_rank, size = recipe.global_batch // grid.batch.size, place.micro_batch(recipe)
+    mine = slice(grid.batch.rank * per_rank, (grid.batch.rank + 1) * per_rank)
     return [
         {name: tensor[mine][begin : begin + size] for name, tensor in whole.items()}
         for begin in range(0, per_rank, size)

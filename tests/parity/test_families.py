@@ -87,7 +87,7 @@ def _save(config: dict[str, Any], directory: Path) -> None:
 def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
     results, weights, inputs, losses = prepared(case)
     tp, pp, sequence = place
-    layout = Layout(tp, pp)
+    layout = Layout(tensor=tp, pipeline=pp)
     ranks = run_local_ranks(run_rank, layout.world_size, weights, inputs, layout, sequence, results)
     for probe, loss, found in zip(inputs, losses, zip(*ranks)):
         report = merge(probe, loss, found)

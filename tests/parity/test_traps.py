@@ -59,7 +59,7 @@ def flags_lost() -> None:
 def mean_of_means() -> None:
     """The loss is averaged per data rank, then over data ranks."""
     base.Engine._count = lambda self, batches: tuple(  # type: ignore[method-assign]
-        self.grid.data.size * sum(int((batch[name] != -100).sum()) for batch in batches)
+        self.grid.loss.size * sum(int((batch[name] != -100).sum()) for batch in batches)
         for name in self.head.label_columns
     )
 

@@ -80,4 +80,4 @@ class PipelineEngine(Engine):
         """Return the last stage's packed losses, summed over data ranks. Collective over data and pipeline."""
         module: PipelinedModel = self.deepspeed.module
         sums = module.sums.clone() if module.is_last else torch.zeros_like(module.sums)
-        return all_reduce_(all_reduce_(sums, self.grid.data), self.grid.pipeline)
+        return all_reduce_(all_reduce_(sums, self.grid.loss), self.grid.pipeline)
