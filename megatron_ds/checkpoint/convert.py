@@ -1,6 +1,6 @@
-"""Hugging Face directory -> checkpoint, and checkpoint -> Hugging Face directory: files in, files out.
+"""Convert a Hugging Face directory to a checkpoint and back, from files to files.
 
-No process group, no accelerator, no model in memory: one parameter at a time.
+It needs no process group, no accelerator and no model in memory: one parameter is read at a time.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from megatron_ds.hf.weights import HFWeights
 
 
 def import_hf(source: str | Path, target: str | Path) -> HFModel:
-    """Any Hugging Face directory through our tables -> a checkpoint that no step was trained of.
+    """Convert a Hugging Face directory to a checkpoint of step 0.
 
     Args:
-        source: config, weights and what else belongs to the model.
-        target: a checkpoint of no steps, or a model, that is there is replaced at the end; on failure it stays.
+        source: the directory with config, weights and the model's other files.
+        target: the checkpoint. An existing model, or checkpoint of step 0, is replaced at the end; on failure it stays.
 
     Returns:
-        what was imported.
+        The imported model.
 
     Raises:
         ConversionError: the source cannot be read without changing its meaning; the target holds something else.
@@ -63,9 +63,9 @@ def import_hf(source: str | Path, target: str | Path) -> HFModel:
 
     weights = HFWeights(source, read_model(source))
     with _writing(Path(target)), exporting(target, weights.model, None, "5GB") as export:
-        for name, whole in weights.each():
-            export.add(name, whole)
-            del whole  # what it was read from leaves memory before the next is read
+        for name, full in weights.each():
+            export.add(name, full)
+            del full  # its memory is released before the next is read
         export.finish(source, source, add_state)
         flush(Path(target).resolve().parent)
     return weights.model
@@ -80,21 +80,22 @@ def export_hf(
     merge: bool = False,
     base: str | Path | None = None,
 ) -> HFModel:
-    """A checkpoint -> a clean Hugging Face directory without training state.
+    """Convert a checkpoint to a Hugging Face directory without training state.
 
-    Weights that have the dtype asked for are copied. Of others the fp32 masters are rounded once, where there are any:
-    float32 of a run in bfloat16 is what was trained, not a widened rounding of it.
+    Weights that already have the requested dtype are copied. For others the fp32 masters are rounded once, if there are
+    any: a float32 export of a bfloat16 run holds what was trained, not its widened rounding.
 
     Args:
-        checkpoint: or a folder of checkpoints, or a run's output: the latest. A plain Hugging Face directory will do.
-        target: a model that is there is replaced at the end; on failure it stays.
+        checkpoint: a checkpoint; or a folder of checkpoints or a run's output, of which the latest is taken; or a
+            Hugging Face directory.
+        target: the directory to write. An existing model is replaced at the end; on failure it stays.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
-        max_shard_size: such as "5GB".
-        merge: of adapters, the base model with them in its weights instead of a directory that peft loads.
-        base: of adapters, where the model is that they are beside; None = where their config says.
+        max_shard_size: upper bound on the size of a file, such as "5GB".
+        merge: for adapters, write the base model with the adapters merged instead of a directory that peft loads.
+        base: for adapters, the directory of their base model; None = the one that their config names.
 
     Returns:
-        what was exported, or what the adapters are beside.
+        The exported model, or the base model of the adapters.
 
     Raises:
         CheckpointError: a file of the checkpoint is missing or damaged, or the target cannot be written.
@@ -104,22 +105,22 @@ def export_hf(
     check_target(source, Path(target))
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
-    reader = _open_whole(source) if (source / STATE).is_dir() else None
+    reader = _open_intact(source) if (source / STATE).is_dir() else None
     if (source / ADAPTER_CONFIG).is_file():
         return _export_adapters(source, Path(target), reader, base, (dtype, max_shard_size), merge)
     if merge or base is not None:
         raise ConversionError(f"{source} holds no adapters; remove {'--merge' if merge else '--base'}")
     weights = HFWeights(source, read_model(source))
 
-    def best(name: str, whole: Tensor) -> Tensor:
-        if reader is None or dtype is None or whole.dtype == EXPORT_DTYPES[dtype] or not reader.has(MASTER, name):
-            return whole
-        return reader.read_whole(MASTER, name, tuple(whole.shape))
+    def best(name: str, full: Tensor) -> Tensor:
+        if reader is None or dtype is None or full.dtype == EXPORT_DTYPES[dtype] or not reader.has(MASTER, name):
+            return full
+        return reader.read_full(MASTER, name, tuple(full.shape))
 
     with _writing(Path(target)), exporting(target, weights.model, dtype, max_shard_size) as export:
-        for name, whole in weights.each():
-            export.add(name, best(name, whole))
-            del whole
+        for name, full in weights.each():
+            export.add(name, best(name, full))
+            del full
         export.finish(source, source)
     return weights.model
 
@@ -132,7 +133,7 @@ def _export_adapters(
     form: tuple[str | None, str],
     merge: bool,
 ) -> HFModel:
-    """Adapters as peft has them, or merged. What is rounded is the fp32 masters, where there are any."""
+    """Export adapters for peft, or merged. The fp32 masters are rounded, if there are any."""
     named = base or read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named or not Path(named).is_dir():
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
@@ -142,11 +143,11 @@ def _export_adapters(
     stored, (dtype, max_shard_size) = AdapterWeights(source, adapters), form
 
     def read(name: str) -> Tensor:
-        whole = stored.whole(name)
-        copied = not merge and (dtype is None or whole.dtype == EXPORT_DTYPES[dtype])
+        full = stored.full(name)
+        copied = not merge and (dtype is None or full.dtype == EXPORT_DTYPES[dtype])
         if copied or reader is None or not reader.has(MASTER, name):
-            return whole
-        return reader.read_whole(MASTER, name, tuple(whole.shape))
+            return full
+        return reader.read_full(MASTER, name, tuple(full.shape))
 
     parameters = {name: read(name) for name in adapters.table}
     with _writing(target):
@@ -158,7 +159,7 @@ def _export_adapters(
 
 
 def _check_untrained(target: Path) -> None:
-    """Nothing that was trained, and nothing of anybody else, is in the training state that would be replaced."""
+    """Raise unless the training state that would be replaced was written by an import and has no steps."""
     state = target / STATE
     if not state.exists():
         return
@@ -174,18 +175,18 @@ def _check_untrained(target: Path) -> None:
         )
 
 
-def _open_whole(checkpoint: Path) -> StateReader:
+def _open_intact(checkpoint: Path) -> StateReader:
     problem = first_damage(checkpoint)
     if problem is None:
         return StateReader(checkpoint)
     others = (path for path in checkpoints_in(checkpoint.parent) if path != checkpoint)
-    whole = next((path for path in others if first_damage(path) is None), None)
-    raise CheckpointError(f"{problem}; nearest: {whole}, which is whole" if whole else problem)
+    intact = next((path for path in others if first_damage(path) is None), None)
+    raise CheckpointError(f"{problem}; nearest: {intact}, which is intact" if intact else problem)
 
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """A full disk, or one that may not be written, is the user's to mend."""
+    """Turn an error of the file system into a `CheckpointError`."""
     try:
         yield
     except OSError as problem:

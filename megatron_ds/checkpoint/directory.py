@@ -1,18 +1,18 @@
-"""The directory of a run's checkpoints: what is whole, what is newest, what may go.
+"""The directory of a run's checkpoints: names, the newest one, removal of old ones.
 
 ```
 checkpoints/
-  step_00000200/           a checkpoint; it has this name only once it is whole
-    config.json, model*.safetensors, tokenizer ...      what transformers loads
+  step_00000200/           a checkpoint; it has this name only once it is complete
+    config.json, model*.safetensors, tokenizer ...      read by transformers
     training_state/
-      manifest.json        every file's length and checksum
+      manifest.json        length and checksum of every file
       progress.json        see `progress`
-      state-*.safetensors  fp32 masters and moments, as boxes of whole tensors
-  latest                   the name of the newest one
-  .step_00000400.tmp/      being written, or left by a crash
+      state-*.safetensors  fp32 masters and moments, as slices of full tensors
+  latest                   the name of the newest checkpoint
+  .step_00000400.tmp/      being written, or left over from a crash
 ```
 
-Names come and go by rename alone, which a crash cannot cut in two.
+Names appear and disappear by renaming alone, which a crash cannot leave half done.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ _LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|old)")
 
 
 def name_of(step: int) -> str:
+    """Return the name of the directory of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """Of a checkpoint's directory by its name; -1 if it has another kind of name."""
+    """Return the step of a checkpoint by the name of its directory; -1 if it is not such a name."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory was a whole checkpoint once."""
+    """Return whether a directory is a checkpoint that was once complete."""
     return (path / MANIFEST).is_file()
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first; damaged ones among them."""
+    """Return the checkpoints in a folder, newest first, damaged ones included."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if step_of(path) >= 0 and path.is_dir()]
@@ -63,9 +64,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint, where that or a folder of checkpoints is given, or the output of a run: then the latest.
+    """Return the checkpoint that a path means: itself, or the latest in a folder of checkpoints or a run's output.
 
-    A path that is neither is given back as it is.
+    Any other path is returned unchanged.
     """
     path = Path(path)
     for folder in (path, path / "checkpoints"):
@@ -77,20 +78,21 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def temporary_for(folder: Path, step: int) -> Path:
+    """Return the directory under which a checkpoint is written until it is complete."""
     return folder / f".{name_of(step)}.tmp"
 
 
 def write_manifest(directory: Path, records: dict[str, FileRecord]) -> None:
-    """The last file of a checkpoint."""
+    """Write the manifest, the last file of a checkpoint."""
     files = {name: asdict(records[name]) for name in sorted(records)}
     write_bytes(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:
-    """What files a checkpoint must have.
+    """Read the lengths and checksums of the files that a checkpoint must have.
 
     Raises:
-        CheckpointError: there is none, or it is damaged itself.
+        CheckpointError: the manifest is missing or damaged.
     """
     path = directory / MANIFEST
     try:
@@ -103,10 +105,10 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 
 
 def put_in_place(folder: Path, step: int) -> Path:
-    """Give a whole checkpoint its name and let `latest` say it.
+    """Give a complete checkpoint its name and let `latest` point to it.
 
     Raises:
-        OSError: there is one of that step, which no run that it belongs to leaves there.
+        OSError: there is a checkpoint of that step, which the run that it belongs to would have moved aside.
     """
     new, final = temporary_for(folder, step), folder / name_of(step)
     for directory in sorted((path for path in new.rglob("*") if path.is_dir()), reverse=True):
@@ -119,7 +121,7 @@ def put_in_place(folder: Path, step: int) -> Path:
 
 
 def point_to(folder: Path, name: str | None) -> None:
-    """Have `latest` name a checkpoint; None = there is none."""
+    """Let `latest` name a checkpoint; None = remove `latest`."""
     if name is None:
         (folder / LATEST).unlink(missing_ok=True)
         return
@@ -135,15 +137,15 @@ def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> None:
     for path in gone:
         leftover = folder / f".{path.name}.old"
         shutil.rmtree(leftover, ignore_errors=True)
-        os.replace(path, leftover)  # never half there under its own name
+        os.replace(path, leftover)  # never incomplete under its own name
         shutil.rmtree(leftover)
 
 
 def lock(folder: Path) -> filelock.BaseFileLock:
-    """Keep other runs from writing to a directory as long as what is returned lives.
+    """Keep other runs from writing to a directory as long as the returned lock exists.
 
     Raises:
-        CheckpointError: another run does.
+        CheckpointError: another run holds the lock.
     """
     held = filelock.FileLock(folder / ".lock")
     try:
@@ -156,24 +158,24 @@ def lock(folder: Path) -> filelock.BaseFileLock:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a crash left of checkpoints being written or removed."""
+    """Remove what a crash left of checkpoints that were being written or removed."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(folder: Path, after: int) -> Path | None:
-    """Move checkpoints of later steps than `after` out of the way: to `checkpoints.1`, `checkpoints.2`, ...
+    """Move checkpoints of later steps than `after` aside, to `checkpoints.1`, `checkpoints.2`, ...
 
-    They are another run's, damaged, or of a course that is not followed any more.
+    They are damaged, or belong to another run or to a continuation that was abandoned.
 
     Returns:
-        where they are now; None if there were none.
+        The folder that they are in now; None if there were none.
     """
     later = [path for path in checkpoints_in(folder) if step_of(path) > after]
     if not later:
         return None
-    number, real = 1, folder.resolve()  # which may be on another disk than its link
+    number, real = 1, folder.resolve()  # the folder may be a link to another disk
     while (target := real.with_name(f"{real.name}.{number}")).exists():
         number += 1
     target.mkdir()

@@ -1,6 +1,6 @@
-"""Files of a checkpoint: written through to the disk with their checksums, and checked again before they are believed.
+"""Write the files of a checkpoint through to the disk with their checksums, and check them before they are read again.
 
-A checksum is XXH3 of 128 bits (xxhash): it finds any damage, at the speed of memory. It is no signature.
+A checksum is 128-bit XXH3 (xxhash): it detects any damage, at the speed of memory. It is no signature.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be: its length and its checksum."""
+    """The length and the checksum that a file must have."""
 
     bytes: int
     xxh3_128: str
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor that a file is going to hold."""
+class TensorHeader:
+    """The name, dtype and shape of a tensor that a file will hold."""
 
     name: str
     dtype: torch.dtype
@@ -45,8 +45,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor on its way to a file, CPU and contiguous."""
+class TensorChunk:
+    """A tensor to be written to a file, on CPU and contiguous."""
 
     file: str
     name: str
@@ -54,94 +54,94 @@ class Piece:
 
 
 class TensorFile:
-    """A safetensors file, written from front to back. What it will hold is known from the start.
+    """A safetensors file, written from front to back; the headers of its tensors are known from the start.
 
     Args:
-        path: of a file that is not there yet.
-        entries: its tensors, in the order in which they will come.
+        path: the file, which must not exist yet.
+        headers: of its tensors, in the order in which they will be added.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        self._coming = list(reversed(entries))
+    def __init__(self, path: Path, headers: Sequence[TensorHeader]) -> None:
+        self._remaining = list(reversed(headers))
         self._hash, self._bytes = xxhash.xxh3_128(), 0
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115  closed by `close`
-        self._write(_header(entries))
+        self._write(_encode(headers))
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor; afterwards it may change."""
-        entry = self._coming.pop()
-        assert (entry.name, entry.dtype, entry.shape) == (name, tensor.dtype, tuple(tensor.shape)), (entry, name)
+        header = self._remaining.pop()
+        assert header == TensorHeader(name, tensor.dtype, tuple(tensor.shape)), (header, name)
         if tensor.numel():
             self._write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     @property
     def is_complete(self) -> bool:
-        return not self._coming
+        return not self._remaining
 
     def finish(self) -> FileRecord:
-        """Have it on the disk."""
-        assert self.is_complete, self._coming
+        """Flush the file to the disk and close it."""
+        assert self.is_complete, self._remaining
         os.fsync(self._file.fileno())
         self._file.close()
         return FileRecord(self._bytes, self._hash.hexdigest())
 
     def close(self) -> None:
-        """Let go of it, whole or not; closing twice is fine."""
+        """Close the file, complete or not; closing twice is allowed."""
         self._file.close()
 
     def _write(self, data: Any) -> None:
         for start in range(0, len(data), _CHUNK_BYTES):
             chunk = data[start : start + _CHUNK_BYTES]
             self._hash.update(chunk)
-            while len(chunk):  # a full disk takes a part first
+            while len(chunk):  # a full disk accepts only a part
                 chunk = chunk[self._file.write(chunk) :]
         self._bytes += len(data)
 
 
-def _header(entries: Iterable[Entry]) -> bytes:
+def _encode(headers: Iterable[TensorHeader]) -> bytes:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for entry in entries:
-        table[entry.name] = {
-            "dtype": code_of(entry.dtype),
-            "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.bytes],
+    offset = 0
+    for header in headers:
+        table[header.name] = {
+            "dtype": code_of(header.dtype),
+            "shape": list(header.shape),
+            "data_offsets": [offset, offset + header.bytes],
         }
-        at += entry.bytes
+        offset += header.bytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_pieces(
-    directory: Path, files: Mapping[str, Sequence[Entry]], pieces: Iterator[Piece]
+def write_chunks(
+    directory: Path, files: Mapping[str, Sequence[TensorHeader]], chunks: Iterator[TensorChunk]
 ) -> dict[str, FileRecord]:
     """Write files of tensors, one after the other, and through to the disk.
 
     Args:
-        directory: where.
-        files: path under `directory` -> its tensors; a file without any is written too.
-        pieces: their data, in this order. They are taken to the last even if writing fails: other ranks may be waiting
-            for this one to take part in making them.
+        directory: the directory that they are written to.
+        files: path under `directory` -> headers of its tensors; a file without tensors is written too.
+        chunks: their data, in this order. The iterator is exhausted even if writing fails: other ranks may be waiting
+            for this one in a collective that produces them.
 
     Raises:
-        OSError: the disk is full, or something else of the kind.
+        OSError: the disk is full, or another failure of the file system.
     """
     records: dict[str, FileRecord] = {}
     open_file: TensorFile | None = None
     try:
-        for name, entries in files.items():
-            open_file = TensorFile(directory / name, entries)
+        for name, headers in files.items():
+            open_file = TensorFile(directory / name, headers)
             while not open_file.is_complete:
-                piece = next(pieces)
-                assert piece.file == name, (piece.file, name)
-                open_file.add(piece.name, piece.tensor)
+                chunk = next(chunks)
+                assert chunk.file == name, (chunk.file, name)
+                open_file.add(chunk.name, chunk.tensor)
             records[name] = open_file.finish()
         return records
     finally:
         if open_file is not None:
             open_file.close()
-        for _ in pieces:
+        for _ in chunks:
             pass
 
 
@@ -155,7 +155,7 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 
 def record_file(path: Path) -> FileRecord:
-    """What a file is now."""
+    """Read a file and return its length and checksum."""
     with open(path, "rb") as file:
         digest, size = xxhash.xxh3_128(), 0
         for chunk in _chunks(file):
@@ -165,7 +165,7 @@ def record_file(path: Path) -> FileRecord:
 
 
 def damage(path: Path, expected: FileRecord) -> str | None:
-    """What is wrong with a file, in a few words; None if it is as it was written."""
+    """Return what is wrong with a file, in a few words; None if it is intact."""
     try:
         size = path.stat().st_size
         if size != expected.bytes:
@@ -178,7 +178,7 @@ def damage(path: Path, expected: FileRecord) -> str | None:
 
 
 def flush(path: Path) -> None:
-    """Have a file's bytes, or the names in a directory, on the disk."""
+    """Flush a file's bytes, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

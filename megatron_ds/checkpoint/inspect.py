@@ -1,4 +1,4 @@
-"""What a directory holds, from its files alone: a checkpoint, a folder of checkpoints, or a Hugging Face model."""
+"""Describe a directory from its files alone: a checkpoint, a folder of checkpoints, or a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megatron_ds.hf.weights import HFWeights
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """A file of tensors."""
+class TensorFileFacts:
+    """A file of tensors and how many it holds."""
 
     name: str
     bytes: int
@@ -32,30 +32,30 @@ class ModelFacts:
     """A model on disk.
 
     Attributes:
-        model_type, architecture: transformers' words.
-        num_params: tied ones once.
-        dtypes: type in safetensors' words -> number of tensors.
-        files: of weights.
+        model_type, architecture: as transformers names them.
+        num_params: the number of parameters, tied ones counted once.
+        dtypes: dtype as safetensors names it -> number of tensors.
+        files: the files of weights.
     """
 
     model_type: str
     architecture: str
     num_params: int
     dtypes: dict[str, int]
-    files: tuple[FileFacts, ...]
+    files: tuple[TensorFileFacts, ...]
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """Adapters on disk, in peft's words.
+    """Adapters on disk, in peft's format.
 
     Attributes:
         kind: such as LORA.
         rank: r.
-        modules: how many of the base's modules have one.
-        num_params: of all of them.
-        base: where the model is that they are beside.
-        file: of weights.
+        modules: the number of the base model's modules that have one.
+        num_params: the number of parameters of all of them.
+        base: the path of the base model, as their config names it.
+        file: the file of weights.
     """
 
     kind: str
@@ -63,23 +63,23 @@ class AdapterFacts:
     modules: int
     num_params: int
     base: str
-    file: FileFacts
+    file: TensorFileFacts
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """A checkpoint, or a plain model: then without progress, origin and state. What is damaged is left out.
+    """A checkpoint, or a plain model: then without progress, origin and state. Damaged parts are left out.
 
     Attributes:
-        path: where.
-        model: its weights; None where it holds adapters.
-        adapters: what it holds then.
+        path: its directory.
+        model: its model; None if it holds adapters.
+        adapters: its adapters, if it holds any.
         progress, origin: see `progress`.
         state: kind -> number of elements.
-        state_files: of the training state.
+        state_files: the files of the training state.
         bytes: of all files that it must have.
         problems: a line for each file that is missing or damaged.
-        checked: whether checksums were looked at.
+        checked: whether checksums were compared.
     """
 
     path: str
@@ -87,7 +87,7 @@ class CheckpointFacts:
     progress: Progress | None = None
     origin: Origin | None = None
     state: dict[str, int] = field(default_factory=dict)
-    state_files: tuple[FileFacts, ...] = ()
+    state_files: tuple[TensorFileFacts, ...] = ()
     bytes: int = 0
     problems: tuple[str, ...] = ()
     checked: bool = False
@@ -96,7 +96,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """Checkpoints of a run, newest first; `latest` is what the folder says it is."""
+    """Checkpoints of a run, newest first; `latest` is the name that the folder's file of that name holds."""
 
     path: str
     latest: str | None
@@ -104,14 +104,14 @@ class FolderFacts:
 
 
 def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | FolderFacts:
-    """Look at a directory.
+    """Describe a directory.
 
     Args:
         path: a checkpoint, a folder of checkpoints, a run's output, or a Hugging Face directory.
-        fast: believe files that have the right length; else every byte is read and compared with its checksum.
+        fast: compare the lengths of files only; else every byte is read and the checksums are compared.
 
     Raises:
-        CheckpointError: it is none of these.
+        CheckpointError: the directory is none of these.
     """
     path = Path(path)
     for folder in (path, path / "checkpoints"):
@@ -136,10 +136,10 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
 
 
 def inspect_model(path: Path) -> ModelFacts:
-    """The model in a directory, whatever else is there; headers are read, no weights.
+    """Describe the model in a directory, ignoring other files; headers are read, no weights.
 
     Raises:
-        CheckpointError: there is none that our tables know.
+        CheckpointError: there is no model of a supported family.
     """
     try:
         weights = HFWeights(path, read_model(path))
@@ -148,12 +148,12 @@ def inspect_model(path: Path) -> ModelFacts:
         raise CheckpointError(str(problem)) from problem
     dtypes = Counter(stored.dtype for table in tables.values() for stored in table.values())
     model = weights.model
-    files = tuple(FileFacts(file.name, file.stat().st_size, len(table)) for file, table in tables.items())
+    files = tuple(TensorFileFacts(file.name, file.stat().st_size, len(table)) for file, table in tables.items())
     return ModelFacts(model.family.model_type, model.architecture, weights.num_params, dict(dtypes), files)
 
 
 def inspect_adapters(path: Path) -> AdapterFacts:
-    """The adapters in a directory; the base is not looked for.
+    """Describe the adapters in a directory; their base model is not read.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -170,7 +170,7 @@ def inspect_adapters(path: Path) -> AdapterFacts:
 
 
 def _checkpoint(path: Path, fast: bool) -> CheckpointFacts:
-    """What can be read, and a line for what cannot."""
+    """Describe the readable parts of a checkpoint, with a line for each damaged file."""
     try:
         records = read_manifest(path)
     except CheckpointError as problem:
@@ -188,7 +188,7 @@ def _checkpoint(path: Path, fast: bool) -> CheckpointFacts:
         if not is_damaged:
             try:
                 facts = add(facts, path)
-            except CheckpointError as problem:  # damage that lengths do not show, or a version to come
+            except CheckpointError as problem:  # damage that lengths do not show, or a newer version
                 problems.append(str(problem))
     return replace(facts, problems=tuple(dict.fromkeys(problems)))
 
@@ -216,10 +216,10 @@ def _with_state(facts: CheckpointFacts, path: Path) -> CheckpointFacts:
     return replace(facts, state=state, state_files=files)
 
 
-def _file(path: Path) -> FileFacts:
-    return FileFacts(path.name, path.stat().st_size, len(read_table(path)))
+def _file(path: Path) -> TensorFileFacts:
+    return TensorFileFacts(path.name, path.stat().st_size, len(read_table(path)))
 
 
 def as_json(facts: CheckpointFacts | FolderFacts) -> dict[str, object]:
-    """For machines."""
+    """Return the facts as JSON values."""
     return asdict(facts)

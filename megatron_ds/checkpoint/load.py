@@ -1,4 +1,4 @@
-"""Put a run where it stood, at whatever layout."""
+"""Load the training state of a checkpoint into an engine at any layout."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader
-from megatron_ds.checkpoint.state import Fragment, fragments, refresh_weights, set_loss_scale
+from megatron_ds.checkpoint.state import OptimizerShard, optimizer_shards, refresh_weights, set_loss_scale
 from megatron_ds.checkpoint.state_keys import KINDS
-from megatron_ds.checkpoint.tensor_slices import Box
+from megatron_ds.checkpoint.tensor_slices import TensorSlice
 from megatron_ds.engine import Engine
 
 
 @torch.no_grad()
 def load_state(engine: Engine, reader: StateReader) -> Progress:
-    """Give a fresh engine the masters, moments and steps of a checkpoint, at any layout. Collective.
+    """Load the masters, moments and steps of a checkpoint into a fresh engine. Collective over the world.
 
     A parameter that was not trained then, and is now, keeps the weights that the engine was filled with, without
     moments.
@@ -23,16 +23,16 @@ def load_state(engine: Engine, reader: StateReader) -> Progress:
     Raises:
         CheckpointError: an element is missing.
     """
-    trained, axis = set(reader.progress.trained), engine.grid.tensor
+    trained, axes = set(reader.progress.trained), engine.grid.model_axes
     steps: dict[int, tuple[Tensor, float]] = {}
-    for fragment in fragments(engine):
-        if fragment.name not in trained:
+    for shard in optimizer_shards(engine):
+        if shard.name not in trained:
             continue
-        for box, views in fragment.pieces(axis.rank, axis.size):
+        for part, views in shard.slices(axes):
             for kind in KINDS:
-                _read_into(reader, kind, fragment, box, views[kind])
-        known = steps.get(id(fragment.steps), (fragment.steps, 0.0))[1]
-        steps[id(fragment.steps)] = fragment.steps, max(known, reader.steps(fragment.name))
+                _read_into(reader, kind, shard, part, views[kind])
+        known = steps.get(id(shard.steps), (shard.steps, 0.0))[1]
+        steps[id(shard.steps)] = shard.steps, max(known, reader.steps(shard.name))
     for counter, value in steps.values():
         counter.fill_(value)
     refresh_weights(engine)
@@ -41,10 +41,10 @@ def load_state(engine: Engine, reader: StateReader) -> Progress:
     return reader.progress
 
 
-def _read_into(reader: StateReader, kind: str, fragment: Fragment, box: Box, view: Tensor) -> None:
+def _read_into(reader: StateReader, kind: str, shard: OptimizerShard, part: TensorSlice, view: Tensor) -> None:
     if view.device.type == "cpu":
-        reader.read(kind, fragment.name, box, view)
+        reader.read(kind, shard.name, part, view)
         return
     host = torch.empty(view.shape, dtype=view.dtype)
-    reader.read(kind, fragment.name, box, host)
+    reader.read(kind, shard.name, part, host)
     view.copy_(host)

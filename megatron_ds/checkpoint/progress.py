@@ -1,4 +1,4 @@
-"""Where a run stands: all that a checkpoint has beside tensors. Nothing in it depends on the layout."""
+"""Progress of a run: everything in a checkpoint that is not a tensor. Nothing in it depends on the layout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class DataPosition:
-    """How far a run has come in its data, and which data these are.
+    """The position of a run in its data, and the identity of these data.
 
     Attributes:
-        samples: taken so far, since `Progress.data_began`: where the next batch begins in the stream of samples.
-        fingerprint: of the training data's samples, which their length is part of.
+        samples: the number of samples read so far: the index of the next batch in the stream of samples.
+        fingerprint: of the training data's samples, including their length.
         seed: of their order.
-        seq_length: of a sample.
-        shuffle: whether they are in an order of their own each epoch.
-        description: for people.
-        settings: what the run file said of the data: to tell what has changed, should the fingerprint; empty in
+        seq_length: the length of a sample in tokens.
+        shuffle: whether each epoch has its own order.
+        description: a readable description of the data.
+        settings: the data section of the run file, to name what has changed if the fingerprint differs; empty in
             checkpoints of earlier versions.
     """
 
@@ -40,14 +40,14 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a step.
+    """The progress of a run after a step.
 
     Attributes:
-        step: steps done, skipped ones too; also what dropout's random numbers go by.
-        applied: optimizer steps that were not skipped: what the learning rate goes by.
-        bad_steps: how many of the last steps in a row were skipped for a loss or gradient that was not finite.
-        data: position in the data.
-        loss_scale: state of fp16's loss scale; empty without one.
+        step: the number of steps done, skipped ones included; dropout's random numbers follow from it.
+        applied: the number of optimizer steps that were not skipped; the learning rate follows from it.
+        bad_steps: the number of consecutive last steps that were skipped for a loss or gradient that was not finite.
+        data: the position in the data.
+        loss_scale: the state of fp16's loss scale; empty without one.
         trained: names of the parameters that have an optimizer state, in order.
     """
 
@@ -59,12 +59,13 @@ class Progress:
     trained: tuple[str, ...] = ()
 
     def with_data(self, **changes: Any) -> Progress:
+        """Return a copy with some fields of `data` replaced."""
         return replace(self, data=replace(self.data, **changes))
 
 
 @dataclass(frozen=True)
 class Origin:
-    """By whom a checkpoint was written; for people, nothing goes by it."""
+    """The run that wrote a checkpoint: shown by `inspect`, never read by a run."""
 
     world_size: int = 1
     tensor: int = 1
@@ -78,21 +79,21 @@ class Origin:
 
 
 def timestamp() -> str:
-    """Now, in UTC."""
+    """Return the current time in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def encode(progress: Progress, origin: Origin) -> str:
-    """As JSON."""
+    """Encode progress and origin as JSON."""
     content = {"format_version": FORMAT_VERSION, "progress": asdict(progress), "origin": asdict(origin)}
     return json.dumps(content, indent=2) + "\n"
 
 
 def decode(path: Path) -> tuple[Progress, Origin]:
-    """Read what `encode` gave.
+    """Read a file that `encode` made.
 
     Raises:
-        CheckpointError: it is not, or of a version to come.
+        CheckpointError: the file is damaged, or of a newer version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

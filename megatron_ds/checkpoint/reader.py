@@ -1,4 +1,4 @@
-"""Read checkpoints from their files: which one is newest and whole, and what is in its training state."""
+"""Find the newest intact checkpoint, and read the training state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from megatron_ds.checkpoint.directory import PROGRESS, STATE, checkpoints_in, is
 from megatron_ds.checkpoint.files import FileRecord, damage
 from megatron_ds.checkpoint.progress import decode
 from megatron_ds.checkpoint.state_keys import KINDS, STEPS, parse_key
-from megatron_ds.checkpoint.tensor_slices import Box, whole
+from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.tensor_files import Stored, read_table
 
-# ---- which one -------------------------------------------------------------------------------------------------------
+# ---- find the newest intact one --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What there is to go on from.
+    """The checkpoint that a run resumes from.
 
     Attributes:
-        path: the checkpoint; None if there is none that is whole.
-        damaged: a line for each newer one, naming the file.
+        path: the checkpoint; None if none is intact.
+        damaged: a line for each newer one, naming the damaged file.
     """
 
     path: Path | None = None
@@ -36,13 +36,13 @@ class ResumePoint:
 
 
 def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoint:
-    """The newest checkpoint in a folder none of whose files is missing or damaged. Collective.
+    """Return the newest checkpoint in a folder none of whose files is missing or damaged. Collective over the world.
 
-    Every file is read; the ranks share them.
+    Every file is read; the ranks divide them among themselves.
 
     Args:
-        folder: on a disk that all ranks see.
-        rank, world_size: of the process group.
+        folder: a folder on a disk that all ranks see.
+        rank, world_size: this rank and the size of the process group.
     """
     mine = [path.name for path in checkpoints_in(folder)]
     listed: list[list[str]] = [mine]
@@ -62,7 +62,8 @@ def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoi
 
 
 def first_damage(directory: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in one line naming the file; None if it is as it was written. Collective."""
+    """Return what is wrong with a checkpoint, in one line naming the file; None if it is intact. Collective over the
+    world."""
     mine: str | None = None
     try:
         records = read_manifest(directory)
@@ -84,17 +85,17 @@ def _check(directory: Path, records: Mapping[str, FileRecord], names: Sequence[s
     return None
 
 
-# ---- what is in it ---------------------------------------------------------------------------------------------------
+# ---- read its state --------------------------------------------------------------------------------------------------
 
 
 class StateReader:
-    """The training state of a checkpoint, tensor by tensor; opening it reads headers only.
+    """The training state of a checkpoint, read tensor by tensor; opening it reads headers only.
 
     Args:
         directory: the checkpoint.
 
     Raises:
-        CheckpointError: it is none, or a file of it is no safetensors.
+        CheckpointError: the directory is no checkpoint, or one of its files is not safetensors.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -102,49 +103,50 @@ class StateReader:
             raise CheckpointError(f"{directory} is no checkpoint: it has no {STATE}/manifest.json")
         self.directory = directory
         self.progress, self.origin = decode(directory / PROGRESS)
-        self._boxes: dict[tuple[str, str], list[tuple[Box, Path, Stored]]] = defaultdict(list)
+        self._slices: dict[tuple[str, str], list[tuple[TensorSlice, Path, Stored]]] = defaultdict(list)
         try:
             names = [name for name in read_manifest(directory) if name.startswith(f"{STATE}/state-")]
             for file in (directory / name for name in sorted(names)):
                 for key, stored in read_table(file).items():
-                    kind, name, box = parse_key(key, stored.shape)
-                    self._boxes[kind, name].append((box, file, stored))
+                    kind, name, part = parse_key(key, stored.shape)
+                    self._slices[kind, name].append((part, file, stored))
         except (ConversionError, ValueError) as problem:
             raise CheckpointError(f"{directory}: {problem}") from problem
 
     def has(self, kind: str, name: str) -> bool:
-        return (kind, name) in self._boxes
+        """Return whether there is state of a kind for a parameter."""
+        return (kind, name) in self._slices
 
-    def read(self, kind: str, name: str, wanted: Box, place: Tensor) -> None:
-        """Copy the elements of a box into a tensor of its shape.
+    def read(self, kind: str, name: str, wanted: TensorSlice, place: Tensor) -> None:
+        """Copy the elements of a slice into a tensor of its shape.
 
         Raises:
-            CheckpointError: some of them are not there.
+            CheckpointError: some of them are missing.
         """
         missing = wanted.numel
-        for box, file, stored in self._boxes[kind, name]:
-            common = box.meet(wanted)
+        for part, file, stored in self._slices[kind, name]:
+            common = part.intersect(wanted)
             if common is not None:
-                place[common.inside(wanted)].copy_(stored.view(file)[common.inside(box)])
+                place[common.index_in(wanted)].copy_(stored.view(file)[common.index_in(part)])
                 missing -= common.numel
         if missing:
             raise CheckpointError(f"{self.directory}: {missing} elements of {kind} of {name} are not in its state")
 
-    def read_whole(self, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
-        """All of a parameter, (shape) fp32."""
+    def read_full(self, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read the state of a full parameter, (shape) fp32."""
         place = torch.empty(shape, dtype=torch.float32)
-        self.read(kind, name, whole(shape), place)
+        self.read(kind, name, full_slice(shape), place)
         return place
 
     def elements_by_kind(self) -> dict[str, int]:
-        """How many elements there are of each kind."""
+        """Return the number of elements of each kind."""
         found = dict.fromkeys(KINDS, 0)
-        for (kind, _), parts in self._boxes.items():
+        for (kind, _), stored in self._slices.items():
             if kind in found:
-                found[kind] += sum(box.numel for box, _, _ in parts)
+                found[kind] += sum(part.numel for part, _, _ in stored)
         return found
 
     def steps(self, name: str) -> float:
-        """How often a parameter was updated."""
-        ((_, file, stored),) = self._boxes[STEPS, name]
+        """Return the number of times a parameter was updated."""
+        ((_, file, stored),) = self._slices[STEPS, name]
         return float(stored.view(file))

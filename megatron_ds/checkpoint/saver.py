@@ -1,7 +1,7 @@
-"""Save a live run: take what it is at one moment, write it on every rank, and give it its name when all is there.
+"""Save a live run: take a snapshot, write it on every rank, and rename it when every file is written.
 
-With `asynchronous` only the taking stops the training. Files are written by a thread of each rank; the threads agree
-over a process group of their own that all have written, and the first rank's then makes the checkpoint appear.
+With `asynchronous` only the snapshot stops the training. A thread of each rank writes the files; the threads agree over
+a process group of their own that all have written, and rank 0's thread then gives the checkpoint its name.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ import torch.distributed as dist
 
 from megatron_ds.checkpoint import directory as naming
 from megatron_ds.checkpoint.directory import PROGRESS, STATE
-from megatron_ds.checkpoint.files import FileRecord, write_bytes, write_pieces
+from megatron_ds.checkpoint.files import FileRecord, write_bytes, write_chunks
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
-from megatron_ds.checkpoint.snapshot import HostMemory, Part, pass_on, take_part
-from megatron_ds.checkpoint.state import fragments, loss_scale
-from megatron_ds.checkpoint.weights import AdapterWeights, ModelWeights
+from megatron_ds.checkpoint.snapshot import HostMemory, RankFiles, take_snapshot, without_copy
+from megatron_ds.checkpoint.state import loss_scale, optimizer_shards
+from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.log import get_logger
 
-SLOWEST_S = 7200.0  # ranks wait so long for the one whose storage is slowest
+SLOWEST_S = 7200.0  # the time that ranks wait for the one with the slowest storage
 
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """How a run's checkpoints are kept.
+    """Where and how a run's checkpoints are saved.
 
     Attributes:
-        folder: where they are.
-        keep: how many stay.
-        asynchronous: whether training goes on while files are written.
+        folder: the folder of the checkpoints.
+        keep: the number of checkpoints that are kept.
+        asynchronous: whether training continues while files are written.
         protected: checkpoints that are never removed.
-        model_path, tokenizer_path: where generation settings and the tokenizer are taken from, once.
+        model_path, tokenizer_path: the sources of generation settings and tokenizer files, read once.
     """
 
     folder: Path
@@ -57,15 +57,15 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is there, and what it cost.
+    """A saved checkpoint and its cost.
 
     Attributes:
-        path: where it is.
-        step: of the run.
+        path: its directory.
+        step: the run's step.
         bytes: of all files, over all ranks.
-        waited_s: training stood still until the one before was written.
-        paused_s: training stood still in all, that wait included.
-        written_s: from the moment that it was taken until it had its name.
+        waited_s: seconds that training waited until the previous one was written.
+        paused_s: seconds that training was stopped in total, that wait included.
+        written_s: seconds from the snapshot until it had its name.
         host_bytes: memory of this rank that asynchronous saving holds.
     """
 
@@ -79,14 +79,16 @@ class Saved:
 
 
 class Saver:
-    """Saves one run. Making it, `save` and `wait` are collective: every rank calls them after the same step.
+    """Saves the checkpoints of one run.
+
+    Its construction, `save` and `wait` are collective over the world: every rank calls them after the same step.
 
     Args:
-        engine: what is saved.
-        model: what it is in Hugging Face's words.
-        options: where and how.
-        origin: who writes.
-        adapters: what is trained beside a model that is not; then they alone are saved.
+        engine: the engine whose state is saved.
+        model: its Hugging Face names and config.
+        options: where and how checkpoints are saved.
+        origin: the run that writes them.
+        adapters: the adapters that are trained, if there are any; then they alone are saved.
 
     Raises:
         ConversionError: on rank 0, if the tokenizer's files are damaged.
@@ -102,12 +104,12 @@ class Saver:
     ) -> None:
         self.engine, self.options, self.origin = engine, options, origin
         inventory = engine.inventory()
-        self.weights: ModelWeights | AdapterWeights
+        self.weights: ModelWriter | AdapterWriter
         if adapters is None:
-            self.weights = ModelWeights(engine, model, inventory, options.model_path, options.tokenizer_path)
+            self.weights = ModelWriter(engine, model, inventory, options.model_path, options.tokenizer_path)
         else:
-            self.weights = AdapterWeights(engine, adapters, inventory, options.tokenizer_path)
-        # what threads say to each other must not mix with what the training says, and needs no accelerator
+            self.weights = AdapterWriter(engine, adapters, inventory, options.tokenizer_path)
+        # the threads' communication must not mix with that of training, and needs no accelerator
         alone = dist.get_world_size() == 1
         self.group = None if alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=SLOWEST_S))
         self.trained = self._all_trained([name for stage in inventory for name, _, _ in stage])
@@ -116,34 +118,35 @@ class Saver:
         self._writing: _Writing | None = None
 
     def save(self, progress: Progress) -> Saved | None:
-        """Save the run as it is now; returns when training may go on.
+        """Save the run as it is now; returns when training may continue. Collective over the world.
 
         Returns:
-            the save before, if it was still being written: it is waited for.
+            The previous save, if it was still being written: it is waited for.
 
         Raises:
-            CheckpointError: on every rank, if any could not write; what was there before is as it was.
+            CheckpointError: on every rank, if any could not write; earlier checkpoints are unchanged.
         """
         began_s = time.monotonic()
         before = self.wait()
         waited_s = time.monotonic() - began_s
         progress = replace(progress, loss_scale=loss_scale(self.engine), trained=self.trained)
         writing = _Writing(self, progress, began_s, waited_s)
-        writing.make_room()
-        part = take_part(self.engine, self.weights, self.memory or pass_on)
+        writing.make_directory()
+        files = take_snapshot(self.engine, self.weights, self.memory or without_copy)
         if self.memory is not None:
-            part = replace(part, pieces=iter(list(part.pieces)))
-        writing.start(part, in_thread=self.memory is not None)
+            files = replace(files, chunks=iter(list(files.chunks)))
+        writing.start(files, in_thread=self.memory is not None)
         self._writing = writing
         return before
 
     @property
     def is_due(self) -> bool:
-        """Whether a save came to its end on this rank, so that `wait` will not wait for it. Not collective."""
+        """Whether a save has ended on this rank, so that `wait` returns at once. Not collective."""
         return self._writing is not None and not self._writing.is_running
 
     def wait(self) -> Saved | None:
-        """Until what was saved last is there; None if nothing is being written.
+        """Wait until the last save is complete and return it; None if nothing is being written. Collective over the
+        world.
 
         Raises:
             CheckpointError: on every rank, if any could not write it.
@@ -152,7 +155,7 @@ class Saver:
         return writing.result() if writing is not None else None
 
     def gather(self, mine: Any) -> list[Any]:
-        """What every rank has, on every rank."""
+        """Gather an object from every rank on every rank. Collective over the world."""
         if self.group is None:
             return [mine]
         everyone: list[Any] = [None] * dist.get_world_size(self.group)
@@ -160,20 +163,20 @@ class Saver:
         return everyone
 
     def _all_trained(self, order: list[str]) -> tuple[str, ...]:
-        everyone = self.gather([fragment.name for fragment in fragments(self.engine)])
+        everyone = self.gather([shard.name for shard in optimizer_shards(self.engine)])
         trained = {name for names in everyone for name in names}
         return tuple(name for name in order if name in trained)
 
 
 class _Problem(NamedTuple):
-    """What went wrong on a rank: a disk's fault in a line, or a defect of ours with its traceback."""
+    """A failure on one rank: an error of its disk in one line, or a defect in this code with its traceback."""
 
     text: str
     is_defect: bool
 
 
 class _Writing:
-    """One save on its way to the disk, on one rank."""
+    """A save in progress on one rank."""
 
     def __init__(self, saver: Saver, progress: Progress, began_s: float, waited_s: float) -> None:
         self._saver, self._progress = saver, progress
@@ -182,7 +185,7 @@ class _Writing:
         self._directory = naming.temporary_for(self._folder, progress.step)
         self._is_first = saver.engine.grid.rank == 0
         self._thread: threading.Thread | None = None
-        self._part: Part | None = None
+        self._files: RankFiles | None = None
         self._problems: list[_Problem] = []
         self._bytes = 0
         self._defect: BaseException | None = None
@@ -192,12 +195,12 @@ class _Writing:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until it has come to its end."""
+        """Wait until the thread has ended."""
         if self._thread is not None:
             self._thread.join()
 
-    def make_room(self) -> None:
-        """An empty directory under a temporary name, seen by all ranks."""
+    def make_directory(self) -> None:
+        """Create an empty directory with a temporary name, seen by all ranks. Collective over the world."""
 
         def make() -> None:
             if self._is_first:
@@ -208,14 +211,14 @@ class _Writing:
             if not (self._directory / STATE).is_dir():
                 raise FileNotFoundError(f"{self._folder} is not on a disk that all machines share")
 
-        self._everywhere(make)
+        self._on_all_ranks(make)
         if not self._problems:
-            self._everywhere(look)
+            self._on_all_ranks(look)
         self._refuse()
 
-    def start(self, part: Part, in_thread: bool) -> None:
-        """Write, now or from now on."""
-        self._part = part
+    def start(self, files: RankFiles, in_thread: bool) -> None:
+        """Write the files, at once or in a thread."""
+        self._files = files
         if in_thread:
             self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
             self._thread.start()
@@ -224,7 +227,7 @@ class _Writing:
         self._paused_s = time.monotonic() - self._began_s
 
     def result(self) -> Saved:
-        """Wait for the end.
+        """Wait for the end and return the saved checkpoint.
 
         Raises:
             CheckpointError: see `Saver.wait`.
@@ -245,22 +248,22 @@ class _Writing:
         )
 
     def _run(self) -> None:
-        part = self._part
-        assert part is not None
+        files = self._files
+        assert files is not None
         try:
-            records = self._everywhere(lambda: write_pieces(self._directory, part.files, part.pieces))
+            records = self._on_all_ranks(lambda: write_chunks(self._directory, files.files, files.chunks))
             if not self._problems:
                 everything = {name: record for mine in records for name, record in mine.items()}
-                sizes = self._everywhere(lambda: self._finish(everything))
+                sizes = self._on_all_ranks(lambda: self._finish(everything))
                 self._bytes = sizes[0] or 0
             if self._problems and self._is_first:
                 shutil.rmtree(self._directory, ignore_errors=True)
             self._written_s = time.monotonic() - self._began_s - self._waited_s
-        except BaseException as problem:  # of a thread, or another rank's end: `result` raises it
+        except BaseException as problem:  # in a thread, or the end of another rank: `result` raises it
             self._defect = problem
 
     def _finish(self, records: Mapping[str, FileRecord]) -> int:
-        """On the first rank: the small files, the manifest, the name; then make room."""
+        """On rank 0: write the small files and the manifest, rename the directory, remove old checkpoints."""
         if not self._is_first:
             return 0
         directory, options = self._directory, self._saver.options
@@ -274,12 +277,12 @@ class _Writing:
         final = naming.put_in_place(self._folder, self._progress.step)
         try:
             naming.remove_old(self._folder, options.keep, (*options.protected, final))
-        except OSError as problem:  # the new one is there: that an old one stays is no reason to stop
+        except OSError as problem:  # the new one is complete: an old one that stays is no reason to stop
             get_logger().warning("%s: an old checkpoint could not be removed (%s)", self._folder, problem)
         return sum(record.bytes for record in files.values())
 
-    def _everywhere(self, act: Callable[[], Any]) -> list[Any]:
-        """Do something on every rank and tell the results to all; what goes wrong on any stands in `_problems`."""
+    def _on_all_ranks(self, act: Callable[[], Any]) -> list[Any]:
+        """Return the results of `act` on every rank; failures are added to `_problems`. Collective over the world."""
         rank, mine = self._saver.engine.grid.rank, None
         problem: _Problem | None = None
         try:
@@ -298,12 +301,12 @@ class _Writing:
         for problem in self._problems:
             if problem.is_defect:
                 raise RuntimeError(problem.text)
-        whole = naming.checkpoints_in(self._folder)
-        left = f"{whole[0].name} is the newest that is whole" if whole else "there is no earlier one"
+        earlier = naming.checkpoints_in(self._folder)
+        left = f"{earlier[0].name} is the newest intact one" if earlier else "there is no earlier one"
         free = shutil.disk_usage(_existing(self._folder)).free
         raise CheckpointError(
             f"{self._folder}: {naming.name_of(self._progress.step)} could not be saved: {self._problems[0].text} "
-            f"({free / 1e9:.2f} GB are free there); {left}; mend it and start again: the run goes on from there"
+            f"({free / 1e9:.2f} GB are free there); {left}; fix this and start again: the run resumes from it"
         )
 
 

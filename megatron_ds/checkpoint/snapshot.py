@@ -1,4 +1,4 @@
-"""What a rank has to write, taken at one moment: training may go on while it is written."""
+"""The data that a rank writes into a checkpoint, taken at one moment: training may continue while it is written."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import torch
 from torch import Tensor
 
 from megatron_ds.checkpoint.directory import STATE
-from megatron_ds.checkpoint.files import Entry, Piece
-from megatron_ds.checkpoint.state import Fragment, owned
+from megatron_ds.checkpoint.files import TensorChunk, TensorHeader
+from megatron_ds.checkpoint.state import OptimizerShard, owned_shards
 from megatron_ds.checkpoint.state_keys import STEPS, key_of
-from megatron_ds.checkpoint.tensor_slices import Box
-from megatron_ds.checkpoint.weights import AdapterWeights, ModelWeights
+from megatron_ds.checkpoint.tensor_slices import TensorSlice
+from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
+from megatron_ds.parallel.grid import Axes
 
 
-class Keep(Protocol):
-    """Gives a tensor on CPU, contiguous, with the same values: itself, or a copy under a key."""
+class CopyToHost(Protocol):
+    """Returns a tensor on CPU, contiguous, with the same values: the tensor itself, or a copy kept under a key."""
 
     def __call__(self, key: str, tensor: Tensor) -> Tensor: ...
 
 
-def pass_on(key: str, tensor: Tensor) -> Tensor:
-    """No copy where none is needed: the tensor is written before it changes."""
+def without_copy(key: str, tensor: Tensor) -> Tensor:
+    """Return the tensor itself if it is on CPU and contiguous: it is written before it changes."""
     return tensor.detach().to("cpu").contiguous()
 
 
 @dataclass
 class HostMemory:
-    """Copies of tensors, in memory that is used again at the next save.
+    """Copies of tensors, in memory that the next save uses again.
 
-    Memory that is new to the process costs several times as much as copying. Where there is an accelerator it is
-    page-locked, so that copying goes at the bus's full speed.
+    Memory that is new to the process costs several times as much as copying. With an accelerator it is page-locked, so
+    that copying runs at the bus's full speed.
 
     Args:
-        pinned: whether to lock it.
+        pinned: whether to page-lock it.
     """
 
     pinned: bool
@@ -56,42 +57,40 @@ class HostMemory:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this rank writes: the files with their tensors, and the data, in this order.
+class RankFiles:
+    """The files that this rank writes, with the headers of their tensors, and the data in the same order.
 
-    `pieces` is taken once, to its end: it may communicate.
+    `chunks` is iterated once, to its end: it may communicate.
     """
 
-    files: Mapping[str, Sequence[Entry]]
-    pieces: Iterator[Piece]
+    files: Mapping[str, Sequence[TensorHeader]]
+    chunks: Iterator[TensorChunk]
 
     @property
     def bytes(self) -> int:
-        return sum(entry.bytes for entries in self.files.values() for entry in entries)
+        return sum(header.bytes for headers in self.files.values() for header in headers)
 
 
-def take_part(engine: Engine, weights: ModelWeights | AdapterWeights, keep: Keep) -> Part:
-    """This rank's part of a checkpoint of a live model. Collective, and so is taking the pieces."""
-    own = list(owned(engine))
-    state = list(_state_tensors(own, engine))
+def take_snapshot(engine: Engine, weights: ModelWriter | AdapterWriter, copy: CopyToHost) -> RankFiles:
+    """Return this rank's files of a checkpoint. Collective over the world, and so is iterating over the chunks."""
+    state = list(_state_tensors(list(owned_shards(engine)), engine.grid.model_axes))
     file = f"{STATE}/state-{engine.grid.rank:05d}-of-{engine.grid.layout.world_size:05d}.safetensors"
-    files = {**weights.files(), file: [Entry(name, torch.float32, tuple(tensor.shape)) for name, tensor in state]}
+    headers = [TensorHeader(name, torch.float32, tuple(tensor.shape)) for name, tensor in state]
 
-    def pieces() -> Iterator[Piece]:
-        for weights_file, name, tensor in weights.pieces():
-            yield Piece(weights_file, name, keep(f"weights/{name}", tensor))
+    def chunks() -> Iterator[TensorChunk]:
+        for weights_file, name, tensor in weights.chunks():
+            yield TensorChunk(weights_file, name, copy(f"weights/{name}", tensor))
         for name, tensor in state:
-            yield Piece(file, name, keep(name, tensor))
+            yield TensorChunk(file, name, copy(name, tensor))
 
-    return Part(files, pieces())
+    return RankFiles({**weights.files(), file: headers}, chunks())
 
 
-def _state_tensors(own: Sequence[Fragment], engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Names and live views. A parameter's steps are told by who has its first element."""
-    axis = engine.grid.tensor
-    for fragment in own:
-        for box, views in fragment.pieces(axis.rank, axis.size):
+def _state_tensors(shards: Sequence[OptimizerShard], axes: Axes) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and live views. The rank with a parameter's first element writes its number of steps."""
+    for shard in shards:
+        for part, views in shard.slices(axes):
             for kind, view in views.items():
-                yield key_of(kind, fragment.name, box), view
-            if not any(box.start):
-                yield key_of(STEPS, fragment.name, Box((), ())), fragment.steps
+                yield key_of(kind, shard.name, part), view
+            if not any(part.start):
+                yield key_of(STEPS, shard.name, TensorSlice((), ())), shard.steps

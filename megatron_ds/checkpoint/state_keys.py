@@ -1,20 +1,20 @@
-"""What the tensors of the training state are called: kind, parameter, and where their box begins."""
+"""Names of the tensors of the training state: the kind, the parameter, and where the slice begins."""
 
 from __future__ import annotations
 
-from megatron_ds.checkpoint.tensor_slices import Box
+from megatron_ds.checkpoint.tensor_slices import TensorSlice
 
 MASTER, STEPS = "master", "step"
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")
-"""What there is of every element that is trained: the weight in fp32 and AdamW's two moments (Kingma and Ba 2015)."""
+"""The state of every trained element: the weight in fp32 and AdamW's two moments (Kingma and Ba 2015)."""
 
 
-def key_of(kind: str, name: str, box: Box) -> str:
-    """How a box of a parameter is called in a file of the training state: `exp_avg/blocks.0.norm.weight/0,64`."""
-    return f"{kind}/{name}/{','.join(map(str, box.start))}"
+def key_of(kind: str, name: str, part: TensorSlice) -> str:
+    """Return the name of a slice of a parameter in a file of the state: `exp_avg/blocks.0.norm.weight/0,64`."""
+    return f"{kind}/{name}/{','.join(map(str, part.start))}"
 
 
-def parse_key(key: str, shape: tuple[int, ...]) -> tuple[str, str, Box]:
-    """What `key_of` was given."""
+def parse_key(key: str, shape: tuple[int, ...]) -> tuple[str, str, TensorSlice]:
+    """Return the arguments that `key_of` was called with, given the shape of the tensor of this name."""
     kind, name, start = key.split("/")
-    return kind, name, Box(tuple(int(part) for part in start.split(",") if part), shape)
+    return kind, name, TensorSlice(tuple(int(number) for number in start.split(",") if number), shape)

@@ -1,7 +1,7 @@
-"""Boxes: parts of a tensor whose sides are parallel to its dims.
+"""Slices of a tensor: ranges of elements along each of its dims.
 
 Every layout cuts a tensor differently: tensor parallelism along a dim, ZeRO along its flattened elements. Each cut is a
-few boxes of the whole (logical) tensor, so that what one layout wrote another can read by intersecting.
+few slices of the full (logical) tensor, so that what one layout wrote another can read by intersecting.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_ds.layers.param_spec import ParamSpec
+from megatron_ds.parallel.grid import Axes
 
 
 @dataclass(frozen=True)
-class Box:
-    """The elements from `start` to `start + shape`, dim by dim; of a tensor without dims, all of it."""
+class TensorSlice:
+    """The elements from `start` to `start + shape` along each dim; of a tensor without dims, its only element."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -24,8 +25,8 @@ class Box:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def meet(self, other: Box) -> Box | None:
-        """What both have in common; None if nothing."""
+    def intersect(self, other: TensorSlice) -> TensorSlice | None:
+        """Return the elements that are in both; None if there are none."""
         start = tuple(max(mine, theirs) for mine, theirs in zip(self.start, other.start))
         stop = tuple(
             min(mine + size, theirs + other_size)
@@ -33,60 +34,58 @@ class Box:
         )
         if any(first >= last for first, last in zip(start, stop)):
             return None
-        return Box(start, tuple(last - first for first, last in zip(start, stop)))
+        return TensorSlice(start, tuple(last - first for first, last in zip(start, stop)))
 
-    def inside(self, outer: Box) -> tuple[slice, ...]:
-        """Where it lies in a tensor that holds the elements of `outer`."""
+    def index_in(self, outer: TensorSlice) -> tuple[slice, ...]:
+        """Return the index of these elements in a tensor that holds the elements of `outer`."""
         return tuple(
             slice(mine - base, mine - base + size) for mine, base, size in zip(self.start, outer.start, self.shape)
         )
 
 
-def whole(shape: tuple[int, ...]) -> Box:
-    """All of a tensor."""
-    return Box((0,) * len(shape), shape)
+def full_slice(shape: tuple[int, ...]) -> TensorSlice:
+    """Return all elements of a tensor."""
+    return TensorSlice((0,) * len(shape), shape)
 
 
-def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The elements [start, stop) of a tensor in the order of its memory -> boxes in that order, each of them one piece.
+def slices_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[TensorSlice]:
+    """Yield the elements [start, stop) of a flattened tensor as slices in memory order, each contiguous in memory.
 
-    At most 2n - 1 of them for n dims: the rest of a row, whole rows, the beginning of a row.
+    At most 2n - 1 of them for n dims: the rest of a row, complete rows, the beginning of a row.
     """
     if start >= stop:
         return
     if not shape:
-        yield Box((), ())
+        yield TensorSlice((), ())
         return
     row = prod(shape[1:])
-    first_whole, last_whole = -(-start // row), stop // row
-    if first_whole > last_whole:  # both ends lie in one row
-        yield from _in_row(shape, last_whole, start, stop)
+    first_complete, last_complete = -(-start // row), stop // row
+    if first_complete > last_complete:  # both ends lie in one row
+        yield from _in_row(shape, last_complete, start, stop)
         return
-    yield from _in_row(shape, first_whole - 1, start, first_whole * row)
-    if first_whole < last_whole:
-        yield Box((first_whole, *(0 for _ in shape[1:])), (last_whole - first_whole, *shape[1:]))
-    yield from _in_row(shape, last_whole, last_whole * row, stop)
+    yield from _in_row(shape, first_complete - 1, start, first_complete * row)
+    if first_complete < last_complete:
+        yield TensorSlice((first_complete, *(0 for _ in shape[1:])), (last_complete - first_complete, *shape[1:]))
+    yield from _in_row(shape, last_complete, last_complete * row, stop)
 
 
-def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[Box]:
+def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[TensorSlice]:
     before = index * prod(shape[1:])
-    for box in boxes_of_range(shape[1:], start - before, stop - before):
-        yield Box((index, *box.start), (1, *box.shape))
+    for part in slices_of_range(shape[1:], start - before, stop - before):
+        yield TensorSlice((index, *part.start), (1, *part.shape))
 
 
-def in_whole(box: Box, spec: ParamSpec, rank: int, size: int) -> Box | None:
-    """A box of a tensor rank's share -> of the whole tensor, without padding; None if all of it is padding.
+def in_full_tensor(local: TensorSlice, spec: ParamSpec, axes: Axes) -> TensorSlice | None:
+    """Translate a slice of this rank's shard into a slice of the full tensor, without padding.
 
     Args:
-        box: within the share.
+        local: within the shard.
         spec: the parameter's declaration.
-        rank, size: place on the tensor axis.
+        axes: those over which it may be divided.
+
+    Returns:
+        The slice; None if all of it is padding.
     """
-    if spec.split_dim is None:
-        return box
-    first, last = spec.local_range(rank, size)
-    dim, start = spec.split_dim, list(box.start)
-    start[dim] += first
-    real = list(spec.shape)
-    real[dim] = last
-    return Box(tuple(start), box.shape).meet(whole(tuple(real)))
+    ranges = spec.local_ranges(axes)
+    moved = TensorSlice(tuple(start + first for start, (first, _) in zip(local.start, ranges)), local.shape)
+    return moved.intersect(full_slice(tuple(stop for _, stop in ranges)))

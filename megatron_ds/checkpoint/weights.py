@@ -1,8 +1,8 @@
-"""The weights of a live model as Hugging Face files, each rank writing its share of them.
+"""The weights of a live model as Hugging Face files, of which each rank writes some.
 
-A plan says which rank writes which tensors to which file. It follows from the model and the layout alone, so that all
-ranks make the same one. Each tensor is gathered by the rank that writes it, over the tensor ranks of its stage; no rank
-ever holds more than what it writes.
+A plan assigns tensors to files and files to ranks. It follows from the model and the layout alone, so that all ranks
+make the same one. Each tensor is gathered by the rank that writes it, over the model axes of its stage; no rank ever
+holds more than what it writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ds.checkpoint.files import Entry
+from megatron_ds.checkpoint.files import TensorHeader
 from megatron_ds.engine import Engine
 from megatron_ds.engine.base import gather_shard
 from megatron_ds.hf.config import HFModel
@@ -29,79 +29,79 @@ from megatron_ds.hf.weights import ToHF
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.parallel.grid import MODEL_AXES, ROLES, Layout
 
-MAX_SHARD_BYTES = 5 * 10**9  # transformers' default
-MIN_SHARE_BYTES = 2**26  # a small model is not scattered over many files
+MAX_FILE_BYTES = 5 * 10**9  # transformers' default
+MIN_RANK_BYTES = 2**26  # a small model is not scattered over many files
 
 Inventory = Sequence[Sequence[tuple[str, ParamSpec, torch.dtype]]]
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file of weights.
+class WeightFile:
+    """A planned file of weights.
 
     Attributes:
-        rank: who writes it.
+        rank: the rank that writes it.
         file: its name.
-        natives: our names of what it is made of, in order.
-        entries: the tensors in it, in order.
+        natives: native names of the parameters that its tensors are made of, in order.
+        headers: of its tensors, in order.
     """
 
     rank: int
     file: str
     natives: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    headers: tuple[TensorHeader, ...]
 
     @property
     def bytes(self) -> int:
-        return sum(entry.bytes for entry in self.entries)
+        return sum(header.bytes for header in self.headers)
 
 
-def plan_shards(
+def plan_files(
     model: HFModel,
     inventory: Inventory,
     layout: Layout,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    min_share_bytes: int = MIN_SHARE_BYTES,
-) -> list[Shard]:
-    """Who writes what.
+    max_file_bytes: int = MAX_FILE_BYTES,
+    min_rank_bytes: int = MIN_RANK_BYTES,
+) -> list[WeightFile]:
+    """Assign tensors to files and files to ranks.
 
     Args:
-        model: what the parameters are called and made of in Hugging Face's words.
-        inventory: of each pipeline stage the parameters that it is the first to hold.
+        model: names and composition of the Hugging Face tensors.
+        inventory: for each pipeline stage the parameters that it is the first to hold.
         layout: sizes of the grid.
-        max_shard_bytes: of a file with more than one tensor.
-        min_share_bytes: a stage's ranks share its weights as long as each has so many.
+        max_file_bytes: upper bound on a file with more than one tensor.
+        min_rank_bytes: the ranks of a stage divide its weights as long as each has so many bytes.
     """
-    parts = []
+    planned = []
     for stage, parameters in enumerate(inventory):
         groups = [_Group.of(model, names, dict(_dtypes(parameters))) for names in _connected(model, parameters)]
-        parts += list(_divide(groups, _writers(stage, groups, layout, min_share_bytes), max_shard_bytes))
-    count, shards = len(parts), []
-    for number, (rank, groups) in enumerate(parts, start=1):
+        planned += list(_divide(groups, _writers(stage, groups, layout, min_rank_bytes), max_file_bytes))
+    count, files = len(planned), []
+    for number, (rank, groups) in enumerate(planned, start=1):
         file = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         natives = tuple(name for group in groups for name in group.natives)
-        shards.append(Shard(rank, file, natives, tuple(entry for group in groups for entry in group.entries)))
-    planned = {entry.name for shard in shards for entry in shard.entries}
+        files.append(WeightFile(rank, file, natives, tuple(header for group in groups for header in group.headers)))
+    names = {header.name for file in files for header in file.headers}
     wanted = {name for row in model.table.values() for name in row.names}
-    assert planned == wanted, planned ^ wanted
-    return shards
+    assert names == wanted, names ^ wanted
+    return files
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Parameters that a rank must have together, as parts of them are in one Hugging Face tensor."""
+    """Parameters that one rank must write, as pieces of them are in one Hugging Face tensor."""
 
     natives: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    headers: tuple[TensorHeader, ...]
 
     @classmethod
     def of(cls, model: HFModel, natives: Sequence[str], dtypes: dict[str, torch.dtype]) -> _Group:
         found = ToHF(model).order(natives)
-        return cls(tuple(natives), tuple(Entry(name, dtypes[natives[0]], shape) for name, shape in found))
+        return cls(tuple(natives), tuple(TensorHeader(name, dtypes[natives[0]], shape) for name, shape in found))
 
     @property
     def bytes(self) -> int:
-        return sum(entry.bytes for entry in self.entries)
+        return sum(header.bytes for header in self.headers)
 
 
 def _dtypes(parameters: Sequence[tuple[str, ParamSpec, torch.dtype]]) -> Iterator[tuple[str, torch.dtype]]:
@@ -110,7 +110,7 @@ def _dtypes(parameters: Sequence[tuple[str, ParamSpec, torch.dtype]]) -> Iterato
 
 
 def _connected(model: HFModel, parameters: Sequence[tuple[str, ParamSpec, torch.dtype]]) -> list[list[str]]:
-    """Parameters that share a Hugging Face tensor, together; in order."""
+    """Return groups of parameters that have a Hugging Face tensor in common, in order."""
     first: dict[str, str] = {}
     leader: dict[str, str] = {}
     for name, _, _ in parameters:
@@ -122,20 +122,20 @@ def _connected(model: HFModel, parameters: Sequence[tuple[str, ParamSpec, torch.
     return [list(names) for _, names in groupby(ordered, key=leader.__getitem__)]
 
 
-def _writers(stage: int, groups: Sequence[_Group], layout: Layout, min_share_bytes: int) -> list[int]:
-    """Ranks of a stage that share its weights: of other data ranks first, which are on other machines."""
+def _writers(stage: int, groups: Sequence[_Group], layout: Layout, min_rank_bytes: int) -> list[int]:
+    """Return the ranks of a stage that write its weights: other replicas first, which are on other machines."""
     total = sum(group.bytes for group in groups)
-    count = min(layout.world_size // layout.pipeline, max(1, total // min_share_bytes))
     replicas = [ranks for ranks in layout.peers(*ROLES["replica"]) if layout.coords(ranks[0]).pipeline == stage]
-    return [rank for ranks in replicas for rank in ranks][:count]
+    ranks = [rank for ranks in replicas for rank in ranks]
+    return ranks[: max(1, total // min_rank_bytes)]
 
 
 def _divide(groups: Sequence[_Group], writers: Sequence[int], most: int) -> Iterator[tuple[int, list[_Group]]]:
-    """Neighbours to each writer, about the same number of bytes, in files of at most `most` bytes."""
-    share = ceil(sum(group.bytes for group in groups) / len(writers))
+    """Yield consecutive groups for each writer, about the same number of bytes, in files of at most `most` bytes."""
+    per_writer = ceil(sum(group.bytes for group in groups) / len(writers))
     before, open_rank, held, held_bytes = 0, writers[0], list[_Group](), 0
     for group in groups:
-        rank = writers[min(before // max(1, share), len(writers) - 1)]
+        rank = writers[min(before // max(1, per_writer), len(writers) - 1)]
         if held and (rank != open_rank or held_bytes + group.bytes > most):
             yield open_rank, held
             held, held_bytes = [], 0
@@ -147,14 +147,14 @@ def _divide(groups: Sequence[_Group], writers: Sequence[int], most: int) -> Iter
         yield open_rank, held
 
 
-class ModelWeights:
-    """A whole model: its ranks share the writing.
+class ModelWriter:
+    """The weight files of a complete model, which its ranks divide among themselves.
 
     Args:
-        engine: what is written.
-        model: what it is in Hugging Face's words.
-        inventory: see `plan_shards`.
-        model_path, tokenizer_path: where generation settings and the tokenizer are taken from.
+        engine: the live model.
+        model: its Hugging Face names and config.
+        inventory: see `plan_files`.
+        model_path, tokenizer_path: the sources of generation settings and tokenizer files.
     """
 
     def __init__(
@@ -163,30 +163,30 @@ class ModelWeights:
         self._engine, self._model = engine, model
         self._paths = model_path, tokenizer_path
         self._dtype = str(inventory[0][0][2]).removeprefix("torch.")
-        self.shards = plan_shards(model, inventory, engine.grid.layout)
+        self._plan = plan_files(model, inventory, engine.grid.layout)
 
-    def files(self) -> dict[str, Sequence[Entry]]:
-        """What this rank writes."""
-        return {shard.file: shard.entries for shard in self.shards if shard.rank == self._engine.grid.rank}
+    def files(self) -> dict[str, Sequence[TensorHeader]]:
+        """Return the files that this rank writes."""
+        return {file.file: file.headers for file in self._plan if file.rank == self._engine.grid.rank}
 
-    def pieces(self) -> Iterator[tuple[str, str, Tensor]]:
-        """See `gather_weights`. Collective."""
-        return gather_weights(self._engine, self._model, self.shards)
+    def chunks(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield the tensors of these files; see `gather_weights`. Collective over the ranks of a stage."""
+        return gather_weights(self._engine, self._model, self._plan)
 
     def small_files(self) -> dict[str, bytes]:
-        """All but the weights: path -> content."""
-        found, index = small_files(self._model, self._dtype, *self._paths), index_of(self.shards)
+        """Return path -> content of all other files."""
+        found, index = small_files(self._model, self._dtype, *self._paths), index_of(self._plan)
         return found if index is None else {**found, f"{SAFETENSORS}.index.json": json_text(index).encode()}
 
 
-class AdapterWeights:
-    """Adapters alone, in the one file that peft reads, which the first rank writes: they are small.
+class AdapterWriter:
+    """The weight file of adapters alone, the one that peft reads; rank 0 writes it, as adapters are small.
 
     Args:
-        engine: what is written.
-        adapters: what they are in peft's words.
-        inventory: of each pipeline stage the parameters that it is the first to hold.
-        tokenizer_path: where the tokenizer is taken from.
+        engine: the live model.
+        adapters: the adapters' names and config for peft.
+        inventory: for each pipeline stage the parameters that it is the first to hold.
+        tokenizer_path: the source of the tokenizer files.
     """
 
     def __init__(self, engine: Engine, adapters: Adapters, inventory: Inventory, tokenizer_path: str | None) -> None:
@@ -194,56 +194,57 @@ class AdapterWeights:
         dtypes = {name: dtype for stage in inventory for name, _, dtype in stage if name in adapters.table}
         assert dtypes.keys() == adapters.table.keys(), dtypes.keys() ^ adapters.table.keys()
         (dtype,) = set(dtypes.values())
-        self._entries = [Entry(theirs, dtype, shape) for theirs, shape in ToHF(adapters).order(dtypes)]
+        self._headers = [TensorHeader(theirs, dtype, shape) for theirs, shape in ToHF(adapters).order(dtypes)]
 
-    def files(self) -> dict[str, Sequence[Entry]]:
-        """What this rank writes."""
-        return {ADAPTER_WEIGHTS: self._entries} if self._engine.grid.rank == 0 else {}
+    def files(self) -> dict[str, Sequence[TensorHeader]]:
+        """Return the files that this rank writes."""
+        return {ADAPTER_WEIGHTS: self._headers} if self._engine.grid.rank == 0 else {}
 
-    def pieces(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(file, name, whole tensor) of what this rank writes. Collective over the world."""
+    def chunks(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (file, name, full tensor) of what this rank writes. Collective over the world."""
         to_hf = ToHF(self._adapters)
-        for name, whole in self._engine.full_parameters(self._adapters.table):
-            if whole is not None:
-                for theirs, tensor in to_hf.add(name, whole.to("cpu")):
+        for name, full in self._engine.full_parameters(self._adapters.table):
+            if full is not None:
+                for theirs, tensor in to_hf.add(name, full.to("cpu")):
                     yield ADAPTER_WEIGHTS, theirs, tensor
 
     def small_files(self) -> dict[str, bytes]:
-        """All but the weights: path -> content."""
+        """Return path -> content of all other files."""
         return adapter_files(self._adapters, self._tokenizer_path)
 
 
-def index_of(shards: Sequence[Shard]) -> dict[str, Any] | None:
-    """The content of the index; None where there is one file."""
-    if len(shards) == 1:
+def index_of(files: Sequence[WeightFile]) -> dict[str, Any] | None:
+    """Return the content of the index; None if there is one file."""
+    if len(files) == 1:
         return None
-    entries = [entry for shard in shards for entry in shard.entries]
+    headers = [header for file in files for header in file.headers]
     metadata = {
-        "total_parameters": sum(entry.bytes // entry.dtype.itemsize for entry in entries),
-        "total_size": sum(entry.bytes for entry in entries),
+        "total_parameters": sum(header.bytes // header.dtype.itemsize for header in headers),
+        "total_size": sum(header.bytes for header in headers),
     }
-    return {"metadata": metadata, "weight_map": {e.name: shard.file for shard in shards for e in shard.entries}}
+    return {"metadata": metadata, "weight_map": {header.name: file.file for file in files for header in file.headers}}
 
 
-def gather_weights(engine: Engine, model: HFModel, shards: Sequence[Shard]) -> Iterator[tuple[str, str, Tensor]]:
-    """(file, name, whole tensor) of what this rank writes, in order; a tensor is valid until the next is asked for.
+def gather_weights(engine: Engine, model: HFModel, files: Sequence[WeightFile]) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield (file, name, full tensor) of what this rank writes, in order. Collective over the ranks of a stage.
 
-    Collective over the ranks of a stage: each takes it to its end. Under ZeRO-3 one parameter at a time is gathered
-    over the data ranks.
+    A tensor is valid until the next is asked for. Every rank iterates to the end. Under ZeRO-3 one parameter at a time
+    is gathered over the shard group.
     """
     grid, parameters = engine.grid, dict(engine.local_parameters())
     to_hf = ToHF(model, reuse=True)
     same_replica = grid.layout.peers_of(grid.rank, *MODEL_AXES)
-    for shard in shards:
-        place = grid.layout.coords(shard.rank)
-        if place.pipeline != grid.coords.pipeline:
+    for file in files:
+        writer = grid.layout.coords(file.rank)
+        if writer.pipeline != grid.coords.pipeline:
             continue
-        for name in shard.natives:
+        for name in file.natives:
             with engine.gathered(parameters[name]):
-                if shard.rank not in same_replica:
+                if file.rank not in same_replica:
                     continue
-                whole = gather_shard(parameters[name].detach(), spec_of(parameters[name]), grid, to=place.tensor)
-                if whole is None or shard.rank != grid.rank:
+                shard = parameters[name].detach()
+                full = gather_shard(shard, spec_of(parameters[name]), grid.model_axes, to=writer)
+                if full is None or file.rank != grid.rank:
                     continue
-                for theirs, tensor in to_hf.add(name, whole.to("cpu")):
-                    yield shard.file, theirs, tensor
+                for theirs, tensor in to_hf.add(name, full.to("cpu")):
+                    yield file.file, theirs, tensor

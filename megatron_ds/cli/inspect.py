@@ -14,7 +14,7 @@ import typer
 from megatron_ds.cli.table import Row, count, show_rows, size
 
 if TYPE_CHECKING:
-    from megatron_ds.checkpoint.inspect import AdapterFacts, CheckpointFacts, FileFacts, FolderFacts, ModelFacts
+    from megatron_ds.checkpoint.inspect import AdapterFacts, CheckpointFacts, FolderFacts, ModelFacts, TensorFileFacts
     from megatron_ds.checkpoint.progress import Origin, Progress
 
 HELP = """Show what a checkpoint, a run's output, a Hugging Face directory or data hold.
@@ -178,7 +178,7 @@ def _model_words(model: ModelFacts) -> str:
     return f"{model.model_type} ({model.architecture}), {count(model.num_params)} parameters, {types}"
 
 
-def _files_words(files: tuple[FileFacts, ...]) -> str:
+def _files_words(files: tuple[TensorFileFacts, ...]) -> str:
     tensors, total = sum(file.tensors for file in files), sum(file.bytes for file in files)
     number = f"{len(files)} file{'s' if len(files) != 1 else ''}"
     return f"{number}, {tensors:,} tensors, {size(total)}"

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds.engine.optimizer import GuardedAdamW
-from megatron_ds.layers.param_spec import ParamSpec, spec_of
+from megatron_ds.layers.param_spec import ParamSpec, Split, spec_of
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
-from megatron_ds.parallel.grid import Grid
+from megatron_ds.parallel.grid import Axes, Axis, Grid
 from megatron_ds.parallel.random import RngStreams
 
 MicroBatch = Mapping[str, Tensor]
 """Columns by name, each (B, ...): those that the model's first layer takes, where the data has them, and labels."""
 
-ShardReader = Callable[[str, ParamSpec, int, int], Tensor]
-"""(name, declaration, tensor rank, tensor size) -> this rank's shard of a parameter's value."""
+ShardReader = Callable[[str, ParamSpec, Axes], Tensor]
+"""(name, declaration, the axes that may divide it) -> this rank's shard of a parameter's value, padding included."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Engine(ABC):
         """Yield this pipeline stage's parameters under their names in the full model, each once."""
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        """Context in which the parameter's data is this tensor rank's full shard. Collective over data under ZeRO-3."""
+        """Context in which the parameter's data is this rank's full shard. Collective over shard under ZeRO-3."""
         return nullcontext()
 
     def count_params(self) -> int:
@@ -252,7 +252,7 @@ class Engine(ABC):
                 if grid.coords.pipeline == stage:
                     with self.gathered(parameters[name]):
                         if grid.replica.rank == 0:
-                            whole = gather_shard(of(parameters[name]), spec, grid)
+                            whole = gather_shard(of(parameters[name]), spec, grid.model_axes)
                 if source != 0:
                     whole = _send_to_rank_0(whole, spec, dtype, source, grid.rank, self.device)
                 yield name, whole if grid.rank == 0 else None
@@ -275,20 +275,39 @@ class Engine(ABC):
         return unique
 
 
-def gather_shard(share: Tensor, spec: ParamSpec, grid: Grid, to: int = 0) -> Tensor | None:
-    """Gather shards into the full tensor without padding on tensor rank `to`; None on the others.
+def gather_shard(shard: Tensor, spec: ParamSpec, axes: Axes, to: Mapping[str, int] | None = None) -> Tensor | None:
+    """Gather the shards of a parameter on one rank, without padding. Collective over `axes`, one after the other.
 
-    Where several ranks hold the same shard, the first one's is taken. Collective over tensor.
+    Of a shard that several ranks hold the first one's is taken.
+
+    Args:
+        shard: this rank's, padding included.
+        spec: the parameter's declaration.
+        axes: those over which it is divided or copied.
+        to: coordinates of the rank that receives it; 0 on an axis that is not given.
+
+    Returns:
+        The full tensor on that rank, None on the others.
     """
-    axis = grid.tensor
-    if spec.split_dim is None or axis.size == 1:
-        return share if axis.rank == to else None
-    parts = [torch.empty_like(share) for _ in range(axis.size)] if axis.rank == to else None
-    dist.gather(share.contiguous(), parts, dst=axis.ranks[to], group=axis.group)
-    if parts is None:
+    target = {name: to.get(name, 0) if to is not None else 0 for name in axes}
+    if any(axis.rank != target[name] for name, axis in axes.items() if spec.split_over(name) is None):
         return None
-    different = [part for rank, part in enumerate(parts) if spec.holds_first(rank, axis.size)]
-    return torch.cat(different, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
+    gathered: Tensor | None = shard
+    for split in spec.splits:
+        if gathered is not None:
+            gathered = _gather_dim(gathered, split, spec.shape[split.dim], axes[split.axis], target[split.axis])
+    return gathered
+
+
+def _gather_dim(shard: Tensor, split: Split, length: int, axis: Axis, to: int) -> Tensor | None:
+    if axis.size == 1:
+        return shard
+    received = [torch.empty_like(shard) for _ in range(axis.size)] if axis.rank == to else None
+    dist.gather(shard.contiguous(), received, dst=axis.ranks[to], group=axis.group)
+    if received is None:
+        return None
+    different = received[:: axis.size // split.num_shards(axis.size)]
+    return torch.cat(different, dim=split.dim).narrow(split.dim, 0, length)
 
 
 def _send_to_rank_0(

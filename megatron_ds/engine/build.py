@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import deepspeed
@@ -102,13 +101,13 @@ def build_engine(
             module: nn.Module = PipelinedModel(specs, bounds, grid.layout, ctx.tp.splits_sequence)
         else:
             module = SequentialModel(specs)
-    read = read_shard or partial(_initial, options.seed)
+    read = read_shard or (lambda name, spec, axes: initial_shard(name, spec, options.seed, axes))
     _fill(module, grid, read, zero_3=facts.zero_stage == 3)
     if isinstance(module, PipelinedModel):
         module.equalize_copies()
     _freeze(module, options.frozen)
     optimizer = _optimizer(module, options.optimizer, device)
-    config = adapt_to_device(options.deepspeed, device.type, grid.data.size)
+    config = adapt_to_device(options.deepspeed, device.type, grid.shard.size)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -129,10 +128,6 @@ def build_engine(
         made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, clip=clip, bucket=bucket)
     made.kernels = kernels.names
     return made
-
-
-def _initial(seed: int, name: str, spec: Any, rank: int, size: int) -> Tensor:
-    return initial_shard(name, spec, seed, rank, size)
 
 
 @contextmanager
@@ -158,15 +153,15 @@ def _allocation(facts: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, devic
 
 @torch.no_grad()
 def _fill(module: nn.Module, grid: Grid, read_shard: ShardReader, zero_3: bool) -> None:
-    """Give every parameter its value, one at a time; under ZeRO-3 the first data rank reads and broadcasts."""
+    """Give every parameter its value, one at a time; under ZeRO-3 the first shard rank reads and broadcasts."""
     renamed: dict[str, str] = getattr(module, "renamed", {})
     for name, parameter in module.named_parameters():
         gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if zero_3 else nullcontext()
         with gathered:
             if not zero_3 or grid.shard.rank == 0:
-                share = read_shard(renamed.get(name, name), spec_of(parameter), grid.tensor.rank, grid.tensor.size)
-                assert share.shape == parameter.shape, (name, share.shape, parameter.shape)
-                parameter.copy_(share)
+                shard = read_shard(renamed.get(name, name), spec_of(parameter), grid.model_axes)
+                assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+                parameter.copy_(shard)
 
 
 def _freeze(module: nn.Module, frozen: frozenset[str]) -> None:

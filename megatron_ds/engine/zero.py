@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine, MicroBatch
-from megatron_ds.layers.param_spec import counts_here
+from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.regions import OPTIMIZER, profiled
 
@@ -63,13 +63,15 @@ class ZeroEngine(Engine):
         """
         if self.grid.shard.size > 1:
             self.deepspeed.allreduce_gradients(bucket_size=self._bucket)
-        axis = self.grid.tensor
+        axes = self.grid.model_axes
         trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
-        counted = [p.grad for p in trained if counts_here(p, axis)]
+        counted = [p.grad for p in trained if spec_of(p).holds_first(axes)]
         squares = torch.zeros((), dtype=torch.float32, device=self.device)
         if counted:
             squares += torch.stack(torch._foreach_norm(counted)).square().sum()
-        norm = float(all_reduce_(squares, axis).sqrt())
+        for axis in axes.values():
+            all_reduce_(squares, axis)
+        norm = float(squares.sqrt())
         if math.isfinite(norm) and norm > self._clip > 0.0:
             torch._foreach_mul_([p.grad for p in trained], self._clip / (norm + 1e-6))
         return norm

@@ -14,7 +14,7 @@ pieces, of which a native parameter takes some; brackets say how they lie:
 
 Nothing else is possible, so every operation is a bijection of elements and its inverse needs no code of its own.
 
-Sources are views of files, so what reading does not touch is not read. A tensor-parallel share is a range of one named
+Sources are views of files, so what reading does not touch is not read. A tensor-parallel shard is a range of one named
 axis: it is cut from the view before anything is copied.
 """
 
@@ -145,7 +145,7 @@ class Op:
         *,
         place: Tensor | None = None,
     ) -> Tensor:
-        """Make the native parameter, or the share [start, stop) of one axis; touches no element outside the share.
+        """Make the native parameter, or the shard [start, stop) of one axis; touches no element outside the shard.
 
         The result is a view of a single tensor where its layout allows one. Sources of different types are stacked in
         one that holds both.

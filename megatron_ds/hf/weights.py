@@ -1,4 +1,4 @@
-"""A Hugging Face directory's weights as native parameters, share by share; and the way back."""
+"""A Hugging Face directory's weights as native parameters, shard by shard; and the way back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
 from megatron_ds.hf.tensor_mapping import Part, Reader, Sizes, allocate, tile
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.layers.param_spec import ParamSpec, pad_shard
+from megatron_ds.parallel.grid import Axes
 
 
 class HFWeights:
@@ -48,21 +49,21 @@ class HFWeights:
         assert_each_once(self.model.table)
         self._account()
 
-    def share(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
-        """A tensor rank's share of one native parameter, in its dtype on disk, vocabulary padding included.
+    def shard(self, name: str, spec: ParamSpec, axes: Axes) -> Tensor:
+        """Read a rank's shard of one native parameter, in its dtype on disk, vocabulary padding included.
 
         Args:
             name: native name.
             spec: the parameter's declaration.
-            rank, size: place on the tensor axis.
+            axes: those over which it may be divided.
         """
         row = self.model.table[name]
-        if row.split is None:
-            return self.whole(name)
-        return read_shard(row, self.model.axis_sizes, self._reader(row, ahead=False), spec, rank, size)
+        if row.split is None and not spec.splits:
+            return self.full(name)
+        return read_shard(row, self.model.axis_sizes, self._reader(row, ahead=False), spec, axes)
 
-    def whole(self, name: str, place: Tensor | None = None) -> Tensor:
-        """One whole native parameter, in its dtype on disk, without padding.
+    def full(self, name: str, place: Tensor | None = None) -> Tensor:
+        """Read one full native parameter, in its dtype on disk, without padding.
 
         Args:
             place: bytes that it may be put in; None = new memory.
@@ -83,7 +84,7 @@ class HFWeights:
             name: min(position[self._on_disk[theirs]] for theirs in row.names) for name, row in self.model.table.items()
         }
         for name in sorted(first, key=first.__getitem__):
-            yield name, self.whole(name, place)
+            yield name, self.full(name, place)
 
     @property
     def directory(self) -> Path:
@@ -176,25 +177,32 @@ class HFWeights:
                 )
 
 
-def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, rank: int, size: int) -> Tensor:
-    """A tensor rank's share of one native parameter, padding included.
+def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Axes) -> Tensor:
+    """Read a rank's shard of one native parameter, padding included.
+
+    Of the dim that the tensor axis divides nothing outside the shard is read.
 
     Args:
         row: the parameter's.
-        sizes: of the axes in it.
+        sizes: of the named axes in it.
         reader: of its sources.
         spec: the parameter's declaration.
-        rank, size: place on the tensor axis.
+        axes: those over which it may be divided.
     """
+    split = spec.split_over("tensor")
+    dim = split.dim if split is not None else None
     assert spec.shape == row.op.native_shape(sizes), (row, spec.shape, row.op.native_shape(sizes))
-    assert spec.split_dim == row.op.split_dim(row.split), (row, spec.split_dim)
-    if row.split is None or spec.split_dim is None:
-        return row.op.read(reader, sizes)
-    start, stop = spec.local_range(rank, size)
-    unit = spec.shape[spec.split_dim] // sizes[row.split]
-    first, last = start // unit, -(-stop // unit)  # a share may end within a unit: in a group of query heads
-    covering = row.op.read(reader, sizes, row.split, first, last)
-    return pad_shard(covering.narrow(spec.split_dim, start - first * unit, stop - start), spec, size)
+    assert dim == row.op.split_dim(row.split), (row, dim)
+    ranges = list(spec.local_ranges(axes))
+    if row.split is None or dim is None:
+        covering = row.op.read(reader, sizes)
+    else:
+        start, stop = ranges[dim]
+        unit = spec.shape[dim] // sizes[row.split]
+        first, last = start // unit, -(-stop // unit)  # a shard may end within a unit: in a group of query heads
+        covering = row.op.read(reader, sizes, row.split, first, last)
+        ranges[dim] = start - first * unit, stop - first * unit
+    return pad_shard(covering[tuple(slice(*bounds) for bounds in ranges)], spec, axes)
 
 
 class Tables(Protocol):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.collectives import copy_to, gather_sequence
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -79,7 +79,7 @@ class Output:
 class ColumnAdapter(nn.Module):
     """s B A x beside a column-parallel layer: (S, B, H), or (S/t, B, H) under sequence parallelism -> (S, B, out/t).
 
-    Forward nothing, or an all-gather of the r-wide product; backward its all-reduce or reduce-scatter. Shares that
+    Forward nothing, or an all-gather of the r-wide product; backward its all-reduce or reduce-scatter. Shards that
     neighbours hold alike get the sum of their gradients.
 
     Args:
@@ -100,12 +100,12 @@ class ColumnAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.low, self.tp = low, tp
-        self.a = make_parameter(ParamSpec((low.rank, in_features), std=low.a_std, bound=low.a_bound), tp.axis)
-        self.shares = {}
+        self.a = make_parameter(ParamSpec((low.rank, in_features), std=low.a_std, bound=low.a_bound), tp.axes)
+        self.num_shards = {}
         for name, output in outputs.items():
-            spec = ParamSpec((output.size, low.rank), 0, bound=low.b_bound, units=output.units)
-            self.register_parameter(f"b_{name}", make_parameter(spec, tp.axis))  # its own: ZeRO-3 gathers no child's
-            self.shares[name] = spec.shares(tp.axis.size)
+            spec = ParamSpec((output.size, low.rank), over_tensor(0, output.units), bound=low.b_bound)
+            self.register_parameter(f"b_{name}", make_parameter(spec, tp.axes))  # its own: ZeRO-3 gathers no child's
+            self.num_shards[name] = spec.num_shards("tensor", tp.axis.size)
         self.dropout = HiddenDropout(low.dropout, rng, differs=tp.splits_sequence)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -114,8 +114,8 @@ class ColumnAdapter(nn.Module):
         axis = self.tp.axis
         narrow = gather_sequence(narrow, axis) if self.tp.splits_sequence else copy_to(narrow, axis)
         return {
-            name: F.linear(narrow, self.tp.shared(self.get_parameter(f"b_{name}"), shares)) * self.low.scale
-            for name, shares in self.shares.items()
+            name: F.linear(narrow, self.tp.shared(self.get_parameter(f"b_{name}"), num_shards)) * self.low.scale
+            for name, num_shards in self.num_shards.items()
         }
 
     def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class ColumnAdapter(nn.Module):
 
 
 class ColumnScaling(nn.Module):
-    """l * y of column-parallel outputs; backward, shares that neighbours hold alike get the sum of their gradients.
+    """l * y of column-parallel outputs; backward, shards that neighbours hold alike get the sum of their gradients.
 
     Args:
         outputs: name -> a projection.
@@ -140,22 +140,22 @@ class ColumnScaling(nn.Module):
         super().__init__()
         assert not scaling.of_input, "projections of one input cannot each scale it"
         self.tp = tp
-        self.shares = {}
+        self.num_shards = {}
         for name, output in outputs.items():
-            spec = ParamSpec((output.size, 1), 0, std=scaling.std, fill=1.0, units=output.units)
-            self.register_parameter(f"l_{name}", make_parameter(spec, tp.axis))
-            self.shares[name] = spec.shares(tp.axis.size)
+            spec = ParamSpec((output.size, 1), over_tensor(0, output.units), std=scaling.std, fill=1.0)
+            self.register_parameter(f"l_{name}", make_parameter(spec, tp.axes))
+            self.num_shards[name] = spec.num_shards("tensor", tp.axis.size)
 
     def forward(self, *outputs: Tensor) -> tuple[Tensor, ...]:
         """In the order of the projections, each (S, B, heads, D) or (S, B, out/t)."""
         return tuple(
-            output * self.tp.shared(self.get_parameter(f"l_{name}"), shares).view(output.shape[2:])
-            for (name, shares), output in zip(self.shares.items(), outputs, strict=True)
+            output * self.tp.shared(self.get_parameter(f"l_{name}"), num_shards).view(output.shape[2:])
+            for (name, num_shards), output in zip(self.num_shards.items(), outputs, strict=True)
         )
 
     def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `ColumnAdapter.adapted`."""
-        return {**outputs, **dict(zip(self.shares, self(*(outputs[name] for name in self.shares))))}
+        return {**outputs, **dict(zip(self.num_shards, self(*(outputs[name] for name in self.num_shards))))}
 
 
 class RowAdapter(nn.Module):
@@ -175,8 +175,9 @@ class RowAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.low, self.tp = low, tp
-        self.a = make_parameter(ParamSpec((low.rank, in_features), 1, std=low.a_std, bound=low.a_bound), tp.axis)
-        self.b = make_parameter(ParamSpec((out_features, low.rank), bound=low.b_bound), tp.axis)
+        a_spec = ParamSpec((low.rank, in_features), over_tensor(1), std=low.a_std, bound=low.a_bound)
+        self.a = make_parameter(a_spec, tp.axes)
+        self.b = make_parameter(ParamSpec((out_features, low.rank), bound=low.b_bound), tp.axes)
         self.dropout = HiddenDropout(low.dropout, rng, differs=tp.axis.size > 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,8 +201,8 @@ class RowScaling(nn.Module):
     def __init__(self, in_features: int, out_features: int, scaling: IA3Spec, tp: TensorParallel) -> None:
         super().__init__()
         self.scaling, self.tp = scaling, tp
-        shape, split = ((1, in_features), 1) if scaling.of_input else ((out_features, 1), None)
-        self.l = make_parameter(ParamSpec(shape, split, std=scaling.std, fill=1.0), tp.axis)
+        shape, splits = ((1, in_features), over_tensor(1)) if scaling.of_input else ((out_features, 1), ())
+        self.l = make_parameter(ParamSpec(shape, splits, std=scaling.std, fill=1.0), tp.axes)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.l if self.scaling.of_input else self.tp.between(self.l)).flatten()

@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.relative = RelativeBias(relative, heads, tp, causal=shape.causal) if relative is not None else None
         local = heads // tp.axis.size
         self.heads = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
-        self.kv_of_head = _kv_of_head(self.heads, heads // kv_heads, kv_heads // self.qkv.shares[1])
+        self.kv_of_head = _kv_of_head(self.heads, heads // kv_heads, kv_heads // self.qkv.num_shards[1])
 
     def forward(
         self,
@@ -253,7 +253,7 @@ def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:
     Args:
         heads: in the whole model.
         group: query heads a key head.
-        kv_heads: key heads that the rank holds, of a share that starts at a multiple of as many.
+        kv_heads: key heads that the rank holds, of a shard that starts at a multiple of as many.
     """
     return tuple(head // group % kv_heads for head in heads)
 

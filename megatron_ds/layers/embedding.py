@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.tensor import TensorParallel
 
 
@@ -30,8 +30,9 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = make_parameter(ParamSpec((vocab_size, size), 0, std=std), tp.axis)
-        self.start, self.stop = self.weight.spec.local_range(tp.axis.rank, tp.axis.size)  # type: ignore[attr-defined]
+        spec = ParamSpec((vocab_size, size), over_tensor(0), std=std)
+        self.weight = make_parameter(spec, tp.axes)
+        (self.start, self.stop), _ = spec.local_ranges(tp.axes)
         is_here = padding_id is not None and self.start <= padding_id < self.stop
         self.padding_row = padding_id - self.start if padding_id is not None and is_here else None
 
@@ -78,7 +79,7 @@ class LearnedPositions(nn.Module):
     def __init__(self, table: PositionTable, hidden_size: int, tp: TensorParallel, *, std: float) -> None:
         super().__init__()
         self.table, self.tp = table, tp
-        self.weight = make_parameter(ParamSpec((table.rows, hidden_size), std=std), tp.axis)
+        self.weight = make_parameter(ParamSpec((table.rows, hidden_size), std=std), tp.axes)
 
     def forward(self, x: Tensor, counted: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Positions (B, S), where they are not given, are 0..S-1, or count the tokens at which `counted` (B, S) is not
@@ -107,7 +108,7 @@ class TokenTypes(nn.Module):
     def __init__(self, num_types: int, hidden_size: int, tp: TensorParallel, *, std: float) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = make_parameter(ParamSpec((num_types, hidden_size), std=std), tp.axis)
+        self.weight = make_parameter(ParamSpec((num_types, hidden_size), std=std), tp.axes)
 
     def forward(self, x: Tensor, types: Tensor | None = None) -> Tensor:
         """types (B, S); None = all of the first."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.collectives import all_gather_dim0, begin_all_reduce_, reduce_from_, sum_over_holders
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -25,10 +25,10 @@ class _ColumnLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, tp: TensorParallel, shares: tuple[int, ...], *parameters: Tensor | None
+        ctx: Any, x: Tensor, tp: TensorParallel, num_shards: tuple[int, ...], *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weights, biases = parameters[: len(shares)], parameters[len(shares) :]
-        ctx.tp, ctx.shares, ctx.has_bias = tp, shares, [bias is not None for bias in biases]
+        weights, biases = parameters[: len(num_shards)], parameters[len(num_shards) :]
+        ctx.tp, ctx.num_shards, ctx.has_bias = tp, num_shards, [bias is not None for bias in biases]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3 : 3 + len(weights)]) else None, *weights)
         whole = all_gather_dim0(x, tp.axis) if tp.splits_sequence else x
         return tuple(
@@ -66,12 +66,12 @@ class _ColumnLinears(torch.autograd.Function):
             gathering.wait()
         inputs = whole.flatten(0, -2) if any(wants_weight) else None
         grad_weights, grad_biases = [], []
-        for index, (grad, weight, share) in enumerate(zip(grads, weights, ctx.shares)):
+        for index, (grad, weight, num_shards) in enumerate(zip(grads, weights, ctx.num_shards)):
             rows = grad.flatten(0, -2)
             grad_weight = (rows.t() @ inputs).view_as(weight) if wants_weight[index] and inputs is not None else None
             grad_bias = rows.sum(0).view(weight.shape[:-1]) if wants_bias[index] and ctx.has_bias[index] else None
-            grad_weights.append(None if grad_weight is None else sum_over_holders(grad_weight, axis, share))
-            grad_biases.append(None if grad_bias is None else sum_over_holders(grad_bias, axis, share))
+            grad_weights.append(None if grad_weight is None else sum_over_holders(grad_weight, axis, num_shards))
+            grad_biases.append(None if grad_bias is None else sum_over_holders(grad_bias, axis, num_shards))
         if reducing is not None:
             reducing.wait()
         return grad_x, None, None, *grad_weights, *grad_biases
@@ -79,10 +79,10 @@ class _ColumnLinears(torch.autograd.Function):
 
 @torch.compiler.disable
 def _column_linears(
-    x: Tensor, tp: TensorParallel, shares: tuple[int, ...], *parameters: Tensor | None
+    x: Tensor, tp: TensorParallel, num_shards: tuple[int, ...], *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
     """A compiled block ends here and begins again after it: collectives are not compiled."""
-    return _ColumnLinears.apply(x, tp, shares, *parameters)
+    return _ColumnLinears.apply(x, tp, num_shards, *parameters)
 
 
 @torch.compiler.disable
@@ -124,8 +124,8 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         assert out_shape[split_dim] % tp.axis.size == 0, (out_shape, split_dim, tp.axis.size)
         self.tp = tp
-        self.weight = make_parameter(ParamSpec((*out_shape, in_features), split_dim, std=std), tp.axis)
-        self.bias = make_parameter(ParamSpec(out_shape, split_dim, decay=False), tp.axis) if bias else None
+        self.weight = make_parameter(ParamSpec((*out_shape, in_features), over_tensor(split_dim), std=std), tp.axes)
+        self.bias = make_parameter(ParamSpec(out_shape, over_tensor(split_dim), decay=False), tp.axes) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         (y,) = _column_linears(x, self.tp, (self.tp.axis.size,), self.weight, self.bias)
@@ -137,7 +137,7 @@ class QKVLinear(nn.Module):
 
     (S, B, H), or (S/t, B, H) under sequence parallelism -> queries (S, B, N/t * D) and, key beside value for each head,
     (S, B, K/c * 2 * D) with c = gcd(K, t). Where t does not divide K, t/c neighbouring ranks hold the same key and
-    value heads, and the gradients of these are summed over them: an all-reduce of c shares. Else it communicates what
+    value heads, and the gradients of these are summed over them: an all-reduce of c shards. Else it communicates what
     a `ColumnParallelLinear` does, for each input.
 
     Args:
@@ -164,21 +164,22 @@ class QKVLinear(nn.Module):
         assert num_heads % tp.axis.size == 0, (num_heads, tp.axis.size)
         q, kv = num_heads * head_dim, num_kv_heads * 2 * head_dim
         self.tp = tp
-        kv_spec = ParamSpec((kv, in_features), 0, std=kv_std, units=num_kv_heads)
-        self.shares = (tp.axis.size, kv_spec.shares(tp.axis.size))
-        self.q_weight = make_parameter(ParamSpec((q, in_features), 0, std=q_std), tp.axis)
-        self.kv_weight = make_parameter(kv_spec, tp.axis)
-        self.q_bias = make_parameter(ParamSpec((q,), 0, decay=False), tp.axis) if bias else None
-        self.kv_bias = make_parameter(ParamSpec((kv,), 0, decay=False, units=num_kv_heads), tp.axis) if bias else None
+        kv_spec = ParamSpec((kv, in_features), over_tensor(0, num_kv_heads), std=kv_std)
+        self.num_shards = (tp.axis.size, kv_spec.num_shards("tensor", tp.axis.size))  # of queries; of keys and values
+        self.q_weight = make_parameter(ParamSpec((q, in_features), over_tensor(0), std=q_std), tp.axes)
+        self.kv_weight = make_parameter(kv_spec, tp.axes)
+        self.q_bias = make_parameter(ParamSpec((q,), over_tensor(0), decay=False), tp.axes) if bias else None
+        kv_bias_spec = ParamSpec((kv,), over_tensor(0, num_kv_heads), decay=False)
+        self.kv_bias = make_parameter(kv_bias_spec, tp.axes) if bias else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values are of `context` (C, B, H), split as x is; None = of x."""
         if context is None:
             parameters = (self.q_weight, self.kv_weight, self.q_bias, self.kv_bias)
-            q, kv = _column_linears(x, self.tp, self.shares, *parameters)
+            q, kv = _column_linears(x, self.tp, self.num_shards, *parameters)
             return q, kv
-        (q,) = _column_linears(x, self.tp, self.shares[:1], self.q_weight, self.q_bias)
-        (kv,) = _column_linears(context, self.tp, self.shares[1:], self.kv_weight, self.kv_bias)
+        (q,) = _column_linears(x, self.tp, self.num_shards[:1], self.q_weight, self.q_bias)
+        (kv,) = _column_linears(context, self.tp, self.num_shards[1:], self.kv_weight, self.kv_bias)
         return q, kv
 
 
@@ -195,8 +196,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         assert in_features % tp.axis.size == 0, (in_features, tp.axis.size)
         self.tp = tp
-        self.weight = make_parameter(ParamSpec((out_features, in_features), 1, std=std), tp.axis)
-        self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axis) if bias else None
+        self.weight = make_parameter(ParamSpec((out_features, in_features), over_tensor(1), std=std), tp.axes)
+        self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axes) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = _row_linear(x, self.tp, self.weight)
@@ -229,8 +230,8 @@ class ReplicatedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.enter = enter or tp.between
-        self.weight = make_parameter(ParamSpec((out_features, in_features), std=std), tp.axis)
-        self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axis) if bias else None
+        self.weight = make_parameter(ParamSpec((out_features, in_features), std=std), tp.axes)
+        self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axes) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.enter(self.weight), self.enter(self.bias) if self.bias is not None else None)

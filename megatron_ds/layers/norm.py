@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.kernels import REFERENCE, Kernels
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, Split, make_parameter, over_tensor
 from megatron_ds.parallel.collectives import sum_over
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -43,10 +43,10 @@ class NormStyle:
         """Whether it is weight * (x / rms(x)), cast down before the product."""
         return self.kind == "rms" and self.affine and not self.one_plus and not self.fp32_weight
 
-    def spec(self, size: int, split_dim: int | None = None, units: int | None = None) -> ParamSpec:
-        """The declaration of its weight: it starts as the identity."""
+    def spec(self, size: int, splits: tuple[Split, ...] = ()) -> ParamSpec:
+        """Return the declaration of its weight, with which the norm starts as the identity."""
         fill = 0.0 if self.one_plus else 1.0
-        return ParamSpec((size,), split_dim, fill=fill, decay=False, units=units)
+        return ParamSpec((size,), splits, fill=fill, decay=False)
 
     def scale(self, x: Tensor, normal: Tensor, weight: Tensor | None) -> Tensor:
         """Multiply the normalised fp32 `normal` by the weight, and give it the dtype of `x`."""
@@ -82,9 +82,9 @@ class Norm(nn.Module):
         self.size, self.style = size, style
         self.kernel = kernels.rms_norm if style.is_llamas else None
         self.enter = enter or tp.between
-        self.weight = make_parameter(style.spec(size), tp.axis) if style.affine else None
+        self.weight = make_parameter(style.spec(size), tp.axes) if style.affine else None
         has_bias = style.affine and style.kind == "layer"
-        self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axis) if has_bias else None
+        self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axes) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
@@ -115,13 +115,13 @@ class AcrossHeadsNorm(nn.Module):
         super().__init__()
         assert style.kind == "rms", style
         self.style, self.tp, self.size = style, tp, heads * head_dim
-        self.spec = style.spec(self.size, split_dim=0, units=heads)
-        self.weight = make_parameter(self.spec, tp.axis)
+        self.spec = style.spec(self.size, over_tensor(0, heads))
+        self.weight = make_parameter(self.spec, tp.axes)
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = self.spec.shares(self.tp.axis.size)
-        holders = self.tp.axis.size // shares
+        num_shards = self.spec.num_shards("tensor", self.tp.axis.size)
+        holders = self.tp.axis.size // num_shards
         flat = x.flatten(-2).float()
         squares = sum_over(flat.square().sum(-1, keepdim=True), self.tp.axis) / (holders * self.size)
         normal = flat * torch.rsqrt(squares + self.style.eps)
-        return self.style.scale(x, normal, self.tp.shared(self.weight, shares)).view_as(x)
+        return self.style.scale(x, normal, self.tp.shared(self.weight, num_shards)).view_as(x)

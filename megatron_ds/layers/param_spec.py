@@ -1,7 +1,10 @@
-"""One declaration per parameter: its whole shape, how it is split, how it starts, whether it decays.
+"""One declaration per parameter: its full shape, the axes that divide it, its initial value, whether it decays.
 
 Parameter flags for DeepSpeed, initialisation, weight decay, Hugging Face import and export all read this declaration,
 so they cannot disagree. It stays on the tensor when ZeRO-3 flattens the data.
+
+The functions here take the axes by name (`Grid.model_axes`, `TensorParallel.axes`). An axis that divides no dim of a
+parameter holds copies of it.
 """
 
 from __future__ import annotations
@@ -12,114 +15,147 @@ from math import gcd, prod
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.parallel.grid import Axis
+from megatron_ds.parallel.grid import Axes, Axis
 from megatron_ds.parallel.random import derive_seed
 
 
 @dataclass(frozen=True)
-class ParamSpec:
-    """What a parameter is, whatever the layout.
+class Split:
+    """A dim of a parameter that an axis divides into contiguous shards of equal length, padded at the end.
 
     Attributes:
-        shape: the whole (logical) shape, without vocabulary padding.
-        split_dim: the dim divided over the tensor axis; None = every tensor rank holds all of it.
+        dim: the dim.
+        axis: the axis.
+        units: the number of indivisible units that the dim consists of (key and value heads); None = it may be divided
+            anywhere. If the axis has more ranks than the units divide into, there are fewer shards than ranks, and
+            neighbours hold the same one.
+    """
+
+    dim: int
+    axis: str
+    units: int | None = None
+
+    def num_shards(self, size: int) -> int:
+        """Return the number of different shards on an axis of `size` ranks."""
+        return gcd(self.units, size) if self.units is not None else size
+
+    def shard_index(self, axis: Axis) -> int:
+        """Return which of the shards a rank of the axis holds."""
+        return axis.rank * self.num_shards(axis.size) // axis.size
+
+
+def over_tensor(dim: int, units: int | None = None) -> tuple[Split, ...]:
+    """Return the splits of a parameter of which the tensor axis alone divides one dim; see `Split`."""
+    return (Split(dim, "tensor", units),)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """The declaration of a parameter; it does not depend on the layout.
+
+    Attributes:
+        shape: the full (logical) shape, without vocabulary padding.
+        splits: the dims that are divided, each over an axis of its own; empty = every rank holds the full parameter.
         std: standard deviation of its normal initialisation; None = not normal.
-        bound: it starts uniform within ±bound, where `std` is None.
-        fill: the constant that it starts from where both are None.
+        bound: it is initialised uniformly within ±bound, if `std` is None.
+        fill: the constant that it is initialised with if both are None.
         decay: whether Adam's weight decay applies (not to biases and norms).
-        units: how many things that cannot be cut `split_dim` is made of (key and value heads); None = any cut will do.
-            An axis longer than they divide holds fewer shares than it has ranks, each on several neighbours.
     """
 
     shape: tuple[int, ...]
-    split_dim: int | None = None
+    splits: tuple[Split, ...] = ()
     std: float | None = None
     fill: float = 0.0
     decay: bool = True
-    units: int | None = None
     bound: float | None = None
 
-    def shares(self, size: int) -> int:
-        """How many different shares `size` ranks hold: as many, unless `units` divide into fewer."""
-        return gcd(self.units, size) if self.units is not None else size
-
-    def holds_first(self, rank: int, size: int) -> bool:
-        """Whether a rank is the first of those that hold its share."""
-        return rank % (size // self.shares(size)) == 0
-
-    def padded_shard(self, size: int) -> int:
-        """Length of `split_dim` on each of `size` ranks, rounded up: the rest is padding on the last ranks."""
-        assert self.split_dim is not None
-        return -(-self.shape[self.split_dim] // self.shares(size))
-
-    def local_shape(self, size: int) -> tuple[int, ...]:
-        """Shape on each of `size` tensor ranks, padding included."""
-        if self.split_dim is None:
-            return self.shape
-        return (*self.shape[: self.split_dim], self.padded_shard(size), *self.shape[self.split_dim + 1 :])
-
-    def local_range(self, rank: int, size: int) -> tuple[int, int]:
-        """[start, stop) along `split_dim` of the logical tensor that a tensor rank holds; empty if all is padding."""
-        if self.split_dim is None:
-            return 0, 0
-        share, whole = self.padded_shard(size), self.shape[self.split_dim]
-        index = rank * self.shares(size) // size
-        return min(index * share, whole), min((index + 1) * share, whole)
+    def __post_init__(self) -> None:
+        dims = [split.dim for split in self.splits]
+        assert len({*dims}) == len({split.axis for split in self.splits}) == len(dims), self
+        assert all(0 <= dim < len(self.shape) for dim in dims), self
 
     @property
     def numel(self) -> int:
+        """The number of elements of the full parameter."""
         return prod(self.shape)
 
+    def split_over(self, axis: str) -> Split | None:
+        """Return the split over an axis; None if the axis holds copies."""
+        return next((split for split in self.splits if split.axis == axis), None)
 
-def make_parameter(spec: ParamSpec, axis: Axis) -> nn.Parameter:
-    """Allocate a rank's share, unfilled, in torch's default dtype and device.
+    def num_shards(self, axis: str, size: int) -> int:
+        """Return the number of different shards that `size` ranks along an axis hold: 1 if they hold copies."""
+        split = self.split_over(axis)
+        return split.num_shards(size) if split is not None else 1
 
-    Sets `tensor_model_parallel` on shards only, and of a share that several ranks hold on the first one's: DeepSpeed's
-    gradient norm counts flagged parameters everywhere, and others on the first rank of a tensor group.
+    def holds_first(self, axes: Axes) -> bool:
+        """Return whether this rank is the first, along all of `axes`, of those that hold its shard.
+
+        Over the ranks that do, sums and files contain every element of the parameter once.
+        """
+        return all(axis.rank % (axis.size // self.num_shards(name, axis.size)) == 0 for name, axis in axes.items())
+
+    def local_shape(self, axes: Axes) -> tuple[int, ...]:
+        """Return the shape of the shard of every rank, padding included."""
+        shape = list(self.shape)
+        for split in self.splits:
+            shape[split.dim] = -(-shape[split.dim] // split.num_shards(axes[split.axis].size))
+        return tuple(shape)
+
+    def local_ranges(self, axes: Axes) -> tuple[tuple[int, int], ...]:
+        """Return, for each dim, the [start, stop) of the full parameter that this rank holds.
+
+        Shards are rounded up in length, so that the last ones may be shorter without their padding, or all padding:
+        then start = stop.
+        """
+        ranges, padded = [(0, length) for length in self.shape], self.local_shape(axes)
+        for split in self.splits:
+            index, full = split.shard_index(axes[split.axis]), self.shape[split.dim]
+            start, stop = index * padded[split.dim], (index + 1) * padded[split.dim]
+            ranges[split.dim] = min(start, full), min(stop, full)
+        return tuple(ranges)
+
+
+def make_parameter(spec: ParamSpec, axes: Axes) -> nn.Parameter:
+    """Allocate this rank's shard of a parameter, unfilled, in torch's default dtype and device.
+
+    Sets `tensor_model_parallel` on shards, and of a shard that several ranks hold on the first one's: DeepSpeed's
+    gradient norm counts flagged parameters on every rank, and others on the first rank of a model-parallel group. That
+    is where `ParamSpec.holds_first`.
     """
-    parameter = nn.Parameter(torch.empty(spec.local_shape(axis.size)))
+    parameter = nn.Parameter(torch.empty(spec.local_shape(axes)))
     parameter.spec = spec  # type: ignore[attr-defined]
-    if spec.split_dim is not None and axis.size > 1 and spec.holds_first(axis.rank, axis.size):
+    if any(axes[split.axis].size > 1 for split in spec.splits) and spec.holds_first(axes):
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     return parameter
 
 
 def spec_of(parameter: Tensor) -> ParamSpec:
-    """The declaration of a parameter. Every parameter of a model core has one."""
+    """Return the declaration of a parameter. Every parameter of a model core has one."""
     return parameter.spec  # type: ignore[attr-defined]
 
 
-def counts_here(parameter: Tensor, axis: Axis) -> bool:
-    """Whether this tensor rank's part of a parameter counts in a sum over the whole model: DeepSpeed's rule."""
-    return axis.rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+def pad_shard(shard: Tensor, spec: ParamSpec, axes: Axes) -> Tensor:
+    """Append the zero padding that gives a slice of the full parameter the shape of every rank's shard."""
+    shape = spec.local_shape(axes)
+    if shard.shape == shape:
+        return shard
+    padded = shard.new_zeros(shape)
+    padded[tuple(slice(0, length) for length in shard.shape)] = shard
+    return padded
 
 
-def pad_shard(share: Tensor, spec: ParamSpec, size: int) -> Tensor:
-    """Append the zero padding that makes a logical slice as large as every rank's share."""
-    if spec.split_dim is None:
-        return share
-    missing = spec.padded_shard(size) - share.shape[spec.split_dim]
-    if missing == 0:
-        return share
-    padding = list(share.shape)
-    padding[spec.split_dim] = missing
-    return torch.cat([share, share.new_zeros(padding)], dim=spec.split_dim)
+def initial_shard(name: str, spec: ParamSpec, seed: int, axes: Axes) -> Tensor:
+    """Return this rank's shard of a parameter's initial value, fp32 on CPU, padding included.
 
-
-def initial_shard(name: str, spec: ParamSpec, seed: int, rank: int, size: int) -> Tensor:
-    """A rank's share of a parameter's initial value, fp32 on CPU, padding included.
-
-    The whole tensor is drawn from a generator seeded by (seed, name) and then cut, so the weights depend on neither
-    layout nor the order in which parameters are filled. Holds one whole tensor at a time.
+    The full tensor is drawn from a generator seeded by (seed, name) and then cut, so the weights depend on neither
+    layout nor the order in which parameters are filled. Holds one full tensor at a time.
     """
     generator = torch.Generator().manual_seed(derive_seed("init", seed, name))
     if spec.std is not None:
-        whole = torch.empty(spec.shape).normal_(0.0, spec.std, generator=generator)
+        full = torch.empty(spec.shape).normal_(0.0, spec.std, generator=generator)
     elif spec.bound is not None:
-        whole = torch.empty(spec.shape).uniform_(-spec.bound, spec.bound, generator=generator)
+        full = torch.empty(spec.shape).uniform_(-spec.bound, spec.bound, generator=generator)
     else:
-        whole = torch.full(spec.shape, spec.fill)
-    if spec.split_dim is None:
-        return whole
-    start, stop = spec.local_range(rank, size)
-    return pad_shard(whole.narrow(spec.split_dim, start, stop - start), spec, size)
+        full = torch.full(spec.shape, spec.fill)
+    return pad_shard(full[tuple(slice(*bounds) for bounds in spec.local_ranges(axes))], spec, axes)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.tensor import TensorParallel
 
 
@@ -59,8 +59,8 @@ class RelativeBias(nn.Module):
     def __init__(self, positions: RelativePositions, num_heads: int, tp: TensorParallel, *, causal: bool) -> None:
         super().__init__()
         self.positions, self.causal = positions, causal
-        spec = ParamSpec((positions.num_buckets, num_heads), 1, std=positions.std)
-        self.weight = make_parameter(spec, tp.axis)
+        spec = ParamSpec((positions.num_buckets, num_heads), over_tensor(1), std=positions.std)
+        self.weight = make_parameter(spec, tp.axes)
         self._buckets: Tensor | None = None  # of the last length: (2S - 1,), the same at every micro-batch
 
     def forward(self, length: int) -> Tensor:

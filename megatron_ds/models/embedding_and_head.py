@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ds.layers.cross_entropy import LogitFinish, VocabShard, gather_logits, head_loss
 from megatron_ds.layers.embedding import VocabParallelEmbedding
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, OutputHead
 from megatron_ds.parallel.collectives import copy_to, gather_sequence
@@ -60,9 +60,9 @@ class LanguageModelHead(OutputHead):
     ) -> None:
         super().__init__()
         self.vocab_size, self.tp, self.finish = vocab_size, ctx.tp, finish or LogitFinish()
-        self.weight = make_parameter(ParamSpec((vocab_size, width), 0, std=std), ctx.tp.axis)
-        spec = ParamSpec((vocab_size,), 0, decay=False)
-        self.bias = make_parameter(spec, ctx.tp.axis) if bias else None
+        self.weight = make_parameter(ParamSpec((vocab_size, width), over_tensor(0), std=std), ctx.tp.axes)
+        spec = ParamSpec((vocab_size,), over_tensor(0), decay=False)
+        self.bias = make_parameter(spec, ctx.tp.axes) if bias else None
 
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
         """One term, `targets`: the sum of the labelled positions' losses."""

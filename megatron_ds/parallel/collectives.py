@@ -1,10 +1,10 @@
-"""The conjugate pairs of collectives that make tensor and sequence parallelism differentiable.
+"""Conjugate pairs of collectives that make tensor and sequence parallelism differentiable.
 
 `f` and `g` are those of Megatron-LM (Shoeybi et al. 2019, section 3); the sequence-parallel pair is that of
 Korthikanti et al. 2022, section 4.2.2. Sequence is always dim 0. Every function is the identity on an axis of size 1.
 
-Each states what one call puts on the wire per rank for a tensor of n bytes on t ranks (ring algorithms):
-all-reduce 2n(t-1)/t; all-gather and reduce-scatter n(t-1)/t with n the size of the whole tensor.
+Bytes that one call sends per rank, for a tensor of n bytes on t ranks (ring algorithms): all-reduce 2n(t-1)/t;
+all-gather and reduce-scatter n(t-1)/t, with n the size of the full tensor.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def begin_all_reduce_(x: Tensor, axis: Axis) -> dist.Work | None:
-    """Begin to sum in place over the axis; None = it is done, else to be waited for before x is read."""
+    """Begin to sum in place over the axis. Wait for the returned work before x is read; None = it is done already."""
     if axis.size == 1 or axis.sum_here(x):
         return None
     return dist.all_reduce(x, group=axis.group, async_op=True)
 
 
 def all_gather_dim0(x: Tensor, axis: Axis) -> Tensor:
-    """(S/t, ...) -> (S, ...). Not differentiable."""
+    """Gather along dim 0: (S/t, ...) -> (S, ...). Not differentiable."""
     if axis.size == 1:
         return x
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
@@ -42,7 +42,7 @@ def all_gather_dim0(x: Tensor, axis: Axis) -> Tensor:
 
 
 def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
-    """(S, ...) -> (S/t, ...), summed over the axis. Not differentiable."""
+    """Sum over the axis and scatter along dim 0: (S, ...) -> (S/t, ...). Not differentiable."""
     if axis.size == 1:
         return x
     assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.size)
@@ -51,34 +51,34 @@ def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-def sum_over_holders(x: Tensor, axis: Axis, shares: int) -> Tensor:
-    """Sum a tensor over the ranks that hold the same share: `axis.size // shares` neighbours. Not differentiable.
+def sum_over_holders(x: Tensor, axis: Axis, num_shards: int) -> Tensor:
+    """Sum a tensor over the `axis.size // num_shards` neighbours that hold the same shard. Not differentiable.
 
-    One all-reduce of `shares` times the tensor over the whole axis, so that it needs no process group of its own:
-    what is shared this way, K and V of a few heads, is small.
+    One all-reduce of `num_shards` times the tensor over the complete axis, so that it needs no process group of its
+    own: the parameters that are shared this way, K and V of a few heads, are small.
     """
-    if shares == axis.size:
+    if num_shards == axis.size:
         return x
-    whole = x.new_zeros((shares, *x.shape))
-    mine = axis.rank * shares // axis.size
-    whole[mine] = x
-    return all_reduce_(whole, axis)[mine]
+    by_shard = x.new_zeros((num_shards, *x.shape))
+    mine = axis.rank * num_shards // axis.size
+    by_shard[mine] = x
+    return all_reduce_(by_shard, axis)[mine]
 
 
 class _CopyToHolders(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, shares: int) -> Tensor:
-        ctx.axis, ctx.shares = axis, shares
+    def forward(ctx: Any, x: Tensor, axis: Axis, num_shards: int) -> Tensor:
+        ctx.axis, ctx.num_shards = axis, num_shards
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return sum_over_holders(grads[0], ctx.axis, ctx.shares), None, None
+        return sum_over_holders(grads[0], ctx.axis, ctx.num_shards), None, None
 
 
-def copy_to_holders(x: Tensor, axis: Axis, shares: int) -> Tensor:
-    """A parameter's share that `axis.size // shares` ranks hold: forward identity, backward `sum_over_holders`."""
-    return _CopyToHolders.apply(x, axis, shares) if shares < axis.size else x
+def copy_to_holders(x: Tensor, axis: Axis, num_shards: int) -> Tensor:
+    """Enter a shard that `axis.size // num_shards` ranks hold: forward identity, backward `sum_over_holders`."""
+    return _CopyToHolders.apply(x, axis, num_shards) if num_shards < axis.size else x
 
 
 class _CopyTo(torch.autograd.Function):
@@ -147,38 +147,41 @@ class _SumOver(torch.autograd.Function):
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over the axis, used differently by each of its ranks. All-reduce forward and backward.
+    """Sum over the axis, for a sum that each rank uses differently. All-reduce forward and backward.
 
-    For statistics over a dim that the axis divides. `reduce_from` is for sums that all ranks go on to use alike.
+    For statistics over a dim that the axis divides. `reduce_from` is for sums that all ranks use alike.
     """
     return _SumOver.apply(x, axis) if axis.size > 1 else x
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """Megatron's f: forward identity, backward all-reduce.
+    """Apply Megatron's f: forward identity, backward all-reduce.
 
-    Also what a replicated *parameter* needs when the ranks of the axis see different activations (norms and
-    row-parallel biases under sequence parallelism, q/k norms under tensor parallelism): its partial gradients are
-    summed inside autograd, before ZeRO partitions them.
+    A replicated *parameter* needs it too when the ranks of the axis see different activations (norms and row-parallel
+    biases under sequence parallelism, q/k norms under tensor parallelism): its partial gradients are summed inside
+    autograd, before ZeRO partitions them.
     """
     return _CopyTo.apply(x, axis) if axis.size > 1 else x
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """Megatron's g: forward all-reduce, backward identity."""
+    """Apply Megatron's g: forward all-reduce, backward identity."""
     return _ReduceFrom.apply(x, axis) if axis.size > 1 else x
 
 
 def reduce_from_(x: Tensor, axis: Axis) -> Tensor:
-    """`reduce_from` in place of x, which nothing else reads: a product that was made for it."""
+    """Apply `reduce_from` in place of x, which nothing else reads: a product computed for it."""
     return _ReduceFromInPlace.apply(x, axis) if axis.size > 1 else x
 
 
 def gather_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """(S/t, B, H) -> (S, B, H). Forward all-gather, backward reduce-scatter (Korthikanti et al. 2022)."""
+    """Gather: (S/t, B, H) -> (S, B, H). Forward all-gather, backward reduce-scatter (Korthikanti et al. 2022)."""
     return _GatherSequence.apply(x, axis) if axis.size > 1 else x
 
 
 def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """(S, B, H) partial sums -> (S/t, B, H). Forward reduce-scatter, backward all-gather (Korthikanti et al. 2022)."""
+    """Sum and scatter: (S, B, H) partial sums -> (S/t, B, H). Forward reduce-scatter, backward all-gather.
+
+    Korthikanti et al. 2022.
+    """
     return _ReduceScatterSequence.apply(x, axis) if axis.size > 1 else x

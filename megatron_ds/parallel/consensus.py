@@ -1,4 +1,4 @@
-"""Do on every rank what can fail on some of them, and fail as one."""
+"""Run a step that may fail on some ranks, so that all ranks fail if any does."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 def run_on_all_ranks(step: Callable[[], T]) -> T:
-    """Result of `step()` on this rank, if it succeeded on every rank of the process group.
+    """Return the result of `step()` on this rank if it succeeded on every rank. Collective over the world.
 
     Without it, a rank that lacks a file would leave its peers waiting in their next collective. Communicates one small
     object; `step` itself must not communicate.
 
     Raises:
-        MegatronDSError: on rank 0, the error of the lowest rank that had one.
-        SystemExit: on the other ranks then, with status 2: rank 0 speaks for all. With status 1 on those that only
-            hear of another's defect.
-        Exception: a defect, on the rank that had it.
+        MegatronDSError: on rank 0, the error of the lowest rank that raised one.
+        SystemExit: on the other ranks in that case, with status 2: rank 0 reports the error for all. With status 1 if
+            another rank raised anything else, which is a defect.
+        Exception: a defect, on the rank that raised it.
     """
     result: Any = None
     mine: MegatronDSError | None = None

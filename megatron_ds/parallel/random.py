@@ -1,11 +1,11 @@
-"""Random numbers per axis: who draws the same dropout mask, and who must not.
+"""Random streams per axis: ranks that must draw the same dropout mask, and ranks that must draw different ones.
 
-Two streams a rank. *Replicated*: equal on all tensor ranks, for activations that every tensor rank holds whole.
-*Sharded*: different on each tensor rank, for activations split over heads or sequence. Both differ between data
-replicas and pipeline stages. The replicated stream is torch's default generator; the sharded one is swapped in by
-`RngStreams.sharded()`. Each optimizer step begins them anew. The same code serves CPU and accelerators, and
-`replayable` makes recomputation draw the same masks again under any checkpoint function that preserves torch's default
-generators (torch's and DeepSpeed's do).
+Each rank has two streams. *Replicated*: equal on all tensor ranks, for activations that every tensor rank holds in
+full. *Sharded*: different on each tensor rank, for activations split over heads or sequence. Both differ between the
+ranks of the grid's `random` role and between pipeline stages. The replicated stream is torch's default generator; the
+sharded one is swapped in by `RngStreams.sharded()`. Each optimizer step seeds them again. The same code serves CPU and
+accelerators, and `replayable` makes recomputation draw the same masks again under any checkpoint function that
+preserves torch's default generators (torch's and DeepSpeed's do).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_ds.parallel.grid import Grid
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any mix of numbers and names; stable across processes, platforms and versions."""
+    """Derive a 63-bit seed from numbers and names; it is the same in all processes, platforms and versions."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -32,8 +32,8 @@ class RngStreams:
 
     Args:
         seed: the run's seed.
-        grid: the rank's stage, its index among the ranks that draw different masks, and its tensor rank.
-        device: where activations live; dropout draws from this device's default generator.
+        grid: the grid, whose pipeline, `random` and tensor ranks enter the seeds.
+        device: the device of the activations; dropout draws from its default generator.
     """
 
     def __init__(self, seed: int, grid: Grid, device: torch.device) -> None:
@@ -43,10 +43,10 @@ class RngStreams:
         self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
-        """Set both streams to where they begin a step, as a function of seed, place and step alone.
+        """Seed both streams for the 0-based `step`, as a function of seed, coordinates and step alone.
 
         So a run that is resumed at the same layout draws the masks that it would have drawn, and has no states to
-        save. In the 0-based `step` the streams go on from one micro-batch to the next.
+        save. Within the step the streams continue from one micro-batch to the next.
         """
         sharded = self._sharded.manual_seed(derive_seed("sharded", *self._place, self._tensor_rank, step))
         self._sharded_state: Tensor = sharded.get_state()
@@ -54,7 +54,7 @@ class RngStreams:
 
     @contextmanager
     def sharded(self) -> Iterator[None]:
-        """Within the block, torch's default generator is the sharded stream."""
+        """Make torch's default generator the sharded stream within the block."""
         replicated_state = self._generator.get_state()
         self._generator.set_state(self._sharded_state)
         try:
@@ -64,9 +64,9 @@ class RngStreams:
             self._generator.set_state(replicated_state)
 
     def replayable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, made to see the sharded stream of its first call at every later call, leaving no trace of those.
+        """Wrap `fn` so that every later call starts from the sharded stream of its first call and does not advance it.
 
-        The replicated stream is left to the checkpoint function around it.
+        The checkpoint function around it preserves the replicated stream.
         """
         state_at_first_call: Tensor | None = None
 

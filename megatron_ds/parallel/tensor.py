@@ -1,4 +1,4 @@
-"""How a layer is split over the tensor axis: Megatron's tensor parallelism, with or without sequence parallelism."""
+"""Megatron's tensor parallelism of a layer, with or without sequence parallelism."""
 
 from __future__ import annotations
 
@@ -7,48 +7,56 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron_ds.parallel.collectives import copy_to, copy_to_holders, reduce_from, reduce_scatter_sequence
-from megatron_ds.parallel.grid import Axis
+from megatron_ds.parallel.grid import Axes, Axis
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The tensor axis and whether activations between the parallel regions are split along the sequence.
+    """The tensor axis, and whether activations between the parallel regions are split along the sequence.
 
     Attributes:
         axis: the tensor axis; size 1 means no communication at all.
         sequence: Megatron's sequence parallelism (Korthikanti et al. 2022). Outside the parallel regions hidden
-            states are then (S/t, B, H) instead of (S, B, H). Without effect on an axis of size 1.
+            states are then (S/t, B, H) instead of (S, B, H). It has no effect on an axis of size 1.
     """
 
     axis: Axis = field(default_factory=Axis)
     sequence: bool = False
 
     @property
+    def axes(self) -> Axes:
+        """The tensor axis by name, as `layers.param_spec` takes the axes."""
+        return {"tensor": self.axis}
+
+    @property
     def splits_sequence(self) -> bool:
         return self.sequence and self.axis.size > 1
 
     def between(self, parameter: Tensor) -> Tensor:
-        """A replicated parameter used *between* the parallel regions (norms, row-parallel biases, positions).
+        """Enter a replicated parameter used *between* the parallel regions (norms, row-parallel biases, positions).
 
         Under sequence parallelism each rank sees its part of the sequence only, so the parameter's gradient is summed
-        over the axis (backward all-reduce of the parameter's size).
+        over the axis. Forward nothing, backward all-reduce of the parameter's size.
         """
         return copy_to(parameter, self.axis) if self.splits_sequence else parameter
 
     def inside(self, parameter: Tensor) -> Tensor:
-        """A replicated parameter used *inside* a parallel region (q/k norms): each rank sees its heads only."""
+        """Enter a replicated parameter used *inside* a parallel region (q/k norms): each rank sees its own heads only.
+
+        Forward nothing, backward all-reduce of the parameter's size.
+        """
         return copy_to(parameter, self.axis)
 
-    def shared(self, parameter: Tensor, shares: int) -> Tensor:
-        """A parameter of which the axis holds `shares` different shares, used inside a parallel region.
+    def shared(self, parameter: Tensor, num_shards: int) -> Tensor:
+        """Enter a shard of a parameter of which the axis holds `num_shards` different ones, inside a parallel region.
 
-        Where there are fewer shares than ranks (key and value heads), neighbours hold the same one and use it for
-        different query heads: its gradient is summed over them.
+        If there are fewer shards than ranks (key and value heads), neighbours hold the same one and use it for
+        different query heads: its gradient is summed over them. Forward nothing, backward `sum_over_holders`.
         """
-        return copy_to_holders(parameter, self.axis, shares)
+        return copy_to_holders(parameter, self.axis, num_shards)
 
     def leave(self, partial_sums: Tensor) -> Tensor:
-        """(S, B, H) partial sums -> (S, B, H), or (S/t, B, H) under sequence parallelism.
+        """Leave a parallel region: (S, B, H) partial sums -> (S, B, H), or (S/t, B, H) under sequence parallelism.
 
         Forward all-reduce (g) or reduce-scatter; backward identity or all-gather.
         """
@@ -57,7 +65,7 @@ class TensorParallel:
         return reduce_from(partial_sums, self.axis)
 
     def sequence_slice(self, length: int) -> slice:
-        """The positions of a sequence of `length` that this rank holds between the parallel regions."""
+        """Return the positions of a sequence of `length` that this rank holds between the parallel regions."""
         if not self.splits_sequence:
             return slice(0, length)
         part = length // self.axis.size

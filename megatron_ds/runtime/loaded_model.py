@@ -23,6 +23,7 @@ from megatron_ds.models.build import ChangeLayers, model_layers, own_layers
 from megatron_ds.models.config import EncoderDecoderConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec
+from megatron_ds.parallel.grid import Axes
 from megatron_ds.runtime.adapters import open_adapters, refuse_adapters
 from megatron_ds.runtime.freeze import frozen_parameters
 
@@ -61,13 +62,13 @@ class LoadedModel:
         """The reader of parameter values for `build_engine`; None = all parameters start at random."""
         return self._read_shard if self.weights is not None else None
 
-    def _read_shard(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
+    def _read_shard(self, name: str, spec: ParamSpec, axes: Axes) -> Tensor:
         if name in self.hf.table:
             assert self.weights is not None
-            return self.weights.share(name, spec, rank, size)
+            return self.weights.shard(name, spec, axes)
         if self.adapter_weights is not None and self.adapters is not None and name in self.adapters.table:
-            return self.adapter_weights.share(name, spec, rank, size)
-        return initial_shard(name, spec, self.seed, rank, size)
+            return self.adapter_weights.shard(name, spec, axes)
+        return initial_shard(name, spec, self.seed, axes)
 
 
 def load_model(

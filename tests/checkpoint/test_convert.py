@@ -98,7 +98,7 @@ def _masters(checkpoint: Path) -> dict[str, torch.Tensor]:
     model, reader = HFWeights(checkpoint, read_model(checkpoint)).model, StateReader(checkpoint)
     to_hf, found = ToHF(model), dict[str, torch.Tensor]()
     for name, row in model.table.items():
-        whole = reader.read_whole("master", name, row.op.native_shape(model.axis_sizes))
+        whole = reader.read_full("master", name, row.op.native_shape(model.axis_sizes))
         found.update({theirs: tensor.clone() for theirs, tensor in to_hf.add(name, whole)})
     return found
 
@@ -178,7 +178,7 @@ def test_a_flipped_byte_is_named_and_the_whole_one_beside_it(
     content[-1] ^= 1
     file.write_bytes(content)
     said = _one_line(capsys, "export", newer, tmp_path / "hf")
-    assert f"{file} does not have the checksum" in said and f"nearest: {folder / name_of(CUT)}, which is whole" in said
+    assert f"{file} does not have the checksum" in said and f"nearest: {folder / name_of(CUT)}, which is intact" in said
     assert not (tmp_path / "hf").exists()
     assert _run(["inspect", str(newer)]) == 1
     assert f"DAMAGED     {file} does not have the checksum" in capsys.readouterr().out

@@ -250,21 +250,21 @@ def test_latest_names_a_whole_one_before_the_first_step(cut: Path, corpus: Path)
 
 def _in_the_save_of(step: int, rank: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have something happen on a rank when it has written half of its part."""
-    write = saver.write_pieces
+    write = saver.write_chunks
 
-    def write_half(directory: Path, files: Any, pieces: Any) -> Any:
+    def write_half(directory: Path, files: Any, chunks: Any) -> Any:
         if directory.name != f".{name_of(step)}.tmp" or os.environ["RANK"] != str(rank):
-            return write(directory, files, pieces)
+            return write(directory, files, chunks)
 
         def half() -> Any:
-            for number, piece in enumerate(pieces):
+            for number, chunk in enumerate(chunks):
                 if number == 3:
                     act()
-                yield piece
+                yield chunk
 
         return write(directory, files, half())
 
-    monkeypatch.setattr(saver, "write_pieces", write_half)
+    monkeypatch.setattr(saver, "write_chunks", write_half)
 
 
 def _kill() -> None:
@@ -315,7 +315,7 @@ def test_a_rank_that_cannot_write(
         with pytest.raises(CheckpointError) as caught:
             go_on(corpus, output, checkpoint=checkpoint)
     words = str(caught.value)
-    assert f"{NEWEST} could not be saved: rank {rank}: " in words and f"{BEFORE} is the newest that is whole" in words
+    assert f"{NEWEST} could not be saved: rank {rank}: " in words and f"{BEFORE} is the newest intact one" in words
     assert "\n" not in words
     folder = output / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == sorted([BEFORE, LATEST, "saves.jsonl"])
@@ -459,16 +459,16 @@ def test_two_runs_do_not_write_to_one_output(cut: Path, corpus: Path) -> None:
 
 def _slow_by(seconds: float, monkeypatch: pytest.MonkeyPatch, seen: Path) -> None:
     """Writing takes long; how many saves are under way is noted when each begins and ends."""
-    write = saver.write_pieces
+    write = saver.write_chunks
 
-    def write_slowly(directory: Path, files: Any, pieces: Any) -> Any:
+    def write_slowly(directory: Path, files: Any, chunks: Any) -> Any:
         under_way = len(list(directory.parent.glob(".*.tmp")))
         with open(seen, "a") as file:
             file.write(f"{under_way}\n")
         time.sleep(seconds)
-        return write(directory, files, pieces)
+        return write(directory, files, chunks)
 
-    monkeypatch.setattr(saver, "write_pieces", write_slowly)
+    monkeypatch.setattr(saver, "write_chunks", write_slowly)
 
 
 def test_saves_wait_for_one_another_and_training_does_not_wait_for_them(

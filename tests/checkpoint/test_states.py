@@ -86,7 +86,7 @@ def test_fp32_gets_the_masters_of_bf16_and_not_its_weights(references: Any, tmp_
     reader = StateReader(checkpoint)
     for place in (ALONE, TP2, ZERO_3, PIPELINE):
         for name, weight in run_grid(_masters, place.layout, checkpoint, place, RECIPE)[0].items():
-            master = reader.read_whole("master", name, tuple(weight.shape))
+            master = reader.read_full("master", name, tuple(weight.shape))
             assert torch.equal(weight, master), (place, name)
             assert not torch.equal(master, master.bfloat16().float()), name
 
@@ -242,7 +242,10 @@ def _no_steps(monkeypatch: Any) -> None:
 
 
 def _wrong_rank(monkeypatch: Any) -> None:
-    monkeypatch.setattr(state, "in_whole", lambda box, spec, rank, size, real=state.in_whole: real(box, spec, 0, size))
+    def of_first_rank(local: Any, spec: Any, axes: Any, real: Any = state.in_full_tensor) -> Any:
+        return real(local, spec, {name: replace(axis, rank=0) for name, axis in axes.items()})
+
+    monkeypatch.setattr(state, "in_full_tensor", of_first_rank)
 
 
 TRAPS = {
@@ -251,7 +254,7 @@ TRAPS = {
     "no second moments": (_no_second_moments, RECIPE, RECIPE),
     "no masters": (_no_masters, BF16, RECIPE),
     "steps begin at 0": (_no_steps, RECIPE, RECIPE),
-    "shares of another rank": (_wrong_rank, RECIPE, RECIPE),
+    "shards of another rank": (_wrong_rank, RECIPE, RECIPE),
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_ds.engine import build_engine
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.param_spec import initial_shard, spec_of
-from megatron_ds.parallel.grid import Grid
+from megatron_ds.parallel.grid import Axes, Grid
 from megatron_ds.runtime import load_model
 from megatron_ds.runtime.setup import engine_options, plan_engine
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
@@ -55,12 +55,12 @@ def _whole_model_never_held(grid: Grid, place: Place) -> tuple[int, int, int]:
     peak = 0
     before = {id(p) for p in gc.get_objects() if isinstance(p, nn.Parameter)}  # of other tests in the parent process
 
-    def read(name: str, spec: Any, rank: int, size: int) -> torch.Tensor:
+    def read(name: str, spec: Any, axes: Axes) -> torch.Tensor:
         nonlocal peak
         found = (p for p in gc.get_objects() if isinstance(p, nn.Parameter))
         alive = {id(p): p.numel() for p in found if id(p) not in before}
         peak = max(peak, sum(alive.values()))
-        return initial_shard(name, spec, 1, rank, size)
+        return initial_shard(name, spec, 1, axes)
 
     engine = _random_engine(grid, "llama", place, read)
     parameters = [parameter for _, parameter in engine.local_parameters()]

@@ -16,6 +16,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel, head_of, input_activations
+from tests.parallel.axes import ALONE
 from tests.parity.batches import batch_for, ours
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -57,7 +58,7 @@ def _differences(config: dict[str, Any], dropped: tuple[str, ...]) -> dict[str, 
     specs = model_layers(read_model(config).core)
     model = SequentialModel(specs)
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(initial_shard(name, spec_of(parameter), 3, 0, 1))
+        parameter.data.copy_(initial_shard(name, spec_of(parameter), 3, ALONE))
     batch = ours(config["model_type"], batch_for(config["model_type"], Recipe(global_batch=4), 0))
     batch = {name: column for name, column in batch.items() if name not in dropped}
     loss, gradients = _run(specs, model, batch, set())

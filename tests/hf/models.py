@@ -16,6 +16,7 @@ from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
+from tests.parallel.axes import axes_at
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.reference import make_model
@@ -88,16 +89,17 @@ def declarations(weights: HFWeights) -> dict[str, ParamSpec]:
 
 
 def gathered(weights: HFWeights, name: str, spec: ParamSpec, size: int) -> torch.Tensor:
-    """The shares of all tensor ranks, put together and without padding; ranks that hold the same share agree on it."""
-    shares = [weights.share(name, spec, rank, size) for rank in range(size)]
-    assert all(share.shape == spec.local_shape(size) for share in shares), name
-    if spec.split_dim is None:
-        assert all(torch.equal(share, shares[0]) for share in shares), name
-        return shares[0]
-    holders = size // spec.shares(size)
-    firsts = shares[::holders]
-    assert all(torch.equal(share, firsts[rank // holders]) for rank, share in enumerate(shares)), name
-    return torch.cat(firsts, dim=spec.split_dim).narrow(spec.split_dim, 0, spec.shape[spec.split_dim])
+    """The shards of all tensor ranks, put together and without padding; ranks that hold the same shard agree on it."""
+    shards = [weights.shard(name, spec, axes_at(tensor=(rank, size))) for rank in range(size)]
+    assert all(shard.shape == spec.local_shape(axes_at(tensor=(0, size))) for shard in shards), name
+    if not spec.splits:
+        assert all(torch.equal(shard, shards[0]) for shard in shards), name
+        return shards[0]
+    (split,) = spec.splits
+    holders = size // split.num_shards(size)
+    firsts = shards[::holders]
+    assert all(torch.equal(shard, firsts[rank // holders]) for rank, shard in enumerate(shards)), name
+    return torch.cat(firsts, dim=split.dim).narrow(split.dim, 0, spec.shape[split.dim])
 
 
 def export(

@@ -20,8 +20,8 @@ from megatron_ds.models.adapters import with_adapters
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
-from megatron_ds.parallel.grid import Axis
 from megatron_ds.parallel.tensor import TensorParallel
+from tests.parallel.axes import axes_at
 from tests.parity.adapter_cases import random_config
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone
@@ -81,7 +81,7 @@ def test_there_and_back_bit_for_bit(case: str, kind: str, made: Any, tmp_path: P
     directory = made(case, kind)
     adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
     weights = AdapterWeights(directory / "adapter", adapters)
-    parameters = [(name, weights.whole(name)) for name in adapters.table]
+    parameters = [(name, weights.full(name)) for name in adapters.table]
     export_adapters(tmp_path / "again", adapters, parameters, None, None)
     before, after = (load_file(place / ADAPTER_WEIGHTS) for place in (directory / "adapter", tmp_path / "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -96,7 +96,7 @@ def test_merged_as_peft_merges(case: str, kind: str, made: Any, tmp_path: Path) 
     base = HFWeights(directory / "base", read_model(directory / "base"))
     adapters = read_adapters(directory / "adapter", base.model, "base")
     weights = AdapterWeights(directory / "adapter", adapters)
-    parameters = {name: weights.whole(name) for name in adapters.table}
+    parameters = {name: weights.full(name) for name in adapters.table}
     export_merged(tmp_path / "hf", base, directory / "base", adapters, parameters, None, "5GB", None)
     mine, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "hf", directory / "merged"))
     plain = load_file(directory / "base" / "model.safetensors")
@@ -110,26 +110,25 @@ def test_merged_as_peft_merges(case: str, kind: str, made: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["LORA", "IA3"])
 @pytest.mark.parametrize("case", CASES)
-def test_each_rank_reads_its_share(case: str, kind: str, made: Any) -> None:
-    """The shapes are those of the modules that are built; shares of one parameter are parts of the whole."""
+def test_each_rank_reads_its_shard(case: str, kind: str, made: Any) -> None:
+    """The shapes are those of the modules that are built; shards of one parameter are parts of the full one."""
     directory = made(case, kind)
     model = HFWeights(directory / "base", read_model(directory / "base")).model
     adapters = read_adapters(directory / "adapter", model, "base")
     weights = AdapterWeights(directory / "adapter", adapters)
     size = 2
     for rank in range(size):
-        at = BuildContext(TensorParallel(Axis(size, rank, tuple(range(size)))))
+        axes = axes_at(tensor=(rank, size))
+        at = BuildContext(TensorParallel(axes["tensor"]))
         built = SequentialModel(with_adapters(model_layers(model.core, at), adapters.places))
         found = {name: one for name, one in built.named_parameters() if ".adapters." in name}
         assert found.keys() == adapters.table.keys()
         for name, parameter in found.items():
             spec = parameter.spec  # type: ignore[attr-defined]
-            share = weights.share(name, spec, rank, size)
-            assert share.shape == parameter.shape
-            start, stop = spec.local_range(rank, size)
-            whole = weights.whole(name)
-            cut = whole if spec.split_dim is None else whole.narrow(spec.split_dim, start, stop - start)
-            assert torch.equal(share, cut), name
+            shard = weights.shard(name, spec, axes)
+            assert shard.shape == parameter.shape
+            cut = weights.full(name)[tuple(slice(*bounds) for bounds in spec.local_ranges(axes))]
+            assert torch.equal(shard, cut), name
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weights import HFWeights
 from tests.hf.models import DTYPES, declarations, hashes
 from tests.hf.test_reading import old_names, tensors_of
+from tests.parallel.axes import axes_at
 from tests.parity.cases import CONFIGS
 from tests.ranks import run_alone
 
@@ -172,16 +173,16 @@ def rise_of_peak(tiny: Path, act: Any) -> int:
 
 def peaks(large: Path, tiny: Path, out: Path) -> dict[str, int]:
     found = {"rewrite": rise_of_peak(tiny, lambda: rewrite(large, out, max_shard_size=f"{MAX_SHARD // MB}MB"))}
-    weights = HFWeights(large, read_model(large))
+    weights, axes = HFWeights(large, read_model(large)), axes_at(tensor=(1, 4))
     for name, spec in declarations(weights).items():
-        if name.startswith(("blocks.1.", "embedding")) and spec.split_dim is not None:
-            found[name] = rise_of_peak(tiny, lambda: weights.share(name, spec, 1, 4).clone())  # noqa: B023
+        if name.startswith(("blocks.1.", "embedding")) and spec.splits:
+            found[name] = rise_of_peak(tiny, lambda: weights.shard(name, spec, axes).clone())  # noqa: B023
     return found
 
 
 def test_memory_is_bounded(large: Path, saved: Path, tmp_path: Path) -> None:
-    """The largest tensor and two shards at most, of a model several times as large. For a rank's share, twice the
-    share: its part of the file, and a copy. Where the share is a strip of each row, its pages hold all of the file's
+    """The largest tensor and two shards at most, of a model several times as large. For a rank's shard, twice the
+    shard: its part of the file, and a copy. Where the shard is a strip of each row, its pages hold all of the file's
     tensor."""
     bound = LARGEST + 2 * MAX_SHARD
     assert sum(file.stat().st_size for file in large.iterdir()) > 4 * bound
@@ -196,7 +197,7 @@ def test_memory_is_bounded(large: Path, saved: Path, tmp_path: Path) -> None:
     specs = declarations(HFWeights(large, read_model(large)))
     assert found.keys() >= {"embedding.weight", "blocks.1.attention.qkv.q_weight", "blocks.1.mlp.down.weight"}
     for name, size in found.items():
-        whole, strips = 2 * specs[name].numel, specs[name].split_dim != 0
+        whole, strips = 2 * specs[name].numel, specs[name].splits[0].dim != 0
         assert size < (whole if strips else whole // 4) + whole // 4 + SLACK, name
 
 

@@ -22,7 +22,7 @@ STALE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def values(weights: HFWeights, size: int = 1) -> Tensors:
-    """Every native parameter, put together from the shares of so many tensor ranks."""
+    """Every native parameter, put together from the shards of so many tensor ranks."""
     return {name: gathered(weights, name, spec, size) for name, spec in declarations(weights).items()}
 
 
@@ -32,7 +32,7 @@ def same(one: HFWeights, other: HFWeights) -> bool:
 
 
 @pytest.mark.parametrize("case", ENCODER_CASES)
-def test_shares_are_parts_of_the_whole(case: str, encoders: Path) -> None:
+def test_shards_are_parts_of_the_full_parameters(case: str, encoders: Path) -> None:
     weights = opened(encoders / case)
     whole = values(weights)
     assert whole.keys() == weights.model.table.keys()

@@ -43,7 +43,7 @@ def check_deep(place: Path, dtype: str, size: float) -> dict[str, float | str]:
     batch = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     with torch.no_grad():
         for name, parameter in live.named_parameters():
-            parameter.copy_(weights.whole(name))
+            parameter.copy_(weights.full(name))
         predicted: Any = {name: output.float() for name, output in live(batch).items()}
         model.to(DTYPES[dtype]).save_pretrained(place / "right")
         value = model.decoder.block[6].layer[0].SelfAttention.v.weight
@@ -83,7 +83,7 @@ def predict_at(directory: Path, lengths: tuple[int, ...]) -> list[float]:
     found = []
     with torch.no_grad():
         for name, parameter in live.named_parameters():
-            parameter.copy_(weights.whole(name))
+            parameter.copy_(weights.full(name))
         for length in lengths:
             ids = torch.arange(2, 2 + length).repeat(2, 1)
             batch = {"input_ids": ids, "decoder_input_ids": ids[:, : length // 2]}

@@ -13,6 +13,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weight_files import open_directory
 from megatron_ds.hf.weights import HFWeights
 from tests.hf.models import build, declarations, export, hashes
+from tests.parallel.axes import ALONE
 from tests.parity.cases import CONFIGS
 from tests.ranks import run_alone
 
@@ -230,7 +231,7 @@ def test_tied_by_config_and_different_bytes_is_not_tied(change: str, saved: Path
     save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
     weights = HFWeights(tmp_path, read_model(CONFIGS["qwen2-tied"]))
     assert not weights.model.core.tied
-    assert torch.equal(weights.share("head.weight", declarations(weights)["head.weight"], 0, 1), head)
+    assert torch.equal(weights.shard("head.weight", declarations(weights)["head.weight"], ALONE), head)
 
 
 def test_chunks_of_the_comparison_cover_the_whole_tensor(

@@ -1,4 +1,4 @@
-"""A directory of transformers, read in shares and exported again, is the same bit by bit."""
+"""A directory of transformers, read in shards and exported again, is the same bit by bit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.runtime.export import export_live
 from tests.hf.models import DTYPES, declarations, export, hashes
+from tests.parallel.axes import axes_at
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.ours import Place, engine_on
 from tests.ranks import run_grid
@@ -45,21 +46,23 @@ def fused_llama(model: HFModel) -> HFModel:
 
 
 @pytest.mark.parametrize("case", ["llama", "llama-uneven", "llama-tied-bias"])
-def test_shares_of_fused_groups_are_those_of_separate_tensors(case: str, saved: Path, tmp_path: Path) -> None:
+def test_shards_of_fused_groups_are_those_of_separate_tensors(case: str, saved: Path, tmp_path: Path) -> None:
     """Also where a rank's query heads end within a group, and where ranks share a key head."""
     source = saved / case / "float32"
     separate = HFWeights(source, read_model(source))
     model = fused_llama(separate.model)
     to_hf = ToHF(model)
-    tensors = {theirs: tensor for name in model.table for theirs, tensor in to_hf.add(name, separate.whole(name))}
+    tensors = {theirs: tensor for name in model.table for theirs, tensor in to_hf.add(name, separate.full(name))}
     assert len(tensors) == len(hashes(source)) - 2 * 4 * (2 if case == "llama-tied-bias" else 1)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     fused = HFWeights(tmp_path, model)
     for name, spec in declarations(separate).items():
-        assert torch.equal(fused.whole(name), separate.whole(name)), name
+        assert torch.equal(fused.full(name), separate.full(name)), name
         for size in (2, 4):
             for rank in range(size):
-                ours, expected = (weights.share(name, spec, rank, size) for weights in (fused, separate))
+                ours, expected = (
+                    weights.shard(name, spec, axes_at(tensor=(rank, size))) for weights in (fused, separate)
+                )
                 assert torch.equal(ours, expected), (name, rank, size)
 
 
@@ -72,10 +75,10 @@ def test_rank_that_holds_only_padding(tmp_path: Path, saved: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     weights = HFWeights(tmp_path, read_model({**CONFIGS["qwen2"], "vocab_size": 5}))
     spec = declarations(weights)["embedding.weight"]
-    shares = [weights.share("embedding.weight", spec, rank, 4) for rank in range(4)]
-    assert [share.shape for share in shares] == [(2, 32)] * 4
-    assert torch.equal(torch.cat(shares)[:5], tensors["model.embed_tokens.weight"])
-    assert not torch.cat(shares)[5:].any()
+    shards = [weights.shard("embedding.weight", spec, axes_at(tensor=(rank, 4))) for rank in range(4)]
+    assert [shard.shape for shard in shards] == [(2, 32)] * 4
+    assert torch.equal(torch.cat(shards)[:5], tensors["model.embed_tokens.weight"])
+    assert not torch.cat(shards)[5:].any()
 
 
 def _export_from_ranks(grid: Grid, source: Path, target: Path, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""Every operation is a bijection, whole and in shares; fused tensors are the sum of their pieces."""
+"""Every operation is a bijection, whole and in shards; fused tensors are the sum of their pieces."""
 
 import random
 from collections import defaultdict
@@ -145,7 +145,7 @@ def check_bijection(case: Case) -> None:
         assert torch.equal(op.read(reader(made, names), case.sizes), other), case
 
 
-def check_shares(case: Case) -> int:
+def check_shards(case: Case) -> int:
     """Shares are the whole, cut, at every size that divides the axis, and at sizes that leave the last one shorter."""
     tensors, checked = numbered(case), 0
     for (op, names), axis in zip(case.ops, case.axes):
@@ -156,8 +156,8 @@ def check_shares(case: Case) -> int:
         for size in range(1, length + 2):
             step = -(-length // size)
             bounds = [(min(rank * step, length), min((rank + 1) * step, length)) for rank in range(size)]
-            shares = [op.read(reader(tensors, names), case.sizes, axis, *bound) for bound in bounds]
-            assert torch.equal(torch.cat(shares, dim=dim), native), case
+            shards = [op.read(reader(tensors, names), case.sizes, axis, *bound) for bound in bounds]
+            assert torch.equal(torch.cat(shards, dim=dim), native), case
             checked += 1
     return checked
 
@@ -165,12 +165,12 @@ def check_shares(case: Case) -> int:
 @pytest.mark.parametrize("kind", [plain_case, fused_case])
 @pytest.mark.parametrize("first_seed", [0, 100, 200])
 def test_random_operations(kind: Callable[[random.Random], Case], first_seed: int) -> None:
-    shares = 0
+    shards = 0
     for seed in range(first_seed, first_seed + 100):
         case = kind(random.Random(seed))
         check_bijection(case)
-        shares += check_shares(case)
-    assert shares > 100
+        shards += check_shards(case)
+    assert shards > 100
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -179,7 +179,7 @@ def test_operations_of_every_table(name: str) -> None:
     rows = list(model.table.values())
     case = Case([(row.op, row.names) for row in rows], model.axis_sizes, [row.split for row in rows])
     check_bijection(case)
-    assert check_shares(case) > 4 * 4
+    assert check_shards(case) > 4 * 4
     uses = defaultdict(list)
     for row in rows:
         for tensor, source in zip(row.names, row.op.sources):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ds.layers.cross_entropy import LogitFinish, VocabShard, head_loss
-from megatron_ds.layers.param_spec import ParamSpec, pad_shard
+from megatron_ds.layers.param_spec import ParamSpec, over_tensor, pad_shard
 from megatron_ds.parallel.collectives import copy_to
 from megatron_ds.parallel.grid import Axis, Grid, Layout
 from tests.ranks import run_alone, run_grid
@@ -47,16 +47,16 @@ def _expected(vocab: int, finish: LogitFinish) -> list[torch.Tensor]:
 
 def _ours(grid: Grid, vocab: int, chunk: int, finish: LogitFinish) -> list[torch.Tensor]:
     hidden, weight, targets = _problem(vocab)
-    spec, axis = ParamSpec((vocab, H), 0), grid.tensor
-    start, stop = spec.local_range(axis.rank, axis.size)
-    share = pad_shard(weight[start:stop], spec, axis.size).requires_grad_()
-    bias = pad_shard(_bias(vocab)[start:stop], ParamSpec((vocab,), 0), axis.size).requires_grad_()
+    spec, axis = ParamSpec((vocab, H), over_tensor(0)), grid.tensor
+    (start, stop), _ = spec.local_ranges(grid.model_axes)
+    shard = pad_shard(weight[start:stop], spec, grid.model_axes).requires_grad_()
+    bias = pad_shard(_bias(vocab)[start:stop], ParamSpec((vocab,), over_tensor(0)), grid.model_axes).requires_grad_()
     hidden.requires_grad_()
-    loss = head_loss(copy_to(hidden, axis), VocabShard(share, bias, vocab, axis, finish), targets, chunk=chunk)
+    loss = head_loss(copy_to(hidden, axis), VocabShard(shard, bias, vocab, axis, finish), targets, chunk=chunk)
     (loss * 0.25).backward()
-    assert share.grad is not None and bias.grad is not None
-    assert not share.grad[stop - start :].any() and not bias.grad[stop - start :].any(), "padding rows must not learn"
-    return [loss.detach(), hidden.grad, share.grad[: stop - start], bias.grad[: stop - start]]
+    assert shard.grad is not None and bias.grad is not None
+    assert not shard.grad[stop - start :].any() and not bias.grad[stop - start :].any(), "padding rows must not learn"
+    return [loss.detach(), hidden.grad, shard.grad[: stop - start], bias.grad[: stop - start]]
 
 
 def _check(vocab: int, tp: int, chunk: int, finish: LogitFinish) -> None:

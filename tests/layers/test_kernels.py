@@ -22,6 +22,7 @@ from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
+from tests.parallel.axes import ALONE
 from tests.parity.reference import ALL_CONFIGS
 from tests.ranks import run_alone
 
@@ -145,7 +146,7 @@ def losses(case: str, at: BuildContext, dtype: torch.dtype, batch: dict[str, Ten
         torch.set_default_dtype(default)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_shard(name, spec_of(parameter), 5, 0, 1))
+            parameter.copy_(initial_shard(name, spec_of(parameter), 5, ALONE))
     loss = model(batch, {"targets": batch["input_ids"]}).sum()
     loss.backward()
     embedding = dict(model.named_parameters())["embedding.weight"].grad

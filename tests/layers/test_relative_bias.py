@@ -34,8 +34,8 @@ def test_near_distances_have_a_bucket_each_and_far_ones_share() -> None:
 def _biases(grid: Grid, length: int, causal: bool) -> Any:
     bias = RelativeBias(RelativePositions(8, 12, std=1.0), 4, TensorParallel(grid.tensor), causal=causal)
     table = torch.arange(32.0).view(8, 4)
-    share = 4 // grid.tensor.size
-    bias.weight.data.copy_(table[:, grid.tensor.rank * share : (grid.tensor.rank + 1) * share])
+    local = 4 // grid.tensor.size
+    bias.weight.data.copy_(table[:, grid.tensor.rank * local : (grid.tensor.rank + 1) * local])
     found = bias(length)
     found.sum().backward()
     return found.detach(), bias.weight.grad

@@ -80,7 +80,7 @@ def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
     block = Block(config, 0, at, RotaryTable(rotary) if rotary is not None else None)
     for name, parameter in block.named_parameters():
         spec = spec_of(parameter)
-        parameter.data.copy_(initial_shard(name, spec, 1, grid.tensor.rank, grid.tensor.size))
+        parameter.data.copy_(initial_shard(name, spec, 1, grid.model_axes))
     length = S // grid.tensor.size if sequence else S
     x = torch.randn(length, B, config.hidden_size, requires_grad=True)
     with counting() as wire:
@@ -118,7 +118,7 @@ def _cross_block(grid: Grid, sequence: bool) -> Fraction:
     block = Block(config, 0, BuildContext(TensorParallel(grid.tensor, sequence)), inputs=inputs)
     for name, parameter in block.named_parameters():
         spec = spec_of(parameter)
-        parameter.data.copy_(initial_shard(name, spec, 1, grid.tensor.rank, grid.tensor.size))
+        parameter.data.copy_(initial_shard(name, spec, 1, grid.model_axes))
     parts = grid.tensor.size if sequence else 1
     states = [torch.randn(length // parts, B, config.hidden_size, requires_grad=True) for length in (S, CONTEXT)]
     with counting() as wire:

@@ -24,6 +24,7 @@ from megatron_ds.models.block import Block
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.verify.compare import difference
+from tests.parallel.axes import ALONE
 from tests.parity.alone_batches import make_batch
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.reference import make_model
@@ -87,7 +88,7 @@ def measure(config: dict[str, Any], directory: Path, change: Callable[[], None])
     calls: dict[str, Calls] = {"theirs": [], "ours": []}
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            parameter.copy_(weights.share(name, spec_of(parameter), 0, 1))
+            parameter.copy_(weights.shard(name, spec_of(parameter), ALONE))
         put_in_the_place_of_chance(calls["theirs"])
         expected = predict(theirs, weights.model, columns)
         put_in_the_place_of_chance(calls["ours"])

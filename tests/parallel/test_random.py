@@ -64,7 +64,7 @@ def _gradients(grid: Grid, sequence: bool, mode: str, how: str, replay: bool = T
     recompute = Recompute(mode, checkpoint, rng if replay else None)
     model = SequentialModel(model_layers(config, BuildContext(TensorParallel(grid.tensor, sequence), rng, recompute)))
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(initial_shard(name, spec_of(parameter), 1, grid.tensor.rank, grid.tensor.size))
+        parameter.data.copy_(initial_shard(name, spec_of(parameter), 1, grid.model_axes))
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, VOCAB, (2, 8), generator=generator) for _ in range(2)]
     losses = [model({"input_ids": ids}, {"targets": ids}).sum() for ids in batches]

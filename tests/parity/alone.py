@@ -20,6 +20,7 @@ from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.verify.compare import difference, root_mean_square, smallest_norm
 from megatron_ds.verify.loss import mean_loss
+from tests.parallel.axes import ALONE
 from tests.parity.alone_batches import Batch, make_batch
 from tests.parity.left_out import Variant, without_each_option
 from tests.parity.reference import make_model
@@ -82,7 +83,7 @@ def _run_ours(variant: Variant, weights: HFWeights) -> _Run:
     model = SequentialModel(model_layers(variant.core)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights.share(name, spec_of(parameter), 0, 1))
+            parameter.copy_(weights.shard(name, spec_of(parameter), ALONE))
     variant.change(model)
     columns, labels = variant.batch.columns, variant.batch.labels
     counts = [label.numel() if label.is_floating_point() else (label != -100).sum() for label in labels.values()]

@@ -130,9 +130,9 @@ def _unscaled() -> None:
     adapter.LoRASpec.__init__ = without  # type: ignore[method-assign]
 
 
-def _shares_alone() -> None:
+def _shards_alone() -> None:
     """Key heads that several ranks hold learn from each rank's own queries alone."""
-    TensorParallel.shared = lambda self, parameter, shares: parameter  # type: ignore[method-assign]
+    TensorParallel.shared = lambda self, parameter, num_shards: parameter  # type: ignore[method-assign]
 
 
 def _in_the_trap(grid: Any, trap: Callable[[], None], directory: Path, place: Place) -> dict[str, Any]:
@@ -146,8 +146,8 @@ def _in_the_trap(grid: Any, trap: Callable[[], None], directory: Path, place: Pl
         (_partial_a, "llama", Place(2, 1, 1, 1)),
         (_partial_under_sequence, "llama", Place(2, 1, 1, 1, True)),
         (_unscaled, "llama", Place(1, 1, 1, 1)),
-        (_shares_alone, "all", Place(4, 1, 1, 1)),
-        (_shares_alone, "scalings-shared-biased", Place(4, 1, 1, 1)),
+        (_shards_alone, "all", Place(4, 1, 1, 1)),
+        (_shards_alone, "scalings-shared-biased", Place(4, 1, 1, 1)),
         (_partial_under_sequence, "scalings-shared-biased", Place(4, 1, 1, 1, True)),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

@@ -122,12 +122,13 @@ def input_gradient_not_reduced() -> None:
 
 def shared_heads_not_summed() -> None:
     """Key and value heads that several ranks hold learn from each rank's own query heads alone."""
-    linear.sum_over_holders = lambda grad, axis, shares: grad
+    linear.sum_over_holders = lambda grad, axis, num_shards: grad
 
 
 def shared_heads_counted_often() -> None:
     """Every rank counts the heads that it shares in the gradient norm."""
-    ParamSpec.holds_first = lambda self, rank, size: True  # type: ignore[method-assign]
+    holds_first = ParamSpec.holds_first
+    ParamSpec.holds_first = lambda self, axes: bool(self.splits) or holds_first(self, axes)  # type: ignore[method-assign]
 
 
 def one_mean_over_both_losses() -> None:

@@ -28,6 +28,7 @@ from megatron_ds.hf.weights import read_shard
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.layers.param_spec import ParamSpec
 from megatron_ds.models.adapters import AdapterPlace
+from megatron_ds.parallel.grid import Axes
 
 _PREFIX = "base_model.model."
 _PROJECTION = re.compile(
@@ -179,13 +180,13 @@ class AdapterWeights:
         self._source = TensorSource(self.directory, {file: read_table(file)})
         self._account()
 
-    def share(self, name: str, spec: ParamSpec, rank: int, size: int) -> Tensor:
-        """A tensor rank's share of one native parameter; see `HFWeights.share`."""
+    def shard(self, name: str, spec: ParamSpec, axes: Axes) -> Tensor:
+        """Read a rank's shard of one native parameter; see `HFWeights.shard`."""
         row = self.adapters.table[name]
-        return read_shard(row, self.adapters.axis_sizes, self._reader(row), spec, rank, size)
+        return read_shard(row, self.adapters.axis_sizes, self._reader(row), spec, axes)
 
-    def whole(self, name: str) -> Tensor:
-        """One whole native parameter."""
+    def full(self, name: str) -> Tensor:
+        """Read one full native parameter."""
         row = self.adapters.table[name]
         return row.op.read(self._reader(row), self.adapters.axis_sizes)
 
