@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds.engine.optimizer import GuardedAdamW
-from megatron_ds.layers.param_spec import ParamSpec, Split, spec_of
+from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Axes, Axis, Grid
@@ -299,7 +299,7 @@ def gather_shard(shard: Tensor, spec: ParamSpec, axes: Axes, to: Mapping[str, in
     return gathered
 
 
-def _gather_dim(shard: Tensor, split: Split, length: int, axis: Axis, to: int) -> Tensor | None:
+def _gather_dim(shard: Tensor, split: AxisSplit, length: int, axis: Axis, to: int) -> Tensor | None:
     if axis.size == 1:
         return shard
     received = [torch.empty_like(shard) for _ in range(axis.size)] if axis.rank == to else None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.kernels import REFERENCE, Kernels
-from megatron_ds.layers.param_spec import ParamSpec, Split, make_parameter, over_tensor
+from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.collectives import sum_over
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -43,7 +43,7 @@ class NormStyle:
         """Whether it is weight * (x / rms(x)), cast down before the product."""
         return self.kind == "rms" and self.affine and not self.one_plus and not self.fp32_weight
 
-    def spec(self, size: int, splits: tuple[Split, ...] = ()) -> ParamSpec:
+    def spec(self, size: int, splits: tuple[AxisSplit, ...] = ()) -> ParamSpec:
         """Return the declaration of its weight, with which the norm starts as the identity."""
         fill = 0.0 if self.one_plus else 1.0
         return ParamSpec((size,), splits, fill=fill, decay=False)

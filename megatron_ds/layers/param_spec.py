@@ -20,7 +20,7 @@ from megatron_ds.parallel.random import derive_seed
 
 
 @dataclass(frozen=True)
-class Split:
+class AxisSplit:
     """A dim of a parameter that an axis divides into contiguous shards of equal length, padded at the end.
 
     Attributes:
@@ -44,9 +44,9 @@ class Split:
         return axis.rank * self.num_shards(axis.size) // axis.size
 
 
-def over_tensor(dim: int, units: int | None = None) -> tuple[Split, ...]:
-    """Return the splits of a parameter of which the tensor axis alone divides one dim; see `Split`."""
-    return (Split(dim, "tensor", units),)
+def over_tensor(dim: int, units: int | None = None) -> tuple[AxisSplit, ...]:
+    """Return the splits of a parameter of which the tensor axis alone divides one dim; see `AxisSplit`."""
+    return (AxisSplit(dim, "tensor", units),)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ParamSpec:
     """
 
     shape: tuple[int, ...]
-    splits: tuple[Split, ...] = ()
+    splits: tuple[AxisSplit, ...] = ()
     std: float | None = None
     fill: float = 0.0
     decay: bool = True
@@ -79,7 +79,7 @@ class ParamSpec:
         """The number of elements of the full parameter."""
         return prod(self.shape)
 
-    def split_over(self, axis: str) -> Split | None:
+    def split_over(self, axis: str) -> AxisSplit | None:
         """Return the split over an axis; None if the axis holds copies."""
         return next((split for split in self.splits if split.axis == axis), None)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice, in_full_tensor, slices_of_range
-from megatron_ds.layers.param_spec import ParamSpec, Split, over_tensor
+from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, over_tensor
 from tests.layers.test_param_spec import places
 from tests.parallel.axes import axes_at
 
@@ -52,8 +52,8 @@ SPECS = [
     ParamSpec((3, 14), over_tensor(1)),
     ParamSpec((12, 4), over_tensor(0, 3)),
     ParamSpec((5, 4)),
-    ParamSpec((7, 2, 6), (Split(0, "extra"), Split(2, "tensor", units=3))),
-    ParamSpec((6, 9), (Split(1, "tensor"), Split(0, "extra", units=2))),
+    ParamSpec((7, 2, 6), (AxisSplit(0, "extra"), AxisSplit(2, "tensor", units=3))),
+    ParamSpec((6, 9), (AxisSplit(1, "tensor"), AxisSplit(0, "extra", units=2))),
 ]
 
 

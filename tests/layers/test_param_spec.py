@@ -11,7 +11,7 @@ from megatron_ds.engine.base import gather_shard
 from megatron_ds.hf.family import Row
 from megatron_ds.hf.tensor_mapping import Op
 from megatron_ds.hf.weights import read_shard
-from megatron_ds.layers.param_spec import ParamSpec, Split, initial_shard, make_parameter, over_tensor, pad_shard
+from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, initial_shard, make_parameter, over_tensor, pad_shard
 from megatron_ds.parallel.grid import Axes, Grid, Layout
 from tests.parallel.axes import ALONE, axes_at
 from tests.ranks import run_grid
@@ -35,7 +35,7 @@ def random_spec(chance: random.Random) -> ParamSpec:
         units = chance.choice((None, 1, 2, 3, 4, 6))
         if units is not None:
             shape[dim] = units * chance.randrange(1, 4)
-        splits.append(Split(dim, axis, units))
+        splits.append(AxisSplit(dim, axis, units))
     chance.shuffle(splits)
     return ParamSpec(tuple(shape), tuple(splits), std=1.0)
 
@@ -83,7 +83,7 @@ def test_deepspeed_counts_what_first_holders_have() -> None:
 
 
 def test_neighbours_hold_a_shard_that_units_do_not_divide_further() -> None:
-    spec = ParamSpec((6, 5), (Split(0, "extra", units=2), *over_tensor(1)))
+    spec = ParamSpec((6, 5), (AxisSplit(0, "extra", units=2), *over_tensor(1)))
     found = [spec.local_ranges(axes_at(**place)) for place in places(extra=4, tensor=2)]
     assert found == [((3 * (e // 2), 3 * (e // 2) + 3), (3 * t, min(5, 3 * t + 3))) for e in range(4) for t in range(2)]
     first = [spec.holds_first(axes_at(**place)) for place in places(extra=4, tensor=2)]
@@ -94,19 +94,19 @@ def test_neighbours_hold_a_shard_that_units_do_not_divide_further() -> None:
 @pytest.mark.parametrize(
     "splits",
     [
-        (Split(0, "tensor"), Split(0, "extra")),
-        (Split(0, "tensor"), Split(1, "tensor")),
-        (Split(2, "tensor"),),
+        (AxisSplit(0, "tensor"), AxisSplit(0, "extra")),
+        (AxisSplit(0, "tensor"), AxisSplit(1, "tensor")),
+        (AxisSplit(2, "tensor"),),
     ],
 )
-def test_a_dim_and_an_axis_stand_in_one_split(splits: tuple[Split, ...]) -> None:
+def test_a_dim_and_an_axis_stand_in_one_split(splits: tuple[AxisSplit, ...]) -> None:
     with pytest.raises(AssertionError):
         ParamSpec((4, 4), splits)
 
 
 def test_shards_are_read_along_every_split() -> None:
     """From a Hugging Face tensor, whose table names the dim that the tensor axis divides."""
-    spec = ParamSpec((12, 5), (*over_tensor(0, 3), Split(1, "extra")))
+    spec = ParamSpec((12, 5), (*over_tensor(0, 3), AxisSplit(1, "extra")))
     theirs = torch.arange(60.0).view(5, 12) + 1
     row = Row("w", ("w",), Op(("h (k d)",), "(k d) h"), "k")
     for place in places(extra=3, tensor=2):
@@ -117,9 +117,9 @@ def test_shards_are_read_along_every_split() -> None:
 
 
 GATHERED = [
-    ParamSpec((7, 5), (Split(0, "extra"), Split(1, "tensor")), std=1.0),
-    ParamSpec((4, 6), (*over_tensor(1, 3), Split(0, "extra", units=1)), std=1.0),
-    ParamSpec((3, 5), (Split(1, "extra"),), std=1.0),
+    ParamSpec((7, 5), (AxisSplit(0, "extra"), AxisSplit(1, "tensor")), std=1.0),
+    ParamSpec((4, 6), (*over_tensor(1, 3), AxisSplit(0, "extra", units=1)), std=1.0),
+    ParamSpec((3, 5), (AxisSplit(1, "extra"),), std=1.0),
     ParamSpec((9, 2), over_tensor(0), std=1.0),
     ParamSpec((4,), std=1.0),
 ]
