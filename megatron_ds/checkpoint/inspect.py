@@ -111,7 +111,7 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
         fast: compare the lengths of files only; else every byte is read and the checksums are compared.
 
     Raises:
-        CheckpointError: the directory is none of these.
+        CheckpointError: the directory is something else.
     """
     path = Path(path)
     for folder in (path, path / "checkpoints"):

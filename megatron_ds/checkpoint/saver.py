@@ -37,7 +37,7 @@ SLOWEST_S = 7200.0  # the time that ranks wait for the one with the slowest stor
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """Where and how a run's checkpoints are saved.
+    """Settings of a run's checkpoints.
 
     Attributes:
         folder: the folder of the checkpoints.
@@ -141,7 +141,7 @@ class Saver:
 
     @property
     def is_due(self) -> bool:
-        """Whether a save has ended on this rank, so that `wait` returns at once. Not collective."""
+        """True if a save has ended on this rank, so that `wait` returns at once. Not collective."""
         return self._writing is not None and not self._writing.is_running
 
     def wait(self) -> Saved | None:
@@ -263,7 +263,7 @@ class _Writing:
             self._defect = problem
 
     def _finish(self, records: Mapping[str, FileRecord]) -> int:
-        """On rank 0: write the small files and the manifest, rename the directory, remove old checkpoints."""
+        """Write the small files and the manifest, rename the directory, remove old checkpoints; on rank 0 only."""
         if not self._is_first:
             return 0
         directory, options = self._directory, self._saver.options

@@ -20,7 +20,7 @@ from megatron_ds.parallel.grid import Axes
 
 
 class CopyToHost(Protocol):
-    """Returns a tensor on CPU, contiguous, with the same values: the tensor itself, or a copy kept under a key."""
+    """Function that returns a tensor on CPU, contiguous, with the same values: the tensor itself, or a copy of it."""
 
     def __call__(self, key: str, tensor: Tensor) -> Tensor: ...
 

@@ -128,7 +128,7 @@ def refresh_weights(engine: Engine) -> None:
 
 
 def loss_scale(engine: Engine) -> dict[str, float]:
-    """Return the state of fp16's dynamic loss scale; empty if there is none."""
+    """Return the state of fp16's dynamic loss scale; empty in other dtypes."""
     scaler = _loss_scaler(engine)
     return {name: getattr(scaler, name) for name in _LOSS_SCALER_STATE} if scaler is not None else {}
 

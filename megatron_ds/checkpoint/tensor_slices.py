@@ -26,7 +26,7 @@ class TensorSlice:
         return prod(self.shape)
 
     def intersect(self, other: TensorSlice) -> TensorSlice | None:
-        """Return the elements that are in both; None if there are none."""
+        """Return the elements that are in both; None if they have no element in common."""
         start = tuple(max(mine, theirs) for mine, theirs in zip(self.start, other.start))
         stop = tuple(
             min(mine + size, theirs + other_size)
