@@ -86,6 +86,5 @@ def in_full_tensor(local: TensorSlice, spec: ParamSpec, axes: Axes) -> TensorSli
     Returns:
         The slice; None if all of it is padding.
     """
-    ranges = spec.local_ranges(axes)
-    moved = TensorSlice(tuple(start + first for start, (first, _) in zip(local.start, ranges)), local.shape)
-    return moved.intersect(full_slice(tuple(stop for _, stop in ranges)))
+    starts = tuple(start + first for start, (first, _) in zip(local.start, spec.local_ranges(axes)))
+    return TensorSlice(starts, local.shape).intersect(full_slice(spec.shape))

@@ -72,5 +72,6 @@ def test_shards_of_all_ranks_are_the_full_tensor_without_padding(spec: ParamSpec
             for one in slices_of_range(local, start, stop):
                 real = in_full_tensor(one, spec, axes)
                 if real is not None:
+                    assert seen[real.index_in(full_slice(spec.shape))].shape == real.shape, "no padding"
                     seen[real.index_in(full_slice(spec.shape))] += 1
     assert bool((seen == 1).all())

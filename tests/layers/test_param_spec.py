@@ -121,6 +121,7 @@ GATHERED = [
     ParamSpec((4, 6), (*over_tensor(1, 3), AxisSplit(0, "extra", units=1)), std=1.0),
     ParamSpec((3, 5), (AxisSplit(1, "extra"),), std=1.0),
     ParamSpec((9, 2), over_tensor(0), std=1.0),
+    ParamSpec((4, 3), over_tensor(0, 2), std=1.0),
     ParamSpec((4,), std=1.0),
 ]
 
@@ -130,9 +131,17 @@ def _gather(grid: Grid, to: dict[str, int]) -> list[torch.Tensor | None]:
     return [gather_shard(initial_shard("w", spec, 3, axes), spec, axes, to) for spec in GATHERED]
 
 
-@pytest.mark.parametrize("to", [{}, {"tensor": 1}, {"extra": 1, "tensor": 1}], ids=str)
-def test_shards_are_gathered_on_one_rank_over_every_axis(to: dict[str, int]) -> None:
-    layout = Layout(EXTRA, extra=2, tensor=2)
+@pytest.mark.parametrize(
+    ("layout", "to"),
+    [
+        (Layout(EXTRA, extra=2, tensor=2), {}),
+        (Layout(EXTRA, extra=2, tensor=2), {"tensor": 1}),
+        (Layout(EXTRA, extra=2, tensor=2), {"extra": 1, "tensor": 1}),
+        (Layout(EXTRA, tensor=4), {"tensor": 2}),
+    ],
+    ids=str,
+)
+def test_shards_are_gathered_on_one_rank_over_every_axis(layout: Layout, to: dict[str, int]) -> None:
     for rank, found in enumerate(run_grid(_gather, layout, to)):
         for spec, full in zip(GATHERED, found):
             if rank != layout.rank_of(**to):
