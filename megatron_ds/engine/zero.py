@@ -59,7 +59,7 @@ class ZeroEngine(Engine):
     def _reduced_and_clipped(self) -> float:
         """Average the gradients over data ranks in buckets, clip them as torch does, and return their L2 norm before.
 
-        Parameters that all tensor ranks hold count once. Collective over data and tensor.
+        Parameters that all tensor ranks hold count once. Collective over shard and tensor.
         """
         if self.grid.shard.size > 1:
             self.deepspeed.allreduce_gradients(bucket_size=self._bucket)

@@ -77,7 +77,7 @@ class PipelineEngine(Engine):
         module.shapes = shapes
 
     def _collect(self) -> Tensor:
-        """Return the last stage's packed losses, summed over data ranks. Collective over data and pipeline."""
+        """Return the last stage's packed losses, summed over data ranks. Collective over loss and pipeline."""
         module: PipelinedModel = self.deepspeed.module
         sums = module.sums.clone() if module.is_last else torch.zeros_like(module.sums)
         return all_reduce_(all_reduce_(sums, self.grid.loss), self.grid.pipeline)
