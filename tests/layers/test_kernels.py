@@ -16,8 +16,10 @@ from torch import Tensor
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import read_model
-from megatron_ds.layers import kernels
-from megatron_ds.layers.kernels import TABLE, AttentionCall, Candidate, Kernels, select_kernels, validated
+from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Kernels, Operation, select, select_kernels
+from megatron_ds.layers.kernels.check import validated
+from megatron_ds.layers.kernels.flash import flash_attention
+from megatron_ds.layers.kernels.reference import CausalAttention, reference_attention
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.models.build import model_layers
 from megatron_ds.models.context import BuildContext
@@ -27,7 +29,8 @@ from tests.parity.reference import ALL_CONFIGS
 from tests.ranks import run_alone
 
 CPU = torch.device("cpu")
-NORM, SWIGLU, ATTENTION = TABLE
+CUDA = torch.device("cuda")
+SWIGLU, ATTENTION = KERNELS["swiglu"], KERNELS["attention"]
 
 
 def flash_attn_func(
@@ -63,11 +66,11 @@ def flash_attn_varlen_func(
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> kernels.CausalAttention:
+def flash(monkeypatch: pytest.MonkeyPatch) -> CausalAttention:
     module = ModuleType("flash_attn")
     vars(module).update(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return kernels.flash_attention()
+    return flash_attention()
 
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0]])
@@ -82,31 +85,96 @@ def test_flash_attention_is_asked_for_the_same(
     torch.manual_seed(0)
     q, k, v = torch.randn(8, 2, 4, 16), torch.randn(8, 2, 2, 16), torch.randn(8, 2, 2, 16)
     call = AttentionCall(0.3, window, softcap, positions)
-    found, expected = flash(q, k, v, call), kernels.reference_attention(q, k, v, call)
+    found, expected = flash(q, k, v, call), reference_attention(q, k, v, call)
     assert found.shape == q.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def table(**candidates: dict[str, Candidate]) -> dict[str, Operation]:
+    """Operations with other candidates than those that are installed here."""
+    found = {}
+    for name, operation in KERNELS.items():
+        found[name] = Operation(name, operation.reference, operation.examples)
+        for key, one in candidates.get(name, {}).items():
+            found[name].register(key, one)
+    return found
+
+
+def candidate(make: Any, package: str = "torch", **options: Any) -> Candidate:
+    return Candidate(package, make, **{"distribution": package, **options})
+
+
 def test_nothing_is_picked_on_a_cpu() -> None:
-    assert select_kernels("auto", CPU) == select_kernels("torch", torch.device("cuda")) == Kernels()
+    assert select_kernels("auto", CPU) == select_kernels("torch", CUDA) == Kernels()
+    assert KERNELS.keys() == {"rms_norm", "swiglu", "attention"}
+    assert [operation.names for operation in KERNELS.values()] == [("liger",), ("liger",), ("flash",)]
 
 
 def test_what_is_not_installed_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda package: object() if package == "torch" else None)
-    monkeypatch.setattr(kernels, "validated", lambda candidate, device: candidate.reference)
-    there = replace(SWIGLU, package="torch", distribution="torch")
-    found = select_kernels("auto", torch.device("cuda"), (NORM, there, ATTENTION))
+    monkeypatch.setattr(select, "validated", lambda operation, candidate, device, field: operation.reference)
+    missing = {"liger": candidate(lambda: None, "liger_kernel_of_nobody")}
+    both = {**missing, "here": candidate(lambda: None), "later": candidate(lambda: None, "numpy")}
+    found = select_kernels("auto", CUDA, table(rms_norm=missing, swiglu=both))
     assert found == Kernels(swiglu=SWIGLU.reference, names=(f"swiglu: torch {version('torch')}",))
 
 
-def candidate(make: Any, of: Candidate = SWIGLU) -> Candidate:
-    return replace(of, distribution="torch", make=make)
+def test_each_operation_has_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "validated", lambda operation, candidate, device, field: (candidate.package, field))
+    first = candidate(lambda: None)
+    second = candidate(lambda: None, "numpy", distribution=None, devices=("cuda", "cpu"))
+    three = table(**{name: {"first": first, "second": second} for name in KERNELS})
+    found = select_kernels({"attention": "second", "swiglu": "torch"}, CUDA, three)
+    assert (found.rms_norm, found.swiglu) == (("torch", "train.kernels=auto"), None)
+    assert found.attention == ("numpy", "train.kernels.attention=second")
+    assert found.names == (f"rms_norm: torch {version('torch')}", "attention: numpy")
+    assert select_kernels({"attention": "auto"}, CPU, three).attention == ("numpy", "train.kernels=auto")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("fast", "train.kernels=fast is not one of auto, torch"),
+        (
+            {"attn": "torch"},
+            "train.kernels.attn=torch: attn is not one of rms_norm, swiglu, attention; did you mean attention?",
+        ),
+        (
+            {"attention": "flsh"},
+            "train.kernels.attention=flsh is not one of auto, torch, flash, absent; did you mean flash?",
+        ),
+        ({"swiglu": 3}, "train.kernels.swiglu=3 is not one of auto, torch"),
+        ({"attention": "flash"}, "train.kernels.attention=flash runs on cuda, not on cpu; try auto"),
+        (
+            {"attention": "absent"},
+            "train.kernels.attention=absent needs the package not_there, which is not installed; install it, or try "
+            "auto",
+        ),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(wanted: Any, message: str) -> None:
+    absent = candidate(lambda: None, "not_there", devices=("cpu",))
+    with pytest.raises(ConfigError) as caught:
+        select_kernels(wanted, CPU, table(attention={"flash": candidate(lambda: None), "absent": absent}))
+    assert str(caught.value) == message
+
+
+def test_a_kernel_from_outside_computes() -> None:
+    """On a CPU too, where it says so; it is checked like all others."""
+
+    def doubled(wide: Tensor) -> Tensor:
+        return 2 * SWIGLU.reference(wide)
+
+    here = candidate(lambda: SWIGLU.reference, devices=("cpu",))
+    found = select_kernels({"swiglu": "mine"}, CPU, table(swiglu={"mine": here}))
+    assert found.swiglu is SWIGLU.reference
+    with pytest.raises(ConfigError, match=r"^train.kernels.swiglu=mine: torch .*, swiglu: differs from PyTorch by"):
+        select_kernels({"swiglu": "mine"}, CPU, table(swiglu={"mine": replace(here, make=lambda: doubled)}))
 
 
 def test_a_kernel_is_checked_with_its_gradients(flash: Any) -> None:
-    for one in TABLE:
-        assert validated(candidate(lambda one=one: one.reference, one), CPU) is one.reference
-    assert validated(candidate(lambda: flash, ATTENTION), CPU) is flash
+    for one in KERNELS.values():
+        assert validated(one, candidate(lambda one=one: one.reference), CPU) is one.reference
+    assert validated(ATTENTION, candidate(lambda: flash), CPU) is flash
 
     def other_gradient(wide: Tensor) -> Tensor:
         gate, up = wide.chunk(2, dim=-1)
@@ -114,26 +182,26 @@ def test_a_kernel_is_checked_with_its_gradients(flash: Any) -> None:
 
     for wrong in (lambda wide: 1.1 * SWIGLU.reference(wide), other_gradient, lambda wide: wide[..., :32] * torch.nan):
         with pytest.raises(ConfigError, match=r"train.kernels=auto: torch .*, swiglu: differs from PyTorch by .* near"):
-            validated(candidate(lambda wrong=wrong: wrong), CPU)
+            validated(SWIGLU, candidate(lambda wrong=wrong: wrong), CPU)
     with pytest.raises(ConfigError, match=r"swiglu: ZeroDivisionError.*nearest: train.kernels=torch"):
-        validated(candidate(lambda: 1 / 0), CPU)
+        validated(SWIGLU, candidate(lambda: 1 / 0), CPU)
 
 
 class Counted:
     """Reference kernels that count their calls."""
 
     def __init__(self) -> None:
-        self.calls = {one.operation: 0 for one in TABLE}
+        self.calls = dict.fromkeys(KERNELS, 0)
 
     def kernels(self) -> Kernels:
-        def counting(one: Candidate) -> Any:
+        def counting(one: Operation) -> Any:
             def call(*arguments: Any) -> Tensor:
-                self.calls[one.operation] += 1
+                self.calls[one.name] += 1
                 return one.reference(*arguments).to(arguments[0].dtype)
 
             return call
 
-        return Kernels(**{one.operation: counting(one) for one in TABLE})
+        return Kernels(**{one.name: counting(one) for one in KERNELS.values()})
 
 
 def losses(case: str, at: BuildContext, dtype: torch.dtype, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -183,5 +251,5 @@ def _compare(case: str, batch: dict[str, Tensor]) -> None:
         assert abs(float(with_kernels - plain)) <= tolerance * float(plain)
         assert float((grad - plain_grad).norm()) <= 2 * tolerance * float(plain_grad.norm())
         half = dtype != torch.float32
-        used = tuple(counted.calls[one.operation] > 0 for one in TABLE)
+        used = tuple(counted.calls[one.name] > 0 for one in KERNELS.values())
         assert used == (*USED[case][:2], USED[case][2] and half), counted.calls

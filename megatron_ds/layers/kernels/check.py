@@ -1,0 +1,59 @@
+"""Compare a candidate with PyTorch's formula, before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.layers.kernels.table import Candidate, Operation
+
+TOLERANCE = 2e-2  # relative to the largest, in bf16: a rounding is 4e-3
+
+
+def validated(
+    operation: Operation, candidate: Candidate, device: torch.device, field: str = "train.kernels=auto"
+) -> Callable[..., Tensor]:
+    """Return the candidate's kernel, if its results and gradients on small inputs are the reference's.
+
+    Args:
+        operation: what it computes.
+        candidate: the implementation.
+        device: the device to compare on.
+        field: the setting that chose it.
+
+    Raises:
+        ConfigError: it cannot be loaded, or computes something else.
+    """
+    name = f"{field}: {candidate.label}, {operation.name}"
+    nearest = f"nearest: train.kernels=torch, or without {candidate.distribution or candidate.package}"
+    try:
+        kernel = candidate.make()
+        ours, theirs = (_with_gradients(one, operation, device) for one in (operation.reference, kernel))
+    except Exception as problem:  # whatever an installation that does not fit its GPU raises
+        reason = " ".join([f"{type(problem).__name__}:", *str(problem).splitlines()[:1]])
+        raise ConfigError(f"{name}: {reason}; {nearest}") from problem
+    for expected, found in zip(ours, theirs, strict=True):
+        error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+        if not error <= TOLERANCE:
+            raise ConfigError(f"{name}: differs from PyTorch by {error:.1e} of the largest value; {nearest}")
+    return kernel
+
+
+def _with_gradients(kernel: Callable[..., Tensor], operation: Operation, device: torch.device) -> list[Tensor]:
+    """Return the results on all examples, each followed by the gradients of its tensors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+    found = []
+    for example in operation.examples:
+        arguments = example(random)
+        leaves = [one.requires_grad_() for one in arguments if isinstance(one, Tensor)]
+        result = kernel(*arguments)
+        grads = torch.autograd.grad(result, leaves, random(*result.shape).to(result.dtype))
+        found += [result.detach(), *grads]
+    return found

@@ -1,0 +1,105 @@
+"""The table of operations and of the candidates that may compute each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from megatron_ds.layers.kernels.reference import (
+    CausalAttention,
+    Gated,
+    Random,
+    RMSNorm,
+    attention_input,
+    documents_input,
+    gated_input,
+    norm_input,
+    reference_attention,
+    reference_rms_norm,
+    reference_swiglu,
+)
+from megatron_ds.registry import Registry
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels that layers compute with; None = PyTorch, as the layer has it.
+
+    Attributes:
+        rms_norm: of hidden states and heads.
+        swiglu: the gated silu.
+        attention: causal, without a mask of keys or biases by distance, in half precision.
+        names: the kernels in use that are not PyTorch's, with their versions, for the log.
+    """
+
+    rms_norm: RMSNorm | None = None
+    swiglu: Gated | None = None
+    attention: CausalAttention | None = None
+    names: tuple[str, ...] = ()
+
+
+REFERENCE = Kernels()
+"""PyTorch alone."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation of an operation.
+
+    Attributes:
+        package: the Python package that has to be there.
+        make: () -> the kernel; called on a device that it runs on.
+        distribution: the package's name for pip, whose version is logged; None = it is not installed by pip.
+        devices: torch's names of the device types that it runs on.
+    """
+
+    package: str
+    make: Callable[[], Callable[..., Tensor]]
+    distribution: str | None = None
+    devices: tuple[str, ...] = ("cuda",)
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there; a folder of that name, left by another distribution, is not enough."""
+        return find_spec(self.package) is not None and (self.distribution is None or self.version is not None)
+
+    @property
+    def version(self) -> str | None:
+        """Version of the distribution; None = it is not installed, or there is none."""
+        try:
+            return version(self.distribution) if self.distribution is not None else None
+        except PackageNotFoundError:
+            return None
+
+    @property
+    def label(self) -> str:
+        """Name and version, for the log and errors."""
+        return " ".join(filter(None, [self.distribution or self.package, self.version]))
+
+
+class Operation(Registry[Candidate]):
+    """An operation of the layers, and the candidates that may compute it, by name.
+
+    Args:
+        name: a field of `Kernels`.
+        reference: PyTorch's formula, which every candidate has to equal.
+        examples: the arguments that it is compared on, made of random tensors.
+    """
+
+    def __init__(
+        self, name: str, reference: Callable[..., Tensor], examples: tuple[Callable[[Random], tuple[Any, ...]], ...]
+    ) -> None:
+        super().__init__(f"{name} kernel")
+        self.name, self.reference, self.examples = name, reference, examples
+
+
+KERNELS: Mapping[str, Operation] = {
+    "rms_norm": Operation("rms_norm", reference_rms_norm, (norm_input,)),
+    "swiglu": Operation("swiglu", reference_swiglu, (gated_input,)),
+    "attention": Operation("attention", reference_attention, (attention_input, documents_input)),
+}
