@@ -61,6 +61,15 @@ def nearest_names(name: str, legal: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, list(legal), n=3, cutoff=0.6)
 
 
+def suggest(name: str, legal: Iterable[str], prefix: str = "") -> str:
+    """Return `did you mean a or b?`, or, where nothing is near, the list of legal names."""
+    names = sorted(legal)
+    close = nearest_names(name, names)
+    if close:
+        return "did you mean " + " or ".join(prefix + c for c in close) + "?"
+    return "legal here: " + ", ".join(names)
+
+
 def not_one_of(value: Any, legal: Iterable[str]) -> str:
     """Return `is not one of a, b, c`, followed by the legal name that looks most like the value, if any does."""
     names = list(legal)

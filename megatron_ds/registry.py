@@ -6,10 +6,11 @@ A registry stands where the things are used (`FORMATS` in data/, `FAMILIES` in h
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterator
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
+from inspect import Parameter, signature
 from typing import Any, Generic, TypeVar, overload
 
-from megatron_ds.errors import ConfigError, not_one_of, show
+from megatron_ds.errors import ConfigError, not_one_of, show, suggest
 
 T = TypeVar("T")
 
@@ -56,6 +57,9 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: nothing is registered under the name; names the nearest ones.
         """
+        if not self._entries:
+            place = f"{field or self.kind}={show(name)}"
+            raise ConfigError(f"{place} is not registered, nor is any {self.kind}; name its module under imports")
         if name not in self:
             raise ConfigError(f"{field or self.kind}={show(name)} {not_one_of(name, self._entries)}")
         return self._entries[name]
@@ -69,6 +73,13 @@ class Registry(Generic[T]):
         """All names with their entries."""
         return self._entries.items()
 
+    def values(self) -> ValuesView[T]:
+        """All entries."""
+        return self._entries.values()
+
+    def __getitem__(self, name: str) -> T:
+        return self.get(name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -79,3 +90,30 @@ class Registry(Generic[T]):
 def _origin(entry: object) -> str:
     named = entry if hasattr(entry, "__qualname__") else type(entry)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_options(entry: Callable[..., Any], num_given: int, options: Mapping[str, Any], field: str) -> None:
+    """Check the options of a registered entry against its signature.
+
+    Args:
+        entry: what is going to be called as `entry(*given, **options)`.
+        num_given: the number of arguments that it gets from us.
+        options: the others, which the user wrote.
+        field: the run file's key that they stand under, such as `callbacks[0]`.
+
+    Raises:
+        ConfigError: an option that the entry does not take, or one that it needs is missing.
+    """
+    parameters = list(signature(entry).parameters.values())
+    named = [
+        one for one in parameters[num_given:] if one.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    ]
+    legal = [one.name for one in named]
+    takes_any = any(one.kind is Parameter.VAR_KEYWORD for one in parameters)
+    for name in options:
+        if name not in legal and not takes_any:
+            hint = suggest(name, legal, f"{field}.") if legal else "it takes none"
+            raise ConfigError(f"{field}.{name}: unknown option; {hint}")
+    for one in named:
+        if one.default is Parameter.empty and one.name not in options:
+            raise ConfigError(f"{field}.{one.name} is missing; add it")

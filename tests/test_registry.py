@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.registry import Registry
+from megatron_ds.registry import Registry, check_options
 
 
 class Sgd:
@@ -53,3 +53,40 @@ def test_an_unknown_name_is_refused_with_the_nearest(optimizers: Registry[type],
 def test_without_a_field_the_kind_is_named(optimizers: Registry[type]) -> None:
     with pytest.raises(ConfigError, match=r"^optimizer=lio is not one of"):
         optimizers.get("lio")
+
+
+def test_an_empty_registry_names_the_way_to_fill_it() -> None:
+    sinks: Registry[type] = Registry("metric sink")
+    with pytest.raises(ConfigError) as caught:
+        sinks.get("wandb", "monitor[0]")
+    assert str(caught.value) == (
+        "monitor[0]=wandb is not registered, nor is any metric sink; name its module under imports"
+    )
+
+
+def stop_below(engine: object, loss: float, *, patience: int = 1) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "message"),
+    [
+        (stop_below, {"loss": 1.0, "patience": 2}, None),
+        (
+            stop_below,
+            {"loss": 1.0, "patiance": 2},
+            "callbacks[0].patiance: unknown option; did you mean callbacks[0].patience?",
+        ),
+        (stop_below, {"loss": 1.0, "engine": 2}, "callbacks[0].engine: unknown option; legal here: loss, patience"),
+        (stop_below, {}, "callbacks[0].loss is missing; add it"),
+        (lambda engine: None, {"loss": 1.0}, "callbacks[0].loss: unknown option; it takes none"),
+        (lambda engine, **options: None, {"loss": 1.0}, None),
+    ],
+)
+def test_options_are_checked_against_the_signature(entry: object, options: dict, message: str | None) -> None:
+    if message is None:
+        check_options(entry, 1, options, "callbacks[0]")
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_options(entry, 1, options, "callbacks[0]")
+    assert str(caught.value) == message

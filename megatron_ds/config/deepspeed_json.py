@@ -22,8 +22,7 @@ from megatron_ds.config.deepspeed_keys import (
 )
 from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
 from megatron_ds.config.engine_config import EngineConfig
-from megatron_ds.config.error_messages import suggest
-from megatron_ds.errors import ConfigError, show
+from megatron_ds.errors import ConfigError, show, suggest
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
 CPU_BUCKET_ELEMENTS = 5_000_000  # a bucket that stays in the process's memory

@@ -13,6 +13,7 @@ from megatron_ds.config.run_config import (
     ParallelSection,
     RunConfig,
     ScheduleSection,
+    kernel_choice,
     path_or_mapping,
 )
 from megatron_ds.config.schema_base import Count, Section, whole_float_to_int
@@ -41,7 +42,7 @@ class EngineConfig(Section):
     seed: Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
-    kernels: Literal["auto", "torch"] = "auto"
+    kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
 
     @classmethod
     def of_run(cls, run: RunConfig) -> "EngineConfig":

@@ -1,12 +1,12 @@
 """Wording of config errors: nearest legal keys, and pydantic's errors as one line."""
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_ds.errors import nearest_names, not_one_of, show
+from megatron_ds.errors import nearest_names, not_one_of, show, suggest
 
 _EXAMPLES: Mapping[str, str] = {
     "data.train": "data: {train: [corpus.txt]}",
@@ -14,15 +14,6 @@ _EXAMPLES: Mapping[str, str] = {
     "output": "output: out/run",
     "export.path": "export: {path: out/hf}",
 }
-
-
-def suggest(name: str, legal: Iterable[str], prefix: str = "") -> str:
-    """`did you mean a or b?`, or, where nothing is near, the list of legal names."""
-    names = sorted(legal)
-    close = nearest_names(name, names)
-    if close:
-        return "did you mean " + " or ".join(prefix + c for c in close) + "?"
-    return "legal here: " + ", ".join(names)
 
 
 def legal_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from megatron_ds.config.run_config import RunConfig
 from megatron_ds.config.schema_base import Section
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError, show
+from megatron_ds.plugins import import_modules, load_entry_points
 
 S = TypeVar("S", bound=Section)
 
@@ -46,8 +47,9 @@ def build_run(mapping: dict[str, Any]) -> RunConfig:
     """The run that a plain mapping with the run file's keys describes.
 
     Raises:
-        ConfigError: an unknown key, a missing or a wrong value, in one line.
+        ConfigError: an unknown key, a missing or a wrong value, or a module that cannot be imported, in one line.
     """
+    _import_outside(mapping.get("imports"))
     given = {key: copy.deepcopy(v) for key, v in mapping.items() if v is not None or key not in RunConfig.model_fields}
     for section in ("model", "data", "train"):  # so that errors name the missing key instead of its section
         given.setdefault(section, {})
@@ -77,6 +79,13 @@ def build_section(kind: type[S], fields: Mapping[str, Any], prefix: str = "", ke
         return kind.model_validate(given)
     except ValidationError as error:
         raise ConfigError(f"{prefix}{'.' if prefix else ''}{explain(error, kind)}") from None
+
+
+def _import_outside(imports: Any) -> None:
+    """Import what the names in a run file may be registered by; what is no list of names is refused later."""
+    load_entry_points()
+    if isinstance(imports, list) and all(isinstance(name, str) and name for name in imports):
+        import_modules(imports)
 
 
 def dump_run(run: RunConfig) -> str:

@@ -7,13 +7,15 @@ whole float such as `1e3` is an integer. Rules that need the model or the number
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from megatron_ds.config.data_section import DataSection
 from megatron_ds.config.schema_base import (
     Beta,
     Count,
     CountOrZero,
+    NamedEntries,
+    NamedEntry,
     NonNegative,
     Section,
     Text,
@@ -45,6 +47,14 @@ def _peft(value: Any) -> Any:
         raise ConfigError(
             f"peft={show(value)} is neither fields of a peft config, such as {{r: 8, target_modules: all-linear}}, nor "
             "the path of one"
+        )
+    return value
+
+
+def kernel_choice(value: Any) -> Any:
+    if not isinstance(value, str | dict):
+        raise ConfigError(
+            f"train.kernels={show(value)} is neither auto, torch nor a mapping, such as {{attention: torch}}"
         )
     return value
 
@@ -108,7 +118,10 @@ class ParallelSection(Section):
 
 
 class OptimizerSection(Section):
-    """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too."""
+    """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too.
+
+    `options`: of an optimizer that is registered from outside.
+    """
 
     name: Text = "adamw"
     lr: NonNegative = 3.0e-4
@@ -117,14 +130,19 @@ class OptimizerSection(Section):
     weight_decay: NonNegative = 0.1
     grad_clip: NonNegative = 1.0
     decay_all: bool = False
+    options: dict[str, Any] = {}
 
 
 class ScheduleSection(Section):
-    """The learning rate over the steps: linear warm-up from 0, then constant, or down to `min_lr`."""
+    """The learning rate over the steps: linear warm-up from 0, then as the schedule of this name has it.
 
-    name: Literal["constant", "linear", "cosine"] = "cosine"
+    `options`: of a schedule that is registered from outside.
+    """
+
+    name: Text = "cosine"
     warmup_steps: CountOrZero = 0
     min_lr: NonNegative = 0.0
+    options: dict[str, Any] = {}
 
 
 def _first_and_last(value: Any) -> Any:
@@ -148,7 +166,8 @@ class TrainSection(Section):
     evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many steps in a row without a
     finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do (0: never). `freeze`:
     patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by torch.compile. `kernels`:
-    on CUDA, those of libraries that are installed, or PyTorch's alone. `profile`: steps that are recorded.
+    on CUDA, those of libraries that are installed, or PyTorch's alone, or a choice for each operation. `profile`: steps
+    that are recorded.
     """
 
     steps: Count
@@ -160,7 +179,7 @@ class TrainSection(Section):
     log_every: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
-    kernels: Literal["auto", "torch"] = "auto"
+    kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
     profile: ProfileSection | None = None
     max_time: Annotated[float | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10
@@ -197,7 +216,11 @@ class ExportSection(Section):
 
 
 class RunConfig(Section):
-    """A whole run, as the run file says it. Build it with `load_run` or `build_run`, whose errors are one line."""
+    """A run, as the run file has it. Build it with `load_run` or `build_run`, whose errors are one line.
+
+    `imports`: modules that are imported before the file is checked. `monitor`: metric sinks that get what
+    `metrics.jsonl` gets. `callbacks`: called in this order while the run trains.
+    """
 
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
@@ -210,6 +233,13 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection | None = None
     output: Text
+    monitor: NamedEntries = []
+    callbacks: NamedEntries = []
+    imports: list[Text] = []
+
+    @field_serializer("monitor", "callbacks")
+    def _plain_entries(self, entries: list[NamedEntry]) -> list[Any]:
+        return [one.plain for one in entries]
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> "RunConfig":
@@ -230,7 +260,6 @@ class RunConfig(Section):
                 "give the directory of a tokenizer, or use data.format=tokenized"
             )
         _check_peft(self)
-        refuse_not_built(self)
         return self
 
 
@@ -256,24 +285,3 @@ def _check_peft(run: RunConfig) -> None:
         raise ConfigError("peft needs a model to adapt, and model.init=random has none; use model.init=pretrained")
     if run.train.freeze:
         raise ConfigError("train.freeze does nothing with peft, which trains adapters alone; remove it")
-
-
-# Words of the run file that have no code behind them yet: field, the values that work, how to say them.
-# `*` stands for every entry of a list. Remove a line when its feature is built.
-NOT_BUILT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (("optimizer.name", ("adamw",), "adamw"),)
-
-
-def refuse_not_built(run: RunConfig) -> None:
-    """Raises ConfigError for the first field whose value is in the interface but not built yet."""
-    for field, working, words in NOT_BUILT_YET:
-        for place, value in _values_at(run, field.split("."), ""):
-            if value not in working:
-                raise ConfigError(f"{place}={show(value)} is not built yet; supported: {words}")
-
-
-def _values_at(node: Any, parts: list[str], place: str) -> list[tuple[str, Any]]:
-    if not parts:
-        return [(place, node)]
-    if parts[0] == "*":
-        return [hit for i, entry in enumerate(node) for hit in _values_at(entry, parts[1:], f"{place}[{i}]")]
-    return _values_at(getattr(node, parts[0]), parts[1:], f"{place}.{parts[0]}" if place else parts[0])

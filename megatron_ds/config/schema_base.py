@@ -1,4 +1,4 @@
-"""What all sections of the run file have in common, and the kinds of values in them."""
+"""Base class of the run file's sections, and the types of the values in them."""
 
 from typing import Annotated, Any
 
@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def whole_float_to_int(value: Any) -> Any:
+    """Return a float without a fraction, such as 1e3, as an integer, and anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -20,3 +21,28 @@ class Section(BaseModel):
     """Base of every section: frozen, strict, no unknown keys, no infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class NamedEntry(BaseModel):
+    """A registered thing by its name, with the options that it takes: `name`, or `{name: ..., option: value}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: Text
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+    @property
+    def plain(self) -> str | dict[str, Any]:
+        """The entry as a run file has it."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+def _names_to_mappings(value: Any) -> Any:
+    return [{"name": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
+
+NamedEntries = Annotated[list[NamedEntry], BeforeValidator(_names_to_mappings)]

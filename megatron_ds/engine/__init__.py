@@ -7,13 +7,16 @@ becomes DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters offer the same 
 from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShardReader, StepResult
 from megatron_ds.engine.build import EngineOptions, build_engine
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
+from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
 from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.engine.shared_memory import enable_shared_memory
 
 __all__ = [
+    "OPTIMIZERS",
     "Engine",
     "EngineOptions",
     "GradientProbe",
+    "GuardedOptimizer",
     "Losses",
     "MicroBatch",
     "ShardReader",

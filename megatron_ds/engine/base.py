@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ds.engine.optimizer import GuardedAdamW
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
+from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Axes, Axis, Grid
@@ -122,7 +122,7 @@ class Engine(ABC):
         self.head = head
         self.steps_begun = 0
         self._rng = rng
-        if isinstance(optimizer, GuardedAdamW):
+        if isinstance(optimizer, GuardedOptimizer):
             optimizer.should_step = self._should_step
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Engine(ABC):
         """
         self._rng.begin_step(self.steps_begun)
         self.steps_begun += 1
-        if isinstance(self.optimizer, GuardedAdamW):
+        if isinstance(self.optimizer, GuardedOptimizer):
             self.optimizer.begin_step()
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -23,13 +23,13 @@ from megatron_ds.config import (
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
 from megatron_ds.engine.base import Engine, ShardReader
 from megatron_ds.engine.mpu import Mpu
-from megatron_ds.engine.optimizer import GuardedAdamW
+from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
 from megatron_ds.engine.pipeline.engine import PipelinedModel, PipelineEngine
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.engine.zero import ZeroEngine
 from megatron_ds.errors import ConfigError
-from megatron_ds.layers.kernels import select_kernels
+from megatron_ds.layers.kernels.select import AUTO, Choice, select_kernels
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.context import BuildContext
@@ -38,7 +38,6 @@ from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
-FUSED_ADAMW = ("cpu", "cuda")  # where torch steps in one pass over parameters, gradients and moments
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class EngineOptions:
         seed: for dropout, and for initialisation where no weights are read.
         frozen: names of parameters that are not trained.
         compiled: see `BuildContext`.
-        kernels: "auto" or "torch"; see `layers.kernels.select_kernels`.
+        kernels: see `layers.kernels.select_kernels`.
     """
 
     deepspeed: dict[str, Any]
@@ -63,7 +62,7 @@ class EngineOptions:
     seed: int
     frozen: frozenset[str] = frozenset()
     compiled: bool = False
-    kernels: str = "auto"
+    kernels: Choice = AUTO
 
 
 def build_engine(
@@ -116,7 +115,7 @@ def build_engine(
             mpu=None if pipelined else mpu,  # a PipelineModule brings its own
             dist_init_required=False,
         )
-    if isinstance(optimizer, GuardedAdamW):
+    if isinstance(optimizer, GuardedOptimizer):
         for parameters in flat_parameters(engine):
             optimizer.create_state(parameters)
     made: Engine
@@ -181,11 +180,14 @@ def flat_parameters(deepspeed_engine: Any) -> list[Tensor]:
 
 
 def _optimizer(module: nn.Module, section: OptimizerSection | None, device: torch.device) -> torch.optim.Optimizer:
-    return _adamw(module, section, device) if section is not None else GradientProbe(module.parameters())
+    if section is None:
+        return GradientProbe(module.parameters())
+    kind = OPTIMIZERS.get(section.name, "optimizer.name")
+    return kind.from_section(_param_groups(module, section), section, device, **section.options)
 
 
-def _adamw(module: nn.Module, section: OptimizerSection, device: torch.device) -> GuardedAdamW:
-    """AdamW with weight decay on matrices only, unless `decay_all`, of what is not frozen.
+def _param_groups(module: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
+    """Return groups of what is not frozen, with weight decay on matrices only, unless `decay_all`.
 
     Which parameter decays is its declaration's word, not its shape's: ZeRO-3 has flattened the shapes by now.
     """
@@ -195,13 +197,7 @@ def _adamw(module: nn.Module, section: OptimizerSection, device: torch.device) -
             continue
         decays = section.decay_all or spec_of(parameter).decay
         groups.setdefault(section.weight_decay if decays else 0.0, []).append(parameter)
-    return GuardedAdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-        fused=device.type in FUSED_ADAMW,
-    )
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
 def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams) -> Recompute:

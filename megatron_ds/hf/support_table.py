@@ -39,9 +39,9 @@ MODELS = {
 
 
 def support_table() -> str:
-    """Markdown, a line a family, in the registry's order."""
+    """Return Markdown, a line a family of ours."""
     lines = ["| `model_type` | class in transformers | such as |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | `{family.architecture}` | {MODELS[name]} |" for name, family in FAMILIES.items()]
+    lines += [f"| `{name}` | `{FAMILIES[name].architecture}` | {known} |" for name, known in MODELS.items()]
     return "\n".join(lines)
 
 

@@ -1,29 +1,89 @@
-"""The learning rate, in one place: a function of how many optimizer steps were applied."""
+"""The learning rate: a function of the number of optimizer steps applied so far.
+
+A schedule from outside is a function of a `SchedulePoint`, registered in `SCHEDULES`. It has no state: a resumed run
+calls it for the step that it is at.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from megatron_ds.config import OptimizerSection, ScheduleSection
+from megatron_ds.registry import Registry
+
+
+@dataclass(frozen=True)
+class SchedulePoint:
+    """A step after the warm-up, for which a schedule gives the learning rate.
+
+    Attributes:
+        step: number of the step among those that are applied, from 1.
+        steps: number of steps of the run.
+        warmup_steps: steps of the linear warm-up, which ends at `peak_lr`.
+        peak_lr: `optimizer.lr`.
+        min_lr: `schedule.min_lr`.
+    """
+
+    step: int
+    steps: int
+    warmup_steps: int
+    peak_lr: float
+    min_lr: float
+
+    @property
+    def progress(self) -> float:
+        """The part of the steps after the warm-up that is done with this step: 1 on the last one."""
+        return min(1.0, (self.step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+
+    def between(self, fraction: float) -> float:
+        """Return the learning rate at a fraction of the way from `min_lr` up to `peak_lr`."""
+        return self.min_lr + (self.peak_lr - self.min_lr) * fraction
+
+
+Schedule = Callable[..., float]
+"""(point, **schedule.options) -> learning rate; the same on every rank."""
+
+SCHEDULES: Registry[Schedule] = Registry("schedule")
+
+
+@SCHEDULES.register("constant")
+def constant(point: SchedulePoint) -> float:
+    """Stay at the peak."""
+    return point.peak_lr
+
+
+@SCHEDULES.register("linear")
+def linear(point: SchedulePoint) -> float:
+    """Go down to `min_lr` in a straight line."""
+    return point.between(1.0 - point.progress)
+
+
+@SCHEDULES.register("cosine")
+def cosine(point: SchedulePoint) -> float:
+    """Go down to `min_lr` in half a cosine (Loshchilov and Hutter 2017)."""
+    return point.between(0.5 * (1.0 + math.cos(math.pi * point.progress)))
 
 
 def learning_rate(applied: int, steps: int, optimizer: OptimizerSection, schedule: ScheduleSection) -> float:
-    """The rate of the next step.
+    """Return the learning rate of the next step.
 
-    Linear warm-up reaches `optimizer.lr` on step `warmup_steps` (the first step already learns), then constant, or a
-    straight line or half a cosine (Loshchilov and Hutter 2017) down to `min_lr` on the last step.
+    Linear warm-up reaches `optimizer.lr` on step `warmup_steps` (the first step already learns); then the schedule
+    decides.
 
     Args:
         applied: optimizer steps applied so far; one that DeepSpeed skipped for an fp16 overflow does not count, so the
             schedule does not advance on it.
-        steps: of the whole run.
+        steps: number of steps of the run.
+        optimizer: its `lr` is the peak.
+        schedule: its name, warm-up and options.
+
+    Raises:
+        ConfigError: no schedule has this name.
     """
     step = applied + 1
-    peak, warmup = optimizer.lr, schedule.warmup_steps
-    if step <= warmup:
-        return peak * step / warmup
-    if schedule.name == "constant":
-        return peak
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    remaining = 1.0 - progress if schedule.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return schedule.min_lr + (peak - schedule.min_lr) * remaining
+    if step <= schedule.warmup_steps:
+        return optimizer.lr * step / schedule.warmup_steps
+    point = SchedulePoint(step, steps, schedule.warmup_steps, optimizer.lr, schedule.min_lr)
+    return SCHEDULES.get(schedule.name, "schedule.name")(point, **schedule.options)

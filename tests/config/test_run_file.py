@@ -74,8 +74,9 @@ def test_defaults(run_file):
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "decay_all": False,
+        "options": {},
     }
-    assert run.schedule.model_dump() == {"name": "cosine", "warmup_steps": 0, "min_lr": 0.0}
+    assert run.schedule.model_dump() == {"name": "cosine", "warmup_steps": 0, "min_lr": 0.0, "options": {}}
     assert run.train.model_dump() == {
         "steps": 1000,
         "objective": "auto",
@@ -95,6 +96,7 @@ def test_defaults(run_file):
     }
     assert run.checkpoint.model_dump() == {"every": 0, "keep": 3, "resume": "auto", "asynchronous": True}
     assert run.export is None
+    assert (run.monitor, run.callbacks, run.imports) == ([], [], [])
 
 
 def test_documented_file(run_file):

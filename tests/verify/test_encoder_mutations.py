@@ -30,7 +30,7 @@ def of_family(model_type: str, mutate: Callable[[Family], Family]) -> Patch:
     """A mistake in a family's table or translation."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(FAMILIES, model_type, mutate(FAMILIES[model_type]))
+        monkeypatch.setitem(FAMILIES._entries, model_type, mutate(FAMILIES[model_type]))
 
     patch.__name__ = mutate.__name__
     return patch

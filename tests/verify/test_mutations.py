@@ -116,7 +116,7 @@ def test_a_mutation_turns_the_verification_red(
 ) -> None:
     directory = directory_of(config)
     kind = config["model_type"]
-    monkeypatch.setitem(FAMILIES, kind, mutate(FAMILIES[kind]))
+    monkeypatch.setitem(FAMILIES._entries, kind, mutate(FAMILIES[kind]))
     report = verify_hf(directory)
     assert not report.ok
     assert not any(one.logits.within(1e-4) for one in report.inputs), "by far, not by a little"

@@ -1,0 +1,69 @@
+"""Modules from outside the package, imported for what they register.
+
+They are named under `imports` in the run file, by `megatron-ds --import MODULE`, or by installed packages under the
+entry point group `megatron_ds.plugins`. They are imported in every process before the run file is checked: ranks that
+this process forks inherit them, ranks that a launcher starts import them themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from megatron_ds.errors import ConfigError, show
+
+GROUP = "megatron_ds.plugins"
+
+
+def import_modules(names: Sequence[str], field: str = "imports") -> None:
+    """Import modules by their dotted names; the current directory is searched first, as with `python -m`.
+
+    Args:
+        names: of modules.
+        field: where the user named them.
+
+    Raises:
+        ConfigError: a module is not there, or raises an exception when it is imported.
+    """
+    here = os.getcwd()
+    if names and here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    for number, name in enumerate(names):
+        place = f"{field}[{number}]={show(name)}"
+        try:
+            import_module(name)
+        except Exception as problem:  # whatever code from outside raises
+            if isinstance(problem, ModuleNotFoundError) and f"{name}.".startswith(f"{problem.name}."):
+                raise ConfigError(
+                    f"{place}: there is no module {problem.name}; start in the directory that holds it, add that to "
+                    "PYTHONPATH, or install its package"
+                ) from problem
+            raise ConfigError(f"{place} raised {_reason(problem)}; fix it, or remove it from {field}") from problem
+
+
+def load_entry_points() -> None:
+    """Import what installed packages name under the entry point group `megatron_ds.plugins`.
+
+    Raises:
+        ConfigError: one of them raises an exception when it is imported.
+    """
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as problem:
+            package = point.dist.name if point.dist is not None else point.module
+            raise ConfigError(
+                f"the plugin {point.name}={point.value} of package {package} raised {_reason(problem)}; update or "
+                f"uninstall {package}"
+            ) from problem
+
+
+def _reason(problem: Exception) -> str:
+    """Return an exception and the line that raised it, on one line."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    text = " ".join([f"{type(problem).__name__}:", *str(problem).split()])
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"
