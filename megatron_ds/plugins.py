@@ -19,12 +19,12 @@ from megatron_ds.errors import ConfigError, show
 GROUP = "megatron_ds.plugins"
 
 
-def import_modules(names: Sequence[str], field: str = "imports") -> None:
+def import_modules(names: Sequence[str], field: str = "imports[{}]") -> None:
     """Import modules by their dotted names; the current directory is searched first, as with `python -m`.
 
     Args:
         names: of modules.
-        field: where the user named them.
+        field: where the user named them; {} stands for the number.
 
     Raises:
         ConfigError: a module is not there, or raises an exception when it is imported.
@@ -33,7 +33,7 @@ def import_modules(names: Sequence[str], field: str = "imports") -> None:
     if names and here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     for number, name in enumerate(names):
-        place = f"{field}[{number}]={show(name)}"
+        place = f"{field.format(number)}={show(name)}"
         try:
             import_module(name)
         except Exception as problem:  # whatever code from outside raises
@@ -42,7 +42,7 @@ def import_modules(names: Sequence[str], field: str = "imports") -> None:
                     f"{place}: there is no module {problem.name}; start in the directory that holds it, add that to "
                     "PYTHONPATH, or install its package"
                 ) from problem
-            raise ConfigError(f"{place} raised {_reason(problem)}; fix it, or remove it from {field}") from problem
+            raise ConfigError(f"{place} raised {_reason(problem)}; fix it, or remove it") from problem
 
 
 def load_entry_points() -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_ds.cli.plugins import Imports, load_plugins
+
 HELP = """Write the model of a checkpoint as a Hugging Face directory that transformers loads.
 
 CHECKPOINT may be a folder of checkpoints or a run's output: then it is the latest. Without
@@ -34,9 +36,11 @@ def export(
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Of adapters: their base (default: as their config says).")
     ] = None,
+    imports: Imports = None,
 ) -> None:
     """Export; see HELP."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying is bound by memory; before torch is imported
+    load_plugins(imports)
     from megatron_ds.checkpoint.convert import export_hf
     from megatron_ds.cli.inspect import written
 

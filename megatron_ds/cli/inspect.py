@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from megatron_ds.cli.plugins import Imports, load_plugins
 from megatron_ds.cli.table import Row, count, show_rows, size
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def inspect(
         str | None, typer.Option(metavar="DIR", help="Shows data as text; a run file names its own.")
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="How many samples or documents are shown.")] = 2,
+    imports: Imports = None,
 ) -> None:
     """Inspect; see HELP."""
+    load_plugins(imports)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # data hold characters that not every terminal has
     kind = _kind_of(path)

@@ -47,7 +47,8 @@ def train(
     """Train; see HELP."""
     from megatron_ds.cli.display import TerminalReporter
     from megatron_ds.config import load_run
-    from megatron_ds.training.launch import Restarts
+    from megatron_ds.training.launch import Restarts, share_cores
     from megatron_ds.training.launch import train as start
 
+    share_cores(nproc)  # the modules that the run file imports may import torch
     start(load_run(run, overrides or []), nproc, TerminalReporter, Restarts(max_restarts, min_nproc))

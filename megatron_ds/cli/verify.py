@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_ds.cli.plugins import Imports, load_plugins
+
 if TYPE_CHECKING:
     from megatron_ds.verify import Report
     from megatron_ds.verify.compare import Difference
@@ -32,8 +34,10 @@ def verify(
     pp: Annotated[int, typer.Option("--pp", metavar="N", help="Pipeline ranks.")] = 1,
     sequence: Annotated[bool, typer.Option("--sequence", help="Sequence parallelism over the tensor ranks.")] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
+    imports: Imports = None,
 ) -> None:
     """Verify; see HELP."""
+    load_plugins(imports)
     from megatron_ds.errors import ConfigError
     from megatron_ds.verify import verify_hf
 

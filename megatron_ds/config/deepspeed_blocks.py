@@ -39,7 +39,8 @@ def check_optimizer_block(mapping: Mapping[str, Any], config: EngineConfig, plac
         "amsgrad": (f"optimizer.name={optimizer.name}", (False,)),
     }
     kind = block.get("type")
-    if not is_unset(kind) and str(kind).lower() not in ("adamw", "adam"):  # DeepSpeed's Adam is AdamW by default
+    same = ("adamw", "adam") if optimizer.name == "adamw" else (optimizer.name.lower(),)  # its Adam is AdamW by default
+    if not is_unset(kind) and str(kind).lower() not in same:
         place.refuse_disagreement("optimizer.type", kind, f"optimizer.name={optimizer.name}")
     _check_params(block, "optimizer", expected, place)
 

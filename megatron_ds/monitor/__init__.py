@@ -1,20 +1,25 @@
-"""What a run tells about itself: its metrics file, its speed, its loss curve, and the voice it reports through."""
+"""A run's metrics and where they go: the metrics file, other sinks, the loss curve, and the reporter."""
 
 from megatron_ds.monitor.metrics import MetricsWriter, StepMetrics, ValidMetrics, iter_metrics, read_metrics
 from megatron_ds.monitor.plot import draw_loss
 from megatron_ds.monitor.reporter import Reporter, RunSummary, SilentReporter
+from megatron_ds.monitor.sinks import SINKS, MetricSink, SinkInfo, open_sinks
 from megatron_ds.monitor.throughput import Throughput, model_flops_per_token
 
 __all__ = [
+    "SINKS",
+    "MetricSink",
     "MetricsWriter",
     "Reporter",
     "RunSummary",
     "SilentReporter",
+    "SinkInfo",
     "StepMetrics",
     "Throughput",
     "ValidMetrics",
     "draw_loss",
     "iter_metrics",
     "model_flops_per_token",
+    "open_sinks",
     "read_metrics",
 ]

@@ -17,8 +17,10 @@ from megatron_ds.config import (
     load_deepspeed,
     summarize_deepspeed,
 )
-from megatron_ds.engine import Engine, EngineOptions, build_engine, enable_shared_memory
+from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory
+from megatron_ds.layers.kernels import check_choice
 from megatron_ds.parallel.grid import Layout, create_grid
+from megatron_ds.registry import check_options
 from megatron_ds.runtime.loaded_model import LoadedModel
 
 
@@ -58,8 +60,13 @@ def plan_engine(
         trains_part, encoder_decoder: see `check_recomputation`.
 
     Raises:
-        ConfigError: a value is wrong or contradicts another; TopologyError where sizes cannot be divided.
+        ConfigError: a value is wrong or contradicts another, or a name is not registered.
+        TopologyError: sizes cannot be divided.
     """
+    check_choice(config.kernels)
+    if config.optimizer is not None:
+        optimizer = OPTIMIZERS.get(config.optimizer.name, "optimizer.name")
+        check_options(optimizer.from_section, 3, config.optimizer.options, "optimizer.options")
     mapping = load_deepspeed(config.deepspeed)
     summary = summarize_deepspeed(mapping)
     data_size = check_engine(config, shape, summary, world_size, device_type)

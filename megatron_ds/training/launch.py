@@ -6,10 +6,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import ConfigError, MegatronDSError, TopologyError
@@ -22,9 +22,15 @@ from megatron_ds.parallel.restart import run_with_restarts
 from megatron_ds.training.graceful_stop import counting_time
 from megatron_ds.training.result import TrainResult
 
+if TYPE_CHECKING:
+    from megatron_ds.training.callbacks import Callback
+
 ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
 
 ECHO_WAIT_S = 8.0  # a launcher ends the peers of a rank that failed; until then they do not speak over it
+
+
+_AsRank = Callable[[RunConfig, RankInfo], TrainResult]
 
 
 def silent() -> AbstractContextManager[Reporter]:
@@ -50,6 +56,7 @@ def train(
     nproc: int | None = None,
     reporter: ReporterFactory = silent,
     restarts: Restarts = Restarts(),
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a run.
 
@@ -61,6 +68,7 @@ def train(
         nproc: local ranks; None = 1, or what the launcher says.
         reporter: opened on rank 0 only.
         restarts: of local ranks.
+        callbacks: called after those that the run file names; each rank has a copy of its own.
 
     Returns:
         steps, losses and paths; the same on every rank.
@@ -71,11 +79,15 @@ def train(
         KeyboardInterrupt: after a Ctrl-C, once every rank has finished its step and the files are closed.
     """
     quiet_libraries()
+
+    def as_rank(run: RunConfig, info: RankInfo) -> TrainResult:
+        return _train_as(run, info, reporter, callbacks)
+
     if nproc is not None and nproc < 1:
         raise TopologyError(f"--nproc={nproc} is less than one rank; nearest: 1")
     given = rank_from_environment()
     if given is None:
-        return _train_locally(run, nproc or 1, reporter, restarts)
+        return _train_locally(run, nproc or 1, as_rank, restarts)
     if restarts.at_most:
         raise TopologyError(
             f"--max-restarts={restarts.at_most} is for starting alone, but the environment says that a launcher "
@@ -86,12 +98,12 @@ def train(
             f"--nproc={nproc} is for starting alone, but the environment says that a launcher started rank "
             f"{given.rank} of {given.world_size}; leave --nproc out"
         )
-    return _train_launched(run, given, reporter)
+    return _train_launched(run, given, as_rank)
 
 
-def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restarts: Restarts) -> TrainResult:
+def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Restarts) -> TrainResult:
     check_restarts(run, ranks, restarts)
-    _share_cores(ranks)
+    share_cores(ranks)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
 
     from megatron_ds.engine import device_count, device_type, preload
@@ -105,7 +117,7 @@ def _train_locally(run: RunConfig, ranks: int, reporter: ReporterFactory, restar
     results: list[TrainResult] = []
 
     def start(count: int, is_restart: bool) -> None:
-        results[:] = run_local(lambda info: _train_as(resumed if is_restart else run, info, reporter), count)
+        results[:] = run_local(lambda info: as_rank(resumed if is_restart else run, info), count)
 
     def fits(count: int) -> bool:
         try:
@@ -143,8 +155,16 @@ def check_restarts(run: RunConfig, ranks: int, restarts: Restarts) -> None:
         raise TopologyError(f"--min-nproc={restarts.min_ranks} does nothing without --max-restarts; nearest: 1")
 
 
-def _share_cores(local_ranks: int) -> None:
-    """Ranks with a thread a core each would stand in one another's way; effective before torch is imported."""
+def share_cores(nproc: int | None) -> None:
+    """Divide this machine's cores among local ranks, where the environment does not. Call it before importing torch.
+
+    torchrun sets the number of threads itself, the `deepspeed` launcher tells how many ranks there are here, srun
+    leaves both to the user.
+
+    Args:
+        nproc: local ranks that this process starts; None = a launcher did, or it starts one.
+    """
+    local_ranks = nproc or int(os.environ.get("LOCAL_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
 
@@ -159,12 +179,11 @@ def check_devices(ranks: int, device_type: str, count: int) -> None:
         raise TopologyError(f"--nproc={ranks} is more than the {count} {device_type} devices here; nearest: {count}")
 
 
-def _train_launched(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> TrainResult:
+def _train_launched(run: RunConfig, info: RankInfo, as_rank: _AsRank) -> TrainResult:
     """As one of a launcher's ranks: tell why this one failed, unless it failed because another did."""
-    # `deepspeed` says how many ranks there are here; torchrun sets the threads itself, srun leaves them to the user
-    _share_cores(int(os.environ.get("LOCAL_SIZE", "1")))
+    share_cores(None)
     try:
-        return _train_as(run, info, reporter)
+        return as_rank(run, info)
     except MegatronDSError as problem:
         if info.rank == 0:
             raise
@@ -184,9 +203,9 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory) -> TrainResult:
+def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory, callbacks: Sequence[Callback]) -> TrainResult:
     from megatron_ds.training.worker import train_rank
 
     setup_logging(info.rank)
     with reporter() if info.rank == 0 else silent() as listening:
-        return train_rank(run, info, listening)
+        return train_rank(run, info, listening, callbacks)

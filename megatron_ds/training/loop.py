@@ -27,6 +27,7 @@ from megatron_ds.monitor import StepMetrics, Throughput, ValidMetrics
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.regions import DATA, profiled
+from megatron_ds.training.callbacks import SAVE, VALIDATE, CallbackList, RunState
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.lr_schedule import learning_rate
 from megatron_ds.training.result import LossHistory, TrainResult
@@ -55,6 +56,7 @@ class TrainingLoop:
             padding included. `tokens` and `tokens_per_s` in the metrics count labelled tokens: what was learned from.
         saver: None = no checkpoints.
         begin: where the run stands.
+        callbacks: called at the run's events; None = there are none.
         beat: is told what this rank does from now on.
     """
 
@@ -69,6 +71,7 @@ class TrainingLoop:
         saver: Saver | None,
         begin: Progress,
         heartbeat: Heartbeat,
+        callbacks: CallbackList | None = None,
     ) -> None:
         self._run, self._engine, self._output, self._throughput = run, engine, output, throughput
         self._train_data, self._valid_data, self._saver = train_data, valid_data, saver
@@ -78,12 +81,15 @@ class TrainingLoop:
         self._coming: Iterator[Batches] = iter(())
         self._now, self._saved_step, self._beat = begin, begin.step, heartbeat
         self._stopped_by = 0
+        self._callbacks = callbacks if callbacks is not None else CallbackList(RunState(run, engine))
         self._losses, self._valid_losses = LossHistory(), LossHistory()
         self._profile = StepProfile(run, engine.grid.rank, output.note, heartbeat)
 
     @property
     def reason(self) -> str:
         """For people: what stopped the run, on any rank."""
+        if not self._stopped_by:
+            return f"callback {self._callbacks.stopped_by}"
         if self._stopped_by == _CLOCK:
             return f"train.max_time={self._run.train.max_time:g}"
         return signal.Signals(self._stopped_by).name
@@ -130,14 +136,15 @@ class TrainingLoop:
             CheckpointError: a checkpoint could not be written.
         """
         steps = self._run.train.steps
+        self._callbacks.run_start(self._now.step)
         with Prefetch(self._read_train, self._positions(), self._ahead) as self._coming:
             while self._now.step < steps:
                 with self._profile.around(self._now.step + 1):
                     self._step(self._now.step + 1)
                 stop = self._agree(interrupt)
-                if not stop and self._is_validation_due(self._now.step):
+                if not stop and (self._callbacks.take(VALIDATE) or self._is_validation_due(self._now.step)):
                     stop = self._validate(self._now.step, interrupt)
-                if stop or self._now.step == steps or self._is_save_due(self._now.step):
+                if stop or self._now.step == steps or self._callbacks.take(SAVE) or self._is_save_due(self._now.step):
                     self._save()
                 if stop:
                     break
@@ -174,8 +181,10 @@ class TrainingLoop:
             bad_steps=now.bad_steps + 1 if bad else 0 if result.applied else now.bad_steps,
         )
         step_s = time.perf_counter() - began_s
+        metrics = self._metrics(step, lr, result, step_s, data_s)
+        self._callbacks.step_end(metrics, result.applied)
         if step % train.log_every == 0 or step in (1, train.steps):
-            self._output.step(self._metrics(step, lr, result, step_s, data_s))
+            self._output.step(replace(metrics, metrics={**metrics.metrics, **self._callbacks.take_logged()}))
         if (wait := self._data_wait.add(data_s, step_s)) is not None:
             self._output.note(wait)
         if bad:
@@ -209,6 +218,7 @@ class TrainingLoop:
     def _tell(self, saved: Saved | None) -> None:
         if saved is not None:
             self._output.saved(saved)
+            self._callbacks.checkpoint_saved(saved)
 
     def _metrics(self, step: int, lr: float, result: StepResult, step_s: float, data_s: float) -> StepMetrics:
         positions = self._run.train.global_batch_size * positions_of(self._train_data)
@@ -251,8 +261,10 @@ class TrainingLoop:
                     return True
         losses = reduce(operator.add, parts)
         self._valid_losses.add(losses.mean)
-        self._output.valid(ValidMetrics(step, losses.mean, losses.metrics))
-        return False
+        valid = ValidMetrics(step, losses.mean, losses.metrics)
+        self._output.valid(valid)
+        self._callbacks.validation_end(valid)
+        return bool(self._callbacks) and self._agree(interrupt)
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> Batches:
         axis = self._engine.grid.batch
@@ -264,8 +276,10 @@ class TrainingLoop:
         """Whether any rank was told to stop, so that all leave after the same step. Tells of a save that is done."""
         told = int(interrupt.signal or _CLOCK) if interrupt.requested else 0
         is_writing = self._saver is None or not self._saver.is_due
-        flags = torch.tensor([told, int(is_writing)], device=self._engine.device)
-        self._stopped_by, any_writing = all_reduce_(flags, self._engine.grid.world, dist.ReduceOp.MAX).tolist()
+        flags = torch.tensor([told, int(is_writing), *self._callbacks.flags], device=self._engine.device)
+        agreed = all_reduce_(flags, self._engine.grid.world, dist.ReduceOp.MAX).tolist()
+        self._stopped_by, any_writing, *requests = agreed
+        self._callbacks.agree(requests)
         if self._saver is not None and not any_writing:
             self._tell(self._saver.wait())
-        return self._stopped_by > 0
+        return self._stopped_by > 0 or self._callbacks.stopped_by is not None

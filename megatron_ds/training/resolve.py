@@ -23,6 +23,7 @@ from megatron_ds.runtime.loaded_model import (
 )
 from megatron_ds.runtime.setup import EnginePlan, plan_engine
 from megatron_ds.training.objective import Objective, find_objective, new_parameters
+from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resume import check_same_model, checkpoint_folder
 
 
@@ -65,6 +66,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     Raises:
         MegatronDSError: naming field, value, rule and nearest fix.
     """
+    check_registered_names(run, resumes=checkpoint is not None)
     run = _with_named_checkpoints(run)
     hf = read_model_section(run.model)
     plan = plan_engine(

@@ -14,7 +14,17 @@ from megatron_ds.checkpoint.saver import Saved
 from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.data import Dataset
 from megatron_ds.data.blend import Share, account
-from megatron_ds.monitor import MetricsWriter, Reporter, RunSummary, StepMetrics, ValidMetrics, draw_loss
+from megatron_ds.monitor import (
+    MetricSink,
+    MetricsWriter,
+    Reporter,
+    RunSummary,
+    SinkInfo,
+    StepMetrics,
+    ValidMetrics,
+    draw_loss,
+    open_sinks,
+)
 
 ACCOUNT = "data.json"
 
@@ -32,9 +42,10 @@ class RunOutput:
         self._run, self._reporter, self._is_first = run, reporter, is_first
         self._directory = Path(run.output)
         self._writer: MetricsWriter | None = None
+        self._sinks: list[MetricSink] = []
 
     def start(self, summary: RunSummary, continue_after: int | None = None) -> None:
-        """Make the directory, write `config.yaml`, open `metrics.jsonl`, show the summary.
+        """Make the directory, write `config.yaml`, open `metrics.jsonl` and other sinks, show the summary.
 
         Args:
             summary: of the run.
@@ -47,6 +58,7 @@ class RunOutput:
         if continue_after is None:
             (self._directory / ACCOUNT).unlink(missing_ok=True)  # of an earlier run
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
+        self._sinks = open_sinks(SinkInfo(self._run, self._directory, continue_after))
         self._reporter.start(summary)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -96,9 +108,9 @@ class RunOutput:
             self._reporter.note(text)
 
     def close(self, title: str) -> None:
-        """Close `metrics.jsonl` and draw `loss.png` from it."""
+        """Close `metrics.jsonl` and other sinks, and draw `loss.png`."""
         if self._writer is not None:
-            self._writer.close()
+            self._close()
             draw_loss(self._writer.path, self._directory / "loss.png", f"{title}: {self._directory}")
 
     def finish(self, text: str) -> None:
@@ -112,12 +124,20 @@ class RunOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Close all sinks that are still open."""
         if self._writer is not None:
             self._writer.close()
+        while self._sinks:
+            self._sinks.pop().close()
 
     def _write(self, metrics: StepMetrics | ValidMetrics) -> None:
         if self._writer is not None:
             self._writer.write(metrics)
+        for sink in self._sinks:
+            sink.write(metrics)
 
 
 def describe_shares(shares: Sequence[Share]) -> str:

@@ -24,6 +24,7 @@ from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
+from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
 from megatron_ds.training.datasets import has_validation, open_split
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
@@ -44,11 +45,17 @@ from megatron_ds.training.watchdog import Watchdog, rank_status_store
 COLLECTIVE_TIMEOUT_S = 1800.0  # of a collective, at least: the watchdog, which says more, comes first
 
 
-def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> TrainResult:
+def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train as one rank of a job: join the others, check and read data together, resume, train, export.
 
     After an exception the process group is left as it is: taking NCCL down waits for peers, which may be waiting for
     this rank. The process is expected to end.
+
+    Args:
+        run: the run.
+        info: this rank.
+        reporter: shows progress, on rank 0.
+        callbacks: called after those that the run file names.
 
     Raises:
         MegatronDSError: what the user can mend; see `together` for which rank raises it.
@@ -58,7 +65,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter) -> TrainResul
         device = start_distributed(info, timeout_s=max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout))
         claimed = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
         found = find_resume_point(run, info)
-        prepared = run_on_all_ranks(lambda: _prepare(run, info, found))
+        prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
         resolved = prepared.resolved
         engine = build(resolved.model, resolved.plan, info.rank, device)
         if prepared.reader is not None:
@@ -80,9 +87,10 @@ class _Prepared:
     valid_data: Dataset | None
     begin: Progress
     reader: StateReader | None
+    callbacks: Sequence[tuple[str, Callback]]
 
 
-def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint) -> _Prepared:
+def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequence[Callback]) -> _Prepared:
     """Everything that can be refused: the run against model, world and what it goes on from, and its data."""
     check_resume_point(run, found)
     resolved = resolve_run(run, info.world_size, device_type(), found.path)
@@ -95,7 +103,8 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint) -> _Prepared:
     metrics = Path(run.output) / "metrics.jsonl"
     if info.rank == 0 and reader is not None and metrics.is_file():
         read_metrics(metrics)  # a line that is none is refused now
-    return _Prepared(resolved, train_data, valid_data, start, reader)
+    named = [*make_callbacks(run), *((type(one).__name__, one) for one in callbacks)]
+    return _Prepared(resolved, train_data, valid_data, start, reader, named)
 
 
 def _train(
@@ -120,16 +129,30 @@ def _train(
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
         throughput = Throughput(flops, resolved.plan.layout.world_size)
         saver = _saver(prepared, engine)
+        state = RunState(run, engine, can_save=saver is not None, can_validate=prepared.valid_data is not None)
+        callbacks = CallbackList(state, prepared.callbacks)
         loop = TrainingLoop(
-            run, engine, prepared.train_data, prepared.valid_data, output, throughput, saver, begin, watchdog.heartbeat
+            run,
+            engine,
+            prepared.train_data,
+            prepared.valid_data,
+            output,
+            throughput,
+            saver,
+            begin,
+            watchdog.heartbeat,
+            callbacks,
         )
         done = loop.run(interrupt)
         output.close(resolved.hf.family.model_type)
         if done < run.train.steps:
+            callbacks.run_end(stopped_by=loop.reason)
             output.finish(f"stopped by {loop.reason} after step {done} of {run.train.steps}{loop.left_behind}")
             return loop.result(exported=None), loop.was_interrupted
         watchdog.heartbeat("exporting", may_take_long=True)
         _export(resolved, engine, prepared.train_data, output)
+        watchdog.heartbeat("callbacks at the run's end", may_take_long=True)
+        callbacks.run_end(exported=run.export.path if run.export is not None else None)
         output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
         return loop.result(exported=run.export.path if run.export is not None else None), False
 

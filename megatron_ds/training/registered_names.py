@@ -1,0 +1,42 @@
+"""Check the run file's names of registered things, and the options given to them, before anything is spent.
+
+`session.setup.plan_engine` checks those that the engine uses.
+"""
+
+from __future__ import annotations
+
+from megatron_ds.config import RunConfig
+from megatron_ds.engine import OPTIMIZERS
+from megatron_ds.errors import ConfigError
+from megatron_ds.monitor import SINKS
+from megatron_ds.registry import check_options
+from megatron_ds.training.callbacks import CALLBACKS
+from megatron_ds.training.lr_schedule import SCHEDULES
+
+
+def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
+    """Check the schedule, the metric sinks and the callbacks of a run, and that checkpoints can hold its optimizer.
+
+    Args:
+        run: the run.
+        resumes: whether it reads the training state of a checkpoint.
+
+    Raises:
+        ConfigError: a name is not registered, an option is unknown or missing, or the optimizer has other state than
+            checkpoints hold.
+    """
+    schedule = SCHEDULES.get(run.schedule.name, "schedule.name")
+    check_options(schedule, 1, run.schedule.options, "schedule.options")
+    optimizer = OPTIMIZERS.get(run.optimizer.name, "optimizer.name")
+    if not optimizer.has_adam_state and (run.checkpoint.every or resumes):
+        fix = "checkpoint.every=0" if run.checkpoint.every else "checkpoint.resume=never"
+        raise ConfigError(
+            f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: checkpoints hold AdamW's moments "
+            f"and no other state; try {fix}"
+        )
+    for number, entry in enumerate(run.monitor):
+        field = f"monitor[{number}]"
+        check_options(SINKS.get(entry.name, field), 1, entry.options, field)
+    for number, entry in enumerate(run.callbacks):
+        field = f"callbacks[{number}]"
+        check_options(CALLBACKS.get(entry.name, field), 0, entry.options, field)
