@@ -63,7 +63,9 @@ class RunState:
             ConfigError: the run has no checkpoints.
         """
         if not self.can_save:
-            raise ConfigError("checkpoint.every=0 saves nothing, and a callback requests a checkpoint; try 1000")
+            raise ConfigError(
+                "checkpoint.every=0 saves nothing, and a callback requests a checkpoint; try checkpoint.every=1000"
+            )
         self._requests.add(SAVE)
 
     def validate(self) -> None:
