@@ -39,7 +39,6 @@ from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
 
-
 @dataclass(frozen=True)
 class EngineOptions:
     """What an engine needs beside the model.
