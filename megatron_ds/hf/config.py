@@ -100,8 +100,9 @@ def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
 
     if named is None:
         return
-    base = MODEL_MAPPING_NAMES[family.model_type]
-    known = list(dict.fromkeys((*(family.classes or [family.architecture]), base)))
+    base = MODEL_MAPPING_NAMES.get(family.model_type)  # None: a family from outside
+    heads = family.classes or [family.architecture]
+    known = list(dict.fromkeys((*heads, *([base] if base else []))))
     if not isinstance(named, list) or any(OLD_CLASSES.get(name, name) not in known for name in map(str, named)):
         raise ConversionError(
             f"architectures={named!r} is not supported; supported of {family.model_type}: {', '.join(known)}"

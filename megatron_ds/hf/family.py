@@ -66,6 +66,7 @@ class Family:
         reference_attention: transformers' implementation of attention to compare with. "eager" is written out; kernels
             leave out what they cannot do, such as a bound of the scores.
         aliases: name on disk -> name in the table of which it is a copy, in old or careless saves.
+        module: name of the Python module that holds the classes of its models.
         classes: classes of transformers that differ in their heads -> the options of ours that tell them apart.
         settle: our config, names on disk -> our config with the heads that are there.
         unread: our config -> names of weights that other classes of the family have, and transformers leaves out of the
@@ -83,6 +84,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     reference_attention: str = "eager"
     aliases: Mapping[str, str] = field(default_factory=dict)
+    module: str = "transformers"
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settle: Callable[[Any, frozenset[str]], Any] = _as_the_config_says
     unread: Callable[[Any], tuple[str, ...]] = _nothing

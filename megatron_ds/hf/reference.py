@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,11 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
     Raises:
         ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
     """
-    import transformers
-
     if (Path(directory) / ADAPTER_CONFIG).is_file():
         return _with_adapters(Path(directory), model, dtype)
     try:
         with _without_progress_bars():
-            loaded: Any = getattr(transformers, model.architecture).from_pretrained(
+            loaded: Any = getattr(import_module(model.family.module), model.architecture).from_pretrained(
                 directory,
                 dtype=dtype,
                 attn_implementation=model.family.reference_attention,

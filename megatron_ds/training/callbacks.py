@@ -90,22 +90,22 @@ class Callback:
     """Base class of callbacks: override what you need. Every method is called on every rank."""
 
     def on_run_start(self, state: RunState) -> None:
-        """Before the first step, after a checkpoint was read. Requests are carried out after the first step."""
+        """Act before the first step, after a checkpoint was read. Requests are carried out after that step."""
 
     def on_step_end(self, state: RunState) -> None:
-        """After each optimizer step, skipped ones too, before its metrics are written."""
+        """Act after each optimizer step, skipped ones too, before its metrics are written."""
 
     def on_validation_end(self, state: RunState) -> None:
-        """After each complete validation. Requests are carried out before the next step."""
+        """Act after each complete validation. Requests are carried out before the next step."""
 
     def on_checkpoint_saved(self, state: RunState) -> None:
-        """After all files of a checkpoint are there, between later steps where it is written meanwhile.
+        """Act when all files of a checkpoint are there, which may be some steps later.
 
         Requests are carried out after the next step.
         """
 
     def on_run_end(self, state: RunState) -> None:
-        """After the last step and the export, or where the run was stopped; not after an error. No request counts."""
+        """Act after the last step and the export, or after a stop; not after an error. Requests have no effect."""
 
 
 CALLBACKS: Registry[Callable[..., Callback]] = Registry("callback")
