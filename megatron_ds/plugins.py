@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 from megatron_ds.errors import ConfigError, show
+from megatron_ds.log import quiet_libraries
 
 GROUP = "megatron_ds.plugins"
 
@@ -29,6 +30,8 @@ def import_modules(names: Sequence[str], field: str = "imports[{}]") -> None:
     Raises:
         ConfigError: a module is not there, or raises an exception when it is imported.
     """
+    if names:
+        quiet_libraries()  # before the modules import them
     here = os.getcwd()
     if names and here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -52,6 +55,7 @@ def load_entry_points() -> None:
         ConfigError: one of them raises an exception when it is imported.
     """
     for point in entry_points(group=GROUP):
+        quiet_libraries()
         try:
             point.load()
         except Exception as problem:
