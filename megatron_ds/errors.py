@@ -13,7 +13,7 @@ _LONGEST_VALUE = 80
 
 
 class MegatronDSError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and fix."""
 
 
 class ConfigError(MegatronDSError):
@@ -37,7 +37,7 @@ class DataError(MegatronDSError):
 
 
 class TrainingError(MegatronDSError):
-    """A run cannot go on: its loss or gradient is not finite."""
+    """A run cannot continue: its loss or gradient is not finite."""
 
 
 class LaunchError(MegatronDSError):

@@ -19,10 +19,9 @@ PACKAGE = ROOT / "megatron_ds"
 BUDGET: dict[str, int] = {
     "cache": 1,
     "cli": 12,
-    "config": 30,
+    "config": 2,
     "data": 133,
     "engine": 7,
-    "errors": 1,
     "hf": 54,
     "layers": 42,
     "models": 21,

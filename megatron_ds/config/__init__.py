@@ -1,4 +1,4 @@
-"""What a run is: the run file, the DeepSpeed JSON, and whether both fit a model on a number of ranks."""
+"""Configuration of a run: the run file, the DeepSpeed JSON, and the checks of both against a model and its ranks."""
 
 from megatron_ds.config.checks import (
     ModelShape,

@@ -1,4 +1,4 @@
-"""Can this run exist on these ranks? Answered from numbers alone, before any process group or weight.
+"""Checks of a run against a model and a number of ranks, from sizes alone, before any process group or weight.
 
 Each rule names the field, its value, the rule and the nearest values that pass the same rule.
 """
@@ -17,8 +17,8 @@ from megatron_ds.errors import ConfigError, TopologyError
 class ModelShape:
     """The sizes of a model that decide how it can be divided.
 
-    `ffn_size` is the MLP's inner width; `max_positions` is the length of a learned position table, None where
-    positions are computed (rotary, relative).
+    `ffn_size` is the MLP's inner width; `max_positions` is the length of a learned position table, None if positions
+    are computed (rotary, relative).
     """
 
     num_layers: int
@@ -74,7 +74,7 @@ def check_engine(
 
 
 def nearest(value: int, legal: Iterable[int]) -> list[int]:
-    """The closest legal values below and above `value`, or `value` itself where it is legal."""
+    """Return the closest legal values below and above `value`, or `value` itself if it is legal."""
     values = sorted(set(legal))
     if value in values:
         return [value]
@@ -88,14 +88,14 @@ def _words(values: Iterable[int]) -> str:
 
 
 def _nearest_multiples(value: int, of: int, at_most: int | None = None) -> list[int]:
-    """The positive multiples of `of` on both sides of `value`, none above `at_most`."""
+    """Return the positive multiples of `of` on both sides of `value`, none above `at_most`."""
     below = value // of * of
     candidates = (below, below + of)
     return [one for one in candidates if one > 0 and (at_most is None or one <= at_most)]
 
 
 def _legal_tensors(shape: ModelShape) -> list[int]:
-    """Every degree that divides attention heads and the MLP."""
+    """Return every tensor size that divides attention heads and the MLP."""
     common = math.gcd(shape.num_attention_heads, shape.ffn_size)
     return [degree for degree in range(1, common + 1) if common % degree == 0]
 
@@ -103,16 +103,17 @@ def _legal_tensors(shape: ModelShape) -> list[int]:
 def check_layout(
     shape: ModelShape, tensor: int, pipeline: int, names: tuple[str, str] = ("parallel.tensor", "parallel.pipeline")
 ) -> None:
-    """Whether a model can be divided over so many tensor and pipeline ranks. Key and value heads need not be: where
-    there are fewer of them than tensor ranks, several ranks hold the same one.
+    """Check that a model can be divided over a number of tensor and pipeline ranks.
+
+    Key and value heads need not divide: if there are fewer of them than tensor ranks, several ranks hold the same one.
 
     Args:
         shape: the model's sizes.
-        tensor, pipeline: the degrees.
-        names: how the user calls them.
+        tensor, pipeline: the parallel sizes.
+        names: the user's names for them.
 
     Raises:
-        TopologyError: it cannot.
+        TopologyError: the model cannot be divided.
     """
     for name, degree in zip(names, (tensor, pipeline)):
         if degree < 1:
@@ -140,10 +141,10 @@ def _check_positions(data: DataSection, shape: ModelShape) -> None:
 
 
 def check_target_length(parallel: ParallelSection, target_length: int | None) -> None:
-    """Whether a decoder's positions can be divided too, where it has its own.
+    """Check that sequence parallelism can divide the positions of an encoder-decoder's decoder.
 
     Raises:
-        TopologyError: they cannot.
+        TopologyError: `target_length` is not divisible by the tensor size.
     """
     tensor = parallel.tensor
     if parallel.sequence and target_length is not None and target_length % tensor:

@@ -1,8 +1,7 @@
 """The `optimizer` and `scheduler` blocks that DeepSpeed JSONs written for other trainers carry.
 
-Optimizer and schedule are the run file's, and a torch optimizer is handed to DeepSpeed. A block is let through, and
-dropped, only where every value that it states is what the run file says; a wrong one would otherwise be lost in
-silence.
+The run file decides optimizer and schedule, and DeepSpeed gets a torch optimizer. A block is accepted, and dropped,
+only if every value that it states equals the run file's; another value would otherwise be lost silently.
 """
 
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ _Expected = Mapping[str, tuple[str | None, tuple[Any, ...]]]
 
 
 def check_optimizer_block(mapping: Mapping[str, Any], config: EngineConfig, place: Place) -> None:
-    """Raises ConfigError where `optimizer` states what the run file does not."""
+    """Refuse an `optimizer` block whose values differ from the run file's."""
     block, optimizer = _block(mapping, "optimizer", place), config.optimizer
     if optimizer is None:
         _refuse_block(block, "optimizer", place)
@@ -46,7 +45,7 @@ def check_optimizer_block(mapping: Mapping[str, Any], config: EngineConfig, plac
 
 
 def check_scheduler_block(mapping: Mapping[str, Any], config: EngineConfig, place: Place) -> None:
-    """Raises ConfigError where `scheduler` states what the run file does not."""
+    """Refuse a `scheduler` block whose values differ from the run file's."""
     block, schedule = _block(mapping, "scheduler", place), config.schedule
     if schedule is None or config.optimizer is None:
         _refuse_block(block, "scheduler", place)
@@ -73,7 +72,7 @@ def check_scheduler_block(mapping: Mapping[str, Any], config: EngineConfig, plac
 
 
 def _block(mapping: Mapping[str, Any], name: str, place: Place) -> Mapping[str, Any]:
-    """The block as a mapping; empty where it is absent, null or "auto"."""
+    """Return the block as a mapping; empty if it is absent, null or "auto"."""
     block = mapping.get(name)
     if is_unset(block):
         return {}
@@ -86,7 +85,7 @@ def _block(mapping: Mapping[str, Any], name: str, place: Place) -> Mapping[str, 
 
 
 def _refuse_block(block: Mapping[str, Any], name: str, place: Place) -> None:
-    """Raises ConfigError where the JSON has a block of which the program states nothing."""
+    """Refuse a block if the Python program that builds the engine decides its values."""
     if block:
         raise ConfigError(f"{place.name(name)}: the program that builds the engine decides the {name}; remove it")
 

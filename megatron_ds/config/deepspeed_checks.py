@@ -36,8 +36,8 @@ def check_recomputation(
     for key in ("cpu_checkpointing", "contiguous_memory_optimization"):
         if section.get(key) and not section.get("partition_activations"):
             raise ConfigError(
-                f"deepspeed.activation_checkpointing.{key}=true works on partitioned activations only; nearest: "
-                f"partition_activations=true beside it"
+                f"deepspeed.activation_checkpointing.{key}=true works on partitioned activations only; try "
+                f"partition_activations=true"
             )
     if section.get("contiguous_memory_optimization") and not section.get("number_checkpoints"):
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The DeepSpeed JSON: read, checked against DeepSpeed 0.19.8's names, and completed from the run file.
 
-Precision, ZeRO, offload and communication are said here; batch sizes, clipping, optimizer and schedule are the run
-file's, and here they are absent or "auto". The same thing said twice with different values is refused.
+It sets precision, ZeRO, offload and communication. The run file sets batch sizes, clipping, optimizer and schedule;
+here they are absent or "auto". Two different values for the same setting are refused.
 """
 
 import copy
@@ -31,7 +31,7 @@ _NEVER_PRINT_STEPS = 10**9  # DeepSpeed's own step reports are replaced by metri
 
 @dataclass(frozen=True)
 class DeepSpeedSummary:
-    """What the rest of megatron_ds must know of a DeepSpeed JSON.
+    """The facts of a DeepSpeed JSON that the rest of megatron_ds uses.
 
     `offload_optimizer` and `offload_param` are true for cpu and for nvme.
     """
@@ -43,7 +43,7 @@ class DeepSpeedSummary:
 
 
 def load_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
-    """The DeepSpeed mapping of a run, its "auto" values kept.
+    """Return the DeepSpeed mapping of a run, with its "auto" values.
 
     Args:
         source: the run's `deepspeed`: the path of a JSON file, or the mapping itself.
@@ -57,7 +57,11 @@ def load_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
-    """The mapping in a JSON file, its keys unchecked. Raises ConfigError with the place of what is wrong."""
+    """Return the mapping in a JSON file, its keys unchecked.
+
+    Raises:
+        ConfigError: the file is missing or is not a JSON mapping; with the line.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -85,7 +89,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def check_deepspeed_keys(mapping: Mapping[str, Any], place: Place) -> None:
-    """Raises ConfigError for a removed, unsupported or unknown key, and for values that would train wrongly."""
+    """Refuse removed, unsupported and unknown keys, and values that would train wrongly."""
     for key, mend in REMOVED_KEYS.items():
         if _get(mapping, key) is not None:
             raise ConfigError(f"{place.name(key)}: DeepSpeed 0.19 has removed this; {mend}")
@@ -125,7 +129,7 @@ def _check_section(mapping: Mapping[str, Any], section: str, legal: tuple[str, .
 
 
 def summarize_deepspeed(mapping: Mapping[str, Any]) -> DeepSpeedSummary:
-    """The facts of a mapping, before or after `fill_deepspeed`; an empty one means ZeRO-1 in fp32.
+    """Return the facts of a mapping, before or after `fill_deepspeed`; an empty one means ZeRO-1 in fp32.
 
     Raises:
         ConfigError: bf16 and fp16 both enabled, or a stage, device or switch with an impossible value.
@@ -173,10 +177,10 @@ def _offloads(mapping: Mapping[str, Any], name: str, old_name: str, place: Place
 def fill_deepspeed(
     mapping: Mapping[str, Any], config: EngineConfig, data_size: int, hidden_size: int
 ) -> dict[str, Any]:
-    """A complete DeepSpeed config, to be handed to `deepspeed.initialize` beside a torch optimizer.
+    """Return a complete DeepSpeed config, for `deepspeed.initialize` with a torch optimizer.
 
     Args:
-        mapping: what `load_deepspeed` gave; it is not changed.
+        mapping: from `load_deepspeed`; it is not changed.
         config: the engine's; `check_engine` has accepted its batch sizes for `data_size`.
         data_size: data-parallel ranks.
         hidden_size: the model's, for the ZeRO bucket sizes left at "auto" (as transformers' Trainer fills them).
@@ -236,7 +240,7 @@ def adapt_to_device(filled: Mapping[str, Any], device_type: str, data_size: int)
 
 
 def _fill_from_config(filled: dict[str, Any], config: EngineConfig, data_size: int, place: Place) -> None:
-    """Sets batch sizes and clipping in place; refuses other values."""
+    """Set batch sizes and clipping in place; refuse other values."""
     micro, batch = config.micro_batch_size, config.global_batch_size
     assert batch % (micro * data_size) == 0, f"check_engine comes first: {batch=} {micro=} {data_size=}"
     accumulation = batch // (micro * data_size)
@@ -285,7 +289,7 @@ def _auto_places(node: Any, key: str) -> Iterator[str]:
 
 
 def _get(mapping: Mapping[str, Any], dotted: str) -> Any:
-    """The value at a dotted key, None where anything on the way is absent or no mapping."""
+    """Return the value at a dotted key; None if anything on the way is absent or not a mapping."""
     node: Any = mapping
     for part in dotted.split("."):
         if not isinstance(node, Mapping):

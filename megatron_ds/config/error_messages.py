@@ -17,7 +17,7 @@ _EXAMPLES: Mapping[str, str] = {
 
 
 def legal_keys(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
-    """{dotted section: its keys} of a model and of the models inside it; the top is ""."""
+    """Return {dotted section: its keys} of a model and of the models inside it; the top is ""."""
     keys = {prefix: list(model.model_fields)}
     for name, field in model.model_fields.items():
         for inner in _models_in(field.annotation):
@@ -34,7 +34,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The most telling of pydantic's errors as one line: field, value, rule, nearest fix. Unknown keys come first."""
+    """Return the most useful of pydantic's errors as one line: field, value, rule, fix. Unknown keys come first."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
     place = _dotted(first["loc"])

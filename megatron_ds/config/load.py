@@ -1,6 +1,6 @@
-"""From a run file and `key.sub=value` overrides to a `RunConfig`, and back to text.
+"""Loading of a run file with `key.sub=value` overrides into a `RunConfig`, and dumping it.
 
-Everything that can be wrong with the file comes out as one `ConfigError` of one line. Paths in the file are relative
+Anything wrong with the file raises one `ConfigError` of one line. Paths in the file are relative
 to the current directory.
 """
 
@@ -23,7 +23,7 @@ S = TypeVar("S", bound=Section)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file and overrides describe.
+    """Load the run that a YAML file and overrides describe.
 
     Args:
         path: the run file.
@@ -44,7 +44,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def build_run(mapping: dict[str, Any]) -> RunConfig:
-    """The run that a plain mapping with the run file's keys describes.
+    """Build the run that a plain mapping with the run file's keys describes.
 
     Raises:
         ConfigError: an unknown key, a missing or a wrong value, or a module that cannot be imported, in one line.
@@ -82,14 +82,14 @@ def build_section(kind: type[S], fields: Mapping[str, Any], prefix: str = "", ke
 
 
 def _import_outside(imports: Any) -> None:
-    """Import what the names in a run file may be registered by; what is no list of names is refused later."""
+    """Import the modules that register names; anything but a list of module names is refused later."""
     load_entry_points()
     if isinstance(imports, list) and all(isinstance(name, str) and name for name in imports):
         import_modules(imports)
 
 
 def dump_run(run: RunConfig) -> str:
-    """YAML text of the resolved run, which `load_run` reads back to an equal run.
+    """Return YAML text of the resolved run, which `load_run` reads back to an equal run.
 
     A DeepSpeed JSON named by its path is inlined as it stands, its "auto" values kept: the text needs no other file,
     and later overrides of the batch sizes still reach DeepSpeed.
@@ -114,7 +114,7 @@ def _read_text(path: Path) -> str:
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> None:
-    """Sets one `key.sub=value` in place, making mappings on the way."""
+    """Set one `key.sub=value` in place, making mappings on the way."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

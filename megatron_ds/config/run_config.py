@@ -1,7 +1,7 @@
-"""What a run is: the run file's keys, their defaults and the rules that one file can break by itself.
+"""The run file: its keys, their defaults, and the rules that the file alone can break.
 
 Every section is frozen and refuses unknown keys. Numbers are strict (`true` is not 1, `"5"` is not 5), except that a
-whole float such as `1e3` is an integer. Rules that need the model or the number of ranks stand in `checks.py`.
+float without a fraction, such as `1e3`, is an integer. Rules that need the model or the ranks are in `checks.py`.
 """
 
 import re
@@ -60,7 +60,7 @@ def kernel_choice(value: Any) -> Any:
 
 
 def _seconds(value: Any) -> Any:
-    """Slurm's words for a time, D-HH:MM:SS or a part of it, as seconds."""
+    """Return Slurm's form of a time, D-HH:MM:SS or a part of it, as seconds."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{2})(?::(\d{2}))?", value.strip())
@@ -72,7 +72,7 @@ def _seconds(value: Any) -> Any:
 
 
 class ModelSection(Section):
-    """Which model: a directory (`path`) or Hugging Face config fields (`config`, random weights)."""
+    """The model: a directory (`path`), or Hugging Face config fields (`config`, random weights)."""
 
     path: Text | None = None
     config: dict[str, Any] | None = None
@@ -101,7 +101,7 @@ class ModelSection(Section):
 
     @property
     def tokenizer_path(self) -> str | None:
-        """Where the tokenizer lies: `tokenizer`, else `path`; None with `config` and no `tokenizer`."""
+        """Directory of the tokenizer: `tokenizer`, else `path`; None with `config` and no `tokenizer`."""
         return self.tokenizer or self.path
 
 
@@ -160,7 +160,7 @@ class ProfileSection(Section):
 
 
 class TrainSection(Section):
-    """How long and in what batches.
+    """Length of the run, batch sizes, and how steps are computed.
 
     `objective`: "auto" goes by the kind of the model; else the name of a registered one. `eval_every: 0` never
     evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many steps in a row without a
@@ -188,10 +188,10 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """When state is saved. `every: 0` never saves; `keep` is how many checkpoints stay.
+    """Checkpoints. `every: 0` never saves; `keep` is the number of checkpoints that stay.
 
-    `resume`: "auto" goes on from the newest whole checkpoint under `output`, "never" starts anew, anything else is the
-    checkpoint to go on from. `asynchronous`: training goes on while files are written.
+    `resume`: "auto" resumes from the newest intact checkpoint under `output`, "never" starts a new run, anything else
+    is the checkpoint to resume from. `asynchronous`: training continues while files are written.
     """
 
     every: CountOrZero = 0
@@ -203,7 +203,7 @@ class CheckpointSection(Section):
 class ExportSection(Section):
     """A Hugging Face directory written at the end.
 
-    `merge`: of adapters, the base model with them in its weights, not a directory of peft.
+    `merge`: with adapters, write the base model with them in its weights instead of a peft directory.
     `dtype: None` keeps the model's own. `check` loads the directory with transformers, on a rank of the last pipeline
     stage, and compares its logits with the live model's; for models that fit there, and a path that this rank sees.
     """

@@ -1,7 +1,7 @@
-"""YAML as users mean it: `3e-4` is a number, a key said twice is an error, and every error names file and line.
+"""YAML in which `3e-4` is a number, a repeated key is an error, and every error names file and line.
 
-PyYAML speaks YAML 1.1, where `3e-4` (no dot) is text. The loader and the dumper here both know YAML 1.2's floats, so
-that what is dumped is read back with the same types.
+PyYAML implements YAML 1.1, where `3e-4` (no dot) is text. The loader and the dumper here both know YAML 1.2's floats,
+so that a dumped value is read back with the same type.
 """
 
 import re
@@ -32,14 +32,14 @@ _Dumper.add_implicit_resolver(_FLOAT_TAG, _EXPONENT_FLOAT, list("-+.0123456789")
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """The value that `text` holds, None where it is empty.
+    """Parse the value that `text` holds; None if it is empty.
 
     Args:
         text: one YAML document.
-        place: what errors call it, such as a file name.
+        place: its name in errors, such as a file name.
 
     Raises:
-        ConfigError: not YAML, or a key stands twice in one mapping; with the line.
+        ConfigError: not YAML, or a key is repeated in one mapping; with the line.
     """
     try:
         loader = _Loader(text)
@@ -80,5 +80,5 @@ def _refuse_duplicates(node: yaml.Node, place: str, visited: set[int]) -> None:
 
 
 def format_yaml(mapping: dict[str, Any]) -> str:
-    """YAML text that `parse_yaml` reads back as an equal mapping; keys keep their order, leaves stand on one line."""
+    """Return YAML text that `parse_yaml` reads back as an equal mapping; keys keep order, leaves are inline."""
     return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
 from megatron_ds.engine.optimizer import GuardedOptimizer
+from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Axes, Axis, Grid

@@ -47,7 +47,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> bool:
-        """Whether `should_step` refused this step."""
+        """True if `should_step` refused this step."""
         return self._answer is False
 
     def begin_step(self) -> None:

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: a Chrome trace, as torch's profiler writes it, summed up by parts of the model.
+"""Time of a step by parts of the model, summed from a Chrome trace of torch's profiler.
 
-Operations of a forward pass stand inside `parts.part`; those of a backward pass are linked to them by the trace itself.
-On a CPU the time of a part is that of the threads which compute it; on a GPU that of its kernels. Communication is
-hidden while something is computed beside it and exposed while nothing is.
+Operations of a forward pass are inside annotations of `parallel.regions`; the trace links those of a backward pass to
+them. On a CPU the time of a part is that of the threads which compute it; on a GPU that of its kernels. Communication
+is hidden while something is computed at the same time, and exposed otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Span = tuple[float, float]
 
 OTHER, EXPOSED, HIDDEN = "other", "communication, exposed", "communication, hidden"
 ROWS = (*PARTS, EXPOSED, OTHER)
-"""What adds up to a step; hidden communication is beside it."""
+"""The parts whose times add up to a step; hidden communication is not among them."""
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 _OPTIMIZER_STEP = "Optimizer.step#"
@@ -29,12 +29,12 @@ _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass(frozen=True)
 class PartTimes:
-    """One rank's.
+    """Times of one rank, averaged over the recorded steps.
 
     Attributes:
         seconds: of a step, by the names in `ROWS`.
-        hidden_s: communication beside computation, of a step.
-        steps: recorded ones.
+        hidden_s: communication at the same time as computation, of a step.
+        steps: number of recorded steps.
     """
 
     seconds: Mapping[str, float]
@@ -79,7 +79,7 @@ def time_by_part(trace: Mapping[str, Any]) -> PartTimes:
 
 
 def table(ranks: Sequence[PartTimes]) -> list[str]:
-    """Lines for people: of each part the mean over ranks, its share of the step, and the largest with its rank."""
+    """Return lines of a table: each part's mean over ranks, its fraction of the step, and the largest with its rank."""
     whole = sum(one.step_s for one in ranks) / len(ranks)
     lines = [f"{'':24}{'mean s':>10}{'share':>8}{'largest s':>11}  rank"]
     for name in (*ROWS, "step"):
@@ -98,11 +98,11 @@ def _line(name: str, values: Sequence[float], whole: float) -> str:
 
 
 _Labelled = tuple[Mapping[str, Any], str | None, list[Span]]
-"""An event, its part, and when it did something itself."""
+"""An event, its part, and the spans in which no inner event ran."""
 
 
 def _threads(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Events of the threads that train, each in the order in which they nest."""
+    """Return the events of the threads that train, in each thread in the order in which they nest."""
     by_thread: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         if event.get("cat") in ("cpu_op", "user_annotation") and not event["name"].startswith(_BACKENDS):
@@ -112,7 +112,7 @@ def _threads(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
 
 
 def _has_id(event: Mapping[str, Any]) -> bool:
-    """What connects a kernel with the operation that started it."""
+    """Return whether an event has the id that connects a kernel with the operation that started it."""
     return "External id" in event.get("args", {})
 
 
@@ -121,7 +121,7 @@ def _is_of_a_step(event: Mapping[str, Any]) -> bool:
 
 
 def _label(threads: Sequence[Sequence[Mapping[str, Any]]], everything: Iterable[Mapping[str, Any]]) -> list[_Labelled]:
-    """Twice over the events: parts of the forward pass first, then with them those of the backward pass."""
+    """Label events in two passes: parts of the forward pass, then with them those of the backward pass."""
     sources = {event["id"]: (event["tid"], event["ts"]) for event in everything if _is_flow(event, "s")}
     forward_of = {(event["tid"], event["ts"]): sources.get(event["id"]) for event in everything if _is_flow(event, "f")}
     first = {(event["tid"], event["ts"]): label for event, label, _ in _walk(threads, {})}
@@ -176,7 +176,7 @@ def _own_part(event: Mapping[str, Any]) -> str | None:
 
 
 def _computes(event: Mapping[str, Any], own: Sequence[Span]) -> bool:
-    """Whether it is an operation that has no others inside."""
+    """Return whether an event is an operation without inner ones."""
     return event.get("cat") == "cpu_op" and event["name"].startswith("aten::") and len(own) == 1
 
 
@@ -192,7 +192,7 @@ def _span(event: Mapping[str, Any]) -> Span:
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:
-    """In order, without overlaps."""
+    """Return the spans in order, without overlaps."""
     merged: list[Span] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -203,7 +203,7 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
 
 
 def _common(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
-    """What lies in both; each is merged."""
+    """Return the intersection of two merged lists."""
     found, i, j = [], 0, 0
     while i < len(left) and j < len(right):
         begin, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
@@ -217,7 +217,7 @@ def _common(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
 
 
 def _without(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
-    """What lies in the first only; each is merged."""
+    """Return the spans of the first merged list without those of the second."""
     gaps, before = [], float("-inf")
     for begin, end in right:
         gaps.append((before, begin))

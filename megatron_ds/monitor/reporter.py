@@ -1,4 +1,4 @@
-"""What the training loop says, apart from how it is shown: the command line prints it, a library caller may not."""
+"""The interface through which a training run reports its progress; the command line prints it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,19 +63,19 @@ class Reporter(Protocol):
 
 
 class SilentReporter(Reporter):
-    """Says nothing: for all ranks but 0, and for callers who read `metrics.jsonl` instead."""
+    """Reports nothing: for all ranks but 0, and for callers who read `metrics.jsonl` instead."""
 
     def start(self, summary: RunSummary) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def step(self, metrics: StepMetrics, total_steps: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def valid(self, metrics: ValidMetrics) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def finish(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""

@@ -56,8 +56,8 @@ class TrainingLoop:
             padding included. `tokens` and `tokens_per_s` in the metrics count labelled tokens: what was learned from.
         saver: None = no checkpoints.
         begin: where the run stands.
-        callbacks: called at the run's events; None = there are none.
-        beat: is told what this rank does from now on.
+        heartbeat: called with the phase that this rank enters.
+        callbacks: called at the run's events; None = no callbacks.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TrainingLoop:
 
     @property
     def reason(self) -> str:
-        """For people: what stopped the run, on any rank."""
+        """The reason for an early stop of the run, on any rank."""
         if not self._stopped_by:
             return f"callback {self._callbacks.stopped_by}"
         if self._stopped_by == _CLOCK:
@@ -96,7 +96,7 @@ class TrainingLoop:
 
     @property
     def was_interrupted(self) -> bool:
-        """Whether a Ctrl-C stopped the run, on any rank."""
+        """True if a Ctrl-C on any rank stopped the run."""
         return self._stopped_by == signal.SIGINT
 
     @property
@@ -273,7 +273,13 @@ class TrainingLoop:
         return pinned(batches, self._engine.device) if self._ahead else batches
 
     def _agree(self, interrupt: GracefulStop) -> bool:
-        """Whether any rank was told to stop, so that all leave after the same step. Tells of a save that is done."""
+        """Combine the requests of all ranks, so that all act after the same step. Collective over the world.
+
+        Reports a save that is complete on every rank.
+
+        Returns:
+            whether the run stops.
+        """
         told = int(interrupt.signal or _CLOCK) if interrupt.requested else 0
         is_writing = self._saver is None or not self._saver.is_due
         flags = torch.tensor([told, int(is_writing), *self._callbacks.flags], device=self._engine.device)

@@ -65,12 +65,12 @@ class Candidate:
 
     @property
     def is_installed(self) -> bool:
-        """Whether its package is there; a folder of that name, left by another distribution, is not enough."""
+        """True if its package is installed; a folder of that name, left by another distribution, is not enough."""
         return find_spec(self.package) is not None and (self.distribution is None or self.version is not None)
 
     @property
     def version(self) -> str | None:
-        """Version of the distribution; None = it is not installed, or there is none."""
+        """Version of the distribution; None = not installed, or no distribution is named."""
         try:
             return version(self.distribution) if self.distribution is not None else None
         except PackageNotFoundError:
