@@ -18,6 +18,7 @@ RUN_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "exampl
 JSONS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ds_configs").glob("*.json"))
 RANKS = {"pretrain_moby_dick": 2, "continue_pretraining": 2, "parallel_3d": 8, "pretrain_bert": 2, "finetune_t5": 2}
 CHAINED = {"pretrain_blend": 2, "finetune_chat": 2, "finetune_lora": 2}  # run by `test_chained`
+OUTSIDE = {"extend": 2}  # run by `test_extend`
 PUNCTUATION = "examples/finetune_t5"
 SHORT = ["train.steps=2", "schedule.warmup_steps=1", "train.eval_every=0"]
 
@@ -75,7 +76,7 @@ def run_script(script: str, *arguments: str) -> list[str]:
 
 
 def test_every_run_file_is_known() -> None:
-    assert [Path(run_file).parent.name for run_file in RUN_FILES] == sorted({**RANKS, **CHAINED})
+    assert [Path(run_file).parent.name for run_file in RUN_FILES] == sorted({**RANKS, **CHAINED, **OUTSIDE})
 
 
 def test_pretrain_moby_dick(moby_dick: Path) -> None:
