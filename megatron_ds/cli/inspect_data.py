@@ -14,9 +14,9 @@ from megatron_ds.cli.table import Row, count, show_rows, size
 
 if TYPE_CHECKING:
     from megatron_ds.config import RunConfig
-    from megatron_ds.data.inspect.facts import FileFacts, IndexedFacts, RunDataFacts
-    from megatron_ds.data.inspect.histogram import Lengths
-    from megatron_ds.data.inspect.rendering import Document, ShownSample
+    from megatron_ds.data.inspect.facts import IndexedFacts, RunDataFacts, TextFileFacts
+    from megatron_ds.data.inspect.histogram import LengthHistogram
+    from megatron_ds.data.inspect.rendering import RenderedDocument, RenderedSample
 
 BAR_CELLS = 30
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -144,7 +144,7 @@ def _manifest_rows(manifest: Mapping[str, Any]) -> Iterator[Row]:
         yield ("bad lines", f"{bad:,} were left out")
 
 
-def _file_rows(facts: FileFacts) -> Iterator[Row]:
+def _file_rows(facts: TextFileFacts) -> Iterator[Row]:
     yield ("file", f"{facts.path}, {size(facts.bytes)}")
     total = facts.lengths.total
     loss = f", {facts.learned:,} of them under loss ({facts.learned / max(1, total):.1%})"
@@ -153,7 +153,7 @@ def _file_rows(facts: FileFacts) -> Iterator[Row]:
     yield from _length_rows(facts.lengths)
 
 
-def _length_rows(lengths: Lengths) -> Iterator[Row]:
+def _length_rows(lengths: LengthHistogram) -> Iterator[Row]:
     yield (
         "lengths",
         f"of {lengths.what}: {lengths.shortest:,} to {lengths.longest:,} tokens, median "
@@ -163,7 +163,7 @@ def _length_rows(lengths: Lengths) -> Iterator[Row]:
         yield from (("", line) for line in bars(lengths))
 
 
-def bars(lengths: Lengths) -> Iterator[str]:
+def bars(lengths: LengthHistogram) -> Iterator[str]:
     """A line a bar: from, to, the bar, how many, and their share."""
     most = max(bar.count for bar in lengths.bars)
     first, last = (max(len(f"{getattr(bar, end):,}") for bar in lengths.bars) for end in ("first", "last"))
@@ -175,7 +175,7 @@ def bars(lengths: Lengths) -> Iterator[str]:
         yield f"{bar.first:>{first},} - {bar.last:>{last},}  {drawn:<{BAR_CELLS}}  {bar.count:>{number},}  {share:>6}"
 
 
-def _show_samples(name: str, samples: Sequence[ShownSample], marked: bool) -> None:
+def _show_samples(name: str, samples: Sequence[RenderedSample], marked: bool) -> None:
     """Samples one after the other, each with its documents."""
     from rich.console import Console
     from rich.padding import Padding
@@ -199,7 +199,7 @@ def _show_samples(name: str, samples: Sequence[ShownSample], marked: bool) -> No
                 print(f"  ... and {document.hidden:,} more tokens")
 
 
-def _sample_words(name: str, sample: ShownSample, marked: bool) -> str:
+def _sample_words(name: str, sample: RenderedSample, marked: bool) -> str:
     documents = sample.documents
     number = f" in {len(documents)} documents" if len(documents) > 1 else ""
     padding = f", {sample.padding:,} positions of padding" if sample.padding else ""
@@ -207,7 +207,7 @@ def _sample_words(name: str, sample: ShownSample, marked: bool) -> str:
     return f"{name} {sample.index:,}: {sum(one.tokens for one in documents):,} tokens{number}{learned}{padding}"
 
 
-def _styled(document: Document, marked: bool) -> Any:
+def _styled(document: RenderedDocument, marked: bool) -> Any:
     from rich.text import Text
 
     text = Text()
@@ -217,6 +217,6 @@ def _styled(document: Document, marked: bool) -> Any:
     return text
 
 
-def _plain(document: Document) -> str:
+def _plain(document: RenderedDocument) -> str:
     texts = [(piece.text.translate(PICTURES), piece.learned) for piece in document.pieces]
     return "".join(f"{MARKS[0]}{text}{MARKS[1]}" if learned else text for text, learned in texts)

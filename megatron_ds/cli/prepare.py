@@ -61,12 +61,12 @@ def prepare(
 
             result = run(options, partial(print, flush=True), keep_and_show)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
         raise
     finally:
         last.tell_bad()
     manifest, took_s = result.manifest, time.monotonic() - began_s
-    if result.was_there:
+    if result.unchanged:
         print(f"{output}: nothing to do, made of the same sources before")
         return
     size = sum(path.stat().st_size for path in (tokens_path(output), index_path(output)))

@@ -28,10 +28,11 @@ class DataSection(Section):
     masked models, `mask_rate`, `mean_span` and `target_length` (None: chosen) with sequence-to-sequence models.
     `restart`: a resumed run takes data that differ from what it was on, from their beginning. `split`: parts of each
     indexed corpus for training, validation and neither. `loss_turns`, `overlong` and `packing` go with conversations.
-    `prefetch`: so many batches are read ahead (0: none).
+    `prefetch`: so many batches are read ahead (0: none). `options`: keys of a format from outside the package. The
+    names of formats, and the keys that each one heeds, are checked in `megatron_ds.data.formats`.
     """
 
-    format: Literal["text", "chat", "tokenized", "indexed"] = "text"
+    format: Text = "text"
     train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
     valid: Annotated[list[DataSource], BeforeValidator(_list_of_sources)] = []
     seq_length: Count = 512
@@ -47,19 +48,12 @@ class DataSection(Section):
     overlong: Literal["refuse", "drop", "cut"] = "refuse"
     packing: bool = False
     prefetch: CountOrZero = 2
+    options: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _check_together(self) -> "DataSection":
         _check_weights(self)
         _check_split(self)
-        if self.format != "chat":
-            for key in ("loss_turns", "overlong", "packing"):
-                value = getattr(self, key)
-                if value != type(self).model_fields[key].default:
-                    raise ConfigError(
-                        f"data.{key}={show(value)} does nothing with data.format={self.format}; remove it, or use "
-                        "data.format=chat"
-                    )
         return self
 
     @field_serializer("train", "valid")
@@ -87,8 +81,6 @@ def _check_split(data: DataSection) -> None:
     if split is None:
         return
     said = f"data.split={show(split)}"
-    if data.format != "indexed":
-        raise ConfigError(f"{said} does nothing with data.format={data.format}; remove it, or use data.format=indexed")
     if data.valid:
         raise ConfigError(f"{said} takes validation data from data.train, and data.valid names others; keep one")
     if len(split) not in (2, 3) or split[0] == 0:

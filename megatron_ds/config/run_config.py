@@ -254,11 +254,6 @@ class RunConfig(Section):
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is more than train.steps={self.train.steps}; "
                 f"nearest: {self.train.steps}"
             )
-        if self.data.format in ("text", "chat") and self.model.tokenizer_path is None:
-            raise ConfigError(
-                f"model.tokenizer is missing: data.format={self.data.format} with model.config needs one; "
-                "give the directory of a tokenizer, or use data.format=tokenized"
-            )
         _check_peft(self)
         return self
 

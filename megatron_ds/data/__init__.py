@@ -1,13 +1,14 @@
-"""Data: from text or token ids on disk to the micro-batches of each rank, in an order no layout can change."""
+"""Data: text, conversations or token ids on disk -> micro-batches of each rank, in an order that no layout changes."""
 
+from megatron_ds.columns import IGNORE_INDEX
+from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.collate import NO_SAMPLE, collate
-from megatron_ds.data.dataset import IGNORE_INDEX, Dataset, Sample
+from megatron_ds.data.dataset import Dataset, Sample, blank_sample
+from megatron_ds.data.formats import FORMATS, DataFormat, check_format, default_cache_dir, format_options, open_dataset
 from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
-from megatron_ds.data.open import FORMATS, open_dataset
-from megatron_ds.data.options import ChatOptions, Order, Split
 from megatron_ds.data.readers.tokenizer import load_tokenizer
+from megatron_ds.data.request import DatasetRequest, Order, Split
 from megatron_ds.data.sampler import GlobalBatches, for_data_rank, ordered_pass
-from megatron_ds.data.text.token_cache import default_cache_dir
 
 __all__ = [
     "FORMATS",
@@ -15,7 +16,9 @@ __all__ = [
     "NO_SAMPLE",
     "Causal",
     "ChatOptions",
+    "DataFormat",
     "Dataset",
+    "DatasetRequest",
     "GlobalBatches",
     "Masked",
     "Objective",
@@ -23,9 +26,12 @@ __all__ = [
     "Sample",
     "Seq2Seq",
     "Split",
+    "blank_sample",
+    "check_format",
     "collate",
     "default_cache_dir",
     "for_data_rank",
+    "format_options",
     "load_tokenizer",
     "open_dataset",
     "ordered_pass",

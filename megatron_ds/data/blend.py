@@ -1,40 +1,40 @@
-"""Several datasets as one: in shares given by weights, or one after the other.
+"""Several datasets as one: mixed in proportion to weights, or concatenated.
 
-Blends follow Megatron: sample i is of the dataset that is furthest behind its share, argmax of w_d max(i, 1) - n_d with
-n_d the samples it has given so far; the first of equals is taken. So the first samples of a longer blend are those of a
-shorter one.
+Blends follow Megatron: sample i is taken from the dataset that is furthest behind its weight, argmax of
+w_d max(i, 1) - n_d with n_d the samples taken from it so far; ties go to the first. So the first samples of a longer
+blend are those of a shorter one.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from megatron_ds.data.dataset import Dataset, Sample
-from megatron_ds.data.indexed.dataset import IndexedDataset
-from megatron_ds.data.noise.seeded_random import Draws
-from megatron_ds.data.options import Order
+from megatron_ds.data.noise.seeded_random import SeededRandom
 from megatron_ds.data.readers.array_cache import cached_arrays
-from megatron_ds.data.readers.concat_index import Concatenation
+from megatron_ds.data.readers.concat_index import ConcatIndex
+from megatron_ds.data.request import DatasetRequest, Order
 from megatron_ds.errors import DataError
 
 SURPLUS = 0.005
-"""Each dataset is asked for so much more than its share, as Megatron does: shares are not met to the sample."""
+"""Extra fraction of samples requested from each dataset, as in Megatron: the counts of a blend are not exact."""
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a run has taken of one corpus.
+class SourceUsage:
+    """Samples that a run has taken from one source; an entry of `data.json`.
 
     Attributes:
         name: the source.
-        weight: its share of the blend, 1 where there is no other.
+        weight: its fraction of the blend, 1 where it is the only one.
         samples: taken so far.
-        epochs: how often that is all of it.
+        epochs: the same as a multiple of the source's samples.
     """
 
     name: str
@@ -43,20 +43,37 @@ class Share:
     epochs: float
 
 
-class Ordered:
-    """A dataset in the order in which a run takes it: each epoch has a permutation of its own.
+@runtime_checkable
+class UsageAccount(Protocol):
+    """A dataset that can tell from which sources a run's samples came."""
+
+    def usage(self, num_samples: int) -> tuple[SourceUsage, ...]:
+        """Return the usage of each source after the first `num_samples` samples of the run."""
+
+
+@runtime_checkable
+class Repeated(Protocol):
+    """A dataset whose `len` covers several epochs of its source."""
+
+    @property
+    def num_epoch_samples(self) -> int:
+        """Number of samples of one epoch."""
+
+
+class OrderedDataset:
+    """A dataset in the order of a run: each epoch has its own permutation.
 
     Args:
-        dataset: one that has no order.
+        dataset: a dataset that is not ordered.
         order: of the run.
-        number: of the dataset among those of a blend, so that no two have the same permutations.
+        number: index of the dataset in a blend, so that no two have the same permutations.
     """
 
     ordered = True
 
     def __init__(self, dataset: Dataset, order: Order, number: int) -> None:
         self._dataset, self._order, self._number = dataset, order, number
-        self._known = -1, np.empty(0, dtype=np.int64)  # an epoch and its permutation: one name, as threads read it
+        self._cached = -1, np.empty(0, dtype=np.int64)  # (epoch, permutation) in one attribute: threads read it
         self.seq_length, self.target_length = dataset.seq_length, dataset.target_length
         self.columns, self.fingerprint = dataset.columns, dataset.fingerprint
 
@@ -64,38 +81,38 @@ class Ordered:
         return len(self._dataset)
 
     def sample(self, index: int) -> Sample:
-        """What the run takes as number `index`, in any epoch."""
+        """Return sample number `index` of the run, in any epoch."""
         epoch, place = divmod(index, len(self))
-        at = int(self._permutation_of(epoch)[place]) if self._order.shuffle else place
-        return self._dataset.sample(epoch * len(self) + at)
+        offset = int(self._permutation(epoch)[place]) if self._order.shuffle else place
+        return self._dataset.sample(epoch * len(self) + offset)
 
     def blank(self) -> Sample:
-        """As the dataset's."""
+        """Return the dataset's blank sample."""
         return self._dataset.blank()
 
     def describe(self) -> str:
-        """As the dataset's."""
+        """Return the dataset's description."""
         return self._dataset.describe()
 
-    def _permutation_of(self, epoch: int) -> np.ndarray:
-        known = self._known
-        if known[0] != epoch:
-            known = self._known = epoch, Draws(self._order.seed, epoch, self._number).order(len(self))
-        return known[1]
+    def _permutation(self, epoch: int) -> np.ndarray:
+        cached = self._cached
+        if cached[0] != epoch:
+            cached = self._cached = epoch, SeededRandom(self._order.seed, epoch, self._number).order(len(self))
+        return cached[1]
 
 
 class Blend:
-    """Datasets in shares; sample i of a run is of the one that `blend_order` says.
+    """Datasets mixed in proportion to weights; `blend_order` decides the source of each sample of a run.
 
     Args:
         datasets: each in its own order.
         names: of their sources.
         weights: one each, more than 0; their sum does not matter.
         num_samples: of the run.
-        cache_dir: where the order is kept.
+        cache_dir: directory in which the order is kept.
 
     Raises:
-        DataError: their samples do not have the same columns.
+        DataError: the datasets have different columns.
     """
 
     ordered = True
@@ -109,14 +126,14 @@ class Blend:
         cache_dir: Path,
     ) -> None:
         first = datasets[0]
-        require_alike(datasets, names)
+        require_same_columns(datasets, names)
         self._datasets, self._names = list(datasets), list(names)
         self.weights = normalized(weights)
         self.seq_length, self.target_length, self.columns = first.seq_length, first.target_length, first.columns
         key = hashlib.sha256(repr((FORMAT_VERSION, self.weights, num_samples)).encode()).hexdigest()
 
         def make() -> dict[str, np.ndarray]:
-            # in Megatron, shares are made to add up to 1 twice; what that does to their last bits decides ties
+            # Megatron normalizes weights twice; what that does to their last bits decides ties
             source, place = blend_order(normalized(self.weights), num_samples)
             return {"source": source, "place": place}
 
@@ -128,33 +145,33 @@ class Blend:
         return len(self._order["source"])
 
     def sample(self, index: int) -> Sample:
-        """Number `index % len` of the run."""
-        at = index % len(self)
-        return self._datasets[int(self._order["source"][at])].sample(int(self._order["place"][at]))
+        """Return sample number `index % len` of the run."""
+        place = index % len(self)
+        return self._datasets[int(self._order["source"][place])].sample(int(self._order["place"][place]))
 
     def blank(self) -> Sample:
-        """As the first dataset's."""
+        """Return the first dataset's blank sample."""
         return self._datasets[0].blank()
 
     def describe(self) -> str:
-        """Such as `blend of 0.700 a (1.2 B tokens, ...) and 0.300 b (...)`."""
+        """Return a line such as `blend of 0.700 a (1.2 B tokens, ...) and 0.300 b (...)`."""
         parts = zip(self.weights, self._names, self._datasets)
         return "blend of " + " and ".join(f"{weight:.3f} {name} ({one.describe()})" for weight, name, one in parts)
 
-    def account(self, num_samples: int) -> tuple[Share, ...]:
-        """What the first samples of the run are of."""
-        whole, rest = divmod(num_samples, len(self))
+    def usage(self, num_samples: int) -> tuple[SourceUsage, ...]:
+        """Return the usage of each source after the first `num_samples` samples of the run."""
+        passes, rest = divmod(num_samples, len(self))
         source = self._order["source"]
-        taken = np.bincount(source[:rest], minlength=len(self._datasets))
-        if whole:
-            taken = taken + whole * np.bincount(source, minlength=len(self._datasets))
+        counts = np.bincount(source[:rest], minlength=len(self._datasets))
+        if passes:
+            counts = counts + passes * np.bincount(source, minlength=len(self._datasets))
         return tuple(
-            Share(name, weight, int(samples), int(samples) / _epoch_samples(one))
-            for name, weight, samples, one in zip(self._names, self.weights, taken, self._datasets)
+            SourceUsage(name, weight, int(samples), int(samples) / _num_epoch_samples(one))
+            for name, weight, samples, one in zip(self._names, self.weights, counts, self._datasets)
         )
 
 
-class InSuccession:
+class ConcatDataset:
     """Datasets one after the other, each in its own order: for validation.
 
     Args:
@@ -162,65 +179,85 @@ class InSuccession:
         names: of their sources.
 
     Raises:
-        DataError: their samples do not have the same columns.
+        DataError: the datasets have different columns.
     """
 
     ordered = True
 
     def __init__(self, datasets: Sequence[Dataset], names: Sequence[str]) -> None:
         first = datasets[0]
-        require_alike(datasets, names)
-        self._datasets, self._whole = list(datasets), Concatenation([len(one) for one in datasets])
+        require_same_columns(datasets, names)
+        self._datasets, self._index = list(datasets), ConcatIndex([len(one) for one in datasets])
         self.seq_length, self.target_length, self.columns = first.seq_length, first.target_length, first.columns
         content = ["succession", *(one.fingerprint for one in datasets)]
         self.fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._whole)
+        return len(self._index)
 
     def sample(self, index: int) -> Sample:
-        """Number `index % len`."""
-        part, offset = self._whole.locate(index % len(self))
+        """Return sample number `index % len`."""
+        part, offset = self._index.locate(index % len(self))
         return self._datasets[part].sample(offset)
 
     def blank(self) -> Sample:
-        """As the first dataset's."""
+        """Return the first dataset's blank sample."""
         return self._datasets[0].blank()
 
     def describe(self) -> str:
-        """Each dataset's."""
+        """Return the descriptions of all datasets."""
         return "; ".join(one.describe() for one in self._datasets)
 
 
-def account(dataset: Dataset, num_samples: int) -> tuple[Share, ...]:
-    """What a run has taken of each corpus; nothing for data that keep no account.
+def open_blend(
+    request: DatasetRequest, weights: Sequence[float], open_one: Callable[[DatasetRequest], Dataset]
+) -> Blend:
+    """Open each source of a request as a dataset of its own and mix them.
+
+    Args:
+        request: its sources, and the order of the run.
+        weights: one for each source.
+        open_one: opens the dataset of a request with one source, such as `DataFormat.open`.
+
+    Raises:
+        DataError: a source cannot be opened, or the sources have different columns.
+    """
+    order = request.order
+    assert order is not None, "validation takes every sample once"
+    datasets = []
+    for number, (source, num_samples) in enumerate(
+        zip(request.sources, samples_per_source(weights, order.num_samples))
+    ):
+        one = open_one(replace(request, sources=(source,), order=replace(order, num_samples=num_samples)))
+        datasets.append(one if one.ordered else OrderedDataset(one, order, number))
+    return Blend(datasets, request.sources, weights, order.num_samples, request.cache_dir)
+
+
+def source_usage(dataset: Dataset, num_samples: int) -> tuple[SourceUsage, ...]:
+    """Return how much a run has taken from each source; empty for datasets that keep no account.
 
     Args:
         dataset: of the run.
         num_samples: taken so far.
     """
-    if isinstance(dataset, Blend):
-        return dataset.account(num_samples)
-    if isinstance(dataset, IndexedDataset):
-        return (Share(dataset.name, 1.0, num_samples, num_samples / dataset.num_epoch_samples),)
-    return ()
+    return dataset.usage(num_samples) if isinstance(dataset, UsageAccount) else ()
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
-    """The same shares, adding up to 1."""
-    whole = np.asarray(weights, dtype=np.float64)
-    return (whole / whole.sum()).tolist()
+    """Return weights scaled to a sum of 1."""
+    array = np.asarray(weights, dtype=np.float64)
+    return (array / array.sum()).tolist()
 
 
-def samples_of_each(weights: Sequence[float], num_samples: int) -> list[int]:
-    """How many samples each dataset of a blend is asked for."""
+def samples_per_source(weights: Sequence[float], num_samples: int) -> list[int]:
+    """Return how many samples are requested from each dataset of a blend."""
     return [math.ceil(math.ceil(num_samples * weight) * (1 + SURPLUS)) for weight in normalized(weights)]
 
 
 def blend_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which dataset each sample is of, (n,) int16, and which of its samples it is, (n,) int64.
+    """Return the dataset of each sample, (n,) int16, and its place in that dataset, (n,) int64.
 
-    Each depends on all before it, so it is a plain loop; about 1 us a sample and dataset.
+    Each depends on all before it, so it is a plain loop; about 1 us for each sample and dataset.
     """
     count = len(weights)
     source = bytearray(2 * num_samples)
@@ -238,13 +275,13 @@ def blend_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray,
     sources = np.frombuffer(source, dtype=np.int16)
     places = np.empty(num_samples, dtype=np.int64)
     for one in range(count):
-        mine = np.flatnonzero(sources == one)
-        places[mine] = np.arange(len(mine))
+        indices = np.flatnonzero(sources == one)
+        places[indices] = np.arange(len(indices))
     return sources, places
 
 
-def require_alike(datasets: Sequence[Dataset], names: Sequence[str]) -> None:
-    """Refuses datasets that a batch cannot be made of.
+def require_same_columns(datasets: Sequence[Dataset], names: Sequence[str]) -> None:
+    """Refuse datasets whose samples do not fit into one batch.
 
     Raises:
         DataError: naming the two.
@@ -258,5 +295,5 @@ def require_alike(datasets: Sequence[Dataset], names: Sequence[str]) -> None:
             )
 
 
-def _epoch_samples(dataset: Dataset) -> int:
-    return dataset.num_epoch_samples if isinstance(dataset, IndexedDataset) else len(dataset)
+def _num_epoch_samples(dataset: Dataset) -> int:
+    return dataset.num_epoch_samples if isinstance(dataset, Repeated) else len(dataset)

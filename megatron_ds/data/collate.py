@@ -1,27 +1,45 @@
-"""Samples -> the tensors of one micro-batch. Shape suffixes: `B` samples, `S` and `T` positions as in `sample`."""
+"""Samples -> the tensors of one micro-batch. Shape suffixes: `B` samples, `S` and `T` positions as in `dataset`."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from megatron_ds.data.dataset import Dataset
+from megatron_ds.columns import find_column
+from megatron_ds.data.dataset import Dataset, Sample
+from megatron_ds.errors import DataError
 
 NO_SAMPLE = -1
-"""The index that stands for no sample: a blank one without loss. It fills the last batch of a validation pass."""
+"""The index of a blank sample, without loss. It completes the last batch of a validation pass."""
 
 
 def collate(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
-    """The samples at `indices`, in that order.
+    """Stack the samples at `indices`, in that order.
 
     Args:
-        dataset: where the samples come from.
+        dataset: source of the samples.
         indices: (B,) of samples, in any epoch; NO_SAMPLE gives `dataset.blank()`.
 
     Returns:
-        A tensor for each of `dataset.columns`: (B, S) or (B, T) where the samples have (S,) or (T,), else (B,).
+        A tensor for each of `dataset.columns`: (B, S), (B, T) or (B,), as the column is declared.
+
+    Raises:
+        DataError: a column of a sample has another shape or dtype than declared.
     """
     samples = [dataset.blank() if index == NO_SAMPLE else dataset.sample(int(index)) for index in indices]
     for sample in samples:
         assert set(sample) == set(dataset.columns), f"{sorted(sample)} in a dataset of {sorted(dataset.columns)}"
-    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in dataset.columns}
+    return {name: torch.from_numpy(_stack(dataset, name, samples)) for name in dataset.columns}
+
+
+def _stack(dataset: Dataset, name: str, samples: Sequence[Sample]) -> np.ndarray:
+    column = find_column(name)
+    shape = column.shape(dataset.seq_length, dataset.target_length)
+    for sample in samples:
+        found = sample[name]
+        if found.shape != shape or found.dtype != column.dtype:
+            raise DataError(
+                f"data: column {name} of a sample is {found.dtype} {found.shape}, but is declared as {column.dtype} "
+                f"{shape}; let the data format return it so"
+            )
+    return np.stack([sample[name] for sample in samples])

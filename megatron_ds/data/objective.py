@@ -1,33 +1,33 @@
-"""What a model is trained to do, as far as the data must know: which columns a sample has, and what is hidden in it.
+"""Training objectives as far as data is concerned: which columns a sample has and what is hidden in it.
 
-Each objective is that of a kind of model: `Causal` (GPT-like), `Masked` (BERT, Devlin et al. 2019; RoBERTa, Liu et al.
-2019) and `Seq2Seq` (T5, Raffel et al. 2020). Where noise is drawn (masking, pairs, spans), it is drawn from the
-objective's seed and the sample's index alone, anew in every epoch.
+Each objective belongs to a kind of model: `Causal` (GPT-like), `Masked` (BERT, Devlin et al. 2019; RoBERTa, Liu et al.
+2019) and `Seq2Seq` (T5, Raffel et al. 2020). Noise (masking, pairs, spans) depends only on the objective's seed and the
+sample's index, and differs in every epoch.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ds.data.dataset import IGNORE_INDEX
+from megatron_ds.columns import TARGETS
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Each token is predicted from those before it."""
+    """Next-token prediction: each token is predicted from those before it."""
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Hidden tokens are predicted from all others.
+    """Masked language modelling: hidden tokens are predicted from all others.
 
     Attributes:
-        seed: of what is hidden and paired.
-        next_sentence: whether the model also tells if the second part of a sample follows the first.
-        num_token_types: how many different `token_type_ids` the model has; samples carry them where it has several.
-        padding_id: the id that fills short samples.
-        mask_rate: share of the tokens that are predicted.
-        whole_words: whether the tokens of a word are hidden together.
+        seed: of masks and pairs.
+        next_sentence: whether the model also predicts if the second part of a sample follows the first.
+        num_token_types: number of different `token_type_ids` of the model; samples have them if it is above 1.
+        padding_id: the id that pads short samples.
+        mask_rate: fraction of the tokens that are predicted.
+        whole_words: whether all tokens of a word are hidden at once.
     """
 
     seed: int
@@ -39,20 +39,20 @@ class Masked:
 
     @property
     def token_types(self) -> bool:
-        """Whether samples carry `token_type_ids`."""
+        """True if samples have `token_type_ids`."""
         return self.num_token_types > 1
 
 
 @dataclass(frozen=True)
 class Seq2Seq:
-    """A decoder writes the target from what the encoder read; on plain text the target is spans cut out of the input.
+    """Sequence to sequence: a decoder writes the target from the encoder's input; on plain text it writes cut spans.
 
     Attributes:
-        seed: of what is cut out.
-        decoder_start_id: what the decoder reads first.
-        padding_id: the id that fills short samples.
-        target_length: T, positions of the decoder; None chooses it.
-        mask_rate: share of the tokens that are cut out.
+        seed: of the spans.
+        decoder_start_id: first input of the decoder.
+        padding_id: the id that pads short samples.
+        target_length: T, positions of the decoder; None = chosen by the data format.
+        mask_rate: fraction of the tokens that are cut out.
         mean_span: mean number of tokens of a span.
     """
 
@@ -64,12 +64,12 @@ class Seq2Seq:
     mean_span: float = 3.0
 
     def decoder_inputs(self, targets: np.ndarray) -> np.ndarray:
-        """What the decoder reads to write `targets`: the same one later, after the start id; (T,) -> (T,).
+        """Return `targets` shifted right by one behind the start id: (T,) -> (T,) int64.
 
-        A target without loss is read as padding, as transformers' models do with `labels`.
+        Targets without loss become padding, as transformers' models make of `labels`.
         """
         before = np.concatenate([[self.decoder_start_id], targets[:-1]])
-        return np.where(before == IGNORE_INDEX, self.padding_id, before).astype(np.int64)
+        return np.where(before == TARGETS.ignored, self.padding_id, before).astype(np.int64)
 
 
 Objective = Causal | Masked | Seq2Seq

@@ -1,7 +1,7 @@
-"""Read what the next steps need while this one computes: in a thread, in order, and no more than asked for.
+"""Prefetching: a thread reads the batches of the next steps, in order, while this one computes.
 
-What is read for a step is a function of its place in the data alone, so that reading ahead changes no sample, and a run
-that is cut goes on from the steps it did, whatever was read beyond them.
+The batches of a step depend on its position in the data alone: prefetching changes no sample, and a run that was
+interrupted resumes from the steps that it completed, whatever was read beyond them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 K = TypeVar("K")
 T = TypeVar("T")
 
-CLOSE_S = 2.0  # a thread that is still reading by then is left behind; it ends with the process
-WAIT_SHARE = 0.05  # of a step; less is not worth a word
-WAIT_S = 0.001  # a step; steps of a few milliseconds have no time to read ahead in
-WINDOW = 20
+CLOSE_S = 2.0  # a thread that is still reading by then is abandoned; it ends with the process
+WAIT_SHARE = 0.05  # fraction of a step; less is not reported
+WAIT_S = 0.001  # per step; steps of a few milliseconds are too short to read ahead in
+WINDOW = 20  # steps
 
 
 class Prefetch(Generic[K, T]):
-    """Iterates over `read(key)` for each key, in order, within its context. Starts its thread there, not before.
+    """A context manager that iterates over `read(key)` for each key, in order. Its thread starts on entering.
 
-    An exception of `read` is raised where its result would have been.
+    An exception of `read` is raised at the place of its result.
 
     Args:
         read: called by one thread at a time.
-        keys: what is read.
-        ahead: how many results are read, or being read, before they are asked for; 0 = without a thread.
+        keys: arguments of `read`.
+        ahead: number of results that are read, or being read, before they are requested; 0 = no thread.
     """
 
     def __init__(self, read: Callable[[K], T], keys: Iterable[K], ahead: int) -> None:
@@ -75,43 +75,43 @@ class Prefetch(Generic[K, T]):
                     return
                 self._results.put((self._read(key),))
             self._results.put(StopIteration())
-        except BaseException as problem:  # none is hidden: who waits for the result has it
+        except BaseException as problem:  # not hidden: raised in the thread that waits for the result
             self._results.put(problem)
 
 
 def pinned(batches: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """The same in memory that an accelerator copies from while it computes; as they are where there is none."""
+    """Return the batches in pinned memory, from which copies overlap with computing; unchanged on CPU."""
     if device.type == "cpu":
         return batches
-    # a thread begins on the first device, and pinning would claim memory on it for every rank of the machine
+    # a new thread uses the first device, and pinning would claim memory on it for every rank of the machine
     torch.get_device_module(device).set_device(device)
     return [{name: column.pin_memory() for name, column in batch.items()} for batch in batches]
 
 
 class DataWait:
-    """Notices that steps wait for data; says so once.
+    """Detects steps that wait for data, and reports it once.
 
     Args:
         ahead: `data.prefetch`.
     """
 
     def __init__(self, ahead: int) -> None:
-        self._ahead, self._told = ahead, False
-        self._steps, self._data_s, self._step_s = -1, 0.0, 0.0  # the first step has nothing to hide its reading behind
+        self._ahead, self._reported = ahead, False
+        self._steps, self._data_s, self._step_s = -1, 0.0, 0.0  # nothing hides the reading of the first step
 
     def add(self, data_s: float, step_s: float) -> str | None:
-        """What there is to say after a step of `step_s`, of which it waited `data_s`."""
+        """Count a step of `step_s` that waited for data for `data_s`; return the report, or None."""
         self._steps += 1
         if self._steps > 0:
             self._data_s, self._step_s = self._data_s + data_s, self._step_s + step_s
-        if self._told or self._steps < WINDOW:
+        if self._reported or self._steps < WINDOW:
             return None
         share, mean_s = self._data_s / self._step_s, self._data_s / self._steps
         mean_step_s = self._step_s / self._steps
         self._steps, self._data_s, self._step_s = 0, 0.0, 0.0
         if share <= WAIT_SHARE or mean_s <= WAIT_S:
             return None
-        self._told = True
+        self._reported = True
         remedy = "put the data on faster storage, or raise data.prefetch where reading is uneven"
         if self._ahead == 0:
             remedy = "set data.prefetch=2"

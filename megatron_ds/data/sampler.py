@@ -1,7 +1,7 @@
-"""Which samples a step trains on, and which of them a rank sees: both pure functions, with nothing to save or restore.
+"""The samples of each step and of each rank: pure functions, with no state to save or restore.
 
-The order of samples is a function of (number of samples, global batch size, seed, step) alone, so a run that is cut
-and resumed, at whatever layout, goes on with the samples it would have had.
+The order of samples is a function of (number of samples, global batch size, seed, step) alone: a run that
+is interrupted and resumed, at any layout, continues with the samples that it would have had.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_ds.data.collate import NO_SAMPLE
-from megatron_ds.data.noise.seeded_random import Draws
+from megatron_ds.data.noise.seeded_random import SeededRandom
 from megatron_ds.errors import ConfigError, TopologyError
 
 
 class GlobalBatches:
-    """The endless stream of samples, epoch after epoch, cut into global batches of G.
+    """An endless stream of samples, epoch after epoch, cut into global batches of G.
 
     Position p of the stream is in epoch e = p // n; a batch may straddle epochs, and none is dropped. Sample i of
-    epoch e has the index e * n + i, which tells a dataset that draws noise to draw it anew. With `shuffle` each epoch
-    has a permutation of its own, drawn from (seed, epoch).
+    epoch e has the index e * n + i, from which noise is computed, so that it differs in every epoch. With `shuffle`
+    each epoch has its own permutation, a function of (seed, epoch).
 
     Args:
         num_samples: n.
@@ -39,11 +39,11 @@ class GlobalBatches:
         self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, step: int) -> np.ndarray:
-        """The samples of 0-based `step`, the first of which began the stream: see `indices_from`."""
+        """Return the samples of 0-based `step`, counted from the start of the stream; see `indices_from`."""
         return self.indices_from(step * self.global_batch_size)
 
     def indices_from(self, position: int) -> np.ndarray:
-        """The samples of the batch that begins at a position: (G,) int64, e * n + i for sample i of epoch e."""
+        """Return the samples of the batch that begins at a position: (G,) int64, e * n + i for sample i of epoch e."""
         assert position >= 0, f"position {position}"
         positions = position + np.arange(self.global_batch_size, dtype=np.int64)
         if not self.shuffle:
@@ -55,19 +55,19 @@ class GlobalBatches:
         return epochs * self.num_samples + order
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch, (n,) int64; that of the previous batch is kept."""
+        """Return the permutation of an epoch, (n,) int64; the previous batch's is reused."""
         if epoch in self._orders:
             return self._orders[epoch]
-        return Draws(self.seed, epoch).order(self.num_samples)
+        return SeededRandom(self.seed, epoch).order(self.num_samples)
 
 
 def for_data_rank(
     indices: Sequence[int] | np.ndarray, data_rank: int, data_size: int, micro_batch_size: int
 ) -> list[np.ndarray]:
-    """The micro-batches of one data-parallel rank: G / (data_size * B) arrays of (B,) int64.
+    """Return the micro-batches of one data-parallel rank: G / (data_size * B) arrays of (B,) int64.
 
     With B the micro-batch size, micro-batch m of rank d holds samples [(m * data_size + d) * B, ... + B) of the global
-    batch: at any moment all ranks together work on one consecutive run of samples. Tensor and pipeline ranks of the
+    batch: at any moment the ranks work on one consecutive run of samples. Tensor and pipeline ranks of the
     same data rank get the same samples.
 
     Raises:
@@ -87,7 +87,7 @@ def for_data_rank(
 
 
 def ordered_pass(num_samples: int, global_batch_size: int) -> Iterator[np.ndarray]:
-    """Every sample once, in order, for validation: (G,) int64 arrays, the last filled up with NO_SAMPLE."""
+    """Yield every sample once, in order, for validation: (G,) int64 arrays, the last completed with NO_SAMPLE."""
     for start in range(0, num_samples, global_batch_size):
         batch = np.arange(start, start + global_batch_size, dtype=np.int64)
         batch[batch >= num_samples] = NO_SAMPLE

@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Axis
 
-IGNORE_INDEX = -100
 LEAST_CHUNK = 128  # tokens, however large the vocabulary is
 LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of a chunk's fp32 logits: larger ones make no faster products
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.cross_entropy import IGNORE_INDEX
+from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import LearnedPositions, TokenTypes
 from megatron_ds.layers.linear import ReplicatedLinear

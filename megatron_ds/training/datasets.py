@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_ds.config import RunConfig, check_target_length
-from megatron_ds.data import ChatOptions, Dataset, Order, Split, open_dataset
+from megatron_ds.data import Dataset, Order, Split, format_options, open_dataset
 from megatron_ds.errors import ConfigError
 from megatron_ds.training.resolve import ResolvedRun
 
@@ -29,7 +29,7 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
         weights=[source.weight or 0.0 for source in sources] if weighted else None,
         order=Order(train.steps * train.global_batch_size, train.seed, data.shuffle) if is_train else None,
         split=Split(tuple(data.split), 0 if is_train else 1) if data.split is not None else None,
-        chat=ChatOptions(data.loss_turns, data.overlong, data.packing),
+        options=format_options(data),
     )
     check_target_length(resolved.run.parallel, found.target_length)
     _check_columns(resolved, found)

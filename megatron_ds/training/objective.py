@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ds.config import RunConfig
-from megatron_ds.data import Causal, Masked, Seq2Seq
+from megatron_ds.data import FORMATS, Causal, Masked, Seq2Seq
 from megatron_ds.data import Objective as DataObjective
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
@@ -63,7 +63,8 @@ def find_objective(model: HFModel, run: RunConfig) -> Objective:
     """
     objective = OBJECTIVES.get(run.train.objective, field="train.objective")(model, run)
     kind = type(objective.data)
-    heeded = set(_HEEDED[kind]) - (set() if run.data.format == "text" else set(_OF_TEXT[kind]))
+    cuts_spans = FORMATS.get(run.data.format, "data.format").cuts_spans
+    heeded = set(_HEEDED[kind]) - (set() if cuts_spans else set(_OF_TEXT[kind]))
     for key in _NOISE_KEYS:
         value, default = getattr(run.data, key), type(run.data).model_fields[key].default
         if value != default and key not in heeded:

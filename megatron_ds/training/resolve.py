@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
 from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving, load_deepspeed
+from megatron_ds.data import check_format
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import not_ours
@@ -68,6 +69,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     """
     check_registered_names(run, resumes=checkpoint is not None)
     run = _with_named_checkpoints(run)
+    check_format(run.data, run.model.tokenizer_path)
     hf = read_model_section(run.model)
     plan = plan_engine(
         EngineConfig.of_run(run),

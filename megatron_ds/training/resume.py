@@ -191,6 +191,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
         "data.train": [source.path for source in data.train],
         "data.train[*].weight": None if None in weights else weights,
         **{f"data.{name}": getattr(data, name) for name in plain},
+        "data.options": data.options,
         "model.tokenizer": run.model.tokenizer_path,
         "train.steps": run.train.steps,
         "train.global_batch_size": run.train.global_batch_size,

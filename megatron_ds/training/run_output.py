@@ -13,7 +13,7 @@ from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint.saver import Saved
 from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.data import Dataset
-from megatron_ds.data.blend import Share, account
+from megatron_ds.data.blend import SourceUsage, source_usage
 from megatron_ds.monitor import (
     MetricSink,
     MetricsWriter,
@@ -93,14 +93,14 @@ class RunOutput:
             samples: taken so far.
             is_last: whether no more are taken.
         """
-        shares = account(data, samples) if self._is_first else ()
-        if not shares:
+        usage = source_usage(data, samples) if self._is_first else ()
+        if not usage:
             return
-        content = json.dumps({"samples": samples, "sources": [asdict(share) for share in shares]}, indent=2)
+        content = json.dumps({"samples": samples, "sources": [asdict(source) for source in usage]}, indent=2)
         with replacing(self._directory / ACCOUNT) as temporary:
             temporary.write_text(content + "\n", encoding="utf-8")
         if is_last:
-            self._reporter.note(describe_shares(shares))
+            self._reporter.note(describe_usage(usage))
 
     def note(self, text: str) -> None:
         """Say something worth a line."""
@@ -140,11 +140,11 @@ class RunOutput:
             sink.write(metrics)
 
 
-def describe_shares(shares: Sequence[Share]) -> str:
-    """Such as `data: a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples (0.39, wanted 0.40), ...`."""
-    whole = max(1, sum(share.samples for share in shares))
+def describe_usage(usage: Sequence[SourceUsage]) -> str:
+    """Return a line such as `data: a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples ...`."""
+    total = max(1, sum(source.samples for source in usage))
     parts = []
-    for share in shares:
-        of_all = f" ({share.samples / whole:.2f}, wanted {share.weight:.2f})" if len(shares) > 1 else ""
-        parts.append(f"{share.name} {share.samples:,} samples{of_all}, {share.epochs:.2f} epochs")
+    for source in usage:
+        fraction = f" ({source.samples / total:.2f}, wanted {source.weight:.2f})" if len(usage) > 1 else ""
+        parts.append(f"{source.name} {source.samples:,} samples{fraction}, {source.epochs:.2f} epochs")
     return f"data: {'; '.join(parts)}"

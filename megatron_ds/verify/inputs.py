@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ds.layers.cross_entropy import IGNORE_INDEX
+from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
 
 RANDOM_LENGTH = 64

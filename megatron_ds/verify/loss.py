@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.layers.cross_entropy import IGNORE_INDEX
+from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.verify.compare import Difference
 
 # Column of the labels -> the output that it is compared with.

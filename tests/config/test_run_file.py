@@ -65,6 +65,7 @@ def test_defaults(run_file):
         "overlong": "refuse",
         "packing": False,
         "prefetch": 2,
+        "options": {},
     }
     assert run.optimizer.model_dump() == {
         "name": "adamw",

@@ -48,10 +48,6 @@ REFUSALS = [
     ("data.train=[]", "data.train=[] is empty; give at least one"),
     ('output=""', 'output="" is empty'),
     # words
-    (
-        "data.format=txt",
-        "data.format=txt is not one of text, chat, tokenized, indexed; did you mean text?",
-    ),
     # registered things
     ("monitor=tensorboard", "monitor=tensorboard is not a list; write [a, b]"),
     ("callbacks=[{patience: 3}]", "callbacks[0].name is missing"),
@@ -103,11 +99,6 @@ REFUSALS = [
     ("model.path=", "model.path and model.config are both missing; give one"),
     ("model=", "model.path and model.config are both missing; give one"),
     (
-        LLAMA + "}",
-        "model.tokenizer is missing: data.format=text with model.config needs one; "
-        "give the directory of a tokenizer, or use data.format=tokenized",
-    ),
-    (
         LLAMA + ", init: pretrained}",
         "model.init=pretrained needs weights, which model.config has not; use model.path, or model.init=random",
     ),
@@ -123,14 +114,6 @@ REFUSALS = [
     (
         "data.valid=[{path: b, weight: 2}]",
         "data.valid[0].weight=2.0 does nothing: validation takes every sample once; remove it",
-    ),
-    (
-        "data.packing=true",
-        "data.packing=true does nothing with data.format=text; remove it, or use data.format=chat",
-    ),
-    (
-        "data.split=[9,1]",
-        "data.split=[9.0, 1.0] does nothing with data.format=text; remove it, or use data.format=indexed",
     ),
     (
         "data={format: indexed, train: [a], valid: [b], split: [9, 1]}",

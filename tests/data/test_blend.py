@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import Causal, Order, open_dataset
-from megatron_ds.data.blend import Blend, InSuccession, Ordered, normalized, samples_of_each
+from megatron_ds.data.blend import Blend, ConcatDataset, OrderedDataset, normalized, samples_per_source
 from megatron_ds.data.dataset import Sample
 from megatron_ds.errors import DataError
 from tests.data import oracle
@@ -38,7 +38,7 @@ class Numbers:
         return f"{self._size} numbers"
 
 
-def numbers(dataset: Ordered, epoch: int) -> list[int]:
+def numbers(dataset: OrderedDataset, epoch: int) -> list[int]:
     found = [dataset.sample(epoch * len(dataset) + place)["input_ids"].tolist() for place in range(len(dataset))]
     assert {one[0] for one in found} == {epoch}
     return [one[1] for one in found]
@@ -74,18 +74,18 @@ def test_as_many_samples_are_asked_for_as_in_megatron() -> None:
     for num_samples in (1, 7, 400, 12_345, 10**9):
         weights = normalized(chance.random(5))
         theirs = _get_size_per_split_per_dataset(weights, [num_samples], surplus=0.005)
-        assert samples_of_each(weights, num_samples) == [size for (size,) in theirs]
+        assert samples_per_source(weights, num_samples) == [size for (size,) in theirs]
 
 
 def test_corpora_of_one_blend_have_permutations_of_their_own() -> None:
     order = Order(100, 3, True)
-    first, second = (Ordered(Numbers(50), order, number) for number in (0, 1))
+    first, second = (OrderedDataset(Numbers(50), order, number) for number in (0, 1))
     seen = [numbers(dataset, epoch) for dataset in (first, second) for epoch in (0, 1, 7)]
     assert all(sorted(one) == list(range(50)) for one in seen)
     assert len({str(one) for one in seen}) == len(seen)
     assert numbers(first, 0) == seen[0], "whatever was read between"
-    assert numbers(Ordered(Numbers(50), Order(9, 3, True), 0), 0) == seen[0], "however many a run takes"
-    assert numbers(Ordered(Numbers(50), Order(100, 3, False), 1), 1) == list(range(50))
+    assert numbers(OrderedDataset(Numbers(50), Order(9, 3, True), 0), 0) == seen[0], "however many a run takes"
+    assert numbers(OrderedDataset(Numbers(50), Order(100, 3, False), 1), 1) == list(range(50))
 
 
 def test_columns_must_agree(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_columns_must_agree(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a has input_ids, targets, b has input_ids, targets, position_ids; a blend"):
         Blend(parts, ["a", "b"], [1.0, 1.0], 10, tmp_path)
     with pytest.raises(DataError, match="b has input_ids, targets, position_ids"):
-        InSuccession(parts, ["a", "b"])
+        ConcatDataset(parts, ["a", "b"])
 
 
 def test_a_longer_blend_begins_as_a_shorter_one(tmp_path: Path) -> None:
@@ -102,5 +102,5 @@ def test_a_longer_blend_begins_as_a_shorter_one(tmp_path: Path) -> None:
     assert shorter.fingerprint == longer.fingerprint
     for index in range(60):
         assert shorter.sample(index)["input_ids"].tolist() == longer.sample(index)["input_ids"].tolist()
-    assert [share.samples for share in longer.account(60)] == [share.samples for share in shorter.account(60)]
-    assert sum(share.samples for share in shorter.account(150)) == 150
+    assert [share.samples for share in longer.usage(60)] == [share.samples for share in shorter.usage(60)]
+    assert sum(share.samples for share in shorter.usage(150)) == 150

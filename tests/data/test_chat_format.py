@@ -40,7 +40,7 @@ def open_chat(chat_tokenizer: Any, tmp_path: Path) -> Callable[..., ChatDataset]
     def open_(*sources: str, seq_length: int = 256, template: str = "header", **options: Any) -> ChatDataset:
         path, cache = chat_tokenizer(template), str(tmp_path / "cache")
         chat = ChatOptions(**options)
-        found = open_dataset("chat", Causal(), sources, seq_length, VOCAB_SIZE, path, cache, chat=chat)
+        found = open_dataset("chat", Causal(), sources, seq_length, VOCAB_SIZE, path, cache, options=chat)
         assert isinstance(found, ChatDataset)
         return found
 
@@ -186,7 +186,7 @@ def test_mistakes_name_file_and_line(write_jsonl: Any, open_chat: Any, tmp_path:
 
 def test_other_models_and_small_vocabularies_are_refused(write_jsonl: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
     source, path = write_jsonl(chats(2)), chat_tokenizer("header")
-    with pytest.raises(DataError, match="is for models that write on"):
+    with pytest.raises(DataError, match="is for causal models"):
         open_dataset("chat", Masked(seed=0), [source], 64, VOCAB_SIZE, path, str(tmp_path / "cache"))
     with pytest.raises(DataError, match="vocab_size=100 ends at 99"):
         open_dataset("chat", Causal(), [source], 64, 100, path, str(tmp_path / "cache"))

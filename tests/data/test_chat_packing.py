@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_ds.data.chat.packing import one_each, pack
+from megatron_ds.data.chat.packing import one_per_sample, pack
 
 
 def first_fit(lengths: np.ndarray, seq_length: int) -> int:
@@ -46,7 +46,7 @@ def test_conversations_of_mixed_lengths_fill_their_sequences(seed: int) -> None:
 def test_what_can_be_filled_is_filled() -> None:
     packs = pack(np.array([3, 5, 4, 4, 2, 6]), 8)
     assert [packs.members(index).tolist() for index in range(len(packs))] == [[0, 1], [2, 3], [4, 5]]
-    assert [one_each(3).members(index).tolist() for index in range(3)] == [[0], [1], [2]]
+    assert [one_per_sample(3).members(index).tolist() for index in range(3)] == [[0], [1], [2]]
 
 
 def test_many_are_packed_in_seconds() -> None:

@@ -110,13 +110,13 @@ def refusal(path: str, one: Conversation, template: str | None = None) -> str:
 def test_what_cannot_be_told_is_refused(chat_tokenizer: Any) -> None:
     path = chat_tokenizer("header")
     changed = "{% for m in messages %}{{ m.content | replace('a', 'o') }}<|eot|>{% endfor %}"
-    assert "chats.jsonl:7: the chat template of the/tokenizer changes what" in refusal(
+    assert "chats.jsonl:7: the chat template of the/tokenizer changes the" in refusal(
         path, conversation("a", "bad"), changed
     )
     dropped = "{% for m in messages %}{% if loop.last %}{{ m.content }}<|eot|>{% endif %}{% endfor %}"
-    assert "changes what the assistant says" in refusal(path, conversation("a", "b", "c", "d"), dropped)
+    assert "changes the assistant's messages" in refusal(path, conversation("a", "b", "c", "d"), dropped)
     endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    assert "which is no control token: a model trained so would not know when to stop" in refusal(
+    assert "which is no control token: the trained model would not know when to stop" in refusal(
         path, conversation("a", "b"), endless
     )
     unmarked = "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import Causal, Dataset, Masked, Order, Split, open_dataset
-from megatron_ds.data.blend import Blend, Share, account, blend_order
+from megatron_ds.data.blend import Blend, SourceUsage, blend_order, source_usage
 from megatron_ds.data.indexed.files import IndexedFile, index_path, prefix_of, tokens_path, write_index
 from megatron_ds.errors import DataError
 
@@ -153,7 +153,7 @@ def _header(prefix: str, **fields: int) -> None:
         (lambda prefix: Path(f"{prefix}.idx").write_bytes(b"x" * 99), "its first bytes are not MMIDIDX"),
         (lambda prefix: Path(f"{prefix}.idx").write_bytes(b"MMIDIDX"), "its first bytes are not MMIDIDX"),
         (lambda prefix: _header(prefix, version=2), "version 2 of the format; only version 1 is read"),
-        (lambda prefix: _header(prefix, code=7), "code 7 of the type of a token; only whole numbers"),
+        (lambda prefix: _header(prefix, code=7), "code 7 of the type of a token; only integers"),
         (lambda prefix: _header(prefix, code=99), "code 99 of the type of a token"),
         (lambda prefix: _header(prefix, count=51), "the file was cut or damaged"),
         (lambda prefix: _header(prefix, length=1000), "does not begin where the one before ends"),
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused(write: Any, tmp_path: Path, open_: Any) ->
     Path(f"{prefix}.json").write_text(json.dumps({"largest_id": 999}))
     with pytest.raises(DataError, match="holds ids up to 999, but the model's vocab_size=500 ends at 499"):
         open_dataset("indexed", Causal(), [prefix], 8, 500, None, cache)
-    with pytest.raises(DataError, match="is for models that write on"):
+    with pytest.raises(DataError, match="is for causal models"):
         open_dataset("indexed", Masked(seed=0), [prefix], 8, VOCAB_SIZE, None, cache)
     with pytest.raises(DataError, match=r"tokens in 1 documents do not fill a sample of data\.seq_length=8"):
         open_(write("short", count=1, longest=5))
@@ -203,14 +203,14 @@ def test_an_account_of_what_was_taken(write: Any, open_: Any) -> None:
     assert isinstance(blend, Blend)
     sizes = [len(open_(one, steps=None)) for one in (a, b)]
     for number in (0, 1, 100, 500):
-        shares = account(blend, number)
+        shares = source_usage(blend, number)
         assert [share.name for share in shares] == [a, b] and [share.weight for share in shares] == [0.75, 0.25]
         assert sum(share.samples for share in shares) == number
         for share, size in zip(shares, sizes):
             assert abs(share.samples - share.weight * number) <= 1 and share.epochs == share.samples / size
     assert blend.describe().startswith(f"blend of 0.750 {a} (")
     alone = open_(a)
-    assert account(alone, 40) == (Share(a, 1.0, 40, 40 / sizes[0]),)
+    assert source_usage(alone, 40) == (SourceUsage(a, 1.0, 40, 40 / sizes[0]),)
 
 
 def test_text_is_blended_in_an_order_of_its_own_each_epoch(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import Causal, Order, Split, open_dataset
-from megatron_ds.data.blend import Blend, blend_order, normalized, samples_of_each
-from megatron_ds.data.indexed.dataset import IndexedDataset, part_of
+from megatron_ds.data.blend import Blend, blend_order, normalized, samples_per_source
+from megatron_ds.data.indexed.dataset import IndexedDataset, split_bounds
 from megatron_ds.data.indexed.files import IndexedFile, index_path, token_dtype, tokens_path, write_index
 from megatron_ds.data.indexed.order import build_indices, count_epochs
 from tests.data import oracle
@@ -131,7 +131,7 @@ def test_blending_equals_megatrons(weights: list[float]) -> None:
     assert np.array_equal(mine[0], source) and np.array_equal(mine[1], place)
     shorter = blend_order(shares, 777)
     assert np.array_equal(shorter[0], source[:777])
-    for number, most in enumerate(samples_of_each(weights, size)):
+    for number, most in enumerate(samples_per_source(weights, size)):
         assert int((source == number).sum()) <= most
 
 
@@ -149,7 +149,7 @@ def test_splits_equal_megatrons(split: str) -> None:
             if ends is not None:
                 begin, end = (round(end * float(count)) for end in ends)
                 if begin < end:
-                    assert part_of(count, Split(fractions, part)) == (begin, end)
+                    assert split_bounds(count, Split(fractions, part)) == (begin, end)
 
 
 def test_a_blend_without_weights_goes_by_tokens(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megatron_ds.cli.main import _run
 from megatron_ds.config.yaml_text import format_yaml
 from megatron_ds.data import GlobalBatches, load_tokenizer
 from megatron_ds.data.indexed.files import write_index
-from megatron_ds.data.inspect.histogram import measure
+from megatron_ds.data.inspect.histogram import length_histogram
 from tests.training.tiny import MODEL
 
 Told = Callable[..., str]
@@ -100,7 +100,7 @@ def test_every_length_is_in_one_bar_and_bars_are_few() -> None:
         low = int(chance.integers(0, 3000))
         high = low + int(chance.integers(0, 10 ** int(chance.integers(1, 6))))
         lengths = chance.integers(low, high + 1, int(chance.integers(1, 50)))
-        found = measure("documents", lengths)
+        found = length_histogram("documents", lengths)
         assert (found.shortest, found.longest, found.count) == (lengths.min(), lengths.max(), len(lengths))
         assert found.median == np.median(lengths) and found.total == lengths.sum()
         assert len(found.bars) <= 10 or found.longest > 16 * max(found.shortest, 1)
@@ -115,7 +115,7 @@ def test_every_length_is_in_one_bar_and_bars_are_few() -> None:
 
 def test_bars_are_drawn_to_scale_and_none_is_lost() -> None:
     lengths = np.repeat([1, 2, 3], [1000, 500, 1])
-    assert list(bars(measure("documents", lengths))) == [
+    assert list(bars(length_histogram("documents", lengths))) == [
         "1 - 1  ██████████████████████████████  1,000   66.6%",
         "2 - 2  ███████████████                   500   33.3%",
         "3 - 3  ▏                                   1    0.1%",
@@ -158,7 +158,9 @@ def test_damage_is_seen_by_the_checksum(prefix: str, suffix: str, told: Told) ->
         content[-16] ^= 1  # where the last document begins
     path.write_bytes(content)
     said = told(prefix, status=1)
-    assert f"DAMAGED     {path} has the checksum {xxhash.xxh3_128(bytes(content)).hexdigest()}, {prefix}.json" in said
+    assert (
+        f"DAMAGED     {path} has the checksum {xxhash.xxh3_128(bytes(content)).hexdigest()}, but {prefix}.json" in said
+    )
     assert "whole" not in said
     assert "whole       by the lengths of the files" in told(prefix, "--fast")
 
@@ -166,7 +168,7 @@ def test_damage_is_seen_by_the_checksum(prefix: str, suffix: str, told: Told) ->
 def test_a_manifest_of_other_files(prefix: str, told: Told) -> None:
     manifest = json.loads(Path(f"{prefix}.json").read_text())
     Path(f"{prefix}.json").write_text(json.dumps({**manifest, "num_tokens": 1}))
-    assert re.search(r"DAMAGED +\S+ says num_tokens=1, and there are \d+", told(prefix, "--fast", status=1))
+    assert re.search(r"DAMAGED +\S+ says num_tokens=1, but there are \d+", told(prefix, "--fast", status=1))
     Path(f"{prefix}.json").write_text('{"text": "no manifest"}')
     assert "manifest    none, so nothing says what the files must be" in told(prefix)
 
@@ -176,7 +178,7 @@ def test_what_indexed_files_are_refused_for(prefix: str, tokenizer_path: str, to
     tokens[0] = 60_000
     tokens.tofile(f"{prefix}.bin")
     said = told(prefix, "--tokenizer", tokenizer_path, "--fast", status=2)
-    assert said.startswith("error: data: ") and "holds the id 60000, and the tokenizer " in said
+    assert said.startswith("error: data: ") and "holds the id 60000, but the tokenizer " in said
     assert said.count("\n") == 1
     Path(f"{prefix}.bin").unlink()
     assert "no such file" in told(prefix, status=2)

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_ds.data import Masked, load_tokenizer
 from megatron_ds.data.noise.masking import Masker, MaskingIds, load_masker
-from megatron_ds.data.noise.word_boundaries import word_marks
+from megatron_ds.data.noise.word_boundaries import word_boundaries
 from megatron_ds.errors import DataError
 from tests.data.noise import assert_share
 
@@ -95,7 +95,7 @@ def test_wordpiece_words(wordpiece):
     tokenizer = load_tokenizer(wordpiece)
     ids = framed(tokenizer, "Call me Ishmael. Whales, unbelievable")
     breaks = np.isin(ids, SPECIAL)
-    words = word_marks(tokenizer, wordpiece, VOCAB_SIZE).words_of(ids, breaks)
+    words = word_boundaries(tokenizer, wordpiece, VOCAB_SIZE).word_numbers(ids, breaks)
     spelled = [tokenizer.decode(ids[words == number]).replace(" ", "") for number in range(words.max() + 1)]
     assert spelled == ["[CLS]", "call", "me", "ishmael", ".", "whales", ",", "unbelievable", "[SEP]"]
 
@@ -103,7 +103,7 @@ def test_wordpiece_words(wordpiece):
 def test_byte_level_words_end_at_line_ends_too(byte_level):
     tokenizer = load_tokenizer(byte_level)
     ids = np.array(tokenizer.encode("Call me\nIshmael. \tWhales\n\nξένος and λόγος", add_special_tokens=False))
-    words = word_marks(tokenizer, byte_level, VOCAB_SIZE).words_of(ids, np.zeros(len(ids), dtype=bool))
+    words = word_boundaries(tokenizer, byte_level, VOCAB_SIZE).word_numbers(ids, np.zeros(len(ids), dtype=bool))
     spelled = [tokenizer.decode(ids[words == number]) for number in range(words.max() + 1)]
     assert "".join(spelled) == "Call me\nIshmael. \tWhales\n\nξένος and λόγος"
     lettered = [word for word in spelled if word.strip()]
@@ -113,7 +113,7 @@ def test_byte_level_words_end_at_line_ends_too(byte_level):
 def test_sentencepiece_words(sentencepiece):
     tokenizer = load_tokenizer(sentencepiece)
     ids = np.array(tokenizer.encode("Call me Ishmael. Unbelievable", add_special_tokens=False))
-    words = word_marks(tokenizer, sentencepiece, VOCAB_SIZE).words_of(ids, np.zeros(len(ids), dtype=bool))
+    words = word_boundaries(tokenizer, sentencepiece, VOCAB_SIZE).word_numbers(ids, np.zeros(len(ids), dtype=bool))
     assert [tokenizer.decode(ids[words == number]) for number in range(4)] == ["Call", "me", "Ishmael.", "Unbelievable"]
 
 
@@ -123,7 +123,7 @@ def test_whole_words_are_never_split_and_fill_the_number(kind, request, valid_te
     tokenizer = load_tokenizer(path)
     objective = Masked(seed=1, whole_words=True)
     masker = load_masker(tokenizer, path, objective, VOCAB_SIZE)
-    marks = word_marks(tokenizer, path, VOCAB_SIZE)
+    marks = word_boundaries(tokenizer, path, VOCAB_SIZE)
     text = valid_text.read_text()
     exact = several = 0
     for index in range(300):
@@ -131,7 +131,7 @@ def test_whole_words_are_never_split_and_fill_the_number(kind, request, valid_te
         inputs, targets = masker.hide(ids, index)
         chosen = targets != -100
         special = np.isin(ids, masker.ids.special)
-        words = marks.words_of(ids, special)
+        words = marks.word_numbers(ids, special)
         np.testing.assert_array_equal(np.where(chosen, targets, inputs), ids)
         for number in np.unique(words):
             assert len(set(chosen[words == number].tolist())) == 1, "a word is split"
@@ -147,7 +147,7 @@ def test_at_least_one_word_is_hidden_however_long(wordpiece):
     tokenizer = load_tokenizer(wordpiece)
     masker = load_masker(tokenizer, wordpiece, Masked(seed=1, whole_words=True), VOCAB_SIZE)
     ids = framed(tokenizer, "unbelievable whatsoever")
-    words = word_marks(tokenizer, wordpiece, VOCAB_SIZE).words_of(ids, np.isin(ids, masker.ids.special))
+    words = word_boundaries(tokenizer, wordpiece, VOCAB_SIZE).word_numbers(ids, np.isin(ids, masker.ids.special))
     assert np.bincount(words).tolist()[1:3] > [1, 1]
     hidden = {frozenset(words[masker.hide(ids, index)[1] != -100].tolist()) for index in range(50)}
     assert hidden == {frozenset({1}), frozenset({2})}
@@ -159,7 +159,7 @@ def test_tokenizers_that_do_not_mark_words_are_refused(wordpiece, monkeypatch):
     with pytest.raises(DataError) as caught:
         load_masker(tokenizer, "dir", Masked(seed=1, whole_words=True), VOCAB_SIZE)
     assert str(caught.value) == (
-        "tokenizer dir: its tokens do not tell where words begin (none has ## or Ġ or ▁), "
+        "tokenizer dir: its tokens do not show where words begin (none has ## or Ġ or ▁), "
         "but data.whole_words=true needs that; set data.whole_words=false"
     )
 

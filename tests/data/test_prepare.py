@@ -163,15 +163,15 @@ def test_nothing_to_do_and_other_data_in_the_way(book: Path, write_jsonl: Any, m
     first = made(source)
     before = content(tmp_path)
     again = made(source)
-    assert again.was_there and not first.was_there and again.manifest == first.manifest
+    assert again.unchanged and not first.unchanged and again.manifest == first.manifest
     other = write_jsonl(rows[:3], "other.jsonl")
-    with pytest.raises(DataError, match=r"my\.corpus\.bin is there, of other data; choose another prefix"):
+    with pytest.raises(DataError, match=r"my\.corpus\.bin exists, with other data; choose another prefix"):
         made(other)
     assert content(tmp_path) == before
     made(other, overwrite=True)
     assert content(tmp_path) != before
     (tmp_path / "out/my.corpus.idx").unlink()
-    with pytest.raises(DataError, match=r"my\.corpus\.bin is there, and .*my\.corpus\.idx is not; remove it, or give"):
+    with pytest.raises(DataError, match=r"my\.corpus\.bin exists, but .*my\.corpus\.idx does not; remove it, or give"):
         made(other)
 
 
@@ -201,17 +201,17 @@ def test_what_is_done_is_gone_on_with(
         told: list[str] = []
         prepare(PrepareOptions([source], tokenizer_path, str(tmp_path / name), 2), told.append)
         assert content(tmp_path, name) == content(tmp_path, "whole/x")
-        assert bool(stop) == any(line.startswith("goes on after") for line in told)
+        assert bool(stop) == any(line.startswith("continuing after") for line in told)
 
 
-def test_other_sources_begin_anew(book: Path, write_jsonl: Any, made: Any, tokenizer_path: str, tmp_path: Path) -> None:
+def test_other_sources_start_over(book: Path, write_jsonl: Any, made: Any, tokenizer_path: str, tmp_path: Path) -> None:
     source = write_jsonl([{"text": text} for text in texts(book, 5)] + [b"bad"])
     with pytest.raises(DataError, match="1 of 6"):
         made(source)
     Path(source).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(book, 4)))
     told: list[str] = []
     prepare(PrepareOptions([source], tokenizer_path, str(tmp_path / "out/my.corpus"), 1), told.append)
-    assert told == ["begins anew: sources, tokenizer or options have changed"]
+    assert told == ["starting over: sources, tokenizer or options have changed"]
     assert decoded(tmp_path / "out/my.corpus", tokenizer_path) == texts(book, 4)
 
 
@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     monkeypatch.setattr(journal.Journal, "save", full)
     with pytest.raises(DataError, match="could not be written: No space left on device") as caught:
         made(source)
-    assert "\n" not in str(caught.value) and "goes on where it was" in str(caught.value)
+    assert "\n" not in str(caught.value) and "continues where it stopped" in str(caught.value)
     monkeypatch.undo()
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
     made(source)
@@ -288,7 +288,7 @@ def test_the_same_source_twice_is_two_sources(book: Path, write_jsonl: Any, made
     rows = [{"text": text} for text in texts(book, 3)]
     source, bad = write_jsonl(rows), write_jsonl([rows[0], b"bad"], "bad.jsonl")
     made(source)
-    with pytest.raises(DataError, match="of other data"):
+    with pytest.raises(DataError, match="with other data"):
         made(source, source)
     found = made(bad, bad, name="x", skip_bad=True).manifest
     assert [place.partition(": ")[0] for place in found["bad_lines"]["first"]] == [f"{bad}:2"] * 2
@@ -299,7 +299,7 @@ def test_moved_sources_are_the_same(book: Path, write_jsonl: Any, made: Any, tmp
     source = write_jsonl([{"text": text} for text in texts(book, 3)])
     made(source)
     moved = Path(source).rename(tmp_path / "elsewhere.jsonl")
-    assert made(str(moved)).was_there
+    assert made(str(moved)).unchanged
 
 
 def test_cut_while_it_gets_its_names(
@@ -319,9 +319,9 @@ def test_cut_while_it_gets_its_names(
 
         monkeypatch.setattr(os, "replace", cut_short)
         with pytest.raises(KeyboardInterrupt):
-            made(source, overwrite=True, anew=True)
+            made(source, overwrite=True, restart=True)
         monkeypatch.setattr(os, "replace", replace)
-        assert made(source).was_there and content(tmp_path) == content(tmp_path, "whole/x")
+        assert made(source).unchanged and content(tmp_path) == content(tmp_path, "whole/x")
 
 
 def test_damaged_data_are_not_taken_for_whole(book: Path, write_jsonl: Any, made: Any, tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_damaged_data_are_not_taken_for_whole(book: Path, write_jsonl: Any, made
     made(source)
     whole = content(tmp_path)
     (tmp_path / "out/my.corpus.bin").write_bytes(whole[0][:-2])
-    with pytest.raises(DataError, match="is there, of other data"):
+    with pytest.raises(DataError, match="exists, with other data"):
         made(source)
     made(source, overwrite=True)
     assert content(tmp_path) == whole
@@ -351,7 +351,7 @@ def test_mistakes(tmp_path: Path, write_jsonl: Any, made: Any, tokenizer_path: s
     with pytest.raises(DataError, match="no documents"):
         made(write_jsonl([b"", b""]))
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match="is no parquet file that can be read"):
+    with pytest.raises(DataError, match="is not a readable parquet file"):
         made(str(tmp_path / "x.parquet"))
     with pytest.raises(DataError, match=r"names a directory; give a name in it, such as .*/out/corpus"):
         made(write_jsonl([{"text": "x"}]), name="out/")
@@ -409,7 +409,7 @@ def test_the_command_survives_being_killed(book: Path, write_jsonl: Any, tokeniz
         assert status in ((-9, 0) if sent == signal.SIGKILL else (130, 0)), process.communicate()
         assert not psutil.wait_procs(children, timeout=10)[1]  # workers end with their parent
         if status == 130:
-            assert "the same command goes on where it was" in process.communicate()[1]
+            assert "the same command continues where it stopped" in process.communicate()[1]
     last = _start(source, tokenizer_path, tmp_path / "cut")
     assert last.wait(120) == 0, last.communicate()
     assert content(tmp_path, "cut") == content(tmp_path, "whole")
@@ -427,4 +427,4 @@ def test_the_command_tells_what_it_did(book: Path, write_jsonl: Any, tokenizer_p
     out, _ = done.communicate(timeout=120)
     assert done.returncode == 0
     goes_on, last = out.splitlines()
-    assert goes_on.startswith("goes on after 5 documents") and last.startswith(f"{tmp_path}/x: 5 documents, ")
+    assert goes_on.startswith("continuing after 5 documents") and last.startswith(f"{tmp_path}/x: 5 documents, ")

@@ -46,7 +46,7 @@ import sys, time
 from megatron_ds.data.prepare import PrepareOptions, prepare
 source, tokenizer, output = sys.argv[1:]
 began = time.perf_counter()
-done = prepare(PrepareOptions([source], tokenizer, output, workers=2, overwrite=True, anew=True))
+done = prepare(PrepareOptions([source], tokenizer, output, workers=2, overwrite=True, restart=True))
 print(done.manifest["num_tokens"] / (time.perf_counter() - began))
 """
 

@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import Causal, ChatOptions, GlobalBatches, Masked, Seq2Seq, load_tokenizer, open_dataset
-from megatron_ds.data.inspect.rendering import ShownSample, first_samples, length_of, pieces_of, show, show_sample
+from megatron_ds.data.inspect.rendering import (
+    RenderedSample,
+    first_samples,
+    render,
+    render_sample,
+    split_by_loss,
+    unpadded_length,
+)
 
 
-def shown(data: Any, index: int, path: str | None, shifted: bool = True) -> ShownSample:
-    return show_sample(index, data.sample(index), load_tokenizer(path) if path is not None else None, shifted)
+def shown(data: Any, index: int, path: str | None, shifted: bool = True) -> RenderedSample:
+    return render_sample(index, data.sample(index), load_tokenizer(path) if path is not None else None, shifted)
 
 
-def texts(sample: ShownSample, learned: bool) -> list[str]:
+def texts(sample: RenderedSample, learned: bool) -> list[str]:
     return [piece.text for document in sample.documents for piece in document.pieces if piece.learned == learned]
 
 
@@ -28,29 +35,29 @@ def test_pieces_make_the_whole_text_whatever_is_marked(kind: str, request: pytes
     chance = np.random.default_rng(0)
     for _ in range(50):
         learned = chance.random(len(ids)) < 0.5
-        pieces = pieces_of(ids, learned, tokenizer)
+        pieces = split_by_loss(ids, learned, tokenizer)
         assert "".join(piece.text for piece in pieces) == whole
         assert [piece.learned for piece in pieces] == [
             bool(one) for place, one in enumerate(learned) if place == 0 or learned[place - 1] != one
         ]
-    assert pieces_of(ids[:0], learned[:0], tokenizer) == ()
+    assert split_by_loss(ids[:0], learned[:0], tokenizer) == ()
 
 
 def test_a_character_of_several_tokens_is_where_it_ends(byte_level: str) -> None:
     tokenizer = load_tokenizer(byte_level)
     ids = np.asarray(tokenizer("a🙂b", add_special_tokens=False)["input_ids"])
     assert len(ids) == 6
-    pieces = pieces_of(ids, np.arange(6) == 4, tokenizer)
+    pieces = split_by_loss(ids, np.arange(6) == 4, tokenizer)
     assert [(piece.text, piece.learned) for piece in pieces] == [("a", False), ("🙂", True), ("b", False)]
 
 
 def test_without_a_tokenizer_there_are_ids() -> None:
-    pieces = pieces_of(np.array([5, 6, 7]), np.array([False, True, True]), None)
+    pieces = split_by_loss(np.array([5, 6, 7]), np.array([False, True, True]), None)
     assert [(piece.text, piece.learned) for piece in pieces] == [("5 ", False), ("6 7", True)]
 
 
 def test_a_long_document_is_cut_and_counted() -> None:
-    document = show((np.arange(10), np.arange(10) > 4), None, most=6)
+    document = render((np.arange(10), np.arange(10) > 4), None, most=6)
     assert (document.tokens, document.learned, document.hidden) == (10, 5, 4)
     assert document.pieces[-1].text == "5"
 
@@ -76,7 +83,7 @@ def test_conversations(tmp_path: Path, chat_tokenizer: Any, packing: bool) -> No
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     path, cache, chat = chat_tokenizer("header"), str(tmp_path / "cache"), ChatOptions(packing=packing)
-    data: Any = open_dataset("chat", Causal(), [str(tmp_path / "chat.jsonl")], 150, 4096, path, cache, chat=chat)
+    data: Any = open_dataset("chat", Causal(), [str(tmp_path / "chat.jsonl")], 150, 4096, path, cache, options=chat)
     samples = [shown(data, index, path) for index in range(len(data))]
     documents = [document for sample in samples for document in sample.documents]
     assert len(samples) == (1 if packing else 3) and len(documents) == 3
@@ -99,7 +106,7 @@ def test_padding_is_told_from_a_token_of_that_id(write_jsonl: Any) -> None:
     for row in rows:
         path = write_jsonl([row], f"{len(found)}.jsonl")
         sample = open_dataset("tokenized", Causal(), [str(path)], 8, 61).sample(0)
-        found.append((show_sample(0, sample, None, True).padding, length_of(sample)))
+        found.append((render_sample(0, sample, None, True).padding, unpadded_length(sample)))
     assert found == [(5, 3), (5, 3), (5, 3), (0, 8)]
 
 

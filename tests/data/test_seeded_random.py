@@ -1,16 +1,16 @@
-"""Draws: fixed for ever by their key, apart from one another, and uniform."""
+"""SeededRandom: fixed for ever by their key, apart from one another, and uniform."""
 
 import numpy as np
 import pytest
 
-from megatron_ds.data.noise.seeded_random import Draws, Purpose
-from megatron_ds.data.readers.concat_index import Concatenation
+from megatron_ds.data.noise.seeded_random import Purpose, SeededRandom
+from megatron_ds.data.readers.concat_index import ConcatIndex
 from tests.data.noise import assert_share
 
 
 def test_draws_never_change_between_versions():
     """Written down once: other draws would silently change the noise of every resumed run."""
-    draws = Draws(1234, Purpose.MASKING, 7)
+    draws = SeededRandom(1234, Purpose.MASKING, 7)
     assert draws.integer(1000) == 504
     assert draws.integers(1000, 5).tolist() == [972, 696, 438, 318, 47]
     assert draws.order(5).tolist() == [0, 1, 4, 2, 3]
@@ -21,13 +21,13 @@ def test_draws_never_change_between_versions():
 
 def test_keys_are_told_apart():
     keys = [(), (0,), (0, 0), (1, 0), (0, 1), (1, 2**32), (1, 2**32 + 1), (1, 1), (1, 2**40)]
-    firsts = {Draws(5, *key).integer(2**62) for key in keys}
-    assert len(firsts | {Draws(6, *key).integer(2**62) for key in keys}) == 2 * len(keys)
-    assert Draws(5, 1, np.int64(3)).integer(2**62) == Draws(5, 1, 3).integer(2**62)
+    firsts = {SeededRandom(5, *key).integer(2**62) for key in keys}
+    assert len(firsts | {SeededRandom(6, *key).integer(2**62) for key in keys}) == 2 * len(keys)
+    assert SeededRandom(5, 1, np.int64(3)).integer(2**62) == SeededRandom(5, 1, 3).integer(2**62)
 
 
 def test_each_outcome_is_as_likely_as_the_others():
-    draws = Draws(0, 1)
+    draws = SeededRandom(0, 1)
     numbers = draws.integers(7, 20_000)
     choices = np.stack([draws.choice(2, 5) for _ in range(5000)])
     for value in range(7):
@@ -41,7 +41,7 @@ def test_each_outcome_is_as_likely_as_the_others():
 
 @pytest.mark.parametrize("sizes", [[3, 0, 1, 0, 4], [0, 0, 2], [1], [5, 0]])
 def test_every_position_of_a_concatenation_is_found(sizes):
-    whole = Concatenation(sizes)
+    whole = ConcatIndex(sizes)
     expected = [(part, offset) for part, size in enumerate(sizes) for offset in range(size)]
     assert [whole.locate(position) for position in range(len(whole))] == expected
-    assert len(Concatenation([])) == 0
+    assert len(ConcatIndex([])) == 0

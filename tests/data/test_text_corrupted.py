@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import Seq2Seq, load_tokenizer, open_dataset
-from megatron_ds.data.noise.seeded_random import Draws
-from megatron_ds.data.noise.span_corruption import corrupt, fit_lengths, lengths_of
+from megatron_ds.data.noise.seeded_random import SeededRandom
+from megatron_ds.data.noise.span_corruption import corrupt, corruption_lengths, fit_lengths
 from megatron_ds.data.text.span_corruption import find_sentinels
 from megatron_ds.errors import DataError
 from tests.data.noise import assert_equal_samples, assert_noise_depends_on_the_index_alone, assert_shapes, assert_share
@@ -51,15 +51,15 @@ def merged(inputs, targets, sentinels):
 
 @pytest.mark.parametrize(("rate", "mean_span"), RATES)
 def test_lengths_are_the_largest_that_fit_and_never_go_down(rate, mean_span):
-    before = lengths_of(2, rate, mean_span)
+    before = corruption_lengths(2, rate, mean_span)
     for raw in range(3, 1200):
-        lengths = lengths_of(raw, rate, mean_span)
+        lengths = corruption_lengths(raw, rate, mean_span)
         assert 1 <= lengths.spans <= min(lengths.noise, raw - lengths.noise)
         assert lengths.inputs >= before.inputs and lengths.targets >= before.targets
         before = lengths
     for seq_length in range(3, 300):
         lengths = fit_lengths(seq_length, rate, mean_span)
-        assert lengths.inputs <= seq_length < lengths_of(lengths.raw + 1, rate, mean_span).inputs
+        assert lengths.inputs <= seq_length < corruption_lengths(lengths.raw + 1, rate, mean_span).inputs
         assert seq_length - lengths.inputs <= 1
     assert fit_lengths(2, rate, mean_span) is None
 
@@ -78,7 +78,7 @@ def test_spans_put_back_give_the_tokens(rate, mean_span):
         tokens = np.arange(1000, 1000 + lengths.raw)
         sentinels = np.arange(2, 2 + lengths.sentinels)
         for index in range(20):
-            inputs, targets = corrupt(tokens, lengths, sentinels, EOS, Draws(5, index))
+            inputs, targets = corrupt(tokens, lengths, sentinels, EOS, SeededRandom(5, index))
             assert (len(inputs), len(targets)) == (lengths.inputs, lengths.targets)
             whole, spans = merged(inputs.tolist(), targets.tolist(), sentinels.tolist())
             assert whole == tokens.tolist()
@@ -93,7 +93,8 @@ def test_rates_of_the_paper_and_spans_in_all_places():
     sizes = []
     for index in range(2000):
         _, spans = merged(
-            *(part.tolist() for part in corrupt(tokens, lengths, sentinels, EOS, Draws(5, index))), sentinels.tolist()
+            *(part.tolist() for part in corrupt(tokens, lengths, sentinels, EOS, SeededRandom(5, index))),
+            sentinels.tolist(),
         )
         sizes += [len(span) for span in spans]
         cut[np.concatenate(spans) - 1000] += 1

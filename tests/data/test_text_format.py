@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_ds.data import Causal, collate, open_dataset
-from megatron_ds.data.text.corpus import TextSource, TokenStream
-from megatron_ds.errors import DataError
+from megatron_ds.data.text.corpus import TokenStream
+from megatron_ds.data.text.documents import TextSource
+from megatron_ds.errors import ConfigError, DataError
 
 VOCAB_SIZE = 4096
 END = 0
@@ -250,7 +251,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer_path, valid_t
 
 
 def test_open_dataset_refuses_what_it_does_not_know(tmp_path, valid_text):
-    with pytest.raises(DataError, match="is not read by this version; it reads text, chat"):
+    with pytest.raises(ConfigError, match=re.escape("data.format=txt is not one of text, chat, tokenized, indexed")):
         open_dataset("txt", Causal(), [str(valid_text)], 8, VOCAB_SIZE)
     with pytest.raises(DataError, match=re.escape("model.tokenizer is not set, but data.format=text needs it")):
         open_dataset("text", Causal(), [str(valid_text)], 8, VOCAB_SIZE)

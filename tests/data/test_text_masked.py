@@ -102,7 +102,7 @@ def test_what_cannot_be_is_refused(open_masked, wordpiece, tokenizer_path, tmp_p
     path.write_text("the the the")
     with pytest.raises(DataError) as caught:
         open_masked(wordpiece, path, seq_length=2)
-    assert str(caught.value) == "data.seq_length=2 leaves no room for text beside its 2 special tokens; nearest: 3"
+    assert str(caught.value) == "data.seq_length=2 leaves no room for text next to 2 special tokens; nearest: 3"
     with pytest.raises(DataError) as caught:
         open_masked(wordpiece, path, seq_length=7)
     assert str(caught.value) == (

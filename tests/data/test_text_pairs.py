@@ -166,7 +166,7 @@ def test_padding_is_the_models(documents, open_pairs):
 def test_what_cannot_be_is_refused(open_pairs, write_jsonl):
     source = write_jsonl([{"text": "a b c"}])
     for length, message in (
-        (4, "data.seq_length=4 leaves no room for a pair beside its 3 special tokens; nearest: 5"),
+        (4, "data.seq_length=4 leaves no room for a pair next to 3 special tokens; nearest: 5"),
         (
             6,
             f"data: {source}: one document of 3 tokens holds one pair of data.seq_length=6 and no text for a random "

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 from megatron_ds.data import Causal, default_cache_dir, load_tokenizer, open_dataset
 from megatron_ds.data.readers.tokenizer import special_id, tokenizer_digest
 from megatron_ds.data.text import token_cache
-from megatron_ds.data.text.corpus import TextSource
+from megatron_ds.data.text.documents import TextSource
 from megatron_ds.errors import DataError
 
 TEXT = "There she blows! A hump like a snow-hill! It is Moby Dick!\n" * 20

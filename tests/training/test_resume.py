@@ -122,9 +122,9 @@ def test_more_steps_may_change_the_order_of_indexed_data(make_run: MakeRun, tmp_
     with pytest.raises(CheckpointError) as caught:
         began(of(20), saved)
     assert str(caught.value).startswith(
-        "the order of 2,000 tokens in 40 documents, 187 samples of 32 in 3 epochs, the last apart, which goes by the "
-        f"epochs that train.steps=20 x train.global_batch_size=8 take, is not what {WHERE} was trained on: 2,000 "
-        "tokens in 40 documents, 62 samples of 32, with 5 x 8; change it back"
+        "the order of 2,000 tokens in 40 documents, 187 samples of 32 in 3 epochs, the last shuffled separately, which "
+        f"goes by the epochs that train.steps=20 x train.global_batch_size=8 take, is not what {WHERE} was trained on: "
+        "2,000 tokens in 40 documents, 62 samples of 32, with 5 x 8; change it back"
     )
 
 

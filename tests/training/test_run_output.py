@@ -11,11 +11,11 @@ import pytest
 
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Order, open_dataset
-from megatron_ds.data.blend import Share
+from megatron_ds.data.blend import SourceUsage
 from megatron_ds.data.indexed.files import write_index
 from megatron_ds.data.objective import Causal
 from megatron_ds.monitor import SilentReporter
-from megatron_ds.training.run_output import RunOutput, describe_shares
+from megatron_ds.training.run_output import RunOutput, describe_usage
 from tests.training.test_loop import SUMMARY, CountingEngine, Listener, travel
 
 
@@ -79,7 +79,7 @@ def test_other_ranks_write_nothing_and_so_do_data_without_an_account(
 
 
 def test_one_corpus_has_no_share_to_tell() -> None:
-    assert describe_shares([Share("corpus", 1.0, 6120, 0.431)]) == "data: corpus 6,120 samples, 0.43 epochs"
+    assert describe_usage([SourceUsage("corpus", 1.0, 6120, 0.431)]) == "data: corpus 6,120 samples, 0.43 epochs"
 
 
 def test_a_run_accounts_at_each_save_and_at_its_end(

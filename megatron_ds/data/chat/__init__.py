@@ -1,5 +1,1 @@
-"""`format: chat`: conversations, rendered by the tokenizer's own template, with loss on what the assistant says."""
-
-from megatron_ds.data.chat.open import open_chat
-
-__all__ = ["open_chat"]
+"""The `chat` format: conversations, rendered by the tokenizer's chat template, with loss on the assistant's turns."""

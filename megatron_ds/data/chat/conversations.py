@@ -1,4 +1,4 @@
-"""Conversations as they are written: `messages`, or a `prompt` and its `completion`, in JSON lines or tables."""
+"""Reading conversations: `messages`, or a `prompt` and its `completion`, in JSON lines or tables."""
 
 import difflib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.data.readers.examples import Located, each_row
+from megatron_ds.data.readers.examples import Located, iterate_examples
 from megatron_ds.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -16,12 +16,12 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation, checked.
+    """One checked conversation.
 
     Attributes:
         messages: in order, each with a role and a text.
-        learned_from: index of the first message that may be learned; of a prompt with a completion, the completion's.
-        tools: what the assistant may call, for the template; None = nothing.
+        learned_from: index of the first message that may carry loss; with a prompt, that of the completion.
+        tools: declarations of the tools that the assistant may call, for the template; None = no tools.
         where: file and line, for errors.
     """
 
@@ -32,44 +32,44 @@ class Conversation:
 
     @property
     def learned(self) -> list[int]:
-        """Indices of the assistant's messages that may be learned; at least one."""
+        """Indices of the assistant's messages that may carry loss; at least one."""
         roles = [message["role"] for message in self.messages]
         return [index for index, role in enumerate(roles) if role == ASSISTANT and index >= self.learned_from]
 
 
 def read_conversations(source: str) -> Iterator[Conversation]:
-    """Every conversation behind a source string, in order.
+    """Yield every conversation of a source, in order.
 
     Raises:
-        DataError: the source is missing, or a conversation of it is malformed; names the file and line.
+        DataError: the source is missing, or one of its conversations is malformed; names the file and line.
     """
-    for located in each_row(source):
+    for located in iterate_examples(source):
         yield parse_conversation(located)
 
 
 def parse_conversation(located: Located) -> Conversation:
-    """The conversation in one row; columns that have nothing to do with it are left alone.
+    """Return the conversation in one example; unrelated columns are ignored.
 
     Raises:
-        DataError: it is malformed.
+        DataError: the conversation is malformed.
     """
     columns, where = {name: value for name, value in located.columns.items() if value is not None}, located.where
     if "messages" in columns:
         messages, learned_from = _messages(columns["messages"], f"{where}: messages"), 0
     elif {"prompt", "completion"} <= columns.keys():
-        prompt = _side(columns["prompt"], "user", f"{where}: prompt")
-        completion = _side(columns["completion"], ASSISTANT, f"{where}: completion")
+        prompt = _one_side(columns["prompt"], "user", f"{where}: prompt")
+        completion = _one_side(columns["completion"], ASSISTANT, f"{where}: completion")
         messages, learned_from = [*prompt, *completion], len(prompt)
     else:
-        raise DataError(_what_is_missing(columns, where))
+        raise DataError(_missing_columns(columns, where))
     conversation = Conversation(messages, learned_from, _tools(columns.get("tools"), where), where)
     if not conversation.learned:
         raise DataError(f"data: {where}: no message of the assistant, so nothing to learn; remove the conversation")
     return conversation
 
 
-def _side(value: object, role: str, place: str) -> list[Message]:
-    """A prompt or a completion: a text, or messages."""
+def _one_side(value: object, role: str, place: str) -> list[Message]:
+    """Return the messages of a prompt or a completion, which is a text or messages."""
     return _messages([{"role": role, "content": value}] if isinstance(value, str) else value, place)
 
 
@@ -82,13 +82,13 @@ def _messages(value: object, place: str) -> list[Message]:
 def _message(value: object, place: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"data: {place} must be an object with role and content, found {_kind(value)}")
-    message = {name: entry for name, entry in value.items() if entry is not None}  # tables fill up with nulls
+    message = {name: entry for name, entry in value.items() if entry is not None}  # tables hold nulls
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        said = "has no role" if role is None else f"has the role {role!r}"
+        found = "has no role" if role is None else f"has the role {role!r}"
         nearest = difflib.get_close_matches(str(role), ROLES, n=1)
         raise DataError(
-            f"data: {place} {said}; roles are {', '.join(ROLES)}{f'; nearest: {nearest[0]}' if nearest else ''}"
+            f"data: {place} {found}; roles are {', '.join(ROLES)}{f'; nearest: {nearest[0]}' if nearest else ''}"
         )
     if message.get("tool_calls"):
         raise DataError(f"data: {place} calls tools, which cannot be learned yet; write the call as its content")
@@ -100,7 +100,7 @@ def _message(value: object, place: str) -> Message:
 
 
 def _tools(value: object, where: str) -> list[Any] | None:
-    if isinstance(value, str):  # as datasets keep what has no fixed columns
+    if isinstance(value, str):  # tables hold structures without fixed columns as JSON
         try:
             value = json.loads(value)
         except ValueError as error:
@@ -110,7 +110,7 @@ def _tools(value: object, where: str) -> list[Any] | None:
     return value or None
 
 
-def _what_is_missing(columns: Mapping[str, Any], where: str) -> str:
+def _missing_columns(columns: Mapping[str, Any], where: str) -> str:
     if "conversations" in columns:
         return (
             f"data: {where}: 'conversations' is another format (ShareGPT's); write each as 'messages' with role (user, "

@@ -1,34 +1,32 @@
-"""Samples of conversations: one in each, or several that do not see one another."""
+"""Samples of conversations: one conversation each, or several that do not attend to one another."""
 
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_ds.data.chat.packing import one_each, pack
+from megatron_ds.columns import IGNORE_INDEX
+from megatron_ds.data.chat.options import ChatOptions
+from megatron_ds.data.chat.packing import one_per_sample, pack
 from megatron_ds.data.chat.tokens import Conversations
-from megatron_ds.data.dataset import IGNORE_INDEX, Sample, blank_sample
-from megatron_ds.data.options import ChatOptions
-from megatron_ds.data.readers.concat_index import Concatenation
-from megatron_ds.data.text.corpus import count
+from megatron_ds.data.dataset import Sample, blank_sample, format_count
+from megatron_ds.data.readers.concat_index import ConcatIndex
 from megatron_ds.errors import DataError
-
-PAD_ID = 0  # any valid id will do: padded positions have no target, and no token before them looks ahead
 
 
 class ChatDataset:
-    """One sample a sequence of S positions, filled up on the right.
+    """Samples of S positions, padded on the right.
 
-    Position t is to predict the token behind it, where that is learned. In a packed sample `position_ids` begin at 0
-    with each conversation; the positions that are left over are a document of their own, without loss.
+    Position t predicts token t + 1, if that token carries loss. In a packed sample `position_ids` begin at 0 with each
+    conversation; the padding is a document of its own, without loss.
 
     Args:
         parts: the conversations of each source.
         seq_length: S.
-        options: what happens to conversations of more than S tokens, and whether several share a sample.
+        options: how conversations of more than S tokens are handled, and whether several share a sample.
 
     Raises:
-        DataError: conversations are too long and `options.overlong` refuses them, or none is left.
+        DataError: conversations are too long and `options.overlong` refuses them, or no conversation remains.
     """
 
     target_length = None
@@ -39,7 +37,7 @@ class ChatDataset:
         self.columns: tuple[str, ...] = ("input_ids", "targets")
         if options.packing:
             self.columns += ("position_ids",)
-        self._parts, self._all = list(parts), Concatenation([len(part) for part in parts])
+        self._parts, self._index = list(parts), ConcatIndex([len(part) for part in parts])
         lengths = np.concatenate([part.lengths for part in parts])
         self._overlong = np.flatnonzero(lengths > seq_length)
         self._options = options
@@ -55,7 +53,7 @@ class ChatDataset:
                 f"raise it to {lengths.max()}"
             )
         self._lengths = fitting[self._kept]
-        self._packs = pack(self._lengths, seq_length) if options.packing else one_each(len(self._kept))
+        self._packs = pack(self._lengths, seq_length) if options.packing else one_per_sample(len(self._kept))
         content = ["chat", *(part.key for part in parts), str(seq_length), options.overlong, str(options.packing)]
         self.fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
 
@@ -64,24 +62,23 @@ class ChatDataset:
 
     @property
     def num_conversations(self) -> int:
-        """Conversations that are trained on."""
+        """Number of conversations in the samples."""
         return len(self._kept)
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n,) int64: their tokens."""
+        """(n,) int64: tokens of each conversation in the samples."""
         return self._lengths
 
     def conversation(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (L,) int64 and what is learned (L,) bool of a conversation that is trained on, cut to S."""
-        part, offset = self._all.locate(int(self._kept[index]))
+        """Return a conversation's ids (L,) int64, and which tokens carry loss (L,) bool, cut to S."""
+        part, offset = self._index.locate(int(self._kept[index]))
         ids, learned = self._parts[part].read(offset)
         return ids[: self.seq_length], learned[: self.seq_length]
 
     def sample(self, index: int) -> Sample:
-        """Sequence `index % len`: (S,) each, the same in every epoch."""
+        """Return sample `index % len`: (S,) each, the same in every epoch."""
         sample = dict(blank_sample(self.columns, self.seq_length, None))
-        sample["input_ids"].fill(PAD_ID)
         end = 0
         for member in self._packs.members(index % len(self)).tolist():
             ids, learned = self.conversation(member)
@@ -95,24 +92,24 @@ class ChatDataset:
         return sample
 
     def blank(self) -> Sample:
-        """See `blank_sample`."""
+        """Return a sample without loss; see `blank_sample`."""
         return blank_sample(self.columns, self.seq_length, None)
 
     def describe(self) -> str:
-        """Such as `1,984 conversations (8 of more than 512 tokens dropped), 211 samples of 512: 97.4 % filled, 63.0 %
-        of 105,126 tokens under loss`."""
+        """Return a line such as `1,984 conversations (8 of more than 512 tokens dropped), 211 samples of 512: 97.4%
+        filled, 63.0% of 105,126 tokens under loss`."""
         tokens, learned = int(self._lengths.sum()), int(self._learned[self._kept].sum())
-        said = []
-        dropped = len(self._all) - len(self._kept)
+        notes = []
+        dropped = len(self._index) - len(self._kept)
         if dropped:
-            said.append(f"{dropped:,} of more than {self.seq_length} tokens dropped")
+            notes.append(f"{dropped:,} of more than {self.seq_length} tokens dropped")
         if self._options.overlong == "cut" and (cut := len(self._overlong) - dropped):
-            said.append(f"{cut:,} cut to {self.seq_length} tokens")
-        beside = f" ({', '.join(said)})" if said else ""
+            notes.append(f"{cut:,} cut to {self.seq_length} tokens")
+        note = f" ({', '.join(notes)})" if notes else ""
         return (
-            f"{len(self._kept):,} conversations{beside}, {len(self):,} samples of {self.seq_length}: "
-            f"{tokens / (len(self) * self.seq_length):.1%} filled, {learned / tokens:.1%} of {count(tokens)} tokens "
-            "under loss"
+            f"{len(self._kept):,} conversations{note}, {len(self):,} samples of {self.seq_length}: "
+            f"{tokens / (len(self) * self.seq_length):.1%} filled, {learned / tokens:.1%} of {format_count(tokens)} "
+            "tokens under loss"
         )
 
     @property
@@ -120,18 +117,18 @@ class ChatDataset:
         return ", ".join(part.name for part in self._parts)
 
     def _count_learned(self, fitting: np.ndarray) -> np.ndarray:
-        """(n,) int64: tokens of each conversation that carry loss when it is cut; the first is predicted by nothing."""
+        """Return (n,) int64: tokens of each conversation with loss when it is cut; nothing predicts the first."""
         counts = []
         start = 0
         for part in self._parts:
             sums = np.concatenate([[0], np.cumsum(part.learned, dtype=np.int64)])
-            first, mine = part.starts[:-1], fitting[start : start + len(part)]
-            counts.append(sums[first + mine] - sums[np.minimum(first + 1, first + mine)])
+            first, kept = part.starts[:-1], fitting[start : start + len(part)]
+            counts.append(sums[first + kept] - sums[np.minimum(first + 1, first + kept)])
             start += len(part)
         return np.concatenate(counts)
 
     def _refuse_overlong(self, lengths: np.ndarray) -> None:
-        part, offset = self._all.locate(int(self._overlong[0]))
+        part, offset = self._index.locate(int(self._overlong[0]))
         longest = int(lengths.max())
         raise DataError(
             f"data: {len(self._overlong):,} of {len(lengths):,} conversations have more tokens than data.seq_length="

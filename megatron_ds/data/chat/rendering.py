@@ -1,9 +1,9 @@
-"""A conversation as the model reads it, by the tokenizer's own chat template, and where in it the assistant speaks.
+"""Conversations rendered by the tokenizer's own chat template, and the spans of the assistant's turns in the text.
 
-Templates say nothing of where a message ends up, unless they mark it with `{% generation %}`. So each conversation is
-rendered a second time with a word that stands nowhere else in the place of each thing the assistant said. What lies
-between those words must lie, in the first rendering, between the things themselves; where it does not, the
-conversation is refused: a mask that is nearly right cannot be told from one that is right.
+Templates do not report where a message ends up, unless they mark it with `{% generation %}`. So each conversation is
+rendered a second time, with each turn of the assistant replaced by a unique marker. The text between the
+markers must also be, in the first rendering, between the turns themselves; otherwise the conversation is refused:
+an almost-correct mask would go unnoticed.
 """
 
 import re
@@ -21,27 +21,27 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING_END = "</think>"
 
 Span = tuple[int, int]
-"""Of characters, from the first to behind the last."""
+"""Start and end of a range of characters, end excluded."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and what of it is learned: what the assistant says and the token that ends its turn."""
+    """A conversation as text, and the spans with loss: the assistant's turns, each with the token that ends it."""
 
     text: str
     spans: tuple[Span, ...]
 
 
 class ChatTemplate:
-    """The template of a tokenizer.
+    """The chat template of a tokenizer.
 
     Args:
-        tokenizer: which has one.
+        tokenizer: a tokenizer with a chat template.
         path: its directory, for errors.
-        last_only: learn only the last of the assistant's turns.
+        last_only: loss on the last of the assistant's turns only.
 
     Raises:
-        DataError: it has none.
+        DataError: the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str, last_only: bool) -> None:
@@ -57,25 +57,25 @@ class ChatTemplate:
 
     @property
     def identity(self) -> str:
-        """Changes with whatever changes a rendering or its spans."""
+        """A text that changes with everything that affects a rendering or its spans; part of cache keys."""
         return f"{self._tokenizer.chat_template!r}\nspecial={self._special!r}\nlast_only={self._last_only}"
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Text and spans.
+        """Return text and spans of a conversation.
 
         Raises:
-            DataError: the template refuses it, or does not tell where the assistant speaks.
+            DataError: the template refuses it, or the assistant's turns cannot be located.
         """
         self._refuse_control_tokens(conversation)
         text, marked = self._apply(conversation, conversation.messages, mask=True)
         turns = [index for index, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
-        found = self._by_the_template(conversation, turns, marked) if marked else None
+        found = self._spans_of_template(conversation, turns, marked) if marked else None
         if found is None:
-            found = self._by_markers(conversation, turns, text) or self._by_prefix(conversation, turns, text)
+            found = self._spans_by_marker(conversation, turns, text) or self._spans_by_prompt(conversation, turns, text)
         if found is None:
             raise DataError(
-                f"data: {conversation.where}: the chat template of {self._path} changes what the assistant says, so "
-                "that what is to be learned cannot be told from the rest; mark it with {% generation %} in the template"
+                f"data: {conversation.where}: the chat template of {self._path} changes the assistant's messages, so "
+                "that they cannot be found in the text; mark them with {% generation %} in the template"
             )
         learned = conversation.learned[-1:] if self._last_only else conversation.learned
         spans = dict(zip(turns, found, strict=True))
@@ -84,7 +84,7 @@ class ChatTemplate:
     def _apply(
         self, conversation: Conversation, messages: Sequence[Message], mask: bool = False, prompt: bool = False
     ) -> tuple[str, Sequence[Span]]:
-        """The rendering, and the spans that the template itself marks, if it does and `mask` asks for them."""
+        """Return the rendering and, if `mask` is set, the spans that the template itself marks, if it does."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._tokenizer.get_chat_template(tools=conversation.tools)
@@ -98,7 +98,7 @@ class ChatTemplate:
         }
         try:
             found: Any = render_jinja_template([[dict(message) for message in messages]], **options)
-        except Exception as error:  # jinja2's, and whatever a template's expressions come to
+        except Exception as error:  # jinja2's, and any error of a template's expressions
             reason = " ".join(str(error).split())
             raise DataError(
                 f"data: {conversation.where}: the chat template of {self._path} refuses it: {reason}"
@@ -115,7 +115,7 @@ class ChatTemplate:
                         "control token; remove it from the text"
                     )
 
-    def _by_the_template(
+    def _spans_of_template(
         self, conversation: Conversation, turns: Sequence[int], marked: Sequence[Span]
     ) -> Sequence[Span]:
         if len(marked) != len(turns):
@@ -125,14 +125,14 @@ class ChatTemplate:
             )
         return marked
 
-    def _by_markers(self, conversation: Conversation, turns: Sequence[int], text: str) -> Sequence[Span] | None:
+    def _spans_by_marker(self, conversation: Conversation, turns: Sequence[int], text: str) -> Sequence[Span] | None:
         pieces = self._pieces(conversation, turns)
         return _between(pieces, [conversation.messages[turn]["content"] for turn in turns], text) if pieces else None
 
-    def _by_prefix(self, conversation: Conversation, turns: Sequence[int], text: str) -> Sequence[Span] | None:
-        """Where the template writes the last turn in another way than the marker: all that follows its prompt.
+    def _spans_by_prompt(self, conversation: Conversation, turns: Sequence[int], text: str) -> Sequence[Span] | None:
+        """Return the spans where the template renders the last turn differently: it is all that follows its prompt.
 
-        So it is with reasoning, which templates keep in the last turn.
+        Templates do so for reasoning, which they keep in the last turn only.
         """
         last = len(conversation.messages) - 1
         if turns[-1] != last:
@@ -153,7 +153,7 @@ class ChatTemplate:
         return [*earlier, (len(prompt), end)] if end is not None else None
 
     def _pieces(self, conversation: Conversation, turns: Sequence[int]) -> list[str]:
-        """What the template puts before, between and after the assistant's turns; nothing if it drops one."""
+        """Return the text before, between and after the assistant's turns; nothing if the template drops a turn."""
         everything = "".join(message["content"] for message in conversation.messages)
         stem = next(stem for stem in (f"assistantturn{number}x" for number in count()) if stem not in everything)
         messages = list(conversation.messages)
@@ -164,12 +164,12 @@ class ChatTemplate:
         return parts[::2] if parts[1::2] == [str(number) for number in range(len(turns))] else []
 
     def _end_of_turn(self, text: str, start: int) -> int | None:
-        """Where the first control token after `start` begins."""
+        """Return the start of the first control token after `start`."""
         places = [place for token in self._special if (place := text.find(token, start)) >= 0]
         return min(places, default=None)
 
     def _with_end(self, conversation: Conversation, text: str, start: int, end: int) -> Span:
-        """The span up to the control token that ends the turn, that token included."""
+        """Return the span extended by the control token that ends the turn."""
         if any(text.endswith(token, start, end) for token in self._special):
             return start, end
         after = end + len(text[end:]) - len(text[end:].lstrip())
@@ -177,16 +177,16 @@ class ChatTemplate:
             if text.startswith(token, after):
                 return start, after + len(token)
         raise DataError(
-            f"data: {conversation.where}: the chat template of {self._path} ends what the assistant says with "
-            f"{text[end : end + 12]!r}, which is no control token: a model trained so would not know when to stop; "
+            f"data: {conversation.where}: the chat template of {self._path} ends the assistant's turn with "
+            f"{text[end : end + 12]!r}, which is no control token: the trained model would not know when to stop; "
             "let the template end the turn with eos_token"
         )
 
 
 def _between(pieces: Sequence[str | None], contents: Sequence[str], text: str) -> list[Span] | None:
-    """Where the contents stand in a text that is made of them and of pieces around them; None = it is not.
+    """Return the spans of the contents in a text that consists of pieces and contents in turn; None if it does not.
 
-    A piece that is None may be anything. A template may strip a content, or keep only what follows its reasoning.
+    A piece that is None matches anything. A template may strip a content, or keep only the part after its reasoning.
     """
     pattern = re.escape(pieces[0] or "")
     for content, piece in zip(contents, pieces[1:], strict=True):
@@ -197,7 +197,7 @@ def _between(pieces: Sequence[str | None], contents: Sequence[str], text: str) -
 
 
 def _forms(content: str) -> list[str]:
-    """What templates make of a text, the longest first."""
+    """Return the forms that templates give to a text, the longest first."""
     answer = content.split(_REASONING_END)[-1]
     forms = {form for one in (content, answer) for form in (one, one.strip(), one.lstrip(), one.rstrip())}
     forms |= {one.strip("\n") for one in (content, answer)} | {one.lstrip("\n") for one in (content, answer)}

@@ -1,4 +1,4 @@
-"""Conversations as tokens, made once: the ids, and which of them are learned, are cached by their content."""
+"""Conversations as tokens: ids, and which of them carry loss, computed once and cached by content."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_ds.data.chat.conversations import Conversation, read_conversations
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.readers.digests import file_sha256
 from megatron_ds.data.readers.sources import JSON_SUFFIXES, FileSource, find_source
 from megatron_ds.data.readers.tokenizer import tokenizer_digest
-from megatron_ds.data.text.corpus import file_digest
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 
@@ -30,12 +30,12 @@ class Conversations:
     """The conversations of one source as tokens, memory-mapped, one after the other.
 
     Attributes:
-        key: stands for their content.
+        key: hash of their content.
         name: the source.
         ids: (T,) int32.
-        learned: (T,) bool: tokens that are to be predicted.
-        starts: (n + 1,) int64: where each conversation begins, and the end of the last.
-        places: (n,) where each stands, behind the name of the source: `:7`.
+        learned: (T,) bool: tokens with loss.
+        starts: (n + 1,) int64: start of each conversation, and the end of the last.
+        places: (n,) place of each in the source, such as `:7`; follows the source's name in errors.
     """
 
     key: str
@@ -54,11 +54,11 @@ class Conversations:
         return np.diff(self.starts)
 
     def where(self, index: int) -> str:
-        """File and line of a conversation, for errors."""
+        """Return file and line of a conversation, for errors."""
         return f"{_prefix(self.name)}{self.places[index]}"
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (L,) int64 and what is learned (L,) bool of one conversation."""
+        """Return a conversation's ids (L,) int64, and which tokens carry loss (L,) bool."""
         start, stop = self.starts[index], self.starts[index + 1]
         return self.ids[start:stop].astype(np.int64), np.asarray(self.learned[start:stop])
 
@@ -66,8 +66,8 @@ class Conversations:
 def cached_conversations(
     source: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate, directory: Path
 ) -> Conversations:
-    """The conversations behind a source string, tokenised unless `directory` holds them already. For any number of
-    processes at once.
+    """Return the conversations of a source, tokenised unless `directory` holds them already. Safe for concurrent
+    processes.
 
     Raises:
         DataError: the source is malformed, the template does not fit it, or `directory` cannot be written.
@@ -79,9 +79,9 @@ def cached_conversations(
 
 
 def tokenize(rendered: Sequence[Rendered], backend: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids (L,) and what is learned (L,) of each text: tokens that have a character in one of its spans.
+    """Yield ids (L,) and loss mask (L,) of each text: tokens with a character in one of its spans carry loss.
 
-    A token that begins before a span and reaches into it (a space and a word) is learned: its word is.
+    So does a token that begins before a span and ends in it, such as a space and a word.
     """
     for text, encoding in zip(rendered, backend.encode_batch([one.text for one in rendered], add_special_tokens=False)):
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -92,14 +92,14 @@ def tokenize(rendered: Sequence[Rendered], backend: Tokenizer) -> Iterator[tuple
 
 
 def offset_backend(tokenizer: PreTrainedTokenizerBase, path: str) -> Tokenizer:
-    """The tokenizer's backend, with offsets that leave no character out: some are told to trim spaces off them.
+    """Return the tokenizer's backend, with offsets that cover every character: some are configured to trim spaces.
 
     Raises:
-        DataError: it has no backend, so it cannot tell where its tokens stand.
+        DataError: the tokenizer has no backend, and so no offsets.
     """
     if not tokenizer.is_fast:
         raise DataError(
-            f"tokenizer {path}: does not tell where in a text its tokens stand, but data.format=chat needs that; "
+            f"tokenizer {path}: gives no positions of its tokens in the text, but data.format=chat needs them; "
             "convert it to a fast tokenizer (tokenizer.json)"
         )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -148,18 +148,18 @@ def _batches(items: Iterable[Conversation], size: int) -> Iterator[list[Conversa
 
 
 def _prefix(source: str) -> str:
-    """What errors call a source; the cache must not remember where the data were when it was made."""
+    """Return the name of a source in errors; it is not cached, as the data may be moved."""
     path = Path(source).expanduser()
     return str(path) if path.exists() else source
 
 
 def _digest(source: str) -> str:
-    """SHA-256 of the content: bytes of files, columns of rows; of no name, path or time."""
+    """Return the SHA-256 of the content: bytes of files, columns of rows. Names, paths and times do not count."""
     found = find_source(source, JSON_SUFFIXES)
     digest = hashlib.sha256()
     if isinstance(found, FileSource):
         for path in found.paths:
-            digest.update(f"file:{file_digest(path)}\n".encode())
+            digest.update(f"file:{file_sha256(path)}\n".encode())
         return digest.hexdigest()
     for batch in found.table.iter(_BATCH):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())

@@ -1,5 +1,1 @@
-"""`format: indexed`: Megatron's `.bin` and `.idx` files, in the order in which Megatron's GPTDataset takes them."""
-
-from megatron_ds.data.indexed.open import open_indexed
-
-__all__ = ["open_indexed"]
+"""The `indexed` format: Megatron's `.bin` and `.idx` files, in the order of Megatron's GPTDataset."""

@@ -1,4 +1,4 @@
-"""Samples out of a pair of indexed files, one token further on than the inputs the targets."""
+"""Causal samples from a pair of indexed files: S tokens as inputs, and the same shifted by one as targets."""
 
 import hashlib
 from dataclasses import fields
@@ -6,27 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ds.data.dataset import Sample, blank_sample
+from megatron_ds.data.blend import SourceUsage
+from megatron_ds.data.dataset import Sample, blank_sample, format_count
 from megatron_ds.data.indexed.files import IndexedFile
 from megatron_ds.data.indexed.order import Epochs, Indices, build_indices, count_epochs
-from megatron_ds.data.options import Order, Split
 from megatron_ds.data.readers.array_cache import cached_arrays
-from megatron_ds.data.text.corpus import count
+from megatron_ds.data.request import Order, Split
 from megatron_ds.errors import DataError
 
 FORMAT_VERSION = 1
 
 
 class IndexedDataset:
-    """Some documents of a file in Megatron's order; `len` is the samples of all epochs that a run needs.
+    """The documents of a file in Megatron's order; `len` is the number of samples of all epochs that a run needs.
 
     Args:
-        file: what is read.
+        file: an indexed file.
         seq_length: S.
-        vocab_size: ids must be below it; each is looked at when it is read.
-        order: how the run goes through it; None = all of it once, as it stands.
-        split: which documents; None = all.
-        cache_dir: where indices are kept.
+        vocab_size: ids must be below it; each is checked when it is read.
+        order: of the run; None = every document once, in the order of the file.
+        split: part of the documents; None = all.
+        cache_dir: directory in which indices are kept.
 
     Raises:
         DataError: the documents do not fill one sample, or the cache cannot be written.
@@ -46,8 +46,8 @@ class IndexedDataset:
         cache_dir: Path,
     ) -> None:
         self.seq_length, self._file, self._vocab_size = seq_length, file, vocab_size
-        self._start, self._stop = part_of(len(file), split)
-        self.num_tokens = tokens_of(file, split)
+        self._start, self._stop = split_bounds(len(file), split)
+        self.num_tokens = split_tokens(file, split)
         if self.num_tokens < seq_length + 1:
             raise DataError(
                 f"data: {file.prefix}: {self.num_tokens} tokens in {self._stop - self._start} documents do not fill a "
@@ -57,6 +57,7 @@ class IndexedDataset:
         seed = order.seed if order is not None and order.shuffle else None
         digest = file.digest()
         self._indices = self._cached_indices(seed, cache_dir)
+        # str(self.epochs) is part of fingerprints and of cache keys: names in `Epochs` must not change
         content = ["indexed", digest, f"{self._start}:{self._stop}", str(seq_length), str(self.epochs)]
         self.fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
 
@@ -65,7 +66,7 @@ class IndexedDataset:
 
     @property
     def name(self) -> str:
-        """The prefix."""
+        """The prefix of the files."""
         return self._file.prefix
 
     @property
@@ -75,40 +76,44 @@ class IndexedDataset:
 
     @property
     def num_epoch_samples(self) -> int:
-        """Samples that the documents hold once."""
+        """Number of samples of one epoch."""
         return (self.num_tokens - 1) // self.seq_length
 
     def sample(self, index: int) -> Sample:
-        """The sample that is taken as number `index % len`: (S,) inputs and (S,) targets.
+        """Return sample number `index % len` of the run: (S,) inputs and (S,) targets.
 
         Raises:
-            DataError: it holds an id that the model does not have.
+            DataError: the sample holds an id that the model does not have.
         """
         documents, bounds = self._indices.documents, self._indices.bounds
-        at = int(self._indices.shuffle[index % len(self)])
-        (first, start), (last, stop) = bounds[at].tolist(), bounds[at + 1].tolist()
+        place = int(self._indices.shuffle[index % len(self)])
+        (first, start), (last, stop) = bounds[place].tolist(), bounds[place + 1].tolist()
         parts = []
-        for place in range(first, last + 1):
-            begin = start if place == first else 0
-            length = stop + 1 - begin if place == last else None
-            parts.append(self._file.read(int(documents[place]), begin, length))
+        for number in range(first, last + 1):
+            begin = start if number == first else 0
+            length = stop + 1 - begin if number == last else None
+            parts.append(self._file.read(int(documents[number]), begin, length))
         tokens = np.concatenate(parts, dtype=np.int64)
-        assert len(tokens) == self.seq_length + 1, (len(tokens), at)
+        assert len(tokens) == self.seq_length + 1, (len(tokens), place)
         self._check(tokens, documents[first : last + 1])
         return {"input_ids": tokens[:-1], "targets": tokens[1:]}
 
     def blank(self) -> Sample:
-        """See `blank_sample`."""
+        """Return a sample without loss; see `blank_sample`."""
         return blank_sample(self.columns, self.seq_length, None)
 
     def describe(self) -> str:
-        """Such as `1.2 B tokens in 3,456 documents, 23,437 samples of 512 in 2 epochs`."""
+        """Return a line such as `1.2 B tokens in 3,456 documents, 23,437 samples of 512 in 2 epochs`."""
         epochs = f" in {self.epochs.count} epochs" if self.epochs.count > 1 else ""
-        epochs += ", the last apart" if self.epochs.first_samples is not None else ""
+        epochs += ", the last shuffled separately" if self.epochs.first_samples is not None else ""
         return (
-            f"{count(self.num_tokens)} tokens in {self._stop - self._start:,} documents, {len(self):,} samples of "
-            f"{self.seq_length}{epochs}"
+            f"{format_count(self.num_tokens)} tokens in {self._stop - self._start:,} documents, {len(self):,} samples "
+            f"of {self.seq_length}{epochs}"
         )
+
+    def usage(self, num_samples: int) -> tuple[SourceUsage, ...]:
+        """Return how much a run has used of the file after its first `num_samples` samples."""
+        return (SourceUsage(self.name, 1.0, num_samples, num_samples / self.num_epoch_samples),)
 
     def _check(self, tokens: np.ndarray, sequences: np.ndarray) -> None:
         wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
@@ -134,25 +139,25 @@ class IndexedDataset:
         return Indices(**cached_arrays(cache_dir, f"{digest.hexdigest()}.indices", names, make))
 
 
-def tokens_of(file: IndexedFile, split: Split | None) -> int:
-    """Of the documents of a part."""
-    start, stop = part_of(len(file), split)
+def split_tokens(file: IndexedFile, split: Split | None) -> int:
+    """Return the number of tokens of a part of a file."""
+    start, stop = split_bounds(len(file), split)
     return int(file.lengths[start:stop].sum(dtype=np.int64))
 
 
-def part_of(num_documents: int, split: Split | None) -> tuple[int, int]:
-    """The first document of a part and the one behind its last, as Megatron's `--split` cuts.
+def split_bounds(num_documents: int, split: Split | None) -> tuple[int, int]:
+    """Return the range [start, stop) of the documents of a part, divided as by Megatron's `--split`.
 
     Raises:
         DataError: the part would be empty.
     """
     if split is None:
         return 0, num_documents
-    shares = np.asarray([*split.fractions, *[0.0] * (3 - len(split.fractions))], dtype=np.float64)
-    ends = [0.0]
-    for share in (shares / shares.sum()).tolist():
-        ends.append(ends[-1] + share)
-    start, stop = (round(end * float(num_documents)) for end in ends[split.part : split.part + 2])
+    fractions = np.asarray([*split.fractions, *[0.0] * (3 - len(split.fractions))], dtype=np.float64)
+    bounds = [0.0]
+    for fraction in (fractions / fractions.sum()).tolist():
+        bounds.append(bounds[-1] + fraction)
+    start, stop = (round(bound * float(num_documents)) for bound in bounds[split.part : split.part + 2])
     if start >= stop:
         raise DataError(
             f"data.split={list(split.fractions)} leaves none of {num_documents} documents for part {split.part + 1}; "

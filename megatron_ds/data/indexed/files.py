@@ -1,7 +1,7 @@
-"""Megatron's `.idx` and `.bin` files: the sequences of a corpus, memory-mapped, and the writer of an `.idx`.
+"""Megatron's `.idx` and `.bin` files: a memory-mapped reader of a corpus, and the writer of an `.idx`.
 
-`PREFIX.bin` holds the tokens of all sequences, end to end; `PREFIX.idx` says where each begins, and which of them begin
-documents. Little-endian, N sequences, D - 1 documents:
+`PREFIX.bin` holds the tokens of all sequences, one after the other; `PREFIX.idx` holds the start of each, and which of
+them begin documents. Little-endian, N sequences, D - 1 documents:
 
 | bytes of `.idx` | |
 | --- | --- |
@@ -10,9 +10,9 @@ documents. Little-endian, N sequences, D - 1 documents:
 | 1 | type of a token: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 6 f64, 7 f32, 8 u16 |
 | 8, 8 | N, D |
 | 4N | lengths in tokens, i32 |
-| 8N | where each begins in `.bin`, in bytes, i64 |
+| 8N | start of each in `.bin`, in bytes, i64 |
 | 8D | the first sequence of each document, and N at the end, i64 |
-| N | a mode for each sequence, i8; only where they are not all text |
+| N | a mode for each sequence, i8; only where not all are text |
 """
 
 import os
@@ -33,26 +33,26 @@ _LARGEST_LENGTH = np.iinfo(np.int32).max
 _READ_BYTES = 1 << 22
 _BLOCK_BYTES = 1 << 16
 _NUM_BLOCKS = 64
-_CHECK_SEQUENCES = 1 << 22  # bounds what a check holds at once
+_CHECK_SEQUENCES = 1 << 22  # bounds the memory of a check
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that Megatron's writer takes for ids below `vocab_size`: u16 below 65,500, else i32."""
+    """Return the dtype of Megatron's writer for ids below `vocab_size`: u16 below 65,500, else i32."""
     return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
 
 
 def index_path(prefix: str) -> Path:
-    """`PREFIX.idx`; a prefix may hold dots."""
+    """Return `PREFIX.idx`; a prefix may hold dots."""
     return Path(f"{prefix}.idx")
 
 
 def tokens_path(prefix: str) -> Path:
-    """`PREFIX.bin`; a prefix may hold dots."""
+    """Return `PREFIX.bin`; a prefix may hold dots."""
     return Path(f"{prefix}.bin")
 
 
 def prefix_of(source: str) -> str:
-    """The prefix behind a prefix, a `.bin` or an `.idx`."""
+    """Return the prefix of a source: a prefix, a `.bin` or an `.idx`."""
     expanded = os.path.expanduser(source)
     if not index_path(expanded).exists():
         for suffix in (".bin", ".idx"):
@@ -62,16 +62,16 @@ def prefix_of(source: str) -> str:
 
 
 class IndexedFile:
-    """The sequences of one corpus. Nothing is copied before it is read; all of `.idx` is checked at once.
+    """The sequences of one corpus. Tokens are copied when they are read; all of `.idx` is checked on opening.
 
     Args:
         source: a prefix, or either of its files.
 
     Attributes:
-        prefix: without `.bin` or `.idx`.
+        prefix: path without `.bin` or `.idx`.
         dtype: of a token.
         lengths: of the sequences, in tokens: (N,) int32.
-        pointers: where each begins, in bytes: (N,) int64.
+        pointers: start of each, in bytes: (N,) int64.
         document_indices: the first sequence of each document, and N: (D,) int64.
 
     Raises:
@@ -101,16 +101,16 @@ class IndexedFile:
         self._tokens = np.empty(0, self.dtype) if empty else np.memmap(tokens_path(self.prefix), self.dtype, mode="r")
 
     def __len__(self) -> int:
-        """N, the number of sequences."""
+        """Return N, the number of sequences."""
         return len(self.lengths)
 
     @property
     def num_documents(self) -> int:
-        """D - 1."""
+        """D - 1, the number of documents."""
         return len(self.document_indices) - 1
 
     def read(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens [offset, offset + length) of a sequence, or all from `offset` on; a view of the file."""
+        """Return tokens [offset, offset + length) of a sequence, or all from `offset` on; a view of the file."""
         size = int(self.lengths[sequence])
         length = size - offset if length is None else length
         assert 0 <= offset <= offset + length <= size, f"[{offset}, {offset + length}) of {size} tokens"
@@ -118,10 +118,10 @@ class IndexedFile:
         return self._tokens[start : start + length]
 
     def digest(self) -> str:
-        """Hash of what stands for the content: all of `.idx`, and of `.bin` evenly spaced blocks; of no name or place.
+        """Return a hash of all of `.idx` and of evenly spaced blocks of `.bin`. Names and paths do not count.
 
-        Tokens are too many to be read at every start: that one was changed by hand between the blocks goes unseen. Up
-        to 4 MiB, the blocks are all there is.
+        Reading all tokens at every start would take too long: a change by hand between the blocks is not detected. Up
+        to 4 MiB, the blocks cover the file.
         """
         digest = xxhash.xxh3_128()
         with index_path(self.prefix).open("rb") as file:
@@ -135,25 +135,25 @@ class IndexedFile:
         return digest.hexdigest()
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
-        """The type of a token, N and D, where the file is as long as they say."""
+        """Return the dtype of a token, N and D; the file must have the size that they imply."""
         path = index_path(self.prefix)
         with path.open("rb") as file:
             raw = file.read(_HEADER.size)
         if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
-            raise DataError(f"data: {path}: not an index of Megatron's: its first bytes are not MMIDIDX; make it again")
+            raise DataError(f"data: {path}: not an index of Megatron: its first bytes are not MMIDIDX; write it again")
         _, version, code, num_sequences, num_indices = _HEADER.unpack(raw)
         if version != _VERSION:
             raise DataError(f"data: {path}: version {version} of the format; only version {_VERSION} is read")
         if code not in _TYPE_OF_CODE:
             raise DataError(
-                f"data: {path}: code {code} of the type of a token; only whole numbers are read, whose codes are "
+                f"data: {path}: code {code} of the type of a token; only integers are read, whose codes are "
                 f"{', '.join(map(str, _TYPE_OF_CODE))}"
             )
         size, expected = path.stat().st_size, _HEADER.size + 12 * num_sequences + 8 * num_indices
         if size not in (expected, expected + num_sequences):
             raise DataError(
                 f"data: {path}: {size:,} bytes, but {num_sequences:,} sequences and {num_indices:,} boundaries of "
-                f"documents take {expected:,}; the file was cut or damaged: copy or make it again"
+                f"documents take {expected:,}; the file was cut or damaged: copy or write it again"
             )
         return np.dtype(_TYPE_OF_CODE[code]), num_sequences, num_indices
 
@@ -169,11 +169,11 @@ class IndexedFile:
         if len(indices) == 0 or indices[0] != 0 or indices[-1] != len(self.lengths) or (np.diff(indices) < 0).any():
             raise DataError(
                 f"data: {index_path(self.prefix)}: the boundaries of its documents do not ascend from 0 to its "
-                f"{len(self.lengths):,} sequences; the file is damaged: copy or make it again"
+                f"{len(self.lengths):,} sequences; the file is damaged: copy or write it again"
             )
 
     def _check_sequences(self) -> int:
-        """The number of tokens, where each sequence begins at the end of the one before."""
+        """Return the number of tokens; each sequence must begin at the end of the one before."""
         begin = 0
         for start in range(0, len(self.lengths), _CHECK_SEQUENCES):
             lengths = self.lengths[start : start + _CHECK_SEQUENCES].astype(np.int64)
@@ -184,7 +184,7 @@ class IndexedFile:
             if wrong.any():
                 raise DataError(
                     f"data: {index_path(self.prefix)}: sequence {start + int(np.flatnonzero(wrong)[0])} does not begin "
-                    "where the one before ends; the file is damaged: copy or make it again"
+                    "where the one before ends; the file is damaged: copy or write it again"
                 )
             begin = int(ends[-1])
         return begin // self.dtype.itemsize
@@ -194,8 +194,8 @@ class IndexedFile:
         size, expected = path.stat().st_size, self.num_tokens * self.dtype.itemsize
         if size != expected:
             raise DataError(
-                f"data: {path}: {size:,} bytes, but {index_path(self.prefix)} speaks of {self.num_tokens:,} tokens of "
-                f"{self.dtype.itemsize} bytes, which take {expected:,}; copy or make both again"
+                f"data: {path}: {size:,} bytes, but {index_path(self.prefix)} lists {self.num_tokens:,} tokens of "
+                f"{self.dtype.itemsize} bytes, which take {expected:,}; copy or write both again"
             )
 
 
@@ -205,13 +205,13 @@ def write_index(
     """Write an `.idx`.
 
     Args:
-        path: the file; one that is there is written over.
+        path: the file; an existing one is overwritten.
         dtype: of the tokens in the `.bin`.
         lengths: of the sequences, in tokens: (N,).
         document_indices: the first sequence of each document, and N: (D,).
 
     Raises:
-        DataError: a sequence is longer than the format can say.
+        DataError: a sequence is longer than the format allows.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     starts = np.asarray(document_indices, dtype="<i8")

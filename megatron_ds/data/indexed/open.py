@@ -1,40 +1,44 @@
-"""From the prefix of indexed files to a dataset."""
+"""Opening `data.format: indexed`: one corpus, or several in proportion to their tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_ds.data.indexed.dataset import IndexedDataset
+from megatron_ds.data.blend import ConcatDataset, open_blend
+from megatron_ds.data.dataset import Dataset
+from megatron_ds.data.indexed.dataset import IndexedDataset, split_tokens
 from megatron_ds.data.indexed.files import IndexedFile
-from megatron_ds.data.objective import Causal, Objective
-from megatron_ds.data.options import Order, Split
-from megatron_ds.data.text.token_cache import default_cache_dir
+from megatron_ds.data.objective import Causal
+from megatron_ds.data.request import DatasetRequest
 from megatron_ds.errors import DataError
 
 
-def open_indexed(
-    source: str,
-    objective: Objective,
-    seq_length: int,
-    vocab_size: int,
-    cache_dir: str | None,
-    order: Order | None,
-    split: Split | None,
-) -> IndexedDataset:
-    """The documents behind one prefix; arguments as `open_dataset`.
+def open_indexed(request: DatasetRequest) -> Dataset:
+    """Open indexed files: several for training are blended by their tokens, for validation read one after the other.
 
     Raises:
-        DataError: the files are missing, damaged or do not fit the model.
+        DataError: files are missing, damaged or do not fit the model.
     """
-    if not isinstance(objective, Causal):
-        raise DataError("data.format=indexed is for models that write on; for this one use data.format=text")
+    sources = request.sources
+    if len(sources) == 1:
+        return _open_corpus(request)
+    if request.order is None:
+        return ConcatDataset([_open_corpus(replace(request, sources=(source,))) for source in sources], sources)
+    weights = [float(split_tokens(IndexedFile(source), request.split)) for source in sources]
+    return open_blend(request, weights, _open_corpus)
+
+
+def _open_corpus(request: DatasetRequest) -> IndexedDataset:
+    (source,) = request.sources
+    if not isinstance(request.objective, Causal):
+        raise DataError("data.format=indexed is for causal models; for this one use data.format=text")
     file = IndexedFile(source)
-    _check_largest_id(file, vocab_size)
-    directory = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    return IndexedDataset(file, seq_length, vocab_size, order, split, directory)
+    _check_largest_id(file, request.vocab_size)
+    return IndexedDataset(file, request.seq_length, request.vocab_size, request.order, request.split, request.cache_dir)
 
 
 def _check_largest_id(file: IndexedFile, vocab_size: int) -> None:
-    """What the manifest of `prepare` says, where there is one, so that a wrong tokenizer is found at once."""
+    """Check the largest id in the manifest of `prepare`, if there is one: a wrong tokenizer is found at once."""
     manifest = Path(f"{file.prefix}.json")
     try:
         largest = json.loads(manifest.read_text(encoding="utf-8")).get("largest_id")

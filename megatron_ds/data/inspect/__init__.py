@@ -1,1 +1,1 @@
-"""What a run would read: counts, lengths, and samples as text with the tokens that carry loss marked."""
+"""Inspection of data: counts, lengths, and samples as text with the tokens that carry loss marked."""

@@ -1,4 +1,4 @@
-"""How long documents are: their histogram, in few bars."""
+"""Histograms of lengths in few bars."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ MOST_BARS = 10
 
 @dataclass(frozen=True)
 class Bar:
-    """How many lengths are in [first, last]."""
+    """The number of lengths in [first, last]."""
 
     first: int
     last: int
@@ -17,13 +17,13 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthHistogram:
     """Lengths in tokens.
 
     Attributes:
-        what: has them, such as `documents`.
-        count, total, shortest, median, longest: in words.
-        bars: of their histogram, in order, ends included.
+        what: the things measured, such as `documents`.
+        count, total, shortest, median, longest: of their lengths.
+        bars: of the histogram, in order, empty ones included.
     """
 
     what: str
@@ -35,18 +35,18 @@ class Lengths:
     bars: tuple[Bar, ...]
 
 
-def measure(what: str, lengths: np.ndarray) -> Lengths:
-    """Lengths and their histogram: bars of one width, or doubling ones where lengths are far apart."""
+def length_histogram(what: str, lengths: np.ndarray) -> LengthHistogram:
+    """Summarize lengths: bars of one width, or of doubling width where lengths span orders of magnitude."""
     shortest, longest = int(lengths.min()), int(lengths.max())
     edges = _edges(shortest, longest)
     counts, _ = np.histogram(lengths, bins=edges)
     bars = tuple(Bar(first, stop - 1, int(count)) for first, stop, count in zip(edges, edges[1:], counts))
     median = float(np.median(lengths))
-    return Lengths(what, len(lengths), int(lengths.sum(dtype=np.int64)), shortest, median, longest, bars)
+    return LengthHistogram(what, len(lengths), int(lengths.sum(dtype=np.int64)), shortest, median, longest, bars)
 
 
 def _edges(shortest: int, longest: int) -> list[int]:
-    """Where bars begin, and where the last ends: all whole numbers, the last above `longest`."""
+    """Return the start of each bar and the end of the last: integers, the last above `longest`."""
     if longest - shortest >= MOST_BARS and longest > 16 * max(shortest, 1):
         edges = [0] if shortest == 0 else []
         power = 1 << (max(shortest, 1).bit_length() - 1)

@@ -1,4 +1,4 @@
-"""Samples as text, with what of them carries loss: so that a person can see what a model is trained on."""
+"""Samples rendered as text with loss-bearing spans marked, to check by eye what a model is trained on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,128 +6,131 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds.data.dataset import IGNORE_INDEX, Dataset, Sample
+from megatron_ds.columns import INPUT_IDS, TARGETS
+from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.sampler import GlobalBatches
-
-PAD_ID = 0  # what causal samples are filled up with
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of text, all of it under loss or none of it."""
+class TextPiece:
+    """A stretch of text that carries loss as a whole (`learned`) or not at all."""
 
     text: str
     learned: bool
 
 
 @dataclass(frozen=True)
-class Document:
-    """Tokens that see one another.
+class RenderedDocument:
+    """Tokens that attend to one another, as text.
 
     Attributes:
-        name: such as `input`; empty where a number says enough.
-        tokens: how many, those that are not shown included.
-        learned: how many of them are to be predicted.
+        name: such as `input`; empty where a number is enough.
+        tokens: number of tokens, hidden ones included.
+        learned: number of tokens with loss.
         pieces: the text; ids where there is no tokenizer.
-        hidden: how many tokens at the end are not shown.
+        hidden: number of tokens at the end that are left out.
     """
 
     name: str
     tokens: int
     learned: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextPiece, ...]
     hidden: int = 0
 
 
 @dataclass(frozen=True)
-class ShownSample:
-    """A sample.
+class RenderedSample:
+    """A sample as text.
 
     Attributes:
-        index: in the data, of whichever epoch.
-        documents: in it.
-        padding: positions that hold nothing.
+        index: in the data, without epochs.
+        documents: of the sample.
+        padding: number of padding positions.
     """
 
     index: int
-    documents: tuple[Document, ...]
+    documents: tuple[RenderedDocument, ...]
     padding: int = 0
 
 
 Tokens = tuple[np.ndarray, np.ndarray]
-"""Ids (L,) and which of them are to be predicted, (L,) bool."""
+"""Ids (L,), and which of them carry loss, (L,) bool."""
 
 
 def first_samples(data: Dataset, order: GlobalBatches, number: int) -> Iterator[tuple[int, Sample]]:
-    """The samples that a run takes first, and their indices in the data."""
+    """Yield the first samples of a run, with their indices in the data."""
     for start in range(0, number, order.global_batch_size):
         for index in order.indices_from(start)[: number - start].tolist():
             yield index % len(data), data.sample(index)
 
 
-def show_sample(index: int, sample: Sample, tokenizer: PreTrainedTokenizerBase | None, shifted: bool) -> ShownSample:
-    """What a sample holds.
+def render_sample(
+    index: int, sample: Sample, tokenizer: PreTrainedTokenizerBase | None, shifted: bool
+) -> RenderedSample:
+    """Render a sample.
 
     Args:
         index: of the sample.
-        sample: as a dataset gives it.
-        tokenizer: None = ids are shown.
-        shifted: whether position t predicts token t + 1, as in a causal model; else targets stand in their own places.
+        sample: as a dataset returns it.
+        tokenizer: None = ids instead of text.
+        shifted: True if position t predicts token t + 1, as in causal models; False if targets are in place.
     """
     if "decoder_input_ids" in sample:
         targets = sample["targets"]
         inputs, padding = _without_padding(sample, sample["input_ids"], np.zeros(len(sample["input_ids"]), dtype=bool))
-        written = targets[targets != IGNORE_INDEX]
+        written = targets[TARGETS.carries_loss(targets)]
         documents = [
-            show(inputs, tokenizer, "input"),
-            show((written, np.ones(len(written), dtype=bool)), tokenizer, "target"),
+            render(inputs, tokenizer, "input"),
+            render((written, np.ones(len(written), dtype=bool)), tokenizer, "target"),
         ]
-        return ShownSample(index, tuple(documents), padding)
+        return RenderedSample(index, tuple(documents), padding)
     tokens, padding = _without_padding(sample, *(_shifted(sample) if shifted else _in_place(sample)))
     positions = sample.get("position_ids")
     starts = [0] if positions is None else np.flatnonzero(positions[: len(tokens[0])] == 0).tolist()
     bounds = zip(starts, [*starts[1:], len(tokens[0])])
     parts = [(tokens[0][start:stop], tokens[1][start:stop]) for start, stop in bounds]
-    return ShownSample(index, tuple(show(part, tokenizer) for part in parts), padding)
+    return RenderedSample(index, tuple(render(part, tokenizer) for part in parts), padding)
 
 
-def show(
+def render(
     tokens: Tokens, tokenizer: PreTrainedTokenizerBase | None, name: str = "", most: int | None = None
-) -> Document:
-    """A document of at most `most` tokens' text."""
+) -> RenderedDocument:
+    """Render a document; only the text of its first `most` tokens."""
     ids, learned = tokens
-    shown = len(ids) if most is None else min(len(ids), most)
-    pieces = pieces_of(ids[:shown], learned[:shown], tokenizer)
-    return Document(name, len(ids), int(learned.sum()), pieces, len(ids) - shown)
+    kept = len(ids) if most is None else min(len(ids), most)
+    pieces = split_by_loss(ids[:kept], learned[:kept], tokenizer)
+    return RenderedDocument(name, len(ids), int(learned.sum()), pieces, len(ids) - kept)
 
 
-def pieces_of(ids: np.ndarray, learned: np.ndarray, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Piece, ...]:
-    """Text cut where loss begins and ends.
+def split_by_loss(
+    ids: np.ndarray, learned: np.ndarray, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[TextPiece, ...]:
+    """Decode tokens to text, cut where loss begins and ends.
 
-    A tokenizer may put a space between two tokens, or make one character of them: each cut lies where the text of all
-    tokens before it ends.
+    A tokenizer may put a space between two tokens, or decode several to one character: each cut is where the text of
+    all tokens before it ends.
     """
     if len(ids) == 0:
         return ()
     cuts = [*(np.flatnonzero(learned[1:] != learned[:-1]) + 1).tolist(), len(ids)]
     if tokenizer is None:
         return tuple(
-            Piece(" ".join(map(str, ids[start:stop])) + (" " if stop < len(ids) else ""), bool(learned[start]))
+            TextPiece(" ".join(map(str, ids[start:stop])) + (" " if stop < len(ids) else ""), bool(learned[start]))
             for start, stop in zip([0, *cuts[:-1]], cuts)
         )
-    whole = _decode(ids, tokenizer)
-    ends = [_agreement(whole, _decode(ids[:cut], tokenizer)) for cut in cuts[:-1]] + [len(whole)]
-    starts = zip([0, *ends[:-1]], ends, [0, *cuts[:-1]])
-    return tuple(Piece(whole[start:end], bool(learned[first])) for start, end, first in starts)
+    text = _decode(ids, tokenizer)
+    stops = [_common_prefix(text, _decode(ids[:cut], tokenizer)) for cut in cuts[:-1]] + [len(text)]
+    bounds = zip([0, *stops[:-1]], stops, [0, *cuts[:-1]])
+    return tuple(TextPiece(text[start:stop], bool(learned[first])) for start, stop, first in bounds)
 
 
-def learned_of(sample: Sample) -> int:
-    """Labels of a sample that carry loss."""
-    return int((sample["targets"] != IGNORE_INDEX).sum())
+def count_labels(sample: Sample) -> int:
+    """Return the number of targets with loss."""
+    return int(TARGETS.carries_loss(sample["targets"]).sum())
 
 
-def length_of(sample: Sample) -> int:
-    """Input positions that are no padding."""
+def unpadded_length(sample: Sample) -> int:
+    """Return the number of input positions without padding."""
     _, padding = _without_padding(sample, *_shifted(sample))
     return len(sample["input_ids"]) - padding
 
@@ -138,39 +141,39 @@ def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _agreement(one: str, other: str) -> int:
-    """How many characters both begin with."""
+def _common_prefix(one: str, other: str) -> int:
+    """Return the number of characters that both begin with."""
     return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _shifted(sample: Sample) -> Tokens:
-    """The inputs and, where there is one, the last target, which is no input: (S,) or (S + 1,)."""
+    """Return the inputs and, if there is one, the last target, which is no input: (S,) or (S + 1,)."""
     ids, targets = sample["input_ids"], sample["targets"]
     if len(ids) != len(targets):
         return ids, np.zeros(len(ids), dtype=bool)
-    learned = np.concatenate([[False], targets != IGNORE_INDEX])
-    tokens = np.concatenate([ids, [PAD_ID]])
+    learned = np.concatenate([[False], TARGETS.carries_loss(targets)])
+    tokens = np.concatenate([ids, [INPUT_IDS.fill]])
     tokens[learned] = targets[learned[1:]]
     end = len(tokens) if learned[-1] else len(ids)
     return tokens[:end], learned[:end]
 
 
 def _in_place(sample: Sample) -> Tokens:
-    """What is to be predicted stands in the place of what hides it."""
-    learned = sample["targets"] != IGNORE_INDEX
+    """Return the inputs with each hidden token replaced by its target."""
+    learned = TARGETS.carries_loss(sample["targets"])
     return np.where(learned, sample["targets"], sample["input_ids"]), learned
 
 
 def _without_padding(sample: Sample, ids: np.ndarray, learned: np.ndarray) -> tuple[Tokens, int]:
-    """The tokens before the padding, and its length. Where nothing says what it is, it is what ends in PAD_ID alone."""
+    """Return the tokens before the padding, and its length. Without a mask, padding is all fill values at the end."""
     size = len(sample["input_ids"])
     if len(ids) > size:
         return (ids, learned), 0
     if "attention_mask" in sample:
-        held = sample["attention_mask"] | learned
+        used = sample["attention_mask"] | learned
     else:
-        held = (ids != PAD_ID) | learned
-    end = int(np.flatnonzero(held)[-1]) + 1 if held.any() else 0
+        used = (ids != INPUT_IDS.fill) | learned
+    end = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
     if "position_ids" in sample:  # padding is a document of its own
         last = int(np.flatnonzero(sample["position_ids"] == 0)[-1])
         end = size if end > last else last

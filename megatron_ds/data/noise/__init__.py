@@ -1,1 +1,1 @@
-"""Masking and span corruption, with reproducible randomness keyed by seed and sample index."""
+"""Masking and span corruption, with reproducible random numbers keyed by seed and sample index."""

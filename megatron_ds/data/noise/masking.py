@@ -1,8 +1,8 @@
-"""Masked language modelling: which tokens of a sample are hidden, and behind what.
+"""Masked language modelling: the choice of tokens to predict, and their replacements.
 
-Of the tokens that are not special, `mask_rate` are to be predicted: 80 % of them are replaced by the mask token, 10 %
-by a random one and 10 % are left as they are (Devlin et al. 2019, section 3.1). Drawing them anew for each epoch is
-the dynamic masking of Liu et al. 2019, section 4.1; hiding all tokens of a word together is whole-word masking.
+A fraction `mask_rate` of the tokens that are not special is to be predicted: 80 % of them are replaced by the mask
+token, 10 % by a random one and 10 % are kept (Devlin et al. 2019, section 3.1). The choice differs in every epoch
+(dynamic masking, Liu et al. 2019, section 4.1); whole-word masking hides all tokens of a word at once.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds.data.dataset import IGNORE_INDEX
-from megatron_ds.data.noise.seeded_random import Draws, Purpose
-from megatron_ds.data.noise.word_boundaries import WordMarks, word_marks
+from megatron_ds.columns import IGNORE_INDEX
+from megatron_ds.data.noise.seeded_random import Purpose, SeededRandom
+from megatron_ds.data.noise.word_boundaries import WordBoundaries, word_boundaries
 from megatron_ds.data.objective import Masked
 from megatron_ds.data.readers.tokenizer import largest_token_id, require_ids_below, special_id
 
@@ -27,13 +27,13 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class MaskingIds:
-    """The ids that masking takes from a tokenizer.
+    """The special ids of a tokenizer that masking needs.
 
     Attributes:
         cls: begins a sample.
         sep: ends a part of a sample, and a document.
-        mask: hides a token.
-        padding: the model's and the tokenizer's own; they may differ.
+        mask: replaces a hidden token.
+        padding: of the model and of the tokenizer; they may differ.
     """
 
     cls: int
@@ -43,100 +43,102 @@ class MaskingIds:
 
     @property
     def special(self) -> np.ndarray:
-        """All of them, which are never hidden: int64."""
+        """All of these ids, which are never hidden: int64."""
         return np.array([self.cls, self.sep, self.mask, *self.padding], dtype=np.int64)
 
 
 class Masker:
-    """Hides tokens of samples as one objective and one tokenizer say.
+    """Hides tokens of samples, for one objective and one tokenizer.
 
     Args:
-        objective: how many tokens, and whether whole words; its seed.
+        objective: mask rate, whole words or not, and seed.
         ids: special tokens.
         num_random: random tokens are drawn from 0 .. num_random - 1.
-        marks: where words begin; given iff `objective.whole_words`.
+        boundaries: of words; given iff `objective.whole_words`.
     """
 
-    def __init__(self, objective: Masked, ids: MaskingIds, num_random: int, marks: WordMarks | None) -> None:
+    def __init__(self, objective: Masked, ids: MaskingIds, num_random: int, boundaries: WordBoundaries | None) -> None:
         assert 0 < objective.mask_rate < 1, f"mask_rate={objective.mask_rate}"
-        assert (marks is not None) == objective.whole_words
+        assert (boundaries is not None) == objective.whole_words
         self.ids = ids
         self._objective = objective
         self._special = ids.special
         self._num_random = num_random
-        self._marks = marks
+        self._boundaries = boundaries
 
     @property
     def identity(self) -> str:
-        """Changes with everything that changes what is hidden."""
-        marks = b"" if self._marks is None else self._marks.continues.tobytes() + self._marks.closes.tobytes()
-        return f"{self._objective} {self.ids} {self._num_random} {hashlib.sha256(marks).hexdigest()}"
+        """A text that changes with everything that affects masking; part of fingerprints."""
+        words = self._boundaries
+        content = b"" if words is None else words.continues.tobytes() + words.closes.tobytes()
+        return f"{self._objective} {self.ids} {self._num_random} {hashlib.sha256(content).hexdigest()}"
 
     def hide(self, ids: np.ndarray, index: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """What the model reads and what it is to predict, for the sample of `index`.
+        """Choose tokens to predict, and hide them.
 
         Args:
-            ids: (L,) int64, special tokens among them.
+            ids: (L,) int64, special tokens included.
             index: of the sample, in any epoch.
-            allowed: (L,) bool, where tokens may be hidden; None is everywhere.
+            allowed: (L,) bool, positions whose tokens may be hidden; None = all.
 
         Returns:
-            (L,) int64 inputs, and (L,) int64 targets: the token itself where it was chosen, else IGNORE_INDEX.
+            (L,) int64 inputs, and (L,) int64 targets: the token itself at chosen positions, else IGNORE_INDEX.
         """
-        draws = Draws(self._objective.seed, Purpose.MASKING, index)
+        random = SeededRandom(self._objective.seed, Purpose.MASKING, index)
         maskable = ~np.isin(ids, self._special)
         if allowed is not None:
             maskable &= allowed
-        chosen = self._choose(ids, maskable, draws)
+        chosen = self._choose(ids, maskable, random)
         inputs, targets = ids.copy(), np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
         targets[chosen] = ids[chosen]
-        fate, random_ids = draws.fractions(len(chosen)), draws.integers(self._num_random, len(chosen))
+        fate, random_ids = random.fractions(len(chosen)), random.integers(self._num_random, len(chosen))
         inputs[chosen] = np.select(
             [fate < MASKED_SHARE, fate < MASKED_SHARE + RANDOM_SHARE], [self.ids.mask, random_ids], ids[chosen]
         )
         return inputs, targets
 
-    def _choose(self, ids: np.ndarray, maskable: np.ndarray, draws: Draws) -> np.ndarray:
-        """Positions to predict: `mask_rate` of the maskable ones, at least one where there is one."""
+    def _choose(self, ids: np.ndarray, maskable: np.ndarray, random: SeededRandom) -> np.ndarray:
+        """Return the positions to predict: `mask_rate` of the maskable ones, at least one if there is any."""
         positions = np.flatnonzero(maskable)
         if len(positions) == 0:
             return positions
         number = max(1, round(self._objective.mask_rate * len(positions)))
-        if self._marks is None:
-            return positions[draws.choice(number, len(positions))]
-        return positions[_choose_words(self._marks.words_of(ids, ~maskable)[positions], number, draws)]
+        if self._boundaries is None:
+            return positions[random.choice(number, len(positions))]
+        words = self._boundaries.word_numbers(ids, ~maskable)[positions]
+        return positions[_choose_words(words, number, random)]
 
 
 def load_masker(tokenizer: PreTrainedTokenizerBase, tokenizer_path: str, objective: Masked, vocab_size: int) -> Masker:
-    """The masker of a tokenizer for a model of `vocab_size` ids.
+    """Return the masker of a tokenizer for a model of `vocab_size` ids.
 
     Raises:
-        DataError: the tokenizer lacks a special token or, with whole words, the marks of words; or the model lacks ids.
+        DataError: the tokenizer lacks a special token or, with whole words, word markers; or the model lacks ids.
     """
     cls, sep, mask = (special_id(tokenizer, tokenizer_path, name, use) for name, use in _NEEDED.items())
     own_padding = [] if tokenizer.pad_token_id is None else [int(tokenizer.pad_token_id)]
     ids = MaskingIds(cls, sep, mask, tuple(sorted({objective.padding_id, *own_padding})))
     require_ids_below(vocab_size, max(cls, sep, mask), tokenizer_path)
-    # All ids, special ones too, as in BERT's own code and transformers' collator. A tokenizer may have more than the
-    # model, as long as the data has none of them.
+    # All ids, special ones too, as in BERT's own code and transformers' collator. A tokenizer may have ids that the
+    # model lacks, as long as the data does not use them.
     num_random = min(vocab_size, largest_token_id(tokenizer) + 1)
-    marks = word_marks(tokenizer, tokenizer_path, vocab_size) if objective.whole_words else None
-    return Masker(objective, ids, num_random, marks)
+    boundaries = word_boundaries(tokenizer, tokenizer_path, vocab_size) if objective.whole_words else None
+    return Masker(objective, ids, num_random, boundaries)
 
 
-def _choose_words(words: np.ndarray, number: int, draws: Draws) -> np.ndarray:
-    """Whole words, in random order, of `number` tokens together; one that would exceed it is passed over.
+def _choose_words(words: np.ndarray, number: int, random: SeededRandom) -> np.ndarray:
+    """Choose whole words, in random order, of `number` tokens in total; words that would exceed it are skipped.
 
     Args:
-        words: (n,) number of the word that each token belongs to, ascending.
-        number: of tokens wanted.
-        draws: decide the order.
+        words: (n,) number of the word of each token, ascending.
+        number: of tokens to choose.
+        random: decides the order.
 
     Returns:
-        The chosen of 0 .. n - 1, ascending. Where not even one word is that short, the first in the order, whole.
+        The chosen of 0 .. n - 1, ascending. If every word is longer than `number`, all tokens of the first in order.
     """
     _, first, sizes = np.unique(words, return_index=True, return_counts=True)
-    order = draws.order(len(sizes))
+    order = random.order(len(sizes))
     taken, left = [], number
     for word in order.tolist():
         if sizes[word] <= left:

@@ -1,6 +1,6 @@
-"""Which tokens belong to one word, read off the three marks that tokenizers put on their tokens.
+"""Word boundaries for whole-word masking, from the tokenizer's prefix markers.
 
-WordPiece marks the token that continues a word (`##ing`); byte-level BPE and SentencePiece mark the space before one
+WordPiece marks tokens that continue a word (`##ing`); byte-level BPE and SentencePiece mark the space before a token
 that begins a word (`Ġ`, `▁`).
 """
 
@@ -17,23 +17,23 @@ _BYTE_LEVEL_SPACES = (BYTE_LEVEL, "Ċ", "č", "ĉ")
 
 
 @dataclass(frozen=True)
-class WordMarks:
-    """What the tokenizer's marks say of each id.
+class WordBoundaries:
+    """Word boundaries by token id.
 
     Attributes:
-        continues: (V,) bool, the token goes on with the word of the token before it.
-        closes: (V,) bool, the token ends a line, so that the next one begins a word whatever its mark.
+        continues: (V,) bool, the token continues the word of the token before it.
+        closes: (V,) bool, the token ends a line, so that the next one begins a word whatever its marker.
     """
 
     continues: np.ndarray
     closes: np.ndarray
 
-    def words_of(self, ids: np.ndarray, breaks: np.ndarray) -> np.ndarray:
-        """The number of the word that each token belongs to, counted from the left: (L,) int64.
+    def word_numbers(self, ids: np.ndarray, breaks: np.ndarray) -> np.ndarray:
+        """Return the number of each token's word, counted from the left: (L,) int64.
 
         Args:
             ids: (L,).
-            breaks: (L,) bool, tokens that belong to no word: each is one by itself, and what follows begins another.
+            breaks: (L,) bool, tokens outside of words: each counts as a word, and the token after it begins another.
         """
         begins = ~self.continues[ids] | breaks
         begins[1:] |= breaks[:-1] | self.closes[ids[:-1]]
@@ -41,32 +41,32 @@ class WordMarks:
         return np.cumsum(begins, dtype=np.int64) - 1
 
 
-def word_marks(tokenizer: PreTrainedTokenizerBase, tokenizer_path: str, num_ids: int) -> WordMarks:
-    """The marks of ids 0 .. num_ids - 1; an id that the tokenizer does not give is a word by itself.
+def word_boundaries(tokenizer: PreTrainedTokenizerBase, tokenizer_path: str, num_ids: int) -> WordBoundaries:
+    """Return the boundaries for ids 0 .. num_ids - 1; ids that the tokenizer lacks are words of their own.
 
-    The convention is the one whose mark is on the most tokens: a vocabulary of bytes may well hold a plain `##` too.
+    The convention is the one whose marker is on the most tokens: a byte-level vocabulary may hold a plain `##` too.
 
     Raises:
-        DataError: no token carries any of the marks.
+        DataError: no token has any of the markers.
     """
     vocabulary = tokenizer.get_vocab()
-    marks = (WORDPIECE, BYTE_LEVEL, SENTENCEPIECE)
-    counts = {mark: sum(token.startswith(mark) and token != mark for token in vocabulary) for mark in marks}
-    mark = max(marks, key=lambda mark: counts[mark])
-    if counts[mark] == 0:
+    markers = (WORDPIECE, BYTE_LEVEL, SENTENCEPIECE)
+    counts = {marker: sum(token.startswith(marker) and token != marker for token in vocabulary) for marker in markers}
+    marker = max(markers, key=lambda marker: counts[marker])
+    if counts[marker] == 0:
         raise DataError(
-            f"tokenizer {tokenizer_path}: its tokens do not tell where words begin (none has {' or '.join(marks)}), "
+            f"tokenizer {tokenizer_path}: its tokens do not show where words begin (none has {' or '.join(markers)}), "
             "but data.whole_words=true needs that; set data.whole_words=false"
         )
     continues, closes = np.zeros((2, num_ids), dtype=bool)
     for token, token_id in vocabulary.items():
         if token_id < num_ids:
-            continues[token_id] = _continues(token, mark)
-            closes[token_id] = mark == BYTE_LEVEL and token.endswith(_BYTE_LEVEL_SPACES[1:])
-    return WordMarks(continues, closes)
+            continues[token_id] = _continues(token, marker)
+            closes[token_id] = marker == BYTE_LEVEL and token.endswith(_BYTE_LEVEL_SPACES[1:])
+    return WordBoundaries(continues, closes)
 
 
-def _continues(token: str, mark: str) -> bool:
-    if mark == WORDPIECE:
-        return token.startswith(mark) and token != mark
-    return not token.startswith(_BYTE_LEVEL_SPACES if mark == BYTE_LEVEL else mark)
+def _continues(token: str, marker: str) -> bool:
+    if marker == WORDPIECE:
+        return token.startswith(marker) and token != marker
+    return not token.startswith(_BYTE_LEVEL_SPACES if marker == BYTE_LEVEL else marker)

@@ -1,4 +1,4 @@
-"""From text to Megatron's `.bin` and `.idx`: in parallel, gone on with where it was cut, whole or not there."""
+"""Preparation of text as Megatron's `.bin` and `.idx`: parallel, resumable, atomic."""
 
 from megatron_ds.data.prepare.run import Prepared, PrepareOptions, State, prepare
 

@@ -1,7 +1,7 @@
-"""Sources cut into chunks, which any process can read by itself: byte ranges of JSON lines, row groups, ranges of rows.
+"""Chunks of sources, each readable by any process: byte ranges of JSON lines, row groups, ranges of rows.
 
-A chunk gives its documents in order, and a line for each that is none. What is cut how depends on the sources alone, so
-that the number of workers changes nothing.
+A chunk yields its documents in order, and an entry for each line that holds none. Chunks depend on the sources alone:
+the number of workers changes nothing.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Chunk:
     """A part of a source.
 
     Attributes:
-        file: its number among all files; one that is named twice has two.
+        file: index of the file among all files; a file that is named twice counts twice.
         source: as the user wrote it.
-        path: the file; the source itself where it is a table.
-        kind: its suffix; "table" for those of `datasets`.
+        path: the file; for a table, the source itself.
+        kind: suffix of the file; "table" for tables of `datasets`.
         start, stop: bytes of JSON lines and text, row groups of parquet, rows of a table.
-        bytes: about what there is to read, for the progress bar.
+        bytes: approximate number of bytes to read, for the progress bar.
     """
 
     file: int
@@ -51,13 +51,13 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text, or what is wrong with it.
+class ChunkDocument:
+    """A text, or the reason why a line or row holds none.
 
     Attributes:
-        text: None = it is none.
-        line: its number in the chunk, from 0: of lines, or rows.
-        problem: why it is none; empty where it is one.
+        text: None if the line holds no document.
+        line: number of the line or row in the chunk, from 0.
+        problem: reason why it holds no document; empty where it does, and in the last entry of a chunk.
     """
 
     text: str | None
@@ -66,10 +66,10 @@ class Document:
 
 
 def cut(sources: Sequence[str]) -> list[Chunk]:
-    """Every chunk, in order.
+    """Return every chunk of the sources, in order.
 
     Raises:
-        DataError: a source is missing or of a kind that is not read.
+        DataError: a source is missing or of an unsupported kind.
     """
     numbers = count()
     return [chunk for source in sources for chunk in _cut(source, numbers)]
@@ -78,8 +78,8 @@ def cut(sources: Sequence[str]) -> list[Chunk]:
 def _cut(source: str, numbers: Iterator[int]) -> Iterator[Chunk]:
     found = find_source(source, SUFFIXES)
     if not isinstance(found, FileSource):
-        whole = Chunk(next(numbers), source, source, "table", 0, len(found.table), found.table.data.nbytes)
-        yield from _ranges(whole, CHUNK_ROWS)
+        table = Chunk(next(numbers), source, source, "table", 0, len(found.table), found.table.data.nbytes)
+        yield from _ranges(table, CHUNK_ROWS)
         return
     for path in found.paths:
         size, suffix = path.stat().st_size, path.suffix.lower()
@@ -91,16 +91,16 @@ def _cut(source: str, numbers: Iterator[int]) -> Iterator[Chunk]:
             yield from _ranges(Chunk(next(numbers), source, str(path), ".jsonl", 0, size, size), CHUNK_BYTES)
 
 
-def _ranges(whole: Chunk, step: int) -> Iterator[Chunk]:
-    for start in range(0, whole.stop, step):
-        stop = min(start + step, whole.stop)
-        size = whole.bytes * stop // whole.stop - whole.bytes * start // whole.stop
-        yield replace(whole, start=start, stop=stop, bytes=size)
+def _ranges(file: Chunk, step: int) -> Iterator[Chunk]:
+    for start in range(0, file.stop, step):
+        stop = min(start + step, file.stop)
+        size = file.bytes * stop // file.stop - file.bytes * start // file.stop
+        yield replace(file, start=start, stop=stop, bytes=size)
 
 
 def identity(chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
-    """What the sources are, cheaply: of each file its size, and a hash of its first and last MiB; of a table its own
-    fingerprint. Names are for people."""
+    """Identify the sources cheaply: a file by its size and a hash of its first and last MiB, a table by its own
+    fingerprint. Names are informational."""
     found: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         if chunk.file in found:
@@ -124,7 +124,7 @@ def _ends_digest(path: Path) -> str:
 
 
 class Reader:
-    """Reads chunks; keeps a table open from one to the next.
+    """Reads chunks; keeps a table open between chunks.
 
     Args:
         column: the field that holds the text.
@@ -134,8 +134,8 @@ class Reader:
         self._column = column
         self._open: tuple[str, datasets.Dataset] | None = None
 
-    def documents(self, chunk: Chunk) -> Iterator[Document]:
-        """Its documents, and what is none; blank lines are neither."""
+    def documents(self, chunk: Chunk) -> Iterator[ChunkDocument]:
+        """Yield the documents of a chunk and the lines without one; blank lines are skipped."""
         if chunk.kind == TEXT:
             yield _decoded(Path(chunk.path).read_bytes(), 0)
         elif chunk.kind == ".jsonl":
@@ -148,38 +148,38 @@ class Reader:
             values = table[chunk.start : chunk.stop][self._column] if self._column in names else None
             yield from self._rows((names, values), chunk)
 
-    def _json_lines(self, chunk: Chunk) -> Iterator[Document]:
-        """The lines that begin in the chunk."""
+    def _json_lines(self, chunk: Chunk) -> Iterator[ChunkDocument]:
+        """Yield the lines that begin in the chunk, then an entry with their number."""
         with open(chunk.path, "rb") as file:
             file.seek(max(0, chunk.start - 1))
             if chunk.start:
-                file.readline()  # of the chunk before, unless a line ends just here
+                file.readline()  # belongs to the chunk before, unless a line ends exactly here
             line = 0
             while file.tell() < chunk.stop and (raw := file.readline()):
                 if raw.strip():
                     yield self._of_json(raw, line)
                 line += 1
-        yield Document(None, line)  # how many lines there were
+        yield ChunkDocument(None, line)  # the number of lines
 
-    def _of_json(self, raw: bytes, line: int) -> Document:
+    def _of_json(self, raw: bytes, line: int) -> ChunkDocument:
         decoded = _decoded(raw, line)
         if decoded.text is None:
             return decoded
         try:
             value = json.loads(decoded.text)
         except (ValueError, RecursionError) as error:
-            return Document(None, line, f"not JSON ({error})")
+            return ChunkDocument(None, line, f"not JSON ({error})")
         if not isinstance(value, dict):
-            return Document(None, line, f"holds a JSON {type(value).__name__}, not an object")
+            return ChunkDocument(None, line, f"holds a JSON {type(value).__name__}, not an object")
         return _checked(value.get(self._column), line, self._column, list(value))
 
-    def _rows(self, given: tuple[list[str], list[Any] | None], chunk: Chunk) -> Iterator[Document]:
+    def _rows(self, given: tuple[list[str], list[Any] | None], chunk: Chunk) -> Iterator[ChunkDocument]:
         names, values = given
         if values is None:
             raise DataError(f"data: {chunk.path}: no column {self._column!r}, only {_some(names)}; give --column")
         for line, value in enumerate(values):
             yield _checked(value, line, self._column, names)
-        yield Document(None, len(values))
+        yield ChunkDocument(None, len(values))
 
     def _row_group(self, chunk: Chunk) -> tuple[list[str], list[Any] | None]:
         import pyarrow.parquet
@@ -208,32 +208,32 @@ def _row_groups(path: Path) -> int:
     try:
         return pyarrow.parquet.ParquetFile(path).num_row_groups
     except (OSError, ValueError) as error:
-        raise DataError(f"data: {path}: is no parquet file that can be read ({error})") from error
+        raise DataError(f"data: {path}: is not a readable parquet file ({error})") from error
 
 
-def _decoded(raw: bytes, line: int) -> Document:
+def _decoded(raw: bytes, line: int) -> ChunkDocument:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Document(None, line, f"not UTF-8 ({error.reason} at byte {error.start})")
-    return Document(text, line) if text else Document(None, line, "empty")
+        return ChunkDocument(None, line, f"not UTF-8 ({error.reason} at byte {error.start})")
+    return ChunkDocument(text, line) if text else ChunkDocument(None, line, "empty")
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
-    """A few names in one line, whatever is in them."""
+    """Return a few names on one line, escaped and shortened."""
     shown = [json.dumps(name)[1:-1][:40] for name in names[:most]]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(shown) or "an empty object") + more
 
 
-def _checked(value: Any, line: int, column: str, names: Sequence[str]) -> Document:
+def _checked(value: Any, line: int, column: str, names: Sequence[str]) -> ChunkDocument:
     if value is None:
-        there = f"only {_some(names)}" if column not in names else "it is null"
-        return Document(None, line, f"no {column!r}, {there}")
+        reason = f"only {_some(names)}" if column not in names else "it is null"
+        return ChunkDocument(None, line, f"no {column!r}, {reason}")
     if not isinstance(value, str):
-        return Document(None, line, f"{column!r} holds {type(value).__name__}, not a string")
+        return ChunkDocument(None, line, f"{column!r} holds {type(value).__name__}, not a string")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        return Document(None, line, f"{column!r} holds a lone surrogate at character {error.start}")
-    return Document(value, line) if value else Document(None, line, f"{column!r} is empty")
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which is no character
+        return ChunkDocument(None, line, f"{column!r} holds a lone surrogate at character {error.start}")
+    return ChunkDocument(value, line) if value else ChunkDocument(None, line, f"{column!r} is empty")

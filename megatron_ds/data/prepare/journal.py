@@ -1,13 +1,13 @@
-"""What is written so far, and where it stands: a directory beside the output, which takes its place when it is whole.
+"""The unfinished output and its journal: a directory next to the output, which replaces it when it is complete.
 
 ```
 .PREFIX.partial/
-  tokens.bin       tokens of the chunks that are done
+  tokens.bin       tokens of the finished chunks
   lengths.bin      i32 each, of their documents
-  journal.json     how many chunks, and how long both files were then; written last, by rename
+  journal.json     number of chunks, and size of both files at that time; written last, by rename
 ```
 
-Whatever a crash leaves behind the journal's word is cut off when the work goes on.
+Bytes that a crash leaves beyond the sizes in the journal are truncated when the work is resumed.
 """
 
 from __future__ import annotations
@@ -23,30 +23,29 @@ from typing import Any
 
 import filelock
 import numpy as np
-import xxhash
 
 from megatron_ds.data.indexed.files import index_path, tokens_path, write_index
 from megatron_ds.data.prepare.chunks import Chunk
 from megatron_ds.data.prepare.workers import Encoded
+from megatron_ds.data.readers.digests import file_xxh3
 from megatron_ds.errors import DataError
 
 MOST_BAD = 1000
-"""Places that are kept; more are only counted."""
+"""Number of bad lines whose places are kept; more are only counted."""
 _EVERY_S = 2.0
-_READ_BYTES = 1 << 22
 
 
 @dataclass
 class State:
-    """How far the work is.
+    """Progress of the work; the attributes are the keys of `journal.json`.
 
     Attributes:
-        key: stands for sources, tokenizer and options.
-        chunks: done.
+        key: hash of sources, tokenizer and options.
+        chunks: number of finished chunks.
         tokens_bytes, documents, tokens, largest_id, longest: of their documents.
-        bytes: read of the sources.
-        file, lines: number of the last chunk's file, and its lines before the next one.
-        num_bad, bad: what was no document: how many, and the first places with the reason.
+        bytes: read from the sources.
+        file, lines: index of the last chunk's file, and number of its lines so far.
+        num_bad, bad: number of lines without a document, and the first of their places, with the reason.
     """
 
     key: str
@@ -64,32 +63,35 @@ class State:
 
 
 class Journal:
-    """The unfinished output of one prefix. A context manager: on leaving, what is done is kept.
+    """The unfinished output of one prefix. A context manager: on leaving, finished work is saved.
 
     Args:
         prefix: of the output.
-        key: of the work; what was left of other work is thrown away.
-        anew: throw away what was left in any case.
+        key: of the work; unfinished output of other work is discarded.
+        restart: discard unfinished output in any case.
+
+    Attributes:
+        discarded: the reason why unfinished output was discarded; empty if there was none, or if it is continued.
 
     Raises:
-        DataError: another process writes to the same prefix, or nothing can be written there.
+        DataError: another process writes to the same prefix, or the directory cannot be written.
     """
 
-    def __init__(self, prefix: str, key: str, anew: bool) -> None:
+    def __init__(self, prefix: str, key: str, restart: bool) -> None:
         self._prefix = prefix
         self._directory = _directory_of(prefix)
-        self.began_anew = ""
+        self.discarded = ""
         try:
             self._directory.parent.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(self._directory.with_name(f".{Path(prefix).name}.lock"))
             self._lock.acquire(blocking=False)
         except filelock.Timeout:
-            raise DataError(f"--output={prefix} is being written by another process; wait for its end") from None
+            raise DataError(f"--output={prefix} is being written by another process; wait until it ends") from None
         except OSError as problem:
             raise self._full(problem) from problem
         found = self._read()
-        if found is not None and (anew or found.key != key):
-            self.began_anew = "as asked" if anew else "sources, tokenizer or options have changed"
+        if found is not None and (restart or found.key != key):
+            self.discarded = "as requested" if restart else "sources, tokenizer or options have changed"
             found = None
         self.state = found or State(key)
         if found is None:
@@ -103,13 +105,13 @@ class Journal:
         self._saved_s = time.monotonic()
 
     def add(self, chunk: Chunk, encoded: Encoded) -> None:
-        """Take the next chunk.
+        """Append the next chunk.
 
         Raises:
             DataError: the disk is full.
         """
         state = self.state
-        try:  # first the files: what the state does not speak of is cut off
+        try:  # first the files: bytes beyond the sizes in the state are truncated
             self._tokens.write(encoded.tokens)
             self._lengths.write(encoded.lengths.astype("<i4").tobytes())
         except OSError as problem:
@@ -135,7 +137,7 @@ class Journal:
                 raise self._full(problem) from problem
 
     def save(self) -> None:
-        """Note how far it is."""
+        """Write the journal."""
         for file in (self._tokens, self._lengths):
             file.flush()
             os.fsync(file.fileno())
@@ -148,7 +150,7 @@ class Journal:
         self._saved_s = time.monotonic()
 
     def finish(self, dtype: np.dtype, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write the index and the manifest, and give all three their names; the whole manifest.
+        """Write the index and the manifest, and give all three files their names; return the full manifest.
 
         Raises:
             DataError: the disk is full.
@@ -158,7 +160,7 @@ class Journal:
             lengths = np.fromfile(self._directory / "lengths.bin", dtype="<i4")
             write_index(self._directory / "index", dtype, lengths, np.arange(len(lengths) + 1))
             names = {"tokens.bin": tokens_path(self._prefix), "index": index_path(self._prefix)}
-            sums = {final.suffix[1:]: _checksum(self._directory / name) for name, final in names.items()}
+            sums = {final.suffix[1:]: file_xxh3(self._directory / name) for name, final in names.items()}
             manifest = {**manifest, "xxh3_128": sums}
             text = json.dumps(manifest, indent=2) + "\n"
             (self._directory / "manifest.tmp").write_text(text, encoding="utf-8")
@@ -178,7 +180,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._directory.is_dir():  # else it has its name already
+            if self._directory.is_dir():  # else the output is finished
                 self.save()
         except OSError as problem:
             raise self._full(problem) from error
@@ -186,12 +188,12 @@ class Journal:
             for file in (self._tokens, self._lengths):
                 try:
                     file.close()
-                except OSError:  # what could not be written is not in the journal either
+                except OSError:  # bytes that could not be written are not in the journal either
                     continue
             self._lock.release()
 
     def _read(self) -> State | None:
-        """What the journal says, if both files are at least as long as it says."""
+        """Return the state in the journal, if both files have at least the sizes in it."""
         try:
             state = State(**json.loads((self._directory / "journal.json").read_text(encoding="utf-8")))
             sizes = [(self._directory / name).stat().st_size for name in ("tokens.bin", "lengths.bin")]
@@ -209,19 +211,19 @@ class Journal:
         free = shutil.disk_usage(place).free
         return DataError(
             f"--output={self._prefix} could not be written: {problem.strerror or problem} ({free / 1e9:.2f} GB are "
-            "free there); make room, or choose another place; the same command goes on where it was"
+            "free there); free some space, or choose another place; the same command continues where it stopped"
         )
 
 
 def complete(prefix: str) -> None:
-    """Give whole files their names, the manifest last, where that was begun; else nothing."""
+    """Give finished files their names, the manifest last; does nothing for unfinished output."""
     directory = _directory_of(prefix)
     if not (directory / "manifest").is_file():
         return
     names = {"tokens.bin": tokens_path(prefix), "index": index_path(prefix), "manifest": Path(f"{prefix}.json")}
     left = {name: final for name, final in names.items() if (directory / name).is_file()}
     for final in reversed(left.values()):
-        final.unlink(missing_ok=True)  # of earlier data: never beside files of these
+        final.unlink(missing_ok=True)  # of earlier data: old and new files must not mix
     for name, final in left.items():
         os.replace(directory / name, final)
     shutil.rmtree(directory)
@@ -232,13 +234,5 @@ def _directory_of(prefix: str) -> Path:
 
 
 def _place(chunk: Chunk, line: int) -> str:
-    """File and line, from 1; table and row, from 0."""
+    """Return file and line, from 1, or table and row, from 0."""
     return f"{chunk.path}: row {line}" if chunk.kind in (".parquet", "table") else f"{chunk.path}:{line + 1}"
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

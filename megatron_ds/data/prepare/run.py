@@ -27,18 +27,18 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What is made of what.
+    """Inputs, output and settings of `prepare`.
 
     Attributes:
         sources: files, directories, saved `datasets` or hub ids.
-        tokenizer: directory.
+        tokenizer: directory of the tokenizer.
         prefix: of the output.
-        workers: processes.
-        column: the field that holds the text, of JSON lines and tables.
+        workers: number of processes.
+        column: the field of JSON lines and tables that holds the text.
         append_eod: whether the tokenizer's eos follows each document.
-        skip_bad: go on without what is no document.
+        skip_bad: skip lines that hold no document.
         overwrite: replace other data of the same prefix.
-        anew: do not go on with what an earlier try left.
+        restart: discard unfinished output of an earlier run.
     """
 
     sources: Sequence[str]
@@ -49,33 +49,33 @@ class PrepareOptions:
     append_eod: bool = True
     skip_bad: bool = False
     overwrite: bool = False
-    anew: bool = False
+    restart: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What came of it.
+    """The result of `prepare`.
 
     Attributes:
         manifest: the content of PREFIX.json.
-        was_there: nothing had to be done.
+        unchanged: True if the output existed already.
     """
 
     manifest: dict[str, Any]
-    was_there: bool = False
+    unchanged: bool = False
 
 
 def prepare(
     options: PrepareOptions,
-    tell: Callable[[str], None] = lambda line: None,
-    show: Callable[[State, int], None] = lambda state, total: None,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[State, int], None] = lambda state, total: None,
 ) -> Prepared:
-    """Tokenise the sources. Cut in the middle, the same call goes on where it was.
+    """Tokenise the sources. After an interruption, the same call continues where it stopped.
 
     Args:
-        options: what is made of what.
-        tell: takes a line worth saying.
-        show: takes the state, before the first chunk and after each, and the bytes that there are to read.
+        options: inputs, output and settings.
+        log: called with each log line.
+        progress: called with the state and the total bytes to read, before the first chunk and after each.
 
     Raises:
         DataError: a source or the tokenizer cannot be read, documents are malformed, or the output cannot be written.
@@ -88,23 +88,23 @@ def prepare(
         raise DataError(f"data: {', '.join(options.sources)}: nothing to read; each line or row must hold a document")
     manifest = _manifest(options, encoding, tokenizer, chunks)
     key = _key(manifest)
-    there = _there(options, key)
-    if there is not None:
-        return Prepared(there, was_there=True)
-    with Journal(options.prefix, key, options.anew) as journal:
+    existing = _existing_manifest(options, key)
+    if existing is not None:
+        return Prepared(existing, unchanged=True)
+    with Journal(options.prefix, key, options.restart) as journal:
         state, total = journal.state, sum(chunk.bytes for chunk in chunks)
-        if journal.began_anew:
-            tell(f"begins anew: {journal.began_anew}")
+        if journal.discarded:
+            log(f"starting over: {journal.discarded}")
         elif state.chunks:
-            tell(f"goes on after {state.documents:,} documents, {state.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-        show(state, total)
+            log(f"continuing after {state.documents:,} documents, {state.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+        progress(state, total)
         left = chunks[state.chunks :]
         with closing(encode_all(left, tokenizer, encoding, options.workers)) as results:
             for chunk, encoded in zip(left, results, strict=True):
                 journal.add(chunk, encoded)
-                show(state, total)
+                progress(state, total)
         if state.num_bad and not options.skip_bad:
-            raise DataError(_bad_words(state))
+            raise DataError(_bad_lines_message(state))
         if state.documents == 0:
             raise DataError(f"data: {', '.join(options.sources)}: no documents")
         counted = {
@@ -119,7 +119,7 @@ def prepare(
 
 
 def _key(manifest: dict[str, Any]) -> str:
-    """Stands for what is made of what; names are not part of it: files may be moved."""
+    """Return the hash of everything that decides the output; without names, as files may be moved."""
     sources = [{name: value for name, value in source.items() if name != "name"} for source in manifest["sources"]]
     decides = {**manifest, "sources": sources, "tokenizer": manifest["tokenizer"]["sha256"]}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -137,7 +137,7 @@ def _encoding(options: PrepareOptions, tokenizer: PreTrainedTokenizerBase) -> En
 def _manifest(
     options: PrepareOptions, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, chunks: Sequence[Chunk]
 ) -> dict[str, Any]:
-    """All that decides what is written, and is known before."""
+    """Return the part of the manifest that is known before reading; it decides the output."""
     return {
         "format_version": FORMAT_VERSION,
         "megatron_ds": __version__,
@@ -153,46 +153,46 @@ def _manifest(
     }
 
 
-def _there(options: PrepareOptions, key: str) -> dict[str, Any] | None:
-    """The manifest of the same data where they are whole already.
+def _existing_manifest(options: PrepareOptions, key: str) -> dict[str, Any] | None:
+    """Return the manifest of the same data if they are complete already.
 
     Raises:
-        DataError: other data have the prefix, or something else than a directory is in its way.
+        DataError: other data have the prefix, or the prefix is not the name of a file.
     """
     prefix = options.prefix
     if prefix.endswith("/") or Path(prefix).name in ("", ".", ".."):
         raise DataError(f"--output={prefix} names a directory; give a name in it, such as {Path(prefix) / 'corpus'}")
     complete(prefix)
     files = [tokens_path(prefix), index_path(prefix), Path(f"{prefix}.json")]
-    there = [file for file in files if file.exists()]
-    if not there:
+    existing = [file for file in files if file.exists()]
+    if not existing:
         return None
     try:
         manifest = json.loads(files[2].read_text(encoding="utf-8"))
         same = manifest["key"] == key and (options.skip_bad or not manifest["bad_lines"]["count"])
         IndexedFile(prefix)
-    except (OSError, ValueError, KeyError, TypeError, DataError):  # not there, or damaged
+    except (OSError, ValueError, KeyError, TypeError, DataError):  # missing or damaged
         manifest, same = {}, False
-    if same and len(there) == len(files) and not options.anew:
+    if same and len(existing) == len(files) and not options.restart:
         return manifest
-    if options.overwrite or (same and options.anew):
+    if options.overwrite or (same and options.restart):
         return None
     raise DataError(
-        f"--output={prefix}: {there[0]} is there, of other data; choose another prefix, or give --overwrite"
-        if len(there) == len(files)
-        else f"--output={prefix}: {there[0]} is there, and {next(f for f in files if f not in there)} is not; remove "
-        "it, or give --overwrite"
+        f"--output={prefix}: {existing[0]} exists, with other data; choose another prefix, or give --overwrite"
+        if len(existing) == len(files)
+        else f"--output={prefix}: {existing[0]} exists, but {next(f for f in files if f not in existing)} does not; "
+        "remove it, or give --overwrite"
     )
 
 
-def _bad_words(state: State) -> str:
-    of = state.num_bad + state.documents
+def _bad_lines_message(state: State) -> str:
+    total = state.num_bad + state.documents
     return (
-        f"{state.num_bad:,} of {of:,} documents cannot be used, the first at {state.bad[0]}; mend them, or give "
-        "--skip-bad to go on without them (what is done is kept)"
+        f"{state.num_bad:,} of {total:,} documents cannot be used, the first at {state.bad[0]}; correct them, or give "
+        "--skip-bad to skip them (finished work is kept)"
     )
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

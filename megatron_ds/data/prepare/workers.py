@@ -1,4 +1,4 @@
-"""Processes that tokenise chunks, a bounded number of them ahead of what has been written."""
+"""Worker processes that tokenise chunks, a bounded number of chunks ahead of the writer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from megatron_ds.data.prepare.chunks import Chunk, Reader
 from megatron_ds.errors import DataError, LaunchError
 
-AHEAD = 3  # chunks a worker that are read, tokenised or waiting to be written
-_GIVEN = 2  # chunks a worker has at once: the one that it tokenises, and the next
+AHEAD = 3  # chunks per worker that are read, tokenised or waiting to be written
+_GIVEN = 2  # chunks that a worker holds: the one that it tokenises, and the next
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How documents become tokens.
+    """Settings of the conversion of documents to tokens.
 
     Attributes:
         column: the field that holds the text.
-        end_id: follows each document; None = nothing does.
+        end_id: the id after each document; None = no id.
         dtype: of a token.
     """
 
@@ -39,14 +39,14 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk as tokens.
+    """The tokens of a chunk.
 
     Attributes:
         tokens: of its documents, one after the other, as bytes.
         lengths: (documents,) int32, in tokens.
-        largest_id: of them; -1 where there are none.
-        num_lines: that it has, or rows.
-        bad: number of the line in the chunk, and what is wrong with it.
+        largest_id: of the tokens; -1 if there are no tokens.
+        num_lines: number of lines, or rows.
+        bad: (line in the chunk, reason) for each line without a document.
     """
 
     tokens: bytes
@@ -57,7 +57,7 @@ class Encoded:
 
 
 def encode_chunk(reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk) -> Encoded:
-    """Read and tokenise one chunk; no special tokens but the end."""
+    """Read and tokenise one chunk, without special tokens except the end."""
     texts, bad, num_lines = [], [], 1
     for document in reader.documents(chunk):
         if document.text is not None:
@@ -68,13 +68,13 @@ def encode_chunk(reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: E
             num_lines = document.line
     end = [] if encoding.end_id is None else [encoding.end_id]
     documents = [np.asarray([*ids, *end], dtype=np.int64) for ids in encode_texts(tokenizer, texts)]
-    whole = np.concatenate([np.empty(0, dtype=np.int64), *documents])
+    tokens = np.concatenate([np.empty(0, dtype=np.int64), *documents])
     lengths = np.asarray([len(one) for one in documents], dtype=np.int32)
-    return Encoded(whole.astype(encoding.dtype).tobytes(), lengths, int(whole.max(initial=-1)), num_lines, bad)
+    return Encoded(tokens.astype(encoding.dtype).tobytes(), lengths, int(tokens.max(initial=-1)), num_lines, bad)
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text. The backend alone is asked where there is one: it makes neither offsets nor masks."""
+    """Return the ids of each text. Uses the backend directly if there is one, without offsets and masks."""
     if not texts:
         return []
     if not tokenizer.is_fast:
@@ -86,17 +86,17 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 def encode_all(
     chunks: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, num_workers: int
 ) -> Generator[Encoded, None, None]:
-    """Every chunk, in order, tokenised by as many processes. Close it, and they end.
+    """Yield every chunk, in order, tokenised by worker processes. Closing the generator ends them.
 
     Args:
-        chunks: what is read.
-        tokenizer: forked workers have it from here; it has not been used yet, as its threads would not be there.
-        encoding: how.
-        num_workers: how many processes.
+        chunks: to read.
+        tokenizer: inherited by forked workers; must not have been used before, as its threads do not survive a fork.
+        encoding: settings.
+        num_workers: number of processes.
 
     Raises:
         DataError: a chunk cannot be read.
-        LaunchError: a worker died, or failed for a reason that is ours.
+        LaunchError: a worker died, or failed by a defect of ours.
     """
     workers: list[_Worker] = []
     try:
@@ -113,9 +113,9 @@ def encode_all(
 
 @dataclass
 class _Worker:
-    """A process, and a pipe that only it and its parent hold: when either ends, the other reads the end of the pipe.
+    """A process, and a pipe between it and its parent alone: when one ends, the other reads the end of the pipe.
 
-    A queue shared by all has a lock, and who is killed while it holds it leaves the others waiting for ever.
+    A queue shared by all has a lock: a process that is killed while holding it leaves the others waiting forever.
     """
 
     process: Any
@@ -141,7 +141,7 @@ def _in_order(chunks: Sequence[Chunk], workers: Sequence[_Worker]) -> Iterator[E
     given, room = 0, AHEAD * max(1, len(workers))
     for number in range(len(chunks)):
         while number not in waiting:
-            for worker in [*workers, *workers]:  # one each, then the next
+            for worker in [*workers, *workers]:  # one chunk each, then a second
                 if worker.num_given < _GIVEN and given < min(len(chunks), number + room):
                     _give(worker, given, chunks[given])
                     given += 1
@@ -171,7 +171,7 @@ def _give(worker: _Worker, number: int, chunk: Chunk) -> None:
 def _receive(worker: _Worker) -> tuple[int, Any]:
     try:
         result = worker.pipe.recv()
-    except (EOFError, OSError):  # also in the middle of a message
+    except (EOFError, OSError):  # possibly in the middle of a message
         raise _ended(worker) from None
     worker.num_given -= 1
     return result
@@ -180,23 +180,23 @@ def _receive(worker: _Worker) -> tuple[int, Any]:
 def _ended(worker: _Worker) -> LaunchError:
     worker.process.join(5)
     return LaunchError(
-        f"{worker.process.name} ended with status {worker.process.exitcode} (negative: by that signal; -9 is often the "
-        "kernel's, for want of memory); start the command again, with fewer --workers: it goes on where it was"
+        f"{worker.process.name} ended with status {worker.process.exitcode} (negative: killed by that signal; -9 is "
+        "often the kernel, out of memory); run the command again with fewer --workers: it continues where it stopped"
     )
 
 
 def _work(
     encoding: Encoding, tokenizer: PreTrainedTokenizerBase, pipe: Connection, inherited: Sequence[Connection]
 ) -> None:
-    for other in inherited:  # held by a fork, they would keep their pipes from ending with the parent
+    for other in inherited:  # copies in a fork would keep the pipes open after the parent has ended
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     reader = Reader(encoding.column)
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
             number, chunk = pipe.recv()
             pipe.send((number, _result(reader, tokenizer, encoding, chunk)))
@@ -211,5 +211,5 @@ def _result(
         return problem
     except OSError as problem:
         return DataError(f"data: {chunk.path}: cannot be read ({problem})")
-    except Exception:  # the parent must not wait for it
+    except Exception:  # reported, so that the parent does not wait for a result
         return traceback.format_exc()

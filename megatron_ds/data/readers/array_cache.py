@@ -1,8 +1,8 @@
-"""Arrays that are made once and kept in files named after what they were made of.
+"""A cache of arrays that are computed once, in files named by a hash of their inputs.
 
-Every rank calls this at start-up; nothing is communicated. A file lock lets one process of a machine make an entry
-while the others wait. An entry is a directory of arrays, which appears under its name when it is whole; one that cannot
-be read any more is made again.
+Every rank calls this at start-up, without communication. A file lock lets one process of a machine compute an entry
+while the others wait. An entry is a directory of arrays, which gets its name when it is complete; a damaged one is
+computed again.
 """
 
 import os
@@ -20,16 +20,16 @@ from megatron_ds.errors import DataError
 def cached_arrays(
     directory: Path, key: str, names: Sequence[str], make: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The arrays of an entry, memory-mapped. For any number of processes at once.
+    """Return the arrays of an entry, memory-mapped; compute them if they are missing. Safe for concurrent processes.
 
     Args:
-        directory: where entries are.
-        key: of the entry: a hash of all that decides the arrays.
+        directory: the cache.
+        key: name of the entry: a hash of everything that decides the arrays.
         names: of its arrays.
         make: computes them.
 
     Raises:
-        DataError: `directory` cannot be written; or whatever `make` raises.
+        DataError: `directory` cannot be written. Exceptions of `make` pass through.
     """
     entry = directory / key
     try:
@@ -52,12 +52,12 @@ def cached_arrays(
 def _read(entry: Path, names: Sequence[str]) -> dict[str, np.ndarray] | None:
     try:
         return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}
-    except (FileNotFoundError, ValueError, EOFError):  # not there; or cut off, or empty
+    except (FileNotFoundError, ValueError, EOFError):  # missing, truncated or empty
         return None
 
 
 def _write(entry: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    # the lock may not reach other machines on a shared disk: their temporary names differ, and all write the same
+    # the lock may not hold across machines on a shared disk: their temporary names differ, and all write the same
     temporary = entry.with_name(f"{entry.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -72,7 +72,7 @@ def _write(entry: Path, arrays: Mapping[str, np.ndarray]) -> None:
         try:
             temporary.rename(entry)
         except OSError:
-            if not entry.is_dir():  # or another machine was first
+            if not entry.is_dir():  # else another machine was first
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""Things laid end to end: from a position in the whole to the part that holds it."""
+"""Concatenation of parts: from a global index to (part, offset)."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
 
-class Concatenation:
-    """Parts of given sizes, one after the other; parts of size 0 hold nothing.
+class ConcatIndex:
+    """Index into concatenated parts; parts of size 0 hold nothing.
 
     Args:
         sizes: of the parts, in order.
@@ -19,8 +19,8 @@ class Concatenation:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """The part that holds `position`, and the offset of `position` in it."""
-        assert 0 <= position < len(self), f"position {position} of {len(self)}"
-        part = int(np.searchsorted(self._ends, position, side="right"))
-        return part, position - int(self._ends[part] - self._sizes[part])
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return the part that holds a global index, and the offset in it."""
+        assert 0 <= index < len(self), f"index {index} of {len(self)}"
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - int(self._ends[part] - self._sizes[part])

@@ -1,6 +1,6 @@
-"""`format: tokenized`: where examples lie, and reading them one by one.
+"""Examples in JSON-lines files and tables, with their place for errors: read in a pass, or one by one.
 
-A file is checked from end to end when it is opened; after that, an example is read when it is asked for.
+A file is checked from start to end when it is opened; after that, each example is read on demand.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,52 +22,52 @@ _TABLE_ROWS = 256
 
 
 class Located(NamedTuple):
-    """The columns of an example and where they stand, for errors."""
+    """The fields of an example, and its place (file and line, or row), for errors."""
 
     columns: Mapping[str, Any]
     where: str
 
 
-class Rows(Protocol):
+class ExampleFile(Protocol):
     """The examples of one file or table."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Located:
-        """Example `index`, 0 <= index < len."""
+        """Return example `index`, 0 <= index < len."""
 
 
-def open_rows(source: str, visit: Callable[[Located], None]) -> Sequence[Rows]:
-    """The examples behind a source string: JSON-lines files, directories of them, saved `datasets`, hub ids.
+def open_examples(source: str, visit: Callable[[Located], None]) -> Sequence[ExampleFile]:
+    """Open the examples of a source: a JSON-lines file, a directory of them, a saved `datasets`, or a hub id.
 
     Args:
         source: as written under `data.train`.
-        visit: called with every example, once, in order; it raises where an example is malformed.
+        visit: called with every example, once, in order; raises where an example is malformed.
 
     Raises:
-        DataError: the source is missing, or a line of it is not a JSON object.
+        DataError: the source is missing, or one of its lines is not a JSON object.
     """
     found = find_source(source, JSON_SUFFIXES)
     if isinstance(found, FileSource):
-        return [_JsonLinesRows(path, visit) for path in found.paths]
-    return [_TableRows(found, visit)]
+        return [_JsonLinesFile(path, visit) for path in found.paths]
+    return [_Table(found, visit)]
 
 
-def each_row(source: str) -> Iterator[Located]:
-    """Every example behind a source string, once, in order, holding a few at a time.
+def iterate_examples(source: str) -> Iterator[Located]:
+    """Yield every example of a source, once, in order, with a few in memory at a time.
 
     Raises:
-        DataError: as `open_rows`.
+        DataError: as `open_examples`.
     """
     found = find_source(source, JSON_SUFFIXES)
     if isinstance(found, FileSource):
         for path in found.paths:
             yield from (Located(line.value, f"{path}:{line.number}") for line in json_lines(path))
     else:
-        yield from _table_rows(found)
+        yield from _iterate_table(found)
 
 
-def _table_rows(source: TableSource) -> Iterator[Located]:
+def _iterate_table(source: TableSource) -> Iterator[Located]:
     row = 0
     for batch in source.table.iter(_TABLE_ROWS):
         for values in zip(*batch.values()):
@@ -75,8 +75,8 @@ def _table_rows(source: TableSource) -> Iterator[Located]:
             row += 1
 
 
-class _JsonLinesRows:
-    """The examples of one file: the offset of each line is kept, a line is parsed when it is asked for."""
+class _JsonLinesFile:
+    """The examples of one file: the offset of each line is kept in memory, a line is parsed on demand."""
 
     def __init__(self, path: Path, visit: Callable[[Located], None]) -> None:
         self._path = path
@@ -97,12 +97,12 @@ class _JsonLinesRows:
         return Located(parse_json_line(self._raw[offset : offset + num_bytes].tobytes(), where), where)
 
 
-class _TableRows:
+class _Table:
     """The rows of a `datasets.Dataset`."""
 
     def __init__(self, source: TableSource, visit: Callable[[Located], None]) -> None:
         self._source = source
-        for located in _table_rows(source):
+        for located in _iterate_table(source):
             visit(located)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
-"""From the string a user writes under `data.train` to what stands behind it: files, or a table of `datasets`.
+"""Sources: from a string under `data.train` to files, or to a table of `datasets`.
 
-A string is, in this order: a file; a directory saved by `datasets`; a plain directory of text and JSON-lines files; the
-id of a dataset on the Hugging Face hub. Both data formats read their sources through this module.
+A string names, in this order: a file; a directory saved by `datasets`; a plain directory of text and JSON-lines files;
+a dataset on the Hugging Face hub.
 """
 
 import json
@@ -37,7 +37,7 @@ class TableSource:
 
 
 class JsonLine(NamedTuple):
-    """One non-blank line of a JSON-lines file: where it stands and the object it holds."""
+    """One non-blank line of a JSON-lines file: its place and the object on it."""
 
     number: int
     offset: int
@@ -46,10 +46,10 @@ class JsonLine(NamedTuple):
 
 
 def find_source(source: str, suffixes: tuple[str, ...]) -> FileSource | TableSource:
-    """What `source` names, reading files that end in one of `suffixes`.
+    """Find the files or the table that `source` names; files must end in one of `suffixes`.
 
     Raises:
-        DataError: nothing of that name, nothing readable in it, or a choice of split that is the user's to make.
+        DataError: nothing has that name, it holds nothing readable, or the user must choose one of several splits.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -60,7 +60,7 @@ def find_source(source: str, suffixes: tuple[str, ...]) -> FileSource | TableSou
             )
         return FileSource(source, (path,))
     if (path / "dataset_dict.json").is_file():
-        raise DataError(_name_a_split(source, path))
+        raise DataError(_several_splits(source, path))
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return TableSource(source, _load_saved(source, path))
     if path.is_dir():
@@ -69,7 +69,7 @@ def find_source(source: str, suffixes: tuple[str, ...]) -> FileSource | TableSou
 
 
 def json_lines(path: Path) -> Iterator[JsonLine]:
-    """Every non-blank line of a JSON-lines file, in order, holding one line at a time.
+    """Yield every non-blank line of a JSON-lines file, in order, with one line in memory at a time.
 
     Raises:
         DataError: a line is not UTF-8, not JSON, or not an object; names the file and the line.
@@ -83,7 +83,7 @@ def json_lines(path: Path) -> Iterator[JsonLine]:
 
 
 def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
-    """The object on one line of a JSON-lines file; `where` names the line in errors."""
+    """Parse the object on one line of a JSON-lines file; `where` names the line in errors."""
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -106,7 +106,7 @@ def _files_of(source: str, directory: Path, suffixes: tuple[str, ...]) -> tuple[
     return found
 
 
-def _name_a_split(source: str, path: Path) -> str:
+def _several_splits(source: str, path: Path) -> str:
     try:
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -116,7 +116,7 @@ def _name_a_split(source: str, path: Path) -> str:
 
 
 def _load_saved(source: str, path: Path) -> "datasets.Dataset":
-    import datasets  # takes a second, which plain text files need not pay
+    import datasets  # imported late: it takes a second, which plain text files do not need
 
     try:
         return datasets.load_from_disk(str(path)).with_format(None)
@@ -131,7 +131,7 @@ def _load_from_hub(source: str, suffixes: tuple[str, ...]) -> "datasets.Dataset"
 
     try:
         table = datasets.load_dataset(source, split="train")
-    except Exception as error:  # the hub client raises types of several libraries; none is hidden, all are chained
+    except Exception as error:  # the hub client raises types of several libraries; all are chained
         raise DataError(
             f"data: {source}: neither a file or directory (looked in {Path.cwd()}) nor a hub dataset with a 'train' "
             f"split that can be loaded ({type(error).__name__}: {' '.join(str(error).split())})"

@@ -1,4 +1,4 @@
-"""A tokenizer from a local directory, the special tokens it must have, and a hash of what it does."""
+"""Tokenizers: loading from a local directory, required special tokens, and a hash of their behaviour."""
 
 import hashlib
 import tempfile
@@ -10,7 +10,7 @@ from megatron_ds.errors import DataError
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in the directory `path`, without network access and without running code that lies there.
+    """Load the tokenizer saved in the directory `path`, without network access and without running code found there.
 
     Raises:
         DataError: no such directory, or it holds no complete tokenizer.
@@ -21,23 +21,23 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise DataError(f"tokenizer {path}: no such directory; {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers lets ValueError, OSError, KeyError and tokenizers' bare Exception through
+    except Exception as error:  # transformers raises ValueError, OSError, KeyError, and tokenizers a bare Exception
         raise DataError(f"tokenizer {path}: cannot be loaded ({_first_line(error)}); {remedy}") from error
-    # From a config.json alone, transformers builds some tokenizers that know only their special tokens: with one of
-    # those, every text would become no tokens at all.
+    # From a config.json alone, transformers builds some tokenizers that know only their special tokens: they would
+    # turn every text into no tokens at all.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise DataError(f"tokenizer {path}: the directory holds no vocabulary, only special tokens; {remedy}")
     return tokenizer
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, path: str, name: str, use: str) -> int:
-    """The id of the tokenizer's special token `name` (`eos_token`, `mask_token`, ...).
+    """Return the id of the tokenizer's special token `name` (`eos_token`, `mask_token`, ...).
 
     Args:
-        tokenizer: where it is looked up.
-        path: the tokenizer's directory, for the error.
+        tokenizer: the tokenizer.
+        path: its directory, for the error.
         name: as in tokenizer_config.json.
-        use: what needs the token, for the error; follows "but".
+        use: the reason why the token is needed, for the error; follows "but".
 
     Raises:
         DataError: the tokenizer has no such token.
@@ -52,10 +52,10 @@ def special_id(tokenizer: PreTrainedTokenizerBase, path: str, name: str, use: st
 
 
 def require_ids_below(vocab_size: int, largest_id: int, tokenizer_path: str) -> None:
-    """Refuses a tokenizer that gives ids the model does not have.
+    """Refuse a tokenizer with ids that the model does not have.
 
     Raises:
-        DataError: `largest_id`, the largest that is used, is not below `vocab_size`.
+        DataError: `largest_id`, the largest in use, is not below `vocab_size`.
     """
     if largest_id >= vocab_size:
         raise DataError(
@@ -66,14 +66,14 @@ def require_ids_below(vocab_size: int, largest_id: int, tokenizer_path: str) -> 
 
 
 def largest_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest id that the tokenizer can give (its ids may have gaps, so this is not its length less one)."""
+    """Return the tokenizer's largest id (ids may have gaps, so this is not its length less one)."""
     return max(tokenizer.get_vocab().values())
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
-    """SHA-256 of what decides the ids of a text: the id that ends a document, and the serialised backend.
+    """Return the SHA-256 of everything that decides the ids of a text: the end-of-document id and the backend.
 
-    A tokenizer without a backend goes by all the files it saves.
+    The backend is hashed as serialised; for a tokenizer without one, all files that it saves are hashed.
     """
     digest = hashlib.sha256(f"eos={end_id}\n".encode())
     if tokenizer.is_fast:

@@ -1,22 +1,23 @@
-"""`format: text` for sequence-to-sequence models: spans are cut out of the text, and the decoder writes them.
+"""Samples of text for sequence-to-sequence models: spans are cut out of the text, and the decoder writes them.
 
-Sample i takes tokens [i*L, i*L + L) of the stream, whatever documents they are of, with L as large as the corrupted
-input fits S positions. How spans are cut out is `corruption`'s.
+Sample i takes tokens [i*L, i*L + L) of the stream, regardless of document boundaries, with the largest L whose
+corrupted input fits S positions. `noise.span_corruption` cuts the spans.
 """
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds.data.dataset import IGNORE_INDEX, Sample, blank_sample
-from megatron_ds.data.noise.seeded_random import Draws, Purpose
-from megatron_ds.data.noise.span_corruption import Lengths, corrupt, fit_lengths, lengths_of
+from megatron_ds.columns import INPUT_IDS, TARGETS
+from megatron_ds.data.dataset import Sample, blank_sample, format_count
+from megatron_ds.data.noise.seeded_random import Purpose, SeededRandom
+from megatron_ds.data.noise.span_corruption import CorruptionLengths, corrupt, corruption_lengths, fit_lengths
 from megatron_ds.data.objective import Seq2Seq
 from megatron_ds.data.readers.tokenizer import require_ids_below
-from megatron_ds.data.text.corpus import Corpus, count
+from megatron_ds.data.text.corpus import Corpus
 from megatron_ds.errors import DataError
 
 _SMALLEST_LENGTH = 3  # a token, a sentinel and the end
-_TARGET_MULTIPLE = 8  # friendly to tensor cores, and to a split of the sequence over ranks
+_TARGET_MULTIPLE = 8  # suits tensor cores and the split of sequences over ranks
 
 
 class CorruptedText:
@@ -26,11 +27,11 @@ class CorruptedText:
         corpus: a stream of tokens.
         seq_length: S.
         objective: how much is cut out; its T, or None for the smallest multiple of 8 that holds the targets.
-        sentinels: (lengths.sentinels,) ids.
+        sentinels: (CorruptionLengths.sentinels,) ids.
         end_id: the end-of-text token.
 
     Raises:
-        DataError: S is below 3, T is below what the targets take, or fewer than L tokens.
+        DataError: S is below 3, T is below the number of target tokens, or fewer than L tokens.
     """
 
     ordered = False
@@ -59,25 +60,22 @@ class CorruptedText:
                 f"{objective.mean_span:g} give; nearest: {needed}"
             )
         largest = 0
-        if len(corpus.tokens) > 1:  # one position less than what one token more would take
-            largest = lengths_of(len(corpus.tokens) + 1, objective.mask_rate, objective.mean_span).inputs - 1
+        if len(corpus.tokens) > 1:  # one position less than one more token would need
+            largest = corruption_lengths(len(corpus.tokens) + 1, objective.mask_rate, objective.mean_span).inputs - 1
         corpus.require_sample(self._lengths.raw, seq_length, largest)
 
     def __len__(self) -> int:
         return len(self._tokens) // self._lengths.raw
 
     def sample(self, index: int) -> Sample:
-        """(S,) inputs and (T,) targets; input positions are padded where the corrupted text is one short."""
+        """Return (S,) inputs and (T,) targets; inputs are padded where the corrupted text is one position short."""
         start = index % len(self) * self._lengths.raw
-        draws = Draws(self._objective.seed, Purpose.CORRUPTION, index)
+        random = SeededRandom(self._objective.seed, Purpose.CORRUPTION, index)
         tokens = self._tokens.read(start, start + self._lengths.raw)
-        inputs, spans = corrupt(tokens, self._lengths, self._sentinels, self._end_id, draws)
-        input_ids = np.full(self.seq_length, self._objective.padding_id, dtype=np.int64)
-        input_ids[: len(inputs)] = inputs
-        targets = np.full(self.target_length, IGNORE_INDEX, dtype=np.int64)
-        targets[: len(spans)] = spans
+        inputs, spans = corrupt(tokens, self._lengths, self._sentinels, self._end_id, random)
+        targets = TARGETS.pad(spans, self.target_length)
         sample = {
-            "input_ids": input_ids,
+            "input_ids": INPUT_IDS.pad(inputs, self.seq_length, self._objective.padding_id),
             "decoder_input_ids": self._objective.decoder_inputs(targets),
             "targets": targets,
         }
@@ -86,20 +84,20 @@ class CorruptedText:
         return sample
 
     def blank(self) -> Sample:
-        """See `blank_sample`."""
+        """Return a sample without loss; see `blank_sample`."""
         return blank_sample(self.columns, self.seq_length, self.target_length)
 
     def describe(self) -> str:
-        """Such as `353,442 tokens, 622 samples of 512 with targets of 120, 15 % masked in spans of 3`."""
+        """Return a line such as `353,442 tokens, 622 samples of 512 with targets of 120, 15 % masked in spans of 3`."""
         return (
-            f"{count(len(self._tokens))} tokens, {len(self):,} samples of {self.seq_length} with targets of "
+            f"{format_count(len(self._tokens))} tokens, {len(self):,} samples of {self.seq_length} with targets of "
             f"{self.target_length}, {self._objective.mask_rate * 100:g} % masked in spans of "
             f"{self._objective.mean_span:g}"
         )
 
 
-def sample_lengths(seq_length: int, objective: Seq2Seq) -> Lengths:
-    """The numbers of every sample of S = `seq_length`.
+def sample_lengths(seq_length: int, objective: Seq2Seq) -> CorruptionLengths:
+    """Return the numbers of tokens and spans of every sample of S = `seq_length`.
 
     Raises:
         DataError: S is below 3.
@@ -107,7 +105,7 @@ def sample_lengths(seq_length: int, objective: Seq2Seq) -> Lengths:
     lengths = fit_lengths(seq_length, objective.mask_rate, objective.mean_span)
     if lengths is None:
         raise DataError(
-            f"data.seq_length={seq_length} leaves no room for text beside a sentinel and the end; "
+            f"data.seq_length={seq_length} leaves no room for text next to a sentinel and the end; "
             f"nearest: {_SMALLEST_LENGTH}"
         )
     return lengths
@@ -116,10 +114,10 @@ def sample_lengths(seq_length: int, objective: Seq2Seq) -> Lengths:
 def find_sentinels(
     tokenizer: PreTrainedTokenizerBase, tokenizer_path: str, seq_length: int, objective: Seq2Seq, vocab_size: int
 ) -> np.ndarray:
-    """The ids of <extra_id_0>, <extra_id_1>, ..., as many as a sample of `seq_length` takes.
+    """Return the ids of <extra_id_0>, <extra_id_1>, ..., as many as a sample of `seq_length` needs.
 
     Raises:
-        DataError: the tokenizer has fewer of them, or the model lacks one of their ids.
+        DataError: the tokenizer has fewer of them, or the model lacks one of the ids.
     """
     needed = sample_lengths(seq_length, objective).sentinels
     vocabulary = tokenizer.get_vocab()

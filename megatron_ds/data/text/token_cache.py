@@ -1,8 +1,8 @@
-"""Texts are tokenised once: the ids lie in a cache named after the content of the text and of the tokenizer.
+"""Token cache: texts are tokenised once, and the ids kept under a hash of the text and of the tokenizer.
 
-Every rank calls this at start-up; nothing is communicated. A file lock lets one rank tokenise while the others
-of its machine wait; the rest is files: `<key>.bin` holds the ids, `<key>.json` says how many there must be, and both
-appear under their names only when they are whole. Moving or touching a text keeps its key, changing a byte changes it.
+Every rank calls this at start-up, without communication. A file lock lets one rank tokenise while the others of its
+machine wait. `<key>.bin` holds the ids, `<key>.json` their number and dtype; both get their names when they are
+complete. Moving or touching a text keeps its key, changing a byte changes it.
 """
 
 import hashlib
@@ -17,20 +17,19 @@ import filelock
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds.cache import cache_folder
 from megatron_ds.data.readers.tokenizer import largest_token_id, tokenizer_digest
-from megatron_ds.data.text.corpus import TextSource
+from megatron_ds.data.text.documents import TextSource
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
-_BATCH_CHARACTERS = 1 << 21  # bounds what is held at once; a longer document is still encoded whole
+_BATCH_CHARACTERS = 1 << 21  # bounds memory; a longer document is still encoded in one piece
 _BATCH_DOCUMENTS = 4096
 
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """The sidecar of a token file."""
+    """The sidecar (`<key>.json`) of a token file."""
 
     format_version: int
     dtype: str
@@ -41,23 +40,18 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """The ids of one source: (T,) uint16 or uint32, memory-mapped, and the key that stands for their content."""
+    """The ids of one source: (T,) uint16 or uint32, memory-mapped, and the key, a hash of their content."""
 
     key: str
     tokens: np.ndarray
     info: TokenInfo
 
 
-def default_cache_dir() -> Path:
-    """Where tokens are kept unless a run says otherwise."""
-    return cache_folder("tokens")
-
-
 def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id: int, directory: Path) -> CachedTokens:
-    """The tokens of `source` without special tokens, `end_id` after each document that is not empty.
+    """Return the tokens of `source`, with `end_id` after each document that is not empty and no other special token.
 
-    Reads the source once to hash it; tokenises it only where `directory` does not hold its tokens yet, whole. Safe to
-    call from any number of processes at once.
+    Reads the source once to hash it; tokenises it only if `directory` does not hold all of its tokens yet. Safe for
+    concurrent processes.
 
     Raises:
         DataError: the source is malformed, or `directory` cannot be written.
@@ -82,14 +76,14 @@ def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id
 
 
 def _read_info(directory: Path, key: str) -> TokenInfo | None:
-    """The sidecar, or None where it or the token file is missing, damaged or of another size than it says."""
+    """Return the sidecar, or None where it or the token file is missing, damaged or of the wrong size."""
     try:
         info = TokenInfo(**json.loads((directory / f"{key}.json").read_text(encoding="utf-8")))
         size = (directory / f"{key}.bin").stat().st_size
-        whole = size == info.num_tokens * np.dtype(info.dtype).itemsize
+        intact = size == info.num_tokens * np.dtype(info.dtype).itemsize
     except (OSError, ValueError, TypeError):
         return None
-    return info if whole and info.format_version == FORMAT_VERSION else None
+    return info if intact and info.format_version == FORMAT_VERSION else None
 
 
 def _write_tokens(
@@ -99,7 +93,7 @@ def _write_tokens(
     dtype = np.dtype("<u2" if max(largest_token_id(tokenizer), end_id) < 1 << 16 else "<u4")
     num_tokens = num_documents = 0
     largest_id = -1
-    # The lock may not reach other machines on a shared disk: their temporary names differ, and both write the same.
+    # The lock may not hold across machines on a shared disk: their temporary names differ, and both write the same.
     temporary = directory / f"{key}.{socket.gethostname()}.tmp"
     try:
         with temporary.open("wb") as file:
@@ -121,7 +115,7 @@ def _write_tokens(
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents that are not empty, in lists bounded in number and in characters."""
+    """Yield documents that are not empty, in lists bounded in number and in characters."""
     batch: list[str] = []
     characters = 0
     for document in documents:
@@ -137,10 +131,10 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[str], end_id: int) -> np.ndarray:
-    """The ids of all documents, each followed by `end_id`, as one (T,) int64. Fast tokenizers use every core."""
+    """Return the ids of all documents, each followed by `end_id`: (T,) int64. Fast tokenizers use every core."""
     encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    pieces = [np.asarray([*ids, end_id], dtype=np.int64) for ids in encoded]
-    return np.concatenate(pieces)
+    documents = [np.asarray([*ids, end_id], dtype=np.int64) for ids in encoded]
+    return np.concatenate(documents)
 
 
 def _map_tokens(path: Path, info: TokenInfo) -> np.ndarray:

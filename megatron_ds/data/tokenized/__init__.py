@@ -1,1 +1,1 @@
-"""The `tokenized` format: examples that already hold token ids, one module for each objective."""
+"""The `tokenized` format: examples of token ids in transformers' convention, for every kind of model."""

@@ -1,18 +1,18 @@
-"""Examples of a causal model: `input_ids`, `labels` aligned with them (absent = `input_ids`), `attention_mask`.
+"""Examples for causal models: `input_ids`, `labels` aligned with them (default: `input_ids`), `attention_mask`.
 
-`position_ids` say that an example is several documents one after the other: they begin at 0 wherever a document does.
+`position_ids` divide an example into several documents: they begin at 0 wherever a document does.
 
-A causal model of transformers shifts the labels inside; here they are shifted when a sample is read: targets[t] =
+Causal models of transformers shift the labels themselves; here they are shifted when a sample is read: targets[t] =
 labels[t + 1], and the last position has none.
 """
 
 import numpy as np
 
-from megatron_ds.data.dataset import IGNORE_INDEX, Sample
+from megatron_ds.columns import IGNORE_INDEX, INPUT_IDS, POSITION_IDS, TARGETS
+from megatron_ds.data.dataset import Sample
 from megatron_ds.data.readers.examples import Located
 from megatron_ds.data.tokenized.validation import (
     Example,
-    padded,
     padded_mask,
     read_columns,
     require_equal_lengths,
@@ -21,12 +21,13 @@ from megatron_ds.data.tokenized.validation import (
 )
 from megatron_ds.errors import DataError
 
-PAD_ID = 0  # any valid id will do: padded positions have no target, and a causal model never looks ahead at them
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 class CausalExamples:
-    """See `ExampleKind`.
+    """Examples for causal models; see `ExampleKind`.
+
+    Padding ids need no choice: padded positions have no target, and no position before them attends to them.
 
     Args:
         seq_length: S.
@@ -41,7 +42,7 @@ class CausalExamples:
         self._vocab_size = vocab_size
 
     def parse(self, located: Located) -> Example:
-        """The columns; `labels` are there in any case."""
+        """Return the checked columns of an example; `labels` are always present."""
         example, where = read_columns(located, _COLUMNS, "causal"), located.where
         example.setdefault("labels", example["input_ids"])
         require_equal_lengths(example, where, "input_ids", ("labels", "attention_mask", "position_ids"))
@@ -51,27 +52,27 @@ class CausalExamples:
         return example
 
     def count_targets(self, example: Example) -> int:
-        """Labels that are not ignored, the first of each document left out: nothing predicts it."""
-        return int((_shifted(example) != IGNORE_INDEX).sum())
+        """Return the number of labels with loss, without the first of each document: nothing predicts it."""
+        return int(TARGETS.carries_loss(_shifted(example)).sum())
 
     def columns(self, given: frozenset[str], some_shorter: bool) -> tuple[str, ...]:
-        """With a mask iff any example has one: what a causal model attends to lies before the padding."""
+        """Return the columns, with a mask iff any example has one: causal models never attend to padding."""
         return ("input_ids", "targets", *(name for name in ("attention_mask", "position_ids") if name in given))
 
     def sample(self, example: Example, index: int) -> Sample:
-        """The example shifted and padded: (S,) each. The padding is a document of its own."""
-        length = len(example["input_ids"])
-        positions = example.get("position_ids", np.arange(length))
+        """Return the example shifted and padded: (S,) each. The padding is a document of its own."""
+        length = self.seq_length
+        positions = example.get("position_ids", np.arange(len(example["input_ids"])))
         return {
-            "input_ids": padded(example["input_ids"], self.seq_length, PAD_ID),
-            "targets": padded(_shifted(example), self.seq_length, IGNORE_INDEX),
-            "position_ids": np.concatenate([positions, np.arange(self.seq_length - length)]),
-            "attention_mask": padded_mask(example, "attention_mask", "input_ids", self.seq_length),
+            "input_ids": INPUT_IDS.pad(example["input_ids"], length),
+            "targets": TARGETS.pad(_shifted(example), length),
+            "position_ids": POSITION_IDS.pad(positions, length),
+            "attention_mask": padded_mask(example, "attention_mask", "input_ids", length),
         }
 
 
 def _shifted(example: Example) -> np.ndarray:
-    """(L,): the label of what follows in the same document."""
+    """Return (L,): at each position, the label of the next one of the same document."""
     shifted = np.append(example["labels"][1:], IGNORE_INDEX)
     if "position_ids" in example:
         shifted[:-1][example["position_ids"][1:] == 0] = IGNORE_INDEX

@@ -1,65 +1,64 @@
-"""`format: tokenized`: examples of token ids in transformers' convention, one sample each, padded on the right.
+"""Samples of `data.format: tokenized`: one example each, padded on the right.
 
-What the columns mean depends on the kind of model: see `tokenized_causal`, `tokenized_masked`, `tokenized_seq2seq`.
+The meaning of the columns depends on the kind of model: see `causal`, `masked` and `seq2seq`.
 """
 
 import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_ds.data.dataset import Sample, blank_sample
-from megatron_ds.data.readers.concat_index import Concatenation
-from megatron_ds.data.readers.examples import Located, open_rows
-from megatron_ds.data.text.corpus import count
+from megatron_ds.data.dataset import Sample, blank_sample, format_count
+from megatron_ds.data.readers.concat_index import ConcatIndex
+from megatron_ds.data.readers.examples import Located, open_examples
 from megatron_ds.data.tokenized.validation import Example
 from megatron_ds.errors import DataError
 
 
 class ExampleKind(Protocol):
-    """What one kind of model makes of an example."""
+    """The rules of one kind of model: how an example is checked and becomes a sample."""
 
     @property
     def seq_length(self) -> int:
-        """S."""
+        """S, positions of a sample."""
 
     @property
     def target_length(self) -> int | None:
-        """T; None where there is no decoder beside an encoder."""
+        """T; None where there is no separate encoder."""
 
     @property
     def identity(self) -> str:
-        """Changes with every setting that changes a sample."""
+        """A text that changes with every setting that affects samples; part of the fingerprint."""
 
     def parse(self, located: Located) -> Example:
-        """The columns of an example, checked against the run.
+        """Return the columns of an example, checked against the run.
 
         Raises:
             DataError: the example is malformed or does not fit the model.
         """
 
     def count_targets(self, example: Example) -> int:
-        """How many tokens of the example carry loss; about how many where that is drawn."""
+        """Return the number of tokens with loss; an estimate where they are chosen at random."""
 
     def columns(self, given: frozenset[str], some_shorter: bool) -> tuple[str, ...]:
-        """The columns of a sample.
+        """Return the column names of all samples.
 
         Args:
-            given: the columns that any example has.
+            given: columns that at least one example has.
             some_shorter: whether any example has fewer than S input ids.
         """
 
     def sample(self, example: Example, index: int) -> Sample:
-        """The sample of an example, with all columns that there can be."""
+        """Return the sample of an example, with all columns that the kind of model knows."""
 
 
 class TokenizedDataset:
     """The examples of all sources in order, one sample each.
 
-    Everything is checked once, here, in a streaming pass; examples are read again, one by one, when asked for.
+    Everything is checked once, here, in a streaming pass; later, examples are read again, one by one, on demand.
 
     Args:
         sources: JSON-lines files, directories of them, directories saved by `datasets`, or hub ids.
-        kind: what the model makes of an example.
+        kind: the rules of the kind of model.
 
     Raises:
         DataError: a source is missing or empty, or an example is malformed or too long.
@@ -69,8 +68,8 @@ class TokenizedDataset:
 
     def __init__(self, sources: Sequence[str], kind: ExampleKind) -> None:
         census = _Census(kind)
-        self._parts = [part for source in sources for part in open_rows(source, census.add)]
-        self._examples = Concatenation([len(part) for part in self._parts])
+        self._parts = [part for source in sources for part in open_examples(source, census.add)]
+        self._examples = ConcatIndex([len(part) for part in self._parts])
         if len(self._examples) == 0:
             raise DataError(f"data: {', '.join(sources)}: no examples; each line or row must hold one")
         self._kind = kind
@@ -85,25 +84,25 @@ class TokenizedDataset:
         return len(self._examples)
 
     def sample(self, index: int) -> Sample:
-        """Example `index % len`, padded; what is drawn for it, if anything, is drawn for `index`."""
+        """Return example `index % len`, padded; noise, if any, is that of `index`."""
         part, offset = self._examples.locate(index % len(self))
         sample = self._kind.sample(self._kind.parse(self._parts[part].read(offset)), index)
         return {name: sample[name] for name in self.columns}
 
     def blank(self) -> Sample:
-        """See `blank_sample`."""
+        """Return a sample without loss; see `blank_sample`."""
         return blank_sample(self.columns, self.seq_length, self.target_length)
 
     def describe(self) -> str:
-        """Such as `1,234 examples of up to 512 tokens: 0.4 M tokens, 0.3 M targets`."""
+        """Return a line such as `1,234 examples of up to 512 tokens: 0.4 M tokens, 0.3 M targets`."""
         return (
             f"{len(self):,} examples of up to {self.seq_length} tokens: "
-            f"{count(self._num_tokens)} tokens, {count(self._num_targets)} targets"
+            f"{format_count(self._num_tokens)} tokens, {format_count(self._num_targets)} targets"
         )
 
 
 class _Census:
-    """Checks every example as it goes by, and counts and hashes it."""
+    """Checks, counts and hashes every example of a pass."""
 
     def __init__(self, kind: ExampleKind) -> None:
         self._kind = kind

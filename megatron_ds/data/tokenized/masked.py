@@ -1,22 +1,21 @@
-"""Examples of a masked model: `input_ids`, `labels` aligned with them and not shifted, `attention_mask`, and what else
-the model has a head or a table for: `token_type_ids`, `next_sentence_label`.
+"""Examples for masked models: `input_ids`, `labels` aligned with them and not shifted, `attention_mask`; and, where the
+model has a table or a head for them, `token_type_ids` and `next_sentence_label`.
 
-An example without labels is masked here, anew in each epoch; labels make its `input_ids` what the model reads as it
-stands.
+An example without labels is masked here, differently in each epoch; with labels, its `input_ids` are used unchanged.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from megatron_ds.data.dataset import IGNORE_INDEX, Sample
+from megatron_ds.columns import INPUT_IDS, TARGETS, TOKEN_TYPE_IDS
+from megatron_ds.data.dataset import Sample
 from megatron_ds.data.noise.masking import Masker
 from megatron_ds.data.objective import Masked
 from megatron_ds.data.readers.examples import Located
 from megatron_ds.data.tokenized.validation import (
     MASKED_MODELS,
     Example,
-    padded,
     padded_mask,
     read_columns,
     require_equal_lengths,
@@ -29,14 +28,14 @@ _COLUMNS = ("input_ids", "labels", "attention_mask", "token_type_ids", "next_sen
 
 
 class MaskedExamples:
-    """See `ExampleKind`.
+    """Examples for masked models; see `ExampleKind`.
 
     Args:
         seq_length: S.
         vocab_size: ids must be below it.
-        objective: which columns the model takes, and how much is masked.
-        load_masker: gives what masks the examples without labels; None where there is no tokenizer. Called once, and
-            only if there is such an example.
+        objective: decides the columns of the model and the mask rate.
+        load_masker: returns the masker of examples without labels; None where there is no tokenizer. Called at most
+            once, when the first such example is found.
     """
 
     target_length = None
@@ -52,11 +51,11 @@ class MaskedExamples:
 
     @property
     def identity(self) -> str:
-        """The objective, and the masker where one is used."""
+        """The objective, and the identity of the masker where one is used."""
         return f"{self._objective} {'' if self._masker is None else self._masker.identity}"
 
     def parse(self, located: Located) -> Example:
-        """The columns; `labels` are absent where the example is to be masked."""
+        """Return the checked columns of an example; without `labels`, it is to be masked."""
         example, where = read_columns(located, _COLUMNS, MASKED_MODELS), located.where
         require_equal_lengths(example, where, "input_ids", ("labels", "attention_mask", "token_type_ids"))
         require_length(example, where, self.seq_length, "data.seq_length")
@@ -90,24 +89,24 @@ class MaskedExamples:
             )
 
     def _check_next_sentence(self, example: Example, where: str) -> None:
-        there = "next_sentence_label" in example
-        if there and not self._objective.next_sentence:
+        given = "next_sentence_label" in example
+        if given and not self._objective.next_sentence:
             raise DataError(
                 f"data: {where}: column 'next_sentence_label': this model has no next-sentence head; remove the column"
             )
-        if self._objective.next_sentence and not there:
+        if self._objective.next_sentence and not given:
             raise DataError(
                 f"data: {where}: no 'next_sentence_label', but this model has a next-sentence head; "
                 "give 0 (the second part follows), 1 (it is random) or -100 (no loss)"
             )
 
     def count_targets(self, example: Example) -> int:
-        """Labels that are not ignored; without labels, as many as index 0 would draw (words make the number vary)."""
+        """Return the number of labels with loss; without labels, that of index 0 (whole words make it vary)."""
         targets = example["labels"] if "labels" in example else self._mask(example, 0)[1]
-        return int((targets != IGNORE_INDEX).sum())
+        return int(TARGETS.carries_loss(targets).sum())
 
     def columns(self, given: frozenset[str], some_shorter: bool) -> tuple[str, ...]:
-        """With a mask iff any example has one or is padded: a bidirectional model would attend to padding."""
+        """Return the columns, with a mask iff any example has one or is padded: the model would attend to padding."""
         return (
             "input_ids",
             "targets",
@@ -117,21 +116,21 @@ class MaskedExamples:
         )
 
     def sample(self, example: Example, index: int) -> Sample:
-        """The example padded: (S,) each, but `next_sentence_label` is (). Absent types are 0."""
+        """Return the example padded: (S,) each; `next_sentence_label` is (). Missing types are 0."""
         input_ids, targets = example["input_ids"], example.get("labels")
         if targets is None:
             input_ids, targets = self._mask(example, index)
         types = example.get("token_type_ids", np.zeros_like(input_ids))
         sample = {
-            "input_ids": padded(input_ids, self.seq_length, self._objective.padding_id),
-            "targets": padded(targets, self.seq_length, IGNORE_INDEX),
+            "input_ids": INPUT_IDS.pad(input_ids, self.seq_length, self._objective.padding_id),
+            "targets": TARGETS.pad(targets, self.seq_length),
             "attention_mask": padded_mask(example, "attention_mask", "input_ids", self.seq_length),
-            "token_type_ids": padded(types, self.seq_length, 0),
+            "token_type_ids": TOKEN_TYPE_IDS.pad(types, self.seq_length),
         }
         if "next_sentence_label" in example:
             sample["next_sentence_label"] = example["next_sentence_label"]
         return sample
 
     def _mask(self, example: Example, index: int) -> tuple[np.ndarray, np.ndarray]:
-        assert self._masker is not None, "an example without labels was parsed before"
+        assert self._masker is not None, "parse() loads the masker for an example without labels"
         return self._masker.hide(example["input_ids"], index, example.get("attention_mask"))

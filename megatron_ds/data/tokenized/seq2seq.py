@@ -1,14 +1,14 @@
-"""Examples of a sequence-to-sequence model: `input_ids`, `labels` of a length of their own, and where wanted
-`attention_mask`, `decoder_input_ids` (absent = the labels shifted right) and `decoder_attention_mask`.
+"""Examples for sequence-to-sequence models: `input_ids`, `labels` of a length of their own, and optionally
+`attention_mask`, `decoder_input_ids` (default: the labels shifted right) and `decoder_attention_mask`.
 """
 
-from megatron_ds.data.dataset import IGNORE_INDEX, Sample
+from megatron_ds.columns import DECODER_INPUT_IDS, INPUT_IDS, TARGETS
+from megatron_ds.data.dataset import Sample
 from megatron_ds.data.objective import Seq2Seq
 from megatron_ds.data.readers.examples import Located
 from megatron_ds.data.tokenized.validation import (
     SEQ2SEQ_MODELS,
     Example,
-    padded,
     padded_mask,
     read_columns,
     require_equal_lengths,
@@ -21,12 +21,12 @@ _COLUMNS = ("input_ids", "labels", "attention_mask", "decoder_input_ids", "decod
 
 
 class Seq2SeqExamples:
-    """See `ExampleKind`.
+    """Examples for sequence-to-sequence models; see `ExampleKind`.
 
     Args:
         seq_length: S.
         vocab_size: ids must be below it.
-        objective: its T, or None for S; the ids that start and pad.
+        objective: gives T, or None for S, and the start and padding ids.
     """
 
     def __init__(self, seq_length: int, vocab_size: int, objective: Seq2Seq) -> None:
@@ -37,12 +37,12 @@ class Seq2SeqExamples:
 
     @property
     def identity(self) -> str:
-        """What the objective says of examples; nothing is drawn for them."""
+        """The objective's settings that affect examples; there is no noise."""
         start_id, padding_id = self._objective.decoder_start_id, self._objective.padding_id
         return f"seq2seq target_length={self.target_length} start={start_id} padding={padding_id}"
 
     def parse(self, located: Located) -> Example:
-        """The columns; `labels` must be there."""
+        """Return the checked columns of an example; `labels` are required."""
         example, where = read_columns(located, _COLUMNS, SEQ2SEQ_MODELS), located.where
         if "labels" not in example:
             raise DataError(f"data: {where}: no 'labels'; every example of an encoder-decoder model needs them")
@@ -54,13 +54,13 @@ class Seq2SeqExamples:
         return example
 
     def count_targets(self, example: Example) -> int:
-        """Labels that are not ignored."""
-        return int((example["labels"] != IGNORE_INDEX).sum())
+        """Return the number of labels with loss."""
+        return int(TARGETS.carries_loss(example["labels"]).sum())
 
     def columns(self, given: frozenset[str], some_shorter: bool) -> tuple[str, ...]:
-        """With a mask iff any example has one or is padded; with one of the decoder's iff any example has one.
+        """Return the columns, with a mask iff any example has one or is padded, and a decoder mask iff any has one.
 
-        The decoder is causal: padding on the right is never looked at by what lies before it.
+        The decoder is causal: no position before the padding attends to it.
         """
         return (
             "input_ids",
@@ -71,15 +71,15 @@ class Seq2SeqExamples:
         )
 
     def sample(self, example: Example, index: int) -> Sample:
-        """The example padded: (S,) for the encoder, (T,) for the decoder."""
-        targets = padded(example["labels"], self.target_length, IGNORE_INDEX)
+        """Return the example padded: (S,) for the encoder, (T,) for the decoder."""
+        targets = TARGETS.pad(example["labels"], self.target_length)
         padding_id = self._objective.padding_id
         if "decoder_input_ids" in example:
-            decoder_input_ids = padded(example["decoder_input_ids"], self.target_length, padding_id)
+            decoder_input_ids = DECODER_INPUT_IDS.pad(example["decoder_input_ids"], self.target_length, padding_id)
         else:
             decoder_input_ids = self._objective.decoder_inputs(targets)
         return {
-            "input_ids": padded(example["input_ids"], self.seq_length, padding_id),
+            "input_ids": INPUT_IDS.pad(example["input_ids"], self.seq_length, padding_id),
             "attention_mask": padded_mask(example, "attention_mask", "input_ids", self.seq_length),
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": padded_mask(example, "decoder_attention_mask", "labels", self.target_length),

@@ -1,11 +1,11 @@
-"""The checks that examples of token ids go through, whatever kind of model they are for."""
+"""Checks of examples of token ids that all kinds of models share."""
 
 import difflib
 from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_ds.data.dataset import IGNORE_INDEX
+from megatron_ds.columns import NEXT_SENTENCE_LABEL, TARGETS, Column, find_column
 from megatron_ds.data.readers.examples import Located
 from megatron_ds.errors import DataError
 
@@ -18,16 +18,21 @@ _OTHER_MODELS = {
 }
 
 Example = dict[str, np.ndarray]
-"""The columns that an example has, checked: (L,) int64 ids, (L,) bool masks, () int64 labels; L differs."""
+"""The checked columns of an example: (L,) int64 ids, (L,) bool masks, () int64 labels; L varies."""
+
+
+def declared(name: str) -> Column:
+    """Return the declaration of an example's column; `labels` become `targets`."""
+    return TARGETS if name == "labels" else find_column(name)
 
 
 def read_columns(located: Located, known: Sequence[str], kind: str) -> Example:
-    """The columns of an example that are not null, in the order of `known`.
+    """Return the columns of an example that are not null, in the order of `known`.
 
     Args:
         located: the example as it was read.
-        known: the columns that the kind of model takes.
-        kind: of model, for errors: `causal`.
+        known: columns that the kind of model takes.
+        kind: of model, for errors, such as `causal`.
 
     Raises:
         DataError: unknown columns, no `input_ids`, or a column of the wrong type.
@@ -43,9 +48,10 @@ def read_columns(located: Located, known: Sequence[str], kind: str) -> Example:
         if (value := columns.get(name)) is None:
             continue
         place = f"{where}: {name}"
-        if name == "next_sentence_label":
-            example[name] = _integer(value, place)
-        elif name.endswith("attention_mask"):
+        column = declared(name)
+        if column == NEXT_SENTENCE_LABEL:
+            example[name] = _next_sentence_label(value, place)
+        elif column.dtype == "bool":
             example[name] = _mask(value, place)
         else:
             example[name] = _integers(value, place)
@@ -53,7 +59,7 @@ def read_columns(located: Located, known: Sequence[str], kind: str) -> Example:
 
 
 def require_equal_lengths(example: Example, where: str, leader: str, others: Sequence[str]) -> None:
-    """Refuses an example in which one of `others`, where it is there, is not as long as `leader`."""
+    """Refuse an example in which one of `others` is given and is not as long as `leader`."""
     for name in others:
         if name in example and len(example[name]) != len(example[leader]):
             raise DataError(
@@ -63,7 +69,7 @@ def require_equal_lengths(example: Example, where: str, leader: str, others: Seq
 
 
 def require_length(example: Example, where: str, limit: int, field: str, name: str = "input_ids") -> None:
-    """Refuses a column longer than `limit`, which the run file's `field` sets."""
+    """Refuse a column longer than `limit`, which the run file's `field` sets."""
     length = len(example[name])
     if length > limit:
         what = "tokens" if name == "input_ids" else f"tokens of {name}"
@@ -73,32 +79,27 @@ def require_length(example: Example, where: str, limit: int, field: str, name: s
 
 
 def require_ids(example: Example, where: str, vocab_size: int, names: Sequence[str]) -> None:
-    """Refuses ids outside 0 .. vocab_size - 1; among labels, IGNORE_INDEX is allowed."""
+    """Refuse ids outside 0 .. vocab_size - 1; label columns may hold their ignored value."""
     for name in names:
         if name not in example:
             continue
-        ids = example[name]
-        if name == "labels":
-            ids = ids[ids != IGNORE_INDEX]
+        ids, ignored = example[name], declared(name).ignored
+        if ignored is not None:
+            ids = ids[ids != ignored]
         if len(ids) and ids.max() >= vocab_size:
             raise DataError(
                 f"data: {where}: {name} holds {ids.max()}, but the model's vocab_size={vocab_size} ends at "
                 f"{vocab_size - 1}; tokenise with the model's own tokenizer"
             )
         if len(ids) and ids.min() < 0:
-            rule = "only -100 means ignored" if name == "labels" else "ids are 0 or more"
+            rule = f"only {ignored} means ignored" if ignored is not None else "ids are 0 or more"
             raise DataError(f"data: {where}: {name} holds {ids.min()}; {rule}")
 
 
-def padded(values: np.ndarray, length: int, filler: int | bool) -> np.ndarray:
-    """`values` filled up on the right: (L,) -> (length,), of the same type."""
-    return np.pad(values, (0, length - len(values)), constant_values=filler)
-
-
-def padded_mask(example: Example, name: str, of: str, length: int) -> np.ndarray:
-    """A mask filled up with False; an example without one counts as True throughout, as transformers would take it."""
+def padded_mask(example: Example, name: str, ids: str, length: int) -> np.ndarray:
+    """Return a mask padded to (length,). As in transformers, a missing mask is True at all positions of `ids`."""
     mask = example.get(name)
-    return padded(np.ones(len(example[of]), dtype=bool) if mask is None else mask, length, False)
+    return find_column(name).pad(np.ones(len(example[ids]), dtype=bool) if mask is None else mask, length)
 
 
 def _mask(value: object, place: str) -> np.ndarray:
@@ -110,7 +111,7 @@ def _mask(value: object, place: str) -> np.ndarray:
 
 
 def _integers(value: object, place: str, booleans: bool = False) -> np.ndarray:
-    """A flat, non-empty list of integers (or, if allowed, booleans) as (L,) int64."""
+    """Return a flat, non-empty list of integers (or, if allowed, booleans) as (L,) int64."""
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError):  # ragged
@@ -125,8 +126,8 @@ def _integers(value: object, place: str, booleans: bool = False) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _integer(value: object, place: str) -> np.ndarray:
-    if type(value) is not int or value not in (0, 1, IGNORE_INDEX):
+def _next_sentence_label(value: object, place: str) -> np.ndarray:
+    if type(value) is not int or value not in (0, 1, NEXT_SENTENCE_LABEL.ignored):
         raise DataError(
             f"data: {place} must be 0 (the second part follows), 1 (it is random) or -100 (no loss), found {value!r}"
         )

@@ -1,0 +1,111 @@
+"""The columns of a batch, each declared once: length, dtype, padding, and the label that carries no loss.
+
+A batch maps column names to arrays. Whoever makes, checks, pads, renders or reads one takes these facts from the
+declaration. An objective or a data format of another package declares the columns that it adds.
+
+Shape suffixes: `S` = positions of a sample, `T` = positions of the decoder (S where there is no separate encoder).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.registry import Registry
+
+IGNORE_INDEX = -100
+"""The label that carries no loss (the convention of torch and transformers)."""
+
+Length = Literal["sequence", "target", "sample"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a batch: one array for each sample, all of one shape and dtype.
+
+    Attributes:
+        name: the key in samples and batches.
+        length: `sequence` is (S,), `target` is (T,), `sample` is (): one value for the sample.
+        dtype: numpy's name.
+        fill: value of padding positions; None counts them 0, 1, 2, ... as a document of their own. Where the model has
+            a padding id, ids are padded with that instead.
+        ignored: the label that carries no loss; None for columns that are not labels.
+        blank: value in a sample without loss; None = `ignored`, or `fill` for columns that are not labels.
+    """
+
+    name: str
+    length: Length = "sequence"
+    dtype: str = "int64"
+    fill: int | float | bool | None = 0
+    ignored: int | None = None
+    blank: int | float | bool | None = None
+
+    def shape(self, seq_length: int, target_length: int | None) -> tuple[int, ...]:
+        """Return the shape of one sample's array; `target_length` None = S."""
+        if self.length == "sample":
+            return ()
+        return (seq_length if self.length == "sequence" or target_length is None else target_length,)
+
+    def blank_array(self, seq_length: int, target_length: int | None) -> np.ndarray:
+        """Return the array of a sample without loss, of `shape`."""
+        shape = self.shape(seq_length, target_length)
+        value = next((value for value in (self.blank, self.ignored, self.fill) if value is not None), None)
+        return np.arange(*shape, dtype=self.dtype) if value is None else np.full(shape, value, dtype=self.dtype)
+
+    def pad(self, values: np.ndarray, length: int, fill: int | None = None) -> np.ndarray:
+        """(L,) -> (length,), padded on the right. A `fill` that is given takes the place of the column's own."""
+        missing = length - len(values)
+        value = self.fill if fill is None else fill
+        if value is None:
+            return np.concatenate([values, np.arange(missing, dtype=values.dtype)])
+        return np.pad(values, (0, missing), constant_values=value)
+
+    def carries_loss(self, values: np.ndarray) -> np.ndarray:
+        """Return where labels carry loss: bool, of the shape of `values`."""
+        assert self.ignored is not None, f"{self.name} is not a label column"
+        return values != self.ignored
+
+
+COLUMNS: Registry[Column] = Registry("column")
+
+
+def declare(column: Column) -> Column:
+    """Declare a column and return it. A second declaration that equals the first changes nothing.
+
+    Raises:
+        ConfigError: another column has the name.
+    """
+    if column.name not in COLUMNS:
+        return COLUMNS.register(column.name, column)
+    known = COLUMNS.get(column.name)
+    if known != column:
+        raise ConfigError(f"column {column.name} is already declared as {known}, not as {column}; rename one")
+    return known
+
+
+def find_column(name: str) -> Column:
+    """Return the declaration of a column.
+
+    Raises:
+        ConfigError: no column of that name is declared; names the nearest one.
+    """
+    return COLUMNS.get(name)
+
+
+INPUT_IDS = declare(Column("input_ids"))
+# What position t is to predict: labels are shifted by the data, never by a model.
+TARGETS = declare(Column("targets", "target", fill=IGNORE_INDEX, ignored=IGNORE_INDEX))
+# True where a position may be attended to.
+ATTENTION_MASK = declare(Column("attention_mask", dtype="bool", fill=False, blank=True))
+# 0 in the first part of a pair, 1 in the second.
+TOKEN_TYPE_IDS = declare(Column("token_type_ids"))
+# 0: the second part of the pair follows the first; 1: it is a random one.
+NEXT_SENTENCE_LABEL = declare(Column("next_sentence_label", "sample", fill=IGNORE_INDEX, ignored=IGNORE_INDEX))
+DECODER_INPUT_IDS = declare(Column("decoder_input_ids", "target"))
+# As `attention_mask`, for the decoder's own positions.
+DECODER_ATTENTION_MASK = declare(Column("decoder_attention_mask", "target", dtype="bool", fill=False, blank=True))
+# Positions within a document: 0 where one begins. Documents do not attend to one another.
+POSITION_IDS = declare(Column("position_ids", fill=None))

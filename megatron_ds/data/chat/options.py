@@ -1,0 +1,19 @@
+"""Options of `data.format: chat`; they are keys of the `data` section itself."""
+
+from typing import Literal
+
+from megatron_ds.config.schema_base import Section
+
+
+class ChatOptions(Section):
+    """Which tokens of conversations carry loss, and how conversations become samples.
+
+    Attributes:
+        loss_turns: loss on all of the assistant's turns, or on the last one of each conversation.
+        overlong: how conversations of more than `data.seq_length` tokens are handled.
+        packing: whether several conversations share a sample.
+    """
+
+    loss_turns: Literal["all", "last"] = "all"
+    overlong: Literal["refuse", "drop", "cut"] = "refuse"
+    packing: bool = False

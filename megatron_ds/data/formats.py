@@ -1,0 +1,176 @@
+"""Data formats by name: what each one reads and which settings it heeds. Code of other packages may register more.
+
+```python
+FORMATS.register("csv", DataFormat(open_csv, options=CsvOptions))
+```
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megatron_ds.cache import cache_folder
+from megatron_ds.config import DataSection
+from megatron_ds.config.error_messages import explain
+from megatron_ds.config.schema_base import Section
+from megatron_ds.data.blend import open_blend
+from megatron_ds.data.chat.open import open_chat
+from megatron_ds.data.chat.options import ChatOptions
+from megatron_ds.data.dataset import Dataset
+from megatron_ds.data.indexed.open import open_indexed
+from megatron_ds.data.objective import Objective
+from megatron_ds.data.request import DatasetRequest, Order, Split
+from megatron_ds.data.text.documents import TextSource
+from megatron_ds.data.text.open import open_text
+from megatron_ds.data.tokenized.open import open_tokenized
+from megatron_ds.errors import ConfigError, DataError, not_one_of, show
+from megatron_ds.registry import Registry
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """A format of training data.
+
+    Attributes:
+        open: returns the dataset of a request's sources, one after the other. Called on every rank, without
+            communication; raises DataError. Blends are made of one dataset for each source.
+        keys: keys of the `data` section that this format heeds and not every format does, such as `packing`.
+        options: keys that the format takes under `data.options`; None = none. Those that are also in `keys` are taken
+            from the `data` section itself.
+        needs_tokenizer: whether `tokenizer_path` must be set.
+        cuts_spans: whether it cuts spans out of text for sequence-to-sequence models, with the objective's `mask_rate`
+            and `mean_span`; otherwise these keys are refused for such models.
+        check_source: raises DataError where a source is missing. Called for every source of a blend before the first
+            is opened, so that no time is lost; None = `open` checks.
+    """
+
+    open: Callable[[DatasetRequest], Dataset]
+    keys: tuple[str, ...] = ()
+    options: type[Section] | None = None
+    needs_tokenizer: bool = False
+    cuts_spans: bool = False
+    check_source: Callable[[str], object] | None = None
+
+    def __post_init__(self) -> None:
+        for key in self.keys:
+            if key not in DataSection.model_fields:
+                raise ConfigError(f"DataFormat.keys: data.{key} {not_one_of(key, DataSection.model_fields)}")
+
+
+FORMATS: Registry[DataFormat] = Registry("data format")
+FORMATS.register("text", DataFormat(open_text, needs_tokenizer=True, cuts_spans=True, check_source=TextSource))
+FORMATS.register(
+    "chat",
+    DataFormat(open_chat, keys=tuple(ChatOptions.model_fields), options=ChatOptions, needs_tokenizer=True),
+)
+FORMATS.register("tokenized", DataFormat(open_tokenized))
+FORMATS.register("indexed", DataFormat(open_indexed, keys=("split",)))
+
+
+def check_format(data: DataSection, tokenizer_path: str | None) -> None:
+    """Check that a `data` section fits its format, without reading any data.
+
+    Args:
+        data: section of the run file.
+        tokenizer_path: directory of the run's tokenizer, or None.
+
+    Raises:
+        ConfigError: the format is not registered, lacks a tokenizer, does not heed a key that is set, or does not take
+            the options.
+    """
+    chosen = FORMATS.get(data.format, "data.format")
+    if chosen.needs_tokenizer and tokenizer_path is None:
+        raise ConfigError(
+            f"model.tokenizer is missing: data.format={data.format} with model.config needs one; "
+            "give the directory of a tokenizer, or use data.format=tokenized"
+        )
+    for name, other in FORMATS.items():
+        for key in other.keys:
+            value = getattr(data, key)
+            if key not in chosen.keys and value != DataSection.model_fields[key].default:
+                raise ConfigError(
+                    f"data.{key}={show(value)} does nothing with data.format={data.format}; remove it, or use "
+                    f"data.format={name}"
+                )
+    format_options(data)
+
+
+def format_options(data: DataSection) -> Section | None:
+    """Return the options of a run's data format; None where the format takes none.
+
+    Raises:
+        ConfigError: `data.options` holds a key or a value that the format does not take.
+    """
+    chosen = FORMATS.get(data.format, "data.format")
+    options = chosen.options
+    if data.options and (options is None or options.model_fields.keys() <= set(chosen.keys)):
+        raise ConfigError(f"data.options={show(data.options)} does nothing with data.format={data.format}; remove it")
+    if options is None:
+        return None
+    for key in data.options:
+        if key in chosen.keys:
+            raise ConfigError(f"data.options.{key}: unknown key; did you mean data.{key}?")
+    values = {key: getattr(data, key) for key in chosen.keys if key in options.model_fields}
+    try:
+        return options.model_validate({**values, **data.options})
+    except ValidationError as error:
+        raise ConfigError(f"data.options.{explain(error, options)}") from None
+
+
+def open_dataset(
+    format: str,
+    objective: Objective,
+    sources: Sequence[str],
+    seq_length: int,
+    vocab_size: int,
+    tokenizer_path: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    order: Order | None = None,
+    split: Split | None = None,
+    options: Section | None = None,
+) -> Dataset:
+    """Open the samples of `sources`, concatenated in the order given or blended, checked against the model.
+
+    Called on every rank; does not communicate. Arguments that are not listed are `DatasetRequest`'s.
+
+    Args:
+        format: a name in FORMATS.
+        cache_dir: directory for tokens and orders that are computed once; None = `default_cache_dir()`.
+        weights: of the sources in a blend, any positive numbers; None = one source after the other.
+        options: None = the format's defaults.
+
+    Raises:
+        ConfigError: no format of that name.
+        DataError: a source or the tokenizer is missing, malformed or does not fit the model.
+    """
+    if not sources:
+        raise DataError("data: no sources; name at least one file, directory or hub id under data.train")
+    chosen = FORMATS.get(format, "data.format")
+    if chosen.needs_tokenizer and tokenizer_path is None:
+        raise DataError(
+            f"model.tokenizer is not set, but data.format={format} needs it; point it at a tokenizer directory"
+        )
+    directory = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    if options is None and chosen.options is not None:
+        options = chosen.options()
+    request = DatasetRequest(
+        tuple(sources), objective, seq_length, vocab_size, tokenizer_path, directory, order, split, options
+    )
+    try:
+        if weights is None:
+            return chosen.open(request)
+        if chosen.check_source is not None:
+            for source in sources:
+                chosen.check_source(source)
+        return open_blend(request, weights, chosen.open)
+    except OSError as error:
+        raise DataError(f"data: {', '.join(sources)}: cannot be read ({error})") from error
+
+
+def default_cache_dir() -> Path:
+    """Return the directory of cached tokens of runs that do not set `data.cache_dir`."""
+    return cache_folder("tokens")

@@ -1,0 +1,61 @@
+"""Opening `data.format: text`: tokenise the sources, and choose the samples that the objective needs.
+
+Requirements on the tokenizer are checked before time is spent on the texts.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_ds.data.dataset import Dataset
+from megatron_ds.data.noise.masking import load_masker
+from megatron_ds.data.objective import Causal, Masked, Seq2Seq
+from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below, special_id
+from megatron_ds.data.request import DatasetRequest
+from megatron_ds.data.text.causal import CausalText
+from megatron_ds.data.text.corpus import Corpus, TokenStream
+from megatron_ds.data.text.documents import TextSource
+from megatron_ds.data.text.masked import MaskedText
+from megatron_ds.data.text.sentence_pairs import SentencePairs
+from megatron_ds.data.text.span_corruption import CorruptedText, find_sentinels
+from megatron_ds.data.text.token_cache import cached_tokens
+
+
+def open_text(request: DatasetRequest) -> Dataset:
+    """Open text for a causal, a masked or a sequence-to-sequence model.
+
+    Raises:
+        DataError: a source is missing or malformed, or the tokenizer does not fit the model or the objective.
+    """
+    path, objective, seq_length = request.tokenizer_path, request.objective, request.seq_length
+    assert path is not None, "the format needs a tokenizer"
+    texts = [TextSource(source) for source in request.sources]  # find all of them before tokenising the first
+    tokenizer = load_tokenizer(path)
+    match objective:
+        case Causal():
+            return CausalText(_corpus(request, texts, tokenizer, _end_of_text(tokenizer, path)), seq_length)
+        case Masked():
+            masker = load_masker(tokenizer, path, objective, request.vocab_size)
+            corpus = _corpus(request, texts, tokenizer, masker.ids.sep)
+            dataset = SentencePairs if objective.next_sentence else MaskedText
+            return dataset(corpus, seq_length, objective, masker)
+        case Seq2Seq():
+            end_id = _end_of_text(tokenizer, path)
+            sentinels = find_sentinels(tokenizer, path, seq_length, objective, request.vocab_size)
+            corpus = _corpus(request, texts, tokenizer, end_id)
+            return CorruptedText(corpus, seq_length, objective, sentinels, end_id)
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerBase, path: str) -> int:
+    return special_id(tokenizer, path, "eos_token", "data.format=text ends each document with it")
+
+
+def _corpus(
+    request: DatasetRequest, texts: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, end_id: int
+) -> Corpus:
+    assert request.tokenizer_path is not None
+    parts = [cached_tokens(text, tokenizer, end_id, request.cache_dir) for text in texts]
+    require_ids_below(request.vocab_size, max(part.info.largest_id for part in parts), request.tokenizer_path)
+    digest = hashlib.sha256("\n".join(part.key for part in parts).encode()).hexdigest()
+    return Corpus(TokenStream([part.tokens for part in parts]), digest, ", ".join(request.sources))
