@@ -20,7 +20,6 @@ BUDGET: dict[str, int] = {
     "cache": 1,
     "cli": 12,
     "config": 2,
-    "data": 133,
     "engine": 7,
     "hf": 54,
     "layers": 42,

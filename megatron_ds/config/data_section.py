@@ -24,7 +24,7 @@ class DataSource(Section):
 class DataSection(Section):
     """What is read, and how much of it masked models and sequence-to-sequence models have hidden.
 
-    `cache_dir`: where tokenised text is kept (None: a per-user cache directory). `mask_rate` and `whole_words` go with
+    `cache_dir`: where tokenized text is kept (None: a per-user cache directory). `mask_rate` and `whole_words` go with
     masked models, `mask_rate`, `mean_span` and `target_length` (None: chosen) with sequence-to-sequence models.
     `restart`: a resumed run takes data that differ from what it was on, from their beginning. `split`: parts of each
     indexed corpus for training, validation and neither. `loss_turns`, `overlong` and `packing` go with conversations.

@@ -89,7 +89,7 @@ def pinned(batches: list[dict[str, Tensor]], device: torch.device) -> list[dict[
 
 
 class DataWait:
-    """Detects steps that wait for data, and reports it once.
+    """Detection of steps that wait for data, reported once.
 
     Args:
         ahead: `data.prefetch`.

@@ -50,7 +50,7 @@ def losses(output: Path) -> list[float]:
 
 def finish(process: "subprocess.Popen[str]", within_s: float = 120.0) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=within_s)
-    return process.returncode, out, re.sub(r"^tokenising \S+\n", "", err, flags=re.MULTILINE)
+    return process.returncode, out, re.sub(r"^tokenizing \S+\n", "", err, flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

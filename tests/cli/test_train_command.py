@@ -43,7 +43,7 @@ def free_port() -> str:
 def finish(process: Any, within_s: float = 120.0) -> tuple[int, str, str]:
     """Status, stdout, stderr."""
     out, err = process.communicate(timeout=within_s)
-    err = re.sub(r"^tokenising \S+\n", "", err, flags=re.MULTILINE)  # our own word, said by the first run of a corpus
+    err = re.sub(r"^tokenizing \S+\n", "", err, flags=re.MULTILINE)  # our own word, said by the first run of a corpus
     return process.returncode, out, err
 
 

@@ -139,7 +139,7 @@ BAD = [
 def test_bad_lines_are_counted_named_and_refused(
     book: Path, write_jsonl: Any, made: Any, tokenizer_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same again with `skip_bad` takes up what was done: nothing is tokenised a second time."""
+    """The same again with `skip_bad` takes up what was done: nothing is tokenized a second time."""
     documents = texts(book, 40)
     lines: list[Any] = [{"text": text} for text in documents]
     for number, (line, _) in enumerate(BAD):

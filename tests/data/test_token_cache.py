@@ -34,7 +34,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def written(monkeypatch):
-    """A list that grows by one entry each time a source is tokenised."""
+    """A list that grows by one entry each time a source is tokenized."""
     keys = []
     write = token_cache._write_tokens
 
@@ -51,7 +51,7 @@ def tokens_of(source, tokenizer_path, cache):
     return token_cache.cached_tokens(TextSource(str(source)), tokenizer, tokenizer.eos_token_id, cache)
 
 
-def test_second_reading_tokenises_nothing_even_from_a_read_only_cache(
+def test_second_reading_tokenizes_nothing_even_from_a_read_only_cache(
     text, tokenizer_path, cache, written, monkeypatch
 ):
     first = tokens_of(text, tokenizer_path, cache)
@@ -135,7 +135,7 @@ def test_damaged_cache_is_remade(text, tokenizer_path, cache, written, damage):
     assert len(written) == 2
 
 
-def test_interrupted_tokenising_leaves_nothing_that_counts(text, tokenizer_path, cache, written, monkeypatch):
+def test_interrupted_tokenizing_leaves_nothing_that_counts(text, tokenizer_path, cache, written, monkeypatch):
     encode = token_cache._encode
     monkeypatch.setattr(token_cache, "_encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -145,12 +145,12 @@ def test_interrupted_tokenising_leaves_nothing_that_counts(text, tokenizer_path,
     assert len(tokens_of(text, tokenizer_path, cache).tokens) > 0
 
 
-def _tokenise_in_child(text: Path, tokenizer_path: str, cache: Path, log: Path) -> None:
+def _tokenize_in_child(text: Path, tokenizer_path: str, cache: Path, log: Path) -> None:
     write = token_cache._write_tokens
 
     def slow_write(*arguments):
         with log.open("a") as file:
-            file.write("tokenised\n")
+            file.write("tokenized\n")
         time.sleep(0.5)  # long enough for the other processes to arrive
         return write(*arguments)
 
@@ -160,17 +160,17 @@ def _tokenise_in_child(text: Path, tokenizer_path: str, cache: Path, log: Path) 
         file.write(f"{len(cached.tokens)}\n")
 
 
-def test_processes_that_start_at_once_tokenise_once(text, tokenizer_path, cache, tmp_path):
+def test_processes_that_start_at_once_tokenize_once(text, tokenizer_path, cache, tmp_path):
     log = tmp_path / "log"
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_tokenise_in_child, args=(text, tokenizer_path, cache, log)) for _ in range(4)]
+    children = [context.Process(target=_tokenize_in_child, args=(text, tokenizer_path, cache, log)) for _ in range(4)]
     for child in children:
         child.start()
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0] * 4
     lines = log.read_text().split()
-    assert lines.count("tokenised") == 1
+    assert lines.count("tokenized") == 1
     assert len(lines) == 5 and len(set(lines)) == 2
 
 

@@ -196,7 +196,7 @@ def test_loss_from_our_columns_is_the_loss_of_transformers(write_jsonl):
     ("row", "problem"),
     [
         ({"input_ids": [1] * 7}, "7 tokens exceed data.seq_length=6; raise data.seq_length to 7 or cut the example"),
-        ({"input_ids": [700]}, "input_ids holds 700, but the model's vocab_size=700 ends at 699; tokenise with the"),
+        ({"input_ids": [700]}, "input_ids holds 700, but the model's vocab_size=700 ends at 699; tokenize with the"),
         ({"input_ids": [1], "labels": [-1]}, "labels holds -1; only -100 means ignored"),
         ({"input_ids": [1], "labels": [1, 2]}, "labels has 2 entries, input_ids has 1; they must be equally long"),
         ({"input_ids": [1], "labels": [1], "token_type_ids": [0, 0]}, "token_type_ids has 2 entries, input_ids has 1"),

@@ -6,7 +6,7 @@ from megatron_ds.config.schema_base import Section
 
 
 class ChatOptions(Section):
-    """Which tokens of conversations carry loss, and how conversations become samples.
+    """Options of conversations: the turns that carry loss, overlong conversations, and packing.
 
     Attributes:
         loss_turns: loss on all of the assistant's turns, or on the last one of each conversation.

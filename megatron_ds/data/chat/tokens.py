@@ -66,7 +66,7 @@ class Conversations:
 def cached_conversations(
     source: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate, directory: Path
 ) -> Conversations:
-    """Return the conversations of a source, tokenised unless `directory` holds them already. Safe for concurrent
+    """Return the conversations of a source, tokenized unless `directory` holds them already. Safe for concurrent
     processes.
 
     Raises:
@@ -122,7 +122,7 @@ def _keep_spaces(node: object) -> None:
 
 
 def _make(source: str, backend: Tokenizer, template: ChatTemplate) -> dict[str, np.ndarray]:
-    get_logger("data").info("tokenising %s", source)
+    get_logger("data").info("tokenizing %s", source)
     ids, learned, lengths, places = [], [], [0], []
     for batch in _batches(read_conversations(source), _BATCH):
         texts = [template.render(one) for one in batch]

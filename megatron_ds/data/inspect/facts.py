@@ -75,7 +75,7 @@ class IndexedFacts:
 
 @dataclass(frozen=True)
 class TextFileFacts:
-    """Facts about a file of text or conversations, tokenised. The attributes are keys of `inspect --json`.
+    """Facts about a file of text or conversations, tokenized. The attributes are keys of `inspect --json`.
 
     Attributes:
         path: of the file.
@@ -258,7 +258,7 @@ def inspect_file(path: str, tokenizer_path: str, num_shown: int) -> TextFileFact
 
 
 def _manifest(prefix: str) -> Mapping[str, Any] | None:
-    """Return the manifest that `prepare` wrote; None if there is none, or another file has its name."""
+    """Return the manifest that `prepare` wrote; None if it is missing, or another file has its name."""
     try:
         content = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

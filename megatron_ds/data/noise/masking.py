@@ -48,7 +48,7 @@ class MaskingIds:
 
 
 class Masker:
-    """Hides tokens of samples, for one objective and one tokenizer.
+    """Masking of samples, for one objective and one tokenizer.
 
     Args:
         objective: mask rate, whole words or not, and seed.

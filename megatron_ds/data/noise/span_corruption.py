@@ -55,7 +55,7 @@ def corruption_lengths(raw: int, mask_rate: float, mean_span: float) -> Corrupti
 
 
 def fit_lengths(seq_length: int, mask_rate: float, mean_span: float) -> CorruptionLengths | None:
-    """Return the largest L whose corrupted input has at most `seq_length` positions; None if there is none."""
+    """Return the largest L whose corrupted input has at most `seq_length` positions, or None."""
     beyond = int(seq_length / (1 - mask_rate)) + _SMALLEST_RAW + 1  # the remaining text of so many is too long
     raws = range(_SMALLEST_RAW, beyond)
     fitting = bisect.bisect_right(

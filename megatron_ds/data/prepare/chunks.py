@@ -124,7 +124,7 @@ def _ends_digest(path: Path) -> str:
 
 
 class Reader:
-    """Reads chunks; keeps a table open between chunks.
+    """A reader of chunks that keeps a table open between them.
 
     Args:
         column: the field that holds the text.

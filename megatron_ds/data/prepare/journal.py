@@ -24,6 +24,7 @@ from typing import Any
 import filelock
 import numpy as np
 
+from megatron_ds.atomic import replacing
 from megatron_ds.data.indexed.files import index_path, tokens_path, write_index
 from megatron_ds.data.prepare.chunks import Chunk
 from megatron_ds.data.prepare.workers import Encoded
@@ -141,12 +142,8 @@ class Journal:
         for file in (self._tokens, self._lengths):
             file.flush()
             os.fsync(file.fileno())
-        temporary = self._directory / "journal.json.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self.state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._directory / "journal.json")
+        with replacing(self._directory / "journal.json", durable=True) as temporary:
+            temporary.write_text(json.dumps(asdict(self.state)), encoding="utf-8")
         self._saved_s = time.monotonic()
 
     def finish(self, dtype: np.dtype, manifest: dict[str, Any]) -> dict[str, Any]:

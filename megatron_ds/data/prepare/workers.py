@@ -1,4 +1,4 @@
-"""Worker processes that tokenise chunks, a bounded number of chunks ahead of the writer."""
+"""Worker processes that tokenize chunks, a bounded number of chunks ahead of the writer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_ds.data.prepare.chunks import Chunk, Reader
 from megatron_ds.errors import DataError, LaunchError
 
-AHEAD = 3  # chunks per worker that are read, tokenised or waiting to be written
-_GIVEN = 2  # chunks that a worker holds: the one that it tokenises, and the next
+AHEAD = 3  # chunks per worker that are read, tokenized or waiting to be written
+_GIVEN = 2  # chunks that a worker holds: the one that it tokenizes, and the next
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Encoded:
 
 
 def encode_chunk(reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk) -> Encoded:
-    """Read and tokenise one chunk, without special tokens except the end."""
+    """Read and tokenize one chunk, without special tokens except the end."""
     texts, bad, num_lines = [], [], 1
     for document in reader.documents(chunk):
         if document.text is not None:
@@ -86,7 +86,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 def encode_all(
     chunks: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, num_workers: int
 ) -> Generator[Encoded, None, None]:
-    """Yield every chunk, in order, tokenised by worker processes. Closing the generator ends them.
+    """Yield every chunk, in order, tokenized by worker processes. Closing the generator ends them.
 
     Args:
         chunks: to read.

@@ -72,7 +72,7 @@ class Corpus:
         Args:
             num_tokens: tokens of one sample.
             seq_length: S of the run.
-            largest_length: the largest S that the corpus can fill; below 1 if there is none.
+            largest_length: the largest S that the corpus can fill; below 1 = it fills no sample.
 
         Raises:
             DataError: fewer than `num_tokens` tokens.

@@ -1,4 +1,4 @@
-"""Opening `data.format: text`: tokenise the sources, and choose the samples that the objective needs.
+"""Opening `data.format: text`: tokenize the sources, and choose the samples that the objective needs.
 
 Requirements on the tokenizer are checked before time is spent on the texts.
 """
@@ -30,7 +30,7 @@ def open_text(request: DatasetRequest) -> Dataset:
     """
     path, objective, seq_length = request.tokenizer_path, request.objective, request.seq_length
     assert path is not None, "the format needs a tokenizer"
-    texts = [TextSource(source) for source in request.sources]  # find all of them before tokenising the first
+    texts = [TextSource(source) for source in request.sources]  # find all of them before tokenizing the first
     tokenizer = load_tokenizer(path)
     match objective:
         case Causal():

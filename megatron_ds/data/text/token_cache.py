@@ -1,6 +1,6 @@
-"""Token cache: texts are tokenised once, and the ids kept under a hash of the text and of the tokenizer.
+"""Token cache: texts are tokenized once, and the ids kept under a hash of the text and of the tokenizer.
 
-Every rank calls this at start-up, without communication. A file lock lets one rank tokenise while the others of its
+Every rank calls this at start-up, without communication. A file lock lets one rank tokenize while the others of its
 machine wait. `<key>.bin` holds the ids, `<key>.json` their number and dtype; both get their names when they are
 complete. Moving or touching a text keeps its key, changing a byte changes it.
 """
@@ -50,7 +50,7 @@ class CachedTokens:
 def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id: int, directory: Path) -> CachedTokens:
     """Return the tokens of `source`, with `end_id` after each document that is not empty and no other special token.
 
-    Reads the source once to hash it; tokenises it only if `directory` does not hold all of its tokens yet. Safe for
+    Reads the source once to hash it; tokenizes it only if `directory` does not hold all of its tokens yet. Safe for
     concurrent processes.
 
     Raises:
@@ -65,7 +65,7 @@ def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id
             with filelock.FileLock(directory / f"{key}.lock"):
                 info = _read_info(directory, key)  # another rank may have written it while this one waited
                 if info is None:
-                    get_logger("data").info("tokenising %s", source.name)
+                    get_logger("data").info("tokenizing %s", source.name)
                     info = _write_tokens(source, tokenizer, end_id, directory, key)
         except OSError as error:
             raise DataError(

@@ -102,7 +102,7 @@ class TokenizedDataset:
 
 
 class _Census:
-    """Checks, counts and hashes every example of a pass."""
+    """A pass over all examples that checks, counts and hashes them."""
 
     def __init__(self, kind: ExampleKind) -> None:
         self._kind = kind

@@ -89,7 +89,7 @@ def require_ids(example: Example, where: str, vocab_size: int, names: Sequence[s
         if len(ids) and ids.max() >= vocab_size:
             raise DataError(
                 f"data: {where}: {name} holds {ids.max()}, but the model's vocab_size={vocab_size} ends at "
-                f"{vocab_size - 1}; tokenise with the model's own tokenizer"
+                f"{vocab_size - 1}; tokenize with the model's own tokenizer"
             )
         if len(ids) and ids.min() < 0:
             rule = f"only {ignored} means ignored" if ignored is not None else "ids are 0 or more"
