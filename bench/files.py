@@ -93,7 +93,7 @@ def prepare_corpus(spec: Spec) -> Step:
         str(source / "prepared" / "corpus"),
         spec.options["workers"],
         overwrite=True,
-        anew=True,
+        restart=True,
     )
 
     def step() -> float:
