@@ -5,7 +5,7 @@ from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.collate import NO_SAMPLE, collate
 from megatron_ds.data.dataset import Dataset, Sample, blank_sample
 from megatron_ds.data.formats import FORMATS, DataFormat, check_format, default_cache_dir, format_options, open_dataset
-from megatron_ds.data.objective import Causal, Masked, Objective, Seq2Seq
+from megatron_ds.data.objective import Causal, DataObjective, Masked, Seq2Seq
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest, Order, Split
 from megatron_ds.data.sampler import GlobalBatches, for_data_rank, ordered_pass
@@ -17,11 +17,11 @@ __all__ = [
     "Causal",
     "ChatOptions",
     "DataFormat",
+    "DataObjective",
     "Dataset",
     "DatasetRequest",
     "GlobalBatches",
     "Masked",
-    "Objective",
     "Order",
     "Sample",
     "Seq2Seq",

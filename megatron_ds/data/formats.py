@@ -20,7 +20,7 @@ from megatron_ds.data.chat.open import open_chat
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.indexed.open import open_indexed
-from megatron_ds.data.objective import Objective
+from megatron_ds.data.objective import DataObjective
 from megatron_ds.data.request import DatasetRequest, Order, Split
 from megatron_ds.data.text.documents import TextSource
 from megatron_ds.data.text.open import open_text
@@ -121,7 +121,7 @@ def format_options(data: DataSection) -> Section | None:
 
 def open_dataset(
     format: str,
-    objective: Objective,
+    objective: DataObjective,
     sources: Sequence[str],
     seq_length: int,
     vocab_size: int,

@@ -72,4 +72,4 @@ class Seq2Seq:
         return np.where(before == TARGETS.ignored, self.padding_id, before).astype(np.int64)
 
 
-Objective = Causal | Masked | Seq2Seq
+DataObjective = Causal | Masked | Seq2Seq

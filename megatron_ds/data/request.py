@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ds.config.schema_base import Section
-from megatron_ds.data.objective import Objective
+from megatron_ds.data.objective import DataObjective
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DatasetRequest:
     """
 
     sources: tuple[str, ...]
-    objective: Objective
+    objective: DataObjective
     seq_length: int
     vocab_size: int
     tokenizer_path: str | None

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
 from megatron_ds.models.sequential import HeadSpec

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.layers.cross_entropy import IGNORE_INDEX
+from megatron_ds.columns import find_column
 from megatron_ds.parallel.regions import HEAD, profiled
 
 Activations = dict[str, Tensor]
@@ -32,13 +32,15 @@ def count_entries(labels: Mapping[str, Tensor]) -> Tensor:
         labels: columns by name, each (B, ...).
 
     Returns:
-        int64 (columns,): number of entries that are not IGNORE_INDEX; numel() for floating-point columns.
+        int64 (columns,): number of entries that carry loss, as the column is declared; numel() if it has no ignored
+        value.
     """
-    counts = [
-        column.numel() if column.is_floating_point() else int((column != IGNORE_INDEX).sum())
-        for column in labels.values()
-    ]
-    return torch.tensor(counts, dtype=torch.int64)
+    return torch.tensor([_count(name, column) for name, column in labels.items()], dtype=torch.int64)
+
+
+def _count(name: str, column: Tensor) -> int:
+    ignored = find_column(name).ignored
+    return column.numel() if ignored is None else int((column != ignored).sum())
 
 
 @dataclass(frozen=True)

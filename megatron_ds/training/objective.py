@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ds.config import RunConfig
-from megatron_ds.data import FORMATS, Causal, Masked, Seq2Seq
-from megatron_ds.data import Objective as DataObjective
+from megatron_ds.data import FORMATS, Causal, DataObjective, Masked, Seq2Seq
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.models.build import ChangeLayers, model_layers, own_layers

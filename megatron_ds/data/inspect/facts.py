@@ -25,7 +25,7 @@ from megatron_ds.data.inspect.rendering import (
     render_sample,
     unpadded_length,
 )
-from megatron_ds.data.objective import Causal, Objective
+from megatron_ds.data.objective import Causal, DataObjective
 from megatron_ds.data.readers.digests import file_xxh3
 from megatron_ds.data.readers.examples import iterate_examples
 from megatron_ds.data.readers.sources import JSON_SUFFIXES
@@ -135,7 +135,7 @@ def inspect_run_data(
     data: Dataset,
     valid: Dataset | None,
     order: GlobalBatches,
-    objective: Objective,
+    objective: DataObjective,
     tokenizer_path: str | None,
     num_shown: int,
 ) -> RunDataFacts:
