@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from megatron_ds.columns import INPUT_IDS, TARGETS
 
+from megatron_ds.columns import INPUT_IDS, TARGETS
 from megatron_ds.config.schema_base import Count, Section
 from megatron_ds.data import FORMATS, Causal, DataFormat, DatasetRequest, Sample, blank_sample
 from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
