@@ -67,9 +67,9 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     Raises:
         MegatronDSError: naming field, value, rule and nearest fix.
     """
+    check_format(run.data, run.model.tokenizer_path)
     check_registered_names(run, resumes=checkpoint is not None)
     run = _with_named_checkpoints(run)
-    check_format(run.data, run.model.tokenizer_path)
     hf = read_model_section(run.model)
     plan = plan_engine(
         EngineConfig.of_run(run),
