@@ -174,7 +174,7 @@ def encoder_layers(config: EncoderConfig, ctx: BuildContext | None = None) -> li
 def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
     if not config.masked_lm:
         labels = ("hidden_direction", "pooled_direction") if config.pooler else ("hidden_direction",)
-        return LayerSpec("head", partial(EncoderOutput, config, ctx), head=HeadSpec.per_column(*labels))
+        return LayerSpec("head", partial(EncoderOutput, config, ctx), head=HeadSpec(labels, labels, _count_numbers))
     labels = ("targets", "next_sentence_label") if config.next_sentence else ("targets",)
     return LayerSpec(
         "head",
@@ -183,6 +183,10 @@ def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
         cost=float(config.hidden_size * (config.vocab_size + config.hidden_size)),
         tied={"weight": "embedding.weight"},
     )
+
+
+def _count_numbers(directions: Mapping[str, Tensor]) -> Tensor:
+    return torch.tensor([column.numel() for column in directions.values()], dtype=torch.int64)
 
 
 def _identity(parameter: Tensor) -> Tensor:
