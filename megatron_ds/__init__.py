@@ -18,7 +18,7 @@ from megatron_ds.version import __version__
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.convert import export_hf, import_hf
     from megatron_ds.config import build_run, load_run
-    from megatron_ds.runtime import load_model, session
+    from megatron_ds.runtime import load_model, open_dataset, session
     from megatron_ds.training.launch import train
     from megatron_ds.verify.run import verify_hf
 
@@ -29,6 +29,7 @@ _PUBLIC = {
     "import_hf": "megatron_ds.checkpoint.convert",
     "load_model": "megatron_ds.runtime",
     "load_run": "megatron_ds.config",
+    "open_dataset": "megatron_ds.runtime",
     "session": "megatron_ds.runtime",
     "train": "megatron_ds.training.launch",
     "verify_hf": "megatron_ds.verify.run",
@@ -41,6 +42,7 @@ __all__ = [
     "import_hf",
     "load_model",
     "load_run",
+    "open_dataset",
     "session",
     "train",
     "verify_hf",

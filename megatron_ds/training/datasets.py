@@ -1,10 +1,11 @@
-"""The data of a run, as its run file says."""
+"""The training and validation data of a run."""
 
 from __future__ import annotations
 
 from megatron_ds.config import RunConfig, check_target_length
-from megatron_ds.data import Dataset, Order, Split, format_options, open_dataset
+from megatron_ds.data import Dataset, Order
 from megatron_ds.errors import ConfigError
+from megatron_ds.runtime.datasets import open_part
 from megatron_ds.training.resolve import ResolvedRun
 
 
@@ -15,22 +16,8 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
         ConfigError: the objective reads a label column that the data does not have.
     """
     data, train = resolved.run.data, resolved.run.train
-    is_train = split == "train"
-    sources = data.train if is_train or data.split is not None else data.valid
-    weighted = is_train and any(source.weight is not None for source in sources)
-    found = open_dataset(
-        data.format,
-        resolved.objective.data,
-        [source.path for source in sources],
-        data.seq_length,
-        resolved.hf.core.vocab_size,
-        resolved.run.model.tokenizer_path,
-        data.cache_dir,
-        weights=[source.weight or 0.0 for source in sources] if weighted else None,
-        order=Order(train.steps * train.global_batch_size, train.seed, data.shuffle) if is_train else None,
-        split=Split(tuple(data.split), 0 if is_train else 1) if data.split is not None else None,
-        options=format_options(data),
-    )
+    order = Order(train.steps * train.global_batch_size, train.seed, data.shuffle) if split == "train" else None
+    found = open_part(resolved.model, data, resolved.objective.data, order, validation=split == "valid")
     check_target_length(resolved.run.parallel, found.target_length)
     _check_columns(resolved, found)
     return found

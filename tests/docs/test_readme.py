@@ -16,6 +16,7 @@ from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.support_table import MODELS, with_table
 from megatron_ds.training.launch import train
 from megatron_ds.training.resolve import resolve_run
+from tests.examples.test_examples import OWN_LOOP
 from tests.ranks import preload
 from tests.training.tiny import run_mapping
 
@@ -105,6 +106,8 @@ def test_command_is_right(
     elif words[0] == "megatron-ds":
         run, ranks = run_of(words[1:])
         check_fits(run, ranks or 1)
+    elif words[0] == "torchrun" and page == "examples/own_loop/README.md":
+        assert words[3] == OWN_LOOP  # run by `tests/examples`
     elif words[0] in ("torchrun", "deepspeed", "srun"):
         run, ranks = run_of(words[words.index("megatron_ds") + 1 :])
         assert ranks is None

@@ -1,6 +1,7 @@
 """Every run file under examples/ trains and exports, every DeepSpeed JSON under ds_configs/ runs: two steps each."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ RANKS = {"pretrain_moby_dick": 2, "continue_pretraining": 2, "parallel_3d": 8, "
 CHAINED = {"pretrain_blend": 2, "finetune_chat": 2, "finetune_lora": 2}  # run by `test_chained`
 OUTSIDE = {"extend": 2}  # run by `test_extend`
 PUNCTUATION = "examples/finetune_t5"
+OWN_LOOP = "examples/own_loop/train.py"
 SHORT = ["train.steps=2", "schedule.warmup_steps=1", "train.eval_every=0"]
 
 
@@ -96,6 +98,20 @@ def test_continue_pretraining_at_another_layout(moby_dick: Path, tmp_path: Path)
     )
     check_written(tmp_path)
     assert losses(tmp_path)[0] < losses(moby_dick)[0]  # it does not begin at random again
+
+
+def test_own_loop(tmp_path: Path) -> None:
+    """Under torchrun, as its page says."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, OWN_LOOP, "6", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in done.stdout.splitlines()]
+    assert len(found) == 6 and found[-1] < found[0]
+    assert {path.name for path in (tmp_path / "hf").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000006"
+    code = [line for line in Path(OWN_LOOP).read_text().splitlines() if line.strip()]
+    assert len(code) <= 30
 
 
 def test_parallel_3d(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 import megatron_ds as mds
 from megatron_ds.config import EngineConfig
 from megatron_ds.errors import ConfigError, DataError, MegatronDSError, TopologyError
+from megatron_ds.monitor import read_metrics
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import Session
 from tests.parity.cases import CONFIGS, SEQ, VOCAB
 from tests.ranks import run_alone, run_ranks
+from tests.training.tiny import MODEL as TINY
+from tests.training.tiny import run_mapping
 
 LLAMA = CONFIGS["qwen2-tied"]
 STEPS = 4
@@ -167,6 +170,46 @@ def test_the_engine_config_of_a_run_keeps_every_field() -> None:
     assert shared >= {"steps", "seed", "recompute", "compile", "kernels", "micro_batch_size", "global_batch_size"}
     assert all(getattr(config, name) == getattr(run.train, name) for name in shared)
     assert (config.parallel, config.optimizer, config.schedule) == (run.parallel, run.optimizer, run.schedule)
+
+
+def _loop(info: RankInfo, corpus: Path, steps: int) -> list[float]:
+    """The same as a run file with a constant learning rate, as a loop."""
+    model = mds.load_model(TINY, tokenizer=str(corpus / "tokenizer"))
+    dataset = mds.open_dataset(model, str(corpus / "train.txt"), seq_length=32, cache_dir=str(corpus / "cache"))
+    engine = _session(info).build_engine(model, parallel={"tensor": 2}, optimizer={"lr": 1e-3}, micro_batch_size=2)
+    batches = engine.batches(dataset)
+    return [engine.train_step(next(batches)).loss for _ in range(steps)]
+
+
+def test_a_loop_and_a_run_file_take_the_same_steps_to_the_bit(corpus: Path, tmp_path: Path) -> None:
+    mapping = run_mapping(corpus, tmp_path / "run")
+    mapping["parallel"] = {"tensor": 2}
+    mapping["optimizer"] = {"lr": 1e-3}
+    mapping["schedule"] = {"name": "constant"}
+    mapping["train"] = {"steps": 4, "micro_batch_size": 2}
+    mapping["model"] = {"config": TINY, "tokenizer": str(corpus / "tokenizer")}
+    mapping["data"] = {"train": [str(corpus / "train.txt")], "seq_length": 32, "cache_dir": str(corpus / "cache")}
+    result = mds.train(mds.build_run(mapping), 2)
+    losses = [one.loss for one in read_metrics(result.metrics)[0]]
+    assert run_ranks(_loop, 2, corpus, 4)[0] == losses
+    assert (result.steps, result.last_loss, result.best_loss) == (4, losses[-1], min(losses))
+    assert result.checkpoint is None and result.export is None and result.last_valid_loss is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "txt"}, "data.format=txt is not one of text, chat, tokenized, indexed; did you mean text?"),
+        ({"packing": True}, "data.packing=true does nothing with data.format=text"),
+        ({"seq_len": 8}, "data.seq_len: unknown key; did you mean seq_length?"),
+        ({"objective": "autos"}, "train.objective=autos"),
+    ],
+)
+def test_wrong_data_is_one_line(fields: dict[str, Any], message: str, corpus: Path) -> None:
+    model = mds.load_model(TINY, tokenizer=str(corpus / "tokenizer"))
+    with pytest.raises(ConfigError) as caught:
+        mds.open_dataset(model, str(corpus / "train.txt"), **fields)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 NOTEBOOK = """

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 import megatron_ds as mds
-from megatron_ds.config import RunConfig
+from megatron_ds.config import DataSection, RunConfig
 from megatron_ds.data import Causal
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.config import HFModel
 from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.sequential import with_head
 from megatron_ds.monitor import read_metrics
+from megatron_ds.runtime import LoadedModel
+from megatron_ds.runtime.objective import OBJECTIVES, Objective
 from megatron_ds.training.datasets import open_split
-from megatron_ds.training.objective import OBJECTIVES, Objective
 from megatron_ds.training.resolve import resolve_run
 from tests.parity.own_head import HEAD, ZLossHead
 from tests.ranks import preload
@@ -31,13 +31,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
 }
 
 
-def z_loss(model: HFModel, run: RunConfig) -> Objective:
-    if not isinstance(model.core, DecoderConfig):
-        raise ConfigError(f"train.objective={run.train.objective} needs a decoder")
+def z_loss(model: LoadedModel, data: DataSection, seed: int) -> Objective:
+    if not isinstance(model.hf.core, DecoderConfig):
+        raise ConfigError("train.objective=z_loss needs a decoder")
     return Objective(Causal(), lambda layers, ctx: with_head(layers, ZLossHead, HEAD))
 
 
-def unlabelled(model: HFModel, run: RunConfig) -> Objective:
+def unlabelled(model: LoadedModel, data: DataSection, seed: int) -> Objective:
     spec = replace(HEAD, label_columns=("targets", "advantages"))
     return Objective(Causal(), lambda layers, ctx: with_head(layers, ZLossHead, spec))
 

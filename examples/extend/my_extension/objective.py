@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import DataSection
 from megatron_ds.data import Causal
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.config import HFModel
 from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.models.sequential import Activations, HeadResult, HeadSpec, count_entries, with_head
-from megatron_ds.training.objective import OBJECTIVES, Objective
+from megatron_ds.runtime import LoadedModel
+from megatron_ds.runtime.objective import OBJECTIVES, Objective
 
 NUM_GIVEN = 8  # tokens
 IGNORED = -100
@@ -43,8 +43,8 @@ SPEC = HeadSpec(("targets",), ("targets",), lambda labels: count_entries(complet
 
 
 @OBJECTIVES.register("completion")
-def completion(model: HFModel, run: RunConfig) -> Objective:
+def completion(model: LoadedModel, data: DataSection, seed: int) -> Objective:
     """Return the objective of a decoder."""
-    if not isinstance(model.core, DecoderConfig):
-        raise ConfigError(f"train.objective=completion needs a decoder, not a {model.family.model_type}")
+    if not isinstance(model.hf.core, DecoderConfig):
+        raise ConfigError(f"train.objective=completion needs a decoder, not a {model.hf.family.model_type}")
     return Objective(Causal(), lambda layers, ctx: with_head(layers, CompletionHead, SPEC))

@@ -5,7 +5,7 @@
     Z_LOSS = HeadSpec(("targets",), ("loss", "z"), lambda labels: count_entries(labels).repeat(2), ("accuracy",))
 
     @OBJECTIVES.register("z_loss")
-    def z_loss(model: HFModel, run: RunConfig) -> Objective:
+    def z_loss(model: LoadedModel, data: DataSection, seed: int) -> Objective:
         return Objective(Causal(), lambda layers, ctx: with_head(layers, ZLossHead, Z_LOSS))
 
 where `ZLossHead` is a `LanguageModelHead` whose `losses` returns both sums and the metric.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import DataSection
 from megatron_ds.data import FORMATS, Causal, DataObjective, Masked, Seq2Seq
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
@@ -26,6 +26,7 @@ from megatron_ds.models.build import ChangeLayers, model_layers, own_layers
 from megatron_ds.models.config import DecoderConfig, EncoderConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.registry import Registry
+from megatron_ds.runtime.loaded_model import LoadedModel
 
 # Keys of `data` that affect only some kinds of models.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
@@ -49,46 +50,52 @@ class Objective:
     layers: ChangeLayers = own_layers
 
 
-OBJECTIVES: Registry[Callable[[HFModel, RunConfig], Objective]] = Registry("objective")
-"""Name -> function that makes the objective of a model in a run, and raises ConfigError where they do not fit."""
+OBJECTIVES: Registry[Callable[[LoadedModel, DataSection, int], Objective]] = Registry("objective")
+"""Name -> function (model, `data` section, seed) that makes an objective or raises ConfigError."""
 
 
-def find_objective(model: HFModel, run: RunConfig) -> Objective:
-    """Make the objective of a run.
+def find_objective(name: str, model: LoadedModel, data: DataSection, seed: int) -> Objective:
+    """Make an objective by its name.
+
+    Args:
+        name: a name in OBJECTIVES.
+        model: the model that is trained.
+        data: the `data` section.
+        seed: of the noise that is drawn for samples.
 
     Raises:
         ConfigError: no objective has this name, the model has no head to train, or a key of `data` is set that has no
             effect on this kind of data, or not in this format.
     """
-    objective = OBJECTIVES.get(run.train.objective, field="train.objective")(model, run)
+    objective = OBJECTIVES.get(name, field="train.objective")(model, data, seed)
     kind = type(objective.data)
-    cuts_spans = FORMATS.get(run.data.format, "data.format").cuts_spans
+    cuts_spans = FORMATS.get(data.format, "data.format").cuts_spans
     heeded = set(_HEEDED[kind]) - (set() if cuts_spans else set(_OF_TEXT[kind]))
     for key in _NOISE_KEYS:
-        value, default = getattr(run.data, key), type(run.data).model_fields[key].default
+        value, default = getattr(data, key), type(data).model_fields[key].default
         if value != default and key not in heeded:
-            where = f" with data.format={run.data.format}" if key in _HEEDED[kind] else ""
+            where = f" with data.format={data.format}" if key in _HEEDED[kind] else ""
             raise ConfigError(
-                f"data.{key}={show(value)} does nothing for a {model.family.model_type} model{where}; remove it"
+                f"data.{key}={show(value)} does nothing for a {model.hf.family.model_type} model{where}; remove it"
             )
     return objective
 
 
 @OBJECTIVES.register("auto")
-def own_objective(model: HFModel, run: RunConfig) -> Objective:
+def own_objective(model: LoadedModel, data: DataSection, seed: int) -> Objective:
     """Make the objective that a model's kind is pretrained with, over its own head.
 
     Raises:
         ConfigError: the model has no head to train.
     """
-    core, data, seed = model.core, run.data, run.train.seed
+    core, path = model.hf.core, model.section.path
     if isinstance(core, DecoderConfig):
         return Objective(Causal())
     if isinstance(core, EncoderConfig):
         if not core.masked_lm:
             raise ConfigError(
-                f"{'model.config' if run.model.path is None else f'model.path={run.model.path}'} is a "
-                f"{model.architecture}, without a head to train; nearest: {model.family.architecture}"
+                f"{'model.config' if path is None else f'model.path={path}'} is a "
+                f"{model.hf.architecture}, without a head to train; nearest: {model.hf.family.architecture}"
             )
         return Objective(
             Masked(

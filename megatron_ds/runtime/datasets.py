@@ -1,0 +1,75 @@
+"""The data of a model: a `data` section, opened for the columns that the model's objective reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ds import data as formats
+from megatron_ds.config import DataSection, build_section
+from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options
+from megatron_ds.errors import ConfigError
+from megatron_ds.runtime.loaded_model import LoadedModel
+from megatron_ds.runtime.objective import find_objective
+
+
+def open_dataset(
+    model: LoadedModel,
+    sources: str | Sequence[Any],
+    *,
+    objective: str = "auto",
+    seed: int = 1234,
+    num_samples: int | None = None,
+    **fields: Any,
+) -> Dataset:
+    """Open training data for a model. Every rank calls it; it does not communicate.
+
+    Args:
+        model: the model; its tokenizer reads text.
+        sources: a file, directory, hub id or prefix, or a list of them; `{"path": ..., "weight": ...}` blends.
+        objective: the training objective, which decides the columns of a sample; "auto" = that of the model's kind.
+        seed: of the noise and of the order of blends.
+        num_samples: number of samples that the loop takes in all: the length of blends, and of Megatron's order of
+            indexed data. None = every sample once, in order.
+        fields: the other keys of the run file's `data` section, such as `format="chat"`, `seq_length=512`.
+
+    Raises:
+        ConfigError: a field is wrong, or does nothing with this format or model.
+        DataError: a source or the tokenizer is missing, malformed or does not fit the model.
+    """
+    section = build_section(DataSection, {"train": sources, **fields}, "data")
+    if num_samples is None and any(source.weight is not None for source in section.train):
+        raise ConfigError("a blend needs num_samples: the number of samples that the loop takes in all")
+    check_format(section, model.section.tokenizer_path)
+    made = find_objective(objective, model, section, seed)
+    order = None if num_samples is None else Order(num_samples, seed, section.shuffle)
+    return open_part(model, section, made.data, order)
+
+
+def open_part(
+    model: LoadedModel, data: DataSection, objective: DataObjective, order: Order | None, *, validation: bool = False
+) -> Dataset:
+    """Open the training or the validation part of a `data` section.
+
+    Args:
+        model: the model.
+        data: the section.
+        objective: what samples hold and what is hidden in them.
+        order: how a run takes the samples; None = every sample once, in order.
+        validation: whether it is the validation part.
+    """
+    sources = data.valid if validation and data.split is None else data.train
+    weighted = order is not None and any(source.weight is not None for source in sources)
+    return formats.open_dataset(
+        data.format,
+        objective,
+        [source.path for source in sources],
+        data.seq_length,
+        model.hf.core.vocab_size,
+        model.section.tokenizer_path,
+        data.cache_dir,
+        weights=[source.weight or 0.0 for source in sources] if weighted else None,
+        order=order,
+        split=Split(tuple(data.split), int(validation)) if data.split is not None else None,
+        options=format_options(data),
+    )
