@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.checkpoint.directory import PROGRESS, STATE, checkpoints_in, is_checkpoint, read_manifest
@@ -18,6 +17,7 @@ from megatron_ds.checkpoint.state_keys import KINDS, STEPS, parse_key
 from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.tensor_files import Stored, read_table
+from megatron_ds.parallel.consensus import gather_objects
 
 # ---- find the newest intact one --------------------------------------------------------------------------------------
 
@@ -45,10 +45,7 @@ def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoi
         rank, world_size: this rank and the size of the process group.
     """
     mine = [path.name for path in checkpoints_in(folder)]
-    listed: list[list[str]] = [mine]
-    if world_size > 1:
-        listed = [[]] * world_size
-        dist.all_gather_object(listed, mine)
+    listed = gather_objects(mine) if world_size > 1 else [mine]
     damaged: list[str] = []
     if listed[0] and not all(listed):
         blind = listed.index([])
@@ -70,10 +67,7 @@ def first_damage(directory: Path, rank: int = 0, world_size: int = 1) -> str | N
         mine = _check(directory, records, sorted(records)[rank::world_size])
     except CheckpointError as problem:
         mine = str(problem)
-    everyone: list[str | None] = [mine]
-    if world_size > 1:
-        everyone = [None] * world_size
-        dist.all_gather_object(everyone, mine)
+    everyone = gather_objects(mine) if world_size > 1 else [mine]
     return next((problem for problem in everyone if problem is not None), None)
 
 

@@ -31,6 +31,7 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.log import get_logger
+from megatron_ds.parallel.consensus import gather_objects
 
 SLOWEST_S = 7200.0  # the time that ranks wait for the one with the slowest storage
 
@@ -156,11 +157,7 @@ class Saver:
 
     def gather(self, mine: Any) -> list[Any]:
         """Gather an object from every rank on every rank. Collective over the world."""
-        if self.group is None:
-            return [mine]
-        everyone: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, mine, group=self.group)
-        return everyone
+        return gather_objects(mine, self.group) if self.group is not None else [mine]
 
     def _all_trained(self, order: list[str]) -> tuple[str, ...]:
         everyone = self.gather([shard.name for shard in optimizer_shards(self.engine)])

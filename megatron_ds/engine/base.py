@@ -16,6 +16,7 @@ from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.parallel.consensus import gather_objects
 from megatron_ds.parallel.grid import Axes, Axis, Grid
 from megatron_ds.parallel.random import RngStreams
 
@@ -263,10 +264,8 @@ class Engine(ABC):
         A tied parameter is in the list of the first stage that holds it.
         """
         mine = [(name, spec_of(parameter), parameter.dtype) for name, parameter in self.local_parameters()]
-        stages: list[Any] = [mine]
-        if self.grid.pipeline.size > 1:
-            stages = [None] * self.grid.pipeline.size
-            dist.all_gather_object(stages, mine, group=self.grid.pipeline.group)
+        pipeline = self.grid.pipeline
+        stages = gather_objects(mine, pipeline.group) if pipeline.size > 1 else [mine]
         seen: set[str] = set()
         unique = []
         for stage in stages:

@@ -1,4 +1,4 @@
-"""Run a step that may fail on some ranks, so that all ranks fail if any does."""
+"""Steps that fail on all ranks if they fail on one, and the gathering of small objects from all ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
         mine = problem
     except Exception as problem:
         defect = problem
-    everyone = _gather((mine, defect is not None))
+    everyone = gather_objects((mine, defect is not None))
     if defect is not None:
         raise defect
     if any(is_defect for _, is_defect in everyone):
@@ -47,9 +47,14 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
     return result
 
 
-def _gather(mine: tuple[MegatronDSError | None, bool]) -> list[tuple[MegatronDSError | None, bool]]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gather a small picklable object from every rank on every rank, in the order of the ranks.
+
+    Collective over `group`; None = all ranks. Where there is no process group, or only one rank, nothing is
+    communicated.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [mine]
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
     return everyone

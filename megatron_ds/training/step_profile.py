@@ -11,13 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import TrainingError
 from megatron_ds.monitor.profile import PartTimes, table, time_by_part
-from megatron_ds.parallel.consensus import run_on_all_ranks
+from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.regions import STEP
 from megatron_ds.training.watchdog import Heartbeat
 
@@ -79,10 +78,7 @@ class StepProfile:
             self._profiler.stop()
         self._beat(f"writing the profile of steps {self._first} to {self._last}", may_take_long=True)
         mine = run_on_all_ranks(self._summed)
-        everyone: list[Any] = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
+        everyone = gather_objects(mine)
         run_on_all_ranks(lambda: self._write_table(everyone))
         self._tell(f"profile of steps {self._first} to {self._last}: {self._folder}, a Chrome trace a rank; of a step:")
         for line in table(everyone):
