@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.family import HEAD, Family, Row, axis_sizes
+from megatron_ds.hf.family import HEAD, Family, Row
 from megatron_ds.hf.registry import FAMILIES, family_of
 from megatron_ds.hf.weight_files import has_weights, open_directory
-from megatron_ds.models.config import EncoderConfig, ModelConfig
+from megatron_ds.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class HFModel:
 
     def with_tied(self, tied: bool) -> HFModel:
         """The same model with the head tied to the embedding, or not."""
-        if tied == self.core.tied:
-            return self
-        assert not isinstance(self.core, EncoderConfig), "an encoder's head is its embedding"
-        return replace(self, core=replace(self.core, tied=tied))
+        return self if tied == self.core.tied else replace(self, core=replace(self.core, tied=tied))
 
     @property
     def architecture(self) -> str:
@@ -54,7 +51,7 @@ class HFModel:
     @cached_property
     def axis_sizes(self) -> dict[str, int]:
         """Sizes of the named axes of `table`."""
-        return axis_sizes(self.core)
+        return self.core.axis_sizes()
 
 
 def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
@@ -116,7 +113,7 @@ def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
 
 def _with_heads(family: Family, core: ModelConfig, raw: Mapping[str, Any]) -> ModelConfig:
     """The heads of the class that the config names, where the family has several; the first one's if it names none."""
-    if not isinstance(core, EncoderConfig):
+    if not family.classes:
         return core
     named = [name for name in raw.get("architectures") or () if name in family.classes]
     return replace(core, **family.classes[named[0] if named else family.architecture])
@@ -190,7 +187,7 @@ def generation_config(config: Any, core: ModelConfig, raw: Mapping[str, Any]) ->
     from transformers import GenerationConfig
     from transformers.utils import logging
 
-    if isinstance(core, EncoderConfig):
+    if not core.generates:
         return None
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # settings without effect are kept as they are

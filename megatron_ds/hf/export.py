@@ -20,7 +20,6 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
-from megatron_ds.models.config import EncoderConfig
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -165,8 +164,8 @@ def small_files(
 
 def _write_generation_config(directory: Path, model: HFModel, model_path: str | Path | None) -> None:
     """What steers `generate`, where a model has that; as the source has it, in a file of its own or in config.json."""
-    if isinstance(model.core, EncoderConfig):
-        return  # it generates nothing
+    if not model.core.generates:
+        return
     source = Path(model_path) if model_path is not None else directory
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", directory / "generation_config.json")

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.tensor_mapping import Op, Part, copy
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
+from megatron_ds.models.config import ModelConfig
 
 LAYER = "{n}"
 HEAD = "head.weight"
@@ -40,15 +40,15 @@ class Row:
         return Row(self.native.replace(LAYER, number), names, self.op, self.split)
 
 
-def _as_the_config_says(config: Any, names: frozenset[str]) -> Any:
+def _unchanged(config: Any, names: frozenset[str]) -> Any:
     return config
 
 
-def _nothing(config: Any) -> tuple[str, ...]:
+def _no_names(config: Any) -> tuple[str, ...]:
     return ()
 
 
-def _nothing_else(config: Any) -> dict[str, Any]:
+def _no_options(config: Any) -> dict[str, Any]:
     return {}
 
 
@@ -73,6 +73,7 @@ class Family:
             class that has our heads.
         tied_by_bytes: the head is the embedding unless both are on disk and differ, whatever the config says.
         written: our config -> fields of config.json that mean something of their own in this family.
+        load_options: our config -> options with which transformers loads the class, in the place of config fields.
     """
 
     model_type: str
@@ -86,10 +87,11 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     module: str = "transformers"
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    settle: Callable[[Any, frozenset[str]], Any] = _as_the_config_says
-    unread: Callable[[Any], tuple[str, ...]] = _nothing
+    settle: Callable[[Any, frozenset[str]], Any] = _unchanged
+    unread: Callable[[Any], tuple[str, ...]] = _no_names
     tied_by_bytes: bool = False
-    written: Callable[[Any], dict[str, Any]] = _nothing_else
+    written: Callable[[Any], dict[str, Any]] = _no_options
+    load_options: Callable[[Any], dict[str, Any]] = _no_options
 
     def table(self, config: ModelConfig) -> dict[str, Row]:
         """Native name -> row, one a parameter, layers written out, the head included even where it is tied."""
@@ -107,32 +109,6 @@ class Family:
             if all(getattr(config, option) == value for option, value in options.items()):
                 return name
         return self.architecture
-
-
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the named axes in all tables.
-
-    v vocabulary, e embedding, h hidden, i the same on the other side of a projection, f feed-forward, p rows of the
-    position table, s segments, n query heads, k key/value heads, g query heads a key head, d head dim, c classes of
-    pairs of segments, b buckets of relative positions.
-    """
-    stack = config.encoder if isinstance(config, EncoderDecoderConfig) else config
-    positions = None if isinstance(config, EncoderDecoderConfig) else config.positions
-    return {
-        "v": config.vocab_size,
-        "e": config.embedding_size if isinstance(config, DecoderConfig) else config.hidden_size,
-        "h": stack.hidden_size,
-        "i": stack.hidden_size,
-        "f": stack.ffn_size,
-        "p": positions.rows if positions is not None else 0,
-        "s": config.num_token_types if isinstance(config, EncoderConfig) else 0,
-        "n": stack.num_heads,
-        "k": stack.num_kv_heads,
-        "g": stack.num_heads // stack.num_kv_heads,
-        "d": stack.head_dim,
-        "c": 2,
-        "b": stack.relative.num_buckets if stack.relative is not None else 0,
-    }
 
 
 def norm(native: str, theirs: str, style: NormStyle) -> list[Row]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
-from megatron_ds.models.config import EncoderConfig
 
 
 def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -> Any:
@@ -41,7 +40,7 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **_without_pooler(model),
+                **model.family.load_options(model.core),
             )
     except Exception as problem:  # of many types, transformers' own and its libraries'
         reason = " ".join(str(problem).split())[:300]
@@ -85,7 +84,7 @@ def predict(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[
     if "position_ids" in columns:
         return _predict_each_document(theirs, model, columns)
     given = {name: column.long() for name, column in columns.items()}
-    cache: dict[str, Any] = {} if isinstance(model.core, EncoderConfig) else {"use_cache": False}
+    cache = {"use_cache": False} if model.core.generates else {}
     found = theirs(**given, **cache)
     return {ours: found[name].float() for name, ours in _OUTPUTS.items() if found.get(name) is not None}
 
@@ -106,13 +105,6 @@ def _predict_each_document(theirs: Any, model: HFModel, columns: Mapping[str, Te
             parts.append({name: output[:, : stop - start] for name, output in found.items()})
         rows.append({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-def _without_pooler(model: HFModel) -> dict[str, bool]:
-    """What transformers' base encoders are told in the place of a config field."""
-    core = model.core
-    has_none = isinstance(core, EncoderConfig) and not core.masked_lm and not core.pooler
-    return {"add_pooling_layer": False} if has_none else {}
 
 
 @contextmanager

@@ -76,6 +76,21 @@ class Output:
     units: int | None = None
 
 
+@dataclass(frozen=True)
+class AdaptableWeight:
+    """A weight of an attention or feed-forward layer that adapters can change.
+
+    Attributes:
+        name: of the parameter in the layer, such as "qkv.kv_weight".
+        outputs: names of the projections in it, in the order in which they lie there; the layer's `adapt` takes them.
+        is_column: whether the tensor axis divides the output features; otherwise it divides the input features.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    is_column: bool
+
+
 class ColumnAdapter(nn.Module):
     """s B A x beside a column-parallel layer: (S, B, H), or (S/t, B, H) under sequence parallelism -> (S, B, out/t).
 

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output, column_adapter, row_adapter
+from megatron_ds.layers.adapter_layers import (
+    AdaptableWeight,
+    IA3Spec,
+    LoRASpec,
+    Output,
+    column_adapter,
+    row_adapter,
+)
 from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
@@ -63,6 +70,30 @@ class AttentionShape:
     q_std: float
     kv_std: float
     out_std: float
+
+    @property
+    def width(self) -> int:
+        """Features of all query heads together, N * D."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_cost(self) -> int:
+        """Multiplications per position of the projections of keys and values."""
+        return 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+
+    @property
+    def cost(self) -> int:
+        """Multiplications per position of all projections; those of queries with keys are not counted."""
+        return 2 * self.hidden_size * self.width + self.kv_cost
+
+    @property
+    def adaptable_weights(self) -> tuple[AdaptableWeight, ...]:
+        """The weights that adapters can change."""
+        return (
+            AdaptableWeight("qkv.q_weight", ("q",), is_column=True),
+            AdaptableWeight("qkv.kv_weight", ("k", "v"), is_column=True),
+            AdaptableWeight("out.weight", ("out",), is_column=False),
+        )
 
 
 class Attention(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output, column_adapter, row_adapter
+from megatron_ds.layers.adapter_layers import (
+    AdaptableWeight,
+    IA3Spec,
+    LoRASpec,
+    Output,
+    column_adapter,
+    row_adapter,
+)
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -65,6 +73,52 @@ class _Gated(torch.autograd.Function):
         return whole, None
 
 
+@dataclass(frozen=True)
+class MLPShape:
+    """Sizes and options of one dense feed-forward layer.
+
+    Attributes:
+        hidden_size, ffn_size: H, F.
+        activation: a name in `ACTIVATIONS`.
+        gated: act(gate(x)) * up(x) instead of act(up(x)).
+        bias: whether the projections have biases.
+        dropout: probability, on the input of the down projection.
+        std, out_std: standard deviations at initialisation, of up (and gate) and of down.
+    """
+
+    hidden_size: int
+    ffn_size: int
+    activation: str
+    gated: bool
+    bias: bool
+    dropout: float
+    std: float
+    out_std: float
+
+    @property
+    def cost(self) -> int:
+        """Multiplications per position of all projections."""
+        return self.hidden_size * (3 if self.gated else 2) * self.ffn_size
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, biases included."""
+        return self.cost + (self.hidden_size + (2 if self.gated else 1) * self.ffn_size if self.bias else 0)
+
+    @property
+    def active_params(self) -> int:
+        """Number of parameters that one position uses: all of them."""
+        return self.num_params
+
+    @property
+    def adaptable_weights(self) -> tuple[AdaptableWeight, ...]:
+        """The weights that adapters can change."""
+        return (
+            AdaptableWeight("up.weight", ("gate", "up") if self.gated else ("up",), is_column=True),
+            AdaptableWeight("down.weight", ("down",), is_column=False),
+        )
+
+
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) where gated.
 
@@ -72,43 +126,31 @@ class MLP(nn.Module):
     (2, F, H) divided over F, so a plain concatenation of shards is the whole matrix at any t.
 
     Args:
-        hidden_size, ffn_size: H, F.
-        tp: the tensor axis.
-        activation: a name in `ACTIVATIONS`.
-        gated, bias: see above; whether the projections have biases.
-        std, out_std: initialisation of up (and gate) and of down.
-        dropout: on what down takes; its masks differ between tensor ranks, which hold different features.
-        rng: the streams of these masks.
-        kernels: what SwiGLU is computed with.
+        shape: sizes and options.
+        tp: the tensor axis; t divides F.
+        rng: streams of the dropout, whose masks differ between tensor ranks: they hold different features.
+        kernels: implementation of SwiGLU.
     """
 
     def __init__(
         self,
-        hidden_size: int,
-        ffn_size: int,
+        shape: MLPShape,
         tp: TensorParallel,
-        *,
-        activation: str,
-        gated: bool,
-        bias: bool,
-        std: float,
-        out_std: float,
-        dropout: float = 0.0,
         rng: RngStreams | None = None,
         kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
-        self.gated, self.activation = gated, activation
-        self.middle: Callable[[Tensor], Tensor] = ACTIVATIONS[activation]
-        if gated:
-            swiglu = kernels.swiglu if activation == "silu" else None
-            self.middle = swiglu or partial(gated_product, activation=activation)
-        out_shape, split_dim = ((2, ffn_size), 1) if gated else ((ffn_size,), 0)
-        self.up = ColumnParallelLinear(hidden_size, out_shape, tp, std=std, bias=bias, split_dim=split_dim)
-        self.down = RowParallelLinear(ffn_size, hidden_size, tp, std=out_std, bias=bias)
-        self.dropout = HiddenDropout(dropout, rng, differs=tp.axis.size > 1)
+        self.shape, self.tp, self.rng = shape, tp, rng
+        hidden, ffn = shape.hidden_size, shape.ffn_size
+        self.middle: Callable[[Tensor], Tensor] = ACTIVATIONS[shape.activation]
+        if shape.gated:
+            swiglu = kernels.swiglu if shape.activation == "silu" else None
+            self.middle = swiglu or partial(gated_product, activation=shape.activation)
+        out_shape, split_dim = ((2, ffn), 1) if shape.gated else ((ffn,), 0)
+        self.up = ColumnParallelLinear(hidden, out_shape, tp, std=shape.std, bias=shape.bias, split_dim=split_dim)
+        self.down = RowParallelLinear(ffn, hidden, tp, std=shape.out_std, bias=shape.bias)
+        self.dropout = HiddenDropout(shape.dropout, rng, differs=tp.axis.size > 1)
         self.adapters = nn.ModuleDict()
-        self.tp, self.rng, self.hidden_size, self.ffn_size = tp, rng, hidden_size, ffn_size
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.up(x)
@@ -119,18 +161,19 @@ class MLP(nn.Module):
         return beside.around(self.down, middle)
 
     def _adapted(self, x: Tensor, wide: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.activation]
-        found = dict(zip(("gate", "up"), wide.chunk(2, dim=-1))) if self.gated else {"up": wide}
+        act, gated = ACTIVATIONS[self.shape.activation], self.shape.gated
+        found = dict(zip(("gate", "up"), wide.chunk(2, dim=-1))) if gated else {"up": wide}
         adapter: Any
         for name, adapter in self.adapters.items():
             if name != "down":
                 found = adapter.adapted(x, found)
-        return act(found["gate"]) * found["up"] if self.gated else act(found["up"])
+        return act(found["gate"]) * found["up"] if gated else act(found["up"])
 
     def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
         """Put an adapter beside `("down",)`, or beside `("gate",)`, `("up",)` or both."""
+        hidden, ffn = self.shape.hidden_size, self.shape.ffn_size
         if tuple(outputs) == ("down",):
-            self.adapters["down"] = row_adapter(self.ffn_size, self.hidden_size, adapter, self.tp, self.rng)
+            self.adapters["down"] = row_adapter(ffn, hidden, adapter, self.tp, self.rng)
             return
-        wanted = {name: Output(self.ffn_size) for name in outputs}
-        self.adapters["_".join(outputs)] = column_adapter(self.hidden_size, wanted, adapter, self.tp, self.rng)
+        wanted = {name: Output(ffn) for name in outputs}
+        self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.tp, self.rng)

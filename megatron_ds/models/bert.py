@@ -3,32 +3,151 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.columns import IGNORE_INDEX
+from megatron_ds.config import ModelShape
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.embedding import LearnedPositions, TokenTypes
+from megatron_ds.layers.embedding import LearnedPositions, PositionTable, TokenTypes
 from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.mlp import ACTIVATIONS
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import EncoderConfig
+from megatron_ds.models.config import ModelConfig, StackConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.probe import (
+    RANDOM_LENGTH,
+    ROWS,
+    Probe,
+    fitting_length,
+    random_ids,
+    right_padded,
+    seeded,
+    some_labels,
+)
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec, OutputHead
 from megatron_ds.parallel.collectives import gather_sequence, reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 
 
-class Entry(nn.Module):
-    """Layer between the word embedding and the first block: learned positions, segments, a norm, dropout.
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(StackConfig, ModelConfig):
+    """A bidirectional encoder and its heads (Devlin et al. 2019; Liu et al. 2019).
 
-    (S, B, H) -> the same, or this rank's part of the sequence.
+    Attributes:
+        padding_id: an id whose row of the embedding gets no gradient as an input; None = no such id.
+        positions: table of learned positions.
+        num_token_types: rows of the table of segments.
+
+        masked_lm: it has a head that predicts masked tokens, by its word embedding.
+        pooler: it computes a vector per sequence from the first position's state.
+        next_sentence: it predicts from that vector whether the second segment follows the first.
+        head_activation: of the head that predicts masked tokens, a name in `layers.mlp.ACTIVATIONS`.
+
+        embedding_dropout: probability.
+    """
+
+    generates: ClassVar[bool] = False
+
+    tied: bool = field(default=True, init=False)
+    padding_id: int | None
+    positions: PositionTable
+    num_token_types: int
+
+    masked_lm: bool = True
+    pooler: bool = False
+    next_sentence: bool = False
+    head_activation: str
+
+    embedding_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = self.pooler if self.masked_lm else False
+        assert self.next_sentence == wanted, (
+            "with a head for masked tokens, the pooler has no other use than to predict the next sentence"
+        )
+
+    @property
+    def stacks(self) -> dict[str, StackConfig]:
+        return {"blocks": self}
+
+    @property
+    def objective(self) -> str | None:
+        return "masked" if self.masked_lm else None
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        return {
+            "next_sentence": self.next_sentence,
+            "num_token_types": self.num_token_types,
+            "padding_id": self.padding_id or 0,
+        }
+
+    def shape(self) -> ModelShape:
+        return self.model_shape(self.num_layers, self.vocab_size, self.positions)
+
+    def axis_sizes(self) -> dict[str, int]:
+        sizes = {"v": self.vocab_size, "e": self.hidden_size, "p": self.positions.rows, "s": self.num_token_types}
+        return {**super().axis_sizes(), **sizes, "c": 2}
+
+    def build_layers(self, ctx: BuildContext | None = None) -> list[LayerSpec]:
+        return encoder_layers(self, ctx or BuildContext())
+
+    @property
+    def num_idle_params(self) -> int:
+        return (self.num_token_types + self.positions.rows) * self.hidden_size + super().num_idle_params
+
+    def flops_per_position(self, seq_length: int, target_length: int, num_params: int, num_frozen: int) -> float:
+        return self.flops_per_token(num_params, num_frozen, seq_length)
+
+    def without_dropout(self) -> Self:
+        return replace(super().without_dropout(), embedding_dropout=0.0)
+
+    def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
+        """Ids behind padding, with segments if the model has several; and bare ids, as many users pass them."""
+        longest = self.positions.max_positions
+        length = fitting_length(min(RANDOM_LENGTH, longest), multiple_of, longest)
+        columns = {
+            "input_ids": random_ids(self.vocab_size, ROWS, length),
+            "attention_mask": right_padded(ROWS, length),
+        }
+        if self.padding_id is not None:
+            columns["input_ids"].masked_fill_(~columns["attention_mask"], self.padding_id)
+        if self.num_token_types > 1:
+            columns["token_type_ids"] = torch.randint(0, self.num_token_types, (ROWS, length), generator=seeded(2))
+        bare = {"input_ids": random_ids(self.vocab_size, 2, length, seed=1)}
+        everywhere = torch.ones(2, length, dtype=torch.bool)
+        return [
+            Probe("padded", columns, self._probe_labels(columns["attention_mask"]), with_gradients=True),
+            Probe("bare", bare, self._probe_labels(everywhere), with_gradients=False),
+        ], None
+
+    def _probe_labels(self, seen: Tensor) -> dict[str, Tensor]:
+        """Labels of some positions that are `seen` (B, S); or directions, for a model that predicts nothing."""
+        (batch, length), generator = seen.shape, seeded(3)
+        if not self.masked_lm:
+            labels = {"hidden_direction": torch.randn(batch, length, self.hidden_size, generator=generator)}
+            if self.pooler:
+                labels["pooled_direction"] = torch.randn(batch, self.hidden_size, generator=generator)
+            return labels
+        labels = {"targets": some_labels(random_ids(self.vocab_size, batch, length, seed=4), seen)}
+        if self.next_sentence:
+            labels["next_sentence_label"] = torch.tensor([1, IGNORE_INDEX, 0])[:batch]
+        return labels
+
+
+class EncoderEntry(nn.Module):
+    """From the word embedding to the first block: learned positions, segments, a norm, dropout.
+
+    (S, B, H) -> (S, B, H), with S/t under sequence parallelism.
     """
 
     def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
@@ -150,13 +269,12 @@ class EncoderOutput(OutputHead):
         return hidden.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1)
 
 
-def encoder_layers(config: EncoderConfig, ctx: BuildContext | None = None) -> list[LayerSpec]:
+def encoder_layers(config: EncoderConfig, ctx: BuildContext) -> list[LayerSpec]:
     """Return the specs of an encoder's layers.
 
     A batch has `input_ids` and may have an `attention_mask` and `token_type_ids`. Labels are `targets`, the original
     token of masked positions, and `next_sentence_label`, 0 where the second segment follows the first.
     """
-    ctx = ctx or BuildContext()
     vocab, size, std = config.vocab_size, config.hidden_size, config.init_std
     embed = partial(
         WordEmbedding, "input_ids", vocab, size, ctx.tp, std=std, padding_id=config.padding_id, keeps_ids=True
@@ -165,7 +283,7 @@ def encoder_layers(config: EncoderConfig, ctx: BuildContext | None = None) -> li
     hidden = LayerSpec("", nn.Identity, columns=("attention_mask",))
     return [
         LayerSpec("embedding", embed, hidden={}, columns=columns),
-        replace(hidden, name="entry", build=partial(Entry, config, ctx), columns=columns),
+        replace(hidden, name="entry", build=partial(EncoderEntry, config, ctx), columns=columns),
         *block_layers("blocks", config, ctx, hidden, BlockInputs()),
         _head(config, ctx),
     ]

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import scaled
-from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.models.config import StackConfig
 from megatron_ds.models.context import BuildContext
+from megatron_ds.models.feed_forward import build_feed_forward
 from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec
-from megatron_ds.parallel.regions import ATTENTION, BLOCK, profiled
-from megatron_ds.parallel.regions import MLP as MLP_PART
+from megatron_ds.parallel.regions import ATTENTION, BLOCK, MLP, profiled
 
 
 @dataclass(frozen=True)
@@ -62,30 +61,17 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.recompute, self.inputs = config, ctx.recompute, inputs
-        shape = config.attention(layer)
         self.attention_norm, self.attention_output_norm = self._norms(ctx)
-        self.attention = Attention(shape, ctx.tp, rotary, ctx.recompute, ctx.rng, ctx.kernels)
+        self.attention = Attention(config.attention(layer), ctx.tp, rotary, ctx.recompute, ctx.rng, ctx.kernels)
         self.cross_norm = self.cross_output_norm = self.cross = None
-        if config.cross_attention:
+        across = config.cross(layer)
+        if across is not None:
             self.cross_norm, self.cross_output_norm = self._norms(ctx)
-            across = replace(shape, causal=False, window=None, alibi=None, relative=None)
             self.cross = Attention(across, ctx.tp, None, ctx.recompute, ctx.rng, ctx.kernels)
         self.mlp_norm, self.mlp_output_norm = self._norms(ctx)
         if config.shared_norm:
             self.mlp_norm = None
-        self.mlp = MLP(
-            config.hidden_size,
-            config.ffn_size,
-            ctx.tp,
-            activation=config.activation,
-            gated=config.gated,
-            bias=config.mlp_bias,
-            std=config.weight_std,
-            out_std=config.out_std(config.ffn_size),
-            dropout=config.ffn_dropout,
-            rng=ctx.rng,
-            kernels=ctx.kernels,
-        )
+        self.mlp = build_feed_forward(config.feed_forward(layer), ctx)
         self.dropout = HiddenDropout(config.residual_dropout, ctx.rng, ctx.tp.splits_sequence)
         self._run = torch.compile(self._block, dynamic=False) if ctx.compiled else self._block
 
@@ -128,7 +114,7 @@ class Block(nn.Module):
         return self._add(x, self._fed_forward(_apply(self.mlp_norm, x)), self.mlp_output_norm)
 
     def _fed_forward(self, x: Tensor) -> Tensor:
-        with profiled(MLP_PART):
+        with profiled(MLP):
             return self.mlp(x)
 
     def _add(self, x: Tensor, change: Tensor, norm: Norm | None) -> Tensor:
@@ -167,16 +153,9 @@ def block_layers(
                 like,
                 name=f"{prefix}.{layer}",
                 build=partial(Block, config, layer, ctx, table, inputs),
-                cost=block_cost(config),
+                cost=config.block_cost(layer),
                 is_block=True,
                 tied=shared if config.relative is not None and layer > 0 else {},
             )
         )
     return layers
-
-
-def block_cost(config: StackConfig) -> float:
-    """Multiplications a token of one block's matrices, which is also their number of parameters."""
-    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    ffn = (3 if config.gated else 2) * config.ffn_size
-    return float(config.hidden_size * (attention * (2 if config.cross_attention else 1) + ffn))

@@ -1,18 +1,30 @@
-"""What a model is, in the terms of the math and of no framework. Hugging Face configs are translated into this."""
+"""Configs of models in mathematical terms, independent of any framework: a stack of blocks, and what every kind of
+model answers about itself.
+
+Hugging Face configs are translated into these. The kinds are in files of their own, with their layers: gpt.py, bert.py
+and t5.py. Another kind is another subclass of `ModelConfig`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from megatron_ds.config import ModelShape
 from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.attention import AttentionShape
 from megatron_ds.layers.embedding import PositionTable
+from megatron_ds.layers.mlp import MLPShape
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.layers.rotary import RotaryConfig
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.probe import Probe
+from megatron_ds.models.sequential import LayerSpec
+from megatron_ds.monitor import model_flops_per_token
 
 NORM_PLACES = ("input", "output", "both", "sum")
 
@@ -22,31 +34,31 @@ class StackConfig:
     """A stack of blocks. Every option is independent of the others; the defaults are those of most decoders.
 
     Attributes:
-        hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes, whole.
+        hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: global sizes.
         norm: of hidden states.
 
-        causal: a position sees none after it.
-        cross_attention: between attention and MLP, each block attends to the states of another stack.
-        rotary: for each layer, its frequencies; None = no rotation in that layer.
-        alibi: biases by distance; None = none.
-        relative: learned biases by distance, one table for all blocks; None = none.
+        causal: a position attends to no later position.
+        cross_attention: between attention and MLP, each block attends to the hidden states of another stack.
+        rotary: frequencies for each layer; None = no rotation in that layer.
+        alibi: biases by distance; None = no such biases.
+        relative: learned biases by distance, one table for all blocks; None = no such biases.
 
-        norm_place: where a block's norms stand: "input" (of attention and MLP), "output" (before it is added), "both",
-            or "sum" (after it is added).
-        parallel: attention and MLP both start from the block's input; `shared_norm`: through one norm.
-        residual_multiplier: of what attention and MLP add.
+        norm_place: position of a block's norms: "input" (of attention and MLP), "output" (before the residual sum),
+            "both", or "sum" (after the residual sum).
+        parallel: attention and MLP both read the block's input; `shared_norm`: through one norm.
+        residual_multiplier: factor of the outputs of attention and MLP.
 
         qkv_bias, attention_out_bias, mlp_bias: which projections have biases.
-        qk_norm: RMSNorm of queries and keys before the rotation; `qk_norm_across_heads`: of all heads together.
+        qk_norm: RMSNorm of queries and keys before the rotation; `qk_norm_across_heads`: over all heads together.
         attention_scale: of the scores; None = 1/sqrt(head_dim). `scale_by_layer`: divided by the layer's number from 1.
-        attention_softcap: bound of the scores; None = none.
-        windows: for each layer, how many last keys a query sees; None = all. Empty = all in every layer.
+        attention_softcap: bound of the scores; None = no bound.
+        windows: for each layer, the number of last keys that a query sees; None = all. Empty = all in every layer.
 
         activation: a name in `layers.mlp.ACTIVATIONS`; `gated`: act(gate) * up instead of act(up).
 
         attention_dropout, residual_dropout, ffn_dropout: probabilities; the last inside the MLP.
-        init_std: of all weights; projections into the residual stream get init_std / sqrt(2 L) where
-            `scaled_residual_init` (Radford et al. 2019). Where `fan_in_init`, it is a factor of 1/sqrt(inputs) instead,
+        init_std: of all weights; projections into the residual stream get init_std / sqrt(2 L) with
+            `scaled_residual_init` (Radford et al. 2019). With `fan_in_init`, it is a factor of 1/sqrt(inputs) instead,
             and queries have 1/sqrt(head_dim) in their weights, not in the scores (Raffel et al. 2020).
     """
 
@@ -92,7 +104,7 @@ class StackConfig:
     def __post_init__(self) -> None:
         assert self.norm_place in NORM_PLACES, self.norm_place
         assert self.norm_place == "input" or not self.parallel, "parallel blocks have norms at their inputs"
-        assert self.parallel or not self.shared_norm, "one norm for both is a parallel block's"
+        assert self.parallel or not self.shared_norm, "only a parallel block has one norm for attention and MLP"
         assert not (self.parallel and self.cross_attention), "cross attention stands between attention and MLP"
         assert self.causal or not any(self.windows), "windows are of keys before the query"
         for name in ("windows", "rotary"):
@@ -100,17 +112,17 @@ class StackConfig:
 
     @property
     def weight_std(self) -> float:
-        """Of projections of hidden states, other than queries."""
+        """Standard deviation of projections of hidden states, other than queries."""
         return self.init_std * self.hidden_size**-0.5 if self.fan_in_init else self.init_std
 
     def out_std(self, inputs: int) -> float:
-        """Of projections of so many features into the residual stream."""
+        """Standard deviation of projections of `inputs` features into the residual stream."""
         if self.fan_in_init:
             return self.init_std * inputs**-0.5
         return self.init_std / math.sqrt(2 * self.num_layers) if self.scaled_residual_init else self.init_std
 
     def attention(self, layer: int) -> AttentionShape:
-        """Sizes and options of one layer's self-attention."""
+        """Return the sizes and options of one layer's self-attention."""
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return AttentionShape(
             hidden_size=self.hidden_size,
@@ -133,163 +145,156 @@ class StackConfig:
             out_std=self.out_std(self.num_heads * self.head_dim),
         )
 
+    def cross(self, layer: int) -> AttentionShape | None:
+        """Return the sizes and options of one layer's cross attention; None = the layer has none."""
+        if not self.cross_attention:
+            return None
+        return replace(self.attention(layer), causal=False, window=None, alibi=None, relative=None)
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig(StackConfig):
-    """A causal language model. As in a `StackConfig`, every option is independent.
-
-    Attributes:
-        family: the Hugging Face `model_type` that it was translated from; a label, nothing branches on it.
-        vocab_size: V.
-
-        embedding_size: width of the word embedding; a projection leads to the hidden size and back where they differ.
-        embedding_multiplier: of the word embedding; `embedding_multiplier_in_dtype`: rounded to its dtype first.
-        padding_id: an id whose row of the embedding does not learn as an input; None = none.
-        embedding_norm: a norm between embedding and first block.
-        positions: table of learned positions; None = none.
-
-        final_norm: a norm after the last block.
-        head_bias: of the logits.
-        logit_multiplier: of the logits; `logit_softcap`: their bound after that.
-        tied: the head is the word embedding.
-
-        embedding_dropout: probability.
-    """
-
-    family: str
-    vocab_size: int
-
-    embedding_size: int
-    padding_id: int | None = None
-    embedding_multiplier: float = 1.0
-    embedding_multiplier_in_dtype: bool = False
-    embedding_norm: bool = False
-    positions: PositionTable | None = None
-
-    final_norm: bool = True
-    head_bias: bool = False
-    logit_multiplier: float = 1.0
-    logit_softcap: float | None = None
-    tied: bool
-
-    embedding_dropout: float = 0.0
-
-    @property
-    def stacks(self) -> dict[str, StackConfig]:
-        """Prefix of the blocks' names -> what they are."""
-        return {"blocks": self}
-
-    def shape(self) -> ModelShape:
-        """What the run's checks need to know."""
-        return _shape(self, self.num_layers, self.vocab_size, self.positions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig(StackConfig):
-    """A bidirectional encoder and the heads that it has (Devlin et al. 2019; Liu et al. 2019).
-
-    Attributes:
-        family: the Hugging Face `model_type` that it was translated from; a label, nothing branches on it.
-        vocab_size: V.
-        padding_id: an id whose row of the embedding does not learn as an input; None = none.
-        positions: table of learned positions.
-        num_token_types: rows of the table of segments.
-
-        masked_lm: it predicts masked tokens, by its word embedding.
-        pooler: a vector a sequence, made of the first position's.
-        next_sentence: it predicts from that vector whether the second segment follows the first.
-        head_activation: of the head that predicts masked tokens, a name in `layers.mlp.ACTIVATIONS`.
-
-        embedding_dropout: probability.
-    """
-
-    tied: ClassVar[bool] = True
-
-    family: str
-    vocab_size: int
-    padding_id: int | None
-    positions: PositionTable
-    num_token_types: int
-
-    masked_lm: bool = True
-    pooler: bool = False
-    next_sentence: bool = False
-    head_activation: str
-
-    embedding_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        wanted = self.pooler if self.masked_lm else False
-        assert self.next_sentence == wanted, (
-            "beside masked tokens, the pooler serves to predict the next sentence alone"
+    def feed_forward(self, layer: int) -> MLPShape:
+        """Return the sizes and options of one layer's feed-forward layer."""
+        return MLPShape(
+            hidden_size=self.hidden_size,
+            ffn_size=self.ffn_size,
+            activation=self.activation,
+            gated=self.gated,
+            bias=self.mlp_bias,
+            dropout=self.ffn_dropout,
+            std=self.weight_std,
+            out_std=self.out_std(self.ffn_size),
         )
 
-    @property
-    def stacks(self) -> dict[str, StackConfig]:
-        """Prefix of the blocks' names -> what they are."""
-        return {"blocks": self}
+    def sublayers(self, layer: int) -> dict[str, AttentionShape | MLPShape]:
+        """Return the shapes of one block's attention and feed-forward layers, by their names in `Block`."""
+        cross = self.cross(layer)
+        across = {"cross": cross} if cross is not None else {}
+        return {"attention": self.attention(layer), **across, "mlp": self.feed_forward(layer)}
 
-    def shape(self) -> ModelShape:
-        """What the run's checks need to know."""
-        return _shape(self, self.num_layers, self.vocab_size, self.positions)
+    def block_cost(self, layer: int) -> float:
+        """Return the multiplications per position of one block's projections."""
+        return float(sum(shape.cost for shape in self.sublayers(layer).values()))
+
+    @property
+    def num_idle_params(self) -> int:
+        """Number of parameters of feed-forward layers that a position does not use, such as other experts'."""
+        shapes = map(self.feed_forward, range(self.num_layers))
+        return sum(shape.num_params - shape.active_params for shape in shapes)
+
+    def flops_per_token(self, num_params: int, num_frozen: int, seq_length: int) -> float:
+        """Return the FLOPs of one token of a model that consists of this stack; see `model_flops_per_token`."""
+        width = self.attention(0).width
+        return model_flops_per_token(num_params, self.num_layers, width, seq_length, num_frozen)
+
+    def without_dropout(self) -> Self:
+        """Return the same stack, which computes the same on every run."""
+        return replace(self, attention_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Return the sizes of the axes of a stack's parameters; see `ModelConfig.axis_sizes`."""
+        return {
+            "h": self.hidden_size,
+            "i": self.hidden_size,
+            "f": self.ffn_size,
+            "n": self.num_heads,
+            "k": self.num_kv_heads,
+            "g": self.num_heads // self.num_kv_heads,
+            "d": self.head_dim,
+            "b": self.relative.num_buckets if self.relative is not None else 0,
+        }
+
+    def model_shape(self, num_layers: int, vocab_size: int, positions: PositionTable | None) -> ModelShape:
+        """Return the sizes that a run's checks need, of a model whose stacks all have these sizes."""
+        return ModelShape(
+            num_layers=num_layers,
+            num_attention_heads=self.num_heads,
+            ffn_size=self.ffn_size,
+            hidden_size=self.hidden_size,
+            vocab_size=vocab_size,
+            max_positions=positions.max_positions if positions is not None else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderDecoderConfig:
-    """Two stacks, of which the second attends to the first (Raffel et al. 2020), over one word embedding.
+class ModelConfig(ABC):
+    """A model, and the answers that depend on its kind. Whoever handles models asks here and never tests for a kind.
 
     Attributes:
-        family: the Hugging Face `model_type` that it was translated from; a label, nothing branches on it.
+        family: the Hugging Face `model_type` that it was translated from; a label, no code depends on it.
         vocab_size: V.
-        encoder, decoder: the stacks, of one width; each ends with a norm.
         tied: the head is the word embedding.
-        logit_multiplier: of the logits.
-        embedding_dropout: probability, of word embeddings and of what leaves a stack.
-        embedding_std, head_std: of the embedding's initialisation, and of that of a head of its own.
-        decoder_start_id: what the decoder reads before the first target.
-        padding_id: what stands where there is no token.
+
+        generates: the model can generate text.
+        task_type: peft's name of what the model is for; None = peft has no name for it.
     """
 
     family: str
     vocab_size: int
-    encoder: StackConfig
-    decoder: StackConfig
     tied: bool
-    logit_multiplier: float = 1.0
-    embedding_dropout: float = 0.0
-    embedding_std: float
-    head_std: float
-    decoder_start_id: int
-    padding_id: int
 
-    def __post_init__(self) -> None:
-        assert self.encoder.hidden_size == self.decoder.hidden_size, "the decoder attends to states of its own width"
-        assert self.decoder.cross_attention and not self.encoder.cross_attention
+    generates: ClassVar[bool] = True
+    task_type: ClassVar[str | None] = None
 
     @property
-    def hidden_size(self) -> int:
-        return self.encoder.hidden_size
-
-    @property
+    @abstractmethod
     def stacks(self) -> dict[str, StackConfig]:
-        """Prefix of the blocks' names -> what they are."""
-        return {"encoder.blocks": self.encoder, "decoder.blocks": self.decoder}
+        """Stacks of blocks in the order in which they run, by the prefix of their blocks' names."""
 
+    @property
+    @abstractmethod
+    def objective(self) -> str | None:
+        """Name of the objective that the model is trained with; None = it has no head to train."""
+
+    @property
+    def objective_options(self) -> Mapping[str, Any]:
+        """Options of the objective that the model fixes, by name; the run file decides the others."""
+        return {}
+
+    @abstractmethod
     def shape(self) -> ModelShape:
-        """What the run's checks need to know."""
-        return _shape(self.encoder, self.encoder.num_layers + self.decoder.num_layers, self.vocab_size, None)
+        """Return the sizes that a run's checks need."""
 
+    @abstractmethod
+    def axis_sizes(self) -> dict[str, int]:
+        """Return the global sizes of the axes that tables of Hugging Face tensors name.
 
-ModelConfig = DecoderConfig | EncoderConfig | EncoderDecoderConfig
+        v vocabulary, e embedding, h hidden, i the same on the other side of a projection, f feed-forward, p rows of the
+        position table, s segments, n query heads, k key/value heads, g query heads per key head, d head dim, c classes
+        of pairs of segments, b buckets of relative positions.
+        """
 
+    @abstractmethod
+    def build_layers(self, ctx: BuildContext | None = None) -> list[LayerSpec]:
+        """Return the model's layers in order, not built yet. `ctx`: None = a single process."""
 
-def _shape(stack: StackConfig, num_layers: int, vocab_size: int, positions: PositionTable | None) -> ModelShape:
-    return ModelShape(
-        num_layers=num_layers,
-        num_attention_heads=stack.num_heads,
-        ffn_size=stack.ffn_size,
-        hidden_size=stack.hidden_size,
-        vocab_size=vocab_size,
-        max_positions=positions.max_positions if positions is not None else None,
-    )
+    @property
+    @abstractmethod
+    def num_idle_params(self) -> int:
+        """Number of parameters that cost a position no FLOPs: tables that are only looked up, experts not used."""
+
+    @abstractmethod
+    def flops_per_position(self, seq_length: int, target_length: int, num_params: int, num_frozen: int) -> float:
+        """Return the FLOPs per position of a sample, forward and backward, on average over its S + T positions.
+
+        Args:
+            seq_length: S, positions of the inputs.
+            target_length: T, positions of a decoder with inputs of its own; 0 = there is no such decoder.
+            num_params: number of parameters without idle ones, tied ones once.
+            num_frozen: number of these that get no gradient.
+        """
+
+    @abstractmethod
+    def without_dropout(self) -> Self:
+        """Return the same model, which computes the same on every run."""
+
+    @abstractmethod
+    def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
+        """Return inputs that exercise the model's options, and a description of what they do not reach.
+
+        Args:
+            multiple_of: divisor of every length: the number of tensor ranks under sequence parallelism.
+        """
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether hidden states of one stack are an input of all blocks of another."""
+        return any(stack.cross_attention for stack in self.stacks.values())

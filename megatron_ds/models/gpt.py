@@ -1,30 +1,129 @@
-"""Decoders, from GPT-2 to Gemma 3, as a list of stages: embedding, entry, blocks, exit, head."""
+"""Decoders, from GPT-2 to Gemma 3, as a list of layers: embedding, entry, blocks, exit, head."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar, Self
 
 from torch import nn
 
+from megatron_ds.config import ModelShape
 from megatron_ds.layers.cross_entropy import LogitFinish
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.embedding import LearnedPositions, scaled
+from megatron_ds.layers.embedding import LearnedPositions, PositionTable, scaled
 from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.config import ModelConfig, StackConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.probe import BEYOND, MOST_TOKENS, RANDOM_LENGTH, Probe, fitting_length, next_ids, random_ids
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
 
-MASKS = ("attention_mask", "position_ids")  # what says which positions see which
+MASKS = ("attention_mask", "position_ids")  # columns that decide which positions attend to which
 
 
-class Entry(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(StackConfig, ModelConfig):
+    """A causal language model. As in a `StackConfig`, every option is independent.
+
+    Attributes:
+        embedding_size: E, width of the word embedding; a projection leads to H and back where they differ.
+        embedding_multiplier: of the word embedding; `embedding_multiplier_in_dtype`: rounded to its dtype first.
+        padding_id: an id whose row of the embedding gets no gradient as an input; None = no such id.
+        embedding_norm: a norm between embedding and first block.
+        positions: table of learned positions; None = no table.
+
+        final_norm: a norm after the last block.
+        head_bias: the logits have a bias.
+        logit_multiplier: of the logits; `logit_softcap`: their bound after that.
+
+        embedding_dropout: probability.
+    """
+
+    task_type: ClassVar[str | None] = "CAUSAL_LM"
+
+    embedding_size: int
+    padding_id: int | None = None
+    embedding_multiplier: float = 1.0
+    embedding_multiplier_in_dtype: bool = False
+    embedding_norm: bool = False
+    positions: PositionTable | None = None
+
+    final_norm: bool = True
+    head_bias: bool = False
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+
+    embedding_dropout: float = 0.0
+
+    @property
+    def stacks(self) -> dict[str, StackConfig]:
+        return {"blocks": self}
+
+    @property
+    def objective(self) -> str:
+        return "causal"
+
+    def shape(self) -> ModelShape:
+        return self.model_shape(self.num_layers, self.vocab_size, self.positions)
+
+    def axis_sizes(self) -> dict[str, int]:
+        rows = self.positions.rows if self.positions is not None else 0
+        return {**super().axis_sizes(), "v": self.vocab_size, "e": self.embedding_size, "p": rows}
+
+    def build_layers(self, ctx: BuildContext | None = None) -> list[LayerSpec]:
+        return decoder_layers(self, ctx or BuildContext())
+
+    @property
+    def num_idle_params(self) -> int:
+        looked_up = 0 if self.tied else self.vocab_size * self.embedding_size
+        if self.positions is not None:
+            looked_up += self.positions.rows * self.hidden_size
+        return looked_up + super().num_idle_params
+
+    def flops_per_position(self, seq_length: int, target_length: int, num_params: int, num_frozen: int) -> float:
+        return self.flops_per_token(num_params, num_frozen, seq_length)
+
+    def without_dropout(self) -> Self:
+        return replace(super().without_dropout(), embedding_dropout=0.0)
+
+    def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
+        """Random ids, and a sequence that is longer than the windows and stretched positions."""
+        longest = self.positions.max_positions if self.positions is not None else MOST_TOKENS
+        length = fitting_length(min(RANDOM_LENGTH, longest), multiple_of, longest)
+        found = [self._probe("random", 2, length, with_gradients=True)]
+        edges = [edge for edge in self._edges() if edge >= length]
+        within = [edge for edge in edges if edge + BEYOND <= longest]
+        if within:
+            beyond = fitting_length(max(within) + BEYOND, multiple_of, longest)
+            found.append(self._probe("past the window", 1, beyond, with_gradients=False))
+        missed = sorted({edge for edge in edges if edge not in within})
+        if not missed:
+            return found, None
+        lengths = " and ".join(f"{edge:,}" for edge in missed)
+        return found, f"windows or stretched positions of {lengths} tokens are longer than any input"
+
+    def _probe(self, name: str, batch: int, length: int, *, with_gradients: bool) -> Probe:
+        ids = random_ids(self.vocab_size, batch, length)
+        return Probe(name, {"input_ids": ids}, {"targets": next_ids(ids)}, with_gradients)
+
+    def _edges(self) -> set[int]:
+        """Lengths beyond which the model computes something else."""
+        windows = {window for window in self.windows if window is not None}
+        stretched = {
+            rotary.original_max_positions
+            for rotary in self.rotary
+            if rotary is not None and rotary.scaling in ("dynamic", "longrope")
+        }
+        return windows | stretched
+
+
+class DecoderEntry(nn.Module):
     """From the word embedding to the first block: a multiplier, a projection, learned positions, a norm, dropout.
 
-    Each is there if the config has it; (S, B, E) -> (S, B, H), or this rank's part of the sequence.
+    Each is present if the config has it. (S, B, E) -> (S, B, H), with S/t under sequence parallelism.
     """
 
     def __init__(self, config: DecoderConfig, ctx: BuildContext) -> None:
@@ -49,8 +148,11 @@ class Entry(nn.Module):
         return {**activations, HIDDEN: self.dropout(hidden)}
 
 
-class Exit(nn.Module):
-    """From the last block to the head: the final norm, and the projection to the width of the embedding."""
+class DecoderExit(nn.Module):
+    """From the last block to the head: the final norm, and the projection to the width of the embedding.
+
+    (S, B, H) -> (S, B, E), with S/t under sequence parallelism.
+    """
 
     def __init__(self, config: DecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
@@ -67,23 +169,22 @@ class Exit(nn.Module):
         return {**activations, HIDDEN: hidden}
 
 
-def decoder_layers(config: DecoderConfig, ctx: BuildContext | None = None) -> list[LayerSpec]:
-    """The stages of a decoder, unbuilt. Labels are `targets`, of each position what follows it.
+def decoder_layers(config: DecoderConfig, ctx: BuildContext) -> list[LayerSpec]:
+    """Return the layers of a decoder, not built yet. The label column is `targets`: the id after each position.
 
     A batch has `input_ids` and may have an `attention_mask`. With `position_ids`, which begin at 0 wherever a document
     does, several documents share a sequence and none attends to another.
     """
-    ctx = ctx or BuildContext()
     vocab, width, std = config.vocab_size, config.embedding_size, config.init_std
     embed = partial(WordEmbedding, "input_ids", vocab, width, ctx.tp, std=std, padding_id=config.padding_id)
     finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
     head = partial(LanguageModelHead, vocab, width, ctx, std=std, bias=config.head_bias, finish=finish)
-    hidden = LayerSpec("", nn.Identity, columns=MASKS)  # what all but the first and last take
+    hidden = LayerSpec("", nn.Identity, columns=MASKS)  # inputs of all layers but the first and the last
     return [
         LayerSpec("embedding", embed, hidden={}, columns=("input_ids", *MASKS)),
-        replace(hidden, name="entry", build=partial(Entry, config, ctx)),
+        replace(hidden, name="entry", build=partial(DecoderEntry, config, ctx)),
         *block_layers("blocks", config, ctx, hidden, BlockInputs()),
-        replace(hidden, name="exit", build=partial(Exit, config, ctx)),
+        replace(hidden, name="exit", build=partial(DecoderExit, config, ctx)),
         LayerSpec(
             "head",
             head,

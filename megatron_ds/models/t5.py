@@ -1,30 +1,166 @@
-"""T5 (Raffel et al. 2020), from v1.0 to Flan: an encoder's stages, a decoder's, and a head.
+"""T5 (Raffel et al. 2020), from v1.0 to Flan: the layers of an encoder, those of a decoder, and a head.
 
-The decoder's blocks all attend to the encoder's states, which travel on through the pipeline beside the decoder's own.
+All blocks of the decoder attend to the encoder's states, which pass through the pipeline together with the decoder's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import nn
 
+from megatron_ds.config import ModelShape
 from megatron_ds.layers.cross_entropy import LogitFinish
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import EncoderDecoderConfig, StackConfig
+from megatron_ds.models.config import ModelConfig, StackConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.probe import (
+    BEYOND,
+    DECODER_LENGTH,
+    MOST_TOKENS,
+    RANDOM_LENGTH,
+    ROWS,
+    Probe,
+    fitting_length,
+    random_ids,
+    right_padded,
+    some_labels,
+)
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
 
 ENCODED = "encoded"
 
 
-class Entry(nn.Module):
-    """From the word embedding to the first block of a stack: dropout, no positions."""
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(ModelConfig):
+    """Two stacks, of which the second attends to the first (Raffel et al. 2020), over one word embedding.
+
+    Attributes:
+        encoder, decoder: the stacks, of one width; each ends with a norm.
+        logit_multiplier: of the logits.
+        embedding_dropout: probability, on word embeddings and on the output of each stack.
+        embedding_std, head_std: standard deviations at initialisation, of the embedding and of an untied head.
+        decoder_start_id: the decoder's first input.
+        padding_id: id at positions without a token.
+    """
+
+    task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
+
+    encoder: StackConfig
+    decoder: StackConfig
+    logit_multiplier: float = 1.0
+    embedding_dropout: float = 0.0
+    embedding_std: float
+    head_std: float
+    decoder_start_id: int
+    padding_id: int
+
+    def __post_init__(self) -> None:
+        assert self.encoder.hidden_size == self.decoder.hidden_size, "the decoder attends to states of its own width"
+        assert self.decoder.cross_attention and not self.encoder.cross_attention
+
+    @property
+    def hidden_size(self) -> int:
+        """H, of both stacks."""
+        return self.encoder.hidden_size
+
+    @property
+    def stacks(self) -> dict[str, StackConfig]:
+        return {"encoder.blocks": self.encoder, "decoder.blocks": self.decoder}
+
+    @property
+    def objective(self) -> str:
+        return "seq2seq"
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        return {"decoder_start_id": self.decoder_start_id, "padding_id": self.padding_id}
+
+    def shape(self) -> ModelShape:
+        return self.encoder.model_shape(self.encoder.num_layers + self.decoder.num_layers, self.vocab_size, None)
+
+    def axis_sizes(self) -> dict[str, int]:
+        return {**self.encoder.axis_sizes(), "v": self.vocab_size, "e": self.hidden_size}
+
+    def build_layers(self, ctx: BuildContext | None = None) -> list[LayerSpec]:
+        return encoder_decoder_layers(self, ctx or BuildContext())
+
+    @property
+    def num_idle_params(self) -> int:
+        return self.encoder.num_idle_params + self.decoder.num_idle_params
+
+    def flops_per_position(self, seq_length: int, target_length: int, num_params: int, num_frozen: int) -> float:
+        """Count 6 for each multiplication of a forward pass, of projections and attention alike, as if none were
+        frozen."""
+        multiplications = self.vocab_size * self.hidden_size * target_length
+        multiplications += _multiplications(self.encoder, seq_length, 0)
+        multiplications += _multiplications(self.decoder, target_length, seq_length)
+        return 6.0 * multiplications / (seq_length + target_length)
+
+    def without_dropout(self) -> Self:
+        encoder, decoder = self.encoder.without_dropout(), self.decoder.without_dropout()
+        return replace(self, encoder=encoder, decoder=decoder, embedding_dropout=0.0)
+
+    def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
+        """Ids behind padding in both stacks; and sequences beyond the distance from which on all share one bias."""
+        length, decoder_length = (
+            fitting_length(wanted, multiple_of, MOST_TOKENS) for wanted in (RANDOM_LENGTH, DECODER_LENGTH)
+        )
+        found = [self._probe("padded", ROWS, length, decoder_length, padded=True)]
+        edge = max(stack.relative.max_distance for stack in self.stacks.values() if stack.relative is not None)
+        if edge < decoder_length - BEYOND:
+            return found, None
+        if edge + 2 * BEYOND > MOST_TOKENS:
+            return found, f"distances of {edge:,} tokens are longer than any input"
+        beyond, decoder_beyond = (
+            fitting_length(edge + more, multiple_of, MOST_TOKENS) for more in (2 * BEYOND, BEYOND)
+        )
+        found.append(self._probe("past the last distance", 1, beyond, decoder_beyond, padded=False))
+        return found, None
+
+    def _probe(self, name: str, batch: int, length: int, decoder_length: int, *, padded: bool) -> Probe:
+        """Random ids in both stacks and random labels; gradients are made where it is padded."""
+        columns = {
+            "input_ids": random_ids(self.vocab_size, batch, length),
+            "decoder_input_ids": random_ids(self.vocab_size, batch, decoder_length, seed=1),
+        }
+        columns["decoder_input_ids"][:, 0] = self.decoder_start_id
+        seen = torch.ones(batch, decoder_length, dtype=torch.bool)
+        if padded:
+            seen = right_padded(batch, decoder_length).flip(0)  # another row is full than in the encoder
+            columns["attention_mask"] = right_padded(batch, length)
+            columns["decoder_attention_mask"] = seen
+            columns["input_ids"].masked_fill_(~columns["attention_mask"], self.padding_id)
+            columns["decoder_input_ids"].masked_fill_(~seen, self.padding_id)
+        labels = {"targets": some_labels(random_ids(self.vocab_size, batch, decoder_length, seed=4), seen)}
+        return Probe(name, columns, labels, with_gradients=padded)
+
+
+def _multiplications(stack: StackConfig, positions: int, context: int) -> int:
+    """Multiplications of one sample's forward pass through a stack that may attend to `context` positions."""
+    total = 0
+    for layer in range(stack.num_layers):
+        attention, cross = stack.attention(layer), stack.cross(layer)
+        total += (attention.cost + stack.feed_forward(layer).cost) * positions
+        total += 2 * attention.width * positions * positions
+        if cross is not None:
+            total += (cross.cost - cross.kv_cost) * positions + cross.kv_cost * context
+            total += 2 * cross.width * positions * context
+    return total
+
+
+class StackEntry(nn.Module):
+    """From the word embedding to the first block of a stack: dropout, no positions.
+
+    (S, B, H) -> (S, B, H), with S/t under sequence parallelism.
+    """
 
     def __init__(self, config: EncoderDecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
@@ -34,14 +170,16 @@ class Entry(nn.Module):
         return {**activations, HIDDEN: self.dropout(activations[HIDDEN])}
 
 
-class Exit(nn.Module):
-    """From the last block of a stack to who reads it: a norm and dropout.
+class StackExit(nn.Module):
+    """From the last block of a stack to its readers: a norm and dropout.
+
+    (S, B, H) -> (S, B, H), with S/t under sequence parallelism.
 
     Args:
         config: of the model.
         stack: of the stack.
-        at: where it runs.
-        name: what its hidden states are called from here on.
+        ctx: parallel axes and random streams.
+        name: name of the stack's hidden states from here on.
     """
 
     def __init__(self, config: EncoderDecoderConfig, stack: StackConfig, ctx: BuildContext, name: str) -> None:
@@ -55,10 +193,12 @@ class Exit(nn.Module):
         return {**rest, self.name: self.dropout(self.norm(activations[HIDDEN]))}
 
 
-def encoder_decoder_layers(config: EncoderDecoderConfig, ctx: BuildContext | None = None) -> list[LayerSpec]:
-    """The stages of an encoder-decoder, unbuilt. A batch has `input_ids` and `decoder_input_ids`, and may have a mask
-    of each; labels are `targets`, of each of the decoder's positions what follows it."""
-    ctx = ctx or BuildContext()
+def encoder_decoder_layers(config: EncoderDecoderConfig, ctx: BuildContext) -> list[LayerSpec]:
+    """Return the layers of an encoder-decoder, not built yet.
+
+    A batch has `input_ids` and `decoder_input_ids`, and may have a mask of each. The label column is `targets`: the id
+    after each of the decoder's positions.
+    """
     vocab, width, std = config.vocab_size, config.hidden_size, config.embedding_std
     masks, later = ("attention_mask", "decoder_attention_mask"), ("decoder_input_ids",)
     encoding = LayerSpec("", nn.Identity, columns=(*masks, *later))
@@ -73,9 +213,9 @@ def encoder_decoder_layers(config: EncoderDecoderConfig, ctx: BuildContext | Non
     finish = LogitFinish(config.logit_multiplier)
     return [
         LayerSpec("embedding", embed("input_ids"), hidden={}, columns=("input_ids", *masks, *later)),
-        replace(encoding, name="encoder.entry", build=partial(Entry, config, ctx)),
+        replace(encoding, name="encoder.entry", build=partial(StackEntry, config, ctx)),
         *block_layers("encoder.blocks", config.encoder, ctx, encoding, BlockInputs()),
-        replace(encoding, name="encoder.exit", build=partial(Exit, config, config.encoder, ctx, ENCODED)),
+        replace(encoding, name="encoder.exit", build=partial(StackExit, config, config.encoder, ctx, ENCODED)),
         replace(
             encoding,
             name="decoder.embedding",
@@ -83,9 +223,9 @@ def encoder_decoder_layers(config: EncoderDecoderConfig, ctx: BuildContext | Non
             hidden={ENCODED: "input_ids"},
             tied=shared,
         ),
-        replace(decoding, name="decoder.entry", build=partial(Entry, config, ctx)),
+        replace(decoding, name="decoder.entry", build=partial(StackEntry, config, ctx)),
         *block_layers("decoder.blocks", config.decoder, ctx, decoding, across),
-        replace(decoding, name="decoder.exit", build=partial(Exit, config, config.decoder, ctx, HIDDEN)),
+        replace(decoding, name="decoder.exit", build=partial(StackExit, config, config.decoder, ctx, HIDDEN)),
         replace(
             decoding,
             name="head",

@@ -19,8 +19,7 @@ from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
 from megatron_ds.models.adapters import with_adapters
-from megatron_ds.models.build import ChangeLayers, model_layers, own_layers
-from megatron_ds.models.config import EncoderDecoderConfig
+from megatron_ds.models.build import ChangeLayers, own_layers
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.parallel.grid import Axes
@@ -54,7 +53,7 @@ class LoadedModel:
 
     def layers(self, ctx: BuildContext) -> list[LayerSpec]:
         """Return the specs of the model's layers with their adapters; nothing is built."""
-        layers = self.change_layers(model_layers(self.hf.core, ctx), ctx)
+        layers = self.change_layers(self.hf.core.build_layers(ctx), ctx)
         return layers if self.adapters is None else with_adapters(layers, self.adapters.places)
 
     @property
@@ -103,7 +102,7 @@ def load_model(
 
 def encoder_decoder_type(hf: HFModel) -> str:
     """Return the model type of an encoder-decoder, and an empty string for other models."""
-    return hf.family.model_type if isinstance(hf.core, EncoderDecoderConfig) else ""
+    return hf.family.model_type if hf.core.has_cross_attention else ""
 
 
 def name_checkpoints(section: ModelSection) -> ModelSection:

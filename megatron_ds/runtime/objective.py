@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,14 +23,14 @@ from megatron_ds.config import DataSection
 from megatron_ds.data import FORMATS, Causal, DataObjective, Masked, Seq2Seq
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
-from megatron_ds.models.build import ChangeLayers, model_layers, own_layers
-from megatron_ds.models.config import DecoderConfig, EncoderConfig
+from megatron_ds.models.build import ChangeLayers, own_layers
 from megatron_ds.models.context import BuildContext
 from megatron_ds.registry import Registry
 from megatron_ds.runtime.loaded_model import LoadedModel
 
 # Keys of `data` that affect only some kinds of models.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
+_KINDS: dict[str, type[DataObjective]] = {"causal": Causal, "masked": Masked, "seq2seq": Seq2Seq}
 _HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
 # Keys that affect plain text only: examples of pairs are complete. BERT examples without `labels` are masked.
 _OF_TEXT = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
@@ -89,40 +90,23 @@ def own_objective(model: LoadedModel, data: DataSection, seed: int) -> Objective
         ConfigError: the model has no head to train.
     """
     core, path = model.hf.core, model.section.path
-    if isinstance(core, DecoderConfig):
-        return Objective(Causal())
-    if isinstance(core, EncoderConfig):
-        if not core.masked_lm:
-            raise ConfigError(
-                f"{'model.config' if path is None else f'model.path={path}'} is a "
-                f"{model.hf.architecture}, without a head to train; nearest: {model.hf.family.architecture}"
-            )
-        return Objective(
-            Masked(
-                seed=seed,
-                next_sentence=core.next_sentence,
-                num_token_types=core.num_token_types,
-                padding_id=core.padding_id or 0,
-                mask_rate=data.mask_rate,
-                whole_words=data.whole_words,
-            )
+    name = core.objective
+    if name is None:
+        raise ConfigError(
+            f"{'model.config' if path is None else f'model.path={path}'} is a "
+            f"{model.hf.architecture}, without a head to train; nearest: {model.hf.family.architecture}"
         )
-    return Objective(
-        Seq2Seq(
-            seed=seed,
-            decoder_start_id=core.decoder_start_id,
-            padding_id=core.padding_id,
-            target_length=data.target_length,
-            mask_rate=data.mask_rate,
-            mean_span=data.mean_span,
-        )
-    )
+    kind = _KINDS[name]
+    options: dict[str, Any] = {key: getattr(data, key) for key in _HEEDED[kind]}
+    if kind is not Causal:
+        options["seed"] = seed
+    return Objective(kind(**options, **core.objective_options))
 
 
 def new_parameters(model: HFModel, objective: Objective) -> list[str]:
     """Return the names of the parameters that an objective adds to a model. Allocates no memory for them."""
     ctx = BuildContext()
-    own = model_layers(model.core, ctx)
+    own = model.core.build_layers(ctx)
     added = []
     for spec in objective.layers(own, ctx):
         if spec in own:

@@ -12,9 +12,7 @@ from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.weights import Tables
-from megatron_ds.models.block import block_cost
-from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig
-from megatron_ds.monitor import RunSummary, model_flops_per_token
+from megatron_ds.monitor import RunSummary
 from megatron_ds.training.resolve import ResolvedRun
 
 
@@ -62,32 +60,9 @@ def positions_of(data: Dataset) -> int:
 def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset) -> float:
     """FLOPs of one position, on average; see `model_flops_per_token`. Tables that are only looked up cost none."""
     core = resolved.hf.core
-    if isinstance(core, EncoderDecoderConfig):
-        assert data.target_length is not None
-        return _encoder_decoder_flops(core, data.seq_length, data.target_length) / positions_of(data)
-    looked_up = 0
-    if isinstance(core, DecoderConfig) and not core.tied:
-        looked_up += core.vocab_size * core.embedding_size
-    if isinstance(core, EncoderConfig):
-        looked_up += core.num_token_types * core.hidden_size
-    if core.positions is not None:
-        looked_up += core.positions.rows * core.hidden_size
-    width = core.num_heads * core.head_dim
-    frozen = _count(resolved.hf, resolved.model.frozen) - (looked_up if EMBEDDING in resolved.model.frozen else 0)
-    return model_flops_per_token(num_params - looked_up, core.num_layers, width, data.seq_length, max(0, frozen))
-
-
-def _encoder_decoder_flops(core: EncoderDecoderConfig, inputs: int, targets: int) -> float:
-    """Of one sample: 6 for each multiplication of a forward pass, matrices and attention alike."""
-    encoder, decoder = core.encoder, core.decoder
-    width = decoder.num_heads * decoder.head_dim
-    across = 2 * core.hidden_size * decoder.num_kv_heads * decoder.head_dim  # keys and values of the encoder's states
-    matrices = encoder.num_layers * block_cost(encoder) * inputs
-    matrices += decoder.num_layers * ((block_cost(decoder) - across) * targets + across * inputs)
-    matrices += core.vocab_size * core.hidden_size * targets
-    attention = encoder.num_layers * encoder.num_heads * encoder.head_dim * inputs * inputs
-    attention += decoder.num_layers * width * targets * (targets + inputs)
-    return 6.0 * (matrices + 2 * attention)
+    idle = core.num_idle_params
+    frozen = _count(resolved.hf, resolved.model.frozen) - (idle if EMBEDDING in resolved.model.frozen else 0)
+    return core.flops_per_position(data.seq_length, data.target_length or 0, num_params - idle, max(0, frozen))
 
 
 def _device_words(device: torch.device) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,18 +16,15 @@ from megatron_ds.config import EngineConfig, ModelSection, ParallelSection
 from megatron_ds.engine import Engine, GradientProbe, start_distributed, stop_distributed
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.models.config import EncoderDecoderConfig, ModelConfig, StackConfig
+from megatron_ds.models.probe import Probe
 from megatron_ds.models.sequential import HIDDEN, Activations
 from megatron_ds.parallel.collectives import all_gather_dim0
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import LoadedModel, Session
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
-from megatron_ds.verify.inputs import Probe
 from megatron_ds.verify.layer_names import stage_names
 from megatron_ds.verify.reference import GRADIENTS
-
-Stack = TypeVar("Stack", bound=StackConfig)
 
 
 @dataclass
@@ -53,7 +50,7 @@ def run_rank(
     """Run all inputs on one rank and compare with the reference's results in the directory `results`."""
     torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
     session = Session(info, start_distributed(info))
-    hf = replace(weights.model, core=without_dropout(weights.model.core))
+    hf = replace(weights.model, core=weights.model.core.without_dropout())
     model = LoadedModel(hf, ModelSection(path=str(weights.directory)), weights)
     samples = len(inputs[0].input_ids)
     config = EngineConfig(
@@ -69,18 +66,6 @@ def run_rank(
     ]
     stop_distributed()
     return found
-
-
-def without_dropout(core: ModelConfig) -> ModelConfig:
-    """The same model, the same on every run."""
-    if isinstance(core, EncoderDecoderConfig):
-        encoder, decoder = (_without_dropout(stack) for stack in (core.encoder, core.decoder))
-        return replace(core, encoder=encoder, decoder=decoder, embedding_dropout=0.0)
-    return replace(_without_dropout(core), embedding_dropout=0.0)
-
-
-def _without_dropout(stack: Stack) -> Stack:
-    return replace(stack, attention_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
 
 
 def _run_probe(engine: Engine, probe: Probe, weights: HFWeights, sequence: bool, results: Path, index: int) -> Findings:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.reference import load_reference, predict
-from megatron_ds.verify.inputs import Probe
+from megatron_ds.models.probe import Probe
 from megatron_ds.verify.layer_names import blocks_paths, entry_of
 from megatron_ds.verify.loss import ReferenceLoss, mean_loss, reference_loss
 

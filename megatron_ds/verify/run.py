@@ -18,9 +18,9 @@ from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import quiet_libraries
+from megatron_ds.models.probe import Probe
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import rank_from_environment
-from megatron_ds.verify.inputs import Probe, probes
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.report import InputReport, Report, RoundTrip
@@ -56,7 +56,7 @@ def verify_hf(
     weights = HFWeights(directory, read_model(directory))
     core = weights.model.core
     check_layout(core.shape(), tp, pp, names=("--tp", "--pp"))
-    inputs, not_reached = probes(core, tp if sequence else 1)
+    inputs, not_reached = core.probes(tp if sequence else 1)
     _preload()
     from megatron_ds.verify.ours import run_rank
 

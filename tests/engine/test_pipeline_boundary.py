@@ -14,7 +14,6 @@ from megatron_ds.engine.pipeline.boundary import Boundary
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.param_spec import initial_shard, spec_of
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel, head_of, input_activations
 from tests.parallel.axes import ALONE
 from tests.parity.batches import batch_for, ours
@@ -55,7 +54,7 @@ def _run(specs: Any, model: SequentialModel, batch: dict[str, Tensor], cuts: set
 
 
 def _differences(config: dict[str, Any], dropped: tuple[str, ...]) -> dict[str, bool]:
-    specs = model_layers(read_model(config).core)
+    specs = read_model(config).core.build_layers()
     model = SequentialModel(specs)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(initial_shard(name, spec_of(parameter), 3, ALONE))
@@ -80,13 +79,13 @@ def test_cut_anywhere_a_model_computes_the_same(case: str, dropped: tuple[str, .
 @pytest.mark.parametrize("case", CASES)
 def test_stages_take_no_more_than_they_declare(case: str) -> None:
     """What a later stage declares, all stages before it pass on: nothing appears on the way."""
-    specs = model_layers(read_model(CASES[case]).core)
+    specs = read_model(CASES[case]).core.build_layers()
     for before, after in pairwise(specs):
         assert set(after.columns) <= set(before.columns), (before.name, after.name)
 
 
 def test_a_part_begins_with_a_block_and_has_balanced_work() -> None:
-    specs = model_layers(read_model(ENCODER_CASES["t5-gated"]).core)
+    specs = read_model(ENCODER_CASES["t5-gated"]).core.build_layers()
     for parts in (2, 3, 4):
         bounds = partition(specs, parts)
         assert all(specs[begin].is_block for begin in bounds[1:-1])

@@ -14,7 +14,6 @@ from megatron_ds.hf.export import exporting
 from megatron_ds.hf.weight_files import open_directory
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
 from tests.parallel.axes import axes_at
 from tests.parity.cases import CONFIGS
@@ -84,7 +83,7 @@ def hashes(directory: Path) -> dict[str, str]:
 def declarations(weights: HFWeights) -> dict[str, ParamSpec]:
     """Native name -> declaration, from the model itself."""
     with torch.device("meta"):
-        model = SequentialModel(model_layers(weights.model.core))
+        model = SequentialModel(weights.model.core.build_layers())
     return {name: parameter.spec for name, parameter in model.named_parameters()}
 
 

@@ -17,7 +17,6 @@ from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.adapters import with_adapters
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.tensor import TensorParallel
@@ -120,7 +119,7 @@ def test_each_rank_reads_its_shard(case: str, kind: str, made: Any) -> None:
     for rank in range(size):
         axes = axes_at(tensor=(rank, size))
         at = BuildContext(TensorParallel(axes["tensor"]))
-        built = SequentialModel(with_adapters(model_layers(model.core, at), adapters.places))
+        built = SequentialModel(with_adapters(model.core.build_layers(at), adapters.places))
         found = {name: one for name, one in built.named_parameters() if ".adapters." in name}
         assert found.keys() == adapters.table.keys()
         for name, parameter in found.items():

@@ -13,7 +13,8 @@ from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.layers.rotary import RotaryConfig
-from megatron_ds.models.config import EncoderConfig, EncoderDecoderConfig
+from megatron_ds.models.bert import EncoderConfig
+from megatron_ds.models.t5 import EncoderDecoderConfig
 from tests.hf.hub_configs import HUB
 from tests.hf.models import LLAMA3, SMALL
 from tests.parity.cases import CONFIGS

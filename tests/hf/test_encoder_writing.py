@@ -12,7 +12,6 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.reference import load_reference, predict
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.runtime.export import CHECK_TOLERANCE, check_export
 from tests.hf.models import DTYPES, Tensors, changed, opened
@@ -38,7 +37,7 @@ def check_deep(place: Path, dtype: str, size: float) -> dict[str, float | str]:
             parameter.mul_(1 if parameter.dim() == 1 else size)
     model.bfloat16().save_pretrained(place / "right")
     weights = opened(place / "right")
-    live = SequentialModel(model_layers(weights.model.core)).bfloat16().eval()
+    live = SequentialModel(weights.model.core.build_layers()).bfloat16().eval()
     ids = torch.randint(2, VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
     with torch.no_grad():
@@ -79,7 +78,7 @@ def test_where_rounding_hides_a_wrong_weight_nothing_passes(tmp_path: Path) -> N
 def predict_at(directory: Path, lengths: tuple[int, ...]) -> list[float]:
     """Differences of one model's predictions, length after length, from those of transformers."""
     weights, theirs = opened(directory), load_reference(directory, opened(directory).model)
-    live = SequentialModel(model_layers(weights.model.core)).eval()
+    live = SequentialModel(weights.model.core.build_layers()).eval()
     found = []
     with torch.no_grad():
         for name, parameter in live.named_parameters():

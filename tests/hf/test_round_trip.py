@@ -12,7 +12,7 @@ from megatron_ds.engine import Engine
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Row, fused_qkv
 from megatron_ds.hf.weights import HFWeights, ToHF
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.runtime.export import export_live

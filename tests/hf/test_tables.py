@@ -13,7 +13,6 @@ from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Family
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.tensor_mapping import Part
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -34,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_table_is_the_model(case: str) -> None:
     model = read_model(OPTIONS[case])
     with torch.device("meta"):
-        ours = dict(SequentialModel(model_layers(model.core)).named_parameters())
+        ours = dict(SequentialModel(model.core.build_layers()).named_parameters())
     assert set(model.table) == set(ours)
     for name, row in model.table.items():
         assert row.native == name

@@ -21,7 +21,6 @@ from megatron_ds.layers.kernels.check import validated
 from megatron_ds.layers.kernels.flash import flash_attention
 from megatron_ds.layers.kernels.reference import CausalAttention, reference_attention
 from megatron_ds.layers.param_spec import initial_shard, spec_of
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
 from tests.parallel.axes import ALONE
@@ -209,7 +208,7 @@ def losses(case: str, at: BuildContext, dtype: torch.dtype, batch: dict[str, Ten
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = SequentialModel(model_layers(read_model(ALL_CONFIGS[case]).core, at))
+        model = SequentialModel(read_model(ALL_CONFIGS[case]).core.build_layers(at))
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():

@@ -19,9 +19,8 @@ from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.models.block import Block, BlockInputs
-from megatron_ds.models.build import model_layers
-from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.context import BuildContext
+from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
@@ -141,7 +140,7 @@ def test_cross_attention_moves_both_stacks_states(sequence: bool, t: int) -> Non
 
 def _model(grid: Grid, case: str, sequence: bool) -> Fraction:
     config = read_model(CONFIGS[case]).core
-    model = SequentialModel(model_layers(config, BuildContext(TensorParallel(grid.tensor, sequence))))
+    model = SequentialModel(config.build_layers(BuildContext(TensorParallel(grid.tensor, sequence))))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     ids = torch.randint(0, VOCAB, (B, S), generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,6 @@ from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.mlp import ACTIVATIONS, MLP
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.models.block import Block
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.verify.compare import difference
 from tests.parallel.axes import ALONE
@@ -84,7 +83,7 @@ def measure(config: dict[str, Any], directory: Path, change: Callable[[], None])
     columns = make_batch(weights.model.core, padded=True).columns
     theirs = load_reference(directory, weights.model, torch.float32).train()
     change()
-    ours = SequentialModel(model_layers(weights.model.core)).train()
+    ours = SequentialModel(weights.model.core.build_layers()).train()
     calls: dict[str, Calls] = {"theirs": [], "ours": []}
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
@@ -135,8 +134,8 @@ def after_the_down_projection() -> None:
 
     def forward(self: MLP, x: Tensor) -> Tensor:
         up = self.up(x)
-        gate, rest = up.chunk(2, dim=-1) if self.gated else (up, None)
-        act = ACTIVATIONS[self.activation]
+        gate, rest = up.chunk(2, dim=-1) if self.shape.gated else (up, None)
+        act = ACTIVATIONS[self.shape.activation]
         hidden = act(gate) if rest is None else act(gate) * rest
         return self.dropout(self.down(hidden))
 

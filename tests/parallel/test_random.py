@@ -12,7 +12,6 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
-from megatron_ds.models.build import model_layers
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.grid import Grid, Layout
@@ -62,7 +61,7 @@ def _gradients(grid: Grid, sequence: bool, mode: str, how: str, replay: bool = T
         "deepspeed-non-reentrant": checkpointing.non_reentrant_checkpoint,
     }[how]
     recompute = Recompute(mode, checkpoint, rng if replay else None)
-    model = SequentialModel(model_layers(config, BuildContext(TensorParallel(grid.tensor, sequence), rng, recompute)))
+    model = SequentialModel(config.build_layers(BuildContext(TensorParallel(grid.tensor, sequence), rng, recompute)))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(initial_shard(name, spec_of(parameter), 1, grid.model_axes))
     generator = torch.Generator().manual_seed(0)

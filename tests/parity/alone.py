@@ -15,8 +15,7 @@ from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.layers.param_spec import spec_of
-from megatron_ds.models.build import model_layers
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.verify.compare import difference, root_mean_square, smallest_norm
 from megatron_ds.verify.loss import mean_loss
@@ -80,7 +79,7 @@ def _integers(batch: Batch) -> dict[str, Tensor]:
 
 
 def _run_ours(variant: Variant, weights: HFWeights) -> _Run:
-    model = SequentialModel(model_layers(variant.core)).eval()
+    model = SequentialModel(variant.core.build_layers()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.shard(name, spec_of(parameter), ALONE))

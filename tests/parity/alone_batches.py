@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
+from megatron_ds.models.bert import EncoderConfig
+from megatron_ds.models.config import ModelConfig
+from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.t5 import EncoderDecoderConfig
 from tests.parity.cases import SEQ, VOCAB, shifted
 
 BATCH = 3

@@ -8,8 +8,11 @@ from typing import Any
 
 from megatron_ds.layers.relative_bias import RelativeBias
 from megatron_ds.layers.rotary import RotaryConfig
-from megatron_ds.models.config import DecoderConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig, StackConfig
+from megatron_ds.models.bert import EncoderConfig
+from megatron_ds.models.config import ModelConfig, StackConfig
+from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
+from megatron_ds.models.t5 import EncoderDecoderConfig
 from tests.parity.alone_batches import Batch
 
 # Options that leave the parameters as they are, and the value that leaves them out.

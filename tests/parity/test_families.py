@@ -14,8 +14,8 @@ import pytest
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.models.probe import Probe
 from megatron_ds.parallel.grid import Layout
-from megatron_ds.verify.inputs import Probe, probes
 from megatron_ds.verify.layer_names import stage_names
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.ours import run_rank
@@ -72,7 +72,7 @@ def prepare(cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory) -
             directory, results = folders.mktemp("model"), folders.mktemp("results")
             run_alone(_save, cases[case], directory)
             weights = HFWeights(directory, read_model(directory))
-            inputs, _ = probes(weights.model.core, 4)
+            inputs, _ = weights.model.core.probes(4)
             losses = run_alone(run_reference, directory, weights.model, inputs, results)
             made[case] = results, weights, inputs, losses
         return made[case]

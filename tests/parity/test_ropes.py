@@ -8,7 +8,7 @@ import pytest
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.verify.inputs import RANDOM_LENGTH
+from megatron_ds.models.probe import RANDOM_LENGTH
 from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.test_families import Place, Prepared, check, prepare
 

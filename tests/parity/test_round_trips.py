@@ -14,7 +14,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.models.config import EncoderDecoderConfig
+from megatron_ds.models.t5 import EncoderDecoderConfig
 from megatron_ds.verify.run import check_round_trip
 from tests.parity.cases import SEQ, VOCAB
 from tests.parity.encoder_cases import ENCODER_CASES

@@ -13,7 +13,7 @@ import megatron_ds as mds
 from megatron_ds.config import DataSection, RunConfig
 from megatron_ds.data import Causal
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import with_head
 from megatron_ds.monitor import read_metrics
 from megatron_ds.runtime import LoadedModel

@@ -165,12 +165,12 @@ def self_and_cross_attention_swapped(family: Family) -> Family:
 
 
 def encoder_norm_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = t5.Exit.forward
+    forward = t5.StackExit.forward
 
-    def without(self: t5.Exit, wire: dict[str, Tensor]) -> dict[str, Tensor]:
+    def without(self: t5.StackExit, wire: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**forward(self, wire), t5.ENCODED: wire[t5.HIDDEN]} if self.name == t5.ENCODED else forward(self, wire)
 
-    monkeypatch.setattr(t5.Exit, "forward", without)
+    monkeypatch.setattr(t5.StackExit, "forward", without)
 
 
 def cross_attention_reads_its_own_stack(monkeypatch: pytest.MonkeyPatch) -> None:

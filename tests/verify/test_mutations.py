@@ -10,7 +10,7 @@ import pytest
 from megatron_ds.hf.family import Family, Row
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.tensor_mapping import Op
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.verify import verify_hf
 from tests.parity.cases import CONFIGS
 from tests.parity.family_cases import FAMILY_CASES

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import megatron_ds as mds
 from megatron_ds.cli.verify import lines
 from megatron_ds.errors import ConversionError, TopologyError
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.probe import BEYOND, MOST_TOKENS, RANDOM_LENGTH
 from megatron_ds.verify.compare import difference
-from megatron_ds.verify.inputs import BEYOND, MOST_TOKENS, RANDOM_LENGTH, probes
 from tests.cli.conftest import Start, start  # noqa: F401
 from tests.parity.cases import CONFIGS
 
@@ -111,15 +111,15 @@ def decoder(config: dict[str, Any]) -> DecoderConfig:
 
 
 def test_inputs_go_past_windows_and_stay_within_tables() -> None:
-    (only,), missed = probes(decoder(CONFIGS["llama"]), 1)
+    (only,), missed = decoder(CONFIGS["llama"]).probes(1)
     assert (only.input_ids.shape, missed) == ((2, RANDOM_LENGTH), None)
-    (only,), missed = probes(decoder(CONFIGS["mistral"]), 1)  # 64 tokens are past a window of 7
+    (only,), missed = decoder(CONFIGS["mistral"]).probes(1)  # 64 tokens are past a window of 7
     assert missed is None
     short = decoder({**CONFIGS["gpt2"], "n_positions": 33})
-    assert probes(short, 1)[0][0].input_ids.shape == (2, 33)
-    assert probes(short, 4)[0][0].input_ids.shape == (2, 32)
+    assert short.probes(1)[0][0].input_ids.shape == (2, 33)
+    assert short.probes(4)[0][0].input_ids.shape == (2, 32)
     long = decoder({**CONFIGS["mistral"], "sliding_window": 10 * MOST_TOKENS})
-    inputs, missed = probes(long, 1)
+    inputs, missed = long.probes(1)
     assert len(inputs) == 1 and missed is not None and "81,920" in missed
 
 

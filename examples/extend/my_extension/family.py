@@ -11,7 +11,7 @@ from megatron_ds.hf.family import Family, Row, linear, separate_qkv
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.tensor_mapping import Op
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 
 def translate(config: Any) -> DecoderConfig:

@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_ds.config import DataSection
 from megatron_ds.data import Causal
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.config import DecoderConfig
 from megatron_ds.models.embedding_and_head import LanguageModelHead
+from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import Activations, HeadResult, HeadSpec, count_entries, with_head
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.runtime.objective import OBJECTIVES, Objective

@@ -13,7 +13,7 @@ from megatron_ds.hf.family import EMBEDDING, Family, Row, linear, norm, separate
 from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import EncoderConfig
+from megatron_ds.models.bert import EncoderConfig
 
 FIELDS = FieldRules(
     mapped=frozenset(
@@ -172,6 +172,11 @@ def _unread(config: EncoderConfig, names: Names) -> tuple[str, ...]:
     return tuple(f"{names.prefix}pooler.dense.{part}" for part in ("weight", "bias"))
 
 
+def _load_options(config: EncoderConfig) -> dict[str, Any]:
+    """transformers' base encoders have a pooler unless this option leaves it out; no config field does."""
+    return {} if config.masked_lm or config.pooler else {"add_pooling_layer": False}
+
+
 def _family(
     model_type: str, names: Names, translate: Callable[[Any], EncoderConfig], classes: Mapping[str, Mapping[str, Any]]
 ) -> Family:
@@ -189,6 +194,7 @@ def _family(
         classes=classes,
         settle=lambda config, on_disk: _settle(config, on_disk, names),
         unread=lambda config: _unread(config, names),
+        load_options=_load_options,
     )
 
 

@@ -10,7 +10,7 @@ from megatron_ds.hf.config_translation import layer_windows, rotary
 from megatron_ds.hf.families.llama import SHARED_FIELDS, decoder, family
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.rotary import RotaryConfig
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 KINDS = ("full_attention", "sliding_attention")
 _FIELDS = SHARED_FIELDS | {

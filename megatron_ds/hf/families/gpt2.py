@@ -10,7 +10,7 @@ from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv, norm
 from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 FIELDS = FieldRules(
     mapped=frozenset(

@@ -9,7 +9,7 @@ from megatron_ds.hf.config_translation import activation, quotient, rotary
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv, linear, norm
 from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 FIELDS = FieldRules(
     mapped=frozenset(

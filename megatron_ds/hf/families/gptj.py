@@ -11,7 +11,7 @@ from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, se
 from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.rotary import RotaryConfig
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 FIELDS = FieldRules(
     mapped=frozenset(

@@ -12,7 +12,7 @@ from megatron_ds.hf.config_translation import activation, layer_windows, padding
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
 from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 NATIVE, THEIRS = "blocks.{n}", "model.layers.{n}"
 

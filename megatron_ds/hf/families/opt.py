@@ -10,7 +10,7 @@ from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, se
 from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 EPS = 1e-5  # torch's default, which no config field changes
 FIELDS = FieldRules(

@@ -10,7 +10,7 @@ from megatron_ds.hf.families.llama import NATIVE, RMS_FIELDS, THEIRS, decoder, f
 from megatron_ds.hf.family import Row, fused_qkv, linear
 from megatron_ds.hf.tensor_mapping import Op, Part
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 FIELDS = FieldRules(
     mapped=RMS_FIELDS | {"original_max_position_embeddings", "sliding_window", "resid_pdrop"},

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.families.llama import SHARED_FIELDS, decoder, family, one_window
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.models.config import DecoderConfig
+from megatron_ds.models.gpt import DecoderConfig
 
 FIELDS = FieldRules(
     mapped=SHARED_FIELDS

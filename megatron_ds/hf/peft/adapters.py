@@ -7,7 +7,7 @@ peft itself. The tables follow from the family's: a `lora_B` has the rows of the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -31,20 +31,18 @@ from megatron_ds.models.adapters import AdapterPlace
 from megatron_ds.parallel.grid import Axes
 
 _PREFIX = "base_model.model."
-_PROJECTION = re.compile(
-    r"(?P<parent>.+\.(attention|cross|mlp))\.(qkv\.(?P<qkv>q|kv)_weight|(?P<one>out|up|down)\.weight)"
-)
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """A source of a native weight: one projection of an attention or MLP.
+    """A source of a native weight: one projection of an attention or feed-forward layer.
 
     Attributes:
         native: the weight's name.
         row: its row.
         source: index of the projection among the row's sources.
-        parent, output: the module that has it, and what it is called there.
+        parent, output: name of the layer that has the weight, and the projection's name in that layer.
+        is_column: whether the tensor axis divides the output features.
     """
 
     native: str
@@ -52,6 +50,7 @@ class _Projection:
     source: int
     parent: str
     output: str
+    is_column: bool
 
     @property
     def in_dim(self) -> str:
@@ -61,11 +60,6 @@ class _Projection:
     @property
     def in_axes(self) -> list[str]:
         return self.in_dim.strip("()").split()
-
-    @property
-    def is_column(self) -> bool:
-        """Whether the tensor axis divides the output features."""
-        return self.output not in ("out", "down")
 
 
 @dataclass(frozen=True)
@@ -251,18 +245,19 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
 
 def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
     """Every module of transformers that can be adapted -> its projections, in the order in which they lie in it."""
+    weights = {
+        f"{parent}.{weight.name}": (parent, weight)
+        for prefix, stack in model.core.stacks.items()
+        for layer in range(stack.num_layers)
+        for parent, shape in ((f"{prefix}.{layer}.{name}", shape) for name, shape in stack.sublayers(layer).items())
+        for weight in shape.adaptable_weights
+    }
     found: dict[str, list[_Projection]] = {}
-    for native, row in model.table.items():
-        match = _PROJECTION.fullmatch(native)
-        if match is None:
-            continue
-        if match["qkv"]:
-            outputs: Sequence[str] = ("q",) if match["qkv"] == "q" else ("k", "v")
-        else:
-            outputs = ("gate", "up") if len(row.names) > 1 else (match["one"],)
-        for source, (name, output) in enumerate(zip(row.names, outputs, strict=True)):
-            module = name.removesuffix(".weight")
-            found.setdefault(module, []).append(_Projection(native, row, source, match["parent"], output))
+    for native in filter(weights.__contains__, model.table):
+        row, (parent, weight) = model.table[native], weights[native]
+        for source, (name, output) in enumerate(zip(row.names, weight.outputs, strict=True)):
+            one = _Projection(native, row, source, parent, output, weight.is_column)
+            found.setdefault(name.removesuffix(".weight"), []).append(one)
     return {module: tuple(parts) for module, parts in found.items()}
 
 

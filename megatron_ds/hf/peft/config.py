@@ -11,7 +11,6 @@ from typing import Any
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
-from megatron_ds.models.config import DecoderConfig, EncoderDecoderConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -169,8 +168,7 @@ class AdapterConfig:
         """What is written to adapter_config.json beside adapters of a model that is at `base`."""
         content = self._config.to_dict()
         if content.get("task_type") is None:
-            kinds = {DecoderConfig: "CAUSAL_LM", EncoderDecoderConfig: "SEQ_2_SEQ_LM"}
-            content["task_type"] = kinds.get(type(model.core))
+            content["task_type"] = model.core.task_type
         content.update(peft_type=self.kind, base_model_name_or_path=base, inference_mode=True)
         return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 

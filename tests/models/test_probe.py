@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megatron_ds.hf.config import read_model
-from megatron_ds.models.config import EncoderConfig, EncoderDecoderConfig, ModelConfig
-from megatron_ds.verify.inputs import MOST_TOKENS, Probe, probes
+from megatron_ds.models.bert import EncoderConfig
+from megatron_ds.models.config import ModelConfig
+from megatron_ds.models.probe import MOST_TOKENS, Probe
+from megatron_ds.models.t5 import EncoderDecoderConfig
 from tests.parity.encoder_cases import ENCODER_CASES
 
 ENCODERS = [case for case in ENCODER_CASES if not case.startswith("t5")]
@@ -25,7 +27,7 @@ def labelled(probe: Probe) -> list[int]:
 @pytest.mark.parametrize("multiple_of", [1, 4, 6])
 @pytest.mark.parametrize("case", ENCODER_CASES)
 def test_lengths_divide_and_one_input_has_gradients(case: str, multiple_of: int) -> None:
-    inputs, missed = probes(core_of(case), multiple_of)
+    inputs, missed = core_of(case).probes(multiple_of)
     assert missed is None
     assert [probe.with_gradients for probe in inputs] == [True, *[False] * (len(inputs) - 1)]
     for probe in inputs:
@@ -38,7 +40,7 @@ def test_lengths_divide_and_one_input_has_gradients(case: str, multiple_of: int)
 def test_an_encoder_sees_padding_segments_and_bare_ids(case: str) -> None:
     core = core_of(case)
     assert isinstance(core, EncoderConfig)
-    padded, bare = probes(core, 1)[0]
+    padded, bare = core.probes(1)[0]
     lengths = padded.columns["attention_mask"].sum(dim=1).tolist()
     assert lengths[0] == padded.input_ids.shape[1] and len(set(lengths)) == len(lengths) == 3
     hidden = padded.input_ids[~padded.columns["attention_mask"]]
@@ -54,7 +56,7 @@ def test_an_encoder_sees_padding_segments_and_bare_ids(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["bert-masked", "roberta-masked", "t5-tied-relu"])
 def test_labels_are_uneven_and_none_is_of_padding(case: str) -> None:
-    for probe in probes(core_of(case), 1)[0]:
+    for probe in core_of(case).probes(1)[0]:
         assert len(set(labelled(probe))) == len(probe.input_ids)
         mask = probe.columns.get("decoder_attention_mask", probe.columns.get("attention_mask"))
         if mask is not None and mask.shape == probe.labels["targets"].shape:
@@ -64,22 +66,22 @@ def test_labels_are_uneven_and_none_is_of_padding(case: str) -> None:
 def test_a_base_encoder_gets_directions() -> None:
     core = core_of("bert-base", architectures=["BertModel"])
     assert isinstance(core, EncoderConfig) and not core.masked_lm
-    for probe in probes(core, 1)[0]:
+    for probe in core.probes(1)[0]:
         assert probe.labels["hidden_direction"].shape == (*probe.input_ids.shape, core.hidden_size)
         assert 0.9 < float(probe.labels["hidden_direction"].std()) < 1.1
 
 
 def test_an_encoders_inputs_stay_within_its_table() -> None:
     core = core_of("roberta-masked", max_position_embeddings=35)
-    assert {probe.input_ids.shape[1] for probe in probes(core, 1)[0]} == {33}
-    assert {probe.input_ids.shape[1] for probe in probes(core, 4)[0]} == {32}
+    assert {probe.input_ids.shape[1] for probe in core.probes(1)[0]} == {33}
+    assert {probe.input_ids.shape[1] for probe in core.probes(4)[0]} == {32}
 
 
 @pytest.mark.parametrize("case", ENCODER_DECODERS)
 def test_an_encoder_decoder_goes_past_the_last_distance(case: str) -> None:
     core = core_of(case)
     assert isinstance(core, EncoderDecoderConfig) and core.encoder.relative is not None
-    inputs, _ = probes(core, 2)
+    inputs, _ = core.probes(2)
     for probe in inputs:
         assert probe.input_ids.shape[1] != probe.columns["decoder_input_ids"].shape[1]
         assert (probe.columns["decoder_input_ids"][:, 0] == core.decoder_start_id).all()
@@ -90,5 +92,5 @@ def test_an_encoder_decoder_goes_past_the_last_distance(case: str) -> None:
 
 def test_distances_that_no_input_reaches_are_told() -> None:
     far = core_of("t5-tied-relu", relative_attention_max_distance=2 * MOST_TOKENS)
-    inputs, missed = probes(far, 1)
+    inputs, missed = far.probes(1)
     assert len(inputs) == 1 and missed == "distances of 16,384 tokens are longer than any input"
