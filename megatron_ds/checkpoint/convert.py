@@ -29,7 +29,7 @@ from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.convert import check_target
 from megatron_ds.hf.export import exporting
-from megatron_ds.hf.peft.adapters import AdapterWeights, read_adapters
+from megatron_ds.hf.peft.adapters import AdapterReader, read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.weights import HFWeights
@@ -140,7 +140,7 @@ def _export_adapters(
     check_target(Path(named), target)
     weights = HFWeights(named, read_model(named))
     adapters = read_adapters(source, weights.model, str(Path(named).resolve()))
-    stored, (dtype, max_shard_size) = AdapterWeights(source, adapters), form
+    stored, (dtype, max_shard_size) = AdapterReader(source, adapters), form
 
     def read(name: str) -> Tensor:
         full = stored.full(name)

@@ -16,7 +16,7 @@ from megatron_ds.checkpoint.progress import decode
 from megatron_ds.checkpoint.state_keys import KINDS, STEPS, parse_key
 from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.errors import CheckpointError, ConversionError
-from megatron_ds.hf.tensor_files import Stored, read_table
+from megatron_ds.hf.tensor_files import StoredTensor, read_table
 from megatron_ds.parallel.consensus import gather_objects
 
 # ---- find the newest intact one --------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class StateReader:
             raise CheckpointError(f"{directory} is no checkpoint: it has no {STATE}/manifest.json")
         self.directory = directory
         self.progress, self.origin = decode(directory / PROGRESS)
-        self._slices: dict[tuple[str, str], list[tuple[TensorSlice, Path, Stored]]] = defaultdict(list)
+        self._slices: dict[tuple[str, str], list[tuple[TensorSlice, Path, StoredTensor]]] = defaultdict(list)
         try:
             names = [name for name in read_manifest(directory) if name.startswith(f"{STATE}/state-")]
             for file in (directory / name for name in sorted(names)):

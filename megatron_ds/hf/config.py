@@ -223,7 +223,7 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
         dtype=dtype,
         torch_dtype=dtype,
     )
-    return {**content, **_old_rope_fields(content), **model.family.written(model.core)}
+    return {**content, **_old_rope_fields(content), **model.family.config_overrides(model.core)}
 
 
 def _old_rope_fields(content: Mapping[str, Any]) -> dict[str, Any]:

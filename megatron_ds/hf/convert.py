@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.export import exporting, not_ours
+from megatron_ds.hf.export import exporting, foreign_files
 from megatron_ds.hf.weights import HFWeights
 
 
@@ -50,9 +50,8 @@ def check_target(source: Path, target: Path, allowed: tuple[str, ...] = ()) -> N
         raise ConversionError(f"{target} would replace {source}, which is read; choose another directory")
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} is a file; choose another place for the directory")
-    strangers = [name for name in not_ours(target) if name not in allowed] if target.is_dir() else []
-    if strangers:
+    foreign = [name for name in foreign_files(target) if name not in allowed] if target.is_dir() else []
+    if foreign:
         raise ConversionError(
-            f"{target} would be replaced, and holds {strangers[0]}, which is no file of a model; choose another "
-            "directory"
+            f"{target} would be replaced, and holds {foreign[0]}, which is no file of a model; choose another directory"
         )

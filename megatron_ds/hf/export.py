@@ -174,7 +174,7 @@ def _write_generation_config(directory: Path, model: HFModel, model_path: str | 
     generation_config(model.config, model.core, raw).save_pretrained(directory)
 
 
-def not_ours(directory: Path) -> list[str]:
+def foreign_files(directory: Path) -> list[str]:
     """What a directory holds beside the files of a Hugging Face model; an export would delete it."""
     ours = (*WEIGHT_FILES, *OTHER_FILES, *TOKENIZER_FILES)
     names = sorted(entry.name for entry in directory.iterdir())
@@ -201,10 +201,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
     if (target / TOKENIZER_CONFIG).is_file():
-        _use_words_of_both_versions(target / TOKENIZER_CONFIG)
+        _write_for_both_versions(target / TOKENIZER_CONFIG)
 
 
-def _use_words_of_both_versions(file: Path) -> None:
+def _write_for_both_versions(file: Path) -> None:
     """Write what transformers 5 calls TokenizersBackend and lists as extra_special_tokens as both versions read it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

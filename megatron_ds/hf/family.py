@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.tensor_mapping import Op, Part, copy
+from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import ModelConfig
 
@@ -68,11 +68,11 @@ class Family:
         aliases: name on disk -> name in the table of which it is a copy, in old or careless saves.
         module: name of the Python module that holds the classes of its models.
         classes: classes of transformers that differ in their heads -> the options of ours that tell them apart.
-        settle: our config, names on disk -> our config with the heads that are there.
-        unread: our config -> names of weights that other classes of the family have, and transformers leaves out of the
+        detect_heads: our config, names on disk -> our config with the heads that are there.
+        unused_tensors: our config -> names of weights that other classes of the family have, and transformers leaves out of the
             class that has our heads.
         tied_by_bytes: the head is the embedding unless both are on disk and differ, whatever the config says.
-        written: our config -> fields of config.json that mean something of their own in this family.
+        config_overrides: our config -> fields of config.json that mean something of their own in this family.
         load_options: our config -> options with which transformers loads the class, in the place of config fields.
     """
 
@@ -87,10 +87,10 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     module: str = "transformers"
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    settle: Callable[[Any, frozenset[str]], Any] = _unchanged
-    unread: Callable[[Any], tuple[str, ...]] = _no_names
+    detect_heads: Callable[[Any, frozenset[str]], Any] = _unchanged
+    unused_tensors: Callable[[Any], tuple[str, ...]] = _no_names
     tied_by_bytes: bool = False
-    written: Callable[[Any], dict[str, Any]] = _no_options
+    config_overrides: Callable[[Any], dict[str, Any]] = _no_options
     load_options: Callable[[Any], dict[str, Any]] = _no_options
 
     def table(self, config: ModelConfig) -> dict[str, Row]:
@@ -157,8 +157,8 @@ def fused_qkv(native: str, theirs: str, layout: str, *, bias: bool, inputs_first
     rows = []
     for part, inputs in (("weight", " h"), ("bias", "")) if bias else (("weight", " h"),):
         name, pattern = f"{theirs}.{part}", whole[part]
-        q_op = Op((Part(pattern, 0),), queries + inputs)
-        kv_op = Op((Part(pattern, 1), Part(pattern, 2)), f"(k * d){inputs}")
+        q_op = Op((FusedPiece(pattern, 0),), queries + inputs)
+        kv_op = Op((FusedPiece(pattern, 1), FusedPiece(pattern, 2)), f"(k * d){inputs}")
         rows.append(Row(f"{native}.q_{part}", (name,), q_op, q_op.native_axes[0]))
         rows.append(Row(f"{native}.kv_{part}", (name, name), kv_op, "k"))
     return rows

@@ -35,7 +35,7 @@ def code_of(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file.
 
     Attributes:
@@ -74,7 +74,7 @@ class Stored:
         return flat.as_strided(self.shape, self.stride)
 
 
-def read_table(file: Path) -> dict[str, Stored]:
+def read_table(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name, from its header.
 
     Raises:
@@ -86,7 +86,7 @@ def read_table(file: Path) -> dict[str, Stored]:
         raise ConversionError(f"{file}: cannot be read ({problem.strerror or problem})") from problem
 
 
-def _read_safetensors(file: Path) -> dict[str, Stored]:
+def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         safe_open(file, framework="pt")  # refuses truncated, overlapping and gapped data, and oversized headers
     except SafetensorError as problem:
@@ -99,7 +99,7 @@ def _read_safetensors(file: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         shape = tuple(entry["shape"])
         offset = 8 + header_bytes + entry["data_offsets"][0]
-        table[name] = Stored(entry["dtype"], shape, _contiguous(shape), offset)
+        table[name] = StoredTensor(entry["dtype"], shape, _contiguous(shape), offset)
     return table
 
 
@@ -116,7 +116,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def _read_bin(file: Path) -> dict[str, Stored]:
+def _read_bin(file: Path) -> dict[str, StoredTensor]:
     """What torch.save wrote. Read where it lies, but for the format before torch 1.6, which is read as a whole."""
     try:
         in_place = _can_be_mapped(file)
@@ -144,14 +144,14 @@ def _can_be_mapped(file: Path) -> bool:
         return orders <= {sys.byteorder} and all(not entry.compress_type for entry in archive.infolist())
 
 
-def _stored(file: Path, name: str, tensor: Tensor, in_place: bool) -> Stored:
+def _stored(file: Path, name: str, tensor: Tensor, in_place: bool) -> StoredTensor:
     word, shape, size = code_of(tensor.dtype), tuple(tensor.shape), tensor.dtype.itemsize
     if not in_place:
-        return Stored(word, shape, loaded=tensor)
+        return StoredTensor(word, shape, loaded=tensor)
     storage = tensor.untyped_storage()
     start: int = getattr(storage, "_checkpoint_offset")  # noqa: B009  torch declares it on one class, sets it on all
     first = int(tensor.storage_offset())
-    stored = Stored(word, shape, tensor.stride(), start + first * size)
+    stored = StoredTensor(word, shape, tensor.stride(), start + first * size)
     used = (first + stored.span) * size
     if used > storage.nbytes() or start + used > file.stat().st_size:  # a pickle may say anything
         raise ConversionError(f"{file}: damaged: {name} ends behind its data")

@@ -9,8 +9,8 @@ along `*` (a new axis, of one entry a source), and the axes are merged as `nativ
 pieces, of which a native parameter takes some; brackets say how they lie:
 
     QKV = "(k [g|1|1] d) h"                                     for each key head: its queries, the key, the value
-    Op((Part(QKV, 0),), native="(k g d) h")                     the queries
-    Op((Part(QKV, 1), Part(QKV, 2)), native="(k * d) h")        keys beside values
+    Op((FusedPiece(QKV, 0),), native="(k g d) h")                     the queries
+    Op((FusedPiece(QKV, 1), FusedPiece(QKV, 2)), native="(k * d) h")        keys beside values
 
 Nothing else is possible, so every operation is a bijection of elements and its inverse needs no code of its own.
 
@@ -40,7 +40,7 @@ STAR = "*"
 
 
 @dataclass(frozen=True)
-class Part:
+class FusedPiece:
     """One piece of a fused tensor: the pattern of the whole, and which of the bracket's alternatives."""
 
     pattern: str
@@ -84,7 +84,7 @@ class Op:
         native: pattern of the native parameter, with `*` where several sources are stacked.
     """
 
-    sources: tuple[str | Part, ...]
+    sources: tuple[str | FusedPiece, ...]
     native: str
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class Op:
         wanted = sorted(axis for axis in native if axis != STAR)
         for source in range(len(self.sources)):
             fused = [len(dim.pieces) for dim in self._dims(source) if len(dim.pieces) > 1]
-            assert len(fused) == self.is_piece(source), f"{self}: source {source} is no Part of one fused dim"
+            assert len(fused) == self.is_piece(source), f"{self}: source {source} is no FusedPiece of one fused dim"
             assert not fused or self._piece(source) in range(fused[0]), f"{self}: source {source} is no piece"
             given = self._axes(source)
             assert sorted(given) == wanted, f"{self}: source {source} has axes {given}, native takes {wanted}"
@@ -111,14 +111,14 @@ class Op:
 
     def is_piece(self, source: int) -> bool:
         """Whether a source is a piece of a fused tensor, of which other parameters hold the rest."""
-        return isinstance(self.sources[source], Part)
+        return isinstance(self.sources[source], FusedPiece)
 
     @property
     def is_run(self) -> bool:
         """Whether the sources are pieces of one tensor that lie one after the other, all alike: a view of it."""
         first = self.sources[0]
-        return isinstance(first, Part) and all(
-            source == Part(first.pattern, first.piece + index) and self._axes(index) == self._axes(0)
+        return isinstance(first, FusedPiece) and all(
+            source == FusedPiece(first.pattern, first.piece + index) and self._axes(index) == self._axes(0)
             for index, source in enumerate(self.sources)
         )
 
@@ -219,11 +219,11 @@ class Op:
 
     def _dims(self, source: int) -> tuple[_Dim, ...]:
         given = self.sources[source]
-        return _parse(given.pattern if isinstance(given, Part) else given)
+        return _parse(given.pattern if isinstance(given, FusedPiece) else given)
 
     def _piece(self, source: int) -> int:
         given = self.sources[source]
-        return given.piece if isinstance(given, Part) else 0
+        return given.piece if isinstance(given, FusedPiece) else 0
 
     def _axes(self, source: int) -> list[str]:
         return [axis for dim in self._dims(source) for axis in dim.axes(self._piece(source))]
@@ -242,9 +242,9 @@ def copy(pattern: str) -> Op:
     return Op((pattern,), pattern)
 
 
-def tile(uses: Sequence[str | Part]) -> bool:
+def tile(uses: Sequence[str | FusedPiece]) -> bool:
     """Whether sources that stand for one tensor are the whole of it, each element once."""
-    parts = [use for use in uses if isinstance(use, Part)]
+    parts = [use for use in uses if isinstance(use, FusedPiece)]
     if len(parts) < len(uses):
         return len(uses) == 1
     pieces = {piece for part in parts for dim in _parse(part.pattern) for piece in range(len(dim.pieces))}

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ds.atomic import replacing
 from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.tensor_files import Stored, code_of, read_table
+from megatron_ds.hf.tensor_files import StoredTensor, code_of, read_table
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -38,7 +38,7 @@ class TensorSource:
         tables: file -> its tensors, in the order in which they stand.
     """
 
-    def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, Stored]]) -> None:
+    def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
         self.directory, self.files = directory, list(tables)
         self._found = {name: (file, stored) for file, table in tables.items() for name, stored in table.items()}
 

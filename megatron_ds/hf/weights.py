@@ -17,7 +17,7 @@ from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
-from megatron_ds.hf.tensor_mapping import Part, Reader, Sizes, allocate, tile
+from megatron_ds.hf.tensor_mapping import FusedPiece, Reader, Sizes, allocate, tile
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.layers.param_spec import ParamSpec, pad_shard
 from megatron_ds.parallel.grid import Axes
@@ -40,7 +40,7 @@ class HFWeights:
     def __init__(self, directory: str | Path, model: HFModel) -> None:
         self._source = open_directory(directory)
         self._names = frozenset(self._source.names)
-        model = replace(model, core=model.family.settle(model.core, self._names))
+        model = replace(model, core=model.family.detect_heads(model.core, self._names))
         table = model.family.table(model.core)
         self._on_disk = _names_on_disk(self._source, model.family, table)
         self._head = self.name_on_disk(table[HEAD].names[0]) if HEAD in table else None
@@ -138,9 +138,9 @@ class HFWeights:
             found.add(alias)
         return found
 
-    def _unread(self) -> set[str]:
+    def _unused_tensors(self) -> set[str]:
         """Names on disk of what only other classes of the family read."""
-        names, prefix = self.model.family.unread(self.model.core), self.model.family.prefix
+        names, prefix = self.model.family.unused_tensors(self.model.core), self.model.family.prefix
         return {form for name in names for form in (name, name.removeprefix(prefix))}
 
     def _account(self) -> None:
@@ -160,7 +160,7 @@ class HFWeights:
             )
         unexpected = [
             name
-            for name in sorted(self._names - wanted.keys() - self._copies() - self._unread())
+            for name in sorted(self._names - wanted.keys() - self._copies() - self._unused_tensors())
             if not any(re.search(pattern, name) for pattern in family.ignored)
         ]
         if unexpected:
@@ -274,7 +274,7 @@ class ToHF:
 
 def assert_each_once(table: Mapping[str, Row]) -> None:
     """Every element of every Hugging Face tensor stands in one native parameter: pieces of fused ones tile them."""
-    uses: dict[str, list[str | Part]] = defaultdict(list)
+    uses: dict[str, list[str | FusedPiece]] = defaultdict(list)
     for row in table.values():
         assert len(row.names) == len(row.op.sources) and (len(set(row.names)) == 1 or not row.op.is_run), row
         for name, source in zip(row.names, row.op.sources):

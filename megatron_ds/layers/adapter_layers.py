@@ -40,7 +40,7 @@ class LoRASpec:
     b_bound: float | None = None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What makes it another adapter, for people."""
         return f"r {self.rank}, scale {self.scale}"
 
@@ -58,7 +58,7 @@ class IA3Spec:
     std: float | None = None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What makes it another adapter, for people."""
         return f"a scaling of its {'input' if self.of_input else 'output'}"
 

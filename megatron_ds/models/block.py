@@ -102,7 +102,7 @@ class Block(nn.Module):
             attended = self.attention(normal, given.get(self.inputs.mask), positions=given.get(self.inputs.positions))
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
-            return x + self._weighed(attended) + self._weighed(self._fed_forward(start))
+            return x + self._residual(attended) + self._residual(self._feed_forward(start))
         x = self._add(x, attended, self.attention_output_norm)
         if self.cross is not None:
             context, mask = (given.get(name or "") for name in (self.inputs.context, self.inputs.context_mask))
@@ -111,18 +111,18 @@ class Block(nn.Module):
             with profiled(ATTENTION):
                 attended = self.cross(normal, mask, context)
             x = self._add(x, attended, self.cross_output_norm)
-        return self._add(x, self._fed_forward(_apply(self.mlp_norm, x)), self.mlp_output_norm)
+        return self._add(x, self._feed_forward(_apply(self.mlp_norm, x)), self.mlp_output_norm)
 
-    def _fed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor) -> Tensor:
         with profiled(MLP):
             return self.mlp(x)
 
     def _add(self, x: Tensor, change: Tensor, norm: Norm | None) -> Tensor:
         if self.config.norm_place == "sum":
-            return _apply(norm, x + self._weighed(change))
-        return x + self._weighed(_apply(norm, change))
+            return _apply(norm, x + self._residual(change))
+        return x + self._residual(_apply(norm, change))
 
-    def _weighed(self, change: Tensor) -> Tensor:
+    def _residual(self, change: Tensor) -> Tensor:
         return scaled(self.dropout(change), self.config.residual_multiplier, in_dtype=False)
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.peft.adapters import Adapters, AdapterWeights, read_adapters
+from megatron_ds.hf.peft.adapters import AdapterReader, Adapters, read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def open_adapters(
     peft: str | dict[str, Any], base_path: str | None, model: HFModel, checkpoint: Path | None
-) -> tuple[Adapters, AdapterWeights | None]:
+) -> tuple[Adapters, AdapterReader | None]:
     """Read the adapters that are trained beside a model, and open the weights that they start from, if there are any.
 
     Args:
@@ -31,9 +31,9 @@ def open_adapters(
     adapters = read_adapters(peft, model, base)
     if checkpoint is not None:
         _check_same(adapters, checkpoint, model, base)
-        return adapters, AdapterWeights(checkpoint, adapters)
+        return adapters, AdapterReader(checkpoint, adapters)
     if isinstance(peft, str) and (Path(peft) / ADAPTER_WEIGHTS).is_file():
-        return adapters, AdapterWeights(peft, adapters)
+        return adapters, AdapterReader(peft, adapters)
     return adapters, None
 
 
@@ -60,9 +60,9 @@ def _check_same(adapters: Adapters, checkpoint: Path, model: HFModel, base: str)
         raise CheckpointError(f"{checkpoint}: {problem}") from problem
     for module in sorted({*adapters.adapters, *saved.adapters}):
         both = adapters.adapters.get(module), saved.adapters.get(module)
-        said = [one.words if one is not None else "none" for one in both]
-        if said[0] != said[1]:
+        texts = [one.description if one is not None else "none" for one in both]
+        if texts[0] != texts[1]:
             raise CheckpointError(
-                f"peft: the adapter of {module} is {said[0]}, and {checkpoint} has {said[1]}; change it back, or "
+                f"peft: the adapter of {module} is {texts[0]}, and {checkpoint} has {texts[1]}; change it back, or "
                 "choose another output"
             )

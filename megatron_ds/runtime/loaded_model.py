@@ -14,7 +14,7 @@ from megatron_ds.config import ModelSection, build_section
 from megatron_ds.engine import ShardReader
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel, read_json, read_model
-from megatron_ds.hf.peft.adapters import Adapters, AdapterWeights
+from megatron_ds.hf.peft.adapters import AdapterReader, Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
@@ -48,7 +48,7 @@ class LoadedModel:
     seed: int = 1234
     frozen: frozenset[str] = frozenset()
     adapters: Adapters | None = None
-    adapter_weights: AdapterWeights | None = None
+    adapter_weights: AdapterReader | None = None
     change_layers: ChangeLayers = own_layers
 
     def layers(self, ctx: BuildContext) -> list[LayerSpec]:

@@ -11,7 +11,7 @@ from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving
 from megatron_ds.data import check_format
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.export import not_ours
+from megatron_ds.hf.export import foreign_files
 from megatron_ds.hf.weight_files import parse_size
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
@@ -139,7 +139,7 @@ def _check_paths(run: RunConfig) -> None:
         raise ConfigError(
             f"export.path={run.export.path} is among the run's checkpoints; choose another, such as {run.output}/hf"
         )
-    strangers = not_ours(target) if target.is_dir() else []
+    strangers = foreign_files(target) if target.is_dir() else []
     if strangers:
         raise ConfigError(
             f"export.path={run.export.path} would be replaced, and holds {strangers[0]}, which is no file of a model; "

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.peft import config as module
-from megatron_ds.hf.peft.adapters import AdapterWeights, read_adapters
+from megatron_ds.hf.peft.adapters import AdapterReader, read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.weights import HFWeights
@@ -36,13 +36,13 @@ CONFIG = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "rank_pattern
 def test_every_field_of_pefts_config_is_heeded_refused_or_not_about_math() -> None:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
-    for kind, ledger in module.LEDGERS.items():
+    for kind, rules in module.PEFT_FIELDS.items():
         made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
         known = {field.name for field in fields(made)}
         cosmetic = module.COSMETIC & known
-        assert known == ledger.heeded | ledger.must_be.keys() | cosmetic
-        assert len(known) == len(ledger.heeded) + len(ledger.must_be) + len(cosmetic)
-        assert {name: getattr(made(), name) for name in ledger.must_be} == dict(ledger.must_be)
+        assert known == rules.supported | rules.required.keys() | cosmetic
+        assert len(known) == len(rules.supported) + len(rules.required) + len(cosmetic)
+        assert {name: getattr(made(), name) for name in rules.required} == dict(rules.required)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def _save(case: str, kind: str, directory: Path) -> None:
 def test_there_and_back_bit_for_bit(case: str, kind: str, made: Any, tmp_path: Path) -> None:
     directory = made(case, kind)
     adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
-    weights = AdapterWeights(directory / "adapter", adapters)
+    weights = AdapterReader(directory / "adapter", adapters)
     parameters = [(name, weights.full(name)) for name in adapters.table]
     export_adapters(tmp_path / "again", adapters, parameters, None, None)
     before, after = (load_file(place / ADAPTER_WEIGHTS) for place in (directory / "adapter", tmp_path / "again"))
@@ -94,7 +94,7 @@ def test_merged_as_peft_merges(case: str, kind: str, made: Any, tmp_path: Path) 
     directory = made(case, kind)
     base = HFWeights(directory / "base", read_model(directory / "base"))
     adapters = read_adapters(directory / "adapter", base.model, "base")
-    weights = AdapterWeights(directory / "adapter", adapters)
+    weights = AdapterReader(directory / "adapter", adapters)
     parameters = {name: weights.full(name) for name in adapters.table}
     export_merged(tmp_path / "hf", base, directory / "base", adapters, parameters, None, "5GB", None)
     mine, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "hf", directory / "merged"))
@@ -114,7 +114,7 @@ def test_each_rank_reads_its_shard(case: str, kind: str, made: Any) -> None:
     directory = made(case, kind)
     model = HFWeights(directory / "base", read_model(directory / "base")).model
     adapters = read_adapters(directory / "adapter", model, "base")
-    weights = AdapterWeights(directory / "adapter", adapters)
+    weights = AdapterReader(directory / "adapter", adapters)
     size = 2
     for rank in range(size):
         axes = axes_at(tensor=(rank, size))
@@ -151,4 +151,4 @@ def test_adapters_that_do_not_fit_are_refused(changes: dict[str, Any], says: str
     save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
     adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
     with pytest.raises(ConversionError, match=says):
-        AdapterWeights(tmp_path, adapters)
+        AdapterReader(tmp_path, adapters)

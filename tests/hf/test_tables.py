@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Family
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.hf.tensor_mapping import Part
+from megatron_ds.hf.tensor_mapping import FusedPiece
 from megatron_ds.models.sequential import SequentialModel
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -66,9 +66,9 @@ def test_every_piece_stands_in_one_row(case: str) -> None:
     of_one: dict[str, set[int]] = {}
     for row in model.table.values():
         for name, source in zip(row.names, row.op.sources):
-            piece = source.piece if isinstance(source, Part) else 0
+            piece = source.piece if isinstance(source, FusedPiece) else 0
             pieces[name, piece] += 1
-            of_one.setdefault(name, set()).add(source.pattern.count("|") + 1 if isinstance(source, Part) else 1)
+            of_one.setdefault(name, set()).add(source.pattern.count("|") + 1 if isinstance(source, FusedPiece) else 1)
     assert set(pieces.values()) == {1}
     assert all(len(counts) == 1 for counts in of_one.values()), "a tensor is fused in two ways"
     assert all((name, piece) in pieces for name, counts in of_one.items() for piece in range(max(counts)))
@@ -112,7 +112,7 @@ def test_buffers_of_old_checkpoints_are_ignored(family: str, buffer: str) -> Non
 def test_what_a_class_leaves_unread_is_a_weight_of_another(case: str) -> None:
     """And never its own. Base models' tables have no prefix."""
     model = read_model(OPTIONS[case])
-    prefix, unread = model.family.prefix, set(model.family.unread(model.core))
+    prefix, unread = model.family.prefix, set(model.family.unused_tensors(model.core))
     family = [read_model(config) for config in OPTIONS.values() if config["model_type"] == model.family.model_type]
     whole = {prefix + name.removeprefix(prefix) for other in family for name in _names(other)}
     assert bool(unread) == (model.architecture in ("BertForMaskedLM", "RobertaForMaskedLM"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.tensor_mapping import Op, Part, tile
+from megatron_ds.hf.tensor_mapping import FusedPiece, Op, tile
 from tests.parity.cases import CONFIGS
 
 
@@ -55,7 +55,7 @@ def fused_case(rng: random.Random) -> Case:
     pattern = " ".join(shuffled(rng, [fused, *dims_of(rng, rest)]))
     ops = []
     for index, kind in enumerate(kinds):
-        parts = tuple(Part(pattern, piece) for piece, owner in enumerate(pieces) if owner == index)
+        parts = tuple(FusedPiece(pattern, piece) for piece, owner in enumerate(pieces) if owner == index)
         axes = [*outer, *kind, *inner, *rest]
         if parts and axes:
             ops.append((Op(parts, random_native(rng, axes, len(parts))), ("t",) * len(parts)))
@@ -190,7 +190,7 @@ def test_operations_of_every_table(name: str) -> None:
 def test_a_share_is_a_view_where_nothing_is_stacked_or_merged() -> None:
     """So that reading a share touches nothing else of a file, and copies nothing."""
     whole, sizes = torch.arange(48), {"k": 4, "g": 2, "d": 3, "h": 1}
-    op = Op((Part("(k [g|1|1] d) h", 0),), "k g d h")
+    op = Op((FusedPiece("(k [g|1|1] d) h", 0),), "k g d h")
     share = op.read(lambda source: whole.reshape(48, 1), sizes, "k", 1, 3)
     assert share.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     assert share.flatten().tolist() == [*range(12, 18), *range(24, 30)]
@@ -233,7 +233,7 @@ def test_llama_keys_stand_beside_values() -> None:
 def test_grouped_fusion_by_hand() -> None:
     """Two key heads with two query heads each, of one dim: q q k v, q q k v."""
     layout, sizes = "(k [g|1|1] d)", {"k": 2, "g": 2, "d": 1}
-    q, kv = Op((Part(layout, 0),), "(k g d)"), Op((Part(layout, 1), Part(layout, 2)), "(k * d)")
+    q, kv = Op((FusedPiece(layout, 0),), "(k g d)"), Op((FusedPiece(layout, 1), FusedPiece(layout, 2)), "(k * d)")
     fused = torch.arange(8)
     assert q.read(lambda source: fused, sizes).tolist() == [0, 1, 4, 5]
     assert kv.read(lambda source: fused, sizes).tolist() == [2, 3, 6, 7]
@@ -252,22 +252,22 @@ LAYOUT = "(k [g|1|1] d) h"
         (("a b",), "* a b"),  # a place to stack and one source
         (("a b", "a c b"), "* a b"),  # an axis that the native parameter does not have
         ((LAYOUT,), "(k g d) h"),  # a fused tensor, and no piece said
-        ((Part("a b", 0),), "a b"),  # a piece of what is not fused
-        ((Part(LAYOUT, 3),), "(k d) h"),  # there are three
-        ((Part(LAYOUT, -1),), "(k d) h"),
-        ((Part("[a|a] [b|b]", 0),), "a b"),  # two fused dims
+        ((FusedPiece("a b", 0),), "a b"),  # a piece of what is not fused
+        ((FusedPiece(LAYOUT, 3),), "(k d) h"),  # there are three
+        ((FusedPiece(LAYOUT, -1),), "(k d) h"),
+        ((FusedPiece("[a|a] [b|b]", 0),), "a b"),  # two fused dims
         (("a",), "[a|a]"),  # fused is what is on disk
     ],
 )
-def test_what_is_no_bijection_cannot_be_written_down(sources: tuple[str | Part, ...], native: str) -> None:
+def test_what_is_no_bijection_cannot_be_written_down(sources: tuple[str | FusedPiece, ...], native: str) -> None:
     with pytest.raises(AssertionError):
         Op(sources, native)
 
 
 def test_pieces_tile_a_tensor() -> None:
-    pieces = [Part(LAYOUT, piece) for piece in range(3)]
+    pieces = [FusedPiece(LAYOUT, piece) for piece in range(3)]
     assert tile(pieces) and tile(pieces[::-1]) and tile(["a b"])
     assert not tile(pieces[:2])  # a piece that no parameter holds
     assert not tile([*pieces, pieces[0]])  # one that two hold
     assert not tile([*pieces, "a b"]) and not tile(["a b", "a b"])
-    assert not tile([*pieces[:2], Part("(k [g|1|1] e) h", 2)])  # two opinions of one tensor
+    assert not tile([*pieces[:2], FusedPiece("(k [g|1|1] e) h", 2)])  # two opinions of one tensor

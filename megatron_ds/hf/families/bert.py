@@ -43,7 +43,7 @@ FIELDS = FieldRules(
 
 
 @dataclass(frozen=True)
-class Names:
+class HeadNames:
     """What the families call the parts of their heads.
 
     Attributes:
@@ -62,7 +62,7 @@ class Names:
     next_sentence: str | None = None
 
 
-BERT_NAMES = Names(
+BERT_NAMES = HeadNames(
     prefix="bert.",
     transform="cls.predictions.transform.dense",
     norm="cls.predictions.transform.LayerNorm",
@@ -70,7 +70,7 @@ BERT_NAMES = Names(
     copies=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
     next_sentence="cls.seq_relationship",
 )
-ROBERTA_NAMES = Names(
+ROBERTA_NAMES = HeadNames(
     prefix="roberta.",
     transform="lm_head.dense",
     norm="lm_head.layer_norm",
@@ -128,7 +128,7 @@ def translate_roberta(config: Any) -> EncoderConfig:
     return replace(_translate(config, "roberta", positions, padding), head_activation="gelu")
 
 
-def _rows(config: EncoderConfig, names: Names) -> list[Row]:
+def _rows(config: EncoderConfig, names: HeadNames) -> list[Row]:
     prefix = names.prefix if config.masked_lm else ""  # as transformers writes a model without a head
     native, theirs, embeddings = "blocks.{n}", f"{prefix}encoder.layer.{{n}}", f"{prefix}embeddings"
     q, k, v = (f"{theirs}.attention.self.{part}" for part in ("query", "key", "value"))
@@ -156,7 +156,7 @@ def _rows(config: EncoderConfig, names: Names) -> list[Row]:
     return table
 
 
-def _settle(config: EncoderConfig, on_disk: frozenset[str], names: Names) -> EncoderConfig:
+def _detect_heads(config: EncoderConfig, on_disk: frozenset[str], names: HeadNames) -> EncoderConfig:
     """The heads whose tensors are there."""
     masked_lm = f"{names.transform}.weight" in on_disk
     next_sentence = masked_lm and f"{names.next_sentence}.weight" in on_disk
@@ -165,7 +165,7 @@ def _settle(config: EncoderConfig, on_disk: frozenset[str], names: Names) -> Enc
     return replace(config, masked_lm=masked_lm, next_sentence=next_sentence, pooler=pooler)
 
 
-def _unread(config: EncoderConfig, names: Names) -> tuple[str, ...]:
+def _unused_tensors(config: EncoderConfig, names: HeadNames) -> tuple[str, ...]:
     """A pooler beside the head for masked tokens alone, which old saves carry, serves nothing."""
     if not config.masked_lm or config.pooler:
         return ()
@@ -178,7 +178,10 @@ def _load_options(config: EncoderConfig) -> dict[str, Any]:
 
 
 def _family(
-    model_type: str, names: Names, translate: Callable[[Any], EncoderConfig], classes: Mapping[str, Mapping[str, Any]]
+    model_type: str,
+    names: HeadNames,
+    translate: Callable[[Any], EncoderConfig],
+    classes: Mapping[str, Mapping[str, Any]],
 ) -> Family:
     prefix = names.prefix.replace(".", r"\.")
     head_weight, head_bias = names.copies
@@ -192,8 +195,8 @@ def _family(
         ignored=(rf"^({prefix})?embeddings\.(position|token_type)_ids$",),
         aliases={head_weight: f"{names.prefix}embeddings.word_embeddings.weight", head_bias: names.bias},
         classes=classes,
-        settle=lambda config, on_disk: _settle(config, on_disk, names),
-        unread=lambda config: _unread(config, names),
+        detect_heads=lambda config, on_disk: _detect_heads(config, on_disk, names),
+        unused_tensors=lambda config: _unused_tensors(config, names),
         load_options=_load_options,
     )
 

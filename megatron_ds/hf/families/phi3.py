@@ -8,7 +8,7 @@ from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import rotary
 from megatron_ds.hf.families.llama import NATIVE, RMS_FIELDS, THEIRS, decoder, family, one_window, outer_rows
 from megatron_ds.hf.family import Row, fused_qkv, linear
-from megatron_ds.hf.tensor_mapping import Op, Part
+from megatron_ds.hf.tensor_mapping import FusedPiece, Op
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.gpt import DecoderConfig
 
@@ -42,7 +42,12 @@ def rows(config: DecoderConfig) -> list[Row]:
         *outer_rows(config),
         *fused_qkv(f"{NATIVE}.attention.qkv", f"{attention}.qkv_proj", "([n|k|k] d)", bias=False),
         *linear(f"{NATIVE}.attention.out", f"{attention}.o_proj", "h (n d)", "n"),
-        Row(f"{NATIVE}.mlp.up.weight", (gate_up,) * 2, Op((Part(GATE_UP, 0), Part(GATE_UP, 1)), "* f h"), "f"),
+        Row(
+            f"{NATIVE}.mlp.up.weight",
+            (gate_up,) * 2,
+            Op((FusedPiece(GATE_UP, 0), FusedPiece(GATE_UP, 1)), "* f h"),
+            "f",
+        ),
         *linear(f"{NATIVE}.mlp.down", f"{THEIRS}.mlp.down_proj", "h f", "f"),
     ]
 

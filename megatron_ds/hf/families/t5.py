@@ -160,7 +160,7 @@ def _stack_rows(stack: str, config: StackConfig) -> list[Row]:
     return found + norm(f"{stack}.exit.norm", f"{stack}.final_layer_norm", config.norm)
 
 
-def written(config: EncoderDecoderConfig) -> dict[str, Any]:
+def config_overrides(config: EncoderDecoderConfig) -> dict[str, Any]:
     """transformers takes tie_word_embeddings for whether the head's input is scaled; what is tied, the weights say."""
     scaled = config.logit_multiplier != 1.0
     return {"tie_word_embeddings": scaled, "scale_decoder_outputs": scaled}
@@ -176,5 +176,5 @@ T5 = Family(
     ignored=(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",),
     aliases={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
     tied_by_bytes=True,
-    written=written,
+    config_overrides=config_overrides,
 )

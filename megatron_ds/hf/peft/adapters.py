@@ -22,7 +22,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import Row
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterConfig
 from megatron_ds.hf.tensor_files import read_table
-from megatron_ds.hf.tensor_mapping import STAR, Op, Part, Reader
+from megatron_ds.hf.tensor_mapping import STAR, FusedPiece, Op, Reader
 from megatron_ds.hf.weight_files import TensorSource
 from megatron_ds.hf.weights import read_shard
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
@@ -155,7 +155,7 @@ class Adapters:
                 yield _b_row(_name_of("l", name, one), f"{theirs}.ia3_l", one, "r1")
 
 
-class AdapterWeights:
+class AdapterReader:
     """Read native parameters of adapters out of a directory that peft, or we, wrote. Opening it accounts for all.
 
     Args:
@@ -271,8 +271,8 @@ def _b_row(native: str, theirs: str, one: _Projection, rank: str) -> Row:
     """Of what has the output features of a projection, as they lie in its module."""
     out = " ".join(dim for dim in map(_without_star, _dims(one.row.op.native)[:-1]) if dim)
     source = one.row.op.sources[one.source]
-    if isinstance(source, Part):
-        given: str | Part = Part(f"{_out_dim(source.pattern, one.in_dim)} {rank}", source.piece)
+    if isinstance(source, FusedPiece):
+        given: str | FusedPiece = FusedPiece(f"{_out_dim(source.pattern, one.in_dim)} {rank}", source.piece)
     else:
         given = f"{_out_dim(source, one.in_dim)} {rank}"
     return Row(native, (theirs,), Op((given,), f"{out} {rank}"), one.row.split if one.is_column else None)

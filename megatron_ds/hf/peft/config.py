@@ -17,16 +17,16 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
-class Ledger:
+class PeftFields:
     """What becomes of the fields of one kind's config in peft: all of them are in one of these.
 
     Attributes:
-        heeded: they mean here what they mean there.
-        must_be: they must say what is given here.
+        supported: they mean here what they mean there.
+        required: they must say what is given here.
     """
 
-    heeded: frozenset[str]
-    must_be: Mapping[str, Any]
+    supported: frozenset[str]
+    required: Mapping[str, Any]
 
 
 COSMETIC = frozenset(
@@ -43,8 +43,8 @@ COSMETIC = frozenset(
     }
 )
 """Fields of any kind that are not about math, or are settled by the model."""
-LEDGERS = {
-    "LORA": Ledger(
+PEFT_FIELDS = {
+    "LORA": PeftFields(
         frozenset(
             {
                 *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
@@ -73,7 +73,7 @@ LEDGERS = {
             "ensure_weight_tying": False,
         },
     ),
-    "IA3": Ledger(
+    "IA3": PeftFields(
         frozenset({"target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights"}),
         {"modules_to_save": None},
     ),
@@ -88,7 +88,7 @@ class AdapterConfig:
 
     Attributes:
         where: for errors: `peft`, or `peft=PATH`.
-        kind: peft's word, a key of `LEDGERS`.
+        kind: peft's word, a key of `PEFT_FIELDS`.
 
     Raises:
         ConversionError: peft refuses it, or it says what is not supported.
@@ -125,7 +125,7 @@ class AdapterConfig:
                 self._config.feedforward_modules = set(usual)
         elif self._config.target_modules == "all-linear":
             self._config.target_modules = set(modules)
-        return _shown(self._config.target_modules)
+        return _format(self._config.target_modules)
 
     def matches(self, module: str) -> bool:
         """Whether a module of transformers is meant: peft's own answer."""
@@ -187,15 +187,15 @@ def _checked(where: str, kind: str, raw: Mapping[str, Any]) -> Any:
     """peft's own object, with nothing in it that we would ignore."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
-    if kind not in LEDGERS:
-        raise ConversionError(f"{where}.peft_type={kind} is not supported; supported: {', '.join(LEDGERS)}")
+    if kind not in PEFT_FIELDS:
+        raise ConversionError(f"{where}.peft_type={kind} is not supported; supported: {', '.join(PEFT_FIELDS)}")
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     unknown = sorted(raw.keys() - {field.name for field in fields(made)})
     if unknown:
         raise ConversionError(f"{where}.{unknown[0]} is no field of peft's {made.__name__}; remove it")
-    for name, wanted in LEDGERS[kind].must_be.items():
+    for name, wanted in PEFT_FIELDS[kind].required.items():
         if name in raw and raw[name] != wanted and not (raw[name] in (None, False) and not wanted):
-            raise ConversionError(f"{where}.{name}={_shown(raw[name])} is not supported; nearest: {_shown(wanted)}")
+            raise ConversionError(f"{where}.{name}={_format(raw[name])} is not supported; nearest: {_format(wanted)}")
     try:
         config: Any = made(**{name: value for name, value in raw.items() if name != "peft_type"})
     except (TypeError, ValueError) as problem:
@@ -220,5 +220,5 @@ def _check_lora(where: str, config: Any) -> None:
         raise ConversionError(f"{where}.lora_dropout={config.lora_dropout} is not in [0, 1); nearest: 0.0")
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return str(sorted(value) if isinstance(value, set) else value)
