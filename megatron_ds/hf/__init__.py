@@ -1,1 +1,1 @@
-"""Hugging Face directories, in and out: a family is a table of rows, read in both directions."""
+"""Hugging Face directories: a family is a table of rows that is applied in both directions, reading and writing."""

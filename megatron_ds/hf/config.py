@@ -1,4 +1,4 @@
-"""Hugging Face configs, read strictly and written for transformers 4 and 5 alike."""
+"""Hugging Face configs: read strictly, and written for both transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron_ds.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class HFModel:
-    """A Hugging Face model's meaning.
+    """A Hugging Face model's config, its translation, and its family.
 
     Attributes:
-        family: its table.
+        family: the family, with its table.
         config: transformers' config object, defaults filled in.
-        core: the same in our terms.
+        core: the translation of the config.
     """
 
     family: Family
@@ -32,17 +32,17 @@ class HFModel:
     core: ModelConfig
 
     def with_tied(self, tied: bool) -> HFModel:
-        """The same model with the head tied to the embedding, or not."""
+        """Return the same model with the head tied to the embedding, or not."""
         return self if tied == self.core.tied else replace(self, core=replace(self.core, tied=tied))
 
     @property
     def architecture(self) -> str:
-        """transformers' class."""
+        """Name of transformers' class of the model."""
         return self.family.architecture_of(self.core)
 
     @cached_property
     def table(self) -> dict[str, Row]:
-        """Native name -> row, one a parameter of the model: no head where it is tied."""
+        """Native name -> row, for each parameter of the model; a tied head has none."""
         table = self.family.table(self.core)
         if self.core.tied:
             table.pop(HEAD, None)
@@ -61,9 +61,9 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
         ConversionError: no config, an unknown family, or a field that changes the math and is not supported.
     """
     if isinstance(source, Mapping):
-        where, raw = "model.config", dict(source)
+        place, raw = "model.config", dict(source)
     else:
-        where, raw = str(Path(source) / "config.json"), read_json(Path(source) / "config.json")
+        place, raw = str(Path(source) / "config.json"), read_json(Path(source) / "config.json")
         if raw.get("model_type") is None:
             raw |= _model_type_by_names(Path(source))
     try:
@@ -74,13 +74,13 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
         core = _with_heads(family, family.translate(config), raw)
         _check_classes(family, core, raw.get("architectures"))
         if isinstance(source, Mapping) or not (Path(source) / "generation_config.json").is_file():
-            generation_config(config, core, raw)  # to refuse it at the end of a run, when it is written, is too late
+            generation_config(config, core, raw)  # refuse it now, not at the end of a run when it is written
     except ConversionError as problem:
-        raise ConversionError(f"{where}: {problem}") from problem.__cause__
+        raise ConversionError(f"{place}: {problem}") from problem.__cause__
     return HFModel(family, config, core)
 
 
-# Of transformers' and other code's first years -> what the same class is called now.
+# Class name in old versions of transformers and in other code -> its present name.
 OLD_CLASSES = {
     "LLaMAForCausalLM": "LlamaForCausalLM",
     "RWForCausalLM": "FalconForCausalLM",
@@ -91,7 +91,8 @@ OLD_CLASSES = {
 def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
     """Refuse a class with other heads than ours: its config alone would become a model of another task.
 
-    A base model is none. Where its weights would not tell that a head of its own is missing, its config has to.
+    A base model without a head passes. If an untied head is missing, the config has to show it, because the weights
+    cannot: they could belong to a tied model.
     """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -107,12 +108,12 @@ def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
     if base in named and family.tied_by_bytes and not core.tied:
         raise ConversionError(
             f"architectures={named!r} with tie_word_embeddings=False leaves out a head that is not the embedding; "
-            f"nearest: {family.architecture}, with the head among its weights"
+            f"try {family.architecture}, with the head among its weights"
         )
 
 
 def _with_heads(family: Family, core: ModelConfig, raw: Mapping[str, Any]) -> ModelConfig:
-    """The heads of the class that the config names, where the family has several; the first one's if it names none."""
+    """Add the heads of the class that the config names, if the family has several; by default those of the first."""
     if not family.classes:
         return core
     named = [name for name in raw.get("architectures") or () if name in family.classes]
@@ -120,7 +121,7 @@ def _with_heads(family: Family, core: ModelConfig, raw: Mapping[str, Any]) -> Mo
 
 
 def _model_type_by_names(directory: Path) -> dict[str, str]:
-    """What configs of transformers' first years leave out, if only one family's tensors have such names."""
+    """Return the model type that old configs leave out, if the tensor names belong to only one family."""
     names = open_directory(directory).names if has_weights(directory) else ()
     prefixes = [family.prefix for family in FAMILIES.values()]
     found = {
@@ -132,21 +133,21 @@ def _model_type_by_names(directory: Path) -> dict[str, str]:
 
 
 def _transformers_config(raw: Mapping[str, Any]) -> Any:
-    """transformers' object: its defaults, its old names understood, its own checks."""
+    """Return transformers' config object, which fills in defaults, translates old names and checks values."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.for_model(**deepcopy(dict(raw)))
-    except Exception as problem:  # transformers and huggingface_hub raise types of their own, KeyError among them
+    except Exception as problem:  # transformers and huggingface_hub raise their own types, among them a KeyError
         reason = " ".join(str(problem.args[0] if problem.args else problem).split())
         raise ConversionError(f"transformers refuses it: {reason}") from problem
 
 
-# What Phi-3 does not keep in rope_scaling, or does not need to.
+# Rope fields that Phi-3 does not need in rope_scaling, or keeps elsewhere.
 PHI3_ELSEWHERE = ("rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
-# Field of transformers 4 -> the rope parameter of transformers 5 that it became, in models with a rope for each kind of
-# layer the kind too.
+# Field of transformers 4 -> (kind of layer, rope parameter) of transformers 5. The kind matters only in models with a
+# rope for each kind of layer.
 OLD_ROPE_FIELDS = {
     "rope_theta": ("full_attention", "rope_theta"),
     "rope_local_base_freq": ("sliding_attention", "rope_theta"),
@@ -157,15 +158,15 @@ OLD_ROPE_FIELDS = {
 
 
 def _refuse_contradictions(raw: Mapping[str, Any], config: Any) -> None:
-    """Refuse what is said twice and differently: versions of transformers differ in which one they believe."""
+    """Refuse contradicting values under two names: versions of transformers differ in the one that they read."""
     for alias, name in (*config.attribute_map.items(), ("n_embed", "hidden_size")):
         if alias in raw and name in raw and raw[alias] != raw[name]:
             raise ConversionError(f"{alias}={raw[alias]!r} contradicts {name}={raw[name]!r}")
     rope = getattr(config, "rope_parameters", None) or {}
     for name, (kind, key) in OLD_ROPE_FIELDS.items():
-        value, believed = raw.get(name), rope.get(kind, rope).get(key)
-        if value is not None and believed is not None and value != believed:
-            raise ConversionError(f"{name}={value!r} contradicts the {key}={believed!r} that transformers takes")
+        value, effective = raw.get(name), rope.get(kind, rope).get(key)
+        if value is not None and effective is not None and value != effective:
+            raise ConversionError(f"{name}={value!r} contradicts the {key}={effective!r} that transformers takes")
     old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     new = new.get("full_attention", new)
     for key in sorted(old.keys() & new.keys()):
@@ -174,15 +175,18 @@ def _refuse_contradictions(raw: Mapping[str, Any], config: Any) -> None:
 
 
 def generation_config(config: Any, core: ModelConfig, raw: Mapping[str, Any]) -> Any:
-    """transformers' settings for generating, where no generation_config.json has them; None for what generates nothing.
+    """Return transformers' generation settings for a directory without generation_config.json.
 
     Args:
-        config: transformers' object, which drops them.
-        core: the same in our terms.
-        raw: config.json, which of old holds them itself, and from which transformers' models take them.
+        config: transformers' config object, which drops them.
+        core: the translation of the config.
+        raw: config.json, where old models have these settings and transformers reads them.
+
+    Returns:
+        a `GenerationConfig`; None for models that do not generate text.
 
     Raises:
-        ConversionError: transformers refuses them, and with them the model.
+        ConversionError: transformers refuses the settings, and with them the model.
     """
     from transformers import GenerationConfig
     from transformers.utils import logging
@@ -190,7 +194,7 @@ def generation_config(config: Any, core: ModelConfig, raw: Mapping[str, Any]) ->
     if not core.generates:
         return None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # settings without effect are kept as they are
+    logging.set_verbosity_error()  # no warnings: settings without effect are kept unchanged
     try:
         return GenerationConfig.from_model_config({**raw, **config.to_dict()})
     except ValueError as problem:
@@ -201,10 +205,10 @@ def generation_config(config: Any, core: ModelConfig, raw: Mapping[str, Any]) ->
 
 
 def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
-    """config.json's content, with the names of both transformers 4 and 5 where they differ.
+    """Return the content of config.json, with the field names of both transformers 4 and 5 where they differ.
 
-    Everything of the model itself is written out, defaults too: the two versions do not have the same ones. What any
-    config has at its default (labels, outputs) is left out, and so is what points to code that is not carried.
+    All fields of the model itself are written, defaults included, because the two versions have different defaults.
+    Common fields at their defaults (labels, outputs) are left out, and so are references to code outside the directory.
     """
     from transformers import PreTrainedConfig
 
@@ -227,17 +231,17 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
 
 
 def _old_rope_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4 reads in the place of `rope_parameters`, in the words of its config of the same family."""
-    whole = content.get("rope_parameters")
-    if not whole:
+    """Return the fields that transformers 4 reads instead of `rope_parameters`, by the names of its config class."""
+    parameters = content.get("rope_parameters")
+    if not parameters:
         return {}
-    rope = whole.get("full_attention", whole)
+    rope = parameters.get("full_attention", parameters)
     old: dict[str, Any] = {"rope_scaling": _old_scaling(rope, content)}
     if content["model_type"] == "gpt_neox":
         return {**old, "rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
     old["rope_theta"] = rope["rope_theta"]
-    if "sliding_attention" in whole:
-        old["rope_local_base_freq"] = whole["sliding_attention"]["rope_theta"]
+    if "sliding_attention" in parameters:
+        old["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
     if "partial_rotary_factor" in rope:
         old["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return old
@@ -249,12 +253,17 @@ def _old_scaling(rope: Mapping[str, Any], content: Mapping[str, Any]) -> dict[st
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
     if content["model_type"] != "phi3":
         return scaling
-    # its config in transformers 4 takes these three fields and no others; it has the original length beside them
+    # its config in transformers 4 accepts only these three fields; the original length is a field of the config itself
     bare = {"type": "longrope", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     return bare if rope.keys() <= {*PHI3_ELSEWHERE, *bare} else scaling
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a Hugging Face directory.
+
+    Raises:
+        ConversionError: no such file, or not a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The ledger of config fields: what each does to the math. A field that is not in it is refused, never ignored."""
+"""Effect of each Hugging Face config field on the math. An unknown field is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ LISTS = frozenset(["short_factor", "long_factor"])
 ROPE = frozenset(["rope_parameters", "rope_scaling"])
 PER_LAYER = ("layer_types", "no_rope_layers")
 
-# Fields of any family that change the math or the weights, with the values at which they do nothing.
+# Fields of any family that change the math or the weights, with the values that have no effect.
 COMMON_EQUAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
@@ -103,10 +103,10 @@ COMMON_EQUAL: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
 }
 
-# Fields of any family that steer how transformers trains, which the run file steers here.
+# Fields of any family that control training in transformers; here the run file does.
 COMMON_TRAINING = frozenset(["gradient_checkpointing", "pretraining_tp"])
 
-# Hub configs carry these; neither the math nor the weights see any of them.
+# Fields of configs on the hub that affect neither the math nor the weights.
 COMMON_COSMETIC = frozenset(
     [
         # identity and provenance
@@ -122,11 +122,11 @@ COMMON_COSMETIC = frozenset(
         "unsloth_fixed",
         "unsloth_version",
         "is_llama_config",
-        # the type of the weights, which the weights themselves say
+        # dtype of the weights, which is read from the weights themselves
         "dtype",
         "torch_dtype",
         "use_bfloat16",
-        # how transformers computes the same
+        # implementation choices of transformers without effect on the result
         "_attn_implementation",
         "_attn_implementation_autoset",
         "attn_implementation",
@@ -146,7 +146,7 @@ COMMON_COSMETIC = frozenset(
         "suppress_tokens",
         "begin_suppress_tokens",
         "bad_words_ids",
-        # what a forward pass hands out
+        # outputs of a forward pass
         "return_dict",
         "output_attentions",
         "output_hidden_states",
@@ -191,14 +191,13 @@ COMMON_COSMETIC = frozenset(
 
 @dataclass(frozen=True)
 class FieldRules:
-    """Every config field that a family may carry, by what it does to the math. What it says itself goes before what is
-    said of all families.
+    """Config fields that a family may have, by their effect on the math. They take precedence over the common fields.
 
     Attributes:
-        mapped: read by the family's `translate`, or by transformers' config class on the way to what that reads.
-        equal: fields that change the math, each with the values that are supported.
-        training: no effect on a forward pass; what they steer is the run file's.
-        cosmetic: no effect on training: token ids, outputs, caching, names.
+        mapped: fields that the family's `translate` reads, directly or through transformers' config class.
+        equal: fields that change the math, each with its supported values.
+        training: fields without effect on a forward pass; the run file decides what they control.
+        cosmetic: fields without effect on training: token ids, outputs, caching, names.
     """
 
     mapped: frozenset[str]
@@ -210,10 +209,10 @@ class FieldRules:
         return any(name in names for names in (self.mapped, self.equal, self.training, self.cosmetic, _COMMON))
 
     def check(self, raw: Mapping[str, Any]) -> None:
-        """Refuse fields that are unknown, or known and not supported at their value.
+        """Refuse unknown fields, and known fields with unsupported values.
 
         Raises:
-            ConversionError: naming field, value and what is supported.
+            ConversionError: names field, value and supported values.
         """
         _refuse_quantised(raw)
         _check_lengths(raw)
@@ -252,7 +251,7 @@ def _refuse_quantised(raw: Mapping[str, Any]) -> None:
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Equal, and a bool only where a bool is meant: 1 == True in Python, but not in a config."""
+    """Compare two values; a bool equals only a bool, although 1 == True in Python."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
@@ -264,7 +263,7 @@ def _check_lengths(raw: Mapping[str, Any]) -> None:
 
 
 def _check_rope(path: str, rope: Any) -> None:
-    """Check what `rope_scaling` or `rope_parameters` holds, also where it does so for each kind of layer."""
+    """Check `rope_scaling` or `rope_parameters`, which may hold one mapping for each kind of layer."""
     if rope is not None and not isinstance(rope, Mapping):
         raise ConversionError(f"{path}={reprlib.repr(rope)} must be a mapping of rope fields, or null")
     for name, value in (rope or {}).items():
@@ -275,12 +274,12 @@ def _check_rope(path: str, rope: Any) -> None:
 
 
 def _check_value(path: str, name: str, value: Any) -> None:
-    """Refuse what is not of the field's kind or range, where transformers only warns or fails obscurely.
+    """Refuse a value of the wrong type or range; transformers only warns, or fails with an obscure error.
 
     Args:
-        path: the field as the user finds it, such as rope_scaling.factor.
-        name: its last word, which says what it is.
-        value: None = left to transformers, which knows whether it may be.
+        path: full name of the field, such as rope_scaling.factor.
+        name: its last part, which decides the rule.
+        value: None = left to transformers, which knows whether null is allowed.
     """
     rule = ""
     if value is None:
@@ -300,5 +299,5 @@ def _check_value(path: str, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any, least: float) -> bool:
-    """A finite number, true and false not among them."""
+    """Test for a finite number of at least `least`; true and false are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < math.inf

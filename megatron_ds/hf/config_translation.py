@@ -1,4 +1,4 @@
-"""Words of Hugging Face configs in our terms: activations, head sizes, sliding windows, rotary frequencies."""
+"""Translation of fields that many Hugging Face configs share: activations, head sizes, windows, rotary frequencies."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ ACTIVATION_NAMES = {
 
 
 def activation(field_name: str, value: str) -> str:
-    """Our name of an activation.
+    """Return the name in `layers.mlp.ACTIVATIONS` of a Hugging Face activation.
 
     Raises:
-        ConversionError: one that is not supported.
+        ConversionError: the activation is not supported.
     """
     if value not in ACTIVATION_NAMES:
         supported = ", ".join(sorted(ACTIVATION_NAMES))
@@ -39,10 +39,10 @@ def activation(field_name: str, value: str) -> str:
 
 
 def quotient(config: Any, whole: str, parts: str) -> int:
-    """How often one field goes into another, such as the size of a head into that of all.
+    """Divide one field by another, such as the hidden size by the number of heads.
 
     Raises:
-        ConversionError: with a remainder.
+        ConversionError: the division leaves a remainder.
     """
     dividend, divisor = getattr(config, whole), getattr(config, parts)
     if dividend % divisor:
@@ -55,11 +55,10 @@ def quotient(config: Any, whole: str, parts: str) -> int:
 
 
 def padding_id(config: Any) -> int | None:
-    """The id whose embedding transformers does not train, where a family gives it to its embedding; from the end if
-    negative.
+    """Return `pad_token_id`, for families whose embedding gets no gradient at it; a negative id counts from the end.
 
     Raises:
-        ConversionError: it is not in the vocabulary.
+        ConversionError: the id is not in the vocabulary.
     """
     given, size = config.pad_token_id, config.vocab_size
     if given is not None and not -size <= given < size:
@@ -68,10 +67,10 @@ def padding_id(config: Any) -> int | None:
 
 
 def layer_windows(layer_types: Sequence[str], sliding_window: int | None) -> tuple[int | None, ...]:
-    """transformers' `layer_types` -> how many last keys a query sees in each layer; None = all.
+    """Translate `layer_types` into the number of last keys that a query sees in each layer; None = all.
 
     Raises:
-        ConversionError: a kind of layer that is not supported, or a sliding one without a window.
+        ConversionError: a kind of layer is not supported, or a sliding one has no window.
     """
     for layer, kind in enumerate(layer_types):
         if kind not in ("full_attention", "sliding_attention"):
@@ -109,17 +108,17 @@ def rotary(
     partial: bool = False,
     path: str = "rope_parameters",
 ) -> RotaryConfig:
-    """transformers' `rope_parameters`, as its config class filled them in -> ours.
+    """Translate `rope_parameters`, filled in by transformers' config class.
 
     Args:
-        parameters: for all layers, or for one kind of layer.
+        parameters: of all layers, or of one kind of layer.
         head_dim: size of a head.
         max_positions: `max_position_embeddings`.
-        partial: whether the family's code can rotate a part of each head.
-        path: where the parameters stand, for messages.
+        partial: whether transformers' code of the family can rotate a part of each head.
+        path: name of the field that holds the parameters, for messages.
 
     Raises:
-        ConversionError: a rope type, or a field of one, that is missing, out of range or not supported.
+        ConversionError: a rope type, or one of its fields, is missing, out of range or not supported.
     """
     kind = parameters.get("rope_type", "default")
     _check_rope_fields(parameters, kind, path)

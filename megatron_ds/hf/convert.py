@@ -1,4 +1,4 @@
-"""A Hugging Face directory through our tables and back: files in, files out, no process group, no model in memory."""
+"""Rewriting of Hugging Face directories through the tables, without a process group or a model in memory."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from megatron_ds.hf.weights import HFWeights
 
 
 def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
-    """Read every native parameter out of a directory, one at a time, and write a clean directory of them.
+    """Read every native parameter of a directory, one at a time, and write them to a clean directory.
 
-    Holds one native parameter, the tensors on disk that it is made of, and those that are made of it.
+    At any time memory holds one native parameter, the tensors on disk that it is read from, and those written from it.
 
     Args:
-        source: config.json, weights, and what else belongs to the model.
-        target: a model that is there is replaced at the end; on failure it stays, and nothing else is left.
-        dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
+        source: directory with config.json, weights and other files of the model.
+        target: directory to write. A model there is replaced at the end; on failure it stays, and no other file is
+            left.
+        dtype: of all weights, "float32", "bfloat16" or "float16"; None = unchanged.
         max_shard_size: such as "5GB".
 
     Raises:
-        ConversionError: the source cannot be read without changing its meaning, or does not fit into the dtype; the
-            target is the source, or holds something else than a model.
+        ConversionError: the source cannot be read without changing its meaning, or a value does not fit into the dtype;
+            the target is the source, or holds other files than a model's.
     """
     check_target(Path(source), Path(target))
     weights = HFWeights(source, read_model(source))
     with exporting(target, weights.model, dtype, max_shard_size) as export:
         for name, whole in weights.each():
             export.add(name, whole)
-            del whole  # what it was read from leaves memory before the next is read
+            del whole  # free the mapped files before the next parameter is read
         export.finish(source, source)
 
 
 def check_target(source: Path, target: Path, allowed: tuple[str, ...] = ()) -> None:
-    """Whether a directory may be written, and one that is there be replaced.
+    """Refuse a target directory that must not be written or replaced.
 
     Args:
-        source: what is read.
-        target: what is to be written.
-        allowed: names beside a model's that it may hold.
+        source: the directory to read.
+        target: the directory to write.
+        allowed: names that the target may hold in addition to a model's files.
 
     Raises:
-        ConversionError: it is the source or around it, no directory, or holds something else.
+        ConversionError: the target is the source or a parent of it, not a directory, or holds other files.
     """
     ours, theirs = target.resolve(), source.resolve()
     if ours == theirs or ours in theirs.parents:

@@ -1,4 +1,4 @@
-"""Write a directory that transformers loads: config, weights, tokenizer, chat template, generation config."""
+"""Export of directories that transformers loads: config, weights, tokenizer, chat template, generation config."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ _CHECKED_AT_ONCE = 2**20
 
 
 class DirectoryExport:
-    """Collect whole native parameters, one at a time, into a Hugging Face directory that appears at once.
+    """Collect full native parameters, one at a time, into a Hugging Face directory that appears at once.
 
-    Until `finish` everything is in a hidden directory beside the target. Use it through `exporting`.
+    Until `finish` all files are in a hidden directory next to the target. Use it through `exporting`.
 
     Args:
         target: the final directory.
-        model: what is exported.
-        dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they come.
+        model: the model to export.
+        dtype: of all weights, "float32", "bfloat16" or "float16"; None = the dtype of each parameter.
         max_shard_size: such as "5GB".
     """
 
@@ -77,7 +77,7 @@ class DirectoryExport:
         self._elements_of: Counter[torch.dtype] = Counter()
 
     def add(self, name: str, whole: Tensor) -> None:
-        """Write one native parameter, without padding; afterwards it may change or be freed.
+        """Write one native parameter, without padding; afterwards the caller may change or free it.
 
         Raises:
             ConversionError: a value does not fit into the dtype asked for.
@@ -95,12 +95,12 @@ class DirectoryExport:
         tokenizer_path: str | Path | None = None,
         last: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write the small files and put the directory in its place; an earlier export there is replaced.
+        """Write the other files and move the directory to the target; an earlier export there is replaced.
 
         Args:
-            model_path: where generation_config.json is taken from; None or no such file = made from the config.
-            tokenizer_path: where the tokenizer and chat templates are taken from; None = none.
-            last: adds more to the directory before it gets its place.
+            model_path: source of generation_config.json; None or no such file = made from the config.
+            tokenizer_path: source of the tokenizer and chat templates; None = no tokenizer.
+            last: called with the directory to add more files before it is moved.
         """
         assert self._added == self.model.table.keys(), self._added ^ self.model.table.keys()
         self._writer.finish()
@@ -112,10 +112,10 @@ class DirectoryExport:
 
 
 def check_fits(name: str, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter in another type.
+    """Cast a parameter to another dtype.
 
     Raises:
-        ConversionError: a value is too large for it.
+        ConversionError: a finite value becomes infinite.
     """
     cast = whole.to(dtype)
     if torch.finfo(cast.dtype).max >= torch.finfo(whole.dtype).max:
@@ -138,11 +138,11 @@ def write_small_files(
     model_path: str | Path | None,
     tokenizer_path: str | Path | None,
 ) -> None:
-    """All but the weights: config, generation config, tokenizer and chat templates.
+    """Write all files but the weights: config, generation config, tokenizer and chat templates.
 
     Args:
-        directory: where.
-        model: what the config says.
+        directory: existing directory.
+        model: the model, with its config.
         dtype: of the weights, such as "bfloat16".
         model_path, tokenizer_path: see `DirectoryExport.finish`.
     """
@@ -155,7 +155,7 @@ def write_small_files(
 def small_files(
     model: HFModel, dtype: str, model_path: str | Path | None, tokenizer_path: str | Path | None
 ) -> dict[str, bytes]:
-    """What `write_small_files` writes: path in the directory -> content."""
+    """Return the files that `write_small_files` writes: path in the directory -> content."""
     with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
         write_small_files(Path(place), model, dtype, model_path, tokenizer_path)
         files = sorted(path for path in Path(place).rglob("*") if path.is_file())
@@ -163,7 +163,7 @@ def small_files(
 
 
 def _write_generation_config(directory: Path, model: HFModel, model_path: str | Path | None) -> None:
-    """What steers `generate`, where a model has that; as the source has it, in a file of its own or in config.json."""
+    """Write the settings of `generate` if the model generates text: the source's file, or those in its config.json."""
     if not model.core.generates:
         return
     source = Path(model_path) if model_path is not None else directory
@@ -175,7 +175,7 @@ def _write_generation_config(directory: Path, model: HFModel, model_path: str | 
 
 
 def foreign_files(directory: Path) -> list[str]:
-    """What a directory holds beside the files of a Hugging Face model; an export would delete it."""
+    """Return names in a directory that no Hugging Face model has; an export would delete them."""
     ours = (*WEIGHT_FILES, *OTHER_FILES, *TOKENIZER_FILES)
     names = sorted(entry.name for entry in directory.iterdir())
     return [name for name in names if not any(fnmatch(name, pattern) for pattern in ours)]
@@ -183,7 +183,7 @@ def foreign_files(directory: Path) -> list[str]:
 
 @contextmanager
 def exporting(target: str | Path, model: HFModel, dtype: str | None, max_shard_size: str) -> Iterator[DirectoryExport]:
-    """A `DirectoryExport` whose unfinished files are removed when the block fails."""
+    """Provide a `DirectoryExport`; its unfinished files are removed if the block fails."""
     export = DirectoryExport(target, model, dtype, max_shard_size)
     try:
         yield export
@@ -193,7 +193,7 @@ def exporting(target: str | Path, model: HFModel, dtype: str | None, max_shard_s
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, chat templates included, byte for byte but for words of transformers 5 alone."""
+    """Copy a tokenizer's files, chat templates included. Only fields that transformers 4 cannot read are changed."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -205,7 +205,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _write_for_both_versions(file: Path) -> None:
-    """Write what transformers 5 calls TokenizersBackend and lists as extra_special_tokens as both versions read it."""
+    """Replace TokenizersBackend and extra_special_tokens of transformers 5 by names that version 4 reads too."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
@@ -222,7 +222,7 @@ def _write_for_both_versions(file: Path) -> None:
 
 
 def replace_directory(target: Path, new: Path) -> None:
-    """Put `new` in the place of `target`, which is there again if that fails."""
+    """Move `new` to `target`; if that fails, the old `target` is restored."""
     old = target.with_name(f".{target.name}.old")
     if not target.exists():
         os.replace(new, target)

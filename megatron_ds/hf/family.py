@@ -1,4 +1,4 @@
-"""What a family is: a table of rows, the ledger of its config fields, and a translation of its sizes."""
+"""Families of Hugging Face models: a table of rows, rules for config fields, and a translation of the config."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EMBEDDING = "embedding.weight"
 
 @dataclass(frozen=True)
 class Row:
-    """One native parameter and the Hugging Face tensors that it is made of; `{n}` stands for the layer.
+    """One native parameter and its Hugging Face tensors; `{n}` stands for the index of the layer.
 
     Attributes:
-        native: name in our model.
-        names: names on disk, one a source of `op`.
+        native: name of the native parameter.
+        names: names on disk, one for each source of `op`.
         op: the bijection between them.
         split: the named axis that tensor parallelism divides; None = replicated.
     """
@@ -34,7 +34,7 @@ class Row:
     split: str | None = None
 
     def at(self, layer: int) -> Row:
-        """The row of one layer."""
+        """Return the row of one layer."""
         number = str(layer)
         names = tuple(name.replace(LAYER, number) for name in self.names)
         return Row(self.native.replace(LAYER, number), names, self.op, self.split)
@@ -57,23 +57,23 @@ class Family:
     """One Hugging Face `model_type`.
 
     Attributes:
-        model_type, architecture: as in config.json; the class that is meant where it names none that we know.
-        prefix: what base-model saves leave out of tensor names.
-        fields: the ledger of its config fields.
-        translate: its config (defaults filled in by transformers) -> ours, a `ModelConfig`.
-        rows: our config -> its table.
+        model_type, architecture: as in config.json; the class of transformers, by default if the config names no other.
+        prefix: prefix of tensor names that saves of the base model leave out.
+        fields: rules for its config fields.
+        translate: transformers' config object -> `ModelConfig`.
+        rows: `ModelConfig` -> rows of the table.
         ignored: regular expressions of tensors on disk that are buffers, not weights.
-        reference_attention: transformers' implementation of attention to compare with. "eager" is written out; kernels
-            leave out what they cannot do, such as a bound of the scores.
-        aliases: name on disk -> name in the table of which it is a copy, in old or careless saves.
+        reference_attention: transformers' implementation of attention to compare with. "eager" computes the formula;
+            kernels leave out options that they do not support, such as a bound of the scores.
+        aliases: name on disk -> name in the table that it is a copy of, in old or careless saves.
         module: name of the Python module that holds the classes of its models.
-        classes: classes of transformers that differ in their heads -> the options of ours that tell them apart.
-        detect_heads: our config, names on disk -> our config with the heads that are there.
-        unused_tensors: our config -> names of weights that other classes of the family have, and transformers leaves out of the
-            class that has our heads.
+        classes: classes of transformers that differ in their heads -> options of `ModelConfig` that distinguish them.
+        detect_heads: `ModelConfig`, names on disk -> `ModelConfig` with the heads that are on disk.
+        unused_tensors: `ModelConfig` -> names of weights of the family's other classes, which transformers leaves out
+            of the class with these heads.
         tied_by_bytes: the head is the embedding unless both are on disk and differ, whatever the config says.
-        config_overrides: our config -> fields of config.json that mean something of their own in this family.
-        load_options: our config -> options with which transformers loads the class, in the place of config fields.
+        config_overrides: `ModelConfig` -> fields of config.json that have another meaning in this family.
+        load_options: `ModelConfig` -> options of transformers' `from_pretrained` that no config field replaces.
     """
 
     model_type: str
@@ -94,7 +94,7 @@ class Family:
     load_options: Callable[[Any], dict[str, Any]] = _no_options
 
     def table(self, config: ModelConfig) -> dict[str, Row]:
-        """Native name -> row, one a parameter, layers written out, the head included even where it is tied."""
+        """Return native name -> row for each parameter of each layer; a tied head is included."""
         table = {}
         for row in self.rows(config):
             stack, dot, _ = row.native.partition(f".{LAYER}")
@@ -104,7 +104,7 @@ class Family:
         return table
 
     def architecture_of(self, config: ModelConfig) -> str:
-        """The class of transformers that has these heads."""
+        """Return the name of the class of transformers that has these heads."""
         for name, options in self.classes.items():
             if all(getattr(config, option) == value for option, value in options.items()):
                 return name
@@ -112,19 +112,19 @@ class Family:
 
 
 def norm(native: str, theirs: str, style: NormStyle) -> list[Row]:
-    """The parameters of a norm over hidden states, if it has any."""
+    """Return the rows of a norm over hidden states; none if it has no parameters."""
     parts = ("weight", "bias") if style.kind == "layer" else ("weight",)
     return [Row(f"{native}.{part}", (f"{theirs}.{part}",), copy("h")) for part in parts if style.affine]
 
 
 def linear(native: str, theirs: str, weight: str, split: str | None, *, bias: bool = False) -> list[Row]:
-    """A projection that transformers keeps as we do.
+    """Return the rows of a projection that is the same tensor in transformers.
 
     Args:
         native, theirs: names without `.weight` or `.bias`.
-        weight: its pattern, output features first.
-        split: the axis that the tensor axis divides; the bias is divided with the output features only.
-        bias: whether it has one.
+        weight: pattern of the weight, output features first.
+        split: the named axis that tensor parallelism divides; it divides the bias only if it is the output axis.
+        bias: whether there is a bias.
     """
     out = weight.split()[0]
     rows = [Row(f"{native}.weight", (f"{theirs}.weight",), copy(weight), split)]
@@ -134,7 +134,7 @@ def linear(native: str, theirs: str, weight: str, split: str | None, *, bias: bo
 
 
 def separate_qkv(native: str, q: str, k: str, v: str, *, bias: bool) -> list[Row]:
-    """Queries, and keys beside values, out of three projections; names without `.weight` or `.bias`."""
+    """Return the rows of queries, and of keys and values, from three projections, named without `.weight`."""
     rows = []
     for part, inputs in (("weight", " h"), ("bias", "")) if bias else (("weight", " h"),):
         q_op, kv_op = copy(f"(n d){inputs}"), Op((f"(k d){inputs}",) * 2, f"(k * d){inputs}")
@@ -144,13 +144,13 @@ def separate_qkv(native: str, q: str, k: str, v: str, *, bias: bool) -> list[Row
 
 
 def fused_qkv(native: str, theirs: str, layout: str, *, bias: bool, inputs_first: bool = False) -> list[Row]:
-    """Queries, and keys beside values, out of one projection.
+    """Return the rows of queries, and of keys and values, from one fused projection.
 
     Args:
         native, theirs: names without `.weight` or `.bias`.
-        layout: how the output features of queries, keys and values lie, such as "(k [g|1|1] d)".
-        bias: whether it has one.
-        inputs_first: the weight is kept as [in, out].
+        layout: order of the output features of queries, keys and values, such as "(k [g|1|1] d)".
+        bias: whether there is a bias.
+        inputs_first: the weight is stored as [in, out].
     """
     queries = re.sub(r"\[([^|]*)\|.*\]", r"\1", layout)
     whole = {"weight": f"h {layout}" if inputs_first else f"{layout} h", "bias": layout}

@@ -1,4 +1,4 @@
-"""transformers' own model of a directory: what everything of ours is measured against."""
+"""transformers' model of a directory, the reference for all comparisons."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 
 
 def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -> Any:
-    """transformers' model on CPU, in evaluation mode. Runs no code from the directory.
+    """Load transformers' model on the CPU, in evaluation mode. No code from the directory is run.
 
     Args:
-        directory: config.json and weights; or adapters, whose base is loaded too.
-        model: what they are: class and implementation of attention go by it.
-        dtype: of the weights; "auto" = as they are.
+        directory: config.json and weights; or adapters, whose base model is loaded too.
+        model: decides the class and the implementation of attention.
+        dtype: of the weights; "auto" = that on disk.
 
     Raises:
         ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
@@ -42,7 +42,7 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
                 output_loading_info=True,
                 **model.family.load_options(model.core),
             )
-    except Exception as problem:  # of many types, transformers' own and its libraries'
+    except Exception as problem:  # transformers and its libraries raise many types
         reason = " ".join(str(problem).split())[:300]
         raise ConversionError(f"{directory}: transformers cannot load it: {reason}") from problem
     theirs, found = loaded
@@ -54,19 +54,19 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
 
 
 def _with_adapters(directory: Path, model: HFModel, dtype: Any) -> Any:
-    """peft's model on transformers' own of the base that the adapters name."""
+    """Load the base model that the adapters name, and peft's model on top of it."""
     from peft import PeftModel
 
     base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
     theirs = load_reference(str(base), model, dtype)
     try:
         return PeftModel.from_pretrained(theirs, str(directory), autocast_adapter_dtype=False).eval()
-    except Exception as problem:  # of many types, as above
+    except Exception as problem:  # many types, as above
         reason = " ".join(str(problem).split())[:300]
         raise ConversionError(f"{directory}: peft cannot load it: {reason}") from problem
 
 
-# What transformers calls what its models predict -> our name.
+# Name of an output in transformers -> our name.
 _OUTPUTS = {
     "logits": "logits",
     "prediction_logits": "logits",
@@ -77,9 +77,9 @@ _OUTPUTS = {
 
 
 def predict(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers' model predicts for a batch's columns, by our names, fp32 (B, ...).
+    """Run transformers' model on a batch's columns; returns its outputs by our names, in fp32 (B, ...).
 
-    Documents that share a sequence, as `position_ids` say, are given to it one by one.
+    If `position_ids` mark documents that share a sequence, the model runs on each document by itself.
     """
     if "position_ids" in columns:
         return _predict_each_document(theirs, model, columns)
@@ -90,7 +90,7 @@ def predict(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[
 
 
 def _predict_each_document(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each at the head of a sequence as long as the shared one, by which some rotary frequencies go."""
+    """Run each document at the start of a sequence of the same length; some rotary frequencies depend on the length."""
     others = {name: column for name, column in columns.items() if name != "position_ids"}
     rows = []
     for row, positions in enumerate(columns["position_ids"]):
@@ -109,13 +109,13 @@ def _predict_each_document(theirs: Any, model: HFModel, columns: Mapping[str, Te
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers' "Loading weights" bar off our terminal."""
+    """Hide transformers' "Loading weights" progress bar."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

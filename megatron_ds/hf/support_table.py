@@ -13,7 +13,7 @@ from megatron_ds.hf.registry import FAMILIES
 
 BEGIN, END = "<!-- made by `make tables` -->", "<!-- end -->"
 
-# What people call the models of a family.
+# Well-known models of each family.
 MODELS = {
     "gpt2": "GPT-2, DistilGPT-2",
     "gpt_neox": "Pythia, GPT-NeoX-20B",
@@ -39,14 +39,14 @@ MODELS = {
 
 
 def support_table() -> str:
-    """Return Markdown, a line a family of ours."""
+    """Return the table in Markdown, one line per family of this package."""
     lines = ["| `model_type` | class in transformers | such as |", "| --- | --- | --- |"]
     lines += [f"| `{name}` | `{FAMILIES[name].architecture}` | {known} |" for name, known in MODELS.items()]
     return "\n".join(lines)
 
 
 def with_table(text: str) -> str:
-    """A page with what stands between the marks replaced by the table."""
+    """Replace the text between the marks of a page by the table."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     assert len(pattern.findall(text)) == 1, "the page needs the marks of the table once"
     return pattern.sub(lambda _: f"{BEGIN}\n{support_table()}\n{END}", text)

@@ -1,6 +1,6 @@
-"""One file of tensors: names, types and shapes at once, data when it is touched.
+"""Files of tensors: names, dtypes and shapes are read at once, data when it is accessed.
 
-A tensor is a view of the file, mapped for it alone: what was read of it leaves memory with the last view. safetensors
+Each tensor is a view of its own mapping of the file: the pages that were read are freed with the last view. safetensors
 and torch check the files; no code in a pickle is run.
 """
 
@@ -39,10 +39,10 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        dtype: in safetensors' words.
+        dtype: safetensors' name of it.
         shape, stride: in elements.
         offset: of its first byte, from the start of the file.
-        loaded: the tensor itself, where it can't be read from where it lies.
+        loaded: the tensor itself, if it cannot be mapped from the file.
     """
 
     dtype: str
@@ -53,11 +53,11 @@ class StoredTensor:
 
     @property
     def span(self) -> int:
-        """Elements from the first to the last."""
+        """Number of elements in memory from the first to the last."""
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if prod(self.shape) else 0
 
     def view(self, file: Path, *, ahead: bool = False) -> Tensor:
-        """The tensor; its data is read where it is touched, or all of it ahead, which is faster than page by page."""
+        """Map the tensor. Data is read on access, page by page; or all of it `ahead`, which is faster."""
         if self.loaded is not None:
             return self.loaded
         dtype = DTYPE_OF_CODE[self.dtype]
@@ -65,20 +65,20 @@ class StoredTensor:
             return torch.empty(self.shape, dtype=dtype)
         before = self.offset % mmap.ALLOCATIONGRANULARITY
         length = before + self.span * dtype.itemsize
-        with open(file, "rb") as handle:  # mapped for writing, though none is done: torch has no read-only tensors
+        with open(file, "rb") as handle:  # mapped for writing only because torch has no read-only tensors
             mapped = mmap.mmap(handle.fileno(), length, access=mmap.ACCESS_COPY, offset=self.offset - before)
         if ahead and sys.platform == "linux":
-            with suppress(OSError):  # an older kernel: page by page after all
+            with suppress(OSError):  # an older kernel: read page by page
                 mapped.madvise(_POPULATE_READ)
         flat = torch.frombuffer(mapped, dtype=dtype, count=self.span, offset=before)
         return flat.as_strided(self.shape, self.stride)
 
 
 def read_table(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name, from its header.
+    """Read the header of a file: name -> tensor.
 
     Raises:
-        ConversionError: damaged, or holds anything else than tensors.
+        ConversionError: the file is damaged, or holds anything but tensors.
     """
     try:
         return _read_bin(file) if file.suffix == ".bin" else _read_safetensors(file)
@@ -104,11 +104,11 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def _without_repeats(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What safetensors itself lets through: the last of several entries of one name would count."""
+    """Refuse a repeated name, which safetensors accepts: the last entry would win."""
     found = dict(pairs)
     if len(found) < len(pairs):
         repeated = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ConversionError(f"{file}: damaged, or not safetensors ({repeated} stands twice in its header)")
+        raise ConversionError(f"{file}: damaged, or not safetensors ({repeated} appears twice in its header)")
     return found
 
 
@@ -117,13 +117,13 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _read_bin(file: Path) -> dict[str, StoredTensor]:
-    """What torch.save wrote. Read where it lies, but for the format before torch 1.6, which is read as a whole."""
+    """Read a file of torch.save. Its tensors are mapped, except in the format before torch 1.6, which is loaded."""
     try:
         in_place = _can_be_mapped(file)
         state = torch.load(file, map_location="meta" if in_place else "cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as problem:  # torch lets unpickling, zip, runtime and end-of-file errors through
+    except Exception as problem:  # torch raises unpickling, zip, runtime and end-of-file errors
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise ConversionError(
             f"{file}: damaged, or holds more than plain tensors, which is not loaded ({reason})"
@@ -136,7 +136,7 @@ def _read_bin(file: Path) -> dict[str, StoredTensor]:
 
 
 def _can_be_mapped(file: Path) -> bool:
-    """Whether tensors lie in a zip file as they are: uncompressed, and in this machine's order of bytes."""
+    """Test whether a file is a zip of uncompressed tensors in this machine's byte order."""
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
@@ -153,6 +153,6 @@ def _stored(file: Path, name: str, tensor: Tensor, in_place: bool) -> StoredTens
     first = int(tensor.storage_offset())
     stored = StoredTensor(word, shape, tensor.stride(), start + first * size)
     used = (first + stored.span) * size
-    if used > storage.nbytes() or start + used > file.stat().st_size:  # a pickle may say anything
-        raise ConversionError(f"{file}: damaged: {name} ends behind its data")
+    if used > storage.nbytes() or start + used > file.stat().st_size:  # a pickle can hold any offset
+        raise ConversionError(f"{file}: damaged: {name} ends after the end of its data")
     return stored

@@ -1,21 +1,21 @@
 """The invertible operation between Hugging Face tensors and one native parameter.
 
-An operation is written down once, as patterns of named axes, and carried out both ways:
+An operation is written once, as patterns of named axes, and applied in both directions:
 
     Op(("(k d) h", "(k d) h"), native="(k * d) h")
 
-Each source is viewed with its axes split as written and permuted into the native order, the sources are concatenated
-along `*` (a new axis, of one entry a source), and the axes are merged as `native` says. A fused tensor holds several
-pieces, of which a native parameter takes some; brackets say how they lie:
+Each source is viewed with its axes split as written and permuted into the native order, the sources are stacked along
+`*` (a new axis with one entry per source), and the axes are merged as `native` says. A fused tensor holds several
+pieces, and a native parameter takes some of them; brackets give their order:
 
     QKV = "(k [g|1|1] d) h"                                     for each key head: its queries, the key, the value
-    Op((FusedPiece(QKV, 0),), native="(k g d) h")                     the queries
-    Op((FusedPiece(QKV, 1), FusedPiece(QKV, 2)), native="(k * d) h")        keys beside values
+    Op((FusedPiece(QKV, 0),), native="(k g d) h")                             the queries
+    Op((FusedPiece(QKV, 1), FusedPiece(QKV, 2)), native="(k * d) h")          for each key head: its key, its value
 
 Nothing else is possible, so every operation is a bijection of elements and its inverse needs no code of its own.
 
-Sources are views of files, so what reading does not touch is not read. A tensor-parallel shard is a range of one named
-axis: it is cut from the view before anything is copied.
+Sources are views of files, so only accessed pages are read. A tensor-parallel shard is a range of one named axis: it is
+cut from the view before anything is copied.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ import torch
 from torch import Tensor
 
 Reader = Callable[[int], Tensor]
-"""Index of a source -> the whole tensor, as a view of where it lies."""
+"""Index of a source -> the full tensor, as a view of its file."""
 
 Sizes = Mapping[str, int]
-"""Axis -> how many entries it has."""
+"""Axis -> its size."""
 
 STAR = "*"
 
 
 @dataclass(frozen=True)
 class FusedPiece:
-    """One piece of a fused tensor: the pattern of the whole, and which of the bracket's alternatives."""
+    """One piece of a fused tensor: the pattern of the full tensor, and the index of the piece in its bracket."""
 
     pattern: str
     piece: int
@@ -49,23 +49,23 @@ class FusedPiece:
 
 @dataclass(frozen=True)
 class _Dim:
-    """One dim of a pattern: outer axes, pieces one after the other, inner axes, slowest first. Most have one piece."""
+    """One dim of a pattern: outer axes, consecutive pieces, inner axes, slowest first. Most dims have one piece."""
 
     outer: tuple[str, ...]
     pieces: tuple[tuple[str, ...], ...]
     inner: tuple[str, ...] = ()
 
     def axes(self, piece: int, *, star: bool = False) -> tuple[str, ...]:
-        """The axes of one piece (of the only one, where the dim is not fused); of several alike with `*` over them."""
+        """Return the axes of one piece (the only one if the dim is not fused); with `star`, of several equal pieces."""
         over = (STAR,) if star and len(self.pieces) > 1 else ()
         return (*self.outer, *over, *self._of(piece), *self.inner)
 
     def length(self, sizes: Sizes) -> int:
-        """Length of the whole dim, all pieces of it."""
+        """Return the length of the full dim, with all its pieces."""
         return _count(self.outer, sizes) * sum(_count(one, sizes) for one in self.pieces) * _count(self.inner, sizes)
 
     def select(self, whole: Tensor, dim: int, sizes: Sizes, piece: int, count: int) -> Tensor:
-        """View `whole`, this dim split into outer axes, pieces and inner axes, with `count` pieces from `piece` on."""
+        """View `whole` with this dim split into outer axes, `count` pieces from `piece` on, and inner axes."""
         lengths = [_count(one, sizes) for one in self.pieces]
         split = whole.unflatten(dim, (_count(self.outer, sizes), sum(lengths), _count(self.inner, sizes)))
         return split.narrow(dim + 1, sum(lengths[:piece]), count * lengths[piece]) if len(lengths) > 1 else split
@@ -76,12 +76,12 @@ class _Dim:
 
 @dataclass(frozen=True)
 class Op:
-    """How native axes are made of the axes of Hugging Face tensors.
+    """A bijection between the axes of Hugging Face tensors and those of one native parameter.
 
     Attributes:
-        sources: one a tensor, or a piece of one: dims separated by spaces, a dim of several axes in parentheses,
-            slowest first, with the pieces of a fused dim in brackets. "1" is no axis.
-        native: pattern of the native parameter, with `*` where several sources are stacked.
+        sources: one pattern per tensor, or per piece of a tensor: dims separated by spaces, a dim of several axes in
+            parentheses, slowest first, with the pieces of a fused dim in brackets. "1" stands for no axis.
+        native: pattern of the native parameter, with `*` if several sources are stacked.
     """
 
     sources: tuple[str | FusedPiece, ...]
@@ -102,20 +102,20 @@ class Op:
 
     @property
     def native_axes(self) -> list[str]:
-        """All axes of the native parameter, slowest first."""
+        """Names of all axes of the native parameter, slowest first."""
         return [axis for dim in _parse(self.native) for axis in dim.axes(0)]
 
     def source_shape(self, source: int, sizes: Sizes) -> tuple[int, ...]:
-        """Shape of a whole Hugging Face tensor, all pieces of it."""
+        """Return the shape of a full Hugging Face tensor, with all its pieces."""
         return tuple(dim.length(sizes) for dim in self._dims(source))
 
     def is_piece(self, source: int) -> bool:
-        """Whether a source is a piece of a fused tensor, of which other parameters hold the rest."""
+        """Test whether a source is a piece of a fused tensor, whose other pieces are in other parameters."""
         return isinstance(self.sources[source], FusedPiece)
 
     @property
     def is_run(self) -> bool:
-        """Whether the sources are pieces of one tensor that lie one after the other, all alike: a view of it."""
+        """The sources are consecutive pieces of one tensor with equal axes, so that one view covers them."""
         first = self.sources[0]
         return isinstance(first, FusedPiece) and all(
             source == FusedPiece(first.pattern, first.piece + index) and self._axes(index) == self._axes(0)
@@ -123,11 +123,11 @@ class Op:
         )
 
     def native_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """Shape of the whole native parameter."""
+        """Return the shape of the full native parameter."""
         return tuple(dim.length({**sizes, STAR: len(self.sources)}) for dim in _parse(self.native))
 
     def split_dim(self, axis: str | None) -> int | None:
-        """The native dim whose slowest axis is `axis`: the dim that tensor parallelism divides."""
+        """Return the native dim whose slowest axis is `axis`: the dim that tensor parallelism divides."""
         if axis is None:
             return None
         for index, dim in enumerate(_parse(self.native)):
@@ -145,13 +145,13 @@ class Op:
         *,
         place: Tensor | None = None,
     ) -> Tensor:
-        """Make the native parameter, or the shard [start, stop) of one axis; touches no element outside the shard.
+        """Read the native parameter, or the shard [start, stop) of one axis; no element outside the shard is accessed.
 
-        The result is a view of a single tensor where its layout allows one. Sources of different types are stacked in
-        one that holds both.
+        The result is a view if there is a single source and its layout allows it. Sources of different dtypes are
+        stacked in a dtype that holds both.
 
         Args:
-            place: bytes for stacked sources to be put in, if they suffice; None = new memory.
+            place: bytes that stacked sources are copied to, if they suffice; None = new memory.
         """
         local = dict(sizes) if axis is None else {**sizes, axis: stop - start}
 
@@ -163,10 +163,10 @@ class Op:
         if len(self.sources) == 1:
             return part(0).reshape(self.native_shape(local))
         if self.is_run:
-            with suppress(RuntimeError):  # its axes don't merge where they lie: stacked like others
+            with suppress(RuntimeError):  # its axes cannot be merged in place: stack the sources
                 return part(0, len(self.sources)).view(self.native_shape(local))
         whole = torch.empty(0)
-        for source in range(len(self.sources)):  # one at a time: a view keeps what was read through it in memory
+        for source in range(len(self.sources)):  # one at a time: a view keeps the pages that it read in memory
             entries = part(source)
             if source == 0:
                 whole = self._stack_like(entries, place)
@@ -176,24 +176,24 @@ class Op:
         return whole.reshape(self.native_shape(local))
 
     def write(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
-        """The inverse, for a whole native parameter: one Hugging Face tensor, a view of `native` where possible."""
+        """Return one Hugging Face tensor of a full native parameter, as a view if possible; the inverse of `read`."""
         assert not self.is_piece(source), f"{self}: source {source} is not a whole tensor"
         given = self._axes(source)
         entries = self.slot(source, native, sizes).permute([self._order.index(name) for name in given])
         return entries.reshape(self.source_shape(source, sizes))
 
     def write_piece(self, source: int, native: Tensor, sizes: Sizes, fused: Tensor) -> None:
-        """The same for a piece: copied to its place in the whole fused tensor."""
+        """Copy one piece of a full native parameter to its place in the full fused tensor."""
         assert self.is_piece(source), f"{self}: source {source} is a whole tensor"
         self._in_native_order(source, fused, sizes).copy_(self.slot(source, native, sizes))
 
     @property
     def _order(self) -> list[str]:
-        """The axes of each source, in the order that they have in the native parameter."""
+        """Names of the axes of each source, in their order in the native parameter."""
         return [name for name in self.native_axes if name != STAR]
 
     def _in_native_order(self, source: int, whole: Tensor, sizes: Sizes, count: int = 1) -> Tensor:
-        """View a Hugging Face tensor, or `count` pieces of it, with a dim an axis."""
+        """View a Hugging Face tensor, or `count` pieces of it, with one dim per axis, in native order."""
         view, dims, piece = whole, self._dims(source), self._piece(source)
         for index in reversed(range(whole.dim())):
             view = dims[index].select(view, index, sizes, piece, count)
@@ -203,7 +203,7 @@ class Op:
         return split.permute([given.index(name) for name in order])
 
     def _stack_like(self, entries: Tensor, place: Tensor | None) -> Tensor:
-        """Room for all sources, a dim a native axis, in memory in the order of one of them: transposing is slow."""
+        """Allocate memory for all sources, one dim per native axis, in a source's memory order: transposing is slow."""
         star = self.native_axes.index(STAR)
         slowest = sorted(range(entries.dim()), key=lambda dim: -entries.stride()[dim])
         order = [dim + (dim >= star) for dim in slowest]
@@ -213,7 +213,7 @@ class Op:
         return room.permute([order.index(dim) for dim in range(len(order))])
 
     def slot(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
-        """View what one source holds of a native parameter, with a dim an axis."""
+        """View the part of a native parameter that one source holds, with one dim per axis."""
         view = native.reshape([{**sizes, STAR: len(self.sources)}[name] for name in self.native_axes])
         return view.select(self.native_axes.index(STAR), source) if STAR in self.native_axes else view
 
@@ -230,7 +230,7 @@ class Op:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, place: Tensor | None) -> Tensor:
-    """A tensor whose values are not set, in these bytes if they suffice."""
+    """Return an uninitialized tensor, in the bytes of `place` if they suffice."""
     size_bytes = prod(shape) * dtype.itemsize
     if place is None or len(place) < size_bytes:
         return torch.empty(shape, dtype=dtype)
@@ -238,12 +238,12 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, place: Tensor | None) -
 
 
 def copy(pattern: str) -> Op:
-    """The same tensor under another name."""
+    """Return the operation of a tensor that only changes its name."""
     return Op((pattern,), pattern)
 
 
 def tile(uses: Sequence[str | FusedPiece]) -> bool:
-    """Whether sources that stand for one tensor are the whole of it, each element once."""
+    """Test whether the sources of one tensor cover it exactly once."""
     parts = [use for use in uses if isinstance(use, FusedPiece)]
     if len(parts) < len(uses):
         return len(uses) == 1
@@ -253,7 +253,7 @@ def tile(uses: Sequence[str | FusedPiece]) -> bool:
 
 @cache
 def _parse(pattern: str) -> tuple[_Dim, ...]:
-    """ "(k [g|1|1] d) h" -> its two dims."""
+    """Parse a pattern: "(k [g|1|1] d) h" -> its two dims."""
     return tuple(_parse_dim(group.strip("()")) for group in re.findall(r"\([^)]*\)|\S+", pattern))
 
 

@@ -1,7 +1,7 @@
-"""Tensors in Hugging Face directories: views of the files in, shards out, never a whole model in memory.
+"""Weights in Hugging Face directories: read as views of files, written in shards, never a full model in memory.
 
 Reads `model.safetensors`, its sharded form with an index, and `pytorch_model.bin` likewise. Writes sharded safetensors
-with an index, under temporary names until all is there.
+with an index, under temporary names until all files are complete.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TensorSource:
 
     Args:
         directory: for messages.
-        tables: file -> its tensors, in the order in which they stand.
+        tables: file -> its tensors, in the order of the file.
     """
 
     def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
@@ -47,24 +47,24 @@ class TensorSource:
         return list(self._found)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape on disk, without reading data."""
+        """Return the shape on disk, without reading data."""
         return self._found[name][1].shape
 
     def dtype(self, name: str) -> str:
-        """Type on disk in safetensors' words, such as "BF16", without reading data."""
+        """Return safetensors' name of the dtype on disk, such as "BF16", without reading data."""
         return self._found[name][1].dtype
 
     def tensor(self, name: str, *, ahead: bool = False) -> Tensor:
-        """A view of a whole tensor in its file: what is touched is read, and in memory until the view is gone.
+        """Map a full tensor of a file. Pages are read on access and freed with the view.
 
         Args:
-            ahead: read all of it at once.
+            ahead: read all pages at once.
         """
         file, stored = self._found[name]
         return stored.view(file, ahead=ahead)
 
     def same_bytes(self, first: str, second: str) -> bool:
-        """Whether two weights are equal bit by bit, dtype and shape included; holds some MB at a time."""
+        """Test whether two weights have equal dtypes, shapes and bytes; holds a few MB at a time."""
         shape, word = self.shape(first), self.dtype(first)
         if shape != self.shape(second) or word != self.dtype(second) or word not in DTYPE_OF_CODE:
             return False
@@ -78,12 +78,12 @@ class TensorSource:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there is anything to open."""
+    """Test whether a directory has weights that `open_directory` finds."""
     return any((directory / name).is_file() for one in (SAFETENSORS, BIN) for name in (one, f"{one}.index.json"))
 
 
 def open_directory(directory: str | Path) -> TensorSource:
-    """Find a directory's weights: safetensors before .bin, one file before an index, as transformers does.
+    """Open a directory's weights: safetensors before .bin, one file before an index, as transformers does.
 
     Raises:
         ConversionError: no weights, a file missing from an index or outside the directory, a damaged file.
@@ -114,7 +114,7 @@ def _open_indexed(index: Path) -> TensorSource:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    """Name -> file. Nothing else that an index says is believed: transformers does not read it either."""
+    """Read an index: name -> file. Its other content is ignored, as in transformers."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
@@ -135,15 +135,15 @@ def _read_index(index: Path) -> dict[str, Path]:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-_ENTRY_BYTES = 160  # of a tensor in a header, at most: braces, keys, type, four dims and two offsets; also of metadata
+_ENTRY_BYTES = 160  # limit of a header entry without its name: keys, dtype, four dims, two offsets; also of metadata
 _ALIGNMENT = 64
 
 
 def parse_size(text: str) -> int:
-    """ "5GB" -> bytes, in powers of 1000 as transformers counts; "5GiB" in powers of 1024.
+    """Parse a size into bytes: "5GB" in powers of 1000, as in transformers, "5GiB" in powers of 1024.
 
     Raises:
-        ConversionError: not a number with a unit, or less than a byte.
+        ConversionError: not a number with a unit, or less than one byte.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B", text.strip().upper())
     if match:
@@ -155,16 +155,16 @@ def parse_size(text: str) -> int:
 
 
 class ShardWriter:
-    """Stream tensors into safetensors files of at most `max_shard_bytes` of them; none is held in memory.
+    """Stream tensors into safetensors files of at most `max_shard_bytes`; no tensor is held in memory.
 
-    A file begins with its header, which is known last: room is left for it, and blanks fill the rest, as the format
-    allows. Files get temporary names until `finish`, which renames them and writes the index (or the one plain file). A
-    tensor larger than the limit gets a file of its own.
+    A file begins with its header, which is known last: space is reserved for it, and the rest is filled with blanks, as
+    the format allows. Files have temporary names until `finish`, which renames them and writes the index; a single file
+    needs none. A tensor larger than the limit gets a file of its own.
 
     Args:
-        directory: where; nothing of the kind is there yet.
-        max_shard_bytes: most bytes of tensors in a file that holds several.
-        names: of all tensors that may come, for the room.
+        directory: directory without weights.
+        max_shard_bytes: limit of the bytes of tensors in a file that holds several.
+        names: of all tensors that may be added, to reserve space for the header.
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int, names: Iterable[str]) -> None:
@@ -175,7 +175,7 @@ class ShardWriter:
         self._total_bytes = self._total_parameters = self._shard_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; afterwards it may change or be freed."""
+        """Write one tensor; afterwards the caller may change or free it."""
         data = tensor.detach().contiguous()
         size_bytes = data.numel() * data.element_size()
         if not self._shards or (self._shard_bytes and self._shard_bytes + size_bytes > self.max_shard_bytes):
@@ -223,11 +223,11 @@ class ShardWriter:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write pretty JSON through a temporary name."""
+    """Write indented JSON to a file that appears at once."""
     with replacing(path) as temporary:
         temporary.write_text(json_text(content), encoding="utf-8")
 
 
 def json_text(content: Any) -> str:
-    """Pretty JSON."""
+    """Format indented JSON with sorted keys."""
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""A Hugging Face directory's weights as native parameters, shard by shard; and the way back."""
+"""Weights of a Hugging Face directory as native parameters, shard by shard; and the conversion back."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from megatron_ds.parallel.grid import Axes
 
 
 class HFWeights:
-    """Read native parameters out of a directory. Opening it accounts for every tensor; reading touches slices only.
+    """Reader of native parameters from a directory. Opening it accounts for every tensor; reading accesses only slices.
 
     Args:
-        directory: where the weights are.
-        model: what its config says.
+        directory: directory with the weights.
+        model: the model by its config.
 
     Attributes:
-        model: the model with its heads, and whether one is tied, settled by what is on disk, not by the config alone.
+        model: the model with the heads that are on disk; the weights also decide whether the head is tied.
 
     Raises:
-        ConversionError: no weights or damaged ones; a tensor that is missing, unexpected, misshapen or not floating.
+        ConversionError: no weights or damaged ones; a tensor is missing, unexpected, of another shape or not floating.
     """
 
     def __init__(self, directory: str | Path, model: HFModel) -> None:
@@ -66,16 +66,16 @@ class HFWeights:
         """Read one full native parameter, in its dtype on disk, without padding.
 
         Args:
-            place: bytes that it may be put in; None = new memory.
+            place: bytes that it may be copied to; None = new memory.
         """
         row = self.model.table[name]
         return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes, place=place)
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
-        """Every native parameter by name, whole, in the order on disk, where the pieces of a tensor come together.
+        """Yield (name, full tensor) of every native parameter in the order on disk; pieces of a tensor are adjacent.
 
-        Two may lie in the same memory: done with one, let go of it and ask for the next. New memory for each would cost
-        as much as reading, as the kernel clears it first.
+        Parameters may share memory: use one before asking for the next. Fresh memory for each would cost as much as
+        reading, because the kernel clears it first.
         """
         position = {name: index for index, name in enumerate(self._source.names)}
         stacked = [row for row in self.model.table.values() if len(row.names) > 1]
@@ -93,16 +93,16 @@ class HFWeights:
 
     @property
     def files(self) -> list[Path]:
-        """Where they are."""
+        """Files with the weights."""
         return self._source.files
 
     @property
     def num_params(self) -> int:
-        """Of the whole model, tied ones once."""
+        """Number of parameters of the full model, tied ones once."""
         return sum(prod(row.op.native_shape(self.model.axis_sizes)) for row in self.model.table.values())
 
     def name_on_disk(self, name: str) -> str:
-        """What a tensor is called in this directory: without the base model's prefix, or by an old name, it may be."""
+        """Return a tensor's name in this directory, which may lack the base model's prefix or be an old name."""
         return self._on_disk[name]
 
     def _reader(self, row: Row, *, ahead: bool) -> Reader:
@@ -113,17 +113,17 @@ class HFWeights:
         return prod(row.op.native_shape(self.model.axis_sizes)) * widest
 
     def _is_tied(self, by_config: bool, family: Family) -> bool:
-        """Tied where the config says so, or the family is tied by its bytes; unless both are there and differ."""
+        """Test whether the config or the family ties the head; not if head and embedding are on disk and differ."""
         tied = by_config or family.tied_by_bytes
         if self._head is None or not {self._head, self._embedding} <= self._names:
             return tied
         return tied and self._source.same_bytes(self._head, self._embedding)
 
     def _copies(self) -> set[str]:
-        """Names on disk of what is there a second time.
+        """Return the names on disk of copies of other tensors.
 
         Raises:
-            ConversionError: it is not the same.
+            ConversionError: a copy differs from the original.
         """
         found = {self._head} if self.model.core.tied and self._head is not None else set()
         for alias, name in self.model.family.aliases.items():
@@ -132,19 +132,19 @@ class HFWeights:
                 continue
             if not self._source.same_bytes(alias, original):
                 raise ConversionError(
-                    f"{self._source.directory}: {alias} differs from {original}, of which "
-                    f"{self.model.family.model_type} has it as a copy; not supported: two tables of their own"
+                    f"{self._source.directory}: {alias} differs from {original}, but is its copy in "
+                    f"{self.model.family.model_type}; two separate tables are not supported"
                 )
             found.add(alias)
         return found
 
     def _unused_tensors(self) -> set[str]:
-        """Names on disk of what only other classes of the family read."""
+        """Return the names on disk of tensors that only other classes of the family use."""
         names, prefix = self.model.family.unused_tensors(self.model.core), self.model.family.prefix
         return {form for name in names for form in (name, name.removeprefix(prefix))}
 
     def _account(self) -> None:
-        """Every tensor on disk is used, ignored by a rule, or refused; every parameter has its tensors."""
+        """Check that every tensor on disk is used or ignored by a rule, and that every parameter has its tensors."""
         where, family = self._source.directory, self.model.family
         wanted = {
             self.name_on_disk(name): row.op.source_shape(source, self.model.axis_sizes)
@@ -206,7 +206,7 @@ def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Ax
 
 
 class Tables(Protocol):
-    """What `ToHF` goes by: a model, or its adapters."""
+    """A table of native parameters and its axes: of a model, or of its adapters."""
 
     @property
     def table(self) -> dict[str, Row]:
@@ -218,13 +218,13 @@ class Tables(Protocol):
 
 
 class ToHF:
-    """Whole native parameters -> Hugging Face tensors, one parameter at a time, in any order.
+    """Conversion of full native parameters to Hugging Face tensors, one parameter at a time, in any order.
 
-    A fused tensor is given when the last of its pieces has come, so that pieces should come near one another.
+    A fused tensor is complete when its last piece is added, so add the pieces of one tensor close to each other.
 
     Args:
-        model: what is converted.
-        reuse: a fused tensor may be put where the one before was, with which the caller is done.
+        model: the tables.
+        reuse: a fused tensor may reuse the memory of the one before; the caller must be done with that.
     """
 
     def __init__(self, model: Tables, *, reuse: bool = False) -> None:
@@ -237,7 +237,7 @@ class ToHF:
         self._place: Tensor | None = None
 
     def add(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Take one native parameter; gives the tensors that are complete with it. They may be views of it."""
+        """Add one native parameter; yields the tensors that are now complete, which may be views of it."""
         row, sizes = self.model.table[name], self.model.axis_sizes
         for source, theirs in enumerate(row.names):
             if not row.op.is_piece(source):
@@ -252,7 +252,7 @@ class ToHF:
                 self._end(self._fused.pop(theirs))
 
     def order(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The tensors that adding native parameters in this order would give: names and shapes, in that order."""
+        """Yield names and shapes of the tensors in the order in which adding these native parameters completes them."""
         missing = self._missing.copy()
         for name in names:
             row = self.model.table[name]
@@ -273,7 +273,7 @@ class ToHF:
 
 
 def assert_each_once(table: Mapping[str, Row]) -> None:
-    """Every element of every Hugging Face tensor stands in one native parameter: pieces of fused ones tile them."""
+    """Assert that every element of every Hugging Face tensor is in exactly one native parameter."""
     uses: dict[str, list[str | FusedPiece]] = defaultdict(list)
     for row in table.values():
         assert len(row.names) == len(row.op.sources) and (len(set(row.names)) == 1 or not row.op.is_run), row
@@ -284,12 +284,12 @@ def assert_each_once(table: Mapping[str, Row]) -> None:
 
 
 def _names_on_disk(source: TensorSource, family: Family, table: Mapping[str, Row]) -> dict[str, str]:
-    """Name in the table -> name on disk: without the prefix where it is a base model's, old where only that is there.
+    """Return name in the table -> name on disk, which may lack the base model's prefix or be an old name.
 
-    The table of a base model has no prefix itself; what it reads may have.
+    The table of a base model has no prefix, but the names on disk may have it.
 
     Raises:
-        ConversionError: with and without the prefix, or by an old and a new name.
+        ConversionError: some names have the prefix and others do not, or a tensor has both an old and a new name.
     """
     names, prefix = set(source.names), family.prefix
     is_norm = {name: "norm" in row.native for row in table.values() for name in row.names}
@@ -298,7 +298,7 @@ def _names_on_disk(source: TensorSource, family: Family, table: Mapping[str, Row
     def found(name: str, norm: bool) -> str | None:
         old = _old_norm_name(name) if norm else name
         if old != name and {old, name} <= names:
-            raise ConversionError(f"{source.directory}: {name} stands there twice, also by its old name {old}")
+            raise ConversionError(f"{source.directory}: {name} is there twice, also by its old name {old}")
         return old if old in names else name if name in names else None
 
     whole = {name: found(prefix + name if is_base else name, norm) for name, norm in is_norm.items()}
@@ -326,7 +326,7 @@ def _names_on_disk(source: TensorSource, family: Family, table: Mapping[str, Row
 
 
 def _old_norm_name(name: str) -> str:
-    """What the tensors of norms were called in TensorFlow's days."""
+    """Return the name of a norm's tensor in old saves from TensorFlow."""
     return re.sub(r"\.weight$", ".gamma", re.sub(r"\.bias$", ".beta", name))
 
 

@@ -73,7 +73,7 @@ class AttentionShape:
 
     @property
     def width(self) -> int:
-        """Features of all query heads together, N * D."""
+        """Number of features of all query heads, N * D."""
         return self.num_heads * self.head_dim
 
     @property

@@ -1,1 +1,1 @@
-"""Model cores: each a list of stages built from layers."""
+"""Models: lists of layers, built from a config."""

@@ -1,4 +1,4 @@
-"""Adapters beside the projections of a model's blocks, put there as its stages are built."""
+"""Adapters of the projections in a model's blocks, added when its layers are built."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_ds.models.sequential import LayerSpec
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """Where one adapter is.
+    """One adapter and its place in the model.
 
     Attributes:
-        module: name of an attention or MLP in the model, such as "blocks.0.attention".
-        outputs: the projections in it that share it, such as ("q",); see `adapt` there.
-        adapter: what it is.
+        module: name of an attention or feed-forward layer in the model, such as "blocks.0.attention".
+        outputs: projections in that layer that share the adapter, such as ("q",); an argument of its `adapt`.
+        adapter: rank, scale and initialisation.
     """
 
     module: str
@@ -28,16 +28,16 @@ class AdapterPlace:
 
 
 def with_adapters(layers: Sequence[LayerSpec], places: Sequence[AdapterPlace]) -> list[LayerSpec]:
-    """The same stages, which come with their adapters."""
+    """Return the same layer specs, whose modules are built with their adapters."""
     adapted = []
     for spec in layers:
         prefix = f"{spec.name}."
-        mine = [
+        own = [
             replace(place, module=place.module.removeprefix(prefix))
             for place in places
             if place.module.startswith(prefix)
         ]
-        adapted.append(replace(spec, build=partial(_build, spec, mine)) if mine else spec)
+        adapted.append(replace(spec, build=partial(_build, spec, own)) if own else spec)
     return adapted
 
 

@@ -145,7 +145,7 @@ class EncoderConfig(StackConfig, ModelConfig):
 
 
 class EncoderEntry(nn.Module):
-    """From the word embedding to the first block: learned positions, segments, a norm, dropout.
+    """The steps between word embedding and first block: learned positions, segments, norm, dropout.
 
     (S, B, H) -> (S, B, H), with S/t under sequence parallelism.
     """

@@ -22,12 +22,12 @@ from megatron_ds.parallel.regions import ATTENTION, BLOCK, MLP, profiled
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What blocks read from the wire beside their hidden states, where it is there.
+    """Names of the activations that blocks read besides their hidden states; each may be absent from a batch.
 
     Attributes:
-        mask: which positions of their own may be attended to.
-        context, context_mask: the states that cross attention attends to, and which of them it may.
-        positions: places within the documents that share a sequence.
+        mask: (B, S) mask of the stack's own positions that may be attended to.
+        context, context_mask: hidden states that cross attention attends to, and the mask of their positions.
+        positions: (B, S) positions within the documents that share a sequence.
     """
 
     mask: str = "attention_mask"
@@ -41,14 +41,21 @@ class BlockInputs:
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream, with cross attention between them where there is another stack.
+    """Attention and a feed-forward layer around a residual stream; with a second stack, cross attention between them.
 
-    Where the norms stand and what the MLP starts from are the config's: with the defaults x + attention(norm(x)), then
-    x + mlp(norm(x)).
+    The config decides where the norms stand and what the feed-forward layer reads. With the defaults:
+    x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Hidden states (S, B, H), or (S/t, B, H) under sequence parallelism. A micro-batch moves, forward and backward
-    together, 8 SBH(t-1)/t elements by all-reduces; or 10 SBH(t-1)/t by all-gathers and reduce-scatters. Cross attention
-    to C positions adds 4 SBH(t-1)/t and 2 CBH(t-1)/t; or 5 SBH(t-1)/t and 3 CBH(t-1)/t.
+    Hidden states (S, B, H), or (S/t, B, H) under sequence parallelism. Per micro-batch, forward plus backward,
+    all-reduces move 8 SBH(t-1)/t elements; or all-gathers and reduce-scatters 10 SBH(t-1)/t. Cross attention to C
+    positions adds 4 SBH(t-1)/t and 2 CBH(t-1)/t; or 5 SBH(t-1)/t and 3 CBH(t-1)/t.
+
+    Args:
+        config: of the stack.
+        layer: index of the block in the stack, from 0.
+        ctx: parallel axes, random streams and kernels.
+        rotary: table of angles, shared between blocks; None = no rotation.
+        inputs: names of the activations that it reads.
     """
 
     def __init__(
@@ -76,7 +83,7 @@ class Block(nn.Module):
         self._run = torch.compile(self._block, dynamic=False) if ctx.compiled else self._block
 
     def _norms(self, ctx: BuildContext) -> tuple[Norm | None, Norm | None]:
-        """The norm at the input of attention or MLP, and that of its output, or of the sum with it."""
+        """Return the norm of the input of attention or MLP, and the norm of its output or of the residual sum."""
         config = self.config
 
         def norm(*places: str) -> Norm | None:
@@ -87,6 +94,7 @@ class Block(nn.Module):
         return norm("input", "both"), norm("output", "both", "sum")
 
     def forward(self, activations: Activations) -> Activations:
+        """Replace the hidden states (S, B, H); all other activations pass through."""
         names = [name for name in self.inputs.names if name in activations]
         run = partial(self._run, names)
         with profiled(BLOCK):
@@ -106,7 +114,7 @@ class Block(nn.Module):
         x = self._add(x, attended, self.attention_output_norm)
         if self.cross is not None:
             context, mask = (given.get(name or "") for name in (self.inputs.context, self.inputs.context_mask))
-            assert context is not None, f"cross attention needs {self.inputs.context}, there is {names}"
+            assert context is not None, f"cross attention needs {self.inputs.context}, the activations are {names}"
             normal = _apply(self.cross_norm, x)
             with profiled(ATTENTION):
                 attended = self.cross(normal, mask, context)
@@ -133,14 +141,14 @@ def _apply(norm: Norm | None, x: Tensor) -> Tensor:
 def block_layers(
     prefix: str, config: StackConfig, ctx: BuildContext, like: LayerSpec, inputs: BlockInputs
 ) -> list[LayerSpec]:
-    """A stack's blocks, unbuilt.
+    """Return the specs of a stack's blocks; nothing is built.
 
     Args:
-        prefix: of their names, which their number follows.
+        prefix: of their names, which end with the index.
         config: of the stack.
-        at: where they run.
-        like: what they take from the wire.
-        inputs: what of it they read.
+        ctx: parallel axes, random streams and kernels.
+        like: a spec with the hidden states and columns that the blocks take.
+        inputs: names of the activations that they read.
     """
     tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
     layers = []

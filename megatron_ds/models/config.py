@@ -49,7 +49,7 @@ class StackConfig:
         residual_multiplier: factor of the outputs of attention and MLP.
 
         qkv_bias, attention_out_bias, mlp_bias: which projections have biases.
-        qk_norm: RMSNorm of queries and keys before the rotation; `qk_norm_across_heads`: over all heads together.
+        qk_norm: RMSNorm of queries and keys before the rotation; `qk_norm_across_heads`: over all heads at once.
         attention_scale: of the scores; None = 1/sqrt(head_dim). `scale_by_layer`: divided by the layer's number from 1.
         attention_softcap: bound of the scores; None = no bound.
         windows: for each layer, the number of last keys that a query sees; None = all. Empty = all in every layer.
@@ -296,5 +296,5 @@ class ModelConfig(ABC):
 
     @property
     def has_cross_attention(self) -> bool:
-        """Whether hidden states of one stack are an input of all blocks of another."""
+        """The hidden states of one stack are an input of all blocks of another."""
         return any(stack.cross_attention for stack in self.stacks.values())

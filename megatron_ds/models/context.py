@@ -12,14 +12,14 @@ from megatron_ds.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class BuildContext:
-    """How and on which parallel axes layers are built. The default is a single process.
+    """Parallel axes, random streams and implementations that layers are built with. The default is a single process.
 
     Attributes:
         tp: tensor and sequence parallelism.
-        rng: random streams for dropout; None where nothing is dropped.
+        rng: random streams for dropout; None = no dropout.
         recompute: which activations are recomputed in the backward pass.
         compiled: whether torch.compile fuses the operations of a block between its matrix products.
-        kernels: which implementation computes norms, gated activations and attention.
+        kernels: implementations of norms, gated activations and attention.
     """
 
     tp: TensorParallel = field(default_factory=TensorParallel)

@@ -18,7 +18,7 @@ from megatron_ds.parallel.regions import EMBEDDING, profiled
 
 
 class WordEmbedding(VocabParallelEmbedding):
-    """ids (B, S) -> hidden states (S, B, E), or this rank's (S/t, B, E).
+    """ids (B, S) -> hidden states (S, B, E), or (S/t, B, E) under sequence parallelism.
 
     Args:
         column: name of the ids among the activations.

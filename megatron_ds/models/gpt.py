@@ -121,7 +121,7 @@ class DecoderConfig(StackConfig, ModelConfig):
 
 
 class DecoderEntry(nn.Module):
-    """From the word embedding to the first block: a multiplier, a projection, learned positions, a norm, dropout.
+    """The steps between word embedding and first block: multiplier, projection, learned positions, norm, dropout.
 
     Each is present if the config has it. (S, B, E) -> (S, B, H), with S/t under sequence parallelism.
     """
@@ -137,6 +137,7 @@ class DecoderEntry(nn.Module):
         self.dropout = HiddenDropout(config.embedding_dropout, ctx.rng, ctx.tp.splits_sequence)
 
     def forward(self, activations: Activations) -> Activations:
+        """Replace the word embeddings by hidden states; all other activations pass through."""
         hidden = activations[HIDDEN]
         hidden = scaled(hidden, self.config.embedding_multiplier, self.config.embedding_multiplier_in_dtype)
         if self.projection is not None:
@@ -149,7 +150,7 @@ class DecoderEntry(nn.Module):
 
 
 class DecoderExit(nn.Module):
-    """From the last block to the head: the final norm, and the projection to the width of the embedding.
+    """The steps between last block and head: the final norm, and the projection to the width of the embedding.
 
     (S, B, H) -> (S, B, E), with S/t under sequence parallelism.
     """

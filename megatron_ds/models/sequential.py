@@ -20,7 +20,7 @@ from megatron_ds.columns import find_column
 from megatron_ds.parallel.regions import HEAD, profiled
 
 Activations = dict[str, Tensor]
-"""Columns (B, ...) of integers; hidden states (S, B, H), or this rank's (S/t, B, H)."""
+"""Columns (B, ...) of integers; hidden states (S, B, H), or (S/t, B, H) under sequence parallelism."""
 
 HIDDEN = "hidden"
 
@@ -197,7 +197,7 @@ class SequentialModel(nn.Module):
         register_layers(self, specs, self.order)
 
     def forward(self, batch: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None) -> Tensor | Activations:
-        """The batch's columns, each (B, ...) -> as `OutputHead.forward`."""
+        """Run all layers on the batch's columns, each (B, ...); returns the result of `OutputHead.forward`."""
         activations = input_activations(batch, self.columns)
         for layer in self.order[:-1]:
             activations = layer(activations)

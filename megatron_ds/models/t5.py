@@ -1,6 +1,6 @@
 """T5 (Raffel et al. 2020), from v1.0 to Flan: the layers of an encoder, those of a decoder, and a head.
 
-All blocks of the decoder attend to the encoder's states, which pass through the pipeline together with the decoder's.
+All blocks of the decoder attend to the encoder's states, which pass through the pipeline with the decoder's own.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _multiplications(stack: StackConfig, positions: int, context: int) -> int:
 
 
 class StackEntry(nn.Module):
-    """From the word embedding to the first block of a stack: dropout, no positions.
+    """The step between word embedding and first block of a stack: dropout, without positions.
 
     (S, B, H) -> (S, B, H), with S/t under sequence parallelism.
     """
@@ -171,7 +171,7 @@ class StackEntry(nn.Module):
 
 
 class StackExit(nn.Module):
-    """From the last block of a stack to its readers: a norm and dropout.
+    """The steps after the last block of a stack: a norm and dropout.
 
     (S, B, H) -> (S, B, H), with S/t under sequence parallelism.
 

@@ -229,7 +229,7 @@ def test_bin_whose_pickle_claims_more_than_there_is(tmp_path: Path) -> None:
                 assert content.count(b"K\x07") == 2  # of the storage, of the tensor
                 content = content.replace(b"K\x07", b"J\x00\x00\x00\x10")
             made.writestr(name, content)
-    assert refusal(tmp_path) == f"{tmp_path / 'pytorch_model.bin'}: damaged: a ends behind its data"
+    assert refusal(tmp_path) == f"{tmp_path / 'pytorch_model.bin'}: damaged: a ends after the end of its data"
 
 
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"model": {"weight": torch.ones(1)}}, {"step": 3}])
@@ -296,7 +296,7 @@ def test_old_and_new_name_of_one_tensor(bare: bool, saved: Path, tmp_path: Path)
     tensors[f"{prefix}norm.gamma"] = tensors[f"{prefix}norm.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
     assert refusal(tmp_path) == (
-        f"{tmp_path}: {prefix}norm.weight stands there twice, also by its old name {prefix}norm.gamma"
+        f"{tmp_path}: {prefix}norm.weight is there twice, also by its old name {prefix}norm.gamma"
     )
 
 

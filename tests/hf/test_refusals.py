@@ -245,7 +245,7 @@ WRONG_ROPES_ELSEWHERE: list[tuple[str, dict[str, Any], str]] = [
     (
         "gemma3_text-two-ropes",
         {"rope_parameters": {"rope_theta": 5.0}},
-        "rope_parameters.rope_theta stands beside full_attention and sliding_attention; it must stand in one of them",
+        "rope_parameters.rope_theta is next to full_attention and sliding_attention; it must be in one of them",
     ),
     (
         "gemma3_text-nested-ropes",

@@ -153,7 +153,7 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
     [
         (["peft={r: 0}"], "peft.r=0 must be at least 1"),
         (["peft={rank_pattern: {q_proj: 0}}"], "peft.rank_pattern.q_proj=0 must be at least 1"),
-        (["peft={rank: 8}"], "peft.rank is no field of peft's LoraConfig"),
+        (["peft={rank: 8}"], "peft.rank is not a field of peft's LoraConfig"),
         (["peft={peft_type: VERA}"], "peft.peft_type=VERA is not supported; supported: LORA, IA3"),
         (["peft={use_dora: true}"], "peft.use_dora=True is not supported; nearest: False"),
         (["peft={bias: all}"], "peft.bias=all is not supported; nearest: none"),
@@ -166,7 +166,7 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
             ["peft={peft_type: IA3, target_modules: [up_proj], feedforward_modules: [up_proj]}"],
             "peft.feedforward_modules matches model.layers.0.mlp.up_proj, whose input others take too",
         ),
-        (["peft={peft_type: IA3, r: 4}"], "peft.r is no field of peft's IA3Config"),
+        (["peft={peft_type: IA3, r: 4}"], "peft.r is not a field of peft's IA3Config"),
         (["peft=nowhere"], "peft=nowhere: no adapter_config.json here"),
         (["peft=3"], "peft=3 is neither fields of a peft config"),
         (["train.freeze=[model.norm.weight]"], "train.freeze does nothing with peft"),

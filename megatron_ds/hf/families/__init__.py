@@ -1,1 +1,1 @@
-"""One file a family, or a group of families that share their table."""
+"""Families of models: one file for each, or for a group of families that share a table."""

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: norms after each sum, learned positions and segments, and a head tied to the words."""
+"""BERT and RoBERTa: norms after each sum, learned positions and segments, and a head tied to the word embedding."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ FIELDS = FieldRules(
 
 @dataclass(frozen=True)
 class HeadNames:
-    """What the families call the parts of their heads.
+    """Names of the modules of a family's heads.
 
     Attributes:
         prefix: of the base model.
         transform, norm: of the head that predicts masked tokens.
         bias: of its logits.
-        copies: names under which old saves have head weight and bias a second time.
-        next_sentence: of the other head; None = the family has none.
+        copies: names of copies of the head's weight and bias in old saves.
+        next_sentence: of the other head; None = the family has no such head.
     """
 
     prefix: str
@@ -111,12 +111,12 @@ def _translate(config: Any, family: str, positions: PositionTable, padding: int 
 
 
 def translate_bert(config: Any) -> EncoderConfig:
-    """BertConfig -> EncoderConfig of the base model, to which its class adds heads."""
+    """Translate a BertConfig into the config of the base model; its class adds heads."""
     return _translate(config, "bert", PositionTable(config.max_position_embeddings), padding_id(config))
 
 
 def translate_roberta(config: Any) -> EncoderConfig:
-    """RobertaConfig -> EncoderConfig. Positions begin after the padding's, and the head's activation is fixed."""
+    """Translate a RobertaConfig. Positions begin after the padding's, and the head's activation is fixed."""
     padding, rows = padding_id(config), config.max_position_embeddings
     if padding is None:
         raise ConversionError("pad_token_id=None is not supported: roberta's positions begin after it; nearest: 1")
@@ -129,7 +129,7 @@ def translate_roberta(config: Any) -> EncoderConfig:
 
 
 def _rows(config: EncoderConfig, names: HeadNames) -> list[Row]:
-    prefix = names.prefix if config.masked_lm else ""  # as transformers writes a model without a head
+    prefix = names.prefix if config.masked_lm else ""  # transformers writes a model without a head so
     native, theirs, embeddings = "blocks.{n}", f"{prefix}encoder.layer.{{n}}", f"{prefix}embeddings"
     q, k, v = (f"{theirs}.attention.self.{part}" for part in ("query", "key", "value"))
     table = [
@@ -157,7 +157,7 @@ def _rows(config: EncoderConfig, names: HeadNames) -> list[Row]:
 
 
 def _detect_heads(config: EncoderConfig, on_disk: frozenset[str], names: HeadNames) -> EncoderConfig:
-    """The heads whose tensors are there."""
+    """Set the heads whose tensors are on disk."""
     masked_lm = f"{names.transform}.weight" in on_disk
     next_sentence = masked_lm and f"{names.next_sentence}.weight" in on_disk
     pooled = any(f"{prefix}pooler.dense.weight" in on_disk for prefix in ("", names.prefix))
@@ -166,7 +166,7 @@ def _detect_heads(config: EncoderConfig, on_disk: frozenset[str], names: HeadNam
 
 
 def _unused_tensors(config: EncoderConfig, names: HeadNames) -> tuple[str, ...]:
-    """A pooler beside the head for masked tokens alone, which old saves carry, serves nothing."""
+    """Name the tensors of a pooler that no head uses; old saves have one in addition to the head for masked tokens."""
     if not config.masked_lm or config.pooler:
         return ()
     return tuple(f"{names.prefix}pooler.dense.{part}" for part in ("weight", "bias"))

@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi, a norm behind the embedding; Q, K and V of a head lie together."""
+"""BLOOM: ALiBi, a norm after the embedding, fused Q, K and V grouped by head."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ FIELDS = FieldRules(
     ),
     equal={
         "apply_residual_connection_post_layernorm": (False,),
-        "slow_but_exact": (False,),  # it leaves out biases
+        "slow_but_exact": (False,),  # it omits biases
         "attention_softmax_in_fp32": (True,),
         "n_inner": (None,),
     },
     cosmetic=frozenset(
-        # how the authors' own code was run
+        # options of the authors' own code
         [
             "pad_token_id",
             "bias_dropout_fusion",
@@ -51,7 +51,7 @@ FIELDS = FieldRules(
 
 
 def translate(config: Any) -> DecoderConfig:
-    """BloomConfig -> DecoderConfig."""
+    """Translate a BloomConfig."""
     return DecoderConfig(
         family="bloom",
         vocab_size=config.vocab_size,
@@ -77,7 +77,7 @@ def translate(config: Any) -> DecoderConfig:
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `transformer.` is the base model's prefix."""
+    """Return the table. `transformer.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "transformer.h.{n}"
     attention, mlp = f"{theirs}.self_attention", f"{theirs}.mlp"
     return [

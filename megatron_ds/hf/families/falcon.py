@@ -1,4 +1,4 @@
-"""Falcon in its three layouts: RW (ALiBi, all heads alike), 7B (one key head), 40B and later (groups, two norms)."""
+"""Falcon in three layouts: RW (ALiBi, no shared key heads), 7B (one key head), 40B and later (groups, two norms)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FIELDS = FieldRules(
     ),
     equal={
         "apply_residual_connection_post_layernorm": (False,),
-        # dropped together with what attention adds, or not at all, as the layout has it
+        # transformers applies it to the sum of attention and MLP, or not at all, depending on the layout
         "attention_dropout": (0.0,),
         "hidden_dropout": (0.0,),
     },
@@ -52,7 +52,7 @@ FIELDS = FieldRules(
 
 
 def translate(config: Any) -> DecoderConfig:
-    """FalconConfig -> DecoderConfig."""
+    """Translate a FalconConfig."""
     _check_layout(config)
     head_dim = quotient(config, "hidden_size", "num_attention_heads")
     bias = bool(config.bias)
@@ -81,7 +81,7 @@ def translate(config: Any) -> DecoderConfig:
 
 
 def _check_layout(config: Any) -> None:
-    """Refuse what transformers' own code cannot run, or runs with weights left out."""
+    """Refuse layouts that transformers' own code cannot run, or runs without some of the weights."""
     if config.new_decoder_architecture and not config.parallel_attn:
         raise ConversionError("parallel_attn=False is not supported with new_decoder_architecture; supported: True")
     norms = config.num_ln_in_parallel_attn
@@ -101,7 +101,7 @@ def _check_layout(config: Any) -> None:
 
 
 def _num_kv_heads(config: Any) -> int:
-    """The field means nothing in 7B's layout, whose configs say that there are as many as query heads."""
+    """Return the number of key heads. 7B's layout ignores the field, whose value is the number of query heads there."""
     if config.multi_query and not config.new_decoder_architecture:
         return 1
     quotient(config, "num_attention_heads", "num_kv_heads")
@@ -117,10 +117,10 @@ def _rope(config: Any, head_dim: int) -> RotaryConfig:
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `transformer.` is the base model's prefix."""
+    """Return the table. `transformer.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "transformer.h.{n}"
     attention, mlp, bias = f"{theirs}.self_attention", f"{theirs}.mlp", config.qkv_bias
-    # the same as the grouped layout where there is one group, and cut by query head where it is
+    # with one group both layouts are the same, but only the first can be divided by query head
     layout = "([n|k|k] d)" if config.num_kv_heads == 1 else "(k [g|1|1] d)"
     return [
         Row(EMBEDDING, ("transformer.word_embeddings.weight",), copy("v e"), "v"),

@@ -56,11 +56,11 @@ def _gemma3(config: Any) -> DecoderConfig:
 
 
 def _rope_of(config: Any, kind: str) -> RotaryConfig:
-    """The rope of one kind of layer."""
+    """Translate the rope of one kind of layer."""
     extra = config.rope_parameters.keys() - set(KINDS)
     if extra:
         raise ConversionError(
-            f"rope_parameters.{min(extra)} stands beside {' and '.join(KINDS)}; it must stand in one of them"
+            f"rope_parameters.{min(extra)} is next to {' and '.join(KINDS)}; it must be in one of them"
         )
     parameters, path = config.rope_parameters[kind], f"rope_parameters.{kind}"
     if not parameters.get("truncate", True):
@@ -76,7 +76,7 @@ GEMMA2 = family(
         _FIELDS | {"attn_logit_softcapping"},
         # an older name of hidden_activation, which transformers does not read
         equal=_EQUAL | {"hidden_act": ("gelu_pytorch_tanh",)},
-        cosmetic=frozenset({"sliding_window_size"}),  # stands beside sliding_window, which is read
+        cosmetic=frozenset({"sliding_window_size"}),  # a second name of sliding_window, which is read
     ),
 )
 GEMMA3_TEXT = family(

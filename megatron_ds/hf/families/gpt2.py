@@ -56,7 +56,7 @@ FIELDS = FieldRules(
 
 
 def translate(config: Any) -> DecoderConfig:
-    """GPT2Config -> DecoderConfig."""
+    """Translate a GPT2Config."""
     return DecoderConfig(
         family="gpt2",
         vocab_size=config.vocab_size,
@@ -85,7 +85,7 @@ def translate(config: Any) -> DecoderConfig:
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `transformer.` is the base model's prefix."""
+    """Return the table. `transformer.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "transformer.h.{n}"
     attention, mlp = f"{theirs}.attn", f"{theirs}.mlp"
     return [

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP in parallel, each with its norm; Q, K and V of a head lie together."""
+"""GPT-NeoX and Pythia: attention and MLP in parallel, each with its norm; fused Q, K and V grouped by head."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FIELDS = FieldRules(
 
 
 def translate(config: Any) -> DecoderConfig:
-    """GPTNeoXConfig -> DecoderConfig."""
+    """Translate a GPTNeoXConfig."""
     head_dim = quotient(config, "hidden_size", "num_attention_heads")
     rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings, partial=True)
     return DecoderConfig(
@@ -76,7 +76,7 @@ def translate(config: Any) -> DecoderConfig:
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `gpt_neox.` is the base model's prefix; the head is called `embed_out` on disk."""
+    """Return the table. `gpt_neox.` is the base model's prefix; the head is `embed_out` on disk."""
     native, theirs = "blocks.{n}", "gpt_neox.layers.{n}"
     attention, mlp, bias = f"{theirs}.attention", f"{theirs}.mlp", config.qkv_bias
     return [

@@ -1,4 +1,4 @@
-"""GPT-J: attention and MLP in parallel behind one norm, neighbouring dims rotated, a head with a bias."""
+"""GPT-J: attention and MLP in parallel after one norm, adjacent dims rotated in pairs, a head with a bias."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FIELDS = FieldRules(
 
 
 def translate(config: Any) -> DecoderConfig:
-    """GPTJConfig -> DecoderConfig."""
+    """Translate a GPTJConfig."""
     head_dim, rotated = quotient(config, "n_embd", "n_head"), config.rotary_dim
     if rotated is None or rotated % 2 or rotated > head_dim:
         raise ConversionError(f"rotary_dim={rotated} must be even and at most n_embd / n_head = {head_dim}")
@@ -84,7 +84,7 @@ def translate(config: Any) -> DecoderConfig:
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `transformer.` is the base model's prefix."""
+    """Return the table. `transformer.` is the base model's prefix."""
     native, theirs = "blocks.{n}", "transformer.h.{n}"
     q, k, v, out = (f"{theirs}.attn.{part}_proj" for part in ("q", "k", "v", "out"))
     return [

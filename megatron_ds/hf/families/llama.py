@@ -1,4 +1,4 @@
-"""The families that use Llama's names. One table, made by the options of the model; the config sets the options."""
+"""Families that use Llama's names. They share one table, which depends on the options of the translated config."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_ds.models.gpt import DecoderConfig
 
 NATIVE, THEIRS = "blocks.{n}", "model.layers.{n}"
 
-# What a block's norms are called depends on where they stand: after attention is before the MLP in some families, and
-# the end of attention in others.
+# Names of a block's norms by their place: `post_attention_layernorm` is before the MLP in some families, and at the end
+# of attention in others.
 NORM_NAMES = {
     "input": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     "output": {
@@ -34,7 +34,7 @@ NORM_NAMES = {
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `model.` is the base model's prefix."""
+    """Return the table. `model.` is the base model's prefix."""
     q, k, v, o = (f"{THEIRS}.self_attn.{part}_proj" for part in "qkvo")
     return [
         *outer_rows(config),
@@ -46,7 +46,7 @@ def rows(config: DecoderConfig) -> list[Row]:
 
 
 def outer_rows(config: DecoderConfig) -> list[Row]:
-    """Embedding, norms of hidden states, head."""
+    """Return the rows of the embedding, the norms of hidden states, and the head."""
     table = [Row(EMBEDDING, ("model.embed_tokens.weight",), copy("v e"), "v")]
     for native, theirs in NORM_NAMES[config.norm_place].items():
         table += norm(f"{NATIVE}.{native}", f"{THEIRS}.{theirs}", config.norm)
@@ -105,13 +105,13 @@ SLIDING_FIELDS = frozenset({"sliding_window", "use_sliding_window", "layer_types
 
 
 def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **options: Any) -> DecoderConfig:
-    """What all these families' configs say in the same words.
+    """Translate the fields that all these families share.
 
     Args:
         config: transformers' config object.
         norm_style: of hidden states.
-        act: the field that names the activation.
-        options: of DecoderConfig, where the family has something of its own.
+        act: name of the field with the activation.
+        options: of `DecoderConfig`, from the family's other fields.
     """
     quotient(config, "num_attention_heads", "num_key_value_heads")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -140,7 +140,7 @@ def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **optio
 
 
 def one_window(config: Any) -> tuple[int | None, ...]:
-    """The same window in all layers."""
+    """Return the same window for all layers."""
     return (config.sliding_window,) * config.num_hidden_layers
 
 
@@ -205,7 +205,7 @@ def family(
     fields: FieldRules,
     table: Callable[[DecoderConfig], list[Row]] = rows,
 ) -> Family:
-    """A family with Llama's prefix and buffers."""
+    """Return a family with Llama's prefix and buffers."""
     ignored = (r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",)
     return Family(model_type, architecture, "model.", fields, translate, table, ignored)
 

@@ -43,7 +43,7 @@ FIELDS = FieldRules(
 
 
 def translate(config: Any) -> DecoderConfig:
-    """OPTConfig -> DecoderConfig."""
+    """Translate an OPTConfig."""
     bias = config.enable_bias
     return DecoderConfig(
         family="opt",
@@ -72,7 +72,7 @@ def translate(config: Any) -> DecoderConfig:
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `model.` is the base model's prefix; the norm beside the MLP is called `final_layer_norm` too."""
+    """Return the table. `model.` is the base model's prefix; the MLP's norm is named `final_layer_norm` too."""
     native, theirs = "blocks.{n}", "model.decoder.layers.{n}"
     q, k, v, out = (f"{theirs}.self_attn.{part}_proj" for part in ("q", "k", "v", "out"))
     place = "norm" if config.norm_place == "input" else "output_norm"

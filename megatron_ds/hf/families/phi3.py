@@ -23,7 +23,7 @@ GATE_UP = "([f|f]) h"
 
 
 def translate(config: Any) -> DecoderConfig:
-    """Phi3Config -> DecoderConfig."""
+    """Translate a Phi3Config."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings, partial=True)
     return decoder(
@@ -36,7 +36,7 @@ def translate(config: Any) -> DecoderConfig:
 
 
 def rows(config: DecoderConfig) -> list[Row]:
-    """The table. `model.` is the base model's prefix."""
+    """Return the table. `model.` is the base model's prefix."""
     attention, gate_up = f"{THEIRS}.self_attn", f"{THEIRS}.mlp.gate_up_proj.weight"
     return [
         *outer_rows(config),

@@ -19,13 +19,13 @@ FIELDS = FieldRules(
         "mlp_type": ("default",),
         "norm_type": ("layer_norm",),
     },
-    # the hub's configs carry these beside hidden_act and norm_epsilon, which transformers reads
+    # second names of hidden_act and norm_epsilon in configs on the hub; transformers reads only the latter
     cosmetic=frozenset({"activation_function", "layer_norm_epsilon"}),
 )
 
 
 def translate(config: Any) -> DecoderConfig:
-    """Starcoder2Config -> DecoderConfig."""
+    """Translate a Starcoder2Config."""
     return decoder(
         config,
         NormStyle("layer", config.norm_epsilon),

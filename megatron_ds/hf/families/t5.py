@@ -1,4 +1,4 @@
-"""T5: v1.0 (plain feed-forward, tied and scaled head), v1.1 and Flan (gated, a head of their own)."""
+"""T5: v1.0 (plain feed-forward, tied and scaled head), v1.1 and Flan (gated, untied head)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FIELDS = FieldRules(
 
 
 def translate(config: Any) -> EncoderDecoderConfig:
-    """T5Config -> EncoderDecoderConfig. Attention is not scaled; v1.0's head is: by d_model^-0.5."""
+    """Translate a T5Config. Attention is not scaled; the head of v1.0 is, by d_model^-0.5."""
     padding = _id(config, "pad_token_id", 0)
     encoder = _stack(config)
     return EncoderDecoderConfig(
@@ -57,11 +57,11 @@ def translate(config: Any) -> EncoderDecoderConfig:
         vocab_size=config.vocab_size,
         encoder=encoder,
         decoder=replace(encoder, num_layers=config.num_decoder_layers, causal=True, cross_attention=True),
-        tied=config.scale_decoder_outputs,  # as of old, and at random; with weights, these decide
+        tied=config.scale_decoder_outputs,  # for random weights; weights on disk decide otherwise
         logit_multiplier=config.d_model**-0.5 if config.scale_decoder_outputs else 1.0,
         embedding_dropout=config.dropout_rate,
         embedding_std=config.initializer_factor,
-        head_std=config.initializer_factor * config.d_model**-0.5,  # as T5 was trained; transformers begins with 1
+        head_std=config.initializer_factor * config.d_model**-0.5,  # as in T5's training; transformers uses 1
         decoder_start_id=_id(config, "decoder_start_token_id", padding),
         padding_id=padding,
     )
@@ -106,10 +106,10 @@ def _relative(config: Any) -> RelativePositions:
 
 
 def _activation(config: Any) -> str:
-    """The activation of feed_forward_proj, whose parts versions of transformers write out as fields of their own."""
-    words = config.feed_forward_proj.split("-")
-    name = "gelu_new" if words == ["gated", "gelu"] else words[-1]
-    for field, value in (("is_gated_act", words[0] == "gated"), ("dense_act_fn", name)):
+    """Translate feed_forward_proj; its parts are fields of their own in some versions and must not contradict it."""
+    parts = config.feed_forward_proj.split("-")
+    name = "gelu_new" if parts == ["gated", "gelu"] else parts[-1]
+    for field, value in (("is_gated_act", parts[0] == "gated"), ("dense_act_fn", name)):
         if getattr(config, field) != value:
             raise ConversionError(
                 f"{field}={getattr(config, field)!r} contradicts feed_forward_proj={config.feed_forward_proj!r}"
@@ -126,7 +126,7 @@ def _id(config: Any, name: str, default: int) -> int:
 
 
 def rows(config: EncoderDecoderConfig) -> list[Row]:
-    """The table. Both stacks read one embedding; each has one table of positions, in its first block."""
+    """Return the table. Both stacks share the embedding; each has one table of positions, in its first block."""
     return [
         Row(EMBEDDING, ("shared.weight",), copy("v e"), "v"),
         *_stack_rows("encoder", config.encoder),
@@ -161,7 +161,7 @@ def _stack_rows(stack: str, config: StackConfig) -> list[Row]:
 
 
 def config_overrides(config: EncoderDecoderConfig) -> dict[str, Any]:
-    """transformers takes tie_word_embeddings for whether the head's input is scaled; what is tied, the weights say."""
+    """Return the fields that decide whether the head's input is scaled; the weights decide whether it is tied."""
     scaled = config.logit_multiplier != 1.0
     return {"tie_word_embeddings": scaled, "scale_decoder_outputs": scaled}
 

@@ -1,1 +1,1 @@
-"""Adapters in the format of the peft library: configs, weights, export."""
+"""Adapters in the format of Hugging Face's peft: configs, tables of their tensors, export."""

@@ -1,7 +1,7 @@
-"""Adapters in the words of Hugging Face's peft: a config -> where they are in our model, and a table of their tensors.
+"""Adapters of Hugging Face's peft: their places in our model by a peft config, and a table of their tensors.
 
-What transformers keeps in one matrix has one A in peft, and so it has here; which modules a config means is asked of
-peft itself. The tables follow from the family's: a `lora_B` has the rows of the weight that it changes.
+Projections that share a matrix in transformers share one A in peft, and here too. peft itself decides which modules a
+config matches. The tables follow from the family's table: a `lora_B` has the rows of the weight that it changes.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Adapters:
     """The adapters of a model.
 
     Attributes:
-        model: what is adapted.
+        model: the base model.
         config: content of adapter_config.json.
-        modules: peft's name of each module -> its projections, one adapter each.
-        adapters: by the same names, what each adapter is.
+        modules: peft's name of each adapted module -> its projections. There is one adapter per module.
+        adapters: the adapters by the same names.
     """
 
     model: HFModel
@@ -80,7 +80,7 @@ class Adapters:
 
     @property
     def places(self) -> list[AdapterPlace]:
-        """Where they are in our model."""
+        """Places of the adapters in our model."""
         return [
             AdapterPlace(projections[0].parent, tuple(one.output for one in projections), self.adapters[module])
             for module, projections in self.modules.items()
@@ -88,28 +88,28 @@ class Adapters:
 
     @cached_property
     def table(self) -> dict[str, Row]:
-        """Native name -> row, one a parameter of the adapters."""
+        """Native name -> row, for each parameter of the adapters."""
         return {row.native: row for module in self.modules for row in self._rows(module)}
 
     @cached_property
     def axis_sizes(self) -> dict[str, int]:
-        """Sizes of the named axes of `table`: the model's, and one for each rank."""
+        """Sizes of the named axes of `table`: the model's, and one for each LoRA rank."""
         ranks = {1, *(one.rank for one in self.adapters.values() if isinstance(one, LoRASpec))}
         return {**self.model.axis_sizes, **{f"r{rank}": rank for rank in ranks}}
 
     def merge(self, native: str, whole: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """A whole base weight, or bias, with what adapters make of it, computed in fp32: W + s B A, or W times l.
+        """Merge adapters into a full base weight or bias, in fp32: W + s B A, or W times l.
 
         Args:
-            native: its name.
-            whole: itself; unchanged.
-            parameters: the adapters', whole, by native name.
+            native: name of the weight or bias.
+            whole: its full value, which is not changed.
+            parameters: full parameters of the adapters, by native name.
 
         Returns:
-            itself if no adapter changes it, else a new one in fp32.
+            `whole` itself if no adapter changes it, otherwise a new tensor in fp32.
         """
         merged = whole
-        for module, one, row in self._beside.get(native, ()):
+        for module, one, row in self._changes.get(native, ()):
             if merged is whole:
                 merged = whole.float().clone(memory_format=torch.contiguous_format)
             name, adapter = self._native(module), self.adapters[module]
@@ -124,8 +124,8 @@ class Adapters:
         return merged
 
     @cached_property
-    def _beside(self) -> dict[str, list[tuple[str, _Projection, Row]]]:
-        """Name of a base weight, or bias -> the modules that are, or hold, projections of it; and its row."""
+    def _changes(self) -> dict[str, list[tuple[str, _Projection, Row]]]:
+        """Name of a base weight or bias -> the adapted modules that change it, with the projection and its row."""
         found: dict[str, list[tuple[str, _Projection, Row]]] = {}
         for module, projections in self.modules.items():
             adapter = self.adapters[module]
@@ -156,14 +156,14 @@ class Adapters:
 
 
 class AdapterReader:
-    """Read native parameters of adapters out of a directory that peft, or we, wrote. Opening it accounts for all.
+    """Reader of adapters' native parameters from a directory in peft's format. Opening it accounts for every tensor.
 
     Args:
-        directory: with adapter_model.safetensors.
-        adapters: what its config says.
+        directory: directory with adapter_model.safetensors.
+        adapters: the adapters by its config.
 
     Raises:
-        ConversionError: no weights, or a tensor that is missing, unexpected or misshapen.
+        ConversionError: no weights, or a tensor is missing, unexpected or of another shape.
     """
 
     def __init__(self, directory: str | Path, adapters: Adapters) -> None:
@@ -203,16 +203,16 @@ class AdapterReader:
 
 
 def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: str) -> Adapters:
-    """The adapters that a config of peft means.
+    """Read a peft config and find the modules of a model that it adapts.
 
     Args:
         source: a directory with adapter_config.json, that file, or its content.
-        model: what is adapted.
-        base: where the model is, which is written into the config.
+        model: the base model.
+        base: path of the base model, for the written config.
 
     Raises:
-        ConversionError: peft refuses it, it says what is not supported, or it matches nothing or what cannot be
-            adapted.
+        ConversionError: peft refuses the config, a value is not supported, or it matches no module or a module that
+            cannot be adapted.
     """
     config, found = AdapterConfig(source), _projections(model)
     targets = config.settle_targets(model, found)
@@ -244,7 +244,7 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
 
 
 def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
-    """Every module of transformers that can be adapted -> its projections, in the order in which they lie in it."""
+    """Return transformers' name of each module that can be adapted -> its projections, in their order in it."""
     weights = {
         f"{parent}.{weight.name}": (parent, weight)
         for prefix, stack in model.core.stacks.items()
@@ -262,13 +262,13 @@ def _projections(model: HFModel) -> dict[str, tuple[_Projection, ...]]:
 
 
 def _a_row(native: str, theirs: str, first: _Projection, rank: str) -> Row:
-    """Of what has the input features of a module."""
+    """Return the row of a parameter over the input features of a module."""
     pattern = f"{rank} {first.in_dim}"
     return Row(native, (theirs,), Op((pattern,), pattern), None if first.is_column else first.row.split)
 
 
 def _b_row(native: str, theirs: str, one: _Projection, rank: str) -> Row:
-    """Of what has the output features of a projection, as they lie in its module."""
+    """Return the row of a parameter over the output features of a projection, in the order of its module."""
     out = " ".join(dim for dim in map(_without_star, _dims(one.row.op.native)[:-1]) if dim)
     source = one.row.op.sources[one.source]
     if isinstance(source, FusedPiece):
@@ -292,7 +292,7 @@ def _without_star(dim: str) -> str:
 
 
 def _out_dim(pattern: str, in_dim: str) -> str:
-    """The other dim of a weight's two."""
+    """Return the output dim of the pattern of a weight with two dims."""
     dims = _dims(pattern)
     assert len(dims) == 2 and dims.count(in_dim) == 1, (pattern, in_dim)
     return dims[1 - dims.index(in_dim)]

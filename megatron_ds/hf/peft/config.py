@@ -1,4 +1,4 @@
-"""A config of Hugging Face's peft, read strictly: what every field of it means here, and what is refused."""
+"""Configs of Hugging Face's peft, read strictly: each field is supported, or must have a given value, or is refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class PeftFields:
-    """What becomes of the fields of one kind's config in peft: all of them are in one of these.
+    """Rules for the fields of one type of peft config. These and `COSMETIC` name every field.
 
     Attributes:
-        supported: they mean here what they mean there.
-        required: they must say what is given here.
+        supported: fields with the same meaning as in peft.
+        required: fields that must have the given value.
     """
 
     supported: frozenset[str]
@@ -42,7 +42,7 @@ COSMETIC = frozenset(
         ),
     }
 )
-"""Fields of any kind that are not about math, or are settled by the model."""
+"""Fields of any type of config without effect on the math, or decided by the model."""
 PEFT_FIELDS = {
     "LORA": PeftFields(
         frozenset(
@@ -81,17 +81,17 @@ PEFT_FIELDS = {
 
 
 class AdapterConfig:
-    """What a config says, which modules it means, and what their adapters are.
+    """A peft config: the modules that it matches, and the adapter of each.
 
     Args:
         source: a directory with adapter_config.json, that file, or its content.
 
     Attributes:
-        where: for errors: `peft`, or `peft=PATH`.
-        kind: peft's word, a key of `PEFT_FIELDS`.
+        where: prefix of error messages: `peft`, or `peft=PATH`.
+        kind: peft's type of adapter, a key of `PEFT_FIELDS`.
 
     Raises:
-        ConversionError: peft refuses it, or it says what is not supported.
+        ConversionError: peft refuses the config, or a value is not supported.
     """
 
     def __init__(self, source: str | Path | Mapping[str, Any]) -> None:
@@ -100,55 +100,55 @@ class AdapterConfig:
         self._config = _checked(self.where, self.kind, raw)
 
     def settle_targets(self, model: HFModel, modules: Collection[str]) -> str:
-        """Say `target_modules` by name where the config does not: peft's usual ones, or all modules for "all-linear".
+        """Replace missing `target_modules` by peft's default for the model, and "all-linear" by all modules.
 
         Args:
-            model: what is adapted.
-            modules: that can be.
+            model: the base model.
+            modules: names of the modules that can be adapted.
 
         Returns:
-            what is meant now, for errors.
+            the resulting `target_modules`, for error messages.
 
         Raises:
-            ConversionError: the config says nothing, and peft knows nothing usual.
+            ConversionError: the config has no `target_modules`, and peft has no default.
         """
-        import peft.utils as known
+        import peft.utils as defaults
 
         if self._config.target_modules is None:
             name = f"TRANSFORMERS_MODELS_TO_{self.kind}_TARGET_MODULES_MAPPING"
-            usual = getattr(known, name).get(model.family.model_type)
+            usual = getattr(defaults, name).get(model.family.model_type)
             if usual is None:
                 raise ConversionError(f"{self.where}.target_modules is missing; nearest: all-linear")
             self._config.target_modules = set(usual)
             if self.kind == "IA3" and not self._config.feedforward_modules:
-                usual = known.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model.family.model_type]
+                usual = defaults.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model.family.model_type]
                 self._config.feedforward_modules = set(usual)
         elif self._config.target_modules == "all-linear":
             self._config.target_modules = set(modules)
         return _format(self._config.target_modules)
 
     def matches(self, module: str) -> bool:
-        """Whether a module of transformers is meant: peft's own answer."""
+        """Ask peft whether the config matches a module of transformers."""
         from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
         match = check_target_module_exists(self._config, module)
         return bool(match) and not isinstance(match, _ExcludedModule)
 
     def adapter(self, module: str, width: int) -> LoRASpec | IA3Spec:
-        """What one module's adapter is, by peft's rules.
+        """Return the adapter of one module, by peft's rules.
 
         Args:
-            module: its name.
-            width: its input features.
+            module: name of the module.
+            width: number of its input features.
         """
         if self.kind == "IA3":
             from peft import IA3Model
 
             of_input = IA3Model._check_target_module_feedforward(self._config, module)
             return IA3Spec(of_input, None if self._config.init_ia3_weights else 1.0)
-        return self._low_rank(module, width)
+        return self._lora(module, width)
 
-    def _low_rank(self, module: str, width: int) -> LoRASpec:
+    def _lora(self, module: str, width: int) -> LoRASpec:
         from peft.utils.other import get_pattern_key
 
         config = self._config
@@ -165,7 +165,7 @@ class AdapterConfig:
         )
 
     def content(self, model: HFModel, base: str) -> dict[str, Any]:
-        """What is written to adapter_config.json beside adapters of a model that is at `base`."""
+        """Return the content of adapter_config.json for adapters of the model at the path `base`."""
         content = self._config.to_dict()
         if content.get("task_type") is None:
             content["task_type"] = model.core.task_type
@@ -184,7 +184,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _checked(where: str, kind: str, raw: Mapping[str, Any]) -> Any:
-    """peft's own object, with nothing in it that we would ignore."""
+    """Build peft's config object, after refusing every field that would be ignored here."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     if kind not in PEFT_FIELDS:
@@ -192,7 +192,7 @@ def _checked(where: str, kind: str, raw: Mapping[str, Any]) -> Any:
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     unknown = sorted(raw.keys() - {field.name for field in fields(made)})
     if unknown:
-        raise ConversionError(f"{where}.{unknown[0]} is no field of peft's {made.__name__}; remove it")
+        raise ConversionError(f"{where}.{unknown[0]} is not a field of peft's {made.__name__}; remove it")
     for name, wanted in PEFT_FIELDS[kind].required.items():
         if name in raw and raw[name] != wanted and not (raw[name] in (None, False) and not wanted):
             raise ConversionError(f"{where}.{name}={_format(raw[name])} is not supported; nearest: {_format(wanted)}")

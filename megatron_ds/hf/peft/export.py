@@ -1,4 +1,4 @@
-"""Write adapters: as a directory that peft loads, or merged into the weights that they change."""
+"""Export of adapters: as a directory that peft loads, or merged into the base weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_ds.hf.weights import HFWeights, ToHF
 
 
 def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict[str, bytes]:
-    """All but the weights: path in the directory -> content."""
+    """Return all files but the weights: path in the directory -> content."""
     with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
         if tokenizer_path is not None:
             copy_tokenizer(Path(tokenizer_path), Path(place))
@@ -35,14 +35,14 @@ def export_adapters(
     dtype: str | None,
     tokenizer_path: str | Path | None,
 ) -> None:
-    """Write adapters as peft does; an earlier export there is replaced at the end.
+    """Write adapters in peft's format; an earlier export there is replaced at the end.
 
     Args:
         target: the directory.
-        adapters: what they are.
-        parameters: every native one of them, whole.
-        dtype: of the tensors; None = as they come.
-        tokenizer_path: where the tokenizer and chat templates are taken from; None = none.
+        adapters: the adapters, with their table and config.
+        parameters: all their full native parameters, by name.
+        dtype: of the tensors; None = the dtype of each parameter.
+        tokenizer_path: source of the tokenizer and chat templates; None = no tokenizer.
 
     Raises:
         ConversionError: a value does not fit into the dtype.
@@ -78,17 +78,17 @@ def export_merged(
     max_shard_size: str,
     tokenizer_path: str | Path | None,
 ) -> None:
-    """Write the base model with its adapters in its weights: W + s B A in fp32, rounded once.
+    """Write the base model with merged adapters: W + s B A in fp32, rounded once.
 
     Args:
         target: the directory; an earlier export there is replaced at the end.
-        base: the weights, from which one parameter at a time is read.
-        base_path: where generation settings are taken from.
-        adapters: what is beside them.
-        parameters: the adapters', whole, by native name.
-        dtype: of all weights; None = that of each on disk.
+        base: reader of the base weights; one parameter at a time is in memory.
+        base_path: source of the generation settings.
+        adapters: the adapters to merge.
+        parameters: full parameters of the adapters, by native name.
+        dtype: of all weights; None = the dtype of each on disk.
         max_shard_size: such as "5GB".
-        tokenizer_path: where the tokenizer is taken from; None = none.
+        tokenizer_path: source of the tokenizer; None = no tokenizer.
 
     Raises:
         ConversionError: a value does not fit into the dtype.
