@@ -80,11 +80,11 @@ class EncoderConfig(StackConfig, ModelConfig):
         return {"blocks": self}
 
     @property
-    def objective(self) -> str | None:
+    def data_objective(self) -> str | None:
         return "masked" if self.masked_lm else None
 
     @property
-    def objective_options(self) -> dict[str, Any]:
+    def data_objective_options(self) -> dict[str, Any]:
         return {
             "next_sentence": self.next_sentence,
             "num_token_types": self.num_token_types,

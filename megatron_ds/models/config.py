@@ -241,12 +241,12 @@ class ModelConfig(ABC):
 
     @property
     @abstractmethod
-    def objective(self) -> str | None:
-        """Name of the objective that the model is trained with; None = it has no head to train."""
+    def data_objective(self) -> str | None:
+        """Name of the task that the data are prepared for: "causal", "masked" or "seq2seq"; None = no head to train."""
 
     @property
-    def objective_options(self) -> Mapping[str, Any]:
-        """Options of the objective that the model fixes, by name; the run file decides the others."""
+    def data_objective_options(self) -> Mapping[str, Any]:
+        """Options of that task that the model fixes, by name; the run file decides the others."""
         return {}
 
     @abstractmethod

@@ -63,7 +63,7 @@ class DecoderConfig(StackConfig, ModelConfig):
         return {"blocks": self}
 
     @property
-    def objective(self) -> str:
+    def data_objective(self) -> str:
         return "causal"
 
     def shape(self) -> ModelShape:

@@ -76,11 +76,11 @@ class EncoderDecoderConfig(ModelConfig):
         return {"encoder.blocks": self.encoder, "decoder.blocks": self.decoder}
 
     @property
-    def objective(self) -> str:
+    def data_objective(self) -> str:
         return "seq2seq"
 
     @property
-    def objective_options(self) -> dict[str, Any]:
+    def data_objective_options(self) -> dict[str, Any]:
         return {"decoder_start_id": self.decoder_start_id, "padding_id": self.padding_id}
 
     def shape(self) -> ModelShape:

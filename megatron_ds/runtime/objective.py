@@ -30,7 +30,7 @@ from megatron_ds.runtime.loaded_model import LoadedModel
 
 # Keys of `data` that affect only some kinds of models.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
-_KINDS: dict[str, type[DataObjective]] = {"causal": Causal, "masked": Masked, "seq2seq": Seq2Seq}
+_DATA_OBJECTIVES: dict[str, type[DataObjective]] = {"causal": Causal, "masked": Masked, "seq2seq": Seq2Seq}
 _HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
 # Keys that affect plain text only: examples of pairs are complete. BERT examples without `labels` are masked.
 _OF_TEXT = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
@@ -90,17 +90,17 @@ def own_objective(model: LoadedModel, data: DataSection, seed: int) -> Objective
         ConfigError: the model has no head to train.
     """
     core, path = model.hf.core, model.section.path
-    name = core.objective
+    name = core.data_objective
     if name is None:
         raise ConfigError(
             f"{'model.config' if path is None else f'model.path={path}'} is a "
             f"{model.hf.architecture}, without a head to train; nearest: {model.hf.family.architecture}"
         )
-    kind = _KINDS[name]
+    kind = _DATA_OBJECTIVES[name]
     options: dict[str, Any] = {key: getattr(data, key) for key in _HEEDED[kind]}
     if kind is not Causal:
         options["seed"] = seed
-    return Objective(kind(**options, **core.objective_options))
+    return Objective(kind(**options, **core.data_objective_options))
 
 
 def new_parameters(model: HFModel, objective: Objective) -> list[str]:

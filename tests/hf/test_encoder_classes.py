@@ -205,7 +205,7 @@ def test_a_t5_without_its_own_head_is_refused(encoders: Path, tmp_path: Path) ->
     assert run_alone(tied_and_scaled, [directory]) == [(True, False)]
     expected = (
         f"{directory}/config.json: architectures=['T5Model'] with tie_word_embeddings=False leaves out a head that is "
-        "not the embedding; nearest: T5ForConditionalGeneration, with the head among its weights"
+        "not the embedding; try T5ForConditionalGeneration, with the head among its weights"
     )
     assert refusal(directory) == expected
     assert refusal(changed(directory, directory, tie_word_embeddings=False, scale_decoder_outputs=None)) == expected

@@ -94,7 +94,7 @@ def test_copies_are_left_out_if_they_are_copies(
     differing = changed(encoders / case, tmp_path / "other", lambda tensors: {**tensors, copy: tensors[original] + 1})
     with pytest.raises(ConversionError) as caught:
         opened(differing)
-    assert str(caught.value).startswith(f"{differing}: {copy} differs from {original}, of which ")
+    assert str(caught.value).startswith(f"{differing}: {copy} differs from {original}, but is its copy in ")
     alone = changed(
         encoders / case,
         tmp_path / "alone",

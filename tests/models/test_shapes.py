@@ -12,6 +12,7 @@ from torch import nn
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.adapter_layers import AdaptableWeight
 from megatron_ds.layers.mlp import MLP, MLPShape
+from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.models.block import Block
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
@@ -51,7 +52,8 @@ def test_costs_and_parameters_are_those_of_the_built_block(case: str) -> None:
             assert shape.cost == matrices(layer)
             assert {weight.name for weight in shape.adaptable_weights} == projections(layer)
             for weight in shape.adaptable_weights:
-                assert layer.get_parameter(weight.name).spec.split_dim == split_dim(weight, layer)  # type: ignore[attr-defined]
+                split = spec_of(layer.get_parameter(weight.name)).split_over("tensor")
+                assert split is not None and split.dim == split_dim(weight, layer)
 
 
 def split_dim(weight: AdaptableWeight, layer: nn.Module) -> int:

@@ -11,7 +11,6 @@ from megatron_ds.config import DataSection
 from megatron_ds.data import Causal
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.embedding_and_head import LanguageModelHead
-from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import Activations, HeadResult, HeadSpec, count_entries, with_head
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.runtime.objective import OBJECTIVES, Objective
@@ -45,6 +44,6 @@ SPEC = HeadSpec(("targets",), ("targets",), lambda labels: count_entries(complet
 @OBJECTIVES.register("completion")
 def completion(model: LoadedModel, data: DataSection, seed: int) -> Objective:
     """Return the objective of a decoder."""
-    if not isinstance(model.hf.core, DecoderConfig):
+    if model.hf.core.data_objective != "causal":
         raise ConfigError(f"train.objective=completion needs a decoder, not a {model.hf.family.model_type}")
     return Objective(Causal(), lambda layers, ctx: with_head(layers, CompletionHead, SPEC))
