@@ -38,19 +38,19 @@ def activation(field_name: str, value: str) -> str:
     return ACTIVATION_NAMES[value]
 
 
-def quotient(config: Any, whole: str, parts: str) -> int:
+def quotient(config: Any, total: str, parts: str) -> int:
     """Divide one field by another, such as the hidden size by the number of heads.
 
     Raises:
         ConversionError: the division leaves a remainder.
     """
-    dividend, divisor = getattr(config, whole), getattr(config, parts)
+    dividend, divisor = getattr(config, total), getattr(config, parts)
     if dividend % divisor:
         fitting = [number for number in range(1, dividend + 1) if dividend % number == 0]
         below = max(number for number in fitting if number < divisor or number == 1)
         above = min((number for number in fitting if number > divisor), default=below)
         nearest = " or ".join(str(number) for number in dict.fromkeys((below, above)))
-        raise ConversionError(f"{parts}={divisor} does not divide {whole}={dividend}; nearest: {nearest}")
+        raise ConversionError(f"{parts}={divisor} does not divide {total}={dividend}; nearest: {nearest}")
     return dividend // divisor
 
 

@@ -29,9 +29,9 @@ def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, ma
     check_target(Path(source), Path(target))
     weights = HFWeights(source, read_model(source))
     with exporting(target, weights.model, dtype, max_shard_size) as export:
-        for name, whole in weights.each():
-            export.add(name, whole)
-            del whole  # free the mapped files before the next parameter is read
+        for name, full in weights.each():
+            export.add(name, full)
+            del full  # free the mapped files before the next parameter is read
         export.finish(source, source)
 
 

@@ -76,7 +76,7 @@ class DirectoryExport:
         self._added: set[str] = set()
         self._elements_of: Counter[torch.dtype] = Counter()
 
-    def add(self, name: str, whole: Tensor) -> None:
+    def add(self, name: str, full: Tensor) -> None:
         """Write one native parameter, without padding; afterwards the caller may change or free it.
 
         Raises:
@@ -84,9 +84,9 @@ class DirectoryExport:
         """
         assert name not in self._added, f"{name} was added before"
         self._added.add(name)
-        whole = check_fits(name, whole.detach().to("cpu"), self.dtype or whole.dtype)
-        self._elements_of[whole.dtype] += whole.numel()
-        for theirs, tensor in self._to_hf.add(name, whole):
+        full = check_fits(name, full.detach().to("cpu"), self.dtype or full.dtype)
+        self._elements_of[full.dtype] += full.numel()
+        for theirs, tensor in self._to_hf.add(name, full):
             self._writer.add(theirs, tensor)
 
     def finish(
@@ -111,17 +111,17 @@ class DirectoryExport:
         replace_directory(self._target, self.directory)
 
 
-def check_fits(name: str, whole: Tensor, dtype: torch.dtype) -> Tensor:
+def check_fits(name: str, full: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a parameter to another dtype.
 
     Raises:
         ConversionError: a finite value becomes infinite.
     """
-    cast = whole.to(dtype)
-    if torch.finfo(cast.dtype).max >= torch.finfo(whole.dtype).max:
+    cast = full.to(dtype)
+    if torch.finfo(cast.dtype).max >= torch.finfo(full.dtype).max:
         return cast
-    rows = max(1, _CHECKED_AT_ONCE // max(1, whole[0].numel()))
-    for given, made in zip(whole.split(rows), cast.split(rows)):
+    rows = max(1, _CHECKED_AT_ONCE // max(1, full[0].numel()))
+    for given, made in zip(full.split(rows), cast.split(rows)):
         if bool((made.isinf() & given.isfinite()).any()):
             largest = float(given[given.isfinite()].abs().max())
             raise ConversionError(

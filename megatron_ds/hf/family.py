@@ -153,10 +153,10 @@ def fused_qkv(native: str, theirs: str, layout: str, *, bias: bool, inputs_first
         inputs_first: the weight is stored as [in, out].
     """
     queries = re.sub(r"\[([^|]*)\|.*\]", r"\1", layout)
-    whole = {"weight": f"h {layout}" if inputs_first else f"{layout} h", "bias": layout}
+    patterns = {"weight": f"h {layout}" if inputs_first else f"{layout} h", "bias": layout}
     rows = []
     for part, inputs in (("weight", " h"), ("bias", "")) if bias else (("weight", " h"),):
-        name, pattern = f"{theirs}.{part}", whole[part]
+        name, pattern = f"{theirs}.{part}", patterns[part]
         q_op = Op((FusedPiece(pattern, 0),), queries + inputs)
         kv_op = Op((FusedPiece(pattern, 1), FusedPiece(pattern, 2)), f"(k * d){inputs}")
         rows.append(Row(f"{native}.q_{part}", (name,), q_op, q_op.native_axes[0]))

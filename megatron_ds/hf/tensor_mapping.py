@@ -64,10 +64,10 @@ class _Dim:
         """Return the length of the full dim, with all its pieces."""
         return _count(self.outer, sizes) * sum(_count(one, sizes) for one in self.pieces) * _count(self.inner, sizes)
 
-    def select(self, whole: Tensor, dim: int, sizes: Sizes, piece: int, count: int) -> Tensor:
-        """View `whole` with this dim split into outer axes, `count` pieces from `piece` on, and inner axes."""
+    def select(self, full: Tensor, dim: int, sizes: Sizes, piece: int, count: int) -> Tensor:
+        """View `full` with this dim split into outer axes, `count` pieces from `piece` on, and inner axes."""
         lengths = [_count(one, sizes) for one in self.pieces]
-        split = whole.unflatten(dim, (_count(self.outer, sizes), sum(lengths), _count(self.inner, sizes)))
+        split = full.unflatten(dim, (_count(self.outer, sizes), sum(lengths), _count(self.inner, sizes)))
         return split.narrow(dim + 1, sum(lengths[:piece]), count * lengths[piece]) if len(lengths) > 1 else split
 
     def _of(self, piece: int) -> tuple[str, ...]:
@@ -165,26 +165,26 @@ class Op:
         if self.is_run:
             with suppress(RuntimeError):  # its axes cannot be merged in place: stack the sources
                 return part(0, len(self.sources)).view(self.native_shape(local))
-        whole = torch.empty(0)
+        full = torch.empty(0)
         for source in range(len(self.sources)):  # one at a time: a view keeps the pages that it read in memory
             entries = part(source)
             if source == 0:
-                whole = self._stack_like(entries, place)
-            elif entries.dtype != whole.dtype:
-                whole = whole.to(torch.promote_types(entries.dtype, whole.dtype))
-            whole.select(self.native_axes.index(STAR), source).copy_(entries)
-        return whole.reshape(self.native_shape(local))
+                full = self._stack_like(entries, place)
+            elif entries.dtype != full.dtype:
+                full = full.to(torch.promote_types(entries.dtype, full.dtype))
+            full.select(self.native_axes.index(STAR), source).copy_(entries)
+        return full.reshape(self.native_shape(local))
 
     def write(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
         """Return one Hugging Face tensor of a full native parameter, as a view if possible; the inverse of `read`."""
-        assert not self.is_piece(source), f"{self}: source {source} is not a whole tensor"
+        assert not self.is_piece(source), f"{self}: source {source} is not a full tensor"
         given = self._axes(source)
         entries = self.slot(source, native, sizes).permute([self._order.index(name) for name in given])
         return entries.reshape(self.source_shape(source, sizes))
 
     def write_piece(self, source: int, native: Tensor, sizes: Sizes, fused: Tensor) -> None:
         """Copy one piece of a full native parameter to its place in the full fused tensor."""
-        assert self.is_piece(source), f"{self}: source {source} is a whole tensor"
+        assert self.is_piece(source), f"{self}: source {source} is a full tensor"
         self._in_native_order(source, fused, sizes).copy_(self.slot(source, native, sizes))
 
     @property
@@ -192,10 +192,10 @@ class Op:
         """Names of the axes of each source, in their order in the native parameter."""
         return [name for name in self.native_axes if name != STAR]
 
-    def _in_native_order(self, source: int, whole: Tensor, sizes: Sizes, count: int = 1) -> Tensor:
+    def _in_native_order(self, source: int, full: Tensor, sizes: Sizes, count: int = 1) -> Tensor:
         """View a Hugging Face tensor, or `count` pieces of it, with one dim per axis, in native order."""
-        view, dims, piece = whole, self._dims(source), self._piece(source)
-        for index in reversed(range(whole.dim())):
+        view, dims, piece = full, self._dims(source), self._piece(source)
+        for index in reversed(range(full.dim())):
             view = dims[index].select(view, index, sizes, piece, count)
         given = [name for dim in dims for name in dim.axes(piece, star=count > 1)]
         order = self.native_axes if count > 1 else self._order

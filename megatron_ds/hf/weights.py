@@ -236,16 +236,16 @@ class ToHF:
         self._fused: dict[str, Tensor] = {}
         self._place: Tensor | None = None
 
-    def add(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def add(self, name: str, full: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Add one native parameter; yields the tensors that are now complete, which may be views of it."""
         row, sizes = self.model.table[name], self.model.axis_sizes
         for source, theirs in enumerate(row.names):
             if not row.op.is_piece(source):
-                yield theirs, row.op.write(source, whole, sizes)
+                yield theirs, row.op.write(source, full, sizes)
                 continue
             if theirs not in self._fused:
-                self._fused[theirs] = self._begin(row.op.source_shape(source, sizes), whole)
-            row.op.write_piece(source, whole, sizes, self._fused[theirs])
+                self._fused[theirs] = self._begin(row.op.source_shape(source, sizes), full)
+            row.op.write_piece(source, full, sizes, self._fused[theirs])
             self._missing[theirs] -= 1
             if self._missing[theirs] == 0:
                 yield theirs, self._fused[theirs]
@@ -301,16 +301,16 @@ def _names_on_disk(source: TensorSource, family: Family, table: Mapping[str, Row
             raise ConversionError(f"{source.directory}: {name} is there twice, also by its old name {old}")
         return old if old in names else name if name in names else None
 
-    whole = {name: found(prefix + name if is_base else name, norm) for name, norm in is_norm.items()}
+    as_in_table = {name: found(prefix + name if is_base else name, norm) for name, norm in is_norm.items()}
     copies = {name: alias for alias, name in family.aliases.items() if alias in names}
     if not prefix:
-        return {name: here or copies.get(name, name) for name, here in whole.items()}
+        return {name: here or copies.get(name, name) for name, here in as_in_table.items()}
     bare = {
         name: found(name.removeprefix(prefix), norm)
         for name, norm in is_norm.items()
         if is_base or name.startswith(prefix)
     }
-    with_prefix = [here for name, here in whole.items() if here and name in bare]
+    with_prefix = [here for name, here in as_in_table.items() if here and name in bare]
     without = [here for here in bare.values() if here]
     if with_prefix and without:
         raise ConversionError(
@@ -321,7 +321,7 @@ def _names_on_disk(source: TensorSource, family: Family, table: Mapping[str, Row
         name: (bare.get(name, here) or copies.get(name, name.removeprefix(prefix)))
         if without
         else here or copies.get(name, name)
-        for name, here in whole.items()
+        for name, here in as_in_table.items()
     }
 
 

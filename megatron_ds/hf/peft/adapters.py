@@ -97,21 +97,21 @@ class Adapters:
         ranks = {1, *(one.rank for one in self.adapters.values() if isinstance(one, LoRASpec))}
         return {**self.model.axis_sizes, **{f"r{rank}": rank for rank in ranks}}
 
-    def merge(self, native: str, whole: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def merge(self, native: str, full: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Merge adapters into a full base weight or bias, in fp32: W + s B A, or W times l.
 
         Args:
             native: name of the weight or bias.
-            whole: its full value, which is not changed.
+            full: its full value, which is not changed.
             parameters: full parameters of the adapters, by native name.
 
         Returns:
-            `whole` itself if no adapter changes it, otherwise a new tensor in fp32.
+            `full` itself if no adapter changes it, otherwise a new tensor in fp32.
         """
-        merged = whole
+        merged = full
         for module, one, row in self._changes.get(native, ()):
-            if merged is whole:
-                merged = whole.float().clone(memory_format=torch.contiguous_format)
+            if merged is full:
+                merged = full.float().clone(memory_format=torch.contiguous_format)
             name, adapter = self._native(module), self.adapters[module]
             slot = row.op.slot(one.source, merged, self.axis_sizes)
             if isinstance(adapter, LoRASpec):

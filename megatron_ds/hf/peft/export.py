@@ -53,10 +53,8 @@ def export_adapters(
     directory.mkdir(parents=True)
     try:
         to_hf, tensors = ToHF(adapters), {}
-        for name, whole in parameters:
-            cast = check_fits(
-                name, whole.detach().to("cpu"), EXPORT_DTYPES[dtype] if dtype is not None else whole.dtype
-            )
+        for name, full in parameters:
+            cast = check_fits(name, full.detach().to("cpu"), EXPORT_DTYPES[dtype] if dtype is not None else full.dtype)
             tensors.update({theirs: tensor.contiguous() for theirs, tensor in to_hf.add(name, cast)})
         save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         for name, content in adapter_files(adapters, tokenizer_path).items():
@@ -94,8 +92,8 @@ def export_merged(
         ConversionError: a value does not fit into the dtype.
     """
     with exporting(target, base.model, dtype, max_shard_size) as export:
-        for name, whole in base.each():
-            merged = adapters.merge(name, whole, parameters)
-            export.add(name, merged if dtype is not None else check_fits(name, merged, whole.dtype))
-            del whole, merged
+        for name, full in base.each():
+            merged = adapters.merge(name, full, parameters)
+            export.add(name, merged if dtype is not None else check_fits(name, merged, full.dtype))
+            del full, merged
         export.finish(base_path, tokenizer_path)
