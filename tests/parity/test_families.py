@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from megatron_ds.config import ParallelSection
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.probe import Probe
-from megatron_ds.parallel.grid import Layout
 from megatron_ds.verify.layer_names import stage_names
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.ours import run_rank
@@ -87,8 +87,8 @@ def _save(config: dict[str, Any], directory: Path) -> None:
 def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
     results, weights, inputs, losses = prepared(case)
     tp, pp, sequence = place
-    layout = Layout(tensor=tp, pipeline=pp)
-    ranks = run_local_ranks(run_rank, layout.world_size, weights, inputs, layout, sequence, results)
+    parallel = ParallelSection(tensor=tp, pipeline=pp, sequence=sequence)
+    ranks = run_local_ranks(run_rank, tp * pp, weights, inputs, parallel, results)
     for probe, loss, found in zip(inputs, losses, zip(*ranks)):
         report = merge(probe, loss, found)
         assert report.ok, (report.name, report.outputs, report.loss, report.worst_gradient, report.first_apart)
