@@ -1,14 +1,43 @@
 """Set what must be set before torch is imported; the corpus that several folders train on."""
 
 import os
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.made_once import MakeOnce
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidia0") else "cuda")
+
+# gloo's socket thread polls without sleeping while another thread of its process holds a connection's lock. Where it
+# may preempt that thread, it does so until its time slice ends: with more ranks than cores most of the time is lost
+# there. Every process that tests start inherits this.
+if hasattr(os, "SCHED_BATCH"):
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+# The files that take longest, in this order: begun first, they do not keep one worker busy when the others are done.
+LONGEST = ("tests/parity/test_layouts.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the longest files to the front; `--dist loadfile` gives files to workers in this order."""
+    place = {file: index for index, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> "MakeOnce":
+    """See `made_once.make_once`."""
+    from tests.made_once import folder_of_session, make_once
+
+    return partial(make_once, folder_of_session(tmp_path_factory))
 
 
 @pytest.fixture(scope="session")

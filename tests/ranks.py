@@ -1,5 +1,6 @@
 """Start ranks for tests: forked from this preloaded process, with a file rendezvous and a time limit."""
 
+import gc
 import importlib
 from collections.abc import Callable
 from functools import cache
@@ -13,15 +14,27 @@ from megatron_ds.log import quiet_libraries
 from megatron_ds.parallel.grid import Grid, Layout, create_grid
 from megatron_ds.parallel.launch import RankInfo, run_local
 
+# What ranks import up to their first step, beyond `engine.preload`: each would for itself.
+_LATE_IMPORTS = (
+    "transformers.modeling_utils",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.utils.pin_memory",
+)
+
 
 @cache
 def preload() -> None:
     """Import what ranks need, once in this process."""
     quiet_libraries()
     engine.preload()
-    importlib.import_module("transformers.modeling_utils")  # most of what ranks take up to their first step
+    for name in _LATE_IMPORTS:
+        importlib.import_module(name)
     for model_type in FAMILIES:
         transformers.AutoConfig.for_model(model_type)
+    gc.collect()
+    gc.freeze()  # ranks collect garbage (ZeRO-3 does at its start) among their own objects, not among these million
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:

@@ -5,20 +5,16 @@ from pathlib import Path
 import pytest
 
 from tests.hf.models import save_all, save_encoders
-from tests.ranks import run_alone
+from tests.made_once import MakeOnce
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(once: MakeOnce) -> Path:
     """saved/case/dtype is what transformers' save_pretrained wrote."""
-    directory = tmp_path_factory.mktemp("saved")
-    run_alone(save_all, directory)
-    return directory
+    return once(save_all)[0]
 
 
 @pytest.fixture(scope="session")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoders(once: MakeOnce) -> Path:
     """encoders/case is the same for what is no decoder."""
-    directory = tmp_path_factory.mktemp("encoders")
-    run_alone(save_encoders, directory)
-    return directory
+    return once(save_encoders)[0]

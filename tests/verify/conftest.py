@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.made_once import MakeOnce
 from tests.parity.reference import make_model
-from tests.ranks import run_alone
 
 
 def _save(config: dict[str, Any], directory: Path) -> None:
@@ -15,15 +15,6 @@ def _save(config: dict[str, Any], directory: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
+def directory_of(once: MakeOnce) -> Callable[[dict[str, Any]], Path]:
     """Config fields -> a directory with random weights, made once."""
-    made: dict[str, Path] = {}
-
-    def get(config: dict[str, Any]) -> Path:
-        key = repr(config)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(config["model_type"])
-            run_alone(_save, config, made[key])
-        return made[key]
-
-    return get
+    return lambda config: once(_save, config)[0]
