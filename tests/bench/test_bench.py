@@ -1,13 +1,17 @@
 """The bench's plumbing: a tiny case by the command, and what is made of figures."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 
+from bench import arena
 from bench.arena import ContestantError, compete
 from bench.cases import CASES, Target
 from bench.contestant import RUNNERS
@@ -15,14 +19,27 @@ from bench.gemm import device_peak
 from bench.report import markdown
 from bench.result import CaseResult, EntryResult, check_same_work, judge
 from bench.work import Spec, Work, write_model
+from tests.forked_python import ForkedPython, run_python
 from tests.ranks import run_alone
 
 
-@pytest.mark.slow
+class ForkedContestant(ForkedPython):
+    """A contestant in a fork, which saves its imports, in place of what the arena starts."""
+
+    def __init__(self, command: list[str], stderr: TextIO, env: dict[str, str], **_: Any) -> None:
+        (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+        streams = read_in, write_out, stderr.fileno()
+        super().__init__(command[1:], Path.cwd(), env, streams, parents=(write_in, read_out))
+        os.close(read_in)
+        os.close(write_out)
+        self.stdin, self.stdout = os.fdopen(write_in, "w"), os.fdopen(read_out)
+
+
 @pytest.mark.timeout(400)
-def test_a_tiny_case_by_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "tp2", "convert", "--tiny", "--rounds", "2", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=380)
+def test_a_tiny_case_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forking = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedContestant})
+    monkeypatch.setattr(arena, "subprocess", forking)
+    done = run_python("-m", "bench", "tp2", "convert", "--tiny", "--rounds", 2, "--output", tmp_path, timeout=380)
     assert done.returncode == 0, done.stderr
     for words in ("tp2: tensor parallel on 2 ranks", "ours / DeepSpeed AutoTP, speed:", "RESULTS.md"):
         assert words in done.stdout, done.stdout

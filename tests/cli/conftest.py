@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.config.yaml_text import format_yaml
+from tests.forked_python import ForkedPython, can_fork
 from tests.training.tiny import run_mapping
 
 MARK = "MEGATRON_DS_TEST"
+Running = subprocess.Popen[str] | ForkedPython
 Start = Callable[..., "subprocess.Popen[str]"]
+Fork = Callable[..., Running]
 
 
 @pytest.fixture
@@ -28,14 +31,13 @@ def run_file(corpus: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `python ARGUMENTS` in tmp_path; whatever of it is left at the end is killed."""
+    """Starts `python ARGUMENTS` in tmp_path, cold; whatever of it is left at the end is killed."""
 
     def begin(*arguments: object, **environ: str) -> "subprocess.Popen[str]":
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=tmp_path,
-            env={**clean, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", MARK: str(tmp_path), **environ},
+            env=_environment(tmp_path, environ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -43,22 +45,53 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )
 
     yield begin
-    for pid in processes_of(tmp_path):
+    _kill_all(tmp_path)
+
+
+@pytest.fixture
+def fork(tmp_path: Path, start: Start) -> Iterator[Fork]:
+    """The same in a fork of this process, which saves the command its imports; see `forked_python`."""
+    begun: list[ForkedPython] = []
+
+    def begin(*arguments: object, **environ: str) -> Running:
+        full = _environment(tmp_path, environ)
+        if not can_fork(full):
+            return start(*arguments, **environ)
+        begun.append(ForkedPython(arguments, tmp_path, full))
+        return begun[-1]
+
+    yield begin
+    _kill_all(tmp_path)
+    for process in begun:
+        process.wait(10)
+
+
+def _environment(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    return {**clean, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", MARK: str(tmp_path), **changes}
+
+
+def _kill_all(folder: Path) -> None:
+    for pid in processes_of(folder):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def processes_of(folder: Path) -> dict[int, dict[str, str]]:
-    """Pid -> environment of the running processes that a test's `start` has led to, in whatever session they are."""
+    """Pid -> environment of the running processes that a test has started in `folder`, in whatever session they are.
+
+    A fork's environment is the one that the forking process began with: it is known by its working directory.
+    """
     found = {}
     for directory in Path("/proc").iterdir():
         if directory.name.isdecimal():
             try:
                 entries = (directory / "environ").read_text().split("\0")
+                place = os.readlink(directory / "cwd")
             except (OSError, UnicodeDecodeError):
                 continue  # gone, or not ours
             environ = dict(entry.partition("=")[::2] for entry in entries)
-            if environ.get(MARK) == str(folder):
+            if environ.get(MARK) == str(folder) or place == str(folder):
                 found[int(directory.name)] = environ
     return found
 
@@ -70,7 +103,7 @@ def wait_until(condition: Callable[[], bool], within_s: float) -> None:
         time.sleep(0.1)
 
 
-def wait_for_steps(output: Path, steps: int, process: "subprocess.Popen[str]", within_s: float = 90.0) -> None:
+def wait_for_steps(output: Path, steps: int, process: Running, within_s: float = 90.0) -> None:
     """Until so many steps are logged."""
     metrics = output / "metrics.jsonl"
 

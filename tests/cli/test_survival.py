@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +18,14 @@ import pytest
 from megatron_ds.checkpoint.directory import checkpoints_in, name_of, step_of
 from megatron_ds.checkpoint.reader import first_damage
 from megatron_ds.config.yaml_text import format_yaml
-from tests.cli.conftest import Start, processes_of, wait_for_steps, wait_until
+from tests.cli.conftest import Fork, Running, Start, processes_of, wait_for_steps, wait_until
 from tests.training.tiny import run_mapping
-
-pytestmark = pytest.mark.slow
 
 STEPS = 120
 
 
 @pytest.fixture(autouse=True)
-def no_orphans(start: Start, tmp_path: Path) -> Iterator[None]:
+def no_orphans(fork: Fork, tmp_path: Path) -> Iterator[None]:
     yield
     assert processes_of(tmp_path) == {}
 
@@ -48,7 +45,7 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def finish(process: "subprocess.Popen[str]", within_s: float = 120.0) -> tuple[int, str, str]:
+def finish(process: Running, within_s: float = 120.0) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=within_s)
     return process.returncode, out, re.sub(r"^tokenizing \S+\n", "", err, flags=re.MULTILINE)
 
@@ -68,10 +65,10 @@ def uncut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_a_run_well_and_it_goes_on(
-    number: signal.Signals, start: Start, corpus: Path, tmp_path: Path, uncut: list[float]
+    number: signal.Signals, fork: Fork, corpus: Path, tmp_path: Path, uncut: list[float]
 ) -> None:
     file, output = write_run(corpus, tmp_path), tmp_path / "out"
-    process = start("-m", "megatron_ds", "train", file, "--nproc", 2)
+    process = fork("-m", "megatron_ds", "train", file, "--nproc", 2)
     wait_for_steps(output, 10, process)
     process.send_signal(number)
     status, out, err = finish(process)
@@ -81,14 +78,14 @@ def test_a_signal_ends_a_run_well_and_it_goes_on(
     assert newest.name == name_of(done) and first_damage(newest) is None
     said = f"stopped by {number.name} after step {done} of {STEPS}; it goes on from checkpoint {newest.name} when"
     assert said in out
-    status, out, _ = finish(start("-m", "megatron_ds", "train", file, "--nproc", 2))
+    status, out, _ = finish(fork("-m", "megatron_ds", "train", file, "--nproc", 2))
     assert status == 0 and f"goes on after step {done} from" in out
     assert losses(output) == uncut
 
 
-def test_the_clock_ends_a_run_well(start: Start, corpus: Path, tmp_path: Path) -> None:
+def test_the_clock_ends_a_run_well(fork: Fork, corpus: Path, tmp_path: Path) -> None:
     file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
-    status, out, err = finish(start("-m", "megatron_ds", "train", file, "train.max_time=8", "--nproc", 2))
+    status, out, err = finish(fork("-m", "megatron_ds", "train", file, "train.max_time=8", "--nproc", 2))
     assert (status, err) == (0, "") and "stopped by train.max_time=8 after step" in out
     assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
 
@@ -106,9 +103,9 @@ def test_a_ranks_own_signal_counts_for_all_under_torchrun(start: Start, corpus: 
     assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
 
 
-def test_ctrl_c_saves_too(start: Start, corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_too(fork: Fork, corpus: Path, tmp_path: Path) -> None:
     file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
-    process = start("-m", "megatron_ds", "train", file, "--nproc", 2)
+    process = fork("-m", "megatron_ds", "train", file, "--nproc", 2)
     wait_for_steps(output, 5, process)
     process.send_signal(signal.SIGINT)
     status, out, err = finish(process)
@@ -119,7 +116,7 @@ def test_ctrl_c_saves_too(start: Start, corpus: Path, tmp_path: Path) -> None:
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
-def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+def ranks_of(process: Running) -> list[int]:
     """Pids of the ranks that a command has forked."""
     try:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -128,7 +125,7 @@ def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
     return [int(pid) for pid in children]
 
 
-def kill_now_and_then(process: "subprocess.Popen[str]", output: Path, kills: int, chance: random.Random) -> int:
+def kill_now_and_then(process: Running, output: Path, kills: int, chance: random.Random) -> int:
     """Kill random ranks at random moments, of starting, training and saving; gives how often, until the run ended."""
     for count in range(kills):
         wait_until(lambda: len(ranks_of(process)) == 2 or process.poll() is not None, 60)
@@ -156,14 +153,14 @@ def kill_now_and_then(process: "subprocess.Popen[str]", output: Path, kills: int
     "kills", [3, pytest.param(30, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])], ids=["few", "many"]
 )
 def test_killed_ranks_leave_no_trace_in_the_losses(
-    kills: int, start: Start, corpus: Path, tmp_path: Path, uncut: list[float]
+    kills: int, fork: Fork, corpus: Path, tmp_path: Path, uncut: list[float]
 ) -> None:
     """kill -9 of a random rank at random moments; the built-in launcher starts the group again."""
     chance, done, runs = random.Random(5), 0, 0
     while done < kills:
         runs += 1
         file, output = write_run(corpus, tmp_path, f"run{runs}"), tmp_path / f"run{runs}"
-        process: Any = start("-m", "megatron_ds", "train", file, "--nproc", 2, "--max-restarts", kills)
+        process: Any = fork("-m", "megatron_ds", "train", file, "--nproc", 2, "--max-restarts", kills)
         killed = kill_now_and_then(process, output, kills - done, chance)
         status, _, err = finish(process, 240)
         assert status == 0, err
@@ -176,11 +173,11 @@ def test_killed_ranks_leave_no_trace_in_the_losses(
     print(f"\n{done} kills in {runs} runs: the losses of each are those of the run that was not killed, bit for bit")
 
 
-def test_restarts_go_on_with_the_ranks_that_are_left(start: Start, corpus: Path, tmp_path: Path) -> None:
+def test_restarts_go_on_with_the_ranks_that_are_left(fork: Fork, corpus: Path, tmp_path: Path) -> None:
     """Of 4 one is killed: 3 would not divide the batch of 8, so 2 go on."""
     file, output = write_run(corpus, tmp_path, steps=40), tmp_path / "out"
     command = ("-m", "megatron_ds", "train", file, "--nproc", 4, "--max-restarts", 2, "--min-nproc", 2)
-    process = start(*command)
+    process = fork(*command)
     wait_for_steps(output, 8, process)
     os.kill(ranks_of(process)[3], signal.SIGKILL)
     status, out, err = finish(process)
@@ -189,10 +186,10 @@ def test_restarts_go_on_with_the_ranks_that_are_left(start: Start, corpus: Path,
     assert len(losses(output)) == 40 and "world       2 = tp 1 x pp 1 x dp 2" in out
 
 
-def test_a_rank_that_hangs_is_named_and_the_group_starts_again(start: Start, corpus: Path, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_and_the_group_starts_again(fork: Fork, corpus: Path, tmp_path: Path) -> None:
     file, output = write_run(corpus, tmp_path, steps=60), tmp_path / "out"
     command = ("-m", "megatron_ds", "train", file, "--nproc", 2, "--max-restarts", 1, "train.step_timeout=4")
-    process = start(*command, "checkpoint.every=20")
+    process = fork(*command, "checkpoint.every=20")
     wait_for_steps(output, 22, process)  # and not in a save, which may take as long as it likes
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     status, _, err = finish(process)
@@ -222,8 +219,8 @@ def test_a_rank_that_hangs_is_named_and_the_group_starts_again(start: Start, cor
     ],
 )
 def test_mistakes_are_told_in_one_line(
-    options: tuple[Any, ...], says: str, start: Start, corpus: Path, tmp_path: Path
+    options: tuple[Any, ...], says: str, fork: Fork, corpus: Path, tmp_path: Path
 ) -> None:
-    status, out, err = finish(start("-m", "megatron_ds", "train", write_run(corpus, tmp_path), "--nproc", 2, *options))
+    status, out, err = finish(fork("-m", "megatron_ds", "train", write_run(corpus, tmp_path), "--nproc", 2, *options))
     assert (status, out) == (2, "") and err.startswith(f"error: {says}") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()

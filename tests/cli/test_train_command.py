@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Start, processes_of, wait_for_steps, wait_until
+from tests.cli.conftest import Fork, Start, processes_of, wait_for_steps, wait_until
 from tests.ranks import run_alone
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def no_orphans(start: Start, tmp_path: Path) -> Iterator[None]:
+def no_orphans(fork: Fork, tmp_path: Path) -> Iterator[None]:
     """No process outlives the command that it belongs to."""
     yield
     assert processes_of(tmp_path) == {}
@@ -65,15 +63,18 @@ def check_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        # tied over stages, bf16: what DeepSpeed and autograd have most to say about
+        # tied over stages, bf16: what DeepSpeed and autograd have most to say about, and imports in a cold start
         ("parallel.pipeline=2", "deepspeed.bf16.enabled=true", "model.config.tie_word_embeddings=true"),
         ("parallel.tensor=2", "parallel.sequence=true", "export.path=hf", "export.check=true"),
         ("deepspeed.zero_optimization.stage=3", "train.recompute=full"),
     ],
     ids=["pp2-tied-bf16", "tp2-sequence-export", "dp2-zero3-recompute"],
 )
-def test_a_run_writes_its_files_and_says_nothing_else(start: Start, run_file: Path, overrides: tuple[str, ...]) -> None:
-    status, out, err = finish(start("-m", "megatron_ds", "train", run_file, *overrides, "--nproc", 2))
+def test_a_run_writes_its_files_and_says_nothing_else(
+    start: Start, fork: Fork, run_file: Path, overrides: tuple[str, ...]
+) -> None:
+    begin = start if "parallel.pipeline=2" in overrides else fork
+    status, out, err = finish(begin("-m", "megatron_ds", "train", run_file, *overrides, "--nproc", 2))
     assert (status, err) == (0, "")
     assert [line for line in out.splitlines() if not SPOKEN.fullmatch(line)] == []
     assert len(re.findall(r"^step ", out, re.MULTILINE)) == 5 and out.count("model ") == 1
@@ -91,8 +92,8 @@ def _load_with_transformers(directory: Path) -> None:
     assert AutoTokenizer.from_pretrained(directory)("w0 w1")["input_ids"] == [2, 3]
 
 
-def test_a_killed_rank_ends_the_job_and_is_named(start: Start, run_file: Path) -> None:
-    process = start("-m", "megatron_ds", "train", run_file, *ENDLESS, "--nproc", 2)
+def test_a_killed_rank_ends_the_job_and_is_named(fork: Fork, run_file: Path) -> None:
+    process = fork("-m", "megatron_ds", "train", run_file, *ENDLESS, "--nproc", 2)
     wait_for_steps(run_file.parent / "out", 3, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
@@ -103,8 +104,8 @@ def test_a_killed_rank_ends_the_job_and_is_named(start: Start, run_file: Path) -
     assert (status, err) == (1, "error: rank 1 was killed by SIGKILL, as the kernel does when memory runs out\n")
 
 
-def test_an_interrupt_ends_the_run_cleanly(start: Start, run_file: Path) -> None:
-    process = start("-m", "megatron_ds", "train", run_file, *ENDLESS, "parallel.pipeline=2", "--nproc", 2)
+def test_an_interrupt_ends_the_run_cleanly(fork: Fork, run_file: Path) -> None:
+    process = fork("-m", "megatron_ds", "train", run_file, *ENDLESS, "parallel.pipeline=2", "--nproc", 2)
     wait_for_steps(run_file.parent / "out", 3, process)
     process.send_signal(signal.SIGINT)
     status, out, err = finish(process, 60)
@@ -145,7 +146,7 @@ def test_the_deepspeed_launcher(start: Start, run_file: Path) -> None:
     check_files(run_file.parent / "out")
 
 
-def test_tasks_of_srun_and_an_error_of_one(start: Start, run_file: Path) -> None:
+def test_tasks_of_srun_and_an_error_of_one(fork: Fork, run_file: Path) -> None:
     """Two processes with srun's variables; srun ends nobody, so the peer waits, then tells of its lost connection."""
     script = run_file.parent / "fails.py"
     script.write_text(
@@ -163,7 +164,7 @@ def test_tasks_of_srun_and_an_error_of_one(start: Start, run_file: Path) -> None
     job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = (script, "train", run_file, "parallel.tensor=2")
-    tasks = [start(*command, SLURM_PROCID=str(r), SLURM_LOCALID=str(r), **job, **place) for r in range(2)]
+    tasks = [fork(*command, SLURM_PROCID=str(r), SLURM_LOCALID=str(r), **job, **place) for r in range(2)]
     status, out, err = finish(tasks[1])
     assert (status, out) == (1, "")
     assert err.startswith("rank 1: Traceback") and err.endswith("ZeroDivisionError: on purpose\n")

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from megatron_ds.data.prepare import Prepared, PrepareOptions, chunks, journal, 
 from megatron_ds.data.prepare.chunks import Reader, cut
 from megatron_ds.errors import DataError, LaunchError
 from tests.data import oracle
+from tests.forked_python import ForkedPython
 
 
 @pytest.fixture
@@ -384,12 +383,9 @@ def test_lines_across_the_ends_of_chunks_are_read_once(tmp_path: Path, monkeypat
             assert found == [json.loads(line)["text"] for line in lines] and numbers == list(range(6)), size
 
 
-COMMAND = [sys.executable, "-m", "megatron_ds", "prepare"]
-
-
-def _start(source: str, tokenizer: str, output: Path, *more: str) -> subprocess.Popen[str]:
-    words = [*COMMAND, source, "--tokenizer", tokenizer, "--output", str(output), "--workers", "2", *more]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _start(source: str, tokenizer: str, output: Path, *more: str) -> ForkedPython:
+    words = ["prepare", source, "--tokenizer", tokenizer, "--output", output, "--workers", 2, *more]
+    return ForkedPython(["-m", "megatron_ds", *words], Path.cwd(), os.environ)
 
 
 def test_the_command_survives_being_killed(book: Path, write_jsonl: Any, tokenizer_path: str, tmp_path: Path) -> None:

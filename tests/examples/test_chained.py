@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from megatron_ds import engine
 from megatron_ds.cli.main import _run
 from megatron_ds.config import load_run
 from megatron_ds.training.launch import train
+from tests.forked_python import run_python
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["train.steps=4", "schedule.warmup_steps=1", "train.eval_every=2"]
@@ -43,8 +42,7 @@ def run_command(words: list[str], place: Path, capsys: pytest.CaptureFixture[str
     """What it prints."""
     words = [moved(word, place) for word in words]
     if words[0] == "python":
-        command = [sys.executable, *words[1:]]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+        return run_python(*words[1:], timeout=240, check=True).stdout
     assert words[0] == "megatron-ds"
     if words[1] == "train":
         train(load_run(words[2], SHORT), int(words[words.index("--nproc") + 1]))

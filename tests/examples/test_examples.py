@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from megatron_ds import engine
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError
 from megatron_ds.training.launch import train
+from tests.forked_python import run_python
 
 ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*/run.yaml"))
@@ -73,8 +73,7 @@ def run_script(script: str, *arguments: str) -> list[str]:
     """Lines that a script prints, which must not import this project."""
     imports = [line.split()[1] for line in Path(script).read_text().splitlines() if line.startswith(("import", "from"))]
     assert "megatron_ds" not in [name.split(".")[0] for name in imports]
-    command = [sys.executable, script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    return run_python(script, *arguments, check=True).stdout.splitlines()
 
 
 def test_every_run_file_is_known() -> None:

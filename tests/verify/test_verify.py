@@ -17,7 +17,7 @@ from megatron_ds.errors import ConversionError, TopologyError
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.probe import BEYOND, MOST_TOKENS, RANDOM_LENGTH
 from megatron_ds.verify.compare import difference
-from tests.cli.conftest import Start, start  # noqa: F401
+from tests.cli.conftest import Fork, Start, fork, start  # noqa: F401
 from tests.parity.cases import CONFIGS
 
 Directories = Callable[[dict[str, Any]], Path]
@@ -60,7 +60,7 @@ def test_the_command(directory_of: Directories, start: Start, tmp_path: Path) ->
 
 def test_exit_status_1_where_it_is_off(
     directory_of: Directories,
-    start: Start,  # noqa: F811
+    fork: Fork,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """One element too large for a softmax to survive: both sides compute NaN, which equals nothing."""
@@ -69,7 +69,7 @@ def test_exit_status_1_where_it_is_off(
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    process = start("-m", "megatron_ds", "verify", directory)
+    process = fork("-m", "megatron_ds", "verify", directory)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert "first apart in blocks.2" in out and out.splitlines()[-1].startswith("verdict     NOT equal")
@@ -84,8 +84,8 @@ def test_exit_status_1_where_it_is_off(
         (["--json", "no/such/report.json"], "error: --json=no/such/report.json is not a file in a directory"),
     ],
 )
-def test_refused_in_one_line(arguments: list[str], message: str, directory_of: Directories, start: Start) -> None:  # noqa: F811
-    process = start("-m", "megatron_ds", "verify", directory_of(CONFIGS["llama"]), *arguments)
+def test_refused_in_one_line(arguments: list[str], message: str, directory_of: Directories, fork: Fork) -> None:  # noqa: F811
+    process = fork("-m", "megatron_ds", "verify", directory_of(CONFIGS["llama"]), *arguments)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and out == ""
     assert err.startswith(message) and err.count("\n") == 1
