@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WEIGHTS := $(VENV)/.weights
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sweep soak bench check tables clean
+.PHONY: help setup demo quick test sweep soak bench check tables clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ $(WEIGHTS): tests/weights.txt $(STAMP)
 demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), export it, generate with transformers
 	$(BIN)/megatron-ds train examples/pretrain_moby_dick/run.yaml --nproc 2
 	$(BIN)/python examples/pretrain_moby_dick/generate.py
+
+quick: $(STAMP)  ## run a sample of the tests in under 2 minutes (tests/quick.txt)
+	$(PYTEST) @tests/quick.txt
 
 test: $(WEIGHTS)  ## run the test suite, without the sweep over every combination
 	$(PYTEST) -m "not sweep and not soak"
