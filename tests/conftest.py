@@ -23,7 +23,24 @@ if hasattr(os, "SCHED_BATCH"):
 
 
 # The files that take longest, in this order: begun first, they do not keep one worker busy when the others are done.
-LONGEST = ("tests/parity/test_layouts.py",)
+LONGEST = (
+    "tests/parity/test_layouts.py",
+    "tests/parity/test_compiled.py",
+    "tests/parity/test_families.py",
+    "tests/cli/test_survival.py",
+    "tests/parity/test_adapters.py",
+    "tests/parity/test_encoders.py",
+    "tests/bench/test_bench.py",
+    "tests/cli/test_train_command.py",
+    "tests/examples/test_chained.py",
+    "tests/checkpoint/test_states.py",
+    "tests/examples/test_examples.py",
+    "tests/parity/test_ropes.py",
+    "tests/parity/test_families_alone.py",
+    "tests/training/test_adapter_runs.py",
+    "tests/checkpoint/test_faults.py",
+    "tests/training/test_watchdog.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

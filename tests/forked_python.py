@@ -25,6 +25,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import transformers
+
 from tests.ranks import preload
 
 _POLL_S = 0.02
@@ -111,14 +113,18 @@ class ForkedPython:
         return [file.read() for file in self._files]
 
 
-def run_python(*arguments: object, timeout: float = 120.0, check: bool = False) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` in this process's directory and environment, to its end.
+def run_python(
+    *arguments: object, timeout: float = 120.0, check: bool = False, cwd: Path | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end, in this process's directory unless another is given.
+
+    Its environment is this process's, with `environ` changed.
 
     Raises:
         subprocess.TimeoutExpired: it takes longer; it is killed.
         subprocess.CalledProcessError: where `check`, its status is not 0.
     """
-    process = ForkedPython(arguments, Path.cwd(), os.environ)
+    process = ForkedPython(arguments, cwd or Path.cwd(), {**os.environ, **environ})
     try:
         out, err = process.communicate(timeout)
     except subprocess.TimeoutExpired:
@@ -143,7 +149,7 @@ def _become(arguments: Sequence[str], cwd: Path, environ: Mapping[str, str], str
     try:
         os.setsid()
         os.chdir(cwd)
-        environ = dict(environ)  # which may be os.environ
+        environ = dict(environ)  # it may be os.environ
         os.environ.clear()
         os.environ.update(environ)
         _forget_the_tests()
@@ -165,6 +171,8 @@ def _forget_the_tests() -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     importlib.reload(warnings)
     logging.getLogger().handlers.clear()
+    transformers.utils.logging.disable_progress_bar()  # as `quiet_libraries` has it, which comes before the imports
+    transformers.utils.logging.set_verbosity_error()
 
 
 def _take(streams: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.hf.config import read_model
+from tests.conftest import LONGEST
 from tests.parity.ours import Place
 from tests.parity.reference import ALL_CONFIGS
 from tests.ranks import run_alone
@@ -55,3 +56,7 @@ def test_the_list_is_a_sample_of_everything() -> None:
     assert kinds == {"DecoderConfig", "EncoderConfig", "EncoderDecoderConfig"}
     for what in ("checkpoint/test_layouts", "hf/test_export", "test_mistakes_are_told_in_one_line"):
         assert any(what in name for name in names), what
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    assert [file for file in LONGEST if not (ROOT / file).is_file()] == []

@@ -67,7 +67,9 @@ def fork(tmp_path: Path, start: Start) -> Iterator[Fork]:
 
 
 def _environment(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    """This process's, without what launchers, and `quiet_libraries` in it, have set."""
+    others = ("SLURM_", "MASTER_", "TRANSFORMERS_", "HF_HUB_DISABLE_", "HF_DATASETS_DISABLE_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {**clean, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", MARK: str(tmp_path), **changes}
 
 
@@ -84,7 +86,7 @@ def processes_of(folder: Path) -> dict[int, dict[str, str]]:
     """
     found = {}
     for directory in Path("/proc").iterdir():
-        if directory.name.isdecimal():
+        if directory.name.isdecimal() and int(directory.name) != os.getpid():
             try:
                 entries = (directory / "environ").read_text().split("\0")
                 place = os.readlink(directory / "cwd")

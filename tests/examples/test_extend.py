@@ -13,19 +13,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_python import run_python
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "extend"
 SHORT = ["train.steps=6", "schedule.warmup_steps=1", "train.eval_every=2"]
 
 
-def run_program(place: Path, *words: str, status: int = 0) -> str:
-    """Run `megatron-ds` on words whose `out/` is elsewhere; return what it prints."""
+def run_program(place: Path, *words: str, status: int = 0, cold: bool = False) -> str:
+    """Run `megatron-ds` on words whose `out/` is elsewhere, in a fork unless `cold`; return what it prints."""
     moved = [word.replace("out/", f"{place}/out/") if word.startswith("out/") else word for word in words]
-    program = Path(sys.executable).with_name("megatron-ds")
-    environ = {**os.environ, "XDG_CACHE_HOME": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(program), *moved], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False
-    )
+    environ = {"XDG_CACHE_HOME": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+    done: subprocess.CompletedProcess[str]
+    if cold:
+        program, full = Path(sys.executable).with_name("megatron-ds"), {**os.environ, **environ}
+        done = subprocess.run(
+            [str(program), *moved], cwd=ROOT, env=full, capture_output=True, text=True, timeout=240, check=False
+        )
+    else:
+        done = run_python("-m", "megatron_ds", *moved, cwd=ROOT, timeout=240, **environ)
     assert done.returncode == status, done.stderr
     return done.stdout + done.stderr
 
@@ -52,7 +58,7 @@ def test_every_command_of_the_page(place: Path) -> None:
     train, verify, inspect = (
         [run_file(place) if word == "examples/extend/run.yaml" else word for word in words[1:]] for words in commands
     )
-    shown = run_program(place, *train, *SHORT)
+    shown = run_program(place, *train, *SHORT, cold=True)
     assert "what transformers predicts from it equals the live model's: relative error" in shown
     lines = lines_of(place / "out" / "extend")
     steps, valid = ([line for line in lines if key in line] for key in ("loss", "valid_loss"))
@@ -60,8 +66,8 @@ def test_every_command_of_the_page(place: Path) -> None:
     assert all(0.0 < line["metrics"]["labelled"] < 0.9 for line in lines), "of the objective"
     lowest = [line["metrics"].get("best_valid_loss") for line in steps]
     assert lowest == [None, None, valid[0]["valid_loss"], None, valid[1]["valid_loss"], None], "of the callback"
-    assert "verdict     equal to transformers" in run_program(place, *verify)
-    assert "paragraphs of up to 64 tokens" in run_program(place, *inspect)
+    assert "verdict     equal to transformers" in run_program(place, *verify, cold=True)
+    assert "paragraphs of up to 64 tokens" in run_program(place, *inspect, cold=True)
 
 
 def test_the_callback_stops_a_run_that_learns_nothing(place: Path) -> None:

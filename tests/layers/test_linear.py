@@ -46,7 +46,7 @@ class Joined(nn.Module):
         super().__init__()
         self.qkv = QKVLinear(H, heads, kv_heads, DIM, tp, q_std=1.0, kv_std=1.0, bias=True)
         local = heads // tp.axis.size
-        held = kv_heads // self.qkv.shares[1]
+        held = len(self.qkv.kv_weight) // (2 * DIM)
         self.kv_of_head = [head // (heads // kv_heads) % held for head in range(tp.axis.rank * local, heads)][:local]
 
     def forward(self, x: Tensor) -> Tensor:
