@@ -12,7 +12,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.reference import load_reference, predict
-from megatron_ds.models.sequential import SequentialModel
+from megatron_ds.models.sequential import HeadSpec, SequentialModel
 from megatron_ds.runtime.export import CHECK_TOLERANCE, check_export
 from tests.hf.models import DTYPES, Tensors, changed, opened
 from tests.parity.cases import VOCAB
@@ -54,7 +54,9 @@ def check_deep(place: Path, dtype: str, size: float) -> dict[str, float | str]:
 def outcome(live: Tensors, directory: Path, batch: Tensors, dtype: str) -> float | str:
     axis = SimpleNamespace(rank=0, size=1, group=None, ranks=(0,))
     grid = SimpleNamespace(rank=0, tensor=axis, replica=axis, world=axis)
-    engine: Any = SimpleNamespace(grid=grid, device=torch.device("cpu"), labels=(), outputs=lambda columns: live)
+    engine: Any = SimpleNamespace(
+        grid=grid, device=torch.device("cpu"), head=HeadSpec.per_column(), outputs=lambda columns: live
+    )
     section: Any = SimpleNamespace(path=str(directory), dtype=dtype)
     try:
         return check_export(engine, opened(directory).model, section, "bf16", batch)

@@ -19,6 +19,7 @@ from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
 from megatron_ds.hf.weight_files import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.runtime.export import check_export, fits_in, reference_outputs
 from tests.hf.models import declarations, export, gathered, hashes
@@ -396,7 +397,7 @@ def check_with(logits: torch.Tensor | None, directory: str, precision: str, dtyp
     grid = SimpleNamespace(rank=0, tensor=axis, replica=axis, world=axis)
     predicted = None if logits is None else {"logits": logits}
     engine: Any = SimpleNamespace(
-        grid=grid, device=torch.device("cpu"), labels=("targets",), outputs=lambda columns: predicted
+        grid=grid, device=torch.device("cpu"), head=HeadSpec.per_column("targets"), outputs=lambda columns: predicted
     )
     section: Any = SimpleNamespace(path=directory, dtype=dtype)
     ids = torch.arange(24).reshape(2, 12)
