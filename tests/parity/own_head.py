@@ -23,6 +23,7 @@ from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadS
 from megatron_ds.parallel.collectives import all_reduce_, reduce_from
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
+from tests.parallel.axes import ALONE
 from tests.parity.cases import CONFIGS, VOCAB, Recipe, global_batch, shifted
 from tests.parity.ours import Place, engine_config, micro_batches, session_of
 from tests.parity.reference import make_model
@@ -47,7 +48,7 @@ class ZLossHead(LanguageModelHead):
 
     def __init__(self, vocab_size: int, width: int, *args: Any, **options: Any) -> None:
         super().__init__(vocab_size, width, *args, **options)
-        self.gain = make_parameter(ParamSpec((width,), std=0.3, decay=False), self.tp.axis)
+        self.gain = make_parameter(ParamSpec((width,), std=0.3, decay=False), self.tp.axes)
 
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
         shard, axis, targets = self.local(), self.tp.axis, labels["targets"].t()
@@ -136,7 +137,7 @@ def train_reference_with_head(case: str, recipe: Recipe, directory: Path) -> dic
     model = make_model(CONFIGS[case])
     model.save_pretrained(directory)
     spec = ParamSpec((model.config.hidden_size,), std=0.3, decay=False)
-    gain = initial_shard(GAIN, spec, SEED, 0, 1).clone().requires_grad_()
+    gain = initial_shard(GAIN, spec, SEED, ALONE).clone().requires_grad_()
     parameters = [*model.parameters(), gain]
     groups = [
         {"params": [one for one in parameters if one.dim() >= 2], "weight_decay": recipe.weight_decay},
