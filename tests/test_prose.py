@@ -21,7 +21,6 @@ BUDGET: dict[str, int] = {
     "cli": 12,
     "config": 2,
     "engine": 7,
-    "layers": 42,
     "monitor": 13,
     "parallel": 14,
     "runtime": 11,

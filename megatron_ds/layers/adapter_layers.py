@@ -1,8 +1,10 @@
-"""Adapters of parallel linear layers, which are frozen: low-rank ones (Hu et al. 2021, LoRA), y = W x + s B A x, and
-scalings of outputs or inputs (Liu et al. 2022, (IA)^3), y = l * W x or y = W (l * x).
+"""Adapters of frozen parallel linear layers.
 
-The r-wide product A x is where a low-rank adapter crosses into or out of the tensor-parallel region, so that it moves
-S B r elements where its layer moves S B H. Scalings move nothing.
+Low-rank adapters (Hu et al. 2021, LoRA) compute y = W x + s B A x; scalings of outputs or inputs (Liu et al. 2022,
+(IA)^3) compute y = l * W x or y = W (l * x).
+
+A low-rank adapter enters or leaves the tensor-parallel region at the r-wide product A x, so it communicates S B r
+elements where its layer communicates S B H. Scalings communicate nothing.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from megatron_ds.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """What an adapter is, whatever it adapts.
+    """A low-rank adapter (LoRA), independent of the layer that it adapts.
 
     Attributes:
         rank: r.
         scale: s.
-        dropout: on what A takes.
-        a_bound, a_std: A begins uniform within ±bound, or normal; neither = 0.
-        b_bound: B begins uniform within ±bound; 0 = at 0, so that at first nothing is changed.
+        dropout: the dropout probability on the input of A.
+        a_bound, a_std: A is initialised uniformly within ±bound, or normally; with zeros if both are None.
+        b_bound: B is initialised uniformly within ±bound; 0 = with zeros, so that the adapter starts as the identity.
     """
 
     rank: int
@@ -41,17 +43,17 @@ class LoRASpec:
 
     @property
     def description(self) -> str:
-        """What makes it another adapter, for people."""
+        """The settings that distinguish it from other adapters, as text for errors."""
         return f"r {self.rank}, scale {self.scale}"
 
 
 @dataclass(frozen=True)
 class IA3Spec:
-    """A vector that multiplies what a layer gives, its bias included, or what it takes.
+    """A vector that multiplies the output of a layer, bias included, or its input.
 
     Attributes:
-        of_input: the latter.
-        std: the vector begins normal; None = at 1.
+        of_input: the vector multiplies the input.
+        std: standard deviation of the vector's normal initialisation; None = it is initialised with ones.
     """
 
     of_input: bool
@@ -59,7 +61,7 @@ class IA3Spec:
 
     @property
     def description(self) -> str:
-        """What makes it another adapter, for people."""
+        """The settings that distinguish it from other adapters, as text for errors."""
         return f"a scaling of its {'input' if self.of_input else 'output'}"
 
 
@@ -68,8 +70,9 @@ class Output:
     """One of the projections that share an adapter's A.
 
     Attributes:
-        size: output features, whole.
-        units: how many things that cannot be cut they are made of (key and value heads); None = any cut will do.
+        size: output features of the full layer.
+        units: the number of indivisible units (key and value heads) that they consist of; None = they may be divided
+            anywhere.
     """
 
     size: int
@@ -92,17 +95,18 @@ class AdaptableWeight:
 
 
 class ColumnAdapter(nn.Module):
-    """s B A x beside a column-parallel layer: (S, B, H), or (S/t, B, H) under sequence parallelism -> (S, B, out/t).
+    """The adapter term s B A x of a column-parallel layer.
 
-    Forward nothing, or an all-gather of the r-wide product; backward its all-reduce or reduce-scatter. Shards that
-    neighbours hold alike get the sum of their gradients.
+    (S, B, H), or (S/t, B, H) under sequence parallelism -> (S, B, out/t). Forward: nothing, or an all-gather of the
+    r-wide product. Backward: all-reduce or reduce-scatter of its gradient. Where neighbouring ranks hold the same
+    shard, its gradient is summed over them.
 
     Args:
         in_features: H.
-        outputs: name -> a projection of x; those that are one matrix in Hugging Face's words have one A.
-        low: rank, scale and the rest.
+        outputs: name -> a projection of x; those that are one matrix in Hugging Face's format share one A.
+        low: rank, scale, dropout and initialisation.
         tp: the tensor axis.
-        rng: streams of the dropout.
+        rng: random streams of the dropout.
     """
 
     def __init__(
@@ -119,12 +123,13 @@ class ColumnAdapter(nn.Module):
         self.num_shards = {}
         for name, output in outputs.items():
             spec = ParamSpec((output.size, low.rank), over_tensor(0, output.units), bound=low.b_bound)
-            self.register_parameter(f"b_{name}", make_parameter(spec, tp.axes))  # its own: ZeRO-3 gathers no child's
+            # not in a child module: ZeRO-3 gathers a module's own parameters only
+            self.register_parameter(f"b_{name}", make_parameter(spec, tp.axes))
             self.num_shards[name] = spec.num_shards("tensor", tp.axis.size)
         self.dropout = HiddenDropout(low.dropout, rng, differs=tp.splits_sequence)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """By name of the projection."""
+        """Return the adapter term of each projection, by name: (S, B, heads, D) or (S, B, out/t)."""
         narrow = F.linear(self.dropout(x), self.tp.between(self.a))
         axis = self.tp.axis
         narrow = gather_sequence(narrow, axis) if self.tp.splits_sequence else copy_to(narrow, axis)
@@ -134,7 +139,12 @@ class ColumnAdapter(nn.Module):
         }
 
     def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the layer made of x, by name of the projection, with this beside it: (..., heads, D) or (..., out/t)."""
+        """Add the adapter term of x to the layer's outputs, by name of the projection.
+
+        Args:
+            x: the layer's input.
+            outputs: the layer's outputs, (..., heads, D) or (..., out/t).
+        """
         changes = self(x)
         return {
             name: output + changes[name].view_as(output) if name in changes else output
@@ -143,11 +153,13 @@ class ColumnAdapter(nn.Module):
 
 
 class ColumnScaling(nn.Module):
-    """l * y of column-parallel outputs; backward, shards that neighbours hold alike get the sum of their gradients.
+    """A scaling l * y of the outputs of a column-parallel layer.
+
+    Forward: nothing. Backward: where neighbouring ranks hold the same shard of l, its gradient is summed over them.
 
     Args:
         outputs: name -> a projection.
-        scaling: of the outputs.
+        scaling: the adapter; it scales outputs.
         tp: the tensor axis.
     """
 
@@ -162,27 +174,28 @@ class ColumnScaling(nn.Module):
             self.num_shards[name] = spec.num_shards("tensor", tp.axis.size)
 
     def forward(self, *outputs: Tensor) -> tuple[Tensor, ...]:
-        """In the order of the projections, each (S, B, heads, D) or (S, B, out/t)."""
+        """Scale the outputs, given in the order of the projections, each (S, B, heads, D) or (S, B, out/t)."""
         return tuple(
             output * self.tp.shared(self.get_parameter(f"l_{name}"), num_shards).view(output.shape[2:])
             for (name, num_shards), output in zip(self.num_shards.items(), outputs, strict=True)
         )
 
     def adapted(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As `ColumnAdapter.adapted`."""
+        """Scale the layer's outputs; see `ColumnAdapter.adapted`."""
         return {**outputs, **dict(zip(self.num_shards, self(*(outputs[name] for name in self.num_shards))))}
 
 
 class RowAdapter(nn.Module):
-    """s B A x beside a row-parallel layer: (S, B, in/t) -> (S, B, H), or (S/t, B, H) under sequence parallelism.
+    """The adapter term s B A x of a row-parallel layer.
 
-    Forward an all-reduce or reduce-scatter of the r-wide product; backward nothing or an all-gather.
+    (S, B, in/t) -> (S, B, H), or (S/t, B, H) under sequence parallelism. Forward: all-reduce or reduce-scatter of the
+    r-wide product. Backward: nothing, or an all-gather.
 
     Args:
-        in_features, out_features: whole sizes.
-        low: rank, scale and the rest.
+        in_features, out_features: sizes of the full layer.
+        low: rank, scale, dropout and initialisation.
         tp: the tensor axis.
-        rng: streams of the dropout, whose masks differ between tensor ranks: they hold different features.
+        rng: random streams of the dropout; its masks differ between tensor ranks, which hold different features.
     """
 
     def __init__(
@@ -200,16 +213,16 @@ class RowAdapter(nn.Module):
         return F.linear(narrow, self.tp.between(self.b)) * self.low.scale
 
     def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What the layer makes of x, with this beside it."""
+        """Return `layer(x)` plus the adapter term of x."""
         return layer(x) + self(x)
 
 
 class RowScaling(nn.Module):
-    """l * y of a row-parallel layer's output, or its input times l: (S, B, in/t) there.
+    """A scaling l * y of a row-parallel layer's output, or l * x of its input, (S, B, in/t).
 
     Args:
-        in_features, out_features: whole sizes.
-        scaling: of which.
+        in_features, out_features: sizes of the full layer.
+        scaling: the adapter, which states whether it scales the input.
         tp: the tensor axis.
     """
 
@@ -223,7 +236,7 @@ class RowScaling(nn.Module):
         return x * (self.l if self.scaling.of_input else self.tp.between(self.l)).flatten()
 
     def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """As `RowAdapter.around`."""
+        """Return `layer(x)` with its input or output scaled; see `RowAdapter.around`."""
         return layer(self(x)) if self.scaling.of_input else self(layer(x))
 
 
@@ -234,7 +247,7 @@ def column_adapter(
     tp: TensorParallel,
     rng: RngStreams | None,
 ) -> ColumnAdapter | ColumnScaling:
-    """Of either kind; arguments as theirs."""
+    """Build the adapter of a column-parallel layer; see the two classes for the arguments."""
     if isinstance(adapter, IA3Spec):
         return ColumnScaling(outputs, adapter, tp)
     return ColumnAdapter(in_features, outputs, adapter, tp, rng)
@@ -243,7 +256,7 @@ def column_adapter(
 def row_adapter(
     in_features: int, out_features: int, adapter: LoRASpec | IA3Spec, tp: TensorParallel, rng: RngStreams | None
 ) -> RowAdapter | RowScaling:
-    """Of either kind; arguments as theirs."""
+    """Build the adapter of a row-parallel layer; see the two classes for the arguments."""
     if isinstance(adapter, IA3Spec):
         return RowScaling(in_features, out_features, adapter, tp)
     return RowAdapter(in_features, out_features, adapter, tp, rng)

@@ -1,4 +1,4 @@
-"""Attention with linear biases (Press et al. 2022): each head prefers near keys, by a slope of its own."""
+"""Attention with linear biases (Press et al. 2022): each head penalises distant keys by its own slope."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Alibi:
-    """A bias of slope * key position, which differs from -slope * distance by what the softmax takes out.
+    """A bias of slope * key position.
+
+    It differs from -slope * distance by a constant per query, which the softmax cancels.
 
     Attributes:
-        scale: multiplies the bias, where a model scales it together with the scores (Falcon).
+        scale: factor of the bias, for models that scale it with the scores (Falcon).
         bf16: slopes and biases are rounded to bfloat16, as the model was trained with (Falcon).
     """
 
@@ -30,10 +32,16 @@ class Alibi:
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """(B or 1, heads, 1, S) in `like`'s dtype and device, for some of the model's heads.
+        """Return the biases of some heads, (B or 1, heads, 1, S), in the dtype and on the device of `like`.
 
-        Positions (B, S), where they are not given, count the tokens that `key_mask` (B, S) shows: padding on the left
-        moves none. Which matters to how the biases are rounded.
+        Args:
+            length: S.
+            heads: indices of the heads in the full model.
+            num_heads: N.
+            like: a tensor of the wanted dtype and device.
+            key_mask: (B, S), nonzero where a position may be attended to; None = everywhere.
+            positions: (B, S); None = they count the tokens in `key_mask`, so that padding on the left shifts nothing.
+                The offset cancels in the softmax, but it changes how the biases are rounded.
         """
         slopes = alibi_slopes(num_heads)[heads.start : heads.stop, None].to(like.device)
         if positions is None and key_mask is not None:
@@ -46,8 +54,11 @@ class Alibi:
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """(N,) fp32: a geometric series from 2^(-8/N); for other N than powers of two, filled up with every second slope of
-    the next power's series, as the paper's authors do."""
+    """Return the slope of each head, (N,) fp32: a geometric series that starts at 2^(-8/N).
+
+    If N is not a power of two, the series of the largest power of two below N is followed by every second slope of the
+    next power's series, as in the authors' code.
+    """
     power = 2 ** math.floor(math.log2(num_heads))
 
     def series(count: int, steps: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention with grouped query heads (Ainslie et al. 2023), divided over the tensor axis by query head.
 
-One class for all: causal and bidirectional self-attention, and attention to the states of another stack.
+One class serves causal and bidirectional self-attention, and cross-attention to the states of another stack.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class AttentionShape:
 
     Attributes:
         hidden_size, num_heads, num_kv_heads, head_dim: H, N, K, D.
-        scale: of the scores.
+        scale: factor of the scores.
         causal: a query sees no later key; else it sees all.
         qkv_bias, out_bias: which projections have a bias.
         qk_norm: RMSNorm of queries and keys before the rotation; None = no such norm.
-        qk_norm_across_heads: it normalises all heads of a token together, not each by itself.
-        window: a query sees this many last keys, itself included; None = all.
-        softcap: scores s become softcap * tanh(s / softcap); None = they stay.
-        alibi: biases by distance; None = none.
-        relative: learned biases by distance; None = none.
-        dropout: on the attention probabilities.
-        q_std, kv_std, out_std: initialisation of the projections in and out.
+        qk_norm_across_heads: this norm is over all heads of a token at once instead of over each head.
+        window: a query sees this many last keys, its own included; None = all.
+        softcap: scores s become softcap * tanh(s / softcap); None = they are unbounded.
+        alibi: fixed biases by distance; None = no such biases.
+        relative: learned biases by distance; None = no such biases.
+        dropout: the dropout probability of the attention probabilities.
+        q_std, kv_std, out_std: standard deviations of the projections' initialisation.
     """
 
     hidden_size: int
@@ -97,18 +97,18 @@ class AttentionShape:
 
 
 class Attention(nn.Module):
-    """(S, B, H) -> (S, B, H), sequence split over t under sequence parallelism; each rank has N/t query heads.
+    """Multi-head attention: (S, B, H) -> (S, B, H), or (S/t, B, H) -> (S/t, B, H) under sequence parallelism.
 
-    It has the K/gcd(K, t) key and value heads that these may need, which its neighbours have too where t does not
-    divide K.
+    Each rank holds N/t query heads and the K/gcd(K, t) key and value heads that these read; where t does not divide K,
+    neighbouring ranks hold the same key and value heads.
 
     Args:
         shape: sizes and options.
         tp: the tensor axis; t divides N.
         rotary: shared table of angles; None = no rotation.
-        recompute: how the core is kept for the backward pass.
-        rng: masks of the probabilities differ between tensor ranks, which hold different heads.
-        kernels: what plain causal attention, and norms of heads, are computed with.
+        recompute: whether the attention core is recomputed in the backward pass.
+        rng: random streams of the dropout; its masks differ between tensor ranks, which hold different heads.
+        kernels: the kernels of plain causal attention and of norms over heads.
     """
 
     def __init__(
@@ -153,14 +153,14 @@ class Attention(nn.Module):
         context: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Attend to x itself, or to a `context` (C, B, H), split as x is.
+        """Attend to x itself, or to a `context` (C, B, H) that is split like x.
 
         Args:
             x: (S, B, H).
             key_mask: (B, S or C), nonzero where a position may be attended to; None = everywhere.
-            context: where keys and values come from; None = x.
-            positions: (B, S) places within the documents that share a sequence, 0 where one begins: none sees another.
-                None = one document.
+            context: the source of keys and values; None = x.
+            positions: (B, S) positions within the documents of a packed sequence, 0 where a document begins; documents
+                do not attend to one another. None = one document.
         """
         q, kv = self.qkv(x, context)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
@@ -174,11 +174,11 @@ class Attention(nn.Module):
         core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions)
         if "out" not in self.adapters:
             return self.out(core)
-        beside: Any = self.adapters["out"]
-        return beside.around(self.out, core)
+        adapter: Any = self.adapters["out"]
+        return adapter.around(self.out, core)
 
     def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
-        """Put an adapter beside `("out",)`, or beside projections of one input: `("q",)`, `("k", "v")` and so on."""
+        """Add an adapter to `("out",)`, or to projections of one input: `("q",)`, `("k", "v")` and so on."""
         shape, hidden, rng = self.shape, self.shape.hidden_size, self.rng
         if tuple(outputs) == ("out",):
             self.adapters["out"] = row_adapter(shape.num_heads * shape.head_dim, hidden, adapter, self.out.tp, rng)
@@ -189,7 +189,7 @@ class Attention(nn.Module):
         self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.out.tp, rng)
 
     def _adapted(self, x: Tensor, context: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries are of x, keys and values of the context."""
+        """Apply the adapters to the queries, which project x, and to keys and values, which project the context."""
         found = {"q": q, "k": k, "v": v}
         adapter: Any
         for name, adapter in self.adapters.items():
@@ -200,7 +200,7 @@ class Attention(nn.Module):
     def _core(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None = None
     ) -> Tensor:
-        """(S, B, N/t, D), (C, B, K/c, D) twice -> (S, B, N/t * D)."""
+        """Compute the attention core: q (S, B, N/t, D), k and v (C, B, K/c, D) -> (S, B, N/t * D)."""
         shape = self.shape
         if self.kernel is not None and key_mask is None and self._is_plain(q, k):
             call = AttentionCall(shape.scale, shape.window, shape.softcap, positions)
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         mask = self._allowed(q.shape[2], key_mask, positions, q.device)
         has_bias = shape.alibi is not None or self.relative is not None
         plain = mask is None and not has_bias and shape.softcap is None
-        k, v = (self._for_each_head(part, shares_heads=plain) for part in (k, v))
+        k, v = (self._for_each_head(part, kernel_repeats=plain) for part in (k, v))
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if shape.softcap is not None:
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         return y.permute(2, 0, 1, 3).flatten(2)
 
     def _is_plain(self, q: Tensor, k: Tensor) -> bool:
-        """Whether it is what `Kernels.attention` computes."""
+        """Return whether this is the plain attention that `Kernels.attention` computes."""
         shape, group = self.shape, q.shape[2] // k.shape[2]
         grouped = self.kv_of_head == tuple(head // group for head in range(q.shape[2]))
         has_bias = shape.alibi is not None or self.relative is not None
@@ -236,7 +236,7 @@ class Attention(nn.Module):
         return shape.causal and grouped and not has_bias and not drops and q.dtype != torch.float32
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-        """The formula written out, because no kernel of torch caps scores. Makes (B, N/t, S, S) tensors."""
+        """Compute the formula step by step, since no torch kernel caps scores. It allocates (B, N/t, S, S) tensors."""
         assert self.shape.softcap is not None
         scores = (q @ k.transpose(-1, -2)) * self.shape.scale
         scores = torch.tanh(scores / self.shape.softcap) * self.shape.softcap
@@ -246,15 +246,17 @@ class Attention(nn.Module):
     def _allowed(
         self, length: int, key_mask: Tensor | None, positions: Tensor | None, device: torch.device
     ) -> Tensor | None:
-        """Which keys each query sees; None where causality, if any, says it all."""
+        """Return the mask of the keys that each query sees; None if causality, or no mask at all, is enough."""
         if self.shape.causal:
             return allowed_keys(length, self.shape.window, key_mask, device, positions)
         assert positions is None, "documents share a sequence of causal models only"
         return key_mask.bool()[:, None, None, :] if key_mask is not None else None
 
     def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """(1 or B, 1 or N/t, S, C) added to the scores: biases by distance, and the lowest number where a key is not
-        seen."""
+        """Return the term added to the scores, (1 or B, 1 or N/t, S, C).
+
+        It sums the biases by distance, and is the lowest number of the dtype at keys that are masked.
+        """
         length = q.shape[2]
         seen = q.new_zeros(())
         if self.shape.alibi is not None:
@@ -265,26 +267,26 @@ class Attention(nn.Module):
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
         return seen if mask is None else torch.where(mask, seen, torch.finfo(q.dtype).min)
 
-    def _for_each_head(self, part: Tensor, shares_heads: bool) -> Tensor:
-        """(B, K/c, S, D) -> (B, N/t, S, D), a key or value head for each query head.
+    def _for_each_head(self, part: Tensor, kernel_repeats: bool) -> Tensor:
+        """Repeat key or value heads for each query head: (B, K/c, S, D) -> (B, N/t, S, D).
 
-        Left as it is where the kernel repeats heads by itself: on CUDA only the flash kernel does, without a mask.
+        They are unchanged if the kernel repeats heads itself: on CUDA only the flash kernel does, without a mask.
         """
         if self.kv_of_head == tuple(range(part.shape[1])):
             return part
         group = len(self.kv_of_head) // part.shape[1]
         if self.kv_of_head != tuple(head // group for head in range(group * part.shape[1])):
             return part[:, list(self.kv_of_head)]
-        return part if shares_heads else part.repeat_interleave(group, dim=1)
+        return part if kernel_repeats else part.repeat_interleave(group, dim=1)
 
 
 def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:
-    """For each of a rank's query heads, which of the rank's `kv_heads` key heads it reads.
+    """Return, for each of a rank's query heads, the local index of the key head that it reads.
 
     Args:
-        heads: in the whole model.
-        group: query heads a key head.
-        kv_heads: key heads that the rank holds, of a shard that starts at a multiple of as many.
+        heads: the rank's query heads, as indices in the full model.
+        group: query heads per key head.
+        kv_heads: the number of key heads that the rank holds; its first one is a multiple of this number.
     """
     return tuple(head // group % kv_heads for head in heads)
 
@@ -292,7 +294,7 @@ def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:
 def allowed_keys(
     length: int, window: int | None, key_mask: Tensor | None, device: torch.device, positions: Tensor | None = None
 ) -> Tensor | None:
-    """(B or 1, 1, S, S) bool: which keys each query sees; None where plain causality says it all.
+    """Return the mask of the keys that each query sees, (B or 1, 1, S, S) bool; None if plain causality is enough.
 
     With `positions` (B, S), 0 where a document begins, a query sees keys of its own document only.
     """

@@ -1,8 +1,8 @@
 """Language-model head and cross entropy over a vocabulary divided over the tensor axis (Shoeybi et al. 2019).
 
-The logits are never gathered and never whole: they are made chunk by chunk of labelled tokens, turned into loss *and*
-gradient at once, and dropped. A chunk's fp32 logits, (chunk, V/t), are the largest extra tensor. Tokens without a label
-(most of them, where masked ones are predicted) cost nothing.
+The full logits never exist, and they are never gathered: they are computed for one chunk of labelled tokens at a time,
+turned into loss *and* gradient at once, and dropped. A chunk's fp32 logits, (chunk, V/t), are the largest extra tensor.
+Tokens without a label (most tokens, in masked language modelling) cost nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Axis
 
 LEAST_CHUNK = 128  # tokens, however large the vocabulary is
-LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of a chunk's fp32 logits: larger ones make no faster products
+LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of a chunk's fp32 logits: larger chunks do not speed up the matmuls
 
 
 @dataclass(frozen=True)
 class LogitFinish:
-    """What a model does to its logits before the softmax: times `multiplier`, then bounded by `softcap`.
+    """The change of the logits before the softmax: multiply by `multiplier`, then bound by `softcap`.
 
     softcap * tanh(logits / softcap) keeps them within +-softcap (Gemma 2, 2024); None = unbounded.
     """
@@ -34,13 +34,13 @@ class LogitFinish:
     softcap: float | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """fp32 logits -> logits; may change them in place."""
+        """Map fp32 logits of the matmul to the final logits; may work in place."""
         if self.multiplier != 1.0:
             raw = raw * self.multiplier
         return torch.tanh(raw / self.softcap) * self.softcap if self.softcap is not None else raw
 
     def gradient(self, grad: Tensor, finished: Tensor | None) -> Tensor:
-        """Gradient to the finished logits -> to the raw ones. `finished` are the logits, where there is a softcap."""
+        """Map the gradient of the final logits to that of the raw ones. `finished`: final logits, for a softcap."""
         if self.softcap is not None:
             assert finished is not None
             grad = grad * (1.0 - (finished / self.softcap).square())
@@ -49,14 +49,14 @@ class LogitFinish:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's part of a language-model head.
+    """This rank's shard of a language-model head.
 
     Attributes:
         weight: (padded V/t, H) rows.
         bias: (padded V/t,), or None.
         vocab_size: V without padding; padding rows take no part in the softmax and get zero gradient.
         axis: the tensor axis.
-        finish: what follows the product.
+        finish: the change of the logits after the matmul.
     """
 
     weight: Tensor
@@ -67,17 +67,17 @@ class VocabShard:
 
     @property
     def start(self) -> int:
-        """The id of the first row."""
+        """The token id of the first row."""
         return min(self.axis.rank * self.weight.shape[0], self.vocab_size)
 
     @property
     def valid(self) -> int:
-        """How many rows are not padding."""
+        """The number of rows that are not padding."""
         return min(self.start + self.weight.shape[0], self.vocab_size) - self.start
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of token losses from hidden states; gradients are computed in the forward pass, for unit output gradient."""
+    """Sum of token losses from hidden states. The forward pass computes the gradients, for an output gradient of 1."""
 
     @staticmethod
     def forward(
@@ -89,7 +89,7 @@ class _HeadLoss(torch.autograd.Function):
         tokens, rows = hidden.flatten(0, -2)[labelled], weight[:valid]
         offsets = bias[:valid] if bias is not None else None
         flat_targets = targets.flatten()[labelled]
-        # fp16 has no room for gradients that the loss scale has not met yet: keep them in fp32 until it has.
+        # Gradients that are not yet multiplied by the loss scale would underflow in fp16: keep them in fp32 until then.
         exact = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         exact_rows = rows.to(exact)
         grad_hidden = torch.empty_like(tokens, dtype=exact) if wants_hidden else None
@@ -128,7 +128,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _project(tokens: Tensor, rows: Tensor, offsets: Tensor | None, buffer: Tensor) -> Tensor:
-    """Their fp32 logits, in `buffer`: a new tensor of this size a chunk would cost as much as the arithmetic on it."""
+    """Return the tokens' fp32 logits in `buffer`: allocating them per chunk would cost as much as the arithmetic."""
     into = buffer[: tokens.shape[0]]
     if rows.dtype != torch.float32:
         return into.copy_(F.linear(tokens, rows, offsets))
@@ -137,7 +137,7 @@ def _project(tokens: Tensor, rows: Tensor, offsets: Tensor | None, buffer: Tenso
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in one pass where the types allow it."""
+    """Compute total += left @ right, in one pass where the dtypes allow it."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -145,19 +145,19 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _spread(grads: Tensor, positions: Tensor, like: Tensor) -> Tensor:
-    """(labelled, H) gradients -> the shape of hidden states, zeros elsewhere."""
-    whole = grads.new_zeros((like.shape[:-1].numel(), like.shape[-1]))
-    return whole.index_copy_(0, positions, grads).view_as(like)
+    """Scatter (labelled, H) gradients to the shape of the hidden states `like`, with zeros elsewhere."""
+    full = grads.new_zeros((like.shape[:-1].numel(), like.shape[-1]))
+    return full.index_copy_(0, positions, grads).view_as(like)
 
 
 def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Loss of some tokens and its gradient to their logits.
+    """Return the loss of some tokens and the gradient of their logits. Collective over tensor.
 
     Args:
         logits: (tokens, valid) this rank's columns, fp32, padding excluded. Overwritten.
-        targets: (tokens,) whole-vocabulary ids.
+        targets: (tokens,) ids in the full vocabulary.
         start: the id of this rank's first column.
-        axis: the tensor axis. Two all-reduces: (tokens,) maxima, (2, tokens) sums, fp32.
+        axis: the tensor axis. Two fp32 all-reduces: (tokens,) maxima and (2, tokens) sums.
 
     Returns:
         the scalar sum of the tokens' losses; (tokens, valid) fp32 gradient.
@@ -184,12 +184,14 @@ def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Ten
 
 
 def head_loss(hidden: Tensor, head: VocabShard, targets: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Sum over labelled tokens of -log p(target). A chunk communicates 3 fp32 numbers a labelled token.
+    """Return the sum over labelled tokens of -log p(target). Collective over tensor.
+
+    Forward: all-reduces of 3 fp32 numbers per labelled token. Backward: nothing.
 
     Args:
         hidden: (S, B, H), equal on all tensor ranks. Its gradient is a partial sum: enter through `copy_to` or
             `gather_sequence`, whose backward completes it.
-        head: this rank's part of the head.
+        head: this rank's shard of the head.
         targets: (S, B) ids, IGNORE_INDEX where there is no label.
         chunk: labelled tokens whose logits exist at one time; None = as many as `LOGITS_BYTES` hold.
 
@@ -197,16 +199,19 @@ def head_loss(hidden: Tensor, head: VocabShard, targets: Tensor, *, chunk: int |
         fp32 scalar, equal on all tensor ranks.
     """
     weight, bias = head.weight, head.bias
-    if chunk is None:  # by what all tensor ranks hold alike, padding included: they meet in every chunk
+    if chunk is None:  # the same on all tensor ranks, so from padded sizes: they communicate in every chunk
         chunk = max(LEAST_CHUNK, LOGITS_BYTES.get(hidden.device.type, 2**27) // (4 * weight.shape[0]))
-    if not torch.is_grad_enabled():  # autograd.Function would make gradients even so
+    if not torch.is_grad_enabled():  # autograd.Function would compute gradients all the same
         hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach() if bias is not None else None
     return _HeadLoss.apply(hidden, weight, bias, targets, head, chunk)
 
 
 @torch.no_grad()
 def gather_logits(hidden: Tensor, head: VocabShard) -> Tensor:
-    """(S, B, H) -> (S, B, V) on every tensor rank. For inspection, never for training: an all-gather of all logits."""
+    """Return the full logits on every tensor rank: (S, B, H) -> (S, B, V). Collective over tensor.
+
+    One all-gather of all logits: for inspection, not for training.
+    """
     local = head.finish(F.linear(hidden, head.weight, head.bias))
     if head.axis.size == 1:
         return local[..., : head.vocab_size]

@@ -1,4 +1,4 @@
-"""Dropout with the right mask for where it stands in the grid."""
+"""Dropout whose masks are equal or different between tensor ranks, as the activations are."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_ds.parallel.random import RngStreams
 class HiddenDropout(nn.Module):
     """Dropout on hidden states.
 
-    All tensor ranks draw the same mask of what they hold alike. Where each holds another part (of the sequence under
-    sequence parallelism, of the features inside a parallel region) it draws its own.
+    Tensor ranks draw the same mask for activations that all of them hold in full. Where each holds a different part (of
+    the sequence under sequence parallelism, of the features inside a parallel region) each draws its own.
 
     Args:
         p: probability.
-        rng: the streams; None = torch's own.
+        rng: the random streams; None = torch's default generator.
         differs: whether tensor ranks hold different parts.
     """
 

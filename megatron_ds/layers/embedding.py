@@ -15,14 +15,14 @@ from megatron_ds.parallel.tensor import TensorParallel
 class VocabParallelEmbedding(nn.Module):
     """Look up rows of a table whose rows are divided over the tensor axis (Shoeybi et al. 2019, section 3).
 
-    ids (S, B) -> (S, B, E), or (S/t, B, E) under sequence parallelism. Forward all-reduce or reduce-scatter; backward
-    nothing or all-gather. Where t does not divide V the last ranks hold zero rows that no id reaches.
+    ids (S, B) -> (S, B, E), or (S/t, B, E) under sequence parallelism. Forward: all-reduce or reduce-scatter. Backward:
+    nothing, or an all-gather. If t does not divide V, the last ranks hold zero rows that no id reads.
 
     Args:
         vocab_size, size: V, E.
         tp: the tensor axis.
         std: standard deviation of the table's initialisation.
-        padding_id: its row gets no gradient from here, though it may from a tied head; None = every row does.
+        padding_id: the id whose row gets no gradient here, though it may from a tied head; None = no such id.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class PositionTable:
     """A table of learned positions.
 
     Attributes:
-        max_positions: how many positions there are.
-        offset: rows before the first position's (OPT has 2).
-        skips_padding: positions count the tokens that the key mask shows, not all (OPT).
-        skipped_id: positions count the tokens that are not this one (RoBERTa). Those that are have the row before the
-            first position's, which does not learn.
+        max_positions: the number of positions.
+        offset: the number of rows before the first position's (OPT has 2).
+        skips_padding: positions count only the tokens in the key mask (OPT).
+        skipped_id: positions count only tokens that differ from this id (RoBERTa). Tokens with this id get the row
+            before the first position's, which is not trained.
     """
 
     max_positions: int
@@ -67,10 +67,10 @@ class PositionTable:
 
 
 class LearnedPositions(nn.Module):
-    """Add a learned vector per position: (S, B, H) -> same; or this rank's (S/t, B, H) part of it.
+    """Add a learned vector per position: (S, B, H) -> same; or (S/t, B, H) -> same under sequence parallelism.
 
     Args:
-        table: which rows there are.
+        table: the rows and how positions select them.
         hidden_size: H.
         tp: the tensor axis.
         std: standard deviation of the table's initialisation.
@@ -82,22 +82,27 @@ class LearnedPositions(nn.Module):
         self.weight = make_parameter(ParamSpec((table.rows, hidden_size), std=std), tp.axes)
 
     def forward(self, x: Tensor, counted: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Positions (B, S), where they are not given, are 0..S-1, or count the tokens at which `counted` (B, S) is not
-        zero, if the table skips any."""
+        """Add the vectors of the positions to x.
+
+        Args:
+            x: (S, B, H), or (S/t, B, H).
+            counted: (B, S), nonzero at the tokens that positions count, if the table skips any.
+            positions: (B, S); None = 0..S-1, or the number of `counted` tokens before each.
+        """
         table, weight = self.table, self.tp.between(self.weight)
-        mine = self.tp.sequence_slice(_whole_length(x, self.tp))
+        local = self.tp.sequence_slice(_full_length(x, self.tp))
         if positions is not None:
-            return x + F.embedding(positions.t()[mine] + table.offset, weight)
+            return x + F.embedding(positions.t()[local] + table.offset, weight)
         if counted is None or not (table.skips_padding or table.skipped_id is not None):
-            return x + weight[table.offset :][mine, None, :]
+            return x + weight[table.offset :][local, None, :]
         seen = counted.long()
         before_first = table.offset - 1
-        rows = seen.cumsum(1) * seen + before_first  # what is not counted has the row before the first position's
-        return x + F.embedding(rows.t()[mine], weight, before_first if table.skipped_id is not None else None)
+        rows = seen.cumsum(1) * seen + before_first  # others get the row before the first position's
+        return x + F.embedding(rows.t()[local], weight, before_first if table.skipped_id is not None else None)
 
 
 class TokenTypes(nn.Module):
-    """Add a learned vector per segment: (S, B, H) -> same; or this rank's (S/t, B, H) part of it.
+    """Add a learned vector per segment: (S, B, H) -> same; or (S/t, B, H) -> same under sequence parallelism.
 
     Args:
         num_types, hidden_size: rows of the table, H.
@@ -111,20 +116,20 @@ class TokenTypes(nn.Module):
         self.weight = make_parameter(ParamSpec((num_types, hidden_size), std=std), tp.axes)
 
     def forward(self, x: Tensor, types: Tensor | None = None) -> Tensor:
-        """types (B, S); None = all of the first."""
+        """Add the vectors of the segments `types`, (B, S), to x; None = every token is in segment 0."""
         weight = self.tp.between(self.weight)
         if types is None:
             return x + weight[0]
-        return x + F.embedding(types.t()[self.tp.sequence_slice(_whole_length(x, self.tp))], weight)
+        return x + F.embedding(types.t()[self.tp.sequence_slice(_full_length(x, self.tp))], weight)
 
 
-def _whole_length(x: Tensor, tp: TensorParallel) -> int:
-    """Of the sequence of which a rank has x."""
+def _full_length(x: Tensor, tp: TensorParallel) -> int:
+    """Return the length S of the full sequence of which this rank holds x."""
     return x.shape[0] * (tp.axis.size if tp.splits_sequence else 1)
 
 
 def scaled(x: Tensor, factor: float, in_dtype: bool) -> Tensor:
-    """x * factor, the factor first rounded to the dtype of x where a model was trained so (Gemma)."""
+    """Return x * factor; `in_dtype` rounds the factor to the dtype of x first, as Gemma was trained."""
     if factor == 1.0:
         return x
     return x * torch.tensor(factor, dtype=x.dtype, device=x.device) if in_dtype else x * factor

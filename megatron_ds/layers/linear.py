@@ -18,8 +18,8 @@ from megatron_ds.parallel.tensor import TensorParallel
 class _ColumnLinears(torch.autograd.Function):
     """Enter the tensor-parallel region once and multiply, overlapping the backward collectives with weight gradients.
 
-    Saves the input as it comes, (S/t, B, H) under sequence parallelism, and gathers it again in the backward pass:
-    a layer then moves 10 bsh(t-1)/t elements a micro-batch instead of 8, and keeps 1/t of the activation.
+    Under sequence parallelism it saves the local input, (S/t, B, H), and gathers it again in the backward pass: a layer
+    then communicates 10 bsh(t-1)/t elements per micro-batch instead of 8, and keeps 1/t of the activation.
     Weights are saved as leaf parameters, because ZeRO-3 swaps their data between forward and backward.
     """
 
@@ -30,9 +30,9 @@ class _ColumnLinears(torch.autograd.Function):
         weights, biases = parameters[: len(num_shards)], parameters[len(num_shards) :]
         ctx.tp, ctx.num_shards, ctx.has_bias = tp, num_shards, [bias is not None for bias in biases]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3 : 3 + len(weights)]) else None, *weights)
-        whole = all_gather_dim0(x, tp.axis) if tp.splits_sequence else x
+        full = all_gather_dim0(x, tp.axis) if tp.splits_sequence else x
         return tuple(
-            F.linear(whole, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+            F.linear(full, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
             for weight, bias in zip(weights, biases)
             if weight is not None
         )
@@ -45,10 +45,10 @@ class _ColumnLinears(torch.autograd.Function):
         wants = ctx.needs_input_grad
         wants_x, wants_weight, wants_bias = wants[0], wants[3 : 3 + len(weights)], wants[3 + len(weights) :]
 
-        whole, gathering = x, None
+        full, gathering = x, None
         if tp.splits_sequence and any(wants_weight):
-            whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-            gathering = dist.all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True)
+            full = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+            gathering = dist.all_gather_single(full, x.contiguous(), group=axis.group, async_op=True)
 
         grad_x, reducing = None, None
         if wants_x:
@@ -64,7 +64,7 @@ class _ColumnLinears(torch.autograd.Function):
 
         if gathering is not None:
             gathering.wait()
-        inputs = whole.flatten(0, -2) if any(wants_weight) else None
+        inputs = full.flatten(0, -2) if any(wants_weight) else None
         grad_weights, grad_biases = [], []
         for index, (grad, weight, num_shards) in enumerate(zip(grads, weights, ctx.num_shards)):
             rows = grad.flatten(0, -2)
@@ -81,16 +81,16 @@ class _ColumnLinears(torch.autograd.Function):
 def _column_linears(
     x: Tensor, tp: TensorParallel, num_shards: tuple[int, ...], *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """A compiled block ends here and begins again after it: collectives are not compiled."""
+    """Apply `_ColumnLinears` outside the compiled graph: collectives are not compiled."""
     return _ColumnLinears.apply(x, tp, num_shards, *parameters)
 
 
 @torch.compiler.disable
 def _row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
-    """Multiply and leave the tensor-parallel region; an all-reduce is in place of the product.
+    """Multiply and leave the tensor-parallel region; an all-reduce works in place on the product.
 
-    Two nodes, not one: torch's recomputation of a block stops at the last product, whose input is what it needs, and
-    does not repeat the reduction behind it.
+    Product and reduction are two autograd nodes: torch's recomputation of a block stops once the last product's input
+    is restored, and so does not repeat the reduction after it.
     """
     product = F.linear(x, weight)
     return tp.leave(product) if tp.splits_sequence else reduce_from_(product, tp.axis)
@@ -104,7 +104,7 @@ class ColumnParallelLinear(nn.Module):
 
     Args:
         in_features: H.
-        out_shape: whole output shape, for example (F,) or (2, F) for fused gate and up; flattened in the result.
+        out_shape: full output shape, for example (F,) or (2, F) for fused gate and up; flattened in the result.
         tp: the tensor axis.
         std: standard deviation of the weight's initialisation.
         bias: whether there is a bias of `out_shape`.
@@ -133,19 +133,19 @@ class ColumnParallelLinear(nn.Module):
 
 
 class QKVLinear(nn.Module):
-    """Queries, keys and values of one input, which enters the tensor-parallel region once; or the latter of another.
+    """Projections to queries, keys and values of one input, or to queries of one and keys and values of another.
 
-    (S, B, H), or (S/t, B, H) under sequence parallelism -> queries (S, B, N/t * D) and, key beside value for each head,
-    (S, B, K/c * 2 * D) with c = gcd(K, t). Where t does not divide K, t/c neighbouring ranks hold the same key and
-    value heads, and the gradients of these are summed over them: an all-reduce of c shards. Else it communicates what
-    a `ColumnParallelLinear` does, for each input.
+    (S, B, H), or (S/t, B, H) under sequence parallelism -> queries (S, B, N/t * D), and keys and values, interleaved
+    per head, (S, B, K/c * 2 * D) with c = gcd(K, t). Each input enters the tensor-parallel region once and communicates
+    what it does in a `ColumnParallelLinear`. If t does not divide K, t/c neighbouring ranks hold the same key and value
+    heads, whose gradients are summed over them: backward, an all-reduce of c shards.
 
     Args:
         in_features: H.
-        num_heads, num_kv_heads, head_dim: N, K, D, whole.
+        num_heads, num_kv_heads, head_dim: N, K, D of the full model.
         tp: the tensor axis; t divides N.
         q_std, kv_std: standard deviations of the weights' initialisation.
-        bias: whether there are biases.
+        bias: whether the projections have biases.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class QKVLinear(nn.Module):
         self.kv_bias = make_parameter(kv_bias_spec, tp.axes) if bias else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values are of `context` (C, B, H), split as x is; None = of x."""
+        """Project queries from x, and keys and values from `context` (C, B, H), split like x; None = from x."""
         if context is None:
             parameters = (self.q_weight, self.kv_weight, self.q_bias, self.kv_bias)
             q, kv = _column_linears(x, self.tp, self.num_shards, *parameters)
@@ -205,17 +205,17 @@ class RowParallelLinear(nn.Module):
 
 
 class ReplicatedLinear(nn.Module):
-    """y = x W^T + b with parameters that every tensor rank holds whole, because they are too small to divide.
+    """y = x W^T + b with parameters that every tensor rank holds in full, because they are too small to divide.
 
-    (S, B, in), or (S/t, B, in) under sequence parallelism -> (..., out): next to embeddings and in heads.
+    (S, B, in), or (S/t, B, in) under sequence parallelism -> (..., out). Used next to embeddings and in heads.
 
     Args:
         in_features, out_features: sizes.
         tp: the tensor axis.
         std: standard deviation of the weight's initialisation.
-        bias: whether there is one.
-        enter: how the parameters enter the graph: `tp.between` (the default) for hidden states; the identity for what
-            all tensor ranks hold alike, such as one vector a sequence.
+        bias: whether there is a bias.
+        enter: how the parameters enter the graph: `tp.between` (the default) for hidden states; the identity for inputs
+            that are equal on all tensor ranks, such as one vector per sequence.
     """
 
     def __init__(

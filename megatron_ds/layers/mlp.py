@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Their derivatives times a gradient, written where it belongs: (gradient, x, out=)
+# Their derivatives times a gradient, written to a given tensor: (gradient, x, out=)
 _BACKWARD: dict[str, Callable[..., Tensor]] = {
     "silu": lambda grad, x, out: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out),
     "gelu": lambda grad, x, out: torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out),
@@ -46,8 +46,8 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 
 
 def gated_product(wide: Tensor, activation: str) -> Tensor:
-    """act(gate) * up of (..., 2F), gate first -> (..., F) (Shazeer 2020). Of what it makes it keeps nothing."""
-    if activation in _BACKWARD and not torch.compiler.is_compiling():  # the compiler decides what is kept
+    """Return act(gate) * up: (..., 2F), gate first -> (..., F) (Shazeer 2020). Only the input is saved for backward."""
+    if activation in _BACKWARD and not torch.compiler.is_compiling():  # the compiler decides what is saved
         return _Gated.apply(wide, activation)
     gate, up = wide.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
@@ -63,14 +63,14 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Both halves of the gradient in one tensor, as the product that follows takes it."""
+        """Return both halves of the gradient in one tensor, as the next matmul of the backward pass reads it."""
         (wide,) = ctx.saved_tensors
         gate, up = wide.chunk(2, dim=-1)
-        whole = torch.empty_like(wide, memory_format=torch.contiguous_format)
-        grad_gate, grad_up = whole.chunk(2, dim=-1)
+        grad = torch.empty_like(wide, memory_format=torch.contiguous_format)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
         _BACKWARD[ctx.activation](grads[0] * up, gate, grad_gate)
         torch.mul(grads[0], ACTIVATIONS[ctx.activation](gate), out=grad_up)
-        return whole, None
+        return grad, None
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ class MLPShape:
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) where gated.
 
-    (S, B, H) -> (S, B, H), sequence split over t under sequence parallelism. Gate and up are one matrix of shape
-    (2, F, H) divided over F, so a plain concatenation of shards is the whole matrix at any t.
+    (S, B, H) -> (S, B, H), or (S/t, B, H) -> (S/t, B, H) under sequence parallelism. Gate and up are one matrix of
+    shape (2, F, H) divided over F, so that concatenating the shards gives the full matrix at any t.
 
     Args:
         shape: sizes and options.
         tp: the tensor axis; t divides F.
-        rng: streams of the dropout, whose masks differ between tensor ranks: they hold different features.
-        kernels: implementation of SwiGLU.
+        rng: random streams of the dropout; its masks differ between tensor ranks, which hold different features.
+        kernels: the kernel of SwiGLU.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class MLP(nn.Module):
         middle = self.dropout(self._adapted(x, wide) if self.adapters else self.middle(wide))
         if "down" not in self.adapters:
             return self.down(middle)
-        beside: Any = self.adapters["down"]
-        return beside.around(self.down, middle)
+        adapter: Any = self.adapters["down"]
+        return adapter.around(self.down, middle)
 
     def _adapted(self, x: Tensor, wide: Tensor) -> Tensor:
         act, gated = ACTIVATIONS[self.shape.activation], self.shape.gated
@@ -170,7 +170,7 @@ class MLP(nn.Module):
         return act(found["gate"]) * found["up"] if gated else act(found["up"])
 
     def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
-        """Put an adapter beside `("down",)`, or beside `("gate",)`, `("up",)` or both."""
+        """Add an adapter to `("down",)`, or to `("gate",)`, `("up",)` or both."""
         hidden, ffn = self.shape.hidden_size, self.shape.ffn_size
         if tuple(outputs) == ("down",):
             self.adapters["down"] = row_adapter(ffn, hidden, adapter, self.tp, self.rng)

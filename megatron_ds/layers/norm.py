@@ -17,15 +17,15 @@ from megatron_ds.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class NormStyle:
-    """How a model normalises.
+    """The normalisation of a model.
 
     Attributes:
         kind: "layer" (mean and variance; weight and bias) or "rms" (mean square; weight alone).
         eps: added to the variance or mean square.
         affine: whether there are a weight and bias at all.
-        one_plus: the factor is 1 + weight (Gemma); the weight is kept as Hugging Face keeps it, around 0.
-        fp32_weight: an rms norm multiplies by its weight in fp32 and casts down last (Gemma, OLMo 2), where the Llama
-            family casts down first.
+        one_plus: the factor is 1 + weight (Gemma); the weight is stored around 0, as in Hugging Face's checkpoints.
+        fp32_weight: an RMSNorm multiplies by its weight in fp32 and casts down last (Gemma, OLMo 2); the Llama family
+            casts down first.
     """
 
     kind: str
@@ -39,8 +39,8 @@ class NormStyle:
         assert self.kind == "rms" or not (self.one_plus or self.fp32_weight), self
 
     @property
-    def is_llamas(self) -> bool:
-        """Whether it is weight * (x / rms(x)), cast down before the product."""
+    def is_llama(self) -> bool:
+        """True for Llama's RMSNorm, weight * (x / rms(x)), cast down before the product."""
         return self.kind == "rms" and self.affine and not self.one_plus and not self.fp32_weight
 
     def spec(self, size: int, splits: tuple[AxisSplit, ...] = ()) -> ParamSpec:
@@ -59,15 +59,15 @@ class NormStyle:
 
 
 class Norm(nn.Module):
-    """Normalise the last dim; no communication forward.
+    """Normalisation of the last dim. Forward: no communication. Backward: see `enter`.
 
     Args:
         size: length of the last dim.
         style: which norm.
         tp: the tensor axis, over which the parameters are replicated.
-        enter: how they enter the graph: `tp.between` (the default) for hidden states, `tp.inside` for heads. Their
-            gradients are then complete on every rank.
-        kernels: what Llama's form of it is computed with.
+        enter: how the parameters enter the graph: `tp.between` (the default) for hidden states, `tp.inside` for heads.
+            Their gradients are then complete on every rank.
+        kernels: the kernel of Llama's RMSNorm.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.style = size, style
-        self.kernel = kernels.rms_norm if style.is_llamas else None
+        self.kernel = kernels.rms_norm if style.is_llama else None
         self.enter = enter or tp.between
         self.weight = make_parameter(style.spec(size), tp.axes) if style.affine else None
         has_bias = style.affine and style.kind == "layer"
         self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axes) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size)."""
+        """Normalise: (..., size) -> (..., size)."""
         weight = self.enter(self.weight) if self.weight is not None else None
         if self.style.kind == "layer":
             bias = self.enter(self.bias) if self.bias is not None else None
@@ -95,20 +95,20 @@ class Norm(nn.Module):
         if self.kernel is not None and weight is not None:
             return self.kernel(x, weight, self.style.eps)
         if not self.style.fp32_weight:
-            normal = F.rms_norm(x, (self.size,), None, self.style.eps)  # fp32 inside, cast down at its end
+            normal = F.rms_norm(x, (self.size,), None, self.style.eps)  # fp32 inside, cast down at the end
             return self.style.scale(x, normal, weight)
         return self.style.scale(x, F.rms_norm(x.float(), (self.size,), None, self.style.eps), weight)
 
 
 class AcrossHeadsNorm(nn.Module):
-    """RMSNorm over all heads together, which the tensor axis divides: the q/k norm of OLMo 2.
+    """RMSNorm over all heads of a token at once, where the tensor axis divides the heads: the q/k norm of OLMo 2.
 
-    (S, B, heads/t, D) -> same. All-reduces one fp32 number a token, forward and backward.
+    (S, B, heads/t, D) -> same. Forward and backward: an all-reduce of one fp32 number per token.
 
     Args:
-        heads, head_dim: of the whole model.
-        style: an rms style.
-        tp: the tensor axis. Where it has more ranks than `heads` divide into, several hold the same ones.
+        heads, head_dim: sizes of the full model.
+        style: the style of an RMSNorm.
+        tp: the tensor axis. If it has more ranks than `heads` divide into, neighbours hold the same heads.
     """
 
     def __init__(self, heads: int, head_dim: int, style: NormStyle, tp: TensorParallel) -> None:

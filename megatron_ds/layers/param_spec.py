@@ -119,9 +119,9 @@ class ParamSpec:
 def make_parameter(spec: ParamSpec, axes: Axes) -> nn.Parameter:
     """Allocate this rank's shard of a parameter, unfilled, in torch's default dtype and device.
 
-    Sets `tensor_model_parallel` on shards, and of a shard that several ranks hold on the first one's: DeepSpeed's
-    gradient norm counts flagged parameters on every rank, and others on the first rank of a model-parallel group. That
-    is where `ParamSpec.holds_first`.
+    It sets `tensor_model_parallel` on shards; where several ranks hold the same shard, on the first of them only.
+    DeepSpeed's gradient norm counts flagged parameters on every rank, and others on the first rank of a model-parallel
+    group, so that every element counts once, as in `ParamSpec.holds_first`.
     """
     parameter = nn.Parameter(torch.empty(spec.local_shape(axes)))
     parameter.spec = spec  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Activation recomputation (Chen et al. 2016): whole blocks, or the attention core alone (Korthikanti et al. 2022)."""
+"""Activation recomputation (Chen et al. 2016): full blocks, or the attention core alone (Korthikanti et al. 2022)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NON_REENTRANT = partial(torch_checkpoint, use_reentrant=False)
 
 @dataclass(frozen=True)
 class Recompute:
-    """What is recomputed in the backward pass, and by whom.
+    """The part of a block that is recomputed in the backward pass, and the checkpoint function that does it.
 
     Attributes:
-        mode: "none"; "selective" = the attention core, cheap and the largest activations at long sequences;
-            "full" = whole blocks, keeping one (S, B, H) a block.
-        checkpoint: `checkpoint(fn, *tensors)`; torch's non-reentrant one, or DeepSpeed's, which can partition what it
-            keeps over the tensor ranks or move it to the CPU.
-        rng: the streams to replay; None where nothing is random.
+        mode: "none"; "selective" = the attention core, which is cheap and has the largest activations at long
+            sequences; "full" = complete blocks, keeping one (S, B, H) tensor per block.
+        checkpoint: `checkpoint(fn, *tensors)`: torch's non-reentrant function, or DeepSpeed's, which can partition the
+            saved activations over the tensor ranks or move them to the CPU.
+        rng: the random streams to replay; None if nothing is random.
     """
 
     mode: str = "none"
@@ -32,7 +32,7 @@ class Recompute:
     rng: RngStreams | None = None
 
     def run(self, mode: str, fn: Callable[..., Any], *args: Any) -> Any:
-        """`fn(*args)`, recomputed in the backward pass if this is the mode in force and gradients are on."""
+        """Return `fn(*args)`; the backward pass recomputes it if `mode` is this object's and gradients are enabled."""
         if self.mode != mode or not torch.is_grad_enabled():
             return fn(*args)
         return self.checkpoint(self.rng.replayable(fn) if self.rng is not None else fn, *args)

@@ -1,4 +1,4 @@
-"""Learned biases by distance (Raffel et al. 2020, section 2.1): near distances each have one, far ones share."""
+"""Learned biases by distance (Raffel et al. 2020, section 2.1): short distances have their own, long ones share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_ds.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class RelativePositions:
-    """How distances share biases.
+    """The mapping from distances to buckets, each of which has one bias.
 
     Attributes:
-        num_buckets: different biases a head. Without causality half of them are for keys after the query.
-        max_distance: from here on all distances share the last one.
-        std: of the table's initialisation.
+        num_buckets: the number of biases per head. Without causality half of them are for keys after the query.
+        max_distance: the distance from which on all share the last bucket.
+        std: standard deviation of the table's initialisation.
     """
 
     num_buckets: int
@@ -28,7 +28,7 @@ class RelativePositions:
     std: float
 
     def buckets(self, length: int, causal: bool) -> Tensor:
-        """(2S - 1,) int64: the bucket of each key - query, from -(S - 1) to S - 1.
+        """Return the bucket of each difference key - query from -(S - 1) to S - 1, (2S - 1,) int64.
 
         The first half of a direction's buckets hold one distance each, the rest grow with its logarithm.
         """
@@ -36,7 +36,7 @@ class RelativePositions:
         count = self.num_buckets if causal else self.num_buckets // 2
         distances = (-offsets).clamp(min=0) if causal else offsets.abs()
         exact = count // 2
-        # in fp32 and this order: another rounding puts a distance at the edge into the next bucket
+        # in fp32 and in this order: with another rounding a distance at the edge falls into the next bucket
         growth = torch.log(distances.float() / exact) / math.log(self.max_distance / exact)
         shared = (exact + (growth * (count - exact)).clamp(min=0).long()).clamp(max=count - 1)
         after = torch.zeros_like(offsets) if causal else (offsets > 0).long() * count
@@ -44,13 +44,13 @@ class RelativePositions:
 
 
 class RelativeBias(nn.Module):
-    """The biases of this rank's heads, (1, N/t, S, S); no communication.
+    """The biases of this rank's heads, (1, N/t, S, S). No communication.
 
-    A stack has one table, which its blocks share: each makes the biases when it needs them, so that none of their size
-    is kept or travels between pipeline stages. A table's gradient is summed over the stages that hold it.
+    The blocks of a stack share one table. Each block computes the biases when it needs them, so that no tensor of their
+    size is kept or sent between pipeline stages. The table's gradient is summed over the stages that hold it.
 
     Args:
-        positions: how distances share biases.
+        positions: the mapping from distances to buckets.
         num_heads: N.
         tp: the tensor axis, which divides the heads.
         causal: only distances to earlier keys count.
@@ -61,16 +61,16 @@ class RelativeBias(nn.Module):
         self.positions, self.causal = positions, causal
         spec = ParamSpec((positions.num_buckets, num_heads), over_tensor(1), std=positions.std)
         self.weight = make_parameter(spec, tp.axes)
-        self._buckets: Tensor | None = None  # of the last length: (2S - 1,), the same at every micro-batch
+        self._buckets: Tensor | None = None  # (2S - 1,) for the last length, which micro-batches share
 
     def forward(self, length: int) -> Tensor:
-        # in fp32: the gradient of a distance is a sum over all pairs so far apart, which bf16 cannot hold
+        # in fp32: a distance's gradient is a sum over all pairs at that distance, for which bf16 is too coarse
         by_offset = F.embedding(self._buckets_of(length), self.weight.float()).t()  # (N/t, 2S - 1)
         rows = by_offset.unfold(1, length, 1).to(self.weight.dtype)
         return rows.flip(1)[None]  # row q is offsets -q to S - 1 - q
 
     def _buckets_of(self, length: int) -> Tensor:
-        # made on CPU, whose rounding is the reference's, in 0.1 to 0.3 ms: kept, as a GPU would wait for them
+        # computed on the CPU, whose rounding is the reference's, in 0.1 to 0.3 ms; cached, since a GPU would wait
         kept = self._buckets
         if kept is None or len(kept) != 2 * length - 1 or kept.device != self.weight.device:
             kept = self._buckets = self.positions.buckets(length, self.causal).to(self.weight.device)

@@ -17,7 +17,7 @@ class RotaryConfig:
     """Frequencies of a rotary embedding.
 
     Attributes:
-        dim: rotated dims a head, the first ones; the others pass.
+        dim: the number of rotated dims per head, the first ones; the others are left unchanged.
         theta: base of the geometric series of wavelengths.
         scaling: "default"; "linear" (Chen et al. 2023); "dynamic" (NTK-aware, by length); "llama3" (Llama 3 herd of
             models, 2024); "yarn" (Peng et al. 2023); "longrope" (Ding et al. 2024).
@@ -52,7 +52,11 @@ class RotaryConfig:
         assert self.scaling != "longrope" or len(self.short_factors) == len(self.long_factors) == self.dim // 2, self
 
     def inverse_frequencies(self, length: int) -> Tensor:
-        """(dim/2,) fp32 angular speeds per position of a sequence of `length`, on which dynamic and longrope depend."""
+        """Return the angle per position of each pair, (dim/2,) fp32.
+
+        Args:
+            length: of the sequence; "dynamic" and "longrope" depend on it.
+        """
         if self.scaling == "linear":
             return self._plain() / self.factor
         if self.scaling == "dynamic":
@@ -84,7 +88,7 @@ class RotaryConfig:
         return torch.where(long, plain / self.factor, torch.where(short, plain, blended))
 
     def _yarn(self) -> Tensor:
-        """Plain frequencies where a wave turns often within the original length, stretched ones where hardly at all."""
+        """Blend plain frequencies, for waves that turn often in the original length, with stretched ones for others."""
         low, high = (self._dim_of_turns(turns) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -95,16 +99,15 @@ class RotaryConfig:
         return plain / self.factor * stretched_part + plain * (1 - stretched_part)
 
     def _dim_of_turns(self, turns: float) -> float:
-        """The (fractional) pair of dims whose wave makes `turns` turns within the original length."""
+        """Return the (fractional) index of the pair of dims whose wave turns `turns` times in the original length."""
         wave = self.original_max_positions / (turns * 2 * math.pi)
         return self.dim * math.log(wave) / (2 * math.log(self.theta))
 
 
 class RotaryTable:
-    """cos and sin of every position, made once per length, dtype and device and shared by a stage's blocks.
+    """cos and sin of every position, cached per length, dtype and device, and shared by a stage's blocks.
 
-    Unless they are given, positions run 0..S-1 over the whole sequence: attention sees all of it, sequence parallelism
-    or not.
+    By default positions are 0..S-1 over the full sequence, which attention sees with and without sequence parallelism.
     """
 
     def __init__(self, config: RotaryConfig) -> None:
@@ -118,9 +121,9 @@ class RotaryTable:
             cos, sin = (table[positions.t(), 0] for table in (cos, sin))
         return rotate(x, cos, sin, self.config.adjacent)
 
-    @torch.compiler.disable  # a table made in one pass and found in the next would be two graphs: recomputation fails
+    @torch.compiler.disable  # a miss and a hit of the cache would be two graphs: recomputation fails
     def cos_sin(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors (S, 1, 1, dim), a value for each dim of a pair, in `like`'s dtype and device."""
+        """Return cos and sin, each (S, 1, 1, dim), with a value per dim, in the dtype and on the device of `like`."""
         key = (length, like.dtype, like.device)
         if key not in self._tables:
             speeds = self.config.inverse_frequencies(length)
@@ -135,7 +138,7 @@ class RotaryTable:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool = False) -> Tensor:
     """Rotate the first `dim` of (S, B, heads, D), pairs being (i, i + dim/2), or neighbours where `adjacent`.
 
-    Keeps nothing of x, and makes one tensor forward and one backward.
+    Saves nothing of x for backward, and allocates one tensor forward and one backward.
     """
     return _Rotate.apply(x, cos, sin, adjacent)
 
@@ -149,7 +152,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """A rotation's transpose turns back."""
+        """Rotate back: the inverse of a rotation is its transpose."""
         cos, sin = ctx.saved_tensors
         return _rotated(grads[0], cos, -sin, ctx.adjacent), None, None, None
 

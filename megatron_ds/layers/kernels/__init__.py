@@ -1,7 +1,7 @@
 """Kernels: which implementation computes an operation of the layers.
 
-PyTorch's are the reference and the default. On a GPU, libraries that are installed take their place, each after it has
-shown on small inputs that it computes the same. Code from outside adds a candidate with
+PyTorch's are the reference and the default. On a GPU, kernels of installed libraries replace them, each after a check
+on small inputs that it computes the same. Other packages add a candidate with
 `KERNELS[operation].register(name, Candidate(...))`.
 """
 

@@ -1,4 +1,4 @@
-"""Compare a candidate with PyTorch's formula, before it is used."""
+"""Comparison of a candidate with PyTorch's formula, before it is used."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from torch import Tensor
 from megatron_ds.errors import ConfigError
 from megatron_ds.layers.kernels.table import Candidate, Operation
 
-TOLERANCE = 2e-2  # relative to the largest, in bf16: a rounding is 4e-3
+TOLERANCE = 2e-2  # relative to the largest value, in bf16, which rounds by 4e-3
 
 
 def validated(
     operation: Operation, candidate: Candidate, device: torch.device, field: str = "train.kernels=auto"
 ) -> Callable[..., Tensor]:
-    """Return the candidate's kernel, if its results and gradients on small inputs are the reference's.
+    """Return the candidate's kernel, if its results and gradients on small inputs match the reference's.
 
     Args:
-        operation: what it computes.
+        operation: the operation that it computes.
         candidate: the implementation.
         device: the device to compare on.
         field: the setting that chose it.
 
     Raises:
-        ConfigError: it cannot be loaded, or computes something else.
+        ConfigError: it cannot be loaded, or its results differ.
     """
     name = f"{field}: {candidate.label}, {operation.name}"
-    nearest = f"nearest: train.kernels=torch, or without {candidate.distribution or candidate.package}"
+    fix = f"try train.kernels=torch, or without {candidate.distribution or candidate.package}"
     try:
         kernel = candidate.make()
         ours, theirs = (_with_gradients(one, operation, device) for one in (operation.reference, kernel))
-    except Exception as problem:  # whatever an installation that does not fit its GPU raises
+    except Exception as problem:  # an installation that does not fit the GPU may raise anything
         reason = " ".join([f"{type(problem).__name__}:", *str(problem).splitlines()[:1]])
-        raise ConfigError(f"{name}: {reason}; {nearest}") from problem
+        raise ConfigError(f"{name}: {reason}; {fix}") from problem
     for expected, found in zip(ours, theirs, strict=True):
         error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
         if not error <= TOLERANCE:
-            raise ConfigError(f"{name}: differs from PyTorch by {error:.1e} of the largest value; {nearest}")
+            raise ConfigError(f"{name}: differs from PyTorch by {error:.1e} of the largest value; {fix}")
     return kernel
 
 

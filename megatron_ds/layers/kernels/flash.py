@@ -14,7 +14,7 @@ from megatron_ds.layers.kernels.table import KERNELS, Candidate
 
 
 def flash_attention() -> CausalAttention:
-    """Return flash-attn's attention: no copy in front of it, documents that share a row without a mask of S x S."""
+    """Return flash-attn's attention: without a copy of its inputs, and for packed documents without an (S, S) mask."""
     library = importlib.import_module("flash_attn")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

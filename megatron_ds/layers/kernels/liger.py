@@ -11,13 +11,13 @@ from megatron_ds.layers.kernels.table import KERNELS, Candidate
 
 
 def liger_rms_norm() -> RMSNorm:
-    """Return Liger's RMS norm; forward and backward in one pass each."""
+    """Return Liger's RMSNorm, which takes one pass forward and one backward."""
     function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
     return lambda x, weight, eps: function.apply(x, weight, eps, 0.0, "llama", False)
 
 
 def liger_swiglu() -> Gated:
-    """Return Liger's SwiGLU of halves that lie side by side."""
+    """Return Liger's SwiGLU of gate and up in one tensor."""
     function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
 
     def swiglu(wide: Tensor) -> Tensor:

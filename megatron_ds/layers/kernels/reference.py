@@ -1,4 +1,4 @@
-"""The operations that libraries may compute: their signatures, PyTorch's formulas, and small inputs to compare on.
+"""The operations that libraries may compute: signatures, PyTorch's formulas, and small inputs for the comparison.
 
 Shapes: S sequence, B batch, N query heads, K key and value heads, D head dim, F feed-forward.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of an attention besides q (S, B, N, D), k and v (S, B, K, D), N a multiple of K.
+    """The arguments of attention besides q (S, B, N, D), k and v (S, B, K, D), with N a multiple of K.
 
     Attributes:
         scale: factor of the scores.
         window: a query attends to this many last keys; None = to all.
-        softcap: bound of the scores; None = none.
-        positions: (B, S), 0 where a document begins; None = one document a row.
+        softcap: bound of the scores; None = they are unbounded.
+        positions: (B, S), 0 where a document begins; None = one document per row.
     """
 
     scale: float
@@ -38,7 +38,7 @@ Gated = Callable[[Tensor], Tensor]
 CausalAttention = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
 """(S, B, N, D), (S, B, K, D) twice -> (S, B, N, D)."""
 Random = Callable[..., Tensor]
-"""*shape -> a tensor of normal numbers."""
+"""*shape -> a tensor of normally distributed numbers."""
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,7 +53,7 @@ def reference_swiglu(wide: Tensor) -> Tensor:
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Compute a `CausalAttention` by its formula, written out."""
+    """Compute a `CausalAttention` by its formula, step by step."""
     length, heads = q.shape[0], q.shape[2]
     q, k, v = (part.permute(1, 2, 0, 3).float() for part in (q, k, v))
     k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
@@ -70,23 +70,23 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) ->
 
 
 def norm_input(random: Random) -> tuple[Any, ...]:
-    """Arguments of an `RMSNorm`."""
+    """Return arguments of an `RMSNorm`."""
     return random(3, 2, 64), random(64), 1e-5
 
 
 def gated_input(random: Random) -> tuple[Any, ...]:
-    """Arguments of a `Gated`."""
+    """Return arguments of a `Gated`."""
     return (random(3, 2, 64),)
 
 
 def attention_input(random: Random) -> tuple[Any, ...]:
-    """Arguments of a `CausalAttention` with a softcap."""
+    """Return arguments of a `CausalAttention` with a softcap."""
     call = AttentionCall(0.3, softcap=2.0)
     return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
 
 
 def documents_input(random: Random) -> tuple[Any, ...]:
-    """Arguments of a `CausalAttention` with a window and documents that share a row."""
+    """Return arguments of a `CausalAttention` with a window and several documents per row."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0]], device=random(1).device)
     call = AttentionCall(0.3, window=3, positions=positions)
     return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call

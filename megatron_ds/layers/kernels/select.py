@@ -1,4 +1,4 @@
-"""Choose a kernel for each operation."""
+"""Choice of a kernel for each operation."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def check_choice(wanted: Choice, table: Mapping[str, Operation] = KERNELS) -> No
 
 
 def select_kernels(wanted: Choice, device: torch.device, table: Mapping[str, Operation] = KERNELS) -> Kernels:
-    """Return the kernels to compute with on a device.
+    """Return the kernels to use on a device.
 
     Args:
-        wanted: "torch" = the reference; "auto" = of each operation the first registered candidate that is installed and
-            runs on the device; a mapping chooses for single operations, and the others are "auto".
+        wanted: "torch" = the reference; "auto" = for each operation the first registered candidate that is installed
+            and runs on the device; a mapping chooses for single operations, and the others are "auto".
         device: the device that layers run on.
         table: operations with their candidates.
 
     Raises:
-        ConfigError: a name is unknown; a candidate that was named is not installed or does not run on the device; one
-            that was chosen cannot be loaded or computes something else.
+        ConfigError: a name is unknown; a named candidate is not installed or does not run on the device; a chosen
+            candidate cannot be loaded, or its results differ from the reference's.
     """
     check_choice(wanted, table)
     kernels = REFERENCE

@@ -28,12 +28,12 @@ from megatron_ds.registry import Registry
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels that layers compute with; None = PyTorch, as the layer has it.
+    """The kernels that layers use; None = the layer's own PyTorch code.
 
     Attributes:
-        rms_norm: of hidden states and heads.
-        swiglu: the gated silu.
-        attention: causal, without a mask of keys or biases by distance, in half precision.
+        rms_norm: RMSNorm of hidden states and heads.
+        swiglu: the gated SiLU.
+        attention: causal attention in half precision, without a key mask or biases by distance.
         names: the kernels in use that are not PyTorch's, with their versions, for the log.
     """
 
@@ -52,10 +52,10 @@ class Candidate:
     """An implementation of an operation.
 
     Attributes:
-        package: the Python package that has to be there.
-        make: () -> the kernel; called on a device that it runs on.
+        package: the Python package that it needs.
+        make: () -> the kernel; called only for a device that it runs on.
         distribution: the package's name for pip, whose version is logged; None = it is not installed by pip.
-        devices: torch's names of the device types that it runs on.
+        devices: the device types that it runs on, by torch's names.
     """
 
     package: str
@@ -87,8 +87,8 @@ class Operation(Registry[Candidate]):
 
     Args:
         name: a field of `Kernels`.
-        reference: PyTorch's formula, which every candidate has to equal.
-        examples: the arguments that it is compared on, made of random tensors.
+        reference: PyTorch's formula, which every candidate must match.
+        examples: functions that make the arguments of the comparison from random tensors.
     """
 
     def __init__(
