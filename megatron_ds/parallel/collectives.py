@@ -26,7 +26,7 @@ def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def begin_all_reduce_(x: Tensor, axis: Axis) -> dist.Work | None:
-    """Begin to sum in place over the axis. Wait for the returned work before x is read; None = it is done already."""
+    """Start a sum in place over the axis. Wait for the returned work before reading x; None = it is already done."""
     if axis.size == 1 or axis.sum_here(x):
         return None
     return dist.all_reduce(x, group=axis.group, async_op=True)
@@ -54,8 +54,8 @@ def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
 def sum_over_holders(x: Tensor, axis: Axis, num_shards: int) -> Tensor:
     """Sum a tensor over the `axis.size // num_shards` neighbours that hold the same shard. Not differentiable.
 
-    One all-reduce of `num_shards` times the tensor over the complete axis, so that it needs no process group of its
-    own: the parameters that are shared this way, K and V of a few heads, are small.
+    One all-reduce of `num_shards` times the tensor's size over the complete axis, so that no further process group is
+    needed: the parameters that are shared this way, K and V of a few heads, are small.
     """
     if num_shards == axis.size:
         return x
@@ -147,9 +147,9 @@ class _SumOver(torch.autograd.Function):
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over the axis, for a sum that each rank uses differently. All-reduce forward and backward.
+    """Sum over the axis, for a sum that each rank uses differently. Forward and backward: all-reduce.
 
-    For statistics over a dim that the axis divides. `reduce_from` is for sums that all ranks use alike.
+    It serves statistics over a dim that the axis divides; `reduce_from` is for sums that all ranks use in the same way.
     """
     return _SumOver.apply(x, axis) if axis.size > 1 else x
 
@@ -170,7 +170,7 @@ def reduce_from(x: Tensor, axis: Axis) -> Tensor:
 
 
 def reduce_from_(x: Tensor, axis: Axis) -> Tensor:
-    """Apply `reduce_from` in place of x, which nothing else reads: a product computed for it."""
+    """Apply `reduce_from` in place on x, which nothing else may read, such as a product computed for this call."""
     return _ReduceFromInPlace.apply(x, axis) if axis.size > 1 else x
 
 

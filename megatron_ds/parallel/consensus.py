@@ -26,15 +26,15 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
         Exception: a defect, on the rank that raised it.
     """
     result: Any = None
-    mine: MegatronDSError | None = None
+    own_error: MegatronDSError | None = None
     defect: Exception | None = None
     try:
         result = step()
     except MegatronDSError as problem:
-        mine = problem
+        own_error = problem
     except Exception as problem:
         defect = problem
-    everyone = gather_objects((mine, defect is not None))
+    everyone = gather_objects((own_error, defect is not None))
     if defect is not None:
         raise defect
     if any(is_defect for _, is_defect in everyone):
@@ -47,14 +47,13 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
     return result
 
 
-def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_objects(local: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Gather a small picklable object from every rank on every rank, in the order of the ranks.
 
-    Collective over `group`; None = all ranks. Where there is no process group, or only one rank, nothing is
-    communicated.
+    Collective over `group`; None = all ranks. Without a process group, or with one rank, nothing is communicated.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return [mine]
-    everyone = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+        return [local]
+    everyone = [local] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, local, group=group)
     return everyone

@@ -1,4 +1,4 @@
-"""Why did the job fail? When one rank dies its peers fail too, of lost connections: tell the cause, not the echoes."""
+"""The cause of a job's failure: when one rank dies, its peers lose their connections and fail too."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from megatron_ds.errors import LaunchError, MegatronDSError
 
 INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
 
-# What gloo, NCCL and the rendezvous say when the other end is gone.
+# Messages of gloo, NCCL and the rendezvous when the other end is gone.
 _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|socket closed|remote process exit|ncclRemoteError"
     r"|timed out waiting",
     re.IGNORECASE,
 )
-# A rank may abort because a peer is gone, and SIGTERM is how we end ranks: neither tells a cause by itself.
+# A rank may abort because a peer is gone, and SIGTERM is how we end ranks: neither shows a cause by itself.
 _ECHOES = (signal.SIGABRT, signal.SIGTERM)
 
 
 class GroupError(LaunchError):
-    """A group of ranks ended without having done its work.
+    """A group of ranks ended before its work was done.
 
     Attributes:
-        lost: rank -> the signal that killed it, where that was nobody of ours.
-        is_stopping: it had been told to stop: it is not to be started again.
+        lost: rank -> the signal that killed it, if this program did not send it.
+        is_stopping: the group was asked to stop, so it is not restarted.
     """
 
     def __init__(self, message: str, lost: Mapping[int, int] | None = None) -> None:
@@ -44,11 +44,11 @@ class Failure:
     """An exception that ended a rank.
 
     Attributes:
-        rank: which.
-        at_s: when, in seconds since the epoch.
-        error: the user's mistake, to be raised again as it is; None if the exception is no such.
+        rank: the rank that ended.
+        at_s: the time, in seconds since the epoch.
+        error: the exception if the user can fix it, to be raised again as it is; None for any other.
         text: the traceback.
-        is_echo: the rank only lost a peer.
+        is_echo: the exception only shows that a peer was lost.
     """
 
     rank: int
@@ -59,39 +59,39 @@ class Failure:
 
 
 def lost_peer(problem: BaseException) -> bool:
-    """Whether an exception says that another rank is gone."""
+    """Return whether an exception only shows that another rank is gone."""
     return isinstance(problem, RuntimeError | OSError) and _LOST_PEER.search(str(problem)) is not None
 
 
 def write_failure(file: Path, rank: int, problem: BaseException) -> None:
-    """Record the exception being handled; called in the rank that it ends."""
+    """Record the exception being handled, in the rank that it ends."""
     text = "".join(traceback.format_exception(problem)).rstrip()
     error = problem if isinstance(problem, MegatronDSError) else None
     failure = Failure(rank, time.time(), error, text, lost_peer(problem))
     try:
         content = pickle.dumps(failure)
         pickle.loads(content)
-    except Exception:  # an exception class that cannot travel: its text can
+    except Exception:  # the exception cannot be pickled, its text can
         content = pickle.dumps(Failure(rank, failure.at_s, None, text, failure.is_echo))
     file.write_bytes(content)
 
 
 def read_failure(file: Path) -> Failure:
-    """What `write_failure` wrote."""
+    """Read the file of `write_failure`."""
     failure = pickle.loads(file.read_bytes())
     assert isinstance(failure, Failure), type(failure)
     return failure
 
 
 def find_cause(statuses: Mapping[int, int], failures: Sequence[Failure], left_early: Sequence[int]) -> BaseException:
-    """The exception that tells why a job failed.
+    """Return the exception that caused a job's failure.
 
-    In this order: a Ctrl-C; the user's mistake, told by the lowest rank that found it; a rank that was killed; the
-    first exception that is no echo of another rank's death; what is left.
+    The first that applies: a Ctrl-C; the user's mistake, as the lowest rank that found it reports it; a rank that was
+    killed; the earliest exception that is not an echo of another rank's death; any other failure.
 
     Args:
         statuses: rank -> exit code, or minus the signal that killed it, of the ranks that failed.
-        failures: what failing ranks recorded.
+        failures: the failures that ranks recorded.
         left_early: ranks that ended with exit code 0 but never returned.
     """
     if INTERRUPTED in statuses.values():
@@ -107,7 +107,7 @@ def find_cause(statuses: Mapping[int, int], failures: Sequence[Failure], left_ea
     parts = [_killed(rank, number) for rank, number in lost.items()]
     parts += [f"rank {failure.rank} failed:\n{failure.text}" for failure in own[:1]]
     if not parts:
-        parts = [f"rank {rank} called sys.exit(0) while others went on" for rank in left_early]
+        parts = [f"rank {rank} called sys.exit(0) while others continued" for rank in left_early]
         codes = {rank: status for rank, status in statuses.items() if status > 0}
         unexplained = set(codes) - {failure.rank for failure in failures}
         parts += [f"rank {rank} ended with exit code {codes[rank]}" for rank in sorted(unexplained)]

@@ -153,8 +153,8 @@ class Axis:
         rank: this rank's index along it, 0 <= rank < size.
         ranks: the global ranks along the axis, in order.
         group: their process group; None if size is 1.
-        sum_here: sums a tensor in place over the axis without the group, if it can, and returns whether it did. See
-            `engine.shared_memory`.
+        sum_here: a function that sums a tensor in place over the axis without the group, if it can, and returns whether
+            it did; see `engine.shared_memory`.
     """
 
     size: int = 1
@@ -232,7 +232,7 @@ def create_grid(layout: Layout, rank: int) -> Grid:
 
 
 def _create_axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
-    mine = Axis()
+    own = Axis()
     for ranks in layout.peers(*names):
         if len(ranks) == 1:
             group = None
@@ -241,5 +241,5 @@ def _create_axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
         else:
             group = dist.new_group(list(ranks))
         if rank in ranks:
-            mine = Axis(len(ranks), ranks.index(rank), ranks, group)
-    return mine
+            own = Axis(len(ranks), ranks.index(rank), ranks, group)
+    return own

@@ -1,8 +1,8 @@
-"""Start local ranks and look after them.
+"""Start and supervise local ranks.
 
-`run_local` forks them from this process, which has imported everything already: a rank then starts in a fraction of a
-second instead of many. A rank that fails takes the others down, within seconds, and its own traceback is what the user
-sees. No rank outlives the parent, however that ends.
+`run_local` forks them from this process, which has already imported everything: a rank then starts in a fraction of a
+second instead of several. If a rank fails, the others are ended within seconds, and the user sees the traceback of the
+rank that failed first. No rank outlives the parent, however the parent ends.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 __all__ = ["RENDEZVOUS_FILE", "RankInfo", "run_local"]
 
 POLL_S = 0.02
-GRACE_S = 5.0  # from the first failure until the rest is ended: time to tell their own errors
+GRACE_S = 5.0  # from the first failure until the other ranks are ended: time to report their own errors
 INTERRUPT_GRACE_S = 60.0  # the same after a signal: time to save, close files and draw the plot
-SAME_PRESS_S = 1.0  # a signal may arrive twice: from a scheduler, and from what that told too
+SAME_PRESS_S = 1.0  # a signal may arrive twice, from a scheduler and from a launcher that passes it on
 TERM_S = 2.0  # from SIGTERM to SIGKILL
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
@@ -60,20 +60,20 @@ class _Rank:
 def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float | None = None) -> list[Any]:
     """Run `fn` on `world_size` forked ranks of this machine and return what each returned, in rank order.
 
-    The parent must not have started threads or an accelerator. Each rank leads a process group of its own, so a Ctrl-C
-    reaches the parent alone, which passes it on, as it does SIGTERM and SIGUSR1: once, and the ranks may finish what
-    they do, for as long as that takes; if all end with status 0 so does this call. Twice, or where a rank does not
-    handle it, ranks and parent end. A rank that leaves by `sys.exit(0)` returns None; whether that is wrong, its peers
-    will show.
+    The parent must not have started threads or an accelerator. Each rank leads its own process group, so that a Ctrl-C
+    reaches the parent alone, which forwards it to the ranks, as it does SIGTERM and SIGUSR1. After the first signal the
+    ranks may finish their current work without a time limit, and if all end with status 0, this call returns normally.
+    A second signal, or one that a rank does not handle, ends ranks and parent. A rank that leaves by `sys.exit(0)`
+    returns None; if its peers still wait for it, they fail.
 
     Args:
         fn: called as fn(RankInfo) in each rank; its result is pickled.
         world_size: number of ranks.
-        timeout_s: end all ranks after this long.
+        timeout_s: all ranks are ended after this many seconds; None = no limit.
 
     Raises:
-        MegatronDSError: a rank raised it; the same error, of the lowest rank that did.
-        LaunchError: a rank died otherwise, or the time ran out; with the ranks' own tracebacks or stacks.
+        MegatronDSError: a rank raised it; the error of the lowest such rank.
+        LaunchError: a rank died in another way, or the time ran out; with the ranks' own tracebacks or stacks.
         KeyboardInterrupt: after a Ctrl-C.
         SystemExit: after another signal, if its handler, which is called once more, lets this process live.
     """
@@ -93,12 +93,12 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
         shutil.rmtree(folder, ignore_errors=True)
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
-    signal.raise_signal(ended_by)  # the default, or what the caller had set
+    signal.raise_signal(ended_by)  # the default handler, or the caller's
     raise SystemExit(128 + ended_by)
 
 
 class _Ended(Exception):
-    """A signal ends ranks and parent."""
+    """A signal that ends ranks and parent."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -106,17 +106,17 @@ class _Ended(Exception):
 
 
 def _check_forkable() -> None:
-    """A forked child has none of its parent's threads, but their locks, and cannot use its parent's CUDA context."""
+    """Check for threads and CUDA: a fork inherits locks without the threads that hold them, and cannot use CUDA."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise LaunchError("this process has used CUDA, so ranks cannot be forked from it; start from a fresh process")
     others = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.current_thread())
     if others:
-        get_logger().warning("ranks are forked while threads run (%s); should one hang, start without", others)
+        get_logger().warning("ranks are forked while threads run (%s); if one hangs, start without them", others)
 
 
 def _result(file: Path) -> Any:
-    """What a rank returned; None where it left by sys.exit(0)."""
+    """Read the result of a rank; None if it left by sys.exit(0)."""
     return pickle.loads(file.read_bytes()) if file.is_file() else None
 
 
@@ -125,7 +125,7 @@ def _result(file: Path) -> Any:
 
 @contextmanager
 def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
-    """Within it signals go to `received` and to the ranks; handlers belong to the main thread alone."""
+    """Record signals in `received` and forward them to the ranks; only the main thread may set handlers."""
 
     first_s = 0.0
 
@@ -151,7 +151,7 @@ def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
 
 
 def _fork_all(fn: Callable[[RankInfo], Any], world_size: int, folder: Path, ranks: list[_Rank]) -> None:
-    """Signals wait meanwhile: each then finds the ranks complete and their handlers set."""
+    """Fork all ranks with signals blocked, so that a signal finds every rank with its handlers set."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         for index in range(world_size):
@@ -164,7 +164,7 @@ def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, re
     """Wait until every rank has ended.
 
     Raises:
-        BaseException: what `find_cause` makes of a failure; _Ended after a signal.
+        BaseException: the result of `find_cause` after a failure; _Ended after a signal.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     settled: float | None = None
@@ -180,12 +180,12 @@ def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, re
         if settled is None and deadline is not None and now > deadline:
             hung = [rank for rank in ranks if rank.running]
             names = ", ".join(str(rank.index) for rank in hung)
-            raise LaunchError(f"no end after {timeout_s:g} s; still running: rank {names}\n{_stacks(hung, folder)}")
+            raise LaunchError(f"timed out after {timeout_s:g} s; ranks still running: {names}\n{_stacks(hung, folder)}")
         time.sleep(POLL_S)
     if not any(rank.failed for rank in ranks):
         return
     if any(rank.status == -number for rank in ranks for number in received):
-        raise _Ended(received[0])  # it arrived where nobody handled it
+        raise _Ended(received[0])  # no rank handled it
     cause = _cause(ranks, folder)
     if isinstance(cause, GroupError):
         cause.is_stopping = bool(received)
@@ -193,7 +193,7 @@ def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, re
 
 
 def _reap(ranks: Sequence[_Rank]) -> None:
-    """Take note of ranks that ended, and end what they left in their process groups."""
+    """Record the status of ranks that ended, and end the processes left in their process groups."""
     for rank in ranks:
         if rank.running:
             pid, status = os.waitpid(rank.pid, os.WNOHANG)
@@ -211,7 +211,7 @@ def _cause(ranks: Sequence[_Rank], folder: Path) -> BaseException:
 
 
 def _stacks(ranks: Sequence[_Rank], folder: Path) -> str:
-    """Where each of some ranks stands, by faulthandler."""
+    """Return the Python stacks of some ranks, as faulthandler writes them."""
     for rank in ranks:
         os.kill(rank.pid, signal.SIGUSR2)
     time.sleep(0.5)
@@ -224,7 +224,7 @@ def _stacks(ranks: Sequence[_Rank], folder: Path) -> str:
 
 
 def _end(ranks: Sequence[_Rank]) -> None:
-    """Ask the remaining ranks to stop, then make them; each with its own children."""
+    """End the remaining ranks and their children: SIGTERM first, SIGKILL after `TERM_S`."""
     for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, 5.0)):
         for rank in ranks:
             if rank.running:
@@ -244,14 +244,14 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:
-    """The pid of a new rank, the leader of a process group of its own."""
+    """Fork a rank that leads its own process group, and return its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     pid = os.fork()
     if pid:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have ended already
-            os.setpgid(pid, pid)  # parent and child both do: whoever is first, the group is there for both
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it may already have ended
+            os.setpgid(pid, pid)  # parent and child both call it, so the group exists for both
         return pid
     status = 1
     try:
@@ -273,7 +273,7 @@ def _die_with(parent: int) -> None:
     """Have the kernel end this process when its parent dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
 
@@ -291,7 +291,7 @@ def _environment(info: RankInfo, folder: Path) -> dict[str, str]:
 
 
 def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:
-    """Call `fn`, leave its result or failure in `folder`; returns the exit status."""
+    """Call `fn`, write its result or failure to `folder`, and return the exit status."""
     with open(folder / f"{info.rank}.stacks", "w") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
@@ -300,7 +300,7 @@ def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
         except SystemExit as problem:
             if problem.code is None or isinstance(problem.code, int):
                 return problem.code or 0
-            sys.stderr.write(f"{problem.code}\n")  # what Python does with sys.exit("text")
+            sys.stderr.write(f"{problem.code}\n")  # as Python does for sys.exit("text")
             return 1
         except BaseException as problem:
             write_failure(folder / f"{info.rank}.error", info.rank, problem)

@@ -1,4 +1,4 @@
-"""Which rank of the job is this process? torchrun, the `deepspeed` launcher and srun say it in the environment."""
+"""The rank of this process in its job, as torchrun, the `deepspeed` launcher and srun set it in the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_ds.errors import TopologyError
 
 RENDEZVOUS_FILE = "MEGATRON_DS_RENDEZVOUS"
-"""Environment variable of ranks that `run_local` started: the file through which they find each other."""
+"""Environment variable of ranks that `run_local` started: the rendezvous file."""
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -18,7 +18,7 @@ _SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process's place in the job."""
+    """The ranks of this process in the job and on its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -26,15 +26,15 @@ class RankInfo:
 
 
 def rank_from_environment(environ: MutableMapping[str, str] = os.environ) -> RankInfo | None:
-    """The place that a launcher gave this process; None when started alone.
+    """Return the rank that a launcher gave this process; None if the process was started without a launcher.
 
-    RANK, WORLD_SIZE and LOCAL_RANK come first, so torchrun under srun is torchrun. A Slurm step of one task, such as an
-    interactive shell, is alone. srun sets no rendezvous: the first host of the job and a port made of its id are
-    written to `environ` where MASTER_ADDR and MASTER_PORT are unset. Use `srun --kill-on-bad-exit=1`: it, and not this
-    package, ends the other tasks when one dies.
+    RANK, WORLD_SIZE and LOCAL_RANK take precedence, so torchrun under srun counts as torchrun. A Slurm step of one
+    task, such as an interactive shell, counts as no launcher. srun sets no rendezvous: the first host of the job, and a
+    port derived from its id, are written to `environ` if MASTER_ADDR and MASTER_PORT are unset. Use `srun
+    --kill-on-bad-exit=1`: srun, not this package, ends the other tasks when one dies.
 
     Raises:
-        TopologyError: some of the variables are there and others missing, or they make no sense.
+        TopologyError: some of the variables are missing, or their values are impossible.
     """
     given = [name for name in _NAMES if name in environ]
     if given:
@@ -44,7 +44,7 @@ def rank_from_environment(environ: MutableMapping[str, str] = os.environ) -> Ran
         if missing:
             raise TopologyError(
                 f"the environment sets {', '.join(given)} but not {', '.join(missing)}; "
-                f"start with torchrun, which sets all, or unset {', '.join(given)} to start alone"
+                f"start with torchrun, which sets all, or unset {', '.join(given)} to start without a launcher"
             )
         return _place(environ, _NAMES)
     if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", default="1") > 1:
@@ -67,7 +67,7 @@ def _number(environ: Mapping[str, str], name: str, default: str | None = None) -
     text = environ.get(name, default)
     if text is None or not text.isdecimal():
         raise TopologyError(
-            f"{name}={text} in the environment is not a whole number from 0 on; let the launcher set it"
+            f"{name}={text} in the environment is not an integer of at least 0; let the launcher set it"
         )
     return int(text)
 
@@ -80,8 +80,8 @@ def _find_slurm_rendezvous(environ: MutableMapping[str, str]) -> None:
             environ["MASTER_ADDR"] = found.stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             raise TopologyError(
-                f"MASTER_ADDR is not set, and scontrol does not tell the first host of SLURM_JOB_NODELIST={nodes}; "
+                f"MASTER_ADDR is not set, and scontrol does not list the first host of SLURM_JOB_NODELIST={nodes}; "
                 f"export MASTER_ADDR=HOST before srun"
             ) from None
-    # below the ports that Linux hands out by itself
+    # below the range of Linux's ephemeral ports
     environ.setdefault("MASTER_PORT", str(20000 + _number(environ, "SLURM_JOB_ID", default="0") % 10000))

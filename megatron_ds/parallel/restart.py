@@ -1,4 +1,4 @@
-"""Start a group of ranks again when it has died: with as many ranks, or with those that are left."""
+"""Restart of a group of ranks that died, with the same number of ranks or with those that are left."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ def run_with_restarts(
     max_restarts: int,
     fewer: Callable[[int], int | None] | None = None,
 ) -> None:
-    """Run a group until it ends well, or has died `max_restarts` + 1 times.
+    """Run a group until it succeeds, or has died `max_restarts` + 1 times.
 
-    What the user can mend, a Ctrl-C and other signals end it at once: they would be the same again.
+    Errors that the user can fix are raised at once, since a restart would repeat them; so are Ctrl-C and other signals.
 
     Args:
-        start: runs a group of so many ranks to its end; is told whether it is a restart.
-        ranks: of the first group.
-        max_restarts: at most.
-        fewer: the number of ranks to go on with where so many are left, None if too few; None = always as many.
+        start: called as start(ranks, is_restart); runs a group of that many ranks to its end.
+        ranks: the number of ranks of the first group.
+        max_restarts: the largest number of restarts.
+        fewer: maps the number of ranks that are left to the number to continue with, None if they are too few; None =
+            always continue with the same number.
 
     Raises:
-        LaunchError: of the last group that died, or of one that had been told to stop or leaves too few ranks.
+        LaunchError: the last group died, was asked to stop, or left too few ranks.
     """
     for restart in range(max_restarts + 1):
         try:
@@ -38,8 +39,8 @@ def run_with_restarts(
             if fewer is not None:
                 left = fewer(ranks - len(dead.lost))
                 if left is None:
-                    raise LaunchError(f"{problem}; too few ranks are left to go on") from problem
+                    raise LaunchError(f"{problem}; too few ranks are left to continue") from problem
                 ranks = left
             number = f"{ranks} rank{'s' if ranks > 1 else ''}"
             get_logger().warning("%s; restart %d of %d with %s", problem, restart + 1, max_restarts, number)
-    raise AssertionError("unreachable: the last round returns or raises")
+    raise AssertionError("unreachable: the last attempt returns or raises")

@@ -12,7 +12,7 @@ from megatron_ds.parallel.grid import Axes, Axis
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The tensor axis, and whether activations between the parallel regions are split along the sequence.
+    """The tensor axis, with or without a split of the activations between parallel regions along the sequence.
 
     Attributes:
         axis: the tensor axis; size 1 means no communication at all.
@@ -36,14 +36,14 @@ class TensorParallel:
         """Enter a replicated parameter used *between* the parallel regions (norms, row-parallel biases, positions).
 
         Under sequence parallelism each rank sees its part of the sequence only, so the parameter's gradient is summed
-        over the axis. Forward nothing, backward all-reduce of the parameter's size.
+        over the axis. Forward: nothing. Backward: all-reduce of the parameter's size.
         """
         return copy_to(parameter, self.axis) if self.splits_sequence else parameter
 
     def inside(self, parameter: Tensor) -> Tensor:
         """Enter a replicated parameter used *inside* a parallel region (q/k norms): each rank sees its own heads only.
 
-        Forward nothing, backward all-reduce of the parameter's size.
+        Forward: nothing. Backward: all-reduce of the parameter's size.
         """
         return copy_to(parameter, self.axis)
 
@@ -51,14 +51,14 @@ class TensorParallel:
         """Enter a shard of a parameter of which the axis holds `num_shards` different ones, inside a parallel region.
 
         If there are fewer shards than ranks (key and value heads), neighbours hold the same one and use it for
-        different query heads: its gradient is summed over them. Forward nothing, backward `sum_over_holders`.
+        different query heads: its gradient is summed over them. Forward: nothing. Backward: `sum_over_holders`.
         """
         return copy_to_holders(parameter, self.axis, num_shards)
 
     def leave(self, partial_sums: Tensor) -> Tensor:
         """Leave a parallel region: (S, B, H) partial sums -> (S, B, H), or (S/t, B, H) under sequence parallelism.
 
-        Forward all-reduce (g) or reduce-scatter; backward identity or all-gather.
+        Forward: all-reduce (g) or reduce-scatter. Backward: identity or all-gather.
         """
         if self.splits_sequence:
             return reduce_scatter_sequence(partial_sums, self.axis)

@@ -130,7 +130,7 @@ def test_a_rank_that_leaves_early_is_named_when_its_peers_fail() -> None:
             sys.exit(0)
         dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(LaunchError, match=r"rank 1 called sys.exit\(0\) while others went on"):
+    with pytest.raises(LaunchError, match=r"rank 1 called sys.exit\(0\) while others continued"):
         run_ranks(fn, 2)
 
 
@@ -142,7 +142,7 @@ def test_time_out_names_the_ranks_that_hang_and_where() -> None:
     with pytest.raises(LaunchError) as caught:
         run_local(waits_forever, 3, timeout_s=0.5)
     message = str(caught.value)
-    assert message.startswith("no end after 0.5 s; still running: rank 0, 2\nrank 0 stood at:\n")
+    assert message.startswith("timed out after 0.5 s; ranks still running: 0, 2\nrank 0 stood at:\n")
     assert message.count("in waits_forever") == 2
 
 
@@ -185,7 +185,7 @@ def test_a_fork_beside_threads_is_warned_of(caplog: pytest.LogCaptureFixture) ->
         logger.removeHandler(caplog.handler)
         stop.set()
         thread.join()
-    assert re.search(r"ranks are forked while threads run \([^)]*a-thread\); should one hang, start", caplog.text)
+    assert re.search(r"ranks are forked while threads run \([^)]*a-thread\); if one hangs, start", caplog.text)
 
 
 PARENT = """

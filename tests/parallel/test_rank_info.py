@@ -65,8 +65,8 @@ def test_a_missing_variable_is_named(missing: str) -> None:
     ("changes", "message"),
     [
         ({"RANK": "8"}, r"RANK=8 in the environment is not below WORLD_SIZE=8; nearest: 7"),
-        ({"RANK": "one"}, r"RANK=one in the environment is not a whole number"),
-        ({"WORLD_SIZE": "-1"}, r"WORLD_SIZE=-1 in the environment is not a whole number"),
+        ({"RANK": "one"}, r"RANK=one in the environment is not an integer of at least 0"),
+        ({"WORLD_SIZE": "-1"}, r"WORLD_SIZE=-1 in the environment is not an integer of at least 0"),
     ],
 )
 def test_nonsense_is_refused(changes: dict[str, str], message: str) -> None:

@@ -55,7 +55,7 @@ def test_a_group_that_was_told_to_stop_is_not_started_again() -> None:
 
 def test_too_few_that_are_left_end_it() -> None:
     seen, start = dying(9, GroupError("rank 1 was killed", {1: signal.SIGKILL}))
-    with pytest.raises(LaunchError, match=r"^rank 1 was killed; too few ranks are left to go on$"):
+    with pytest.raises(LaunchError, match=r"^rank 1 was killed; too few ranks are left to continue$"):
         run_with_restarts(start, 2, 5, fewer=lambda left: None)
     assert len(seen) == 1
 
