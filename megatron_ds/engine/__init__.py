@@ -1,7 +1,7 @@
-"""DeepSpeed as the engine: the only floor that imports it for training.
+"""DeepSpeed as the engine: the only package that imports it for training.
 
-One list of stages goes in. With one pipeline stage it becomes a plain module (ZeRO 0 to 3, offload); with several it
-becomes DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters offer the same `Engine`.
+An engine is built from one list of layers. With one pipeline stage the layers become a plain module (ZeRO 0 to 3,
+offload); with several they become DeepSpeed's PipelineModule (1F1B, ZeRO-1). Both adapters have the interface `Engine`.
 """
 
 from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShardReader, StepResult

@@ -1,4 +1,4 @@
-"""Interface of an engine, and what its adapters share: the loss of a global batch, and access to parameters by name."""
+"""The interface of an engine, with the code that its adapters share: a global batch's loss, parameters by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_ds.parallel.grid import Axes, Axis, Grid
 from megatron_ds.parallel.random import RngStreams
 
 MicroBatch = Mapping[str, Tensor]
-"""Columns by name, each (B, ...): those that the model's first layer takes, where the data has them, and labels."""
+"""Columns by name, each (B, ...): the inputs of the model's layers, as far as the data has them, and labels."""
 
 ShardReader = Callable[[str, ParamSpec, Axes], Tensor]
 """(name, declaration, the axes that may divide it) -> this rank's shard of a parameter's value, padding included."""
@@ -33,9 +33,9 @@ class StepResult:
 
     Attributes:
         loss: the sum of the loss terms, each a mean over its labels (tokens, sequences) in the global batch.
-        grad_norm: L2 norm of the whole model's gradient before clipping.
+        grad_norm: L2 norm of the full model's gradient before clipping.
         tokens: labelled tokens in the global batch: labels of the first term.
-        applied: False where the step was skipped: the loss or the gradient norm is not finite, or fp16 overflowed.
+        applied: False if the step was skipped: the loss or the gradient norm is not finite, or fp16 overflowed.
         terms: the loss terms by name.
         metrics: the head's metrics by name, averaged over the global batch; see `Losses.metrics`.
     """
@@ -64,13 +64,13 @@ class Losses:
 
     @classmethod
     def unpack(cls, packed: Tensor, counts: Sequence[int], head: HeadSpec) -> Losses:
-        """Return what `HeadSpec.pack` put into one tensor, (terms + 2 * metrics,), summed by now, and label counts."""
+        """Return the losses in a tensor of `HeadSpec.pack`, (terms + 2 * metrics,), after its reduction."""
         values, rest = packed.tolist(), len(head.terms)
         parts = zip(values[rest::2], values[rest + 1 :: 2])
         return cls(dict(zip(head.terms, values)), dict(zip(head.terms, counts)), dict(zip(head.metrics, parts)))
 
     def __add__(self, other: Losses) -> Losses:
-        """Return the losses of both parts of some data."""
+        """Return the losses of the data of both."""
         return Losses(
             {name: total + other.sums[name] for name, total in self.sums.items()},
             {name: count + other.counts[name] for name, count in self.counts.items()},
@@ -82,7 +82,7 @@ class Losses:
 
     @property
     def terms(self) -> dict[str, float]:
-        """Mean of each loss term; 0 where there are no labels."""
+        """Mean of each loss term; 0 if it has no labels."""
         return {name: total / self.counts[name] if self.counts[name] else 0.0 for name, total in self.sums.items()}
 
     @property
@@ -100,10 +100,10 @@ class Engine(ABC):
     """A model under DeepSpeed on this rank. All methods are collective: every rank calls them in the same order.
 
     Attributes:
-        grid: where this rank sits.
-        device: where its tensors live.
-        optimizer: the torch optimizer inside DeepSpeed's; its `lr` is set from outside before each step.
-        head: what the output head reads and returns.
+        grid: the axes and roles of this rank.
+        device: the device of its tensors.
+        optimizer: the torch optimizer inside DeepSpeed's; `train_step` sets its `lr`.
+        head: the declaration of the output head: the labels that it reads, the terms and metrics that it returns.
         steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
         kernels: names of third-party kernels in use, for the log.
     """
@@ -132,8 +132,8 @@ class Engine(ABC):
         """Forward, backward and step on this data rank's micro-batches of one global batch.
 
         A term of the loss is the sum over the labels of the *global* batch divided by their number: micro-batches and
-        data ranks with fewer labels weigh less, and one without any contributes nothing. Where the loss or the
-        gradient norm is not finite, nothing is changed.
+        data ranks with fewer labels weigh less, and one without any contributes nothing. If the loss or the gradient
+        norm is not finite, the step is skipped and nothing changes.
 
         Besides the layers' and DeepSpeed's own traffic: one all-reduce of an int64 label count per loss term, and one
         of fp32 numbers, a loss sum per term and a sum and a weight per metric.
@@ -161,7 +161,7 @@ class Engine(ABC):
 
     @property
     def can_overflow(self) -> bool:
-        """True under fp16's dynamic loss scale, where a skipped step is no defect."""
+        """True under fp16's dynamic loss scale, where a skipped step is normal."""
         return bool(getattr(getattr(self.deepspeed.optimizer, "loss_scaler", None), "dynamic", False))
 
     @abstractmethod
@@ -217,7 +217,7 @@ class Engine(ABC):
 
     @abstractmethod
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this pipeline stage's parameters under their names in the full model, each once."""
+        """Yield this pipeline stage's parameters, each once, with their names in the full model."""
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         """Context in which the parameter's data is this rank's full shard. Collective over shard under ZeRO-3."""
@@ -230,11 +230,11 @@ class Engine(ABC):
     def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         """Yield the model's parameters in order: the full tensor without padding on global rank 0, None elsewhere.
 
-        Collective over the world. At any time rank 0 holds one full tensor, the others their shard. A tensor is
+        Collective over the world. At any time rank 0 holds one full tensor, the others their shard. Each tensor is
         gathered over the tensor ranks of its pipeline stage and sent to rank 0.
 
         Args:
-            names: those to yield; None = all.
+            names: the parameters to yield; None = all.
         """
         return self.full_tensors(lambda parameter: parameter.detach(), names)
 
@@ -249,23 +249,23 @@ class Engine(ABC):
             for name, spec, dtype in entries:
                 if names is not None and name not in names:
                     continue
-                whole: Tensor | None = None
+                full: Tensor | None = None
                 if grid.coords.pipeline == stage:
                     with self.gathered(parameters[name]):
                         if grid.replica.rank == 0:
-                            whole = gather_shard(of(parameters[name]), spec, grid.model_axes)
+                            full = gather_shard(of(parameters[name]), spec, grid.model_axes)
                 if source != 0:
-                    whole = _send_to_rank_0(whole, spec, dtype, source, grid.rank, self.device)
-                yield name, whole if grid.rank == 0 else None
+                    full = _send_to_rank_0(full, spec, dtype, source, grid.rank, self.device)
+                yield name, full if grid.rank == 0 else None
 
     def inventory(self) -> list[list[tuple[str, ParamSpec, torch.dtype]]]:
         """Return name, declaration and dtype of each pipeline stage's parameters. Collective over pipeline.
 
         A tied parameter is in the list of the first stage that holds it.
         """
-        mine = [(name, spec_of(parameter), parameter.dtype) for name, parameter in self.local_parameters()]
+        own_stage = [(name, spec_of(parameter), parameter.dtype) for name, parameter in self.local_parameters()]
         pipeline = self.grid.pipeline
-        stages = gather_objects(mine, pipeline.group) if pipeline.size > 1 else [mine]
+        stages = gather_objects(own_stage, pipeline.group) if pipeline.size > 1 else [own_stage]
         seen: set[str] = set()
         unique = []
         for stage in stages:
@@ -277,12 +277,12 @@ class Engine(ABC):
 def gather_shard(shard: Tensor, spec: ParamSpec, axes: Axes, to: Mapping[str, int] | None = None) -> Tensor | None:
     """Gather the shards of a parameter on one rank, without padding. Collective over `axes`, one after the other.
 
-    Of a shard that several ranks hold the first one's is taken.
+    If several ranks hold the same shard, the first one's is used.
 
     Args:
-        shard: this rank's, padding included.
+        shard: this rank's shard, padding included.
         spec: the parameter's declaration.
-        axes: those over which it is divided or copied.
+        axes: the axes over which the parameter is divided or copied.
         to: coordinates of the rank that receives it; 0 on an axis that is not given.
 
     Returns:
@@ -310,13 +310,13 @@ def _gather_dim(shard: Tensor, split: AxisSplit, length: int, axis: Axis, to: in
 
 
 def _send_to_rank_0(
-    whole: Tensor | None, spec: ParamSpec, dtype: torch.dtype, source: int, rank: int, device: torch.device
+    full: Tensor | None, spec: ParamSpec, dtype: torch.dtype, source: int, rank: int, device: torch.device
 ) -> Tensor | None:
     if rank == source:
-        assert whole is not None
-        dist.send(whole.contiguous(), dst=0)
+        assert full is not None
+        dist.send(full.contiguous(), dst=0)
     elif rank == 0:
-        whole = torch.empty(spec.shape, dtype=dtype, device=device)
-        dist.recv(whole, src=source)
-        return whole
+        full = torch.empty(spec.shape, dtype=dtype, device=device)
+        dist.recv(full, src=source)
+        return full
     return None

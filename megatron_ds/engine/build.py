@@ -1,4 +1,7 @@
-"""From a list of stages to a running engine: allocate, fill, flag, group, initialise."""
+"""Construction of an engine from layer specs.
+
+Allocate the parameters, load the weights, freeze, make the optimizer's parameter groups, initialise DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,14 @@ from megatron_ds.parallel.tensor import TensorParallel
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine needs beside the model.
+    """Everything besides the model that an engine is built from.
 
     Attributes:
         deepspeed: the filled DeepSpeed config.
         optimizer: the run file's section; None = a `GradientProbe` instead of an optimizer.
         sequence: Megatron's sequence parallelism.
         recompute: "none", "selective" or "full".
-        seed: for dropout, and for initialisation where no weights are read.
+        seed: of dropout, and of initialisation if no weights are read.
         frozen: names of parameters that are not trained.
         compiled: see `BuildContext`.
         kernels: see `layers.kernels.select_kernels`.
@@ -71,14 +74,14 @@ def build_engine(
     options: EngineOptions,
     read_shard: ShardReader | None = None,
 ) -> Engine:
-    """Build this rank's part of a model, fill it, and hand it to DeepSpeed. Collective over the world.
+    """Build this rank's part of a model, load its weights, and initialise DeepSpeed with it. Collective over the world.
 
     Args:
         layers: the model's layer specs for a build context.
-        grid: where this rank sits.
-        device: where its tensors live.
-        options: DeepSpeed config, optimizer and the rest.
-        read_shard: where weights come from; None = random initialisation from the seed, the same at every layout.
+        grid: the axes and roles of this rank.
+        device: the device of its tensors.
+        options: everything else that the engine is built from.
+        read_shard: the source of the weights; None = random initialisation from the seed, the same at every layout.
 
     Raises:
         ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
@@ -106,12 +109,12 @@ def build_engine(
     _freeze(module, options.frozen)
     optimizer = _optimizer(module, options.optimizer, device)
     config = adapt_to_device(options.deepspeed, device.type, grid.shard.size)
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory at each step of bf16's set-up
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use while it sets bf16 up
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             config=config,
-            mpu=None if pipelined else mpu,  # a PipelineModule brings its own
+            mpu=None if pipelined else mpu,  # a PipelineModule has its own
             dist_init_required=False,
         )
     if isinstance(optimizer, GuardedOptimizer):
@@ -130,14 +133,14 @@ def build_engine(
 
 @contextmanager
 def _allocation(facts: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, device: torch.device) -> Iterator[None]:
-    """Parameters made inside are of the run's dtype and device, and born partitioned under ZeRO-3."""
+    """Create parameters within the block in the run's dtype and on its device, and partitioned under ZeRO-3."""
     zero_init: AbstractContextManager[Any] = nullcontext()
     if facts.zero_stage == 3:
         with device:
-            torch.empty(0)  # torch lists its constructors at the first use; in zero.Init it would list DeepSpeed's
+            torch.empty(0)  # torch caches its constructors at the first use; in zero.Init it would cache DeepSpeed's
         zero_init = deepspeed.zero.Init(
             data_parallel_group=mpu.get_data_parallel_group(),
-            config_dict_or_path=config,  # gives the dtype: 0.19.8 ignores an explicit one and takes bf16 on CPU
+            config_dict_or_path=config,  # for the dtype: 0.19.8 ignores an explicit one and uses bf16 on CPU
             mpu=mpu,
         )
     default = torch.get_default_dtype()
@@ -151,7 +154,7 @@ def _allocation(facts: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, devic
 
 @torch.no_grad()
 def _fill(module: nn.Module, grid: Grid, read_shard: ShardReader, zero_3: bool) -> None:
-    """Give every parameter its value, one at a time; under ZeRO-3 the first shard rank reads and broadcasts."""
+    """Set the parameters, one at a time. Under ZeRO-3 the first shard rank reads and broadcasts over shard."""
     renamed: dict[str, str] = getattr(module, "renamed", {})
     for name, parameter in module.named_parameters():
         gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if zero_3 else nullcontext()
@@ -168,11 +171,14 @@ def _freeze(module: nn.Module, frozen: frozenset[str]) -> None:
         if renamed.get(name, name) in frozen:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ConfigError("train.freeze leaves nothing to train in a pipeline stage; nearest: parallel.pipeline=1")
+        raise ConfigError("train.freeze leaves nothing to train in a pipeline stage; try parallel.pipeline=1")
 
 
 def flat_parameters(deepspeed_engine: Any) -> list[Tensor]:
-    """What DeepSpeed gives its inner optimizer on this rank: flat fp32 partitions under ZeRO, else the parameters."""
+    """Return the tensors that DeepSpeed's inner optimizer updates on this rank.
+
+    They are flat fp32 partitions, (n,), under ZeRO, and the parameters without it.
+    """
     if hasattr(deepspeed_engine.optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3 empties param_groups between steps
         return list(deepspeed_engine.optimizer.fp32_partitioned_groups_flat)
     return [one for group in deepspeed_engine.basic_optimizer.param_groups for one in group["params"]]
@@ -186,9 +192,9 @@ def _optimizer(module: nn.Module, section: OptimizerSection | None, device: torc
 
 
 def _param_groups(module: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Return groups of what is not frozen, with weight decay on matrices only, unless `decay_all`.
+    """Return groups of the parameters that are not frozen, with weight decay on matrices only, unless `decay_all`.
 
-    Which parameter decays is its declaration's word, not its shape's: ZeRO-3 has flattened the shapes by now.
+    The declaration of a parameter decides about its decay, not its shape, which ZeRO-3 has already flattened.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in module.parameters():
@@ -200,7 +206,7 @@ def _param_groups(module: nn.Module, section: OptimizerSection) -> list[dict[str
 
 
 def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams) -> Recompute:
-    """torch's checkpointing, or DeepSpeed's where the JSON says how kept activations are stored."""
+    """Return torch's activation checkpointing, or DeepSpeed's if the JSON has a section for it."""
     if options.recompute == "none":
         return Recompute()
     if "activation_checkpointing" not in options.deepspeed:

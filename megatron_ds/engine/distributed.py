@@ -1,4 +1,4 @@
-"""Bring DeepSpeed's communication up and down, quietly and without compiling anything on a CPU."""
+"""Start and stop of DeepSpeed's communication, quietly and without compiling anything on a CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from megatron_ds.parallel.launch import RENDEZVOUS_FILE, RankInfo
 
-# Imported by deepspeed.initialize at its first call; importing them before ranks are forked saves each rank seconds.
+# deepspeed.initialize imports them at its first call; importing them before ranks are forked saves each rank seconds.
 _LATE_IMPORTS = (
-    "torch._dynamo",  # an optimizer's constructor does
+    "torch._dynamo",  # imported by an optimizer's constructor
     "deepspeed.runtime.pipe.engine",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
@@ -40,7 +40,7 @@ def preload(compiles: bool = False) -> None:
 
 
 def _import_muon() -> None:
-    """DeepSpeed's Muon, which no run of ours uses, is decorated with torch.compile: 0.6 s of imports in every start."""
+    """Import DeepSpeed's Muon without torch.compile, whose decorator costs 0.6 s of imports; our runs do not use it."""
     compile_ = torch.compile
     torch.compile = lambda fn=None, **_: fn if fn is not None else lambda other: other  # type: ignore[assignment]
     try:
@@ -50,26 +50,28 @@ def _import_muon() -> None:
 
 
 def device_type() -> str:
-    """ "cpu", "cuda", ...: where DeepSpeed will train. Initialises no device."""
+    """Return the type of the device that DeepSpeed will train on: "cpu", "cuda", ... Initialises no device."""
     from deepspeed.accelerator import get_accelerator
 
     return str(get_accelerator().device_name())
 
 
 def device_count() -> int:
-    """Devices of that type that this machine lets us use. Initialises none."""
+    """Return the number of visible devices of that type on this machine. Initialises no device."""
     from deepspeed.accelerator import get_accelerator
 
     return int(get_accelerator().device_count())
 
 
 def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device:
-    """Join the process group and take this rank's device.
+    """Join the process group, and return this rank's device after making it the current one.
 
-    Uses the rendezvous that the launcher set: a file for ranks started by us, MASTER_ADDR and MASTER_PORT otherwise.
+    Collective over the world. The rendezvous is the launcher's: a file for ranks that `run_local` started, MASTER_ADDR
+    and MASTER_PORT otherwise.
 
-    Returns:
-        the device of this rank.
+    Args:
+        info: this rank.
+        timeout_s: the time limit of a collective, in seconds.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -78,13 +80,13 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device
     accelerator = get_accelerator()
     local_rank = info.local_rank
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile its shared-memory collectives: minutes, a C++ compiler, and a lock file that hangs
-        # later runs if a rank dies meanwhile. gloo serves, and `shared_memory` where it is asked for.
+        # DeepSpeed would compile its shared-memory collectives, which takes minutes and a C++ compiler, and leaves a
+        # lock file that hangs later runs if a rank dies meanwhile. gloo is used, and `shared_memory` on request.
         deepspeed.ops.__compatible_ops__ = {}
     else:
         local_rank %= accelerator.device_count()  # under `srun --gpus-per-task=1` each rank sees one device
         accelerator.set_device(local_rank)
-    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads its device from it
     rendezvous = os.environ.get(RENDEZVOUS_FILE)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -1,4 +1,4 @@
-"""The grid in the words that DeepSpeed asks a Megatron-style `mpu` for."""
+"""The grid behind the interface of a Megatron-style `mpu`, which DeepSpeed reads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_ds.parallel.grid import MODEL_AXES, ROLES, Axis, Grid
 
 
 class Mpu:
-    """Answers DeepSpeed's questions about the tensor and data axes of one pipeline stage.
+    """Ranks, sizes and groups of the tensor and data axes of one pipeline stage, for DeepSpeed.
 
-    The engine of a pipeline has an mpu of its own; there this one serves activation checkpointing only.
+    The engine of a pipeline has its own mpu; there this one serves activation checkpointing only.
 
     `initialize_sequence_parallel` and `get_sequence_parallel_*` are left out on purpose: DeepSpeed probes for them
-    and would take Megatron's sequence parallelism for Ulysses'. DeepSpeed wants groups for axes of size 1 too, so
-    making this is collective over the world.
+    and would mistake Megatron's sequence parallelism for Ulysses'. DeepSpeed needs groups for axes of size 1 too, so
+    the construction is collective over the world.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -60,10 +60,10 @@ def _group(grid: Grid, axis: Axis, names: Sequence[str]) -> dist.ProcessGroup:
         world = dist.group.WORLD
         assert world is not None, "torch.distributed is not initialised"
         return world
-    mine = None
+    own = None
     for ranks in grid.layout.peers(*names):
         group = dist.new_group(list(ranks))
         if grid.rank in ranks:
-            mine = group
-    assert mine is not None
-    return mine
+            own = group
+    assert own is not None
+    return own

@@ -11,15 +11,15 @@ from torch import Tensor
 from megatron_ds.config import OptimizerSection
 from megatron_ds.registry import Registry
 
-FUSED_ADAMW = ("cpu", "cuda")  # where torch steps in one pass over parameters, gradients and moments
+FUSED_ADAMW = ("cpu", "cuda")  # devices on which torch updates in one pass over parameters, gradients and moments
 
 
 class GuardedOptimizer(torch.optim.Optimizer):
     """An optimizer that can skip a step. Derive from it first and from a torch optimizer second.
 
     DeepSpeed calls `step` once for each tensor that it puts into `param_groups`, when all gradients are reduced. Under
-    ZeRO these are flat fp32 partitions, (n,), of many parameters: the update has to be elementwise, or at least must
-    not depend on a parameter's shape. DeepSpeed itself skips a step whose gradient norm is not finite, except with
+    ZeRO these are flat fp32 partitions, (n,), of many parameters: the update must be elementwise, or at least
+    independent of a parameter's shape. DeepSpeed itself skips a step whose gradient norm is not finite, except with
     ZeRO-0; it does not look at the loss.
 
     Attributes:
@@ -41,7 +41,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
             groups: list of parameter groups, each `{"params": [...], "weight_decay": ...}`.
             section: the run file's `OptimizerSection`; the engine sets `lr` in `param_groups` before each step.
             device: the device of the parameters.
-            options: the section's `options`; the signature of the override says which there are.
+            options: the section's `options`; the signature of the override declares them.
         """
         raise NotImplementedError(f"{cls.__qualname__} has no from_section")
 
@@ -51,7 +51,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         return self._answer is False
 
     def begin_step(self) -> None:
-        """Have the next call of `step` ask `should_step` again."""
+        """Let the next call of `step` ask `should_step` again."""
         self._answer = None
 
     def step(self, closure: Any = None) -> Any:
@@ -61,7 +61,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         return super().step(closure) if self._answer else None
 
     def create_state(self, parameter: Tensor) -> None:
-        """Make AdamW's state as zeros, if it has none yet: a checkpoint can be read into it.
+        """Create AdamW's state as zeros if it is missing, so that a checkpoint can be read into it.
 
         Args:
             parameter: a tensor that DeepSpeed put into `param_groups`, (n,) or a parameter's own shape.
@@ -90,6 +90,6 @@ class GuardedAdamW(GuardedOptimizer, torch.optim.AdamW):
     def from_section(
         cls, groups: list[dict[str, Any]], section: OptimizerSection, device: torch.device
     ) -> GuardedAdamW:
-        """Return torch's AdamW, fused where the device has that."""
+        """Return torch's AdamW, fused if the device supports it."""
         fused = device.type in FUSED_ADAMW
         return cls(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=fused)

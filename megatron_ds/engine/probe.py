@@ -1,4 +1,4 @@
-"""Gradients as the engine computes them: after every reduction, before any step."""
+"""An optimizer that keeps the engine's reduced gradients for inspection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class GradientProbe(torch.optim.Optimizer):
-    """An optimizer that keeps gradients instead of using them: weights never change.
+    """An optimizer that keeps gradients and never changes weights.
 
     DeepSpeed calls `step` when gradients are reduced over tensor, pipeline and data ranks, so these are the gradients
     that a real optimizer would see. Without ZeRO each rank sees its own parameters' gradients in full.
@@ -28,6 +28,6 @@ class GradientProbe(torch.optim.Optimizer):
                     self._kept[parameter] = parameter.grad.detach().clone()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Return the parameter's gradient of the last step; zeros where there was none."""
+        """Return the parameter's gradient of the last step; zeros if it had none."""
         kept = self._kept.get(parameter)
         return torch.zeros_like(parameter) if kept is None else kept

@@ -1,7 +1,7 @@
-"""Sums over the ranks of one machine through its memory: DeepSpeed's kernel for CPUs in the place of gloo's TCP.
+"""All-reduces over the ranks of one machine through shared memory: DeepSpeed's CPU kernel instead of gloo's TCP.
 
-The kernel adds in the same order on every rank, and waits by spinning: one core a rank. It knows one group only,
-all ranks, and leaves its files in /dev/shm to others; here they are removed as soon as every rank has mapped them.
+The kernel adds in the same order on every rank, and waits by spinning, so each rank needs its own core. It supports one
+group only, all ranks, and never removes its files in /dev/shm; here they are removed once every rank has mapped them.
 """
 
 from __future__ import annotations
@@ -32,21 +32,25 @@ from megatron_ds.parallel.grid import Grid
 
 FIELD = "parallel.shared_memory=true"
 FOLDER = Path("/dev/shm")
-SEGMENT_BYTES = 69_206_024  # of a rank, mapped by all; DeepSpeed 0.19.8
+SEGMENT_BYTES = 69_206_024  # of one rank, mapped by all ranks; DeepSpeed 0.19.8
 LARGEST_BYTES = 2**31 - 2**25  # the kernel counts them in an int, 2^25 at a time
-LEVELS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 2}  # of vector instructions: AVX2, AVX-512 BW
+LEVELS = {
+    torch.float32: 1,
+    torch.bfloat16: 2,
+    torch.float16: 2,
+}  # of vector instructions: AVX2, AVX-512 BW
 
 
 def enable_shared_memory(grid: Grid) -> Grid:
-    """The grid, whose tensor axis sums through memory. Collective over the world, which the tensor axis spans.
+    """Return the grid with a tensor axis that sums through shared memory. Collective over the world.
 
-    Compiles the kernel the first time on a machine, half a minute, and keeps it in the cache.
+    At its first use on a machine the kernel is compiled, which takes half a minute, and kept in the cache.
 
     Args:
-        grid: of more than one tensor rank, one data rank and one stage.
+        grid: a grid of several tensor ranks, one data rank and one pipeline stage.
 
     Raises:
-        ConfigError: no compiler, too small a /dev/shm, or ranks that do not share one.
+        ConfigError: there is no compiler, /dev/shm is too small, or the ranks do not share it.
     """
     assert grid.tensor.size == grid.world.size > 1, grid.layout
     module = run_on_all_ranks(lambda: _load(grid.world.size))
@@ -63,7 +67,7 @@ def enable_shared_memory(grid: Grid) -> Grid:
 
 
 class _Sum:
-    """See `Axis.sum_here`."""
+    """A function for `Axis.sum_here`."""
 
     def __init__(self, level: int) -> None:
         self._dtypes = {dtype for dtype, needed in LEVELS.items() if needed <= level}
@@ -77,57 +81,58 @@ class _Sum:
 
 
 def _load(ranks: int) -> Any:
-    """DeepSpeed's module, compiled where it is not yet. Does not communicate."""
+    """Return DeepSpeed's module; compile it if the cache does not have it. Does not communicate."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise ConfigError(
-            f"{FIELD} needs Linux on x86-64, for whose order of memory DeepSpeed's kernel is written, and this is "
-            f"{platform.system()} on {platform.machine()}; nearest: false"
+            f"{FIELD} needs Linux on x86-64, whose memory ordering DeepSpeed's kernel relies on, and this is "
+            f"{platform.system()} on {platform.machine()}; try false"
         )
     if FOLDER.is_dir() and not os.access(FOLDER, os.W_OK):
-        raise ConfigError(f"{FIELD} needs {FOLDER}, which cannot be written here; nearest: false")
+        raise ConfigError(f"{FIELD} needs {FOLDER}, which cannot be written here; try false")
     free = shutil.disk_usage(FOLDER).free if FOLDER.is_dir() else 0
     if free < ranks * SEGMENT_BYTES:
         raise ConfigError(
             f"{FIELD} needs {ranks * SEGMENT_BYTES / 1e6:.0f} MB of {FOLDER} for {ranks} ranks, and "
-            f"{free / 1e6:.0f} MB are free; nearest: false, or for a container docker run --shm-size=1g"
+            f"{free / 1e6:.0f} MB are free; try false, or for a container docker run --shm-size=1g"
         )
     built_with = "|".join((torch.__version__, torch.__file__, deepspeed.__version__, sys.version))
     key = hashlib.sha256(built_with.encode()).hexdigest()[:16]
     cache = cache_folder("kernels") / key
-    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja, of no active venv
-    said = io.StringIO()
+    # ninja is next to Python, also in a venv that is not active
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    output = io.StringIO()
     cache.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / ".lock"), _environment(TORCH_EXTENSIONS_DIR=str(cache), PATH=tools):
-        for left in cache.rglob("lock"):  # torch's, of a process that was killed: it would wait for it without end
+        for left in cache.rglob("lock"):  # torch's, of a process that was killed: the build would wait for it forever
             left.unlink()
         try:
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(output):
                 module = ShareMemCommBuilder().load(verbose=False)
         except (RuntimeError, OSError, ImportError) as problem:
-            why = _reason(f"{said.getvalue()}\n{problem}")
+            why = _reason(f"{output.getvalue()}\n{problem}")
             raise ConfigError(
                 f"{FIELD} needs DeepSpeed's kernel, which cannot be compiled here ({why}); "
-                "nearest: false, or install g++ and the headers of Python"
+                "try false, or install g++ and the headers of Python"
             ) from None
     if module.vector_kernel_level() < min(LEVELS.values()):
-        raise ConfigError(f"{FIELD} needs a processor with AVX2; nearest: false")
+        raise ConfigError(f"{FIELD} needs a processor with AVX2; try false")
     return module
 
 
-def _reason(said: str) -> str:
-    """What went wrong, out of all that ninja and the compiler say: their command lines are long."""
+def _reason(output: str) -> str:
+    """Return the line of the output of ninja and the compiler that names the error, without their command lines."""
     lines = [
-        line.strip() for line in said.splitlines() if line.strip() and not line.startswith(("[", "Error building"))
+        line.strip() for line in output.splitlines() if line.strip() and not line.startswith(("[", "Error building"))
     ]
-    telling = [line for line in lines if re.search(r"error|not found|No space|Killed|denied", line)]
-    return (telling or lines[-1:] or ["for no reason that is told"])[0]
+    errors = [line for line in lines if re.search(r"error|not found|No space|Killed|denied", line)]
+    return (errors or lines[-1:] or ["no reason given"])[0]
 
 
 def _agree(grid: Grid) -> str:
-    """A name that no other run has, and a file of that name left by rank 0."""
+    """Agree on a unique name, of which rank 0 creates a file. Collective over the world."""
     box = [uuid.uuid4().hex]
     dist.broadcast_object_list(box, src=0)
     if grid.rank == 0:
@@ -144,12 +149,12 @@ def _check_shared(name: str) -> None:
     if not _mark(name).exists():
         raise ConfigError(
             f"{FIELD} needs all ranks on one machine, or in one container, and this one does not see {FOLDER} of "
-            "rank 0; nearest: false"
+            "rank 0; try false"
         )
 
 
 def _remove(name: str, rank: int) -> None:
-    """What this rank has put into the folder; what is mapped stays mapped."""
+    """Remove this rank's files from the folder; mappings of them stay valid."""
     for left in FOLDER.glob(f"*_{name}_{rank}"):
         left.unlink()
     if rank == 0:
@@ -158,7 +163,7 @@ def _remove(name: str, rank: int) -> None:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """These variables inside, as before outside."""
+    """Set environment variables within the block and restore them after it."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -20,17 +20,18 @@ from megatron_ds.parallel.regions import OPTIMIZER, profiled
 class ZeroEngine(Engine):
     """`Engine` around a `SequentialModel`."""
 
-    _sums: Tensor  # the current step's packed losses, over all data ranks once all micro-batches are through
-    _norm: float | None = None  # its gradient norm, where DeepSpeed keeps none
+    _sums: Tensor  # the current step's packed losses, summed over data ranks after its last micro-batch
+    _norm: float | None = None  # its gradient norm, if DeepSpeed does not compute one
 
     def __init__(self, *args: Any, clip: float, bucket: int) -> None:
-        """Take over from DeepSpeed what it does wrongly or at a cost at ZeRO-0.
+        """Build the engine. At ZeRO-0 it reduces and clips gradients itself, since DeepSpeed's way is wrong or costly.
 
         Args:
             args: see `Engine`.
-            clip: bound of the gradient norm, in which DeepSpeed would count replicated parameters often. 0 = no bound.
-            bucket: number of gradients that data ranks reduce at a time. DeepSpeed would copy all of them into one
-                tensor, even with one data rank.
+            clip: bound of the gradient norm, in which DeepSpeed would count replicated parameters several times; 0 = no
+                bound.
+            bucket: number of gradient elements that data ranks reduce at a time. DeepSpeed would copy all of them into
+                one tensor, even with one data rank.
         """
         super().__init__(*args)
         self._clip, self._bucket = clip, bucket
@@ -57,9 +58,9 @@ class ZeroEngine(Engine):
         return bool(sums.isfinite().all()) and (self._norm is None or math.isfinite(self._norm))
 
     def _reduced_and_clipped(self) -> float:
-        """Average the gradients over data ranks in buckets, clip them as torch does, and return their L2 norm before.
+        """Average the gradients over data ranks in buckets, clip them as torch does, return their norm before that.
 
-        Parameters that all tensor ranks hold count once. Collective over shard and tensor.
+        The L2 norm counts parameters that all tensor ranks hold once. Collective over shard and tensor.
         """
         if self.grid.shard.size > 1:
             self.deepspeed.allreduce_gradients(bucket_size=self._bucket)

@@ -99,12 +99,12 @@ def no_compiler(grid: Grid) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (small_folder, "needs 138 MB of /dev/shm for 2 ranks, and 64 MB are free; nearest: false, or for a container"),
+        (small_folder, "needs 138 MB of /dev/shm for 2 ranks, and 64 MB are free; try false, or for a container"),
         (no_folder, "needs 138 MB of /nowhere for 2 ranks, and 0 MB are free"),
-        (read_only, "needs /dev/shm, which cannot be written here; nearest: false"),
+        (read_only, "needs /dev/shm, which cannot be written here; try false"),
         (
             an_arm,
-            "needs Linux on x86-64, for whose order of memory DeepSpeed's kernel is written, and this is Linux on a",
+            "needs Linux on x86-64, whose memory ordering DeepSpeed's kernel relies on, and this is Linux on a",
         ),
         (no_compiler, "no-such-compiler"),
     ],
@@ -117,7 +117,7 @@ def test_what_every_rank_refuses(change: Any, words: str, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("output", "reason"),
     [
         ("[1/3] c++ -MMD -o error.o\nfailed\nx.h:3:10: fatal error: Python.h: No such file\n", "x.h:3:10: fatal error"),
         (
@@ -126,11 +126,11 @@ def test_what_every_rank_refuses(change: Any, words: str, tmp_path: Path, monkey
         ),
         ("cc1plus: No space left on device", "cc1plus: No space"),
         ("one\ntwo\n", "two"),
-        ("", "for no reason that is told"),
+        ("", "no reason given"),
     ],
 )
-def test_the_reason_out_of_what_a_compiler_says(said: str, reason: str) -> None:
-    assert shared_memory._reason(said).startswith(reason)
+def test_the_reason_in_a_compilers_output(output: str, reason: str) -> None:
+    assert shared_memory._reason(output).startswith(reason)
 
 
 def test_what_the_kernel_cannot_count_goes_over_tcp() -> None:

@@ -13,12 +13,12 @@ from megatron_ds.models.sequential import Activations, LayerSpec
 class Boundary:
     """Entry into a pipeline stage.
 
-    All hidden states travel as one tensor, concatenated along the sequence. So one gradient comes back, and the sending
-    stage runs backward once: DeepSpeed starts a backward pass for each tensor that it receives a gradient of, and the
-    second would go again through what both depend on (an encoder, below the decoder that reads it).
+    All hidden states are sent as one tensor, concatenated along the sequence. So one gradient returns, and the sending
+    stage runs backward once: DeepSpeed runs a backward pass for each tensor that it receives a gradient of, and the
+    second pass would repeat the layers that both depend on (an encoder, below the decoder that reads it).
 
     Args:
-        spec: the first layer behind the boundary.
+        spec: the first layer after the boundary.
         divisor: number of ranks over which hidden states are divided along the sequence.
     """
 
@@ -26,7 +26,7 @@ class Boundary:
         self._spec, self._divisor = spec, divisor
 
     def pack(self, activations: Activations, shapes: Mapping[str, Sequence[int]]) -> tuple[Tensor, ...]:
-        """Activations by name -> hidden states (all positions, B, H), then the columns that the batch has.
+        """Pack activations by name into a tuple: hidden states (all positions, B, H), then the columns of the batch.
 
         Args:
             activations: the output of the layer before the boundary.

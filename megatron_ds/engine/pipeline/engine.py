@@ -20,7 +20,7 @@ class PipelineEngine(Engine):
 
     def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
         self.deepspeed.train_batch(self._feed(batches, scales))
-        norm = self.deepspeed.get_global_grad_norm()  # None without ZeRO, which a training run's checks refuse
+        norm = self.deepspeed.get_global_grad_norm()  # None without ZeRO, which the checks of training runs refuse
         return self._collect(), math.nan if norm is None else float(norm)
 
     def _should_step(self) -> bool:
@@ -52,11 +52,11 @@ class PipelineEngine(Engine):
             yield module.renamed.get(name, name), parameter
 
     def _feed(self, batches: Sequence[MicroBatch], scales: Tensor | None) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
-        """Return what DeepSpeed loads on the first and last stage; labels bypass it and go to the module's head.
+        """Return what DeepSpeed loads on the first and last stage; the labels bypass it and go to the module's head.
 
         Args:
             batches: micro-batches of one shape.
-            scales: (terms,), factors of the loss terms; None = predict, the batches have no labels.
+            scales: (terms,), factors of the loss terms; None = prediction, without labels.
         """
         module: PipelinedModel = self.deepspeed.module
         self._expect({name: column.shape for name, column in batches[0].items()})
@@ -68,8 +68,11 @@ class PipelineEngine(Engine):
         return iter([(tuple(input_activations(batch, columns).values()), ()) for batch in batches])
 
     def _expect(self, shapes: dict[str, torch.Size]) -> None:
-        """Set the shapes of the columns that cross boundaries. DeepSpeed keeps those of the first micro-batch: where
-        training and validation differ in columns or lengths, it must exchange them again."""
+        """Set the shapes of the columns that cross boundaries.
+
+        DeepSpeed keeps the shapes of the first micro-batch: if training and validation differ in columns or lengths, it
+        must exchange them again.
+        """
         module: PipelinedModel = self.deepspeed.module
         columns = module._specs[0].columns
         if any(shapes.get(name) != module.shapes.get(name) for name in columns):

@@ -34,8 +34,9 @@ class _DeepSpeedLayer(DeepSpeedLayerSpec):
 class PipelinedModel(PipelineModule):
     """Layers from `bounds[p]` to `bounds[p + 1]` on pipeline rank p, under the names of the plain model.
 
-    The activations that cross a boundary are those that the layer behind it declares. Tied parameters are shared where
-    their layers are on one rank; else each rank has a copy, whose gradients are summed before the step.
+    The activations that cross a boundary are those that the layer after it declares. Tied parameters are one tensor if
+    their layers are on the same rank; otherwise each rank has a copy, and the gradients of the copies are summed before
+    the step.
 
     Args:
         specs: all layers of the model.
@@ -63,9 +64,9 @@ class PipelinedModel(PipelineModule):
         self.predicted: dict[str, Tensor] | None = None
 
     def forward(self, entering: tuple[Tensor, ...]) -> Any:
-        """Activations in the order of the boundary -> those for the next boundary; on the last stage the scaled loss.
+        """Map the activations of the entry boundary to those of the next one; on the last stage, to the scaled loss.
 
-        Labels come in the order in which DeepSpeed loads micro-batches and runs them.
+        Labels arrive in the order in which DeepSpeed loads micro-batches and runs them.
         """
         activations = self._entry.unpack(entering, self.shapes)
         layers = self.forward_funcs
@@ -90,22 +91,22 @@ class PipelinedModel(PipelineModule):
     # ---- tied parameters -------------------------------------------------------------------------------------------
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """Name the layers, and make a process group for every parameter that several pipeline stages hold.
+        """Name the layers, and create a process group for every parameter that several pipeline stages hold.
 
-        DeepSpeed, which calls this once all layers are built, ties one attribute of whole modules, of which a rank
+        DeepSpeed calls this when all layers are built. Its own version ties one attribute of a module, of which a rank
         holds one; here any parameters may be tied. The first stage's copy counts in the gradient norm.
         """
         specs = self._specs[self._local_start : self._local_stop]
         for name in [name for name in self._modules if name.isdigit()]:
             del self._modules[name]
         self.renamed = register_layers(self, specs, self.forward_funcs)
-        mine = {self.renamed.get(name, name): parameter for name, parameter in self.named_parameters()}
+        local = {self.renamed.get(name, name): parameter for name, parameter in self.named_parameters()}
         for name, stages in self._holders().items():
             for ranks in self._columns_of_ranks(stages):
                 group = dist.new_group(ranks)
                 if self.global_rank in ranks:
-                    mine[name].ds_pipe_replicated = self.global_rank != ranks[0]
-                    self._tied_groups.append((mine[name], group))
+                    local[name].ds_pipe_replicated = self.global_rank != ranks[0]
+                    self._tied_groups.append((local[name], group))
         return {}
 
     def _holders(self) -> dict[str, list[int]]:

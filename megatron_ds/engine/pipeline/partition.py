@@ -11,9 +11,9 @@ from megatron_ds.models.sequential import LayerSpec
 def partition(specs: Sequence[LayerSpec], num_parts: int) -> list[int]:
     """Return the bounds of `num_parts` contiguous parts with the smallest possible largest cost.
 
-    Every part except the first begins with a block: a pipeline stage without parameters of its own hangs ZeRO. Layers
-    before the first block stay with it, those after the last likewise, and those between two stacks with the first of
-    them. Among equal choices the earlier parts get more, since the last also has the head.
+    Every part except the first begins with a block, because a pipeline stage without own parameters hangs ZeRO. Layers
+    before the first block stay with that block, layers after the last block with the last one, and layers between two
+    stacks with the first stack. Among equal choices the earlier parts get more, since the last also has the head.
 
     Returns:
         num_parts + 1 indices into `specs`, first 0, last len(specs).
