@@ -19,7 +19,6 @@ PACKAGE = ROOT / "megatron_ds"
 BUDGET: dict[str, int] = {
     "cache": 1,
     "cli": 12,
-    "config": 2,
     "monitor": 13,
     "runtime": 11,
     "training": 67,

@@ -1,4 +1,4 @@
-"""Checks of a run against a model and a number of ranks, from sizes alone, before any process group or weight.
+"""Checks of a run against a model and a number of ranks. They need sizes alone, no process group and no weights.
 
 Each rule names the field, its value, the rule and the nearest values that pass the same rule.
 """
@@ -30,12 +30,12 @@ class ModelShape:
 
 
 def check_run(run: RunConfig, shape: ModelShape, summary: DeepSpeedSummary, world_size: int, device_type: str) -> int:
-    """Return the data-parallel size of a run that can exist.
+    """Check that a run is possible, and return its data-parallel size.
 
     Args:
         run: the run.
         shape: its model's sizes.
-        summary: of its DeepSpeed JSON.
+        summary: the summary of its DeepSpeed JSON.
         world_size: number of ranks.
         device_type: torch's name, such as `cpu` or `cuda`.
 
@@ -62,7 +62,7 @@ def check_data(data: DataSection, parallel: ParallelSection, shape: ModelShape) 
 def check_engine(
     config: EngineConfig, shape: ModelShape, summary: DeepSpeedSummary, world_size: int, device_type: str
 ) -> int:
-    """Return the data-parallel size of an engine that can exist; see `check_run`, which also checks the data."""
+    """Check that an engine is possible, and return its data-parallel size; `check_run` checks the data too."""
     parallel = config.parallel
     check_layout(shape, parallel.tensor, parallel.pipeline)
     _check_precision(summary, device_type)
@@ -83,7 +83,7 @@ def nearest(value: int, legal: Iterable[int]) -> list[int]:
     return below[-1:] + above[:1]
 
 
-def _words(values: Iterable[int]) -> str:
+def _alternatives(values: Iterable[int]) -> str:
     return " or ".join(str(value) for value in values)
 
 
@@ -110,7 +110,7 @@ def check_layout(
     Args:
         shape: the model's sizes.
         tensor, pipeline: the parallel sizes.
-        names: the user's names for them.
+        names: the names that the user has for them.
 
     Raises:
         TopologyError: the model cannot be divided.
@@ -123,7 +123,7 @@ def check_layout(
         if size % tensor:
             raise TopologyError(
                 f"{names[0]}={tensor} does not divide {field}={size}; "
-                f"nearest: {_words(nearest(tensor, _legal_tensors(shape)))}"
+                f"nearest: {_alternatives(nearest(tensor, _legal_tensors(shape)))}"
             )
     if pipeline > shape.num_layers:
         raise TopologyError(
@@ -158,7 +158,7 @@ def _check_sequence(data: DataSection, parallel: ParallelSection, shape: ModelSh
     tensor, seq_length = parallel.tensor, data.seq_length
     if parallel.sequence and seq_length % tensor:
         lengths = _nearest_multiples(seq_length, tensor, at_most=shape.max_positions)
-        mend = f"nearest: {_words(lengths)}" if lengths else "nearest: parallel.sequence=false"
+        mend = f"nearest: {_alternatives(lengths)}" if lengths else "try parallel.sequence=false"
         raise TopologyError(
             f"data.seq_length={seq_length} is not divisible by parallel.tensor={tensor}, "
             f"which parallel.sequence=true needs; {mend}"
@@ -178,19 +178,17 @@ def _check_zero(config: EngineConfig, summary: DeepSpeedSummary) -> None:
     if pipeline > 1 and summary.offload_param:
         raise ConfigError(
             f"zero_optimization.offload_param in the DeepSpeed JSON cannot run with parallel.pipeline={pipeline}: "
-            "it needs stage 3, which DeepSpeed's pipeline engine has not; "
-            "nearest: stage 1 without offload_param, or parallel.pipeline=1"
+            "it needs stage 3, which DeepSpeed's pipeline engine does not support; "
+            "try stage 1 without offload_param, or parallel.pipeline=1"
         )
     if pipeline > 1 and stage >= 2:
         raise ConfigError(
-            f"{stated} cannot run with parallel.pipeline={pipeline}: DeepSpeed's pipeline engine keeps whole "
-            "gradients across micro-batches; nearest: stage 1, or parallel.pipeline=1"
+            f"{stated} cannot run with parallel.pipeline={pipeline}: DeepSpeed's pipeline engine keeps full "
+            "gradients across micro-batches; try stage 1, or parallel.pipeline=1"
         )
     if summary.offload_param and stage != 3:
-        raise ConfigError(
-            f"zero_optimization.offload_param needs stage 3, but {stated}; nearest: stage 3, or remove it"
-        )
-    if stage == 0 and config.optimizer is not None:  # without an optimizer no norm is used
+        raise ConfigError(f"zero_optimization.offload_param needs stage 3, but {stated}; try stage 3, or remove it")
+    if stage == 0 and config.optimizer is not None:  # without an optimizer the norm is not used
         _check_stage_0(config.parallel, summary, stated)
 
 
@@ -215,12 +213,12 @@ def _check_world(parallel: ParallelSection, shape: ModelShape, world_size: int) 
         return world_size // ranks
     tensors = nearest(tensor, (t for t in _legal_tensors(shape) if world_size % (t * pipeline) == 0))
     pipelines = nearest(pipeline, (p for p in range(1, shape.num_layers + 1) if world_size % (tensor * p) == 0))
-    choices = [f"parallel.tensor={_words(tensors)}"] if tensors else []
-    choices += [f"parallel.pipeline={_words(pipelines)}"] if pipelines else []
+    choices = [f"parallel.tensor={_alternatives(tensors)}"] if tensors else []
+    choices += [f"parallel.pipeline={_alternatives(pipelines)}"] if pipelines else []
     with_these = f"; or, with {world_size}, {', or '.join(choices)}" if choices else ""
     raise TopologyError(
         f"parallel.tensor={tensor} * parallel.pipeline={pipeline} = {ranks} does not divide the number of ranks "
-        f"{world_size}; nearest: {_words(_nearest_multiples(world_size, ranks))} ranks{with_these}"
+        f"{world_size}; nearest: {_alternatives(_nearest_multiples(world_size, ranks))} ranks{with_these}"
     )
 
 
@@ -228,9 +226,7 @@ def _check_shared_memory(parallel: ParallelSection, world_size: int, device_type
     if not parallel.shared_memory or parallel.tensor == 1:
         return
     if device_type != "cpu":
-        raise ConfigError(
-            f"parallel.shared_memory=true is for ranks on CPUs, and they are on {device_type}; nearest: false"
-        )
+        raise ConfigError(f"parallel.shared_memory=true is for ranks on CPUs, and they are on {device_type}; try false")
     if parallel.sequence:
         raise ConfigError(
             "parallel.shared_memory=true is for all-reduces, and parallel.sequence=true gathers and scatters instead; "
@@ -239,7 +235,7 @@ def _check_shared_memory(parallel: ParallelSection, world_size: int, device_type
     if parallel.tensor != world_size:
         raise ConfigError(
             f"parallel.shared_memory=true needs all {world_size} ranks to be one tensor group, and "
-            f"parallel.tensor={parallel.tensor}; nearest: false, or {parallel.tensor} ranks"
+            f"parallel.tensor={parallel.tensor}; try false, or {parallel.tensor} ranks"
             f"{' and parallel.pipeline=1' if parallel.pipeline > 1 else ''}"
         )
 
@@ -249,5 +245,5 @@ def _check_batch(config: EngineConfig, data_size: int) -> None:
     if batch % (micro * data_size):
         raise TopologyError(
             f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} * {data_size} data "
-            f"ranks = {micro * data_size}; nearest: {_words(_nearest_multiples(batch, micro * data_size))}"
+            f"ranks = {micro * data_size}; nearest: {_alternatives(_nearest_multiples(batch, micro * data_size))}"
         )

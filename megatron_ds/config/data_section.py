@@ -1,4 +1,4 @@
-"""The section of the run file that says what is read."""
+"""The section of the run file about data."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,27 +9,27 @@ from megatron_ds.errors import ConfigError, show
 
 
 def _list_of_sources(value: Any) -> Any:
-    """A lone source becomes a list of one; plain entries become mappings with a path."""
+    """Return a list of sources: a single source as a list of one, plain paths as mappings."""
     entries = value if isinstance(value, list | tuple) else [value]
     return [e if isinstance(e, dict | DataSource) else {"path": e} for e in entries if e is not None]
 
 
 class DataSource(Section):
-    """One file, directory, hub id or prefix; `weight` is its share of a blend."""
+    """One file, directory, hub id or prefix; `weight` is its relative weight in a blend."""
 
     path: Text
     weight: Annotated[float, Field(gt=0)] | None = None
 
 
 class DataSection(Section):
-    """What is read, and how much of it masked models and sequence-to-sequence models have hidden.
+    """The training and validation data, and how samples are made from them.
 
-    `cache_dir`: where tokenized text is kept (None: a per-user cache directory). `mask_rate` and `whole_words` go with
-    masked models, `mask_rate`, `mean_span` and `target_length` (None: chosen) with sequence-to-sequence models.
-    `restart`: a resumed run takes data that differ from what it was on, from their beginning. `split`: parts of each
-    indexed corpus for training, validation and neither. `loss_turns`, `overlong` and `packing` go with conversations.
-    `prefetch`: so many batches are read ahead (0: none). `options`: keys of a format from outside the package. The
-    names of formats, and the keys that each one heeds, are checked in `megatron_ds.data.formats`.
+    `cache_dir`: the directory of tokenized text (None: a per-user cache directory). `mask_rate` and `whole_words` are
+    for masked models; `mask_rate`, `mean_span` and `target_length` (None: chosen) for sequence-to-sequence models.
+    `restart`: a resumed run accepts data that differ from the earlier ones, and starts at their beginning. `split`:
+    fractions of each indexed corpus for training, validation and neither. `loss_turns`, `overlong` and `packing` are
+    for conversations. `prefetch`: the number of batches that are read ahead. `options`: keys of a format from another
+    package. The names of formats, and the keys that each one reads, are checked in `megatron_ds.data.formats`.
     """
 
     format: Text = "text"
@@ -51,7 +51,7 @@ class DataSection(Section):
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _check_together(self) -> "DataSection":
+    def _check_consistency(self) -> "DataSection":
         _check_weights(self)
         _check_split(self)
         return self
@@ -62,7 +62,7 @@ class DataSection(Section):
 
 
 def _check_weights(data: DataSection) -> None:
-    """A blend has a weight for each source; validation has none."""
+    """Check that each source of a blend has a weight, and that validation sources have none."""
     without = [number for number, source in enumerate(data.train) if source.weight is None]
     if without and len(without) < len(data.train):
         raise ConfigError(
@@ -71,7 +71,7 @@ def _check_weights(data: DataSection) -> None:
     for number, source in enumerate(data.valid):
         if source.weight is not None:
             raise ConfigError(
-                f"data.valid[{number}].weight={show(source.weight)} does nothing: validation takes every sample once; "
+                f"data.valid[{number}].weight={show(source.weight)} does nothing: validation reads every sample once; "
                 "remove it"
             )
 
@@ -80,10 +80,10 @@ def _check_split(data: DataSection) -> None:
     split = data.split
     if split is None:
         return
-    said = f"data.split={show(split)}"
+    shown = f"data.split={show(split)}"
     if data.valid:
-        raise ConfigError(f"{said} takes validation data from data.train, and data.valid names others; keep one")
+        raise ConfigError(f"{shown} takes validation data from data.train, and data.valid names others; keep one")
     if len(split) not in (2, 3) or split[0] == 0:
         raise ConfigError(
-            f"{said} is not the parts of training, of validation and, if any, of neither; write data.split=[0.97, 0.03]"
+            f"{shown} is not the fractions of training, validation and, if any, neither; write data.split=[0.97, 0.03]"
         )

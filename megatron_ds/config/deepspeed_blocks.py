@@ -1,7 +1,7 @@
 """The `optimizer` and `scheduler` blocks that DeepSpeed JSONs written for other trainers carry.
 
-The run file decides optimizer and schedule, and DeepSpeed gets a torch optimizer. A block is accepted, and dropped,
-only if every value that it states equals the run file's; another value would otherwise be lost silently.
+The run file decides optimizer and schedule, and DeepSpeed gets a torch optimizer. A block is accepted, and ignored,
+only if all of its values equal the run file's, so that no setting is lost silently.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ def _block(mapping: Mapping[str, Any], name: str, place: Place) -> Mapping[str, 
     if is_unset(block):
         return {}
     if not isinstance(block, dict):
-        raise ConfigError(f"{place.state(name, block)} is not a mapping; remove it, since the run file says it")
+        raise ConfigError(f"{place.state(name, block)} is not a mapping; remove it, since the run file sets it")
     for key in block:
         if key not in ("type", "params"):
             _refuse_stranger(place, f"{name}.{key}", block[key])

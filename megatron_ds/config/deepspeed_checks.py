@@ -14,7 +14,7 @@ def check_recomputation(
     """Check a DeepSpeed JSON's `activation_checkpointing` and `pipeline` sections against `train.recompute`.
 
     Args:
-        config: the engine's.
+        config: the engine's settings.
         mapping: the DeepSpeed JSON, unfilled.
         trains_part: whether adapters are trained, or parameters are frozen.
         encoder_decoder: the model type of an encoder-decoder; empty for other models.
@@ -25,13 +25,13 @@ def check_recomputation(
     section = mapping.get("activation_checkpointing") or {}
     if section and config.recompute != "none" and trains_part:
         raise ConfigError(
-            "deepspeed.activation_checkpointing recomputes nothing of a layer whose input needs no gradient, as behind "
-            f"a frozen embedding; nearest: remove it, and train.recompute={config.recompute} is torch's own"
+            "deepspeed.activation_checkpointing does not recompute a layer whose input needs no gradient, such as the "
+            f"one after a frozen embedding; remove it, so that train.recompute={config.recompute} uses torch's own"
         )
     if section.get("partition_activations") and encoder_decoder:
         raise ConfigError(
-            "deepspeed.activation_checkpointing.partition_activations=true empties what a layer is given, and the "
-            f"encoder's states of a {encoder_decoder} are given to all layers of its decoder; nearest: false"
+            "deepspeed.activation_checkpointing.partition_activations=true frees the inputs of a layer, and all "
+            f"decoder layers of a {encoder_decoder} read the same encoder states; try false"
         )
     for key in ("cpu_checkpointing", "contiguous_memory_optimization"):
         if section.get(key) and not section.get("partition_activations"):
@@ -41,17 +41,17 @@ def check_recomputation(
             )
     if section.get("contiguous_memory_optimization") and not section.get("number_checkpoints"):
         raise ConfigError(
-            "deepspeed.activation_checkpointing.contiguous_memory_optimization=true needs number_checkpoints; nearest: "
-            "the number of layers"
+            "deepspeed.activation_checkpointing.contiguous_memory_optimization=true needs number_checkpoints; try the "
+            "number of layers"
         )
     if section.get("partition_activations") and config.recompute == "selective":
         raise ConfigError(
-            "deepspeed.activation_checkpointing.partition_activations=true splits what all tensor ranks hold alike; "
-            "train.recompute=selective keeps each rank's own heads; nearest: train.recompute=full"
+            "deepspeed.activation_checkpointing.partition_activations=true splits tensors that all tensor ranks hold; "
+            "train.recompute=selective keeps each rank's own heads; try train.recompute=full"
         )
     if section.get("partition_activations") and config.parallel.sequence and config.parallel.tensor > 1:
         raise ConfigError(
-            "deepspeed.activation_checkpointing.partition_activations=true splits what all tensor ranks hold alike; "
+            "deepspeed.activation_checkpointing.partition_activations=true splits tensors that all tensor ranks hold; "
             "with parallel.sequence=true they hold different parts already; set one of them to false"
         )
     if (mapping.get("pipeline") or {}).get("activation_checkpoint_interval"):
@@ -62,15 +62,14 @@ def check_recomputation(
 
 
 def check_saving(checkpoint: CheckpointSection, mapping: Mapping[str, Any]) -> None:
-    """Check that the state which the DeepSpeed JSON keeps on NVMe need not be saved.
+    """Check that no checkpoint needs state that the DeepSpeed JSON keeps on NVMe.
 
     Raises:
-        ConfigError: it would have to be.
+        ConfigError: the run saves checkpoints, and the state is on NVMe.
     """
     zero = mapping.get("zero_optimization") or {}
     for key in ("offload_optimizer", "offload_param"):
         if checkpoint.every and (zero.get(key) or {}).get("device") == "nvme":
             raise ConfigError(
-                f"deepspeed.zero_optimization.{key}.device=nvme cannot be saved yet; nearest: cpu, or "
-                "checkpoint.every=0"
+                f"deepspeed.zero_optimization.{key}.device=nvme cannot be saved yet; try cpu, or checkpoint.every=0"
             )

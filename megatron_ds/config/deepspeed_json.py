@@ -1,7 +1,7 @@
-"""The DeepSpeed JSON: read, checked against DeepSpeed 0.19.8's names, and completed from the run file.
+"""The DeepSpeed JSON: reading, checks against the keys of DeepSpeed 0.19.8, and completion from the run file.
 
 It sets precision, ZeRO, offload and communication. The run file sets batch sizes, clipping, optimizer and schedule;
-here they are absent or "auto". Two different values for the same setting are refused.
+in the JSON they are absent or "auto". Two different values of one setting are refused.
 """
 
 import copy
@@ -25,7 +25,7 @@ from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, show, suggest
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
-CPU_BUCKET_ELEMENTS = 5_000_000  # a bucket that stays in the process's memory
+CPU_BUCKET_ELEMENTS = 5_000_000  # a bucket whose memory the process keeps from step to step
 _NEVER_PRINT_STEPS = 10**9  # DeepSpeed's own step reports are replaced by metrics.jsonl
 
 
@@ -89,7 +89,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def check_deepspeed_keys(mapping: Mapping[str, Any], place: Place) -> None:
-    """Refuse removed, unsupported and unknown keys, and values that would train wrongly."""
+    """Refuse removed, unsupported and unknown keys, and values that would make the training wrong."""
     for key, mend in REMOVED_KEYS.items():
         if _get(mapping, key) is not None:
             raise ConfigError(f"{place.name(key)}: DeepSpeed 0.19 has removed this; {mend}")
@@ -161,7 +161,7 @@ def _switch(mapping: Mapping[str, Any], key: str, place: Place) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        why = ": precision is said only here" if value == AUTO else ""
+        why = ": no other setting decides the precision" if value == AUTO else ""
         raise ConfigError(f"{place.state(key, value)} is not true or false{why}")
     return value
 
@@ -181,9 +181,9 @@ def fill_deepspeed(
 
     Args:
         mapping: from `load_deepspeed`; it is not changed.
-        config: the engine's; `check_engine` has accepted its batch sizes for `data_size`.
+        config: the engine's settings; `check_engine` has accepted its batch sizes for `data_size`.
         data_size: data-parallel ranks.
-        hidden_size: the model's, for the ZeRO bucket sizes left at "auto" (as transformers' Trainer fills them).
+        hidden_size: H of the model, for the ZeRO bucket sizes left at "auto" (as transformers' Trainer fills them).
 
     Raises:
         ConfigError: a value contradicts the run file, or an "auto" that nothing can fill.

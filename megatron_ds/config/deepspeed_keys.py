@@ -1,4 +1,4 @@
-"""The names that DeepSpeed 0.19.8 reads in its JSON, as tables, so that a misspelt one is refused and not ignored.
+"""Tables of the keys that DeepSpeed 0.19.8 reads in its JSON, so that a misspelt key is refused and not ignored.
 
 DeepSpeed itself silently ignores unknown top-level keys. A test compares these tables with the installed DeepSpeed;
 nothing here imports it.
@@ -76,7 +76,7 @@ REMOVED_KEYS: Mapping[str, str] = {
     "zero_optimization.zeropp_loco_param": "remove it",
 }
 
-# Keys that DeepSpeed reads and megatron_ds does not run with, and why. A block with "enabled": false is let through.
+# Keys that DeepSpeed reads and megatron_ds does not support, and why. A block with "enabled": false is accepted.
 UNSUPPORTED_KEYS: Mapping[str, str] = {
     "autotuning": "the sizes are the run file's; remove it",
     "compile": "DeepCompile has not been tried; remove it",
@@ -106,7 +106,7 @@ ONLY_VALUES: tuple[tuple[str, object, str], ...] = (
     ("zero_optimization.zero_quantized_weights", False, "quantised weights change the loss"),
 )
 
-# Dotted places where "auto" is DeepSpeed's own word, to be passed on.
+# Dotted keys for which "auto" is a value of DeepSpeed itself and is passed on.
 NATIVE_AUTO: frozenset[str] = frozenset(
     {
         "data_types.keep_in_fp32_modules",

@@ -16,7 +16,7 @@ from megatron_ds.config.run_config import (
     kernel_choice,
     path_or_mapping,
 )
-from megatron_ds.config.schema_base import Count, Section, whole_float_to_int
+from megatron_ds.config.schema_base import Count, Section, integral_float_to_int
 
 
 class EngineConfig(Section):
@@ -26,9 +26,10 @@ class EngineConfig(Section):
         parallel: sizes of the parallel axes.
         deepspeed: path of a DeepSpeed JSON, or its content; "auto" values are filled from the other fields.
         optimizer: None = gradients are computed and kept, and weights never change.
-        schedule, steps: what a `scheduler` block of the DeepSpeed JSON must agree with; None = no block is allowed.
-        global_batch_size, micro_batch_size: samples of an optimizer step, and of one forward pass on one rank.
-        seed: of dropout, and of parameters that start at random.
+        schedule, steps: the settings that a `scheduler` block of the DeepSpeed JSON must agree with; None = no block is
+            allowed.
+        global_batch_size, micro_batch_size: samples per optimizer step, and per forward pass on one rank.
+        seed: of dropout and of random initialisation.
         recompute, compile, kernels: as under `train` in the run file.
     """
 
@@ -39,14 +40,14 @@ class EngineConfig(Section):
     steps: Count | None = None
     global_batch_size: Count = 8
     micro_batch_size: Count = 1
-    seed: Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
+    seed: Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0, lt=2**32)] = 1234
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
 
     @classmethod
     def of_run(cls, run: RunConfig) -> "EngineConfig":
-        """The engine's part of a run file."""
+        """Extract the engine's part of a run file."""
         train = run.train
         return cls(
             parallel=run.parallel,

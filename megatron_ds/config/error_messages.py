@@ -55,14 +55,14 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 def _unknown_key(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
     section = ".".join(str(part) for part in loc[:-1] if isinstance(part, str))
-    shown_section, name = _dotted(loc[:-1]), str(loc[-1])
+    prefix, name = _dotted(loc[:-1]), str(loc[-1])
     sections = legal_keys(model)
     legal = sections[section]
     if not nearest_names(name, legal):
         homes = [f"{home}.{name}" if home else name for home, keys in sections.items() if name in keys]
         if homes:
             return f"{_dotted(loc)}: unknown key; did you mean {' or '.join(homes)}?"
-    return f"{_dotted(loc)}: unknown key; {suggest(name, legal, f'{shown_section}.' if shown_section else '')}"
+    return f"{_dotted(loc)}: unknown key; {suggest(name, legal, f'{prefix}.' if prefix else '')}"
 
 
 def _one_of(ctx: Mapping[str, Any], value: Any) -> str:
@@ -71,7 +71,7 @@ def _one_of(ctx: Mapping[str, Any], value: Any) -> str:
 
 def _not_a(kind: str, value: Any) -> str:
     if isinstance(value, str) and value.replace(".", "", 1).isdigit():
-        return f"is text, not {kind}; take its quotes away"
+        return f"is text, not {kind}; remove the quotes"
     return f"is not {kind}"
 
 

@@ -1,7 +1,6 @@
 """Loading of a run file with `key.sub=value` overrides into a `RunConfig`, and dumping it.
 
-Anything wrong with the file raises one `ConfigError` of one line. Paths in the file are relative
-to the current directory.
+Any problem raises a `ConfigError` of one line. Paths in the file are relative to the current directory.
 """
 
 import copy
@@ -27,11 +26,11 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the run file.
-        overrides: `key.sub=value`, the value in YAML, the last one wins. A key may go into `deepspeed` and
-            `model.config`; where `deepspeed` is the path of a JSON file, that file is read into a mapping first.
+        overrides: `key.sub=value` with the value in YAML; the last one of a key wins. Keys inside `deepspeed` and
+            `model.config` are allowed; if `deepspeed` is the path of a JSON file, that file is read first.
 
     Raises:
-        ConfigError: anything wrong with the file, an override or a value, in one line.
+        ConfigError: a problem of the file, an override or a value, in one line.
     """
     mapping = parse_yaml(_read_text(Path(path)), str(path))
     if mapping is None:
@@ -114,7 +113,7 @@ def _read_text(path: Path) -> str:
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in place, making mappings on the way."""
+    """Set one `key.sub=value` in place, and create the mappings that it needs."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -129,7 +128,7 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = {}
         if isinstance(inner, list):
-            raise ConfigError(f"override {key}: {place} is a list; give the whole of it, {place}=[...]")
+            raise ConfigError(f"override {key}: {place} is a list; give the complete list, {place}=[...]")
         if not isinstance(inner, dict):
             raise ConfigError(f"override {key}: {place}={show(inner)} is not a mapping, so nothing can be set in it")
         node[part] = inner

@@ -1,4 +1,4 @@
-"""The run file: its keys, their defaults, and the rules that the file alone can break.
+"""The run file: its keys, their defaults, and the rules that need nothing but the file.
 
 Every section is frozen and refuses unknown keys. Numbers are strict (`true` is not 1, `"5"` is not 5), except that a
 float without a fraction, such as `1e3`, is an integer. Rules that need the model or the ranks are in `checks.py`.
@@ -19,7 +19,7 @@ from megatron_ds.config.schema_base import (
     NonNegative,
     Section,
     Text,
-    whole_float_to_int,
+    integral_float_to_int,
 )
 from megatron_ds.errors import ConfigError, show
 
@@ -30,7 +30,7 @@ def _betas_pair(value: Any) -> Any:
     return tuple(value)
 
 
-def _words_or_path(value: Any) -> Any:
+def _resume_source(value: Any) -> Any:
     if not isinstance(value, str):
         raise ConfigError(f"checkpoint.resume={show(value)} is neither auto, never nor the path of a checkpoint")
     return value
@@ -93,7 +93,7 @@ class ModelSection(Section):
             raise ConfigError(f"model.path and model.config {both}")
         if self.config is not None and self.init == "pretrained":
             raise ConfigError(
-                "model.init=pretrained needs weights, which model.config has not; use model.path, or model.init=random"
+                "model.init=pretrained needs weights, and model.config has none; use model.path, or model.init=random"
             )
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ConfigError("model.config.model_type is missing; name the Hugging Face model type, for example llama")
@@ -108,7 +108,7 @@ class ModelSection(Section):
 class ParallelSection(Section):
     """Degrees of model parallelism; the data degree is world / (tensor * pipeline).
 
-    `shared_memory`: tensor ranks of one machine's CPU sum through its memory instead of TCP.
+    `shared_memory`: tensor ranks on the CPU of one machine all-reduce through shared memory instead of TCP.
     """
 
     tensor: Count = 1
@@ -120,7 +120,7 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too.
 
-    `options`: of an optimizer that is registered from outside.
+    `options`: options of an optimizer that another package registers.
     """
 
     name: Text = "adamw"
@@ -134,9 +134,9 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """The learning rate over the steps: linear warm-up from 0, then as the schedule of this name has it.
+    """The learning rate over the steps: linear warm-up from 0, then the schedule of this name.
 
-    `options`: of a schedule that is registered from outside.
+    `options`: options of a schedule that another package registers.
     """
 
     name: Text = "cosine"
@@ -154,7 +154,7 @@ def _first_and_last(value: Any) -> Any:
 
 
 class ProfileSection(Section):
-    """Steps, the first and the last of them counted from 1, whose time is recorded in full."""
+    """The steps that are profiled: the first and the last one, counted from 1."""
 
     steps: Annotated[tuple[Count, Count], BeforeValidator(_first_and_last)]
 
@@ -162,19 +162,19 @@ class ProfileSection(Section):
 class TrainSection(Section):
     """Length of the run, batch sizes, and how steps are computed.
 
-    `objective`: "auto" goes by the kind of the model; else the name of a registered one. `eval_every: 0` never
-    evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: so many steps in a row without a
-    finite loss and gradient norm end it. `step_timeout`: so many seconds without progress do (0: never). `freeze`:
-    patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by torch.compile. `kernels`:
-    on CUDA, those of libraries that are installed, or PyTorch's alone, or a choice for each operation. `profile`: steps
-    that are recorded.
+    `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0` never
+    evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the run ends after this many
+    consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after this many seconds without
+    progress (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are
+    fused by torch.compile. `kernels`: "auto" uses installed libraries on CUDA, "torch" PyTorch alone, a mapping chooses
+    per operation. `profile`: the steps that are profiled.
     """
 
     steps: Count
     objective: Text = "auto"
     global_batch_size: Count = 8
     micro_batch_size: Count = 1
-    seed: Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0, lt=2**32)] = 1234
+    seed: Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0, lt=2**32)] = 1234
     eval_every: CountOrZero = 0
     log_every: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
@@ -188,7 +188,7 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """Checkpoints. `every: 0` never saves; `keep` is the number of checkpoints that stay.
+    """Checkpoints. `every: 0` never saves; `keep` is the number of checkpoints that are kept.
 
     `resume`: "auto" resumes from the newest intact checkpoint under `output`, "never" starts a new run, anything else
     is the checkpoint to resume from. `asynchronous`: training continues while files are written.
@@ -196,16 +196,16 @@ class CheckpointSection(Section):
 
     every: CountOrZero = 0
     keep: Count = 3
-    resume: Annotated[Text, BeforeValidator(_words_or_path)] = "auto"
+    resume: Annotated[Text, BeforeValidator(_resume_source)] = "auto"
     asynchronous: bool = True
 
 
 class ExportSection(Section):
     """A Hugging Face directory written at the end.
 
-    `merge`: with adapters, write the base model with them in its weights instead of a peft directory.
-    `dtype: None` keeps the model's own. `check` loads the directory with transformers, on a rank of the last pipeline
-    stage, and compares its logits with the live model's; for models that fit there, and a path that this rank sees.
+    `merge`: with adapters, write the base model with the adapters merged instead of a peft directory. `dtype: None`
+    keeps the model's dtype. `check` loads the directory with transformers on a rank of the last pipeline stage and
+    compares its logits with the live model's; the model must fit there, and the rank must see the path.
     """
 
     path: Text
@@ -216,7 +216,7 @@ class ExportSection(Section):
 
 
 class RunConfig(Section):
-    """A run, as the run file has it. Build it with `load_run` or `build_run`, whose errors are one line.
+    """A run as the run file describes it. Build it with `load_run` or `build_run`, whose errors are one line.
 
     `imports`: modules that are imported before the file is checked. `monitor`: metric sinks that get what
     `metrics.jsonl` gets. `callbacks`: called in this order while the run trains.
@@ -242,7 +242,7 @@ class RunConfig(Section):
         return [one.plain for one in entries]
 
     @model_validator(mode="after")
-    def _check_sections_together(self) -> "RunConfig":
+    def _check_sections(self) -> "RunConfig":
         if self.schedule.min_lr > self.optimizer.lr:
             raise ConfigError(
                 f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; "

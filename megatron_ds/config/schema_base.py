@@ -5,13 +5,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def whole_float_to_int(value: Any) -> Any:
-    """Return a float without a fraction, such as 1e3, as an integer, and anything else as it is."""
+def integral_float_to_int(value: Any) -> Any:
+    """Return a float without a fraction, such as 1e3, as an integer, and any other value unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(whole_float_to_int), Field(ge=0)]
+Count = Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=1)]
+CountOrZero = Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class NamedEntry(BaseModel):
-    """A registered thing by its name, with the options that it takes: `name`, or `{name: ..., option: value}`."""
+    """The name of a registered entry with its options: `name`, or `{name: ..., option: value}`."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
@@ -32,12 +32,12 @@ class NamedEntry(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Everything but the name."""
+        """All fields except the name."""
         return dict(self.model_extra or {})
 
     @property
     def plain(self) -> str | dict[str, Any]:
-        """The entry as a run file has it."""
+        """The entry as it is written in a run file."""
         return {"name": self.name, **self.options} if self.options else self.name
 
 

@@ -300,7 +300,7 @@ def test_optimizer_values_without_counterpart(make_run, ds_file):
         ),
         (
             {"bf16": {"enabled": "auto"}},
-            "bf16.enabled=auto (ds) is not true or false: precision is said only here",
+            "bf16.enabled=auto (ds) is not true or false: no other setting decides the precision",
         ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4 (ds) is not one of 0, 1, 2, 3"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=true (ds) is not one of 0, 1, 2, 3"),

@@ -169,7 +169,7 @@ def test_override_into_a_deepspeed_file_reads_it_first(run_file, tmp_path):
         ("a..b=3", "override a..b=3 is not key.sub=value, for example train.steps=100"),
         (
             "data.train.0=x",
-            "override data.train.0: data.train is a list; give the whole of it, data.train=[...]",
+            "override data.train.0: data.train is a list; give the complete list, data.train=[...]",
         ),
         (
             "train.steps.x=1",

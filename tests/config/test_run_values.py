@@ -28,7 +28,7 @@ REFUSALS = [
     ("train.steps=abc", "train.steps=abc is not an integer"),
     ("train.steps=1.5", "train.steps=1.5 is not an integer"),
     ("train.steps=true", "train.steps=true is not an integer"),
-    ("train.steps='5'", "train.steps=5 is text, not an integer; take its quotes away"),
+    ("train.steps='5'", "train.steps=5 is text, not an integer; remove the quotes"),
     ("train.steps=", "train.steps=null is not an integer"),
     ("optimizer.lr=fast", "optimizer.lr=fast is not a number"),
     ("optimizer.lr=.inf", "optimizer.lr=inf is not finite"),
@@ -100,7 +100,7 @@ REFUSALS = [
     ("model=", "model.path and model.config are both missing; give one"),
     (
         LLAMA + ", init: pretrained}",
-        "model.init=pretrained needs weights, which model.config has not; use model.path, or model.init=random",
+        "model.init=pretrained needs weights, and model.config has none; use model.path, or model.init=random",
     ),
     (
         "model={config: {hidden_size: 8}}",
@@ -121,7 +121,7 @@ REFUSALS = [
     ),
     (
         "data={format: indexed, train: [a], split: [9]}",
-        "data.split=[9.0] is not the parts of training, of validation and, if any, of neither; write "
+        "data.split=[9.0] is not the fractions of training, validation and, if any, neither; write "
         "data.split=[0.97, 0.03]",
     ),
     ("train.max_time=soon", "train.max_time=soon is not a time; write seconds, or HH:MM:SS as 3:50:00"),

@@ -139,7 +139,7 @@ def test_sequence_parallel_length(make_run):
     learned = replace(SHAPE, max_positions=514)
     assert refusal(run, learned, world_size=4).endswith("nearest: 512")
     short = make_run(parallel={"tensor": 4, "sequence": True}, data={"seq_length": 3})
-    assert refusal(short, replace(SHAPE, max_positions=3), world_size=4).endswith("nearest: parallel.sequence=false")
+    assert refusal(short, replace(SHAPE, max_positions=3), world_size=4).endswith("try parallel.sequence=false")
     for value in (512, 516):
         run = make_run(parallel={"tensor": 4, "sequence": True}, data={"seq_length": value})
         assert check_run(run, SHAPE, ZERO_1, 4, "cpu") == 1
@@ -157,9 +157,9 @@ def test_shared_memory(make_run):
     assert check_run(run, SHAPE, ZERO_1, 2, "cpu") == 1
     assert check_run(make_run(parallel={"shared_memory": True}), SHAPE, ZERO_1, 2, "cuda") == 2  # without effect
     assert refusal(run, world_size=2, device_type="cuda") == (
-        "parallel.shared_memory=true is for ranks on CPUs, and they are on cuda; nearest: false"
+        "parallel.shared_memory=true is for ranks on CPUs, and they are on cuda; try false"
     )
-    words = "parallel.shared_memory=true needs all 4 ranks to be one tensor group, and parallel.tensor=2; nearest: "
+    words = "parallel.shared_memory=true needs all 4 ranks to be one tensor group, and parallel.tensor=2; try "
     assert refusal(run, world_size=4) == f"{words}false, or 2 ranks"
     run = make_run(parallel={"tensor": 2, "pipeline": 2, "shared_memory": True})
     assert refusal(run, world_size=4) == f"{words}false, or 2 ranks and parallel.pipeline=1"
@@ -180,7 +180,7 @@ def test_pipeline_needs_zero_1(make_run, stage):
     run = make_run(parallel={"pipeline": 2})
     assert refusal(run, facts=replace(ZERO_1, zero_stage=stage), world_size=2) == (
         f"zero_optimization.stage={stage} in the DeepSpeed JSON cannot run with parallel.pipeline=2: DeepSpeed's "
-        "pipeline engine keeps whole gradients across micro-batches; nearest: stage 1, or parallel.pipeline=1"
+        "pipeline engine keeps full gradients across micro-batches; try stage 1, or parallel.pipeline=1"
     )
 
 
@@ -216,13 +216,13 @@ def test_offload(make_run):
     param = DeepSpeedSummary(2, "bf16", False, True)
     assert refusal(make_run(), facts=param) == (
         "zero_optimization.offload_param needs stage 3, but zero_optimization.stage=2 in the DeepSpeed JSON; "
-        "nearest: stage 3, or remove it"
+        "try stage 3, or remove it"
     )
     piped = make_run(parallel={"pipeline": 2})
     for stage in (1, 3):
         assert refusal(piped, facts=replace(param, zero_stage=stage), world_size=2) == (
             "zero_optimization.offload_param in the DeepSpeed JSON cannot run with parallel.pipeline=2: it needs "
-            "stage 3, which DeepSpeed's pipeline engine has not; nearest: stage 1 without offload_param, "
+            "stage 3, which DeepSpeed's pipeline engine does not support; try stage 1 without offload_param, "
             "or parallel.pipeline=1"
         )
     optimizer = DeepSpeedSummary(0, "fp32", True, False)

@@ -198,7 +198,7 @@ def test_other_adapters_are_not_gone_on_with(make_lora: Any, base: Path, tmp_pat
         mds.train(make_lora("run", own, "checkpoint.resume=never"))
     with pytest.raises(MegatronDSError, match=r"export\.path=.* would replace peft="):
         mds.train(make_lora("other", own, f"export={{path: {run.output}/checkpoints/{name_of(2)}}}"))
-    with pytest.raises(MegatronDSError, match=r"is an adapter; nearest: model\.path="):
+    with pytest.raises(MegatronDSError, match=r"is an adapter; try model\.path="):
         mds.train(make_lora("other", f"model.path={run.output}", "peft=null"))
     shutil.copytree(run.output, tmp_path / "moved")
     content = tmp_path / "moved" / "checkpoints" / name_of(2)

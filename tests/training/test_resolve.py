@@ -77,14 +77,14 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
                     "activation_checkpointing": {"partition_activations": True},
                 },
             },
-            "partition_activations=true splits what all tensor ranks hold alike",
+            "partition_activations=true splits tensors that all tensor ranks hold",
         ),
         (
             {
                 "train": {"steps": 1, "global_batch_size": 1, "recompute": "selective"},
                 "deepspeed": {"activation_checkpointing": {"partition_activations": True}},
             },
-            "train.recompute=selective keeps each rank's own heads; nearest: train.recompute=full",
+            "train.recompute=selective keeps each rank's own heads; try train.recompute=full",
         ),
         (
             {"deepspeed": {"activation_checkpointing": {"cpu_checkpointing": True}}},
