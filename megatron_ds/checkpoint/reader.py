@@ -44,8 +44,8 @@ def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoi
         folder: a folder on a disk that all ranks see.
         rank, world_size: this rank and the size of the process group.
     """
-    mine = [path.name for path in checkpoints_in(folder)]
-    listed = gather_objects(mine) if world_size > 1 else [mine]
+    names = [path.name for path in checkpoints_in(folder)]
+    listed = gather_objects(names) if world_size > 1 else [names]
     damaged: list[str] = []
     if listed[0] and not all(listed):
         blind = listed.index([])
@@ -61,13 +61,13 @@ def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoi
 def first_damage(directory: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """Return what is wrong with a checkpoint, in one line naming the file; None if it is intact. Collective over the
     world."""
-    mine: str | None = None
+    own_damage: str | None = None
     try:
         records = read_manifest(directory)
-        mine = _check(directory, records, sorted(records)[rank::world_size])
+        own_damage = _check(directory, records, sorted(records)[rank::world_size])
     except CheckpointError as problem:
-        mine = str(problem)
-    everyone = gather_objects(mine) if world_size > 1 else [mine]
+        own_damage = str(problem)
+    everyone = gather_objects(own_damage) if world_size > 1 else [own_damage]
     return next((problem for problem in everyone if problem is not None), None)
 
 

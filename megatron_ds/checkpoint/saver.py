@@ -155,9 +155,9 @@ class Saver:
         writing, self._writing = self._writing, None
         return writing.result() if writing is not None else None
 
-    def gather(self, mine: Any) -> list[Any]:
+    def gather(self, local: Any) -> list[Any]:
         """Gather an object from every rank on every rank. Collective over the world."""
-        return gather_objects(mine, self.group) if self.group is not None else [mine]
+        return gather_objects(local, self.group) if self.group is not None else [local]
 
     def _all_trained(self, order: list[str]) -> tuple[str, ...]:
         everyone = self.gather([shard.name for shard in optimizer_shards(self.engine)])
@@ -250,7 +250,7 @@ class _Writing:
         try:
             records = self._on_all_ranks(lambda: write_chunks(self._directory, files.files, files.chunks))
             if not self._problems:
-                everything = {name: record for mine in records for name, record in mine.items()}
+                everything = {name: record for by_name in records for name, record in by_name.items()}
                 sizes = self._on_all_ranks(lambda: self._finish(everything))
                 self._bytes = sizes[0] or 0
             if self._problems and self._is_first:
@@ -280,15 +280,15 @@ class _Writing:
 
     def _on_all_ranks(self, act: Callable[[], Any]) -> list[Any]:
         """Return the results of `act` on every rank; failures are added to `_problems`. Collective over the world."""
-        rank, mine = self._saver.engine.grid.rank, None
+        rank, result = self._saver.engine.grid.rank, None
         problem: _Problem | None = None
         try:
-            mine = act()
+            result = act()
         except OSError as error:
             problem = _Problem(f"rank {rank}: {error.strerror or error}", is_defect=False)
         except Exception:  # the others must not wait for this rank
             problem = _Problem(f"rank {rank} failed while saving:\n{traceback.format_exc().rstrip()}", is_defect=True)
-        everyone = self._saver.gather((mine, problem))
+        everyone = self._saver.gather((result, problem))
         self._problems += [problem for _, problem in everyone if problem is not None]
         return [result for result, _ in everyone]
 

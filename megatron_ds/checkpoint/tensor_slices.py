@@ -27,10 +27,10 @@ class TensorSlice:
 
     def intersect(self, other: TensorSlice) -> TensorSlice | None:
         """Return the elements that are in both; None if they have no element in common."""
-        start = tuple(max(mine, theirs) for mine, theirs in zip(self.start, other.start))
+        start = tuple(max(own, others) for own, others in zip(self.start, other.start))
         stop = tuple(
-            min(mine + size, theirs + other_size)
-            for mine, size, theirs, other_size in zip(self.start, self.shape, other.start, other.shape)
+            min(own + size, others + others_size)
+            for own, size, others, others_size in zip(self.start, self.shape, other.start, other.shape)
         )
         if any(first >= last for first, last in zip(start, stop)):
             return None
@@ -39,7 +39,7 @@ class TensorSlice:
     def index_in(self, outer: TensorSlice) -> tuple[slice, ...]:
         """Return the index of these elements in a tensor that holds the elements of `outer`."""
         return tuple(
-            slice(mine - base, mine - base + size) for mine, base, size in zip(self.start, outer.start, self.shape)
+            slice(own - base, own - base + size) for own, base, size in zip(self.start, outer.start, self.shape)
         )
 
 

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: one JSON object a line, written as the run goes, read back bit-equal.
+"""`metrics.jsonl`: one JSON object per line, written while the run trains, read back bit-equal.
 
-The file is plain JSON lines so that any tool can follow it. Floats are written with the shortest text that reads back
-to the same double. JSON has no NaN: a value that is not finite becomes null, and the line names it in `non_finite`.
+The file is plain JSON lines so that any tool can follow it. A float is written as the shortest text that reads back as
+the same double. JSON has no NaN: a value that is not finite becomes null, and the line names it in `non_finite`.
 """
 
 import json
@@ -22,18 +22,18 @@ class StepMetrics:
     """Results of one logged optimizer step.
 
     Attributes:
-        step: Optimizer steps done, this one included (1-based).
-        loss: Mean loss of an unmasked label token of the global batch, in nats.
-        grad_norm: Global L2 norm of the gradients before clipping.
-        lr: Learning rate the step was taken with.
-        tokens: Labelled tokens of the global batch of this step: what was learned from.
+        step: number of optimizer steps so far, this one included (1-based).
+        loss: mean loss per labelled token of the global batch, in nats.
+        grad_norm: global L2 norm of the gradients before clipping.
+        lr: learning rate of the step.
+        tokens: number of labelled tokens in the global batch.
         step_s: Wall-clock seconds of the step.
-        tokens_per_s: Labelled tokens a second over all ranks.
-        tflops_per_rank: Model TFLOP/s of one rank (1e12 floating-point operations a second), of all positions of the
-            batch, padding included: the work done.
-        data_s: Seconds of `step_s` that rank 0 waited for its part of the batch to be read; None = not measured.
-        terms: The loss terms by name, where there are several; else empty.
-        metrics: The objective's metrics by name, averaged over the global batch.
+        tokens_per_s: labelled tokens per second over all ranks.
+        tflops_per_rank: model TFLOP/s of one rank (1e12 floating-point operations per second), over all positions of
+            the batch, padding included.
+        data_s: seconds of `step_s` that rank 0 waited for its part of the batch to be read; None = not measured.
+        terms: the loss terms by name if there are several; else empty.
+        metrics: the objective's metrics by name, averaged over the global batch.
     """
 
     step: int
@@ -54,9 +54,9 @@ class ValidMetrics:
     """Validation after `step` optimizer steps.
 
     Attributes:
-        step: Optimizer steps done.
-        valid_loss: Mean loss of an unmasked label token, in nats.
-        metrics: The objective's metrics by name, averaged over the validation data.
+        step: number of optimizer steps so far.
+        valid_loss: mean loss per labelled token, in nats.
+        metrics: the objective's metrics by name, averaged over the validation data.
     """
 
     step: int
@@ -67,21 +67,21 @@ class ValidMetrics:
 Metrics = StepMetrics | ValidMetrics
 _INT_FIELDS = frozenset({"step", "tokens"})
 _MAPPINGS = ("terms", "metrics")
-"""Fields that are written only where they hold anything."""
+"""Fields that are written only if they are not empty."""
 _OPTIONAL = frozenset({"data_s"})
-"""Numbers that files of earlier versions do not have."""
+"""Numbers that files of earlier versions lack."""
 
 
 class MetricsWriter:
-    """Appends metrics to a JSON-lines file; each line is flushed, so a reader or a crash sees whole lines.
+    """Writer of a JSON-lines file of metrics. Each line is flushed, so that readers see complete lines.
 
-    A new run starts a new file: one left by an earlier run is renamed to `metrics.<n>.jsonl` (n = 1, 2, ... in the
-    order of the runs), never overwritten. A resumed run appends to the file it finds.
+    A new run starts a new file: a file of an earlier run is renamed to `metrics.<n>.jsonl` (n = 1, 2, ... in the
+    order of the runs), never overwritten. A resumed run appends to the existing file.
 
     Args:
-        path: The file; its directory is made if missing.
-        continue_after: The step the run resumes from, or None for a new run. Lines of later steps, which will be run
-            again, and a line torn by a crash leave the file; the file as it was is then kept as `metrics.<n>.jsonl`.
+        path: the file; its directory is created if missing.
+        continue_after: the step that the run resumes from; None for a new run. Lines of later steps, which will be run
+            again, and a line torn by a crash are removed; the former file is then kept as `metrics.<n>.jsonl`.
 
     Raises:
         DataError: `continue_after` is given and the file holds a line that is not metrics.
@@ -103,7 +103,7 @@ class MetricsWriter:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; closing twice is fine."""
+        """Close the file; closing twice is allowed."""
         self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -116,12 +116,12 @@ class MetricsWriter:
 
 
 def iter_metrics(path: Path | str) -> Iterator[Metrics]:
-    """The lines of a metrics file in order, one at a time; a null reads as NaN, unknown fields are passed over.
+    """Yield the lines of a metrics file in order; a null is read as NaN, unknown fields are ignored.
 
-    A last line without its newline was torn by a crash, or is just being written: it is left out.
+    A last line without a newline was torn by a crash, or is still being written: it is left out.
 
     Raises:
-        DataError: The file is missing, or a whole line is not metrics.
+        DataError: the file is missing, or a complete line is not metrics.
     """
     path = Path(path)
     for number, line in enumerate(_read_lines(path), start=1):
@@ -129,7 +129,7 @@ def iter_metrics(path: Path | str) -> Iterator[Metrics]:
 
 
 def read_metrics(path: Path | str) -> tuple[list[StepMetrics], list[ValidMetrics]]:
-    """All training and all validation lines of a metrics file; see `iter_metrics`."""
+    """Return all training and all validation lines of a metrics file; see `iter_metrics`."""
     steps: list[StepMetrics] = []
     valid: list[ValidMetrics] = []
     for metrics in iter_metrics(path):
@@ -147,7 +147,7 @@ def _encode(metrics: Metrics) -> str:
         value = getattr(metrics, name)
         if value is None and name in _OPTIONAL:
             continue
-        # numpy and torch scalars would not serialise, and float() of them is exact
+        # JSON cannot encode numpy and torch scalars; their float() is exact
         number = int(value) if name in _INT_FIELDS else float(value)
         if not math.isfinite(number):
             non_finite.append(name)
@@ -201,7 +201,7 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Leave only the whole lines up to `step`; the former file is kept under another name if it differs."""
+    """Keep only the complete lines up to `step`; the former file is kept under another name if it differs."""
     lines = list(_read_lines(path))
     kept = [line for number, line in enumerate(lines, start=1) if _decode(line, path, number).step <= step]
     text = "".join(kept).encode()
@@ -209,11 +209,11 @@ def _cut_after(path: Path, step: int) -> None:
         return
     with replacing(path) as temporary:
         temporary.write_bytes(text)
-        shutil.copyfile(path, _next_archive(path))  # the file itself is never away, whatever happens here
+        shutil.copyfile(path, _next_archive(path))  # a copy, so that the file itself always exists
 
 
 def _next_archive(path: Path) -> Path:
-    """`metrics.<n>.jsonl` with n one more than the greatest there is, so that the numbers tell the order."""
+    """Return `metrics.<n>.jsonl` with n one above the largest in use, so that the numbers follow the order of runs."""
     prefix, suffix = f"{path.stem}.", path.suffix
     names = (other.name for other in path.parent.iterdir())
     middles = (name[len(prefix) : -len(suffix) or None] for name in names if name.startswith(prefix))

@@ -1,7 +1,7 @@
-"""`loss.png`: training and validation loss over the steps, the learning rate on a small panel under it.
+"""`loss.png`: training and validation loss over the steps, with the learning rate on a small panel below.
 
-Drawn from `metrics.jsonl` alone, so a picture can be made again at any time. A long run is reduced to a few thousand
-points by the least and the greatest loss of each stretch of steps: spikes stay visible at any length.
+It is drawn from `metrics.jsonl` alone, so it can be drawn again at any time. A long run is reduced to a few thousand
+points, the minimum and maximum loss of each bin of steps, so that spikes stay visible at any length.
 """
 
 import math
@@ -23,14 +23,14 @@ Array = np.ndarray
 
 SIZE_INCHES = (8.0, 5.0)
 DPI = 150
-MAX_BINS = 1500  # about one a pixel of the panel's width
-MIN_SMOOTHED = 50  # fewer points than this show their trend without help
+MAX_BINS = 1500  # about one per pixel of the panel's width
+MIN_SMOOTHED = 50  # fewer points than this show their trend without smoothing
 TRAIN_COLOR, VALID_COLOR, LR_COLOR, BAD_COLOR = "#1f5fa8", "#d9660d", "#5b6470", "#c0182b"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The columns of a metrics file that are drawn, each as float64; not finite = NaN."""
+    """The columns of a metrics file that are drawn, each as float64; values that are not finite are NaN."""
 
     steps: Array
     loss: Array
@@ -41,7 +41,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Bins:
-    """A curve cut into stretches of neighbouring points; a stretch without a finite value is NaN."""
+    """A curve in bins of neighbouring points; a bin without a finite value is NaN."""
 
     steps: Array
     low: Array
@@ -51,18 +51,18 @@ class Bins:
 
 
 def draw_loss(metrics_path: Path | str, png_path: Path | str, title: str) -> bool:
-    """Draw the loss curves of a metrics file as a PNG of 1200 x 750 pixels; the old picture is replaced atomically.
+    """Draw the loss curves of a metrics file as a PNG of 1200 x 750 pixels; an old picture is replaced atomically.
 
     Args:
         metrics_path: A `metrics.jsonl`.
-        png_path: Where the picture goes; its directory is made if missing.
-        title: Written above the picture.
+        png_path: the picture; its directory is created if missing.
+        title: the title of the picture.
 
     Returns:
-        Whether there was anything to draw; if not, nothing is written.
+        True if there was anything to draw; otherwise nothing is written.
 
     Raises:
-        DataError: The metrics file is missing or damaged.
+        DataError: the metrics file is missing or damaged.
     """
     curves = _read_curves(metrics_path)
     if curves.steps.size + curves.valid_steps.size == 0:
@@ -83,7 +83,7 @@ def draw_loss(metrics_path: Path | str, png_path: Path | str, title: str) -> boo
 
 
 def bin_curve(steps: Array, values: Array, max_bins: int = MAX_BINS) -> Bins:
-    """Cut (P,) points into at most `max_bins` stretches of as good as equal length, NaN left out."""
+    """Divide (P,) points into at most `max_bins` bins of almost equal length, ignoring NaN."""
     starts = np.unique(np.linspace(0, steps.size, min(steps.size, max_bins), endpoint=False).astype(np.int64))
     finite = np.isfinite(values)
     return Bins(
@@ -96,7 +96,7 @@ def bin_curve(steps: Array, values: Array, max_bins: int = MAX_BINS) -> Bins:
 
 
 def smooth(bins: Bins) -> Array:
-    """A centred mean over about a thirtieth of the run, nearer points weighing more; no lag, NaN left out."""
+    """Return a weighted mean centred on each bin, over about a thirtieth of the run; no lag, NaN is ignored."""
     window = min(max(3, bins.steps.size // 30), bins.steps.size) // 2 * 2 + 1
     kernel = np.hanning(window + 2)[1:-1]
     half = window // 2
@@ -106,7 +106,7 @@ def smooth(bins: Bins) -> Array:
 
 
 def _read_curves(path: Path | str) -> Curves:
-    columns = [array("d") for _ in range(5)]  # a million steps: 40 MB here, ten times that as objects
+    columns = [array("d") for _ in range(5)]  # a million steps take 40 MB, and ten times as much as Python objects
     steps, loss, lr, valid_steps, valid_loss = columns
     for metrics in iter_metrics(path):
         if isinstance(metrics, StepMetrics):
@@ -134,7 +134,7 @@ def _draw_panels(figure: "Figure", curves: Curves, title: str) -> None:
     _style_axes(loss_axes, lr_axes)
     steps = np.concatenate([curves.steps, curves.valid_steps])
     if steps.min() == steps.max():
-        lr_axes.set_xlim(steps[0] - 1, steps[0] + 1)  # left to itself, the axis would show parts of a step
+        lr_axes.set_xlim(steps[0] - 1, steps[0] + 1)  # by default the axis would show fractions of a step
     figure.align_ylabels()
 
 
@@ -176,7 +176,7 @@ def _draw_lr(axes: "Axes", curves: Curves) -> None:
 
 
 def _mark_non_finite(axes: "Axes", curves: Curves) -> None:
-    """Crosses along the bottom where a loss was NaN or infinite: a gap in a line is easily overlooked."""
+    """Draw crosses along the bottom at losses that were NaN or infinite: a gap in a line is easily overlooked."""
     bad = np.concatenate([curves.steps[~np.isfinite(curves.loss)], curves.valid_steps[~np.isfinite(curves.valid_loss)]])
     if bad.size == 0:
         return
@@ -219,7 +219,7 @@ def _last_value(values: Array) -> str:
 
 
 def _format_lr(lr: float) -> str:
-    """3e-4 rather than 0.0003: as a run file has it."""
+    """Format a learning rate as 3e-4 rather than 0.0003, as in a run file."""
     if lr == 0:
         return "0"
     mantissa, exponent = f"{lr:.3e}".split("e")

@@ -1,8 +1,8 @@
 """Time of a step by parts of the model, summed from a Chrome trace of torch's profiler.
 
-Operations of a forward pass are inside annotations of `parallel.regions`; the trace links those of a backward pass to
-them. On a CPU the time of a part is that of the threads which compute it; on a GPU that of its kernels. Communication
-is hidden while something is computed at the same time, and exposed otherwise.
+Operations of the forward pass are inside annotations of `parallel.regions`; the trace links operations of the backward
+pass to them. On a CPU the time of a part is that of the threads that compute it; on a GPU that of its kernels.
+Communication is hidden while computation runs at the same time, and exposed otherwise.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class PartTimes:
     """Times of one rank, averaged over the recorded steps.
 
     Attributes:
-        seconds: of a step, by the names in `ROWS`.
-        hidden_s: communication at the same time as computation, of a step.
+        seconds: seconds per step, by the names in `ROWS`.
+        hidden_s: seconds per step of communication during computation.
         steps: number of recorded steps.
     """
 
@@ -47,7 +47,7 @@ class PartTimes:
 
 
 def time_by_part(trace: Mapping[str, Any]) -> PartTimes:
-    """Sum a Chrome trace up. Its steps are annotations called `parts.STEP`."""
+    """Sum up a Chrome trace, whose steps are annotations called `regions.STEP`."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     recorded = [_span(event) for event in events if event["name"] == STEP and event.get("cat") == "user_annotation"]
     steps = _merged(recorded)
@@ -80,17 +80,17 @@ def time_by_part(trace: Mapping[str, Any]) -> PartTimes:
 
 def table(ranks: Sequence[PartTimes]) -> list[str]:
     """Return lines of a table: each part's mean over ranks, its fraction of the step, and the largest with its rank."""
-    whole = sum(one.step_s for one in ranks) / len(ranks)
+    step_s = sum(one.step_s for one in ranks) / len(ranks)
     lines = [f"{'':24}{'mean s':>10}{'share':>8}{'largest s':>11}  rank"]
     for name in (*ROWS, "step"):
         values = [one.step_s if name == "step" else one.seconds[name] for one in ranks]
-        lines.append(_line(name, values, whole))
-    return [*lines, _line(f"({HIDDEN})", [one.hidden_s for one in ranks], whole)]
+        lines.append(_line(name, values, step_s))
+    return [*lines, _line(f"({HIDDEN})", [one.hidden_s for one in ranks], step_s)]
 
 
-def _line(name: str, values: Sequence[float], whole: float) -> str:
+def _line(name: str, values: Sequence[float], step_s: float) -> str:
     mean, largest = sum(values) / len(values), max(values)
-    share = mean / whole if whole else 0.0
+    share = mean / step_s if step_s else 0.0
     return f"{name:24}{mean:>10.4f}{share:>8.1%}{largest:>11.4f}  {values.index(largest)}"
 
 
@@ -98,7 +98,7 @@ def _line(name: str, values: Sequence[float], whole: float) -> str:
 
 
 _Labelled = tuple[Mapping[str, Any], str | None, list[Span]]
-"""An event, its part, and the spans in which no inner event ran."""
+"""An event, its part, and the spans in which no nested event ran."""
 
 
 def _threads(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -134,10 +134,10 @@ def _is_flow(event: Mapping[str, Any], end: str) -> bool:
 
 
 def _walk(threads: Sequence[Sequence[Mapping[str, Any]]], known: Mapping[Any, str | None]) -> Iterable[_Labelled]:
-    """Each event with the part that it or what it stands in belongs to.
+    """Yield each event with its part, its own or that of the event around it.
 
     Args:
-        threads: events that nest.
+        threads: nested events.
         known: (thread, begin) of an operation of a backward pass -> the part of its forward pass.
     """
     for thread in threads:
@@ -161,7 +161,7 @@ def _closed(stack: list[tuple[float, str | None, list[Span], Mapping[str, Any]]]
 
 
 def _cut(own: list[Span], begin: float, end: float) -> None:
-    """Take an inner event out of what an outer one did itself."""
+    """Remove the span of a nested event from the own spans of the event around it."""
     first, last = own.pop()
     own.extend(span for span in ((first, begin), (end, last)) if span[1] > span[0] or span[1] == last)
 
@@ -176,7 +176,7 @@ def _own_part(event: Mapping[str, Any]) -> str | None:
 
 
 def _computes(event: Mapping[str, Any], own: Sequence[Span]) -> bool:
-    """Return whether an event is an operation without inner ones."""
+    """Return whether an event is an operation without nested operations."""
     return event.get("cat") == "cpu_op" and event["name"].startswith("aten::") and len(own) == 1
 
 

@@ -8,23 +8,23 @@ from megatron_ds.monitor.metrics import StepMetrics, ValidMetrics
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in a few facts, known before its first step.
+    """The facts of a run that are known before its first step.
 
     Attributes:
         model_name: Architecture, e.g. `llama`.
-        num_params: Parameters of the whole model, over all ranks; tied ones once.
-        world_size: Ranks, `tensor * pipeline * data`.
+        num_params: parameters of the full model, over all ranks; tied ones counted once.
+        world_size: number of ranks, `tensor * pipeline * data`.
         tensor: Tensor-parallel size.
-        pipeline: Pipeline stages.
+        pipeline: pipeline stages.
         data: Data-parallel size.
-        sequence: Whether sequence parallelism is on.
+        sequence: whether sequence parallelism is on.
         zero_stage: ZeRO stage, 0-3.
-        precision: Of the computation, e.g. `bf16`.
-        device: In words, e.g. `NVIDIA H100` or `cpu`.
-        tokens_per_step: Tokens of a global batch.
-        steps: Optimizer steps of the whole run, a resumed run's earlier ones included.
-        data_description: Where the tokens come from, in a few words.
-        output: Directory the run writes to.
+        precision: precision of the computation, e.g. `bf16`.
+        device: name of the device, e.g. `NVIDIA H100` or `cpu`.
+        tokens_per_step: tokens per global batch.
+        steps: optimizer steps of the complete run, including those before it was resumed.
+        data_description: A short description of the data.
+        output: the run's directory.
     """
 
     model_name: str
@@ -44,26 +44,26 @@ class RunSummary:
 
 
 class Reporter(Protocol):
-    """Listens to a run. Called in the order start, then step, valid and note as they come, then finish."""
+    """Receiver of a run's progress: called with start, then step, valid and note as they occur, then finish."""
 
     def start(self, summary: RunSummary) -> None:
-        """The run is set up; its first step comes next."""
+        """Handle the start of the run, after set-up and before the first step."""
 
     def step(self, metrics: StepMetrics, total_steps: int) -> None:
-        """A logged step is done, out of `total_steps`."""
+        """Handle a logged step, out of `total_steps`."""
 
     def valid(self, metrics: ValidMetrics) -> None:
-        """A validation is done."""
+        """Handle a validation."""
 
     def note(self, text: str) -> None:
-        """Something worth a line happened, e.g. a checkpoint was written."""
+        """Handle an event that deserves a line, e.g. that a checkpoint was written."""
 
     def finish(self, text: str) -> None:
-        """The run is over; `text` tells how it went."""
+        """Handle the end of the run; `text` describes the result."""
 
 
 class SilentReporter(Reporter):
-    """Reports nothing: for all ranks but 0, and for callers who read `metrics.jsonl` instead."""
+    """A reporter that does nothing: for ranks other than 0, and for callers that read `metrics.jsonl` instead."""
 
     def start(self, summary: RunSummary) -> None:
         """Do nothing."""

@@ -1,6 +1,6 @@
-"""Metric sinks: where else the lines of `metrics.jsonl` go.
+"""Metric sinks: further destinations of the lines of `metrics.jsonl`.
 
-A sink is named under `monitor` in the run file and made on rank 0 alone.
+A sink is named under `monitor` in the run file and opened on rank 0 alone.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class SinkInfo:
 
 
 class MetricSink(Protocol):
-    """Receives every logged step and every validation. An exception in it ends the run with its traceback."""
+    """Receiver of every logged step and every validation. An exception in it ends the run with its traceback."""
 
     def write(self, metrics: Metrics) -> None:
-        """Take a `StepMetrics` or a `ValidMetrics`."""
+        """Write a `StepMetrics` or a `ValidMetrics`."""
 
     def close(self) -> None:
-        """Finish; called once, at the run's end or after an error."""
+        """Close the sink; called once, at the run's end or after an error."""
 
 
 SINKS: Registry[Callable[..., MetricSink]] = Registry("metric sink")

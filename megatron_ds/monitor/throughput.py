@@ -1,7 +1,7 @@
-"""Tokens a second, and the model FLOP/s they amount to.
+"""Throughput: tokens per second and model FLOP/s.
 
 Model FLOPs count the matrix products of one forward and one backward pass (Chowdhery et al. 2022, "PaLM", appendix B).
-Recomputed activations are not counted: recomputation makes the number fall, as it should.
+Recomputation is not counted, so it lowers the model FLOP/s.
 """
 
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ from typing import NamedTuple
 def model_flops_per_token(
     num_params_active: int, num_layers: int, attention_hidden: int, seq_length: int, num_params_frozen: int = 0
 ) -> float:
-    """6 N + 12 L d S: floating-point operations of one token, forward and backward.
+    """Return the floating-point operations of one token, forward and backward: 6 N + 12 L d S.
 
-    A parameter costs one multiply and one add forward, and twice that backward: 6 N. In each layer a token's query
-    meets S keys and S values of width d, 4 d S forward, 12 d S with the backward pass. As in the paper the attention
-    is counted in full, causal or not.
+    A parameter costs one multiply and one add forward, and twice that backward: 6 N. In each layer a token's query is
+    multiplied with S keys and S values of width d: 4 d S forward, 12 d S with the backward pass. As in the paper,
+    attention is counted in full, causal or not.
 
     Args:
-        num_params_active: N, parameters a token passes through: of a mixture of experts only the experts it visits;
-            without the input embedding table (a look-up costs no FLOPs), unless it is also the output head.
-        num_layers: L, attention layers. An encoder-decoder's decoder layer holds two (self and cross attention).
+        num_params_active: N, the parameters that a token uses: of a mixture of experts only the chosen experts; without
+            the input embedding table (a look-up costs no FLOPs), unless it is also the output head.
+        num_layers: L, the number of attention layers; a decoder layer of an encoder-decoder counts as two (self- and
+            cross-attention).
         attention_hidden: d, query heads * head size; often, but not always, the hidden size.
-        seq_length: S, tokens of a sequence.
-        num_params_frozen: of N, those that get no gradient: they cost 4 each instead of 6.
+        seq_length: S, tokens per sequence.
+        num_params_frozen: those of N that get no gradient: they cost 4 each instead of 6.
 
     Returns:
         FLOPs per token.
@@ -32,7 +33,7 @@ def model_flops_per_token(
 
 
 class Rates(NamedTuple):
-    """Speed of a step: tokens a second over all ranks, and model TFLOP/s (1e12) of one rank."""
+    """The speed of a step: tokens per second over all ranks, and model TFLOP/s (1e12) of one rank."""
 
     tokens_per_s: float
     tflops_per_rank: float
@@ -40,18 +41,18 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns tokens and seconds into rates.
+    """Conversion of tokens and seconds into rates.
 
     Attributes:
-        flops_per_token: See `model_flops_per_token`.
-        world_size: Ranks that share the work.
+        flops_per_token: see `model_flops_per_token`.
+        world_size: number of ranks that divide the work.
     """
 
     flops_per_token: float
     world_size: int
 
     def rates(self, tokens: int, seconds: float) -> Rates:
-        """The rates of `tokens` tokens, counted over all ranks, done in `seconds` seconds of wall-clock time."""
+        """Return the rates of `tokens` tokens, counted over all ranks, in `seconds` seconds of wall-clock time."""
         assert seconds > 0, f"seconds={seconds}"
         tokens_per_s = tokens / seconds
         return Rates(tokens_per_s, tokens_per_s * self.flops_per_token / self.world_size / 1e12)
