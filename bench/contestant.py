@@ -49,7 +49,7 @@ def main() -> None:
     """Read the spec named on the command line, start its ranks, and serve steps until the input ends."""
     spec = Spec.read(sys.argv[1])
     channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # output of libraries must not mix with the answers
+    os.dup2(2, 1)  # the output of libraries must not mix with the answers
     module, _, name = RUNNERS[spec.runner].partition(":")
     build = getattr(importlib.import_module(module), name)
     if spec.world == 1 and spec.runner != "ours":

@@ -1,4 +1,4 @@
-"""Ours: the engine that a Python program builds."""
+"""This package as a contestant: the engine that a Python program builds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from megatron_ds.runtime import Session, load_model
 
 
 def train(spec: Spec) -> Step:
-    """Options: `tensor`, `pipeline`, `sequence`, `shared_memory`, `zero`, `micro_batch`, `compile`."""
+    """Train with this package's engine.
+
+    Options: `tensor`, `pipeline`, `sequence`, `shared_memory`, `zero`, `micro_batch`, `compile`.
+    """
     rank = dist.get_rank()
     device = torch.device(spec.device, rank) if spec.device == "cuda" else torch.device(spec.device)
     session = Session(RankInfo(rank, spec.world, rank), device)
@@ -25,7 +28,7 @@ def train(spec: Spec) -> Step:
 
 
 def _engine_fields(spec: Spec) -> dict[str, Any]:
-    """What a user would write. ZeRO-1, or ZeRO-0 in fp32 where there is nothing to shard."""
+    """Return the engine's settings as a user would write them: ZeRO-1, or ZeRO-0 in fp32 if nothing can be sharded."""
     work, options = spec.work, spec.options
     parallel = {name: options[name] for name in ("tensor", "pipeline", "sequence", "shared_memory") if name in options}
     data = spec.world // parallel.get("tensor", 1) // parallel.get("pipeline", 1)
@@ -51,7 +54,7 @@ def _engine_fields(spec: Spec) -> dict[str, Any]:
 
 
 def _columns(work: Work) -> dict[str, Tensor]:
-    """The global batch in our columns."""
+    """Return the global batch in this package's columns."""
     given = work.batches()
     columns = {"input_ids": given["input_ids"], "targets": given["labels"]}
     if work.target_length:

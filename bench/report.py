@@ -32,7 +32,7 @@ def row(result: CaseResult, entry: EntryResult) -> list[str]:
         f"{entry.peak_bytes / 1e9:.2f}",
     ]
     if result.flops:
-        cells += [f"{share:.0%}" for share in result.shares_of_limits(entry)]
+        cells += [f"{fraction:.0%}" for fraction in result.fractions_of_limits(entry)]
     return cells
 
 

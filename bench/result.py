@@ -88,7 +88,7 @@ class CaseResult:
     note: str = ""
     ranks_share: bool = True
 
-    def shares_of_limits(self, entry: EntryResult) -> list[float]:
+    def fractions_of_limits(self, entry: EntryResult) -> list[float]:
         """Return the fraction of each limit that a contestant reaches."""
         devices = 1 if self.ranks_share else entry.world
         return [self.flops / entry.median_s / (limit * devices) for limit in self.limit_flops.values()]

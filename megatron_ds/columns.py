@@ -1,7 +1,7 @@
 """The columns of a batch, each declared once: length, dtype, padding, and the label that carries no loss.
 
-A batch maps column names to arrays. Whoever makes, checks, pads, renders or reads one takes these facts from the
-declaration. An objective or a data format of another package declares the columns that it adds.
+A batch maps column names to arrays. The code that makes, checks, pads, renders or reads a column takes these facts from
+its declaration. An objective or a data format of another package declares the columns that it adds.
 
 Shape suffixes: `S` = positions of a sample, `T` = positions of the decoder (S where there is no separate encoder).
 """
@@ -56,7 +56,7 @@ class Column:
         return np.arange(*shape, dtype=self.dtype) if value is None else np.full(shape, value, dtype=self.dtype)
 
     def pad(self, values: np.ndarray, length: int, fill: int | None = None) -> np.ndarray:
-        """(L,) -> (length,), padded on the right. A `fill` that is given takes the place of the column's own."""
+        """Pad on the right: (L,) -> (length,). A `fill` that is given replaces the column's own."""
         missing = length - len(values)
         value = self.fill if fill is None else fill
         if value is None:
@@ -64,7 +64,7 @@ class Column:
         return np.pad(values, (0, missing), constant_values=value)
 
     def carries_loss(self, values: np.ndarray) -> np.ndarray:
-        """Return where labels carry loss: bool, of the shape of `values`."""
+        """Return the mask of the labels that carry loss, bool, of the shape of `values`."""
         assert self.ignored is not None, f"{self.name} is not a label column"
         return values != self.ignored
 
@@ -96,7 +96,7 @@ def find_column(name: str) -> Column:
 
 
 INPUT_IDS = declare(Column("input_ids"))
-# What position t is to predict: labels are shifted by the data, never by a model.
+# The token that position t predicts: the data shift labels, never a model.
 TARGETS = declare(Column("targets", "target", fill=IGNORE_INDEX, ignored=IGNORE_INDEX))
 # True where a position may be attended to.
 ATTENTION_MASK = declare(Column("attention_mask", dtype="bool", fill=False, blank=True))
@@ -105,7 +105,7 @@ TOKEN_TYPE_IDS = declare(Column("token_type_ids"))
 # 0: the second part of the pair follows the first; 1: it is a random one.
 NEXT_SENTENCE_LABEL = declare(Column("next_sentence_label", "sample", fill=IGNORE_INDEX, ignored=IGNORE_INDEX))
 DECODER_INPUT_IDS = declare(Column("decoder_input_ids", "target"))
-# As `attention_mask`, for the decoder's own positions.
+# Like `attention_mask`, for the positions of the decoder.
 DECODER_ATTENTION_MASK = declare(Column("decoder_attention_mask", "target", dtype="bool", fill=False, blank=True))
 # Positions within a document: 0 where one begins. Documents do not attend to one another.
 POSITION_IDS = declare(Column("position_ids", fill=None))

@@ -30,9 +30,9 @@ BFLOAT16 = DType(torch.bfloat16, "bfloat16", "bf16", "BF16")
 
 TRAINED = (FLOAT32, BFLOAT16, FLOAT16)
 EXPORT_DTYPES = {row.name: row.dtype for row in TRAINED}
-"""The types that weights are written in, by name."""
+"""The dtypes in which weights are written, by name."""
 DTYPE_OF_PRECISION = {row.precision: row.dtype for row in TRAINED}
 NAME_OF_PRECISION = {row.precision: row.name for row in TRAINED}
 DTYPE_OF_CODE = {row.code: row.dtype for row in (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)}
-"""The types that weights may be read in, by their names in safetensors files."""
+"""The dtypes in which weights may be read, by their names in safetensors files."""
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}

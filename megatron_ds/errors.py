@@ -1,7 +1,8 @@
-"""Types of the errors that a user can cause, and the parts of their messages.
+"""Types of the errors that a user can cause, and parts of their messages.
 
-The command line turns every `MegatronDSError` into one line on stderr and exit status 2; anything else is a defect
-of ours and keeps its traceback. Each message names the field, its value, the rule, and the nearest fix.
+The command line turns every `MegatronDSError` into one line on stderr and exit status 2; any other exception is a
+defect of this package and keeps its traceback. Each message names the field, its value, the rule, and a fix: `nearest:`
+before the closest value that is allowed, `try` before an action.
 """
 
 import difflib
@@ -45,7 +46,7 @@ class LaunchError(MegatronDSError):
 
 
 def show(value: Any) -> str:
-    """Return a value as it stands in YAML or JSON, on one line, shortened."""
+    """Return a value as in YAML or JSON, on one line, shortened."""
     if isinstance(value, str):
         text = value if value.strip() == value and value else json.dumps(value)
     elif value is None or isinstance(value, bool | list | tuple | dict):
@@ -62,7 +63,7 @@ def nearest_names(name: str, legal: Iterable[str]) -> list[str]:
 
 
 def suggest(name: str, legal: Iterable[str], prefix: str = "") -> str:
-    """Return `did you mean a or b?`, or, where nothing is near, the list of legal names."""
+    """Return `did you mean a or b?`, or the list of legal names if none is near."""
     names = sorted(legal)
     close = nearest_names(name, names)
     if close:
@@ -71,7 +72,7 @@ def suggest(name: str, legal: Iterable[str], prefix: str = "") -> str:
 
 
 def not_one_of(value: Any, legal: Iterable[str]) -> str:
-    """Return `is not one of a, b, c`, followed by the legal name that looks most like the value, if any does."""
+    """Return `is not one of a, b, c`, followed by the legal name that is most similar to the value, if any is."""
     names = list(legal)
     close = nearest_names(value, names) if isinstance(value, str) else []
     return f"is not one of {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")

@@ -1,6 +1,6 @@
-"""Rank-aware logging: rank 0 speaks, the others only warn, and every line of theirs names its rank.
+"""Rank-aware logging: rank 0 logs from INFO on, other ranks from WARNING on, with their rank in every line.
 
-Also what other libraries may say meanwhile: errors, and warnings that a user can act on, but no chatter.
+Other libraries are limited to errors and to warnings that a user can act on.
 """
 
 import logging
@@ -10,12 +10,12 @@ import warnings
 
 LOGGER_NAME = "megatron_ds"
 
-# DeepSpeed calls these by names that torch 2.13 has given new ones; only DeepSpeed can act on it.
+# torch 2.13 has renamed these collectives, and DeepSpeed calls them by the old names; a user cannot change that.
 _RENAMED_COLLECTIVES = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
 
 
 def get_logger(name: str = "") -> logging.Logger:
-    """The package's logger, or its child `megatron_ds.<name>`."""
+    """Return the package's logger, or its child `megatron_ds.<name>`."""
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
 
 
@@ -31,7 +31,7 @@ def setup_logging(rank: int, level: int = logging.INFO) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence what DeepSpeed, transformers and datasets say about themselves. Call it before they are imported.
+    """Silence the routine output of DeepSpeed, transformers and datasets. Call it before they are imported.
 
     DeepSpeed: log lines below ERROR. transformers: log lines below ERROR, unless TRANSFORMERS_VERBOSITY is set. Both
     Hugging Face libraries: progress bars, which each rank would draw over ours.

@@ -1,4 +1,4 @@
-"""Modules from outside the package, imported for what they register.
+"""Plugins: modules of other packages that are imported because they register names.
 
 They are named under `imports` in the run file, by `megatron-ds --import MODULE`, or by installed packages under the
 entry point group `megatron_ds.plugins`. They are imported in every process before the run file is checked: ranks that
@@ -24,11 +24,11 @@ def import_modules(names: Sequence[str], field: str = "imports[{}]") -> None:
     """Import modules by their dotted names; the current directory is searched first, as with `python -m`.
 
     Args:
-        names: of modules.
-        field: where the user named them; {} stands for the number.
+        names: dotted names of the modules.
+        field: the place where the user named them; {} stands for the index.
 
     Raises:
-        ConfigError: a module is not there, or raises an exception when it is imported.
+        ConfigError: a module does not exist, or raises an exception when it is imported.
     """
     if names:
         quiet_libraries()  # before the modules import them
@@ -39,17 +39,17 @@ def import_modules(names: Sequence[str], field: str = "imports[{}]") -> None:
         place = f"{field.format(number)}={show(name)}"
         try:
             import_module(name)
-        except Exception as problem:  # whatever code from outside raises
+        except Exception as problem:  # a plugin may raise anything
             if isinstance(problem, ModuleNotFoundError) and f"{name}.".startswith(f"{problem.name}."):
                 raise ConfigError(
-                    f"{place}: there is no module {problem.name}; start in the directory that holds it, add that to "
+                    f"{place}: there is no module {problem.name}; start in its directory, add the directory to "
                     "PYTHONPATH, or install its package"
                 ) from problem
             raise ConfigError(f"{place} raised {_reason(problem)}; fix it, or remove it") from problem
 
 
 def load_entry_points() -> None:
-    """Import what installed packages name under the entry point group `megatron_ds.plugins`.
+    """Import the modules that installed packages name under the entry point group `megatron_ds.plugins`.
 
     Raises:
         ConfigError: one of them raises an exception when it is imported.

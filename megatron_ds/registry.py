@@ -1,7 +1,8 @@
-"""Registries: named things of one kind that code from outside the package may add to.
+"""Registries: named entries of one kind, to which other packages may add.
 
-A registry stands where the things are used (`FORMATS` in data/, `FAMILIES` in hf/, ...). A module that is named under
-`imports` in the run file, or by an entry point, registers its own when it is imported, before the file is checked.
+A registry is defined where its entries are used (`FORMATS` in data/, `FAMILIES` in hf/, ...). A module that is named
+under `imports` in the run file, or by an entry point, registers its entries when it is imported, before the file is
+checked.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name, in the order in which they were registered.
+    """Entries of one kind by name, in the order of registration.
 
     Args:
-        kind: the name of one of them in error messages, such as `data format`.
+        kind: the name of such an entry in error messages, such as `data format`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -52,7 +53,7 @@ class Registry(Generic[T]):
 
         Args:
             name: the name, as the user wrote it.
-            field: the run file's key that it stands under, such as `data.format`; None = the kind.
+            field: the run file's key of the name, such as `data.format`; None = the kind.
 
         Raises:
             ConfigError: nothing is registered under the name; names the nearest ones.
@@ -70,7 +71,7 @@ class Registry(Generic[T]):
         return tuple(self._entries)
 
     def items(self) -> ItemsView[str, T]:
-        """All names with their entries."""
+        """All names and their entries."""
         return self._entries.items()
 
     def values(self) -> ValuesView[T]:
@@ -96,13 +97,13 @@ def check_options(entry: Callable[..., Any], num_given: int, options: Mapping[st
     """Check the options of a registered entry against its signature.
 
     Args:
-        entry: what is going to be called as `entry(*given, **options)`.
-        num_given: the number of arguments that it gets from us.
-        options: the others, which the user wrote.
-        field: the run file's key that they stand under, such as `callbacks[0]`.
+        entry: the entry, which is called as `entry(*given, **options)`.
+        num_given: the number of positional arguments.
+        options: the options that the user wrote.
+        field: the run file's key of the options, such as `callbacks[0]`.
 
     Raises:
-        ConfigError: an option that the entry does not take, or one that it needs is missing.
+        ConfigError: the entry does not take an option, or one that it needs is missing.
     """
     parameters = list(signature(entry).parameters.values())
     named = [

@@ -17,13 +17,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_ds"
 
 BUDGET: dict[str, int] = {
-    "cache": 1,
     "cli": 12,
-    "monitor": 13,
     "runtime": 11,
     "training": 67,
     "verify": 16,
-    "bench": 1,
 }
 """Room -> number of offenders that are still allowed. A room that is absent allows none."""
 
