@@ -64,7 +64,7 @@ def refusal(names: list[str], field: str = "imports[{}]") -> str:
 
 def test_what_is_not_there_is_refused(module: Any) -> None:
     module("outside_there", "")
-    fix = "start in the directory that holds it, add that to PYTHONPATH, or install its package"
+    fix = "start in its directory, add the directory to PYTHONPATH, or install its package"
     assert refusal(["outside_there", "outside_package"]) == (
         f"imports[1]=outside_package: there is no module outside_package; {fix}"
     )

@@ -104,8 +104,8 @@ def test_other_work_is_no_contest() -> None:
 
 def test_on_gpus_each_rank_has_a_limit_of_its_own_and_who_has_no_device_stays_out() -> None:
     ours = EntryResult("ours", 2, (0.5,), 400, 3.0, 2.0)
-    assert result(ours).shares_of_limits(ours) == [0.2]
-    assert replace(result(ours), ranks_share=False).shares_of_limits(ours) == [0.1]
+    assert result(ours).fractions_of_limits(ours) == [0.2]
+    assert replace(result(ours), ranks_share=False).fractions_of_limits(ours) == [0.1]
     assert judge(result(ours), (Target("ours", "peer", 2.0),)) == ()
 
 
