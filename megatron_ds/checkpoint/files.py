@@ -165,12 +165,12 @@ def record_file(path: Path) -> FileRecord:
 
 
 def damage(path: Path, expected: FileRecord) -> str | None:
-    """Return what is wrong with a file, in a few words; None if it is intact."""
+    """Return the damage of a file as a short text; None if it is intact."""
     try:
         size = path.stat().st_size
         if size != expected.bytes:
             return f"has {size} bytes instead of {expected.bytes}"
-        return None if record_file(path) == expected else "does not have the checksum that it was written with"
+        return None if record_file(path) == expected else "does not match its checksum"
     except FileNotFoundError:
         return "is missing"
     except OSError as problem:

@@ -59,8 +59,7 @@ def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoi
 
 
 def first_damage(directory: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """Return what is wrong with a checkpoint, in one line naming the file; None if it is intact. Collective over the
-    world."""
+    """Return the damage of a checkpoint in one line with the file; None if it is intact. Collective over the world."""
     own_damage: str | None = None
     try:
         records = read_manifest(directory)

@@ -146,8 +146,9 @@ class Saver:
         return self._writing is not None and not self._writing.is_running
 
     def wait(self) -> Saved | None:
-        """Wait until the last save is complete and return it; None if nothing is being written. Collective over the
-        world.
+        """Wait until the last save is complete and return it; None if nothing is being written.
+
+        Collective over the world.
 
         Raises:
             CheckpointError: on every rank, if any could not write it.

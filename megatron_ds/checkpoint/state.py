@@ -95,11 +95,10 @@ def _locate(engine: Engine, parameter: Any) -> tuple[tuple[int, ...], int, dict[
 
 
 def owned_shards(engine: Engine) -> Iterator[OptimizerShard]:
-    """Yield the shards that this rank writes: of those that several ranks hold, only the first. Collective over
-    pipeline.
+    """Yield the shards that this rank writes; the first of several ranks that hold a shard writes it.
 
-    Tensor ranks hold the same replicated parameters and the same key and value heads, pipeline stages the same tied
-    parameters, and replicas the same state if there is no ZeRO.
+    Collective over pipeline. Tensor ranks hold the same replicated parameters and the same key and value heads,
+    pipeline stages the same tied parameters, and replicas the same state if there is no ZeRO.
     """
     grid = engine.grid
     first_here = {name for name, _, _ in engine.inventory()[grid.pipeline.rank]}

@@ -114,7 +114,7 @@ def _connected(model: HFModel, parameters: Sequence[tuple[str, ParamSpec, torch.
     first: dict[str, str] = {}
     leader: dict[str, str] = {}
     for name, _, _ in parameters:
-        shared = [first[theirs] for theirs in model.table[name].names if theirs in first]
+        shared = [first[hf_name] for hf_name in model.table[name].names if hf_name in first]
         leader[name] = leader[shared[0]] if shared else name
         first.update(dict.fromkeys(model.table[name].names, name))
     position = {name: index for index, name in enumerate(leader)}
@@ -194,7 +194,7 @@ class AdapterWriter:
         dtypes = {name: dtype for stage in inventory for name, _, dtype in stage if name in adapters.table}
         assert dtypes.keys() == adapters.table.keys(), dtypes.keys() ^ adapters.table.keys()
         (dtype,) = set(dtypes.values())
-        self._headers = [TensorHeader(theirs, dtype, shape) for theirs, shape in ToHF(adapters).order(dtypes)]
+        self._headers = [TensorHeader(hf_name, dtype, shape) for hf_name, shape in ToHF(adapters).order(dtypes)]
 
     def files(self) -> dict[str, Sequence[TensorHeader]]:
         """Return the files that this rank writes."""
@@ -205,8 +205,8 @@ class AdapterWriter:
         to_hf = ToHF(self._adapters)
         for name, full in self._engine.full_parameters(self._adapters.table):
             if full is not None:
-                for theirs, tensor in to_hf.add(name, full.to("cpu")):
-                    yield ADAPTER_WEIGHTS, theirs, tensor
+                for hf_name, tensor in to_hf.add(name, full.to("cpu")):
+                    yield ADAPTER_WEIGHTS, hf_name, tensor
 
     def small_files(self) -> dict[str, bytes]:
         """Return path -> content of all other files."""
@@ -246,5 +246,5 @@ def gather_weights(engine: Engine, model: HFModel, files: Sequence[WeightFile]) 
                 full = gather_shard(shard, spec_of(parameters[name]), grid.model_axes, to=writer)
                 if full is None or file.rank != grid.rank:
                     continue
-                for theirs, tensor in to_hf.add(name, full.to("cpu")):
-                    yield file.file, theirs, tensor
+                for hf_name, tensor in to_hf.add(name, full.to("cpu")):
+                    yield file.file, hf_name, tensor

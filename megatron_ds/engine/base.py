@@ -183,7 +183,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _should_step(self) -> bool:
-        """Return whether the current step's loss and norm are finite, on all ranks alike. Collective over the world."""
+        """Return whether the step's loss and norm are finite, the same on all ranks. Collective over the world."""
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
@@ -220,7 +220,7 @@ class Engine(ABC):
         """Yield this pipeline stage's parameters, each once, with their names in the full model."""
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        """Context in which the parameter's data is this rank's full shard. Collective over shard under ZeRO-3."""
+        """Return a context in which a parameter's data is this rank's shard. Collective over shard under ZeRO-3."""
         return nullcontext()
 
     def count_params(self) -> int:
@@ -241,7 +241,7 @@ class Engine(ABC):
     def full_tensors(
         self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor | None]]:
-        """Like `full_parameters`, for tensors of the parameters' shapes and dtypes, such as their gradients."""
+        """Yield tensors of the parameters' shapes and dtypes, such as gradients, as `full_parameters` does."""
         grid = self.grid
         parameters = dict(self.local_parameters())
         for stage, entries in enumerate(self.inventory()):

@@ -21,7 +21,7 @@ class RotaryConfig:
         theta: base of the geometric series of wavelengths.
         scaling: "default"; "linear" (Chen et al. 2023); "dynamic" (NTK-aware, by length); "llama3" (Llama 3 herd of
             models, 2024); "yarn" (Peng et al. 2023); "longrope" (Ding et al. 2024).
-        adjacent: pairs are neighbours (GPT-J) instead of half the rotated dims apart.
+        adjacent: pairs are (2i, 2i + 1) (GPT-J) instead of (i, i + dim/2).
         magnitude: cos and sin are multiplied by it (yarn, longrope).
         factor: how far positions are stretched.
         original_max_positions: the length before stretching; for "dynamic" the length from which bases grow.

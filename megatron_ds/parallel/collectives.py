@@ -60,9 +60,9 @@ def sum_over_holders(x: Tensor, axis: Axis, num_shards: int) -> Tensor:
     if num_shards == axis.size:
         return x
     by_shard = x.new_zeros((num_shards, *x.shape))
-    mine = axis.rank * num_shards // axis.size
-    by_shard[mine] = x
-    return all_reduce_(by_shard, axis)[mine]
+    own_shard = axis.rank * num_shards // axis.size
+    by_shard[own_shard] = x
+    return all_reduce_(by_shard, axis)[own_shard]
 
 
 class _CopyToHolders(torch.autograd.Function):

@@ -178,10 +178,12 @@ def test_a_flipped_byte_is_named_and_the_whole_one_beside_it(
     content[-1] ^= 1
     file.write_bytes(content)
     said = _one_line(capsys, "export", newer, tmp_path / "hf")
-    assert f"{file} does not have the checksum" in said and f"nearest: {folder / name_of(CUT)}, which is intact" in said
+    assert (
+        f"{file} does not match its checksum" in said and f"nearest: {folder / name_of(CUT)}, which is intact" in said
+    )
     assert not (tmp_path / "hf").exists()
     assert _run(["inspect", str(newer)]) == 1
-    assert f"DAMAGED     {file} does not have the checksum" in capsys.readouterr().out
+    assert f"DAMAGED     {file} does not match its checksum" in capsys.readouterr().out
     assert _run(["inspect", str(folder)]) == 1
     told = capsys.readouterr().out
     assert f"{name_of(9)}  DAMAGED (1 file)" in told and f"{name_of(CUT)}  whole, every checksum is right" in told

@@ -160,10 +160,10 @@ STATE_FILE = "training_state/state-00001-of-00002.safetensors"
     [
         (_truncate, STATE_FILE, "bytes instead of"),
         (_truncate, "model.safetensors", "bytes instead of"),
-        (_flip, STATE_FILE, "does not have the checksum"),
-        (_flip, "model.safetensors", "does not have the checksum"),
-        (_flip, "config.json", "does not have the checksum"),
-        (_flip, "training_state/progress.json", "does not have the checksum"),
+        (_flip, STATE_FILE, "does not match its checksum"),
+        (_flip, "model.safetensors", "does not match its checksum"),
+        (_flip, "config.json", "does not match its checksum"),
+        (_flip, "training_state/progress.json", "does not match its checksum"),
         (_remove, STATE_FILE, "is missing"),
         (_remove, "tokenizer.json", "is missing"),
         (_remove, "training_state/manifest.json", "is missing"),
@@ -182,7 +182,9 @@ def test_damage_is_found_named_and_passed_over(harm: Callable[[Path], None], fil
 def test_a_run_goes_on_from_the_one_before_a_damaged_one(cut: Path, corpus: Path, uncut: list[float]) -> None:
     _flip(cut / "checkpoints" / NEWEST / STATE_FILE)
     said = go_on(corpus, cut)
-    assert f"passed over a damaged checkpoint: {cut}/checkpoints/{NEWEST}/{STATE_FILE} does not have" in said
+    assert (
+        f"passed over a damaged checkpoint: {cut}/checkpoints/{NEWEST}/{STATE_FILE} does not match its checksum" in said
+    )
     assert f"goes on after step 3 from {cut}/checkpoints/{BEFORE}" in said
     assert losses(cut) == uncut
     assert (cut / "checkpoints.1" / NEWEST / STATE_FILE).is_file(), "the damaged one is kept, out of the way"

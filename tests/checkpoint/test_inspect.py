@@ -80,7 +80,7 @@ def test_every_damaged_file_is_named_and_the_rest_is_told(copied: Path) -> None:
     state[1].unlink()
     facts = _looked(copied)
     assert facts.problems == (
-        f"{state[0]} does not have the checksum that it was written with",
+        f"{state[0]} does not match its checksum",
         f"{state[1]} is missing",
     )
     assert facts.model is not None and facts.progress is not None and facts.progress.step == CUT
