@@ -168,10 +168,10 @@ def _check_untrained(target: Path) -> None:
             f"{target} would be replaced, and is a checkpoint of step {step}; choose another directory"
         )
     found = {str(path.relative_to(target)) for path in state.iterdir()} if state.is_dir() else {STATE}
-    strangers = sorted(found - {MANIFEST, PROGRESS})
-    if strangers:
+    foreign = sorted(found - {MANIFEST, PROGRESS})
+    if foreign:
         raise CheckpointError(
-            f"{target} would be replaced, and holds {strangers[0]}, which is not of an import; choose another directory"
+            f"{target} would be replaced, and holds {foreign[0]}, which no import writes; choose another directory"
         )
 
 

@@ -49,7 +49,9 @@ def newest_intact(folder: Path, rank: int = 0, world_size: int = 1) -> ResumePoi
     damaged: list[str] = []
     if listed[0] and not all(listed):
         blind = listed.index([])
-        return ResumePoint(None, (f"{folder} is not on a disk that all machines share: rank {blind} sees nothing",))
+        return ResumePoint(
+            None, (f"{folder} is not on a disk that all machines share: rank {blind} finds no checkpoints",)
+        )
     for name in listed[0]:
         problem = first_damage(folder / name, rank, world_size)
         if problem is None:

@@ -158,10 +158,10 @@ def _check_sequence(data: DataSection, parallel: ParallelSection, shape: ModelSh
     tensor, seq_length = parallel.tensor, data.seq_length
     if parallel.sequence and seq_length % tensor:
         lengths = _nearest_multiples(seq_length, tensor, at_most=shape.max_positions)
-        mend = f"nearest: {_alternatives(lengths)}" if lengths else "try parallel.sequence=false"
+        fix = f"nearest: {_alternatives(lengths)}" if lengths else "try parallel.sequence=false"
         raise TopologyError(
             f"data.seq_length={seq_length} is not divisible by parallel.tensor={tensor}, "
-            f"which parallel.sequence=true needs; {mend}"
+            f"which parallel.sequence=true needs; {fix}"
         )
 
 

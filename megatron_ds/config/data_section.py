@@ -80,10 +80,10 @@ def _check_split(data: DataSection) -> None:
     split = data.split
     if split is None:
         return
-    shown = f"data.split={show(split)}"
+    setting = f"data.split={show(split)}"
     if data.valid:
-        raise ConfigError(f"{shown} takes validation data from data.train, and data.valid names others; keep one")
+        raise ConfigError(f"{setting} takes validation data from data.train, and data.valid names others; keep one")
     if len(split) not in (2, 3) or split[0] == 0:
         raise ConfigError(
-            f"{shown} is not the fractions of training, validation and, if any, neither; write data.split=[0.97, 0.03]"
+            f"{setting} is not the fractions of training, validation and, if any, neither; write data.split=[0.97, 0.03]"
         )

@@ -90,9 +90,9 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 def check_deepspeed_keys(mapping: Mapping[str, Any], place: Place) -> None:
     """Refuse removed, unsupported and unknown keys, and values that would make the training wrong."""
-    for key, mend in REMOVED_KEYS.items():
+    for key, fix in REMOVED_KEYS.items():
         if _get(mapping, key) is not None:
-            raise ConfigError(f"{place.name(key)}: DeepSpeed 0.19 has removed this; {mend}")
+            raise ConfigError(f"{place.name(key)}: DeepSpeed 0.19 has removed this; {fix}")
     for key, reason in UNSUPPORTED_KEYS.items():
         block = mapping.get(key)
         if block is not None and not (isinstance(block, dict) and block.get("enabled") is False):

@@ -52,9 +52,9 @@ def build_run(mapping: dict[str, Any]) -> RunConfig:
     given = {key: copy.deepcopy(v) for key, v in mapping.items() if v is not None or key not in RunConfig.model_fields}
     for section in ("model", "data", "train"):  # so that errors name the missing key instead of its section
         given.setdefault(section, {})
-    strangers = [key for key in given if not isinstance(key, str)]
-    if strangers:
-        raise ConfigError(f"{show(strangers[0])}: unknown key; legal here: {', '.join(RunConfig.model_fields)}")
+    invalid = [key for key in given if not isinstance(key, str)]
+    if invalid:
+        raise ConfigError(f"{show(invalid[0])}: unknown key; legal here: {', '.join(RunConfig.model_fields)}")
     try:
         return RunConfig.model_validate(given)
     except ValidationError as error:
