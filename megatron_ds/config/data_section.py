@@ -85,5 +85,5 @@ def _check_split(data: DataSection) -> None:
         raise ConfigError(f"{setting} takes validation data from data.train, and data.valid names others; keep one")
     if len(split) not in (2, 3) or split[0] == 0:
         raise ConfigError(
-            f"{setting} is not the fractions of training, validation and, if any, neither; write data.split=[0.97, 0.03]"
+            f"{setting} is not two or three fractions: training, validation, unused; write data.split=[0.97, 0.03]"
         )

@@ -121,8 +121,7 @@ REFUSALS = [
     ),
     (
         "data={format: indexed, train: [a], split: [9]}",
-        "data.split=[9.0] is not the fractions of training, validation and, if any, neither; write "
-        "data.split=[0.97, 0.03]",
+        "data.split=[9.0] is not two or three fractions: training, validation, unused; write data.split=[0.97, 0.03]",
     ),
     ("train.max_time=soon", "train.max_time=soon is not a time; write seconds, or HH:MM:SS as 3:50:00"),
     ("train.max_bad_steps=0", "train.max_bad_steps=0 must be at least 1; nearest: 1"),
