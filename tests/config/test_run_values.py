@@ -113,7 +113,7 @@ REFUSALS = [
     ),
     (
         "data.valid=[{path: b, weight: 2}]",
-        "data.valid[0].weight=2.0 does nothing: validation takes every sample once; remove it",
+        "data.valid[0].weight=2.0 does nothing: validation reads every sample once; remove it",
     ),
     (
         "data={format: indexed, train: [a], valid: [b], split: [9, 1]}",
