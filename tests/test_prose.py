@@ -19,7 +19,6 @@ PACKAGE = ROOT / "megatron_ds"
 BUDGET: dict[str, int] = {
     "cli": 12,
     "runtime": 11,
-    "training": 67,
     "verify": 16,
 }
 """Room -> number of offenders that are still allowed. A room that is absent allows none."""

@@ -1,1 +1,1 @@
-"""Training: from a run file to metrics, checkpoints and a Hugging Face directory."""
+"""Training runs: read a run file, train, and write metrics, checkpoints and a Hugging Face directory."""

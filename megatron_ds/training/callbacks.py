@@ -2,8 +2,8 @@
 
 A callback is named under `callbacks` in the run file, where it is registered in `CALLBACKS`, or given to `train` as an
 object. Every rank has its own and calls it at the same points in the same order, so a callback may communicate, and a
-request of any rank is carried out on all. An exception in a callback ends the run with its traceback. What a callback
-keeps is not saved in checkpoints.
+request of any rank is carried out on all. An exception in a callback ends the run with its traceback. The state of a
+callback is not saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ STOP, SAVE, VALIDATE = "stop", "save", "validate"
 
 
 class RunState:
-    """A run as its callbacks see it. Attributes are for reading; methods request a change.
+    """The state of a run for its callbacks. Attributes are read-only; methods request a change.
 
     Attributes:
         run: the run file.
         engine: the model under DeepSpeed; its methods are collective.
         rank: global rank of this process.
-        step: optimizer steps done, those of a resumed run's earlier calls included.
-        metrics: of the last step, logged or not; loss and gradient norm are the same on all ranks, times are this
-            rank's. None before the first step.
-        applied: whether the last step changed the weights; False where it was skipped.
-        valid: the last validation; None before the first.
+        step: number of optimizer steps done, those before a resume included.
+        metrics: metrics of the last step, logged or not; loss and gradient norm are the same on all ranks, times are
+            this rank's. None before the first step.
+        applied: whether the last step changed the weights; False if it was skipped.
+        valid: metrics of the last validation; None before the first.
         saved: the last checkpoint that was written completely; None before the first.
-        stopped_by: at the run's end, what stopped it before its last step; None = nothing did.
+        stopped_by: at the run's end, what stopped it before its last step; None = it was not stopped.
         exported: at the run's end, the Hugging Face directory that was written; None = none.
         can_save, can_validate: whether the run has checkpoints and validation data.
     """
@@ -53,7 +53,7 @@ class RunState:
         self._logged: dict[str, float] = {}
 
     def stop(self) -> None:
-        """Request that the run ends after this step: it saves, if it has checkpoints, and exits with status 0."""
+        """Request a stop after this step. The run saves, if it has checkpoints, and exits with status 0."""
         self._requests.add(STOP)
 
     def save(self) -> None:
@@ -79,15 +79,15 @@ class RunState:
         self._requests.add(VALIDATE)
 
     def log(self, **metrics: float) -> None:
-        """Add numbers to `metrics` of the next logged step; of a name that is given twice the last value counts.
+        """Add numbers to `metrics` of the next logged step; a later value replaces an earlier one of the same name.
 
-        The values of rank 0 are written. Those that differ by rank are the callback's to reduce.
+        The values of rank 0 are written. A callback reduces values that differ by rank itself.
         """
         self._logged.update(metrics)
 
 
 class Callback:
-    """Base class of callbacks: override what you need. Every method is called on every rank."""
+    """Base class of callbacks. Override the methods that you need; every method is called on every rank."""
 
     def on_run_start(self, state: RunState) -> None:
         """Act before the first step, after a checkpoint was read. Requests are carried out after that step."""
@@ -99,7 +99,7 @@ class Callback:
         """Act after each complete validation. Requests are carried out before the next step."""
 
     def on_checkpoint_saved(self, state: RunState) -> None:
-        """Act when all files of a checkpoint are there, which may be some steps later.
+        """Act when all files of a checkpoint are written, which may be some steps after the save began.
 
         Requests are carried out after the next step.
         """
@@ -115,7 +115,7 @@ def make_callbacks(run: RunConfig) -> list[tuple[str, Callback]]:
     """Return the run file's callbacks with their names.
 
     Raises:
-        ConfigError: no callback of such a name is registered.
+        ConfigError: a name is not registered.
     """
     return [
         (entry.name, CALLBACKS.get(entry.name, f"callbacks[{number}]")(**entry.options))
@@ -127,20 +127,20 @@ class CallbackList:
     """The callbacks of a run on one rank, and the requests that they have made.
 
     Args:
-        state: what they see.
-        callbacks: with their names, in the order in which they are called.
+        state: the state that they receive.
+        callbacks: (name, callback) pairs in the order in which they are called.
     """
 
     def __init__(self, state: RunState, callbacks: Sequence[tuple[str, Callback]] = ()) -> None:
         self.state, self._callbacks = state, callbacks
-        self._wants_stop = self._stopped = 0  # number, from 1, of the callback that stops: on this rank, on any rank
+        self._wants_stop = self._stopped = 0  # number, from 1, of the stopping callback: on this rank, on any rank
         self._agreed: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._callbacks)
 
     def run_start(self, step: int) -> None:
-        """Call `on_run_start`; `step` optimizer steps are done."""
+        """Call `on_run_start` after `step` optimizer steps."""
         self.state.step = step
         self._call(lambda callback: callback.on_run_start)
 
@@ -179,7 +179,7 @@ class CallbackList:
         return [self._wants_stop, int(SAVE in requests), int(VALIDATE in requests)] if self._callbacks else []
 
     def agree(self, flags: Sequence[int]) -> None:
-        """Take the flags of all ranks, combined, in the place of this rank's own requests."""
+        """Replace this rank's requests by the combined flags of all ranks."""
         self.state._requests.clear()
         self._wants_stop = 0
         if flags:
@@ -188,11 +188,11 @@ class CallbackList:
 
     @property
     def stopped_by(self) -> str | None:
-        """Name of the callback that requested a stop, on any rank; None = none did. Set by `agree`."""
+        """Name of the callback that requested a stop, on any rank; None = no callback did. Set by `agree`."""
         return self._callbacks[self._stopped - 1][0] if self._stopped else None
 
     def take(self, request: str) -> bool:
-        """Return whether any rank has requested SAVE or VALIDATE, and forget it."""
+        """Return whether any rank has requested SAVE or VALIDATE, and clear the request."""
         found = request in self._agreed
         self._agreed.discard(request)
         return found

@@ -1,4 +1,4 @@
-"""Told to stop while training, by Ctrl-C, a scheduler or the clock: finish the step, save, close the files, end."""
+"""Graceful stop on SIGINT, SIGTERM, SIGUSR1 or a time limit: finish the step, save, close the files, exit."""
 
 from __future__ import annotations
 
@@ -10,62 +10,63 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-BEGAN = "MEGATRON_DS_BEGAN"
-"""Environment variable of local ranks: when the command began, in seconds since the epoch, restarts included."""
+STARTED_AT = "MEGATRON_DS_BEGAN"
+"""Environment variable of local ranks: start time of the command, in seconds since the epoch; restarts keep it."""
 
-SAME_PRESS_S = 1.0  # one Ctrl-C under torchrun arrives twice: from the terminal, and from torchrun
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning, if asked for
+DEBOUNCE_S = 1.0  # under torchrun one Ctrl-C arrives twice: from the terminal and from torchrun
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's warning (--signal)
 
 
 @contextmanager
 def counting_time() -> Iterator[None]:
-    """Within it time counts for all groups of ranks that this process starts, one after the other."""
-    os.environ[BEGAN] = str(time.time())
+    """Count `train.max_time` from here for all groups of ranks that this process starts, restarts included."""
+    os.environ[STARTED_AT] = str(time.time())
     try:
         yield
     finally:
-        del os.environ[BEGAN]
+        del os.environ[STARTED_AT]
 
 
 class GracefulStop:
-    """Within it the first signal of `STOPPING` sets `requested`, which the loop reads after a step.
+    """Context manager in which a signal of `STOP_SIGNALS` sets `requested`, which the loop reads after each step.
 
-    A second one, more than `SAME_PRESS_S` later, ends the process at once with 128 + its number. Only the main thread
-    can have handlers; elsewhere only the clock counts.
+    A second signal, more than `DEBOUNCE_S` later, ends the process at once with status 128 + its number. Only the main
+    thread can install signal handlers; in other threads only the time limit has an effect.
 
     Args:
-        max_time_s: so many seconds after this, or after `counting_time` began, `requested` is set too; None = never.
+        max_time_s: time limit in seconds, from here or from the start of `counting_time`; `requested` is set when it
+            has passed. None = no limit.
 
     Attributes:
-        signal: the first one; None if there was none.
+        signal: the first signal that was received; None before it.
     """
 
     def __init__(self, max_time_s: float | None = None) -> None:
         self.signal: signal.Signals | None = None
-        passed_s = time.time() - float(os.environ.get(BEGAN, time.time()))
-        self._ends_s = None if max_time_s is None else time.monotonic() + max_time_s - passed_s
-        self._arrived_s = 0.0
-        self._before: dict[int, object] = {}
+        elapsed_s = time.time() - float(os.environ.get(STARTED_AT, time.time()))
+        self._deadline_s = None if max_time_s is None else time.monotonic() + max_time_s - elapsed_s
+        self._received_s = 0.0
+        self._previous_handlers: dict[int, object] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether the run is to stop after this step."""
-        return self.signal is not None or (self._ends_s is not None and time.monotonic() >= self._ends_s)
+        """True once the run has to stop after the current step."""
+        return self.signal is not None or (self._deadline_s is not None and time.monotonic() >= self._deadline_s)
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
+            self._previous_handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # returned by signal.signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self._arrived_s = signal.Signals(number), now
-        elif now - self._arrived_s > SAME_PRESS_S:
+            self.signal, self._received_s = signal.Signals(number), now
+        elif now - self._received_s > DEBOUNCE_S:
             os._exit(128 + number)

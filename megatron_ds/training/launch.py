@@ -1,4 +1,4 @@
-"""Start a training run: as the rank that a launcher made of this process, or with local ranks of our own."""
+"""Start a training run, as one rank under a launcher or by starting local ranks."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
 
-ECHO_WAIT_S = 8.0  # a launcher ends the peers of a rank that failed; until then they do not speak over it
+SECONDARY_ERROR_DELAY_S = 8.0  # the launcher kills the peers of a failed rank before they log secondary errors
 
 
 _AsRank = Callable[[RunConfig, RankInfo], TrainResult]
 
 
 def silent() -> AbstractContextManager[Reporter]:
-    """Says nothing; `metrics.jsonl` tells all."""
+    """Return a reporter that shows nothing; `metrics.jsonl` has all metrics."""
     return nullcontext(SilentReporter())
 
 
 @dataclass(frozen=True)
 class Restarts:
-    """What to do where local ranks die.
+    """Restart policy for local ranks that die.
 
     Attributes:
-        at_most: how often the group is started again, from its last checkpoint.
-        min_ranks: go on with the ranks that are left, as long as there are so many; None = with as many as before.
+        at_most: maximum number of restarts from the last checkpoint.
+        min_ranks: minimum number of ranks to continue with after ranks were lost; None = always restart all of them.
     """
 
     at_most: int = 0
@@ -61,21 +61,21 @@ def train(
     """Train a run.
 
     Under torchrun, the `deepspeed` launcher or srun this process is one rank of their world. Alone it starts `nproc`
-    local ranks and waits for them; anything wrong with the run is refused first.
+    local ranks and waits for them; an invalid run is rejected before they start.
 
     Args:
         run: from `load_run`.
-        nproc: local ranks; None = 1, or what the launcher says.
+        nproc: number of local ranks; None = 1, or the launcher's number.
         reporter: opened on rank 0 only.
-        restarts: of local ranks.
+        restarts: restart policy of local ranks.
         callbacks: called after those that the run file names; each rank has a copy of its own.
 
     Returns:
         steps, losses and paths; the same on every rank.
 
     Raises:
-        MegatronDSError: what the user can mend.
-        LaunchError: a rank died; with its traceback.
+        MegatronDSError: the run is invalid, or fails in a way that the user can fix.
+        LaunchError: a rank died; the message has its traceback.
         KeyboardInterrupt: after a Ctrl-C, once every rank has finished its step and the files are closed.
     """
     quiet_libraries()
@@ -90,13 +90,13 @@ def train(
         return _train_locally(run, nproc or 1, as_rank, restarts)
     if restarts.at_most:
         raise TopologyError(
-            f"--max-restarts={restarts.at_most} is for starting alone, but the environment says that a launcher "
-            f"started rank {given.rank} of {given.world_size}; nearest: torchrun --max-restarts"
+            f"--max-restarts={restarts.at_most} works without a launcher only, but the environment has rank "
+            f"{given.rank} of {given.world_size} of one; try torchrun --max-restarts"
         )
     if nproc is not None:
         raise TopologyError(
-            f"--nproc={nproc} is for starting alone, but the environment says that a launcher started rank "
-            f"{given.rank} of {given.world_size}; leave --nproc out"
+            f"--nproc={nproc} works without a launcher only, but the environment has rank {given.rank} of "
+            f"{given.world_size} of one; leave --nproc out"
         )
     return _train_launched(run, given, as_rank)
 
@@ -136,15 +136,15 @@ def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Resta
 
 
 def check_restarts(run: RunConfig, ranks: int, restarts: Restarts) -> None:
-    """Whether restarting makes sense.
+    """Check that a restart policy fits the run.
 
     Raises:
-        ConfigError: there would be nothing to go on from.
-        TopologyError: the least number of ranks is none.
+        ConfigError: the run saves no checkpoints to restart from.
+        TopologyError: the minimum number of ranks is out of range.
     """
     if restarts.at_most and not run.checkpoint.every:
         raise ConfigError(
-            f"--max-restarts={restarts.at_most} has nothing to go on from: checkpoint.every=0 saves nothing; nearest: "
+            f"--max-restarts={restarts.at_most} restarts from a checkpoint, and checkpoint.every=0 saves none; try "
             "checkpoint.every=100"
         )
     if restarts.min_ranks is None:
@@ -152,17 +152,19 @@ def check_restarts(run: RunConfig, ranks: int, restarts: Restarts) -> None:
     if not 1 <= restarts.min_ranks <= ranks:
         raise TopologyError(f"--min-nproc={restarts.min_ranks} is not between 1 and --nproc={ranks}; nearest: {ranks}")
     if not restarts.at_most:
-        raise TopologyError(f"--min-nproc={restarts.min_ranks} does nothing without --max-restarts; nearest: 1")
+        raise TopologyError(
+            f"--min-nproc={restarts.min_ranks} has no effect without --max-restarts; try --max-restarts=1"
+        )
 
 
 def share_cores(nproc: int | None) -> None:
     """Divide this machine's cores among local ranks, where the environment does not. Call it before importing torch.
 
-    torchrun sets the number of threads itself, the `deepspeed` launcher tells how many ranks there are here, srun
-    leaves both to the user.
+    torchrun sets the number of threads itself, the `deepspeed` launcher sets the number of local ranks, and srun leaves
+    both to the user.
 
     Args:
-        nproc: local ranks that this process starts; None = a launcher did, or it starts one.
+        nproc: number of local ranks that this process starts; None = one, or a launcher started them.
     """
     local_ranks = nproc or int(os.environ.get("LOCAL_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -170,17 +172,17 @@ def share_cores(nproc: int | None) -> None:
 
 
 def check_devices(ranks: int, device_type: str, count: int) -> None:
-    """A rank needs a device of its own; on CPU they share.
+    """Check that each local rank has its own device; on CPU ranks share it.
 
     Raises:
-        TopologyError: there are too few.
+        TopologyError: there are too few devices.
     """
     if device_type != "cpu" and ranks > count:
         raise TopologyError(f"--nproc={ranks} is more than the {count} {device_type} devices here; nearest: {count}")
 
 
 def _train_launched(run: RunConfig, info: RankInfo, as_rank: _AsRank) -> TrainResult:
-    """As one of a launcher's ranks: tell why this one failed, unless it failed because another did."""
+    """Train as one of a launcher's ranks; log why this rank failed, late if it failed because a peer did."""
     share_cores(None)
     try:
         return as_rank(run, info)
@@ -191,13 +193,13 @@ def _train_launched(run: RunConfig, info: RankInfo, as_rank: _AsRank) -> TrainRe
         _leave(2)
     except Exception as problem:
         if lost_peer(problem):
-            time.sleep(ECHO_WAIT_S)
+            time.sleep(SECONDARY_ERROR_DELAY_S)
         get_logger().error("%s", traceback.format_exc().rstrip())
         _leave(1)
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process without taking its communication down, which could wait for the others forever."""
+    """End the process without destroying its process group, which could wait for the peers forever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -207,5 +209,5 @@ def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory, callbac
     from megatron_ds.training.worker import train_rank
 
     setup_logging(info.rank)
-    with reporter() if info.rank == 0 else silent() as listening:
-        return train_rank(run, info, listening, callbacks)
+    with reporter() if info.rank == 0 else silent() as opened:
+        return train_rank(run, info, opened, callbacks)

@@ -1,4 +1,4 @@
-"""Step after step: what a run does between its beginning and its end."""
+"""The training loop: steps, validation, checkpoints."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from megatron_ds.training.summary import positions_of
 from megatron_ds.training.watchdog import Heartbeat
 
 Batches = list[dict[str, torch.Tensor]]
-"""The micro-batches of one data rank's share of a global batch."""
+"""The micro-batches of one data rank, out of a global batch."""
 
-_CLOCK = 1  # beside the numbers of signals, of which 1, SIGHUP, is none that stops a run
+_TIME_LIMIT = 1  # shares a flag with signal numbers; 1 is SIGHUP, which is not in STOP_SIGNALS
 
 
 class TrainingLoop:
-    """Step after step, with a validation and a checkpoint now and then.
+    """The loop over optimizer steps, with periodic validation and checkpoints.
 
     Args:
-        run: how many steps, in what batches, at what rate.
-        engine: does a step.
-        train_data: whose samples' order depends on seed and position alone, never on the layout.
-        valid_data: None = no validation.
-        output: is told of every logged step.
-        throughput: counts positions, G * S a step, with an encoder-decoder's targets G * (S + T): the work done,
-            padding included. `tokens` and `tokens_per_s` in the metrics count labelled tokens: what was learned from.
-        saver: None = no checkpoints.
-        begin: where the run stands.
+        run: the run file: number of steps, batch sizes, learning rate schedule.
+        engine: the model under DeepSpeed.
+        train_data: training samples; their order depends on seed and position alone, never on the layout.
+        valid_data: validation samples; None = no validation.
+        output: receives every logged step.
+        throughput: counts positions, padding included: G * S a step, or G * (S + T) with an encoder-decoder's targets.
+            `tokens` and `tokens_per_s` in the metrics count labelled tokens.
+        saver: writes checkpoints; None = no checkpoints.
+        begin: progress at the start: that of the checkpoint which the run resumes, if any.
         heartbeat: called with the phase that this rank enters.
         callbacks: called at the run's events; None = no callbacks.
     """
@@ -79,37 +79,37 @@ class TrainingLoop:
         self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, shuffle)
         self._ahead, self._data_wait = run.data.prefetch, DataWait(run.data.prefetch)
         self._coming: Iterator[Batches] = iter(())
-        self._now, self._saved_step, self._beat = begin, begin.step, heartbeat
-        self._stopped_by = 0
+        self._now, self._saved_step, self._heartbeat = begin, begin.step, heartbeat
+        self._stop_code = 0
         self._callbacks = callbacks if callbacks is not None else CallbackList(RunState(run, engine))
         self._losses, self._valid_losses = LossHistory(), LossHistory()
         self._profile = StepProfile(run, engine.grid.rank, output.note, heartbeat)
 
     @property
-    def reason(self) -> str:
-        """The reason for an early stop of the run, on any rank."""
-        if not self._stopped_by:
+    def stopped_by(self) -> str:
+        """The callback, time limit or signal, on any rank, that stopped the run early."""
+        if not self._stop_code:
             return f"callback {self._callbacks.stopped_by}"
-        if self._stopped_by == _CLOCK:
+        if self._stop_code == _TIME_LIMIT:
             return f"train.max_time={self._run.train.max_time:g}"
-        return signal.Signals(self._stopped_by).name
+        return signal.Signals(self._stop_code).name
 
     @property
     def was_interrupted(self) -> bool:
         """True if a Ctrl-C on any rank stopped the run."""
-        return self._stopped_by == signal.SIGINT
+        return self._stop_code == signal.SIGINT
 
     @property
-    def left_behind(self) -> str:
-        """For people: what the run can go on from."""
+    def resume_hint(self) -> str:
+        """Text for the last message: the checkpoint from which the run can resume."""
         if self._saver is None:
             return "; nothing was saved (checkpoint.every=0)"
         if self._saved_step == 0:
             return "; nothing was saved yet"
-        return f"; it goes on from checkpoint {name_of(self._saved_step)} when it is started again"
+        return f"; the same command resumes from checkpoint {name_of(self._saved_step)}"
 
     def result(self, exported: str | None) -> TrainResult:
-        """Return what the run has come to.
+        """Return the outcome of the run.
 
         Args:
             exported: the Hugging Face directory that was written; None = none.
@@ -129,10 +129,10 @@ class TrainingLoop:
         )
 
     def run(self, interrupt: GracefulStop) -> int:
-        """Train until the last step or until told to stop, and save; returns the number of steps done.
+        """Train until the last step or a stop request, and save. Returns the number of steps done.
 
         Raises:
-            TrainingError: on rank 0, after `train.max_bad_steps` steps in a row that were not finite.
+            TrainingError: on rank 0, after `train.max_bad_steps` consecutive steps that were not finite.
             CheckpointError: a checkpoint could not be written.
         """
         steps = self._run.train.steps
@@ -141,20 +141,20 @@ class TrainingLoop:
             while self._now.step < steps:
                 with self._profile.around(self._now.step + 1):
                     self._step(self._now.step + 1)
-                stop = self._agree(interrupt)
+                stop = self._combine_requests(interrupt)
                 if not stop and (self._callbacks.take(VALIDATE) or self._is_validation_due(self._now.step)):
                     stop = self._validate(self._now.step, interrupt)
                 if stop or self._now.step == steps or self._callbacks.take(SAVE) or self._is_save_due(self._now.step):
                     self._save()
                 if stop:
                     break
-        self._beat(f"waiting until step {self._now.step} is saved", may_take_long=True)
-        self._tell(self._saver.wait() if self._saver is not None else None)
-        self._output.taken(self._train_data, self._now.data.samples, is_last=True)
+        self._heartbeat(f"waiting until step {self._now.step} is saved", may_take_long=True)
+        self._report_saved(self._saver.wait() if self._saver is not None else None)
+        self._output.write_usage(self._train_data, self._now.data.samples, is_last=True)
         return self._now.step
 
     def _positions(self) -> range:
-        """Where the batches of the steps to come begin in the stream of samples."""
+        """Return the positions in the stream of samples at which the remaining steps' global batches begin."""
         begin, size = self._now.data.samples, self._run.train.global_batch_size
         return range(begin, begin + size * (self._run.train.steps - self._now.step), size)
 
@@ -162,15 +162,15 @@ class TrainingLoop:
         return self._micro_batches(self._train_data, self._batches.indices_from(position))
 
     def _step(self, step: int) -> None:
-        """One optimizer step; its seconds cover the wait for its data."""
+        """Do one optimizer step; its time includes the wait for its data."""
         began_s = time.perf_counter()
         train, now = self._run.train, self._now
         lr = learning_rate(now.applied, train.steps, self._run.optimizer, self._run.schedule)
-        self._beat(f"step {step}: reading data")
+        self._heartbeat(f"step {step}: reading data")
         with profiled(DATA):
             batches = next(self._coming)
         data_s = time.perf_counter() - began_s
-        self._beat(f"step {step}: forward and backward pass, optimizer")
+        self._heartbeat(f"step {step}: forward and backward pass, optimizer")
         result = self._engine.train_step(batches, lr)
         self._losses.add(result.loss)
         bad = not result.applied and (not self._engine.can_overflow or not math.isfinite(result.loss))
@@ -188,34 +188,34 @@ class TrainingLoop:
         if (wait := self._data_wait.add(data_s, step_s)) is not None:
             self._output.note(wait)
         if bad:
-            self._refuse_to_go_on(result)
+            self._check_bad_steps(result)
 
-    def _refuse_to_go_on(self, result: StepResult) -> None:
-        """Say that a step was skipped, and why; end the run if there were too many in a row."""
-        step, times, most = self._now.step, self._now.bad_steps, self._run.train.max_bad_steps
-        what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
-        self._output.note(f"step {step} was skipped, {times} of train.max_bad_steps={most} in a row: {what}")
-        if times < most:
+    def _check_bad_steps(self, result: StepResult) -> None:
+        """Log that a step was skipped, and why; end the run after too many consecutive ones."""
+        step, count, limit = self._now.step, self._now.bad_steps, self._run.train.max_bad_steps
+        values = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+        self._output.note(f"skipped step {step} ({count} consecutive, train.max_bad_steps={limit}): {values}")
+        if count < limit:
             return
-        self._tell(self._saver.wait() if self._saver is not None else None)
+        self._report_saved(self._saver.wait() if self._saver is not None else None)
 
-        def refuse() -> None:
+        def raise_error() -> None:
             raise TrainingError(
-                f"train.max_bad_steps={most} steps in a row had no finite loss and gradient norm, the last was step "
-                f"{step} ({what}){self.left_behind}; look at optimizer.lr and the data"
+                f"train.max_bad_steps={limit}: loss or gradient norm was not finite for {count} consecutive steps "
+                f"(last: step {step}, {values}){self.resume_hint}; check optimizer.lr and the data"
             )
 
-        run_on_all_ranks(refuse)
+        run_on_all_ranks(raise_error)
 
     def _save(self) -> None:
         if self._saver is None or self._saved_step == self._now.step:
             return
-        self._beat(f"saving after step {self._now.step}", may_take_long=True)
-        self._tell(self._saver.save(self._now))
-        self._output.taken(self._train_data, self._now.data.samples)
+        self._heartbeat(f"saving after step {self._now.step}", may_take_long=True)
+        self._report_saved(self._saver.save(self._now))
+        self._output.write_usage(self._train_data, self._now.data.samples)
         self._saved_step = self._now.step
 
-    def _tell(self, saved: Saved | None) -> None:
+    def _report_saved(self, saved: Saved | None) -> None:
         if saved is not None:
             self._output.saved(saved)
             self._callbacks.checkpoint_saved(saved)
@@ -245,9 +245,12 @@ class TrainingLoop:
         return every > 0 and step % every == 0
 
     def _validate(self, step: int, interrupt: GracefulStop) -> bool:
-        """The loss of the whole validation set; the last batch is filled up without labels.
+        """Compute the loss of the full validation set; the last batch is padded with samples without labels.
 
-        Whoever stops the run has little time: then the rest is left out and nothing is told. Returns whether.
+        On a stop request the remaining batches are skipped and nothing is logged, because time may be short.
+
+        Returns:
+            True if the run has to stop.
         """
         data, size = self._valid_data, self._run.train.global_batch_size
         assert data is not None
@@ -255,16 +258,16 @@ class TrainingLoop:
         count = -(-len(data) // size)
         with Prefetch(partial(self._micro_batches, data), ordered_pass(len(data), size), self._ahead) as batches:
             for number in range(1, count + 1):
-                self._beat(f"validation after step {step}, batch {number}")
+                self._heartbeat(f"validation after step {step}, batch {number}")
                 parts.append(self._engine.evaluate(next(batches)))
-                if self._agree(interrupt):
+                if self._combine_requests(interrupt):
                     return True
         losses = reduce(operator.add, parts)
         self._valid_losses.add(losses.mean)
         valid = ValidMetrics(step, losses.mean, losses.metrics)
         self._output.valid(valid)
         self._callbacks.validation_end(valid)
-        return bool(self._callbacks) and self._agree(interrupt)
+        return bool(self._callbacks) and self._combine_requests(interrupt)
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> Batches:
         axis = self._engine.grid.batch
@@ -272,20 +275,20 @@ class TrainingLoop:
         batches = [collate(data, part) for part in parts]
         return pinned(batches, self._engine.device) if self._ahead else batches
 
-    def _agree(self, interrupt: GracefulStop) -> bool:
+    def _combine_requests(self, interrupt: GracefulStop) -> bool:
         """Combine the requests of all ranks, so that all act after the same step. Collective over the world.
 
         Reports a save that is complete on every rank.
 
         Returns:
-            whether the run stops.
+            True if the run has to stop.
         """
-        told = int(interrupt.signal or _CLOCK) if interrupt.requested else 0
+        stop_code = int(interrupt.signal or _TIME_LIMIT) if interrupt.requested else 0
         is_writing = self._saver is None or not self._saver.is_due
-        flags = torch.tensor([told, int(is_writing), *self._callbacks.flags], device=self._engine.device)
+        flags = torch.tensor([stop_code, int(is_writing), *self._callbacks.flags], device=self._engine.device)
         agreed = all_reduce_(flags, self._engine.grid.world, dist.ReduceOp.MAX).tolist()
-        self._stopped_by, any_writing, *requests = agreed
+        self._stop_code, any_writing, *requests = agreed
         self._callbacks.agree(requests)
         if self._saver is not None and not any_writing:
-            self._tell(self._saver.wait())
-        return self._stopped_by > 0 or self._callbacks.stopped_by is not None
+            self._report_saved(self._saver.wait())
+        return self._stop_code > 0 or self._callbacks.stopped_by is not None

@@ -1,7 +1,7 @@
 """The learning rate: a function of the number of optimizer steps applied so far.
 
-A schedule from outside is a function of a `SchedulePoint`, registered in `SCHEDULES`. It has no state: a resumed run
-calls it for the step that it is at.
+A custom schedule is a function of a `SchedulePoint`, registered in `SCHEDULES`. It has no state: a resumed run calls
+it for its current step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from megatron_ds.registry import Registry
 
 @dataclass(frozen=True)
 class SchedulePoint:
-    """A step after the warm-up, for which a schedule gives the learning rate.
+    """The arguments of a schedule: a step after the warm-up.
 
     Attributes:
-        step: number of the step among those that are applied, from 1.
+        step: number of the step, from 1; skipped steps are not counted.
         steps: number of steps of the run.
         warmup_steps: steps of the linear warm-up, which ends at `peak_lr`.
         peak_lr: `optimizer.lr`.
@@ -34,7 +34,7 @@ class SchedulePoint:
 
     @property
     def progress(self) -> float:
-        """The part of the steps after the warm-up that is done with this step: 1 on the last one."""
+        """The completed fraction of the steps after the warm-up, with this step: 1 on the last one."""
         return min(1.0, (self.step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
 
     def between(self, fraction: float) -> float:
@@ -50,34 +50,34 @@ SCHEDULES: Registry[Schedule] = Registry("schedule")
 
 @SCHEDULES.register("constant")
 def constant(point: SchedulePoint) -> float:
-    """Stay at the peak."""
+    """Keep the peak learning rate."""
     return point.peak_lr
 
 
 @SCHEDULES.register("linear")
 def linear(point: SchedulePoint) -> float:
-    """Go down to `min_lr` in a straight line."""
+    """Decay linearly to `min_lr`."""
     return point.between(1.0 - point.progress)
 
 
 @SCHEDULES.register("cosine")
 def cosine(point: SchedulePoint) -> float:
-    """Go down to `min_lr` in half a cosine (Loshchilov and Hutter 2017)."""
+    """Decay to `min_lr` along half a cosine (Loshchilov and Hutter 2017)."""
     return point.between(0.5 * (1.0 + math.cos(math.pi * point.progress)))
 
 
 def learning_rate(applied: int, steps: int, optimizer: OptimizerSection, schedule: ScheduleSection) -> float:
     """Return the learning rate of the next step.
 
-    Linear warm-up reaches `optimizer.lr` on step `warmup_steps` (the first step already learns); then the schedule
-    decides.
+    Linear warm-up reaches `optimizer.lr` on step `warmup_steps` (the first step already has a positive rate); after
+    it the schedule computes the rate.
 
     Args:
         applied: optimizer steps applied so far; one that DeepSpeed skipped for an fp16 overflow does not count, so the
             schedule does not advance on it.
         steps: number of steps of the run.
-        optimizer: its `lr` is the peak.
-        schedule: its name, warm-up and options.
+        optimizer: the section whose `lr` is the peak.
+        schedule: the section with name, warm-up and options.
 
     Raises:
         ConfigError: no schedule has this name.

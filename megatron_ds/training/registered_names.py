@@ -1,6 +1,6 @@
-"""Check the run file's names of registered things, and the options given to them, before anything is spent.
+"""Check names and options of registered components in the run file, before anything is allocated.
 
-`session.setup.plan_engine` checks those that the engine uses.
+`runtime.setup.plan_engine` checks those that the engine uses.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
     """Check the schedule, the metric sinks and the callbacks of a run, and that checkpoints can hold its optimizer.
 
     Args:
-        run: the run.
-        resumes: whether it reads the training state of a checkpoint.
+        run: the run file.
+        resumes: whether the run reads the training state of a checkpoint.
 
     Raises:
         ConfigError: a name is not registered, an option is unknown or missing, or the optimizer has other state than

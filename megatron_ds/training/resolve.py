@@ -1,4 +1,4 @@
-"""A run file resolved against a world: everything that can be refused is refused here, before anything is spent."""
+"""Resolve a run file against a world: invalid runs are refused here, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from megatron_ds.training.resume import check_same_model, checkpoint_folder
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run that fits its world.
+    """A run that was checked against its model and world.
 
     Attributes:
         run: the run file, with folders of checkpoints replaced by the latest checkpoint in them.
         model: the model and its weights, with the objective's head.
-        plan: the engine that is built for it.
-        objective: what the model is trained to do.
+        plan: the plan of its engine.
+        objective: the training objective.
     """
 
     run: RunConfig
@@ -59,13 +59,13 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     """Check a run against the model, the DeepSpeed config and the number of ranks.
 
     Args:
-        run: the run.
+        run: the run file.
         world_size: number of ranks.
         device_type: torch's name, such as `cpu` or `cuda`.
-        checkpoint: the checkpoint that the run resumes, from which the weights are read; None = the run starts.
+        checkpoint: the checkpoint that the run resumes, with the weights; None = the run starts.
 
     Raises:
-        MegatronDSError: naming field, value, rule and nearest fix.
+        MegatronDSError: the run is invalid; the message names field, value, rule and fix.
     """
     check_format(run.data, run.model.tokenizer_path)
     check_registered_names(run, resumes=checkpoint is not None)
@@ -104,13 +104,13 @@ def _check_saving(run: RunConfig) -> None:
     resume = run.checkpoint.resume
     if resume not in ("auto", "never") and not is_checkpoint(resolve_checkpoint(resume)):
         raise ConfigError(
-            f"checkpoint.resume={resume} is no checkpoint; nearest: auto, never, or the path of one, such as "
+            f"checkpoint.resume={resume} is not a checkpoint; try auto, never, or the path of one, such as "
             f"{run.output}/checkpoints/step_00000100"
         )
 
 
 def _check_new_parameters(run: RunConfig, model: HFModel, objective: Objective) -> None:
-    """Refuse to write a model with parameters that its Hugging Face class has no names for."""
+    """Refuse to write a model with parameters that its Hugging Face class does not have."""
     if not run.checkpoint.every and run.export is None:
         return
     added = new_parameters(model, objective)
@@ -123,7 +123,7 @@ def _check_new_parameters(run: RunConfig, model: HFModel, objective: Objective) 
 
 
 def _check_paths(run: RunConfig) -> None:
-    """Refuse to write where nothing can be written, or over what the run reads or writes."""
+    """Refuse output paths that cannot be written, or that would replace files which the run reads or writes."""
     _check_directory("output", run.output, run)
     if run.export is None:
         return
@@ -134,15 +134,16 @@ def _check_paths(run: RunConfig) -> None:
         raise ConfigError(
             f"export.path={run.export.path} would replace output={run.output}; choose another, such as {run.output}/hf"
         )
-    kept = checkpoint_folder(run.output).resolve()
-    if kept == target or kept in target.parents:
+    checkpoints = checkpoint_folder(run.output).resolve()
+    if checkpoints == target or checkpoints in target.parents:
         raise ConfigError(
-            f"export.path={run.export.path} is among the run's checkpoints; choose another, such as {run.output}/hf"
+            f"export.path={run.export.path} is inside the run's checkpoint directory; choose another, such as "
+            f"{run.output}/hf"
         )
-    strangers = foreign_files(target) if target.is_dir() else []
-    if strangers:
+    foreign = foreign_files(target) if target.is_dir() else []
+    if foreign:
         raise ConfigError(
-            f"export.path={run.export.path} would be replaced, and holds {strangers[0]}, which is no file of a model; "
+            f"export.path={run.export.path} would be replaced, and holds {foreign[0]}, which is not a file of a model; "
             f"choose another directory"
         )
 
@@ -157,7 +158,7 @@ def _check_directory(field: str, path: str, run: RunConfig) -> None:
             raise ConfigError(f"{field}={path} would replace {source_field}={source}; choose another directory")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{field}={path} is a file; choose a directory")
-    # an export is made beside its target and put in its place
+    # an export is written next to its target and then renamed
     first = target.parent if field == "export.path" else target
     parent = next(place for place in (first, *first.parents) if place.exists())
     if not os.access(parent, os.W_OK):

@@ -1,4 +1,4 @@
-"""The result of a training run, as `megatron_ds.train` returns it."""
+"""The result of a training run, returned by `megatron_ds.train`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps of the run so far, those before a resume included.
-        last_loss, best_loss: training loss of the last step of this call and the lowest of its steps; None where this
-            call did no step.
-        last_valid_loss, best_valid_loss: the same of its validations.
+        last_loss, best_loss: training loss of the last step of this call and the lowest of its steps; None if this call
+            did no step.
+        last_valid_loss, best_valid_loss: the same for its validations.
         output: the run's directory.
         metrics: its `metrics.jsonl`.
-        checkpoint: the last checkpoint that this call saved or resumed from; None = there is none.
-        export: the Hugging Face directory that it wrote; None = none.
+        checkpoint: the last checkpoint that this call saved or resumed from; None if there is no checkpoint.
+        export: the Hugging Face directory that this call wrote; None if it exported nothing.
     """
 
     steps: int

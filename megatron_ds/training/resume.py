@@ -1,4 +1,4 @@
-"""Go on where a run was cut: from which checkpoint, and whether this run is the one that it was."""
+"""Resume a run: choose the checkpoint, prepare the output directory, and check that model and data are the same."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron_ds.parallel.rank_info import RankInfo
 
 
 def checkpoint_folder(output: str) -> Path:
-    """Where a run's checkpoints are."""
+    """Return the directory of a run's checkpoints."""
     return Path(output) / "checkpoints"
 
 
 def find_resume_point(run: RunConfig, info: RankInfo) -> ResumePoint:
-    """What the run goes on from, none of its files damaged. Collective."""
+    """Return the intact checkpoint that a run resumes and the damaged ones it skips. Collective over the world."""
     resume = run.checkpoint.resume
     if resume == "never":
         return ResumePoint()
@@ -37,80 +37,83 @@ def find_resume_point(run: RunConfig, info: RankInfo) -> ResumePoint:
 
 
 def check_resume_point(run: RunConfig, found: ResumePoint) -> None:
-    """Refuse to start anew where there are checkpoints.
+    """Refuse to start from step 0 where there are checkpoints, but only damaged ones.
 
     Raises:
-        CheckpointError: none of them is whole.
+        CheckpointError: none of them is intact.
     """
     if found.path is None and found.damaged:
         raise CheckpointError(
             f"checkpoint.resume={run.checkpoint.resume}: {found.damaged[0]}"
-            + (f"; none of {len(found.damaged)} checkpoints is whole" if len(found.damaged) > 1 else "")
-            + "; checkpoint.resume=never starts anew"
+            + (f"; none of {len(found.damaged)} checkpoints is intact" if len(found.damaged) > 1 else "")
+            + "; checkpoint.resume=never starts from step 0"
         )
 
 
 def lock_output(run: RunConfig) -> object:
-    """Have an output that is there for this process alone, as long as what is returned lives; on one rank.
+    """Lock an existing output directory and remove partial files of a crash. Rank 0 only.
 
-    What a crash left half-written goes.
+    Returns:
+        the lock, which is released when the object is dropped; None if the directory does not exist.
 
     Raises:
-        CheckpointError: another run has it, or it cannot be written.
+        CheckpointError: another run holds the lock, or the directory cannot be written.
     """
     output = Path(run.output)
     if not output.is_dir():
         return None
-    with _told(output):
-        held = lock(output)
+    with _write_errors(output):
+        output_lock = lock(output)
         remove_leftovers(checkpoint_folder(run.output))
-    return held
+    return output_lock
 
 
-def prepare_output(run: RunConfig, found: ResumePoint, held: object) -> tuple[object, tuple[str, ...]]:
-    """Make room for what the run is going to write, losing nothing, when nothing can refuse it any more; on one rank.
+def prepare_output(run: RunConfig, found: ResumePoint, output_lock: object) -> tuple[object, tuple[str, ...]]:
+    """Prepare the output directory for a run that passed all checks. Rank 0 only.
 
-    Checkpoints that this run does not go on from are moved aside, `latest` names the one that it does.
+    Checkpoints after the one that the run resumes are moved aside, and `latest` is set to it. Nothing is deleted.
 
     Args:
-        run: the run.
-        found: what it goes on from.
-        held: from `claim`.
+        run: the run file.
+        found: the checkpoint that it resumes.
+        output_lock: the lock from `lock_output`; None if the directory did not exist.
 
     Returns:
-        what keeps the output for this process, and what there is to say.
+        the lock of the output directory, and lines for the log.
 
     Raises:
-        CheckpointError: the output cannot be written, another run has it, or the run would move what it reads.
+        CheckpointError: the output cannot be written, another run holds its lock, or a checkpoint that the run reads
+            would be moved.
     """
     output, folder = Path(run.output), checkpoint_folder(run.output)
-    said = [f"passed over a damaged checkpoint: {problem}" for problem in found.damaged]
-    with _told(folder):
+    notes = [f"skipped damaged checkpoint: {problem}" for problem in found.damaged]
+    with _write_errors(folder):
         output.mkdir(parents=True, exist_ok=True)
-        held = held if held is not None else lock(output)
+        output_lock = output_lock if output_lock is not None else lock(output)
         if run.checkpoint.every:
             folder.mkdir(exist_ok=True)
-        mine = found.path if found.path is not None and found.path.parent == folder.resolve() else None
-        after = step_of(mine) if mine is not None else -1
+        own = found.path if found.path is not None and found.path.parent == folder.resolve() else None
+        after = step_of(own) if own is not None else -1
         adapters = run.peft if isinstance(run.peft, str) else None
         read = (("model.path", run.model.path), ("model.tokenizer", run.model.tokenizer), ("peft", adapters))
         for field, path in read:
             used = resolve_checkpoint(path).resolve() if path is not None else None
             if used is not None and used.parent == folder.resolve() and step_of(used) > after:
                 raise CheckpointError(
-                    f"{field}={path} is among the checkpoints under output={run.output} that would be moved aside; "
+                    f"{field}={path} is one of the checkpoints under output={run.output} that would be moved aside; "
                     "choose another output"
                 )
         aside = set_aside(folder, after)
         if folder.is_dir():
-            point_to(folder, mine.name if mine is not None else None)
+            point_to(folder, own.name if own is not None else None)
     if aside is not None:
-        said.append(f"checkpoints that this run does not go on from are now in {aside}")
-    return held, tuple(said)
+        notes.append(f"moved checkpoints that this run does not continue to {aside}")
+    return output_lock, tuple(notes)
 
 
 @contextmanager
-def _told(place: Path) -> Iterator[None]:
+def _write_errors(place: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names `place`."""
     try:
         yield
     except OSError as problem:
@@ -118,17 +121,19 @@ def _told(place: Path) -> Iterator[None]:
 
 
 def check_same_model(run: HFModel, saved: HFModel, checkpoint: Path) -> None:
-    """Whether a checkpoint is of the run's model; rates of dropout may differ.
+    """Check that a checkpoint has the run's model; dropout rates may differ.
 
     Raises:
-        CheckpointError: naming the first field that differs.
+        CheckpointError: a field differs; the message names the first one.
     """
-    mine, theirs = ({"model_type": model.family.model_type, **_fields(asdict(model.core))} for model in (run, saved))
-    for name in sorted({**mine, **theirs}, key=lambda name: isinstance(mine.get(name), list | tuple)):  # numbers first
-        if mine.get(name) != theirs.get(name) and "dropout" not in name:
+    current, other = ({"model_type": model.family.model_type, **_fields(asdict(model.core))} for model in (run, saved))
+    for name in sorted(
+        {**current, **other}, key=lambda name: isinstance(current.get(name), list | tuple)
+    ):  # numbers first
+        if current.get(name) != other.get(name) and "dropout" not in name:
             raise CheckpointError(
-                f"{checkpoint} is of another model: {name}={show(theirs.get(name))}, the run has "
-                f"{show(mine.get(name))}; choose another output, or checkpoint.resume=never"
+                f"{checkpoint} has a different model: {name}={show(other.get(name))}, the run has "
+                f"{show(current.get(name))}; choose another output, or checkpoint.resume=never"
             )
 
 
@@ -139,11 +144,17 @@ def _fields(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def initial_progress(run: RunConfig, saved: Progress | None, data: Dataset, where: Path | None) -> Progress:
-    """Where a run begins, or goes on.
+    """Return the progress at which a run starts or resumes.
+
+    Args:
+        run: the run file.
+        saved: progress of the checkpoint that the run resumes; None = the run starts.
+        data: the training data.
+        where: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: it would go on in other data, and `data.restart` does not say that it may; or it has more steps
-            than the run.
+        CheckpointError: the run would resume with other data and `data.restart` is not set, or the checkpoint has more
+            steps than the run.
     """
     here = DataPosition(
         fingerprint=data.fingerprint,
@@ -167,12 +178,12 @@ def initial_progress(run: RunConfig, saved: Progress | None, data: Dataset, wher
         return saved.with_data(**asdict(here))
     raise CheckpointError(
         f"{changed.now} is not what {where} was trained on: {changed.then}; change it back, or set data.restart=true "
-        "to go on with the new data from their beginning"
+        "to resume with the new data from their first sample"
     )
 
 
 class _Change(NamedTuple):
-    """In words."""
+    """A data setting that differs from the checkpoint's, as text: `now` in the run, `then` in the checkpoint."""
 
     now: str
     then: str
@@ -182,7 +193,7 @@ _SIZE = ("train.steps", "train.global_batch_size")
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
-    """What decides which samples there are, beside the content of the data; the likeliest to be changed last."""
+    """Return the settings that determine the samples, apart from the data's content; the most changed ones last."""
     data = run.data
     weights = [source.weight for source in data.train]
     plain = ("split", "loss_turns", "overlong", "packing", "mask_rate", "whole_words", "mean_span", "target_length")
@@ -199,7 +210,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 
 def _first_change(then: DataPosition, here: DataPosition, is_ordered: bool) -> _Change | None:
-    """The first thing that makes the samples others, or puts them in another order; None = they are the same."""
+    """Return the first difference that changes the samples or their order; None if the samples are the same."""
     for field, old, new in (
         ("data.seq_length", then.seq_length, here.seq_length),
         ("train.seed", then.seed, here.seed),
@@ -219,7 +230,7 @@ def _first_change(then: DataPosition, here: DataPosition, is_ordered: bool) -> _
         sizes = " x ".join(f"{field}={here.settings[field]}" for field in _SIZE)
         before = " x ".join(str(then.settings[field]) for field in _SIZE)
         return _Change(
-            f"the order of {here.description}, which goes by the epochs that {sizes} take,",
+            f"the order of {here.description}, which depends on the number of epochs in {sizes},",
             f"{then.description}, with {before}",
         )
     same = then.description == here.description

@@ -1,5 +1,4 @@
-"""What a run tells while it goes on: `config.yaml`, `metrics.jsonl`, `data.json`, `loss.png` in its directory, and a
-reporter."""
+"""Output of a run: the files `config.yaml`, `metrics.jsonl`, `data.json` and `loss.png`, and a reporter."""
 
 from __future__ import annotations
 
@@ -26,15 +25,15 @@ from megatron_ds.monitor import (
     open_sinks,
 )
 
-ACCOUNT = "data.json"
+DATA_USAGE = "data.json"
 
 
 class RunOutput:
-    """Rank 0's files and voice; on other ranks every method does nothing. Use it as a context manager.
+    """Writer of run files and progress reports on rank 0; on other ranks every method does nothing. A context manager.
 
     Args:
-        run: what is run.
-        reporter: who is told.
+        run: the run file.
+        reporter: shows progress.
         is_first: whether this is rank 0.
     """
 
@@ -48,15 +47,15 @@ class RunOutput:
         """Make the directory, write `config.yaml`, open `metrics.jsonl` and other sinks, show the summary.
 
         Args:
-            summary: of the run.
-            continue_after: the step that a resumed run goes on after; None for a new run.
+            summary: facts about the run.
+            continue_after: the last step before a resumed run; None for a new run.
         """
         if not self._is_first:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / "config.yaml").write_text(dump_run(self._run), encoding="utf-8")
         if continue_after is None:
-            (self._directory / ACCOUNT).unlink(missing_ok=True)  # of an earlier run
+            (self._directory / DATA_USAGE).unlink(missing_ok=True)  # of an earlier run
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
         self._sinks = open_sinks(SinkInfo(self._run, self._directory, continue_after))
         self._reporter.start(summary)
@@ -74,7 +73,7 @@ class RunOutput:
             self._reporter.valid(metrics)
 
     def saved(self, saved: Saved) -> None:
-        """Show a checkpoint that is there, and write what it cost to `checkpoints/saves.jsonl`."""
+        """Report a complete checkpoint, and append its size and times to `checkpoints/saves.jsonl`."""
         if not self._is_first:
             return
         rate = saved.bytes / 1e6 / max(saved.written_s, 1e-9)
@@ -85,25 +84,25 @@ class RunOutput:
         with open(Path(saved.path).parent / "saves.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(saved)) + "\n")
 
-    def taken(self, data: Dataset, samples: int, *, is_last: bool = False) -> None:
-        """Write what the run has taken of each corpus to `data.json`, if the data keep an account; tell it at last.
+    def write_usage(self, data: Dataset, samples: int, *, is_last: bool = False) -> None:
+        """Write the number of samples read from each corpus to `data.json`, if the data count them.
 
         Args:
-            data: of the run.
-            samples: taken so far.
-            is_last: whether no more are taken.
+            data: training data of the run.
+            samples: number of samples read so far.
+            is_last: whether training has ended; the counts are then reported too.
         """
         usage = source_usage(data, samples) if self._is_first else ()
         if not usage:
             return
         content = json.dumps({"samples": samples, "sources": [asdict(source) for source in usage]}, indent=2)
-        with replacing(self._directory / ACCOUNT) as temporary:
+        with replacing(self._directory / DATA_USAGE) as temporary:
             temporary.write_text(content + "\n", encoding="utf-8")
         if is_last:
             self._reporter.note(describe_usage(usage))
 
     def note(self, text: str) -> None:
-        """Say something worth a line."""
+        """Report a line of text."""
         if self._is_first:
             self._reporter.note(text)
 
@@ -114,7 +113,7 @@ class RunOutput:
             draw_loss(self._writer.path, self._directory / "loss.png", f"{title}: {self._directory}")
 
     def finish(self, text: str) -> None:
-        """Say how it went."""
+        """Report the outcome of the run."""
         if self._is_first:
             self._reporter.finish(text)
 

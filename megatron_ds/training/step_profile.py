@@ -1,4 +1,4 @@
-"""Steps that are recorded on request: a Chrome trace a rank, and a table of where their time went."""
+"""Profile of selected steps: one Chrome trace per rank, and a table of the time of each part."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ FOLDER = "profile"
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's profiler says on every rank's standard error, from C++, that it starts and stops."""
+    """Silence standard error: torch's profiler writes to it from C++, on every rank, when it starts and stops."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved_stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved_stderr, 2)
+        os.close(saved_stderr)
+        os.close(null)
 
 
 class StepProfile:
-    """Records the steps that `train.profile` names; without it, nothing. Every rank makes one.
+    """Recorder of the steps that `train.profile` selects; without it, it does nothing. Every rank makes one.
 
     Args:
-        run: whose output gets `profile/rank_00000.json` a rank and `profile/parts.json`.
-        rank: of this process.
-        tell: takes a line; called on every rank.
-        beat: is told that writing may take a while.
+        run: the run file; `profile/rank_00000.json` of each rank and `profile/parts.json` go to its output.
+        rank: global rank of this process.
+        log_line: called with a line of text, on every rank.
+        heartbeat: called before the profile is written, which may take long.
     """
 
-    def __init__(self, run: RunConfig, rank: int, tell: Callable[[str], None], heartbeat: Heartbeat) -> None:
+    def __init__(self, run: RunConfig, rank: int, log_line: Callable[[str], None], heartbeat: Heartbeat) -> None:
         self._first, self._last = run.train.profile.steps if run.train.profile is not None else (0, 0)
         self._folder, self._rank = Path(run.output) / FOLDER, rank
-        self._tell, self._beat = tell, heartbeat
+        self._log_line, self._heartbeat = log_line, heartbeat
         self._profiler: Any = None
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """Record what happens inside, if the step is one of those.
+        """Record the body of the context, if the step is selected. Collective over the world after the last of them.
 
         Raises:
-            TrainingError: after the last, where the record cannot be written. Collective then.
+            TrainingError: the profile cannot be written, after the last selected step.
         """
         if not self._first <= step <= self._last:
             yield
             return
         if self._profiler is None:
-            wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & set(supported_activities())
-            self._profiler = profile(activities=wanted)
+            activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & set(supported_activities())
+            self._profiler = profile(activities=activities)
             with _quiet():
                 self._profiler.start()
         with record_function(STEP):
@@ -76,16 +76,18 @@ class StepProfile:
     def _write(self) -> None:
         with _quiet():
             self._profiler.stop()
-        self._beat(f"writing the profile of steps {self._first} to {self._last}", may_take_long=True)
-        mine = run_on_all_ranks(self._summed)
-        everyone = gather_objects(mine)
-        run_on_all_ranks(lambda: self._write_table(everyone))
-        self._tell(f"profile of steps {self._first} to {self._last}: {self._folder}, a Chrome trace a rank; of a step:")
-        for line in table(everyone):
-            self._tell(line)
+        self._heartbeat(f"writing the profile of steps {self._first} to {self._last}", may_take_long=True)
+        local = run_on_all_ranks(self._write_trace)
+        all_ranks = gather_objects(local)
+        run_on_all_ranks(lambda: self._write_table(all_ranks))
+        self._log_line(
+            f"profile of steps {self._first} to {self._last}: {self._folder}, a Chrome trace per rank; times per step:"
+        )
+        for line in table(all_ranks):
+            self._log_line(line)
         self._profiler = None
 
-    def _summed(self) -> PartTimes:
+    def _write_trace(self) -> PartTimes:
         path = self._folder / f"rank_{self._rank:05d}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +96,9 @@ class StepProfile:
         except (OSError, ValueError) as problem:  # a full disk leaves half a trace
             raise TrainingError(f"train.profile: {path} could not be written: {problem}") from None
 
-    def _write_table(self, everyone: list[PartTimes]) -> None:
+    def _write_table(self, all_ranks: list[PartTimes]) -> None:
         if self._rank == 0:
-            content = {"steps": [self._first, self._last], "ranks": [asdict(one) for one in everyone]}
+            content = {"steps": [self._first, self._last], "ranks": [asdict(one) for one in all_ranks]}
             path = self._folder / "parts.json"
             try:
                 path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

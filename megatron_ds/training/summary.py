@@ -1,4 +1,4 @@
-"""A run in a few facts: what the start-up summary shows, and the FLOPs of a token."""
+"""Facts about a run: the start-up summary, and the FLOPs per token."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_ds.training.resolve import ResolvedRun
 
 
 def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummary:
-    """Collective: pipeline stages tell each other their parameters."""
+    """Collect the facts of the start-up summary. Collective over the world: parameters are counted."""
     run, layout = resolved.run, resolved.plan.layout
     return RunSummary(
-        model_name=_model_words(resolved),
+        model_name=_describe_model(resolved),
         num_params=engine.count_params(),
         world_size=layout.world_size,
         tensor=layout.tensor,
@@ -29,7 +29,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummar
         sequence=run.parallel.sequence,
         zero_stage=resolved.plan.summary.zero_stage,
         precision=resolved.plan.summary.precision,
-        device=_device_words(engine.device),
+        device=_describe_device(engine.device),
         tokens_per_step=run.train.global_batch_size * positions_of(data),
         steps=run.train.steps,
         data_description=data.describe(),
@@ -37,8 +37,8 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummar
     )
 
 
-def _model_words(resolved: ResolvedRun) -> str:
-    """Such as `llama`, or `llama with adapters of 1.2 M parameters`."""
+def _describe_model(resolved: ResolvedRun) -> str:
+    """Return text such as `llama`, or `llama with adapters of 1.2 M parameters`."""
     name = resolved.hf.family.model_type
     if resolved.model.adapters is None:
         return name
@@ -47,26 +47,26 @@ def _model_words(resolved: ResolvedRun) -> str:
 
 
 def _count(tables: Tables, names: Collection[str]) -> int:
-    """Elements of the named native parameters."""
+    """Return the number of elements of the named native parameters."""
     shapes = (row.op.native_shape(tables.axis_sizes) for name, row in tables.table.items() if name in names)
     return sum(map(prod, shapes))
 
 
 def positions_of(data: Dataset) -> int:
-    """A sample's: those of its inputs, and those of its targets where a decoder of their own reads them."""
+    """Return the number of positions of a sample: its inputs, plus its targets if a separate decoder reads them."""
     return data.seq_length + (data.target_length or 0)
 
 
 def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset) -> float:
-    """FLOPs of one position, on average; see `model_flops_per_token`. Tables that are only looked up cost none."""
+    """Return the average FLOPs of one position; see `model_flops_per_token`. Embedding lookups cost none."""
     core = resolved.hf.core
     idle = core.num_idle_params
     frozen = _count(resolved.hf, resolved.model.frozen) - (idle if EMBEDDING in resolved.model.frozen else 0)
     return core.flops_per_position(data.seq_length, data.target_length or 0, num_params - idle, max(0, frozen))
 
 
-def _device_words(device: torch.device) -> str:
+def _describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type} ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''} a rank)"
+    return f"{device.type} ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''} per rank)"

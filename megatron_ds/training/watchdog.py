@@ -1,7 +1,8 @@
-"""Find the rank that hangs: each tells the others what it is doing, and who hears nothing new for long looks around.
+"""Hang detection: each rank publishes its phase, and a rank without progress reports who is behind.
 
-A rank that hangs is rarely the one that notices: the others wait for it in a collective. So each rank's watchdog puts
-what its rank does on a board that all can read, and when its own rank has got stuck, reads there who is behind.
+The rank that notices a hang is rarely its cause: it waits in a collective for the rank that hangs. So each rank's
+watchdog publishes the rank's status in a store that all ranks read. When its rank has made no progress for `timeout_s`,
+it reads the statuses of the others and reports the ranks that are behind.
 """
 
 from __future__ import annotations
@@ -29,49 +30,49 @@ from megatron_ds.log import get_logger
 from megatron_ds.parallel.failure import write_failure
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 
-TELL_S = 1.0  # between two notes of a rank
-BOARD_S = 10.0  # a board that has not answered by then does not
+PUBLISH_S = 1.0  # interval between two status updates of a rank
+STORE_TIMEOUT_S = 10.0  # the store counts as unreachable after this
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank puts on the board.
+    """The published status of a rank.
 
     Attributes:
-        number: of the note; it grows as long as the rank's process runs.
-        beats: how often the rank has said what it does: the same for all that are equally far.
-        doing: what it does.
-        stack: where it stood when it had got stuck; empty before.
+        number: update number; it grows as long as the rank's process runs.
+        heartbeats: number of phases that the rank has entered; equal on ranks that have made the same progress.
+        phase: the current phase, such as "step 12: reading data".
+        stack: stacks of the rank's threads when it detected a hang; empty before.
     """
 
     number: int = 0
-    beats: int = 0
-    doing: str = ""
+    heartbeats: int = 0
+    phase: str = ""
     stack: str = ""
 
 
 class RankStatusStore(Protocol):
-    """Where ranks leave notes for one another."""
+    """Store in which ranks publish their statuses."""
 
-    def put(self, rank: int, note: RankStatus) -> None:
-        """Leave a rank's note in the place of its last one."""
+    def put(self, rank: int, status: RankStatus) -> None:
+        """Publish a rank's status; it replaces the previous one."""
 
     def read(self, rank: int) -> RankStatus:
-        """The last note of a rank; an empty one if it has left none."""
+        """Return the last status of a rank; a default `RankStatus` if it has published none."""
 
     def claim(self) -> bool:
-        """True for the first that asks."""
+        """Return True for the first caller: the rank that reports the hang."""
 
 
 class FileStatusStore:
-    """In a folder: for ranks of one machine."""
+    """Status store in a directory, for ranks of one machine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def put(self, rank: int, note: RankStatus) -> None:
+    def put(self, rank: int, status: RankStatus) -> None:
         with replacing(self._folder / f"{rank}.note") as temporary:
-            temporary.write_text(json.dumps(asdict(note)))
+            temporary.write_text(json.dumps(asdict(status)))
 
     def read(self, rank: int) -> RankStatus:
         try:
@@ -88,11 +89,11 @@ class FileStatusStore:
 
 
 class TorchStoreStatusStore:
-    """In the store through which a launcher's ranks found one another.
+    """Status store in the TCP store of a launcher's rendezvous.
 
     Args:
-        host, port: of the store.
-        group: which of the groups that a launcher started one after the other.
+        host, port: address of the TCP store.
+        group: key of the group of ranks; a launcher that restarts its ranks starts several, one after the other.
     """
 
     def __init__(self, host: str, port: int, group: str = "0") -> None:
@@ -100,8 +101,8 @@ class TorchStoreStatusStore:
             f"megatron_ds/{group}", dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
         )
 
-    def put(self, rank: int, note: RankStatus) -> None:
-        self._store.set(f"note/{rank}", json.dumps(asdict(note)))
+    def put(self, rank: int, status: RankStatus) -> None:
+        self._store.set(f"note/{rank}", json.dumps(asdict(status)))
 
     def read(self, rank: int) -> RankStatus:
         key = f"note/{rank}"
@@ -112,7 +113,7 @@ class TorchStoreStatusStore:
 
 
 def rank_status_store(info: RankInfo) -> RankStatusStore:
-    """The board of this process's job; its process group is there."""
+    """Return the status store of this process's job. The process group must exist."""
     if RENDEZVOUS_FILE in os.environ:
         return FileStatusStore(Path(os.environ[RENDEZVOUS_FILE]).parent)
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a group
@@ -120,42 +121,42 @@ def rank_status_store(info: RankInfo) -> RankStatusStore:
 
 
 class Heartbeat(Protocol):
-    """Is told what a rank does from now on, such as "step 12: reading data"."""
+    """Function that is called with each phase that a rank enters, such as "step 12: reading data"."""
 
-    def __call__(self, doing: str, *, may_take_long: bool = False) -> None:
-        """`may_take_long`: as long as it likes: storage decides how long saving takes."""
+    def __call__(self, phase: str, *, may_take_long: bool = False) -> None:
+        """Enter a phase. `may_take_long`: the phase has no time limit, such as saving, which depends on the storage."""
 
 
 class Watchdog:
-    """Within it this process ends, with a word on who hangs, when it has not called `beat` for too long.
+    """Context manager that ends the process with a report if `heartbeat` is not called for `timeout_s` seconds.
 
-    Two threads: one leaves notes on the board, the other looks at the clock. The board may be what hangs.
+    It has two threads, one that publishes the status and one that checks the time, because the store may be what hangs.
 
     Args:
-        info: which rank this is.
-        timeout_s: 0 = it never ends.
-        board: see `board_of`.
+        info: rank and world size of this process.
+        timeout_s: time limit of a phase in seconds; 0 = no limit.
+        store: from `rank_status_store`.
     """
 
-    def __init__(self, info: RankInfo, timeout_s: float, board: RankStatusStore) -> None:
-        self._info, self._timeout_s, self._board = info, timeout_s, board
-        self._tell_s = min(TELL_S, timeout_s / 4)
-        self._note, self._beaten_s, self._is_limited = RankStatus(doing="starting"), time.monotonic(), True
+    def __init__(self, info: RankInfo, timeout_s: float, store: RankStatusStore) -> None:
+        self._info, self._timeout_s, self._store = info, timeout_s, store
+        self._publish_s = min(PUBLISH_S, timeout_s / 4)
+        self._status, self._heartbeat_at_s, self._is_limited = RankStatus(phase="starting"), time.monotonic(), True
         self._ended, self._stack = threading.Event(), ""
         self._threads = [
             threading.Thread(target=act, name=f"watchdog-{act.__name__}", daemon=True)
-            for act in (self._tell, self._watch)
+            for act in (self._publish, self._watch)
         ]
 
-    def heartbeat(self, doing: str, *, may_take_long: bool = False) -> None:
-        """See `Beat`."""
-        self._note = RankStatus(self._note.number, self._note.beats + 1, doing)
-        self._is_limited, self._beaten_s = not may_take_long, time.monotonic()
+    def heartbeat(self, phase: str, *, may_take_long: bool = False) -> None:
+        """Enter a phase; see `Heartbeat`."""
+        self._status = RankStatus(self._status.number, self._status.heartbeats + 1, phase)
+        self._is_limited, self._heartbeat_at_s = not may_take_long, time.monotonic()
 
     def __enter__(self) -> Watchdog:
-        self._beaten_s = time.monotonic()
+        self._heartbeat_at_s = time.monotonic()
         if self._timeout_s > 0:
-            self._board.put(self._info.rank, self._note)
+            self._store.put(self._info.rank, self._status)
             for thread in self._threads:
                 thread.start()
         return self
@@ -165,45 +166,52 @@ class Watchdog:
     ) -> None:
         self._ended.set()
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         number = 0
-        with contextlib.suppress(RuntimeError, OSError):  # a board that is gone: the job is ending
-            while not self._ended.wait(self._tell_s):
+        with contextlib.suppress(RuntimeError, OSError):  # the store is gone: the job is ending
+            while not self._ended.wait(self._publish_s):
                 number += 1
-                self._board.put(self._info.rank, RankStatus(number, self._note.beats, self._note.doing, self._stack))
+                status = RankStatus(number, self._status.heartbeats, self._status.phase, self._stack)
+                self._store.put(self._info.rank, status)
 
     def _watch(self) -> None:
-        looked_s = time.monotonic()
-        while not self._ended.wait(self._tell_s):
+        checked_s = time.monotonic()
+        while not self._ended.wait(self._publish_s):
             now = time.monotonic()
-            if now - looked_s > 2 * self._tell_s + 1:  # this process was stopped itself, with its job it may be
-                self._beaten_s += now - looked_s
-            looked_s = now
-            if self._is_limited and now - self._beaten_s > self._timeout_s:
+            if now - checked_s > 2 * self._publish_s + 1:  # this process was suspended, perhaps with its job
+                self._heartbeat_at_s += now - checked_s
+            checked_s = now
+            if self._is_limited and now - self._heartbeat_at_s > self._timeout_s:
                 self._end()
 
     def _end(self) -> None:
-        """Report, if this rank is the first to notice; end the process, whatever becomes of the board."""
+        """Report the hang, if this rank notices it first, and end the process even if the store does not respond."""
         try:
             self._stack = _own_stack()
             report = threading.Thread(target=self._report, name="watchdog-report", daemon=True)
             report.start()
-            report.join(3 * self._tell_s + BOARD_S)
-            if report.is_alive():  # who keeps the board does not answer
-                what = f"no progress for {self._timeout_s:g} s (train.step_timeout={self._timeout_s:g})"
-                self._write(LaunchError(f"{what}; rank 0 or its machine does not answer; here: {self._note.doing}"))
+            report.join(3 * self._publish_s + STORE_TIMEOUT_S)
+            if report.is_alive():  # the process with the store does not respond
+                timeout = f"no progress for {self._timeout_s:g} s (train.step_timeout={self._timeout_s:g})"
+                self._write(
+                    LaunchError(
+                        f"{timeout}; rank 0 or its machine does not respond; this rank's phase: {self._status.phase}"
+                    )
+                )
         finally:
             sys.stderr.flush()
             os._exit(1)
 
     def _report(self) -> None:
-        if not self._board.claim():
-            time.sleep(3 * self._tell_s + BOARD_S / 2)  # the reporter sees that this rank lives; it is ended before
+        if not self._store.claim():
+            time.sleep(
+                3 * self._publish_s + STORE_TIMEOUT_S / 2
+            )  # the reporter sees that this rank is alive, and ends it
             os._exit(1)
         ranks = range(self._info.world_size)
-        before = [self._board.read(rank) for rank in ranks]
-        time.sleep(3 * self._tell_s)
-        after = [self._board.read(rank) for rank in ranks]
+        before = [self._store.read(rank) for rank in ranks]
+        time.sleep(3 * self._publish_s)
+        after = [self._store.read(rank) for rank in ranks]
         alive = [rank == self._info.rank or after[rank].number > before[rank].number for rank in ranks]
         self._write(LaunchError(diagnose(after, alive, self._timeout_s)))
 
@@ -215,40 +223,38 @@ class Watchdog:
             get_logger().error("error: %s", problem)
 
 
-def diagnose(notes: Sequence[RankStatus], alive: Sequence[bool], timeout_s: float) -> str:
-    """Who hangs, where, and what the others do.
+def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: float) -> str:
+    """Return a report that names the ranks that hang, their phases and stacks, and the phases of the others.
 
     Args:
-        notes: of every rank.
-        alive: whether a rank's process still leaves notes.
-        timeout_s: for the message.
+        statuses: the status of every rank.
+        alive: for every rank, whether its process still publishes.
+        timeout_s: the time limit, for the message.
     """
-    behind = min(note.beats for note in notes)
+    slowest = min(status.heartbeats for status in statuses)
     if not all(alive):
-        suspects = [rank for rank, lives in enumerate(alive) if not lives]
-        verdict = "does not answer: its process is stopped or dead, or its machine is"
-    elif all(note.beats == behind for note in notes):
+        suspects = [rank for rank, is_alive in enumerate(alive) if not is_alive]
+        verdict = "does not respond: its process or machine is stopped or dead"
+    elif all(status.heartbeats == slowest for status in statuses):
         suspects = []
         verdict = ""
     else:
-        suspects = [rank for rank, note in enumerate(notes) if note.beats == behind]
+        suspects = [rank for rank, status in enumerate(statuses) if status.heartbeats == slowest]
         verdict = "is behind the others"
     lines = [f"no progress for {timeout_s:g} s (train.step_timeout={timeout_s:g})"]
-    lines += [f"rank {rank} {verdict}; it last said: {notes[rank].doing}" for rank in suspects]
-    others = [rank for rank in range(len(notes)) if rank not in suspects]
-    for doing in dict.fromkeys(notes[rank].doing for rank in others):
-        same = [str(rank) for rank in others if notes[rank].doing == doing]
-        who = f"rank {same[0]} {'waits' if suspects else 'stands'}"
-        if len(same) > 1:
-            who = f"ranks {', '.join(same)} {'wait' if suspects else 'stand'}"
-        lines.append(f"{who} at: {doing}")
-    told = suspects or others[:1]
-    stacks = [f"rank {rank} stood at:\n{notes[rank].stack}" for rank in told if notes[rank].stack]
-    return "\n".join(["; ".join(lines), *stacks])
+    lines += [f"rank {rank} {verdict}; last phase: {statuses[rank].phase}" for rank in suspects]
+    others = [rank for rank in range(len(statuses)) if rank not in suspects]
+    for phase in dict.fromkeys(statuses[rank].phase for rank in others):
+        same = [str(rank) for rank in others if statuses[rank].phase == phase]
+        ranks = f"rank {same[0]} is" if len(same) == 1 else f"ranks {', '.join(same)} are"
+        lines.append(f"{ranks} {'waiting in' if suspects else 'in'}: {phase}")
+    stacks = [(rank, statuses[rank].stack) for rank in suspects or others[:1]]
+    shown = [f"stack of rank {rank}:\n{stack}" for rank, stack in stacks if stack]
+    return "\n".join(["; ".join(lines), *shown])
 
 
 def _own_stack() -> str:
-    """Where the threads of this process stand."""
+    """Return the stacks of all threads of this process."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""One rank's part of a training run: join the others, check and read together, resume, train, export."""
+"""Training on one rank: join the process group, check the run, open data, resume, train, export."""
 
 from __future__ import annotations
 
@@ -42,39 +42,42 @@ from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.summary import flops_per_position, summarize
 from megatron_ds.training.watchdog import Watchdog, rank_status_store
 
-COLLECTIVE_TIMEOUT_S = 1800.0  # of a collective, at least: the watchdog, which says more, comes first
+COLLECTIVE_TIMEOUT_S = 1800.0  # at least; longer than the watchdog's timeout, whose report says more
 
 
 def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Sequence[Callback] = ()) -> TrainResult:
-    """Train as one rank of a job: join the others, check and read data together, resume, train, export.
+    """Train as one rank of a job: join the process group, check the run, open data, resume, train, export.
 
-    After an exception the process group is left as it is: taking NCCL down waits for peers, which may be waiting for
-    this rank. The process is expected to end.
+    Collective over the world. After an exception the process group is left as it is: destroying it waits for peers,
+    which may be waiting for this rank. The process is expected to end.
 
     Args:
-        run: the run.
-        info: this rank.
+        run: the run file.
+        info: rank and world size of this process.
         reporter: shows progress, on rank 0.
         callbacks: called after those that the run file names.
 
     Raises:
-        MegatronDSError: what the user can mend; see `together` for which rank raises it.
-        KeyboardInterrupt: after SIGINT, once every rank has finished its step, saved, and closed the files.
+        MegatronDSError: the run is invalid, or fails in a way that the user can fix; see `run_on_all_ranks` for which
+            rank raises it.
+        KeyboardInterrupt: after SIGINT, once every rank has finished its step, saved, and closed its files.
     """
     with GracefulStop(run.train.max_time) as interrupt:
         device = start_distributed(info, timeout_s=max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout))
-        claimed = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
+        existing_lock = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
         found = find_resume_point(run, info)
         prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
         resolved = prepared.resolved
         engine = build(resolved.model, resolved.plan, info.rank, device)
         if prepared.reader is not None:
             load_state(engine, prepared.reader)
-        held, notes = run_on_all_ranks(lambda: prepare_output(run, found, claimed) if info.rank == 0 else (None, ()))
+        output_lock, notes = run_on_all_ranks(
+            lambda: prepare_output(run, found, existing_lock) if info.rank == 0 else (None, ())
+        )
         with Watchdog(info, run.train.step_timeout, rank_status_store(info)) as watchdog:
             result, was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog, notes)
         stop_distributed()
-        del held  # until here no other run could write to the output
+        del output_lock  # until here no other run can write to the output
     if was_interrupted:
         raise KeyboardInterrupt
     return result
@@ -91,7 +94,7 @@ class _Prepared:
 
 
 def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequence[Callback]) -> _Prepared:
-    """Everything that can be refused: the run against model, world and what it goes on from, and its data."""
+    """Check the run against its model, world, checkpoint and data; all that can be refused is refused here."""
     check_resume_point(run, found)
     resolved = resolve_run(run, info.world_size, device_type(), found.path)
     train_data, valid_data = (
@@ -102,7 +105,7 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     start = initial_progress(run, reader.progress if reader is not None else None, train_data, found.path)
     metrics = Path(run.output) / "metrics.jsonl"
     if info.rank == 0 and reader is not None and metrics.is_file():
-        read_metrics(metrics)  # a line that is none is refused now
+        read_metrics(metrics)  # refuses malformed lines now, before anything is written
     named = [*make_callbacks(run), *((type(one).__name__, one) for one in callbacks)]
     return _Prepared(resolved, train_data, valid_data, start, reader, named)
 
@@ -115,7 +118,7 @@ def _train(
     watchdog: Watchdog,
     notes: Sequence[str],
 ) -> tuple[TrainResult, bool]:
-    """Train and export, or save and leave when a stop is requested.
+    """Train and export, or save and return when a stop is requested.
 
     Returns:
         the result, and whether Ctrl-C ended the run; the same on every rank.
@@ -124,7 +127,7 @@ def _train(
     summary = summarize(resolved, engine, prepared.train_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
-        for note in (*notes, *_resumed(prepared), *(f"kernel of {name}" for name in engine.kernels)):
+        for note in (*notes, *_resume_notes(prepared), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
         throughput = Throughput(flops, resolved.plan.layout.world_size)
@@ -146,8 +149,8 @@ def _train(
         done = loop.run(interrupt)
         output.close(resolved.hf.family.model_type)
         if done < run.train.steps:
-            callbacks.run_end(stopped_by=loop.reason)
-            output.finish(f"stopped by {loop.reason} after step {done} of {run.train.steps}{loop.left_behind}")
+            callbacks.run_end(stopped_by=loop.stopped_by)
+            output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.steps}{loop.resume_hint}")
             return loop.result(exported=None), loop.was_interrupted
         watchdog.heartbeat("exporting", may_take_long=True)
         _export(resolved, engine, prepared.train_data, output)
@@ -157,17 +160,17 @@ def _train(
         return loop.result(exported=run.export.path if run.export is not None else None), False
 
 
-def _resumed(prepared: _Prepared) -> Iterator[str]:
-    """What to say of the checkpoint that the run goes on from."""
+def _resume_notes(prepared: _Prepared) -> Iterator[str]:
+    """Yield log lines about the checkpoint that the run resumes; none if it starts."""
     if prepared.reader is None:
         return
     at, now = prepared.reader.origin, prepared.begin
     yield (
-        f"goes on after step {now.step} from {prepared.reader.directory} (written at tp {at.tensor} x pp {at.pipeline} "
-        f"x dp {at.data}, ZeRO-{at.zero_stage}, {at.precision})"
+        f"resuming from step {now.step}, checkpoint {prepared.reader.directory} (written at tp {at.tensor} x pp "
+        f"{at.pipeline} x dp {at.data}, ZeRO-{at.zero_stage}, {at.precision})"
     )
     if now.data.samples == 0 and prepared.reader.progress.data.samples:
-        yield "data.restart=true: the data begin anew"
+        yield "data.restart=true: data position reset"
 
 
 def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
@@ -193,9 +196,9 @@ def _export(resolved: ResolvedRun, engine: Engine, data: Dataset, output: RunOut
     precision = resolved.plan.summary.precision
     export_live(engine, resolved.model, section, precision)
     is_adapters = resolved.model.adapters is not None and not section.merge
-    what = "a directory of peft" if is_adapters else "a Hugging Face directory"
-    output.note(f"exported {what}: {section.path}")
+    kind = "a PEFT adapter directory" if is_adapters else "a Hugging Face directory"
+    output.note(f"exported {kind}: {section.path}")
     if section.check:
         batch = collate(data, range(resolved.run.train.micro_batch_size))
         error = check_export(engine, resolved.hf, section, precision, batch)
-        output.note(f"what transformers predicts from it equals the live model's: relative error {error:.1e}")
+        output.note(f"transformers predicts the same as the live model from it: relative error {error:.1e}")

@@ -119,7 +119,7 @@ def go_on(corpus: Path, output: Path, ranks: int = 2, **sections: dict[str, Any]
 
 def test_a_killed_run_goes_on(cut: Path, corpus: Path, uncut: list[float]) -> None:
     said = go_on(corpus, cut)
-    assert f"goes on after step 6 from {cut}/checkpoints/{NEWEST}" in said
+    assert f"resuming from step 6, checkpoint {cut}/checkpoints/{NEWEST}" in said
     assert losses(cut) == uncut
     assert (cut / "checkpoints" / LATEST).read_text().strip() == name_of(STEPS)
 
@@ -182,10 +182,8 @@ def test_damage_is_found_named_and_passed_over(harm: Callable[[Path], None], fil
 def test_a_run_goes_on_from_the_one_before_a_damaged_one(cut: Path, corpus: Path, uncut: list[float]) -> None:
     _flip(cut / "checkpoints" / NEWEST / STATE_FILE)
     said = go_on(corpus, cut)
-    assert (
-        f"passed over a damaged checkpoint: {cut}/checkpoints/{NEWEST}/{STATE_FILE} does not match its checksum" in said
-    )
-    assert f"goes on after step 3 from {cut}/checkpoints/{BEFORE}" in said
+    assert f"skipped damaged checkpoint: {cut}/checkpoints/{NEWEST}/{STATE_FILE} does not match its checksum" in said
+    assert f"resuming from step 3, checkpoint {cut}/checkpoints/{BEFORE}" in said
     assert losses(cut) == uncut
     assert (cut / "checkpoints.1" / NEWEST / STATE_FILE).is_file(), "the damaged one is kept, out of the way"
     assert first_damage(cut / "checkpoints" / NEWEST) is None, "a whole one is in its place"
@@ -195,7 +193,9 @@ def test_where_none_is_whole_nothing_is_begun_and_nothing_touched(cut: Path, cor
     for name in (NEWEST, BEFORE):
         _flip(cut / "checkpoints" / name / "model.safetensors")
     before = sorted(cut.rglob("*"))
-    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints is whole; checkpoint.resume=never starts anew$"):
+    with pytest.raises(
+        CheckpointError, match=r"none of 2 checkpoints is intact; checkpoint.resume=never starts from step 0$"
+    ):
         go_on(corpus, cut)
     assert sorted(cut.rglob("*")) == before
 
@@ -403,7 +403,7 @@ def test_killed_between_the_name_and_latest(
         with pytest.raises(LaunchError):
             go_on(corpus, output)
     assert (output / "checkpoints" / LATEST).read_text().strip() == BEFORE
-    assert "goes on after step 6" in go_on(corpus, output)
+    assert "resuming from step 6, checkpoint" in go_on(corpus, output)
     assert losses(output) == uncut
 
 
@@ -498,7 +498,7 @@ def test_keep_counts_but_spares_what_the_run_went_on_from(cut: Path, corpus: Pat
 
 def test_never_starts_anew_and_loses_nothing(cut: Path, corpus: Path, uncut: list[float]) -> None:
     said = go_on(corpus, cut, checkpoint={"resume": "never"})
-    assert "checkpoints that this run does not go on from are now in" in said
+    assert "moved checkpoints that this run does not continue to" in said
     assert losses(cut) == uncut
     assert {path.name for path in (cut / "checkpoints.1").iterdir()} == {NEWEST, BEFORE}
     assert (cut / "metrics.1.jsonl").is_file()
@@ -506,7 +506,7 @@ def test_never_starts_anew_and_loses_nothing(cut: Path, corpus: Path, uncut: lis
 
 def test_an_earlier_checkpoint_can_be_named(cut: Path, corpus: Path, uncut: list[float]) -> None:
     said = go_on(corpus, cut, checkpoint={"resume": str(cut / "checkpoints" / BEFORE)})
-    assert "goes on after step 3" in said and (cut / "checkpoints.1" / NEWEST).is_dir()
+    assert "resuming from step 3, checkpoint" in said and (cut / "checkpoints.1" / NEWEST).is_dir()
     assert losses(cut) == uncut
 
 
@@ -520,7 +520,7 @@ def test_an_earlier_checkpoint_can_be_named(cut: Path, corpus: Path, uncut: list
         ({"data": {"train": ["valid.txt"]}}, r"^data.train=\S.* is not what .* was trained on: \S"),
         (
             {"model": {"config": {"hidden_size": 64}}},
-            r"is of another model: hidden_size=32, the run has 64; choose",
+            r"has a different model: hidden_size=32, the run has 64; choose",
         ),
     ],
 )
@@ -542,10 +542,12 @@ def test_a_run_does_not_move_what_it_reads(cut: Path, corpus: Path) -> None:
     before = sorted(cut.rglob("*"))
     model = {"config": None, "path": str(cut), "init": "pretrained"}
     with pytest.raises(
-        CheckpointError, match=r"^model.path=.* is among the checkpoints under output=.* choose another"
+        CheckpointError, match=r"^model.path=.* is one of the checkpoints under output=.* choose another"
     ):
         go_on(corpus, cut, checkpoint={"resume": "never"}, model=model)
-    with pytest.raises(ConfigError, match=r"^export.path=.* is among the run's checkpoints; choose another, such as"):
+    with pytest.raises(
+        ConfigError, match=r"^export.path=.* is inside the run's checkpoint directory; choose another, such as"
+    ):
         go_on(corpus, cut, export={"path": str(cut / "checkpoints" / NEWEST)})
     assert sorted(cut.rglob("*")) == before
 
@@ -559,7 +561,7 @@ def test_a_link_to_a_checkpoint_is_that_checkpoint(cut: Path, corpus: Path, uncu
 
 def test_restart_takes_the_new_data_from_their_beginning(cut: Path, corpus: Path, uncut: list[float]) -> None:
     said = go_on(corpus, cut, train={"seed": 7}, data={"restart": True})
-    assert "data.restart=true: the data begin anew" in said
+    assert "data.restart=true: data position reset" in said
     found = losses(cut)
     assert found[:6] == uncut[:6] and found[6:] != uncut[6:]
     progress = json.loads((cut / "checkpoints" / name_of(STEPS) / "training_state/progress.json").read_text())

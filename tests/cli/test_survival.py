@@ -76,10 +76,10 @@ def test_a_signal_ends_a_run_well_and_it_goes_on(
     done = len(losses(output))
     newest = checkpoints_in(output / "checkpoints")[0]
     assert newest.name == name_of(done) and first_damage(newest) is None
-    said = f"stopped by {number.name} after step {done} of {STEPS}; it goes on from checkpoint {newest.name} when"
-    assert said in out
+    message = f"stopped by {number.name} after step {done} of {STEPS}; the same command resumes from checkpoint "
+    assert f"{message}{newest.name}\n" in out
     status, out, _ = finish(fork("-m", "megatron_ds", "train", file, "--nproc", 2))
-    assert status == 0 and f"goes on after step {done} from" in out
+    assert status == 0 and f"resuming from step {done}, checkpoint" in out
     assert losses(output) == uncut
 
 
@@ -194,7 +194,7 @@ def test_a_rank_that_hangs_is_named_and_the_group_starts_again(fork: Fork, corpu
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     status, _, err = finish(process)
     assert status == 0, err
-    assert re.search(r"no progress for 4 s \(train.step_timeout=4\); rank 1 does not answer: .*; it last said: ", err)
+    assert re.search(r"no progress for 4 s \(train.step_timeout=4\); rank 1 does not respond: .*; last phase: ", err)
     assert "; restart 1 of 1 with 2 ranks" in err
     assert len(losses(output)) == 60
 
@@ -204,13 +204,13 @@ def test_a_rank_that_hangs_is_named_and_the_group_starts_again(fork: Fork, corpu
     [
         (
             ("--max-restarts", 1, "checkpoint.every=0"),
-            "--max-restarts=1 has nothing to go on from: checkpoint.ev",
+            "--max-restarts=1 restarts from a checkpoint, and checkpoint.ev",
         ),
-        (("--min-nproc", 1), "--min-nproc=1 does nothing without --max-restarts; nearest: 1"),
+        (("--min-nproc", 1), "--min-nproc=1 has no effect without --max-restarts; try --max-restarts=1"),
         (("--max-restarts", 1, "--min-nproc", 3), "--min-nproc=3 is not between 1 and --nproc=2; nearest: 2"),
         (
             ("checkpoint.resume=out/nothing",),
-            "checkpoint.resume=out/nothing is no checkpoint; nearest: auto, never",
+            "checkpoint.resume=out/nothing is not a checkpoint; try auto, never",
         ),
         (
             ("train.freeze=[lm_hed.weight]",),

@@ -194,7 +194,7 @@ def test_other_adapters_are_not_gone_on_with(make_lora: Any, base: Path, tmp_pat
         with pytest.raises(MegatronDSError, match=says):
             mds.train(make_lora("run", *overrides))
     own = f"peft={run.output}/checkpoints/{name_of(2)}"
-    with pytest.raises(MegatronDSError, match=r"peft=.* is among the checkpoints under output=.* that would be moved"):
+    with pytest.raises(MegatronDSError, match=r"peft=.* is one of the checkpoints under output=.* that would be moved"):
         mds.train(make_lora("run", own, "checkpoint.resume=never"))
     with pytest.raises(MegatronDSError, match=r"export\.path=.* would replace peft="):
         mds.train(make_lora("other", own, f"export={{path: {run.output}/checkpoints/{name_of(2)}}}"))

@@ -198,10 +198,10 @@ def test_a_step_that_is_not_finite_is_told_and_a_few_in_a_row_do_not_end_the_run
     done, lines, notes, _ = drive(run, engine)
     assert done == 8
     assert notes == [
-        "step 3 was skipped, 1 of train.max_bad_steps=3 in a row: loss nan, gradient norm 0.3",
-        "step 4 was skipped, 2 of train.max_bad_steps=3 in a row: loss inf, gradient norm 0.3",
-        "step 6 was skipped, 1 of train.max_bad_steps=3 in a row: loss nan, gradient norm 0.3",
-        "step 7 was skipped, 2 of train.max_bad_steps=3 in a row: loss 0.333333, gradient norm 0.3",
+        "skipped step 3 (1 consecutive, train.max_bad_steps=3): loss nan, gradient norm 0.3",
+        "skipped step 4 (2 consecutive, train.max_bad_steps=3): loss inf, gradient norm 0.3",
+        "skipped step 6 (1 consecutive, train.max_bad_steps=3): loss nan, gradient norm 0.3",
+        "skipped step 7 (2 consecutive, train.max_bad_steps=3): loss 0.333333, gradient norm 0.3",
     ]
     assert lines[1]["loss"] is None and lines[1]["non_finite"] == ["loss"]
 
@@ -210,7 +210,7 @@ def test_too_many_of_them_in_a_row_end_the_run(make_run: Callable[..., RunConfig
     run = make_run(train={"steps": 9, "max_bad_steps": 3})
     engine = CountingEngine(skipped=(2, 4, 5, 6), losses=dict.fromkeys((2, 4, 5, 6), math.nan))
     with pytest.raises(
-        TrainingError, match=r"^train.max_bad_steps=3 steps in a row had no finite .* step 6 \(loss nan"
+        TrainingError, match=r"^train.max_bad_steps=3: loss or gradient norm was not finite for 3 .* step 6, loss nan"
     ):
         drive(run, engine)
     lines = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]

@@ -58,7 +58,9 @@ def test_an_export_over_other_files_is_refused_and_over_an_export_is_not(tmp_pat
         (target / name).touch()
     resolve_run(run_with(tmp_path, export={"path": str(target)}), 1, "cpu")
     (target / "thesis.tex").touch()
-    assert "holds thesis.tex, which is no file of a model" in refusal(run_with(tmp_path, export={"path": str(target)}))
+    assert "holds thesis.tex, which is not a file of a model" in refusal(
+        run_with(tmp_path, export={"path": str(target)})
+    )
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ def test_more_steps_may_change_the_order_of_indexed_data(make_run: MakeRun, tmp_
         began(of(20), saved)
     assert str(caught.value).startswith(
         "the order of 2,000 tokens in 40 documents, 187 samples of 32 in 3 epochs, the last shuffled separately, which "
-        f"goes by the epochs that train.steps=20 x train.global_batch_size=8 take, is not what {WHERE} was trained on: "
-        "2,000 tokens in 40 documents, 62 samples of 32, with 5 x 8; change it back"
+        f"depends on the number of epochs in train.steps=20 x train.global_batch_size=8, is not what {WHERE} was "
+        "trained on: 2,000 tokens in 40 documents, 62 samples of 32, with 5 x 8; change it back"
     )
 
 

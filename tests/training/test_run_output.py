@@ -42,7 +42,7 @@ def test_the_account_is_written_whole_and_told_at_last(
     with RunOutput(run, listener, is_first=True) as output:
         output.start(SUMMARY)
         assert not file.exists()
-        output.taken(blend, 10)
+        output.write_usage(blend, 10)
         assert json.loads(file.read_text()) == {
             "samples": 10,
             "sources": [
@@ -51,7 +51,7 @@ def test_the_account_is_written_whole_and_told_at_last(
             ],
         }
         assert listener.notes == []
-        output.taken(blend, 40, is_last=True)
+        output.write_usage(blend, 40, is_last=True)
         assert json.loads(file.read_text())["sources"][1]["samples"] == 16
     assert [path.name for path in file.parent.iterdir() if "data" in path.name] == ["data.json"]
     (note,) = listener.notes
@@ -70,11 +70,11 @@ def test_other_ranks_write_nothing_and_so_do_data_without_an_account(
     run, listener = make_run(), Listener()
     with RunOutput(run, listener, is_first=False) as output:
         output.start(SUMMARY)
-        output.taken(blend, 10, is_last=True)
+        output.write_usage(blend, 10, is_last=True)
     assert not Path(run.output).exists()
     with RunOutput(run, listener, is_first=True) as output:
         output.start(SUMMARY)
-        output.taken(SimpleNamespace(), 10, is_last=True)  # type: ignore[arg-type]
+        output.write_usage(SimpleNamespace(), 10, is_last=True)  # type: ignore[arg-type]
     assert not (Path(run.output) / "data.json").exists() and listener.notes == []
 
 
@@ -103,4 +103,4 @@ def _plain_step(self: CountingEngine, batches: list[Any], lr: float) -> Any:
 def test_a_silent_reporter_is_enough(make_run: Callable[..., RunConfig], blend: Any) -> None:
     with RunOutput(make_run(), SilentReporter(), is_first=True) as output:
         output.start(SUMMARY)
-        output.taken(blend, 10, is_last=True)
+        output.write_usage(blend, 10, is_last=True)

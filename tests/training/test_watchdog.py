@@ -47,9 +47,15 @@ def _steps(info: RankInfo, at: str) -> None:
 @pytest.mark.parametrize(
     ("at", "says"),
     [
-        ("reading", r"rank 1 is behind the others; it last said: step 3: reading data; ranks 0, 2 wait at: step 3: c"),
-        ("stopped", r"rank 1 does not answer: .*; it last said: step 3: computing; ranks 0, 2 wait at: step 3: c"),
-        ("computing", r"ranks 0, 1, 2 stand at: step 3: computing"),
+        (
+            "reading",
+            r"rank 1 is behind the others; last phase: step 3: reading data; ranks 0, 2 are waiting in: step 3: c",
+        ),
+        (
+            "stopped",
+            r"rank 1 does not respond: .*; last phase: step 3: computing; ranks 0, 2 are waiting in: step 3: c",
+        ),
+        ("computing", r"ranks 0, 1, 2 are in: step 3: computing"),
     ],
 )
 def test_the_rank_that_hangs_is_named(at: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +65,7 @@ def test_the_rank_that_hangs_is_named(at: str, says: str, monkeypatch: pytest.Mo
         run_ranks(_steps, 3, at)
     assert time.monotonic() - began < TIMEOUT_S + 20
     if at == "reading":
-        assert re.search(r"rank 1 stood at:\n(.*\n)*.* in _steps", str(caught.value)), "its stack, not another's"
+        assert re.search(r"stack of rank 1:\n(.*\n)*.* in _steps", str(caught.value)), "its stack, not another's"
 
 
 def _slow_but_going(info: RankInfo) -> str:
@@ -96,11 +102,11 @@ def test_a_board_that_does_not_answer_hides_nothing(monkeypatch: pytest.MonkeyPa
     """Under a launcher the first rank keeps it, and may be the one that hangs."""
     from megatron_ds.training import watchdog as module
 
-    monkeypatch.setattr(module, "BOARD_S", 1.0)
+    monkeypatch.setattr(module, "STORE_TIMEOUT_S", 1.0)
 
     class Dead(FileStatusStore):
-        def put(self, rank: int, note: RankStatus) -> None:
-            if note.number:
+        def put(self, rank: int, status: RankStatus) -> None:
+            if status.number:
                 time.sleep(60)
 
         def claim(self) -> bool:
@@ -112,7 +118,7 @@ def test_a_board_that_does_not_answer_hides_nothing(monkeypatch: pytest.MonkeyPa
             time.sleep(60)
 
     with pytest.raises(
-        LaunchError, match=r"^no progress for 0.5 s .*; rank 0 or its machine does not answer; here: st"
+        LaunchError, match=r"^no progress for 0.5 s .*; rank 0 or its machine does not respond; this rank's phase: st"
     ):
         run_ranks(stands, 1)
 
@@ -155,5 +161,5 @@ def test_the_board_in_a_folder(tmp_path: Path) -> None:
 def test_of_one_rank_the_place_is_told() -> None:
     said = diagnose([RankStatus(9, 4, "step 2: reading data", "a stack")], [True], 30.0)
     first, rest = said.split("\n", 1)
-    assert first == "no progress for 30 s (train.step_timeout=30); rank 0 stands at: step 2: reading data"
-    assert rest == "rank 0 stood at:\na stack"
+    assert first == "no progress for 30 s (train.step_timeout=30); rank 0 is in: step 2: reading data"
+    assert rest == "stack of rank 0:\na stack"
