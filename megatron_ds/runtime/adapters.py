@@ -14,7 +14,7 @@ from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 def open_adapters(
     peft: str | dict[str, Any], base_path: str | None, model: HFModel, checkpoint: Path | None
 ) -> tuple[Adapters, AdapterReader | None]:
-    """Read the adapters that are trained beside a model, and open the weights that they start from, if there are any.
+    """Read the adapters to train on a model, and open the weights that they start from, if there are any.
 
     Args:
         peft: fields of a peft config, or a directory with one, which may also hold adapter weights to start from.
@@ -23,8 +23,8 @@ def open_adapters(
         checkpoint: the checkpoint that a run resumes; None = the run starts.
 
     Raises:
-        ConversionError: the config or its weights cannot be used.
-        CheckpointError: the checkpoint holds other adapters, or none.
+        ConversionError: the config or the weights cannot be used.
+        CheckpointError: the checkpoint has different adapters, or none.
     """
     assert base_path is not None, "adapters need a model with weights"
     base = str(Path(base_path).resolve())
@@ -38,10 +38,10 @@ def open_adapters(
 
 
 def refuse_adapters(checkpoint: Path) -> None:
-    """A run without `peft` cannot go on from adapters.
+    """Check that a run without `peft` does not resume a checkpoint of adapters.
 
     Raises:
-        CheckpointError: that is what the checkpoint holds.
+        CheckpointError: the checkpoint holds adapters.
     """
     if (checkpoint / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
@@ -52,7 +52,7 @@ def refuse_adapters(checkpoint: Path) -> None:
 def _check_same(adapters: Adapters, checkpoint: Path, model: HFModel, base: str) -> None:
     if not (checkpoint / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{checkpoint} holds a whole model, and the run trains adapters; choose another output, or remove peft"
+            f"{checkpoint} holds a full model, and the run trains adapters; choose another output, or remove peft"
         )
     try:
         saved = read_adapters(checkpoint, model, base)

@@ -22,28 +22,28 @@ def open_dataset(
     num_samples: int | None = None,
     **fields: Any,
 ) -> Dataset:
-    """Open training data for a model. Every rank calls it; it does not communicate.
+    """Open training data for a model. Called on every rank; does not communicate.
 
     Args:
         model: the model; its tokenizer reads text.
         sources: a file, directory, hub id or prefix, or a list of them; `{"path": ..., "weight": ...}` blends.
-        objective: the training objective, which decides the columns of a sample; "auto" = that of the model's kind.
-        seed: of the noise and of the order of blends.
-        num_samples: number of samples that the loop takes in all: the length of blends, and of Megatron's order of
+        objective: the training objective, which determines the columns of a sample; "auto" = the model's own.
+        seed: seed of the noise and of the order of blends.
+        num_samples: total number of samples that the loop reads: the length of blends, and of Megatron's order of
             indexed data. None = every sample once, in order.
         fields: the other keys of the run file's `data` section, such as `format="chat"`, `seq_length=512`.
 
     Raises:
-        ConfigError: a field is wrong, or does nothing with this format or model.
+        ConfigError: a field is invalid, or has no effect with this format or model.
         DataError: a source or the tokenizer is missing, malformed or does not fit the model.
     """
     section = build_section(DataSection, {"train": sources, **fields}, "data")
     if num_samples is None and any(source.weight is not None for source in section.train):
-        raise ConfigError("a blend needs num_samples: the number of samples that the loop takes in all")
+        raise ConfigError("a blend needs num_samples: the total number of samples that the loop reads")
     check_format(section, model.section.tokenizer_path)
-    made = find_objective(objective, model, section, seed)
+    found = find_objective(objective, model, section, seed)
     order = None if num_samples is None else Order(num_samples, seed, section.shuffle)
-    return open_part(model, section, made.data, order)
+    return open_part(model, section, found.data, order)
 
 
 def open_part(
@@ -53,10 +53,10 @@ def open_part(
 
     Args:
         model: the model.
-        data: the section.
-        objective: what samples hold and what is hidden in them.
-        order: how a run takes the samples; None = every sample once, in order.
-        validation: whether it is the validation part.
+        data: the `data` section.
+        objective: the columns of a sample, and the noise that hides tokens.
+        order: the order in which a run reads the samples; None = every sample once, in order.
+        validation: True opens the validation part, False the training part.
     """
     sources = data.valid if validation and data.split is None else data.train
     weighted = order is not None and any(source.weight is not None for source in sources)

@@ -1,4 +1,4 @@
-"""Export the live model from its shards, at any layout, and show that transformers computes the same."""
+"""Export the live model from its shards, at any layout, and check that transformers computes the same."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.runtime.loaded_model import LoadedModel
 
 CHECK_TOLERANCE = {
-    "float32": 1e-5,  # sums in another order
+    "float32": 1e-5,  # other order of summation
     "float16": 2e-3,  # 10 bits of mantissa, a few layers
     "bfloat16": 2e-2,  # 7 bits
 }
-# What rounding makes of a deeper model goes by its depth and by its weights: 0.6 to 3.5 % with 2 to 24 layers of Llama
-# in bf16. So it is measured, on transformers itself. Right exports were seen at 0.5 to 1.3 times that; partial sums of
-# tensor ranks and a GPU's kernels round in other places still.
+# The rounding error of a deeper model depends on its depth and weights: 0.6 to 3.5 % with 2 to 24 layers of Llama in
+# bf16. So it is measured on transformers itself. Correct exports had 0.5 to 1.3 times that error; partial sums of
+# tensor ranks and GPU kernels round differently again.
 NOISE_FACTOR = 3.0
-MOST_NOISE = 0.1  # where rounding alone makes more, a wrong weight would not be seen
+MAX_NOISE = 0.1  # if rounding alone exceeded this, a wrong weight would not be detected
 
 
 def export_live(engine: Engine, model: LoadedModel, section: ExportSection, precision: str) -> None:
-    """Stream the weights to `section.path` on rank 0. Collective: every rank calls it.
+    """Stream the weights to `section.path` on rank 0. Collective over the world.
 
     Raises:
-        ConversionError: on every rank, if `section.dtype` cannot hold a weight. The run is not lost: the directory was
+        ConversionError: on every rank, if `section.dtype` cannot hold a weight. Nothing is lost: the directory was
             written in the run's own dtype.
     """
     if model.adapters is not None:
@@ -48,9 +48,9 @@ def export_live(engine: Engine, model: LoadedModel, section: ExportSection, prec
             pass
     else:
         with exporting(section.path, model.hf, section.dtype if fits else None, section.max_shard_size) as export:
-            for name, whole in engine.full_parameters():
-                assert whole is not None, name
-                export.add(name, whole)
+            for name, parameter in engine.full_parameters():
+                assert parameter is not None, name
+                export.add(name, parameter)
             export.finish(model.section.path, model.section.tokenizer_path)
     _refuse_unfit(section, fits)
 
@@ -66,11 +66,11 @@ def _refuse_unfit(section: ExportSection, fits: bool) -> None:
 def _export_adapters(
     engine: Engine, model: LoadedModel, adapters: Adapters, section: ExportSection, precision: str
 ) -> None:
-    """What was trained, for peft; or in the weights of the base, which are read where they are on disk."""
+    """Write the adapters as a PEFT directory, or merge them into the base weights, which are read from disk."""
     fits = fits_in(engine, section.dtype)
     dtype = section.dtype if fits else None
     gathered = engine.full_parameters(adapters.table)
-    parameters = {name: whole.detach().to("cpu").clone() for name, whole in gathered if whole is not None}
+    parameters = {name: full.detach().to("cpu").clone() for name, full in gathered if full is not None}
     if engine.grid.rank == 0:
         tokenizer, base = model.section.tokenizer_path, model.section.path
         if section.merge:
@@ -84,7 +84,7 @@ def _export_adapters(
 
 
 def fits_in(engine: Engine, dtype: str | None) -> bool:
-    """Whether every weight is finite in a dtype, or was not finite before. Collective."""
+    """Return True if no finite weight overflows in a dtype. Collective over the world."""
     if dtype != "float16":
         return True
     largest = torch.zeros((), dtype=torch.float32, device=engine.device)
@@ -96,32 +96,36 @@ def fits_in(engine: Engine, dtype: str | None) -> bool:
 
 
 def check_export(engine: Engine, model: HFModel, section: ExportSection, precision: str, batch: MicroBatch) -> float:
-    """Largest relative L2 error of what transformers predicts from the exported directory against the live model.
+    """Return the largest relative L2 error of transformers' predictions from the exported directory.
 
-    Collective. The ranks with the last pipeline stage have the live model's predictions; the first of them loads the
-    directory. In half precision an error above what a few layers make is held against what rounding makes of this
-    model: for that the directory is loaded twice more, in fp32 at last.
+    Collective over the world. The ranks of the last pipeline stage have the live model's predictions; the first of them
+    loads the directory. In half precision an error above that of a few layers is compared with the rounding error of
+    this model, for which the directory is loaded twice more, the second time in fp32.
 
     Args:
-        batch: a real one, the same on every rank; its labels are not looked at.
+        engine: the live model.
+        model: the exported Hugging Face model.
+        section: the `export` section with the directory and its dtype.
+        precision: the run's precision.
+        batch: a batch of real data, the same on every rank, columns (B, ...); its labels are not used.
 
     Raises:
-        RuntimeError: the error is over the bound of the coarser of the run's precision and the export's dtype: no
-            mistake of the user's.
+        RuntimeError: the error exceeds the bound of the coarser of the run's precision and the export's dtype: a bug,
+            not a mistake of the user.
     """
     columns = {name: column for name, column in batch.items() if name not in engine.head.label_columns}
     live = engine.outputs(columns)
     if engine.grid.tensor.rank != 0 or engine.grid.replica.rank != 0:
         live = None
     error = 0.0 if live is None else relative_error(live, reference_outputs(section.path, model, columns))
-    relative = _from_first(engine, error)
+    relative = _sum_over_ranks(engine, error)
     trained_in = NAME_OF_PRECISION[precision]
     coarser = max(trained_in, section.dtype or trained_in, key=CHECK_TOLERANCE.__getitem__)
     bound = CHECK_TOLERANCE[coarser]
     if relative > bound and coarser != "float32":
         noise = 0.0 if live is None else rounding_error(section.path, model, columns, coarser)
-        bound = max(bound, min(MOST_NOISE, NOISE_FACTOR * _from_first(engine, noise)))
-    if not relative <= bound:  # NaN is wrong too
+        bound = max(bound, min(MAX_NOISE, NOISE_FACTOR * _sum_over_ranks(engine, noise)))
+    if not relative <= bound:  # NaN fails too
         raise RuntimeError(
             f"export.path={section.path}: transformers' predictions differ from the live model's by {relative:.2e} "
             f"(relative L2), more than {bound:.3g}; the export is wrong, please report it"
@@ -129,40 +133,42 @@ def check_export(engine: Engine, model: HFModel, section: ExportSection, precisi
     return relative
 
 
-def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest of the outputs' relative L2 errors; NaN if any is."""
-    return float(torch.stack([(ours[name] - output).norm() / output.norm() for name, output in theirs.items()]).max())
+def relative_error(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """Return the largest relative L2 error of the outputs; NaN if any is NaN."""
+    errors = [(ours[name] - output).norm() / output.norm() for name, output in reference.items()]
+    return float(torch.stack(errors).max())
 
 
 def rounding_error(directory: str, model: HFModel, columns: Mapping[str, Tensor], dtype: str) -> float:
-    """How far transformers itself, computing in a dtype, is from what it computes in fp32 with the same weights.
+    """Return the relative L2 error of transformers computing in a dtype against fp32, with the same weights.
 
     Raises:
-        ConversionError: as `reference_outputs`.
+        ConversionError: see `reference_outputs`.
     """
     rounded = reference_outputs(directory, model, columns, EXPORT_DTYPES[dtype])
     return relative_error(rounded, reference_outputs(directory, model, columns, torch.float32))
 
 
-def _from_first(engine: Engine, value: float) -> float:
-    """What one rank found, on all of them; 0 on the others. Collective."""
+def _sum_over_ranks(engine: Engine, value: float) -> float:
+    """Return the sum of `value` over all ranks: a value that one rank has and the others pass as 0. Collective over the
+    world."""
     return float(all_reduce_(torch.tensor(value, dtype=torch.float64, device=engine.device), engine.grid.world))
 
 
 def reference_outputs(
     directory: str, model: HFModel, columns: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """What transformers predicts from a directory, on CPU, by our names, fp32 (B, ...).
+    """Return transformers' predictions from a directory, on CPU, by our names, fp32 (B, ...) each.
 
     Args:
         directory: the export.
-        model: what was exported.
-        columns: of a batch, without labels.
-        dtype: in which it computes; None = that of the directory.
+        model: the exported model.
+        columns: columns of a batch, without labels, (B, ...) each.
+        dtype: computation dtype; None = that of the directory.
 
     Raises:
-        ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
+        ConversionError: transformers cannot load the directory, or finds tensors missing or of another shape.
     """
-    theirs = load_reference(directory, model, dtype or "auto")
+    reference = load_reference(directory, model, dtype or "auto")
     with torch.no_grad():
-        return predict(theirs, model, {name: one.cpu() for name, one in columns.items()})
+        return predict(reference, model, {name: one.cpu() for name, one in columns.items()})

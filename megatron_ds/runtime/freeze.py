@@ -1,4 +1,4 @@
-"""What is not trained: patterns of Hugging Face tensor names -> our parameters."""
+"""Frozen parameters: patterns of Hugging Face tensor names -> native parameter names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_ds.hf.config import HFModel
 
 
 def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]:
-    """Our names of the parameters all of whose Hugging Face tensors match a pattern of `train.freeze`.
+    """Return the native names of the parameters whose Hugging Face tensors all match a pattern of `train.freeze`.
 
     Raises:
-        ConfigError: a pattern matches nothing, or a part of a parameter.
+        ConfigError: a pattern matches nothing, only some tensors of a parameter, or the full model.
     """
     names = [name for row in model.table.values() for name in row.names]
     for pattern in patterns:
@@ -24,10 +24,10 @@ def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]
     for native, row in model.table.items():
         matched = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in row.names]
         if any(matched) and not all(matched):
-            apart = row.names[matched.index(False)]
+            unmatched = row.names[matched.index(False)]
             raise ConfigError(
-                f"train.freeze: {row.names[matched.index(True)]} is one parameter with {apart} here; freeze both or "
-                "none"
+                f"train.freeze: {row.names[matched.index(True)]} and {unmatched} are one parameter here; freeze both "
+                "or neither"
             )
         if all(matched):
             frozen.add(native)

@@ -1,4 +1,4 @@
-"""A model as a program holds it before an engine is built: its config, where its weights are, what of it is trained."""
+"""A model before its engine is built: its config, the source of its weights, and the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class LoadedModel:
     """A model with the source of its weights. Nothing is allocated yet, and nothing in it depends on a layout.
 
     Attributes:
-        hf: the Hugging Face model; `tied` is settled by the weights where there are any.
+        hf: the Hugging Face model; `tied` is read from the weights if there are any.
         section: the run file's `model` section, or the same from keywords.
-        weights: the reader of its weights; None = random initialization.
-        seed: of parameters that start at random.
+        weights: reader of its weights; None = random initialization.
+        seed: seed of randomly initialized parameters.
         frozen: native names of the parameters that are not trained.
         adapters: adapters that are trained instead of the model; None = none.
-        adapter_weights: the reader of their weights; None = they start from their initialization.
+        adapter_weights: reader of their weights; None = they start from their initialization.
         change_layers: (the model's own layers, build context) -> the layers to train, such as with another head.
     """
 
@@ -58,7 +58,7 @@ class LoadedModel:
 
     @property
     def read_shard(self) -> ShardReader | None:
-        """The reader of parameter values for `build_engine`; None = all parameters start at random."""
+        """The reader of parameter values for `build_engine`; None = random initialization."""
         return self._read_shard if self.weights is not None else None
 
     def _read_shard(self, name: str, spec: ParamSpec, axes: Axes) -> Tensor:
@@ -79,19 +79,19 @@ def load_model(
     freeze: Sequence[str] = (),
     seed: int = 1234,
 ) -> LoadedModel:
-    """Open a model: read its config and the headers of its weight files. Every rank calls it; it does not communicate.
+    """Open a model: read its config and the headers of its weight files. Called on every rank; does not communicate.
 
     Args:
-        source: a Hugging Face directory, a checkpoint or a folder of checkpoints, of which the latest is taken; or the
-            fields of a Hugging Face config, whose weights start at random.
+        source: a Hugging Face directory, a checkpoint or a folder of checkpoints, of which the latest is used; or the
+            fields of a Hugging Face config, for a model with random weights.
         init: "pretrained" or "random"; None = "pretrained" for a directory.
         tokenizer: directory of the tokenizer that exports carry; None = that of `source`.
         peft: fields of a peft config, or a directory with one; its adapters are trained instead of the model.
         freeze: patterns of Hugging Face tensor names that are not trained.
-        seed: of parameters that start at random.
+        seed: seed of randomly initialized parameters.
 
     Raises:
-        ConfigError: `init`, `freeze` or `source` is not one of these.
+        ConfigError: `init`, `freeze` or `source` is invalid.
         ConversionError: the directory cannot be read, or its model is not supported.
     """
     fields = {"config": dict(source)} if isinstance(source, Mapping) else {"path": str(source)}
@@ -119,7 +119,7 @@ def read_model_section(section: ModelSection) -> HFModel:
     """Read the config that a `model` section names.
 
     Raises:
-        ConfigError: the path is an adapter's.
+        ConfigError: the path is a directory of adapters.
         ConversionError: see `read_model`.
     """
     path = section.path
@@ -149,7 +149,7 @@ def open_model(
     Raises:
         ConfigError: a pattern of `freeze` matches nothing.
         ConversionError: weights or adapters cannot be read.
-        CheckpointError: the checkpoint is of other adapters, or of none.
+        CheckpointError: the checkpoint has different adapters, or a full model where adapters are trained.
     """
     weights = None
     if section.init == "pretrained":

@@ -1,4 +1,4 @@
-"""An engine together with its model: steps, evaluation, checkpoints and exports from a loop of one's own."""
+"""An engine with its model: steps, evaluation, checkpoints and exports for a user's own training loop."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ModelEngine:
     """A model under DeepSpeed on this rank. All methods are collective: every rank calls them in the same order.
 
     Attributes:
-        engine: the engine below, with gradients, parameters and DeepSpeed's own engine.
-        model, plan: what it was built from.
-        progress: how many steps were done and applied.
+        engine: the engine underneath, with gradients, parameters and DeepSpeed's own engine.
+        model, plan: the model and plan that it was built from.
+        progress: number of steps that were done and applied.
     """
 
     def __init__(self, engine: Engine, model: LoadedModel, plan: EnginePlan) -> None:
@@ -44,7 +44,7 @@ class ModelEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's tensors live."""
+        """The device of this rank's tensors."""
         return self.engine.device
 
     # ---- batches -------------------------------------------------------------------------------------------------
@@ -68,22 +68,22 @@ class ModelEngine:
             if len(column) != samples:
                 raise DataError(f"column {name} has {len(column)} samples, and global_batch_size is {samples}")
         axis = self.grid.batch
-        mine = samples // axis.size
-        starts = range(axis.rank * mine, (axis.rank + 1) * mine, micro)
+        local_samples = samples // axis.size
+        starts = range(axis.rank * local_samples, (axis.rank + 1) * local_samples, micro)
         return [{name: column[start : start + micro] for name, column in batch.items()} for start in starts]
 
     def batches(
         self, dataset: Dataset, *, shuffle: bool = True, seed: int = 1234, start: int = 0
     ) -> Iterator[list[dict[str, Tensor]]]:
-        """Yield this rank's micro-batches of one global batch after the other, epoch after epoch, without an end.
+        """Yield this rank's micro-batches of one global batch after the other, for an unlimited number of epochs.
 
         The order depends on the seed and the position alone, never on the layout. Does not communicate.
 
         Args:
             dataset: from `open_dataset`, or any object with its methods.
             shuffle: reshuffle every epoch; False = the order of the dataset.
-            seed: of the order.
-            start: number of samples that an earlier loop has taken.
+            seed: seed of the order.
+            start: number of samples that an earlier loop has read.
         """
         size = self.plan.config.global_batch_size
         stream = GlobalBatches(len(dataset), size, seed, shuffle and not dataset.ordered)
@@ -115,7 +115,7 @@ class ModelEngine:
         return self.engine.evaluate(batches)
 
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
-        """Return what the model predicts for one micro-batch; see `Engine.outputs`."""
+        """Return the model's predictions for one micro-batch; see `Engine.outputs`."""
         return self.engine.outputs(batch)
 
     def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
@@ -147,10 +147,10 @@ class ModelEngine:
         Weights are read by `load_model`: give it the same checkpoint.
 
         Args:
-            checkpoint: a checkpoint, or a folder of checkpoints, of which the latest is taken.
+            checkpoint: a checkpoint, or a folder of checkpoints, of which the latest is used.
 
         Raises:
-            CheckpointError: it is damaged, or of another model.
+            CheckpointError: it is damaged, or has a different model.
         """
         path = resolve_checkpoint(str(checkpoint)).resolve()
         problem = first_damage(path, self.grid.world.rank, self.grid.world.size)
@@ -164,8 +164,8 @@ class ModelEngine:
 
         Args:
             path: the directory; it replaces an earlier export.
-            dtype: "float32", "bfloat16" or "float16"; None = the dtype that the model is trained in.
-            max_shard_size: of a weight file, such as "5GB".
+            dtype: "float32", "bfloat16" or "float16"; None = the training dtype.
+            max_shard_size: largest size of a weight file, such as "5GB".
 
         Raises:
             ConversionError: on every rank, if `dtype` cannot hold a weight.

@@ -1,6 +1,6 @@
-"""Training objectives: the head over a model, the labels that it reads, and the samples that it is trained on.
+"""Training objectives: the head over a model, the labels that it reads, and the training samples.
 
-`train.objective` names one. A package outside adds its own by registering a function that makes it for a run:
+`train.objective` names one. Another package adds its own by registering a function that makes it for a run:
 
     Z_LOSS = HeadSpec(("targets",), ("loss", "z"), lambda labels: count_entries(labels).repeat(2), ("accuracy",))
 
@@ -31,9 +31,9 @@ from megatron_ds.runtime.loaded_model import LoadedModel
 # Keys of `data` that affect only some kinds of models.
 _NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
 _DATA_OBJECTIVES: dict[str, type[DataObjective]] = {"causal": Causal, "masked": Masked, "seq2seq": Seq2Seq}
-_HEEDED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
-# Keys that affect plain text only: examples of pairs are complete. BERT examples without `labels` are masked.
-_OF_TEXT = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
+_USED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
+# Keys that affect plain text only: examples with pairs are complete. BERT examples without `labels` are masked.
+_TEXT_ONLY = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Objective:
     """The training objective of one run: the samples, and the layers over which the loss is computed.
 
     Attributes:
-        data: what samples hold and what is hidden in them; a data format decides by it which columns it makes.
+        data: the columns of a sample, and the noise that hides tokens; a data format makes its columns accordingly.
         layers: (the model's own layers, build context) -> the layers to train. `with_head` puts another head over the
-            same parameters; a spec of its own may have new ones, which begin at random. The `HeadSpec` of the last
-            layer names the label columns that every sample must have; new ones are declared in `megatron_ds.columns`.
+            same parameters; a new layer spec may add parameters, which are initialized randomly. The `HeadSpec` of the
+            last layer names the label columns that every sample must have; new ones are declared in `megatron_ds.columns`.
     """
 
     data: DataObjective
@@ -60,31 +60,31 @@ def find_objective(name: str, model: LoadedModel, data: DataSection, seed: int) 
 
     Args:
         name: a name in OBJECTIVES.
-        model: the model that is trained.
+        model: the model to train.
         data: the `data` section.
-        seed: of the noise that is drawn for samples.
+        seed: seed of the noise in samples.
 
     Raises:
         ConfigError: no objective has this name, the model has no head to train, or a key of `data` is set that has no
-            effect on this kind of data, or not in this format.
+            effect on this kind of data or in this format.
     """
     objective = OBJECTIVES.get(name, field="train.objective")(model, data, seed)
     kind = type(objective.data)
     cuts_spans = FORMATS.get(data.format, "data.format").cuts_spans
-    heeded = set(_HEEDED[kind]) - (set() if cuts_spans else set(_OF_TEXT[kind]))
+    used = set(_USED[kind]) - (set() if cuts_spans else set(_TEXT_ONLY[kind]))
     for key in _NOISE_KEYS:
         value, default = getattr(data, key), type(data).model_fields[key].default
-        if value != default and key not in heeded:
-            where = f" with data.format={data.format}" if key in _HEEDED[kind] else ""
+        if value != default and key not in used:
+            where = f" with data.format={data.format}" if key in _USED[kind] else ""
             raise ConfigError(
-                f"data.{key}={show(value)} does nothing for a {model.hf.family.model_type} model{where}; remove it"
+                f"data.{key}={show(value)} has no effect for a {model.hf.family.model_type} model{where}; remove it"
             )
     return objective
 
 
 @OBJECTIVES.register("auto")
 def own_objective(model: LoadedModel, data: DataSection, seed: int) -> Objective:
-    """Make the objective that a model's kind is pretrained with, over its own head.
+    """Make the pretraining objective of a model's kind, over the model's own head.
 
     Raises:
         ConfigError: the model has no head to train.

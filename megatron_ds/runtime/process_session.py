@@ -1,4 +1,4 @@
-"""One process's place in a group of ranks, from joining the group to leaving it."""
+"""A process in its group of ranks, from joining the group to leaving it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Session:
 
     Attributes:
         info: its global rank, the number of ranks and its rank on this machine.
-        device: where its tensors live.
+        device: the device of its tensors.
     """
 
     info: RankInfo
@@ -47,15 +47,15 @@ class Session:
         Args:
             model: from `load_model`.
             config: the engine config; None = made from `fields`.
-            fields: of an `EngineConfig`, such as `parallel={"tensor": 2}`, `deepspeed="ds.json"`,
+            fields: fields of an `EngineConfig`, such as `parallel={"tensor": 2}`, `deepspeed="ds.json"`,
                 `optimizer={"lr": 3e-4}`, `global_batch_size=32`, `micro_batch_size=4`, `recompute="full"`.
                 `optimizer=None` builds an engine whose steps compute gradients and change no weight.
 
         Raises:
-            ConfigError: a field is wrong or contradicts the DeepSpeed JSON.
+            ConfigError: a field is invalid or contradicts the DeepSpeed JSON.
             TopologyError: the model or the batch cannot be divided over the ranks.
         """
-        assert config is None or not fields, "an engine config and fields of one"
+        assert config is None or not fields, "pass an engine config or its fields, not both"
         config = config or build_section(EngineConfig, fields, keep=("optimizer",))
         plan = plan_engine(
             config,

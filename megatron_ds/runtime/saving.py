@@ -1,4 +1,4 @@
-"""Savers of live engines: who writes a checkpoint, where, and what stands in it about its origin."""
+"""Make the saver of a live engine, with its options and the origin that its checkpoints record."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def make_saver(
     """Make the saver of a live engine. Collective over the world.
 
     Args:
-        engine: the engine that is saved.
-        model, plan: what it was built from.
-        folder: the directory of its checkpoints.
-        keep: number of checkpoints that stay.
+        engine: the engine to save.
+        model, plan: the model and plan that it was built from.
+        folder: directory of its checkpoints.
+        keep: number of checkpoints to keep.
         asynchronous: whether training continues while files are written.
         protected: checkpoints that are never removed.
     """

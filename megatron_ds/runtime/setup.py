@@ -1,4 +1,4 @@
-"""From a model and an engine config to an engine: the one place where engine options are made."""
+"""Plan and build an engine from a model and an engine config; all engine options are made here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_ds.runtime.loaded_model import LoadedModel
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """An engine that fits its ranks, before it is built.
+    """The checked plan of an engine, before it is built.
 
     Attributes:
         config: the engine config.
@@ -60,8 +60,8 @@ def plan_engine(
         trains_part, encoder_decoder: see `check_recomputation`.
 
     Raises:
-        ConfigError: a value is wrong or contradicts another, or a name is not registered.
-        TopologyError: sizes cannot be divided.
+        ConfigError: a value is invalid or contradicts another, or a name is not registered.
+        TopologyError: a size is not divisible by a number of ranks.
     """
     check_choice(config.kernels)
     if config.optimizer is not None:
@@ -83,7 +83,7 @@ def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device)
         model: the model.
         plan: the plan for it.
         rank: this process's global rank.
-        device: where its tensors live.
+        device: the device of its tensors.
 
     Raises:
         ConfigError: see `build_engine` and `enable_shared_memory`.

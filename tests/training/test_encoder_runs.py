@@ -129,7 +129,7 @@ def test_a_key_that_the_model_does_not_heed_is_refused(
 ) -> None:
     (name,) = key
     with pytest.raises(
-        ConfigError, match=rf"^data\.{name}=\S+ does nothing for a {config['model_type']} model; remove it$"
+        ConfigError, match=rf"^data\.{name}=\S+ has no effect for a {config['model_type']} model; remove it$"
     ):
         resolve_run(build_run(mapping(config, tmp_path, data=key)), 1, "cpu")
 
@@ -141,7 +141,7 @@ def test_noise_of_text_is_refused_where_pairs_have_been_made(key: dict[str, floa
     with pytest.raises(ConfigError) as caught:
         resolve_run(build_run(mapping(T5, tmp_path, data={"format": "tokenized", **key})), 1, "cpu")
     assert str(caught.value) == (
-        f"data.{name}={value} does nothing for a t5 model with data.format=tokenized; remove it"
+        f"data.{name}={value} has no effect for a t5 model with data.format=tokenized; remove it"
     )
     resolve_run(build_run(mapping(T5, tmp_path, data=key)), 1, "cpu")
     if name == "mask_rate":

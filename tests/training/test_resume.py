@@ -82,7 +82,7 @@ def test_other_files_and_other_content_are_told_apart(make_run: MakeRun, tmp_pat
         began(run, saved)
     assert str(caught.value) == (
         f"data.train (401 tokens, 12 samples of 32) is not what {WHERE} was trained on: other content of the same "
-        "size; change it back, or set data.restart=true to go on with the new data from their beginning"
+        "size; change it back, or set data.restart=true to resume with the new data from their first sample"
     )
     file.write_text("w1 w2 w3 w4 " * 99)
     with pytest.raises(
