@@ -44,7 +44,7 @@ class Objective:
         data: the columns of a sample, and the noise that hides tokens; a data format makes its columns accordingly.
         layers: (the model's own layers, build context) -> the layers to train. `with_head` puts another head over the
             same parameters; a new layer spec may add parameters, which are initialized randomly. The `HeadSpec` of the
-            last layer names the label columns that every sample must have; new ones are declared in `megatron_ds.columns`.
+            last layer names the label columns that every sample must have; `megatron_ds.columns` declares new ones.
     """
 
     data: DataObjective
