@@ -1,4 +1,4 @@
-"""Display of a run on rank 0: a summary, then a progress bar on a terminal or one plain line a logged step elsewhere.
+"""Display of a run on rank 0: a summary, then a progress bar on a terminal, a plain line per logged step elsewhere.
 
 Everything goes to stdout, errors to stderr. No thread redraws the bar: data loader workers are forked from this
 process, and a fork while another thread holds a lock can hang.
@@ -21,23 +21,23 @@ from rich.text import Text
 from megatron_ds.monitor.metrics import StepMetrics, ValidMetrics
 from megatron_ds.monitor.reporter import Reporter, RunSummary
 
-REDRAW_S = 0.1  # a bar redrawn more often than this costs more than it tells
+REDRAW_S = 0.1  # minimum time between two redraws of the bar
 MIN_BAR_WIDTH = 6  # four cells and a space on either side
-WINDOW_REPORTS = 100  # time left is judged by the pace of so many logged steps
+WINDOW_REPORTS = 100  # number of logged steps over which the pace is measured
 
 
 def print_error(message: str) -> None:
-    """Print `error: <message>` to stderr as exactly one line, brackets and all."""
+    """Print `error: <message>` to stderr as exactly one line, without markup."""
     lines = (line.strip() for line in message.splitlines())
     print("error:", " ".join(line for line in lines if line), file=sys.stderr, flush=True)
 
 
 class TerminalReporter(Reporter):
-    """Shows a run to a person. Use it as a context manager, so that an error leaves the terminal as it was.
+    """Reporter for a terminal. Use it as a context manager, so that the terminal is restored after an error.
 
     Args:
-        console: Where to write; default stdout. A terminal gets a progress bar, anything else plain lines.
-        clock: Seconds, monotonic.
+        console: where to write; default stdout. A terminal gets a progress bar, other outputs plain lines.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -97,7 +97,7 @@ class TerminalReporter(Reporter):
         self._line(text)
 
     def close(self) -> None:
-        """End the bar and give the terminal back; closing twice is fine."""
+        """Stop the bar and restore the log handlers; may be called twice."""
         if self._progress is None:
             return
         for handler, stream in self._moved_handlers:
@@ -115,11 +115,11 @@ class TerminalReporter(Reporter):
         self.close()
 
     def _start_bar(self) -> None:
-        whole = Column(no_wrap=True, overflow="ellipsis")
+        column = Column(no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}", table_column=whole, markup=False),
+            TextColumn("step {task.completed}/{task.total}", table_column=column, markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}", table_column=whole.copy(), markup=False),
+            TextColumn("{task.fields[status]}", table_column=column.copy(), markup=False),
             console=self._console,
             auto_refresh=False,
             expand=True,
@@ -130,7 +130,7 @@ class TerminalReporter(Reporter):
         self._move_handlers(before, (sys.stdout, sys.stderr))
 
     def _move_handlers(self, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
-        """Log handlers keep the stream they were made with; while the bar stands theirs must be the one above it."""
+        """Redirect log handlers, which keep their stream, to the stream that prints above the bar."""
         known = [logger for logger in logging.Logger.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
         for handler in {handler for logger in [logging.getLogger(), *known] for handler in logger.handlers}:
             if not isinstance(handler, logging.StreamHandler):
@@ -155,7 +155,7 @@ class TerminalReporter(Reporter):
         return "  ".join(columns)
 
     def _averages(self, metrics: Mapping[str, float]) -> list[str]:
-        """The objective's metrics as columns, such as `accuracy 0.4321`."""
+        """Return the objective's metrics as columns, such as `accuracy 0.4321`."""
         return [f"{name} {self._padded(f'metric {name}', format_number(one, 4))}" for name, one in metrics.items()]
 
     def _count(self, step: int) -> str:
@@ -163,7 +163,7 @@ class TerminalReporter(Reporter):
         return f"{step:>{len(total)}}/{total}"
 
     def _padded(self, column: str, text: str) -> str:
-        """`text` right-aligned to the widest its column has shown: no space is set aside that may never be needed."""
+        """Return `text` right-aligned to the widest text that its column has shown so far."""
         self._widths[column] = max(self._widths.get(column, 0), len(text))
         return text.rjust(self._widths[column])
 
@@ -172,13 +172,13 @@ class TerminalReporter(Reporter):
 
 
 class Pace:
-    """Time left, from the wall-clock time of the latest logged steps: validation and checkpoints between them count."""
+    """Estimate of the time left, from the wall-clock time of the latest logged steps; validation and saving count."""
 
     def __init__(self) -> None:
         self._reports: deque[tuple[int, float]] = deque(maxlen=WINDOW_REPORTS)
 
     def time_left_s(self, metrics: StepMetrics, total_steps: int, now_s: float) -> float:
-        """Seconds to the last step, `metrics.step` having ended at `now_s`; the first report goes by its `step_s`."""
+        """Return the seconds to the last step. `metrics.step` ended at `now_s`; the first estimate uses `step_s`."""
         self._reports.append((metrics.step, now_s))
         first_step, first_s = self._reports[0]
         step_s = metrics.step_s
@@ -191,7 +191,7 @@ NAME_WIDTH = 12
 
 
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
-    """The start-up summary as (name, value) pairs."""
+    """Return the start-up summary as (name, value) pairs."""
     world = (
         f"{summary.world_size} = tp {summary.tensor} x pp {summary.pipeline} x dp {summary.data}"
         f"{', sequence parallel' if summary.sequence else ''}"
@@ -202,14 +202,14 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("world", world),
         ("deepspeed", f"ZeRO stage {summary.zero_stage}, {summary.precision}"),
         ("device", summary.device),
-        ("steps", f"{summary.steps:,} of {summary.tokens_per_step:,} tokens ({format_count(tokens)} in all)"),
+        ("steps", f"{summary.steps:,} of {summary.tokens_per_step:,} tokens ({format_count(tokens)} in total)"),
         ("data", summary.data_description),
         ("output", summary.output),
     ]
 
 
 def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:
-    """Return the text to the right of the bar, in `width` characters: the least important fields are left out first."""
+    """Return the text to the right of the bar, in `width` characters; the least important fields are dropped first."""
     averages = {f"metric {name}": f"{name} {format_number(one, 4)}" for name, one in metrics.metrics.items()}
     fields = {
         "loss": f"loss {format_number(metrics.loss, 4)}",
@@ -225,21 +225,21 @@ def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:
 
 
 def format_number(value: float, digits: int) -> str:
-    """`digits` decimals, or a few significant digits where those would show nothing or too much; NaN as `nan`."""
+    """Format with `digits` decimals, or a few significant digits for very small or large values; NaN as `nan`."""
     if value == 0 or not math.isfinite(value) or 10.0 ** (1 - digits) <= abs(value) < 1e4:
         return f"{value:.{digits}f}"
     return f"{value:.2g}" if 1e-4 <= abs(value) < 1 else f"{value:.2e}"
 
 
 def format_rate(per_s: float) -> str:
-    """A rate in few characters: 8.5, 4,321, 12.3M."""
+    """Format a rate in few characters: 8.5, 4,321, 12.3M."""
     if per_s >= 1e6 or not math.isfinite(per_s):
         return format_count(per_s)
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.1f}"
 
 
 def format_count(count: float) -> str:
-    """A count in few characters: 512, 1.5K, 109.5M, 7.0B, 1.2T."""
+    """Format a count in few characters: 512, 1.5K, 109.5M, 7.0B, 1.2T."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.1f}{letter}"
@@ -247,7 +247,7 @@ def format_count(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """H:MM:SS, hours as many as there are; `-:--:--` if unknown."""
+    """Format seconds as H:MM:SS, with any number of hours; `-:--:--` if unknown."""
     if not math.isfinite(seconds):
         return "-:--:--"
     minutes, rest_s = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""`megatron-ds export`: a checkpoint -> a clean Hugging Face directory."""
+"""`megatron-ds export`: write a checkpoint as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron_ds.cli.plugins import Imports, load_plugins
 
 HELP = """Write the model of a checkpoint as a Hugging Face directory that transformers loads.
 
-CHECKPOINT may be a folder of checkpoints or a run's output: then it is the latest. Without
---dtype weights are copied; with another type than theirs the fp32 masters are rounded once.
-Of adapters a directory that peft loads is written, or with --merge a whole model.
+CHECKPOINT may be a folder of checkpoints or a run's output; then the latest is exported. Without
+--dtype the weights are copied; with another dtype the fp32 master weights are rounded once. A
+checkpoint of adapters becomes a directory for peft, or with --merge a full model.
 
 Examples:
 
@@ -26,26 +26,26 @@ Examples:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="What is exported.", metavar="CHECKPOINT")],
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint to export.", metavar="CHECKPOINT")],
     hf_dir: Annotated[Path, typer.Argument(help="The directory to write.", metavar="HF_DIR")],
     dtype: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16 (default: as they are).")
+        str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16 (default: unchanged).")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
-    merge: Annotated[bool, typer.Option("--merge", help="Of adapters: put them into their base's weights.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the base weights.")] = False,
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Of adapters: their base (default: as their config says).")
+        Path | None, typer.Option(metavar="DIR", help="Base model of adapters (default: from their config).")
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """Export; see HELP."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying is bound by memory; before torch is imported
+    """Run the command; see HELP."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported: copying is memory-bound
     load_plugins(imports)
     from megatron_ds.checkpoint.convert import export_hf
-    from megatron_ds.cli.inspect import written
+    from megatron_ds.cli.inspect import describe_written
 
     model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base)
     if (hf_dir / "adapter_config.json").is_file():
-        print(f"exported {hf_dir}: adapters of a {model.family.model_type}, for peft")
+        print(f"exported {hf_dir}: {model.family.model_type} adapters for peft")
     else:
-        print(f"exported {written(hf_dir)}")
+        print(f"exported {describe_written(hf_dir)}")

@@ -1,4 +1,4 @@
-"""`megatron-ds import`: a Hugging Face directory -> a checkpoint."""
+"""`megatron-ds import`: convert a Hugging Face directory to a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 
 from megatron_ds.cli.plugins import Imports, load_plugins
 
-HELP = """Make a checkpoint of a Hugging Face directory, whatever its files look like.
+HELP = """Convert a Hugging Face directory to a checkpoint.
 
-It reads .bin and safetensors, sharded or not, without the base model's prefix, with old names; every tensor is
-accounted for. A checkpoint has no layout: train from it, or go on from it, with any number of ranks.
+It reads .bin and safetensors files, sharded or not, with or without the base model's prefix, and older tensor names;
+every tensor is checked. A checkpoint is independent of the layout: train or resume from it with any number of ranks.
 
 Examples:
 
@@ -28,11 +28,11 @@ def import_hf(
     checkpoint: Annotated[Path, typer.Argument(help="The directory to write.", metavar="CHECKPOINT")],
     imports: Imports = None,
 ) -> None:
-    """Import; see HELP."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # copying is bound by memory; before torch is imported
+    """Run the command; see HELP."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # set before torch is imported: copying is memory-bound
     load_plugins(imports)
     from megatron_ds.checkpoint.convert import import_hf as convert
-    from megatron_ds.cli.inspect import written
+    from megatron_ds.cli.inspect import describe_written
 
     convert(hf_dir, checkpoint)
-    print(f"imported {written(checkpoint)}")
+    print(f"imported {describe_written(checkpoint)}")

@@ -1,4 +1,4 @@
-"""`megatron-ds inspect`: what a checkpoint, a folder of them, a Hugging Face directory or data hold."""
+"""`megatron-ds inspect`: show the content of checkpoints, Hugging Face directories and data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from megatron_ds.checkpoint.inspect import AdapterFacts, CheckpointFacts, FolderFacts, ModelFacts, TensorFileFacts
     from megatron_ds.checkpoint.progress import Origin, Progress
 
-HELP = """Show what a checkpoint, a run's output, a Hugging Face directory or data hold.
+HELP = """Show the content of a checkpoint, a run's output, a Hugging Face directory or data.
 
-PATH is a directory, or data: a run file (the data that it trains on, as it takes them), the prefix of indexed files
-(.bin and .idx), or a .jsonl or .txt file with --tokenizer. Of data, the first samples are shown as text: what is
-under loss is green on a terminal, and stands between the marks \u27e6 and \u27e7 elsewhere.
+PATH is a directory, or data: a run file (its training data, as the run reads them), the prefix of indexed files
+(.bin and .idx), or a .jsonl or .txt file with --tokenizer. For data, the first samples are shown as text: tokens with
+loss are green on a terminal, and between the marks \u27e6 and \u27e7 elsewhere.
 
-Every file with a checksum is compared with it; exit status 1 if one is missing or damaged.
+Checksums of all files are verified; the exit status is 1 if a file is missing or damaged.
 
 Examples:
 
@@ -38,42 +38,44 @@ Examples:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="What is looked at.", metavar="PATH")],
+    path: Annotated[Path, typer.Argument(help="The directory or data to inspect.", metavar="PATH")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Values that replace those of a run file.", metavar="key.sub=value")
+        list[str] | None, typer.Argument(help="Values that override those of a run file.", metavar="key.sub=value")
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Look at the files' lengths, not at their bytes.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Check file lengths instead of checksums.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Shows data as text; a run file names its own.")
+        str | None, typer.Option(metavar="DIR", help="Tokenizer that shows data as text; a run file names its own.")
     ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=0, help="How many samples or documents are shown.")] = 2,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Number of samples or documents to show.")] = 2,
     imports: Imports = None,
 ) -> None:
-    """Inspect; see HELP."""
+    """Run the command; see HELP."""
     load_plugins(imports)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # data hold characters that not every terminal has
+        sys.stdout.reconfigure(errors="replace")  # data may hold characters that the terminal lacks
     kind = _kind_of(path)
     if overrides and kind != "run":
-        raise typer.BadParameter(f"{overrides[0]}: only the values of a run file can be replaced, and {path} is none")
+        raise typer.BadParameter(
+            f"{overrides[0]}: only values of a run file can be overridden, and {path} is not a run file"
+        )
     if tokenizer is not None and kind in ("run", "directory"):
         raise typer.BadParameter(
-            "--tokenizer goes with indexed data and files"
+            "--tokenizer works with indexed data and text files only"
             + ("; a run names its own: model.tokenizer=DIR" if kind == "run" else "")
         )
     if kind == "directory":
-        is_whole = _directory(path, fast, json)
+        is_intact = _directory(path, fast, json)
     else:
         from megatron_ds.cli import inspect_data
 
         if kind == "run":
-            is_whole = inspect_data.run(path, overrides or [], samples, json)
+            is_intact = inspect_data.run(path, overrides or [], samples, json)
         elif kind == "indexed":
-            is_whole = inspect_data.indexed(path, fast, tokenizer, samples, json)
+            is_intact = inspect_data.indexed(path, fast, tokenizer, samples, json)
         else:
-            is_whole = inspect_data.file(path, tokenizer, samples, json)
-    if not is_whole:
+            is_intact = inspect_data.file(path, tokenizer, samples, json)
+    if not is_intact:
         raise typer.Exit(1)
 
 
@@ -86,7 +88,7 @@ def _kind_of(path: Path) -> Literal["run", "indexed", "file", "directory"]:
 
 
 def _directory(path: Path, fast: bool, json: bool) -> bool:
-    """Show it; whether all of it is whole."""
+    """Show a directory of checkpoints or a model. Return True if all of it is intact."""
     from megatron_ds.checkpoint.inspect import FolderFacts, as_json
     from megatron_ds.checkpoint.inspect import inspect as look
 
@@ -95,16 +97,16 @@ def _directory(path: Path, fast: bool, json: bool) -> bool:
         print(json_module.dumps(as_json(facts), indent=2))
     else:
         show_rows(_folder(facts) if isinstance(facts, FolderFacts) else _checkpoint(facts))
-    whole = facts.checkpoints if isinstance(facts, FolderFacts) else (facts,)
-    return not any(one.problems for one in whole)
+    checkpoints = facts.checkpoints if isinstance(facts, FolderFacts) else (facts,)
+    return not any(one.problems for one in checkpoints)
 
 
-def written(path: Path) -> str:
-    """One line on a directory that was just written."""
+def describe_written(path: Path) -> str:
+    """Return one line about a directory that was just written."""
     from megatron_ds.checkpoint.inspect import inspect_model
 
     model = inspect_model(path)
-    return f"{path}: {_model_words(model)}, {_files_words(model.files)}"
+    return f"{path}: {_describe_model(model)}, {_describe_files(model.files)}"
 
 
 def _folder(facts: FolderFacts) -> Iterator[Row]:
@@ -113,43 +115,43 @@ def _folder(facts: FolderFacts) -> Iterator[Row]:
         name = Path(one.path).name
         mark = " (latest)" if name == facts.latest else ""
         when = f", written {one.origin.written_at}" if one.origin is not None else ""
-        held = f", {size(one.bytes)}" if one.bytes else ""
-        yield ("", f"{name}  {_verdict(one)}{held}{when}{mark}")
+        total = f", {size(one.bytes)}" if one.bytes else ""
+        yield ("", f"{name}  {_verdict(one)}{total}{when}{mark}")
         yield from (("", f"  {problem}") for problem in one.problems)
     if facts.latest not in {Path(one.path).name for one in facts.checkpoints}:
-        what = "is missing" if facts.latest is None else f"names {facts.latest}, which is not there"
-        yield ("latest", f"{what}; a run goes on from the newest that is whole")
-    whole = [one for one in facts.checkpoints if not one.problems]
-    if whole:
+        problem = "is missing" if facts.latest is None else f"names {facts.latest}, which does not exist"
+        yield ("latest", f"{problem}; a run resumes from the newest intact checkpoint")
+    intact = [one for one in facts.checkpoints if not one.problems]
+    if intact:
         yield ("", "")
-        yield from _checkpoint(whole[0])
+        yield from _checkpoint(intact[0])
 
 
 def _checkpoint(facts: CheckpointFacts) -> Iterator[Row]:
     yield ("path", facts.path)
     if facts.model is not None:
-        yield ("model", _model_words(facts.model))
-        yield ("weights", _files_words(facts.model.files))
+        yield ("model", _describe_model(facts.model))
+        yield ("weights", _describe_files(facts.model.files))
     if facts.adapters is not None:
-        yield ("adapters", _adapter_words(facts.adapters))
+        yield ("adapters", _describe_adapters(facts.adapters))
         yield ("base", facts.adapters.base)
-        yield ("weights", _files_words((facts.adapters.file,)))
+        yield ("weights", _describe_files((facts.adapters.file,)))
     if facts.progress is not None and facts.origin is not None:
         yield from _progress(facts.progress, facts.origin)
         if not facts.progress.trained:
             yield ("state", "none: nothing was trained")
     if facts.state_files:
         kinds = ", ".join(f"{kind} {count(number)}" for kind, number in facts.state.items())
-        yield ("state", f"{kinds}; {_files_words(facts.state_files)}")
+        yield ("state", f"{kinds}; {_describe_files(facts.state_files)}")
     if facts.progress is not None and not facts.problems:
-        yield ("whole", _verdict(facts).removeprefix("whole, ").removeprefix("whole "))
+        yield ("intact", _verdict(facts).removeprefix("intact, ").removeprefix("intact "))
     for problem in facts.problems:
         yield ("DAMAGED", problem)
 
 
-def _adapter_words(adapters: AdapterFacts) -> str:
+def _describe_adapters(adapters: AdapterFacts) -> str:
     kind = {"LORA": "LoRA"}.get(adapters.kind, adapters.kind)
-    return f"{kind}, r {adapters.rank}, beside {adapters.modules} modules, {count(adapters.num_params)} parameters"
+    return f"{kind}, r {adapters.rank}, on {adapters.modules} modules, {count(adapters.num_params)} parameters"
 
 
 def _progress(progress: Progress, origin: Origin) -> Iterator[Row]:
@@ -157,7 +159,7 @@ def _progress(progress: Progress, origin: Origin) -> Iterator[Row]:
     yield ("step", f"{progress.step:,}{f', of which {skipped:,} were skipped' if skipped else ''}")
     data = progress.data
     if data.fingerprint:
-        yield ("data", f"{data.samples:,} samples taken of {data.description}")
+        yield ("data", f"{data.samples:,} samples read of {data.description}")
         order = "shuffled" if data.shuffle else "in order"
         yield ("", f"seq_length {data.seq_length}, {order}, seed {data.seed}, {data.fingerprint[:12]}")
     yield ("written", f"{origin.written_at} by {origin.source}")
@@ -166,22 +168,22 @@ def _progress(progress: Progress, origin: Origin) -> Iterator[Row]:
         yield (
             "layout",
             f"{origin.world_size} = tp {origin.tensor} x pp {origin.pipeline} x dp {origin.data}{sequence}, "
-            f"ZeRO-{origin.zero_stage}, {origin.precision}; it goes on at any other",
+            f"ZeRO-{origin.zero_stage}, {origin.precision}; can be resumed at any other",
         )
 
 
 def _verdict(facts: CheckpointFacts) -> str:
     if facts.problems:
         return f"DAMAGED ({len(facts.problems)} file{'s' if len(facts.problems) > 1 else ''})"
-    return "whole, every checksum is right" if facts.checked else "whole by the lengths of its files"
+    return "intact, all checksums match" if facts.checked else "intact by file lengths (--fast)"
 
 
-def _model_words(model: ModelFacts) -> str:
+def _describe_model(model: ModelFacts) -> str:
     types = ", ".join(sorted(model.dtypes))
     return f"{model.model_type} ({model.architecture}), {count(model.num_params)} parameters, {types}"
 
 
-def _files_words(files: tuple[TensorFileFacts, ...]) -> str:
+def _describe_files(files: tuple[TensorFileFacts, ...]) -> str:
     tensors, total = sum(file.tensors for file in files), sum(file.bytes for file in files)
     number = f"{len(files)} file{'s' if len(files) != 1 else ''}"
     return f"{number}, {tensors:,} tensors, {size(total)}"

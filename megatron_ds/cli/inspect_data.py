@@ -1,4 +1,4 @@
-"""`megatron-ds inspect` on data: facts in rows, lengths as bars, and samples as text with what carries loss marked."""
+"""`megatron-ds inspect` for data: facts in rows, lengths as bars, and samples as text with spans under loss marked."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 BAR_CELLS = 30
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-LEARNED, BESIDE = "bold green", "dim"
+LOSS_STYLE, NO_LOSS_STYLE = "bold green", "dim"
 MARKS = ("⟦", "⟧")
-# What would move the cursor or ring the bell is shown as its picture; lines and tabs are text.
+# Control characters are shown as their Unicode control pictures, except for newlines and tabs.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421, 0x9B: 0x241B}
 
 
 def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
-    """Show the data of a run, opened just as `train` opens them."""
+    """Show the training data of a run, opened as `train` opens them. Return True: nothing is checked."""
     from megatron_ds.config import load_run
     from megatron_ds.log import quiet_libraries
 
@@ -39,7 +39,7 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
 
     config = load_run(path, overrides)
     world_size = config.parallel.tensor * config.parallel.pipeline
-    resolved = resolve_run(config, world_size, "cuda")  # whatever this machine has: nothing is computed
+    resolved = resolve_run(config, world_size, "cuda")  # for any machine: nothing is computed
     data = open_split(resolved, "train")
     valid = open_split(resolved, "valid") if has_validation(config) else None
     section = config.train
@@ -55,7 +55,7 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
 
 
 def indexed(path: Path, fast: bool, tokenizer: str | None, samples: int, json: bool) -> bool:
-    """Show a pair of indexed files; whether they are as their manifest says."""
+    """Show a pair of indexed files. Return True if they match their manifest."""
     from megatron_ds.log import quiet_libraries
 
     quiet_libraries()
@@ -71,14 +71,14 @@ def indexed(path: Path, fast: bool, tokenizer: str | None, samples: int, json: b
 
 
 def file(path: Path, tokenizer: str | None, samples: int, json: bool) -> bool:
-    """Show a file of text or of conversations."""
+    """Show a file of text or conversations. Return True: nothing is checked."""
     from megatron_ds.log import quiet_libraries
 
     quiet_libraries()
     from megatron_ds.data.inspect.facts import inspect_file
 
     if tokenizer is None:
-        raise typer.BadParameter(f"{path} is text, which is looked at as a tokenizer cuts it; add --tokenizer DIR")
+        raise typer.BadParameter(f"{path} is text and is shown as tokens; add --tokenizer DIR")
     facts = inspect_file(str(path), tokenizer, samples)
     if json:
         _print_json(asdict(facts))
@@ -101,8 +101,8 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts) -> Iterator[Ro
     yield ("columns", ", ".join(facts.columns))
     steps, epochs = config.train.steps, config.train.steps * size / facts.samples
     order = "shuffled" if config.data.shuffle else "in order"
-    yield ("order", f"{order}; {steps:,} steps of {size:,} take {epochs:,.2f} times {facts.samples:,} samples")
-    exactly = "" if facts.looked_at == facts.samples else f", by {facts.looked_at:,} samples"
+    yield ("order", f"{order}; {steps:,} steps of {size:,} read {epochs:,.2f} times {facts.samples:,} samples")
+    exactly = "" if facts.looked_at == facts.samples else f", measured on {facts.looked_at:,} samples"
     yield (
         "loss",
         f"on {facts.learned:,.1f} of a sample's {positions:,} positions ({facts.learned / positions:.1%}), on "
@@ -120,18 +120,18 @@ def _indexed_rows(facts: IndexedFacts) -> Iterator[Row]:
     yield ("tokens", f"{facts.tokens:,} ({count(facts.tokens)}), {facts.dtype}")
     yield ("files", f".bin {size(facts.tokens_bytes)}, .idx {size(facts.index_bytes)}")
     if facts.manifest is None:
-        yield ("manifest", "none, so nothing says what the files must be")
+        yield ("manifest", "none; the files cannot be verified")
     else:
         yield from _manifest_rows(facts.manifest)
         if not facts.problems:
-            yield ("whole", "every checksum is right" if facts.checked else "by the lengths of the files")
+            yield ("intact", "all checksums match" if facts.checked else "by file lengths (--fast)")
     yield from (("DAMAGED", problem) for problem in facts.problems)
     if facts.lengths is not None:
         yield from _length_rows(facts.lengths)
 
 
 def _manifest_rows(manifest: Mapping[str, Any]) -> Iterator[Row]:
-    """What is known of the files beside what they say themselves; a manifest may have more or less of it."""
+    """Yield what the manifest records about the files; all of its keys are optional."""
     for source in manifest.get("sources") or ():
         yield ("source", str(source.get("name", source)) if isinstance(source, dict) else str(source))
     tokenizer = manifest.get("tokenizer")
@@ -141,15 +141,15 @@ def _manifest_rows(manifest: Mapping[str, Any]) -> Iterator[Row]:
         yield ("largest id", f"{manifest['largest_id']:,}")
     bad = (manifest.get("bad_lines") or {}).get("count")
     if bad:
-        yield ("bad lines", f"{bad:,} were left out")
+        yield ("bad lines", f"{bad:,} skipped")
 
 
 def _file_rows(facts: TextFileFacts) -> Iterator[Row]:
     yield ("file", f"{facts.path}, {size(facts.bytes)}")
     total = facts.lengths.total
-    loss = f", {facts.learned:,} of them under loss ({facts.learned / max(1, total):.1%})"
-    said = f"{facts.lengths.count:,} {facts.lengths.what}, {total:,} tokens"
-    yield (facts.format, said + (loss if facts.format == "chat" else ""))
+    loss = f", {facts.learned:,} of them with loss ({facts.learned / max(1, total):.1%})"
+    total_text = f"{facts.lengths.count:,} {facts.lengths.what}, {total:,} tokens"
+    yield (facts.format, total_text + (loss if facts.format == "chat" else ""))
     yield from _length_rows(facts.lengths)
 
 
@@ -164,19 +164,19 @@ def _length_rows(lengths: LengthHistogram) -> Iterator[Row]:
 
 
 def bars(lengths: LengthHistogram) -> Iterator[str]:
-    """A line a bar: from, to, the bar, how many, and their share."""
+    """Yield one line per bar: range of lengths, bar, count, and fraction of all."""
     most = max(bar.count for bar in lengths.bars)
     first, last = (max(len(f"{getattr(bar, end):,}") for bar in lengths.bars) for end in ("first", "last"))
     number = len(f"{most:,}")
     for bar in lengths.bars:
-        eighths = -(-bar.count * BAR_CELLS * 8 // most)  # one that is not empty shows
+        eighths = -(-bar.count * BAR_CELLS * 8 // most)  # rounded up: a bar that is not empty is visible
         drawn = (EIGHTHS[8] * (eighths // 8) + EIGHTHS[eighths % 8]).strip()
-        share = f"{bar.count / lengths.count:.1%}"
-        yield f"{bar.first:>{first},} - {bar.last:>{last},}  {drawn:<{BAR_CELLS}}  {bar.count:>{number},}  {share:>6}"
+        part = f"{bar.count / lengths.count:.1%}"
+        yield f"{bar.first:>{first},} - {bar.last:>{last},}  {drawn:<{BAR_CELLS}}  {bar.count:>{number},}  {part:>6}"
 
 
 def _show_samples(name: str, samples: Sequence[RenderedSample], marked: bool) -> None:
-    """Samples one after the other, each with its documents."""
+    """Print samples one after the other, each with its documents."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -184,12 +184,12 @@ def _show_samples(name: str, samples: Sequence[RenderedSample], marked: bool) ->
     console = Console(highlight=False)
     for sample in samples:
         print()
-        console.print(Text(_sample_words(name, sample, marked), style="bold"), soft_wrap=True)
+        console.print(Text(_describe_sample(name, sample, marked), style="bold"), soft_wrap=True)
         for place, document in enumerate(sample.documents, start=1):
             if len(sample.documents) > 1:
-                said = document.name or f"document {place}"
-                learned = f", {document.learned:,} under loss" if marked else ""
-                console.print(Text(f"  {said}: {document.tokens:,} tokens{learned}"), soft_wrap=True)
+                title = document.name or f"document {place}"
+                learned = f", {document.learned:,} with loss" if marked else ""
+                console.print(Text(f"  {title}: {document.tokens:,} tokens{learned}"), soft_wrap=True)
             if console.is_terminal:
                 console.print(Padding(_styled(document, marked), (0, 0, 0, 4)))
             else:
@@ -199,11 +199,11 @@ def _show_samples(name: str, samples: Sequence[RenderedSample], marked: bool) ->
                 print(f"  ... and {document.hidden:,} more tokens")
 
 
-def _sample_words(name: str, sample: RenderedSample, marked: bool) -> str:
+def _describe_sample(name: str, sample: RenderedSample, marked: bool) -> str:
     documents = sample.documents
     number = f" in {len(documents)} documents" if len(documents) > 1 else ""
     padding = f", {sample.padding:,} positions of padding" if sample.padding else ""
-    learned = f", {sum(one.learned for one in documents):,} under loss" if marked else ""
+    learned = f", {sum(one.learned for one in documents):,} with loss" if marked else ""
     return f"{name} {sample.index:,}: {sum(one.tokens for one in documents):,} tokens{number}{learned}{padding}"
 
 
@@ -212,7 +212,7 @@ def _styled(document: RenderedDocument, marked: bool) -> Any:
 
     text = Text()
     for piece in document.pieces:
-        style = (LEARNED if piece.learned else BESIDE) if marked else ""
+        style = (LOSS_STYLE if piece.learned else NO_LOSS_STYLE) if marked else ""
         text.append(piece.text.translate(PICTURES), style)
     return text
 

@@ -1,6 +1,6 @@
-"""`megatron-ds`: parse, run, and turn what went wrong into one line and an exit status.
+"""`megatron-ds`: parse the command line, run the command, and turn errors into one line and an exit status.
 
-Nothing heavy is imported here, so that `--help` answers at once: each command imports what it needs when it runs.
+Nothing heavy is imported here, so that `--help` is fast: each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Examples:
   megatron-ds export out/run out/hf
   megatron-ds verify out/hf --tp 2
 """
-SPEECH_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to speak
+PRINT_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to print
 
 app = typer.Typer(
     name=PROGRAM,
@@ -61,7 +61,7 @@ app.command(help=INSPECT_HELP)(inspect)
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-    # The `deepspeed` launcher passes it before the command; the environment says the same.
+    # The `deepspeed` launcher passes it before the command; the environment has it too.
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     if version:
@@ -73,7 +73,7 @@ def _root(
 
 
 def main() -> None:
-    """Exit status: 0 done; 2 the user's mistake, in one line; 130 interrupted; 1 anything else."""
+    """Run the command line and exit: 0 done; 2 a user error, in one line; 130 interrupted; 1 any other error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenizers would switch itself off in forked ranks
     sys.exit(_run(sys.argv[1:]))
 
@@ -85,28 +85,28 @@ def _run(arguments: list[str]) -> int:
         print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank
         return 1
     except MegatronDSError as problem:
-        _tell(str(problem))
-        if "RANK" in os.environ:  # one of a launcher's ranks: taking communication down could wait for its peers
+        _print_error_on_rank_0(str(problem))
+        if "RANK" in os.environ:  # a launcher's rank: destroying the process group could wait for its peers
             sys.stderr.flush()
             os._exit(2)
         return 2
     except typer.TyperException as problem:
         hint = f"see {getattr(getattr(problem, 'ctx', None), 'command_path', PROGRAM)} --help"
-        _tell(f"{problem.format_message().rstrip('.')}; {hint}")
+        _print_error_on_rank_0(f"{problem.format_message().rstrip('.')}; {hint}")
         return 2
     except KeyboardInterrupt:
         return 130
-    return status if isinstance(status, int) else 0  # the code of typer.Exit, or what a command returned
+    return status if isinstance(status, int) else 0  # the code of typer.Exit, or the value that a command returned
 
 
-def _tell(message: str) -> None:
-    """Rank 0 speaks for all: what reaches this place on other ranks is wrong on each."""
+def _print_error_on_rank_0(message: str) -> None:
+    """Print an error on rank 0 only; an error that gets here on another rank occurs on every rank."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         from megatron_ds.cli.display import print_error
 
         print_error(message)
     else:
-        time.sleep(SPEECH_WAIT_S)
+        time.sleep(PRINT_WAIT_S)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ Imports = Annotated[
     typer.Option(
         "--import",
         metavar="MODULE",
-        help="Import a module that registers a family of its own; may be given several times.",
+        help="Import a module that registers further families; may be given several times.",
     ),
 ]
 
 
 def load_plugins(imports: list[str] | None) -> None:
-    """Import the modules that the user names and those of installed packages.
+    """Import the modules that the user names and the plugins of installed packages.
 
     Raises:
-        ConfigError: one of them is not there or raises an exception.
+        ConfigError: a module does not exist or raises an exception.
     """
     load_entry_points()
     import_modules(imports or [], "--import")

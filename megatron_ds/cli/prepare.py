@@ -1,4 +1,4 @@
-"""`megatron-ds prepare`: text -> Megatron's .bin and .idx."""
+"""`megatron-ds prepare`: tokenize text into Megatron's .bin and .idx files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import typer
 if TYPE_CHECKING:
     from megatron_ds.data.prepare import State
 
-HELP = """Tokenise text once: PREFIX.bin and PREFIX.idx, as Megatron reads them, and a manifest.
+HELP = """Tokenize text once, into PREFIX.bin and PREFIX.idx in Megatron's format, and a manifest.
 
-INPUT is a file (.txt: one document; .jsonl: one a line, in the field "text"; .parquet), a directory
-of such, a directory saved by datasets, or a hub id. Started again, the command goes on where it
-was. Lines that hold no document are counted, named, and refused unless --skip-bad.
+INPUT is a file (.txt: one document; .jsonl: one per line, in the field "text"; .parquet), a
+directory of such files, a directory saved by datasets, or a hub id. An interrupted command
+continues when it is run again. Malformed lines are counted, listed, and refused unless --skip-bad.
 
 Examples:
 
@@ -27,22 +27,24 @@ Examples:
   megatron-ds prepare parts/ --tokenizer hf_dir --output data/all --workers 16
   megatron-ds inspect data/corpus --tokenizer hf_dir
 """
-SHOWN = 10
-EVERY_S = 10.0
+MAX_BAD_SHOWN = 10
+REPORT_EVERY_S = 10.0
 
 
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="What is read, in this order.", metavar="INPUT...")],
+    inputs: Annotated[list[str], typer.Argument(help="Text to read, in this order.", metavar="INPUT...")],
     tokenizer: Annotated[str, typer.Option(metavar="DIR", help="A directory with a tokenizer.")],
-    output: Annotated[str, typer.Option(metavar="PREFIX", help="What is written: PREFIX.bin, .idx and .json.")],
-    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Processes (default: the cores there are).")] = 0,
+    output: Annotated[str, typer.Option(metavar="PREFIX", help="Files to write: PREFIX.bin, .idx and .json.")],
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Number of processes (default: number of cores).")
+    ] = 0,
     column: Annotated[str, typer.Option(metavar="NAME", help="The field that holds the text.")] = "text",
-    no_eod: Annotated[bool, typer.Option("--no-eod", help="No end-of-text token behind documents.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without lines that hold no document.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other data of the same prefix.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier try left.")] = False,
+    no_eod: Annotated[bool, typer.Option("--no-eod", help="Do not append an end-of-text token to documents.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip malformed lines.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing data of the same prefix.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard partial output of an earlier run.")] = False,
 ) -> None:
-    """Prepare; see HELP."""
+    """Run the command; see HELP."""
     from megatron_ds.data.indexed.files import index_path, tokens_path
     from megatron_ds.data.prepare import PrepareOptions
     from megatron_ds.data.prepare import prepare as run
@@ -51,7 +53,7 @@ def prepare(
     options = PrepareOptions(
         inputs, tokenizer, output, workers or usable_cores(), column, not no_eod, skip_bad, overwrite, restart
     )
-    began_s, last = time.monotonic(), _Last()
+    started_s, last = time.monotonic(), _LastState()
     try:
         with _progress() as show:
 
@@ -64,23 +66,23 @@ def prepare(
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         raise
     finally:
-        last.tell_bad()
-    manifest, took_s = result.manifest, time.monotonic() - began_s
+        last.print_bad_lines()
+    manifest, elapsed_s = result.manifest, time.monotonic() - started_s
     if result.unchanged:
-        print(f"{output}: nothing to do, made of the same sources before")
+        print(f"{output}: nothing to do, it was made from the same sources")
         return
     size = sum(path.stat().st_size for path in (tokens_path(output), index_path(output)))
-    rate = last.tokens_since_start / max(took_s, 1e-9)
+    rate = last.tokens_since_start / max(elapsed_s, 1e-9)
     facts = (
         f"{manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens ({manifest['dtype'][1:]})",
-        f"{size / 1e6:,.1f} MB; the longest {manifest['longest_document']:,} tokens",
-        f"{rate:,.0f} tokens/s by {options.workers} workers",
+        f"{size / 1e6:,.1f} MB; longest document {manifest['longest_document']:,} tokens",
+        f"{rate:,.0f} tokens/s with {options.workers} workers",
     )
     print(f"{output}: {', '.join(facts[:2])}; {facts[2]}")
 
 
-class _Last:
-    """The last state that was shown, and the tokens of this start alone."""
+class _LastState:
+    """The last state that was reported, and the number of tokens of this process run alone."""
 
     def __init__(self) -> None:
         self._state: State | None = None
@@ -95,18 +97,18 @@ class _Last:
     def tokens_since_start(self) -> int:
         return self._state.tokens - (self._first or 0) if self._state is not None else 0
 
-    def tell_bad(self) -> None:
-        """The first places that hold no document."""
+    def print_bad_lines(self) -> None:
+        """Print the positions of the first malformed lines to stderr."""
         bad = self._state.bad if self._state is not None else []
-        for place in bad[:SHOWN]:
+        for place in bad[:MAX_BAD_SHOWN]:
             print(place, file=sys.stderr)
-        if self._state is not None and self._state.num_bad > SHOWN:
-            print(f"... and {self._state.num_bad - SHOWN:,} more", file=sys.stderr)
+        if self._state is not None and self._state.num_bad > MAX_BAD_SHOWN:
+            print(f"... and {self._state.num_bad - MAX_BAD_SHOWN:,} more", file=sys.stderr)
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[State, int], None]]:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """Show progress: a bar on a terminal, a line every `REPORT_EVERY_S` seconds elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -114,15 +116,15 @@ def _progress() -> Iterator[Callable[[State, int], None]]:
     if not console.is_terminal:
         yield _lines()
         return
-    columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[told]}"))
+    columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[status]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task, began_s, first = bar.add_task("prepare", total=None, told=""), time.monotonic(), [-1]
+        task, began_s, first = bar.add_task("prepare", total=None, status=""), time.monotonic(), [-1]
 
         def show(state: State, total: int) -> None:
             first[0] = state.tokens if first[0] < 0 else first[0]
             rate = (state.tokens - first[0]) / max(time.monotonic() - began_s, 1e-9)
-            told = f"{state.documents:,} documents, {rate:,.0f} tokens/s"
-            bar.update(task, completed=state.bytes, total=total, told=told)
+            status = f"{state.documents:,} documents, {rate:,.0f} tokens/s"
+            bar.update(task, completed=state.bytes, total=total, status=status)
 
         yield show
 
@@ -131,9 +133,9 @@ def _lines() -> Callable[[State, int], None]:
     last = [time.monotonic()]
 
     def show(state: State, total: int) -> None:
-        if time.monotonic() - last[0] >= EVERY_S:
+        if time.monotonic() - last[0] >= REPORT_EVERY_S:
             last[0] = time.monotonic()
-            share = state.bytes / max(1, total)
-            print(f"{share:6.1%}  {state.documents:,} documents, {state.tokens:,} tokens", flush=True)
+            fraction = state.bytes / max(1, total)
+            print(f"{fraction:6.1%}  {state.documents:,} documents, {state.tokens:,} tokens", flush=True)
 
     return show

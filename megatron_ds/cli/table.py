@@ -1,4 +1,4 @@
-"""Facts in rows of a name and a value."""
+"""Rows of a name and a value, printed as a table."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 WIDTH = 12
 
 Row = tuple[str, str]
-"""What, and what it is."""
+"""(name, value)."""
 
 
 def show_rows(rows: Iterable[Row]) -> None:
-    """A table on a terminal, plain lines elsewhere."""
+    """Print rows as a table on a terminal, as plain lines elsewhere."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -29,12 +29,12 @@ def show_rows(rows: Iterable[Row]) -> None:
 
 
 def count(number: float) -> str:
-    """In few characters: 512, 1.5K, 109.5M."""
+    """Format a count in few characters: 512, 1.5K, 109.5M."""
     from megatron_ds.cli.display import format_count
 
     return format_count(number)
 
 
 def size(num_bytes: int) -> str:
-    """In few characters: 512B, 1.5KB, 12.3 GB."""
+    """Format a number of bytes in few characters: 512B, 1.5KB, 12.3 GB."""
     return f"{count(num_bytes)}B" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"

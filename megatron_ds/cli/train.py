@@ -1,4 +1,4 @@
-"""`megatron-ds train`: pretrain or fine-tune."""
+"""`megatron-ds train`: pretrain or fine-tune a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-HELP = """Pretrain or fine-tune as a run file says.
+HELP = """Pretrain or fine-tune a model as described by a run file.
 
 Examples:
 
@@ -24,7 +24,7 @@ Examples:
 def train(
     run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Values that replace the run file's.", metavar="key.sub=value")
+        list[str] | None, typer.Argument(help="Values that override those of the run file.", metavar="key.sub=value")
     ] = None,
     nproc: Annotated[
         int | None,
@@ -36,15 +36,15 @@ def train(
     max_restarts: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Start local ranks again, from the last checkpoint, at most N times if they die."
+            metavar="N", min=0, help="Restart local ranks that die from the last checkpoint, at most N times."
         ),
     ] = 0,
     min_nproc: Annotated[
         int | None,
-        typer.Option(metavar="M", help="Then go on with the ranks that are left, as long as there are M of them."),
+        typer.Option(metavar="M", help="With --max-restarts: continue with the ranks that are left, at least M."),
     ] = None,
 ) -> None:
-    """Train; see HELP."""
+    """Run the command; see HELP."""
     from megatron_ds.cli.display import TerminalReporter
     from megatron_ds.config import load_run
     from megatron_ds.training.launch import Restarts, share_cores

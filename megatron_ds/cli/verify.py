@@ -1,4 +1,4 @@
-"""`megatron-ds verify`: is a Hugging Face directory, on our ranks, the model that transformers runs?"""
+"""`megatron-ds verify`: compare a Hugging Face directory, run on our ranks, with transformers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 HELP = """Run a Hugging Face directory on our ranks and in transformers, in fp32, and compare.
 
-Compared are the logits and whatever else it predicts, the loss and every gradient, on random ids; the same without
-gradients past the model's windows; and the bytes of every tensor after a round trip through our tables. Exit status 1
-if any is off.
+It compares the outputs, the loss and every gradient on random ids; the same without gradients on inputs longer than
+the model's windows; and the bytes of every tensor after a round trip through our tables. The exit status is 1 if
+anything differs.
 
 Examples:
 
@@ -33,10 +33,10 @@ def verify(
     tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor ranks.")] = 1,
     pp: Annotated[int, typer.Option("--pp", metavar="N", help="Pipeline ranks.")] = 1,
     sequence: Annotated[bool, typer.Option("--sequence", help="Sequence parallelism over the tensor ranks.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to this file.")] = None,
     imports: Imports = None,
 ) -> None:
-    """Verify; see HELP."""
+    """Run the command; see HELP."""
     load_plugins(imports)
     from megatron_ds.errors import ConfigError
     from megatron_ds.verify import verify_hf
@@ -57,7 +57,7 @@ def _note(text: str) -> None:
 
 
 def lines(report: Report) -> list[str]:
-    """The report as a person reads it: one line a finding, the verdict last."""
+    """Return the report as lines of text, one per result, the verdict last."""
     from megatron_ds.cli.display import format_count
 
     ranks = f"{report.tp * report.pp} = tp {report.tp} x pp {report.pp}{', sequence parallel' * report.sequence}"
@@ -82,7 +82,7 @@ def _input_lines(one: InputReport) -> list[str]:
     decoder = f", {one.decoder_length} in the decoder" if one.decoder_length is not None else ""
     found = [
         f"{'input':<12}{one.name}, {one.batch} x {one.length} tokens{decoder}",
-        *(_line(f"{shown:<{width}}", one.outputs[name], LOGITS_BOUND) for name, shown in names.items()),
+        *(_line(f"{label:<{width}}", one.outputs[name], LOGITS_BOUND) for name, label in names.items()),
         _line(f"{'loss':<{width}}", one.loss, LOSS_BOUND),
     ]
     if one.worst_gradient is not None:
@@ -91,29 +91,33 @@ def _input_lines(one: InputReport) -> list[str]:
             _line(f"{'gradients':<{width}}", worst, GRADIENT_BOUND, f"{len(one.gradients)} tensors, worst {name}")
         )
         if len(one.wrong_gradients) > 1:
-            found.append(f"{'':<12}{len(one.wrong_gradients)} gradients are off")
-    return [*found, *_first_apart(one)]
+            found.append(f"{'':<12}{len(one.wrong_gradients)} gradients differ")
+    return [*found, *_first_difference(one)]
 
 
-def _first_apart(one: InputReport) -> list[str]:
+def _first_difference(one: InputReport) -> list[str]:
     from megatron_ds.verify.layer_names import stack_of_entry
 
-    if one.first_apart is None:
-        return [f"{'first apart':<12}after the last block"] if one.wrong_outputs else []
-    stack = stack_of_entry(one.first_apart)
-    where = f"in {one.first_apart}" if stack is None else f"before the first block{f' of the {stack}' if stack else ''}"
-    return [f"{'first apart':<12}{where}, relative {one.hidden[one.first_apart].relative:.1e}"]
+    if one.first_difference is None:
+        return [f"{'differs':<12}first after the last block"] if one.wrong_outputs else []
+    stack = stack_of_entry(one.first_difference)
+    where = (
+        f"in {one.first_difference}"
+        if stack is None
+        else f"before the first block{f' of the {stack}' if stack else ''}"
+    )
+    return [f"{'differs':<12}first {where}, relative {one.hidden[one.first_difference].relative:.1e}"]
 
 
-def _line(what: str, apart: Difference, bound: float, more: str = "") -> str:
-    mark = "ok " if apart.within(bound) else "OFF"
-    numbers = f"relative {apart.relative:.1e} (bound {bound:.0e}), largest {apart.largest:.1e}"
-    return f"  {what} {mark} {numbers}{f'; {more}' if more else ''}"
+def _line(name: str, difference: Difference, bound: float, more: str = "") -> str:
+    mark = "ok " if difference.within(bound) else "OFF"
+    numbers = f"relative {difference.relative:.1e} (bound {bound:.0e}), largest {difference.largest:.1e}"
+    return f"  {name} {mark} {numbers}{f'; {more}' if more else ''}"
 
 
 def _round_trip_lines(report: Report) -> list[str]:
     trip = report.round_trip
-    left_out = f"; left out: {', '.join(trip.left_out)}" if trip.left_out else ""
+    left_out = f"; not compared: {', '.join(trip.left_out)}" if trip.left_out else ""
     if not trip.changed:
         return [f"{'round trip':<12}{len(trip.sha256)} tensors, bit for bit{left_out}"]
     return [f"{'round trip':<12}OFF {len(trip.changed)} of {len(trip.sha256)} tensors changed: {trip.changed[0]}"]

@@ -1,4 +1,4 @@
-"""Is a Hugging Face directory, run by our model on N ranks, the model that transformers runs? Numbers, not opinions."""
+"""Verification: compare a Hugging Face directory, run by our model on N ranks, with transformers."""
 
 from megatron_ds.verify.report import Report
 from megatron_ds.verify.run import verify_hf

@@ -1,4 +1,4 @@
-"""The places at which hidden states are compared: where a stack begins, and after each of its blocks."""
+"""Names of the positions at which hidden states are compared: the input of a stack, and the output of each block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from megatron_ds.models.config import ModelConfig
 BLOCKS, ENTRY = "blocks", "entry"
 
 
-def stage_names(core: ModelConfig) -> list[str]:
-    """Names of the stages in our model, in its order: "entry", "blocks.0" and so on, the encoder's before the
-    decoder's."""
+def position_names(core: ModelConfig) -> list[str]:
+    """Return the names in the order of our model: "entry", "blocks.0" and so on, the encoder's before the decoder's."""
     names = []
     for prefix, stack in core.stacks.items():
         names += [entry_of(prefix), *(f"{prefix}.{layer}" for layer in range(stack.num_layers))]
@@ -20,19 +19,19 @@ def stage_names(core: ModelConfig) -> list[str]:
 
 
 def entry_of(prefix: str) -> str:
-    """What stands before a stack's blocks: "decoder.blocks" -> "decoder.entry"."""
+    """Return the name of a stack's input: "decoder.blocks" -> "decoder.entry"."""
     assert prefix.endswith(BLOCKS), prefix
     return f"{prefix.removesuffix(BLOCKS)}{ENTRY}"
 
 
-def stack_of_entry(stage: str) -> str | None:
-    """Which stack begins at a stage: "decoder.entry" -> "decoder", "" where there is one stack; None = none does."""
-    stack, _, leaf = stage.rpartition(".")
+def stack_of_entry(name: str) -> str | None:
+    """Return the stack of an input: "decoder.entry" -> "decoder", "entry" -> ""; None for the output of a block."""
+    stack, _, leaf = name.rpartition(".")
     return stack if leaf == ENTRY else None
 
 
 def blocks_paths(model: HFModel) -> Iterator[tuple[str, str]]:
-    """Prefix of a stack -> where transformers keeps its list of blocks, such as "model.layers": read off the table."""
+    """Yield (prefix of a stack, path of its list of blocks in transformers, such as "model.layers"), from the table."""
     for prefix in model.core.stacks:
-        name = next(row.names[0] for native, row in model.table.items() if native.startswith(f"{prefix}.0."))
-        yield prefix, name[: name.index(".0.")]
+        path = next(row.names[0] for native, row in model.table.items() if native.startswith(f"{prefix}.0."))
+        yield prefix, path[: path.index(".0.")]

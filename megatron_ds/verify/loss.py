@@ -1,4 +1,4 @@
-"""The loss of whole outputs, as one process without our layers computes it: the formula that our engine must meet."""
+"""The reference loss, computed from full outputs in one process, without our layers and engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.verify.compare import Difference
 
-# Column of the labels -> the output that it is compared with.
+# Label column -> the output that it is compared with.
 PREDICTED_BY = {
     "targets": "logits",
     "next_sentence_label": "next_sentence",
@@ -23,33 +23,33 @@ PREDICTED_BY = {
 
 @dataclass(frozen=True)
 class ReferenceLoss:
-    """The loss of one input, and the size that it is measured against.
+    """The loss of one input, and the scale of its relative error.
 
-    Inner products with random directions add up to nearly nothing by chance, and their rounding with them: such a term
-    counts as its standard deviation at least.
+    The sum of inner products with random directions is close to zero by chance, but its rounding error is not: the
+    scale of such a term is at least its standard deviation.
     """
 
     value: float
-    size: float
+    scale: float
 
     def difference(self, ours: float) -> Difference:
-        apart = abs(ours - self.value)
-        return Difference(apart, apart / self.size)
+        delta = abs(ours - self.value)
+        return Difference(delta, delta / self.scale)
 
 
 def mean_loss(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
-    """The sum, over the columns of labels, of the mean over each one's labels; fp32.
+    """Return the sum over label columns of the mean loss over the column's labels; fp32.
 
     Args:
-        outputs: by our names, (B, ...).
-        labels: ids, of which -100 is none, to take the cross entropy with; or directions, for an inner product.
+        outputs: outputs by our names, (B, ...) each.
+        labels: label columns by name: ids for cross entropy (-100: no label), or directions for an inner product.
     """
     terms = [_term(outputs[PREDICTED_BY[name]].float(), column) for name, column in labels.items()]
     return torch.stack(terms).sum()
 
 
 def reference_loss(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> ReferenceLoss:
-    """`mean_loss` of what transformers gives."""
+    """Return the `mean_loss` of transformers' outputs, with its scale."""
     value, chance = float(mean_loss(outputs, labels)), 0.0
     for name, column in labels.items():
         if column.is_floating_point():

@@ -1,4 +1,4 @@
-"""Our side: one rank's part of the model under DeepSpeed's engine, compared on the spot with the reference's files."""
+"""Our side: one rank's part of the model under DeepSpeed's engine, compared with the reference's files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import LoadedModel, Session
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
-from megatron_ds.verify.layer_names import stage_names
+from megatron_ds.verify.layer_names import position_names
 from megatron_ds.verify.reference import GRADIENTS
 
 
 @dataclass
 class Findings:
-    """What one rank saw of one input; what it does not hold is absent.
+    """The differences that one rank found for one input; tensors that it does not hold are absent.
 
     Attributes:
-        loss: ours.
-        outputs: what is predicted, by name -> difference, on the first tensor rank of the last pipeline stage.
-        hidden: stage -> difference, on the first tensor rank of the pipeline stage that has it.
+        loss: our loss.
+        outputs: name of an output -> difference, on the first tensor rank of the last pipeline stage.
+        hidden: position in the model -> difference, on the first tensor rank of the pipeline stage that has it.
         gradients: Hugging Face name -> difference, on rank 0.
     """
 
@@ -47,7 +47,7 @@ class Findings:
 def run_rank(
     info: RankInfo, weights: HFWeights, inputs: Sequence[Probe], parallel: ParallelSection, results: Path
 ) -> list[Findings]:
-    """Run all inputs on one rank and compare with the reference's results in the directory `results`."""
+    """Run all inputs on one rank and compare with the reference's results in `results`. Collective over the world."""
     torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
     session = Session(info, start_distributed(info))
     hf = replace(weights.model, core=weights.model.core.without_dropout())
@@ -74,7 +74,7 @@ def _run_probe(engine: Engine, probe: Probe, weights: HFWeights, sequence: bool,
         findings.gradients = _compare_gradients(engine, weights, open_directory(results / GRADIENTS))
     else:
         findings = Findings(engine.evaluate([probe.batch]).mean)
-    with _hidden_states(engine, stage_names(weights.model.core), sequence) as hidden:
+    with _hidden_states(engine, position_names(weights.model.core), sequence) as hidden:
         outputs = engine.outputs(probe.columns) or {}
     if engine.grid.tensor.rank == 0:
         with safe_open(results / f"{index}.safetensors", framework="pt") as reference:
@@ -84,7 +84,7 @@ def _run_probe(engine: Engine, probe: Probe, weights: HFWeights, sequence: bool,
 
 
 def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSource) -> dict[str, Difference]:
-    """Collective; rank 0 has the result."""
+    """Return the differences of all gradients on rank 0, nothing elsewhere. Collective over the world."""
     probe = engine.optimizer
     assert isinstance(probe, GradientProbe)
     to_hf, found = ToHF(weights.model), {}
@@ -92,24 +92,26 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
     for name, gradient in engine.full_tensors(probe.gradient):
         if gradient is None:
             continue
-        for theirs, ours in to_hf.add(name, gradient.cpu()):
+        for hf_name, ours in to_hf.add(name, gradient.cpu()):
             floor = smallest_norm(ours.numel(), typical)
-            found[theirs] = difference(ours, reference.tensor(theirs), floor)
+            found[hf_name] = difference(ours, reference.tensor(hf_name), floor)
     return found
 
 
 @contextmanager
 def _hidden_states(engine: Engine, layers: Sequence[str], sequence: bool) -> Iterator[dict[str, Tensor]]:
-    """Within it, a dict that fills with the (B, S, H) fp32 outputs of those of the stages that this rank has, by name
-    and in the order in which they run."""
+    """Record the (B, S, H) fp32 outputs of the `layers` that this rank has, in a dict in execution order.
+
+    With sequence parallelism each is gathered over tp.
+    """
     states: dict[str, Tensor] = {}
     grid: Grid = engine.grid
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Activations) -> None:
-            mine = output[HIDDEN].detach()
-            whole = all_gather_dim0(mine, grid.tensor) if sequence else mine
-            states[name] = whole.transpose(0, 1).float().cpu()
+            local = output[HIDDEN].detach()
+            full = all_gather_dim0(local, grid.tensor) if sequence else local
+            states[name] = full.transpose(0, 1).float().cpu()
 
         return hook
 

@@ -1,4 +1,4 @@
-"""The other side: plain transformers in one process, in fp32, with attention written out."""
+"""The reference: plain transformers in one process, in fp32, with eager attention."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ GRADIENTS = "gradients"
 
 
 def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], results: Path) -> list[ReferenceLoss]:
-    """Run transformers and save what it computes; returns the loss of each input.
+    """Run transformers, save its results, and return the loss of each input.
 
-    Written to `results`: `<index>.safetensors` with the outputs by our names and the hidden states by stage, and
-    `gradients/`, a Hugging Face directory whose weights are the gradients, so that they stand under the names on disk.
+    It writes to `results`: `<index>.safetensors` with the outputs by our names and the hidden states by position, and
+    `gradients/`, a Hugging Face directory whose weights are the gradients, so that they have the names on disk.
 
     Raises:
         ConversionError: transformers cannot load the directory, or finds tensors missing.
     """
     losses = []
     for index, probe in enumerate(inputs):
-        # anew for each: gradients take the place of its weights, and some models remember lengths
-        theirs = load_reference(directory, model, torch.float32)
-        with torch.set_grad_enabled(probe.with_gradients), hidden_states(theirs, model) as hidden:
-            outputs = predict(theirs, model, probe.columns)
-        # as copies: the last block's output may be what is predicted
+        # loaded again for each: gradients overwrite its weights, and some models remember lengths
+        reference = load_reference(directory, model, torch.float32)
+        with torch.set_grad_enabled(probe.with_gradients), hidden_states(reference, model) as hidden:
+            outputs = predict(reference, model, probe.columns)
+        # copies: the last block's output may be one of the outputs
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in {**hidden, **outputs}.items()}
         save_file(tensors, results / f"{index}.safetensors")
         losses.append(reference_loss(tensors, probe.labels))
         if probe.with_gradients:
             mean_loss(outputs, probe.labels).backward()
-            _save_gradients(theirs, results / GRADIENTS)
+            _save_gradients(reference, results / GRADIENTS)
     return losses
 
 
 @contextmanager
-def hidden_states(theirs: nn.Module, model: HFModel) -> Iterator[dict[str, Tensor]]:
-    """Within it, a dict that fills with the (B, S, H) inputs of each stack's first block and every block's output."""
+def hidden_states(reference: nn.Module, model: HFModel) -> Iterator[dict[str, Tensor]]:
+    """Record hidden states: a dict of the (B, S, H) input of each stack's first block and the output of every block."""
     states: dict[str, Tensor] = {}
 
     def before(name: str) -> Any:
@@ -64,7 +64,7 @@ def hidden_states(theirs: nn.Module, model: HFModel) -> Iterator[dict[str, Tenso
 
     handles: list[Any] = []
     for prefix, path in blocks_paths(model):
-        blocks: Any = theirs.get_submodule(path)
+        blocks: Any = reference.get_submodule(path)
         handles.append(blocks[0].register_forward_pre_hook(before(entry_of(prefix)), with_kwargs=True))
         handles += [block.register_forward_hook(after(f"{prefix}.{layer}")) for layer, block in enumerate(blocks)]
     try:
@@ -75,7 +75,7 @@ def hidden_states(theirs: nn.Module, model: HFModel) -> Iterator[dict[str, Tenso
 
 
 @torch.no_grad()
-def _save_gradients(theirs: Any, directory: Path) -> None:
-    for parameter in theirs.parameters():
+def _save_gradients(reference: Any, directory: Path) -> None:
+    for parameter in reference.parameters():
         parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    theirs.save_pretrained(directory)
+    reference.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""What a verification found: one object, one JSON, one verdict."""
+"""The report of a verification, as an object and as JSON."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_ds.verify.compare import GRADIENT_BOUND, LOGITS_BOUND, LOSS_BOUND,
 
 @dataclass(frozen=True)
 class InputReport:
-    """One input.
+    """The differences of one input between our model and transformers.
 
     Attributes:
-        name: of the probe.
+        name: name of the probe.
         batch, length: B, S.
-        decoder_length: T of an encoder-decoder; None elsewhere.
-        outputs: what the model predicts, by name such as "logits", ours against transformers'.
-        loss: likewise.
-        hidden: "entry", then "blocks.0" and so on, of an encoder-decoder "encoder.entry" and so on, each against the
-            input or output of transformers' block.
-        gradients: of every Hugging Face tensor; empty where no backward pass was made.
+        decoder_length: T of an encoder-decoder; None for other models.
+        outputs: differences of the outputs, by name such as "logits".
+        loss: difference of the loss.
+        hidden: differences of hidden states by position: "entry", then "blocks.0" and so on, or "encoder.entry" and so
+            on for an encoder-decoder.
+        gradients: differences of the gradients by Hugging Face name; empty without a backward pass.
     """
 
     name: str
@@ -37,26 +37,26 @@ class InputReport:
 
     @property
     def logits(self) -> Difference | None:
-        """None of a model without a head."""
+        """The difference of the logits; None for a model without a head."""
         return self.outputs.get("logits")
 
     @property
     def wrong_outputs(self) -> list[str]:
-        return [name for name, apart in self.outputs.items() if not apart.within(LOGITS_BOUND)]
+        return [name for name, found in self.outputs.items() if not found.within(LOGITS_BOUND)]
 
     @property
-    def first_apart(self) -> str | None:
-        """The first stage whose hidden states are off."""
-        return next((name for name, apart in self.hidden.items() if not apart.within(LOGITS_BOUND)), None)
+    def first_difference(self) -> str | None:
+        """Name of the first position whose hidden states exceed the bound; None if there is no such position."""
+        return next((name for name, found in self.hidden.items() if not found.within(LOGITS_BOUND)), None)
 
     @property
     def worst_gradient(self) -> tuple[str, Difference] | None:
-        """The gradient that is furthest off."""
-        return max(self.gradients.items(), key=_badness, default=None)
+        """Name and difference of the gradient with the largest relative error."""
+        return max(self.gradients.items(), key=_relative_error, default=None)
 
     @property
     def wrong_gradients(self) -> list[str]:
-        return [name for name, apart in self.gradients.items() if not apart.within(GRADIENT_BOUND)]
+        return [name for name, found in self.gradients.items() if not found.within(GRADIENT_BOUND)]
 
     @property
     def ok(self) -> bool:
@@ -65,12 +65,12 @@ class InputReport:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Tensors read through our tables and written back.
+    """Result of reading all tensors through our tables and writing them back.
 
     Attributes:
-        sha256: name -> hash of its bytes in the source.
-        changed: names whose bytes, shape or dtype came back otherwise, or not at all.
-        left_out: names of the source that are no weights of their own: buffers, and the copy of a tied embedding.
+        sha256: name -> hash of the tensor in the source.
+        changed: names of tensors whose bytes, shape or dtype changed.
+        left_out: names in the source that are not weights: buffers, and the copy of a tied embedding.
     """
 
     sha256: Mapping[str, str]
@@ -80,7 +80,7 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole verification of a directory at a layout."""
+    """The verification of a directory at one layout."""
 
     path: str
     model_type: str
@@ -97,11 +97,11 @@ class Report:
         return all(one.ok for one in self.inputs) and not self.round_trip.changed
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: every number of the report, the bounds and the verdict."""
+        """Return plain values: all numbers of the report, the bounds and the verdict."""
         content = asdict(self)
         for entry, one in zip(content["inputs"], self.inputs):
             logits = {"logits": entry["outputs"]["logits"]} if one.logits is not None else {}
-            entry.update(ok=one.ok, first_apart=one.first_apart, **logits)
+            entry.update(ok=one.ok, first_apart=one.first_difference, **logits)
         bounds = {"logits": LOGITS_BOUND, "outputs": LOGITS_BOUND, "loss": LOSS_BOUND, "gradients": GRADIENT_BOUND}
         return {"ok": self.ok, "bounds": bounds, **content}
 
@@ -109,6 +109,6 @@ class Report:
         write_json(Path(path), self.to_json())
 
 
-def _badness(item: tuple[str, Difference]) -> float:
+def _relative_error(item: tuple[str, Difference]) -> float:
     relative = item[1].relative
     return relative if relative == relative else float("inf")

@@ -1,4 +1,4 @@
-"""Verify a directory: the reference first, then our ranks, then the round trip, each in processes of their own."""
+"""Verify a directory: run the reference, our ranks and the round trip, each in separate processes."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def verify_hf(
 ) -> Report:
     """Compare our model on tp * pp ranks with transformers, in fp32: outputs, loss, every gradient, and the round trip.
 
-    Needs memory for the model, its gradients and its activations, a few times over, and disk for two copies of it in
-    the temporary directory.
+    It needs several times the memory of the model, its gradients and its activations, and disk space for two copies of
+    the model in the temporary directory.
 
     Args:
         hf_dir: config.json and weights of a supported family.
         tp, pp: tensor and pipeline ranks, started on this machine.
         sequence: Megatron's sequence parallelism over the tensor ranks.
-        note: told what is being done.
+        note: called with a line of text before each part.
 
     Raises:
-        MegatronDSError: the directory cannot be read, or not on so many ranks.
-        LaunchError: a rank died; with its traceback.
+        MegatronDSError: the directory cannot be read, or the model cannot be divided over so many ranks.
+        LaunchError: a rank died; the message has its traceback.
     """
     quiet_libraries()
     if rank_from_environment() is not None:
@@ -65,7 +65,7 @@ def verify_hf(
         results = Path(folder)
         note("transformers: outputs, loss and gradients")
         (losses,) = run_local(lambda info: run_reference(directory, weights.model, inputs, results), 1)
-        note(f"megatron_ds on {tp * pp} ranks: the same")
+        note(f"megatron_ds on {tp * pp} ranks: outputs, loss and gradients")
         ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), tp * pp)
         note("round trip: every tensor through the tables and back")
         (round_trip,) = run_local(lambda info: check_round_trip(weights, directory, results / "rewritten"), 1)
@@ -83,7 +83,7 @@ def verify_hf(
 
 
 def _preload() -> None:
-    """Import all that the ranks need before they are forked, and nothing that starts a thread or an accelerator."""
+    """Import what the ranks need before they are forked, but nothing that starts a thread or an accelerator."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
     from megatron_ds.engine import preload  # not before `quiet_libraries`
 
@@ -91,7 +91,7 @@ def _preload() -> None:
 
 
 def merge(probe: Probe, reference: ReferenceLoss, ranks: Sequence[Findings]) -> InputReport:
-    """One report out of what each rank saw, in the order of the ranks: pipeline stage by stage."""
+    """Merge the findings of all ranks for one input, in the order of the pipeline stages."""
     batch, length = probe.input_ids.shape
     decoder_ids = probe.columns.get("decoder_input_ids")
     losses = [reference.difference(rank.loss) for rank in ranks]
@@ -100,10 +100,10 @@ def merge(probe: Probe, reference: ReferenceLoss, ranks: Sequence[Findings]) -> 
         batch=batch,
         length=length,
         decoder_length=decoder_ids.shape[1] if decoder_ids is not None else None,
-        outputs={name: apart for rank in ranks for name, apart in rank.outputs.items()},
-        loss=max(losses, key=lambda apart: apart.relative),
-        hidden={name: apart for rank in ranks for name, apart in rank.hidden.items()},
-        gradients={name: apart for rank in ranks for name, apart in rank.gradients.items()},
+        outputs={name: found for rank in ranks for name, found in rank.outputs.items()},
+        loss=max(losses, key=lambda found: found.relative),
+        hidden={name: found for rank in ranks for name, found in rank.hidden.items()},
+        gradients={name: found for rank in ranks for name, found in rank.gradients.items()},
     )
 
 
@@ -111,7 +111,7 @@ def check_round_trip(weights: HFWeights, directory: Path, target: Path) -> Round
     """Rewrite a directory through the tables and compare the bytes of every tensor.
 
     Raises:
-        ConversionError: what cannot be rewritten.
+        ConversionError: a tensor cannot be rewritten.
     """
     rewrite(directory, target)
     before, after = open_directory(directory), open_directory(target)
@@ -130,7 +130,7 @@ def check_round_trip(weights: HFWeights, directory: Path, target: Path) -> Round
 
 
 def digest(source: TensorSource, name: str) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
+    """Return the SHA-256 of a tensor's dtype, shape and bytes."""
     hashed = hashlib.sha256(f"{source.dtype(name)} {source.shape(name)}".encode())
     hashed.update(source.tensor(name, ahead=True).contiguous().flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()

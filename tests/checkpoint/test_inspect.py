@@ -126,7 +126,7 @@ def test_latest_that_leads_nowhere_is_said(
     file.unlink() if latest is None else file.write_bytes(latest)
     assert _run(["inspect", str(copied.parent)]) == 0
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("latest"))
-    assert ("is missing" in said) == (latest is None) and "a run goes on from the newest that is whole" in said
+    assert ("is missing" in said) == (latest is None) and "a run resumes from the newest intact checkpoint" in said
 
 
 def test_an_export_may_have_the_name_of_a_step(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

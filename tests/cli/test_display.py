@@ -86,7 +86,7 @@ def test_plain_summary() -> None:
         "world       8 = tp 2 x pp 2 x dp 2, sequence parallel",
         "deepspeed   ZeRO stage 1, bf16",
         "device      NVIDIA H100",
-        "steps       1,000 of 32,768 tokens (32.8M in all)",
+        "steps       1,000 of 32,768 tokens (32.8M in total)",
         "data        corpus[1].txt, text, sequences of 512 tokens",
         "output      out/run",
     ]

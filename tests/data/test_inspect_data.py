@@ -133,8 +133,8 @@ def test_indexed_files(prefix: str, byte_level: str, told: Told) -> None:
         "source      speeches.jsonl",
         "tokenizer   gpt2",
         "largest id  699",
-        "bad lines   3 were left out",
-        "whole       every checksum is right",
+        "bad lines   3 skipped",
+        "intact      all checksums match",
     ):
         assert line in said.splitlines()
     facts = json.loads(told(prefix, "--json"))
@@ -161,8 +161,8 @@ def test_damage_is_seen_by_the_checksum(prefix: str, suffix: str, told: Told) ->
     assert (
         f"DAMAGED     {path} has the checksum {xxhash.xxh3_128(bytes(content)).hexdigest()}, but {prefix}.json" in said
     )
-    assert "whole" not in said
-    assert "whole       by the lengths of the files" in told(prefix, "--fast")
+    assert "intact" not in said
+    assert "intact      by file lengths (--fast)" in told(prefix, "--fast")
 
 
 def test_a_manifest_of_other_files(prefix: str, told: Told) -> None:
@@ -170,7 +170,7 @@ def test_a_manifest_of_other_files(prefix: str, told: Told) -> None:
     Path(f"{prefix}.json").write_text(json.dumps({**manifest, "num_tokens": 1}))
     assert re.search(r"DAMAGED +\S+ says num_tokens=1, but there are \d+", told(prefix, "--fast", status=1))
     Path(f"{prefix}.json").write_text('{"text": "no manifest"}')
-    assert "manifest    none, so nothing says what the files must be" in told(prefix)
+    assert "manifest    none; the files cannot be verified" in told(prefix)
 
 
 def test_what_indexed_files_are_refused_for(prefix: str, tokenizer_path: str, told: Told, tmp_path: Path) -> None:
@@ -183,8 +183,10 @@ def test_what_indexed_files_are_refused_for(prefix: str, tokenizer_path: str, to
     Path(f"{prefix}.bin").unlink()
     assert "no such file" in told(prefix, status=2)
     assert "does not exist (looked in" in told(tmp_path / "nowhere", status=2)
-    assert "only the values of a run file can be replaced" in told(prefix, "data.packing=true", status=2)
-    assert "--tokenizer goes with indexed data and files" in told(tmp_path, "--tokenizer", tokenizer_path, status=2)
+    assert "only values of a run file can be overridden" in told(prefix, "data.packing=true", status=2)
+    assert "--tokenizer works with indexed data and text files only" in told(
+        tmp_path, "--tokenizer", tokenizer_path, status=2
+    )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def test_conversations_in_a_file(chat_file: str, chat_tokenizer: Any, told: Told
     facts = json.loads(told(chat_file, "--tokenizer", chat_tokenizer("header"), "--json", "--samples", 4))
     total, learned = facts["lengths"]["total"], facts["learned"]
     assert facts["lengths"]["count"] == 4 and len(facts["shown"]) == 4
-    assert f"chat        4 conversations, {total} tokens, {learned} of them under loss ({learned / total:.1%})" in said
+    assert f"chat        4 conversations, {total} tokens, {learned} of them with loss ({learned / total:.1%})" in said
     marked = re.findall(f"{MARKS[0]}(.*?){MARKS[1]}", said, re.DOTALL)
     assert marked == ["ishmael<|eot|>", "ago<|eot|>", "ago<|eot|>"]
     assert learned == sum(one["documents"][0]["learned"] for one in facts["shown"])
@@ -205,7 +207,7 @@ def test_conversations_in_a_file(chat_file: str, chat_tokenizer: Any, told: Told
 def test_text_in_a_file(write_jsonl: Any, byte_level: str, told: Told) -> None:
     path = write_jsonl([{"text": text} for text in DOCUMENTS])
     said = told(path, "--tokenizer", byte_level)
-    assert "text        4 documents, " in said and "under loss" not in said and MARKS[0] not in said
+    assert "text        4 documents, " in said and "with loss" not in said and MARKS[0] not in said
     assert f"document 0: 4 tokens\n  │ {DOCUMENTS[0]}" in re.sub(r"\b\d+ tokens", "4 tokens", said)
     Path(path).with_suffix(".txt").write_text("call me ishmael\x1b[31m\x07\r\nsome\tyears")
     shown = told(Path(path).with_suffix(".txt"), "--tokenizer", byte_level)
@@ -246,7 +248,7 @@ def test_a_run_shows_the_samples_that_it_takes_first(chat_file: str, run_of: Any
     learned = sum(one["documents"][0]["learned"] for one in facts["shown"])
     assert facts["learned"] == learned / 4 and facts["looked_at"] == facts["samples"] == 4
     said = told(run, "--samples", 1)
-    assert "order       shuffled; 3 steps of 2 take 1.50 times 4 samples" in said
+    assert "order       shuffled; 3 steps of 2 read 1.50 times 4 samples" in said
     assert f"loss        on {learned / 4:.1f} of a sample's 128 positions ({learned / 4 / 128:.1%})" in said
     assert "lengths     of conversations: " in said and "valid       4 conversations" in said
     assert not (run.parent / "out").exists(), "nothing is trained"
@@ -256,7 +258,7 @@ def test_packed_conversations_are_told_apart(chat_file: str, run_of: Any, told: 
     run = run_of(format="chat", train=[chat_file])
     said = told(run, "data.packing=true", "data.seq_length=512", "data.shuffle=false")
     assert "columns     input_ids, targets, position_ids" in said and "valid       none" in said
-    assert re.search(r"^sample 0: \d+ tokens in 4 documents, \d+ under loss, \d+ positions of padding$", said, re.M)
+    assert re.search(r"^sample 0: \d+ tokens in 4 documents, \d+ with loss, \d+ positions of padding$", said, re.M)
     assert said.count("  document ") == 4
     marked = re.findall(f"{MARKS[0]}(.*?){MARKS[1]}", said, re.DOTALL)
     assert marked == [f"{answer}<|eot|>" for number, (_, answer) in enumerate(CHATS) for _ in range(number + 1)]

@@ -16,7 +16,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.probe import Probe
-from megatron_ds.verify.layer_names import stage_names
+from megatron_ds.verify.layer_names import position_names
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.ours import run_rank
 from megatron_ds.verify.reference import run_reference
@@ -91,9 +91,9 @@ def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
     ranks = run_local_ranks(run_rank, tp * pp, weights, inputs, parallel, results)
     for probe, loss, found in zip(inputs, losses, zip(*ranks)):
         report = merge(probe, loss, found)
-        assert report.ok, (report.name, report.outputs, report.loss, report.worst_gradient, report.first_apart)
-        assert report.first_apart is None
-        assert list(report.hidden) == stage_names(weights.model.core)
+        assert report.ok, (report.name, report.outputs, report.loss, report.worst_gradient, report.first_difference)
+        assert report.first_difference is None
+        assert list(report.hidden) == position_names(weights.model.core)
     gradients = merge(inputs[0], losses[0], next(zip(*ranks))).gradients
     assert gradients.keys() == {name for row in weights.model.table.values() for name in row.names}
 

@@ -128,7 +128,7 @@ def test_exports_for_peft_and_merged(
     for place in (run.output, str(tmp_path / "adapter")):
         assert _run(["inspect", place]) == 0
         shown = capsys.readouterr().out
-        assert "LoRA, r 4, beside 14 modules" in shown and f"base        {base}" in shown
+        assert "LoRA, r 4, on 14 modules" in shown and f"base        {base}" in shown
     mine, theirs = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "adapter_from_command")
     )

@@ -90,7 +90,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         ),
         (
             {"deepspeed": {"activation_checkpointing": {"cpu_checkpointing": True}}},
-            "cpu_checkpointing=true works on partitioned activations only; nearest: partition_activations=true",
+            "cpu_checkpointing=true works on partitioned activations only; try partition_activations=true",
         ),
         (
             {

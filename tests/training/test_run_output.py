@@ -87,7 +87,9 @@ def test_a_run_accounts_at_each_save_and_at_its_end(
 ) -> None:
     told: list[Any] = []
     run = make_run(train={"steps": 4}, checkpoint={"every": 2})
-    monkeypatch.setattr(RunOutput, "taken", lambda self, data, samples, is_last=False: told.append((samples, is_last)))
+    monkeypatch.setattr(
+        RunOutput, "write_usage", lambda self, data, samples, is_last=False: told.append((samples, is_last))
+    )
     engine = CountingEngine()
     engine.seen = told  # type: ignore[assignment]  # the process that travels gives it back
     monkeypatch.setattr(CountingEngine, "train_step", _plain_step)

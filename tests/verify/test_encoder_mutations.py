@@ -260,7 +260,7 @@ def test_a_mutation_turns_the_verification_red(
     first = report.inputs[0]
     assert not report.ok and not first.ok
     assert max(apart.relative for apart in first.outputs.values()) > 1e-3, "by far, not by a little"
-    assert first.first_apart == where
+    assert first.first_difference == where
     assert not report.round_trip.changed, "a round trip alone sees nothing"
 
 
@@ -271,7 +271,7 @@ def test_only_the_second_input_reaches_the_last_distance(
     last_distance_too_far(monkeypatch)
     near, far = verify_hf(directory).inputs
     assert near.ok and not far.ok
-    assert far.first_apart == FIRST
+    assert far.first_difference == FIRST
 
 
 def test_the_next_sentence_alone_is_off_where_its_head_is(

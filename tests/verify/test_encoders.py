@@ -40,7 +40,7 @@ def test_equal_at_every_layout(case: str, place: tuple[int, int, bool], director
     assert report.ok, lines(report)
     for one in report.inputs:
         assert list(one.outputs) == OUTPUTS[case]
-        assert one.first_apart is None
+        assert one.first_difference is None
         if not case.startswith("t5"):
             assert list(one.hidden) == ["entry", *BLOCKS]
     assert report.inputs[0].gradients.keys() == report.round_trip.sha256.keys()
@@ -114,4 +114,4 @@ def test_a_broken_stack_is_named(directory_of: Directories, tmp_path: Path) -> N
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     report = mds.verify_hf(tmp_path)
     assert not report.ok
-    assert any(line.startswith("first apart in decoder.blocks.1, relative") for line in lines(report))
+    assert any(line.startswith("differs     first in decoder.blocks.1, relative") for line in lines(report))

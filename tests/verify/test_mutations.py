@@ -120,5 +120,5 @@ def test_a_mutation_turns_the_verification_red(
     report = verify_hf(directory)
     assert not report.ok
     assert not any(one.logits.within(1e-4) for one in report.inputs), "by far, not by a little"
-    assert report.inputs[0].first_apart == where
+    assert report.inputs[0].first_difference == where
     assert not report.round_trip.changed, "a round trip alone sees nothing"

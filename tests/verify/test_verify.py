@@ -33,7 +33,7 @@ def test_equal_at_every_layout(tp: int, pp: int, sequence: bool, directory_of: D
     assert report.inputs[1].length >= 70 + BEYOND
     for one in report.inputs:
         assert list(one.hidden) == ["entry", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]
-        assert one.first_apart is None
+        assert one.first_difference is None
     assert report.inputs[0].gradients.keys() == report.round_trip.sha256.keys()
 
 
@@ -72,7 +72,7 @@ def test_exit_status_1_where_it_is_off(
     process = fork("-m", "megatron_ds", "verify", directory)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
-    assert "first apart in blocks.2" in out and out.splitlines()[-1].startswith("verdict     NOT equal")
+    assert "differs     first in blocks.2" in out and out.splitlines()[-1].startswith("verdict     NOT equal")
 
 
 @pytest.mark.parametrize(
