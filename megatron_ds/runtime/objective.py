@@ -97,7 +97,7 @@ def own_objective(model: LoadedModel, data: DataSection, seed: int) -> Objective
             f"{model.hf.architecture}, without a head to train; nearest: {model.hf.family.architecture}"
         )
     kind = _DATA_OBJECTIVES[name]
-    options: dict[str, Any] = {key: getattr(data, key) for key in _HEEDED[kind]}
+    options: dict[str, Any] = {key: getattr(data, key) for key in _USED[kind]}
     if kind is not Causal:
         options["seed"] = seed
     return Objective(kind(**options, **core.data_objective_options))
