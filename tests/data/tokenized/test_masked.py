@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForPreTraining
 
 from megatron_ds.data import Masked, collate, load_tokenizer, open_dataset
 from megatron_ds.errors import DataError
-from tests.data.noise import assert_noise_depends_on_the_index_alone, assert_shapes, assert_share
+from tests.data.dataset_checks import assert_noise_depends_on_the_index_alone, assert_shapes, assert_share
 
 VOCAB_SIZE = 700
 X = -100

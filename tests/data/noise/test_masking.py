@@ -7,7 +7,7 @@ from megatron_ds.data import Masked, load_tokenizer
 from megatron_ds.data.noise.masking import Masker, MaskingIds, load_masker
 from megatron_ds.data.noise.word_boundaries import word_boundaries
 from megatron_ds.errors import DataError
-from tests.data.noise import assert_share
+from tests.data.dataset_checks import assert_share
 
 VOCAB_SIZE = 700
 CLS, SEP, MASK, PAD = 2, 3, 4, 0

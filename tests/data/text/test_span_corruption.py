@@ -8,7 +8,12 @@ from megatron_ds.data.noise.seeded_random import SeededRandom
 from megatron_ds.data.noise.span_corruption import corrupt, corruption_lengths, fit_lengths
 from megatron_ds.data.text.span_corruption import find_sentinels
 from megatron_ds.errors import DataError
-from tests.data.noise import assert_equal_samples, assert_noise_depends_on_the_index_alone, assert_shapes, assert_share
+from tests.data.dataset_checks import (
+    assert_equal_samples,
+    assert_noise_depends_on_the_index_alone,
+    assert_shapes,
+    assert_share,
+)
 from tests.data.tiny_tokenizers import NUM_SENTINELS, save_sentencepiece
 
 VOCAB_SIZE = 700

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_ds.data.noise.seeded_random import Purpose, SeededRandom
 from megatron_ds.data.readers.concat_index import ConcatIndex
-from tests.data.noise import assert_share
+from tests.data.dataset_checks import assert_share
 
 
 def test_draws_never_change_between_versions():

@@ -6,7 +6,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from megatron_ds.data import Seq2Seq, collate, open_dataset
 from megatron_ds.errors import DataError
-from tests.data.noise import assert_equal_samples, assert_shapes
+from tests.data.dataset_checks import assert_equal_samples, assert_shapes
 
 VOCAB_SIZE = 50
 X = -100
