@@ -1,11 +1,11 @@
-"""Records twelve small training runs bit for bit, to show that a change of the code changed no mathematics.
+"""Record twelve small training runs bit for bit, to show that a change of the code changed no mathematics.
 
     python tests/record_runs.py record BEFORE                         # on the old code
     python tests/record_runs.py record AFTER --inputs BEFORE          # on the new code, from the same models and data
     python tests/record_runs.py compare BEFORE AFTER                  # equal, or what differs first
-    python tests/record_runs.py resume BEFORE RESUMED                 # the new code goes on from the old checkpoints
+    python tests/record_runs.py resume BEFORE RESUMED                 # the new code continues the old checkpoints
 
-It knows the command line, the run file and the files that are written, and nothing of what is inside. Recordings are
+It uses only the command line, the run file and the files that are written. Recordings are
 comparable on one machine with one version of PyTorch only. In a directory of recordings are `models/` and `data/` (the
 inputs), `cache/` (XDG_CACHE_HOME), `prepared/` (what `prepare` wrote), `runs/NAME/` (run.yaml, output, export, log.txt)
 and `record.json`.
