@@ -219,7 +219,7 @@ def _stacks(ranks: Sequence[_Rank], folder: Path) -> str:
     for rank in ranks:
         file = folder / f"{rank.index}.stacks"
         text = file.read_text().rstrip() if file.is_file() else ""
-        texts.append(f"rank {rank.index} stood at:\n{text or '  (it did not answer)'}")
+        texts.append(f"stack of rank {rank.index}:\n{text or '  (no response)'}")
     return "\n".join(texts)
 
 

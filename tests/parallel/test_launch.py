@@ -142,7 +142,7 @@ def test_time_out_names_the_ranks_that_hang_and_where() -> None:
     with pytest.raises(LaunchError) as caught:
         run_local(waits_forever, 3, timeout_s=0.5)
     message = str(caught.value)
-    assert message.startswith("timed out after 0.5 s; ranks still running: 0, 2\nrank 0 stood at:\n")
+    assert message.startswith("timed out after 0.5 s; ranks still running: 0, 2\nstack of rank 0:\n")
     assert message.count("in waits_forever") == 2
 
 
