@@ -80,7 +80,7 @@ class ForkedPython:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Exit status, or minus the signal that ended it.
+        """Wait for its end; return the exit status, or minus the signal that ended it.
 
         Raises:
             subprocess.TimeoutExpired: it still runs.
@@ -95,7 +95,7 @@ class ForkedPython:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """stdout and stderr, once it has ended."""
+        """Wait for its end; return stdout and stderr."""
         self.wait(timeout)
         out, err = self._read()
         return out, err
@@ -116,7 +116,7 @@ class ForkedPython:
 def run_python(
     *arguments: object, timeout: float = 120.0, check: bool = False, cwd: Path | None = None, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` to its end, in this process's directory unless another is given.
+    """Run `python ARGUMENTS` to its end, in this process's directory unless another is given.
 
     Its environment is this process's, with `environ` changed.
 
@@ -139,7 +139,7 @@ def run_python(
 
 
 def can_fork(environ: Mapping[str, str]) -> bool:
-    """Whether a fork would train on the accelerator that an environment asks for: preloading has chosen one."""
+    """Return whether a fork trains on the accelerator that an environment asks for: preloading has chosen one."""
     return environ.get("DS_ACCELERATOR") == os.environ.get("DS_ACCELERATOR")
 
 
@@ -186,7 +186,7 @@ def _take(streams: tuple[int, ...]) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """The exit status that Python would give."""
+    """Run the module or script; return the exit status that Python would give."""
     try:
         if arguments[0] == "-m":
             sys.argv = list(arguments[1:])

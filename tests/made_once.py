@@ -20,7 +20,7 @@ MakeOnce = Callable[..., tuple[Path, Any]]
 def make_once(
     folder: Path, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0
 ) -> tuple[Path, Any]:
-    """See `MakeOnce`.
+    """Return the directory and the result of a function that runs once a session.
 
     Args:
         folder: of all such results of a session.

@@ -67,7 +67,7 @@ def fork(tmp_path: Path, start: Start) -> Iterator[Fork]:
 
 
 def _environment(tmp_path: Path, changes: dict[str, str]) -> dict[str, str]:
-    """This process's, without what launchers, and `quiet_libraries` in it, have set."""
+    """Copy this process's environment, without what launchers, and `quiet_libraries` in it, have set."""
     others = ("SLURM_", "MASTER_", "TRANSFORMERS_", "HF_HUB_DISABLE_", "HF_DATASETS_DISABLE_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {**clean, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", MARK: str(tmp_path), **changes}

@@ -66,7 +66,7 @@ def gradient_of(output: Tensor) -> Tensor:
 
 
 def plainly(case: Case) -> Found:
-    """By torch on one process."""
+    """Compute a case with torch on one process."""
     parameters, inputs = draw(case)
     for tensor in (*parameters.values(), *inputs):
         tensor.requires_grad_()
@@ -76,7 +76,7 @@ def plainly(case: Case) -> Found:
 
 
 def sharded(grid: Grid, sequence: bool, cases: Mapping[str, Case], outputs: Mapping[str, Tensor]) -> dict[str, Found]:
-    """This rank's part of every case, on one layout."""
+    """Compute this rank's part of every case, on one layout."""
     tp = TensorParallel(grid.tensor, sequence)
     return {name: _run(case, tp, outputs[name]) for name, case in cases.items()}
 
@@ -115,7 +115,7 @@ def check(cases: Mapping[str, Case], tp: int, sequence: bool) -> None:
 
 
 def _equal(what: str, whole: Tensor, parts: list[Tensor], dim: int | None) -> None:
-    """Parts are divided along `dim`; where it is None each is the whole."""
+    """Compare the parts, divided along `dim`, with the full tensor; where `dim` is None each part is all of it."""
     found = [torch.cat(parts, dim)] if dim is not None else parts
     for one in found:
         torch.testing.assert_close(one, whole, rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: {text}")
