@@ -203,7 +203,7 @@ def test_a_flipped_byte_is_named_and_the_whole_one_beside_it(
         (("import", "nothing", "other"), "nothing: no config.json here"),
         (
             ("import", "model", "theirs"),
-            "theirs would be replaced, and holds training_state/notes.txt, which is not of",
+            "theirs would be replaced, and holds training_state/notes.txt, which no import writes",
         ),
         (("export", "ck", "mine/notes.txt/hf"), "mine/notes.txt/hf could not be written: Not a directory"),
         (("inspect", "mine"), "mine is no checkpoint, folder of checkpoints, run output or Hugging Face directory"),
