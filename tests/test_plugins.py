@@ -1,5 +1,6 @@
 """Modules from outside: found, imported before the run file is checked, and refused in one line where they fail."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,3 +140,21 @@ def test_the_command_line_ends_with_one_line_and_status_2(module: Any, tmp_path:
         command = [str(program), *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (2, f"error: {field}={line}"), "the current directory is searched"
+
+
+def test_cores_are_divided_among_ranks_before_a_module_can_import_torch(module: Any, tmp_path: Path) -> None:
+    module("outside_threads", "import os\nraise ValueError(os.environ['OMP_NUM_THREADS'] + ' threads')")
+    (tmp_path / "run.yaml").write_text(RUN)
+    program = str(Path(sys.executable).with_name("megatron-ds"))
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [program, "train", "run.yaml", "imports=[outside_threads]", "--nproc", "2"],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    cores = len(os.sched_getaffinity(0))
+    assert f"ValueError: {max(1, cores // 2)} threads" in done.stderr

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ds.config import load_run
+from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.training.launch import train
 from tests.forked_python import run_python
+from tests.ranks import run_local_ranks
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "extend"
@@ -90,6 +95,17 @@ def test_the_objective_is_the_same_at_another_layout(place: Path) -> None:
     assert len(losses["alone"]) == 5
     for name in ("pp2", "tp2"):
         assert losses[name] == pytest.approx(losses["alone"], rel=2e-5), name
+
+
+def test_ranks_of_a_launcher_import_the_package_themselves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    options = [*SHORT, "train.steps=2", "export=", f"output={place}/launched"]
+
+    def rank(info: RankInfo) -> int:
+        assert "harbor" not in FAMILIES
+        return train(load_run(run_file(place), options)).steps
+
+    assert run_local_ranks(rank, 2) == [2, 2]
 
 
 @pytest.mark.parametrize(
