@@ -160,28 +160,22 @@ def test_a_format_from_outside_is_checked_with_its_options(counting: DataFormat,
 
 
 def test_a_format_from_outside_is_blended_and_ordered(counting: DataFormat, tmp_path: Path) -> None:
-    order = Order(40, 3, True)
     options = CountOptions(start=3)
-    blend = open_dataset(
-        "counting",
-        Causal(),
-        ["5", "7"],
-        4,
-        100,
-        cache_dir=str(tmp_path),
-        weights=[1, 3],
-        order=order,
-        options=options,
-    )
-    batch = collate(blend, [0, 1, -1])
+
+    def open_(**given: Any) -> Any:
+        return open_dataset("counting", Causal(), ["5", "7"], 4, 100, cache_dir=str(tmp_path), options=options, **given)
+
+    def firsts(shuffle: bool) -> list[int]:
+        blend = open_(weights=[1, 3], order=Order(40, 3, shuffle))
+        return [int(blend.sample(index)["input_ids"][0]) for index in range(40)]
+
+    batch = collate(open_(weights=[1, 3], order=Order(40, 3, True)), [0, 1, -1])
     assert batch["scores"].dtype.is_floating_point and batch["scores"].shape == (3,)
     assert batch["targets"][2].tolist() == [-100] * 4
-    first = {int(blend.sample(index)["input_ids"][0]) for index in range(40)}
-    assert first == set(range(3, 10)), "every number of both sources"
-    firsts = [int(blend.sample(index)["input_ids"][0]) for index in range(12)]
-    assert firsts != sorted(firsts), "shuffled"
-    whole = open_dataset("counting", Causal(), ["5", "7"], 4, 100, cache_dir=str(tmp_path), options=options)
-    assert len(whole) == 12 and whole.sample(13)["input_ids"].tolist() == [4, 5, 6, 7]
+    assert set(firsts(True)) == set(range(3, 10)), "every number of both sources"
+    assert firsts(True) == firsts(True) != firsts(False)
+    concatenated = open_()
+    assert len(concatenated) == 12 and concatenated.sample(13)["input_ids"].tolist() == [4, 5, 6, 7]
 
 
 def test_a_column_that_is_not_as_declared_is_refused(counting: DataFormat) -> None:
