@@ -90,13 +90,13 @@ def train(
         return _train_locally(run, nproc or 1, as_rank, restarts)
     if restarts.at_most:
         raise TopologyError(
-            f"--max-restarts={restarts.at_most} works without a launcher only, but the environment has rank "
-            f"{given.rank} of {given.world_size} of one; try torchrun --max-restarts"
+            f"--max-restarts={restarts.at_most} restarts local ranks, but a launcher started rank {given.rank} of "
+            f"{given.world_size}; try torchrun --max-restarts"
         )
     if nproc is not None:
         raise TopologyError(
-            f"--nproc={nproc} works without a launcher only, but the environment has rank {given.rank} of "
-            f"{given.world_size} of one; leave --nproc out"
+            f"--nproc={nproc} starts local ranks, but a launcher started rank {given.rank} of {given.world_size}; "
+            "leave --nproc out"
         )
     return _train_launched(run, given, as_rank)
 

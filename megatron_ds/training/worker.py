@@ -201,4 +201,4 @@ def _export(resolved: ResolvedRun, engine: Engine, data: Dataset, output: RunOut
     if section.check:
         batch = collate(data, range(resolved.run.train.micro_batch_size))
         error = check_export(engine, resolved.hf, section, precision, batch)
-        output.note(f"transformers predicts the same as the live model from it: relative error {error:.1e}")
+        output.note(f"its predictions in transformers equal those in training: relative error {error:.1e}")

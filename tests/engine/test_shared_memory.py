@@ -70,6 +70,7 @@ def _refused(grid: Grid, change: Any) -> str:
     try:
         _directly(grid)
     except ConfigError as problem:
+        torch.distributed.barrier()  # a rank that leaves early breaks the connections that others still make
         return str(problem)
     return "not refused"
 

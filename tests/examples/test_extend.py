@@ -64,7 +64,7 @@ def test_every_command_of_the_page(place: Path) -> None:
         [run_file(place) if word == "examples/extend/run.yaml" else word for word in words[1:]] for words in commands
     )
     shown = run_program(place, *train, *SHORT, cold=True)
-    assert "transformers predicts the same as the live model from it: relative error" in shown
+    assert "its predictions in transformers equal those in training: relative error" in shown
     lines = lines_of(place / "out" / "extend")
     steps, valid = ([line for line in lines if key in line] for key in ("loss", "valid_loss"))
     assert len(steps) == 6 and steps[-1]["loss"] < steps[0]["loss"]
