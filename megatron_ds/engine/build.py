@@ -86,7 +86,7 @@ def build_engine(
     Raises:
         ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
     """
-    facts = summarize_deepspeed(options.deepspeed)
+    summary = summarize_deepspeed(options.deepspeed)
     rng = RngStreams(options.seed, grid, device)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
@@ -96,14 +96,14 @@ def build_engine(
         tp=tp, rng=rng, recompute=_recompute(options, mpu, rng), compiled=options.compiled, kernels=kernels
     )
     specs = layers(ctx)
-    with _allocation(facts, options.deepspeed, mpu, device):
+    with _allocation(summary, options.deepspeed, mpu, device):
         if pipelined:
             bounds = partition(specs, grid.pipeline.size)
             module: nn.Module = PipelinedModel(specs, bounds, grid.layout, ctx.tp.splits_sequence)
         else:
             module = SequentialModel(specs)
     read = read_shard or (lambda name, spec, axes: initial_shard(name, spec, options.seed, axes))
-    _fill(module, grid, read, zero_3=facts.zero_stage == 3)
+    _fill(module, grid, read, zero_3=summary.zero_stage == 3)
     if isinstance(module, PipelinedModel):
         module.equalize_copies()
     _freeze(module, options.frozen)
@@ -132,10 +132,10 @@ def build_engine(
 
 
 @contextmanager
-def _allocation(facts: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, device: torch.device) -> Iterator[None]:
+def _allocation(summary: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, device: torch.device) -> Iterator[None]:
     """Create parameters within the block in the run's dtype and on its device, and partitioned under ZeRO-3."""
     zero_init: AbstractContextManager[Any] = nullcontext()
-    if facts.zero_stage == 3:
+    if summary.zero_stage == 3:
         with device:
             torch.empty(0)  # torch caches its constructors at the first use; in zero.Init it would cache DeepSpeed's
         zero_init = deepspeed.zero.Init(
@@ -144,7 +144,7 @@ def _allocation(facts: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, devic
             mpu=mpu,
         )
     default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE_OF_PRECISION[facts.precision])
+    torch.set_default_dtype(DTYPE_OF_PRECISION[summary.precision])
     try:
         with zero_init, device:
             yield

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.columns import find_column
+from megatron_ds.models.context import BuildContext
 from megatron_ds.parallel.regions import HEAD, profiled
 
 Activations = dict[str, Tensor]
@@ -141,6 +142,15 @@ def head_of(specs: Sequence[LayerSpec]) -> HeadSpec:
     head = specs[-1].head
     assert head is not None, f"the last layer, {specs[-1].name}, declares no head"
     return head
+
+
+ChangeLayers = Callable[[list[LayerSpec], BuildContext], list[LayerSpec]]
+"""(a model's own layers, build context) -> the layers to train, such as with another head."""
+
+
+def own_layers(layers: list[LayerSpec], ctx: BuildContext) -> list[LayerSpec]:
+    """Return a model's own layers."""
+    return layers
 
 
 def with_head(specs: Sequence[LayerSpec], build: type[OutputHead], head: HeadSpec) -> list[LayerSpec]:

@@ -19,9 +19,8 @@ from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
 from megatron_ds.models.adapters import with_adapters
-from megatron_ds.models.build import ChangeLayers, own_layers
 from megatron_ds.models.context import BuildContext
-from megatron_ds.models.sequential import LayerSpec
+from megatron_ds.models.sequential import ChangeLayers, LayerSpec, own_layers
 from megatron_ds.parallel.grid import Axes
 from megatron_ds.runtime.adapters import open_adapters, refuse_adapters
 from megatron_ds.runtime.freeze import frozen_parameters
@@ -98,11 +97,6 @@ def load_model(
     section = name_checkpoints(build_section(ModelSection, {**fields, "init": init, "tokenizer": tokenizer}, "model"))
     plain = dict(peft) if isinstance(peft, Mapping) else peft
     return open_model(read_model_section(section), section, peft=plain, freeze=freeze, seed=seed)
-
-
-def encoder_decoder_type(hf: HFModel) -> str:
-    """Return the model type of an encoder-decoder, and an empty string for other models."""
-    return hf.family.model_type if hf.core.has_cross_attention else ""
 
 
 def name_checkpoints(section: ModelSection) -> ModelSection:

@@ -13,6 +13,7 @@ from megatron_ds.checkpoint.directory import resolve_checkpoint
 from megatron_ds.checkpoint.load import load_state
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader, first_damage
+from megatron_ds.checkpoint.saver import Saver
 from megatron_ds.config import ExportSection, build_section
 from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank
 from megatron_ds.engine import Engine, Losses, MicroBatch, StepResult
@@ -36,6 +37,7 @@ class ModelEngine:
     def __init__(self, engine: Engine, model: LoadedModel, plan: EnginePlan) -> None:
         self.engine, self.model, self.plan = engine, model, plan
         self.progress = Progress()
+        self._savers: dict[tuple[Path, int], Saver] = {}  # a saver makes a process group, so each folder has one
 
     @property
     def grid(self) -> Grid:
@@ -135,7 +137,10 @@ class ModelEngine:
         Raises:
             CheckpointError: on every rank, if any rank could not write.
         """
-        saver = make_saver(self.engine, self.model, self.plan, Path(folder), keep=keep, asynchronous=False)
+        key = Path(folder), keep
+        if key not in self._savers:
+            self._savers[key] = make_saver(self.engine, self.model, self.plan, key[0], keep=keep, asynchronous=False)
+        saver = self._savers[key]
         saver.save(self.progress)
         saved = saver.wait()
         assert saved is not None

@@ -23,8 +23,8 @@ from megatron_ds.config import DataSection
 from megatron_ds.data import FORMATS, Causal, DataObjective, Masked, Seq2Seq
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
-from megatron_ds.models.build import ChangeLayers, own_layers
 from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import ChangeLayers, own_layers
 from megatron_ds.registry import Registry
 from megatron_ds.runtime.loaded_model import LoadedModel
 

@@ -16,7 +16,7 @@ from megatron_ds.config import EngineConfig, build_section
 from megatron_ds.engine import start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries, setup_logging
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
-from megatron_ds.runtime.loaded_model import LoadedModel, encoder_decoder_type
+from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.model_engine import ModelEngine
 from megatron_ds.runtime.setup import build, plan_engine
 
@@ -57,14 +57,7 @@ class Session:
         """
         assert config is None or not fields, "pass an engine config or its fields, not both"
         config = config or build_section(EngineConfig, fields, keep=("optimizer",))
-        plan = plan_engine(
-            config,
-            model.hf.core.shape(),
-            self.world_size,
-            self.device.type,
-            trains_part=bool(model.frozen),
-            encoder_decoder=encoder_decoder_type(model.hf),
-        )
+        plan = plan_engine(config, model.hf, self.world_size, self.device.type, trains_part=bool(model.frozen))
         return ModelEngine(build(model, plan, self.rank, self.device), model, plan)
 
 

@@ -10,7 +10,6 @@ import torch
 from megatron_ds.config import (
     DeepSpeedSummary,
     EngineConfig,
-    ModelShape,
     check_engine,
     check_recomputation,
     fill_deepspeed,
@@ -18,6 +17,7 @@ from megatron_ds.config import (
     summarize_deepspeed,
 )
 from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory
+from megatron_ds.hf.config import HFModel
 from megatron_ds.layers.kernels import check_choice
 from megatron_ds.parallel.grid import Layout, create_grid
 from megatron_ds.registry import check_options
@@ -42,22 +42,16 @@ class EnginePlan:
 
 
 def plan_engine(
-    config: EngineConfig,
-    shape: ModelShape,
-    world_size: int,
-    device_type: str,
-    *,
-    trains_part: bool = False,
-    encoder_decoder: str = "",
+    config: EngineConfig, hf: HFModel, world_size: int, device_type: str, *, trains_part: bool = False
 ) -> EnginePlan:
-    """Check an engine config against a model's sizes and the number of ranks, and fill its DeepSpeed config.
+    """Check an engine config against a model and the number of ranks, and fill its DeepSpeed config.
 
     Args:
         config: the engine config.
-        shape: the model's sizes.
+        hf: the model.
         world_size: number of ranks.
         device_type: torch's name, such as `cpu` or `cuda`.
-        trains_part, encoder_decoder: see `check_recomputation`.
+        trains_part: whether adapters are trained, or parameters are frozen.
 
     Raises:
         ConfigError: a value is invalid or contradicts another, or a name is not registered.
@@ -67,9 +61,10 @@ def plan_engine(
     if config.optimizer is not None:
         optimizer = OPTIMIZERS.get(config.optimizer.name, "optimizer.name")
         check_options(optimizer.from_section, 3, config.optimizer.options, "optimizer.options")
-    mapping = load_deepspeed(config.deepspeed)
+    shape, mapping = hf.core.shape(), load_deepspeed(config.deepspeed)
     summary = summarize_deepspeed(mapping)
     data_size = check_engine(config, shape, summary, world_size, device_type)
+    encoder_decoder = hf.family.model_type if hf.core.has_cross_attention else ""
     check_recomputation(config, mapping, trains_part=trains_part, encoder_decoder=encoder_decoder)
     parallel = config.parallel
     layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, data=data_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
-from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving, load_deepspeed
+from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving
 from megatron_ds.data import check_format
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel
@@ -17,7 +17,6 @@ from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
 from megatron_ds.runtime.loaded_model import (
     LoadedModel,
-    encoder_decoder_type,
     name_checkpoints,
     open_model,
     read_model_section,
@@ -73,14 +72,13 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     hf = read_model_section(run.model)
     plan = plan_engine(
         EngineConfig.of_run(run),
-        hf.core.shape(),
+        hf,
         world_size,
         device_type,
         trains_part=run.peft is not None or bool(run.train.freeze),
-        encoder_decoder=encoder_decoder_type(hf),
     )
     check_data(run.data, run.parallel, hf.core.shape())
-    _check_saving(run)
+    _check_saving(run, plan)
     _check_paths(run)
     model = open_model(
         hf, run.model, peft=run.peft, freeze=run.train.freeze, seed=run.train.seed, checkpoint=checkpoint
@@ -99,8 +97,8 @@ def _with_named_checkpoints(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"model": name_checkpoints(run.model), "peft": peft})
 
 
-def _check_saving(run: RunConfig) -> None:
-    check_saving(run.checkpoint, load_deepspeed(run.deepspeed))
+def _check_saving(run: RunConfig, plan: EnginePlan) -> None:
+    check_saving(run.checkpoint, plan.deepspeed)
     resume = run.checkpoint.resume
     if resume not in ("auto", "never") and not is_checkpoint(resolve_checkpoint(resume)):
         raise ConfigError(

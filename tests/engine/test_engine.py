@@ -27,7 +27,7 @@ PLACES = [Place(1, 1, 1, 1), Place(2, 1, 1, 1, True), Place(2, 1, 2, 3), Place(2
 
 def _random_engine(grid: Grid, case: str, place: Place, read: Any = None) -> Any:
     model = load_model(CONFIGS[case], seed=99)
-    plan = plan_engine(engine_config(place, RECIPE, seed=99), model.hf.core.shape(), grid.layout.world_size, "cpu")
+    plan = plan_engine(engine_config(place, RECIPE, seed=99), model.hf, grid.layout.world_size, "cpu")
     options = engine_options(model, plan)
     return build_engine(model.layers, grid, torch.device("cpu"), options, read)
 

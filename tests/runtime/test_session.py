@@ -100,6 +100,22 @@ def test_an_export_is_what_transformers_loads(alone: tuple[list[float], Path]) -
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
+def _saved_often(info: RankInfo, folder: Path) -> tuple[list[str], int]:
+    """The checkpoints of three saves, and the process groups that the last two made."""
+    engine = _session(info).build_engine(mds.load_model(LLAMA), **{**ALONE, "parallel": {"tensor": 2}})
+    groups = []
+    for step in range(3):
+        engine.train_step(engine.split(batch(step)))
+        engine.save(folder, keep=2)
+        groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()), groups[-1] - groups[0]
+
+
+def test_saving_again_makes_no_further_process_group(tmp_path: Path) -> None:
+    for found in run_ranks(_saved_often, 2, tmp_path):
+        assert found == (["step_00000002", "step_00000003"], 0)
+
+
 def _without_an_optimizer(info: RankInfo) -> tuple[float, float]:
     engine = _session(info).build_engine(mds.load_model(LLAMA), **{**ALONE, "optimizer": None})
     first, second = (engine.train_step(engine.split(batch(0))).loss for _ in range(2))
