@@ -158,7 +158,7 @@ def lock(folder: Path) -> filelock.BaseFileLock:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash left of checkpoints that were being written or removed."""
+    """Remove the leftovers of checkpoints whose writing or removal a crash interrupted."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

@@ -96,7 +96,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """Checkpoints of a run, newest first; `latest` is the name that the folder's file of that name holds."""
+    """Checkpoints of a run, newest first; `latest` is the content of the folder's `latest` file."""
 
     path: str
     latest: str | None

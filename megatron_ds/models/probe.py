@@ -54,7 +54,7 @@ def fitting_length(length: int, multiple_of: int, longest: int) -> int:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a generator for one purpose, which `seed` numbers."""
+    """Return a random generator; each use has a `seed` of its own."""
     return torch.Generator().manual_seed(SEED + seed)
 
 

@@ -49,6 +49,6 @@ class SeededRandom:
         return np.argsort(self._bits.random_raw(size), kind="stable")
 
     def choice(self, number: int, size: int) -> np.ndarray:
-        """Return `number` different ones of 0 .. size - 1, ascending: (number,) int64."""
+        """Return `number` distinct integers of [0, size) in ascending order: (number,) int64."""
         assert 0 <= number <= size, f"{number} of {size}"
         return np.sort(self.order(size)[:number])
