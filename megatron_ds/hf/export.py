@@ -15,11 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ds.data.readers.sentencepiece_model import sentencepiece_file
+from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.dtypes import EXPORT_DTYPES
-from megatron_ds.errors import ConversionError
+from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
+from megatron_ds.log import get_logger
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -200,8 +203,27 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
+    if sentencepiece_file(source) is not None:
+        _add_converted(source, target)
     if (target / TOKENIZER_CONFIG).is_file():
         _write_for_both_versions(target / TOKENIZER_CONFIG)
+
+
+def _add_converted(source: Path, target: Path) -> None:
+    """Add tokenizer.json to a copied SentencePiece model, for the ids of training in any version of transformers."""
+    try:
+        tokenizer = load_tokenizer(str(source))
+    except DataError as problem:  # the weights can be exported all the same
+        get_logger().warning("%s; its files are copied as they are", problem)
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
+        tokenizer.save_pretrained(place)
+        shutil.copyfile(Path(place) / "tokenizer.json", target / "tokenizer.json")
+        made = read_json(Path(place) / TOKENIZER_CONFIG)
+    given = read_json(target / TOKENIZER_CONFIG) if (target / TOKENIZER_CONFIG).is_file() else {}
+    about_loading = ("backend", "is_local", "local_files_only")
+    kept = {name: value for name, value in made.items() if name not in about_loading}
+    write_json(target / TOKENIZER_CONFIG, {**kept, **given})
 
 
 def _write_for_both_versions(file: Path) -> None:

@@ -1,16 +1,20 @@
 """Tokenizers: loading from a local directory, required special tokens, and a hash of their behaviour."""
 
 import hashlib
+import json
 import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sentencepiece_file
 from megatron_ds.errors import DataError
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved in the directory `path`, without network access and without running code found there.
+
+    A SentencePiece model without tokenizer.json is converted; see `load_sentencepiece`.
 
     Raises:
         DataError: no such directory, or it holds no complete tokenizer.
@@ -20,7 +24,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if not directory.is_dir():
         raise DataError(f"tokenizer {path}: no such directory; {remedy}")
     try:
+        file = sentencepiece_file(directory)
+        if file is not None:
+            return load_sentencepiece(file, _declared_class(directory))
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except DataError:
+        raise
     except Exception as error:  # transformers raises ValueError, OSError, KeyError, and tokenizers a bare Exception
         raise DataError(f"tokenizer {path}: cannot be loaded ({_first_line(error)}); {remedy}") from error
     # From a config.json alone, transformers builds some tokenizers that know only their special tokens: they would
@@ -86,6 +95,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
             if file.is_file():
                 digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def _declared_class(directory: Path) -> str | None:
+    """Return `tokenizer_class` of a directory's tokenizer_config.json; None = it has none."""
+    file = directory / "tokenizer_config.json"
+    name = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    return str(name) if name else None
 
 
 def _first_line(error: Exception) -> str:
