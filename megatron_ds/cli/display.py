@@ -197,6 +197,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         f"{', sequence parallel' if summary.sequence else ''}"
     )
     tokens = summary.tokens_per_step * summary.steps
+    statement = (("learned", summary.learned), ("validated", summary.validated), ("kept", summary.kept))
     return [
         ("model", f"{summary.model_name}, {format_count(summary.num_params)} parameters ({summary.num_params:,})"),
         ("world", world),
@@ -204,6 +205,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("device", summary.device),
         ("steps", f"{summary.steps:,} of {summary.tokens_per_step:,} tokens ({format_count(tokens)} in total)"),
         ("data", summary.data_description),
+        *((name, text) for name, text in statement if text),
         ("output", summary.output),
     ]
 

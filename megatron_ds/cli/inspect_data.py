@@ -36,6 +36,7 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     from megatron_ds.data.inspect.facts import inspect_run_data
     from megatron_ds.training.datasets import has_validation, open_split
     from megatron_ds.training.resolve import resolve_run
+    from megatron_ds.training.statement import describe_keeping, describe_learning, describe_validation
 
     config = load_run(path, overrides)
     world_size = config.parallel.tensor * config.parallel.pipeline
@@ -46,10 +47,16 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     shuffle = config.data.shuffle and not data.ordered
     order = GlobalBatches(len(data), section.global_batch_size, section.seed, shuffle)
     facts = inspect_run_data(data, valid, order, resolved.objective.data, resolved.run.model.tokenizer_path, samples)
+    statement = {
+        "learned": describe_learning(resolved.run, data, resolved.label_columns),
+        "validated": describe_validation(resolved.run, valid),
+        "kept": describe_keeping(resolved.run),
+    }
     if json:
-        _print_json({"run": str(path), "format": config.data.format, "steps": section.steps, **asdict(facts)})
+        facts_of_run = {"run": str(path), "format": config.data.format, "steps": section.steps, "statement": statement}
+        _print_json({**facts_of_run, **asdict(facts)})
         return True
-    show_rows(_run_rows(path, config, facts))
+    show_rows(_run_rows(path, config, facts, statement))
     _show_samples("sample", facts.shown, marked=True)
     return True
 
@@ -93,7 +100,7 @@ def _print_json(content: Mapping[str, Any]) -> None:
     print(json_module.dumps(content, indent=2))
 
 
-def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts) -> Iterator[Row]:
+def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts, statement: Mapping[str, str]) -> Iterator[Row]:
     size, positions = facts.global_batch_size, facts.positions
     yield ("run", str(path))
     yield ("data", f"{config.data.format}: {facts.training}")
@@ -108,6 +115,7 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts) -> Iterator[Ro
         f"on {facts.learned:,.1f} of a sample's {positions:,} positions ({facts.learned / positions:.1%}), on "
         f"{facts.learned * size:,.0f} of a step's {size * positions:,}{exactly}",
     )
+    yield from statement.items()
     yield ("fingerprint", facts.fingerprint[:12])
     if facts.lengths is not None:
         yield from _length_rows(facts.lengths)

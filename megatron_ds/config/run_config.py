@@ -162,12 +162,12 @@ class ProfileSection(Section):
 class TrainSection(Section):
     """Length of the run, batch sizes, and how steps are computed.
 
-    `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0` never
-    evaluates. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the run ends after this many
-    consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after this many seconds without
-    progress (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are
-    fused by torch.compile. `kernels`: "auto" uses installed libraries on CUDA, "torch" PyTorch alone, a mapping chooses
-    per operation. `profile`: the steps that are profiled.
+    `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0`
+    validates once, after the last step. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the
+    run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
+    this many seconds without progress (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained.
+    `compile`: blocks are fused by torch.compile. `kernels`: "auto" uses installed libraries on CUDA, "torch" PyTorch
+    alone, a mapping chooses per operation. `profile`: the steps that are profiled.
     """
 
     steps: Count

@@ -77,6 +77,11 @@ class OrderedDataset:
         self.seq_length, self.target_length = dataset.seq_length, dataset.target_length
         self.columns, self.fingerprint = dataset.columns, dataset.fingerprint
 
+    @property
+    def parts(self) -> Sequence[tuple[str, Dataset]]:
+        """The dataset itself, in its own order."""
+        return [("", self._dataset)]
+
     def __len__(self) -> int:
         return len(self._dataset)
 
@@ -141,6 +146,11 @@ class Blend:
         content = ["blend", *(f"{one.fingerprint} {weight!r}" for one, weight in zip(datasets, self.weights))]
         self.fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
 
+    @property
+    def parts(self) -> Sequence[tuple[str, Dataset]]:
+        """The datasets with the names of their sources."""
+        return list(zip(self._names, self._datasets))
+
     def __len__(self) -> int:
         return len(self._order["source"])
 
@@ -187,10 +197,16 @@ class ConcatDataset:
     def __init__(self, datasets: Sequence[Dataset], names: Sequence[str]) -> None:
         first = datasets[0]
         require_same_columns(datasets, names)
-        self._datasets, self._index = list(datasets), ConcatIndex([len(one) for one in datasets])
+        self._datasets, self._names = list(datasets), list(names)
+        self._index = ConcatIndex([len(one) for one in datasets])
         self.seq_length, self.target_length, self.columns = first.seq_length, first.target_length, first.columns
         content = ["succession", *(one.fingerprint for one in datasets)]
         self.fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
+
+    @property
+    def parts(self) -> Sequence[tuple[str, Dataset]]:
+        """The datasets with the names of their sources."""
+        return list(zip(self._names, self._datasets))
 
     def __len__(self) -> int:
         return len(self._index)

@@ -25,6 +25,8 @@ class RunSummary:
         steps: optimizer steps of the complete run, including those before it was resumed.
         data_description: A short description of the data.
         output: the run's directory.
+        learned, validated, kept: how much of the data the run reads, when it validates, and what is left of the model
+            at its end; an empty text is not shown.
     """
 
     model_name: str
@@ -41,6 +43,9 @@ class RunSummary:
     steps: int
     data_description: str
     output: str
+    learned: str = ""
+    validated: str = ""
+    kept: str = ""
 
 
 class Reporter(Protocol):

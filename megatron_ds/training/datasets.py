@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import Dataset, Order
+from megatron_ds.data.labels import require_labels
 from megatron_ds.errors import ConfigError
 from megatron_ds.runtime.datasets import open_part
 from megatron_ds.training.resolve import ResolvedRun
+
+_FIXES = {
+    "tokenized": "leave out the column 'labels' to learn every token, or give it ids other than -100",
+    "chat": "check which turns carry loss with megatron-ds inspect FILE --tokenizer DIR",
+}
+"""Data format -> the way to labels with loss."""
 
 
 def open_split(resolved: ResolvedRun, split: str) -> Dataset:
@@ -14,12 +21,14 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
 
     Raises:
         ConfigError: the objective reads a label column that the data does not have.
+        DataError: no label of the data carries loss.
     """
     data, train = resolved.run.data, resolved.run.train
     order = Order(train.steps * train.global_batch_size, train.seed, data.shuffle) if split == "train" else None
     found = open_part(resolved.model, data, resolved.objective.data, order, validation=split == "valid")
     check_target_length(resolved.run.parallel, found.target_length)
     _check_columns(resolved, found)
+    _check_labels(resolved, found, split)
     return found
 
 
@@ -32,6 +41,14 @@ def _check_columns(resolved: ResolvedRun, data: Dataset) -> None:
             f"data.format={run.data.format} do not have for a {resolved.hf.family.model_type} model; they have "
             f"{', '.join(data.columns)}"
         )
+
+
+def _check_labels(resolved: ResolvedRun, data: Dataset, split: str) -> None:
+    section = resolved.run.data
+    sources = section.valid if split == "valid" and section.valid else section.train
+    names = ", ".join(source.path for source in sources)
+    fix = _FIXES.get(section.format, "give some labels another value than the ignored one")
+    require_labels(data, resolved.label_columns, f"data.{split}", names, fix)
 
 
 def has_validation(run: RunConfig) -> bool:

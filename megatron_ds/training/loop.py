@@ -237,8 +237,9 @@ class TrainingLoop:
         )
 
     def _is_validation_due(self, step: int) -> bool:
+        """Return whether to validate after a step: after the last one in any case."""
         every = self._run.train.eval_every
-        return self._valid_data is not None and every > 0 and (step % every == 0 or step == self._run.train.steps)
+        return self._valid_data is not None and (step == self._run.train.steps or (every > 0 and step % every == 0))
 
     def _is_save_due(self, step: int) -> bool:
         every = self._run.checkpoint.every

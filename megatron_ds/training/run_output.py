@@ -24,6 +24,7 @@ from megatron_ds.monitor import (
     draw_loss,
     open_sinks,
 )
+from megatron_ds.training.statement import describe_sources
 
 DATA_USAGE = "data.json"
 
@@ -141,9 +142,4 @@ class RunOutput:
 
 def describe_usage(usage: Sequence[SourceUsage]) -> str:
     """Return a line such as `data: a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples ...`."""
-    total = max(1, sum(source.samples for source in usage))
-    parts = []
-    for source in usage:
-        fraction = f" ({source.samples / total:.2f}, wanted {source.weight:.2f})" if len(usage) > 1 else ""
-        parts.append(f"{source.name} {source.samples:,} samples{fraction}, {source.epochs:.2f} epochs")
-    return f"data: {'; '.join(parts)}"
+    return f"data: {describe_sources(usage)}"

@@ -14,10 +14,17 @@ from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.weights import Tables
 from megatron_ds.monitor import RunSummary
 from megatron_ds.training.resolve import ResolvedRun
+from megatron_ds.training.statement import describe_keeping, describe_learning, describe_validation
 
 
-def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummary:
-    """Collect the facts of the start-up summary. Collective over the world: parameters are counted."""
+def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Dataset | None) -> RunSummary:
+    """Collect the facts of the start-up summary. Collective over the world: parameters are counted.
+
+    Args:
+        resolved: the run.
+        engine: its engine.
+        data, valid: the training and the validation data; None = no validation.
+    """
     run, layout = resolved.run, resolved.plan.layout
     return RunSummary(
         model_name=_describe_model(resolved),
@@ -34,6 +41,9 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset) -> RunSummar
         steps=run.train.steps,
         data_description=data.describe(),
         output=run.output,
+        learned=describe_learning(run, data, resolved.label_columns),
+        validated=describe_validation(run, valid),
+        kept=describe_keeping(run),
     )
 
 

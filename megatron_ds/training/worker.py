@@ -124,7 +124,7 @@ def _train(
         the result, and whether Ctrl-C ended the run; the same on every rank.
     """
     resolved, run, begin = prepared.resolved, prepared.resolved.run, prepared.begin
-    summary = summarize(resolved, engine, prepared.train_data)
+    summary = summarize(resolved, engine, prepared.train_data, prepared.valid_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
         for note in (*notes, *_resume_notes(prepared), *(f"kernel of {name}" for name in engine.kernels)):
@@ -169,6 +169,8 @@ def _resume_notes(prepared: _Prepared) -> Iterator[str]:
         f"resuming from step {now.step}, checkpoint {prepared.reader.directory} (written at tp {at.tensor} x pp "
         f"{at.pipeline} x dp {at.data}, ZeRO-{at.zero_stage}, {at.precision})"
     )
+    if now.step == prepared.resolved.run.train.steps:
+        yield f"nothing is left to train: train.steps={now.step} are done; a larger train.steps continues the run"
     if now.data.samples == 0 and prepared.reader.progress.data.samples:
         yield "data.restart=true: data position reset"
 

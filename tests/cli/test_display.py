@@ -98,6 +98,17 @@ def test_plain_summary_without_sequence_parallelism_does_not_name_it() -> None:
     assert "world       8 = tp 2 x pp 2 x dp 2\n" in out.getvalue()
 
 
+def test_plain_summary_with_a_statement() -> None:
+    reporter, out, _ = plain()
+    reporter.start(replace(SUMMARY, learned="2 epochs", validated="never: no data.valid", kept="nothing"))
+    assert out.getvalue().splitlines()[-4:] == [
+        "learned     2 epochs",
+        "validated   never: no data.valid",
+        "kept        nothing",
+        "output      out/run",
+    ]
+
+
 def test_plain_step_line_is_exact_and_never_wrapped() -> None:
     reporter, out, _ = plain()
     reporter.step(STEP, total_steps=1000)

@@ -24,7 +24,8 @@ def no_orphans(fork: Fork, tmp_path: Path) -> Iterator[None]:
 
 STEP_FIELDS = ["step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "data_s"]
 SPOKEN = re.compile(
-    r"(model|world|deepspeed|device|steps|data|output) {2,}\S.*|step  \d+/\d+  loss .*|valid \d+/\d+  loss .*"
+    r"(model|world|deepspeed|device|steps|data|learned|validated|kept|output) {2,}\S.*|step  \d+/\d+  loss .*"
+    r"|valid \d+/\d+  loss .*"
     r"|exported a Hugging Face directory: .*|its predictions in transformers equal those in training: .*"
     r"|done: \d+ steps; .*"
 )

@@ -1,0 +1,76 @@
+"""Labels that carry loss: how many a sample has, and that a dataset has any."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from megatron_ds.columns import find_column
+from megatron_ds.data.dataset import Dataset, Sample
+from megatron_ds.errors import DataError
+
+NUM_COUNTED = 256
+"""Number of samples, evenly spaced, from which the labels of a run are estimated."""
+
+
+@runtime_checkable
+class Composite(Protocol):
+    """A dataset made of others, such as a blend."""
+
+    @property
+    def parts(self) -> Sequence[tuple[str, Dataset]]:
+        """(name of the source, dataset) of each part; an empty name is that of the whole."""
+
+
+def parts_of(data: Dataset, name: str) -> Iterator[tuple[str, Dataset]]:
+    """Yield the datasets that a dataset is made of, with the names of their sources; itself if it has no parts.
+
+    Args:
+        data: the dataset.
+        name: of its sources.
+    """
+    if not isinstance(data, Composite):
+        yield name, data
+        return
+    for part_name, part in data.parts:
+        yield from parts_of(part, part_name or name)
+
+
+def count_labels(sample: Sample, columns: Sequence[str]) -> int:
+    """Return the number of labels with loss in the label columns of a sample."""
+    return sum(_count(sample, name) for name in columns)
+
+
+def _count(sample: Sample, name: str) -> int:
+    column, values = find_column(name), sample[name]
+    return values.size if column.ignored is None else int(column.carries_loss(values).sum())
+
+
+def mean_labels(data: Dataset, columns: Sequence[str]) -> tuple[float, bool]:
+    """Return the mean number of labels with loss of a sample, and whether all samples were counted."""
+    number = min(len(data), NUM_COUNTED)
+    indices = np.linspace(0, len(data) - 1, number).astype(np.int64).tolist()
+    return sum(count_labels(data.sample(index), columns) for index in indices) / number, number == len(data)
+
+
+def require_labels(data: Dataset, columns: Sequence[str], field: str, name: str, fix: str) -> None:
+    """Refuse data of which no sample has a label with loss. Reads samples until the first that has one.
+
+    Each source of a blend is data of its own; one sample, or one batch, may be without loss.
+
+    Args:
+        data: the dataset.
+        columns: label columns that the loss reads.
+        field: `data.train` or `data.valid`.
+        name: its sources.
+        fix: the end of the message.
+
+    Raises:
+        DataError: no label carries loss.
+    """
+    for source, part in parts_of(data, name):
+        if not any(count_labels(part.sample(index), columns) for index in range(len(part))):
+            purpose = "there is nothing to learn" if field == "data.train" else "there is nothing to validate"
+            raise DataError(
+                f"{field}: {source}: no label carries loss in any of {len(part):,} samples, so {purpose}; {fix}"
+            )

@@ -1,0 +1,79 @@
+"""A run's statement before its first step: what is learned from, when it is validated, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_ds.config import RunConfig
+from megatron_ds.data import Dataset
+from megatron_ds.data.blend import SourceUsage, source_usage
+from megatron_ds.data.dataset import format_count
+from megatron_ds.data.labels import mean_labels
+
+
+def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str]) -> str:
+    """Return how much of the data the complete run reads.
+
+    Such as `0.38 epochs (264 of 690 samples); 135,168 tokens with loss`.
+
+    Args:
+        run: the run file.
+        data: the training data.
+        label_columns: columns that the loss reads; the labels with loss in them are counted in a part of the samples.
+    """
+    number = run.train.steps * run.train.global_batch_size
+    labels, is_exact = mean_labels(data, label_columns)
+    usage = source_usage(data, number)
+    if usage:
+        read = describe_sources(usage)
+    else:
+        samples = f"{number:,} of {len(data):,}" if number <= len(data) else f"{number:,} of {len(data):,} different"
+        read = f"{format_epochs(number / len(data))} ({samples} samples)"
+    exactly = "" if is_exact and number % len(data) == 0 else "about "
+    text = f"{read}; {exactly}{format_count(round(labels * number))} tokens with loss"
+    return f"{text}; optimizer.lr=0 changes no weight" if run.optimizer.lr == 0 else text
+
+
+def describe_sources(usage: Sequence[SourceUsage]) -> str:
+    """Return text such as `a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples ...`."""
+    total = max(1, sum(source.samples for source in usage))
+    parts = []
+    for source in usage:
+        fraction = f" ({source.samples / total:.2f}, wanted {source.weight:.2f})" if len(usage) > 1 else ""
+        parts.append(f"{source.name} {source.samples:,} samples{fraction}, {source.epochs:.2f} epochs")
+    return "; ".join(parts)
+
+
+def format_epochs(epochs: float) -> str:
+    """Return a number of epochs: `1 epoch`, `0.38 epochs`, `0.0004 epochs`."""
+    number = f"{epochs:.2f}".rstrip("0").rstrip(".") if epochs >= 0.01 else f"{epochs:.1g}"
+    return f"{number} epoch{'' if number == '1' else 's'}"
+
+
+def describe_validation(run: RunConfig, data: Dataset | None) -> str:
+    """Return on what a run is validated, and when."""
+    every, steps = run.train.eval_every, run.train.steps
+    if data is None:
+        return f"never: train.eval_every={every} does nothing without data.valid" if every else "never: no data.valid"
+    if 0 < every < steps:
+        when = f"every {every:,} steps and after the last" if every > 1 else "after every step"
+    else:
+        reason = f"train.eval_every={every}" + (f" is more than train.steps={steps}" if every > steps else "")
+        when = f"once, after the last step ({reason})" if every != steps else "once, after the last step"
+    return f"{when}, on {data.describe()}"
+
+
+def describe_keeping(run: RunConfig) -> str:
+    """Return what is left of the model when the run has ended."""
+    kept = []
+    if run.checkpoint.every:
+        often = run.checkpoint.every < run.train.steps
+        when = f"checkpoints every {run.checkpoint.every:,} steps and" if often else "a checkpoint"
+        number = f", {run.checkpoint.keep:,} at a time" if often else ""
+        kept.append(f"{when} after the last step{number}")
+    if run.export is not None:
+        kind = "adapters for peft" if run.peft is not None and not run.export.merge else "a Hugging Face directory"
+        kept.append(f"{kind} after the last step: {run.export.path}")
+    if kept:
+        return "; ".join(kept)
+    return "nothing: the trained weights are lost when the run ends; set checkpoint.every or export.path to keep them"
