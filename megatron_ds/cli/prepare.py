@@ -40,6 +40,13 @@ def prepare(
     ] = 0,
     column: Annotated[str, typer.Option(metavar="NAME", help="The field that holds the text.")] = "text",
     no_eod: Annotated[bool, typer.Option("--no-eod", help="Do not append an end-of-text token to documents.")] = False,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Begin documents with the tokenizer's first special tokens (default: if it does so itself).",
+        ),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip malformed lines.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing data of the same prefix.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard partial output of an earlier run.")] = False,
@@ -51,7 +58,16 @@ def prepare(
     from megatron_ds.data.prepare.run import usable_cores
 
     options = PrepareOptions(
-        inputs, tokenizer, output, workers or usable_cores(), column, not no_eod, skip_bad, overwrite, restart
+        inputs,
+        tokenizer,
+        output,
+        workers or usable_cores(),
+        column,
+        not no_eod,
+        skip_bad,
+        overwrite,
+        restart,
+        bos="auto" if bos is None else bos,
     )
     started_s, last = time.monotonic(), _LastState()
     try:

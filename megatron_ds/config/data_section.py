@@ -14,6 +14,12 @@ def _list_of_sources(value: Any) -> Any:
     return [e if isinstance(e, dict | DataSource) else {"path": e} for e in entries if e is not None]
 
 
+def _begin(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ConfigError(f"data.bos={show(value)} is not one of auto, true, false")
+    return value
+
+
 class DataSource(Section):
     """One file, directory, hub id or prefix; `weight` is its relative weight in a blend."""
 
@@ -24,18 +30,21 @@ class DataSource(Section):
 class DataSection(Section):
     """The training and validation data, and how samples are made from them.
 
-    `cache_dir`: the directory of tokenized text (None: a per-user cache directory). `mask_rate` and `whole_words` are
-    for masked models; `mask_rate`, `mean_span` and `target_length` (None: chosen) for sequence-to-sequence models.
-    `restart`: a resumed run accepts data that differ from the earlier ones, and starts at their beginning. `split`:
-    fractions of each indexed corpus for training, validation and neither. `loss_turns`, `overlong` and `packing` are
-    for conversations. `prefetch`: the number of batches that are read ahead. `options`: keys of a format from another
-    package. The names of formats, and the keys that each one reads, are checked in `megatron_ds.data.formats`.
+    `bos`: whether each document of text begins with special tokens ("auto": those that the tokenizer puts before a
+    text). `cache_dir`: the directory of tokenized text (None: a per-user cache directory). `mask_rate` and
+    `whole_words` are for masked models; `mask_rate`, `mean_span` and `target_length` (None: chosen) for
+    sequence-to-sequence models. `restart`: a resumed run accepts data that differ from the earlier ones, and starts at
+    their beginning. `split`: fractions of each indexed corpus for training, validation and neither. `loss_turns`,
+    `overlong` and `packing` are for conversations. `prefetch`: the number of batches that are read ahead. `options`:
+    keys of a format from another package. The names of formats, and the keys that each one reads, are checked in
+    `megatron_ds.data.formats`.
     """
 
     format: Text = "text"
     train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
     valid: Annotated[list[DataSource], BeforeValidator(_list_of_sources)] = []
     seq_length: Count = 512
+    bos: Annotated[Literal["auto"] | bool, BeforeValidator(_begin)] = "auto"
     shuffle: bool = True
     cache_dir: Text | None = None
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15

@@ -60,7 +60,10 @@ class DataFormat:
 
 
 FORMATS: Registry[DataFormat] = Registry("data format")
-FORMATS.register("text", DataFormat(open_text, needs_tokenizer=True, cuts_spans=True, check_source=TextSource))
+FORMATS.register(
+    "text",
+    DataFormat(open_text, keys=("bos",), needs_tokenizer=True, cuts_spans=True, check_source=TextSource),
+)
 FORMATS.register(
     "chat",
     DataFormat(open_chat, keys=tuple(ChatOptions.model_fields), options=ChatOptions, needs_tokenizer=True),

@@ -1,39 +1,16 @@
 """Labels that carry loss: how many a sample has, and that a dataset has any."""
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_ds.columns import find_column
 from megatron_ds.data.dataset import Dataset, Sample
+from megatron_ds.data.parts import parts_of
 from megatron_ds.errors import DataError
 
 NUM_COUNTED = 256
 """Number of samples, evenly spaced, from which the labels of a run are estimated."""
-
-
-@runtime_checkable
-class Composite(Protocol):
-    """A dataset made of others, such as a blend."""
-
-    @property
-    def parts(self) -> Sequence[tuple[str, Dataset]]:
-        """(name of the source, dataset) of each part; an empty name is that of the whole."""
-
-
-def parts_of(data: Dataset, name: str) -> Iterator[tuple[str, Dataset]]:
-    """Yield the datasets that a dataset is made of, with the names of their sources; itself if it has no parts.
-
-    Args:
-        data: the dataset.
-        name: of its sources.
-    """
-    if not isinstance(data, Composite):
-        yield name, data
-        return
-    for part_name, part in data.parts:
-        yield from parts_of(part, part_name or name)
 
 
 def count_labels(sample: Sample, columns: Sequence[str]) -> int:

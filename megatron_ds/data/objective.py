@@ -10,11 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ds.columns import TARGETS
+from megatron_ds.data.readers.document_frame import Begin
 
 
 @dataclass(frozen=True)
 class Causal:
-    """Next-token prediction: each token is predicted from those before it."""
+    """Next-token prediction: each token is predicted from those before it.
+
+    Attributes:
+        bos: whether documents of text begin with special tokens, as `data.bos`; see `data.readers.document_frame`.
+    """
+
+    bos: Begin = "auto"
 
 
 @dataclass(frozen=True)

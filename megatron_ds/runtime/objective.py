@@ -14,7 +14,7 @@ where `ZLossHead` is a `LanguageModelHead` whose `losses` returns both sums and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ from megatron_ds.registry import Registry
 from megatron_ds.runtime.loaded_model import LoadedModel
 
 # Keys of `data` that affect only some kinds of models.
-_NOISE_KEYS = ("mask_rate", "whole_words", "mean_span", "target_length")
+_OBJECTIVE_KEYS = ("bos", "mask_rate", "whole_words", "mean_span", "target_length")
 _DATA_OBJECTIVES: dict[str, type[DataObjective]] = {"causal": Causal, "masked": Masked, "seq2seq": Seq2Seq}
-_USED = {Causal: (), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
+_USED = {Causal: ("bos",), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
 # Keys that affect plain text only: examples with pairs are complete. BERT examples without `labels` are masked.
 _TEXT_ONLY = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
 
@@ -72,13 +72,15 @@ def find_objective(name: str, model: LoadedModel, data: DataSection, seed: int) 
     kind = type(objective.data)
     cuts_spans = FORMATS.get(data.format, "data.format").cuts_spans
     used = set(_USED[kind]) - (set() if cuts_spans else set(_TEXT_ONLY[kind]))
-    for key in _NOISE_KEYS:
+    for key in _OBJECTIVE_KEYS:
         value, default = getattr(data, key), type(data).model_fields[key].default
         if value != default and key not in used:
             where = f" with data.format={data.format}" if key in _USED[kind] else ""
             raise ConfigError(
                 f"data.{key}={show(value)} has no effect for a {model.hf.family.model_type} model{where}; remove it"
             )
+    if isinstance(objective.data, Causal):  # those from outside do not know of it
+        return replace(objective, data=replace(objective.data, bos=data.bos))
     return objective
 
 

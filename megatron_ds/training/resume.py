@@ -14,6 +14,7 @@ from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import ResumePoint, first_damage, newest_intact
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset
+from megatron_ds.data.parts import begins_documents
 from megatron_ds.errors import CheckpointError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.parallel.rank_info import RankInfo
@@ -171,13 +172,13 @@ def initial_progress(run: RunConfig, saved: Progress | None, data: Dataset, wher
             f"train.steps={run.train.steps} is less than the {saved.step} steps that {where} has; nearest: {saved.step}"
         )
     then = saved.data
-    changed = None if then.samples == 0 else _first_change(then, here, data.ordered)
+    changed = None if then.samples == 0 else _first_change(then, here, data)
     if changed is None:
         return saved.with_data(**{**asdict(here), "samples": then.samples})
     if run.data.restart:
         return saved.with_data(**asdict(here))
     raise CheckpointError(
-        f"{changed.now} is not what {where} was trained on: {changed.then}; change it back, or set data.restart=true "
+        f"{changed.now} is not what {where} was trained on: {changed.then}; {changed.fix}, or set data.restart=true "
         "to resume with the new data from their first sample"
     )
 
@@ -187,6 +188,7 @@ class _Change(NamedTuple):
 
     now: str
     then: str
+    fix: str = "change it back"
 
 
 _SIZE = ("train.steps", "train.global_batch_size")
@@ -196,12 +198,13 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     """Return the settings that determine the samples, apart from the data's content; the most changed ones last."""
     data = run.data
     weights = [source.weight for source in data.train]
-    plain = ("split", "loss_turns", "overlong", "packing", "mask_rate", "whole_words", "mean_span", "target_length")
+    plain = ("bos", "split", "loss_turns", "overlong", "packing")
+    noise = ("mask_rate", "whole_words", "mean_span", "target_length")
     return {
         "data.format": data.format,
         "data.train": [source.path for source in data.train],
         "data.train[*].weight": None if None in weights else weights,
-        **{f"data.{name}": getattr(data, name) for name in plain},
+        **{f"data.{name}": getattr(data, name) for name in (*plain, *noise)},
         "data.options": data.options,
         "model.tokenizer": run.model.tokenizer_path,
         "train.steps": run.train.steps,
@@ -209,7 +212,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _first_change(then: DataPosition, here: DataPosition, is_ordered: bool) -> _Change | None:
+def _first_change(then: DataPosition, here: DataPosition, data: Dataset) -> _Change | None:
     """Return the first difference that changes the samples or their order; None if the samples are the same."""
     for field, old, new in (
         ("data.seq_length", then.seq_length, here.seq_length),
@@ -226,7 +229,13 @@ def _first_change(then: DataPosition, here: DataPosition, is_ordered: bool) -> _
             return _first_other_source(then.settings[field], here.settings[field])
         if field not in _SIZE:
             return _Change(f"{field}={show(here.settings[field])}", show(then.settings[field]))
-    if is_ordered and changed:
+    if "data.bos" not in then.settings and begins_documents(data):
+        return _Change(
+            f"data.bos={show(here.settings['data.bos'])} ({here.description})",
+            f"{then.description}, without a special token before each document",
+            "set data.bos=false to resume as before",
+        )
+    if data.ordered and changed:
         sizes = " x ".join(f"{field}={here.settings[field]}" for field in _SIZE)
         before = " x ".join(str(then.settings[field]) for field in _SIZE)
         return _Change(

@@ -53,6 +53,7 @@ def test_defaults(run_file):
         "train": ["corpus.txt"],
         "valid": [],
         "seq_length": 512,
+        "bos": "auto",
         "shuffle": True,
         "cache_dir": None,
         "mask_rate": 0.15,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_ds.data import Causal, DataObjective, Dataset, Masked, Order, Seq2Seq, open_dataset
-from megatron_ds.data.labels import count_labels, mean_labels, parts_of, require_labels
+from megatron_ds.data.labels import count_labels, mean_labels, require_labels
+from megatron_ds.data.parts import parts_of
 from megatron_ds.errors import DataError
 
 IGNORED = {"input_ids": [5, 6, 7], "labels": [-100] * 3}

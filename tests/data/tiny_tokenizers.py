@@ -67,6 +67,21 @@ def save_chat(text: Path, directory: Path, template: str, *, pieces: bool = Fals
     return path
 
 
+FRAMED_VOCABULARY = {"<eos>": 0, "<unk>": 1, "<bos>": 2, "<gmask>": 3, "a": 4, "b": 5}
+
+
+def save_framed(directory: Path, single: str, **special: str | None) -> str:
+    """Of the words a and b, with a post-processor such as `<bos> $A` (empty: none). Its directory."""
+    backend = Tokenizer(models.WordLevel(FRAMED_VOCABULARY, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = [(word, FRAMED_VOCABULARY[word]) for word in single.split() if word != "$A"]
+    if single:
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
+    names = {"eos_token": "<eos>", "unk_token": "<unk>", "bos_token": "<bos>", **special}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(directory)
+    return str(directory)
+
+
 def _save(
     tokenizer: Tokenizer,
     trainer: object,

@@ -18,7 +18,8 @@ from megatron_ds.data.indexed.files import IndexedFile, index_path, token_dtype,
 from megatron_ds.data.prepare.chunks import CHUNK_BYTES, CHUNK_ROWS, Chunk, cut, identity
 from megatron_ds.data.prepare.journal import Journal, State, complete
 from megatron_ds.data.prepare.workers import Encoding, encode_all
-from megatron_ds.data.readers.tokenizer import largest_token_id, load_tokenizer, special_id, tokenizer_digest
+from megatron_ds.data.readers.document_frame import Begin, document_frame
+from megatron_ds.data.readers.tokenizer import largest_token_id, load_tokenizer, tokenizer_digest
 from megatron_ds.errors import DataError
 from megatron_ds.version import __version__
 
@@ -36,6 +37,7 @@ class PrepareOptions:
         workers: number of processes.
         column: the field of JSON lines and tables that holds the text.
         append_eod: whether the tokenizer's eos follows each document.
+        bos: whether special tokens begin each document; "auto" = those that the tokenizer puts before a text.
         skip_bad: skip lines that hold no document.
         overwrite: replace other data of the same prefix.
         restart: discard unfinished output of an earlier run.
@@ -50,6 +52,7 @@ class PrepareOptions:
     skip_bad: bool = False
     overwrite: bool = False
     restart: bool = False
+    bos: Begin = "auto"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def prepare(
         raise DataError(f"data: {', '.join(options.sources)}: nothing to read; each line or row must hold a document")
     manifest = _manifest(options, encoding, tokenizer, chunks)
     key = _key(manifest)
-    existing = _existing_manifest(options, key)
+    existing = _existing_manifest(options, key, encoding.begin_ids)
     if existing is not None:
         return Prepared(existing, unchanged=True)
     with Journal(options.prefix, key, options.restart) as journal:
@@ -126,12 +129,10 @@ def _key(manifest: dict[str, Any]) -> str:
 
 
 def _encoding(options: PrepareOptions, tokenizer: PreTrainedTokenizerBase) -> Encoding:
-    end_id = None
-    if options.append_eod:
-        use = "each document is ended with it (--no-eod leaves that out)"
-        end_id = special_id(tokenizer, options.tokenizer, "eos_token", use)
-    size = max(largest_token_id(tokenizer), end_id or 0) + 1
-    return Encoding(options.column, end_id, token_dtype(size).str)
+    use = "each document is ended with it (--no-eod leaves that out)" if options.append_eod else None
+    frame = document_frame(tokenizer, options.tokenizer, options.bos, use, field="--bos")
+    size = max(largest_token_id(tokenizer), frame.end_id or 0, *frame.begin_ids) + 1
+    return Encoding(options.column, frame.end_id, token_dtype(size).str, frame.begin_ids)
 
 
 def _manifest(
@@ -148,12 +149,13 @@ def _manifest(
         },
         "column": options.column,
         "end_id": encoding.end_id,
+        **({"begin_ids": list(encoding.begin_ids)} if encoding.begin_ids else {}),
         "dtype": encoding.dtype,
         "chunks": [CHUNK_BYTES, CHUNK_ROWS],
     }
 
 
-def _existing_manifest(options: PrepareOptions, key: str) -> dict[str, Any] | None:
+def _existing_manifest(options: PrepareOptions, key: str, begin_ids: Sequence[int]) -> dict[str, Any] | None:
     """Return the manifest of the same data if they are complete already.
 
     Raises:
@@ -178,11 +180,19 @@ def _existing_manifest(options: PrepareOptions, key: str) -> dict[str, Any] | No
     if options.overwrite or (same and options.restart):
         return None
     raise DataError(
-        f"--output={prefix}: {existing[0]} exists, with other data; choose another prefix, or give --overwrite"
+        f"--output={prefix}: {existing[0]} exists, with other data{_other_begin(manifest, begin_ids)}; choose another "
+        "prefix, or give --overwrite"
         if len(existing) == len(files)
         else f"--output={prefix}: {existing[0]} exists, but {next(f for f in files if f not in existing)} does not; "
         "remove it, or give --overwrite"
     )
+
+
+def _other_begin(manifest: dict[str, Any], begin_ids: Sequence[int]) -> str:
+    """Return a hint if documents of the existing data begin otherwise; those of earlier versions have no beginning."""
+    if not manifest or list(manifest.get("begin_ids", [])) == list(begin_ids):
+        return ""
+    return f" whose documents begin without the ids {list(begin_ids)} (--no-bos)" if begin_ids else " made with --bos"
 
 
 def _bad_lines_message(state: State) -> str:

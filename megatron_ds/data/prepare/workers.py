@@ -30,11 +30,13 @@ class Encoding:
         column: the field that holds the text.
         end_id: the id after each document; None = no id.
         dtype: of a token.
+        begin_ids: the ids before each document.
     """
 
     column: str
     end_id: int | None
     dtype: str
+    begin_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Encoded:
 
 
 def encode_chunk(reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk) -> Encoded:
-    """Read and tokenize one chunk, without special tokens except the end."""
+    """Read and tokenize one chunk, without special tokens except those around it."""
     texts, bad, num_lines = [], [], 1
     for document in reader.documents(chunk):
         if document.text is not None:
@@ -67,7 +69,9 @@ def encode_chunk(reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: E
         else:
             num_lines = document.line
     end = [] if encoding.end_id is None else [encoding.end_id]
-    documents = [np.asarray([*ids, *end], dtype=np.int64) for ids in encode_texts(tokenizer, texts)]
+    documents = [
+        np.asarray([*encoding.begin_ids, *ids, *end], dtype=np.int64) for ids in encode_texts(tokenizer, texts)
+    ]
     tokens = np.concatenate([np.empty(0, dtype=np.int64), *documents])
     lengths = np.asarray([len(one) for one in documents], dtype=np.int32)
     return Encoded(tokens.astype(encoding.dtype).tobytes(), lengths, int(tokens.max(initial=-1)), num_lines, bad)

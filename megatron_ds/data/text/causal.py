@@ -15,6 +15,10 @@ class CausalText:
         corpus: a stream of T tokens.
         seq_length: S.
 
+    Attributes:
+        begin_ids: special ids before each document.
+        ends: special ids after each document, with their texts.
+
     Raises:
         DataError: fewer than S + 1 tokens.
     """
@@ -27,7 +31,8 @@ class CausalText:
         corpus.require_sample(seq_length + 1, seq_length, len(corpus.tokens) - 1)
         self.seq_length = seq_length
         self.fingerprint = corpus.fingerprint(f"seq_length={seq_length}")
-        self._tokens = corpus.tokens
+        self.begin_ids, self.ends = corpus.frame.begin_ids, corpus.frame.ends
+        self._tokens, self._begin_text = corpus.tokens, corpus.frame.begin_text
 
     def __len__(self) -> int:
         return (len(self._tokens) - 1) // self.seq_length
@@ -43,5 +48,6 @@ class CausalText:
         return blank_sample(self.columns, self.seq_length, self.target_length)
 
     def describe(self) -> str:
-        """Return a line such as `353,442 tokens, 690 samples of 512`."""
-        return f"{format_count(len(self._tokens))} tokens, {len(self):,} samples of {self.seq_length}"
+        """Return a line such as `353,442 tokens, 690 samples of 512, <s> before each document`."""
+        begin = f", {self._begin_text} before each document" if self._begin_text else ""
+        return f"{format_count(len(self._tokens))} tokens, {len(self):,} samples of {self.seq_length}{begin}"

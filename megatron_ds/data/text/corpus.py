@@ -1,12 +1,13 @@
-"""Corpora of `data.format: text`: the stream of all documents' tokens, with an end id after each document."""
+"""Corpora of `data.format: text`: the stream of all documents' tokens, each document between special tokens."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_ds.data.readers.concat_index import ConcatIndex
+from megatron_ds.data.readers.document_frame import DocumentFrame
 from megatron_ds.errors import DataError
 
 _SCAN_TOKENS = 1 << 22
@@ -55,11 +56,13 @@ class Corpus:
         tokens: all of them.
         digest: hash of their content; part of a dataset's fingerprint.
         name: the sources, for errors.
+        frame: special tokens around each document.
     """
 
     tokens: TokenStream
     digest: str
     name: str
+    frame: DocumentFrame = field(default_factory=DocumentFrame)
 
     def fingerprint(self, *settings: object) -> str:
         """Return the SHA-256 of the content and of all settings that decide the samples."""

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.noise.masking import load_masker
 from megatron_ds.data.objective import Causal, Masked, Seq2Seq
-from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below, special_id
+from megatron_ds.data.readers.document_frame import DocumentFrame, document_frame
+from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.data.text.causal import CausalText
 from megatron_ds.data.text.corpus import Corpus, TokenStream
@@ -20,6 +21,8 @@ from megatron_ds.data.text.masked import MaskedText
 from megatron_ds.data.text.sentence_pairs import SentencePairs
 from megatron_ds.data.text.span_corruption import CorruptedText, find_sentinels
 from megatron_ds.data.text.token_cache import cached_tokens
+
+_END_USE = "data.format=text ends each document with it"
 
 
 def open_text(request: DatasetRequest) -> Dataset:
@@ -34,28 +37,26 @@ def open_text(request: DatasetRequest) -> Dataset:
     tokenizer = load_tokenizer(path)
     match objective:
         case Causal():
-            return CausalText(_corpus(request, texts, tokenizer, _end_of_text(tokenizer, path)), seq_length)
+            frame = document_frame(tokenizer, path, objective.bos, _END_USE)
+            return CausalText(_corpus(request, texts, tokenizer, frame), seq_length)
         case Masked():
             masker = load_masker(tokenizer, path, objective, request.vocab_size)
-            corpus = _corpus(request, texts, tokenizer, masker.ids.sep)
+            corpus = _corpus(request, texts, tokenizer, DocumentFrame(end_id=masker.ids.sep))
             dataset = SentencePairs if objective.next_sentence else MaskedText
             return dataset(corpus, seq_length, objective, masker)
         case Seq2Seq():
-            end_id = _end_of_text(tokenizer, path)
+            frame = document_frame(tokenizer, path, False, _END_USE)
+            assert frame.end_id is not None
             sentinels = find_sentinels(tokenizer, path, seq_length, objective, request.vocab_size)
-            corpus = _corpus(request, texts, tokenizer, end_id)
-            return CorruptedText(corpus, seq_length, objective, sentinels, end_id)
-
-
-def _end_of_text(tokenizer: PreTrainedTokenizerBase, path: str) -> int:
-    return special_id(tokenizer, path, "eos_token", "data.format=text ends each document with it")
+            corpus = _corpus(request, texts, tokenizer, frame)
+            return CorruptedText(corpus, seq_length, objective, sentinels, frame.end_id)
 
 
 def _corpus(
-    request: DatasetRequest, texts: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, end_id: int
+    request: DatasetRequest, texts: Sequence[TextSource], tokenizer: PreTrainedTokenizerBase, frame: DocumentFrame
 ) -> Corpus:
-    assert request.tokenizer_path is not None
-    parts = [cached_tokens(text, tokenizer, end_id, request.cache_dir) for text in texts]
+    assert request.tokenizer_path is not None and frame.end_id is not None
+    parts = [cached_tokens(text, tokenizer, frame.end_id, request.cache_dir, frame.begin_ids) for text in texts]
     require_ids_below(request.vocab_size, max(part.info.largest_id for part in parts), request.tokenizer_path)
     digest = hashlib.sha256("\n".join(part.key for part in parts).encode()).hexdigest()
-    return Corpus(TokenStream([part.tokens for part in parts]), digest, ", ".join(request.sources))
+    return Corpus(TokenStream([part.tokens for part in parts]), digest, ", ".join(request.sources), frame)

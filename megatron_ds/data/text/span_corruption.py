@@ -49,7 +49,7 @@ class CorruptedText:
         self._tokens = corpus.tokens
         self._objective = objective
         self._sentinels = sentinels
-        self._end_id = end_id
+        self._end_id, self.ends = end_id, corpus.frame.ends
 
     def _refuse_too_short(self, corpus: Corpus, seq_length: int, objective: Seq2Seq) -> None:
         needed = self._lengths.targets

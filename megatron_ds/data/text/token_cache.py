@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -47,8 +48,22 @@ class CachedTokens:
     info: TokenInfo
 
 
-def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id: int, directory: Path) -> CachedTokens:
-    """Return the tokens of `source`, with `end_id` after each document that is not empty and no other special token.
+class _Frame(NamedTuple):
+    """Ids before and after each document."""
+
+    begin_ids: tuple[int, ...]
+    end_id: int
+
+
+def cached_tokens(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    end_id: int,
+    directory: Path,
+    begin_ids: Sequence[int] = (),
+) -> CachedTokens:
+    """Return the tokens of `source`: each document that is not empty between `begin_ids` and `end_id`, and no other
+    special token.
 
     Reads the source once to hash it; tokenizes it only if `directory` does not hold all of its tokens yet. Safe for
     concurrent processes.
@@ -57,7 +72,10 @@ def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id
         DataError: the source is malformed, or `directory` cannot be written.
     """
     content = f"{FORMAT_VERSION}\n{source.digest()}\n{tokenizer_digest(tokenizer, end_id)}"
+    if begin_ids:
+        content += f"\nbegin={list(begin_ids)}"
     key = hashlib.sha256(content.encode()).hexdigest()
+    frame = _Frame(tuple(begin_ids), end_id)
     info = _read_info(directory, key)
     if info is None:
         try:
@@ -66,7 +84,7 @@ def cached_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id
                 info = _read_info(directory, key)  # another rank may have written it while this one waited
                 if info is None:
                     get_logger("data").info("tokenizing %s", source.name)
-                    info = _write_tokens(source, tokenizer, end_id, directory, key)
+                    info = _write_tokens(source, tokenizer, frame, directory, key)
         except OSError as error:
             raise DataError(
                 f"data: the token cache {directory} cannot be written ({error}); "
@@ -87,10 +105,10 @@ def _read_info(directory: Path, key: str) -> TokenInfo | None:
 
 
 def _write_tokens(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, end_id: int, directory: Path, key: str
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, frame: _Frame, directory: Path, key: str
 ) -> TokenInfo:
     """Write `<key>.bin`, then `<key>.json`, each under a temporary name first. The caller holds the lock."""
-    dtype = np.dtype("<u2" if max(largest_token_id(tokenizer), end_id) < 1 << 16 else "<u4")
+    dtype = np.dtype("<u2" if max(largest_token_id(tokenizer), frame.end_id) < 1 << 16 else "<u4")
     num_tokens = num_documents = 0
     largest_id = -1
     # The lock may not hold across machines on a shared disk: their temporary names differ, and both write the same.
@@ -98,7 +116,7 @@ def _write_tokens(
     try:
         with temporary.open("wb") as file:
             for batch in _batches(source.documents()):
-                ids = _encode(tokenizer, batch, end_id)
+                ids = _encode(tokenizer, batch, frame)
                 file.write(ids.astype(dtype).tobytes())
                 num_tokens += len(ids)
                 num_documents += len(batch)
@@ -130,10 +148,10 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[str], end_id: int) -> np.ndarray:
-    """Return the ids of all documents, each followed by `end_id`: (T,) int64. Fast tokenizers use every core."""
+def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[str], frame: _Frame) -> np.ndarray:
+    """Return the ids of all documents, each in its frame: (T,) int64. Fast tokenizers use every core."""
     encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    documents = [np.asarray([*ids, end_id], dtype=np.int64) for ids in encoded]
+    documents = [np.asarray([*frame.begin_ids, *ids, frame.end_id], dtype=np.int64) for ids in encoded]
     return np.concatenate(documents)
 
 
