@@ -20,29 +20,55 @@ def _begin(value: Any) -> Any:
     return value
 
 
+def _skip_for_drop(value: Any) -> Any:
+    return "skip" if value == "drop" else value
+
+
 class DataSource(Section):
-    """One file, directory, hub id or prefix; `weight` is its relative weight in a blend."""
+    """One file, directory, pattern, hub id or prefix.
+
+    `name`: the configuration of a data set on the hub. `split`: of a data set, as `datasets` takes it. `column`: the
+    field that holds the text, the messages or the token ids. `weight`: the relative weight in a blend.
+    """
 
     path: Text
+    name: Text | None = None
+    split: Text | None = None
+    column: Text | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def label(self) -> str:
+        """The source in a few words, for messages."""
+        chosen = [f"{key} {value}" for key in ("name", "split", "column") if (value := getattr(self, key)) is not None]
+        return f"{self.path} ({', '.join(chosen)})" if chosen else self.path
+
+    @property
+    def plain(self) -> str | dict[str, Any]:
+        """The source as it is written in a run file."""
+        given = self.model_dump(exclude_none=True)
+        return given if len(given) > 1 else self.path
 
 
 class DataSection(Section):
     """The training and validation data, and how samples are made from them.
 
-    `bos`: whether each document of text begins with special tokens ("auto": those that the tokenizer puts before a
-    text). `cache_dir`: the directory of tokenized text (None: a per-user cache directory). `mask_rate` and
-    `whole_words` are for masked models; `mask_rate`, `mean_span` and `target_length` (None: chosen) for
-    sequence-to-sequence models. `restart`: a resumed run accepts data that differ from the earlier ones, and starts at
-    their beginning. `split`: fractions of each indexed corpus for training, validation and neither. `loss_turns`,
-    `overlong` and `packing` are for conversations. `prefetch`: the number of batches that are read ahead. `options`:
-    keys of a format from another package. The names of formats, and the keys that each one reads, are checked in
-    `megatron_ds.data.formats`.
+    `columns`: our names of fields, each with its name in the data. `bad_rows`: refuse a source that holds a row
+    without a usable example, or leave such rows out. `bos`: whether each document of text begins with special
+    tokens ("auto": those that the tokenizer puts before a text). `cache_dir`: the directory of tokenized text
+    (None: a per-user cache directory). `mask_rate` and `whole_words` are for masked models; `mask_rate`,
+    `mean_span` and `target_length` (None: chosen) for sequence-to-sequence models. `restart`: a resumed run accepts
+    data that differ from the earlier ones, and starts at their beginning. `split`: fractions of each indexed corpus
+    for training, validation and neither. `loss_turns`, `overlong` and `packing` are for conversations. `prefetch`:
+    the number of batches that are read ahead. `options`: keys of a format from another package. The names of
+    formats, and the keys that each one reads, are checked in `megatron_ds.data.formats`.
     """
 
     format: Text = "text"
     train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
     valid: Annotated[list[DataSource], BeforeValidator(_list_of_sources)] = []
+    columns: dict[Text, Text] = {}
+    bad_rows: Annotated[Literal["refuse", "skip"], BeforeValidator(_skip_for_drop)] = "refuse"
     seq_length: Count = 512
     bos: Annotated[Literal["auto"] | bool, BeforeValidator(_begin)] = "auto"
     shuffle: bool = True
@@ -67,7 +93,7 @@ class DataSection(Section):
 
     @field_serializer("train", "valid")
     def _plain_sources(self, sources: list[DataSource]) -> list[Any]:
-        return [s.path if s.weight is None else {"path": s.path, "weight": s.weight} for s in sources]
+        return [source.plain for source in sources]
 
 
 def _check_weights(data: DataSection) -> None:

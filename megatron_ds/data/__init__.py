@@ -4,7 +4,15 @@ from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.collate import NO_SAMPLE, collate
 from megatron_ds.data.dataset import Dataset, Sample, blank_sample
-from megatron_ds.data.formats import FORMATS, DataFormat, check_format, default_cache_dir, format_options, open_dataset
+from megatron_ds.data.formats import (
+    FORMATS,
+    DataFormat,
+    check_format,
+    default_cache_dir,
+    format_options,
+    format_sources,
+    open_dataset,
+)
 from megatron_ds.data.objective import Causal, DataObjective, Masked, Seq2Seq
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest, Order, Split
@@ -32,6 +40,7 @@ __all__ = [
     "default_cache_dir",
     "for_data_rank",
     "format_options",
+    "format_sources",
     "load_tokenizer",
     "open_dataset",
     "ordered_pass",

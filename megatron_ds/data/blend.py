@@ -241,12 +241,10 @@ def open_blend(
     order = request.order
     assert order is not None, "validation takes every sample once"
     datasets = []
-    for number, (source, num_samples) in enumerate(
-        zip(request.sources, samples_per_source(weights, order.num_samples))
-    ):
-        one = open_one(replace(request, sources=(source,), order=replace(order, num_samples=num_samples)))
+    for number, (source, num_samples) in enumerate(zip(request.inputs, samples_per_source(weights, order.num_samples))):
+        one = open_one(replace(request, inputs=(source,), order=replace(order, num_samples=num_samples)))
         datasets.append(one if one.ordered else OrderedDataset(one, order, number))
-    return Blend(datasets, request.sources, weights, order.num_samples, request.cache_dir)
+    return Blend(datasets, [str(source) for source in request.inputs], weights, order.num_samples, request.cache_dir)
 
 
 def source_usage(dataset: Dataset, num_samples: int) -> tuple[SourceUsage, ...]:

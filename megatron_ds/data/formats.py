@@ -7,24 +7,30 @@ FORMATS.register("csv", DataFormat(open_csv, options=CsvOptions))
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from megatron_ds.cache import cache_folder
-from megatron_ds.config import DataSection
+from megatron_ds.config import DataSection, DataSource
 from megatron_ds.config.error_messages import explain
 from megatron_ds.config.schema_base import Section
 from megatron_ds.data.blend import open_blend
 from megatron_ds.data.chat.open import open_chat
+from megatron_ds.data.chat.options import FIELDS as CHAT_FIELDS
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.indexed.open import open_indexed
 from megatron_ds.data.objective import DataObjective
+from megatron_ds.data.readers.examples import TEXT_COLUMN
+from megatron_ds.data.readers.source import Source, as_source
+from megatron_ds.data.readers.sources import find_source
 from megatron_ds.data.request import DatasetRequest, Order, Split
 from megatron_ds.data.text.documents import TextSource
 from megatron_ds.data.text.open import open_text
 from megatron_ds.data.tokenized.open import open_tokenized
+from megatron_ds.data.tokenized.validation import FIELDS as TOKENIZED_FIELDS
 from megatron_ds.errors import ConfigError, DataError, not_one_of, show
 from megatron_ds.registry import Registry
 
@@ -42,8 +48,12 @@ class DataFormat:
         needs_tokenizer: whether `tokenizer_path` must be set.
         cuts_spans: whether it cuts spans out of text for sequence-to-sequence models, with the objective's `mask_rate`
             and `mean_span`; otherwise these keys are refused for such models.
+        fields: names of the fields that it reads, for formats that read rows with fields; the first one is that which
+            `column` of a source names. None = it reads no such rows: `data.columns`, `data.bad_rows` and the name,
+            split and column of a source do nothing. Empty = every field may be read.
         check_source: raises DataError where a source is missing. Called for every source of a blend before the first
             is opened, so that no time is lost; None = `open` checks.
+        find: the same, called with all that is set for the source.
     """
 
     open: Callable[[DatasetRequest], Dataset]
@@ -51,7 +61,9 @@ class DataFormat:
     options: type[Section] | None = None
     needs_tokenizer: bool = False
     cuts_spans: bool = False
+    fields: tuple[str, ...] | None = None
     check_source: Callable[[str], object] | None = None
+    find: Callable[[Source], object] | None = None
 
     def __post_init__(self) -> None:
         for key in self.keys:
@@ -62,13 +74,29 @@ class DataFormat:
 FORMATS: Registry[DataFormat] = Registry("data format")
 FORMATS.register(
     "text",
-    DataFormat(open_text, keys=("bos",), needs_tokenizer=True, cuts_spans=True, check_source=TextSource),
+    DataFormat(
+        open_text,
+        keys=("bos",),
+        needs_tokenizer=True,
+        cuts_spans=True,
+        fields=(TEXT_COLUMN,),
+        find=TextSource,
+    ),
 )
 FORMATS.register(
     "chat",
-    DataFormat(open_chat, keys=tuple(ChatOptions.model_fields), options=ChatOptions, needs_tokenizer=True),
+    DataFormat(
+        open_chat,
+        keys=tuple(ChatOptions.model_fields),
+        options=ChatOptions,
+        needs_tokenizer=True,
+        fields=CHAT_FIELDS,
+        find=partial(find_source, plain_text=False),
+    ),
 )
-FORMATS.register("tokenized", DataFormat(open_tokenized))
+FORMATS.register(
+    "tokenized", DataFormat(open_tokenized, fields=TOKENIZED_FIELDS, find=partial(find_source, plain_text=False))
+)
 FORMATS.register("indexed", DataFormat(open_indexed, keys=("split",)))
 
 
@@ -97,7 +125,46 @@ def check_format(data: DataSection, tokenizer_path: str | None) -> None:
                     f"data.{key}={show(value)} does nothing with data.format={data.format}; remove it, or use "
                     f"data.format={name}"
                 )
+    _check_reading(data, chosen)
     format_options(data)
+
+
+def _check_reading(data: DataSection, chosen: DataFormat) -> None:
+    """Check the keys about the fields and rows of sources."""
+    places = [(f"data.{part}[{n}]", one) for part in ("train", "valid") for n, one in enumerate(getattr(data, part))]
+    settings = [(f"{place}.{key}", getattr(one, key)) for place, one in places for key in ("name", "split", "column")]
+    settings += [("data.columns", data.columns or None), ("data.bad_rows", _none_if(data.bad_rows, "refuse"))]
+    for field, value in settings:
+        if value is not None and chosen.fields is None:
+            others = " or ".join(name for name, other in FORMATS.items() if other.fields is not None)
+            raise ConfigError(
+                f"{field}={show(value)} does nothing with data.format={data.format}, which has no fields; remove it, "
+                f"or use data.format={others}"
+            )
+    for name in data.columns:
+        if chosen.fields and name not in chosen.fields:
+            theirs = data.columns[name]
+            swapped = f"; try data.columns.{theirs}={name}" if theirs in chosen.fields else ""
+            raise ConfigError(f"data.columns.{name}: {name} {not_one_of(name, chosen.fields)}{swapped}")
+
+
+def _none_if(value: str, default: str) -> str | None:
+    return None if value == default else value
+
+
+def format_sources(data: DataSection, sources: Sequence[DataSource]) -> list[Source]:
+    """Return sources of a `data` section with all that is set for their rows."""
+    fields = FORMATS.get(data.format, "data.format").fields or ()
+    return [
+        Source(
+            one.path,
+            one.name,
+            one.split,
+            tuple(sorted({**data.columns, **({fields[0]: one.column} if one.column is not None else {})}.items())),
+            data.bad_rows == "skip",
+        )
+        for one in sources
+    ]
 
 
 def format_options(data: DataSection) -> Section | None:
@@ -125,7 +192,7 @@ def format_options(data: DataSection) -> Section | None:
 def open_dataset(
     format: str,
     objective: DataObjective,
-    sources: Sequence[str],
+    sources: Sequence[str | Source],
     seq_length: int,
     vocab_size: int,
     tokenizer_path: str | None = None,
@@ -142,6 +209,7 @@ def open_dataset(
 
     Args:
         format: a name in FORMATS.
+        sources: a text is the path of a source.
         cache_dir: directory for tokens and orders that are computed once; None = `default_cache_dir()`.
         weights: of the sources in a blend, any positive numbers; None = one source after the other.
         options: None = the format's defaults.
@@ -160,18 +228,21 @@ def open_dataset(
     directory = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     if options is None and chosen.options is not None:
         options = chosen.options()
+    inputs = tuple(as_source(source) for source in sources)
     request = DatasetRequest(
-        tuple(sources), objective, seq_length, vocab_size, tokenizer_path, directory, order, split, options
+        inputs, objective, seq_length, vocab_size, tokenizer_path, directory, order, split, options
     )
     try:
         if weights is None:
             return chosen.open(request)
-        if chosen.check_source is not None:
-            for source in sources:
-                chosen.check_source(source)
+        for source in inputs:
+            if chosen.check_source is not None:
+                chosen.check_source(source.path)
+            if chosen.find is not None:
+                chosen.find(source)
         return open_blend(request, weights, chosen.open)
     except OSError as error:
-        raise DataError(f"data: {', '.join(sources)}: cannot be read ({error})") from error
+        raise DataError(f"data: {', '.join(request.sources)}: cannot be read ({error})") from error
 
 
 def default_cache_dir() -> Path:

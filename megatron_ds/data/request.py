@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_ds.config.schema_base import Section
 from megatron_ds.data.objective import DataObjective
+from megatron_ds.data.readers.source import Source
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DatasetRequest:
     """The arguments of a data format's `open`.
 
     Attributes:
-        sources: files, directories, directories saved by `datasets`, hub ids or prefixes; at least one.
+        inputs: the sources, and how their rows are read; at least one.
         objective: training objective of the model; decides the columns of a sample.
         seq_length: S, positions of a sample.
         vocab_size: number of ids of the model; every id of the data must be below it.
@@ -51,7 +52,7 @@ class DatasetRequest:
         options: an instance of the format's `options` class; None where the format takes none.
     """
 
-    sources: tuple[str, ...]
+    inputs: tuple[Source, ...]
     objective: DataObjective
     seq_length: int
     vocab_size: int
@@ -60,3 +61,8 @@ class DatasetRequest:
     order: Order | None = None
     split: Split | None = None
     options: Section | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Files, directories, patterns, saved `datasets`, hub ids or prefixes, as the user wrote them."""
+        return tuple(source.path for source in self.inputs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ds import data as formats
 from megatron_ds.config import DataSection, build_section
-from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options
+from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options, format_sources
 from megatron_ds.errors import ConfigError
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.objective import find_objective
@@ -63,7 +63,7 @@ def open_part(
     return formats.open_dataset(
         data.format,
         objective,
-        [source.path for source in sources],
+        format_sources(data, sources),
         data.seq_length,
         model.hf.core.vocab_size,
         model.section.tokenizer_path,

@@ -198,11 +198,11 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     """Return the settings that determine the samples, apart from the data's content; the most changed ones last."""
     data = run.data
     weights = [source.weight for source in data.train]
-    plain = ("bos", "split", "loss_turns", "overlong", "packing")
+    plain = ("columns", "bad_rows", "bos", "split", "loss_turns", "overlong", "packing")
     noise = ("mask_rate", "whole_words", "mean_span", "target_length")
     return {
         "data.format": data.format,
-        "data.train": [source.path for source in data.train],
+        "data.train": [source.label for source in data.train],
         "data.train[*].weight": None if None in weights else weights,
         **{f"data.{name}": getattr(data, name) for name in (*plain, *noise)},
         "data.options": data.options,

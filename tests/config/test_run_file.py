@@ -52,6 +52,8 @@ def test_defaults(run_file):
         "format": "text",
         "train": ["corpus.txt"],
         "valid": [],
+        "columns": {},
+        "bad_rows": "refuse",
         "seq_length": 512,
         "bos": "auto",
         "shuffle": True,

@@ -2,11 +2,11 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.data.readers.examples import Located, iterate_examples
+from megatron_ds.data.readers.examples import Located
 from megatron_ds.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -35,16 +35,6 @@ class Conversation:
         """Indices of the assistant's messages that may carry loss; at least one."""
         roles = [message["role"] for message in self.messages]
         return [index for index, role in enumerate(roles) if role == ASSISTANT and index >= self.learned_from]
-
-
-def read_conversations(source: str) -> Iterator[Conversation]:
-    """Yield every conversation of a source, in order.
-
-    Raises:
-        DataError: the source is missing, or one of its conversations is malformed; names the file and line.
-    """
-    for located in iterate_examples(source):
-        yield parse_conversation(located)
 
 
 def parse_conversation(located: Located) -> Conversation:

@@ -10,6 +10,7 @@ from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.chat.packing import one_per_sample, pack
 from megatron_ds.data.chat.tokens import Conversations
 from megatron_ds.data.dataset import Sample, blank_sample, format_count
+from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.concat_index import ConcatIndex
 from megatron_ds.errors import DataError
 
@@ -24,6 +25,9 @@ class ChatDataset:
         parts: the conversations of each source.
         seq_length: S.
         options: how conversations of more than S tokens are handled, and whether several share a sample.
+
+    Attributes:
+        bad_rows: account of the rows that were left out.
 
     Raises:
         DataError: conversations are too long and `options.overlong` refuses them, or no conversation remains.
@@ -41,6 +45,10 @@ class ChatDataset:
         lengths = np.concatenate([part.lengths for part in parts])
         self._overlong = np.flatnonzero(lengths > seq_length)
         self._options = options
+        self.bad_rows = BadRows()
+        for part in parts:
+            self.bad_rows.include(part.bad_rows)
+        self.bad_rows.log()
         if options.overlong == "refuse" and len(self._overlong):
             self._refuse_overlong(lengths)
         fitting = np.minimum(lengths, seq_length)
@@ -105,6 +113,8 @@ class ChatDataset:
             notes.append(f"{dropped:,} of more than {self.seq_length} tokens dropped")
         if self._options.overlong == "cut" and (cut := len(self._overlong) - dropped):
             notes.append(f"{cut:,} cut to {self.seq_length} tokens")
+        if self.bad_rows.count:
+            notes.append(self.bad_rows.note.removeprefix(", "))
         note = f" ({', '.join(notes)})" if notes else ""
         return (
             f"{len(self._kept):,} conversations{note}, {len(self):,} samples of {self.seq_length}: "

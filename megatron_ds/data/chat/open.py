@@ -23,8 +23,6 @@ def open_chat(request: DatasetRequest) -> ChatDataset:
     tokenizer = load_tokenizer(path)
     template = ChatTemplate(tokenizer, path, last_only=options.loss_turns == "last")
     backend = offset_backend(tokenizer, path)
-    parts = [
-        cached_conversations(source, tokenizer, backend, template, request.cache_dir) for source in request.sources
-    ]
+    parts = [cached_conversations(source, tokenizer, backend, template, request.cache_dir) for source in request.inputs]
     require_ids_below(request.vocab_size, max(int(part.ids.max()) for part in parts), path)
     return ChatDataset(parts, request.seq_length, options)

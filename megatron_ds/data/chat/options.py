@@ -4,6 +4,20 @@ from typing import Literal
 
 from megatron_ds.config.schema_base import Section
 
+FIELDS = (
+    "messages",
+    "prompt",
+    "completion",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "tools",
+)
+"""Fields of a conversation, in any of its forms."""
+
 
 class ChatOptions(Section):
     """Options of conversations: the turns that carry loss, overlong conversations, and packing.

@@ -6,16 +6,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds.data.chat.conversations import Conversation, read_conversations
+from megatron_ds.data.chat.conversations import parse_conversation
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.digests import file_sha256
-from megatron_ds.data.readers.sources import JSON_SUFFIXES, FileSource, find_source
+from megatron_ds.data.readers.examples import Located, parse_examples
+from megatron_ds.data.readers.source import Source
+from megatron_ds.data.readers.sources import FoundSource, Table, find_source
 from megatron_ds.data.readers.tokenizer import tokenizer_digest
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
@@ -23,6 +27,10 @@ from megatron_ds.log import get_logger
 FORMAT_VERSION = 1
 _BATCH = 512
 _ARRAYS = ("ids", "learned", "starts", "places")
+_BAD_ARRAYS = ("bad_count", "bad_first")  # of sources of which rows were left out
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -31,19 +39,35 @@ class Conversations:
 
     Attributes:
         key: hash of their content.
-        name: the source.
+        source: the source that they were read from.
         ids: (T,) int32.
         learned: (T,) bool: tokens with loss.
         starts: (n + 1,) int64: start of each conversation, and the end of the last.
         places: (n,) place of each in the source, such as `:7`; follows the source's name in errors.
+        bad_count: (1,) int64: number of rows that were left out.
+        bad_first: place and reason of the first of them.
     """
 
     key: str
-    name: str
+    source: Source
     ids: np.ndarray
     learned: np.ndarray
     starts: np.ndarray
     places: np.ndarray
+    bad_count: np.ndarray | None = None
+    bad_first: np.ndarray | None = None
+
+    @property
+    def name(self) -> str:
+        """The source, for messages."""
+        return str(self.source)
+
+    @property
+    def bad_rows(self) -> BadRows:
+        """Account of the rows that were left out."""
+        if self.bad_count is None or self.bad_first is None:
+            return BadRows()
+        return BadRows(True, int(self.bad_count[0]), [f"{self.source.prefix}{one}" for one in self.bad_first])
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -55,7 +79,7 @@ class Conversations:
 
     def where(self, index: int) -> str:
         """Return file and line of a conversation, for errors."""
-        return f"{_prefix(self.name)}{self.places[index]}"
+        return f"{self.source.prefix}{self.places[index]}"
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a conversation's ids (L,) int64, and which tokens carry loss (L,) bool."""
@@ -64,7 +88,7 @@ class Conversations:
 
 
 def cached_conversations(
-    source: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate, directory: Path
+    source: Source, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate, directory: Path
 ) -> Conversations:
     """Return the conversations of a source, tokenized unless `directory` holds them already. Safe for concurrent
     processes.
@@ -72,10 +96,13 @@ def cached_conversations(
     Raises:
         DataError: the source is malformed, the template does not fit it, or `directory` cannot be written.
     """
-    content = f"{FORMAT_VERSION}\n{_digest(source)}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
+    found = find_source(source, plain_text=False)
+    content = f"{FORMAT_VERSION}\n{_digest(found)}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
     key = hashlib.sha256(content.encode()).hexdigest()
-    arrays = cached_arrays(directory, f"{key}.chat", _ARRAYS, lambda: _make(source, backend, template))
-    return Conversations(key, source, **arrays)
+    arrays = cached_arrays(directory, f"{key}.chat", _ARRAYS, lambda: _make(found, backend, template), _BAD_ARRAYS)
+    conversations = Conversations(key, source, **arrays)
+    conversations.bad_rows.require_skip(source.skip_bad)
+    return conversations
 
 
 def tokenize(rendered: Sequence[Rendered], backend: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -121,46 +148,52 @@ def _keep_spaces(node: object) -> None:
             _keep_spaces(value)
 
 
-def _make(source: str, backend: Tokenizer, template: ChatTemplate) -> dict[str, np.ndarray]:
+def _make(found: FoundSource, backend: Tokenizer, template: ChatTemplate) -> dict[str, np.ndarray]:
+    source = found.source
     get_logger("data").info("tokenizing %s", source)
+    bad, prefix = source.bad_rows(), source.prefix
+
+    def render(located: Located) -> tuple[str, Rendered]:
+        return located.where.removeprefix(prefix), template.render(parse_conversation(located))
+
     ids, learned, lengths, places = [], [], [0], []
-    for batch in _batches(read_conversations(source), _BATCH):
-        texts = [template.render(one) for one in batch]
-        for one, (tokens, mask) in zip(batch, tokenize(texts, backend)):
+    for batch in _batches(parse_examples(found, render, bad), _BATCH):
+        for (place, _), (tokens, mask) in zip(batch, tokenize([text for _, text in batch], backend)):
             ids.append(tokens)
             learned.append(mask)
             lengths.append(len(tokens))
-            places.append(one.where.removeprefix(_prefix(source)))
+            places.append(place)
     if not ids:
+        bad.refuse_all(source)
         raise DataError(f"data: {source}: no conversations; each line or row must hold one")
     return {
         "ids": np.concatenate(ids),
         "learned": np.concatenate(learned),
         "starts": np.cumsum(lengths, dtype=np.int64),
         "places": np.asarray(places),
+        **(_bad_arrays(bad, prefix) if bad.count else {}),
     }
 
 
-def _batches(items: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
+def _bad_arrays(bad: BadRows, prefix: str) -> dict[str, np.ndarray]:
+    places = [one.removeprefix(prefix) for one in bad.first]
+    return dict(zip(_BAD_ARRAYS, (np.asarray([bad.count]), np.asarray(places)), strict=True))
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
-def _prefix(source: str) -> str:
-    """Return the name of a source in errors; it is not cached, as the data may be moved."""
-    path = Path(source).expanduser()
-    return str(path) if path.exists() else source
-
-
-def _digest(source: str) -> str:
+def _digest(found: FoundSource) -> str:
     """Return the SHA-256 of the content: bytes of files, columns of rows. Names, paths and times do not count."""
-    found = find_source(source, JSON_SUFFIXES)
-    digest = hashlib.sha256()
-    if isinstance(found, FileSource):
-        for path in found.paths:
-            digest.update(f"file:{file_sha256(path)}\n".encode())
-        return digest.hexdigest()
-    for batch in found.table.iter(_BATCH):
-        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(found.source.identity.encode())
+    for part in found.parts:
+        if isinstance(part, Table):
+            for batch in part.table.iter(_BATCH):
+                digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+        else:
+            kind = "" if part.identity == "json" else f" {part.identity}"
+            digest.update(f"file:{file_sha256(part.path)}{kind}\n".encode())
     return digest.hexdigest()

@@ -23,7 +23,7 @@ def open_indexed(request: DatasetRequest) -> Dataset:
     if len(sources) == 1:
         return _open_corpus(request)
     if request.order is None:
-        return ConcatDataset([_open_corpus(replace(request, sources=(source,))) for source in sources], sources)
+        return ConcatDataset([_open_corpus(replace(request, inputs=(one,))) for one in request.inputs], sources)
     weights = [float(split_tokens(IndexedFile(source), request.split)) for source in sources]
     return open_blend(request, weights, _open_corpus)
 

@@ -27,8 +27,9 @@ from megatron_ds.data.inspect.rendering import (
 )
 from megatron_ds.data.objective import Causal, DataObjective
 from megatron_ds.data.readers.digests import file_xxh3
-from megatron_ds.data.readers.examples import iterate_examples
-from megatron_ds.data.readers.sources import JSON_SUFFIXES
+from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
+from megatron_ds.data.readers.source import Source
+from megatron_ds.data.readers.sources import find_source
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.data.sampler import GlobalBatches
@@ -246,7 +247,7 @@ def inspect_file(path: str, tokenizer_path: str, num_shown: int) -> TextFileFact
         return TextFileFacts(path, "text", size, learned, length_histogram("documents", lengths), shown)
     with TemporaryDirectory() as directory:
         request = DatasetRequest(
-            (path,), Causal(), _UNLIMITED, _UNLIMITED, tokenizer_path, Path(directory), options=ChatOptions()
+            (Source(path),), Causal(), _UNLIMITED, _UNLIMITED, tokenizer_path, Path(directory), options=ChatOptions()
         )
         data = open_chat(request)
         tokenizer = load_tokenizer(tokenizer_path)
@@ -288,15 +289,14 @@ def _require_known_ids(ids: np.ndarray, vocab_size: int, tokenizer_path: str, na
 
 def _format_of(path: str) -> str:
     """Return the format of a file, judged by its first example."""
-    if Path(path).suffix.lower() not in JSON_SUFFIXES:
-        return "text"
-    first = next(iterate_examples(path), None)
+    found = find_source(Source(path), plain_text=True)
+    first = next(parse_examples(found, lambda located: located), None)
     if first is None:
         raise DataError(f"data: {path}: no rows; each line must hold one object")
     names = first.columns.keys()
     if "messages" in names or {"prompt", "completion"} <= names:
         return "chat"
-    if "text" in names:
+    if TEXT_COLUMN in names:
         return "text"
     hint = "; inspect the run file of a run that trains on it" if "input_ids" in names else ""
     raise DataError(

@@ -1,5 +1,8 @@
 """Chunks of sources, each readable by any process: byte ranges of JSON lines, row groups, ranges of rows.
 
+Files that can only be read from start to end, such as compressed ones, are cut into ranges of rows too: each worker
+reads all of the file once and tokenizes its own ranges.
+
 A chunk yields its documents in order, and an entry for each line that holds none. Chunks depend on the sources alone:
 the number of workers changes nothing.
 """
@@ -7,22 +10,26 @@ the number of workers changes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from megatron_ds.data.readers.sources import JSON_SUFFIXES, FileSource, find_source
+from megatron_ds.data.readers.examples import TEXT_COLUMN, part_rows
+from megatron_ds.data.readers.file_kinds import BOM, DataFile, identify, naming_damage
+from megatron_ds.data.readers.json_rows import is_document
+from megatron_ds.data.readers.row import Row
+from megatron_ds.data.readers.source import Source, as_source, find_field
+from megatron_ds.data.readers.sources import Table, find_source
 from megatron_ds.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
-TEXT, PARQUET = ".txt", ".parquet"
-SUFFIXES = (TEXT, *JSON_SUFFIXES, PARQUET)
+TEXT, LINES, PARQUET, TABLE, ROWS = ".txt", ".jsonl", ".parquet", "table", "rows"
 CHUNK_BYTES = 1 << 18
 CHUNK_ROWS = 512
 _END_BYTES = 1 << 20
@@ -34,15 +41,16 @@ class Chunk:
 
     Attributes:
         file: index of the file among all files; a file that is named twice counts twice.
-        source: as the user wrote it.
-        path: the file; for a table, the source itself.
-        kind: suffix of the file; "table" for tables of `datasets`.
-        start, stop: bytes of JSON lines and text, row groups of parquet, rows of a table.
+        source: the source that is this file or table alone.
+        path: the file; for a table, its name.
+        kind: the way of reading it: ".txt" as one document, ".jsonl" in ranges of bytes, ".parquet" in row groups,
+            "table" for tables of `datasets`, "rows" from start to end.
+        start, stop: bytes of JSON lines and text, row groups of parquet, rows of a table or of any other file.
         bytes: approximate number of bytes to read, for the progress bar.
     """
 
     file: int
-    source: str
+    source: Source
     path: str
     kind: str
     start: int
@@ -56,39 +64,54 @@ class ChunkDocument:
 
     Attributes:
         text: None if the line holds no document.
-        line: number of the line or row in the chunk, from 0.
+        line: number of the line or row in the chunk, from 0; a text is the place in the file itself.
         problem: reason why it holds no document; empty where it does, and in the last entry of a chunk.
     """
 
     text: str | None
-    line: int
+    line: int | str
     problem: str = ""
 
 
-def cut(sources: Sequence[str]) -> list[Chunk]:
+def cut(sources: Sequence[str | Source]) -> list[Chunk]:
     """Return every chunk of the sources, in order.
 
     Raises:
         DataError: a source is missing or of an unsupported kind.
     """
     numbers = count()
-    return [chunk for source in sources for chunk in _cut(source, numbers)]
+    return [chunk for source in sources for chunk in _cut(as_source(source), numbers)]
 
 
-def _cut(source: str, numbers: Iterator[int]) -> Iterator[Chunk]:
-    found = find_source(source, SUFFIXES)
-    if not isinstance(found, FileSource):
-        table = Chunk(next(numbers), source, source, "table", 0, len(found.table), found.table.data.nbytes)
-        yield from _ranges(table, CHUNK_ROWS)
-        return
-    for path in found.paths:
-        size, suffix = path.stat().st_size, path.suffix.lower()
-        if suffix == PARQUET:
-            yield from _ranges(Chunk(next(numbers), source, str(path), PARQUET, 0, _row_groups(path), size), 1)
-        elif suffix == TEXT:
-            yield Chunk(next(numbers), source, str(path), TEXT, 0, size, size)
+def _cut(source: Source, numbers: Iterator[int]) -> Iterator[Chunk]:
+    for part in find_source(source, plain_text=True).parts:
+        number = next(numbers)
+        if isinstance(part, Table):
+            own = source if part.name == str(source) else replace(source, path=part.name, name=None, split=None)
+            table = Chunk(number, own, part.name, TABLE, 0, len(part.table), part.table.data.nbytes)
+            yield from _ranges(table, CHUNK_ROWS)
+            continue
+        kind, path = _kind(part, source), part.path
+        size, own = path.stat().st_size, replace(source, path=str(path))
+        if kind == TEXT:
+            yield Chunk(number, own, str(path), TEXT, 0, size, size)
+        elif kind == PARQUET:
+            yield from _ranges(Chunk(number, own, str(path), PARQUET, 0, _row_groups(path), size), 1)
+        elif kind == LINES:
+            yield from _ranges(Chunk(number, own, str(path), LINES, 0, size, size), CHUNK_BYTES)
         else:
-            yield from _ranges(Chunk(next(numbers), source, str(path), ".jsonl", 0, size, size), CHUNK_BYTES)
+            num_rows = sum(1 for _ in part_rows(part, source, (TEXT_COLUMN,)))
+            yield from _ranges(Chunk(number, own, str(path), ROWS, 0, num_rows, size), CHUNK_ROWS)
+
+
+def _kind(file: DataFile, source: Source) -> str:
+    if file.content == "text":
+        return TEXT
+    if file.compression:
+        return ROWS
+    if file.content == "json" and not is_document(file, {theirs for _, theirs in source.columns}):
+        return LINES
+    return PARQUET if file.content == "parquet" else ROWS
 
 
 def _ranges(file: Chunk, step: int) -> Iterator[Chunk]:
@@ -105,9 +128,9 @@ def identity(chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
     for chunk in chunks:
         if chunk.file in found:
             continue
-        if chunk.kind == "table":
+        if chunk.kind == TABLE:
             table = _table(chunk.source)
-            found[chunk.file] = {"name": chunk.source, "rows": len(table), "digest": table._fingerprint}
+            found[chunk.file] = {"name": str(chunk.source), "rows": len(table), "digest": table._fingerprint}
         else:
             path = Path(chunk.path)
             found[chunk.file] = {"name": chunk.path, "bytes": path.stat().st_size, "digest": _ends_digest(path)}
@@ -124,7 +147,7 @@ def _ends_digest(path: Path) -> str:
 
 
 class Reader:
-    """A reader of chunks that keeps a table open between them.
+    """A reader of chunks that keeps a table, and a file that is read from start to end, open between them.
 
     Args:
         column: the field that holds the text.
@@ -132,21 +155,25 @@ class Reader:
 
     def __init__(self, column: str) -> None:
         self._column = column
-        self._open: tuple[str, datasets.Dataset] | None = None
+        self._table: tuple[Source, datasets.Dataset] | None = None
+        self._file: tuple[int, int, Iterator[Row]] | None = None
 
     def documents(self, chunk: Chunk) -> Iterator[ChunkDocument]:
         """Yield the documents of a chunk and the lines without one; blank lines are skipped."""
-        if chunk.kind == TEXT:
-            yield _decoded(Path(chunk.path).read_bytes(), 0)
-        elif chunk.kind == ".jsonl":
-            yield from self._json_lines(chunk)
-        elif chunk.kind == PARQUET:
-            yield from self._rows(self._row_group(chunk), chunk)
-        else:
-            table = self._table_of(chunk.source)
-            names = table.column_names
-            values = table[chunk.start : chunk.stop][self._column] if self._column in names else None
-            yield from self._rows((names, values), chunk)
+        match chunk.kind:
+            case ".txt":
+                yield _decoded(_read_file(chunk.path), 0)
+            case ".jsonl":
+                yield from self._json_lines(chunk)
+            case ".parquet":
+                yield from self._values(self._row_group(chunk), chunk)
+            case "table":
+                table = self._table_of(chunk.source)
+                names = table.column_names
+                values = table[chunk.start : chunk.stop][self._column] if self._column in names else None
+                yield from self._values((names, values), chunk)
+            case "rows":
+                yield from self._rows(chunk)
 
     def _json_lines(self, chunk: Chunk) -> Iterator[ChunkDocument]:
         """Yield the lines that begin in the chunk, then an entry with their number."""
@@ -162,7 +189,7 @@ class Reader:
         yield ChunkDocument(None, line)  # the number of lines
 
     def _of_json(self, raw: bytes, line: int) -> ChunkDocument:
-        decoded = _decoded(raw, line)
+        decoded = _decoded(raw.removeprefix(BOM), line)
         if decoded.text is None:
             return decoded
         try:
@@ -171,15 +198,32 @@ class Reader:
             return ChunkDocument(None, line, f"not JSON ({error})")
         if not isinstance(value, dict):
             return ChunkDocument(None, line, f"holds a JSON {type(value).__name__}, not an object")
-        return _checked(value.get(self._column), line, self._column, list(value))
+        return self._checked(value, line)
 
-    def _rows(self, given: tuple[list[str], list[Any] | None], chunk: Chunk) -> Iterator[ChunkDocument]:
+    def _values(self, given: tuple[list[str], list[Any] | None], chunk: Chunk) -> Iterator[ChunkDocument]:
         names, values = given
         if values is None:
             raise DataError(f"data: {chunk.path}: no column {self._column!r}, only {_some(names)}; give --column")
         for line, value in enumerate(values):
             yield _checked(value, line, self._column, names)
         yield ChunkDocument(None, len(values))
+
+    def _rows(self, chunk: Chunk) -> Iterator[ChunkDocument]:
+        """Yield the documents of a range of rows; the rows before it are skipped."""
+        number, at, rows = self._file or (-1, 0, iter(()))
+        if number != chunk.file or at > chunk.start:
+            (part,) = find_source(chunk.source, plain_text=True).parts
+            at, rows = 0, part_rows(part, chunk.source, (TEXT_COLUMN,))
+        for row in islice(rows, chunk.start - at, chunk.stop - at):
+            try:
+                columns = row.load()
+            except DataError as problem:
+                place, _, reason = str(problem).removeprefix(f"data: {row.where}").partition(": ")
+                yield ChunkDocument(None, row.where + place, reason)
+            else:
+                yield self._checked(columns, row.where)
+        self._file = chunk.file, chunk.stop, rows
+        yield ChunkDocument(None, chunk.stop - chunk.start)
 
     def _row_group(self, chunk: Chunk) -> tuple[list[str], list[Any] | None]:
         import pyarrow.parquet
@@ -190,25 +234,35 @@ class Reader:
             return names, None
         return names, file.read_row_group(chunk.start, columns=[self._column]).column(0).to_pylist()
 
-    def _table_of(self, source: str) -> datasets.Dataset:
-        if self._open is None or self._open[0] != source:
-            self._open = source, _table(source)
-        return self._open[1]
+    def _checked(self, columns: Mapping[str, Any], line: int | str) -> ChunkDocument:
+        found, value = find_field(columns, self._column)
+        return _checked(value, line, self._column, [self._column] if found else list(columns))
+
+    def _table_of(self, source: Source) -> datasets.Dataset:
+        if self._table is None or self._table[0] != source:
+            self._table = source, _table(source)
+        return self._table[1]
 
 
-def _table(source: str) -> datasets.Dataset:
-    found = find_source(source, SUFFIXES)
-    assert not isinstance(found, FileSource), source
-    return found.table
+def _table(source: Source) -> datasets.Dataset:
+    (part,) = find_source(source, plain_text=True).parts
+    assert isinstance(part, Table), source
+    return part.table
+
+
+def _read_file(path: str) -> bytes:
+    """Return the decompressed content of a text file, without a byte order mark."""
+    file = identify(Path(path), plain_text=True)
+    assert file is not None, path
+    with naming_damage(file.path, file.compression), file.open() as stream:
+        return stream.read().removeprefix(BOM)
 
 
 def _row_groups(path: Path) -> int:
     import pyarrow.parquet
 
-    try:
+    with naming_damage(path, "parquet"):
         return pyarrow.parquet.ParquetFile(path).num_row_groups
-    except (OSError, ValueError) as error:
-        raise DataError(f"data: {path}: is not a readable parquet file ({error})") from error
 
 
 def _decoded(raw: bytes, line: int) -> ChunkDocument:
@@ -226,7 +280,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return (", ".join(shown) or "an empty object") + more
 
 
-def _checked(value: Any, line: int, column: str, names: Sequence[str]) -> ChunkDocument:
+def _checked(value: Any, line: int | str, column: str, names: Sequence[str]) -> ChunkDocument:
     if value is None:
         reason = f"only {_some(names)}" if column not in names else "it is null"
         return ChunkDocument(None, line, f"no {column!r}, {reason}")

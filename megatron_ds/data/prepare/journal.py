@@ -121,7 +121,8 @@ class Journal:
             state.file, state.lines = chunk.file, 0
         for line, why in encoded.bad:
             if len(state.bad) < MOST_BAD:
-                state.bad.append(_place(chunk, state.lines + line) + f": {why}")
+                place = line if isinstance(line, str) else _place(chunk, state.lines + line)
+                state.bad.append(f"{place}: {why}")
         state.num_bad += len(encoded.bad)
         state.lines += encoded.num_lines
         state.chunks += 1

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from megatron_ds.data.prepare.chunks import CHUNK_BYTES, CHUNK_ROWS, Chunk, cut,
 from megatron_ds.data.prepare.journal import Journal, State, complete
 from megatron_ds.data.prepare.workers import Encoding, encode_all
 from megatron_ds.data.readers.document_frame import Begin, document_frame
+from megatron_ds.data.readers.examples import TEXT_COLUMN
+from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.tokenizer import largest_token_id, load_tokenizer, tokenizer_digest
 from megatron_ds.errors import DataError
 from megatron_ds.version import __version__
@@ -43,7 +45,7 @@ class PrepareOptions:
         restart: discard unfinished output of an earlier run.
     """
 
-    sources: Sequence[str]
+    sources: Sequence[str | Source]
     tokenizer: str
     prefix: str
     workers: int
@@ -53,6 +55,11 @@ class PrepareOptions:
     overwrite: bool = False
     restart: bool = False
     bos: Begin = "auto"
+
+    @property
+    def columns(self) -> tuple[tuple[str, str], ...]:
+        """The fields that are named otherwise in the data, as in `Source`."""
+        return ((TEXT_COLUMN, self.column),) if self.column != TEXT_COLUMN else ()
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,10 @@ def prepare(
     """
     tokenizer = load_tokenizer(options.tokenizer)
     encoding = _encoding(options, tokenizer)
-    chunks = cut(options.sources)
+    chunks = cut([replace(as_source(source), columns=options.columns) for source in options.sources])
+    names = ", ".join(str(as_source(source)) for source in options.sources)
     if not chunks:
-        raise DataError(f"data: {', '.join(options.sources)}: nothing to read; each line or row must hold a document")
+        raise DataError(f"data: {names}: nothing to read; each line or row must hold a document")
     manifest = _manifest(options, encoding, tokenizer, chunks)
     key = _key(manifest)
     existing = _existing_manifest(options, key, encoding.begin_ids)
@@ -109,7 +117,7 @@ def prepare(
         if state.num_bad and not options.skip_bad:
             raise DataError(_bad_lines_message(state))
         if state.documents == 0:
-            raise DataError(f"data: {', '.join(options.sources)}: no documents")
+            raise DataError(f"data: {names}: no documents")
         counted = {
             "key": key,
             "num_documents": state.documents,

@@ -48,25 +48,26 @@ class Encoded:
         lengths: (documents,) int32, in tokens.
         largest_id: of the tokens; -1 if there are no tokens.
         num_lines: number of lines, or rows.
-        bad: (line in the chunk, reason) for each line without a document.
+        bad: (line in the chunk, or place in the file; reason) for each line without a document.
     """
 
     tokens: bytes
     lengths: np.ndarray
     largest_id: int
     num_lines: int
-    bad: list[tuple[int, str]]
+    bad: list[tuple[int | str, str]]
 
 
 def encode_chunk(reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk) -> Encoded:
     """Read and tokenize one chunk, without special tokens except those around it."""
-    texts, bad, num_lines = [], [], 1
+    texts, num_lines = [], 1
+    bad: list[tuple[int | str, str]] = []
     for document in reader.documents(chunk):
         if document.text is not None:
             texts.append(document.text)
         elif document.problem:
             bad.append((document.line, document.problem))
-        else:
+        elif isinstance(document.line, int):
             num_lines = document.line
     end = [] if encoding.end_id is None else [encoding.end_id]
     documents = [

@@ -1,139 +1,249 @@
-"""Sources: from a string under `data.train` to files, or to a table of `datasets`.
+"""Sources: from a name under `data.train` to files, and to tables of `datasets`.
 
-A string names, in this order: a file; a directory saved by `datasets`; a plain directory of text and JSON-lines files;
-a dataset on the Hugging Face hub.
+A name is, in this order: a file; a directory saved by `datasets`; a directory that is searched for files of examples; a
+pattern of such names; a data set on the Hugging Face hub.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from megatron_ds.data.readers.file_kinds import DataFile, file_endings, has_compressed_name, has_data_name, identify
+from megatron_ds.data.readers.source import Source
 from megatron_ds.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
-JSON_SUFFIXES = (".jsonl", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """One file, or the files of a plain directory in the order of their names."""
-
-    name: str
-    paths: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class TableSource:
+class Table:
     """A `datasets.Dataset`, memory-mapped: saved on disk or taken from the hub."""
 
     name: str
     table: "datasets.Dataset"
 
 
-class JsonLine(NamedTuple):
-    """One non-blank line of a JSON-lines file: its place and the object on it."""
-
-    number: int
-    offset: int
-    num_bytes: int
-    value: dict[str, Any]
+Part = DataFile | Table
 
 
-def find_source(source: str, suffixes: tuple[str, ...]) -> FileSource | TableSource:
-    """Find the files or the table that `source` names; files must end in one of `suffixes`.
+@dataclass(frozen=True)
+class FoundSource:
+    """A source, and the files and tables that it names, in the order in which they are read."""
+
+    source: Source
+    parts: tuple[Part, ...]
+
+
+def find_source(source: Source, plain_text: bool) -> FoundSource:
+    """Find the files and tables that a source names.
+
+    Args:
+        source: the source.
+        plain_text: whether a text without fields is an example.
 
     Raises:
         DataError: nothing has that name, it holds nothing readable, or the user must choose one of several splits.
     """
-    path = Path(source).expanduser()
+    return FoundSource(source, tuple(_find_parts(source, plain_text)))
+
+
+def _find_parts(source: Source, plain_text: bool) -> list[Part]:
+    path = Path(source.path).expanduser()
     if path.is_file():
-        if path.suffix.lower() not in suffixes:
-            raise DataError(
-                f"data: {source}: this data.format reads files that end in {', '.join(suffixes)}, "
-                f"not in {path.suffix or 'nothing'!r}; convert or rename the file"
-            )
-        return FileSource(source, (path,))
-    if (path / "dataset_dict.json").is_file():
-        raise DataError(_several_splits(source, path))
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return TableSource(source, _load_saved(source, path))
+        return [_file(source, path, plain_text)]
     if path.is_dir():
-        return FileSource(source, _files_of(source, path, suffixes))
-    return TableSource(source, _load_from_hub(source, suffixes))
+        return _directory(source, path, plain_text)
+    if has_magic(source.path):
+        return _matches(source, path, plain_text)
+    return [Table(str(source), _load_from_hub(source))]
 
 
-def json_lines(path: Path) -> Iterator[JsonLine]:
-    """Yield every non-blank line of a JSON-lines file, in order, with one line in memory at a time.
-
-    Raises:
-        DataError: a line is not UTF-8, not JSON, or not an object; names the file and the line.
-    """
-    offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                yield JsonLine(number, offset, len(raw), parse_json_line(raw, f"{path}:{number}"))
-            offset += len(raw)
-
-
-def parse_json_line(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse the object on one line of a JSON-lines file; `where` names the line in errors."""
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"data: {where}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"data: {where}: not JSON ({error}); each line must hold one object") from error
-    if not isinstance(value, dict):
-        raise DataError(f"data: {where}: holds a JSON {type(value).__name__}; each line must hold one object")
-    return value
-
-
-def _files_of(source: str, directory: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    files = (file for file in directory.iterdir() if file.is_file() and not file.name.startswith("."))
-    found = tuple(sorted((file for file in files if file.suffix.lower() in suffixes), key=lambda file: file.name))
-    if not found:
+def _file(source: Source, path: Path, plain_text: bool) -> DataFile:
+    for field, value in (("name", source.name), ("split", source.split)):
+        if value is not None:
+            raise DataError(f"data: {source.path}: {field}={value}: a file has no {field}s; remove it")
+    found = identify(path, plain_text)
+    if found is None:
+        endings = ", ".join(file_endings(plain_text))
+        ending = path.suffix or "nothing"
+        hint = (
+            "unpack the archive" if path.suffix.lower() in (".zip", ".tar", ".tgz", ".7z") else "rename or convert it"
+        )
         raise DataError(
-            f"data: {source}: the directory holds no {', '.join(suffixes)} file and was not saved by datasets "
-            "(its sub-directories are not searched; name them instead)"
+            f"data: {source.path}: this data.format reads files that end in {endings}, also compressed (.gz, .zst, "
+            f".bz2, .xz), not in {ending!r}; {hint}"
         )
     return found
 
 
-def _several_splits(source: str, path: Path) -> str:
+def _directory(source: Source, path: Path, plain_text: bool) -> list[Part]:
+    if _is_saved(path) or source.split is not None or source.name is not None:
+        return [Table(str(source), _load_directory(source, path))]
+    found = [*_search(path, plain_text)]
+    if not found:
+        raise DataError(
+            f"data: {source.path}: the directory holds no {', '.join(file_endings(plain_text))} file, also in its "
+            "sub-directories, and was not saved by datasets"
+        )
+    return found
+
+
+def _search(directory: Path, plain_text: bool) -> Iterator[Part]:
+    """Yield the files of examples in a directory and its sub-directories, in the order of their paths.
+
+    Hidden files are left out, and so are the files that describe a data set. A directory saved by `datasets` is one
+    table.
+    """
+    files: list[Path] = []
+    saved: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or (Path(place) != directory and _is_saved(Path(place))):
+            folders.clear()
+            saved += [Path(place)] if real not in seen else []
+            seen.add(real)
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = (Path(place, name) for name in names if not name.startswith(".") and name not in _METADATA)
+        files += [file for file in visible if has_data_name(file, plain_text) and file.is_file()]
+    for path in sorted([*files, *saved], key=str):
+        if path.is_dir():
+            yield Table(str(path), _load_directory(Source(str(path)), path))
+        elif (found := identify(path, plain_text)) is not None:
+            yield found
+
+
+def _matches(source: Source, path: Path, plain_text: bool) -> list[Part]:
+    parts: dict[str, Part] = {}
+    for match in sorted(glob(str(path), recursive=True)):
+        place = Path(match)
+        found: list[Part] = []
+        if place.is_dir():
+            found = (
+                [Table(match, _load_directory(Source(match), place))]
+                if _is_saved(place)
+                else [*_search(place, plain_text)]
+            )
+        elif place.name not in _METADATA and has_data_name(place, plain_text):
+            kind = identify(place, plain_text)
+            found = [kind] if kind is not None else []
+        parts.update({_path_of(part): part for part in found})
+    if not parts:
+        raise DataError(
+            f"data: {source.path}: no file of examples ({', '.join(file_endings(plain_text))}) matches the pattern "
+            f"(looked in {Path.cwd()})"
+        )
+    return [parts[name] for name in sorted(parts)]
+
+
+def _path_of(part: Part) -> str:
+    return str(part.path) if isinstance(part, DataFile) else part.name
+
+
+def _is_saved(path: Path) -> bool:
+    """Return True if a directory was written by `save_to_disk` of a Dataset or a DatasetDict."""
+    return (path / "dataset_dict.json").is_file() or (
+        (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    )
+
+
+def _load_directory(source: Source, path: Path) -> "datasets.Dataset":
+    """Load a directory saved by `datasets`, or the split of a plain one as `datasets` finds it."""
+    import datasets  # imported late: it takes a second, which plain files do not need
+
+    if not _is_saved(path):
+        return _load(source, str(path), "no data set in this directory, as datasets finds it, has")
+    if source.name is not None:
+        raise DataError(f"data: {source.path}: name={source.name}: a saved data set has no configurations; remove it")
+    if (path / "dataset_dict.json").is_file():
+        splits = _saved_splits(source, path)
+        if source.split is None and len(splits) != 1:
+            choices = " or ".join(str(Path(source.path) / split) for split in splits)
+            raise DataError(
+                f"data: {source.path}: a DatasetDict holds several splits; name one of them: {choices}, or write "
+                f"{{path: {source.path}, split: {splits[0] if splits else 'train'}}}"
+            )
     try:
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"data: {source}: dataset_dict.json there is damaged; save the DatasetDict again"
-    choices = " or ".join(str(Path(source) / str(split)) for split in splits)
-    return f"data: {source}: a DatasetDict holds several splits; name one of them: {choices}"
-
-
-def _load_saved(source: str, path: Path) -> "datasets.Dataset":
-    import datasets  # imported late: it takes a second, which plain text files do not need
-
-    try:
-        return datasets.load_from_disk(str(path)).with_format(None)
+        loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"data: {source}: the saved dataset cannot be read ({error}); save it again") from error
+        raise DataError(f"data: {source.path}: the saved dataset cannot be read ({error}); save it again") from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = datasets.DatasetDict({str(loaded.split or _only_split(source)): loaded})
+    return _take_split(source, {str(name): table for name, table in loaded.items()}).with_format(None)
 
 
-def _load_from_hub(source: str, suffixes: tuple[str, ...]) -> "datasets.Dataset":
-    if not _HUB_ID.fullmatch(source) or Path(source).suffix.lower() in (*suffixes, *JSON_SUFFIXES, ".txt"):
-        raise DataError(f"data: {source}: no such file or directory (looked in {Path.cwd()})")
+def _only_split(source: Source) -> str:
+    """Return the name of the split of a table that has none: that which the source asks for."""
+    name = re.match(r"\w+", source.split or "")
+    return name.group() if name else "train"
+
+
+def _saved_splits(source: Source, path: Path) -> list[str]:
+    try:
+        return [str(split) for split in json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"data: {source.path}: dataset_dict.json there is damaged; save the DatasetDict again"
+        ) from error
+
+
+def _take_split(source: Source, tables: Mapping[str, "datasets.Dataset"]) -> "datasets.Dataset":
+    """Return the rows that `split` names, such as `train[:10%]+test`; all rows of the only table if it is not set."""
     import datasets
 
+    if source.split is None:
+        (table,) = tables.values()
+        return table
     try:
-        table = datasets.load_dataset(source, split="train")
+        spec = datasets.ReadInstruction.from_spec(source.split)
+        ranges = spec.to_absolute({name: len(table) for name, table in tables.items()})
+        pieces = [
+            tables[one.splitname].select(range(one.from_ or 0, _stop(one.to, tables[one.splitname]))) for one in ranges
+        ]
+    except (ValueError, AssertionError, KeyError) as error:
+        raise DataError(
+            f"data: {source.path}: split={source.split} names no rows ({' '.join(str(error).split())}); splits there "
+            f"are {', '.join(tables)}"
+        ) from error
+    return datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _stop(stop: int | None, table: "datasets.Dataset") -> int:
+    return len(table) if stop is None else stop
+
+
+def _load_from_hub(source: Source) -> "datasets.Dataset":
+    path = source.path
+    if "://" in path:
+        raise DataError(
+            f"data: {path}: is an address, and only files and data sets on the hub are read; download it first"
+        )
+    if not _HUB_ID.fullmatch(path) or has_data_name(Path(path), plain_text=True) or has_compressed_name(Path(path)):
+        raise DataError(f"data: {path}: no such file or directory (looked in {Path.cwd()})")
+    return _load(source, path, f"neither a file or directory (looked in {Path.cwd()}) nor a hub dataset with")
+
+
+def _load(source: Source, path: str, failure: str) -> "datasets.Dataset":
+    import datasets
+
+    configuration: dict[str, Any] = {} if source.name is None else {"name": source.name}
+    split = source.split or "train"
+    try:
+        table = datasets.load_dataset(path, split=split, **configuration)
     except Exception as error:  # the hub client raises types of several libraries; all are chained
         raise DataError(
-            f"data: {source}: neither a file or directory (looked in {Path.cwd()}) nor a hub dataset with a 'train' "
-            f"split that can be loaded ({type(error).__name__}: {' '.join(str(error).split())})"
+            f"data: {source.path}: {failure} a {split!r} split that can be loaded "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
     return table.with_format(None)

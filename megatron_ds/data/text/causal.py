@@ -33,6 +33,7 @@ class CausalText:
         self.fingerprint = corpus.fingerprint(f"seq_length={seq_length}")
         self.begin_ids, self.ends = corpus.frame.begin_ids, corpus.frame.ends
         self._tokens, self._begin_text = corpus.tokens, corpus.frame.begin_text
+        self.bad_rows = corpus.bad_rows
 
     def __len__(self) -> int:
         return (len(self._tokens) - 1) // self.seq_length
@@ -50,4 +51,5 @@ class CausalText:
     def describe(self) -> str:
         """Return a line such as `353,442 tokens, 690 samples of 512, <s> before each document`."""
         begin = f", {self._begin_text} before each document" if self._begin_text else ""
-        return f"{format_count(len(self._tokens))} tokens, {len(self):,} samples of {self.seq_length}{begin}"
+        tokens = format_count(len(self._tokens))
+        return f"{tokens} tokens, {len(self):,} samples of {self.seq_length}{begin}{self.bad_rows.note}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.concat_index import ConcatIndex
 from megatron_ds.data.readers.document_frame import DocumentFrame
 from megatron_ds.errors import DataError
@@ -57,12 +58,14 @@ class Corpus:
         digest: hash of their content; part of a dataset's fingerprint.
         name: the sources, for errors.
         frame: special tokens around each document.
+        bad_rows: account of the rows that were left out.
     """
 
     tokens: TokenStream
     digest: str
     name: str
     frame: DocumentFrame = field(default_factory=DocumentFrame)
+    bad_rows: BadRows = field(default_factory=BadRows)
 
     def fingerprint(self, *settings: object) -> str:
         """Return the SHA-256 of the content and of all settings that decide the samples."""

@@ -1,92 +1,98 @@
-"""Documents of `data.format: text`: `.txt` files, JSON lines and tables, read in order."""
+"""Documents of `data.format: text`, in order: text files, and the field `text` of rows of other files and tables."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.digests import file_sha256
-from megatron_ds.data.readers.sources import JSON_SUFFIXES, FileSource, TableSource, find_source, json_lines
+from megatron_ds.data.readers.examples import TEXT_COLUMN, Located, parse_examples
+from megatron_ds.data.readers.file_kinds import DataFile
+from megatron_ds.data.readers.source import Source, as_source
+from megatron_ds.data.readers.sources import Table, find_source
 from megatron_ds.errors import DataError
-
-TEXT_COLUMN = "text"
-TEXT_SUFFIXES = (".txt", *JSON_SUFFIXES)
-_TABLE_ROWS = 256
 
 
 class TextSource:
-    """The documents of one source: a `.txt` file, a JSON line or a row of a table is one document.
+    """The documents of one source: a text file, a JSON line or a row of a table is one document.
 
     Raises:
-        DataError: the source is missing or is a table without a `text` column.
+        DataError: the source is missing or is a table without the column that holds the text.
     """
 
-    def __init__(self, source: str) -> None:
-        self.name = source
-        self._source = find_source(source, TEXT_SUFFIXES)
-        if isinstance(self._source, TableSource) and TEXT_COLUMN not in self._source.table.column_names:
-            columns = ", ".join(self._source.table.column_names)
-            raise DataError(
-                f"data: {source}: no column {TEXT_COLUMN!r}, only {columns}; "
-                f"rename_column the one that holds the text to {TEXT_COLUMN!r}"
-            )
+    def __init__(self, source: str | Source) -> None:
+        self._source = as_source(source)
+        self.name, self.prefix = str(self._source), self._source.prefix
+        self._found = find_source(self._source, plain_text=True)
+        for part in self._found.parts:
+            if isinstance(part, Table):
+                _require_column(part, self._source)
 
-    def documents(self) -> Iterator[str]:
+    def bad_rows(self) -> BadRows:
+        """Return an empty account of the rows without a document."""
+        return self._source.bad_rows()
+
+    def documents(self, bad: BadRows | None = None) -> Iterator[str]:
         """Yield every document in order, unchanged: no line ending is translated, nothing is stripped.
+
+        Args:
+            bad: takes the rows without a document; None = the first of them is an error.
 
         Raises:
             DataError: a document is malformed; names its file and line (or row).
         """
-        if isinstance(self._source, TableSource):
-            yield from _table_documents(self._source)
-            return
-        for path in self._source.paths:
-            yield from _json_documents(path) if path.suffix.lower() in JSON_SUFFIXES else [_read_text(path)]
+        return parse_examples(self._found, self._text, bad, only=(TEXT_COLUMN,))
 
     def digest(self) -> str:
         """Return the SHA-256 of the content: bytes of files, texts of rows. Names, paths and times do not count."""
-        digest = hashlib.sha256()
-        if isinstance(self._source, FileSource):
-            for path in self._source.paths:
-                kind = "json" if path.suffix.lower() in JSON_SUFFIXES else "txt"
-                digest.update(f"{kind}:{file_sha256(path)}\n".encode())
+        digest = hashlib.sha256(self._source.identity.encode())
+        files = [part for part in self._found.parts if isinstance(part, DataFile)]
+        if len(files) == len(self._found.parts):
+            for file in files:
+                digest.update(f"{_kind(file)}:{file_sha256(file.path)}\n".encode())
             return digest.hexdigest()
-        for text in _table_documents(self._source):
+        bad = self.bad_rows()
+        for text in self.documents(bad):
             raw = text.encode("utf-8")
             digest.update(b"row:%d\n" % len(raw) + raw)
+        if bad.count:
+            digest.update(f"bad:{bad.count}:{bad.first}".encode())
         return digest.hexdigest()
 
-
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"data: {path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    def _text(self, located: Located) -> str:
+        return _require_text(located.columns, located.where, self._source)
 
 
-def _json_documents(path: Path) -> Iterator[str]:
-    for line in json_lines(path):
-        yield _require_text(line.value.get(TEXT_COLUMN), f"{path}:{line.number}", "field", sorted(line.value))
+def _kind(file: DataFile) -> str:
+    """Return the name of a file's kind in keys; a mark at the beginning is no part of the text, but of the bytes."""
+    names = {"text": "txt"}
+    return file.identity.replace(file.content, names.get(file.content, file.content), 1) + " bom" * file.has_bom
 
 
-def _table_documents(source: TableSource) -> Iterator[str]:
-    row = 0
-    for batch in source.table.select_columns([TEXT_COLUMN]).iter(_TABLE_ROWS):
-        for value in batch[TEXT_COLUMN]:
-            yield _require_text(value, f"{source.name}: row {row}", "column", source.table.column_names)
-            row += 1
+def _require_column(table: Table, source: Source) -> None:
+    names = table.table.column_names
+    if not set(source.names_of(TEXT_COLUMN)) & set(names):
+        wanted = source.names_of(TEXT_COLUMN)[0]
+        raise DataError(
+            f"data: {table.name}: no column {wanted!r}, only {', '.join(names)}; rename_column the one that holds the "
+            f"text to {wanted!r}, or name it in data.columns.{TEXT_COLUMN}"
+        )
 
 
-def _require_text(value: object, where: str, kind: str, names: Sequence[str]) -> str:
+def _require_text(columns: Mapping[str, Any], where: str, source: Source) -> str:
+    value, kind = columns.get(TEXT_COLUMN), "column" if ": row " in where else "field"
+    name = source.names_of(TEXT_COLUMN)[0]
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which is no character
             raise DataError(
-                f"data: {where}: {kind} {TEXT_COLUMN!r} holds a lone surrogate at character {error.start}; remove it"
+                f"data: {where}: {kind} {name!r} holds a lone surrogate at character {error.start}; remove it"
             ) from error
         return value
-    if value is None and TEXT_COLUMN not in names:
-        raise DataError(f"data: {where}: no {kind} {TEXT_COLUMN!r}, only {', '.join(names) or 'an empty object'}")
-    raise DataError(f"data: {where}: {kind} {TEXT_COLUMN!r} holds {type(value).__name__}; it must hold a string")
+    if TEXT_COLUMN not in columns:
+        raise DataError(
+            f"data: {where}: no {kind} {name!r}, only {', '.join(sorted(columns)) or 'an empty object'}; name the one "
+            f"that holds the text in data.columns.{TEXT_COLUMN}"
+        )
+    raise DataError(f"data: {where}: {kind} {name!r} holds {type(value).__name__}; it must hold a string")

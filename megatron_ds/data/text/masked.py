@@ -42,7 +42,7 @@ class MaskedText:
         self.seq_length = seq_length
         self.columns = ("input_ids", "targets", *(("token_type_ids",) if objective.token_types else ()))
         self.fingerprint = corpus.fingerprint(f"seq_length={seq_length}", masker.identity)
-        self._tokens = corpus.tokens
+        self._tokens, self.bad_rows = corpus.tokens, corpus.bad_rows
         self._objective = objective
         self._masker = masker
 
@@ -69,7 +69,7 @@ class MaskedText:
         """Return a line such as `353,442 tokens, 693 samples of 512, 15 % masked`."""
         return (
             f"{format_count(len(self._tokens))} tokens, {len(self):,} samples of {self.seq_length}, "
-            f"{describe_masking(self._objective)}"
+            f"{describe_masking(self._objective)}{self.bad_rows.note}"
         )
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.noise.masking import load_masker
 from megatron_ds.data.objective import Causal, Masked, Seq2Seq
+from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.document_frame import DocumentFrame, document_frame
 from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
 from megatron_ds.data.request import DatasetRequest
@@ -33,7 +34,7 @@ def open_text(request: DatasetRequest) -> Dataset:
     """
     path, objective, seq_length = request.tokenizer_path, request.objective, request.seq_length
     assert path is not None, "the format needs a tokenizer"
-    texts = [TextSource(source) for source in request.sources]  # find all of them before tokenizing the first
+    texts = [TextSource(source) for source in request.inputs]  # find all of them before tokenizing the first
     tokenizer = load_tokenizer(path)
     match objective:
         case Causal():
@@ -59,4 +60,9 @@ def _corpus(
     parts = [cached_tokens(text, tokenizer, frame.end_id, request.cache_dir, frame.begin_ids) for text in texts]
     require_ids_below(request.vocab_size, max(part.info.largest_id for part in parts), request.tokenizer_path)
     digest = hashlib.sha256("\n".join(part.key for part in parts).encode()).hexdigest()
-    return Corpus(TokenStream([part.tokens for part in parts]), digest, ", ".join(request.sources), frame)
+    bad = BadRows()
+    for part in parts:
+        bad.include(part.bad_rows)
+    bad.log()
+    names = ", ".join(map(str, request.inputs))
+    return Corpus(TokenStream([part.tokens for part in parts]), digest, names, frame, bad)

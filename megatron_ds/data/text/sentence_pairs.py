@@ -50,7 +50,7 @@ class SentencePairs:
         types = ("token_type_ids",) if objective.token_types else ()
         self.columns = ("input_ids", "targets", "attention_mask", *types, "next_sentence_label")
         self.fingerprint = corpus.fingerprint(f"seq_length={seq_length}", "pairs", masker.identity)
-        self._tokens = corpus.tokens
+        self._tokens, self.bad_rows = corpus.tokens, corpus.bad_rows
         self._objective = objective
         self._masker = masker
         self._find_chunks(corpus.name)
@@ -133,5 +133,5 @@ class SentencePairs:
         """Return a line such as `353,442 tokens, 812 pairs of up to 512, 15 % masked`."""
         return (
             f"{format_count(len(self._tokens))} tokens, {len(self):,} pairs of up to {self.seq_length}, "
-            f"{describe_masking(self._objective)}"
+            f"{describe_masking(self._objective)}{self.bad_rows.note}"
         )

@@ -46,7 +46,7 @@ class CorruptedText:
         self.fingerprint = corpus.fingerprint(
             f"seq_length={seq_length}", f"target_length={self.target_length}", objective, sentinels.tolist(), end_id
         )
-        self._tokens = corpus.tokens
+        self._tokens, self.bad_rows = corpus.tokens, corpus.bad_rows
         self._objective = objective
         self._sentinels = sentinels
         self._end_id, self.ends = end_id, corpus.frame.ends
@@ -92,7 +92,7 @@ class CorruptedText:
         return (
             f"{format_count(len(self._tokens))} tokens, {len(self):,} samples of {self.seq_length} with targets of "
             f"{self.target_length}, {self._objective.mask_rate * 100:g} % masked in spans of "
-            f"{self._objective.mean_span:g}"
+            f"{self._objective.mean_span:g}{self.bad_rows.note}"
         )
 
 

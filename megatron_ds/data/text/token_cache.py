@@ -10,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import filelock
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.tokenizer import largest_token_id, tokenizer_digest
 from megatron_ds.data.text.documents import TextSource
 from megatron_ds.errors import DataError
@@ -30,22 +31,26 @@ _BATCH_DOCUMENTS = 4096
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """The sidecar (`<key>.json`) of a token file."""
+    """The sidecar (`<key>.json`) of a token file; `bad` are places, without the source's name, and reasons."""
 
     format_version: int
     dtype: str
     num_tokens: int
     num_documents: int
     largest_id: int
+    num_bad: int = 0
+    bad: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """The ids of one source: (T,) uint16 or uint32, memory-mapped, and the key, a hash of their content."""
+    """The ids of one source: (T,) uint16 or uint32, memory-mapped, the key, a hash of their content, and the account of
+    the rows that were left out."""
 
     key: str
     tokens: np.ndarray
     info: TokenInfo
+    bad_rows: BadRows
 
 
 class _Frame(NamedTuple):
@@ -90,7 +95,10 @@ def cached_tokens(
                 f"data: the token cache {directory} cannot be written ({error}); "
                 "set data.cache_dir to a writable directory with enough space"
             ) from error
-    return CachedTokens(key, _map_tokens(directory / f"{key}.bin", info), info)
+    bad = source.bad_rows()
+    bad.count, bad.first = info.num_bad, [source.prefix + one for one in info.bad]
+    bad.require_skip(bad.skip)
+    return CachedTokens(key, _map_tokens(directory / f"{key}.bin", info), info, bad)
 
 
 def _read_info(directory: Path, key: str) -> TokenInfo | None:
@@ -113,9 +121,10 @@ def _write_tokens(
     largest_id = -1
     # The lock may not hold across machines on a shared disk: their temporary names differ, and both write the same.
     temporary = directory / f"{key}.{socket.gethostname()}.tmp"
+    bad = source.bad_rows()
     try:
         with temporary.open("wb") as file:
-            for batch in _batches(source.documents()):
+            for batch in _batches(source.documents(bad)):
                 ids = _encode(tokenizer, batch, frame)
                 file.write(ids.astype(dtype).tobytes())
                 num_tokens += len(ids)
@@ -123,7 +132,10 @@ def _write_tokens(
                 largest_id = max(largest_id, int(ids.max()))
             file.flush()
             os.fsync(file.fileno())
-        info = TokenInfo(FORMAT_VERSION, dtype.str, num_tokens, num_documents, largest_id)
+        if not num_documents:
+            bad.refuse_all(source.name)
+        named = [one.removeprefix(source.prefix) for one in bad.first]
+        info = TokenInfo(FORMAT_VERSION, dtype.str, num_tokens, num_documents, largest_id, bad.count, named)
         temporary.replace(directory / f"{key}.bin")
         temporary.write_text(json.dumps(asdict(info)) + "\n", encoding="utf-8")
         temporary.replace(directory / f"{key}.json")

@@ -5,11 +5,16 @@ The meaning of the columns depends on the kind of model: see `causal`, `masked` 
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
+from megatron_ds.cache import cache_folder
 from megatron_ds.data.dataset import Sample, blank_sample, format_count
+from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.concat_index import ConcatIndex
-from megatron_ds.data.readers.examples import Located, open_examples
+from megatron_ds.data.readers.examples import ExampleFile, Located, open_examples
+from megatron_ds.data.readers.source import Source, as_source
+from megatron_ds.data.readers.sources import find_source
 from megatron_ds.data.tokenized.validation import Example
 from megatron_ds.errors import DataError
 
@@ -57,8 +62,12 @@ class TokenizedDataset:
     Everything is checked once, here, in a streaming pass; later, examples are read again, one by one, on demand.
 
     Args:
-        sources: JSON-lines files, directories of them, directories saved by `datasets`, or hub ids.
+        sources: files, directories, patterns, directories saved by `datasets`, or hub ids.
         kind: the rules of the kind of model.
+        cache_dir: directory for rows that are read once from start to end; None = that of the user.
+
+    Attributes:
+        bad_rows: account of the rows that were left out.
 
     Raises:
         DataError: a source is missing or empty, or an example is malformed or too long.
@@ -66,12 +75,21 @@ class TokenizedDataset:
 
     ordered = False
 
-    def __init__(self, sources: Sequence[str], kind: ExampleKind) -> None:
-        census = _Census(kind)
-        self._parts = [part for source in sources for part in open_examples(source, census.add)]
+    def __init__(self, sources: Sequence[str | Source], kind: ExampleKind, cache_dir: Path | None = None) -> None:
+        census, directory = _Census(kind), cache_dir or cache_folder("tokens")
+        self._parts: list[ExampleFile] = []
+        self.bad_rows = BadRows()
+        for source in map(as_source, sources):
+            bad = source.bad_rows()
+            found = find_source(source, plain_text=False)
+            self._parts += open_examples(found, census.add, bad, directory)
+            self.bad_rows.include(bad)
         self._examples = ConcatIndex([len(part) for part in self._parts])
         if len(self._examples) == 0:
-            raise DataError(f"data: {', '.join(sources)}: no examples; each line or row must hold one")
+            names = ", ".join(map(str, sources))
+            self.bad_rows.refuse_all(names)
+            raise DataError(f"data: {names}: no examples; each line or row must hold one")
+        self.bad_rows.log()
         self._kind = kind
         self._num_tokens, self._num_targets = census.num_tokens, census.num_targets
         self.seq_length = kind.seq_length
@@ -97,7 +115,7 @@ class TokenizedDataset:
         """Return a line such as `1,234 examples of up to 512 tokens: 0.4 M tokens, 0.3 M targets`."""
         return (
             f"{len(self):,} examples of up to {self.seq_length} tokens: "
-            f"{format_count(self._num_tokens)} tokens, {format_count(self._num_targets)} targets"
+            f"{format_count(self._num_tokens)} tokens, {format_count(self._num_targets)} targets{self.bad_rows.note}"
         )
 
 

@@ -18,7 +18,7 @@ def open_tokenized(request: DatasetRequest) -> TokenizedDataset:
     Raises:
         DataError: a source is missing or empty, or an example is malformed or does not fit the model.
     """
-    return TokenizedDataset(request.sources, _example_kind(request))
+    return TokenizedDataset(request.inputs, _example_kind(request), request.cache_dir)
 
 
 def _example_kind(request: DatasetRequest) -> ExampleKind:

@@ -17,6 +17,9 @@ _OTHER_MODELS = {
     "decoder_attention_mask": SEQ2SEQ_MODELS,
 }
 
+FIELDS = ("input_ids", "labels", "attention_mask", "position_ids", *_OTHER_MODELS)
+"""Columns of an example, of any kind of model."""
+
 Example = dict[str, np.ndarray]
 """The checked columns of an example: (L,) int64 ids, (L,) bool masks, () int64 labels; L varies."""
 

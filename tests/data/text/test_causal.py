@@ -225,7 +225,8 @@ def test_hub_failure_names_both_readings(tmp_path, tokenizer_path, monkeypatch):
 def test_unfit_directories_and_tables_are_refused(tmp_path, tokenizer_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "the directory holds no .txt, .jsonl, .json file" in refused(tmp_path, tokenizer_path, empty)
+    message = refused(tmp_path, tokenizer_path, empty)
+    assert "the directory holds no .txt, .jsonl, .json, .ndjson, .csv, .tsv, .parquet, .arrow file" in message
     table = datasets.Dataset.from_dict({"content": ["whale"]})
     table.save_to_disk(str(tmp_path / "table"))
     message = refused(tmp_path, tokenizer_path, tmp_path / "table")
@@ -237,10 +238,11 @@ def test_unfit_directories_and_tables_are_refused(tmp_path, tokenizer_path):
     assert "row 1: column 'text' holds NoneType" in refused(tmp_path, tokenizer_path, tmp_path / "null")
     (tmp_path / "table" / "state.json").write_text("{")
     assert "the saved dataset cannot be read" in refused(tmp_path, tokenizer_path, tmp_path / "table")
-    (tmp_path / "a.csv").write_text("whale")
-    assert "reads files that end in .txt, .jsonl, .json, not in '.csv'" in refused(
-        tmp_path, tokenizer_path, tmp_path / "a.csv"
+    (tmp_path / "a.md").write_text("whale")
+    assert "reads files that end in .txt, .jsonl, .json, .ndjson, .csv, .tsv, .parquet, .arrow, also compressed" in (
+        message := refused(tmp_path, tokenizer_path, tmp_path / "a.md")
     )
+    assert message.endswith("not in '.md'; rename or convert it")
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer_path, valid_text):

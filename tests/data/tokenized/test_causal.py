@@ -179,7 +179,7 @@ def test_sources_without_examples_are_refused(tmp_path, write_jsonl):
     with pytest.raises(DataError, match="no examples; each line or row must hold one"):
         open_tokenized(source)
     (tmp_path / "a.txt").write_text("whale")
-    with pytest.raises(DataError, match=r"reads files that end in .jsonl, .json, not in '.txt'"):
+    with pytest.raises(DataError, match=r"reads files that end in \.jsonl, \.json, .*\.arrow, also .*not in '\.txt'"):
         open_tokenized(str(tmp_path / "a.txt"))
 
 

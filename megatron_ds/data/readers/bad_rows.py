@@ -1,0 +1,75 @@
+"""Account of the rows of sources that hold no usable example: refused, or left out, counted and named."""
+
+from dataclasses import dataclass, field
+
+from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
+
+MOST_NAMED = 10
+"""Number of bad rows that are named; more are only counted."""
+
+
+@dataclass
+class BadRows:
+    """Rows without a usable example.
+
+    Attributes:
+        skip: leave them out; otherwise the first of them is an error.
+        count: number of rows that were left out.
+        first: place and reason of the first of them, such as `data.jsonl:7: not JSON (...)`.
+    """
+
+    skip: bool = False
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    @property
+    def note(self) -> str:
+        """A text such as `, 2 bad rows left out`, for the end of a description; empty without such rows."""
+        return f", {self.count:,} bad row{'s' * (self.count != 1)} left out" if self.count else ""
+
+    def add(self, problem: DataError) -> None:
+        """Leave out the row that has this problem.
+
+        Raises:
+            DataError: `problem`, if bad rows are refused.
+        """
+        if not self.skip:
+            raise problem
+        self.count += 1
+        if len(self.first) < MOST_NAMED:
+            self.first.append(str(problem).removeprefix("data: "))
+
+    def include(self, others: "BadRows") -> None:
+        """Add the rows of another account."""
+        self.count += others.count
+        self.first = [*self.first, *others.first][:MOST_NAMED]
+
+    def refuse_all(self, source: object) -> None:
+        """Refuse a source of which no row is left, if rows were left out.
+
+        Raises:
+            DataError: names the first of them.
+        """
+        if self.count:
+            raise DataError(f"data: {source}: all {self.count:,} rows are bad, the first at {self.first[0]}")
+
+    def require_skip(self, skip: bool) -> None:
+        """Refuse the rows, which an earlier run has left out, unless this one leaves them out too.
+
+        Raises:
+            DataError: the first of them.
+        """
+        if self.count and not skip:
+            raise DataError(f"data: {self.first[0]}")
+
+    def log(self) -> None:
+        """Write the count and the first of the rows to the log of the run."""
+        if not self.count:
+            return
+        logger = get_logger("data")
+        logger.info("data.bad_rows=skip: %s", self.note.removeprefix(", "))
+        for one in self.first:
+            logger.info("  %s", one)
+        if self.count > len(self.first):
+            logger.info("  ... and %s more", f"{self.count - len(self.first):,}")
