@@ -29,9 +29,10 @@ from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.convert import check_target
 from megatron_ds.hf.export import exporting
-from megatron_ds.hf.peft.adapters import AdapterReader, read_adapters
+from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.peft.export import export_adapters, export_merged
+from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 
 
@@ -139,8 +140,8 @@ def _export_adapters(
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
     check_target(Path(named), target)
     weights = HFWeights(named, read_model(named))
-    adapters = read_adapters(source, weights.model, str(Path(named).resolve()))
-    stored, (dtype, max_shard_size) = AdapterReader(source, adapters), form
+    stored = AdapterReader(source, read_adapters(source, weights.model, str(Path(named).resolve())))
+    adapters, (dtype, max_shard_size) = stored.adapters, form
 
     def read(name: str) -> Tensor:
         full = stored.full(name)
@@ -155,7 +156,7 @@ def _export_adapters(
             export_merged(target, weights, named, adapters, parameters, dtype, max_shard_size, source)
         else:
             export_adapters(target, adapters, parameters.items(), dtype, source)
-    return weights.model
+    return adapters.model
 
 
 def _check_untrained(target: Path) -> None:

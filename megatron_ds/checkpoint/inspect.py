@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -13,7 +14,7 @@ from megatron_ds.checkpoint.progress import Origin, Progress, decode
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import read_json, read_model
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_weights
 from megatron_ds.hf.tensor_files import read_table
 from megatron_ds.hf.weights import HFWeights
 
@@ -159,14 +160,15 @@ def inspect_adapters(path: Path) -> AdapterFacts:
         CheckpointError: they cannot be read.
     """
     try:
-        config, table = read_json(path / ADAPTER_CONFIG), read_table(path / ADAPTER_WEIGHTS)
+        file = find_weights(path) or path / ADAPTER_WEIGHTS
+        config, table = read_json(path / ADAPTER_CONFIG), read_table(file)
         kind, rank = str(config.get("peft_type")), int(config.get("r") or 0)
     except (ConversionError, TypeError, ValueError) as problem:
         raise CheckpointError(str(problem)) from problem
-    modules = {name.rpartition(".lora_")[0] for name in table}
+    modules = {module for name in table if (module := re.split(r"\.(?:lora_|ia3_l)", name)[0]) != name}
     num_params = sum(prod(stored.shape) for stored in table.values())
     base = str(config.get("base_model_name_or_path"))
-    return AdapterFacts(kind, rank, len(modules), num_params, base, _file(path / ADAPTER_WEIGHTS))
+    return AdapterFacts(kind, rank, len(modules), num_params, base, _file(file))
 
 
 def _checkpoint(path: Path, fast: bool) -> CheckpointFacts:

@@ -43,7 +43,9 @@ def export(
     load_plugins(imports)
     from megatron_ds.checkpoint.convert import export_hf
     from megatron_ds.cli.inspect import describe_written
+    from megatron_ds.log import setup_logging
 
+    setup_logging(rank=0)
     model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base)
     if (hf_dir / "adapter_config.json").is_file():
         print(f"exported {hf_dir}: {model.family.model_type} adapters for peft")

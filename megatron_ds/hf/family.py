@@ -26,12 +26,14 @@ class Row:
         names: names on disk, one for each source of `op`.
         op: the bijection between them.
         split: the named axis that tensor parallelism divides; None = replicated.
+        copies: names of further tensors with the content of the only one in `names`; they are written, not read.
     """
 
     native: str
     names: tuple[str, ...]
     op: Op
     split: str | None = None
+    copies: tuple[str, ...] = ()
 
     def at(self, layer: int) -> Row:
         """Return the row of one layer."""

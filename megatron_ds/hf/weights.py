@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -71,20 +72,33 @@ class HFWeights:
         row = self.model.table[name]
         return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes, place=place)
 
-    def each(self) -> Iterator[tuple[str, Tensor]]:
+    def each(self, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) of every native parameter in the order on disk; pieces of a tensor are adjacent.
 
         Parameters may share memory: use one before asking for the next. Fresh memory for each would cost as much as
         reading, because the kernel clears it first.
+
+        Args:
+            without: names of parameters that are left out.
         """
         position = {name: index for index, name in enumerate(self._source.names)}
-        stacked = [row for row in self.model.table.values() if len(row.names) > 1]
+        rows = {name: row for name, row in self.model.table.items() if name not in without}
+        stacked = [row for row in rows.values() if len(row.names) > 1]
         place = torch.empty(max(map(self._size_bytes, stacked), default=0), dtype=torch.uint8)
-        first = {
-            name: min(position[self._on_disk[theirs]] for theirs in row.names) for name, row in self.model.table.items()
-        }
+        first = {name: min(position[self._on_disk[theirs]] for theirs in row.names) for name, row in rows.items()}
         for name in sorted(first, key=first.__getitem__):
             yield name, self.full(name, place)
+
+    def for_model(self, model: HFModel) -> HFWeights:
+        """Return a reader of the same directory for a model that differs from its own in the tables of the vocabulary.
+
+        An untied head is read from the embedding. Tables of another length are not read.
+        """
+        other = copy(self)
+        other.model = model
+        if self.model.core.tied and not model.core.tied and self._head is not None:
+            other._on_disk = {**self._on_disk, model.table[HEAD].names[0]: self._embedding}
+        return other
 
     @property
     def directory(self) -> Path:
@@ -241,7 +255,8 @@ class ToHF:
         row, sizes = self.model.table[name], self.model.axis_sizes
         for source, theirs in enumerate(row.names):
             if not row.op.is_piece(source):
-                yield theirs, row.op.write(source, full, sizes)
+                for one in (theirs, *row.copies):
+                    yield one, row.op.write(source, full, sizes)
                 continue
             if theirs not in self._fused:
                 self._fused[theirs] = self._begin(row.op.source_shape(source, sizes), full)
@@ -259,7 +274,8 @@ class ToHF:
             for source, theirs in enumerate(row.names):
                 missing[theirs] -= row.op.is_piece(source)
                 if not missing[theirs] or not row.op.is_piece(source):
-                    yield theirs, row.op.source_shape(source, self.model.axis_sizes)
+                    for one in (theirs, *row.copies):
+                        yield one, row.op.source_shape(source, self.model.axis_sizes)
 
     def _begin(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if not self._reuse:

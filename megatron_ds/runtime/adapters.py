@@ -7,8 +7,9 @@ from typing import Any
 
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.peft.adapters import AdapterReader, Adapters, read_adapters
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.peft.adapters import Adapters, read_adapters
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, find_weights
+from megatron_ds.hf.peft.reader import AdapterReader
 
 
 def open_adapters(
@@ -29,12 +30,15 @@ def open_adapters(
     assert base_path is not None, "adapters need a model with weights"
     base = str(Path(base_path).resolve())
     adapters = read_adapters(peft, model, base)
+    adapters.check_trainable()
+    source: str | Path | None = peft if isinstance(peft, str) and find_weights(peft) is not None else None
     if checkpoint is not None:
         _check_same(adapters, checkpoint, model, base)
-        return adapters, AdapterReader(checkpoint, adapters)
-    if isinstance(peft, str) and (Path(peft) / ADAPTER_WEIGHTS).is_file():
-        return adapters, AdapterReader(peft, adapters)
-    return adapters, None
+        source = checkpoint
+    if source is None:
+        return adapters, None
+    reader = AdapterReader(source, adapters)
+    return reader.adapters, reader
 
 
 def refuse_adapters(checkpoint: Path) -> None:
@@ -58,6 +62,12 @@ def _check_same(adapters: Adapters, checkpoint: Path, model: HFModel, base: str)
         saved = read_adapters(checkpoint, model, base)
     except ConversionError as problem:
         raise CheckpointError(f"{checkpoint}: {problem}") from problem
+    for native in sorted(adapters.saved ^ saved.saved):
+        has = "trains" if native in adapters.saved else "does not train"
+        raise CheckpointError(
+            f"peft.modules_to_save {has} {adapters.model.family.table(adapters.model.core)[native].names[0]}, unlike "
+            f"{checkpoint}; change it back, or choose another output"
+        )
     for module in sorted({*adapters.adapters, *saved.adapters}):
         both = adapters.adapters.get(module), saved.adapters.get(module)
         texts = [one.description if one is not None else "none" for one in both]

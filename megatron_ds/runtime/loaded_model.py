@@ -14,8 +14,9 @@ from megatron_ds.config import ModelSection, build_section
 from megatron_ds.engine import ShardReader
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel, read_json, read_model
-from megatron_ds.hf.peft.adapters import AdapterReader, Adapters
+from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
 from megatron_ds.models.adapters import with_adapters
@@ -31,7 +32,7 @@ class LoadedModel:
     """A model with the source of its weights. Nothing is allocated yet, and nothing in it depends on a layout.
 
     Attributes:
-        hf: the Hugging Face model; `tied` is read from the weights if there are any.
+        hf: the Hugging Face model that is trained; `tied` is read from the weights if there are any.
         section: the run file's `model` section, or the same from keywords.
         weights: reader of its weights; None = random initialization.
         seed: seed of randomly initialized parameters.
@@ -61,11 +62,11 @@ class LoadedModel:
         return self._read_shard if self.weights is not None else None
 
     def _read_shard(self, name: str, spec: ParamSpec, axes: Axes) -> Tensor:
+        if self.adapter_weights is not None and name in self.adapter_weights.adapters.table:
+            return self.adapter_weights.shard(name, spec, axes)
         if name in self.hf.table:
             assert self.weights is not None
             return self.weights.shard(name, spec, axes)
-        if self.adapter_weights is not None and self.adapters is not None and name in self.adapters.table:
-            return self.adapter_weights.shard(name, spec, axes)
         return initial_shard(name, spec, self.seed, axes)
 
 
@@ -151,8 +152,11 @@ def open_model(
         weights = HFWeights(section.path, hf)
         hf = weights.model
     if peft is not None:
+        assert weights is not None, "adapters need a model with weights"
         adapters, adapter_weights = open_adapters(peft, section.path, hf, checkpoint)
-        return LoadedModel(hf, section, weights, seed, frozenset(hf.table), adapters, adapter_weights)
+        hf = adapters.model
+        frozen = frozenset(hf.table) - adapters.saved
+        return LoadedModel(hf, section, weights.for_model(hf), seed, frozen, adapters, adapter_weights)
     if checkpoint is not None:
         refuse_adapters(checkpoint)
         weights = HFWeights(checkpoint, read_model(checkpoint))

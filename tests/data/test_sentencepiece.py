@@ -11,6 +11,7 @@ import pytest
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.errors import DataError
 from megatron_ds.hf.export import copy_tokenizer
+from megatron_ds.log import get_logger
 from tests.ranks import run_alone
 
 TEXTS = ("the quick brown fox, 2023", "jumps  over\n\tlazy dogs", "né 漢")
@@ -117,6 +118,7 @@ def test_other_segmentation_damage_and_a_missing_package_are_named(
         load_tokenizer(str(damaged))
     assert "\n" not in str(caught.value)
     (tmp_path / "export").mkdir()
+    monkeypatch.setattr(get_logger(), "propagate", True)  # a test before may have set up the log of a command
     copy_tokenizer(damaged, tmp_path / "export")
     assert not (tmp_path / "export" / "tokenizer.json").exists() and "copied as they are" in caplog.text
     plain = builtins.__import__

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.peft import config as module
-from megatron_ds.hf.peft.adapters import AdapterReader, read_adapters
+from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.export import export_adapters, export_merged
+from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.adapters import with_adapters
 from megatron_ds.models.context import BuildContext

@@ -51,6 +51,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"peft_type": "IA3", "target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]},
     ),
+    "tables": ("llama", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "untied": ("qwen3", {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}),
+    "kept-tied": (
+        "qwen3",
+        {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "encoder": ("bert-pretraining", {"r": 4, "target_modules": ["query", "value", "intermediate.dense"]}),
 }
 PLACES = [
@@ -69,6 +75,8 @@ COVERING = [
     *(("scalings", place) for place in (Place(1, 1, 1, 1), Place(2, 2, 1, 1, True), Place(2, 1, 2, 3, True))),
     *(("scalings-shared-biased", place) for place in (Place(4, 1, 1, 1, True), Place(4, 1, 1, 3), Place(2, 2, 1, 1))),
     *(("scalings-fused", place) for place in (Place(2, 1, 2, 2, True), Place(1, 2, 1, 1))),
+    *(("tables", place) for place in (Place(1, 1, 1, 1), Place(2, 2, 1, 1, True), Place(2, 1, 2, 3, True))),
+    *((name, place) for name in ("untied", "kept-tied") for place in (Place(1, 2, 1, 1), Place(2, 1, 1, 2, True))),
     ("some-layers", Place(1, 2, 1, 1)),
     ("some-layers", Place(2, 1, 1, 2, True, recompute="full")),
     ("llama", Place(1, 2, 2, 1, recompute="full")),

@@ -78,16 +78,23 @@ def test_losses_do_not_depend_on_the_layout_and_only_adapters_are_saved(make_lor
     assert len(set(seen["alone"][0])) == 5
 
 
-@pytest.mark.parametrize(("first", "second"), [("alone", "tp2-zero3"), ("tp2-zero3", "pp2"), ("pp2", "dp2-zero2")])
-def test_a_run_goes_on_at_another_layout(make_lora: Any, first: str, second: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "more"),
+    [
+        ("alone", "tp2-zero3", []),
+        ("tp2-zero3", "pp2", ["peft.modules_to_save=[embed_tokens, lm_head]"]),
+        ("pp2", "dp2-zero2", ["peft.modules_to_save=[embed_tokens]"]),
+    ],
+)
+def test_a_run_goes_on_at_another_layout(make_lora: Any, first: str, second: str, more: list[str]) -> None:
     preload()
-    whole = make_lora("whole")
+    whole = make_lora("whole", *more)
     mds.train(whole)
     for name, steps in ((first, 2), (second, 5)):
         ranks, parallel, stage = LAYOUTS[name]
         overrides = [f"train.steps={steps}", "schedule.name=constant", f"deepspeed.zero_optimization.stage={stage}"]
-        mds.train(make_lora("cut", *overrides, parallel=parallel), nproc=ranks)
-    straight = make_lora("straight", "schedule.name=constant")
+        mds.train(make_lora("cut", *overrides, *more, parallel=parallel), nproc=ranks)
+    straight = make_lora("straight", "schedule.name=constant", *more)
     mds.train(straight)
     assert losses(Path(whole.output).parent / "cut", "loss") == pytest.approx(losses(straight.output, "loss"), rel=2e-5)
 
@@ -118,9 +125,10 @@ def test_exports_for_peft_and_merged(
     """By the run, checked by it, and by the command from its checkpoint."""
     preload()
     export = {"path": str(tmp_path / "adapter"), "check": True}
-    run = make_lora("run", parallel={"tensor": 2, "pipeline": 2, "sequence": True}, export=export)
+    tables = "peft.modules_to_save=[embed_tokens, lm_head]"
+    run = make_lora("run", tables, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, export=export)
     mds.train(run, nproc=4)
-    again = make_lora("second", "export.merge=true", export={"path": str(tmp_path / "merged"), "check": True})
+    again = make_lora("second", tables, "export.merge=true", export={"path": str(tmp_path / "merged"), "check": True})
     mds.train(again)
     assert _run(["export", run.output, str(tmp_path / "from_command"), "--merge"]) == 0
     assert _run(["export", run.output, str(tmp_path / "adapter_from_command")]) == 0
@@ -189,6 +197,7 @@ def test_other_adapters_are_not_gone_on_with(make_lora: Any, base: Path, tmp_pat
     for overrides, says in (
         (["peft.r=2"], "is r 2, scale 4.0, and"),
         (["peft.target_modules=[q_proj]"], "is none, and"),
+        (["peft.modules_to_save=[lm_head]"], r"peft\.modules_to_save trains lm_head\.weight, unlike"),
         (["peft=null"], "holds adapters, and the run has no peft"),
     ):
         with pytest.raises(MegatronDSError, match=says):

@@ -1,4 +1,8 @@
-"""Configs of Hugging Face's peft, read strictly: each field is supported, or must have a given value, or is refused."""
+"""Configs of Hugging Face's peft: each field is supported, or has no effect, or must have a given value, or is refused.
+
+A file may be older or newer than the installed peft. Fields that this does not know are ignored if their value is null,
+false or empty, as peft ignores them, and refused by name otherwise.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from typing import Any
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
+from megatron_ds.log import get_logger
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_BIN = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class PeftFields:
     required: Mapping[str, Any]
 
 
+_OF_REFUSED_INITIALIZATIONS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+_INITIALIZATIONS = (True, False, "gaussian")
+_OF_WEIGHTS_THAT_ARE_READ = ("eva", "orthogonal")  # initializations of A and B alone, whose trained values are read
 COSMETIC = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -40,29 +49,28 @@ COSMETIC = frozenset(
             "runtime_config",
             "qalora_group_size",
         ),
+        *_OF_REFUSED_INITIALIZATIONS,
     }
 )
 """Fields of any type of config without effect on the math, or decided by the model."""
+OLD_COSMETIC = frozenset({"merge_weights"})
+"""Fields of old versions of peft without effect on the math, whatever their value."""
 PEFT_FIELDS = {
     "LORA": PeftFields(
         frozenset(
             {
                 *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
                 *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+                *("modules_to_save", "ensure_weight_tying"),
             }
         ),
         {
             "bias": "none",
-            "modules_to_save": None,
             "use_dora": False,
             "lora_bias": False,
             "layer_replication": None,
             "target_parameters": None,
             "trainable_token_indices": None,
-            "loftq_config": {},
-            "eva_config": None,
-            "corda_config": None,
-            "lora_ga_config": None,
             "velora_config": None,
             "alora_invocation_tokens": None,
             "use_qalora": False,
@@ -70,12 +78,11 @@ PEFT_FIELDS = {
             "use_bdlora": None,
             "arrow_config": None,
             "kasa_config": None,
-            "ensure_weight_tying": False,
         },
     ),
     "IA3": PeftFields(
-        frozenset({"target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights"}),
-        {"modules_to_save": None},
+        frozenset({"target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights", "modules_to_save"}),
+        {},
     ),
 }
 
@@ -97,7 +104,11 @@ class AdapterConfig:
     def __init__(self, source: str | Path | Mapping[str, Any]) -> None:
         self.where, raw = _read(source)
         self.kind = str(raw.get("peft_type", "LORA")).upper()
-        self._config = _checked(self.where, self.kind, raw)
+        starts = isinstance(source, Mapping) or find_weights(source) is None
+        _check_initialization(self.where, raw.get("init_lora_weights", True), starts)
+        self._config = _checked(self.where, self.kind, raw, is_file=not isinstance(source, Mapping))
+        if self.kind == "LORA":
+            _check_lora(self.where, self._config)
 
     def settle_targets(self, model: HFModel, modules: Collection[str]) -> str:
         """Replace missing `target_modules` by peft's default for the model, and "all-linear" by all modules.
@@ -126,6 +137,16 @@ class AdapterConfig:
         elif self._config.target_modules == "all-linear":
             self._config.target_modules = set(modules)
         return _format(self._config.target_modules)
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """Ends of the names of modules that are trained in full."""
+        return tuple(self._config.modules_to_save or ())
+
+    @property
+    def keeps_tied(self) -> bool:
+        """A tied embedding and head stay one parameter when either is trained in full."""
+        return bool(getattr(self._config, "ensure_weight_tying", False))
 
     def matches(self, module: str) -> bool:
         """Ask peft whether the config matches a module of transformers."""
@@ -173,6 +194,12 @@ class AdapterConfig:
         return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 
 
+def find_weights(directory: str | Path) -> Path | None:
+    """Return the file of the adapters in a directory, safetensors before .bin, as in peft; None = it has none."""
+    files = (Path(directory) / name for name in (ADAPTER_WEIGHTS, ADAPTER_BIN))
+    return next((file for file in files if file.is_file()), None)
+
+
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "peft", dict(source)
@@ -183,28 +210,41 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return f"peft={source}", read_json(file)
 
 
-def _checked(where: str, kind: str, raw: Mapping[str, Any]) -> Any:
-    """Build peft's config object, after refusing every field that would be ignored here."""
+def _checked(where: str, kind: str, raw: Mapping[str, Any], is_file: bool) -> Any:
+    """Build peft's config object, after refusing every field with an effect that would be ignored here."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     if kind not in PEFT_FIELDS:
         raise ConversionError(f"{where}.peft_type={kind} is not supported; supported: {', '.join(PEFT_FIELDS)}")
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
-    unknown = sorted(raw.keys() - {field.name for field in fields(made)})
+    known = {field.name for field in fields(made)}
+    unknown = {name: value for name, value in raw.items() if name not in known}
+    for name, value in sorted(unknown.items()):
+        if not is_file or (value and name not in OLD_COSMETIC):
+            shown = f"{name}={_format(value)}" if is_file else name
+            raise ConversionError(f"{where}.{shown} is not a field of peft's {made.__name__}; remove it")
     if unknown:
-        raise ConversionError(f"{where}.{unknown[0]} is not a field of peft's {made.__name__}; remove it")
+        get_logger().info("%s: peft's %s has no %s; ignored", where, made.__name__, ", ".join(sorted(unknown)))
     for name, wanted in PEFT_FIELDS[kind].required.items():
-        if name in raw and raw[name] != wanted and not (raw[name] in (None, False) and not wanted):
+        if name in raw and raw[name] != wanted and (raw[name] or wanted):
             raise ConversionError(f"{where}.{name}={_format(raw[name])} is not supported; nearest: {_format(wanted)}")
+    init = raw.get("init_lora_weights")
+    left_out = ("peft_type", *(name for name in _OF_REFUSED_INITIALIZATIONS if name != f"{init}_config"))
+    given = {name: value for name, value in raw.items() if name in known and name not in left_out}
     try:
-        config: Any = made(**{name: value for name, value in raw.items() if name != "peft_type"})
-    except (TypeError, ValueError) as problem:
+        config: Any = made(**given)
+    except (TypeError, ValueError, ImportError) as problem:
         raise ConversionError(f"{where}: peft refuses it: {' '.join(str(problem).split())}") from problem
-    if kind == "LORA":
-        _check_lora(where, config)
-    elif config.feedforward_modules is None:
+    if kind == "IA3" and config.feedforward_modules is None:
         config.feedforward_modules = set()
     return config
+
+
+def _check_initialization(where: str, init: Any, starts: bool) -> None:
+    """Check `init_lora_weights`; `starts`: the adapters are initialized by it, not read."""
+    allowed = _INITIALIZATIONS if starts else (*_INITIALIZATIONS, *_OF_WEIGHTS_THAT_ARE_READ)
+    if init not in allowed:
+        raise ConversionError(f"{where}.init_lora_weights={init} is not supported; nearest: true, false or gaussian")
 
 
 def _check_lora(where: str, config: Any) -> None:
@@ -212,10 +252,6 @@ def _check_lora(where: str, config: Any) -> None:
     for field, rank in {"r": config.r, **others}.items():
         if not isinstance(rank, int) or rank < 1:
             raise ConversionError(f"{where}.{field}={rank} must be at least 1; nearest: 1")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ConversionError(
-            f"{where}.init_lora_weights={config.init_lora_weights} is not supported; nearest: true, false or gaussian"
-        )
     if not 0 <= config.lora_dropout < 1:
         raise ConversionError(f"{where}.lora_dropout={config.lora_dropout} is not in [0, 1); nearest: 0.0")
 

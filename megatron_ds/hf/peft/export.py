@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -76,7 +77,7 @@ def export_merged(
     max_shard_size: str,
     tokenizer_path: str | Path | None,
 ) -> None:
-    """Write the base model with merged adapters: W + s B A in fp32, rounded once.
+    """Write the base model with merged adapters: W + s B A in fp32, rounded once; and the modules trained in full.
 
     Args:
         target: the directory; an earlier export there is replaced at the end.
@@ -91,8 +92,11 @@ def export_merged(
     Raises:
         ConversionError: a value does not fit into the dtype.
     """
-    with exporting(target, base.model, dtype, max_shard_size) as export:
-        for name, full in base.each():
+    own = adapters.saved | adapters.replaced
+    with exporting(target, adapters.model, dtype, max_shard_size) as export:
+        for name, full in chain(
+            base.for_model(adapters.model).each(without=own), ((name, parameters[name]) for name in sorted(own))
+        ):
             merged = adapters.merge(name, full, parameters)
             export.add(name, merged if dtype is not None else check_fits(name, merged, full.dtype))
             del full, merged

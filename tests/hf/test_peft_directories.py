@@ -1,0 +1,221 @@
+"""Directories of old and new versions of peft: what is merged equals peft's merge, whatever the file's form."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_ds.checkpoint.convert import export_hf
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.peft.adapters import read_adapters
+from megatron_ds.log import LOGGER_NAME, get_logger
+from tests.parity.reference import ALL_CONFIGS, make_model
+from tests.ranks import run_alone
+
+TABLES = ["embed_tokens", "lm_head"]
+# base -> fields of peft's config
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "both-tables": ("llama", {"modules_to_save": TABLES}),
+    "norms": ("llama", {"modules_to_save": ["norm"]}),
+    "both-untie": ("tied", {"modules_to_save": TABLES}),
+    "embedding-unties": ("tied", {"modules_to_save": ["embed_tokens"]}),
+    "head-unties": ("tied", {"modules_to_save": ["lm_head"]}),
+    "kept-tied": ("tied", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    "head-adapted": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "head-adapted-tied": ("tied", {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding-adapted-tied": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "both-adapted-tied": ("tied", {"target_modules": ["q_proj", *TABLES], "use_rslora": True}),
+    "one-of-each-tied": ("tied", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}),
+    "regex": ("llama", {"target_modules": r".*layers\.1\..*(q_proj|down_proj)"}),
+    "orthogonal": ("llama", {"init_lora_weights": "orthogonal", "r": 2}),
+    "inputs-first": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "c_fc"]}),
+}
+
+
+def _bases(directory: Path) -> None:
+    make_model(ALL_CONFIGS["llama"]).save_pretrained(directory / "llama")
+    make_model({**ALL_CONFIGS["llama"], "tie_word_embeddings": True}).save_pretrained(directory / "tied")
+    make_model(ALL_CONFIGS["gpt2"]).save_pretrained(directory / "gpt2")
+
+
+def _adapt(case: str, directory: Path) -> None:
+    """Save an adapter with random values in all its parameters, and what peft merges of the saved files."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, given = CASES[case]
+    fields = {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM", **given}
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(directory / base)
+
+    model = get_peft_model(load(), LoraConfig(**fields))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(directory / case)
+    merged = PeftModel.from_pretrained(load(), str(directory / case)).merge_and_unload()
+    torch.save((merged.state_dict(), merged.config.tie_word_embeddings), directory / case / "merged.pt")
+
+
+def _make(directory: Path) -> None:
+    _bases(directory)
+    for case in CASES:
+        _adapt(case, directory)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases, and an adapter for each case."""
+    directory = tmp_path_factory.mktemp("peft")
+    run_alone(_make, directory)
+    return directory
+
+
+def _check_merged(adapter: Path, base: Path, merged: Path, target: Path) -> None:
+    state, tied = torch.load(merged)
+    export_hf(adapter, target, merge=True, base=base)
+    ours = load_file(target / "model.safetensors")
+    assert json.loads((target / "config.json").read_text())["tie_word_embeddings"] == tied
+    assert ours.keys() == state.keys() - ({"lm_head.weight"} if tied else set())
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_as_peft_merges_tables_and_modules(case: str, made: Path, tmp_path: Path) -> None:
+    base = CASES[case][0]
+    _check_merged(made / case, made / base, made / case / "merged.pt", tmp_path / "hf")
+    plain, ours = load_file(made / base / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    assert any(not torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def _adapter_name(name: str) -> str:
+    return name.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine.")
+
+
+FORMS: dict[str, Callable[[str], str]] = {
+    "data-parallel": lambda name: f"module.{name}",
+    "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod.", 1),
+    "adapter-name": _adapter_name,
+    "wrapped": lambda name: name.replace("lm_head.", "lm_head.modules_to_save.default."),
+    "wrapped-without-name": lambda name: name.replace("lm_head.", "lm_head.modules_to_save."),
+    "without-prefix": lambda name: name.removeprefix("base_model.model."),
+    "base-model": lambda name: name.replace("base_model.model.model.", "base_model.model."),
+    "larger-model": lambda name: name.replace("base_model.model.model.", "base_model.model.model.language_model."),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_of_the_same_tensors(form: str, made: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made / "both-tables", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({FORMS[form](name): tensor for name, tensor in tensors.items()}, adapter / "adapter_model.bin")
+    assert not all(FORMS[form](name) == name for name in tensors)
+    _check_merged(adapter, made / "llama", made / "both-tables" / "merged.pt", tmp_path / "hf")
+
+
+def _changed(made: Path, adapter: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
+    shutil.copytree(made / "both-tables", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return adapter
+
+
+def test_tables_of_a_resized_vocabulary_replace_those_of_the_base(made: Path, tmp_path: Path) -> None:
+    """peft saves embedding and head when the vocabulary was resized, without `modules_to_save`."""
+    more = 7
+
+    def resize(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        config["modules_to_save"] = None
+        for name in [name for name in tensors if "lora_" not in name]:
+            rows = torch.randn(more, tensors[name].shape[1])
+            tensors[name] = torch.cat([tensors[name], rows])
+
+    adapter = _changed(made, tmp_path / "adapter", resize)
+    model = export_hf(adapter, tmp_path / "hf", merge=True, base=made / "llama")
+    ours, theirs = (
+        load_file(file) for file in (tmp_path / "hf" / "model.safetensors", adapter / "adapter_model.safetensors")
+    )
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(ours[name], theirs[f"base_model.model.{name}"])
+    assert model.core.vocab_size == read_model(tmp_path / "hf").core.vocab_size == len(ours["lm_head.weight"])
+    assert model.core.vocab_size == ALL_CONFIGS["llama"]["vocab_size"] + more
+
+
+def test_two_adapters_in_one_file_are_refused(made: Path, tmp_path: Path) -> None:
+    def double(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        tensors.update({_adapter_name(name): one.clone() for name, one in tensors.items() if "lora_" in name})
+
+    adapter = _changed(made, tmp_path / "adapter", double)
+    with pytest.raises(ConversionError, match=r"are one tensor; keep those of one adapter$"):
+        export_hf(adapter, tmp_path / "hf", merge=True, base=made / "llama")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"enable_lora": None, "merge_weights": False}, None),
+        ({"merge_weights": True, "runtime_config": {}}, None),
+        ({"a_field_of_tomorrow": [], "another": 0, "a_third": ""}, None),
+        ({"layer_replication": [], "lora_bias": None, "loftq_config": None}, None),
+        ({"eva_config": {"rho": 3.0}, "init_lora_weights": "eva"}, None),
+        ({"enable_lora": [True, False, True]}, r"\.enable_lora=\[True, False, True\] is not a field of"),
+        ({"a_field_of_tomorrow": 1}, r"\.a_field_of_tomorrow=1 is not a field of peft's LoraConfig"),
+        ({"lora_bias": True}, r"\.lora_bias=True is not supported; nearest: False"),
+        ({"bias": "all"}, r"\.bias=all is not supported; nearest: none"),
+        ({"init_lora_weights": "loftq"}, r"\.init_lora_weights=loftq is not supported"),
+        ({"modules_to_save": ["embed"]}, r"\.modules_to_save=embed matches nothing in a llama; supported: down_proj,"),
+        ({"modules_to_save": ["k_proj"]}, r"\.modules_to_save leaves out .*v_proj.weight, which is one"),
+        ({"modules_to_save": ["self_attn"]}, r"target_modules=\['q_proj', 'v_proj'\] matches nothing"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_fields_of_other_versions(
+    fields: dict[str, Any],
+    says: str | None,
+    made: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = _changed(made, tmp_path / "adapter", lambda tensors, config: config.update(fields))
+    caplog.set_level("INFO", LOGGER_NAME)
+    monkeypatch.setattr(get_logger(), "propagate", True)  # a test before may have set up the log of a command
+    if says is None:
+        config = read_adapters(adapter, read_model(made / "llama"), "base").config
+        unknown = fields.keys() & {"enable_lora", "merge_weights", "a_field_of_tomorrow"}
+        assert not unknown & config.keys() and all(name in caplog.text for name in unknown)
+        return
+    with pytest.raises(ConversionError, match=says):
+        read_adapters(adapter, read_model(made / "llama"), "base")
+
+
+def test_a_field_in_the_run_file_must_exist() -> None:
+    with pytest.raises(ConversionError, match=r"peft\.use_dorra is not a field of peft's LoraConfig; remove it"):
+        read_adapters({"use_dorra": False}, read_model(ALL_CONFIGS["llama"]), "base")
+
+
+def test_a_bin_with_code_and_a_base_that_moved_are_refused(made: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made / "both-tables", adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"lora": Path("a/path")}, adapter / "adapter_model.bin")
+    with pytest.raises(ConversionError, match=r"holds more than plain tensors, which is not loaded"):
+        export_hf(adapter, tmp_path / "hf", merge=True, base=made / "llama")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "meta/hub-id"}))
+    with pytest.raises(ConversionError, match=r"its base meta/hub-id is no directory here; give it as --base DIR"):
+        export_hf(adapter, tmp_path / "hf", merge=True)
