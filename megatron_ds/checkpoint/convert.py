@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -27,8 +28,9 @@ from megatron_ds.checkpoint.state_keys import MASTER
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel, read_json, read_model
-from megatron_ds.hf.convert import check_target
+from megatron_ds.hf.convert import conversion_target
 from megatron_ds.hf.export import exporting
+from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.peft.export import export_adapters, export_merged
@@ -36,22 +38,23 @@ from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 
 
-def import_hf(source: str | Path, target: str | Path) -> HFModel:
+def import_hf(source: str | Path, target: str | Path, *, overwrite: bool = False) -> HFModel:
     """Convert a Hugging Face directory to a checkpoint of step 0.
 
     Args:
         source: the directory with config, weights and the model's other files.
-        target: the checkpoint. An existing model, or checkpoint of step 0, is replaced at the end; on failure it stays.
+        target: the checkpoint. An unchanged export there is replaced at the end; on failure it stays.
+        overwrite: replace any other directory too, except the source, checkpoints and outputs of runs.
 
     Returns:
         The imported model.
 
     Raises:
-        ConversionError: the source cannot be read without changing its meaning; the target holds something else.
-        CheckpointError: the target is a checkpoint that was trained, or cannot be written.
+        ConversionError: the source cannot be read without changing its meaning; the target must not be replaced.
+        CheckpointError: the target is a checkpoint, or cannot be written.
     """
-    check_target(Path(source), Path(target), allowed=(STATE,))
-    _check_untrained(Path(target))
+    _refuse_checkpoint(Path(target))
+    place = conversion_target(source, target, overwrite)
 
     def add_state(directory: Path) -> None:
         (directory / STATE).mkdir()
@@ -63,7 +66,7 @@ def import_hf(source: str | Path, target: str | Path) -> HFModel:
             flush(path)
 
     weights = HFWeights(source, read_model(source))
-    with _writing(Path(target)), exporting(target, weights.model, None, "5GB") as export:
+    with _writing(Path(target)), exporting(place, weights.model, None, "5GB") as export:
         for name, full in weights.each():
             export.add(name, full)
             del full  # its memory is released before the next is read
@@ -80,6 +83,7 @@ def export_hf(
     *,
     merge: bool = False,
     base: str | Path | None = None,
+    overwrite: bool = False,
 ) -> HFModel:
     """Convert a checkpoint to a Hugging Face directory without training state.
 
@@ -89,26 +93,27 @@ def export_hf(
     Args:
         checkpoint: a checkpoint; or a folder of checkpoints or a run's output, of which the latest is taken; or a
             Hugging Face directory.
-        target: the directory to write. An existing model is replaced at the end; on failure it stays.
+        target: the directory to write. An unchanged export there is replaced at the end; on failure it stays.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
         max_shard_size: upper bound on the size of a file, such as "5GB".
         merge: for adapters, write the base model with the adapters merged instead of a directory that peft loads.
         base: for adapters, the directory of their base model; None = the one that their config names.
+        overwrite: replace any other directory too, except what is read, checkpoints and outputs of runs.
 
     Returns:
         The exported model, or the base model of the adapters.
 
     Raises:
         CheckpointError: a file of the checkpoint is missing or damaged, or the target cannot be written.
-        ConversionError: the weights do not fit into the dtype; the target is the source, or holds something else.
+        ConversionError: the weights do not fit into the dtype; the target must not be replaced.
     """
     source = resolve_checkpoint(checkpoint)
-    check_target(source, Path(target))
+    place = conversion_target(source, target, overwrite)
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
     reader = _open_intact(source) if (source / STATE).is_dir() else None
     if (source / ADAPTER_CONFIG).is_file():
-        return _export_adapters(source, Path(target), reader, base, (dtype, max_shard_size), merge)
+        return _export_adapters(source, place, reader, base, (dtype, max_shard_size), merge)
     if merge or base is not None:
         raise ConversionError(f"{source} holds no adapters; remove {'--merge' if merge else '--base'}")
     weights = HFWeights(source, read_model(source))
@@ -118,7 +123,7 @@ def export_hf(
             return full
         return reader.read_full(MASTER, name, tuple(full.shape))
 
-    with _writing(Path(target)), exporting(target, weights.model, dtype, max_shard_size) as export:
+    with _writing(Path(target)), exporting(place, weights.model, dtype, max_shard_size) as export:
         for name, full in weights.each():
             export.add(name, best(name, full))
             del full
@@ -128,7 +133,7 @@ def export_hf(
 
 def _export_adapters(
     source: Path,
-    target: Path,
+    target: ExportTarget,
     reader: StateReader | None,
     base: str | Path | None,
     form: tuple[str | None, str],
@@ -138,7 +143,8 @@ def _export_adapters(
     named = base or read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named or not Path(named).is_dir():
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
-    check_target(Path(named), target)
+    target = replace(target, kept={**target.kept, f"{named}, the base of {source}": Path(named)})
+    target.check()
     weights = HFWeights(named, read_model(named))
     stored = AdapterReader(source, read_adapters(source, weights.model, str(Path(named).resolve())))
     adapters, (dtype, max_shard_size) = stored.adapters, form
@@ -151,7 +157,7 @@ def _export_adapters(
         return reader.read_full(MASTER, name, tuple(full.shape))
 
     parameters = {name: read(name) for name in adapters.table}
-    with _writing(target):
+    with _writing(target.path):
         if merge:
             export_merged(target, weights, named, adapters, parameters, dtype, max_shard_size, source)
         else:
@@ -159,8 +165,8 @@ def _export_adapters(
     return adapters.model
 
 
-def _check_untrained(target: Path) -> None:
-    """Raise unless the training state that would be replaced was written by an import and has no steps."""
+def _refuse_checkpoint(target: Path) -> None:
+    """Refuse to import over a checkpoint, even if nothing was trained: a run may read it."""
     state = target / STATE
     if not state.exists():
         return

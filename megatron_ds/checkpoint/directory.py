@@ -30,8 +30,9 @@ import filelock
 from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint.files import FileRecord, flush, write_bytes
 from megatron_ds.errors import CheckpointError
+from megatron_ds.hf.export_target import TRAINING_STATE
 
-STATE = "training_state"
+STATE = TRAINING_STATE
 MANIFEST = f"{STATE}/manifest.json"
 PROGRESS = f"{STATE}/progress.json"
 LATEST = "latest"

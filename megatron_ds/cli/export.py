@@ -14,7 +14,9 @@ HELP = """Write the model of a checkpoint as a Hugging Face directory that trans
 
 CHECKPOINT may be a folder of checkpoints or a run's output; then the latest is exported. Without
 --dtype the weights are copied; with another dtype the fp32 master weights are rounded once. A
-checkpoint of adapters becomes a directory for peft, or with --merge a full model.
+checkpoint of adapters becomes a directory for peft, or with --merge a full model. An earlier export
+in HF_DIR is replaced if it was not changed since, and anything else with --overwrite; the source, its
+base model, checkpoints and outputs of runs never.
 
 Examples:
 
@@ -36,6 +38,9 @@ def export(
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Base model of adapters (default: from their config).")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a directory that is not an unchanged export.")
+    ] = False,
     imports: Imports = None,
 ) -> None:
     """Run the command; see HELP."""
@@ -46,7 +51,7 @@ def export(
     from megatron_ds.log import setup_logging
 
     setup_logging(rank=0)
-    model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base)
+    model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base, overwrite=overwrite)
     if (hf_dir / "adapter_config.json").is_file():
         print(f"exported {hf_dir}: {model.family.model_type} adapters for peft")
     else:

@@ -14,6 +14,7 @@ HELP = """Convert a Hugging Face directory to a checkpoint.
 
 It reads .bin and safetensors files, sharded or not, with or without the base model's prefix, and older tensor names;
 every tensor is checked. A checkpoint is independent of the layout: train or resume from it with any number of ranks.
+A checkpoint is never replaced, another directory with files only with --overwrite.
 
 Examples:
 
@@ -26,6 +27,9 @@ Examples:
 def import_hf(
     hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR")],
     checkpoint: Annotated[Path, typer.Argument(help="The directory to write.", metavar="CHECKPOINT")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a directory that is not an unchanged export.")
+    ] = False,
     imports: Imports = None,
 ) -> None:
     """Run the command; see HELP."""
@@ -34,5 +38,5 @@ def import_hf(
     from megatron_ds.checkpoint.convert import import_hf as convert
     from megatron_ds.cli.inspect import describe_written
 
-    convert(hf_dir, checkpoint)
+    convert(hf_dir, checkpoint, overwrite=overwrite)
     print(f"imported {describe_written(checkpoint)}")

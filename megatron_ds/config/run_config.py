@@ -203,12 +203,15 @@ class CheckpointSection(Section):
 class ExportSection(Section):
     """A Hugging Face directory written at the end.
 
-    `merge`: with adapters, write the base model with the adapters merged instead of a peft directory. `dtype: None`
-    keeps the model's dtype. `check` loads the directory with transformers on a rank of the last pipeline stage and
-    compares its logits with the live model's; the model must fit there, and the rank must see the path.
+    `overwrite`: replace a directory that is not an unchanged export; models that the run reads, checkpoints and outputs
+    of runs are never replaced. `merge`: with adapters, write the base model with the adapters merged instead of a peft
+    directory. `dtype: None` keeps the model's dtype. `check` loads the directory with transformers on a rank of the
+    last pipeline stage and compares its logits with the live model's; the model must fit there, and the rank must see
+    the path.
     """
 
     path: Text
+    overwrite: bool = False
     check: bool = False
     merge: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -4,55 +4,56 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.export import exporting, foreign_files
+from megatron_ds.hf.export import exporting
+from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.hf.weights import HFWeights
 
 
-def rewrite(source: str | Path, target: str | Path, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+def rewrite(
+    source: str | Path,
+    target: str | Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    *,
+    overwrite: bool = False,
+) -> None:
     """Read every native parameter of a directory, one at a time, and write them to a clean directory.
 
     At any time memory holds one native parameter, the tensors on disk that it is read from, and those written from it.
 
     Args:
         source: directory with config.json, weights and other files of the model.
-        target: directory to write. A model there is replaced at the end; on failure it stays, and no other file is
-            left.
+        target: directory to write. An unchanged export there is replaced at the end; on failure it stays, and no other
+            file is left.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = unchanged.
         max_shard_size: such as "5GB".
+        overwrite: replace any other directory too, except the source, checkpoints and outputs of runs.
 
     Raises:
         ConversionError: the source cannot be read without changing its meaning, or a value does not fit into the dtype;
-            the target is the source, or holds other files than a model's.
+            the target must not be replaced.
     """
-    check_target(Path(source), Path(target))
+    place = conversion_target(source, target, overwrite)
     weights = HFWeights(source, read_model(source))
-    with exporting(target, weights.model, dtype, max_shard_size) as export:
+    with exporting(place, weights.model, dtype, max_shard_size) as export:
         for name, full in weights.each():
             export.add(name, full)
             del full  # free the mapped files before the next parameter is read
         export.finish(source, source)
 
 
-def check_target(source: Path, target: Path, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse a target directory that must not be written or replaced.
+def conversion_target(source: str | Path, target: str | Path, overwrite: bool) -> ExportTarget:
+    """Return the directory that a conversion writes, checked; its source is never replaced.
 
     Args:
         source: the directory to read.
         target: the directory to write.
-        allowed: names that the target may hold in addition to a model's files.
+        overwrite: replace a directory that is not an unchanged export.
 
     Raises:
-        ConversionError: the target is the source or a parent of it, not a directory, or holds other files.
+        ConversionError: see `ExportTarget.check`.
     """
-    ours, theirs = target.resolve(), source.resolve()
-    if ours == theirs or ours in theirs.parents:
-        raise ConversionError(f"{target} would replace {source}, which is read; choose another directory")
-    if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target} is a file; choose another place for the directory")
-    foreign = [name for name in foreign_files(target) if name not in allowed] if target.is_dir() else []
-    if foreign:
-        raise ConversionError(
-            f"{target} would be replaced, and holds {foreign[0]}, which is no file of a model; choose another directory"
-        )
+    found = ExportTarget(Path(target), overwrite=overwrite, kept={f"{source}, which is read": Path(source)})
+    found.check()
+    return found

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
+from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.log import get_logger
@@ -40,14 +39,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-WEIGHT_FILES = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-)
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-OTHER_FILES = ("config.json", "generation_config.json", "additional_chat_templates", *ADAPTER_FILES)
 
 _CHECKED_AT_ONCE = 2**20
 
@@ -58,21 +49,21 @@ class DirectoryExport:
     Until `finish` all files are in a hidden directory next to the target. Use it through `exporting`.
 
     Args:
-        target: the final directory.
+        target: the final directory, with what it may replace; a path may replace an unchanged export only.
         model: the model to export.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = the dtype of each parameter.
         max_shard_size: such as "5GB".
     """
 
-    def __init__(self, target: str | Path, model: HFModel, dtype: str | None, max_shard_size: str) -> None:
+    def __init__(
+        self, target: str | Path | ExportTarget, model: HFModel, dtype: str | None, max_shard_size: str
+    ) -> None:
         if dtype is not None and dtype not in EXPORT_DTYPES:
             raise ConversionError(f"dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
         self.model, self.dtype = model, EXPORT_DTYPES[dtype] if dtype else None
         max_shard_bytes = parse_size(max_shard_size)
-        self._target = Path(target).resolve()
-        self.directory = self._target.with_name(f".{self._target.name}.tmp")
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir(parents=True)
+        self._target = target if isinstance(target, ExportTarget) else ExportTarget(Path(target))
+        self.directory = self._target.begin()
         names = (name for row in model.table.values() for name in row.names)
         self._writer = ShardWriter(self.directory, max_shard_bytes, names)
         self._to_hf = ToHF(model, reuse=True)
@@ -98,12 +89,15 @@ class DirectoryExport:
         tokenizer_path: str | Path | None = None,
         last: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write the other files and move the directory to the target; an earlier export there is replaced.
+        """Write the other files and move the directory to the target.
 
         Args:
             model_path: source of generation_config.json; None or no such file = made from the config.
             tokenizer_path: source of the tokenizer and chat templates; None = no tokenizer.
             last: called with the directory to add more files before it is moved.
+
+        Raises:
+            ConversionError: see `ExportTarget.put`.
         """
         assert self._added == self.model.table.keys(), self._added ^ self.model.table.keys()
         self._writer.finish()
@@ -111,7 +105,7 @@ class DirectoryExport:
         write_small_files(self.directory, self.model, dtype, model_path, tokenizer_path)
         if last is not None:
             last(self.directory)
-        replace_directory(self._target, self.directory)
+        self._target.put(self.directory)
 
 
 def check_fits(name: str, full: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,22 +171,14 @@ def _write_generation_config(directory: Path, model: HFModel, model_path: str | 
     generation_config(model.config, model.core, raw).save_pretrained(directory)
 
 
-def foreign_files(directory: Path) -> list[str]:
-    """Return names in a directory that no Hugging Face model has; an export would delete them."""
-    ours = (*WEIGHT_FILES, *OTHER_FILES, *TOKENIZER_FILES)
-    names = sorted(entry.name for entry in directory.iterdir())
-    return [name for name in names if not any(fnmatch(name, pattern) for pattern in ours)]
-
-
 @contextmanager
-def exporting(target: str | Path, model: HFModel, dtype: str | None, max_shard_size: str) -> Iterator[DirectoryExport]:
+def exporting(
+    target: str | Path | ExportTarget, model: HFModel, dtype: str | None, max_shard_size: str
+) -> Iterator[DirectoryExport]:
     """Provide a `DirectoryExport`; its unfinished files are removed if the block fails."""
     export = DirectoryExport(target, model, dtype, max_shard_size)
-    try:
+    with removed_on_failure(export.directory):
         yield export
-    except BaseException:
-        shutil.rmtree(export.directory, ignore_errors=True)
-        raise
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -241,20 +227,3 @@ def _write_for_both_versions(file: Path) -> None:
         changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
     if changed != content:
         write_json(file, changed)
-
-
-def replace_directory(target: Path, new: Path) -> None:
-    """Move `new` to `target`; if that fails, the old `target` is restored."""
-    old = target.with_name(f".{target.name}.old")
-    if not target.exists():
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)  # of an export that was killed between its two renames
-        return
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old)

@@ -14,10 +14,12 @@ from megatron_ds.engine import Engine, MicroBatch
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import exporting
+from megatron_ds.hf.export_target import ExportKeptError, ExportTarget
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.runtime.loaded_model import LoadedModel
 
 CHECK_TOLERANCE = {
@@ -32,27 +34,47 @@ NOISE_FACTOR = 3.0
 MAX_NOISE = 0.1  # if rounding alone exceeded this, a wrong weight would not be detected
 
 
-def export_live(engine: Engine, model: LoadedModel, section: ExportSection, precision: str) -> None:
-    """Stream the weights to `section.path` on rank 0. Collective over the world.
+def export_live(
+    engine: Engine, model: LoadedModel, section: ExportSection, precision: str, target: ExportTarget
+) -> None:
+    """Stream the weights to a directory on rank 0. Collective over the world.
+
+    Args:
+        engine: the live engine.
+        model: the model that it was built from.
+        section: the form of the export.
+        precision: the run's precision.
+        target: the directory of `section`, with what it may replace.
 
     Raises:
-        ConversionError: on every rank, if `section.dtype` cannot hold a weight. Nothing is lost: the directory was
-            written in the run's own dtype.
+        ConversionError: on every rank, if `section.dtype` cannot hold a weight; the directory was written in the run's
+            own dtype. On rank 0, if `target` must not be replaced; the directory was written next to it. The other
+            ranks then exit, see `run_on_all_ranks`.
     """
-    if model.adapters is not None:
-        _export_adapters(engine, model, model.adapters, section, precision)
-        return
     fits = fits_in(engine, section.dtype)
-    if engine.grid.rank != 0:
-        for _ in engine.full_parameters():
-            pass
-    else:
-        with exporting(section.path, model.hf, section.dtype if fits else None, section.max_shard_size) as export:
-            for name, parameter in engine.full_parameters():
-                assert parameter is not None, name
-                export.add(name, parameter)
-            export.finish(model.section.path, model.section.tokenizer_path)
+    dtype = section.dtype if fits else None
+    kept: ExportKeptError | None = None
+    try:
+        if model.adapters is not None:
+            _export_adapters(engine, model, model.adapters, section, (dtype, precision), target)
+        elif engine.grid.rank == 0:
+            with exporting(target, model.hf, dtype, section.max_shard_size) as export:
+                for name, parameter in engine.full_parameters():
+                    assert parameter is not None, name
+                    export.add(name, parameter)
+                export.finish(model.section.path, model.section.tokenizer_path)
+        else:
+            for _ in engine.full_parameters():
+                pass
+    except ExportKeptError as problem:
+        kept = problem
+    run_on_all_ranks(lambda: _raise_if(kept))
     _refuse_unfit(section, fits)
+
+
+def _raise_if(problem: Exception | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _refuse_unfit(section: ExportSection, fits: bool) -> None:
@@ -64,23 +86,25 @@ def _refuse_unfit(section: ExportSection, fits: bool) -> None:
 
 
 def _export_adapters(
-    engine: Engine, model: LoadedModel, adapters: Adapters, section: ExportSection, precision: str
+    engine: Engine,
+    model: LoadedModel,
+    adapters: Adapters,
+    section: ExportSection,
+    dtypes: tuple[str | None, str],
+    target: ExportTarget,
 ) -> None:
     """Write the adapters as a PEFT directory, or merge them into the base weights, which are read from disk."""
-    fits = fits_in(engine, section.dtype)
-    dtype = section.dtype if fits else None
     gathered = engine.full_parameters(adapters.table)
     parameters = {name: full.detach().to("cpu").clone() for name, full in gathered if full is not None}
-    if engine.grid.rank == 0:
-        tokenizer, base = model.section.tokenizer_path, model.section.path
-        if section.merge:
-            assert model.weights is not None and base is not None
-            of_run = dtype or NAME_OF_PRECISION[precision]
-            size = section.max_shard_size
-            export_merged(section.path, model.weights, base, adapters, parameters, of_run, size, tokenizer)
-        else:
-            export_adapters(section.path, adapters, parameters.items(), dtype, tokenizer)
-    _refuse_unfit(section, fits)
+    if engine.grid.rank != 0:
+        return
+    tokenizer, base, (dtype, precision) = model.section.tokenizer_path, model.section.path, dtypes
+    if section.merge:
+        assert model.weights is not None and base is not None
+        of_run = dtype or NAME_OF_PRECISION[precision]
+        export_merged(target, model.weights, base, adapters, parameters, of_run, section.max_shard_size, tokenizer)
+    else:
+        export_adapters(target, adapters, parameters.items(), dtype, tokenizer)
 
 
 def fits_in(engine: Engine, dtype: str | None) -> bool:

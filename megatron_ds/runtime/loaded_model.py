@@ -57,6 +57,13 @@ class LoadedModel:
         return layers if self.adapters is None else with_adapters(layers, self.adapters.places)
 
     @property
+    def places(self) -> dict[str, Path]:
+        """Text for a message -> directory that the model is read from."""
+        paths = [Path(path) for path in (self.section.path, self.section.tokenizer) if path is not None]
+        paths += [reader.directory for reader in (self.weights, self.adapter_weights) if reader is not None]
+        return {f"{path}, which is read": path for path in paths}
+
+    @property
     def read_shard(self) -> ShardReader | None:
         """The reader of parameter values for `build_engine`; None = random initialization."""
         return self._read_shard if self.weights is not None else None

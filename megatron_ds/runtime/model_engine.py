@@ -18,6 +18,7 @@ from megatron_ds.config import ExportSection, build_section
 from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank
 from megatron_ds.engine import Engine, Losses, MicroBatch, StepResult
 from megatron_ds.errors import CheckpointError, DataError
+from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime.export import export_live
 from megatron_ds.runtime.loaded_model import LoadedModel
@@ -164,16 +165,22 @@ class ModelEngine:
         self.progress = load_state(self.engine, StateReader(path))
         return self.progress
 
-    def export_hf(self, path: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+    def export_hf(
+        self, path: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False
+    ) -> None:
         """Write a Hugging Face directory from the live weights, gathered one parameter at a time on rank 0.
 
         Args:
-            path: the directory; it replaces an earlier export.
+            path: the directory; it replaces an earlier export that was not changed since.
             dtype: "float32", "bfloat16" or "float16"; None = the training dtype.
             max_shard_size: largest size of a weight file, such as "5GB".
+            overwrite: replace any other directory too, except models that were read, checkpoints and outputs of runs.
 
         Raises:
-            ConversionError: on every rank, if `dtype` cannot hold a weight.
+            ConversionError: on every rank, if `dtype` cannot hold a weight; on rank 0, if `path` must not be replaced,
+                and the others exit. The message names the directory that was written all the same.
         """
-        section = build_section(ExportSection, {"path": str(path), "dtype": dtype, "max_shard_size": max_shard_size})
-        export_live(self.engine, self.model, section, self.plan.summary.precision)
+        fields = {"path": str(path), "dtype": dtype, "max_shard_size": max_shard_size, "overwrite": overwrite}
+        target = ExportTarget(Path(path), overwrite=overwrite, option="overwrite=True", kept=self.model.places)
+        section = build_section(ExportSection, fields)
+        export_live(self.engine, self.model, section, self.plan.summary.precision, target)

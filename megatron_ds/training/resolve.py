@@ -8,10 +8,13 @@ from pathlib import Path
 
 from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
 from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving
+from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.data import check_format
-from megatron_ds.errors import ConfigError
-from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.export import foreign_files
+from megatron_ds.errors import ConfigError, ConversionError
+from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.export_mark import MARK
+from megatron_ds.hf.export_target import TRAINING_STATE, ExportTarget, covers
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.weight_files import parse_size
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
@@ -25,6 +28,10 @@ from megatron_ds.runtime.objective import Objective, find_objective, new_paramet
 from megatron_ds.runtime.setup import EnginePlan, plan_engine
 from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resume import check_same_model, checkpoint_folder
+from megatron_ds.training.run_output import DATA_USAGE, LOSS_PLOT, RUN_FILE
+
+MODEL_PARTS = ("config.json", ADAPTER_CONFIG, TRAINING_STATE, MARK)  # of models, adapters, checkpoints and exports
+REPLACED = (RUN_FILE, DATA_USAGE, LOSS_PLOT)  # in an output; earlier metrics and checkpoints are kept
 
 
 @dataclass(frozen=True)
@@ -120,44 +127,78 @@ def _check_new_parameters(run: RunConfig, model: HFModel, objective: Objective) 
         )
 
 
+def export_target(run: RunConfig) -> ExportTarget:
+    """Return the directory that a run exports to. Nothing that the run reads is replaced.
+
+    Args:
+        run: a run file with an `export` section.
+    """
+    assert run.export is not None
+    resume = run.checkpoint.resume if run.checkpoint.resume not in ("auto", "never") else None
+    read = {**_models_read(run), "checkpoint.resume": resume}
+    kept = {f"{field}={path}": Path(path) for field, path in read.items() if path is not None}
+    kept |= {f"{source.path}, which holds data": Path(source.path) for source in (*run.data.train, *run.data.valid)}
+    if isinstance(run.peft, str) and (Path(run.peft) / ADAPTER_CONFIG).is_file():
+        base = read_json(Path(run.peft) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        kept |= {f"{base}, the base of peft={run.peft}": Path(base)} if isinstance(base, str) else {}
+    return ExportTarget(Path(run.export.path), "export.path", run.export.overwrite, "export.overwrite=true", kept)
+
+
+def _models_read(run: RunConfig) -> dict[str, str | None]:
+    peft = run.peft if isinstance(run.peft, str) else None
+    return {"model.path": run.model.path, "model.tokenizer": run.model.tokenizer, "peft": peft}
+
+
 def _check_paths(run: RunConfig) -> None:
     """Refuse output paths that cannot be written, or that would replace files which the run reads or writes."""
-    _check_directory("output", run.output, run)
+    _check_output(run)
     if run.export is None:
         return
     parse_size(run.export.max_shard_size)
-    _check_directory("export.path", run.export.path, run)
-    target, output = Path(run.export.path).resolve(), Path(run.output).resolve()
-    if target == output or target in output.parents:
+    target, nearest = export_target(run), f"choose another, such as {run.output}/hf"
+    if covers(target.path, Path(run.output)):
+        raise ConfigError(f"{target.label} would replace output={run.output}; {nearest}")
+    if covers(checkpoint_folder(run.output), target.path):
+        raise ConfigError(f"{target.label} is inside the run's checkpoint directory; {nearest}")
+    try:
+        target.check()
+    except ConversionError as problem:
+        raise ConfigError(str(problem)) from problem
+    _check_writable("export.path", run.export.path, target.place.parent)  # it is written next to its target
+
+
+def _check_output(run: RunConfig) -> None:
+    """Refuse an output directory whose files a run would overwrite, or that is no directory."""
+    output = Path(run.output)
+    for field, path in _models_read(run).items():
+        if path is not None and covers(output, Path(path)) and covers(Path(path), output):
+            raise ConfigError(f"output={run.output} would replace {field}={path}; choose another directory")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={run.output} is a file; choose a directory")
+    _check_writable("output", run.output, output.resolve())
+    found = next((name for name in MODEL_PARTS if (output / name).exists()), None)
+    if found is not None:
         raise ConfigError(
-            f"export.path={run.export.path} would replace output={run.output}; choose another, such as {run.output}/hf"
+            f"output={run.output} holds {found} of a model, and a run would write its own files there; choose another "
+            f"directory, such as {run.output}/run"
         )
-    checkpoints = checkpoint_folder(run.output).resolve()
-    if checkpoints == target or checkpoints in target.parents:
+    found = None if _is_run_file(output / RUN_FILE) else next((n for n in REPLACED if (output / n).is_file()), None)
+    if found is not None:
         raise ConfigError(
-            f"export.path={run.export.path} is inside the run's checkpoint directory; choose another, such as "
-            f"{run.output}/hf"
-        )
-    foreign = foreign_files(target) if target.is_dir() else []
-    if foreign:
-        raise ConfigError(
-            f"export.path={run.export.path} would be replaced, and holds {foreign[0]}, which is not a file of a model; "
-            f"choose another directory"
+            f"output={run.output} holds {found}, which is of no run and would be replaced; choose another directory, "
+            f"such as {run.output}/run"
         )
 
 
-def _check_directory(field: str, path: str, run: RunConfig) -> None:
-    target = Path(path).resolve()
-    adapters = run.peft if isinstance(run.peft, str) else None
-    sources = {"model.path": run.model.path, "model.tokenizer": run.model.tokenizer, "peft": adapters}
-    for source_field, source in sources.items():
-        place = Path(source).resolve() if source is not None else None
-        if place is not None and (target == place or (field == "export.path" and target in place.parents)):
-            raise ConfigError(f"{field}={path} would replace {source_field}={source}; choose another directory")
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{field}={path} is a file; choose a directory")
-    # an export is written next to its target and then renamed
-    first = target.parent if field == "export.path" else target
-    parent = next(place for place in (first, *first.parents) if place.exists())
+def _is_run_file(path: Path) -> bool:
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return False
+    return isinstance(content, dict) and {"model", "data", "output"} <= content.keys()
+
+
+def _check_writable(field: str, path: str, place: Path) -> None:
+    parent = next(found for found in (place, *place.parents) if found.exists())
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"{field}={path} cannot be written ({parent} is read-only); choose another directory")

@@ -26,7 +26,9 @@ from megatron_ds.monitor import (
 )
 from megatron_ds.training.statement import describe_sources
 
+RUN_FILE = "config.yaml"
 DATA_USAGE = "data.json"
+LOSS_PLOT = "loss.png"
 
 
 class RunOutput:
@@ -54,7 +56,7 @@ class RunOutput:
         if not self._is_first:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        (self._directory / "config.yaml").write_text(dump_run(self._run), encoding="utf-8")
+        (self._directory / RUN_FILE).write_text(dump_run(self._run), encoding="utf-8")
         if continue_after is None:
             (self._directory / DATA_USAGE).unlink(missing_ok=True)  # of an earlier run
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
@@ -111,7 +113,7 @@ class RunOutput:
         """Close `metrics.jsonl` and other sinks, and draw `loss.png`."""
         if self._writer is not None:
             self._close()
-            draw_loss(self._writer.path, self._directory / "loss.png", f"{title}: {self._directory}")
+            draw_loss(self._writer.path, self._directory / LOSS_PLOT, f"{title}: {self._directory}")
 
     def finish(self, text: str) -> None:
         """Report the outcome of the run."""

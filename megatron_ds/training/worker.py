@@ -28,7 +28,7 @@ from megatron_ds.training.callbacks import Callback, CallbackList, RunState, mak
 from megatron_ds.training.datasets import has_validation, open_split
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
-from megatron_ds.training.resolve import ResolvedRun, resolve_run
+from megatron_ds.training.resolve import ResolvedRun, export_target, resolve_run
 from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
     check_resume_point,
@@ -196,7 +196,7 @@ def _export(resolved: ResolvedRun, engine: Engine, data: Dataset, output: RunOut
     if section is None:
         return
     precision = resolved.plan.summary.precision
-    export_live(engine, resolved.model, section, precision)
+    export_live(engine, resolved.model, section, precision, export_target(resolved.run))
     is_adapters = resolved.model.adapters is not None and not section.merge
     kind = "a PEFT adapter directory" if is_adapters else "a Hugging Face directory"
     output.note(f"exported {kind}: {section.path}")

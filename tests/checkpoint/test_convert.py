@@ -237,14 +237,15 @@ def test_a_failure_in_the_middle_leaves_nothing(saved: Path, tmp_path: Path, mon
     from megatron_ds.checkpoint import convert
 
     mds.import_hf(saved / "llama" / "float32", tmp_path / "ck")
+    rewrite(saved / "llama" / "float32", tmp_path / "export")
     before = sorted(tmp_path.rglob("*"))
 
     def fail(*given: object) -> None:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(convert, "write_manifest", fail)
-    with pytest.raises(CheckpointError, match="ck could not be written: the disk is gone"):
-        mds.import_hf(saved / "gpt2" / "float32", tmp_path / "ck")
+    with pytest.raises(CheckpointError, match="export could not be written: the disk is gone"):
+        mds.import_hf(saved / "gpt2" / "float32", tmp_path / "export")
     with pytest.raises(ConversionError, match="float16 cannot hold"):
         big = changed(
             saved / "llama" / "float32", tmp_path / "big", lambda tensors: {n: t * 1e6 for n, t in tensors.items()}
@@ -253,6 +254,126 @@ def test_a_failure_in_the_middle_leaves_nothing(saved: Path, tmp_path: Path, mon
     shutil.rmtree(tmp_path / "big")
     assert sorted(tmp_path.rglob("*")) == before
     assert first_damage(tmp_path / "ck") is None
+
+
+# ---- what is replaced ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two models, a checkpoint, and one in a run's output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    shutil.copytree(saved / "llama" / "float32", "models/base")
+    shutil.copytree("models/base", "other")
+    mds.import_hf("models/base", "ck")
+    shutil.copytree("ck", "run/checkpoints/step_00000002")
+    Path("run/checkpoints/latest").write_text("step_00000002\n")
+    Path("run/config.yaml").touch()
+    Path("run/metrics.jsonl").touch()
+    Path("me").mkdir()
+    Path("me/thesis.tex").write_text("mine")
+    Path("link").symlink_to("models")
+    return tmp_path
+
+
+DOORS = {
+    "export": ("export", "models/base"),
+    "import": ("import", "models/base"),
+    "export_hf": (mds.export_hf, "models/base"),
+    "import_hf": (mds.import_hf, "models/base"),
+    "rewrite": (rewrite, "models/base"),
+    "export of a checkpoint": ("export", "run"),
+}
+NEVER = (
+    "models/base",
+    "models",
+    "link",
+    "link/base",
+    "ck",
+    "run/checkpoints/step_00000002",
+    "run",
+    "me",
+    ".",
+    "..",
+    "/",
+)
+
+
+def _bytes(place: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_no_door_leads_over_what_must_stay(door: str, places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    act, source = DOORS[door]
+    before = _bytes(places)
+    for target in NEVER:
+        if source == "run" and "models" in str(Path(target).resolve()):
+            continue  # it is not read
+        if isinstance(act, str):
+            _one_line(capsys, act, source, target, "--overwrite")
+        else:
+            with pytest.raises((ConversionError, CheckpointError)):
+                act(source, target, overwrite=True)
+        assert _bytes(places) == before, target
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_another_model_is_replaced_on_demand(door: str, places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    act, source = DOORS[door]
+    before = _bytes(places)
+    if isinstance(act, str):
+        said = _one_line(capsys, act, source, "other")
+    else:
+        with pytest.raises(ConversionError) as caught:
+            act(source, "other")
+        said = f"error: {caught.value}\n"
+    assert said == (
+        "error: other would be replaced, and has no mark of an export (earlier versions wrote no "
+        ".megatron_ds_export.json); choose another directory, or try --overwrite\n"
+    )
+    assert _bytes(places) == before
+    for flags in ([True], [False]) if "import" not in door else ([True],):
+        if isinstance(act, str):
+            assert _run([act, source, "other", *["--overwrite"] * flags[0]]) == 0
+        else:
+            act(source, "other", overwrite=flags[0])
+    assert hashes(Path("other")) == hashes(Path("models/base"))
+    assert Path("other/.megatron_ds_export.json").is_file() is ("import" not in door)
+
+
+def test_a_base_model_of_adapters_is_never_replaced(
+    places: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("lora").mkdir()
+    Path("lora/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/base"}))
+    before = _bytes(places)
+    for base in ([], ["--base", "other"]):
+        target = base[-1] if base else "link/base"
+        said = _one_line(capsys, "export", "lora", target, "--overwrite", *base)
+        assert f"{target} would replace {'other' if base else 'models/base'}, the base of lora" in said
+    assert _bytes(places) == before
+
+
+def test_a_change_in_the_last_moment_is_told_in_one_line(
+    places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ds.hf.export import DirectoryExport
+
+    original = DirectoryExport.finish
+
+    def finish(self: DirectoryExport, *given: Any) -> None:
+        Path("out").mkdir()
+        Path("out/notes.txt").write_text("mine")
+        original(self, *given)
+
+    monkeypatch.setattr(DirectoryExport, "finish", finish)
+    said = _one_line(capsys, "export", "ck", "out")
+    assert "out would be replaced, and holds notes.txt, which is no file of a model" in said
+    assert said.endswith(f"; the new files are in {places}/out.1\n")
+    assert hashes(Path("out.1")) == hashes(Path("models/base"))
+    assert [path.name for path in Path("out").iterdir()] == ["notes.txt"]
 
 
 # ---- what it takes ---------------------------------------------------------------------------------------------------

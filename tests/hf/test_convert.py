@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
+from megatron_ds.hf.export_mark import MARK
 from megatron_ds.hf.weights import HFWeights
 from tests.hf.models import DTYPES, declarations, hashes
 from tests.hf.test_reading import old_names, tensors_of
@@ -63,6 +64,7 @@ def test_an_old_directory_becomes_a_clean_one(saved: Path, tmp_path: Path) -> No
     rewrite(source, out)
     assert hashes(out) == hashes(saved / "gpt2" / "float32")
     assert sorted(file.name for file in out.iterdir()) == [
+        MARK,
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -109,7 +111,7 @@ def test_refused_before_anything_is_written(saved: Path, tmp_path: Path) -> None
         tmp_path / "file": f"{tmp_path / 'file'} is a file; choose another place for the directory",
         tmp_path / "home": (
             f"{tmp_path / 'home'} would be replaced, and holds thesis.tex, which is no file of a model; choose another "
-            "directory"
+            "directory, or try --overwrite"
         ),
     }.items():
         with pytest.raises(ConversionError) as caught:

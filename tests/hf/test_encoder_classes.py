@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
+from megatron_ds.hf.export_mark import MARK
 from megatron_ds.hf.reference import predict
 from tests.hf.models import Tensors, changed, hashes, opened
 from tests.parity.cases import VOCAB
@@ -68,7 +69,7 @@ def test_auto_classes_load_it_in_silence(case: str, encoders: Path, tmp_path: Pa
     architecture = json.loads((source / "config.json").read_text())["architectures"]
     assert json.loads((out / "config.json").read_text())["architectures"] == architecture
     generates = case.startswith("t5")
-    files = ["config.json", *["generation_config.json"] * generates, "model.safetensors"]
+    files = [MARK, "config.json", *["generation_config.json"] * generates, "model.safetensors"]
     assert sorted(file.name for file in out.iterdir()) == files
     seen = run_alone(load_both, source, out)
     assert [seen["class"]] == architecture

@@ -11,6 +11,7 @@ import transformers
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
+from megatron_ds.hf.export_mark import MARK
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.sequential import HeadSpec, SequentialModel
 from megatron_ds.runtime.export import CHECK_TOLERANCE, check_export
@@ -152,4 +153,4 @@ def test_a_model_that_does_not_generate_has_none(encoders: Path, tmp_path: Path)
     source = changed(encoders / "bert-masked", tmp_path / "source", max_length=20)
     (source / "generation_config.json").write_text('{"max_length": 20}')
     rewrite(source, tmp_path / "out")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [MARK, "config.json", "model.safetensors"]

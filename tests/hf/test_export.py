@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.export import DirectoryExport, copy_tokenizer, exporting
+from megatron_ds.hf.export_mark import MARK
 from megatron_ds.hf.weight_files import ShardWriter, open_directory, parse_size
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.sequential import HeadSpec
@@ -94,6 +96,7 @@ def test_shards_and_index(saved: Path, tmp_path: Path) -> None:
 def test_one_file_has_no_index(saved: Path, tmp_path: Path) -> None:
     export(weights_of(saved, "gpt2"), tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        MARK,
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -191,24 +194,11 @@ def fail_in_finish(out: DirectoryExport, add_all: Callable[[], None], patch: pyt
     out.finish(tokenizer_path=_BROKEN)
 
 
-def fail_in_replacing(out: DirectoryExport, add_all: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
-    add_all()
-    original = os.replace
-
-    def replace(source: Any, target: Any) -> None:
-        if Path(source) == out.directory:
-            raise OSError("no")
-        original(source, target)
-
-    patch.setattr(os, "replace", replace)
-    out.finish()
-
-
 _BROKEN = "broken-tokenizer"
 
 
 @pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.parametrize("fail", [fail_while_adding, fail_in_finish, fail_in_replacing])
+@pytest.mark.parametrize("fail", [fail_while_adding, fail_in_finish])
 def test_failing_export_leaves_everything_as_it_was(
     fail: Callable[..., None], existing: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,15 +221,39 @@ def test_failing_export_leaves_everything_as_it_was(
     assert [file.name for file in place.iterdir()] == ["out"] * existing
 
 
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_finished_export_is_kept_if_it_cannot_be_moved(
+    existing: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, original = tmp_path / "out", os.replace
+    if existing:
+        export(weights_of(saved, "gpt2"), target)
+    before = contents(tmp_path)
+
+    def replace(source: Any, destination: Any) -> None:
+        if Path(source).name.endswith(".tmp") and Path(destination) == target:
+            raise OSError(16, "Device or resource busy")
+        original(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    beside = tmp_path / "out.1"
+    with pytest.raises(ConversionError, match=f"cannot be replaced .*busy.*; the new files are in {beside}$"):
+        export(weights_of(saved, "llama"), target)
+    assert hashes(beside) == hashes(saved / "llama" / "float32")
+    shutil.rmtree(beside)
+    assert contents(tmp_path) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"] * existing
+
+
 def test_earlier_export_is_replaced_as_a_whole(saved: Path, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     export(weights_of(saved, "llama"), target, max_shard_size="20KB")
-    (target / "pytorch_model.bin").write_bytes(b"stale")
-    (tmp_path / "deep" / ".out.tmp").mkdir()  # left by a run that was killed
-    (tmp_path / "deep" / ".out.tmp" / "rest").touch()
+    left = DirectoryExport(target, weights_of(saved, "llama").model, None, "5GB").directory  # of a run that was killed
+    (left / "rest").touch()
     export(weights_of(saved, "gpt2"), target)
     assert hashes(target) == hashes(saved / "gpt2" / "float32")
     assert sorted(file.name for file in target.iterdir()) == [
+        MARK,
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import megatron_ds as mds
 from megatron_ds.config import EngineConfig
-from megatron_ds.errors import ConfigError, DataError, MegatronDSError, TopologyError
+from megatron_ds.errors import ConfigError, ConversionError, DataError, MegatronDSError, TopologyError
 from megatron_ds.monitor import read_metrics
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import Session
@@ -98,6 +98,29 @@ def test_an_export_is_what_transformers_loads(alone: tuple[list[float], Path]) -
     assert run_alone(_loaded_by_transformers, directory) == torch.bfloat16
     weights = load_file(directory / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def _exported_over(info: RankInfo, folder: Path) -> str:
+    """The end of the second of two exports to one directory, between which a file was put there."""
+    engine = _session(info).build_engine(mds.load_model(LLAMA), **{**ALONE, "parallel": {"tensor": 2}})
+    engine.export_hf(folder / "hf")
+    if info.rank == 0:
+        (folder / "hf" / "notes.txt").write_text("mine")
+    try:
+        engine.export_hf(folder / "hf")
+    except (ConversionError, SystemExit) as problem:
+        return str(problem)
+    return "replaced"
+
+
+def test_a_finished_export_that_may_not_be_put_is_kept_beside(tmp_path: Path) -> None:
+    """Rank 0 names its place, and the other rank leaves at once."""
+    told, other = run_ranks(_exported_over, 2, tmp_path)
+    assert "holds notes.txt, which was added after the export; choose another directory, or try overwrite=True" in told
+    assert told.endswith(f"; the new files are in {tmp_path / 'hf.1'}") and other == "2"
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf.1"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
 
 
 def _saved_often(info: RankInfo, folder: Path) -> tuple[list[str], int]:

@@ -1,13 +1,17 @@
 """Where a run may write: nothing that it reads, nothing of its own, nothing that is somebody else's."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ds.config import build_run
-from megatron_ds.errors import ConfigError
-from megatron_ds.training.resolve import resolve_run
+from megatron_ds.config import build_run, dump_run
+from megatron_ds.errors import ConfigError, ConversionError
+from megatron_ds.hf.export_mark import MARK
+from megatron_ds.hf.export_target import ExportTarget
+from megatron_ds.training.resolve import export_target, resolve_run
 from tests.parity.cases import CONFIGS
 
 JSONL = '{"input_ids": [1, 2, 3]}\n'
@@ -51,16 +55,93 @@ def test_an_export_over_its_model_or_tokenizer_is_refused(tmp_path: Path) -> Non
         assert text == f"export.path={target} would replace model.tokenizer={tokenizer}; choose another directory"
 
 
+def exported_to(target: Path) -> None:
+    written = ExportTarget(target)
+    new = written.begin()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"):
+        (new / name).touch()
+    written.put(new)
+
+
 def test_an_export_over_other_files_is_refused_and_over_an_export_is_not(tmp_path: Path) -> None:
     target = tmp_path / "hf"
-    target.mkdir()
-    for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja"):
-        (target / name).touch()
+    exported_to(target)
     resolve_run(run_with(tmp_path, export={"path": str(target)}), 1, "cpu")
     (target / "thesis.tex").touch()
-    assert "holds thesis.tex, which is not a file of a model" in refusal(
-        run_with(tmp_path, export={"path": str(target)})
+    text = refusal(run_with(tmp_path, export={"path": str(target)}))
+    assert text == (
+        f"export.path={target} would be replaced, and holds thesis.tex, which was added after the export; choose "
+        "another directory, or try export.overwrite=true"
     )
+    resolve_run(run_with(tmp_path, export={"path": str(target), "overwrite": True}), 1, "cpu")
+
+
+def test_an_export_over_another_model_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "hf"
+    target.mkdir()
+    (target / "config.json").touch()
+    told = "hf would be replaced, and has no mark of an export"
+    assert told in refusal(run_with(tmp_path, export={"path": str(target)}))
+    (target / "thesis.tex").touch()
+    told = "holds thesis.tex, which is no file of a model"
+    assert told in refusal(run_with(tmp_path, export={"path": str(target)}))
+
+
+def test_what_a_run_reads_is_never_replaced(tmp_path: Path) -> None:
+    """Not on demand, and not by another name."""
+    base, adapter, other = (tmp_path / name for name in ("base", "adapter", "other"))
+    for place in (base, adapter, other):
+        place.mkdir()
+        (place / "weights").touch()
+    (tmp_path / "link").symlink_to(base)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(other)}))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").touch()
+    model = {"path": str(base)}
+    text = {"train": [str(tmp_path / "text")], "seq_length": 8}
+    for path, field in (
+        ("base", "model.path"),
+        ("link", "model.path"),
+        ("base/../link", "model.path"),
+        ("adapter", "peft"),
+        ("other", f"{other}, the base of peft"),
+        ("text", f"{tmp_path / 'text'}, which holds data"),
+    ):
+        export = {"path": f"{tmp_path}/{path}", "overwrite": True}
+        run = run_with(tmp_path, model=model, peft=str(adapter), export=export, data=text)
+        with pytest.raises(ConversionError, match=re.escape(f"export.path={tmp_path}/{path} would replace {field}")):
+            export_target(run).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("config.json", "holds config.json of a model, and a run would write its own files there;"),
+        ("adapter_config.json", "holds adapter_config.json of a model"),
+        ("training_state", "holds training_state of a model"),
+        (MARK, f"holds {MARK} of a model"),
+        ("config.yaml", "holds config.yaml, which is of no run and would be replaced"),
+        ("data.json", "holds data.json, which is of no run and would be replaced"),
+    ],
+)
+def test_an_output_among_the_files_of_something_else_is_refused(tmp_path: Path, name: str, told: str) -> None:
+    """A run writes config.yaml, loss.png and data.json, and removes an old data.json."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("defaults: [optimizer: adam]\n")
+    text = refusal(run_with(tmp_path))
+    assert text.startswith(f"output={out} {told}") and text.endswith(f"choose another directory, such as {out}/run")
+    (out / "config.yaml").write_text(dump_run(run_with(tmp_path)))
+    if name.endswith(("config.yaml", "data.json")):
+        resolve_run(run_with(tmp_path), 1, "cpu")  # the output of an earlier run
+
+
+def test_an_output_in_a_model_is_refused_by_any_name(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    model = {"config": CONFIGS["llama"], "tokenizer": str(tmp_path / "base")}
+    text = refusal(run_with(tmp_path, model=model, output=str(tmp_path / "link")))
+    assert text.startswith(f"output={tmp_path / 'link'} would replace model.tokenizer={tmp_path / 'base'};")
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:

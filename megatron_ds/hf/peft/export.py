@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -12,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ds.dtypes import EXPORT_DTYPES
-from megatron_ds.hf.export import check_fits, copy_tokenizer, exporting, replace_directory
+from megatron_ds.hf.export import check_fits, copy_tokenizer, exporting
+from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.weight_files import json_text
@@ -30,29 +30,26 @@ def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict
 
 
 def export_adapters(
-    target: str | Path,
+    target: ExportTarget,
     adapters: Adapters,
     parameters: Iterable[tuple[str, Tensor]],
     dtype: str | None,
     tokenizer_path: str | Path | None,
 ) -> None:
-    """Write adapters in peft's format; an earlier export there is replaced at the end.
+    """Write adapters in peft's format.
 
     Args:
-        target: the directory.
+        target: the directory, with what it may replace.
         adapters: the adapters, with their table and config.
         parameters: all their full native parameters, by name.
         dtype: of the tensors; None = the dtype of each parameter.
         tokenizer_path: source of the tokenizer and chat templates; None = no tokenizer.
 
     Raises:
-        ConversionError: a value does not fit into the dtype.
+        ConversionError: a value does not fit into the dtype; see also `ExportTarget.put`.
     """
-    target = Path(target).resolve()
-    directory = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    try:
+    directory = target.begin()
+    with removed_on_failure(directory):
         to_hf, tensors = ToHF(adapters), {}
         for name, full in parameters:
             cast = check_fits(name, full.detach().to("cpu"), EXPORT_DTYPES[dtype] if dtype is not None else full.dtype)
@@ -61,14 +58,11 @@ def export_adapters(
         for name, content in adapter_files(adapters, tokenizer_path).items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
-        replace_directory(target, directory)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+        target.put(directory)
 
 
 def export_merged(
-    target: str | Path,
+    target: ExportTarget,
     base: HFWeights,
     base_path: str | Path,
     adapters: Adapters,
@@ -80,7 +74,7 @@ def export_merged(
     """Write the base model with merged adapters: W + s B A in fp32, rounded once; and the modules trained in full.
 
     Args:
-        target: the directory; an earlier export there is replaced at the end.
+        target: the directory, with what it may replace.
         base: reader of the base weights; one parameter at a time is in memory.
         base_path: source of the generation settings.
         adapters: the adapters to merge.
@@ -90,7 +84,7 @@ def export_merged(
         tokenizer_path: source of the tokenizer; None = no tokenizer.
 
     Raises:
-        ConversionError: a value does not fit into the dtype.
+        ConversionError: a value does not fit into the dtype; see also `ExportTarget.put`.
     """
     own = adapters.saved | adapters.replaced
     with exporting(target, adapters.model, dtype, max_shard_size) as export:
