@@ -19,6 +19,7 @@ from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.monitor import read_metrics
 from tests.checkpoint.runs import CUT, saved_at
 from tests.checkpoint.test_faults import go_on
 from tests.hf.models import SMALL, build, changed, hashes
@@ -78,8 +79,7 @@ def test_a_run_goes_on_from_an_imported_model(corpus: Path, tmp_path: Path) -> N
     resume = {"every": 0, "resume": str(tmp_path / "checkpoint")}
     go_on(corpus, tmp_path / "by_resume", train={"steps": 3}, checkpoint=resume)
     seen = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("by_path", "by_resume")
+        [step.loss for step in read_metrics(tmp_path / name / "metrics.jsonl")[0]] for name in ("by_path", "by_resume")
     ]
     assert seen[0] == seen[1] and len(seen[0]) == 3
 
