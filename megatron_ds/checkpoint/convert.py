@@ -22,6 +22,7 @@ from megatron_ds.checkpoint.directory import (
     write_manifest,
 )
 from megatron_ds.checkpoint.files import flush, record_file, write_bytes
+from megatron_ds.checkpoint.masters import compare_with_master
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.state_keys import MASTER
@@ -121,7 +122,7 @@ def export_hf(
     def best(name: str, full: Tensor) -> Tensor:
         if reader is None or dtype is None or full.dtype == EXPORT_DTYPES[dtype] or not reader.has(MASTER, name):
             return full
-        return reader.read_full(MASTER, name, tuple(full.shape))
+        return _master(reader, name, full)
 
     with _writing(Path(target)), exporting(place, weights.model, dtype, max_shard_size) as export:
         for name, full in weights.each():
@@ -154,7 +155,7 @@ def _export_adapters(
         copied = not merge and (dtype is None or full.dtype == EXPORT_DTYPES[dtype])
         if copied or reader is None or not reader.has(MASTER, name):
             return full
-        return reader.read_full(MASTER, name, tuple(full.shape))
+        return _master(reader, name, full)
 
     parameters = {name: read(name) for name in adapters.table}
     with _writing(target.path):
@@ -163,6 +164,13 @@ def _export_adapters(
         else:
             export_adapters(target, adapters, parameters.items(), dtype, source)
     return adapters.model
+
+
+def _master(reader: StateReader, name: str, weight: Tensor) -> Tensor:
+    """Return the fp32 master of a parameter; it must round to the weight."""
+    master = reader.read_full(MASTER, name, tuple(weight.shape))
+    compare_with_master(reader, name, weight, master)
+    return master
 
 
 def _refuse_checkpoint(target: Path) -> None:

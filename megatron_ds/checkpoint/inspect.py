@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
 from megatron_ds.checkpoint.directory import LATEST, PROGRESS, STATE, checkpoints_in, read_manifest, step_of
 from megatron_ds.checkpoint.files import FileRecord, damage
+from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Origin, Progress, decode
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.errors import CheckpointError, ConversionError
@@ -185,6 +187,7 @@ def _checkpoint(path: Path, fast: bool) -> CheckpointFacts:
         (_with_model, any(not name.startswith(STATE) for name in damaged)),
         (_with_progress, PROGRESS in damaged),
         (_with_state, any(name.startswith(STATE) for name in damaged)),
+        (partial(_with_masters, sampled=fast), bool(damaged)),
     )
     for add, is_damaged in parts:
         if not is_damaged:
@@ -216,6 +219,14 @@ def _with_state(facts: CheckpointFacts, path: Path) -> CheckpointFacts:
     state = StateReader(path).elements_by_kind()
     files = tuple(_file(file) for file in sorted((path / STATE).glob("*.safetensors")))
     return replace(facts, state=state, state_files=files)
+
+
+def _with_masters(facts: CheckpointFacts, path: Path, *, sampled: bool) -> CheckpointFacts:
+    try:
+        check_masters(StateReader(path), sampled=sampled)
+    except ConversionError as problem:
+        raise CheckpointError(str(problem)) from problem
+    return facts
 
 
 def _file(path: Path) -> TensorFileFacts:

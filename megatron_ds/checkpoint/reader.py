@@ -133,6 +133,10 @@ class StateReader:
         self.read(kind, name, full_slice(shape), place)
         return place
 
+    def elements(self, kind: str, name: str) -> int:
+        """Return the number of elements of a kind that there are for a parameter."""
+        return sum(part.numel for part, _, _ in self._slices[kind, name])
+
     def elements_by_kind(self) -> dict[str, int]:
         """Return the number of elements of each kind."""
         found = dict.fromkeys(KINDS, 0)

@@ -24,7 +24,7 @@ from megatron_ds.checkpoint.directory import PROGRESS, STATE
 from megatron_ds.checkpoint.files import FileRecord, write_bytes, write_chunks
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import HostMemory, RankFiles, take_snapshot, without_copy
-from megatron_ds.checkpoint.state import loss_scale, optimizer_shards
+from megatron_ds.checkpoint.state import differing_master, loss_scale, optimizer_shards
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError
@@ -125,11 +125,13 @@ class Saver:
             The previous save, if it was still being written: it is waited for.
 
         Raises:
-            CheckpointError: on every rank, if any could not write; earlier checkpoints are unchanged.
+            CheckpointError: on every rank, if any could not write, or holds masters that do not round to its weights;
+                earlier checkpoints are unchanged.
         """
         began_s = time.monotonic()
         before = self.wait()
         waited_s = time.monotonic() - began_s
+        self._check_masters(progress.step)
         progress = replace(progress, loss_scale=loss_scale(self.engine), trained=self.trained)
         writing = _Writing(self, progress, began_s, waited_s)
         writing.make_directory()
@@ -159,6 +161,16 @@ class Saver:
     def gather(self, local: Any) -> list[Any]:
         """Gather an object from every rank on every rank. Collective over the world."""
         return gather_objects(local, self.group) if self.group is not None else [local]
+
+    def _check_masters(self, step: int) -> None:
+        """Refuse to save optimizer state that belongs to other parameters. Collective over the world."""
+        for rank, name in enumerate(self.gather(differing_master(self.engine))):
+            if name is not None:
+                raise CheckpointError(
+                    f"{self.options.folder}: {naming.name_of(step)} is not saved: on rank {rank} the fp32 master of "
+                    f"{name} does not round to its weight, so it would hold the state of other parameters; try a "
+                    "DeepSpeed JSON with no other keys than bf16 and zero_optimization.stage"
+                )
 
     def _all_trained(self, order: list[str]) -> tuple[str, ...]:
         everyone = self.gather([shard.name for shard in optimizer_shards(self.engine)])

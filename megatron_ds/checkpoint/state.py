@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.checkpoint.masters import rounds_to
 from megatron_ds.checkpoint.state_keys import KINDS, MASTER
 from megatron_ds.checkpoint.tensor_slices import TensorSlice, in_full_tensor, slices_of_range
 from megatron_ds.engine import Engine
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.parallel.grid import Axes
 
+_ENDS = 64  # elements compared at each end of a rank's part of a parameter
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -63,15 +65,39 @@ class OptimizerShard:
 
 def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
     """Yield this rank's shards of all trained parameters. Without ZeRO all ranks of a replica group yield the same."""
+    positions = _positions_in_flat_vectors(engine.deepspeed.optimizer)
     for name, parameter in engine.local_parameters():
         if parameter.requires_grad:
-            found = _locate(engine, parameter)
+            found = _locate(engine, parameter, positions.get(id(parameter)))
             if found is not None:
                 yield OptimizerShard(name, spec_of(parameter), parameter, *found)
 
 
-def _locate(engine: Engine, parameter: Any) -> tuple[tuple[int, ...], int, dict[str, Tensor], Tensor] | None:
-    """Return the parameter's local shape, start, vectors and steps; None if this rank has none of its state."""
+def _positions_in_flat_vectors(optimizer: Any) -> dict[int, tuple[int, int]]:
+    """Return id of a parameter -> (its group, where it begins in the group's flat vector), under ZeRO-1 and 2.
+
+    `_hp_mapping` is no source for them: it takes parameters to lie in the order of their group, and DeepSpeed's
+    `round_robin_gradients` deals them out to the ranks in turn. The other optimizers, without it, have no such tables.
+    """
+    groups: Any = getattr(optimizer, "round_robin_bit16_groups", ())
+    offsets: Any = getattr(optimizer, "round_robin_bit16_offsets", ())
+    return {
+        id(parameter): (group, offset)
+        for group, (parameters, begins) in enumerate(zip(groups, offsets, strict=True))
+        for parameter, offset in zip(parameters, begins, strict=True)
+    }
+
+
+def _locate(
+    engine: Engine, parameter: Any, position: tuple[int, int] | None
+) -> tuple[tuple[int, ...], int, dict[str, Tensor], Tensor] | None:
+    """Return the parameter's local shape, start, vectors and steps; None if this rank has none of its state.
+
+    Args:
+        engine: the live engine.
+        parameter: one of its parameters.
+        position: from `_positions_in_flat_vectors`, if it is there.
+    """
     optimizer, inner = engine.deepspeed.optimizer, engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO-3: each rank has an equal part of each parameter, the last ones padded
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -80,7 +106,16 @@ def _locate(engine: Engine, parameter: Any) -> tuple[tuple[int, ...], int, dict[
         if length <= 0:
             return None
         shape = tuple(parameter.ds_shape)
-    elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: each rank has an equal part of a group of parameters
+    elif position is not None:  # ZeRO-1 and 2: each rank has an equal part of a group's flat vector
+        group, begin = position
+        part = optimizer.partition_size[group]
+        first = engine.grid.shard.rank * part
+        start, stop = max(0, first - begin), min(parameter.numel(), first + part - begin)
+        if start >= stop:
+            return None
+        flat = inner.param_groups[group]["params"][0]
+        offset, length, shape = begin + start - first, stop - start, tuple(parameter.shape)
+    elif hasattr(parameter, "_hp_mapping"):  # the same in DeepSpeed's optimizer for bf16 at ZeRO-1
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
@@ -107,6 +142,30 @@ def owned_shards(engine: Engine) -> Iterator[OptimizerShard]:
     for shard in optimizer_shards(engine):
         if shard.name in first_here and shard.spec.holds_first(grid.model_axes):
             yield shard
+
+
+@torch.no_grad()
+def differing_master(engine: Engine) -> str | None:
+    """Return the first parameter on this rank whose live master does not round to its weight; None = all of them do.
+
+    Both ends of this rank's part of every parameter are compared. Not collective.
+    """
+    for shard in optimizer_shards(engine):
+        master, weight = shard.vectors[MASTER], _local_weight(shard)
+        for ends in (slice(None, _ENDS), slice(-_ENDS, None)):
+            if not rounds_to(master[ends].to(weight.device), weight[ends]):
+                return shard.name
+    return None
+
+
+def _local_weight(shard: OptimizerShard) -> Tensor:
+    """Return the elements, (n,), of this rank's weight that `shard` has the masters of."""
+    parameter: Any = shard.parameter
+    length = len(shard.vectors[MASTER])
+    if hasattr(parameter, "ds_tensor"):  # under ZeRO-3 the partition begins where the state does
+        partition: Tensor = parameter.ds_tensor.data.view(-1)
+        return partition[:length]
+    return shard.parameter.detach().view(-1)[shard.start : shard.start + length]
 
 
 @torch.no_grad()

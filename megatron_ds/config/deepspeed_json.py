@@ -107,7 +107,13 @@ def check_deepspeed_keys(mapping: Mapping[str, Any], place: Place) -> None:
         value = _get(mapping, key)
         if not is_unset(value) and not equal(value, only):
             raise ConfigError(f"{place.state(key, value)} cannot be used: {reason}; remove it, or set {show(only)}")
-    _facts(mapping, place)
+    precision = _facts(mapping, place).precision
+    dtype = _get(mapping, "data_types.param_dtype")
+    if not is_unset(dtype) and dtype != precision:
+        raise ConfigError(
+            f"{place.state('data_types.param_dtype', dtype)} disagrees with the precision {precision}, which "
+            "bf16.enabled and fp16.enabled set; remove it"
+        )
 
 
 def _nearest(key: str, legal: tuple[str, ...]) -> str:

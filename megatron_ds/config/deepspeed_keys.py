@@ -81,6 +81,7 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
     "autotuning": "the sizes are the run file's; remove it",
     "compile": "DeepCompile has not been tried; remove it",
     "data_efficiency": "the data order is the run file's; remove it",
+    "datastates_ckpt": "checkpoints are written in megatron_ds's own form; remove it",
     "expert_parallel": "mixture-of-experts layers are not built; remove it",
     "hybrid_engine": "it is for generation inside training; remove it",
     "sequence_parallel_size": "set parallel.sequence in the run file",
@@ -89,8 +90,15 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
     "weight_quantization": "it is for inference; remove it",
 }
 
+_FP32_STATE = "weights that are trained, and their optimizer state, are kept in fp32, as checkpoints hold them"
+
 # Values that would make the mathematics or the metrics wrong: key, the one value that runs, and why.
 ONLY_VALUES: tuple[tuple[str, object, str], ...] = (
+    ("bf16.bf16_master_weights_and_grads", False, _FP32_STATE),
+    ("bf16.bf16_optimizer_states", False, _FP32_STATE),
+    ("bfloat16.bf16_master_weights_and_grads", False, _FP32_STATE),
+    ("bfloat16.bf16_optimizer_states", False, _FP32_STATE),
+    ("fp16.fp16_master_weights_and_grads", False, _FP32_STATE),
     ("gradient_allreduce_op", "mean", "the loss is scaled for a mean over data ranks"),
     ("gradient_predivide_factor", 1.0, "the loss is scaled for a mean over data ranks"),
     ("managed_gradient_accumulation", True, "the training loop leaves micro-batches to DeepSpeed"),
@@ -99,6 +107,8 @@ ONLY_VALUES: tuple[tuple[str, object, str], ...] = (
     ("prescale_gradients", False, "the loss is scaled for a mean over data ranks"),
     ("zero_allow_untested_optimizer", True, "the optimizer is a torch one that megatron_ds builds"),
     ("zero_optimization.compute_grad_norm", True, "clipping and the metrics need the gradient norm"),
+    ("zero_optimization.legacy_stage1", False, "DeepSpeed 0.19 has removed it"),
+    ("zero_optimization.offload_optimizer.ratio", 1.0, "offload of a part needs DeepSpeed's own Adam on the CPU"),
     ("zero_optimization.offload_optimizer.super_offload", False, "it has not been tried"),
     ("zero_optimization.zenflow", None, "it steps with gradients of earlier batches"),
     ("zero_optimization.zero_quantized_gradients", False, "quantised communication changes the gradients"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.directory import resolve_checkpoint
 from megatron_ds.checkpoint.load import load_state
+from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.saver import Saver
@@ -162,7 +163,9 @@ class ModelEngine:
         problem = first_damage(path, self.grid.world.rank, self.grid.world.size)
         if problem is not None:
             raise CheckpointError(problem)
-        self.progress = load_state(self.engine, StateReader(path))
+        reader = StateReader(path)
+        check_masters(reader, sampled=True)
+        self.progress = load_state(self.engine, reader)
         return self.progress
 
     def export_hf(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ds.checkpoint.load import load_state
+from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import ResumePoint, StateReader
 from megatron_ds.checkpoint.saver import Saver
@@ -102,6 +103,8 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
         open_split(resolved, "valid") if has_validation(run) else None,
     )
     reader = StateReader(found.path) if found.path is not None else None
+    if info.rank == 0 and reader is not None:
+        check_masters(reader, sampled=True)
     start = initial_progress(run, reader.progress if reader is not None else None, train_data, found.path)
     metrics = Path(run.output) / "metrics.jsonl"
     if info.rank == 0 and reader is not None and metrics.is_file():

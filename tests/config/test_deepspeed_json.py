@@ -309,6 +309,26 @@ def test_optimizer_values_without_counterpart(make_run, ds_file):
             {"zero_optimization": {"offload_param": {"device": "gpu"}}},
             "zero_optimization.offload_param.device=gpu (ds) is not one of none, cpu, nvme",
         ),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+            "bf16.bf16_master_weights_and_grads=true (ds) cannot be used: weights that are trained, and their "
+            "optimizer state, are kept in fp32, as checkpoints hold them; remove it, or set false",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio=0.5 (ds) cannot be used: offload of a part needs DeepSpeed's "
+            "own Adam on the CPU; remove it, or set 1.0",
+        ),
+        (
+            {"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp32"}},
+            "data_types.param_dtype=fp32 (ds) disagrees with the precision bf16, which bf16.enabled and fp16.enabled "
+            "set; remove it",
+        ),
+        (
+            {"datastates_ckpt": {"host_cache_size": 1}},
+            "datastates_ckpt (ds): megatron_ds does not run with it: checkpoints are written in megatron_ds's own "
+            "form; remove it",
+        ),
     ],
 )
 def test_refused_keys_and_values(ds_file, mapping, expected):

@@ -1,0 +1,82 @@
+"""Check that the fp32 masters of a checkpoint round to the weights that are saved with them.
+
+A weight is its master in the run's dtype, rounded to nearest, bit for bit. Where that fails, a master was taken for
+another parameter's: the checkpoint would look complete, and resume or export another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_ds.checkpoint.reader import StateReader
+from megatron_ds.checkpoint.state_keys import MASTER
+from megatron_ds.errors import CheckpointError
+from megatron_ds.hf.config import read_json, read_model
+from megatron_ds.hf.peft.adapters import read_adapters
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.reader import AdapterReader
+from megatron_ds.hf.weights import HFWeights
+
+_SAMPLED_PARAMETERS = 16
+_SAMPLED_ELEMENTS = 2**22  # of the largest parameter in a sample
+
+
+def rounds_to(master: Tensor, weight: Tensor) -> bool:
+    """Return whether an fp32 tensor rounds to a tensor of the same shape in another dtype; NaN equals NaN."""
+    rounded = master.to(weight.dtype)
+    return bool(((rounded == weight) | (rounded.isnan() & weight.isnan())).all())
+
+
+def check_masters(reader: StateReader, *, sampled: bool) -> None:
+    """Compare the masters in a checkpoint with its weights. Adapters are compared if their base model is here.
+
+    Args:
+        reader: of the checkpoint.
+        sampled: compare a few parameters of moderate size instead of all.
+
+    Raises:
+        CheckpointError: a master does not round to its weight.
+        ConversionError: the weights cannot be read.
+    """
+    read_weight = _weight_reader(reader.directory)
+    if read_weight is None:
+        return
+    names = [name for name in reader.progress.trained if reader.has(MASTER, name)]
+    for name in _sample(reader, names) if sampled else names:
+        weight = read_weight(name)
+        compare_with_master(reader, name, weight, reader.read_full(MASTER, name, tuple(weight.shape)))
+
+
+def compare_with_master(reader: StateReader, name: str, weight: Tensor, master: Tensor) -> None:
+    """Compare a full parameter in a checkpoint with its master.
+
+    Raises:
+        CheckpointError: the master does not round to it.
+    """
+    if rounds_to(master, weight):
+        return
+    dtype, apart = str(weight.dtype).removeprefix("torch."), float((master - weight.float()).abs().max())
+    raise CheckpointError(
+        f"{reader.directory}: the fp32 master of {name} does not round to its {dtype} weight (they differ by up to "
+        f"{apart:.3g}), so the training state belongs to other parameters; its weights alone can be used: export "
+        f"without --dtype, or start a run with model.path={reader.directory}"
+    )
+
+
+def _weight_reader(checkpoint: Path) -> Callable[[str], Tensor] | None:
+    """Return a function from a native name to the full parameter; None for adapters whose base model is elsewhere."""
+    if not (checkpoint / ADAPTER_CONFIG).is_file():
+        return HFWeights(checkpoint, read_model(checkpoint)).full
+    base = read_json(checkpoint / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not Path(base, "config.json").is_file():
+        return None
+    return AdapterReader(checkpoint, read_adapters(checkpoint, HFWeights(base, read_model(base)).model, base)).full
+
+
+def _sample(reader: StateReader, names: list[str]) -> Iterator[str]:
+    """Yield a few names, evenly over the model, of parameters that are quickly read."""
+    small = [name for name in names if reader.elements(MASTER, name) <= _SAMPLED_ELEMENTS]
+    yield from small[:: max(1, len(small) // _SAMPLED_PARAMETERS)]
