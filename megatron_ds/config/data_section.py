@@ -1,11 +1,25 @@
 """The section of the run file about data."""
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from megatron_ds.config.schema_base import Count, CountOrZero, NonNegative, Section, Text
 from megatron_ds.errors import ConfigError, show
+
+DEFAULT_DATE = "2024-07-26"
+"""The date that chat templates write as today's: the one that Llama 3's template falls back to."""
+
+
+def _iso_date(value: Any) -> Any:
+    """Return a date, which YAML may have parsed, as YYYY-MM-DD."""
+    if isinstance(value, date):
+        return value.isoformat()[:10]
+    try:
+        return date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.date={show(value)} is not a date; write it as {DEFAULT_DATE}") from error
 
 
 def _list_of_sources(value: Any) -> Any:
@@ -59,9 +73,10 @@ class DataSection(Section):
     (None: a per-user cache directory). `mask_rate` and `whole_words` are for masked models; `mask_rate`,
     `mean_span` and `target_length` (None: chosen) for sequence-to-sequence models. `restart`: a resumed run accepts
     data that differ from the earlier ones, and starts at their beginning. `split`: fractions of each indexed corpus
-    for training, validation and neither. `loss_turns`, `overlong` and `packing` are for conversations. `prefetch`:
-    the number of batches that are read ahead. `options`: keys of a format from another package. The names of
-    formats, and the keys that each one reads, are checked in `megatron_ds.data.formats`.
+    for training, validation and neither. `loss_on`, `loss_turns`, `date` (that chat templates write as today's),
+    `overlong` and `packing` are for conversations. `prefetch`: the number of batches that are read ahead. `options`:
+    keys of a format from another package. The names of formats, and the keys that each one reads, are checked in
+    `megatron_ds.data.formats`.
     """
 
     format: Text = "text"
@@ -79,7 +94,9 @@ class DataSection(Section):
     target_length: Count | None = None
     restart: bool = False
     split: list[NonNegative] | None = None
+    loss_on: Literal["assistant", "all"] = "assistant"
     loss_turns: Literal["all", "last"] = "all"
+    date: Annotated[Text, BeforeValidator(_iso_date)] = DEFAULT_DATE
     overlong: Literal["refuse", "drop", "cut"] = "refuse"
     packing: bool = False
     prefetch: CountOrZero = 2
@@ -89,6 +106,11 @@ class DataSection(Section):
     def _check_consistency(self) -> "DataSection":
         _check_weights(self)
         _check_split(self)
+        if self.loss_on == "all" and self.loss_turns == "last":
+            raise ConfigError(
+                "data.loss_on=all puts loss on every token, data.loss_turns=last on the assistant's last turn; "
+                "remove one of them"
+            )
         return self
 
     @field_serializer("train", "valid")

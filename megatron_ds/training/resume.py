@@ -198,7 +198,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     """Return the settings that determine the samples, apart from the data's content; the most changed ones last."""
     data = run.data
     weights = [source.weight for source in data.train]
-    plain = ("columns", "bad_rows", "bos", "split", "loss_turns", "overlong", "packing")
+    plain = ("columns", "bad_rows", "bos", "split", "loss_on", "loss_turns", "date", "overlong", "packing")
     noise = ("mask_rate", "whole_words", "mean_span", "target_length")
     return {
         "data.format": data.format,

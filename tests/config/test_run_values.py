@@ -123,6 +123,13 @@ REFUSALS = [
         "data={format: indexed, train: [a], split: [9]}",
         "data.split=[9.0] is not two or three fractions: training, validation, unused; write data.split=[0.97, 0.03]",
     ),
+    (
+        "data={format: chat, train: [a], loss_on: all, loss_turns: last}",
+        "data.loss_on=all puts loss on every token, data.loss_turns=last on the assistant's last turn; "
+        "remove one of them",
+    ),
+    ("data.date=tomorrow", "data.date=tomorrow is not a date; write it as 2024-07-26"),
+    ("data.date=26.7.2024", "data.date=26.7.2024 is not a date; write it as 2024-07-26"),
     ("train.max_time=soon", "train.max_time=soon is not a time; write seconds, or HH:MM:SS as 3:50:00"),
     ("train.max_bad_steps=0", "train.max_bad_steps=0 must be at least 1; nearest: 1"),
 ]

@@ -1,6 +1,7 @@
 """Samples of conversations: one conversation each, or several that do not attend to one another."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ class ChatDataset:
         parts: the conversations of each source.
         seq_length: S.
         options: how conversations of more than S tokens are handled, and whether several share a sample.
+        date: the date that the chat template writes as today's; None = it writes none.
 
     Attributes:
         bad_rows: account of the rows that were left out.
@@ -36,7 +38,9 @@ class ChatDataset:
     target_length = None
     ordered = False
 
-    def __init__(self, parts: Sequence[Conversations], seq_length: int, options: ChatOptions) -> None:
+    def __init__(
+        self, parts: Sequence[Conversations], seq_length: int, options: ChatOptions, date: str | None = None
+    ) -> None:
         self.seq_length = seq_length
         self.columns: tuple[str, ...] = ("input_ids", "targets")
         if options.packing:
@@ -44,7 +48,7 @@ class ChatDataset:
         self._parts, self._index = list(parts), ConcatIndex([len(part) for part in parts])
         lengths = np.concatenate([part.lengths for part in parts])
         self._overlong = np.flatnonzero(lengths > seq_length)
-        self._options = options
+        self._options, self._date = options, date
         self.bad_rows = BadRows()
         for part in parts:
             self.bad_rows.include(part.bad_rows)
@@ -103,9 +107,21 @@ class ChatDataset:
         """Return a sample without loss; see `blank_sample`."""
         return blank_sample(self.columns, self.seq_length, None)
 
+    @property
+    def notes(self) -> list[str]:
+        """Columns and keys without effect, and the date that the template writes, if it does.
+
+        Such as `tools: given in 12 conversations, not shown by the chat template`.
+        """
+        counts: Counter[str] = Counter()
+        for part in self._parts:
+            counts.update(dict(zip(part.notes.tolist(), part.note_counts.tolist())))
+        notes = [note.replace("...", f"{count:,}", 1) for note, count in counts.items()]
+        return [*notes, f"the chat template writes the date {self._date} (data.date)"] if self._date else notes
+
     def describe(self) -> str:
         """Return a line such as `1,984 conversations (8 of more than 512 tokens dropped), 211 samples of 512: 97.4%
-        filled, 63.0% of 105,126 tokens under loss`."""
+        filled, 63.0% of 105,126 tokens under loss`, followed by the notes."""
         tokens, learned = int(self._lengths.sum()), int(self._learned[self._kept].sum())
         notes = []
         dropped = len(self._index) - len(self._kept)
@@ -119,7 +135,7 @@ class ChatDataset:
         return (
             f"{len(self._kept):,} conversations{note}, {len(self):,} samples of {self.seq_length}: "
             f"{tokens / (len(self) * self.seq_length):.1%} filled, {learned / tokens:.1%} of {format_count(tokens)} "
-            "tokens under loss"
+            f"tokens under loss{''.join(f'; {note}' for note in self.notes)}"
         )
 
     @property

@@ -2,8 +2,9 @@
 
 from megatron_ds.data.chat.dataset import ChatDataset
 from megatron_ds.data.chat.options import ChatOptions
+from megatron_ds.data.chat.plain import PlainTemplate
 from megatron_ds.data.chat.rendering import ChatTemplate
-from megatron_ds.data.chat.tokens import cached_conversations, offset_backend
+from megatron_ds.data.chat.tokens import Renderer, cached_conversations, offset_backend
 from megatron_ds.data.objective import Causal
 from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
 from megatron_ds.data.request import DatasetRequest
@@ -21,8 +22,12 @@ def open_chat(request: DatasetRequest) -> ChatDataset:
     if not isinstance(request.objective, Causal):
         raise DataError("data.format=chat is for causal models; for this one use data.format=text or tokenized")
     tokenizer = load_tokenizer(path)
-    template = ChatTemplate(tokenizer, path, last_only=options.loss_turns == "last")
+    template: Renderer = (
+        ChatTemplate(tokenizer, path, options.loss_turns == "last", options.loss_on, options.date)
+        if tokenizer.chat_template
+        else PlainTemplate(tokenizer, path, options.loss_on)
+    )
     backend = offset_backend(tokenizer, path)
     parts = [cached_conversations(source, tokenizer, backend, template, request.cache_dir) for source in request.inputs]
     require_ids_below(request.vocab_size, max(int(part.ids.max()) for part in parts), path)
-    return ChatDataset(parts, request.seq_length, options)
+    return ChatDataset(parts, request.seq_length, options, template.date)

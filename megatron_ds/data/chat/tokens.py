@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.chat.conversations import parse_conversation
+from megatron_ds.data.chat.plain import PlainTemplate
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.readers.array_cache import cached_arrays
 from megatron_ds.data.readers.bad_rows import BadRows
@@ -26,10 +28,12 @@ from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
 _BATCH = 512
-_ARRAYS = ("ids", "learned", "starts", "places")
+_ARRAYS = ("ids", "learned", "starts", "places", "notes", "note_counts")
 _BAD_ARRAYS = ("bad_count", "bad_first")  # of sources of which rows were left out
+_MASKS = "-2"
+"""Version of the masks, in the names of cache entries. The key is that of a run's data, which must stay resumable."""
 
-
+Renderer = ChatTemplate | PlainTemplate
 Item = TypeVar("Item")
 
 
@@ -44,6 +48,8 @@ class Conversations:
         learned: (T,) bool: tokens with loss.
         starts: (n + 1,) int64: start of each conversation, and the end of the last.
         places: (n,) place of each in the source, such as `:7`; follows the source's name in errors.
+        notes: (k,) what is given but has no effect, with `...` in place of a number of conversations.
+        note_counts: (k,) int64: these numbers.
         bad_count: (1,) int64: number of rows that were left out.
         bad_first: place and reason of the first of them.
     """
@@ -54,6 +60,8 @@ class Conversations:
     learned: np.ndarray
     starts: np.ndarray
     places: np.ndarray
+    notes: np.ndarray
+    note_counts: np.ndarray
     bad_count: np.ndarray | None = None
     bad_first: np.ndarray | None = None
 
@@ -88,7 +96,7 @@ class Conversations:
 
 
 def cached_conversations(
-    source: Source, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: ChatTemplate, directory: Path
+    source: Source, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, template: Renderer, directory: Path
 ) -> Conversations:
     """Return the conversations of a source, tokenized unless `directory` holds them already. Safe for concurrent
     processes.
@@ -99,22 +107,34 @@ def cached_conversations(
     found = find_source(source, plain_text=False)
     content = f"{FORMAT_VERSION}\n{_digest(found)}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
     key = hashlib.sha256(content.encode()).hexdigest()
-    arrays = cached_arrays(directory, f"{key}.chat", _ARRAYS, lambda: _make(found, backend, template), _BAD_ARRAYS)
+    arrays = cached_arrays(
+        directory, f"{key}{_MASKS}.chat", _ARRAYS, lambda: _make(found, backend, template), _BAD_ARRAYS
+    )
     conversations = Conversations(key, source, **arrays)
     conversations.bad_rows.require_skip(source.skip_bad)
     return conversations
 
 
 def tokenize(rendered: Sequence[Rendered], backend: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids (L,) and loss mask (L,) of each text: tokens with a character in one of its spans carry loss.
+    """Yield ids (L,) and loss mask (L,) of each text: the tokens inside its spans carry loss.
 
-    So does a token that begins before a span and ends in it, such as a space and a word.
+    So does a token that begins before a span with white space, such as a space and a word, a control token that takes
+    the white space after it, and the token that the tokenizer itself adds at the end.
     """
-    for text, encoding in zip(rendered, backend.encode_batch([one.text for one in rendered], add_special_tokens=False)):
+    adds_special_tokens = any(one.adds_special_tokens for one in rendered)
+    texts = [one.text for one in rendered]
+    for one, encoding in zip(rendered, backend.encode_batch(texts, add_special_tokens=adds_special_tokens)):
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         learned = np.zeros(len(offsets), dtype=bool)
-        for start, end in text.spans:
-            learned |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        for start, end in one.spans:
+            inside = (offsets[:, 1] > start) & (offsets[:, 0] < end)
+            for token in np.flatnonzero(inside & ((offsets[:, 0] < start) | (offsets[:, 1] > end))).tolist():
+                first, stop = offsets[token].tolist()
+                is_control = backend.id_to_token(encoding.ids[token]) == one.text[first:end]
+                inside[token] = not one.text[first:start].strip() and (stop <= end or is_control)
+            learned |= inside
+        if one.adds_special_tokens and encoding.special_tokens_mask[-1]:
+            learned[-1] = True
         yield np.asarray(encoding.ids, dtype=np.int32), learned
 
 
@@ -148,7 +168,7 @@ def _keep_spaces(node: object) -> None:
             _keep_spaces(value)
 
 
-def _make(found: FoundSource, backend: Tokenizer, template: ChatTemplate) -> dict[str, np.ndarray]:
+def _make(found: FoundSource, backend: Tokenizer, template: Renderer) -> dict[str, np.ndarray]:
     source = found.source
     get_logger("data").info("tokenizing %s", source)
     bad, prefix = source.bad_rows(), source.prefix
@@ -157,7 +177,9 @@ def _make(found: FoundSource, backend: Tokenizer, template: ChatTemplate) -> dic
         return located.where.removeprefix(prefix), template.render(parse_conversation(located))
 
     ids, learned, lengths, places = [], [], [0], []
+    notes: Counter[str] = Counter()
     for batch in _batches(parse_examples(found, render, bad), _BATCH):
+        notes.update(note for _, text in batch for note in text.notes)
         for (place, _), (tokens, mask) in zip(batch, tokenize([text for _, text in batch], backend)):
             ids.append(tokens)
             learned.append(mask)
@@ -171,6 +193,8 @@ def _make(found: FoundSource, backend: Tokenizer, template: ChatTemplate) -> dic
         "learned": np.concatenate(learned),
         "starts": np.cumsum(lengths, dtype=np.int64),
         "places": np.asarray(places),
+        "notes": np.asarray(list(notes), dtype=np.str_),
+        "note_counts": np.asarray(list(notes.values()), dtype=np.int64),
         **(_bad_arrays(bad, prefix) if bad.count else {}),
     }
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from megatron_ds.data.chat.conversations import is_conversation
 from megatron_ds.data.chat.dataset import ChatDataset
 from megatron_ds.data.chat.open import open_chat
 from megatron_ds.data.chat.options import ChatOptions
@@ -294,7 +295,7 @@ def _format_of(path: str) -> str:
     if first is None:
         raise DataError(f"data: {path}: no rows; each line must hold one object")
     names = first.columns.keys()
-    if "messages" in names or {"prompt", "completion"} <= names:
+    if is_conversation(set(names)):
         return "chat"
     if TEXT_COLUMN in names:
         return "text"

@@ -139,8 +139,8 @@ def test_what_cannot_be_told_is_refused(chat_tokenizer: Any) -> None:
     [
         ({"text": "x"}, "neither 'messages' nor 'prompt' and 'completion', only text"),
         ({"mesages": []}, "did you mean 'messages' by 'mesages'?"),
-        ({"prompt": "x"}, "only prompt; did you mean 'prompt' by 'prompt'?"),
-        ({"conversations": []}, "'conversations' is another format (ShareGPT's)"),
+        ({"prompt": "x"}, "only prompt; prompt needs completion in the same row"),
+        ({"conversations": []}, "conversations must be a list of messages"),
         ({"messages": "x"}, "messages must be a list of messages with role and content, found str 'x'"),
         ({"messages": []}, "must be a list of messages"),
         ({"messages": ["x"]}, "messages[0] must be an object with role and content, found str 'x'"),
@@ -151,7 +151,7 @@ def test_what_cannot_be_told_is_refused(chat_tokenizer: Any) -> None:
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant, so nothing to learn"),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-            "messages[0] calls tools, which cannot be learned yet",
+            "messages[0].tool_calls[0] must be a call with the name of a function and arguments, found {}",
         ),
         ({"prompt": "x", "completion": [{"role": "user", "content": "y"}]}, "no message of the assistant"),
         ({"messages": [{"role": "assistant", "content": "x"}], "tools": "{"}, "tools is not JSON"),
