@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row
-from megatron_ds.hf.registry import FAMILIES, family_of
+from megatron_ds.hf.model_type import class_names, find_family, in_present_words, present_classes, with_heads
 from megatron_ds.hf.weight_files import has_weights, open_directory
+from megatron_ds.log import get_logger
 from megatron_ds.models.config import ModelConfig
 
 
@@ -25,11 +27,15 @@ class HFModel:
         family: the family, with its table.
         config: transformers' config object, defaults filled in.
         core: the translation of the config.
+        unread: fields without effect, which transformers' code of the family does not read.
+        reworded: whether the config on disk has other words than `config`, which transformers would not understand.
     """
 
     family: Family
     config: Any
     core: ModelConfig
+    unread: Mapping[str, Any] = field(default_factory=dict)
+    reworded: bool = False
 
     def with_tied(self, tied: bool) -> HFModel:
         """Return the same model with the head tied to the embedding, or not."""
@@ -60,32 +66,65 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
     Raises:
         ConversionError: no config, an unknown family, or a field that changes the math and is not supported.
     """
+    directory = None if isinstance(source, Mapping) else Path(source)
     if isinstance(source, Mapping):
-        place, raw = "model.config", dict(source)
+        place, on_disk = "model.config", dict(source)
     else:
-        place, raw = str(Path(source) / "config.json"), read_json(Path(source) / "config.json")
-        if raw.get("model_type") is None:
-            raw |= _model_type_by_names(Path(source))
+        place, on_disk = str(Path(source) / "config.json"), read_json(Path(source) / "config.json")
+
+    def tensors() -> Sequence[str]:
+        return open_directory(directory).names if directory is not None and has_weights(directory) else ()
+
     try:
-        family = family_of(raw.get("model_type"))
-        family.fields.check(raw)
-        config = _transformers_config(raw)
-        _refuse_contradictions(raw, config)
-        core = _with_heads(family, family.translate(config), raw)
-        _check_classes(family, core, raw.get("architectures"))
-        if isinstance(source, Mapping) or not (Path(source) / "generation_config.json").is_file():
-            generation_config(config, core, raw)  # refuse it now, not at the end of a run when it is written
+        model = _translate(on_disk, tensors)
+        if directory is None or not (directory / "generation_config.json").is_file():
+            generation_config(model.config, model.core, on_disk)  # refuse it now, not when a run writes it at its end
     except ConversionError as problem:
         raise ConversionError(f"{place}: {problem}") from problem.__cause__
-    return HFModel(family, config, core)
+    _note(model)
+    return model
 
 
-# Class name in old versions of transformers and in other code -> its present name.
-OLD_CLASSES = {
-    "LLaMAForCausalLM": "LlamaForCausalLM",
-    "RWForCausalLM": "FalconForCausalLM",
-    "T5WithLMHeadModel": "T5ForConditionalGeneration",
-}
+def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) -> HFModel:
+    """Translate the content of config.json.
+
+    Args:
+        on_disk: the content.
+        tensors: reads the names of the tensors next to it, which decide if the config does not name its family.
+    """
+    raw = in_present_words(on_disk)
+    family = find_family(raw, tensors)
+    unread = family.check_fields(raw)
+    known = {name: value for name, value in raw.items() if name not in unread}
+    config = family.transformers_config({**known, **_without_odd_dtypes(known)})
+    _refuse_contradictions(known, config)
+    core = with_heads(family, family.translate(config), raw.get("architectures"))
+    _check_classes(family, core, raw.get("architectures"))
+    reworded = raw != on_disk or _without_odd_dtypes(known) != {}
+    return HFModel(family, config, core, {name: raw[name] for name in unread}, reworded)
+
+
+def _without_odd_dtypes(raw: Mapping[str, Any]) -> dict[str, None]:
+    """Return the dtype fields whose value torch does not know, such as "fp16", as null; the weights have the dtype."""
+    given = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
+    known = {str(one).removeprefix("torch.") for one in vars(torch).values() if isinstance(one, torch.dtype)}
+    return {name: None for name, value in given.items() if str(value).removeprefix("torch.") not in known}
+
+
+def _note(model: HFModel) -> None:
+    if model.unread:
+        _note_once(f"config.json: {unread_fields(model)}")
+
+
+@cache
+def _note_once(text: str) -> None:
+    """Log a line unless this process has logged it before."""
+    get_logger("hf").info("%s", text)
+
+
+def unread_fields(model: HFModel) -> str:
+    """Return a line on the fields without effect."""
+    return f"{model.architecture} does not read {', '.join(sorted(model.unread))}; exports keep the values"
 
 
 def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
@@ -94,53 +133,20 @@ def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
     A base model without a head passes. If an untied head is missing, the config has to show it, because the weights
     cannot: they could belong to a tied model.
     """
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
     if named is None:
         return
-    base = MODEL_MAPPING_NAMES.get(family.model_type)  # None: a family from outside
-    heads = family.classes or [family.architecture]
-    known = list(dict.fromkeys((*heads, *([base] if base else []))))
-    if not isinstance(named, list) or any(OLD_CLASSES.get(name, name) not in known for name in map(str, named)):
+    known = class_names(family)
+    if not isinstance(named, list) or not set(present_classes(named)) <= set(known):
         raise ConversionError(
             f"architectures={named!r} is not supported; supported of {family.model_type}: {', '.join(known)}"
         )
-    if base in named and family.tied_by_bytes and not core.tied:
+    base = [name for name in named if name not in (family.classes or [family.architecture])]
+    if base and family.tied_by_bytes and not core.tied:
+        tied = " with tie_word_embeddings=False" if "tie_word_embeddings" in family.fields.mapped else ""
         raise ConversionError(
-            f"architectures={named!r} with tie_word_embeddings=False leaves out a head that is not the embedding; "
+            f"architectures={named!r}{tied} leaves out a head that is not the embedding; "
             f"try {family.architecture}, with the head among its weights"
         )
-
-
-def _with_heads(family: Family, core: ModelConfig, raw: Mapping[str, Any]) -> ModelConfig:
-    """Add the heads of the class that the config names, if the family has several; by default those of the first."""
-    if not family.classes:
-        return core
-    named = [name for name in raw.get("architectures") or () if name in family.classes]
-    return replace(core, **family.classes[named[0] if named else family.architecture])
-
-
-def _model_type_by_names(directory: Path) -> dict[str, str]:
-    """Return the model type that old configs leave out, if the tensor names belong to only one family."""
-    names = open_directory(directory).names if has_weights(directory) else ()
-    prefixes = [family.prefix for family in FAMILIES.values()]
-    found = {
-        family.model_type
-        for family in FAMILIES.values()
-        if prefixes.count(family.prefix) == 1 and any(name.startswith(family.prefix or "\0") for name in names)
-    }
-    return {"model_type": found.pop()} if len(found) == 1 else {}
-
-
-def _transformers_config(raw: Mapping[str, Any]) -> Any:
-    """Return transformers' config object, which fills in defaults, translates old names and checks values."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.for_model(**deepcopy(dict(raw)))
-    except Exception as problem:  # transformers and huggingface_hub raise their own types, among them a KeyError
-        reason = " ".join(str(problem.args[0] if problem.args else problem).split())
-        raise ConversionError(f"transformers refuses it: {reason}") from problem
 
 
 # Rope fields that Phi-3 does not need in rope_scaling, or keeps elsewhere.
@@ -227,7 +233,7 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
         dtype=dtype,
         torch_dtype=dtype,
     )
-    return {**content, **_old_rope_fields(content), **model.family.config_overrides(model.core)}
+    return {**model.unread, **content, **_old_rope_fields(content), **model.family.config_overrides(model.core)}
 
 
 def _old_rope_fields(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Effect of each Hugging Face config field on the math. An unknown field is refused, never ignored."""
+"""Effect of each Hugging Face config field on the math. A field that may have one and is not known is refused."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,7 @@ COMMON_COSMETIC = frozenset(
         "architectures",
         "model_type",
         "_name_or_path",
+        "name_or_path",
         "_commit_hash",
         "transformers_version",
         "auto_map",
@@ -208,33 +209,49 @@ class FieldRules:
     def __contains__(self, name: str) -> bool:
         return any(name in names for names in (self.mapped, self.equal, self.training, self.cosmetic, _COMMON))
 
-    def check(self, raw: Mapping[str, Any]) -> None:
-        """Refuse unknown fields, and known fields with unsupported values.
+    def check(self, raw: Mapping[str, Any], may_read: Callable[[str], bool] = lambda name: True) -> list[str]:
+        """Refuse unknown fields that may have an effect, misspelled ones, and known fields with unsupported values.
+
+        Args:
+            raw: the config.
+            may_read: tests whether the code of the model may read a field.
+
+        Returns:
+            the unknown fields that the code does not read.
 
         Raises:
             ConversionError: names field, value and supported values.
         """
         _refuse_quantised(raw)
         _check_lengths(raw)
-        equal = {**COMMON_EQUAL, **self.equal}
+        equal, unread = {**COMMON_EQUAL, **self.equal}, []
         for name, value in raw.items():
             if name in _QUANTISED:
                 continue
             if name not in self:
-                raise ConversionError(f"{name}={reprlib.repr(value)} is not a known field; {self._advice(name)}")
+                if self._near(name, _MISSPELLED) or may_read(name):
+                    raise ConversionError(f"{name}={reprlib.repr(value)} is not a known field; {self._advice(name)}")
+                unread.append(name)
+                continue
             if name in equal and not any(_same(value, allowed) for allowed in equal[name]):
                 raise ConversionError(f"{name}={reprlib.repr(value)} is not supported; supported: {equal[name][0]!r}")
             if name in ROPE:
                 _check_rope(name, value)
             else:
                 _check_value(name, name, value)
+        return unread
+
+    def _near(self, name: str, likeness: float) -> list[str]:
+        return difflib.get_close_matches(name, sorted(self.mapped | self.equal.keys()), n=1, cutoff=likeness)
 
     def _advice(self, name: str) -> str:
-        nearest = difflib.get_close_matches(name, sorted(self.mapped | self.equal.keys()), n=1, cutoff=0.8)
+        nearest = self._near(name, _SIMILAR)
         if nearest:
             return f"nearest: {nearest[0]}"
         return "it could change the math, so it is not ignored; remove it if it does nothing"
 
+
+_SIMILAR, _MISSPELLED = 0.8, 0.9  # likeness of names, as difflib measures it; no real field of 0.9 is another one
 
 _QUANTISED = ("quantization_config", "compression_config")
 _COMMON = COMMON_COSMETIC | COMMON_TRAINING | COMMON_EQUAL.keys()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.fields_read import fields_read
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import ModelConfig
@@ -76,6 +79,7 @@ class Family:
         tied_by_bytes: the head is the embedding unless both are on disk and differ, whatever the config says.
         config_overrides: `ModelConfig` -> fields of config.json that have another meaning in this family.
         load_options: `ModelConfig` -> options of transformers' `from_pretrained` that no config field replaces.
+        same_as: the family that has the same tensors, if this one is another name of it.
     """
 
     model_type: str
@@ -94,6 +98,33 @@ class Family:
     tied_by_bytes: bool = False
     config_overrides: Callable[[Any], dict[str, Any]] = _no_options
     load_options: Callable[[Any], dict[str, Any]] = _no_options
+    same_as: str | None = None
+
+    def check_fields(self, raw: Mapping[str, Any]) -> list[str]:
+        """Check a config's fields; returns those without effect, which transformers' code of the family does not read.
+
+        Raises:
+            ConversionError: see `FieldRules.check`.
+        """
+        return self.fields.check(raw, self._may_read)
+
+    def _may_read(self, name: str) -> bool:
+        names = fields_read(self.model_type, self.module, self.architecture)
+        return names is None or name in names
+
+    def transformers_config(self, raw: Mapping[str, Any]) -> Any:
+        """Return transformers' config object, which fills in defaults, translates old names and checks values.
+
+        Raises:
+            ConversionError: transformers refuses it.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.for_model(**{**deepcopy(dict(raw)), "model_type": self.model_type})
+        except Exception as problem:  # transformers and huggingface_hub raise their own types, among them a KeyError
+            reason = " ".join(str(problem.args[0] if problem.args else problem).split())
+            raise ConversionError(f"transformers refuses it: {reason}") from problem
 
     def table(self, config: ModelConfig) -> dict[str, Row]:
         """Return native name -> row for each parameter of each layer; a tied head is included."""

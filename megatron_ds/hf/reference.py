@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +41,7 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **({"config": deepcopy(model.config)} if model.reworded else {}),
                 **model.family.load_options(model.core),
             )
     except Exception as problem:  # transformers and its libraries raise many types

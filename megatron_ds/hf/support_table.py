@@ -15,7 +15,7 @@ BEGIN, END = "<!-- made by `make tables` -->", "<!-- end -->"
 
 # Well-known models of each family.
 MODELS = {
-    "gpt2": "GPT-2, DistilGPT-2",
+    "gpt2": "GPT-2, DistilGPT-2, GPT-SW3",
     "gpt_neox": "Pythia, GPT-NeoX-20B",
     "gptj": "GPT-J-6B",
     "opt": "OPT, 350M too; Galactica",
@@ -34,7 +34,10 @@ MODELS = {
     "starcoder2": "StarCoder2",
     "bert": "BERT, MiniLM and other encoders of its kind",
     "roberta": "RoBERTa, DistilRoBERTa",
+    "xlm-roberta": "XLM-RoBERTa, multilingual E5",
+    "camembert": "CamemBERT",
     "t5": "T5, T5 v1.1, Flan-T5",
+    "mt5": "mT5",
 }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ds.config import ParallelSection, check_layout
 from megatron_ds.errors import ConversionError, TopologyError
-from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config import read_model, unread_fields
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights
@@ -54,6 +54,8 @@ def verify_hf(
         raise TopologyError("verify starts its own ranks; run it without torchrun, deepspeed or srun")
     directory = Path(hf_dir)
     weights = HFWeights(directory, read_model(directory))
+    if weights.model.unread:
+        note(f"config.json: {unread_fields(weights.model)}")
     core = weights.model.core
     check_layout(core.shape(), tp, pp, names=("--tp", "--pp"))
     inputs, not_reached = core.probes(tp if sequence else 1)

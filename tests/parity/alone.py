@@ -67,8 +67,10 @@ def _run_theirs(directory: Path, batch: Batch) -> _Run:
         loss = theirs(**_integers(batch), **{names.get(name, name): label for name, label in batch.labels.items()}).loss
     loss.backward()
     found = {
-        # the only parameter that transformers renames on disk
-        name.replace("lm_head.", "embed_out.") if model.family.model_type == "gpt_neox" else name: parameter.grad
+        # the only parameter that transformers renames on disk, and those that it may name by their copies
+        name.replace("lm_head.", "embed_out.")
+        if model.family.model_type == "gpt_neox"
+        else model.family.aliases.get(name, name): parameter.grad
         for name, parameter in theirs.named_parameters()
     }
     return _Run({name: output.detach() for name, output in outputs.items()}, float(loss.detach()), found)

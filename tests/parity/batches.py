@@ -10,7 +10,7 @@ from tests.parity.packed import draw_rows, unpacked
 
 TARGETS = 24  # a multiple of every tensor size, other than SEQ
 PADDING = 1  # RoBERTa's positions skip it
-ENCODERS, ENCODER_DECODERS = ("bert", "roberta"), ("t5",)
+ENCODERS, ENCODER_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert"), ("t5", "mt5")
 
 
 def batch_for(model_type: str, recipe: Recipe, step: int) -> dict[str, Tensor]:

@@ -75,4 +75,8 @@ ENCODER_CASES: dict[str, dict[str, Any]] = {
             "untied-relu": {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-3, "decoder_start_token_id": 3},
         },
     ),
+    # other names of RoBERTa's and T5 v1.1's code
+    **_of("xlm-roberta", _ROBERTA, {"masked": {"type_vocab_size": 2}}),
+    **_of("camembert", _ROBERTA, {"base": {"architectures": ["CamembertModel"], "hidden_act": "relu"}}),
+    **_of("mt5", _T5, {"gated-few": {**_GATED, **_FEW, "num_decoder_layers": 3}}),
 }

@@ -37,7 +37,7 @@ def _from_config(config: Any, attention: str | None) -> Any:
     named = (config.architectures or [family.architecture])[0]
     attention = attention or family.reference_attention
     model = getattr(transformers, named)._from_config(config, attn_implementation=attention).float()
-    if config.model_type == "t5" and not config.scale_decoder_outputs:
+    if family.tied_by_bytes and not getattr(config, "scale_decoder_outputs", False):
         # transformers 5 ties every T5 that it makes; those of v1.1 and later have a head of their own
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     return model

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: norms after each sum, learned positions and segments, and a head tied to the word embedding."""
+"""BERT, RoBERTa and its equals: norms after each sum, learned positions and segments, a head tied to the embedding."""
 
 from __future__ import annotations
 
@@ -213,4 +213,16 @@ BERT = _family(
 )
 ROBERTA = _family(
     "roberta", ROBERTA_NAMES, translate_roberta, {"RobertaForMaskedLM": MASKED_LM, "RobertaModel": NO_HEAD}
+)
+
+# RoBERTa's code under other names, which a directory keeps.
+XLM_ROBERTA, CAMEMBERT = (
+    replace(
+        ROBERTA,
+        model_type=model_type,
+        same_as="roberta",
+        architecture=f"{prefix}ForMaskedLM",
+        classes={f"{prefix}ForMaskedLM": MASKED_LM, f"{prefix}Model": NO_HEAD},
+    )
+    for model_type, prefix in (("xlm-roberta", "XLMRoberta"), ("camembert", "Camembert"))
 )

@@ -1,4 +1,4 @@
-"""T5: v1.0 (plain feed-forward, tied and scaled head), v1.1 and Flan (gated, untied head)."""
+"""T5: v1.0 (plain feed-forward, tied and scaled head), v1.1 and Flan (gated, untied head), and mT5, which is v1.1."""
 
 from __future__ import annotations
 
@@ -48,8 +48,24 @@ FIELDS = FieldRules(
 )
 
 
+MT5_FIELDS = FieldRules(
+    mapped=FIELDS.mapped - {"scale_decoder_outputs", "tie_word_embeddings"},
+    equal=FIELDS.equal,
+    cosmetic=frozenset({"classifier_dropout", "tie_word_embeddings"}),  # transformers' class sets the latter to true
+)
+
+
 def translate(config: Any) -> EncoderDecoderConfig:
     """Translate a T5Config. Attention is not scaled; the head of v1.0 is, by d_model^-0.5."""
+    return _translate(config, scaled=config.scale_decoder_outputs)
+
+
+def translate_mt5(config: Any) -> EncoderDecoderConfig:
+    """Translate an MT5Config, whose head is never scaled."""
+    return _translate(config, scaled=False)
+
+
+def _translate(config: Any, *, scaled: bool) -> EncoderDecoderConfig:
     padding = _id(config, "pad_token_id", 0)
     encoder = _stack(config)
     return EncoderDecoderConfig(
@@ -57,8 +73,8 @@ def translate(config: Any) -> EncoderDecoderConfig:
         vocab_size=config.vocab_size,
         encoder=encoder,
         decoder=replace(encoder, num_layers=config.num_decoder_layers, causal=True, cross_attention=True),
-        tied=config.scale_decoder_outputs,  # for random weights; weights on disk decide otherwise
-        logit_multiplier=config.d_model**-0.5 if config.scale_decoder_outputs else 1.0,
+        tied=scaled,  # for random weights; weights on disk decide otherwise
+        logit_multiplier=config.d_model**-0.5 if scaled else 1.0,
         embedding_dropout=config.dropout_rate,
         embedding_std=config.initializer_factor,
         head_std=config.initializer_factor * config.d_model**-0.5,  # as in T5's training; transformers uses 1
@@ -177,4 +193,12 @@ T5 = Family(
     aliases={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
     tied_by_bytes=True,
     config_overrides=config_overrides,
+)
+MT5 = replace(
+    T5,
+    model_type="mt5",
+    architecture="MT5ForConditionalGeneration",
+    fields=MT5_FIELDS,
+    translate=translate_mt5,
+    config_overrides=lambda config: {"tie_word_embeddings": False},  # transformers 4 scales a head that is called tied
 )

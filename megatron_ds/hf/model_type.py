@@ -1,0 +1,187 @@
+"""The family of a config: by `model_type`, former names included, by `architectures`, or by fields and tensor names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.hf.family import HEAD, Family
+from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.models.config import ModelConfig
+
+# Class name in old versions of transformers and in other code -> its present name.
+OLD_CLASSES = {
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "RWForCausalLM": "FalconForCausalLM",
+    "RWModel": "FalconModel",
+    "T5WithLMHeadModel": "T5ForConditionalGeneration",
+}
+
+
+@dataclass(frozen=True)
+class FormerType:
+    """A `model_type` that is not written any more, and the family that it is today.
+
+    Attributes:
+        model_type: its present `model_type`.
+        fields: former name of a field -> present name.
+        needs: fields whose default values were other ones, so that they must be given.
+        implied: fields that had to be given later on, with the values that the former type stands for.
+    """
+
+    model_type: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    implied: Mapping[str, Any] = field(default_factory=dict)
+
+
+_RW_FIELDS = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads"}
+FORMER_TYPES = {
+    "gpt-sw3": FormerType("gpt2"),  # transformers reads it as gpt2, and writes that
+    "RefinedWebModel": FormerType("falcon", _RW_FIELDS, ("multi_query", "parallel_attn")),
+    "RefinedWeb": FormerType("falcon", _RW_FIELDS, ("parallel_attn",), {"new_decoder_architecture": True}),
+}
+
+
+def in_present_words(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the present `model_type` and the present names of its fields.
+
+    Raises:
+        ConversionError: a field has two values, or is missing although its default value has changed.
+    """
+    asked = raw.get("model_type")
+    former = FORMER_TYPES.get(asked) if isinstance(asked, str) else None
+    if former is None:
+        return dict(raw)
+    for old, new in former.fields.items():
+        if old in raw and new in raw and raw[old] != raw[new]:
+            raise ConversionError(f"{old}={raw[old]!r} contradicts {new}={raw[new]!r}")
+    found = {**former.implied, **{former.fields.get(name, name): value for name, value in raw.items()}}
+    for name in former.needs:
+        if found.get(name) is None:
+            raise ConversionError(
+                f"{name} is missing, whose default is another one in model_type={asked!r} than in "
+                f"{former.model_type}; add it"
+            )
+    return {**found, "model_type": former.model_type}
+
+
+def class_names(family: Family) -> list[str]:
+    """Return the names of transformers' classes that are read as models of a family, its own classes first."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    base = MODEL_MAPPING_NAMES.get(family.model_type)  # None: a family from outside
+    return list(dict.fromkeys((*(family.classes or [family.architecture]), *([base] if base else []))))
+
+
+def present_classes(named: Any) -> list[str]:
+    """Return `architectures` in present names; an empty list if it is not a list."""
+    return [OLD_CLASSES.get(str(name), str(name)) for name in named] if isinstance(named, list) else []
+
+
+def find_family(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]] = tuple) -> Family:
+    """Return the family of a config.
+
+    Args:
+        raw: the config, in present words.
+        tensors: reads the names of the tensors on disk, if there are any.
+
+    Raises:
+        ConversionError: the model is of no supported family, or could be of several.
+    """
+    model_type = raw.get("model_type")
+    if model_type is None:
+        return _without_type(raw, tensors)
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise ConversionError(f"model_type={model_type!r} is not supported; {_advice(raw, tensors)}")
+
+
+def with_heads(family: Family, core: ModelConfig, named: Any) -> ModelConfig:
+    """Add the heads of the class that `architectures` names, if the family has several; by default the first one's."""
+    if not family.classes:
+        return core
+    known = [name for name in present_classes(named) if name in family.classes]
+    return replace(core, **family.classes[known[0] if known else family.architecture])
+
+
+def _without_type(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) -> Family:
+    """Return the family of a config without `model_type`, as transformers wrote it until 2020."""
+    known = f"supported: {', '.join(FAMILIES.names)}"
+    named = present_classes(raw.get("architectures"))
+    if named:
+        found = [family for family in FAMILIES.values() if set(named) & set(class_names(family))]
+        rule = f"model_type is missing, and architectures={raw['architectures']!r} belongs to no supported family"
+    else:
+        on_disk = tensors()
+        found = [one for one in FAMILIES.values() if on_disk and not one.same_as and _fits(one, raw, on_disk)]
+        rule = "model_type is missing"
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " and ".join(family.model_type for family in found)
+        raise ConversionError(f"model_type is missing, and fields and tensors are those of {names}; add the right one")
+    raise ConversionError(f"{rule}; {known}")
+
+
+def _advice(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) -> str:
+    """Return the fix for an unknown `model_type`.
+
+    A family is only named if its name is near, and its table fits: a similar name alone says nothing of a model, and
+    a model that transformers knows by this name is no misspelling.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type, supported = str(raw["model_type"]), f"supported: {', '.join(FAMILIES.names)}"
+    inner = raw.get("text_config")
+    if isinstance(inner, Mapping):
+        text = inner.get("model_type")
+        its = f", such as its text_config's {text}" if text in FAMILIES.names else ""
+        return f"it is more than a text model, and only text models are{its}; {supported}"
+    if model_type in CONFIG_MAPPING_NAMES:
+        return supported
+    if raw.get("auto_map"):
+        return f"its code is in the directory (auto_map), and is not run; {supported}"
+    near = difflib.get_close_matches(model_type.lower(), FAMILIES.names, n=3)
+    on_disk = tensors() if near else ()
+    fitting = [name for name in near if _fits(FAMILIES[name], raw, on_disk, strict=True)]
+    return f"nearest: {fitting[0]}" if fitting else supported
+
+
+def _fits(family: Family, raw: Mapping[str, Any], tensors: Collection[str], *, strict: bool = False) -> bool:
+    """Test whether a config's fields, and the names of the tensors if there are any, are those of a family.
+
+    Args:
+        family: the family.
+        raw: the config; its `model_type` is not compared.
+        tensors: names on disk.
+        strict: whether fields outside the family's rules do not fit even if its code does not read them.
+    """
+    raw = {**raw, "model_type": family.model_type}
+    try:
+        unread = family.check_fields(raw)
+        if strict and unread:
+            return False
+        core = with_heads(family, family.translate(family.transformers_config(raw)), raw.get("architectures"))
+    except ConversionError:
+        return False
+    return not tensors or _has_names(family, family.detect_heads(core, frozenset(tensors)), tensors)
+
+
+def _has_names(family: Family, core: ModelConfig, tensors: Collection[str]) -> bool:
+    """Test whether the tensors of a family's table are on disk and no others, whatever their prefix."""
+    table = family.table(core)
+    head = set(table.pop(HEAD).names) if HEAD in table else set()
+    wanted = {name.removeprefix(family.prefix) for row in table.values() for name in row.names}
+    ignored = [*family.aliases, *family.unused_tensors(core), *head]
+    optional = {name.removeprefix(family.prefix) for name in ignored}
+    found = {
+        re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name.removeprefix(family.prefix)))
+        for name in tensors
+        if not any(re.search(pattern, name) for pattern in family.ignored)
+    }
+    return wanted - optional <= found <= wanted | optional
