@@ -13,6 +13,7 @@ import torch
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row
+from megatron_ds.hf.missing_config import why_missing
 from megatron_ds.hf.model_type import class_names, find_family, in_present_words, present_classes, with_heads
 from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.log import get_logger
@@ -60,8 +61,12 @@ class HFModel:
         return self.core.axis_sizes()
 
 
-def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
+def read_model(source: str | Path | Mapping[str, Any], key: str = "") -> HFModel:
     """Read a directory's config.json, or a mapping of its fields, which is not changed.
+
+    Args:
+        source: the directory, or the mapping.
+        key: the key of the run file that names the directory, for messages.
 
     Raises:
         ConversionError: no config, an unknown family, or a field that changes the math and is not supported.
@@ -70,7 +75,7 @@ def read_model(source: str | Path | Mapping[str, Any]) -> HFModel:
     if isinstance(source, Mapping):
         place, on_disk = "model.config", dict(source)
     else:
-        place, on_disk = str(Path(source) / "config.json"), read_json(Path(source) / "config.json")
+        place, on_disk = str(Path(source) / "config.json"), read_json(Path(source) / "config.json", key)
 
     def tensors() -> Sequence[str]:
         return open_directory(directory).names if directory is not None and has_weights(directory) else ()
@@ -264,8 +269,12 @@ def _old_scaling(rope: Mapping[str, Any], content: Mapping[str, Any]) -> dict[st
     return bare if rope.keys() <= {*PHI3_ELSEWHERE, *bare} else scaling
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, key: str = "") -> dict[str, Any]:
     """Read a JSON object from a file of a Hugging Face directory.
+
+    Args:
+        path: the file.
+        key: the key of the run file that names the directory, for messages.
 
     Raises:
         ConversionError: no such file, or not a JSON object.
@@ -273,7 +282,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConversionError(f"{path.parent}: no config.json here; is it a Hugging Face directory?") from None
+        raise ConversionError(why_missing(path, key)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ConversionError(f"{path}: not JSON ({problem})") from problem
     if not isinstance(content, dict):

@@ -128,7 +128,7 @@ def read_model_section(section: ModelSection) -> HFModel:
     if path is not None and (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
         base = read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ConfigError(f"model.path={path} is an adapter; try model.path={base} and peft={path}")
-    return read_model(path if path is not None else section.config or {})
+    return read_model(section.config or {}) if path is None else read_model(path, "model.path")
 
 
 def open_model(

@@ -193,14 +193,14 @@ def test_a_flipped_byte_is_named_and_the_whole_one_beside_it(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("export", "nothing", "hf"), "nothing: no config.json here"),
+        (("export", "nothing", "hf"), "nothing does not exist; there is no nothing in"),
         (("export", "ck", "ck"), "ck would replace ck, which is read"),
         (("export", "ck", "hf", "--dtype", "int8"), "--dtype=int8 is not one of float32, bfloat16, float16"),
         (("export", "ck", "hf", "--max-shard-size", "big"), "max_shard_size='big' is not a size"),
         (("export", "ck", "mine"), "mine would be replaced, and holds notes.txt, which is no file of a model"),
         (("export", "model", "ck"), "ck would be replaced, and holds training_state"),
         (("import", "model", "trained"), "trained would be replaced, and is a checkpoint of step 2"),
-        (("import", "nothing", "other"), "nothing: no config.json here"),
+        (("import", "nothing", "other"), "nothing does not exist; there is no nothing in"),
         (
             ("import", "model", "theirs"),
             "theirs would be replaced, and holds training_state/notes.txt, which no import writes",

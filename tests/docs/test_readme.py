@@ -75,7 +75,9 @@ def check_fits(run: RunConfig, ranks: int) -> None:
     try:
         resolve_run(run, ranks, "cpu")
     except MegatronDSError as problem:
-        if run.model.path not in NOT_THERE_IN_A_CLONE or not str(problem).startswith(str(run.model.path)):
+        if run.model.path not in NOT_THERE_IN_A_CLONE or not str(problem).startswith(
+            f"model.path={run.model.path} does not"
+        ):
             raise
 
 

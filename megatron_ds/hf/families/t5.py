@@ -197,6 +197,7 @@ T5 = Family(
 MT5 = replace(
     T5,
     model_type="mt5",
+    same_as="t5",
     architecture="MT5ForConditionalGeneration",
     fields=MT5_FIELDS,
     translate=translate_mt5,

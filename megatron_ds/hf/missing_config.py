@@ -1,0 +1,125 @@
+"""Explanation of a path that is no Hugging Face directory, with the nearest one that is."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ADDRESS = re.compile(r"(?:https?://huggingface\.co/|hf://)(?:models/)?([\w.-]+/[\w.-]+)(?:/.*)?")
+
+# Files and folders of other formats -> the format.
+_FORMATS = {
+    "*.gguf": "GGUF, for inference",
+    "*.nemo": "NeMo's",
+    "consolidated.*.pth": "Meta's",
+    "consolidated*.safetensors": "Mistral's",
+    "latest_checkpointed_iteration.txt": "Megatron's",
+    "mp_rank_*": "Megatron's",
+    "global_step*": "DeepSpeed's",
+    "tf_model.h5": "TensorFlow's",
+    "flax_model.msgpack": "Flax's",
+    "*.onnx": "ONNX",
+}
+
+
+def why_missing(path: Path, key: str = "") -> str:
+    """Return why a file of a Hugging Face directory is not there, and what to do.
+
+    Args:
+        path: the file, such as DIR/config.json.
+        key: the key of the run file that names the directory; "" = a command's argument does.
+    """
+    place = path.parent
+
+    def named(other: object) -> str:
+        return f"{key}={other}" if key else str(other)
+
+    if not place.exists():
+        return f"{named(place)} {_absent(place, named)}"
+    if place.is_file():
+        return f"{named(place)} is a file, and a Hugging Face directory is needed{_of_file(place, named)}"
+    if path.name != CONFIG:
+        return f"{named(place)}: no {path.name} here"
+    return f"{named(place)}: no {CONFIG} here; {_of_directory(place, named)}"
+
+
+def _absent(place: Path, named: Callable[[object], str]) -> str:
+    if place.is_symlink():
+        return f"is a link to {place.readlink()}, which does not exist"
+    address = _HUB_ADDRESS.fullmatch(str(place).replace(":/", "://", 1))  # Path takes one of two slashes
+    name = address[1] if address else str(place) if _HUB_NAME.fullmatch(str(place)) else None
+    if name is not None and (address or not Path(name).parent.exists()):
+        folder = Path(name).name
+        return (
+            "does not exist here, and nothing is downloaded by itself; if it is a model of the hub, try `hf download "
+            f"{name} --local-dir {folder}` and {named(folder)}"
+        )
+    parent = next(folder for folder in place.absolute().parents if folder.is_dir())
+    missing = place.absolute().relative_to(parent).parts[0]
+    near = [one for one in _nested(parent) if one.name in difflib.get_close_matches(missing, [one.name], cutoff=0.6)]
+    if near:
+        return f"does not exist; nearest: {named(_as_given(near[0], place))}"
+    return f"does not exist; there is no {missing} in {parent}"
+
+
+def _of_file(place: Path, named: Callable[[object], str]) -> str:
+    if place.name == CONFIG:
+        return f"; try {named(place.parent)}"
+    if place.name == "latest":
+        name = place.read_text(encoding="utf-8", errors="replace").strip()
+        if (place.parent / name / CONFIG).is_file():
+            return f": it names the newest checkpoint of {place.parent}; try {named(place.parent / name)}"
+        return f": it names the newest checkpoint of {place.parent}, which was {name!r} and is not there"
+    kind = next((kind for pattern, kind in _FORMATS.items() if place.match(pattern)), None)
+    if kind is not None:
+        return f"; the file's format is {kind}; try the Hugging Face directory of the same model"
+    if (place.parent / CONFIG).is_file():
+        return f"; try {named(place.parent)}"
+    return ""
+
+
+def _of_directory(place: Path, named: Callable[[object], str]) -> str:
+    base = _base_of_adapters(place)
+    if base is not None:
+        model = f"model.path={base}" if base else "the base model's directory as model.path"
+        return f"it holds adapters; try {model} and peft={place}"
+    nested = _nested(place)
+    if nested:
+        return f"nearest: {named(nested[-1])}"
+    kind = next((kind for pattern, kind in _FORMATS.items() if any(place.glob(pattern))), None)
+    if kind is not None:
+        return f"its files' format is {kind}; try the Hugging Face directory of the same model"
+    if not any(place.iterdir()):
+        return "the directory is empty"
+    return "is it a Hugging Face directory?"
+
+
+def _base_of_adapters(place: Path) -> str | None:
+    """Return the base model that a directory of adapters names, "" if it names none; None if it is no such one."""
+    if not (place / ADAPTER_CONFIG).is_file():
+        return None
+    try:
+        content: Any = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError:
+        return ""
+    return str(content.get("base_model_name_or_path") or "") if isinstance(content, dict) else ""
+
+
+def _nested(place: Path) -> list[Path]:
+    """Return the Hugging Face directories in a folder, in a run's checkpoints or in the hub's cache, sorted by name."""
+    found = (
+        config.parent for pattern in ("", "checkpoints/", "snapshots/") for config in place.glob(f"{pattern}*/{CONFIG}")
+    )
+    return sorted(found)
+
+
+def _as_given(found: Path, place: Path) -> Path:
+    """Return a path relative to the working directory if the one that the user gave is."""
+    return found.relative_to(Path.cwd()) if not place.is_absolute() and found.is_relative_to(Path.cwd()) else found
