@@ -26,10 +26,10 @@ MIN_BAR_WIDTH = 6  # four cells and a space on either side
 WINDOW_REPORTS = 100  # number of logged steps over which the pace is measured
 
 
-def print_error(message: str) -> None:
+def print_error(message: str, prefix: str = "") -> None:
     """Print `error: <message>` to stderr as exactly one line, without markup."""
     lines = (line.strip() for line in message.splitlines())
-    print("error:", " ".join(line for line in lines if line), file=sys.stderr, flush=True)
+    print(f"{prefix}error:", " ".join(line for line in lines if line), file=sys.stderr, flush=True)
 
 
 class TerminalReporter(Reporter):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -85,28 +86,35 @@ def _run(arguments: list[str]) -> int:
         print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank
         return 1
     except MegatronDSError as problem:
-        _print_error_on_rank_0(str(problem))
+        _print_error(str(problem), arguments)
         if "RANK" in os.environ:  # a launcher's rank: destroying the process group could wait for its peers
             sys.stderr.flush()
             os._exit(2)
         return 2
     except typer.TyperException as problem:
         hint = f"see {getattr(getattr(problem, 'ctx', None), 'command_path', PROGRAM)} --help"
-        _print_error_on_rank_0(f"{problem.format_message().rstrip('.')}; {hint}")
+        _print_error(f"{problem.format_message().rstrip('.')}; {hint}", arguments)
         return 2
     except KeyboardInterrupt:
         return 130
     return status if isinstance(status, int) else 0  # the code of typer.Exit, or the value that a command returned
 
 
-def _print_error_on_rank_0(message: str) -> None:
-    """Print an error on rank 0 only; an error that gets here on another rank occurs on every rank."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        from megatron_ds.cli.display import print_error
+def _print_error(message: str, arguments: Sequence[str]) -> None:
+    """Print an error once for all ranks of a run.
 
+    An error that gets here on another rank than 0 occurs on every rank. Launchers end the others when rank 0 has
+    printed it; if this rank lives on, it may be the only one, and prints it too.
+    """
+    from megatron_ds.cli.display import print_error
+
+    is_run = next((one for one in arguments if not one.startswith("-")), "") == "train"
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) if is_run else "0"
+    if rank == "0":
         print_error(message)
-    else:
-        time.sleep(PRINT_WAIT_S)
+        return
+    time.sleep(PRINT_WAIT_S)
+    print_error(message, f"rank {rank}: ")
 
 
 if __name__ == "__main__":

@@ -165,9 +165,10 @@ class TrainSection(Section):
     `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0`
     validates once, after the last step. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the
     run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
-    this many seconds without progress (0: never). `freeze`: patterns of Hugging Face tensor names that are not trained.
-    `compile`: blocks are fused by torch.compile. `kernels`: "auto" uses installed libraries on CUDA, "torch" PyTorch
-    alone, a mapping chooses per operation. `profile`: the steps that are profiled.
+    this many seconds without progress (0: never). `start_timeout`: seconds that a launcher's ranks wait for each other
+    (0: no limit). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
+    torch.compile. `kernels`: "auto" uses installed libraries on CUDA, "torch" PyTorch alone, a mapping chooses per
+    operation. `profile`: the steps that are profiled.
     """
 
     steps: Count
@@ -184,6 +185,7 @@ class TrainSection(Section):
     max_time: Annotated[float | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10
     step_timeout: NonNegative = 1800.0
+    start_timeout: NonNegative = 300.0
     freeze: list[Text] = []
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds.parallel.launch import RENDEZVOUS_FILE, RankInfo
+from megatron_ds.parallel.rendezvous import RankGroup
 
 # deepspeed.initialize imports them at its first call; importing them before ranks are forked saves each rank seconds.
 _LATE_IMPORTS = (
@@ -63,15 +64,13 @@ def device_count() -> int:
     return int(get_accelerator().device_count())
 
 
-def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device:
-    """Join the process group, and return this rank's device after making it the current one.
-
-    Collective over the world. The rendezvous is the launcher's: a file for ranks that `run_local` started, MASTER_ADDR
-    and MASTER_PORT otherwise.
+def start_distributed(info: RankInfo, timeout_s: float = 1800.0, group: RankGroup | None = None) -> torch.device:
+    """Join the process group, and return this rank's device after making it the current one. Collective over the world.
 
     Args:
         info: this rank.
         timeout_s: the time limit of a collective, in seconds.
+        group: a launcher's ranks, which have met; None for ranks that `run_local` started, which meet at its file.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -87,11 +86,14 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0) -> torch.device
         local_rank %= accelerator.device_count()  # under `srun --gpus-per-task=1` each rank sees one device
         accelerator.set_device(local_rank)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads its device from it
-    rendezvous = os.environ.get(RENDEZVOUS_FILE)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # of a shell in an MPI job; DeepSpeed fails where they differ
+    if group is not None:
+        group.store.set_timeout(timedelta(seconds=timeout_s))
     if not dist.is_initialized():
         dist.init_process_group(
             backend=accelerator.communication_backend_name(),
-            init_method=f"file://{rendezvous}" if rendezvous else "env://",
+            init_method=f"file://{os.environ[RENDEZVOUS_FILE]}" if group is None else None,
+            store=group.store if group is not None else None,
             rank=info.rank,
             world_size=info.world_size,
             timeout=timedelta(seconds=timeout_s),

@@ -12,8 +12,10 @@ from megatron_ds.errors import TopologyError
 RENDEZVOUS_FILE = "MEGATRON_DS_RENDEZVOUS"
 """Environment variable of ranks that `run_local` started: the rendezvous file."""
 
+LAST_PORT = 65535
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_MASTER_NAMES = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,37 @@ class RankInfo:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+
+
+@dataclass(frozen=True)
+class RankSource:
+    """The environment variables that make this process a rank of a job.
+
+    Attributes:
+        settings: rank and number of ranks, such as `RANK=0`.
+        unset: variables without which it starts alone.
+    """
+
+    settings: tuple[str, str]
+    unset: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Return the origin of the rank and the way to start alone, as the end of a message."""
+        return (
+            f"given by {', '.join(self.settings)}, MASTER_ADDR and MASTER_PORT in the environment; {self.start_alone()}"
+        )
+
+    def start_alone(self) -> str:
+        """Return the command that lets this process start without a launcher."""
+        return f"to start alone, unset {' '.join(self.unset)}"
+
+
+def rank_source(environ: Mapping[str, str] = os.environ) -> RankSource:
+    """Return the variables that `rank_from_environment` has read, where it returned a rank."""
+    given = tuple(name for name in _NAMES if name in environ)
+    rank, world_size, _ = _NAMES if given else _SLURM_NAMES
+    settings = (f"{rank}={environ.get(rank)}", f"{world_size}={environ.get(world_size)}")
+    return RankSource(settings, given or ("SLURM_STEP_ID",))
 
 
 def rank_from_environment(environ: MutableMapping[str, str] = os.environ) -> RankInfo | None:
@@ -40,22 +73,28 @@ def rank_from_environment(environ: MutableMapping[str, str] = os.environ) -> Ran
     if given:
         missing = [name for name in _NAMES if name not in environ]
         if RENDEZVOUS_FILE not in environ:
-            missing += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+            missing += [name for name in _MASTER_NAMES if name not in environ]
         if missing:
             raise TopologyError(
-                f"the environment sets {', '.join(given)} but not {', '.join(missing)}; "
-                f"start with torchrun, which sets all, or unset {', '.join(given)} to start without a launcher"
+                f"the environment sets {', '.join(f'{name}={environ[name]}' for name in given)} but not "
+                f"{', '.join(missing)}; start with torchrun, which sets all; {rank_source(environ).start_alone()}"
             )
-        return _place(environ, _NAMES)
+        place = _place(environ, _NAMES)
+        if RENDEZVOUS_FILE not in environ:
+            _check_rendezvous(environ)
+        return place
     if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", default="1") > 1:
         place = _place(environ, _SLURM_NAMES)
         _find_slurm_rendezvous(environ)
+        _check_rendezvous(environ)
         return place
     return None
 
 
 def _place(environ: Mapping[str, str], names: tuple[str, str, str]) -> RankInfo:
     rank, world_size, local_rank = (_number(environ, name) for name in names)
+    if world_size < 1:
+        raise TopologyError(f"{names[1]}={world_size} in the environment is not at least 1; nearest: 1")
     if not rank < world_size:
         raise TopologyError(
             f"{names[0]}={rank} in the environment is not below {names[1]}={world_size}; nearest: {world_size - 1}"
@@ -67,9 +106,22 @@ def _number(environ: Mapping[str, str], name: str, default: str | None = None) -
     text = environ.get(name, default)
     if text is None or not text.isdecimal():
         raise TopologyError(
-            f"{name}={text} in the environment is not an integer of at least 0; let the launcher set it"
+            f"{name}={text} in the environment is not an integer of at least 0; let the launcher set it; "
+            f"{rank_source(environ).start_alone()}"
         )
     return int(text)
+
+
+def _check_rendezvous(environ: Mapping[str, str]) -> None:
+    """Check the form of MASTER_ADDR and MASTER_PORT."""
+    host, port = (environ[name] for name in _MASTER_NAMES)
+    if not host.strip():
+        raise TopologyError(f"MASTER_ADDR={host} in the environment is empty; set it to the name of rank 0's machine")
+    if not (port.isdecimal() and 1 <= int(port) <= LAST_PORT):
+        raise TopologyError(
+            f"MASTER_PORT={port} in the environment is not a port, an integer from 1 to {LAST_PORT}; try 29500, the "
+            "same on every rank"
+        )
 
 
 def _find_slurm_rendezvous(environ: MutableMapping[str, str]) -> None:

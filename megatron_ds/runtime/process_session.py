@@ -16,6 +16,7 @@ from megatron_ds.config import EngineConfig, build_section
 from megatron_ds.engine import start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries, setup_logging
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
+from megatron_ds.parallel.rendezvous import meet
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.model_engine import ModelEngine
 from megatron_ds.runtime.setup import build, plan_engine
@@ -73,13 +74,13 @@ def session(timeout_s: float = 1800.0) -> Iterator[Session]:
         timeout_s: time limit of a collective, in seconds.
 
     Raises:
-        TopologyError: a launcher's environment variables are incomplete.
+        TopologyError: a launcher's environment variables are incomplete, or a rank does not come.
     """
     quiet_libraries()
     info = rank_from_environment()
     setup_logging(info.rank if info is not None else 0)
     if info is not None:
-        yield Session(info, start_distributed(info, timeout_s))
+        yield Session(info, start_distributed(info, timeout_s, meet(info)))
         stop_distributed()
         return
     with tempfile.TemporaryDirectory(prefix="megatron_ds-") as folder:

@@ -17,7 +17,7 @@ from megatron_ds.log import get_logger, quiet_libraries, setup_logging
 from megatron_ds.monitor import Reporter, SilentReporter
 from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.parallel.launch import run_local
-from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment
+from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment, rank_source
 from megatron_ds.parallel.restart import run_with_restarts
 from megatron_ds.training.graceful_stop import counting_time
 from megatron_ds.training.result import TrainResult
@@ -91,12 +91,12 @@ def train(
     if restarts.at_most:
         raise TopologyError(
             f"--max-restarts={restarts.at_most} restarts local ranks, but a launcher started rank {given.rank} of "
-            f"{given.world_size}; try torchrun --max-restarts"
+            f"{given.world_size}; try torchrun --max-restarts; {rank_source().start_alone()}"
         )
     if nproc is not None:
         raise TopologyError(
             f"--nproc={nproc} starts local ranks, but a launcher started rank {given.rank} of {given.world_size}; "
-            "leave --nproc out"
+            f"leave --nproc out; {rank_source().start_alone()}"
         )
     return _train_launched(run, given, as_rank)
 

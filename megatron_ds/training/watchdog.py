@@ -29,6 +29,7 @@ from megatron_ds.errors import LaunchError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.failure import write_failure
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
+from megatron_ds.parallel.rendezvous import RankGroup
 
 PUBLISH_S = 1.0  # interval between two status updates of a rank
 STORE_TIMEOUT_S = 10.0  # the store counts as unreachable after this
@@ -93,7 +94,7 @@ class TorchStoreStatusStore:
 
     Args:
         host, port: address of the TCP store.
-        group: key of the group of ranks; a launcher that restarts its ranks starts several, one after the other.
+        group: name of the group of ranks; a launcher that restarts its ranks starts several, one after the other.
     """
 
     def __init__(self, host: str, port: int, group: str = "0") -> None:
@@ -112,12 +113,11 @@ class TorchStoreStatusStore:
         return self._store.add("claimed", 1) == 1
 
 
-def rank_status_store(info: RankInfo) -> RankStatusStore:
-    """Return the status store of this process's job. The process group must exist."""
-    if RENDEZVOUS_FILE in os.environ:
+def rank_status_store(group: RankGroup | None = None) -> RankStatusStore:
+    """Return the status store of a launcher's ranks, or with None of those that `run_local` started."""
+    if group is None:
         return FileStatusStore(Path(os.environ[RENDEZVOUS_FILE]).parent)
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a group
-    return TorchStoreStatusStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), restarts)
+    return TorchStoreStatusStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), group.name)
 
 
 class Heartbeat(Protocol):

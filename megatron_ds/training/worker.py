@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from megatron_ds.engine import (
 )
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import run_on_all_ranks
-from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
+from megatron_ds.parallel.rendezvous import meet
 from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
@@ -63,8 +65,10 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
             rank raises it.
         KeyboardInterrupt: after SIGINT, once every rank has finished its step, saved, and closed its files.
     """
+    group = None if RENDEZVOUS_FILE in os.environ else meet(info, run.train.start_timeout)
     with GracefulStop(run.train.max_time) as interrupt:
-        device = start_distributed(info, timeout_s=max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout))
+        timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)
+        device = start_distributed(info, timeout_s, group)
         existing_lock = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
         found = find_resume_point(run, info)
         prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
@@ -75,7 +79,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
         output_lock, notes = run_on_all_ranks(
             lambda: prepare_output(run, found, existing_lock) if info.rank == 0 else (None, ())
         )
-        with Watchdog(info, run.train.step_timeout, rank_status_store(info)) as watchdog:
+        with Watchdog(info, run.train.step_timeout, rank_status_store(group)) as watchdog:
             result, was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog, notes)
         stop_distributed()
         del output_lock  # until here no other run can write to the output

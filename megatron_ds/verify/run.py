@@ -20,7 +20,7 @@ from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import quiet_libraries
 from megatron_ds.models.probe import Probe
 from megatron_ds.parallel.launch import run_local
-from megatron_ds.parallel.rank_info import rank_from_environment
+from megatron_ds.parallel.rank_info import rank_from_environment, rank_source
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.report import InputReport, Report, RoundTrip
@@ -51,7 +51,11 @@ def verify_hf(
     """
     quiet_libraries()
     if rank_from_environment() is not None:
-        raise TopologyError("verify starts its own ranks; run it without torchrun, deepspeed or srun")
+        settings = " and ".join(rank_source().settings)
+        raise TopologyError(
+            f"verify starts its own ranks, and {settings} in the environment make it a launcher's; run it without "
+            f"torchrun, deepspeed or srun; {rank_source().start_alone()}"
+        )
     directory = Path(hf_dir)
     weights = HFWeights(directory, read_model(directory))
     if weights.model.unread:

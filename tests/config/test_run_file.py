@@ -98,6 +98,7 @@ def test_defaults(run_file):
         "max_time": None,
         "max_bad_steps": 10,
         "step_timeout": 1800.0,
+        "start_timeout": 300.0,
         "freeze": [],
     }
     assert run.checkpoint.model_dump() == {"every": 0, "keep": 3, "resume": "auto", "asynchronous": True}

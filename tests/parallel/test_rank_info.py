@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ds.errors import TopologyError
-from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
+from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, RankSource, rank_from_environment, rank_source
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 SRUN = {
@@ -57,8 +57,25 @@ def test_srun_without_scontrol_asks_for_the_address(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_missing_variable_is_named(missing: str) -> None:
     environ = {name: value for name, value in TORCHRUN.items() if name != missing}
-    with pytest.raises(TopologyError, match=f"but not {missing}; start with torchrun"):
+    with pytest.raises(TopologyError, match=f"but not {missing}; start with torchrun") as caught:
         rank_from_environment(environ)
+    given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name != missing]
+    assert all(f"{name}={environ[name]}" in str(caught.value) for name in given)
+    assert str(caught.value).endswith(f"to start alone, unset {' '.join(given)}")
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_single_variable_that_a_shell_has_kept(name: str) -> None:
+    with pytest.raises(TopologyError, match=rf"sets {name}=1 but not .*; to start alone, unset {name}$"):
+        rank_from_environment({name: "1"})
+
+
+def test_the_variables_that_make_a_process_a_rank() -> None:
+    assert rank_source(TORCHRUN) == RankSource(("RANK=5", "WORLD_SIZE=8"), ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    assert rank_source(SRUN) == RankSource(("SLURM_PROCID=3", "SLURM_STEP_NUM_TASKS=4"), ("SLURM_STEP_ID",))
+    for environ in (TORCHRUN, SRUN):
+        unset = rank_source(environ).unset
+        assert rank_from_environment({name: value for name, value in environ.items() if name not in unset}) is None
 
 
 @pytest.mark.parametrize(
@@ -67,6 +84,16 @@ def test_a_missing_variable_is_named(missing: str) -> None:
         ({"RANK": "8"}, r"RANK=8 in the environment is not below WORLD_SIZE=8; nearest: 7"),
         ({"RANK": "one"}, r"RANK=one in the environment is not an integer of at least 0"),
         ({"WORLD_SIZE": "-1"}, r"WORLD_SIZE=-1 in the environment is not an integer of at least 0"),
+        (
+            {"WORLD_SIZE": ""},
+            r"WORLD_SIZE= in the environment is not an integer of at least 0; .*unset RANK WORLD_SIZE",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE=0 in the environment is not at least 1; nearest: 1"),
+        ({"LOCAL_RANK": "x"}, r"LOCAL_RANK=x in the environment is not an integer of at least 0"),
+        ({"MASTER_PORT": "http"}, r"MASTER_PORT=http in the environment is not a port, an integer from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, r"MASTER_PORT=65536 in the environment is not a port"),
+        ({"MASTER_PORT": "0"}, r"MASTER_PORT=0 in the environment is not a port"),
+        ({"MASTER_ADDR": " "}, r"MASTER_ADDR=  in the environment is empty; set it to the name of rank 0's machine"),
     ],
 )
 def test_nonsense_is_refused(changes: dict[str, str], message: str) -> None:

@@ -30,7 +30,7 @@ TIMEOUT_S = 2.0
 
 
 def _steps(info: RankInfo, at: str) -> None:
-    with Watchdog(info, TIMEOUT_S, rank_status_store(info)) as watchdog:
+    with Watchdog(info, TIMEOUT_S, rank_status_store()) as watchdog:
         for step in range(1, 6):
             watchdog.heartbeat(f"step {step}: reading data")
             if step == 3 and info.rank == 1 and at == "reading":
@@ -69,7 +69,7 @@ def test_the_rank_that_hangs_is_named(at: str, says: str, monkeypatch: pytest.Mo
 
 
 def _slow_but_going(info: RankInfo) -> str:
-    with Watchdog(info, 0.5, rank_status_store(info)) as watchdog:
+    with Watchdog(info, 0.5, rank_status_store()) as watchdog:
         for part in range(8):
             watchdog.heartbeat(f"part {part}")
             time.sleep(0.2)
@@ -82,7 +82,7 @@ def test_a_run_that_goes_on_is_left_alone() -> None:
 
 def test_what_may_take_long_is_no_hang_and_neither_is_a_job_that_was_stopped() -> None:
     def saves(info: RankInfo) -> str:
-        with Watchdog(info, 0.4, rank_status_store(info)) as watchdog:
+        with Watchdog(info, 0.4, rank_status_store()) as watchdog:
             watchdog.heartbeat("saving", may_take_long=True)
             time.sleep(1.5)
             watchdog.heartbeat("step 2")
@@ -125,7 +125,7 @@ def test_a_board_that_does_not_answer_hides_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_zero_turns_it_off() -> None:
     def stands(info: RankInfo) -> str:
-        with Watchdog(info, 0.0, rank_status_store(info)):
+        with Watchdog(info, 0.0, rank_status_store()):
             time.sleep(0.5)
         return "done"
 

@@ -1,0 +1,189 @@
+"""Ranks of a launcher meet, name those that are missing, and end with one line if these do not come."""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_ds.errors import TopologyError
+from megatron_ds.parallel import rendezvous
+from megatron_ds.parallel.launch import run_local
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.parallel.rendezvous import meet, name_ranks
+
+ALONE = "given by RANK={}, WORLD_SIZE={}, MASTER_ADDR and MASTER_PORT in the environment; to start alone, unset RANK"
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(rank: int, world_size: int, port: int, host: str = "127.0.0.1", **more: str) -> dict[str, str]:
+    place = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    return {**place, "MASTER_ADDR": host, "MASTER_PORT": str(port), **more}
+
+
+def try_to_meet(rank: int, environ: dict[str, str], timeout_s: float) -> tuple[str, list[str]]:
+    """The error of a rank whose job is incomplete, and what it logged; in a process of its own."""
+    rendezvous.FIRST_MESSAGE_S = 0.1
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_ds").handlers = [handler]
+    try:
+        meet(RankInfo(rank, int(environ["WORLD_SIZE"]), rank), timeout_s, environ)
+    except TopologyError as problem:
+        return str(problem), lines
+    return "", lines
+
+
+def alone(act: Callable[[], Any]) -> Any:
+    return run_local(lambda info: act(), 1, 30.0)[0]
+
+
+def test_all_ranks_meet_whoever_comes_first() -> None:
+    port = free_port()
+
+    def rank(info: RankInfo) -> tuple[str, bytes]:
+        time.sleep(0.3 * (2 - info.rank))  # rank 0 last
+        group = meet(info, 20, environment(info.rank, 3, port))
+        group.store.set(f"from {info.rank}", group.name)
+        group.store.wait(["from 0", "from 1", "from 2"])
+        result = group.name, group.store.get("from 2")
+        group.store.add("read", 1)
+        while info.rank == 0 and group.store.add("read", 0) < 3:
+            time.sleep(0.01)  # it hosts the store
+        return result
+
+    found = run_local(rank, 3, 30.0)
+    assert len(set(found)) == 1 and found[0][0] == found[0][1].decode()
+
+
+def test_groups_of_one_store_do_not_see_each_other() -> None:
+    """As torchrun restarts its ranks over the store of its agent, in any order, or with fewer of them."""
+    port = free_port()
+
+    def rank(info: RankInfo) -> list[tuple[str, bool]]:
+        if info.rank == 3:
+            store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+            while store.add("done", 0) < 3:
+                time.sleep(0.02)
+            return []
+        found = []
+        for attempt, world_size in enumerate((3, 3, 2)):
+            if info.rank >= world_size:
+                continue
+            time.sleep(0.2 * ((info.rank + attempt) % 3))
+            environ = environment(info.rank, world_size, port, TORCHELASTIC_USE_AGENT_STORE="True")
+            group = meet(RankInfo(info.rank, world_size, info.rank), 20, environ)
+            found.append((group.name, group.store.check(["mark"])))
+            group.store.add("met", 1)
+            while group.store.add("met", 0) < world_size:
+                time.sleep(0.01)
+            group.store.set("mark", "left over")
+        dist.TCPStore("127.0.0.1", port, is_master=False).add("done", 1)
+        return found
+
+    first, second, third, _ = run_local(rank, 4, 40.0)
+    assert first == second and third == first[:2]
+    assert len({name for name, _ in first}) == 3 and not any(found for _, found in first)
+
+
+def test_rank_0_names_the_missing_ranks_and_the_way_out() -> None:
+    port = free_port()
+    error, lines = alone(lambda: try_to_meet(0, environment(0, 4, port), 0.6))
+    assert error.startswith(
+        f"no sign of ranks 1, 2, 3 of 4 at 127.0.0.1:{port} within train.start_timeout=0.6 s; {ALONE.format(0, 4)}"
+    )
+    assert lines[0].startswith(f"waiting for ranks 1, 2, 3 of 4 at 127.0.0.1:{port} since 0 s, {ALONE.format(0, 4)}")
+    assert 2 <= len(lines) <= 4, "at growing intervals"
+
+
+def test_only_those_that_have_not_come_are_named() -> None:
+    port = free_port()
+    (zero, said), (one, other), _ = run_local(
+        lambda info: (
+            try_to_meet(info.rank, environment(info.rank, 3, port), 1.5 - info.rank / 2) if info.rank < 2 else None
+        ),
+        3,
+        30.0,
+    )
+    assert one.startswith("no sign of other ranks of 3 at ") and other[-1].startswith("waiting for other ranks of 3")
+    assert any(line.startswith("waiting for rank 2 of 3") for line in said), said
+    assert zero.startswith("no sign of ranks 1, 2 of 3"), "rank 1 has given up"
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("127.0.0.1", "connection refused"),
+        ("no-such-host.invalid", "MASTER_ADDR=no-such-host.invalid is not known here: "),
+    ],
+)
+def test_another_rank_names_what_keeps_it_from_rank_0(host: str, reason: str) -> None:
+    port = free_port()
+    error, lines = alone(lambda: try_to_meet(1, environment(1, 2, port, host), 0.5))
+    assert error.startswith(f"no sign of rank 0 of 2 at {host}:{port} within train.start_timeout=0.5 s ({reason}")
+    assert lines[0].startswith(f"waiting for rank 0 of 2 at {host}:{port} since 0 s ({reason}")
+    assert ALONE.format(1, 2) in lines[0]
+
+
+def test_an_unknown_name_is_given_up_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "NAME_TIMEOUT_S", 0.1)
+    error, _ = alone(lambda: try_to_meet(1, environment(1, 2, 1, "no-such-host.invalid"), 20))
+    assert error.startswith("MASTER_ADDR=no-such-host.invalid is not known here: ")
+    assert error.endswith("; set it to the name or the IP address of rank 0's machine")
+
+
+def test_under_torchrun_rank_0_waits_for_its_agent() -> None:
+    environ = environment(0, 2, free_port(), TORCHELASTIC_USE_AGENT_STORE="True")
+    error, _ = alone(lambda: try_to_meet(0, environ, 0.3))
+    assert error.startswith("no sign of torchrun's agent at 127.0.0.1:")
+
+
+def test_a_port_in_use_is_one_line_with_a_free_one() -> None:
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        error, _ = alone(lambda: try_to_meet(0, environment(0, 1, port), 5))
+        own = f"MASTER_PORT={port} in the environment: rank 0 cannot listen there (address already in use); nearest: "
+        assert error.startswith(own) and error.endswith(", the same on every rank")
+        nearest = int(error.removeprefix(own).partition(",")[0])
+        assert nearest > port
+        assert alone(lambda: try_to_meet(0, environment(0, 1, nearest), 5)) == ("", [])
+
+
+def test_a_port_of_another_program_is_not_waited_for_in_silence() -> None:
+    """It accepts and never answers: torch would wait for ever."""
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        error, lines = alone(lambda: try_to_meet(1, environment(1, 2, port), 1))
+    why = "(the port is open, but what listens there is not a store of torch's)"
+    assert why in error and why in lines[0]
+
+
+def test_ranks_that_disagree_on_their_number() -> None:
+    port = free_port()
+    (zero, _), (one, _) = run_local(
+        lambda info: try_to_meet(info.rank, environment(info.rank, 3 - info.rank, port), 1.0 - info.rank / 2), 2, 30.0
+    )
+    assert zero.startswith("no sign of ranks 1, 2 of 3 at ")
+    assert "(its WORLD_SIZE is 3, not 2)" in one
+
+
+def test_names_of_ranks() -> None:
+    assert [name_ranks(range(1, 1 + count)) for count in (1, 3, 9)] == [
+        "rank 1",
+        "ranks 1, 2, 3",
+        "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 1 more",
+    ]
