@@ -1,7 +1,9 @@
-"""YAML in which `3e-4` is a number, a repeated key is an error, and every error names file and line.
+"""YAML in which plain text is what users mean by it, a repeated key is an error, and every error names file and line.
 
-PyYAML implements YAML 1.1, where `3e-4` (no dot) is text. The loader and the dumper here both know YAML 1.2's floats,
-so that a dumped value is read back with the same type.
+PyYAML implements YAML 1.1, where `010` is 8, `1:30` is 90, `no` is false, `2024-07-26` is a date and `3e-4` is text.
+The loader here reads plain scalars as YAML 1.2's core schema does: `010` is 10, `3e-4` is a number, and the others are
+text. Digits may also be grouped by threes, as in `1_000`. The dumper quotes every text that either version reads
+otherwise.
 """
 
 import re
@@ -11,24 +13,50 @@ import yaml
 
 from megatron_ds.errors import ConfigError
 
-_FLOAT_TAG = "tag:yaml.org,2002:float"
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-_EXPONENT_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_TAG = "tag:yaml.org,2002:"
+_MERGE_TAG = f"{_TAG}merge"
+_DIGITS = r"(?:[0-9]{1,3}(?:_[0-9]{3})+|[0-9]+)"
+_PLAIN: tuple[tuple[str, str, str], ...] = (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", rf"[-+]?(?:\.[0-9]+|{_DIGITS}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+)
+"""Tag, the plain scalars that have it, and their first characters; everything else is text."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 floats."""
+    """SafeLoader that reads plain scalars as `_PLAIN` says."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """Read `1_000`, `010` and `-7` as decimal, `0o17` as octal and `0x1f` as hexadecimal."""
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+    def construct_yaml_float(self, node: Any) -> float:
+        """Read a float; `.inf` and `.nan` have a dot in YAML and none in Python."""
+        text = self.construct_scalar(node).replace("_", "").lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which `_Loader` would read as a float, and never writes anchors."""
+    """SafeDumper that quotes text which `_Loader` or a reader of YAML 1.1 would not read as text; without anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Loader.add_implicit_resolver(_FLOAT_TAG, _EXPONENT_FLOAT, list("-+.0123456789"))
-_Dumper.add_implicit_resolver(_FLOAT_TAG, _EXPONENT_FLOAT, list("-+.0123456789"))
+for _tag, _pattern, _first in _PLAIN:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            _TAG + _tag, re.compile(rf"(?:{_pattern})\Z"), [*_first, *([""] if _tag == "null" else [])]
+        )
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_yaml_int)
+_Loader.add_constructor(f"{_TAG}float", _Loader.construct_yaml_float)
 
 
 def parse_yaml(text: str, place: str) -> Any:
@@ -39,7 +67,7 @@ def parse_yaml(text: str, place: str) -> Any:
         place: its name in errors, such as a file name.
 
     Raises:
-        ConfigError: not YAML, or a key is repeated in one mapping; with the line.
+        ConfigError: not YAML, a key is repeated in one mapping, or a number has a decimal comma; with the line.
     """
     try:
         loader = _Loader(text)
@@ -47,36 +75,63 @@ def parse_yaml(text: str, place: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _refuse_duplicates(node, place, set())
+            _check_mappings(node, place, set())
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{place}{line}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{place}{line}: not valid YAML: {_problem(error)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _refuse_duplicates(node: yaml.Node, place: str, visited: set[int]) -> None:
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or error.context or ""
+    return problem + ("; indent with spaces instead of tabs" if "'\\t'" in problem else "")
+
+
+def _check_mappings(node: yaml.Node, place: str, visited: set[int]) -> None:
+    """Refuse repeated keys and decimal commas in a node and all nodes below it."""
     if id(node) in visited:
         return
     visited.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for entry in node.value:
-            _refuse_duplicates(entry, place, visited)
-    if not isinstance(node, yaml.MappingNode):
-        return
+            _check_mappings(entry, place, visited)
+    if isinstance(node, yaml.MappingNode):
+        _refuse_duplicates(node, place)
+        _refuse_decimal_comma(node, place)
+        for _, value in node.value:
+            _check_mappings(value, place, visited)
+
+
+def _refuse_duplicates(node: yaml.MappingNode, place: str) -> None:
     first_lines: dict[str, int] = {}
-    for key, value in node.value:
+    for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG:
             line = key.start_mark.line + 1
             if key.value in first_lines:
                 first = first_lines[key.value]
                 raise ConfigError(f"{place} line {line}: key {key.value} was already given on line {first}; keep one")
             first_lines[key.value] = line
-        _refuse_duplicates(value, place, visited)
+
+
+def _refuse_decimal_comma(node: yaml.MappingNode, place: str) -> None:
+    """Refuse `{lr: 3,0e-4}`, which YAML reads as lr: 3 and a key `0e-4` without a value."""
+    for (key, value), (rest, nothing) in zip(node.value, node.value[1:]):
+        adjacent = node.flow_style and value.end_mark.index + 1 == rest.start_mark.index
+        if adjacent and _is_plain(value, "int") and _is_plain(rest, "int", "float") and _is_plain(nothing, "null"):
+            line = rest.start_mark.line + 1
+            raise ConfigError(
+                f"{place} line {line}: {key.value}: {value.value},{rest.value} has a decimal comma; "
+                f"write {value.value}.{rest.value}"
+            )
+
+
+def _is_plain(node: yaml.Node, *tags: str) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag in {_TAG + tag for tag in tags}
 
 
 def format_yaml(mapping: dict[str, Any]) -> str:

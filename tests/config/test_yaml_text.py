@@ -1,0 +1,106 @@
+"""Plain text of YAML means what its readers take it for, and what is written is read back as it was."""
+
+import random
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_ds.config.yaml_text import format_yaml, parse_yaml
+from megatron_ds.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("010", 10),  # YAML 1.1: 8
+        ("-08", -8),
+        ("+1", 1),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("1_000", 1000),
+        ("12_345_678", 12345678),
+        ("1_000.5", 1000.5),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("1e3", 1000.0),
+        ("1.0e3", 1000.0),
+        ("-3.E-4", -3e-4),
+        (".inf", float("inf")),
+        ("-.INF", float("-inf")),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("true", True),
+        ("FALSE", False),
+        *((word, word) for word in ("yes", "No", "ON", "off", "y", "n", "truE", "nULL")),  # YAML 1.1: booleans
+        *((word, word) for word in ("1:30", "3:50:00", "190:20:30.15", "1:2")),  # YAML 1.1: numbers of base 60
+        *((word, word) for word in ("2024-07-26", "2001-12-14t21:59:43.10-05:00")),  # YAML 1.1: dates
+        *(
+            (word, word)
+            for word in ("0b11", "2024_07", "1_0", "_1", "1__000", "0o8", "0x", "1e", ".", "1.2.3", "1,000")
+        ),
+        *((word, word) for word in ("inf", "nan", "=", "3,0e-4", "10%", "5k", "١٢")),
+    ],
+)
+def test_plain_scalars(text: str, expected: Any) -> None:
+    found = parse_yaml(text, "x")
+    assert found == expected and type(found) is type(expected)
+    assert parse_yaml(f"{{a: {text}}}" if "," not in text else f"a: {text}", "x") == {"a": expected}
+
+
+@pytest.mark.parametrize(
+    "text", ["010", "1:30", "no", "2024-07-26", "3e-4", "~", "true", "1_000", "0x10", "=", "<<", ""]
+)
+def test_quotes_make_text(text: str) -> None:
+    assert parse_yaml(f"'{text}'", "x") == text == parse_yaml(f'"{text}"', "x")
+
+
+def test_texts_are_written_so_that_every_reader_takes_them_for_text() -> None:
+    """Also a reader of YAML 1.1, for whom `no` is false."""
+    generator = random.Random(3)
+    letters = "0123456789_.:+-eExo~=<>n TtrueFfalsNyYIf,#&*!%@`'\"{}[]\n\t é|?"
+    texts = ["".join(generator.choices(letters, k=generator.randrange(8))) for _ in range(4000)]
+    texts += ["no", "on", "1:30", "010", "0o7", "2024-07-26", "<<", "=", "~", "1e3", "1_000", "0b1", "null", "٣"]
+    mapping = {"texts": texts, "keys": dict.fromkeys(texts, 1)}
+    written = format_yaml(mapping)
+    assert parse_yaml(written, "x") == mapping == yaml.safe_load(written)
+
+
+def test_numbers_are_written_so_that_they_stay() -> None:
+    generator = random.Random(4)
+    numbers: list[Any] = [generator.uniform(-1, 1) * 10.0 ** generator.randrange(-320, 300) for _ in range(500)]
+    numbers += [generator.randrange(-(10**20), 10**20) for _ in range(200)] + [
+        0,
+        0.0,
+        1.0,
+        1e22,
+        float("inf"),
+        True,
+        None,
+    ]
+    found = parse_yaml(format_yaml({"numbers": numbers}), "x")["numbers"]
+    assert found == numbers and [type(one) for one in found] == [type(one) for one in numbers]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: {lr: 3,0e-4, c: 2}", "x line 2: lr: 3,0e-4 has a decimal comma; write 3.0e-4"),
+        ("{lr: 0,5}", "x line 1: lr: 0,5 has a decimal comma; write 0.5"),
+        ("a: 1\n\tb: 2", "found character '\\t' that cannot start any token; indent with spaces instead of tabs"),
+        ("a:\n\tb: 2", "found character '\\t' that cannot start any token; indent with spaces instead of tabs"),
+        ("? [a]\n: 1", "x line 1: not valid YAML: found unhashable key"),
+        ("a: " + "[" * 5000, "x: not valid YAML: maximum recursion depth exceeded"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_yaml(text, "x")
+    assert message in str(refused.value)
+
+
+def test_a_comma_with_a_space_is_none_of_a_number() -> None:
+    assert parse_yaml("{a: 3, 0: x, 4: y}", "x") == {"a": 3, 0: "x", 4: "y"}
+    assert parse_yaml("{a: 3,4: x}", "x") == {"a": 3, 4: "x"}
+    assert parse_yaml("[0,9, 0,95]", "x") == [0, 9, 0, 95]
