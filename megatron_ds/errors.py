@@ -58,8 +58,9 @@ def show(value: Any) -> str:
 
 
 def nearest_names(name: str, legal: Iterable[str]) -> list[str]:
-    """Return up to three legal names that look like `name`, the closest first."""
-    return difflib.get_close_matches(name, list(legal), n=3, cutoff=0.6)
+    """Return up to three other legal names that look like `name`, the closest first."""
+    others = [one for one in legal if one != name]
+    return difflib.get_close_matches(name, others, n=3, cutoff=0.6)
 
 
 def suggest(name: str, legal: Iterable[str], prefix: str = "") -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from megatron_ds.config.schema_base import Count, CountOrZero, NonNegative, Section, Text
+from megatron_ds.config.schema_base import Count, CountOrZero, NonNegative, PathText, Section, Text
 from megatron_ds.errors import ConfigError, show
 
 DEFAULT_DATE = "2024-07-26"
@@ -45,7 +45,7 @@ class DataSource(Section):
     field that holds the text, the messages or the token ids. `weight`: the relative weight in a blend.
     """
 
-    path: Text
+    path: PathText
     name: Text | None = None
     split: Text | None = None
     column: Text | None = None
@@ -87,7 +87,7 @@ class DataSection(Section):
     seq_length: Count = 512
     bos: Annotated[Literal["auto"] | bool, BeforeValidator(_begin)] = "auto"
     shuffle: bool = True
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
     whole_words: bool = False
     mean_span: Annotated[float, Field(ge=1)] = 3.0

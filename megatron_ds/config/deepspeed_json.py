@@ -25,6 +25,7 @@ from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, show, suggest
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
+DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
 CPU_BUCKET_ELEMENTS = 5_000_000  # a bucket whose memory the process keeps from step to step
 _NEVER_PRINT_STEPS = 10**9  # DeepSpeed's own step reports are replaced by metrics.jsonl
 
@@ -126,12 +127,20 @@ def _check_section(mapping: Mapping[str, Any], section: str, legal: tuple[str, .
     if block is None:
         return
     if not isinstance(block, dict):
-        raise ConfigError(f"{place.state(section, block)} is not a mapping; write {{...}} or remove it")
+        raise ConfigError(f"{place.state(section, block)} is not a mapping; {_as_mapping(section, block)}")
     for key in block:
         if key not in legal and f"{section}.{key}" not in REMOVED_KEYS:
             raise ConfigError(
                 f"{place.name(f'{section}.{key}')}: unknown DeepSpeed key; {suggest(str(key), legal, f'{section}.')}"
             )
+
+
+def _as_mapping(section: str, value: Any) -> str:
+    """Return the way out for a value in the place of a section: its main key, if it has one that takes the value."""
+    key = {bool: "enabled", int: "stage", str: "device"}.get(type(value))
+    if key in SECTION_KEYS[section]:
+        return f"write {{{json.dumps(key)}: {json.dumps(value)}}}"
+    return "write {...} or remove it"
 
 
 def summarize_deepspeed(mapping: Mapping[str, Any]) -> DeepSpeedSummary:
@@ -151,7 +160,7 @@ def _facts(mapping: Mapping[str, Any], place: Place) -> DeepSpeedSummary:
         raise ConfigError(f"{place.name(f'{bf16_name}.enabled and fp16.enabled')} are both true; keep one")
     stage = _get(mapping, "zero_optimization.stage")
     if stage is None:
-        stage = 0 if mapping else 1
+        stage = 0 if mapping else DEFAULT_STAGE
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{place.state('zero_optimization.stage', stage)} is not one of 0, 1, 2, 3")
     return DeepSpeedSummary(
@@ -198,7 +207,7 @@ def fill_deepspeed(
     check_deepspeed_keys(mapping, place)
     filled = copy.deepcopy(dict(mapping))
     if not filled:
-        filled["zero_optimization"] = {"stage": 1}
+        filled["zero_optimization"] = {"stage": DEFAULT_STAGE}
     _fill_from_config(filled, config, data_size, place)
     check_optimizer_block(filled, config, place)
     check_scheduler_block(filled, config, place)

@@ -16,7 +16,7 @@ from megatron_ds.config.run_config import (
     kernel_choice,
     path_or_mapping,
 )
-from megatron_ds.config.schema_base import Count, Section, integral_float_to_int
+from megatron_ds.config.schema_base import Count, PathOrMapping, Section, integral_float_to_int
 
 
 class EngineConfig(Section):
@@ -34,7 +34,7 @@ class EngineConfig(Section):
     """
 
     parallel: ParallelSection = ParallelSection()
-    deepspeed: Annotated[str | dict[str, Any], BeforeValidator(path_or_mapping)] = {}
+    deepspeed: Annotated[PathOrMapping, BeforeValidator(path_or_mapping)] = {}
     optimizer: OptimizerSection | None = OptimizerSection()
     schedule: ScheduleSection | None = None
     steps: Count | None = None

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from megatron_ds.config.deepspeed_json import load_deepspeed, read_deepspeed_file
+from megatron_ds.config.deepspeed_json import DEFAULT_STAGE, load_deepspeed, read_deepspeed_file
 from megatron_ds.config.error_messages import explain
 from megatron_ds.config.run_config import RunConfig
 from megatron_ds.config.schema_base import Section
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError, show
+from megatron_ds.paths import expand_path
 from megatron_ds.plugins import import_modules, load_entry_points
 
 S = TypeVar("S", bound=Section)
@@ -119,12 +120,13 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f"override {show(override)} is not key.sub=value, for example train.steps=100")
     value = parse_yaml(text, f"override {key}")
+    _refuse_index(key)
     node = mapping
     for depth, part in enumerate(parts[:-1], start=1):
         place = ".".join(parts[:depth])
         inner = node.get(part)
-        if place == "deepspeed" and isinstance(inner, str):
-            inner = read_deepspeed_file(inner)
+        if place == "deepspeed":
+            inner = _deepspeed_mapping(inner)
         if inner is None:
             inner = {}
         if isinstance(inner, list):
@@ -134,3 +136,24 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
         node[part] = inner
         node = inner
     node[parts[-1]] = value
+
+
+def _refuse_index(key: str) -> None:
+    """Refuse `data.train[0]`, which names an element of a list."""
+    name, bracket, _ = key.partition("[")
+    if bracket:
+        raise ConfigError(f"override {key}: {name} is a list; give the complete list, {name}=[...]")
+
+
+def _deepspeed_mapping(given: Any) -> Any:
+    """Return the DeepSpeed mapping that an override changes: of a file, or the default one, whose stage stays."""
+    if not given:
+        return {"zero_optimization": {"stage": DEFAULT_STAGE}}
+    if not isinstance(given, str):
+        return given
+    try:
+        return read_deepspeed_file(expand_path(given))
+    except ConfigError as problem:
+        raise (
+            problem if str(problem).startswith("deepspeed=") else ConfigError(f"deepspeed={given} {problem}")
+        ) from None

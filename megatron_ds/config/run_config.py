@@ -17,6 +17,8 @@ from megatron_ds.config.schema_base import (
     NamedEntries,
     NamedEntry,
     NonNegative,
+    PathOrMapping,
+    PathText,
     Section,
     Text,
     integral_float_to_int,
@@ -31,8 +33,11 @@ def _betas_pair(value: Any) -> Any:
 
 
 def _resume_source(value: Any) -> Any:
-    if not isinstance(value, str):
-        raise ConfigError(f"checkpoint.resume={show(value)} is neither auto, never nor the path of a checkpoint")
+    if not isinstance(value, str) or value in ("no", "off"):
+        fix = "auto" if value is True else "never"
+        raise ConfigError(
+            f"checkpoint.resume={show(value)} is neither auto, never nor the path of a checkpoint; nearest: {fix}"
+        )
     return value
 
 
@@ -74,10 +79,10 @@ def _seconds(value: Any) -> Any:
 class ModelSection(Section):
     """The model: a directory (`path`), or Hugging Face config fields (`config`, random weights)."""
 
-    path: Text | None = None
+    path: PathText | None = None
     config: dict[str, Any] | None = None
     init: Literal["pretrained", "random"] = "pretrained"
-    tokenizer: Text | None = None
+    tokenizer: PathText | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -198,7 +203,7 @@ class CheckpointSection(Section):
 
     every: CountOrZero = 0
     keep: Count = 3
-    resume: Annotated[Text, BeforeValidator(_resume_source)] = "auto"
+    resume: Annotated[PathText, BeforeValidator(_resume_source)] = "auto"
     asynchronous: bool = True
 
 
@@ -212,7 +217,7 @@ class ExportSection(Section):
     the path.
     """
 
-    path: Text
+    path: PathText
     overwrite: bool = False
     check: bool = False
     merge: bool = False
@@ -229,15 +234,15 @@ class RunConfig(Section):
 
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
-    peft: Annotated[str | dict[str, Any] | None, BeforeValidator(_peft)] = None
-    deepspeed: Annotated[str | dict[str, Any], BeforeValidator(path_or_mapping)] = {}
+    peft: Annotated[PathOrMapping | None, BeforeValidator(_peft)] = None
+    deepspeed: Annotated[PathOrMapping, BeforeValidator(path_or_mapping)] = {}
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection | None = None
-    output: Text
+    output: PathText
     monitor: NamedEntries = []
     callbacks: NamedEntries = []
     imports: list[Text] = []

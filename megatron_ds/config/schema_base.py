@@ -2,7 +2,11 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.paths import expand_path
 
 
 def integral_float_to_int(value: Any) -> Any:
@@ -10,11 +14,24 @@ def integral_float_to_int(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def expand_text(value: Any) -> Any:
+    """Return the path that a text stands for, and any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return expand_path(value)
+    except ConfigError as problem:
+        raise PydanticCustomError("path", "{rule}", {"rule": str(problem)}) from None
+
+
 Count = Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_text)]
+"""A path; `~` and environment variables are replaced when it is read."""
+PathOrMapping = Annotated[str | dict[str, Any], AfterValidator(expand_text)]
 
 
 class Section(BaseModel):

@@ -274,7 +274,7 @@ def test_optimizer_values_without_counterpart(make_run, ds_file):
             "zero_optimization.offload_optimizer.devise (ds): unknown DeepSpeed key; "
             "did you mean zero_optimization.offload_optimizer.device?",
         ),
-        ({"bf16": True}, "bf16=true (ds) is not a mapping; write {...} or remove it"),
+        ({"bf16": True}, 'bf16=true (ds) is not a mapping; write {"enabled": true}'),
         ({"amp": {"enabled": True}}, "amp (ds): DeepSpeed 0.19 has removed this; use bf16 or fp16"),
         (
             {"zero_optimization": {"mics_shard_size": 4}},

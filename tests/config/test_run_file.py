@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from megatron_ds.config import build_run, dump_run, load_deepspeed, load_run
+from megatron_ds.config import (
+    DataSection,
+    RunConfig,
+    build_run,
+    build_section,
+    dump_run,
+    load_deepspeed,
+    load_run,
+    summarize_deepspeed,
+)
 from megatron_ds.errors import ConfigError
 
 DOCUMENTED = """\
@@ -290,3 +299,79 @@ def test_build_run_leaves_its_argument_alone():
 def test_default_mappings_are_not_shared(run_file):
     load_run(run_file()).deepspeed["bf16"] = {}
     assert load_run(run_file()).deepspeed == {}
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+PATHS = {
+    "model.path": lambda run: run.model.path,
+    "model.tokenizer": lambda run: run.model.tokenizer,
+    "peft": lambda run: run.peft,
+    "deepspeed": lambda run: run.deepspeed,
+    "data.cache_dir": lambda run: run.data.cache_dir,
+    "data.train": lambda run: run.data.train[0].path,
+    "data.valid": lambda run: run.data.valid[0].path,
+    "checkpoint.resume": lambda run: run.checkpoint.resume,
+    "export.path": lambda run: run.export.path,
+    "output": lambda run: run.output,
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_and_variables_are_replaced_in_every_path(run_file, key, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PLACE", str(tmp_path / "big disk"))
+    for text, expected in (
+        ("~/a", tmp_path / "home/a"),
+        ("$HOME/a", tmp_path / "home/a"),
+        ("${PLACE}/b/$PLACE_", None),
+        ("${PLACE}/b", tmp_path / "big disk/b"),
+        ("a/~/$", "a/~/$"),
+        ("~root/a", "/root/a"),
+    ):
+        if expected is None:
+            assert refusal(run_file(), f"{key}={text}").endswith(
+                f"={text} uses the environment variable PLACE_, which is not set; set it, or write the path out"
+            )
+            continue
+        assert PATHS[key](load_run(run_file(), [f"{key}={text}"])) == str(expected)
+    assert refusal(run_file(), f"{key}=~nobody_here/x").endswith(
+        "=~nobody_here/x begins with ~nobody_here, and there is no user nobody_here; write the path out, or "
+        "./~nobody_here if that is its name"
+    )
+
+
+def test_every_path_of_the_schema_is_tested():
+    """A field whose name says that it is a path is one of `PATHS`, under some name."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    named = {f"{name}.{key}" for name, kind in sections.items() for key in getattr(kind, "model_fields", {})}
+    assert {key for key in named if key.endswith(("path", "_dir", "tokenizer"))} <= PATHS.keys()
+
+
+def test_the_written_file_has_the_replaced_paths(run_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    overrides = ["output=~/run", "data.train=[{path: ~/a, weight: 1}]", "deepspeed=~/ds.json"]
+    text = dump_run(load_run(run_file(), overrides))
+    assert "~" not in text and f"{tmp_path}/run" in text
+    assert load_run(run_file(), [*overrides, "deepspeed.zero_optimization.stage=3"]).deepspeed == {
+        "zero_optimization": {"stage": 3}
+    }
+    assert refusal(run_file(), "deepspeed=$NOT_SET/ds.json", "deepspeed.bf16.enabled=true") == (
+        "deepspeed=$NOT_SET/ds.json uses the environment variable NOT_SET, which is not set; set it, or write the path "
+        "out"
+    )
+    with pytest.raises(ConfigError, match=r"data.cache_dir=\$NOT_SET uses the environment variable NOT_SET"):
+        build_section(DataSection, {"train": "a", "cache_dir": "$NOT_SET"}, "data")
+
+
+# ---- overrides of a DeepSpeed JSON that is not there -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [[], ["deepspeed={}"], ["deepspeed="]])
+def test_one_key_of_an_absent_deepspeed_json_keeps_the_default_stage(run_file, overrides):
+    run = load_run(run_file(), [*overrides, "deepspeed.zero_optimization.overlap_comm=true"])
+    assert run.deepspeed == {"zero_optimization": {"stage": 1, "overlap_comm": True}}
+    run = load_run(run_file(), [*overrides, "deepspeed.bf16.enabled=true", "deepspeed.zero_optimization.stage=2"])
+    assert run.deepspeed == {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    assert summarize_deepspeed(load_run(run_file(), ["deepspeed.bf16.enabled=true"]).deepspeed).zero_stage == 1

@@ -2,13 +2,14 @@
 
 import pytest
 
-from megatron_ds.config import load_run
+from megatron_ds.config import TrainSection, load_run
 from megatron_ds.errors import ConfigError
 
 TOP = (
     "callbacks, checkpoint, data, deepspeed, export, imports, model, monitor, optimizer, output, parallel, peft, "
     "schedule, train"
 )
+TRAIN = ", ".join(sorted(TrainSection.model_fields))
 LLAMA = "model={config: {model_type: llama}"
 
 REFUSALS = [
@@ -16,8 +17,24 @@ REFUSALS = [
     ("trian={}", "trian: unknown key; did you mean train?"),
     ("foo.bar=1", f"foo: unknown key; legal here: {TOP}"),
     ("1=2", f"1: unknown key; legal here: {TOP}"),
-    ("steps=3", "steps: unknown key; did you mean train.steps or train.profile.steps?"),
+    ("steps=3", "steps: unknown key; did you mean train.steps?"),
+    ("steps=[3, 4]", "steps: unknown key; did you mean train.profile.steps?"),
     ("train.lr=3", "train.lr: unknown key; did you mean optimizer.lr?"),
+    ("lr=3", "lr: unknown key; did you mean optimizer.lr?"),
+    ("lr=fast", f"lr: unknown key; legal here: {TOP}"),  # no place takes it
+    ("path=x", "path: unknown key; did you mean model.path or export.path?"),
+    ("tokenizer=x", "tokenizer: unknown key; did you mean model.tokenizer?"),  # and not optimizer
+    ("train.tokenizer=x", "train.tokenizer: unknown key; did you mean model.tokenizer?"),
+    ("train.path=x", f"train.path: unknown key; legal here: {TRAIN}"),
+    ("train.name=x", f"train.name: unknown key; legal here: {TRAIN}"),
+    ("data.train=[{path: x, lr: 1}]", "data.train[0].lr: unknown key; legal here: column, name, path, split, weight"),
+    ("learning_rate=1e-4", "learning_rate: unknown key; did you mean optimizer.lr?"),
+    ("train.save_steps=10", "train.save_steps: unknown key; did you mean checkpoint.every?"),
+    ("train.save_steps=x", f"train.save_steps: unknown key; legal here: {TRAIN}"),
+    ("bf16=true", "bf16: unknown key; did you mean deepspeed.bf16.enabled?"),
+    ("nproc=2", "nproc: unknown key; did you mean --nproc?"),
+    ("trian={steps: 3}", "trian: unknown key; did you mean train?"),
+    ("trian=3", f"trian: unknown key; legal here: {TOP}"),
     (
         "parallel.qqqq=1",
         "parallel.qqqq: unknown key; legal here: pipeline, sequence, shared_memory, tensor",
@@ -26,17 +43,59 @@ REFUSALS = [
     ("data.train=[{path: a, wieght: 1}]", "data.train[0].wieght: unknown key; did you mean data.train[0].weight?"),
     # types
     ("train.steps=abc", "train.steps=abc is not an integer"),
-    ("train.steps=1.5", "train.steps=1.5 is not an integer"),
+    ("train.steps=1.5", "train.steps=1.5 is not an integer; nearest: 1 or 2"),
+    ("train.steps=[5]", "train.steps=[5] is a list, not an integer"),
+    ("train.steps={a: 5}", 'train.steps={"a": 5} is a mapping, not an integer'),
+    ("train.steps=.inf", "train.steps=inf is not an integer"),
+    ("train.steps=1,000", "train.steps=1,000 is not an integer; write 1000"),
+    ("train.steps=12,345,678", "train.steps=12,345,678 is not an integer; write 12345678"),
+    ("train.steps=1,5", "train.steps=1,5 is not an integer"),
+    ("train.steps=5k", "train.steps=5k is not an integer; write 5000"),
+    ("train.steps=1:30", "train.steps=1:30 is not an integer"),
+    ("train.steps=2_0", "train.steps=2_0 is not an integer"),
     ("train.steps=true", "train.steps=true is not an integer"),
     ("train.steps='5'", "train.steps=5 is text, not an integer; remove the quotes"),
-    ("train.steps=", "train.steps=null is not an integer"),
+    ("train.steps='1e3'", "train.steps=1e3 is text, not an integer; remove the quotes"),
+    ("train.steps='0x10'", "train.steps=0x10 is text, not an integer; remove the quotes"),
+    ("train.steps=", "train.steps is empty; give it an integer, for example train: {steps: 1000}"),
+    ("train.steps=null", "train.steps is empty; give it an integer, for example train: {steps: 1000}"),
+    ("train.seed=~", "train.seed is empty; give it an integer, or remove the key"),
+    ("data.shuffle=", "data.shuffle is empty; give it true or false, or remove the key"),
+    ("data.format=", "data.format is empty; give it a text, or remove the key"),
+    ("train.recompute=null", "train.recompute is empty; give it a value, or remove the key"),
+    ("train.freeze=null", "train.freeze is empty; give it a list, or remove the key"),
     ("optimizer.lr=fast", "optimizer.lr=fast is not a number"),
+    ("optimizer.lr='3e-4'", "optimizer.lr=3e-4 is text, not a number; remove the quotes"),
+    ("optimizer.lr='.5'", "optimizer.lr=.5 is text, not a number; remove the quotes"),
+    ("optimizer.lr='-1'", "optimizer.lr=-1 is text, not a number; remove the quotes"),
+    ("optimizer.lr='1_000'", "optimizer.lr=1_000 is text, not a number; remove the quotes"),
+    ("optimizer.lr=3,0e-4", "optimizer.lr=3,0e-4 is not a number; write 3.0e-4, with a decimal point"),
+    ("optimizer.lr=0,001", "optimizer.lr=0,001 is not a number; write 0.001, with a decimal point"),
+    (
+        "optimizer={lr: 3,0e-4}",
+        "override optimizer line 1: lr: 3,0e-4 has a decimal comma; write 3.0e-4",
+    ),
+    ("optimizer={0: 1}", "optimizer has the key 0, which is not a name; write key: value"),
+    ("optimizer={true: 1}", "optimizer has the key true, which is not a name; write key: value"),
     ("optimizer.lr=.inf", "optimizer.lr=inf is not finite"),
     ("optimizer.lr=.nan", "optimizer.lr=nan is not finite"),
-    ("parallel.sequence=1", "parallel.sequence=1 is not true or false"),
-    ("output=2024-01-01", "output=2024-01-01 is not text; put it in quotes"),
+    ("parallel.sequence=1", "parallel.sequence=1 is not true or false; nearest: true"),
+    ("parallel.sequence=0", "parallel.sequence=0 is not true or false; nearest: false"),
+    ("parallel.sequence=yes", "parallel.sequence=yes is not true or false; nearest: true"),
+    ("data.shuffle=no", "data.shuffle=no is not true or false; nearest: false"),
+    ("data.shuffle=Off", "data.shuffle=Off is not true or false; nearest: false"),
+    ("data.shuffle='true'", "data.shuffle=true is text, not true or false; remove the quotes"),
+    ("data.shuffle=tRUE", "data.shuffle=tRUE is text, not true or false; write true"),
+    ("output=007", "output=7 is not text; put it in quotes"),
     ("output=[a]", 'output=["a"] is not text'),
     ("train=5", "train=5 is not a mapping; write {key: value}"),
+    (
+        "train=[{steps: 5}]",
+        'train=[{"steps": 5}] is a list, not a mapping; remove the dashes or brackets around its keys',
+    ),
+    ("model=hf_dir", "model=hf_dir is not a mapping; write model: {path: hf_dir}"),
+    ("export=out/hf", "export=out/hf is not a mapping; write export: {path: out/hf}"),
+    ("optimizer=adamw", "optimizer=adamw is not a mapping; write optimizer: {name: adamw}"),
     ("model.config=5", "model.config=5 is not a mapping; write {key: value}"),
     ("data.train=[3]", "data.train[0].path=3 is not text; put it in quotes"),
     ("deepspeed=3", "deepspeed=3 is neither the path of a DeepSpeed JSON nor a mapping"),
@@ -56,7 +115,14 @@ REFUSALS = [
     ('imports=[""]', 'imports[0]="" is empty'),
     ("train.kernels=3", "train.kernels=3 is neither auto, torch nor a mapping, such as {attention: torch}"),
     ("train.recompute=all", "train.recompute=all is not one of none, selective, full"),
-    ("checkpoint.resume=no", "checkpoint.resume=false is neither auto, never nor the path of a checkpoint"),
+    (
+        "checkpoint.resume=no",
+        "checkpoint.resume=no is neither auto, never nor the path of a checkpoint; nearest: never",
+    ),
+    (
+        "checkpoint.resume=true",
+        "checkpoint.resume=true is neither auto, never nor the path of a checkpoint; nearest: auto",
+    ),
     (
         "export={path: x, dtype: fp16}",
         "export.dtype=fp16 is not one of float32, bfloat16, float16",
@@ -75,8 +141,8 @@ REFUSALS = [
     ("data.seq_length=0", "data.seq_length=0 must be at least 1; nearest: 1"),
     ("data.mask_rate=0.0", "data.mask_rate=0.0 must be more than 0.0"),
     ("data.mask_rate=1.0", "data.mask_rate=1.0 must be less than 1.0"),
-    ("data.mask_rate=15 %", "data.mask_rate=15 % is not a number"),
-    ("data.whole_words=1", "data.whole_words=1 is not true or false"),
+    ("data.mask_rate=15 %", "data.mask_rate=15 % is not a number; write 0.15"),
+    ("data.whole_words=1", "data.whole_words=1 is not true or false; nearest: true"),
     ("data.mean_span=0.5", "data.mean_span=0.5 must be at least 1.0; nearest: 1.0"),
     ("data.target_length=0", "data.target_length=0 must be at least 1; nearest: 1"),
     ("optimizer.lr=-1.0", "optimizer.lr=-1.0 must be at least 0.0; nearest: 0.0"),
@@ -170,6 +236,14 @@ ACCEPTED = [
     ("train.max_time='03:50:00'", lambda run: run.train.max_time == 13800.0),
     ("train.max_time='1-02:30'", lambda run: run.train.max_time == 95400.0),
     ("train.max_time='10:30'", lambda run: run.train.max_time == 630.0),
+    ("train.max_time=3:50:00", lambda run: run.train.max_time == 13800.0),
+    ("train.max_time=1:30", lambda run: run.train.max_time == 90.0),
+    ("train.steps=010", lambda run: run.train.steps == 10),
+    ("train.steps=0o10", lambda run: run.train.steps == 8),
+    ("train.steps=1_000", lambda run: run.train.steps == 1000),
+    ("output=2024-07-26", lambda run: run.output == "2024-07-26"),
+    ("data.train=no", lambda run: run.data.train[0].path == "no"),
+    ("optimizer.lr=.5", lambda run: run.optimizer.lr == 0.5),
 ]
 
 

@@ -8,8 +8,8 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_ds.config.error_messages import _models_in
 from megatron_ds.config.run_config import RunConfig
+from megatron_ds.config.unknown_keys import _models_in
 
 ROOT = Path(__file__).parents[2]
 

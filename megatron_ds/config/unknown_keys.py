@@ -1,0 +1,120 @@
+"""Unknown keys of the run file, and the keys that were meant: only such as take the value that was given."""
+
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from megatron_ds.errors import ConfigError, nearest_names
+
+# Names that other trainers have for our keys.
+FOREIGN_NAMES: Mapping[str, str] = {
+    "batch_size": "train.global_batch_size",
+    "bf16": "deepspeed.bf16.enabled",
+    "epochs": "train.epochs",
+    "eval_steps": "train.eval_every",
+    "fp16": "deepspeed.fp16.enabled",
+    "learning_rate": "optimizer.lr",
+    "logging_steps": "train.log_every",
+    "lr_scheduler_type": "schedule.name",
+    "max_grad_norm": "optimizer.grad_clip",
+    "max_length": "data.seq_length",
+    "max_seq_length": "data.seq_length",
+    "max_steps": "train.steps",
+    "model_name_or_path": "model.path",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "pipeline_parallel": "parallel.pipeline",
+    "save_steps": "checkpoint.every",
+    "tensor_parallel": "parallel.tensor",
+    "train_batch_size": "train.global_batch_size",
+    "zero_stage": "deepspeed.zero_optimization.stage",
+}
+_OPTIONS = {"nproc": "--nproc", "max_restarts": "--max-restarts", "min_nproc": "--min-nproc"}
+
+
+def explain_unknown_key(loc: tuple[int | str, ...], value: Any, model: type[BaseModel]) -> str:
+    """Return the line for a key that a section does not have.
+
+    Another section's key is offered only for a key at the top, or if it is the only one of its name.
+    """
+    prefix, name = dotted(loc[:-1]), str(loc[-1])
+    section = next((one for one in _sections(model) if one.name == _without_index(loc[:-1])), None)
+    fields = section.fields if section is not None else {}
+    start = f"{dotted(loc)}: unknown key"
+    if not prefix and name in _OPTIONS:
+        return f"{start}; did you mean {_OPTIONS[name]}?"
+    homes = _homes(name, value, model) if not any(isinstance(part, int) for part in loc) else []
+    near = [key for key in nearest_names(name, fields) if fits(fields[key], value)]
+    if homes and (not prefix or len(homes) == 1):
+        return f"{start}; did you mean {' or '.join(homes)}?"
+    if near:
+        return f"{start}; did you mean {' or '.join(f'{prefix}.{key}' if prefix else key for key in near)}?"
+    return f"{start}; legal here: {', '.join(sorted(fields))}"
+
+
+def dotted(loc: tuple[int | str, ...]) -> str:
+    """Return `data.train[0].path` for a location."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else part)
+    return text
+
+
+def fits(field: FieldInfo, value: Any) -> bool:
+    """Return whether a field takes a value; a section takes every mapping."""
+    if _models_in(field.annotation):
+        return isinstance(value, dict) or (_is_list(field.annotation) and isinstance(value, str | list))
+    kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+    except (ValidationError, ConfigError):
+        return False
+    return True
+
+
+class _Section(NamedTuple):
+    name: str
+    fields: dict[str, FieldInfo]
+    in_list: bool
+
+
+def _sections(model: type[BaseModel], name: str = "", in_list: bool = False) -> Iterator[_Section]:
+    yield _Section(name, model.model_fields, in_list)
+    for key, field in model.model_fields.items():
+        for inner in _models_in(field.annotation):
+            yield from _sections(inner, f"{name}.{key}" if name else key, in_list or _is_list(field.annotation))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, list):
+        return [model for arg in get_args(annotation) for model in _models_in(arg)]
+    return []
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list
+
+
+def _homes(name: str, value: Any, model: type[BaseModel]) -> list[str]:
+    """Return the keys of this name in other sections, or under our name, that take the value."""
+    found = [
+        f"{section.name}.{name}"
+        for section in _sections(model)
+        if section.name and not section.in_list and name in section.fields and fits(section.fields[name], value)
+    ]
+    section_name, _, key = FOREIGN_NAMES.get(name, "").partition(".")
+    field = model.model_fields.get(section_name)
+    if field is None:
+        return found
+    inner = next(iter(_models_in(field.annotation)), None)
+    is_known = inner is None or (key in inner.model_fields and fits(inner.model_fields[key], value))
+    return [*found, f"{section_name}.{key}"] if is_known and f"{section_name}.{key}" not in found else found
+
+
+def _without_index(loc: tuple[int | str, ...]) -> str:
+    return ".".join(part for part in loc if isinstance(part, str))

@@ -1,0 +1,29 @@
+"""Paths as users write them: `~`, `~user`, `$NAME` and `${NAME}` are replaced, as in a shell."""
+
+import os
+import re
+
+from megatron_ds.errors import ConfigError
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def expand_path(path: str) -> str:
+    """Return a path with its home directory and its environment variables replaced.
+
+    Raises:
+        ConfigError: a variable is not set, or there is no such user; the message does not name the field.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise ConfigError(f"uses the environment variable {name}, which is not set; set it, or write the path out")
+        return os.environ[name]
+
+    expanded = os.path.expanduser(_VARIABLE.sub(value, path))
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        who = "HOME is not set" if user == "~" else f"there is no user {user[1:]}"
+        raise ConfigError(f"begins with {user}, and {who}; write the path out, or ./{user} if that is its name")
+    return expanded
