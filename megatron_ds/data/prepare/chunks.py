@@ -166,12 +166,11 @@ class Reader:
             case ".jsonl":
                 yield from self._json_lines(chunk)
             case ".parquet":
-                yield from self._values(self._row_group(chunk), chunk)
+                yield from self._row_group(chunk)
             case "table":
                 table = self._table_of(chunk.source)
-                names = table.column_names
-                values = table[chunk.start : chunk.stop][self._column] if self._column in names else None
-                yield from self._values((names, values), chunk)
+                name = self._column_of(table.column_names, chunk)
+                yield from self._values(name, table.select_columns([name])[chunk.start : chunk.stop][name])
             case "rows":
                 yield from self._rows(chunk)
 
@@ -200,12 +199,16 @@ class Reader:
             return ChunkDocument(None, line, f"holds a JSON {type(value).__name__}, not an object")
         return self._checked(value, line)
 
-    def _values(self, given: tuple[list[str], list[Any] | None], chunk: Chunk) -> Iterator[ChunkDocument]:
-        names, values = given
-        if values is None:
-            raise DataError(f"data: {chunk.path}: no column {self._column!r}, only {_some(names)}; give --column")
+    def _column_of(self, names: Sequence[str], chunk: Chunk) -> str:
+        """Return the column of a table that holds the text, or objects with it."""
+        for name in (self._column, self._column.partition(".")[0]):
+            if name in names:
+                return name
+        raise DataError(f"data: {chunk.path}: no column {self._column!r}, only {_some(names)}; give --column")
+
+    def _values(self, name: str, values: Sequence[Any]) -> Iterator[ChunkDocument]:
         for line, value in enumerate(values):
-            yield _checked(value, line, self._column, names)
+            yield self._checked({name: value}, line)
         yield ChunkDocument(None, len(values))
 
     def _rows(self, chunk: Chunk) -> Iterator[ChunkDocument]:
@@ -225,14 +228,14 @@ class Reader:
         self._file = chunk.file, chunk.stop, rows
         yield ChunkDocument(None, chunk.stop - chunk.start)
 
-    def _row_group(self, chunk: Chunk) -> tuple[list[str], list[Any] | None]:
+    def _row_group(self, chunk: Chunk) -> Iterator[ChunkDocument]:
         import pyarrow.parquet
 
-        file = pyarrow.parquet.ParquetFile(chunk.path)
-        names = file.schema_arrow.names
-        if self._column not in names:
-            return names, None
-        return names, file.read_row_group(chunk.start, columns=[self._column]).column(0).to_pylist()
+        with naming_damage(Path(chunk.path), "parquet"):
+            file = pyarrow.parquet.ParquetFile(chunk.path)
+            name = self._column_of(file.schema_arrow.names, chunk)
+            values = file.read_row_group(chunk.start, columns=[name]).column(0).to_pylist()
+        yield from self._values(name, values)
 
     def _checked(self, columns: Mapping[str, Any], line: int | str) -> ChunkDocument:
         found, value = find_field(columns, self._column)

@@ -41,10 +41,17 @@ Parsed = TypeVar("Parsed")
 
 
 class Located(NamedTuple):
-    """The fields of an example under our names, and its place (file and line, or row), for errors."""
+    """An example.
+
+    Attributes:
+        columns: its fields, under our names.
+        where: its place (file and line, or row), for errors.
+        names: of its fields in the data, for errors.
+    """
 
     columns: Mapping[str, Any]
     where: str
+    names: Collection[str] = ()
 
 
 class ExampleFile(Protocol):
@@ -149,13 +156,13 @@ def locate(row: Row, source: Source, part: Part) -> Located:
     Raises:
         DataError: the row holds no fields.
     """
-    columns = row.load()
+    given = columns = row.load()
     if isinstance(part, DataFile) and part.content == "text":
-        return Located(columns, row.where)
-    columns = source.rename(columns)
+        return Located(columns, row.where, columns.keys())
+    columns = source.rename(given)
     if isinstance(part, DataFile) and part.content == "csv":
         columns = {name: _structure(value) if name in _STRUCTURES else value for name, value in columns.items()}
-    return Located(columns, row.where)
+    return Located(columns, row.where, given.keys())
 
 
 def _text_fields(raw: bytes, path: Path) -> Mapping[str, str]:

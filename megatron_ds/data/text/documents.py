@@ -1,8 +1,7 @@
 """Documents of `data.format: text`, in order: text files, and the field `text` of rows of other files and tables."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.digests import file_sha256
@@ -60,7 +59,7 @@ class TextSource:
         return digest.hexdigest()
 
     def _text(self, located: Located) -> str:
-        return _require_text(located.columns, located.where, self._source)
+        return _require_text(located, self._source)
 
 
 def _kind(file: DataFile) -> str:
@@ -79,7 +78,8 @@ def _require_column(table: Table, source: Source) -> None:
         )
 
 
-def _require_text(columns: Mapping[str, Any], where: str, source: Source) -> str:
+def _require_text(located: Located, source: Source) -> str:
+    columns, where, names = located
     value, kind = columns.get(TEXT_COLUMN), "column" if ": row " in where else "field"
     name = source.names_of(TEXT_COLUMN)[0]
     if isinstance(value, str):
@@ -92,7 +92,7 @@ def _require_text(columns: Mapping[str, Any], where: str, source: Source) -> str
         return value
     if TEXT_COLUMN not in columns:
         raise DataError(
-            f"data: {where}: no {kind} {name!r}, only {', '.join(sorted(columns)) or 'an empty object'}; name the one "
+            f"data: {where}: no {kind} {name!r}, only {', '.join(sorted(names)) or 'an empty object'}; name the one "
             f"that holds the text in data.columns.{TEXT_COLUMN}"
         )
     raise DataError(f"data: {where}: {kind} {name!r} holds {type(value).__name__}; it must hold a string")

@@ -15,8 +15,9 @@ from megatron_ds.data.readers.concat_index import ConcatIndex
 from megatron_ds.data.readers.examples import ExampleFile, Located, open_examples
 from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.sources import find_source
-from megatron_ds.data.tokenized.validation import Example
+from megatron_ds.data.tokenized.validation import FIELDS, Example
 from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
 
 
 class ExampleKind(Protocol):
@@ -90,6 +91,8 @@ class TokenizedDataset:
             self.bad_rows.refuse_all(names)
             raise DataError(f"data: {names}: no examples; each line or row must hold one")
         self.bad_rows.log()
+        if census.ignored:
+            get_logger("data").info("columns that models do not read: %s", ", ".join(sorted(census.ignored)))
         self._kind = kind
         self._num_tokens, self._num_targets = census.num_tokens, census.num_targets
         self.seq_length = kind.seq_length
@@ -127,6 +130,7 @@ class _Census:
         self.num_tokens = self.num_targets = 0
         self.some_shorter = False
         self.given: set[str] = set()
+        self.ignored: set[str] = set()
         self.digest = hashlib.sha256()
 
     def add(self, located: Located) -> None:
@@ -136,6 +140,7 @@ class _Census:
         self.num_targets += self._kind.count_targets(example)
         self.some_shorter |= length < self._kind.seq_length
         self.given |= set(example)
+        self.ignored |= set(located.columns).difference(FIELDS)
         for name, array in example.items():
             self.digest.update(f"{name} {array.size}\n".encode() + array.tobytes())
         self.digest.update(b"\n")

@@ -1,6 +1,7 @@
 """Checks of examples of token ids that all kinds of models share."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,9 @@ _OTHER_MODELS = {
 FIELDS = ("input_ids", "labels", "attention_mask", "position_ids", *_OTHER_MODELS)
 """Columns of an example, of any kind of model."""
 
+_BYPRODUCTS = ("special_tokens_mask", "overflow_to_sample_mapping")  # of tokenizers, which no model reads
+_MEANT = re.compile(r"(^|_)(ids|labels?|masks?|positions?|targets?|weights?)(_|$)")
+
 Example = dict[str, np.ndarray]
 """The checked columns of an example: (L,) int64 ids, (L,) bool masks, () int64 labels; L varies."""
 
@@ -30,7 +34,7 @@ def declared(name: str) -> Column:
 
 
 def read_columns(located: Located, known: Sequence[str], kind: str) -> Example:
-    """Return the columns of an example that are not null, in the order of `known`.
+    """Return the columns of an example that are not null, in the order of `known`; unrelated columns are ignored.
 
     Args:
         located: the example as it was read.
@@ -38,11 +42,11 @@ def read_columns(located: Located, known: Sequence[str], kind: str) -> Example:
         kind: of model, for errors, such as `causal`.
 
     Raises:
-        DataError: unknown columns, no `input_ids`, or a column of the wrong type.
+        DataError: unknown columns that seem meant for the model, no `input_ids`, or a column of the wrong type.
     """
-    columns, where = located
+    columns, where = located.columns, located.where
     for name in columns:
-        if name not in known:
+        if name not in known and _seems_meant(name, known):
             raise DataError(_unknown_column(name, where, known, kind))
     if columns.get("input_ids") is None:
         raise DataError(f"data: {where}: no 'input_ids'; every example needs them")
@@ -137,11 +141,22 @@ def _next_sentence_label(value: object, place: str) -> np.ndarray:
     return np.array(value, dtype=np.int64)
 
 
+def _seems_meant(name: str, known: Sequence[str]) -> bool:
+    """Return True if a column that no model reads looks like one: to ignore a mask would train on other tokens."""
+    if name in _BYPRODUCTS:
+        return False
+    return name in _OTHER_MODELS or _MEANT.search(name) is not None or bool(_nearest(name, known))
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=1)
+
+
 def _unknown_column(name: str, where: str, known: Sequence[str], kind: str) -> str:
     names = ", ".join(known)
     if name in _OTHER_MODELS:
         other = _OTHER_MODELS[name]
         return f"data: {where}: column {name!r} belongs to {other} models, but this model is {kind}; it takes {names}"
-    nearest = difflib.get_close_matches(name, known, n=1)
+    nearest = _nearest(name, known)
     fix = f"did you mean {nearest[0]!r}?" if nearest else "remove the column"
     return f"data: {where}: unknown column {name!r}; known are {names}; {fix}"

@@ -147,7 +147,7 @@ def test_loss_from_our_targets_is_the_loss_of_transformers(write_jsonl, with_mas
             {"input_ids": [1], "label": [1]},
             "unknown column 'label'; known are input_ids, labels, attention_mask, position_ids; did you",
         ),
-        ({"input_ids": [1], "zebra": 1}, "unknown column 'zebra'; known are .*; remove the column"),
+        ({"input_ids": [1], "loss_mask": [1]}, "unknown column 'loss_mask'; known are .*; remove the column"),
         ({"input_ids": [1], "token_type_ids": [0]}, "column 'token_type_ids' belongs to BERT-like models, but this"),
         ({"input_ids": [1], "next_sentence_label": 0}, "column 'next_sentence_label' belongs to BERT-like models"),
         ({"input_ids": [1], "decoder_input_ids": [0]}, "column 'decoder_input_ids' belongs to encoder-decoder models"),
@@ -167,6 +167,16 @@ def test_malformed_row_of_a_table_is_named(tmp_path):
     datasets.Dataset.from_list([{"input_ids": [1]}, {"input_ids": [99]}]).save_to_disk(str(path))
     with pytest.raises(DataError, match=f"^data: {path}: row 1: input_ids holds 99"):
         open_tokenized(str(path))
+
+
+def test_unrelated_columns_are_ignored_and_named_once(write_jsonl, caplog):
+    rows = [{"input_ids": [1, 2], "text": "whale", "special_tokens_mask": [0, 1]}, {"input_ids": [3], "id": 7}]
+    with caplog.at_level("INFO", logger="megatron_ds"):
+        dataset = open_tokenized(write_jsonl(rows))
+    assert [as_lists(dataset.sample(index))[0][:2] for index in range(2)] == [[1, 2], [3, 0]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "columns that models do not read: id, special_tokens_mask, text"
+    ]
 
 
 def test_boolean_masks_are_taken(write_jsonl):
