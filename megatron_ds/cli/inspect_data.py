@@ -116,6 +116,10 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts, statement: Map
         f"{facts.learned * size:,.0f} of a step's {size * positions:,}{exactly}",
     )
     yield from statement.items()
+    if facts.num_bad_rows:
+        more = "" if len(facts.bad_rows) == facts.num_bad_rows else f", the first {len(facts.bad_rows)}"
+        yield ("bad rows", f"{facts.num_bad_rows:,} left out{more}:")
+        yield from (("", one) for one in facts.bad_rows)
     yield ("fingerprint", facts.fingerprint[:12])
     if facts.lengths is not None:
         yield from _length_rows(facts.lengths)

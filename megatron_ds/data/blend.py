@@ -17,6 +17,7 @@ import numpy as np
 from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.noise.seeded_random import SeededRandom
 from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
 from megatron_ds.data.readers.concat_index import ConcatIndex
 from megatron_ds.data.request import DatasetRequest, Order
 from megatron_ds.errors import DataError
@@ -95,6 +96,11 @@ class OrderedDataset:
         """Return the dataset's blank sample."""
         return self._dataset.blank()
 
+    @property
+    def bad_rows(self) -> BadRows:
+        """Account of the rows that were left out."""
+        return total_bad_rows([self._dataset])
+
     def describe(self) -> str:
         """Return the dataset's description."""
         return self._dataset.describe()
@@ -163,6 +169,11 @@ class Blend:
         """Return the first dataset's blank sample."""
         return self._datasets[0].blank()
 
+    @property
+    def bad_rows(self) -> BadRows:
+        """Account of the rows that were left out."""
+        return total_bad_rows(self._datasets)
+
     def describe(self) -> str:
         """Return a line such as `blend of 0.700 a (1.2 B tokens, ...) and 0.300 b (...)`."""
         parts = zip(self.weights, self._names, self._datasets)
@@ -219,6 +230,11 @@ class ConcatDataset:
     def blank(self) -> Sample:
         """Return the first dataset's blank sample."""
         return self._datasets[0].blank()
+
+    @property
+    def bad_rows(self) -> BadRows:
+        """Account of the rows that were left out."""
+        return total_bad_rows(self._datasets)
 
     def describe(self) -> str:
         """Return the descriptions of all datasets."""

@@ -144,8 +144,11 @@ def _check_reading(data: DataSection, chosen: DataFormat) -> None:
     for name in data.columns:
         if chosen.fields and name not in chosen.fields:
             theirs = data.columns[name]
-            swapped = f"; try data.columns.{theirs}={name}" if theirs in chosen.fields else ""
-            raise ConfigError(f"data.columns.{name}: {name} {not_one_of(name, chosen.fields)}{swapped}")
+            if theirs in chosen.fields:
+                raise ConfigError(
+                    f"data.columns.{name}={theirs}: our name comes first; try data.columns.{theirs}={name}"
+                )
+            raise ConfigError(f"data.columns.{name}: {name} {not_one_of(name, chosen.fields)}")
 
 
 def _none_if(value: str, default: str) -> str | None:

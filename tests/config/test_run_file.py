@@ -124,6 +124,15 @@ def test_documented_file(run_file):
     assert (run.export.path, run.export.dtype, run.export.max_shard_size) == ("out/hf", None, "5GB")
 
 
+def test_sources_are_written_as_they_were_given(run_file):
+    sources = ["a.txt", {"path": "user/set", "name": "en", "split": "train[:10%]"}, {"path": "b.csv", "column": "body"}]
+    run = load_run(run_file(), [f"data.train={json.dumps(sources)}", "data.bad_rows=drop", "data.columns={text: body}"])
+    assert run.data.model_dump()["train"] == sources
+    assert run.data.bad_rows == "skip" and run.data.columns == {"text": "body"}
+    labels = ["a.txt", "user/set (name en, split train[:10%])", "b.csv (column body)"]
+    assert [source.label for source in run.data.train] == labels
+
+
 def test_runs_are_frozen(run_file):
     run = load_run(run_file())
     with pytest.raises(ValueError, match="frozen"):

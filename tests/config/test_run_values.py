@@ -41,6 +41,10 @@ REFUSALS = [
     ),
     ("export={pth: x}", "export.pth: unknown key; did you mean export.path?"),
     ("data.train=[{path: a, wieght: 1}]", "data.train[0].wieght: unknown key; did you mean data.train[0].weight?"),
+    ("data.bad_rows=ignore", "data.bad_rows=ignore is not one of refuse, skip"),
+    ("data.columns=text", "data.columns=text is not a mapping; write {key: value}"),
+    ("data.columns={text: 3}", "data.columns.text=3 is not text; put it in quotes"),
+    ("data.train=[{path: a, split: ''}]", 'data.train[0].split="" is empty'),
     # types
     ("train.steps=abc", "train.steps=abc is not an integer"),
     ("train.steps=1.5", "train.steps=1.5 is not an integer; nearest: 1 or 2"),

@@ -76,6 +76,21 @@ def refusal(run: RunConfig) -> str:
             {"format": "chat", "options": {"packing": True}},
             'data.options={"packing": true} does nothing with data.format=chat; remove it',
         ),
+        ({"columns": {"txt": "content"}}, "data.columns.txt: txt is not one of text; did you mean text?"),
+        (
+            {"columns": {"tokens": "input_ids"}, "format": "tokenized"},
+            "data.columns.tokens=input_ids: our name comes first; try data.columns.input_ids=tokens",
+        ),
+        (
+            {"bad_rows": "skip", "format": "indexed"},
+            "data.bad_rows=skip does nothing with data.format=indexed, which has no fields; remove it, or use "
+            "data.format=text or chat or tokenized",
+        ),
+        (
+            {"train": [{"path": "a", "split": "train"}], "format": "indexed"},
+            "data.train[0].split=train does nothing with data.format=indexed, which has no fields; remove it, or use "
+            "data.format=text or chat or tokenized",
+        ),
     ],
 )
 def test_what_a_format_does_not_heed_is_refused(data: dict[str, Any], expected: str) -> None:

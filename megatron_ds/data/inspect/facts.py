@@ -27,6 +27,7 @@ from megatron_ds.data.inspect.rendering import (
     unpadded_length,
 )
 from megatron_ds.data.objective import Causal, DataObjective
+from megatron_ds.data.readers.bad_rows import total_bad_rows
 from megatron_ds.data.readers.digests import file_xxh3
 from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
 from megatron_ds.data.readers.source import Source
@@ -110,6 +111,8 @@ class RunDataFacts:
         looked_at: number of samples from which `learned` is estimated.
         learned: mean number of tokens with loss in a sample.
         lengths: of the documents in the samples; None = samples are cut from a stream.
+        num_bad_rows: number of rows of training and validation data that were left out.
+        bad_rows: place and reason of the first of them.
         shown: the first samples of the run, without repetition.
     """
 
@@ -123,6 +126,8 @@ class RunDataFacts:
     looked_at: int
     learned: float
     lengths: LengthHistogram | None
+    num_bad_rows: int
+    bad_rows: tuple[str, ...]
     shown: tuple[RenderedSample, ...]
 
 
@@ -162,6 +167,7 @@ def inspect_run_data(
         lengths = length_histogram("conversations" if isinstance(data, ChatDataset) else "documents", data.lengths)
     elif unpadded.min() < data.seq_length:
         lengths = length_histogram("examples" if looked_at == len(data) else f"{looked_at} examples", unpadded)
+    bad_rows = total_bad_rows([data, valid])
     return RunDataFacts(
         training=data.describe(),
         validation=valid.describe() if valid is not None else None,
@@ -173,6 +179,8 @@ def inspect_run_data(
         looked_at=looked_at,
         learned=float(learned.mean()),
         lengths=lengths,
+        num_bad_rows=bad_rows.count,
+        bad_rows=tuple(bad_rows.first),
         shown=tuple(
             render_sample(index, sample, tokenizer, is_causal)
             for index, sample in first_samples(data, order, min(num_shown, len(data)))

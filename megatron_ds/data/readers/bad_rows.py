@@ -1,6 +1,8 @@
 """Account of the rows of sources that hold no usable example: refused, or left out, counted and named."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
@@ -73,3 +75,21 @@ class BadRows:
             logger.info("  %s", one)
         if self.count > len(self.first):
             logger.info("  ... and %s more", f"{self.count - len(self.first):,}")
+
+
+@runtime_checkable
+class HasBadRows(Protocol):
+    """A dataset that keeps account of the rows that it leaves out."""
+
+    @property
+    def bad_rows(self) -> BadRows:
+        """Account of the rows that were left out."""
+
+
+def total_bad_rows(datasets: Iterable[object]) -> BadRows:
+    """Return the rows that several datasets have left out; those that keep no account count for none."""
+    total = BadRows()
+    for one in datasets:
+        if isinstance(one, HasBadRows):
+            total.include(one.bad_rows)
+    return total

@@ -296,3 +296,20 @@ def test_what_a_run_is_refused_for(chat_file: str, run_of: Any, told: Told, byte
     ):
         said = told(run, *arguments, status=2)
         assert says in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_bad_rows_of_a_run_are_named(write_jsonl: Any, chat_file: str, run_of: Any, told: Told) -> None:
+    """Those of its blend and of its validation; fields are named in the run file."""
+    rows = [json.loads(line) for line in Path(chat_file).read_text().splitlines()]
+    path = write_jsonl([{"dialog": rows[0]["messages"]}, b"{cut", {"dialog": []}, {"dialog": rows[1]["messages"]}])
+    blend = [{"path": path, "weight": 1, "column": "dialog"}, {"path": chat_file, "weight": 1}]
+    run = run_of(format="chat", train=blend, valid=[{"path": path, "column": "dialog"}], bad_rows="drop")
+    facts = json.loads(told(run, "--json"))
+    assert facts["num_bad_rows"] == 4 and facts["bad_rows"][0].startswith(f"{path}:2: not JSON (")
+    assert [one.split(": ")[0] for one in facts["bad_rows"]] == [f"{path}:2", f"{path}:3"] * 2
+    said = told(run)
+    assert "bad rows    4 left out:" in said and f"            {facts['bad_rows'][1]}" in said
+    assert "(2 bad rows left out)" in facts["validation"]
+    assert f"{path}:2: not JSON (" in told(run, "data.bad_rows=refuse", status=2)
+    facts = json.loads(told(run_of(format="chat", train=[chat_file]), "--json"))
+    assert facts["num_bad_rows"] == 0 and facts["bad_rows"] == []
