@@ -102,6 +102,8 @@ def build_engine(
             module: nn.Module = PipelinedModel(specs, bounds, grid.layout, ctx.tp.splits_sequence)
         else:
             module = SequentialModel(specs)
+    if summary.zero_stage == 3:
+        _gather_for_borrowers(module)
     read = read_shard or (lambda name, spec, axes: initial_shard(name, spec, options.seed, axes))
     _fill(module, grid, read, zero_3=summary.zero_stage == 3)
     if isinstance(module, PipelinedModel):
@@ -150,6 +152,13 @@ def _allocation(summary: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, dev
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+def _gather_for_borrowers(module: nn.Module) -> None:
+    """Have ZeRO-3 gather parameters for modules that read those of others: DoRA's of the layers that they adapt."""
+    for borrower in module.modules():
+        for parameter in getattr(borrower, "borrowed", ()):
+            deepspeed.zero.register_external_parameter(borrower, parameter)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Adapters of frozen parallel linear layers.
 
-Low-rank adapters (Hu et al. 2021, LoRA) compute y = W x + s B A x; scalings of outputs or inputs (Liu et al. 2022,
-(IA)^3) compute y = l * W x or y = W (l * x).
+Low-rank adapters (Hu et al. 2021, LoRA) compute y = W x + s B A x, and with a magnitude for each output (Liu et al.
+2024, DoRA; see dora.py) m * (W + s B A) x / ||W + s B A||; scalings of outputs or inputs (Liu et al. 2022, (IA)^3)
+compute y = l * W x or y = W (l * x).
 
 A low-rank adapter enters or leaves the tensor-parallel region at the r-wide product A x, so it communicates S B r
 elements where its layer communicates S B H. Scalings communicate nothing.
@@ -32,6 +33,7 @@ class LoRASpec:
         dropout: the dropout probability on the input of A.
         a_bound, a_std: A is initialised uniformly within ±bound, or normally; with zeros if both are None.
         b_bound: B is initialised uniformly within ±bound; 0 = with zeros, so that the adapter starts as the identity.
+        dora: the rows of the adapted weight have learned norms.
     """
 
     rank: int
@@ -40,11 +42,12 @@ class LoRASpec:
     a_bound: float | None = None
     a_std: float | None = None
     b_bound: float | None = None
+    dora: bool = False
 
     @property
     def description(self) -> str:
         """The settings that distinguish it from other adapters, as text for errors."""
-        return f"r {self.rank}, scale {self.scale}"
+        return f"r {self.rank}, scale {self.scale}{', DoRA' if self.dora else ''}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,23 @@ class AdaptableWeight:
     is_column: bool
 
 
+@dataclass(frozen=True)
+class FrozenLayer:
+    """The frozen layer of an adapter, as its norms need it.
+
+    Attributes:
+        parameters: those that it reads, which ZeRO-3 must gather for the adapter too.
+        weights: returns name of a projection -> its weight on this rank, (out/t, in) or (out, in/t).
+        biases: returns name of a projection -> its bias on this rank, (out/t,) or (out,); None = it has none.
+        project: input -> outputs by name of the projection.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    weights: Callable[[], Mapping[str, Tensor]]
+    biases: Callable[[], Mapping[str, Tensor | None]]
+    project: Callable[[Tensor], Mapping[str, Tensor]]
+
+
 class ColumnAdapter(nn.Module):
     """The adapter term s B A x of a column-parallel layer.
 
@@ -130,7 +150,11 @@ class ColumnAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the adapter term of each projection, by name: (S, B, heads, D) or (S, B, out/t)."""
-        narrow = F.linear(self.dropout(x), self.tp.between(self.a))
+        return self.changes(self.dropout(x))
+
+    def changes(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the adapter terms of x as it is, without dropout."""
+        narrow = F.linear(x, self.tp.between(self.a))
         axis = self.tp.axis
         narrow = gather_sequence(narrow, axis) if self.tp.splits_sequence else copy_to(narrow, axis)
         return {
@@ -209,7 +233,11 @@ class RowAdapter(nn.Module):
         self.dropout = HiddenDropout(low.dropout, rng, differs=tp.axis.size > 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        narrow = self.tp.leave(F.linear(self.dropout(x), self.a))
+        return self.change(self.dropout(x))
+
+    def change(self, x: Tensor) -> Tensor:
+        """Return the adapter term of x as it is, without dropout."""
+        narrow = self.tp.leave(F.linear(x, self.a))
         return F.linear(narrow, self.tp.between(self.b)) * self.low.scale
 
     def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -238,25 +266,3 @@ class RowScaling(nn.Module):
     def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return `layer(x)` with its input or output scaled; see `RowAdapter.around`."""
         return layer(self(x)) if self.scaling.of_input else self(layer(x))
-
-
-def column_adapter(
-    in_features: int,
-    outputs: Mapping[str, Output],
-    adapter: LoRASpec | IA3Spec,
-    tp: TensorParallel,
-    rng: RngStreams | None,
-) -> ColumnAdapter | ColumnScaling:
-    """Build the adapter of a column-parallel layer; see the two classes for the arguments."""
-    if isinstance(adapter, IA3Spec):
-        return ColumnScaling(outputs, adapter, tp)
-    return ColumnAdapter(in_features, outputs, adapter, tp, rng)
-
-
-def row_adapter(
-    in_features: int, out_features: int, adapter: LoRASpec | IA3Spec, tp: TensorParallel, rng: RngStreams | None
-) -> RowAdapter | RowScaling:
-    """Build the adapter of a row-parallel layer; see the two classes for the arguments."""
-    if isinstance(adapter, IA3Spec):
-        return RowScaling(in_features, out_features, adapter, tp)
-    return RowAdapter(in_features, out_features, adapter, tp, rng)

@@ -14,15 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter_layers import (
-    AdaptableWeight,
-    IA3Spec,
-    LoRASpec,
-    Output,
-    column_adapter,
-    row_adapter,
-)
+from megatron_ds.layers.adapter_layers import AdaptableWeight, IA3Spec, LoRASpec, Output
 from megatron_ds.layers.alibi import Alibi
+from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
@@ -181,12 +175,14 @@ class Attention(nn.Module):
         """Add an adapter to `("out",)`, or to projections of one input: `("q",)`, `("k", "v")` and so on."""
         shape, hidden, rng = self.shape, self.shape.hidden_size, self.rng
         if tuple(outputs) == ("out",):
-            self.adapters["out"] = row_adapter(shape.num_heads * shape.head_dim, hidden, adapter, self.out.tp, rng)
+            width, layer = shape.num_heads * shape.head_dim, self.out.frozen()
+            self.adapters["out"] = row_adapter(width, hidden, adapter, self.out.tp, rng, layer)
             return
         queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         sizes = {"q": Output(queries), "k": Output(keys, shape.num_kv_heads), "v": Output(keys, shape.num_kv_heads)}
         wanted = {name: sizes[name] for name in outputs}
-        self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.out.tp, rng)
+        layer = self.qkv.frozen(shape.head_dim)
+        self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.out.tp, rng, layer)
 
     def _adapted(self, x: Tensor, context: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the adapters to the queries, which project x, and to keys and values, which project the context."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.layers.adapter_layers import FrozenLayer
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.collectives import all_gather_dim0, begin_all_reduce_, reduce_from_, sum_over_holders
 from megatron_ds.parallel.tensor import TensorParallel
@@ -131,6 +132,22 @@ class ColumnParallelLinear(nn.Module):
         (y,) = _column_linears(x, self.tp, (self.tp.axis.size,), self.weight, self.bias)
         return y
 
+    def frozen(self, names: Sequence[str]) -> FrozenLayer:
+        """Return this layer for an adapter; `names` are of the projections along dim 0, or of the only one."""
+
+        def rows(parameter: Tensor) -> Sequence[Tensor]:
+            return parameter.unbind(0) if len(names) > 1 else (parameter,)
+
+        def biases() -> dict[str, Tensor | None]:
+            return dict(zip(names, rows(self.bias) if self.bias is not None else (None,) * len(names)))
+
+        return FrozenLayer(
+            tuple(self.parameters()),
+            lambda: dict(zip(names, rows(self.weight))),
+            biases,
+            lambda x: dict(zip(names, self(x).chunk(len(names), dim=-1))),
+        )
+
 
 class QKVLinear(nn.Module):
     """Projections to queries, keys and values of one input, or to queries of one and keys and values of another.
@@ -182,6 +199,26 @@ class QKVLinear(nn.Module):
         (kv,) = _column_linears(context, self.tp, self.num_shards[1:], self.kv_weight, self.kv_bias)
         return q, kv
 
+    def frozen(self, head_dim: int) -> FrozenLayer:
+        """Return this layer for an adapter, with the projections q, k and v."""
+
+        def apart(kv: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+            return tuple(one.flatten(dim, dim + 1) for one in kv.unflatten(dim, (-1, 2, head_dim)).unbind(dim + 1))
+
+        def weights() -> dict[str, Tensor]:
+            return dict(zip("qkv", (self.q_weight, *apart(self.kv_weight))))
+
+        def biases() -> dict[str, Tensor | None]:
+            if self.q_bias is None or self.kv_bias is None:
+                return dict.fromkeys("qkv")
+            return dict(zip("qkv", (self.q_bias, *apart(self.kv_bias))))
+
+        def project(x: Tensor) -> dict[str, Tensor]:
+            q, kv = self(x)
+            return dict(zip("qkv", (q, *apart(kv, kv.dim() - 1))))
+
+        return FrozenLayer(tuple(self.parameters()), weights, biases, project)
+
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input features divided over the tensor axis; the bias is added once, after the reduction.
@@ -202,6 +239,12 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = _row_linear(x, self.tp, self.weight)
         return y if self.bias is None else y + self.tp.between(self.bias)
+
+    def frozen(self) -> FrozenLayer:
+        """Return this layer for an adapter, with one projection without a name."""
+        return FrozenLayer(
+            tuple(self.parameters()), lambda: {"": self.weight}, lambda: {"": self.bias}, lambda x: {"": self(x)}
+        )
 
 
 class ReplicatedLinear(nn.Module):

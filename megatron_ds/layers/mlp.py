@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter_layers import (
-    AdaptableWeight,
-    IA3Spec,
-    LoRASpec,
-    Output,
-    column_adapter,
-    row_adapter,
-)
+from megatron_ds.layers.adapter_layers import AdaptableWeight, IA3Spec, LoRASpec, Output
+from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -173,7 +167,8 @@ class MLP(nn.Module):
         """Add an adapter to `("down",)`, or to `("gate",)`, `("up",)` or both."""
         hidden, ffn = self.shape.hidden_size, self.shape.ffn_size
         if tuple(outputs) == ("down",):
-            self.adapters["down"] = row_adapter(ffn, hidden, adapter, self.tp, self.rng)
+            self.adapters["down"] = row_adapter(ffn, hidden, adapter, self.tp, self.rng, self.down.frozen())
             return
         wanted = {name: Output(ffn) for name in outputs}
-        self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.tp, self.rng)
+        layer = self.up.frozen(("gate", "up") if self.shape.gated else ("up",))
+        self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.tp, self.rng, layer)

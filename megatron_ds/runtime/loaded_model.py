@@ -16,6 +16,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
@@ -39,6 +40,7 @@ class LoadedModel:
         frozen: native names of the parameters that are not trained.
         adapters: adapters that are trained instead of the model; None = none.
         adapter_weights: reader of their weights; None = they start from their initialization.
+        initial: initial values of adapters that follow from the base weights.
         change_layers: (the model's own layers, build context) -> the layers to train, such as with another head.
     """
 
@@ -49,6 +51,7 @@ class LoadedModel:
     frozen: frozenset[str] = frozenset()
     adapters: Adapters | None = None
     adapter_weights: AdapterReader | None = None
+    initial: InitialValues | None = None
     change_layers: ChangeLayers = own_layers
 
     def layers(self, ctx: BuildContext) -> list[LayerSpec]:
@@ -74,6 +77,8 @@ class LoadedModel:
         if name in self.hf.table:
             assert self.weights is not None
             return self.weights.shard(name, spec, axes)
+        if self.initial is not None and self.initial.has(name):
+            return self.initial.shard(name, spec, axes)
         return initial_shard(name, spec, self.seed, axes)
 
 
@@ -162,8 +167,8 @@ def open_model(
         assert weights is not None, "adapters need a model with weights"
         adapters, adapter_weights = open_adapters(peft, section.path, hf, checkpoint)
         hf = adapters.model
-        frozen = frozenset(hf.table) - adapters.saved
-        return LoadedModel(hf, section, weights.for_model(hf), seed, frozen, adapters, adapter_weights)
+        frozen, initial = frozenset(hf.table) - adapters.saved, InitialValues(adapters, weights, seed)
+        return LoadedModel(hf, section, weights.for_model(hf), seed, frozen, adapters, adapter_weights, initial)
     if checkpoint is not None:
         refuse_adapters(checkpoint)
         weights = HFWeights(checkpoint, read_model(checkpoint))

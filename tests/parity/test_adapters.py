@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.layers import adapter_layers as adapter
+from megatron_ds.layers import dora
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.parity.adapter_cases import train_on, train_ours, train_peft
 from tests.parity.cases import Recipe
@@ -57,6 +58,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
+    "dora": ("llama-1kv", {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_dora": True}),
+    "dora-fused": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True}),
+    "dora-fused-gate": ("phi3-plain", {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True}),
     "encoder": ("bert-pretraining", {"r": 4, "target_modules": ["query", "value", "intermediate.dense"]}),
 }
 PLACES = [
@@ -77,6 +81,9 @@ COVERING = [
     *(("scalings-fused", place) for place in (Place(2, 1, 2, 2, True), Place(1, 2, 1, 1))),
     *(("tables", place) for place in (Place(1, 1, 1, 1), Place(2, 2, 1, 1, True), Place(2, 1, 2, 3, True))),
     *((name, place) for name in ("untied", "kept-tied") for place in (Place(1, 2, 1, 1), Place(2, 1, 1, 2, True))),
+    *(("dora", place) for place in (Place(1, 1, 1, 1), Place(4, 1, 1, 1), Place(2, 2, 1, 1, True))),
+    *((name, Place(2, 1, 1, 2, True)) for name in ("dora-fused", "dora-fused-gate")),
+    ("dora", Place(2, 1, 2, 3, recompute="full")),
     ("some-layers", Place(1, 2, 1, 1)),
     ("some-layers", Place(2, 1, 1, 2, True, recompute="full")),
     ("llama", Place(1, 2, 2, 1, recompute="full")),
@@ -143,6 +150,12 @@ def _shards_alone() -> None:
     TensorParallel.shared = lambda self, parameter, num_shards: parameter  # type: ignore[method-assign]
 
 
+def _norms_of_shards() -> None:
+    """Each rank takes the norm of its own part of a row."""
+    whole = dora.row_norms
+    dora.row_norms = lambda *args: whole(*args[:4])
+
+
 def _in_the_trap(grid: Any, trap: Callable[[], None], directory: Path, place: Place) -> dict[str, Any]:
     trap()
     return train_on(grid, directory, place, RECIPE)
@@ -156,6 +169,7 @@ def _in_the_trap(grid: Any, trap: Callable[[], None], directory: Path, place: Pl
         (_unscaled, "llama", Place(1, 1, 1, 1)),
         (_shards_alone, "all", Place(4, 1, 1, 1)),
         (_shards_alone, "scalings-shared-biased", Place(4, 1, 1, 1)),
+        (_norms_of_shards, "dora", Place(2, 1, 1, 1)),
         (_partial_under_sequence, "scalings-shared-biased", Place(4, 1, 1, 1, True)),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),

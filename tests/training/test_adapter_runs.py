@@ -81,7 +81,7 @@ def test_losses_do_not_depend_on_the_layout_and_only_adapters_are_saved(make_lor
 @pytest.mark.parametrize(
     ("first", "second", "more"),
     [
-        ("alone", "tp2-zero3", []),
+        ("alone", "tp2-zero3", ["peft.use_dora=true"]),
         ("tp2-zero3", "pp2", ["peft.modules_to_save=[embed_tokens, lm_head]"]),
         ("pp2", "dp2-zero2", ["peft.modules_to_save=[embed_tokens]"]),
     ],
@@ -163,7 +163,7 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
         (["peft={rank_pattern: {q_proj: 0}}"], "peft.rank_pattern.q_proj=0 must be at least 1"),
         (["peft={rank: 8}"], "peft.rank is not a field of peft's LoraConfig"),
         (["peft={peft_type: VERA}"], "peft.peft_type=VERA is not supported; supported: LORA, IA3"),
-        (["peft={use_dora: true}"], "peft.use_dora=True is not supported; nearest: False"),
+        (["peft={lora_bias: true}"], "peft.lora_bias=True is not supported; nearest: False"),
         (["peft={bias: all}"], "peft.bias=all is not supported; nearest: none"),
         (["peft={target_modules: [q]}"], "matches nothing in a llama; supported: down_proj, gate_proj, k_proj"),
         (
@@ -196,6 +196,7 @@ def test_other_adapters_are_not_gone_on_with(make_lora: Any, base: Path, tmp_pat
     mds.train(run)
     for overrides, says in (
         (["peft.r=2"], "is r 2, scale 4.0, and"),
+        (["peft.use_dora=true"], "is r 4, scale 2.0, DoRA, and"),
         (["peft.target_modules=[q_proj]"], "is none, and"),
         (["peft.modules_to_save=[lm_head]"], r"peft\.modules_to_save trains lm_head\.weight, unlike"),
         (["peft=null"], "holds adapters, and the run has no peft"),

@@ -108,7 +108,7 @@ class Adapters:
         return replace(self, model=with_vocabulary(self.model, vocab_size), replaced=replaced)
 
     def merge(self, native: str, full: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Merge adapters into a full base weight or bias, in fp32: W + s B A, or W times l.
+        """Merge adapters into a full base weight or bias, in fp32; see `merged_weight`.
 
         Args:
             native: name of the weight or bias.
@@ -119,7 +119,10 @@ class Adapters:
             `full` itself if no adapter changes it, otherwise a new tensor in fp32.
         """
         changes = [
-            (one, row, self.adapters[module], self._parameters_of(module, one, parameters))
+            (
+                *(one, row, self.adapters[module]),
+                {letter: parameters[name].float() for letter, name in self.names_of(module, one).items()},
+            )
             for module, one, row in self._changes.get(native, ())
         ]
         return merged_weight(full, changes, self.axis_sizes)
@@ -137,14 +140,22 @@ class Adapters:
                     found.setdefault(bias, []).append((module, one, self.model.table[bias]))
         return found
 
-    def _parameters_of(self, module: str, one: Projection, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the adapter's parameters that concern one projection, by letter, in fp32."""
-        name = self._native(module)
-        names = {letter: _name_of(letter, name, one) for letter in "blm"} | {"a": f"{name}.a"}
-        adapter = self.adapters[module]
-        if isinstance(adapter, IA3Spec) and adapter.of_input:
-            names["l"] = f"{name}.l"
-        return {letter: parameters[native].float() for letter, native in names.items() if native in parameters}
+    @property
+    def magnitudes(self) -> dict[str, tuple[str, Projection]]:
+        """Native name of each of DoRA's magnitudes -> module and projection."""
+        return {
+            self.names_of(module, one)["m"]: (module, one)
+            for module, projections in self.modules.items()
+            for one in projections
+            if (adapter := self.adapters[module]) and isinstance(adapter, LoRASpec) and adapter.dora
+        }
+
+    def names_of(self, module: str, one: Projection) -> dict[str, str]:
+        """Return letter -> native name, for the adapter's parameters that concern one projection."""
+        name, adapter = self._native(module), self.adapters[module]
+        if isinstance(adapter, IA3Spec):
+            return {"l": f"{name}.l" if adapter.of_input else _name_of("l", name, one)}
+        return {"a": f"{name}.a", **{letter: _name_of(letter, name, one) for letter in ("bm" if adapter.dora else "b")}}
 
     def _native(self, module: str) -> str:
         projections = self.modules[module]
@@ -159,6 +170,8 @@ class Adapters:
             yield input_row(f"{name}.a", f"{theirs}.{a}", first, f"r{adapter.rank}")
             for one in projections:
                 yield output_row(_name_of("b", name, one), f"{theirs}.{b}", one, f"r{adapter.rank}")
+                if adapter.dora:
+                    yield output_row(_name_of("m", name, one), f"{theirs}.lora_magnitude_vector", one, None)
         elif adapter.of_input:
             yield input_row(f"{name}.l", f"{theirs}.ia3_l", first, "r1")
         else:

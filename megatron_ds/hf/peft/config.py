@@ -61,12 +61,11 @@ PEFT_FIELDS = {
             {
                 *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
                 *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-                *("modules_to_save", "ensure_weight_tying"),
+                *("modules_to_save", "ensure_weight_tying", "use_dora"),
             }
         ),
         {
             "bias": "none",
-            "use_dora": False,
             "lora_bias": False,
             "layer_replication": None,
             "target_parameters": None,
@@ -183,6 +182,7 @@ class AdapterConfig:
             a_bound=None if gaussian else 1 / math.sqrt(width),
             a_std=1 / rank if gaussian else None,
             b_bound=1 / math.sqrt(rank) if plain else None,
+            dora=bool(config.use_dora),
         )
 
     def content(self, model: HFModel, base: str) -> dict[str, Any]:

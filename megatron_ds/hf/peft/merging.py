@@ -28,16 +28,31 @@ def merged_weight(full: Tensor, changes: Sequence[Change], sizes: Sizes) -> Tens
     for one, row, adapter, parameters in changes:
         slot = row.op.slot(one.source, merged, sizes)
         if isinstance(adapter, LoRASpec):
-            _add_low_rank(slot, one, adapter, parameters)
+            _merge_low_rank(slot, one, adapter, parameters)
         else:
             _scale(slot, adapter, parameters["l"])
     return merged
 
 
-def _add_low_rank(slot: Tensor, one: Projection, adapter: LoRASpec, parameters: Mapping[str, Tensor]) -> None:
-    """W + s B A, in place."""
-    change = adapter.scale * (parameters["b"] @ parameters["a"])  # (out, in)
-    slot += (change.t() if one.is_lookup else change).reshape(slot.shape)
+def low_rank_sum(slot: Tensor, one: Projection, adapter: LoRASpec, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return W + s B A, (out, in).
+
+    Args:
+        slot: W with one dim per axis, fp32.
+        one: its projection.
+        adapter: decides s.
+        parameters: "a" (r, in) and "b" (out, r).
+    """
+    change = adapter.scale * (parameters["b"] @ parameters["a"])
+    return (slot.reshape(change.shape[::-1]).t() if one.is_lookup else slot.reshape(change.shape)) + change
+
+
+def _merge_low_rank(slot: Tensor, one: Projection, adapter: LoRASpec, parameters: Mapping[str, Tensor]) -> None:
+    """W + s B A, in place, with rows of length m if there are magnitudes."""
+    merged = low_rank_sum(slot, one, adapter, parameters)
+    if adapter.dora:
+        merged *= (parameters["m"] / merged.norm(dim=1))[:, None]
+    slot.copy_((merged.t() if one.is_lookup else merged).reshape(slot.shape))
 
 
 def _scale(slot: Tensor, adapter: IA3Spec, vector: Tensor) -> None:
