@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ds.data.readers.sentencepiece_model import sentencepiece_file
-from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
@@ -49,7 +47,7 @@ class DirectoryExport:
     Until `finish` all files are in a hidden directory next to the target. Use it through `exporting`.
 
     Args:
-        target: the final directory, with what it may replace; a path may replace an unchanged export only.
+        target: the final directory, with what it may replace.
         model: the model to export.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = the dtype of each parameter.
         max_shard_size: such as "5GB".
@@ -62,7 +60,7 @@ class DirectoryExport:
             raise ConversionError(f"dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
         self.model, self.dtype = model, EXPORT_DTYPES[dtype] if dtype else None
         max_shard_bytes = parse_size(max_shard_size)
-        self._target = target if isinstance(target, ExportTarget) else ExportTarget(Path(target))
+        self._target = ExportTarget.of(target)
         self.directory = self._target.begin()
         names = (name for row in model.table.values() for name in row.names)
         self._writer = ShardWriter(self.directory, max_shard_bytes, names)
@@ -189,6 +187,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
+    from megatron_ds.data.readers.sentencepiece_model import sentencepiece_file  # imports transformers
+
     if sentencepiece_file(source) is not None:
         _add_converted(source, target)
     if (target / TOKENIZER_CONFIG).is_file():
@@ -197,6 +197,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def _add_converted(source: Path, target: Path) -> None:
     """Add tokenizer.json to a copied SentencePiece model, for the ids of training in any version of transformers."""
+    from megatron_ds.data.readers.tokenizer import load_tokenizer
+
     try:
         tokenizer = load_tokenizer(str(source))
     except DataError as problem:  # the weights can be exported all the same

@@ -55,6 +55,11 @@ class ExportTarget:
     option: str = "--overwrite"
     kept: Mapping[str, Path] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, target: str | Path | ExportTarget) -> ExportTarget:
+        """Return a target; a plain path may replace an unchanged export only."""
+        return target if isinstance(target, ExportTarget) else cls(Path(target))
+
     @property
     def label(self) -> str:
         """The directory in messages."""

@@ -35,7 +35,11 @@ MAX_NOISE = 0.1  # if rounding alone exceeded this, a wrong weight would not be 
 
 
 def export_live(
-    engine: Engine, model: LoadedModel, section: ExportSection, precision: str, target: ExportTarget
+    engine: Engine,
+    model: LoadedModel,
+    section: ExportSection,
+    precision: str,
+    target: ExportTarget | None = None,
 ) -> None:
     """Stream the weights to a directory on rank 0. Collective over the world.
 
@@ -44,13 +48,14 @@ def export_live(
         model: the model that it was built from.
         section: the form of the export.
         precision: the run's precision.
-        target: the directory of `section`, with what it may replace.
+        target: the directory of `section`, with what it may replace; None = an unchanged export.
 
     Raises:
         ConversionError: on every rank, if `section.dtype` cannot hold a weight; the directory was written in the run's
             own dtype. On rank 0, if `target` must not be replaced; the directory was written next to it. The other
             ranks then exit, see `run_on_all_ranks`.
     """
+    target = target or ExportTarget.of(section.path)
     fits = fits_in(engine, section.dtype)
     dtype = section.dtype if fits else None
     kept: ExportKeptError | None = None

@@ -30,7 +30,7 @@ def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict
 
 
 def export_adapters(
-    target: ExportTarget,
+    target: str | Path | ExportTarget,
     adapters: Adapters,
     parameters: Iterable[tuple[str, Tensor]],
     dtype: str | None,
@@ -48,7 +48,8 @@ def export_adapters(
     Raises:
         ConversionError: a value does not fit into the dtype; see also `ExportTarget.put`.
     """
-    directory = target.begin()
+    place = ExportTarget.of(target)
+    directory = place.begin()
     with removed_on_failure(directory):
         to_hf, tensors = ToHF(adapters), {}
         for name, full in parameters:
@@ -58,11 +59,11 @@ def export_adapters(
         for name, content in adapter_files(adapters, tokenizer_path).items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
-        target.put(directory)
+        place.put(directory)
 
 
 def export_merged(
-    target: ExportTarget,
+    target: str | Path | ExportTarget,
     base: HFWeights,
     base_path: str | Path,
     adapters: Adapters,
