@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import cache
 
 LOGGER_NAME = "megatron_ds"
 
@@ -17,6 +18,12 @@ _RENAMED_COLLECTIVES = r"`torch\.distributed\.(all_gather_into_tensor|reduce_sca
 def get_logger(name: str = "") -> logging.Logger:
     """Return the package's logger, or its child `megatron_ds.<name>`."""
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
+
+
+@cache
+def log_once(text: str) -> None:
+    """Log a line, unless this process, or the one that it was forked from, has logged it before."""
+    get_logger().info("%s", text)
 
 
 def setup_logging(rank: int, level: int = logging.INFO) -> None:

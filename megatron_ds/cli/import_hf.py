@@ -12,9 +12,10 @@ from megatron_ds.cli.plugins import Imports, load_plugins
 
 HELP = """Convert a Hugging Face directory to a checkpoint.
 
-It reads .bin and safetensors files, sharded or not, with or without the base model's prefix, and older tensor names;
-every tensor is checked. A checkpoint is independent of the layout: train or resume from it with any number of ranks.
-A checkpoint is never replaced, another directory with files only with --overwrite.
+It reads .bin and safetensors files, sharded or not, with or without the base model's prefix, with older tensor names
+and those of wrappers (_orig_mod., module.); every tensor is checked. A checkpoint is independent of the layout: train
+or resume from it with any number of ranks. A checkpoint is never replaced, another directory with files only with
+--overwrite.
 
 Examples:
 

@@ -19,13 +19,16 @@ from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 
 
-def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -> Any:
+def load_reference(
+    directory: str | Path, model: HFModel, dtype: Any = "auto", state: Mapping[str, Tensor] | None = None
+) -> Any:
     """Load transformers' model on the CPU, in evaluation mode. No code from the directory is run.
 
     Args:
         directory: config.json and weights; or adapters, whose base model is loaded too.
         model: decides the class and the implementation of attention.
         dtype: of the weights; "auto" = that on disk.
+        state: the weights by transformers' names, if those in the directory have others.
 
     Raises:
         ConversionError: transformers cannot load it, or finds tensors missing or misshapen.
@@ -35,13 +38,14 @@ def load_reference(directory: str | Path, model: HFModel, dtype: Any = "auto") -
     try:
         with _without_progress_bars():
             loaded: Any = getattr(import_module(model.family.module), model.architecture).from_pretrained(
-                directory,
+                directory if state is None else None,
                 dtype=dtype,
                 attn_implementation=model.family.reference_attention,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **({"config": deepcopy(model.config)} if model.reworded else {}),
+                **({"config": deepcopy(model.config)} if model.reworded or state is not None else {}),
+                **({"state_dict": dict(state)} if state is not None else {}),
                 **model.family.load_options(model.core),
             )
     except Exception as problem:  # transformers and its libraries raise many types

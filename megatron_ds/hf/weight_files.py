@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from copy import copy
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,34 @@ class TensorSource:
     Args:
         directory: for messages.
         tables: file -> its tensors, in the order of the file.
+
+    Attributes:
+        renaming: a text on what the names leave out of those in the files, such as "without '_orig_mod.'"; "" = they
+            are the same.
     """
 
     def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
-        self.directory, self.files = directory, list(tables)
+        self.directory, self.files, self.renaming = directory, list(tables), ""
         self._found = {name: (file, stored) for file, table in tables.items() for name, stored in table.items()}
+
+    def renamed(self, new_names: Mapping[str, str], renaming: str) -> TensorSource:
+        """Return the same tensors by other names.
+
+        Args:
+            new_names: name -> new name, for each of the tensors.
+            renaming: see the attribute.
+
+        Raises:
+            ConversionError: two different tensors would get the same name.
+        """
+        other = copy(self)
+        other._found, other.renaming, by_new = {}, renaming, dict[str, str]()
+        for name, found in self._found.items():
+            first = by_new.setdefault(new_names[name], name)
+            if first != name and not self.same_bytes(first, name):
+                raise ConversionError(f"{self.directory}: {first} and {name} are two names of one tensor, and differ")
+            other._found.setdefault(new_names[name], found)
+        return other
 
     @property
     def names(self) -> list[str]:

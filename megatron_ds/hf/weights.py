@@ -19,8 +19,16 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
 from megatron_ds.hf.tensor_mapping import FusedPiece, Reader, Sizes, allocate, tile
+from megatron_ds.hf.tensor_names import (
+    NamesError,
+    equivalent_names,
+    names_on_disk,
+    refuse_adapter_tensors,
+    some_names,
+)
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.layers.param_spec import ParamSpec, pad_shard
+from megatron_ds.log import log_once
 from megatron_ds.parallel.grid import Axes
 
 
@@ -39,13 +47,28 @@ class HFWeights:
     """
 
     def __init__(self, directory: str | Path, model: HFModel) -> None:
-        self._source = open_directory(directory)
-        self._names = frozenset(self._source.names)
+        source, problems = open_directory(directory), list[NamesError]()
+        for renamed in equivalent_names(source):
+            try:
+                self._open(renamed, model)
+            except NamesError as problem:
+                problems.append(problem)
+            else:
+                if renamed.renaming:
+                    log_once(f"{directory}: tensor names are read {renamed.renaming}")
+                return
+        refuse_adapter_tensors(source)
+        raise min(problems, key=lambda problem: problem.misfits)
+
+    def _open(self, source: TensorSource, model: HFModel) -> None:
+        self._source, self._names = source, frozenset(source.names)
         model = replace(model, core=model.family.detect_heads(model.core, self._names))
         table = model.family.table(model.core)
-        self._on_disk = _names_on_disk(self._source, model.family, table)
+        self._on_disk = names_on_disk(self._source, model.family, table)
         self._head = self.name_on_disk(table[HEAD].names[0]) if HEAD in table else None
         self._embedding = self.name_on_disk(table[EMBEDDING].names[0])
+        if model.core.tied and self._embedding not in self._names and self._head in self._names:
+            self._on_disk[table[EMBEDDING].names[0]] = self._embedding = self._head  # one of the two names was saved
         self.model = model.with_tied(self._is_tied(model.core.tied, model.family))
         assert_each_once(self.model.table)
         self._account()
@@ -115,9 +138,22 @@ class HFWeights:
         """Number of parameters of the full model, tied ones once."""
         return sum(prod(row.op.native_shape(self.model.axis_sizes)) for row in self.model.table.values())
 
+    @property
+    def source(self) -> TensorSource:
+        """The tensors, by names of the family; see `equivalent_names`."""
+        return self._source
+
     def name_on_disk(self, name: str) -> str:
-        """Return a tensor's name in this directory, which may lack the base model's prefix or be an old name."""
+        """Return a tensor's name in `source`, which may lack the base model's prefix or be an old name."""
         return self._on_disk[name]
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """Return the tensors by names of the family, as views of the files; None if the files have these names."""
+        return {name: self._source.tensor(name) for name in self._names} if self._source.renaming else None
+
+    @property
+    def _renaming(self) -> str:
+        return f"; names were read {self._source.renaming}" if self._source.renaming else ""
 
     def _reader(self, row: Row, *, ahead: bool) -> Reader:
         return lambda source: self._source.tensor(self._on_disk[row.names[source]], ahead=ahead)
@@ -168,9 +204,10 @@ class HFWeights:
         missing = [name for name in wanted if name not in self._names]
         if missing:
             hint = "; set tie_word_embeddings to true in config.json if the head is the embedding"
-            raise ConversionError(
-                f"{where}: missing {_some(missing)}, which {family.model_type} with this config needs"
-                f"{hint if missing == [self._head] else ''}"
+            raise NamesError(
+                f"{where}: missing {some_names(missing)}, which {family.model_type} with this config needs"
+                f"{hint if missing == [self._head] else ''}{self._renaming}",
+                (len(missing), 0),
             )
         unexpected = [
             name
@@ -178,13 +215,17 @@ class HFWeights:
             if not any(re.search(pattern, name) for pattern in family.ignored)
         ]
         if unexpected:
-            raise ConversionError(
-                f"{where}: unexpected {_some(unexpected)}, which {family.model_type} with this config does not have"
+            raise NamesError(
+                f"{where}: unexpected {some_names(unexpected)}, which {family.model_type} with this config does not "
+                f"have{self._renaming}",
+                (0, len(unexpected)),
             )
         for name, shape in wanted.items():
             found, dtype = self._source.shape(name), self._source.dtype(name)
             if found != shape:
-                raise ConversionError(f"{where}: {name} has shape {list(found)}, the config says {list(shape)}")
+                raise ConversionError(
+                    f"{where}: {name} has shape {list(found)}, the config says {list(shape)}{self._renaming}"
+                )
             if dtype not in DTYPE_OF_CODE:
                 raise ConversionError(
                     f"{where}: {name} is of type {dtype}; supported: {', '.join(DTYPE_OF_CODE)} (no quantised weights)"
@@ -297,55 +338,3 @@ def assert_each_once(table: Mapping[str, Row]) -> None:
             uses[name].append(source)
     for name, sources in uses.items():
         assert tile(sources), f"{name} is not the sum of {sources}"
-
-
-def _names_on_disk(source: TensorSource, family: Family, table: Mapping[str, Row]) -> dict[str, str]:
-    """Return name in the table -> name on disk, which may lack the base model's prefix or be an old name.
-
-    The table of a base model has no prefix, but the names on disk may have it.
-
-    Raises:
-        ConversionError: some names have the prefix and others do not, or a tensor has both an old and a new name.
-    """
-    names, prefix = set(source.names), family.prefix
-    is_norm = {name: "norm" in row.native for row in table.values() for name in row.names}
-    is_base = not any(name.startswith(prefix) for name in is_norm)
-
-    def found(name: str, norm: bool) -> str | None:
-        old = _old_norm_name(name) if norm else name
-        if old != name and {old, name} <= names:
-            raise ConversionError(f"{source.directory}: {name} is there twice, also by its old name {old}")
-        return old if old in names else name if name in names else None
-
-    as_in_table = {name: found(prefix + name if is_base else name, norm) for name, norm in is_norm.items()}
-    copies = {name: alias for alias, name in family.aliases.items() if alias in names}
-    if not prefix:
-        return {name: here or copies.get(name, name) for name, here in as_in_table.items()}
-    bare = {
-        name: found(name.removeprefix(prefix), norm)
-        for name, norm in is_norm.items()
-        if is_base or name.startswith(prefix)
-    }
-    with_prefix = [here for name, here in as_in_table.items() if here and name in bare]
-    without = [here for here in bare.values() if here]
-    if with_prefix and without:
-        raise ConversionError(
-            f"{source.directory}: {with_prefix[0]} has the prefix {prefix!r} and {without[0]} has not; expected all or "
-            "none to have it"
-        )
-    return {
-        name: (bare.get(name, here) or copies.get(name, name.removeprefix(prefix)))
-        if without
-        else here or copies.get(name, name)
-        for name, here in as_in_table.items()
-    }
-
-
-def _old_norm_name(name: str) -> str:
-    """Return the name of a norm's tensor in old saves from TensorFlow."""
-    return re.sub(r"\.weight$", ".gamma", re.sub(r"\.bias$", ".beta", name))
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

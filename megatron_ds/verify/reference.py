@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,22 @@ from megatron_ds.verify.loss import ReferenceLoss, mean_loss, reference_loss
 GRADIENTS = "gradients"
 
 
-def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], results: Path) -> list[ReferenceLoss]:
+def run_reference(
+    directory: Path,
+    model: HFModel,
+    inputs: Sequence[Probe],
+    results: Path,
+    state: Mapping[str, Tensor] | None = None,
+) -> list[ReferenceLoss]:
     """Run transformers, save its results, and return the loss of each input.
 
     It writes to `results`: `<index>.safetensors` with the outputs by our names and the hidden states by position, and
     `gradients/`, a Hugging Face directory whose weights are the gradients, so that they have the names on disk.
+
+    Args:
+        directory, model, state: see `load_reference`.
+        inputs: the inputs.
+        results: the directory for the results.
 
     Raises:
         ConversionError: transformers cannot load the directory, or finds tensors missing.
@@ -32,7 +43,7 @@ def run_reference(directory: Path, model: HFModel, inputs: Sequence[Probe], resu
     losses = []
     for index, probe in enumerate(inputs):
         # loaded again for each: gradients overwrite its weights, and some models remember lengths
-        reference = load_reference(directory, model, torch.float32)
+        reference = load_reference(directory, model, torch.float32, state)
         with torch.set_grad_enabled(probe.with_gradients), hidden_states(reference, model) as hidden:
             outputs = predict(reference, model, probe.columns)
         # copies: the last block's output may be one of the outputs

@@ -60,6 +60,8 @@ def verify_hf(
     weights = HFWeights(directory, read_model(directory))
     if weights.model.unread:
         note(f"config.json: {unread_fields(weights.model)}")
+    if weights.source.renaming:
+        note(f"tensor names are read {weights.source.renaming}")
     core = weights.model.core
     check_layout(core.shape(), tp, pp, names=("--tp", "--pp"))
     inputs, not_reached = core.probes(tp if sequence else 1)
@@ -70,7 +72,9 @@ def verify_hf(
     with tempfile.TemporaryDirectory(prefix="megatron_ds-verify-") as folder:
         results = Path(folder)
         note("transformers: outputs, loss and gradients")
-        (losses,) = run_local(lambda info: run_reference(directory, weights.model, inputs, results), 1)
+        (losses,) = run_local(
+            lambda info: run_reference(directory, weights.model, inputs, results, weights.state_dict()), 1
+        )
         note(f"megatron_ds on {tp * pp} ranks: outputs, loss and gradients")
         ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), tp * pp)
         note("round trip: every tensor through the tables and back")
@@ -120,7 +124,7 @@ def check_round_trip(weights: HFWeights, directory: Path, target: Path) -> Round
         ConversionError: a tensor cannot be rewritten.
     """
     rewrite(directory, target)
-    before, after = open_directory(directory), open_directory(target)
+    before, after = weights.source, open_directory(target)
     written = set(after.names)
     hashes, changed, seen = {}, [], set()
     for name in after.names:

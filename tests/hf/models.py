@@ -58,7 +58,7 @@ def save_encoders(directory: Path) -> None:
 
 def changed(source: Path, target: Path, change: Callable[[Tensors], Tensors] = dict, **fields: Any) -> Path:
     """`target`, a directory with other tensors and with some fields of its config replaced; None removes one."""
-    target.mkdir(exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors", metadata={"format": "pt"})
     config = {**json.loads((source / "config.json").read_text()), **fields}
     config = {name: value for name, value in config.items() if value is not None}
