@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
+from megatron_ds.hf.tokenizer_config import for_both_versions, merge_lists
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.log import get_logger
@@ -191,8 +193,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
     if sentencepiece_file(source) is not None:
         _add_converted(source, target)
-    if (target / TOKENIZER_CONFIG).is_file():
-        _write_for_both_versions(target / TOKENIZER_CONFIG)
+    _write_for_both_versions(target)
 
 
 def _add_converted(source: Path, target: Path) -> None:
@@ -214,18 +215,23 @@ def _add_converted(source: Path, target: Path) -> None:
     write_json(target / TOKENIZER_CONFIG, {**kept, **given})
 
 
-def _write_for_both_versions(file: Path) -> None:
-    """Replace TokenizersBackend and extra_special_tokens of transformers 5 by names that version 4 reads too."""
+def _write_for_both_versions(directory: Path) -> None:
+    """Rewrite the files of a copied tokenizer that transformers 4 would not read as version 5 does."""
+    backend = _read_object(directory / "tokenizer.json")
+    for name, change in ((TOKENIZER_CONFIG, for_both_versions), ("special_tokens_map.json", merge_lists)):
+        content = _read_object(directory / name)
+        if content != (changed := change(content, backend)):
+            write_json(directory / name, changed)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of a tokenizer; empty if it is missing."""
+    if not file.is_file():
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ConversionError(f"tokenizer: {file.name} is not JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise ConversionError(f"tokenizer: {file.name} holds a {type(content).__name__}, not a JSON object")
-    changed = dict(content)
-    if content.get("tokenizer_class") == "TokenizersBackend":
-        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(content.get("extra_special_tokens"), list) and "additional_special_tokens" not in content:
-        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
-    if changed != content:
-        write_json(file, changed)
+    return content
