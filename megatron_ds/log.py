@@ -3,6 +3,7 @@
 Other libraries are limited to errors and to warnings that a user can act on.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -35,6 +36,16 @@ def setup_logging(rank: int, level: int = logging.INFO) -> None:
     prefix = "" if rank == 0 else f"rank {rank}: "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     logger.handlers = [handler]
+
+
+def flush_streams() -> None:
+    """Flush standard output and error, before a fork or an exit that would lose or double their text.
+
+    What a closed or full stream cannot take is lost; the fork or the exit must happen.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, a lost one, a closed one
+            stream.flush()
 
 
 def quiet_libraries() -> None:

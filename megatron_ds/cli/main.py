@@ -21,6 +21,7 @@ from megatron_ds.cli.inspect import HELP as INSPECT_HELP
 from megatron_ds.cli.inspect import inspect
 from megatron_ds.cli.prepare import HELP as PREPARE_HELP
 from megatron_ds.cli.prepare import prepare
+from megatron_ds.cli.streams import StandardStreams
 from megatron_ds.cli.train import HELP as TRAIN_HELP
 from megatron_ds.cli.train import train
 from megatron_ds.cli.verify import HELP as VERIFY_HELP
@@ -76,7 +77,20 @@ def _root(
 def main() -> None:
     """Run the command line and exit: 0 done; 2 a user error, in one line; 130 interrupted; 1 any other error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenizers would switch itself off in forked ranks
-    sys.exit(_run(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    only_shows = _command(arguments) in ("", "inspect") or "--help" in arguments
+    streams = StandardStreams(announces=not only_shows)
+    streams.install()
+    status = _run(arguments)
+    if only_shows and streams.lost_output and status == 0:
+        _print_error(f"standard output cannot be written: {streams.lost_output}; try another file or disk", arguments)
+        status = 2
+    sys.exit(status)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Return the name of the command; empty for the options of the program itself."""
+    return next((argument for argument in arguments if not argument.startswith("-")), "")
 
 
 def _run(arguments: list[str]) -> int:
@@ -108,8 +122,8 @@ def _print_error(message: str, arguments: Sequence[str]) -> None:
     """
     from megatron_ds.cli.display import print_error
 
-    is_run = next((one for one in arguments if not one.startswith("-")), "") == "train"
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) if is_run else "0"
+    is_rank = _command(arguments) == "train"
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) if is_rank else "0"
     if rank == "0":
         print_error(message)
         return

@@ -18,14 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_ds.errors import LaunchError
-from megatron_ds.log import get_logger
+from megatron_ds.log import flush_streams, get_logger
 from megatron_ds.parallel.failure import INTERRUPTED, GroupError, find_cause, read_failure, write_failure
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 
@@ -36,7 +36,7 @@ GRACE_S = 5.0  # from the first failure until the other ranks are ended: time to
 INTERRUPT_GRACE_S = 60.0  # the same after a signal: time to save, close files and draw the plot
 SAME_PRESS_S = 1.0  # a signal may arrive twice, from a scheduler and from a launcher that passes it on
 TERM_S = 2.0  # from SIGTERM to SIGKILL
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,9 +61,10 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
     """Run `fn` on `world_size` forked ranks of this machine and return what each returned, in rank order.
 
     The parent must not have started threads or an accelerator. Each rank leads its own process group, so that a Ctrl-C
-    reaches the parent alone, which forwards it to the ranks, as it does SIGTERM and SIGUSR1. After the first signal the
-    ranks may finish their current work without a time limit, and if all end with status 0, this call returns normally.
-    A second signal, or one that a rank does not handle, ends ranks and parent. A rank that leaves by `sys.exit(0)`
+    reaches the parent alone, which forwards it to the ranks, as it does SIGTERM, SIGUSR1, and SIGHUP if it is not
+    ignored. After the first signal the ranks may finish their current work without a time limit, and if all end with
+    status 0, this call returns normally. A second signal other than SIGHUP, or one that a rank does not handle, ends
+    ranks and parent. A rank that leaves by `sys.exit(0)`
     returns None; if its peers still wait for it, they fail.
 
     Args:
@@ -95,6 +96,11 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
         raise KeyboardInterrupt
     signal.raise_signal(ended_by)  # the default handler, or the caller's
     raise SystemExit(128 + ended_by)
+
+
+def unless_ignored(numbers: Iterable[int]) -> list[int]:
+    """Return the signals that the caller may handle: not a SIGHUP that is ignored, as nohup has it."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class _Ended(Exception):
@@ -132,7 +138,7 @@ def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         nonlocal first_s
         now = time.monotonic()
-        if not received or now - first_s > SAME_PRESS_S:
+        if not received or (number != signal.SIGHUP and now - first_s > SAME_PRESS_S):
             received.append(number)
             first_s = now
         for rank in ranks:
@@ -142,7 +148,7 @@ def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    before = {number: signal.signal(number, handle) for number in unless_ignored(_SIGNALS)}
     try:
         yield
     finally:
@@ -245,8 +251,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:
     """Fork a rank that leads its own process group, and return its pid."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     parent = os.getpid()
     pid = os.fork()
     if pid:
@@ -258,14 +263,13 @@ def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
         os.setpgid(0, 0)
         _die_with(parent)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in unless_ignored((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         os.environ.update(_environment(info, folder))
         status = _call(fn, info, folder, mask)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_streams()
         os._exit(status)
 
 

@@ -1,4 +1,7 @@
-"""Graceful stop on SIGINT, SIGTERM, SIGUSR1 or a time limit: finish the step, save, close the files, exit."""
+"""Graceful stop on a signal or a time limit: finish the step, save, close the files, exit.
+
+The signals are SIGINT, SIGTERM, SIGUSR1, and SIGHUP of a terminal that is gone, unless it is ignored, as under nohup.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from megatron_ds.parallel.launch import unless_ignored
+
 STARTED_AT = "MEGATRON_DS_BEGAN"
 """Environment variable of local ranks: start time of the command, in seconds since the epoch; restarts keep it."""
 
 DEBOUNCE_S = 1.0  # under torchrun one Ctrl-C arrives twice: from the terminal and from torchrun
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: Slurm's warning (--signal)
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,  # Slurm's warning (--signal)
+    signal.SIGHUP,
+)
 
 
 @contextmanager
@@ -30,8 +40,9 @@ def counting_time() -> Iterator[None]:
 class GracefulStop:
     """Context manager in which a signal of `STOP_SIGNALS` sets `requested`, which the loop reads after each step.
 
-    A second signal, more than `DEBOUNCE_S` later, ends the process at once with status 128 + its number. Only the main
-    thread can install signal handlers; in other threads only the time limit has an effect.
+    A second signal, more than `DEBOUNCE_S` later, ends the process at once with status 128 + its number; SIGHUP does
+    not, because a shell and the system may send several for one terminal. Only the main thread can install signal
+    handlers; in other threads only the time limit has an effect.
 
     Args:
         max_time_s: time limit in seconds, from here or from the start of `counting_time`; `requested` is set when it
@@ -55,7 +66,9 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            self._previous_handlers = {
+                number: signal.signal(number, self._handle) for number in unless_ignored(STOP_SIGNALS)
+            }
         return self
 
     def __exit__(
@@ -68,5 +81,5 @@ class GracefulStop:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._received_s = signal.Signals(number), now
-        elif now - self._received_s > DEBOUNCE_S:
+        elif number != signal.SIGHUP and now - self._received_s > DEBOUNCE_S:
             os._exit(128 + number)

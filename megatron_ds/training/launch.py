@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import ConfigError, MegatronDSError, TopologyError
-from megatron_ds.log import get_logger, quiet_libraries, setup_logging
+from megatron_ds.log import flush_streams, get_logger, quiet_libraries, setup_logging
 from megatron_ds.monitor import Reporter, SilentReporter
 from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.parallel.launch import run_local
@@ -200,8 +199,7 @@ def _train_launched(run: RunConfig, info: RankInfo, as_rank: _AsRank) -> TrainRe
 
 def _leave(status: int) -> NoReturn:
     """End the process without destroying its process group, which could wait for the peers forever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     os._exit(status)
 
 

@@ -40,7 +40,7 @@ from megatron_ds.training.watchdog import Heartbeat
 Batches = list[dict[str, torch.Tensor]]
 """The micro-batches of one data rank, out of a global batch."""
 
-_TIME_LIMIT = 1  # shares a flag with signal numbers; 1 is SIGHUP, which is not in STOP_SIGNALS
+_TIME_LIMIT = int(signal.NSIG)  # shares a flag with signal numbers, which are below it
 
 
 class TrainingLoop:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, supported
 
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import TrainingError
+from megatron_ds.log import flush_streams
 from megatron_ds.monitor.profile import PartTimes, table, time_by_part
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.regions import STEP
@@ -26,7 +26,7 @@ FOLDER = "profile"
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence standard error: torch's profiler writes to it from C++, on every rank, when it starts and stops."""
-    sys.stderr.flush()
+    flush_streams()
     saved_stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:

@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -26,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_ds.atomic import replacing
 from megatron_ds.errors import LaunchError
-from megatron_ds.log import get_logger
+from megatron_ds.log import flush_streams, get_logger
 from megatron_ds.parallel.failure import write_failure
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rendezvous import RankGroup
@@ -199,7 +198,7 @@ class Watchdog:
                     )
                 )
         finally:
-            sys.stderr.flush()
+            flush_streams()
             os._exit(1)
 
     def _report(self) -> None:

@@ -50,14 +50,19 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def fork(tmp_path: Path, start: Start) -> Iterator[Fork]:
-    """The same in a fork of this process, which saves the command its imports; see `forked_python`."""
+    """The same in a fork of this process, which saves the command its imports; see `forked_python`.
+
+    `streams`: descriptors of stdin, stdout and stderr; otherwise `communicate` returns what it writes.
+    """
     begun: list[ForkedPython] = []
 
-    def begin(*arguments: object, **environ: str) -> Running:
+    def begin(*arguments: object, streams: tuple[int, int, int] | None = None, **environ: str) -> Running:
         full = _environment(tmp_path, environ)
         if not can_fork(full):
+            if streams is not None:
+                pytest.skip("needs a fork")
             return start(*arguments, **environ)
-        begun.append(ForkedPython(arguments, tmp_path, full))
+        begun.append(ForkedPython(arguments, tmp_path, full, streams))
         return begun[-1]
 
     yield begin

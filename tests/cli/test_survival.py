@@ -40,7 +40,9 @@ def write_run(corpus: Path, folder: Path, name: str = "out", steps: int = STEPS)
 
 
 def losses(output: Path) -> list[float]:
+    """The losses of all steps; a validation may follow the last one."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "valid_loss" not in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
