@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_ds.cache import use_writable_caches
 from megatron_ds.cli.export import HELP as EXPORT_HELP
 from megatron_ds.cli.export import export
 from megatron_ds.cli.import_hf import HELP as IMPORT_HELP
@@ -26,7 +27,7 @@ from megatron_ds.cli.train import HELP as TRAIN_HELP
 from megatron_ds.cli.train import train
 from megatron_ds.cli.verify import HELP as VERIFY_HELP
 from megatron_ds.cli.verify import verify
-from megatron_ds.errors import LaunchError, MegatronDSError
+from megatron_ds.errors import ConfigError, LaunchError, MegatronDSError
 from megatron_ds.version import __version__
 
 PROGRAM = "megatron-ds"
@@ -95,6 +96,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 def _run(arguments: list[str]) -> int:
     try:
+        _prepare_surroundings(arguments)
         status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except LaunchError as problem:
         print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank
@@ -114,6 +116,30 @@ def _run(arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0  # the code of typer.Exit, or the value that a command returned
 
 
+def _prepare_surroundings(arguments: Sequence[str]) -> None:
+    """Give libraries directories that can be written, before a command imports them.
+
+    Raises:
+        ConfigError: the current directory does not exist any more, or there is no place for caches.
+    """
+    if _command(arguments) == "":
+        return
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current directory does not exist any more; try cd to one that does") from None
+    moved = use_writable_caches()
+    if moved and _command(arguments) == "train" and _rank(arguments) == "0":
+        print(moved, file=sys.stderr)
+
+
+def _rank(arguments: Sequence[str]) -> str:
+    """Return the rank that this process has in a run; other commands have no ranks."""
+    if _command(arguments) != "train":
+        return "0"
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
 def _print_error(message: str, arguments: Sequence[str]) -> None:
     """Print an error once for all ranks of a run.
 
@@ -122,8 +148,7 @@ def _print_error(message: str, arguments: Sequence[str]) -> None:
     """
     from megatron_ds.cli.display import print_error
 
-    is_rank = _command(arguments) == "train"
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) if is_rank else "0"
+    rank = _rank(arguments)
     if rank == "0":
         print_error(message)
         return

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ds.cache import temporary_directory
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import flush_streams, get_logger
 from megatron_ds.parallel.failure import INTERRUPTED, GroupError, find_cause, read_failure, write_failure
@@ -79,7 +80,7 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
         SystemExit: after another signal, if its handler, which is called once more, lets this process live.
     """
     _check_forkable()
-    folder = Path(tempfile.mkdtemp(prefix="megatron_ds-"))
+    folder = Path(tempfile.mkdtemp(prefix="megatron_ds-", dir=temporary_directory()))
     ranks: list[_Rank] = []
     received: list[int] = []
     try:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_ds.cache import use_writable_caches
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import ConfigError, MegatronDSError, TopologyError
 from megatron_ds.log import flush_streams, get_logger, quiet_libraries, setup_logging
@@ -78,6 +79,7 @@ def train(
         KeyboardInterrupt: after a Ctrl-C, once every rank has finished its step and the files are closed.
     """
     quiet_libraries()
+    use_writable_caches()
 
     def as_rank(run: RunConfig, info: RankInfo) -> TrainResult:
         return _train_as(run, info, reporter, callbacks)

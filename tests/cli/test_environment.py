@@ -66,3 +66,27 @@ def test_a_port_in_use(world_size: str, fork: Fork, run_file: Path) -> None:
     assert (process.returncode, out) == (2, "")
     assert err.startswith(f"error: MASTER_PORT={port} in the environment: rank 0 cannot listen there (address already")
     assert err.count("\n") == 1 and "nearest: " in err
+
+
+def test_a_user_without_a_home_trains(fork: Fork, run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    places = {"HOME": "/dev/null/nobody", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path / "tmp")}
+    script = tmp_path / "fresh.py"  # the temporary directory that the forking process has found
+    script.write_text("import tempfile\ntempfile.tempdir = None\nfrom megatron_ds.cli.main import main\nmain()\n")
+    process = fork(script, "train", run_file, "data.cache_dir=null", **places)
+    _, err = process.communicate(60)
+    assert process.returncode == 0, err
+    assert err.startswith(f"caches are in {tmp_path}/tmp/megatron_ds-") and "Traceback" not in err
+    assert list((tmp_path / "tmp").glob("megatron_ds-*/xdg_cache_home/megatron_ds/tokens/*"))
+
+
+def test_a_current_directory_that_is_gone_is_one_line(fork: Fork, run_file: Path, tmp_path: Path) -> None:
+    script = tmp_path / "gone.py"
+    (tmp_path / "gone").mkdir()
+    script.write_text(
+        f"import os\nos.chdir({str(tmp_path / 'gone')!r})\nos.rmdir({str(tmp_path / 'gone')!r})\n"
+        "from megatron_ds.cli.main import main\nmain()\n"
+    )
+    process = fork(script, "train", run_file)
+    expected = "error: the current directory does not exist any more; try cd to one that does\n"
+    assert (process.communicate(30), process.returncode) == (("", expected), 2)
