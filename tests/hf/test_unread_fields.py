@@ -30,10 +30,16 @@ UNREAD: dict[str, dict[str, Any]] = {
         "pooler_type": "first_token_transform",
     },
     "roberta-masked": {"embedding_dropout": 0.5, "adapters": {"attn": [1]}, "gradient_norm": float("inf")},
-    "gpt_neox-parallel": {"gpt_j_residual": True, "init_method": "small_init", "pos_emb": "rotary"},
+    "gpt_neox-parallel": {
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_dropout_prob": 0,
+        "gpt_j_residual": True,
+        "init_method": "small_init",
+        "pos_emb": "rotary",
+    },
     "phi3-plain": {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False},
     "bloom-tied": {"unembed": [1, {"a": None}], "skip_softmax": True, "activation_dropout": 0.3},
-    "opt-before": {"fp32_residual": True, "max_target_positions": 7},
+    "opt-before": {"activation_dropout": 0.0, "fp32_residual": True, "max_target_positions": 7},
     "gpt2-plain": {
         "rotary": True,
         "alibi": True,
