@@ -32,7 +32,6 @@ FIELDS = FieldRules(
     equal={
         "apply_residual_connection_post_layernorm": (False,),
         "slow_but_exact": (False,),  # it omits biases
-        "attention_softmax_in_fp32": (True,),
         "n_inner": (None,),
     },
     cosmetic=frozenset(

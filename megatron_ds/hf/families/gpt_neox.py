@@ -36,11 +36,6 @@ FIELDS = FieldRules(
             "rotary_pct",
         ]
     ),
-    equal={
-        # names of the first checkpoints, which transformers does not read
-        "attention_probs_dropout_prob": (0,),
-        "hidden_dropout_prob": (0,),
-    },
     training=frozenset({"classifier_dropout"}),
     cosmetic=frozenset({"pad_token_id"}),
 )

@@ -37,7 +37,6 @@ FIELDS = FieldRules(
     ),
     equal={
         "layerdrop": (0.0,),
-        "activation_dropout": (0.0,),
     },
 )
 

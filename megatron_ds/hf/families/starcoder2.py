@@ -13,8 +13,6 @@ FIELDS = FieldRules(
     mapped=SHARED_FIELDS
     | {"hidden_act", "norm_epsilon", "sliding_window", "use_bias", "residual_dropout", "embedding_dropout"},
     equal={
-        "attention_softmax_in_fp32": (True,),
-        "scale_attention_softmax_in_fp32": (True,),
         "scale_attn_weights": (True,),
         "mlp_type": ("default",),
         "norm_type": ("layer_norm",),
