@@ -62,7 +62,8 @@ def _modeling_files(config_class: type, module: str, architecture: str) -> set[P
     """Return the files of the model's class. Those of transformers are next to the configuration and not imported."""
     place = _file_of(config_class)
     if module != "transformers" or place is None:
-        return {_file_of(getattr(import_module(module), architecture))}
+        bases = getattr(import_module(module), architecture).__mro__
+        return {_file_of(kind) for kind in bases if kind.__module__.partition(".")[0] not in ("builtins", "torch")}
     files = place.parent.glob("modeling_*.py")
     return {file for file in files if f"class {architecture}(" in file.read_text(encoding="utf-8")} or {None}
 
@@ -72,19 +73,22 @@ def _tree(file: Path) -> ast.Module:
 
 
 def _imports(files: Iterable[Path]) -> set[Path]:
-    """Return the files of the same package that these files import from."""
+    """Return the files of the same package, or of transformers, that these files import from."""
     return {found for file in files for node in ast.walk(_tree(file)) for found in _imported(file, node)}
 
 
 def _imported(file: Path, node: ast.AST) -> Iterator[Path]:
     if not isinstance(node, ast.ImportFrom):
         return
-    package = next(parent for parent in file.parents if not (parent.parent / "__init__.py").is_file())
+    import transformers
+
+    own = next(parent for parent in file.parents if not (parent.parent / "__init__.py").is_file())
+    packages = {package.name: package.parent for package in (own, Path(str(transformers.__file__)).parent)}
     names = node.module.split(".") if node.module else []
     if node.level:
         base = file.parents[node.level - 1].joinpath(*names)
-    elif names[0] == package.name:
-        base = package.parent.joinpath(*names)
+    elif names[0] in packages:
+        base = packages[names[0]].joinpath(*names)
     else:
         return
     candidates = (base.with_suffix(".py"), base / "__init__.py", *(base / f"{one.name}.py" for one in node.names))
@@ -111,6 +115,7 @@ class _Search(ast.NodeVisitor):
     def __init__(self, is_model: bool, is_configuration: bool) -> None:
         self.found: set[str] = set()
         self._is_model, self._is_configuration = is_model, is_configuration
+        self._other_names: set[str] = set()  # of variables that hold a config
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         if not _OTHER_HEADS.search(node.name):
@@ -119,6 +124,11 @@ class _Search(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if any(self._reads_by_variable(one) for one in ast.walk(node)):
             self.found |= _texts(ast.walk(node))  # the names that the variable may have are among them
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if self._is_config(node.value):
+            self._other_names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
@@ -148,8 +158,10 @@ class _Search(ast.NodeVisitor):
 
     def _is_config(self, node: ast.expr) -> bool:
         """Test whether an expression is a config by its last name; `self` and `kwargs` are in a configuration class."""
-        name = _last_name(node).lower()
-        return "config" in name or (self._is_configuration and name in ("self", "cls", "kwargs"))
+        name = _last_name(node)
+        if name in self._other_names or (self._is_configuration and name in ("self", "cls", "kwargs")):
+            return True
+        return "config" in name.lower() or "cfg" in name.lower()
 
     def _of_config(self, node: ast.Call) -> bool:
         """Test for a call that reads a field by name: `getattr(config, name)` or `kwargs.pop(name)`."""

@@ -130,6 +130,8 @@ class Head:
         c = self.config.decoder.deep
         d = getattr(module, "any", 0)
         e = config["item"]
+        given = self.config.get_text_config()
+        f = given.renamed
 
 class Other:
     def forward(self, model):
@@ -148,7 +150,7 @@ def test_the_search_sees_every_form_of_access(tmp_path: Path) -> None:
     found = search._names_in(tmp_path / "configuration_x.py", is_model=False, is_configuration=True)
     assert found >= {"alias", "target", "declared", "own", "popped", "taken"}
     found = search._names_in(tmp_path / "modeling_x.py", is_model=True, is_configuration=False)
-    assert found >= {"plain", "named", "decoder", "any", "item", "looped"}
+    assert found >= {"plain", "named", "decoder", "any", "item", "looped", "renamed"}
     assert not found & {"elsewhere", "not a name"}
 
 
