@@ -277,12 +277,14 @@ def read_json(path: Path, key: str = "") -> dict[str, Any]:
         key: the key of the run file that names the directory, for messages.
 
     Raises:
-        ConversionError: no such file, or not a JSON object.
+        ConversionError: no such file, one that cannot be read, or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ConversionError(why_missing(path, key)) from None
+    except OSError as problem:
+        raise ConversionError(f"{path} cannot be read: {problem.strerror}; try `ls -l {path}`") from problem
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ConversionError(f"{path}: not JSON ({problem})") from problem
     if not isinstance(content, dict):

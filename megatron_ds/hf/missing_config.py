@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_ds.hf.registry import FAMILIES
+
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -54,8 +56,8 @@ def _absent(place: Path, named: Callable[[object], str]) -> str:
     if place.is_symlink():
         return f"is a link to {place.readlink()}, which does not exist"
     address = _HUB_ADDRESS.fullmatch(str(place).replace(":/", "://", 1))  # Path takes one of two slashes
-    name = address[1] if address else str(place) if _HUB_NAME.fullmatch(str(place)) else None
-    if name is not None and (address or not Path(name).parent.exists()):
+    name = address[1] if address else str(place)
+    if address or _may_be_on_the_hub(name):
         folder = Path(name).name
         return (
             "does not exist here, and nothing is downloaded by itself; if it is a model of the hub, try `hf download "
@@ -67,6 +69,13 @@ def _absent(place: Path, named: Callable[[object], str]) -> str:
     if near:
         return f"does not exist; nearest: {named(_as_given(near[0], place))}"
     return f"does not exist; there is no {missing} in {parent}"
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Test for organisation/model, or a model without an organisation, as the hub's first ones are named."""
+    if "/" in name:
+        return bool(_HUB_NAME.fullmatch(name)) and not Path(name).parent.exists()
+    return bool(re.fullmatch(r"[\w.-]+", name)) and any(family in name.lower() for family in FAMILIES.names)
 
 
 def _of_file(place: Path, named: Callable[[object], str]) -> str:

@@ -41,13 +41,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
         ("google/mt5-small", "google/mt5-small"),
+        ("xlm-roberta-base", "xlm-roberta-base"),
         ("https://huggingface.co/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
         ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/main", "Qwen/Qwen3-0.6B"),
         ("hf://openai-community/gpt2", "openai-community/gpt2"),
     ],
 )
 def test_the_name_of_a_model_on_the_hub(path: str, name: str) -> None:
-    folder = name.partition("/")[2]
+    folder = name.rpartition("/")[2]
     assert message(path).endswith(
         f" does not exist here, and nothing is downloaded by itself; if it is a model of the hub, try `hf download "
         f"{name} --local-dir {folder}` and model.path={folder}"
@@ -98,6 +99,11 @@ def test_folders_of_directories(place: Path) -> None:
         assert message(folder) == f"model.path={folder}: no config.json here; nearest: model.path={newest}"
     model_in(place / "models--org--name" / "snapshots" / "0123abcd")
     assert message("models--org--name").endswith("nearest: model.path=models--org--name/snapshots/0123abcd")
+
+
+def test_a_file_that_cannot_be_read(place: Path) -> None:
+    (place / "odd" / "config.json").mkdir(parents=True)
+    assert message("odd").startswith("odd/config.json cannot be read: Is a directory; try")
 
 
 def test_other_contents(place: Path) -> None:
