@@ -74,7 +74,12 @@ def _tree(file: Path) -> ast.Module:
 
 def _imports(files: Iterable[Path]) -> set[Path]:
     """Return the files of the same package, or of transformers, that these files import from."""
-    return {found for file in files for node in ast.walk(_tree(file)) for found in _imported(file, node)}
+    return {found for file in files for found in _imports_of(file)}
+
+
+@cache
+def _imports_of(file: Path) -> frozenset[Path]:
+    return frozenset(found for node in ast.walk(_tree(file)) for found in _imported(file, node))
 
 
 def _imported(file: Path, node: ast.AST) -> Iterator[Path]:
