@@ -95,6 +95,10 @@ class HFWeights:
         row = self.model.table[name]
         return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes, place=place)
 
+    def tensor(self, name: str) -> Tensor:
+        """Map a Hugging Face tensor of the table, as it is on disk."""
+        return self._source.tensor(self._on_disk[name])
+
     def each(self, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) of every native parameter in the order on disk; pieces of a tensor are adjacent.
 

@@ -34,6 +34,8 @@ class LoRASpec:
         a_bound, a_std: A is initialised uniformly within ±bound, or normally; with zeros if both are None.
         b_bound: B is initialised uniformly within ±bound; 0 = with zeros, so that the adapter starts as the identity.
         dora: the rows of the adapted weight have learned norms.
+        init: peft's name of an initialization that follows from the full weight or is drawn otherwise; None = the
+            above.
     """
 
     rank: int
@@ -43,11 +45,18 @@ class LoRASpec:
     a_std: float | None = None
     b_bound: float | None = None
     dora: bool = False
+    init: str | None = None
+
+    @property
+    def changes_base(self) -> bool:
+        """The adapter begins with a part of the base weight, which loses it."""
+        return self.init in ("pissa", "olora")
 
     @property
     def description(self) -> str:
         """The settings that distinguish it from other adapters, as text for errors."""
-        return f"r {self.rank}, scale {self.scale}{', DoRA' if self.dora else ''}"
+        others = (", DoRA" if self.dora else "", f", {self.init}" if self.changes_base else "")
+        return f"r {self.rank}, scale {self.scale}{''.join(others)}"
 
 
 @dataclass(frozen=True)

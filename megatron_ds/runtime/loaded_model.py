@@ -40,7 +40,7 @@ class LoadedModel:
         frozen: native names of the parameters that are not trained.
         adapters: adapters that are trained instead of the model; None = none.
         adapter_weights: reader of their weights; None = they start from their initialization.
-        initial: initial values of adapters that follow from the base weights.
+        initial: values of adapters and of base weights that follow from the base weights before training.
         change_layers: (the model's own layers, build context) -> the layers to train, such as with another head.
     """
 
@@ -74,11 +74,11 @@ class LoadedModel:
     def _read_shard(self, name: str, spec: ParamSpec, axes: Axes) -> Tensor:
         if self.adapter_weights is not None and name in self.adapter_weights.adapters.table:
             return self.adapter_weights.shard(name, spec, axes)
+        if self.initial is not None and self.initial.has(name):
+            return self.initial.shard(name, spec, axes)
         if name in self.hf.table:
             assert self.weights is not None
             return self.weights.shard(name, spec, axes)
-        if self.initial is not None and self.initial.has(name):
-            return self.initial.shard(name, spec, axes)
         return initial_shard(name, spec, self.seed, axes)
 
 

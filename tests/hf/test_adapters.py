@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
+from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.hf.peft import config as module
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
@@ -82,7 +83,7 @@ def test_there_and_back_bit_for_bit(case: str, kind: str, made: Any, tmp_path: P
     adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
     weights = AdapterReader(directory / "adapter", adapters)
     parameters = [(name, weights.full(name)) for name in adapters.table]
-    export_adapters(tmp_path / "again", adapters, parameters, None, None)
+    export_adapters(ExportTarget(tmp_path / "again"), adapters, parameters, None, None)
     before, after = (load_file(place / ADAPTER_WEIGHTS) for place in (directory / "adapter", tmp_path / "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     again = read_adapters(tmp_path / "again", read_model(directory / "base"), "base")
@@ -97,7 +98,7 @@ def test_merged_as_peft_merges(case: str, kind: str, made: Any, tmp_path: Path) 
     adapters = read_adapters(directory / "adapter", base.model, "base")
     weights = AdapterReader(directory / "adapter", adapters)
     parameters = {name: weights.full(name) for name in adapters.table}
-    export_merged(tmp_path / "hf", base, directory / "base", adapters, parameters, None, "5GB", None)
+    export_merged(ExportTarget(tmp_path / "hf"), base, directory / "base", adapters, parameters, None, "5GB", None)
     mine, theirs = (load_file(place / "model.safetensors") for place in (tmp_path / "hf", directory / "merged"))
     plain = load_file(directory / "base" / "model.safetensors")
     changed = 0

@@ -14,7 +14,10 @@ from torch import Tensor
 from megatron_ds.checkpoint.convert import export_hf
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.peft.adapters import read_adapters
+from megatron_ds.hf.peft.adapters import PREFIX, read_adapters
+from megatron_ds.hf.peft.initial import InitialValues
+from megatron_ds.hf.peft.reader import AdapterReader
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import LOGGER_NAME, get_logger
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone
@@ -36,6 +39,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("llama", {"target_modules": "all-linear", "use_dora": True}),
     "dora-on-tables": ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "use_dora": True}),
     "dora-inputs-first": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True}),
+    "pissa": ("llama", {"target_modules": "all-linear", "init_lora_weights": "pissa", "use_rslora": True}),
+    "pissa-on-tables": ("tied", {"target_modules": ["q_proj", *TABLES], "init_lora_weights": "pissa"}),
+    "pissa-inputs-first": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "use_dora": True}),
+    "olora": ("llama", {"target_modules": ["v_proj", "o_proj"], "init_lora_weights": "olora"}),
     "regex": ("llama", {"target_modules": r".*layers\.1\..*(q_proj|down_proj)"}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal", "r": 2}),
     "inputs-first": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "c_fc"]}),
@@ -68,8 +75,32 @@ def _adapt(case: str, directory: Path) -> None:
     torch.save((merged.state_dict(), merged.config.tie_word_embeddings), directory / case / "merged.pt")
 
 
+STARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("llama", {"target_modules": "all-linear", "use_dora": True}),
+    "pissa": ("llama", {"target_modules": "all-linear", "init_lora_weights": "pissa", "use_dora": True}),
+    "pissa-fused": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "init_lora_weights": "pissa"}),
+    "olora": ("llama", {"target_modules": ["v_proj", "o_proj"], "init_lora_weights": "olora", "use_rslora": True}),
+}
+
+
+def _start(case: str, directory: Path) -> None:
+    """Save peft's initial adapter, and the base weights that it leaves."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base, fields = STARTS[case]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(directory / base), LoraConfig(r=4, **fields))
+    model.save_pretrained(directory / f"start-{case}")
+    left = {
+        name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items() if "lora" not in name
+    }
+    torch.save(left, directory / f"start-{case}" / "base.pt")
+
+
 def _make(directory: Path) -> None:
     _bases(directory)
+    for case in STARTS:
+        _start(case, directory)
     for case in CASES:
         _adapt(case, directory)
 
@@ -98,6 +129,27 @@ def test_merged_as_peft_merges_tables_and_modules(case: str, made: Path, tmp_pat
     _check_merged(made / case, made / base, made / case / "merged.pt", tmp_path / "hf")
     plain, ours = load_file(made / base / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert any(not torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_adapters_begin_as_in_peft(case: str, made: Path) -> None:
+    """Magnitudes, A and B that follow from the base, and what remains of the base, bit for bit but for their sums."""
+    base, fields = STARTS[case]
+    weights = HFWeights(made / base, read_model(made / base))
+    adapters = read_adapters({"r": 4, **fields}, weights.model, "base")
+    theirs = AdapterReader(made / f"start-{case}", adapters)
+    initial, left = InitialValues(adapters, weights, seed=5), torch.load(made / f"start-{case}" / "base.pt")
+    letters = "ab" * ("init_lora_weights" in fields) + "m" * ("use_dora" in fields)
+    compared = [name for name in adapters.table if name.rpartition(".")[2][0] in letters and initial.has(name)]
+    assert len(compared) >= len(letters) * len(adapters.modules)
+    for name in compared:
+        torch.testing.assert_close(initial.full(name), theirs.full(name), rtol=1e-5, atol=1e-6)
+    changed = [name for name in weights.model.table if initial.has(name)]
+    assert bool(changed) == ("init_lora_weights" in fields)
+    for name in changed:
+        row = weights.model.table[name]
+        wanted = row.op.read(lambda source, row=row: left[PREFIX + row.names[source]], adapters.axis_sizes)
+        torch.testing.assert_close(initial.full(name), wanted, rtol=1e-5, atol=1e-6)
 
 
 def _adapter_name(name: str) -> str:
@@ -179,7 +231,9 @@ def test_two_adapters_in_one_file_are_refused(made: Path, tmp_path: Path) -> Non
         ({"a_field_of_tomorrow": 1}, r"\.a_field_of_tomorrow=1 is not a field of peft's LoraConfig"),
         ({"lora_bias": True}, r"\.lora_bias=True is not supported; nearest: False"),
         ({"bias": "all"}, r"\.bias=all is not supported; nearest: none"),
-        ({"init_lora_weights": "loftq"}, r"\.init_lora_weights=loftq is not supported"),
+        ({"init_lora_weights": "loftq"}, r"\.init_lora_weights=loftq is not supported; supported: true, false, "),
+        ({"init_lora_weights": "pissa_niter_4"}, r"\.init_lora_weights=pissa_niter_4 is not .*; nearest: pissa$"),
+        ({"init_lora_weights": "orthogonal"}, r"\.r=3 must be even for an orthogonal start; nearest: 4"),
         ({"modules_to_save": ["embed"]}, r"\.modules_to_save=embed matches nothing in a llama; supported: down_proj,"),
         ({"modules_to_save": ["k_proj"]}, r"\.modules_to_save leaves out .*v_proj.weight, which is one"),
         ({"modules_to_save": ["self_attn"]}, r"target_modules=\['q_proj', 'v_proj'\] matches nothing"),

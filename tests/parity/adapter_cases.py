@@ -43,13 +43,13 @@ def train_peft(case: str, config: dict[str, Any], recipe: Recipe, directory: Pat
 
 
 def random_config(config: dict[str, Any]) -> Any:
-    """peft's, whose adapters begin at random throughout."""
+    """peft's, whose adapters begin at random throughout, unless it says how."""
     from peft import IA3Config, LoraConfig
 
     if config.get("peft_type") == "IA3":
         given = {name: value for name, value in config.items() if name != "peft_type"}
         return IA3Config(**given, init_ia3_weights=False)
-    return LoraConfig(**config, init_lora_weights=False)
+    return LoraConfig(**{"init_lora_weights": False, **config})
 
 
 def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:

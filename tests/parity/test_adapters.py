@@ -61,6 +61,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("llama-1kv", {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_dora": True}),
     "dora-fused": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True}),
     "dora-fused-gate": ("phi3-plain", {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True}),
+    "pissa": ("llama-1kv", {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": "pissa"}),
+    "pissa-fused": ("gpt2", {"r": 4, "target_modules": ["c_attn"], "init_lora_weights": "pissa", "use_dora": True}),
+    "olora": ("qwen3", {"r": 4, "target_modules": ["v_proj", "o_proj"], "init_lora_weights": "olora"}),
     "encoder": ("bert-pretraining", {"r": 4, "target_modules": ["query", "value", "intermediate.dense"]}),
 }
 PLACES = [
@@ -84,6 +87,8 @@ COVERING = [
     *(("dora", place) for place in (Place(1, 1, 1, 1), Place(4, 1, 1, 1), Place(2, 2, 1, 1, True))),
     *((name, Place(2, 1, 1, 2, True)) for name in ("dora-fused", "dora-fused-gate")),
     ("dora", Place(2, 1, 2, 3, recompute="full")),
+    *(("pissa", place) for place in (Place(1, 1, 1, 1), Place(2, 2, 1, 1, True))),
+    *((name, Place(2, 1, 1, 2, True)) for name in ("pissa-fused", "olora")),
     ("some-layers", Place(1, 2, 1, 1)),
     ("some-layers", Place(2, 1, 1, 2, True, recompute="full")),
     ("llama", Place(1, 2, 2, 1, recompute="full")),

@@ -83,7 +83,7 @@ def test_losses_do_not_depend_on_the_layout_and_only_adapters_are_saved(make_lor
     [
         ("alone", "tp2-zero3", ["peft.use_dora=true"]),
         ("tp2-zero3", "pp2", ["peft.modules_to_save=[embed_tokens, lm_head]"]),
-        ("pp2", "dp2-zero2", ["peft.modules_to_save=[embed_tokens]"]),
+        ("pp2", "dp2-zero2", ["peft.modules_to_save=[embed_tokens]", "peft.init_lora_weights=olora"]),
     ],
 )
 def test_a_run_goes_on_at_another_layout(make_lora: Any, first: str, second: str, more: list[str]) -> None:
@@ -125,10 +125,10 @@ def test_exports_for_peft_and_merged(
     """By the run, checked by it, and by the command from its checkpoint."""
     preload()
     export = {"path": str(tmp_path / "adapter"), "check": True}
-    tables = "peft.modules_to_save=[embed_tokens, lm_head]"
-    run = make_lora("run", tables, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, export=export)
+    more = ["peft.modules_to_save=[embed_tokens, lm_head]", "peft.init_lora_weights=pissa"]
+    run = make_lora("run", *more, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, export=export)
     mds.train(run, nproc=4)
-    again = make_lora("second", tables, "export.merge=true", export={"path": str(tmp_path / "merged"), "check": True})
+    again = make_lora("second", *more, "export.merge=true", export={"path": str(tmp_path / "merged"), "check": True})
     mds.train(again)
     assert _run(["export", run.output, str(tmp_path / "from_command"), "--merge"]) == 0
     assert _run(["export", run.output, str(tmp_path / "adapter_from_command")]) == 0
@@ -163,6 +163,10 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
         (["peft={rank_pattern: {q_proj: 0}}"], "peft.rank_pattern.q_proj=0 must be at least 1"),
         (["peft={rank: 8}"], "peft.rank is not a field of peft's LoraConfig"),
         (["peft={peft_type: VERA}"], "peft.peft_type=VERA is not supported; supported: LORA, IA3"),
+        (
+            ["peft={init_lora_weights: loftq}"],
+            "gaussian, pissa, olora, orthogonal; nearest: true",
+        ),
         (["peft={lora_bias: true}"], "peft.lora_bias=True is not supported; nearest: False"),
         (["peft={bias: all}"], "peft.bias=all is not supported; nearest: none"),
         (["peft={target_modules: [q]}"], "matches nothing in a llama; supported: down_proj, gate_proj, k_proj"),

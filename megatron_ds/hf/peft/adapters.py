@@ -123,12 +123,12 @@ class Adapters:
                 *(one, row, self.adapters[module]),
                 {letter: parameters[name].float() for letter, name in self.names_of(module, one).items()},
             )
-            for module, one, row in self._changes.get(native, ())
+            for module, one, row in self.changes.get(native, ())
         ]
         return merged_weight(full, changes, self.axis_sizes)
 
     @cached_property
-    def _changes(self) -> dict[str, list[tuple[str, Projection, Row]]]:
+    def changes(self) -> dict[str, list[tuple[str, Projection, Row]]]:
         """Name of a base weight or bias -> the adapted modules that change it, with the projection and its row."""
         found: dict[str, list[tuple[str, Projection, Row]]] = {}
         for module, projections in self.modules.items():
@@ -139,16 +139,6 @@ class Adapters:
                 if isinstance(adapter, IA3Spec) and not adapter.of_input and bias in self.model.table:
                     found.setdefault(bias, []).append((module, one, self.model.table[bias]))
         return found
-
-    @property
-    def magnitudes(self) -> dict[str, tuple[str, Projection]]:
-        """Native name of each of DoRA's magnitudes -> module and projection."""
-        return {
-            self.names_of(module, one)["m"]: (module, one)
-            for module, projections in self.modules.items()
-            for one in projections
-            if (adapter := self.adapters[module]) and isinstance(adapter, LoRASpec) and adapter.dora
-        }
 
     def names_of(self, module: str, one: Projection) -> dict[str, str]:
         """Return letter -> native name, for the adapter's parameters that concern one projection."""
@@ -220,7 +210,7 @@ def _adapter(config: AdapterConfig, model: HFModel, module: str, parts: tuple[Pr
             f"{config.where}.feedforward_modules matches {module}, whose input others take too; supported: modules "
             "whose output goes into the residual stream, such as down_proj"
         )
-    return adapter
+    return replace(adapter, init=None) if isinstance(adapter, LoRASpec) and parts[0].is_lookup else adapter
 
 
 def _name_of(letter: str, native: str, projection: Projection) -> str:

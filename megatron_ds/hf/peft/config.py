@@ -36,8 +36,9 @@ class PeftFields:
 
 
 _OF_REFUSED_INITIALIZATIONS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
-_INITIALIZATIONS = (True, False, "gaussian")
-_OF_WEIGHTS_THAT_ARE_READ = ("eva", "orthogonal")  # initializations of A and B alone, whose trained values are read
+_BY_BOUNDS = (True, False, "gaussian")
+_BY_PEFT = ("pissa", "olora", "orthogonal")
+_OF_WEIGHTS_THAT_ARE_READ = ("eva",)  # an initialization of A and B alone, whose trained values are read
 COSMETIC = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -183,6 +184,7 @@ class AdapterConfig:
             a_std=1 / rank if gaussian else None,
             b_bound=1 / math.sqrt(rank) if plain else None,
             dora=bool(config.use_dora),
+            init=config.init_lora_weights if config.init_lora_weights in _BY_PEFT else None,
         )
 
     def content(self, model: HFModel, base: str) -> dict[str, Any]:
@@ -242,9 +244,11 @@ def _checked(where: str, kind: str, raw: Mapping[str, Any], is_file: bool) -> An
 
 def _check_initialization(where: str, init: Any, starts: bool) -> None:
     """Check `init_lora_weights`; `starts`: the adapters are initialized by it, not read."""
-    allowed = _INITIALIZATIONS if starts else (*_INITIALIZATIONS, *_OF_WEIGHTS_THAT_ARE_READ)
+    allowed = (*_BY_BOUNDS, *_BY_PEFT, *(() if starts else _OF_WEIGHTS_THAT_ARE_READ))
     if init not in allowed:
-        raise ConversionError(f"{where}.init_lora_weights={init} is not supported; nearest: true, false or gaussian")
+        names = ", ".join(str(one).lower() for one in (*_BY_BOUNDS, *_BY_PEFT))
+        near = "pissa" if str(init).startswith("pissa") else "true"
+        raise ConversionError(f"{where}.init_lora_weights={init} is not supported; supported: {names}; nearest: {near}")
 
 
 def _check_lora(where: str, config: Any) -> None:
@@ -252,6 +256,8 @@ def _check_lora(where: str, config: Any) -> None:
     for field, rank in {"r": config.r, **others}.items():
         if not isinstance(rank, int) or rank < 1:
             raise ConversionError(f"{where}.{field}={rank} must be at least 1; nearest: 1")
+        if config.init_lora_weights == "orthogonal" and rank % 2:
+            raise ConversionError(f"{where}.{field}={rank} must be even for an orthogonal start; nearest: {rank + 1}")
     if not 0 <= config.lora_dropout < 1:
         raise ConversionError(f"{where}.lora_dropout={config.lora_dropout} is not in [0, 1); nearest: 0.0")
 

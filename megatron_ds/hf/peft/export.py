@@ -15,6 +15,7 @@ from megatron_ds.hf.export import check_fits, copy_tokenizer, exporting
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.weight_files import json_text
 from megatron_ds.hf.weights import HFWeights, ToHF
 
@@ -87,12 +88,13 @@ def export_merged(
     Raises:
         ConversionError: a value does not fit into the dtype; see also `ExportTarget.put`.
     """
-    own = adapters.saved | adapters.replaced
+    own, initial = adapters.saved | adapters.replaced, InitialValues(adapters, base, seed=0)
     with exporting(target, adapters.model, dtype, max_shard_size) as export:
         for name, full in chain(
             base.for_model(adapters.model).each(without=own), ((name, parameters[name]) for name in sorted(own))
         ):
-            merged = adapters.merge(name, full, parameters)
+            given = initial.full(name).to(full.dtype) if initial.has(name) else full  # in peft it is rounded too
+            merged = adapters.merge(name, given, parameters)
             export.add(name, merged if dtype is not None else check_fits(name, merged, full.dtype))
-            del full, merged
+            del full, given, merged
         export.finish(base_path, tokenizer_path)

@@ -34,22 +34,22 @@ def merged_weight(full: Tensor, changes: Sequence[Change], sizes: Sizes) -> Tens
     return merged
 
 
-def low_rank_sum(slot: Tensor, one: Projection, adapter: LoRASpec, parameters: Mapping[str, Tensor]) -> Tensor:
+def low_rank_sum(slot: Tensor, one: Projection, scale: float, parameters: Mapping[str, Tensor]) -> Tensor:
     """Return W + s B A, (out, in).
 
     Args:
         slot: W with one dim per axis, fp32.
         one: its projection.
-        adapter: decides s.
+        scale: s.
         parameters: "a" (r, in) and "b" (out, r).
     """
-    change = adapter.scale * (parameters["b"] @ parameters["a"])
+    change = scale * (parameters["b"] @ parameters["a"])
     return (slot.reshape(change.shape[::-1]).t() if one.is_lookup else slot.reshape(change.shape)) + change
 
 
 def _merge_low_rank(slot: Tensor, one: Projection, adapter: LoRASpec, parameters: Mapping[str, Tensor]) -> None:
     """W + s B A, in place, with rows of length m if there are magnitudes."""
-    merged = low_rank_sum(slot, one, adapter, parameters)
+    merged = low_rank_sum(slot, one, adapter.scale, parameters)
     if adapter.dora:
         merged *= (parameters["m"] / merged.norm(dim=1))[:, None]
     slot.copy_((merged.t() if one.is_lookup else merged).reshape(slot.shape))

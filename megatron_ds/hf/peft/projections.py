@@ -47,6 +47,12 @@ class Projection:
         return self.in_dim.strip("()").split()
 
     @property
+    def is_inputs_first(self) -> bool:
+        """The module's weight in transformers is (in, out)."""
+        source = self.row.op.sources[self.source]
+        return _dims(source.pattern if isinstance(source, FusedPiece) else source)[0] == self.in_dim
+
+    @property
     def out_dim(self) -> str:
         """Pattern of the output features, in the order of the native weight."""
         dims = [dim for dim in map(_without_star, _dims(self.row.op.native)) if dim]
