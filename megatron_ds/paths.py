@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 from megatron_ds.errors import ConfigError
 
@@ -27,3 +28,20 @@ def expand_path(path: str) -> str:
         who = "HOME is not set" if user == "~" else f"there is no user {user[1:]}"
         raise ConfigError(f"begins with {user}, and {who}; write the path out, or ./{user} if that is its name")
     return expanded
+
+
+def expanded_text(path: str) -> str:
+    """Return a path that the command line or a program names, expanded.
+
+    Raises:
+        ConfigError: see `expand_path`; the message begins with the path.
+    """
+    try:
+        return expand_path(path)
+    except ConfigError as problem:
+        raise ConfigError(f"{path} {problem}") from None
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `expanded_text` as a `Path`."""
+    return Path(expanded_text(str(path)))

@@ -37,6 +37,7 @@ from megatron_ds.hf.peft.config import ADAPTER_CONFIG
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.paths import expanded
 
 
 def import_hf(source: str | Path, target: str | Path, *, overwrite: bool = False) -> HFModel:
@@ -54,7 +55,8 @@ def import_hf(source: str | Path, target: str | Path, *, overwrite: bool = False
         ConversionError: the source cannot be read without changing its meaning; the target must not be replaced.
         CheckpointError: the target is a checkpoint, or cannot be written.
     """
-    _refuse_checkpoint(Path(target))
+    source, target = expanded(source), expanded(target)
+    _refuse_checkpoint(target)
     place = conversion_target(source, target, overwrite)
 
     def add_state(directory: Path) -> None:
@@ -67,12 +69,12 @@ def import_hf(source: str | Path, target: str | Path, *, overwrite: bool = False
             flush(path)
 
     weights = HFWeights(source, read_model(source))
-    with _writing(Path(target)), exporting(place, weights.model, None, "5GB") as export:
+    with _writing(target), exporting(place, weights.model, None, "5GB") as export:
         for name, full in weights.each():
             export.add(name, full)
             del full  # its memory is released before the next is read
         export.finish(source, source, add_state)
-        flush(Path(target).resolve().parent)
+        flush(target.resolve().parent)
     return weights.model
 
 
@@ -108,7 +110,8 @@ def export_hf(
         CheckpointError: a file of the checkpoint is missing or damaged, or the target cannot be written.
         ConversionError: the weights do not fit into the dtype; the target must not be replaced.
     """
-    source = resolve_checkpoint(checkpoint)
+    source, target = resolve_checkpoint(expanded(checkpoint)), expanded(target)
+    base = expanded(base) if base is not None else None
     place = conversion_target(source, target, overwrite)
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
@@ -124,7 +127,7 @@ def export_hf(
             return full
         return _master(reader, name, full)
 
-    with _writing(Path(target)), exporting(place, weights.model, dtype, max_shard_size) as export:
+    with _writing(target), exporting(place, weights.model, dtype, max_shard_size) as export:
         for name, full in weights.each():
             export.add(name, best(name, full))
             del full

@@ -19,6 +19,7 @@ from megatron_ds.hf.config import read_json, read_model
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_weights
 from megatron_ds.hf.tensor_files import read_table
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
     Raises:
         CheckpointError: the directory is something else.
     """
-    path = Path(path)
+    path = expanded(path)
     for folder in (path, path / "checkpoints"):
         if checkpoints_in(folder):
             latest = folder / LATEST

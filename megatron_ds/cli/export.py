@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_ds.cli.plugins import Imports, load_plugins
+from megatron_ds.paths import expanded
 
 HELP = """Write the model of a checkpoint as a Hugging Face directory that transformers loads.
 
@@ -28,15 +29,18 @@ Examples:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint to export.", metavar="CHECKPOINT")],
-    hf_dir: Annotated[Path, typer.Argument(help="The directory to write.", metavar="HF_DIR")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The checkpoint to export.", metavar="CHECKPOINT", parser=expanded)
+    ],
+    hf_dir: Annotated[Path, typer.Argument(help="The directory to write.", metavar="HF_DIR", parser=expanded)],
     dtype: Annotated[
         str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16 (default: unchanged).")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
     merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the base weights.")] = False,
     base: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Base model of adapters (default: from their config).")
+        Path | None,
+        typer.Option(metavar="DIR", parser=expanded, help="Base model of adapters (default: from their config)."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a directory that is not an unchanged export.")

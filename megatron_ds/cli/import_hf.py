@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_ds.cli.plugins import Imports, load_plugins
+from megatron_ds.paths import expanded
 
 HELP = """Convert a Hugging Face directory to a checkpoint.
 
@@ -26,8 +27,8 @@ Examples:
 
 
 def import_hf(
-    hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR")],
-    checkpoint: Annotated[Path, typer.Argument(help="The directory to write.", metavar="CHECKPOINT")],
+    hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR", parser=expanded)],
+    checkpoint: Annotated[Path, typer.Argument(help="The directory to write.", metavar="CHECKPOINT", parser=expanded)],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a directory that is not an unchanged export.")
     ] = False,

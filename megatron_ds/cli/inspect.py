@@ -13,6 +13,7 @@ import typer
 
 from megatron_ds.cli.plugins import Imports, load_plugins
 from megatron_ds.cli.table import Row, count, show_rows, size
+from megatron_ds.paths import expanded, expanded_text
 
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.inspect import AdapterFacts, CheckpointFacts, FolderFacts, ModelFacts, TensorFileFacts
@@ -38,14 +39,17 @@ Examples:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="The directory or data to inspect.", metavar="PATH")],
+    path: Annotated[Path, typer.Argument(help="The directory or data to inspect.", metavar="PATH", parser=expanded)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Values that override those of a run file.", metavar="key.sub=value")
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Check file lengths instead of checksums.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Tokenizer that shows data as text; a run file names its own.")
+        str | None,
+        typer.Option(
+            metavar="DIR", parser=expanded_text, help="Tokenizer that shows data as text; a run file names its own."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="Number of samples or documents to show.")] = 2,
     imports: Imports = None,

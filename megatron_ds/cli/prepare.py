@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_ds.paths import expanded_text
+
 if TYPE_CHECKING:
     from megatron_ds.data.prepare import State
 
@@ -32,9 +34,13 @@ REPORT_EVERY_S = 10.0
 
 
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="Text to read, in this order.", metavar="INPUT...")],
-    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="A directory with a tokenizer.")],
-    output: Annotated[str, typer.Option(metavar="PREFIX", help="Files to write: PREFIX.bin, .idx and .json.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Text to read, in this order.", metavar="INPUT...", parser=expanded_text)
+    ],
+    tokenizer: Annotated[str, typer.Option(metavar="DIR", parser=expanded_text, help="A directory with a tokenizer.")],
+    output: Annotated[
+        str, typer.Option(metavar="PREFIX", parser=expanded_text, help="Files to write: PREFIX.bin, .idx and .json.")
+    ],
     workers: Annotated[
         int, typer.Option(metavar="N", min=0, help="Number of processes (default: number of cores).")
     ] = 0,

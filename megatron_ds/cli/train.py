@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_ds.paths import expanded
+
 HELP = """Pretrain or fine-tune a model as described by a run file.
 
 Examples:
@@ -22,7 +24,7 @@ Examples:
 
 
 def train(
-    run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml")],
+    run: Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="RUN.yaml", parser=expanded)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Values that override those of the run file.", metavar="key.sub=value")
     ] = None,

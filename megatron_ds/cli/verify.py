@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_ds.cli.plugins import Imports, load_plugins
+from megatron_ds.paths import expanded
 
 if TYPE_CHECKING:
     from megatron_ds.verify import Report
@@ -29,11 +30,13 @@ Examples:
 
 
 def verify(
-    hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR")],
+    hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR", parser=expanded)],
     tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor ranks.")] = 1,
     pp: Annotated[int, typer.Option("--pp", metavar="N", help="Pipeline ranks.")] = 1,
     sequence: Annotated[bool, typer.Option("--sequence", help="Sequence parallelism over the tensor ranks.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", parser=expanded, help="Write all numbers to this file.")
+    ] = None,
     imports: Imports = None,
 ) -> None:
     """Run the command; see HELP."""

@@ -16,7 +16,7 @@ from megatron_ds.config.run_config import RunConfig
 from megatron_ds.config.schema_base import Section
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError, show
-from megatron_ds.paths import expand_path
+from megatron_ds.paths import expand_path, expanded
 from megatron_ds.plugins import import_modules, load_entry_points
 
 S = TypeVar("S", bound=Section)
@@ -33,7 +33,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: a problem of the file, an override or a value, in one line.
     """
-    mapping = parse_yaml(_read_text(Path(path)), str(path))
+    path = expanded(path)
+    mapping = parse_yaml(_read_text(path), str(path))
     if mapping is None:
         raise ConfigError(f"{path} is empty; a run file needs at least model, data.train, train.steps and output")
     if not isinstance(mapping, dict):

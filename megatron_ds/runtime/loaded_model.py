@@ -24,6 +24,7 @@ from megatron_ds.models.adapters import with_adapters
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import ChangeLayers, LayerSpec, own_layers
 from megatron_ds.parallel.grid import Axes
+from megatron_ds.paths import expanded_text
 from megatron_ds.runtime.adapters import open_adapters, refuse_adapters
 from megatron_ds.runtime.freeze import frozen_parameters
 
@@ -108,7 +109,7 @@ def load_model(
     """
     fields = {"config": dict(source)} if isinstance(source, Mapping) else {"path": str(source)}
     section = name_checkpoints(build_section(ModelSection, {**fields, "init": init, "tokenizer": tokenizer}, "model"))
-    plain = dict(peft) if isinstance(peft, Mapping) else peft
+    plain = dict(peft) if isinstance(peft, Mapping) else expanded_text(peft) if peft is not None else None
     return open_model(read_model_section(section), section, peft=plain, freeze=freeze, seed=seed)
 
 

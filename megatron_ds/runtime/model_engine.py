@@ -21,6 +21,7 @@ from megatron_ds.engine import Engine, Losses, MicroBatch, StepResult
 from megatron_ds.errors import CheckpointError, DataError
 from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.paths import expanded
 from megatron_ds.runtime.export import export_live
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.saving import make_saver
@@ -139,7 +140,7 @@ class ModelEngine:
         Raises:
             CheckpointError: on every rank, if any rank could not write.
         """
-        key = Path(folder), keep
+        key = expanded(folder), keep
         if key not in self._savers:
             self._savers[key] = make_saver(self.engine, self.model, self.plan, key[0], keep=keep, asynchronous=False)
         saver = self._savers[key]
@@ -159,7 +160,7 @@ class ModelEngine:
         Raises:
             CheckpointError: it is damaged, or has a different model.
         """
-        path = resolve_checkpoint(str(checkpoint)).resolve()
+        path = resolve_checkpoint(expanded(checkpoint)).resolve()
         problem = first_damage(path, self.grid.world.rank, self.grid.world.size)
         if problem is not None:
             raise CheckpointError(problem)
@@ -184,6 +185,6 @@ class ModelEngine:
                 and the others exit. The message names the directory that was written all the same.
         """
         fields = {"path": str(path), "dtype": dtype, "max_shard_size": max_shard_size, "overwrite": overwrite}
-        target = ExportTarget(Path(path), overwrite=overwrite, option="overwrite=True", kept=self.model.places)
+        target = ExportTarget(expanded(path), overwrite=overwrite, option="overwrite=True", kept=self.model.places)
         section = build_section(ExportSection, fields)
         export_live(self.engine, self.model, section, self.plan.summary.precision, target)

@@ -21,6 +21,7 @@ from megatron_ds.log import quiet_libraries
 from megatron_ds.models.probe import Probe
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import rank_from_environment, rank_source
+from megatron_ds.paths import expanded
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.report import InputReport, Report, RoundTrip
@@ -56,7 +57,7 @@ def verify_hf(
             f"verify starts its own ranks, and {settings} in the environment make it a launcher's; run it without "
             f"torchrun, deepspeed or srun; {rank_source().start_alone()}"
         )
-    directory = Path(hf_dir)
+    directory = expanded(hf_dir)
     weights = HFWeights(directory, read_model(directory))
     if weights.model.unread:
         note(f"config.json: {unread_fields(weights.model)}")
