@@ -9,12 +9,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_ds.config.deepspeed_blocks import check_optimizer_block, check_scheduler_block
 from megatron_ds.config.deepspeed_keys import (
+    COUNT_KEYS,
     NATIVE_AUTO,
     ONLY_VALUES,
+    OTHER_KEYS,
     REMOVED_KEYS,
     SECTION_KEYS,
     TOP_LEVEL_KEYS,
@@ -27,6 +31,7 @@ from megatron_ds.errors import ConfigError, show, suggest
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
 DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
 CPU_BUCKET_ELEMENTS = 5_000_000  # a bucket whose memory the process keeps from step to step
+_COUNT, _SWITCH = TypeAdapter(Annotated[int, Field(ge=0)]), TypeAdapter(bool)
 _NEVER_PRINT_STEPS = 10**9  # DeepSpeed's own step reports are replaced by metrics.jsonl
 
 
@@ -118,6 +123,9 @@ def check_deepspeed_keys(mapping: Mapping[str, Any], place: Place) -> None:
 
 
 def _nearest(key: str, legal: tuple[str, ...]) -> str:
+    homes = [f"{section}.{key}" for section, keys in SECTION_KEYS.items() if key in keys]
+    if len(homes) == 1:
+        return f"did you mean {homes[0]}?"
     text = suggest(key, legal)
     return text if text.startswith("did you mean") else "remove it, or see DeepSpeed's configuration reference"
 
@@ -133,6 +141,18 @@ def _check_section(mapping: Mapping[str, Any], section: str, legal: tuple[str, .
             raise ConfigError(
                 f"{place.name(f'{section}.{key}')}: unknown DeepSpeed key; {suggest(str(key), legal, f'{section}.')}"
             )
+        _check_value(f"{section}.{key}", block[key], place)
+
+
+def _check_value(key: str, value: Any, place: Place) -> None:
+    """Refuse a value of another type than DeepSpeed takes, which its own check would answer with a traceback."""
+    if is_unset(value) or key in OTHER_KEYS:
+        return
+    try:
+        (_COUNT if key in COUNT_KEYS else _SWITCH).validate_python(value)
+    except ValidationError:
+        rule = "is not a whole number of at least 0" if key in COUNT_KEYS else "is not true or false"
+        raise ConfigError(f"{place.state(key, value)} {rule}") from None
 
 
 def _as_mapping(section: str, value: Any) -> str:
@@ -162,7 +182,8 @@ def _facts(mapping: Mapping[str, Any], place: Place) -> DeepSpeedSummary:
     if stage is None:
         stage = 0 if mapping else DEFAULT_STAGE
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{place.state('zero_optimization.stage', stage)} is not one of 0, 1, 2, 3")
+        text = " as a number without quotes" if stage in ("0", "1", "2", "3") else ""
+        raise ConfigError(f"{place.state('zero_optimization.stage', stage)} is not one of 0, 1, 2, 3{text}")
     return DeepSpeedSummary(
         zero_stage=int(stage),
         precision="bf16" if bf16 else "fp16" if fp16 else "fp32",

@@ -231,3 +231,55 @@ SECTION_KEYS: Mapping[str, tuple[str, ...]] = {
         "pin_memory",
     ),
 }
+
+# Keys of these sections whose value is a whole number of at least 0, and keys with a value of another kind; all others
+# are true or false.
+COUNT_KEYS: frozenset[str] = frozenset(
+    {
+        "activation_checkpointing.number_checkpoints",
+        "fp16.hysteresis",
+        "fp16.initial_scale_power",
+        "fp16.loss_scale_window",
+        "fp16.min_loss_scale",
+        "zero_optimization.allgather_bucket_size",
+        "zero_optimization.max_live_parameters",
+        "zero_optimization.max_reuse_distance",
+        "zero_optimization.model_persistence_threshold",
+        "zero_optimization.module_granularity_threshold",
+        "zero_optimization.offload_optimizer.buffer_count",
+        "zero_optimization.offload_param.buffer_count",
+        "zero_optimization.offload_param.buffer_size",
+        "zero_optimization.offload_param.max_in_cpu",
+        "zero_optimization.param_persistence_threshold",
+        "zero_optimization.prefetch_bucket_size",
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.stage3_max_live_parameters",
+        "zero_optimization.stage3_max_reuse_distance",
+        "zero_optimization.stage3_model_persistence_threshold",
+        "zero_optimization.stage3_module_granularity_threshold",
+        "zero_optimization.stage3_param_persistence_threshold",
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "zero_optimization.sub_group_size",
+        "zero_optimization.zero_hpz_partition_size",
+    }
+)
+OTHER_KEYS: frozenset[str] = frozenset(
+    {
+        "data_types.buffer_dtype",
+        "data_types.grad_accum_dtype",
+        "data_types.keep_in_fp32_modules",
+        "data_types.param_dtype",
+        "fp16.loss_scale",
+        "zero_optimization.leaf_module",
+        "zero_optimization.offload_optimizer",
+        "zero_optimization.offload_optimizer.cpuadam_cores_perc",
+        "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_optimizer.nvme_path",
+        "zero_optimization.offload_optimizer.ratio",
+        "zero_optimization.offload_param",
+        "zero_optimization.offload_param.device",
+        "zero_optimization.offload_param.nvme_path",
+        "zero_optimization.stage",
+        "zero_optimization.zenflow",
+    }
+)

@@ -142,7 +142,7 @@ _RULES: Mapping[str, _Rule] = {
     "float_type": _not_a_number,
     "bool_type": _not_a_switch,
     "string_type": _not_text,
-    "list_type": lambda ctx, value: "is not a list; write [a, b]",
+    "list_type": lambda ctx, value: f"is not a list; write [{value if isinstance(value, str) else 'a, b'}]",
     "finite_number": lambda ctx, value: "is not finite",
     "literal_error": _one_of,
     "greater_than": lambda ctx, value: f"must be more than {ctx['gt']}",

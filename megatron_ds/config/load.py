@@ -14,6 +14,7 @@ from megatron_ds.config.deepspeed_json import DEFAULT_STAGE, load_deepspeed, rea
 from megatron_ds.config.error_messages import explain
 from megatron_ds.config.run_config import RunConfig
 from megatron_ds.config.schema_base import Section
+from megatron_ds.config.unknown_keys import explain_unknown_key
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.paths import expand_path, expanded
@@ -57,6 +58,9 @@ def build_run(mapping: dict[str, Any]) -> RunConfig:
     invalid = [key for key in given if not isinstance(key, str)]
     if invalid:
         raise ConfigError(f"{show(invalid[0])}: unknown key; legal here: {', '.join(RunConfig.model_fields)}")
+    for key, value in given.items():  # before any value is checked
+        if key not in RunConfig.model_fields:
+            raise ConfigError(explain_unknown_key((key,), value, RunConfig))
     try:
         return RunConfig.model_validate(given)
     except ValidationError as error:
@@ -110,6 +114,10 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"run file {path} does not exist (looked from {Path.cwd()})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"run file {path} is not UTF-8 text") from None
+    except IsADirectoryError:
+        found = sorted(path.glob("*.yaml"))
+        hint = f", such as {found[0]}" if found else ""
+        raise ConfigError(f"run file {path} is a directory; name a YAML file{hint}") from None
     except OSError as error:
         raise ConfigError(f"run file {path} cannot be read: {error.strerror}") from None
 

@@ -187,7 +187,7 @@ class TrainSection(Section):
     compile: bool = False
     kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
     profile: ProfileSection | None = None
-    max_time: Annotated[float | None, BeforeValidator(_seconds)] = None
+    max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10
     step_timeout: NonNegative = 1800.0
     start_timeout: NonNegative = 300.0

@@ -44,6 +44,10 @@ def explain_unknown_key(loc: tuple[int | str, ...], value: Any, model: type[Base
     section = next((one for one in _sections(model) if one.name == _without_index(loc[:-1])), None)
     fields = section.fields if section is not None else {}
     start = f"{dotted(loc)}: unknown key"
+    for sign, named in ((":", "a space after the colon"), ("=", "a colon instead of =")):
+        if sign in name:
+            key, _, text = name.partition(sign)
+            return f"{start}; write {key}: {text or 'value'}, with {named}"
     if not prefix and name in _OPTIONS:
         return f"{start}; did you mean {_OPTIONS[name]}?"
     homes = _homes(name, value, model) if not any(isinstance(part, int) for part in loc) else []

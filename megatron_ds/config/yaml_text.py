@@ -83,13 +83,30 @@ def parse_yaml(text: str, place: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{place}{line}: not valid YAML: {_problem(error)}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{place}: character {error.position} is not text; is it a YAML file?") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+_WAYS_OUT: tuple[tuple[str, str], ...] = (
+    (r"character '\\t'", "indent with spaces instead of tabs"),
+    (r"character '[@%`]'", "put the text in quotes"),
+    (r"scanning an (alias|anchor)|undefined alias", "a text that begins with * or & needs quotes"),
+    (
+        r"mapping values are not allowed",
+        "indent keys of a section alike; a text with a colon and a space needs quotes",
+    ),
+    (r"scanning a quoted scalar.*end of stream", "a quote is not closed"),
+    (r"another document", "keep one document"),
+)
+
+
 def _problem(error: yaml.MarkedYAMLError) -> str:
-    problem = error.problem or error.context or ""
-    return problem + ("; indent with spaces instead of tabs" if "'\\t'" in problem else "")
+    """Return PyYAML's problem with the way out, if it is known."""
+    text = f"{error.context or ''}: {error.problem or ''}"
+    fix = next((fix for pattern, fix in _WAYS_OUT if re.search(pattern, text)), "")
+    return f"{error.problem or error.context}{'; ' if fix else ''}{fix}"
 
 
 def _check_mappings(node: yaml.Node, place: str, visited: set[int]) -> None:

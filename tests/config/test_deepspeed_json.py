@@ -325,6 +325,26 @@ def test_optimizer_values_without_counterpart(make_run, ds_file):
             "set; remove it",
         ),
         (
+            {"zero_optimization": {"reduce_bucket_size": "big"}},
+            "zero_optimization.reduce_bucket_size=big (ds) is not a whole number of at least 0",
+        ),
+        (
+            {"zero_optimization": {"stage3_max_live_parameters": -1}},
+            "zero_optimization.stage3_max_live_parameters=-1 (ds) is not a whole number of at least 0",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": "maybe"}}},
+            "zero_optimization.offload_optimizer.pin_memory=maybe (ds) is not true or false",
+        ),
+        (
+            {"zero_optimization": {"stage": "2"}},
+            "zero_optimization.stage=2 (ds) is not one of 0, 1, 2, 3 as a number without quotes",
+        ),
+        (
+            {"overlap_comm": True},
+            "overlap_comm (ds): unknown DeepSpeed key; did you mean zero_optimization.overlap_comm?",
+        ),
+        (
             {"datastates_ckpt": {"host_cache_size": 1}},
             "datastates_ckpt (ds): megatron_ds does not run with it: checkpoints are written in megatron_ds's own "
             "form; remove it",

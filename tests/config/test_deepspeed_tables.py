@@ -47,6 +47,15 @@ DeepSpeedConfig(Recorder(train_batch_size=8, data_types=DataTypes()))
 def names(model):
     return sorted({name for n, f in model.model_fields.items() for name in (n, f.alias) if name})
 
+def kinds(model, section):
+    found = {}
+    for n, f in model.model_fields.items():
+        base = [a for a in getattr(f.annotation, "__args__", [f.annotation]) if a is not type(None)]
+        kind = base[0] if base[0] in (bool, int) else None
+        word = {bool: "switch", int: "count"}.get(kind, "other")
+        found.update({f"{section}.{name}": word for name in (n, f.alias) if name})
+    return found
+
 filled = json.loads(sys.argv[1])
 parsed = {}
 for name, mapping in filled.items():
@@ -70,6 +79,13 @@ print("ANSWER" + json.dumps({
         "zero_optimization": names(DeepSpeedZeroConfig),
         "zero_optimization.offload_optimizer": names(DeepSpeedZeroOffloadOptimizerConfig),
         "zero_optimization.offload_param": names(DeepSpeedZeroOffloadParamConfig),
+    },
+    "kinds": {
+        **kinds(DeepSpeedBF16Config, "bf16"),
+        **kinds(DeepSpeedFP16Config, "fp16"),
+        **kinds(DeepSpeedZeroConfig, "zero_optimization"),
+        **kinds(DeepSpeedZeroOffloadOptimizerConfig, "zero_optimization.offload_optimizer"),
+        **kinds(DeepSpeedZeroOffloadParamConfig, "zero_optimization.offload_param"),
     },
     "parsed": parsed,
 }))
@@ -119,6 +135,12 @@ def test_removed_keys(installed):
 def test_section_keys(installed):
     ours = {section: sorted(keys) for section, keys in deepspeed_keys.SECTION_KEYS.items()}
     assert ours == installed["sections"]
+
+
+def test_kinds_of_values(installed):
+    for key, kind in installed["kinds"].items():
+        assert (key in deepspeed_keys.COUNT_KEYS) == (kind == "count"), key
+        assert (key in deepspeed_keys.OTHER_KEYS) == (kind == "other"), key
 
 
 def test_deepspeed_reads_the_filled_configs_as_our_facts_say(installed):

@@ -216,10 +216,18 @@ def test_missing_file(tmp_path):
 
 
 def test_unreadable_files(tmp_path, run_file):
-    assert refusal(tmp_path) == f"run file {tmp_path} cannot be read: Is a directory"
+    assert refusal(tmp_path) == f"run file {tmp_path} is a directory; name a YAML file"
     binary = tmp_path / "bin.yaml"
     binary.write_bytes(b"\xff\xfe\x00\x81")
     assert refusal(binary) == f"run file {binary} is not UTF-8 text"
+    binary.write_bytes(b"PK\0\3")
+    assert refusal(binary) == f"{binary}: character 2 is not text; is it a YAML file?"
+    assert refusal(tmp_path) == f"run file {tmp_path} is a directory; name a YAML file, such as {binary}"
+    other = run_file('{"architectures": ["LlamaForCausalLM"], "vocab_size": 3}')
+    assert refusal(other).startswith("architectures: unknown key; legal here: callbacks, ")
+    assert refusal(run_file("model:{path: x}")) == (
+        "model:{path: unknown key; write model: {path, with a space after the colon"
+    )
     empty = run_file("# only a comment\n")
     assert refusal(empty) == (f"{empty} is empty; a run file needs at least model, data.train, train.steps and output")
     listed = run_file("- a\n- b\n")

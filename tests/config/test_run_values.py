@@ -34,6 +34,11 @@ REFUSALS = [
     ("bf16=true", "bf16: unknown key; did you mean deepspeed.bf16.enabled?"),
     ("nproc=2", "nproc: unknown key; did you mean --nproc?"),
     ("trian={steps: 3}", "trian: unknown key; did you mean train?"),
+    ("Model={path: x}", "Model: unknown key; did you mean model?"),
+    ("train={steps=3: }", "train.steps=3: unknown key; write steps: 3, with a colon instead of ="),
+    ("data.split=0.9", "data.split=0.9 is not a list; write [a, b]"),
+    ("train.max_time=-5", "train.max_time=-5 must be more than 0.0"),
+    ("train.max_time=0:00", "train.max_time=0.0 must be more than 0.0"),
     ("trian=3", f"trian: unknown key; legal here: {TOP}"),
     (
         "parallel.qqqq=1",
@@ -112,10 +117,10 @@ REFUSALS = [
     ('output=""', 'output="" is empty'),
     # words
     # registered things
-    ("monitor=tensorboard", "monitor=tensorboard is not a list; write [a, b]"),
+    ("monitor=tensorboard", "monitor=tensorboard is not a list; write [tensorboard]"),
     ("callbacks=[{patience: 3}]", "callbacks[0].name is missing"),
     ("callbacks=[3]", "callbacks[0]=3 is not a mapping; write {key: value}"),
-    ("imports=my_package", "imports=my_package is not a list; write [a, b]"),
+    ("imports=my_package", "imports=my_package is not a list; write [my_package]"),
     ('imports=[""]', 'imports[0]="" is empty'),
     ("train.kernels=3", "train.kernels=3 is neither auto, torch nor a mapping, such as {attention: torch}"),
     ("train.recompute=all", "train.recompute=all is not one of none, selective, full"),

@@ -91,6 +91,19 @@ def test_numbers_are_written_so_that_they_stay() -> None:
         ("a: 1\n\tb: 2", "found character '\\t' that cannot start any token; indent with spaces instead of tabs"),
         ("a:\n\tb: 2", "found character '\\t' that cannot start any token; indent with spaces instead of tabs"),
         ("? [a]\n: 1", "x line 1: not valid YAML: found unhashable key"),
+        (
+            "a: *.txt",
+            "x line 1: not valid YAML: expected alphabetic or numeric character, but found '.'; a text that begin",
+        ),
+        ("a: *b", "found undefined alias 'b'; a text that begins with * or & needs quotes"),
+        ("a: @b", "found character '@' that cannot start any token; put the text in quotes"),
+        (
+            "a: b: c",
+            "mapping values are not allowed here; indent keys of a section alike; a text with a colon",
+        ),
+        ('a: "b', "found unexpected end of stream; a quote is not closed"),
+        ("a: 1\n---\nb: 2", "x line 2: not valid YAML: but found another document; keep one document"),
+        ("a: \0", "x: character 3 is not text; is it a YAML file?"),
         ("a: " + "[" * 5000, "x: not valid YAML: maximum recursion depth exceeded"),
     ],
 )
