@@ -27,10 +27,16 @@ _MAIN_KEYS: Mapping[str, str] = {
 """Section -> the key that a text in the section's place stands for."""
 
 
+_KEY = "[key]"  # pydantic's last part of the location of a key that is wrong itself
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the most useful of pydantic's errors as one line: field, value, rule, fix. Unknown keys come first."""
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    errors = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["loc"][-1:] != (_KEY,)))
     first = errors[0]
+    if first["loc"][-1:] == (_KEY,):
+        section = dotted(tuple(part for part in first["loc"][:-2] if not str(part).startswith("dict[")))
+        return f"{section} has the key {show(first['input'])}, which is not a name; put it in quotes"
     place, value = dotted(first["loc"]), first["input"]
     example = f", for example {_EXAMPLES[place]}" if place in _EXAMPLES else ""
     if first["type"] == "extra_forbidden":

@@ -260,9 +260,31 @@ def test_fields_of_other_versions(
         read_adapters(adapter, read_model(made / "llama"), "base")
 
 
-def test_a_field_in_the_run_file_must_exist() -> None:
-    with pytest.raises(ConversionError, match=r"peft\.use_dorra is not a field of peft's LoraConfig; remove it"):
-        read_adapters({"use_dorra": False}, read_model(ALL_CONFIGS["llama"]), "base")
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"use_dorra": False}, "peft.use_dorra is not a field of peft's LoraConfig; did you mean use_dora?"),
+        ({"lora_r": 8}, "peft.lora_r is not a field of peft's LoraConfig; did you mean r?"),
+        ({"lora_r": "x"}, "peft.lora_r is not a field of peft's LoraConfig; remove it"),
+        ({"dropout": 0.1}, "peft.dropout is not a field of peft's LoraConfig; did you mean lora_dropout?"),
+        ({"quant": 4}, "peft.quant is not a field of peft's LoraConfig; remove it"),
+        ({"r": "8"}, "peft.r=8 is text, not an integer; remove the quotes"),
+        ({"r": 8.0}, "peft.r=8.0 is not an integer"),
+        ({"r": True}, "peft.r=true is not an integer"),
+        ({"lora_dropout": "0.1"}, "peft.lora_dropout=0.1 is text, not a number; remove the quotes"),
+        ({"lora_alpha": "big"}, "peft.lora_alpha=big is text, not a number"),
+        ({"use_rslora": "true"}, "peft.use_rslora=true is text, not true or false; remove the quotes"),
+        ({"target_modules": 5}, "peft.target_modules=5 is not a list of names"),
+        ({"modules_to_save": 3}, "peft.modules_to_save=3 is not a list of names"),
+        ({"rank_pattern": 3}, "peft.rank_pattern=3 is not a mapping from names to numbers"),
+        ({"alpha_pattern": {"q_proj": "16"}}, "peft.alpha_pattern.q_proj=16 is text, not a number; remove the quotes"),
+    ],
+    ids=str,
+)
+def test_a_field_in_the_run_file_must_exist_and_have_its_kind(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConversionError) as refused:
+        read_adapters(fields, read_model(ALL_CONFIGS["llama"]), "base")
+    assert str(refused.value) == says
 
 
 def test_a_bin_with_code_and_a_base_that_moved_are_refused(made: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.peft.field_kinds import check_kinds, meant_field
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.log import get_logger
 
@@ -224,7 +225,10 @@ def _checked(where: str, kind: str, raw: Mapping[str, Any], is_file: bool) -> An
     for name, value in sorted(unknown.items()):
         if not is_file or (value and name not in OLD_COSMETIC):
             shown = f"{name}={_format(value)}" if is_file else name
-            raise ConversionError(f"{where}.{shown} is not a field of peft's {made.__name__}; remove it")
+            meant = meant_field(name, value, PEFT_FIELDS[kind].supported)
+            fix = f"did you mean {meant}?" if meant is not None else "remove it"
+            raise ConversionError(f"{where}.{shown} is not a field of peft's {made.__name__}; {fix}")
+    check_kinds(where, raw)
     if unknown:
         get_logger().info("%s: peft's %s has no %s; ignored", where, made.__name__, ", ".join(sorted(unknown)))
     for name, wanted in PEFT_FIELDS[kind].required.items():
