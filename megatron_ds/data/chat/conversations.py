@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_ds.data.chat.messages import ASSISTANT, SYSTEM, USER, Message, ReadMessage, kind, read_messages
-from megatron_ds.data.chat.tool_calls import read_tools
+from megatron_ds.data.chat.tool_calls import read_tools, without_nulls
 from megatron_ds.data.readers.examples import Located
 from megatron_ds.errors import DataError
 
@@ -59,7 +59,8 @@ def parse_conversation(located: Located) -> Conversation:
     Raises:
         DataError: the conversation is malformed.
     """
-    columns, where = {name: value for name, value in located.columns.items() if value is not None}, located.where
+    given = without_nulls(located.columns) if located.fills_nulls else located.columns
+    columns, where = {name: value for name, value in given.items() if value is not None}, located.where
     read = next((read for names, read in _FORMS if names <= columns.keys()), None)
     if read is None:
         raise DataError(_missing_columns(columns, where))
@@ -184,7 +185,7 @@ def _hint(columns: Mapping[str, Any]) -> str:
         if given := sorted(names & columns.keys()):
             return f"; {', '.join(given)} needs {', '.join(sorted(names - columns.keys()))} in the same row"
     known = sorted({name for names, _ in _FORMS for name in names})
-    near = {name: difflib.get_close_matches(name, known, n=1) for name in columns}
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in columns}
     if typed := [f"did you mean {found[0]!r} by {name!r}?" for name, found in near.items() if found]:
         return f"; {typed[0]}"
     others = "; also read: 'conversations', and 'instruction' and 'output'"

@@ -150,7 +150,8 @@ class ChatTemplate:
 
     def _apply(self, conversation: Conversation, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         try:
-            return self._template.render(messages, conversation.tools, mask=True)
+            text, marks = self._template.render(messages, conversation.tools, mask=True)
+            return text, [(start, end) for start, end in marks if start < end]
         except Exception as error:  # jinja2's, and any error of a template's expressions
             reason = " ".join(str(error).split())
             raise DataError(
@@ -260,8 +261,9 @@ class ChatTemplate:
             )
         found = []
         for turn in wanted:
-            *first, (start, end) = by_turn[turn]
-            found += [*first, (start, self._end_of_mark(conversation, turn, text, start, end))]
+            first, (start, end) = by_turn[turn][:-1], by_turn[turn][-1]
+            begin = first[0][0] if first else start
+            found += [*first, (start, self._end_of_mark(conversation, turn, text, begin, end))]
         return found
 
     def _end_of_mark(self, conversation: Conversation, turn: int, text: str, start: int, end: int) -> int:

@@ -81,5 +81,12 @@ def _read_tool(value: object, place: str) -> Any:
     return dict(value)
 
 
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys that are null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry for key, entry in value.items() if entry is not None}

@@ -47,11 +47,13 @@ class Located(NamedTuple):
         columns: its fields, under our names.
         where: its place (file and line, or row), for errors.
         names: of its fields in the data, for errors.
+        fills_nulls: whether it is a row of a table, whose nested objects hold a null for each key of other rows.
     """
 
     columns: Mapping[str, Any]
     where: str
     names: Collection[str] = ()
+    fills_nulls: bool = False
 
 
 class ExampleFile(Protocol):
@@ -162,7 +164,8 @@ def locate(row: Row, source: Source, part: Part) -> Located:
     columns = source.rename(given)
     if isinstance(part, DataFile) and part.content == "csv":
         columns = {name: _structure(value) if name in _STRUCTURES else value for name, value in columns.items()}
-    return Located(columns, row.where, given.keys())
+    fills_nulls = isinstance(part, Table) or part.content in ("parquet", "arrow")
+    return Located(columns, row.where, given.keys(), fills_nulls)
 
 
 def _text_fields(raw: bytes, path: Path) -> Mapping[str, str]:

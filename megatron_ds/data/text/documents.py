@@ -79,7 +79,7 @@ def _require_column(table: Table, source: Source) -> None:
 
 
 def _require_text(located: Located, source: Source) -> str:
-    columns, where, names = located
+    columns, where, names = located.columns, located.where, located.names
     value, kind = columns.get(TEXT_COLUMN), "column" if ": row " in where else "field"
     name = source.names_of(TEXT_COLUMN)[0]
     if isinstance(value, str):

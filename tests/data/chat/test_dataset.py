@@ -190,3 +190,58 @@ def test_other_models_and_small_vocabularies_are_refused(write_jsonl: Any, chat_
         open_dataset("chat", Masked(seed=0), [source], 64, VOCAB_SIZE, path, str(tmp_path / "cache"))
     with pytest.raises(DataError, match="vocab_size=100 ends at 99"):
         open_dataset("chat", Causal(), [source], 64, 100, path, str(tmp_path / "cache"))
+
+
+def test_loss_on_every_token(write_jsonl: Any, open_chat: Any) -> None:
+    rows = chats(4)
+    rows[0]["messages"][1]["weight"] = 0
+    rows[0]["messages"] += rows[1]["messages"]
+    source = write_jsonl(rows)
+    plain, everything = open_chat(source), open_chat(source, loss_on="all")
+    for index in range(4):
+        ids, learned = everything.conversation(index)
+        assert (ids == plain.conversation(index)[0]).all()
+        off = int((~learned).sum())
+        targets = everything.sample(index)["targets"]
+        assert (off == 0) == (index > 0) and int((targets != -100).sum()) == len(ids) - 1 - off
+    assert everything.fingerprint != plain.fingerprint
+
+
+def test_notes_are_cached_with_the_tokens(write_jsonl: Any, open_chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted over all sources, and the same from the cache."""
+    rows = chats(6)
+    for row in rows[:4]:
+        row["tools"] = [{"name": "look", "description": "Look.", "parameters": {}}]
+        row["messages"][1]["reasoning_content"] = "Hm."
+    sources = write_jsonl(rows[:3]), write_jsonl(rows[3:], "more.jsonl")
+    expected = [
+        "tools: given in 4 conversations, not shown by the chat template",
+        "reasoning_content: given in 4 conversations, not shown by the chat template",
+    ]
+    dataset = open_chat(*sources)
+    assert dataset.notes == expected and dataset.describe().endswith("; ".join(["tokens under loss", *expected]))
+    monkeypatch.setattr(tokens, "_make", None)
+    assert open_chat(*sources).notes == expected
+    assert open_chat(*sources).fingerprint == dataset.fingerprint
+
+
+def test_calls_in_a_table(open_chat: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    """In a table, the arguments of each call have the keys of all calls; those of others are not written."""
+    calls = [{"name": "look", "arguments": {"at": "x"}}, {"name": "wait", "arguments": {"days": 3}}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]},
+            ]
+        }
+        for call in calls
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "table"))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "table.parquet"))
+    tokenizer = AutoTokenizer.from_pretrained(chat_tokenizer("qwen3"))
+    for source in ("table", "table.parquet"):
+        dataset = open_chat(str(tmp_path / source), template="qwen3")
+        for index, call in enumerate(calls):
+            ids, learned = dataset.conversation(index)
+            assert json.dumps(call) in tokenizer.decode(ids[learned])

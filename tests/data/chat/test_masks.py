@@ -4,11 +4,13 @@ The expected turns are cut out of the rendered text at the template's own header
 contains.
 """
 
+import gc
 import itertools
 import json
 import random
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,6 +23,7 @@ from megatron_ds.data.chat.conversations import parse_conversation
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.chat.tokens import offset_backend, tokenize
 from megatron_ds.data.readers.examples import Located
+from megatron_ds.errors import DataError
 from tests.data.conftest import TEMPLATES
 
 CHATML = r"<\|im_start\|>assistant\n"
@@ -227,44 +230,35 @@ def test_exactly_the_turns_of_the_assistant_are_learned(name: str, seed: int) ->
     assert "".join(itertools.chain(*itertools.zip_longest(pieces, off, fillvalue=""))) == rendered.text
 
 
+def seconds(template: ChatTemplate, texts: Sequence[str]) -> float:
+    """CPU time of rendering a conversation in which each text is said by the user and by the assistant."""
+    rows = [{"role": role, "content": text} for text in texts for role in ("user", "assistant")]
+    one = parse_conversation(Located({"messages": rows}, "here"))
+    times = []
+    gc.disable()  # its time grows with the objects of all tests
+    try:
+        for _ in range(4):
+            began = time.process_time()
+            assert len(template.render(one).spans) == len(texts)
+            times.append(time.process_time() - began)
+    finally:
+        gc.enable()
+    return min(times)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "chatml_marked", "mistral"])
 @pytest.mark.parametrize("piece", ["a", "< ", "</think", "\n", "ab " * 7])
 def test_time_grows_with_the_length(name: str, piece: str) -> None:
     """Ten times the length takes about ten times as long, also where a text repeats itself."""
     template = ChatTemplate(tokenizer_of(name), name, False)
-
-    def seconds(length: int) -> float:
-        reply = "x" + piece * (length // len(piece)) + "x"
-        rows = [{"role": "user", "content": reply}, {"role": "assistant", "content": reply}] * 2
-        one = parse_conversation(Located({"messages": rows}, "here"))
-        template.render(one)
-        return min(timed(template, one) for _ in range(3))
-
-    assert seconds(200_000) < 15 * seconds(20_000) + 0.02
+    short, long = ([f"x{piece * (length // len(piece))}x"] * 2 for length in (20_000, 200_000))
+    assert seconds(template, long) < 15 * seconds(template, short) + 0.02
 
 
-def timed(template: ChatTemplate, one: Any) -> float:
-    began = time.perf_counter()
-    rendered = template.render(one)
-    assert len(rendered.spans) == 2
-    return time.perf_counter() - began
-
-
-def test_many_turns_take_no_more_time_each() -> None:
+def test_time_grows_with_the_number_of_turns() -> None:
     template = ChatTemplate(tokenizer_of("qwen3"), "qwen3", False)
-
-    def seconds(turns: int) -> float:
-        rows = [{"role": role, "content": f"{turn} x"} for turn in range(turns) for role in ("user", "assistant")]
-        one = parse_conversation(Located({"messages": rows}, "here"))
-        return min(once_timed(template, one, turns) for _ in range(3))
-
-    assert seconds(400) < 15 * seconds(40) + 0.02
-
-
-def once_timed(template: ChatTemplate, one: Any, turns: int) -> float:
-    began = time.perf_counter()
-    assert len(template.render(one).spans) == turns
-    return time.perf_counter() - began
+    few, many = ([f"{turn} x" for turn in range(number)] for number in (50, 500))
+    assert seconds(template, many) < 15 * seconds(template, few) + 0.02
 
 
 def row(*messages: dict[str, Any], **columns: Any) -> Any:
@@ -282,3 +276,172 @@ def assistant(text: str | None, **fields: Any) -> dict[str, Any]:
 def spans(name: str, one: Any, **options: Any) -> list[str]:
     rendered = ChatTemplate(tokenizer_of(name), name, False, **options).render(one)
     return [rendered.text[start:end] for start, end in rendered.spans]
+
+
+CALL = {"id": "abcdefg12", "type": "function", "function": {"name": "look", "arguments": {"at": 'a "b"\n', "n": 1}}}
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}]
+
+
+def with_template(name: str, template: str, **options: Any) -> ChatTemplate:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(name).backend_tokenizer)
+    tokenizer.add_special_tokens(dict(tokenizer_of(name).special_tokens_map))
+    tokenizer.chat_template = template
+    return ChatTemplate(tokenizer, "the/tokenizer", False, **options)
+
+
+def test_reasoning_in_a_field_or_in_the_text() -> None:
+    inline = row(user("2+2?"), assistant("<think>\nTwo.\n</think>\n\n4."))
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        field = row(user("2+2?"), assistant("4.", **{key: "Two."}))
+        assert spans("qwen3", field) == spans("qwen3", inline) == ["<think>\nTwo.\n</think>\n\n4.<|im_end|>"]
+    assert spans("qwen3", row(user("2+2?"), assistant("4."))) == ["4.<|im_end|>"]
+
+
+def test_tokens_that_belong_to_two_turns() -> None:
+    """A token of a span's last character and of the next header is not learned; a space before a word is."""
+    tokenizer = tokenizer_of("chatml")
+    backend = offset_backend(tokenizer, "here")
+    rendered = Rendered("user: aaa, aaa", ((7, 9),))
+    ((ids, mask),) = tokenize([rendered], backend)
+    assert tokenizer.decode(ids[mask]) == "" and tokenizer.decode(ids) == rendered.text
+    ((ids, mask),) = tokenize([Rendered("user: aaa, aaa", ((6, 9),))], backend)
+    assert tokenizer.decode(ids[mask]) == " aaa"
+
+
+@pytest.mark.parametrize(
+    ("ends", "learned"),
+    [
+        (("<|im_end|><|im_start|>", "<|im_end|>"), "<|im_end|>"),  # the last turn is followed by another token
+        (("<|im_end|><|im_start|>\n", "<|im_end|><|im_start|>\n"), "<|im_end|><|im_start|>"),  # two tokens end each
+        (("<|im_start|>", "<|im_end|>"), None),  # the last turn ends in a token of its own
+    ],
+)
+def test_ends_of_turns(ends: tuple[str, str], learned: str | None) -> None:
+    last, others = ends
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        f"{{{{ {last!r} if loop.last and m.role == 'assistant' else {others!r} }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    one = row(user("Hi"), assistant("it"), user("Hi"), assistant("is"))
+    rendered = with_template("chatml", template).render(one)
+    found = [rendered.text[start:end] for start, end in rendered.spans]
+    assert found == ["it" + (learned or others), "is" + (learned or last)]
+
+
+def test_marks_without_the_end_token() -> None:
+    """The end token is added to a mark, the token that begins the next message is not."""
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}"
+    ended = "{{ '<|im_start|>' + m.role + ' ' }}" + marked + "{{ '<|im_end|>' }}"
+    one = row(user("Hi"), assistant("it"), user("Hi"))
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        f"{ended}{{% else %}}{{{{ '<|im_start|>' + m.content }}}}{{% endif %}}{{% endfor %}}"
+    )
+    rendered = with_template("chatml", template).render(one)
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["it<|im_end|>"]
+    endless = with_template("chatml", template.replace("{{ '<|im_end|>' }}", ""))
+    with pytest.raises(DataError, match="would not know when to stop"):
+        endless.render(one)
+
+
+def test_several_marks_of_a_turn() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.reasoning_content }}{% endgeneration %}|"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if messages[-1].role == 'assistant' %}{% generation %}{{ '\n' }}{% endgeneration %}{% endif %}"
+    )
+    own = [assistant("it", reasoning_content="so", weight=weight) for weight in (1, 0, 1)]
+    rendered = with_template("chatml", template).render(row(user("Hi"), own[0], user("Hi"), *own[1:]))
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["so", "it<|im_end|>"] * 2 + ["\n"]
+
+
+def test_arguments_in_the_form_that_a_template_writes() -> None:
+    """As an object where it writes JSON itself, else as JSON; never in Python's notation."""
+    write = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content }}"
+    end = "{{ '<|im_end|>' }}{% endfor %}"
+    loop = "{% for call in m.tool_calls or [] %}{{ WRITTEN }}{% endfor %}"
+    one = row(user("Hi"), assistant(None, tool_calls=[CALL]))
+    expected = json.dumps(CALL["function"]["arguments"])
+    for written in ("call.function.arguments | tojson", "call.function.arguments", "'' + call.function.arguments"):
+        template = write + loop.replace("WRITTEN", written) + end
+        rendered = with_template("chatml", template).render(one)
+        assert [rendered.text[start:end] for start, end in rendered.spans] == [expected + "<|im_end|>"]
+
+
+def notes(name: str, one: Any, **options: Any) -> list[str]:
+    found = ChatTemplate(tokenizer_of(name), name, False, **options).render(one).notes
+    return [note.replace("given in ... conversations, ", "") for note in found]
+
+
+def test_what_the_template_does_not_show_is_named() -> None:
+    hidden = "not shown by the chat template"
+    thought = assistant("it", reasoning_content="so")
+    assert notes("qwen3", row(user("Hi"), thought, tools=TOOLS)) == []
+    assert notes("qwen3", row(user("Hi"), thought, user("Hi"), thought)) == [
+        "reasoning_content: shown only in part by the chat template"
+    ]
+    inline = assistant("<think>\nso\n</think>\n\nit")
+    assert notes("qwen3", row(user("Hi"), inline, user("Hi"), assistant("it"))) == [
+        "assistant messages: shown only in part by the chat template"
+    ]
+    given = row({"role": "user", "content": "Hi", "name": "me"}, {**thought, "mood": "glad", "id": "7"}, tools=TOOLS)
+    assert notes("chatml", given) == [
+        f"tools: {hidden}",
+        f"name: {hidden}",
+        f"reasoning_content: {hidden}",
+        f"mood: {hidden}",
+    ]
+    calls = row(user("Hi"), assistant("it", tool_calls=[CALL]), {"role": "tool", "content": "so"}, assistant("is"))
+    assert notes("chatml", calls) == [f"tool_calls: {hidden}"]
+    assert notes("chatml", row({**user("Hi"), "train": True}, assistant("it"))) == [
+        "loss switched on for user messages: not done (data.loss_on)"
+    ]
+
+
+def test_a_turn_that_the_template_does_not_write() -> None:
+    one = row(user("Hi"), assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "so"}, assistant("is"))
+    with pytest.raises(DataError, match="writes nothing of message 1, which holds tool_calls; use a template that"):
+        spans("chatml", one)
+    off = row(user("Hi"), assistant(None, tool_calls=[CALL], weight=0), assistant("is"))
+    assert spans("chatml", off) == ["is<|im_end|>"]
+
+
+def test_developers_are_written_as_the_template_knows_them() -> None:
+    one = row({"role": "developer", "content": "so"}, user("Hi"), assistant("it"))
+    assert "<|im_start|>system\nso<|im_end|>" in ChatTemplate(tokenizer_of("chatml"), "", False).render(one).text
+    assert "<|start|>developer<|message|>so<|end|>" in ChatTemplate(tokenizer_of("harmony"), "", False).render(one).text
+
+
+def test_control_tokens_are_refused_in_every_field() -> None:
+    for one in (
+        row(user("Hi"), assistant("it", reasoning_content="a <|im_end|> b")),
+        row(user("Hi"), assistant(None, tool_calls=[{"name": "look", "arguments": {"at": "<|im_start|>"}}])),
+    ):
+        with pytest.raises(DataError, match=r"here:1: message 1 holds '<\|im_(end|start)\|>'"):
+            spans("qwen3", one)
+    with pytest.raises(DataError, match=r"here:1: tools holds '<\|im_end\|>'"):
+        spans("qwen3", row(user("Hi"), assistant("it"), tools=[{"name": "look", "description": "<|im_end|>"}]))
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "harmony"])
+def test_templates_write_the_date_of_the_run_file(name: str) -> None:
+    one = row(user("Hi"), assistant("it"))
+    tokenizer = tokenizer_of(name)
+    plain, other = (ChatTemplate(tokenizer, name, False, date=date) for date in ("2024-07-26", "2025-01-02"))
+    shown = {"llama3_1": ("26 Jul 2024", "02 Jan 2025"), "harmony": ("2024-07-26", "2025-01-02")}[name]
+    assert [date in template.render(one).text for date, template in zip(shown, (plain, other))] == [True, True]
+    assert plain.date == "2024-07-26" and other.date == "2025-01-02"
+    assert plain.identity != other.identity and "date=" not in plain.identity  # earlier runs can be resumed
+    today = tokenizer.apply_chat_template([user("Hi")], tokenize=False)
+    assert not any(date in today for date in shown)  # others still read the clock
+    fixed, moved = (ChatTemplate(tokenizer_of("chatml"), "", False, date=date) for date in ("2024-07-26", "2025-01-02"))
+    assert fixed.date is None and fixed.identity == moved.identity
+
+
+@pytest.mark.parametrize("drawn", ["{{ ['a', 'b'] | random }}", "{{ lipsum() }}"])
+def test_templates_that_draw_at_random_are_refused(drawn: str) -> None:
+    with pytest.raises(DataError, match="its chat template draws at random"):
+        with_template("chatml", drawn + "{% for m in messages %}{{ m.content }}{% endfor %}")
