@@ -12,8 +12,8 @@ from megatron_ds.models.probe import MOST_TOKENS, Probe
 from megatron_ds.models.t5 import EncoderDecoderConfig
 from tests.parity.encoder_cases import ENCODER_CASES
 
-ENCODERS = [case for case in ENCODER_CASES if not case.startswith("t5")]
-ENCODER_DECODERS = [case for case in ENCODER_CASES if case.startswith("t5")]
+ENCODER_DECODERS = [case for case in ENCODER_CASES if case.startswith(("t5", "mt5"))]
+ENCODERS = [case for case in ENCODER_CASES if case not in ENCODER_DECODERS]
 
 
 def core_of(case: str, **changes: Any) -> ModelConfig:
