@@ -23,7 +23,6 @@ setup(
         "safetensors>=0.8,<1",
         "sentencepiece>=0.2",
         "protobuf>=5",
-        "zstandard>=0.22",
         "xxhash>=3",
         "peft>=0.21,<1",
         "pydantic>=2.14,<3",

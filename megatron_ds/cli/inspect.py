@@ -6,6 +6,7 @@ import io
 import json as json_module
 import sys
 from collections.abc import Iterator
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 HELP = """Show the content of a checkpoint, a run's output, a Hugging Face directory or data.
 
 PATH is a directory, or data: a run file (its training data, as the run reads them), the prefix of indexed files
-(.bin and .idx), or a .jsonl or .txt file with --tokenizer. For data, the first samples are shown as text: tokens with
+(.bin and .idx), or with --tokenizer files of text or conversations: a file of any kind that train reads, a pattern
+such as 'parts/*.jsonl.gz', or a directory saved by datasets. For data, the first samples are shown as text: tokens with
 loss are green on a terminal, and between the marks \u27e6 and \u27e7 elsewhere.
 
 Checksums of all files are verified; the exit status is 1 if a file is missing or damaged.
@@ -51,6 +53,9 @@ def inspect(
             metavar="DIR", parser=expanded_text, help="Tokenizer that shows data as text; a run file names its own."
         ),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out malformed rows of text files; a run file has data.bad_rows.")
+    ] = False,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="Number of samples or documents to show.")] = 2,
     imports: Imports = None,
 ) -> None:
@@ -68,6 +73,11 @@ def inspect(
             "--tokenizer works with indexed data and text files only"
             + ("; a run names its own: model.tokenizer=DIR" if kind == "run" else "")
         )
+    if skip_bad and kind != "file":
+        raise typer.BadParameter(
+            "--skip-bad works with text files only"
+            + ("; for a run file, add data.bad_rows=skip" if kind == "run" else "")
+        )
     if kind == "directory":
         is_intact = _directory(path, fast, json)
     else:
@@ -78,7 +88,7 @@ def inspect(
         elif kind == "indexed":
             is_intact = inspect_data.indexed(path, fast, tokenizer, samples, json)
         else:
-            is_intact = inspect_data.file(path, tokenizer, samples, json)
+            is_intact = inspect_data.file(path, tokenizer, samples, json, skip_bad)
     if not is_intact:
         raise typer.Exit(1)
 
@@ -88,7 +98,9 @@ def _kind_of(path: Path) -> Literal["run", "indexed", "file", "directory"]:
         return "run"
     if Path(f"{path}.idx").is_file() or (not path.is_dir() and path.suffix in (".bin", ".idx")):
         return "indexed"
-    return "file" if path.is_file() else "directory"
+    is_saved_table = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+    is_pattern = has_magic(str(path)) and not path.exists()
+    return "file" if path.is_file() or is_pattern or is_saved_table else "directory"
 
 
 def _directory(path: Path, fast: bool, json: bool) -> bool:

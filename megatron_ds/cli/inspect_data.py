@@ -77,8 +77,8 @@ def indexed(path: Path, fast: bool, tokenizer: str | None, samples: int, json: b
     return not facts.problems
 
 
-def file(path: Path, tokenizer: str | None, samples: int, json: bool) -> bool:
-    """Show a file of text or conversations. Return True: nothing is checked."""
+def file(path: Path, tokenizer: str | None, samples: int, json: bool, skip_bad: bool) -> bool:
+    """Show files of text or conversations. Return True: nothing is checked."""
     from megatron_ds.log import quiet_libraries
 
     quiet_libraries()
@@ -86,7 +86,7 @@ def file(path: Path, tokenizer: str | None, samples: int, json: bool) -> bool:
 
     if tokenizer is None:
         raise typer.BadParameter(f"{path} is text and is shown as tokens; add --tokenizer DIR")
-    facts = inspect_file(str(path), tokenizer, samples)
+    facts = inspect_file(str(path), tokenizer, samples, skip_bad=skip_bad)
     if json:
         _print_json(asdict(facts))
         return True
@@ -116,10 +116,7 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts, statement: Map
         f"{facts.learned * size:,.0f} of a step's {size * positions:,}{exactly}",
     )
     yield from statement.items()
-    if facts.num_bad_rows:
-        more = "" if len(facts.bad_rows) == facts.num_bad_rows else f", the first {len(facts.bad_rows)}"
-        yield ("bad rows", f"{facts.num_bad_rows:,} left out{more}:")
-        yield from (("", one) for one in facts.bad_rows)
+    yield from _bad_rows(facts)
     yield ("fingerprint", facts.fingerprint[:12])
     if facts.lengths is not None:
         yield from _length_rows(facts.lengths)
@@ -162,7 +159,15 @@ def _file_rows(facts: TextFileFacts) -> Iterator[Row]:
     loss = f", {facts.learned:,} of them with loss ({facts.learned / max(1, total):.1%})"
     total_text = f"{facts.lengths.count:,} {facts.lengths.what}, {total:,} tokens"
     yield (facts.format, total_text + (loss if facts.format == "chat" else ""))
+    yield from _bad_rows(facts)
     yield from _length_rows(facts.lengths)
+
+
+def _bad_rows(facts: RunDataFacts | TextFileFacts) -> Iterator[Row]:
+    if facts.num_bad_rows:
+        more = "" if len(facts.bad_rows) == facts.num_bad_rows else f", the first {len(facts.bad_rows)}"
+        yield ("bad rows", f"{facts.num_bad_rows:,} left out{more}:")
+        yield from (("", one) for one in facts.bad_rows)
 
 
 def _length_rows(lengths: LengthHistogram) -> Iterator[Row]:

@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
 HELP = """Tokenize text once, into PREFIX.bin and PREFIX.idx in Megatron's format, and a manifest.
 
-INPUT is a file (.txt: one document; .jsonl: one per line, in the field "text"; .parquet), a
-directory of such files, a directory saved by datasets, or a hub id. An interrupted command
-continues when it is run again. Malformed lines are counted, listed, and refused unless --skip-bad.
+INPUT is a file, a directory that is searched for files, a pattern such as 'parts/*.jsonl.gz', a
+directory saved by datasets, or a hub id. A .txt file is one document; .jsonl, .json, .csv, .tsv,
+.parquet and .arrow files hold one per row, in the field "text"; .gz, .zst, .bz2 and .xz files are
+unpacked. An interrupted command continues when it is run again. Malformed rows are counted,
+listed, and refused unless --skip-bad.
 
 Examples:
 
 \b
   megatron-ds prepare corpus.jsonl --tokenizer hf_dir --output data/corpus
   megatron-ds prepare parts/ --tokenizer hf_dir --output data/all --workers 16
+  megatron-ds prepare 'web/*.gz' --column body --tokenizer hf --output web
   megatron-ds inspect data/corpus --tokenizer hf_dir
 """
 MAX_BAD_SHOWN = 10
@@ -45,6 +48,10 @@ def prepare(
         int, typer.Option(metavar="N", min=0, help="Number of processes (default: number of cores).")
     ] = 0,
     column: Annotated[str, typer.Option(metavar="NAME", help="The field that holds the text.")] = "text",
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="The configuration of data sets on the hub.")] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="The split of data sets, such as train[:10%].")
+    ] = None,
     no_eod: Annotated[bool, typer.Option("--no-eod", help="Do not append an end-of-text token to documents.")] = False,
     bos: Annotated[
         bool | None,
@@ -62,9 +69,10 @@ def prepare(
     from megatron_ds.data.prepare import PrepareOptions
     from megatron_ds.data.prepare import prepare as run
     from megatron_ds.data.prepare.run import usable_cores
+    from megatron_ds.data.readers.source import Source
 
     options = PrepareOptions(
-        inputs,
+        [Source(path, name, split) for path in inputs],
         tokenizer,
         output,
         workers or usable_cores(),

@@ -27,11 +27,12 @@ from megatron_ds.data.inspect.rendering import (
     unpadded_length,
 )
 from megatron_ds.data.objective import Causal, DataObjective
-from megatron_ds.data.readers.bad_rows import total_bad_rows
+from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
 from megatron_ds.data.readers.digests import file_xxh3
 from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
+from megatron_ds.data.readers.file_kinds import DataFile
 from megatron_ds.data.readers.source import Source
-from megatron_ds.data.readers.sources import find_source
+from megatron_ds.data.readers.sources import FoundSource, find_source
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.data.sampler import GlobalBatches
@@ -78,15 +79,17 @@ class IndexedFacts:
 
 @dataclass(frozen=True)
 class TextFileFacts:
-    """Facts about a file of text or conversations, tokenized. The attributes are keys of `inspect --json`.
+    """Facts about files of text or conversations, tokenized. The attributes are keys of `inspect --json`.
 
     Attributes:
-        path: of the file.
+        path: of the file, or the source that names the files.
         format: `text` or `chat`.
-        bytes: size of the file.
+        bytes: size of the files.
         learned: number of tokens that would carry loss.
         lengths: of the documents or conversations.
-        shown: the first of them.
+        num_bad_rows: number of rows that were left out.
+        bad_rows: place and reason of the first of them.
+        shown: the first documents or conversations.
     """
 
     path: str
@@ -94,6 +97,8 @@ class TextFileFacts:
     bytes: int
     learned: int
     lengths: LengthHistogram
+    num_bad_rows: int
+    bad_rows: tuple[str, ...]
     shown: tuple[RenderedSample, ...]
 
 
@@ -239,24 +244,30 @@ def inspect_indexed(source: str, *, fast: bool, tokenizer_path: str | None, num_
     )
 
 
-def inspect_file(path: str, tokenizer_path: str, num_shown: int) -> TextFileFacts:
-    """Inspect a file of text or conversations.
+def inspect_file(path: str, tokenizer_path: str, num_shown: int, *, skip_bad: bool = False) -> TextFileFacts:
+    """Inspect files of text or conversations.
 
     Args:
-        path: of the file.
+        path: a source: a file, a pattern, or a directory saved by `datasets`.
         tokenizer_path: directory of a tokenizer.
         num_shown: number of documents to render.
+        skip_bad: leave out rows that hold neither.
 
     Raises:
-        DataError: the file holds neither, or the tokenizer does not fit it.
+        DataError: the files hold neither, or the tokenizer does not fit them.
     """
-    size = Path(path).stat().st_size
-    if _format_of(path) == "text":
-        lengths, learned, shown = _texts(path, tokenizer_path, num_shown)
-        return TextFileFacts(path, "text", size, learned, length_histogram("documents", lengths), shown)
+    source = Source(path, skip_bad=skip_bad)
+    found = find_source(source, plain_text=True)
+    size = sum(
+        part.path.stat().st_size if isinstance(part, DataFile) else part.table.data.nbytes for part in found.parts
+    )
+    if _format_of(found) == "text":
+        lengths, bad, shown = _texts(source, tokenizer_path, num_shown)
+        histogram = length_histogram("documents", lengths)
+        return TextFileFacts(path, "text", size, int(lengths.sum()), histogram, bad.count, tuple(bad.first), shown)
     with TemporaryDirectory() as directory:
         request = DatasetRequest(
-            (Source(path),), Causal(), _UNLIMITED, _UNLIMITED, tokenizer_path, Path(directory), options=ChatOptions()
+            (source,), Causal(), _UNLIMITED, _UNLIMITED, tokenizer_path, Path(directory), options=ChatOptions()
         )
         data = open_chat(request)
         tokenizer = load_tokenizer(tokenizer_path)
@@ -264,7 +275,8 @@ def inspect_file(path: str, tokenizer_path: str, num_shown: int) -> TextFileFact
         chosen = range(min(num_shown, data.num_conversations))
         documents = [render(data.conversation(index), tokenizer, most=RENDERED_TOKENS) for index in chosen]
         histogram = length_histogram("conversations", data.lengths)
-    return TextFileFacts(path, "chat", size, learned, histogram, tuple(map(_single, chosen, documents)))
+    samples, bad = tuple(map(_single, chosen, documents)), data.bad_rows
+    return TextFileFacts(path, "chat", size, learned, histogram, bad.count, tuple(bad.first), samples)
 
 
 def _manifest(prefix: str) -> Mapping[str, Any] | None:
@@ -296,12 +308,13 @@ def _require_known_ids(ids: np.ndarray, vocab_size: int, tokenizer_path: str, na
     return ids
 
 
-def _format_of(path: str) -> str:
-    """Return the format of a file, judged by its first example."""
-    found = find_source(Source(path), plain_text=True)
-    first = next(parse_examples(found, lambda located: located), None)
+def _format_of(found: FoundSource) -> str:
+    """Return the format of a source, judged by its first example."""
+    bad = found.source.bad_rows()
+    first = next(parse_examples(found, lambda located: located, bad), None)
     if first is None:
-        raise DataError(f"data: {path}: no rows; each line must hold one object")
+        bad.refuse_all(found.source)
+        raise DataError(f"data: {found.source}: no rows; each line must hold one object")
     names = first.columns.keys()
     if is_conversation(set(names)):
         return "chat"
@@ -314,12 +327,15 @@ def _format_of(path: str) -> str:
     )
 
 
-def _texts(path: str, tokenizer_path: str, num_shown: int) -> tuple[np.ndarray, int, tuple[RenderedSample, ...]]:
-    """Return the lengths of the documents, the number of all tokens, and the first documents."""
+def _texts(
+    source: Source, tokenizer_path: str, num_shown: int
+) -> tuple[np.ndarray, BadRows, tuple[RenderedSample, ...]]:
+    """Return the lengths of the documents, the rows that were left out, and the first documents."""
     tokenizer = load_tokenizer(tokenizer_path)
     lengths: list[int] = []
     shown: list[RenderedSample] = []
-    documents = iter(TextSource(path).documents())
+    bad = source.bad_rows()
+    documents = TextSource(source).documents(bad)
     while batch := list(islice(documents, _BATCH)):
         encoded: Sequence[list[int]] = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         for ids in encoded:
@@ -328,8 +344,9 @@ def _texts(path: str, tokenizer_path: str, num_shown: int) -> tuple[np.ndarray, 
                 shown.append(_single(len(lengths), render(tokens, tokenizer, most=RENDERED_TOKENS)))
             lengths.append(len(ids))
     if not lengths:
-        raise DataError(f"data: {path}: no documents; each line must hold one")
-    return np.asarray(lengths), sum(lengths), tuple(shown)
+        bad.refuse_all(source)
+        raise DataError(f"data: {source}: no documents; each line must hold one")
+    return np.asarray(lengths), bad, tuple(shown)
 
 
 def _single(index: int, document: RenderedDocument) -> RenderedSample:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ds.data.readers.file_kinds import DataFile, file_endings, has_compressed_name, has_data_name, identify
 from megatron_ds.data.readers.source import Source
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, nearest_names
 
 if TYPE_CHECKING:
     import datasets
@@ -227,11 +227,19 @@ def _load_from_hub(source: Source) -> "datasets.Dataset":
     path = source.path
     if "://" in path:
         raise DataError(
-            f"data: {path}: is an address, and only files and data sets on the hub are read; download it first"
+            f"data: {path}: is a URL, and only files and data sets on the hub are read; try its path after a download"
         )
     if not _HUB_ID.fullmatch(path) or has_data_name(Path(path), plain_text=True) or has_compressed_name(Path(path)):
-        raise DataError(f"data: {path}: no such file or directory (looked in {Path.cwd()})")
+        raise DataError(f"data: {path}: no such file or directory (looked in {Path.cwd()}){_nearest(path)}")
     return _load(source, path, f"neither a file or directory (looked in {Path.cwd()}) nor a hub dataset with")
+
+
+def _nearest(path: str) -> str:
+    """Return a hint at a file or directory of a similar name; empty if there is no such one."""
+    place = Path(path).expanduser()
+    names = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
+    close = [name for name in names if place.name and name.startswith(place.name)] or nearest_names(place.name, names)
+    return f"; nearest: {Path(path).parent / close[0]}" if close else ""
 
 
 def _load(source: Source, path: str, failure: str) -> "datasets.Dataset":
@@ -244,6 +252,6 @@ def _load(source: Source, path: str, failure: str) -> "datasets.Dataset":
     except Exception as error:  # the hub client raises types of several libraries; all are chained
         raise DataError(
             f"data: {source.path}: {failure} a {split!r} split that can be loaded "
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
+            f"({type(error).__name__}: {' '.join(str(error).split())}){_nearest(path)}"
         ) from error
     return table.with_format(None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import xxhash
@@ -212,6 +213,29 @@ def test_text_in_a_file(write_jsonl: Any, byte_level: str, told: Told) -> None:
     Path(path).with_suffix(".txt").write_text("call me ishmael\x1b[31m\x07\r\nsome\tyears")
     shown = told(Path(path).with_suffix(".txt"), "--tokenizer", byte_level)
     assert "│ call me ishmael␛[31m␇␍\n  │ some\tyears" in shown, "nothing reaches into the terminal"
+
+
+def test_patterns_and_saved_tables(chat_file: str, chat_tokenizer: Any, told: Told, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in Path(chat_file).read_text().splitlines()]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    for source in (tmp_path / "chat.*", tmp_path / "saved"):
+        facts = json.loads(told(source, "--tokenizer", chat_tokenizer("header"), "--json"))
+        assert (facts["format"], facts["lengths"]["count"], facts["num_bad_rows"]) == ("chat", 4, 0)
+    assert "no file of examples" in told(tmp_path / "x*", "--tokenizer", chat_tokenizer("header"), status=2)
+
+
+def test_bad_rows_of_a_file_are_left_out(write_jsonl: Any, chat_file: str, chat_tokenizer: Any, told: Told) -> None:
+    rows = [json.loads(line) for line in Path(chat_file).read_text().splitlines()]
+    for good, kind in (([{"text": text} for text in DOCUMENTS[:2]], "text"), (rows, "chat")):
+        path = write_jsonl([b"{cut", *good, {"text": 7}])
+        said = told(path, "--tokenizer", chat_tokenizer("header"), "--skip-bad")
+        assert (
+            f"bad rows    2 left out:\n            {path}:1: not JSON (" in said
+            and f"{kind}        {len(good)} " in said
+        )
+        assert f"{path}:{len(good) + 2}: " in said
+        assert f"{path}:1: not JSON" in told(path, "--tokenizer", chat_tokenizer("header"), status=2)
+    assert "for a run file, add data.bad_rows=skip" in told(write_jsonl([], "run.yaml"), "--skip-bad", status=2)
 
 
 def test_what_files_are_refused_for(

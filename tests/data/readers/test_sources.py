@@ -144,5 +144,5 @@ def test_paths_are_no_data_sets_of_the_hub(path: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match=r"no (such file or directory|file of examples .*) \(looked in"):
         TextSource(path)
-    with pytest.raises(DataError, match="is an address, and only files and data sets on the hub are read; download"):
+    with pytest.raises(DataError, match="is a URL, and only files and data sets on the hub are read; try its path"):
         TextSource("https://example.com/a.jsonl")
