@@ -10,12 +10,15 @@ FIELDS = (
     "prompt",
     "completion",
     "conversations",
+    "conversation",
     "instruction",
     "input",
     "output",
     "system",
     "history",
     "tools",
+    "functions",
+    "label",
 )
 """Fields of a conversation, in any of its forms."""
 

@@ -25,7 +25,10 @@ TEXT_COLUMN = "text"
 _STRUCTURES = (
     "messages",
     "conversations",
+    "conversation",
+    "history",
     "tools",
+    "functions",
     "input_ids",
     "labels",
     "attention_mask",

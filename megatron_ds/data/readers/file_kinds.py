@@ -117,7 +117,7 @@ def identify(path: Path, plain_text: bool) -> DataFile | None:
     compression = next((name for name, magic in _MAGIC.items() if magic.match(start)), "")
     named = _COMPRESSIONS.get(path.suffix.lower(), "")
     if named and not start:
-        raise DataError(f"data: {path}: the {named} file is empty; copy or make it again")
+        raise DataError(f"data: {path}: the {named} file is empty; try to copy or make it again")
     with naming_damage(path, compression), _open(path, compression) as stream:
         head = stream.read(_HEAD_BYTES)
     content = _content(path, head, plain_text)
@@ -147,7 +147,7 @@ def naming_damage(path: Path, kind: str) -> Iterator[None]:
             raise DataError(f"data: {path}: cannot be read ({error})") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"data: {path}: is not a readable {kind} file ({reason}); it is damaged or cut off: copy or make it again"
+            f"data: {path}: is not a readable {kind} file ({reason}); it is damaged or cut off; try to copy it again"
         ) from error
 
 
@@ -192,6 +192,6 @@ def _require_utf8(path: Path, head: bytes) -> None:
     """Refuse UTF-16 and UTF-32, which text editors of Windows write; other bytes are judged line by line."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
         raise DataError(
-            f"data: {path}: the text is UTF-16 or UTF-32, not UTF-8; convert it: "
+            f"data: {path}: the text is UTF-16 or UTF-32, not UTF-8; try "
             f"iconv -f UTF-16 -t UTF-8 {path.name} > converted{path.suffix}"
         )

@@ -237,8 +237,10 @@ def _load_from_hub(source: Source) -> "datasets.Dataset":
 def _nearest(path: str) -> str:
     """Return a hint at a file or directory of a similar name; empty if there is no such one."""
     place = Path(path).expanduser()
-    names = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
-    close = [name for name in names if place.name and name.startswith(place.name)] or nearest_names(place.name, names)
+    names = sorted(one.name for one in place.parent.iterdir()) if place.parent.is_dir() else []
+    stems = {name.partition(".")[0]: name for name in reversed(names)}  # endings make all names alike
+    close = nearest_names(place.name, [name for name in names if name.startswith(place.name)])
+    close += [stems[stem] for stem in nearest_names(place.name.partition(".")[0], stems)]
     return f"; nearest: {Path(path).parent / close[0]}" if close else ""
 
 

@@ -20,6 +20,7 @@ from megatron_ds.data.prepare import Prepared, PrepareOptions, chunks, journal, 
 from megatron_ds.data.prepare.chunks import Reader, cut
 from megatron_ds.errors import DataError, LaunchError
 from tests.data import oracle
+from tests.data.readers.files import every_file
 from tests.forked_python import ForkedPython
 
 
@@ -201,6 +202,34 @@ def test_what_is_done_is_gone_on_with(
         prepare(PrepareOptions([source], tokenizer_path, str(tmp_path / name), 2), told.append)
         assert content(tmp_path, name) == content(tmp_path, "whole/x")
         assert bool(stop) == any(line.startswith("continuing after") for line in told)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", ["lines.jsonl.gz", "pretty.json"])
+def test_files_that_are_read_from_start_to_end(
+    name: str, book: Path, write_jsonl: Any, made: Any, tokenizer_path: str, tmp_path: Path
+) -> None:
+    """Any number of workers, and any interruption, gives what JSON lines give; each row is tokenized once."""
+    rows = [{"text": text, "n": number} for number, text in enumerate(texts(book, 10))]
+    made(write_jsonl(rows), name="lines/x")
+    source = str(tmp_path / name)
+    Path(source).write_bytes(every_file(rows)[name])
+    add = journal.Journal.add
+    for number, stop in ((1, 1), (3, 2)):
+        seen: list[int] = []
+
+        def stopping(self: Any, *given: Any, stop: int = stop, seen: list[int] = seen) -> None:
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            seen.append(1)
+            add(self, *given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(journal.Journal, "add", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                made(source, name=f"by{number}/x", num_workers=number)
+        made(source, name=f"by{number}/x", num_workers=number)
+        assert content(tmp_path, f"by{number}/x") == content(tmp_path, "lines/x")
 
 
 def test_other_sources_start_over(book: Path, write_jsonl: Any, made: Any, tokenizer_path: str, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_file_that_is_cut_off_is_no_bad_row(
     source = Source(write(f"a.txt{ending}", packed[:-20]), skip_bad=True)
     with pytest.raises(DataError, match=r"a\.txt\.\w+: is not a readable \w+ file"):
         list(TextSource(source).documents(source.bad_rows()))
-    with pytest.raises(DataError, match=r"the \w+ file is empty; copy or make it again"):
+    with pytest.raises(DataError, match=r"the \w+ file is empty; try to copy or make it again"):
         TextSource(write(f"empty.jsonl{ending}", b""))
 
 
@@ -50,8 +50,8 @@ def test_a_file_that_is_cut_off_is_no_bad_row(
         ("a.json", b'{"data": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of rows, data, test"),
         ("a.csv", b'text\n"a\nb\n', "a.csv:2: not CSV (unexpected end of data)"),
         ("a.csv", b"text,text\na,b\n", "a.csv:1: two columns have the same name"),
-        ("a.jsonl", "text".encode("utf-16"), "a.jsonl: the text is UTF-16 or UTF-32, not UTF-8; convert it: iconv"),
-        ("a.txt", "text".encode("utf-16-le"), "a.txt: the text is UTF-16 or UTF-32, not UTF-8; convert it: iconv"),
+        ("a.jsonl", "text".encode("utf-16"), "a.jsonl: the text is UTF-16 or UTF-32, not UTF-8; try iconv"),
+        ("a.txt", "text".encode("utf-16-le"), "a.txt: the text is UTF-16 or UTF-32, not UTF-8; try iconv"),
         ("a.zip", b"PK\x03\x04", "not in '.zip'; unpack the archive"),
     ],
 )

@@ -146,3 +146,13 @@ def test_paths_are_no_data_sets_of_the_hub(path: str, monkeypatch: pytest.Monkey
         TextSource(path)
     with pytest.raises(DataError, match="is a URL, and only files and data sets on the hub are read; try its path"):
         TextSource("https://example.com/a.jsonl")
+
+
+def test_a_path_that_does_not_exist_has_a_near_one(write: Any, tmp_path: Path) -> None:
+    write("corpus/train.jsonl.gz", b"")
+    write("corpus/test.jsonl", b"")
+    for name, near in (("train.jsonl", "train.jsonl.gz"), ("trian.jsonl.gz", "train.jsonl.gz"), ("valid.jsonl", "")):
+        with pytest.raises(DataError) as caught:
+            TextSource(str(tmp_path / "corpus" / name))
+        hint = f"; nearest: {tmp_path}/corpus/{near}" if near else ""
+        assert str(caught.value).endswith(f"no such file or directory (looked in {Path.cwd()}){hint}")
