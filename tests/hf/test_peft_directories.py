@@ -15,6 +15,7 @@ from megatron_ds.checkpoint.convert import export_hf
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.peft.adapters import PREFIX, read_adapters
+from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
@@ -154,6 +155,17 @@ def test_adapters_begin_as_in_peft(case: str, made: Path) -> None:
 
 def _adapter_name(name: str) -> str:
     return name.replace("lora_A.", "lora_A.mine.").replace("lora_B.", "lora_B.mine.")
+
+
+def test_a_base_in_half_precision_keeps_its_dtype(made: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made / "llama", base)
+    plain = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(plain, base / "model.safetensors", metadata={"format": "pt"})
+    export_hf(made / "both-tables", tmp_path / "hf", merge=True, base=base)
+    ours, saved = load_file(tmp_path / "hf" / "model.safetensors"), load_file(made / "both-tables" / ADAPTER_WEIGHTS)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    assert torch.equal(ours["lm_head.weight"], saved["base_model.model.lm_head.weight"].bfloat16())
 
 
 FORMS: dict[str, Callable[[str], str]] = {

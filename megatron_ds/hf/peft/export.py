@@ -81,7 +81,7 @@ def export_merged(
         base_path: source of the generation settings.
         adapters: the adapters to merge.
         parameters: full parameters of the adapters, by native name.
-        dtype: of all weights; None = the dtype of each on disk.
+        dtype: of all weights; None = the dtype of each in the base on disk.
         max_shard_size: such as "5GB".
         tokenizer_path: source of the tokenizer; None = no tokenizer.
 
@@ -89,12 +89,12 @@ def export_merged(
         ConversionError: a value does not fit into the dtype; see also `ExportTarget.put`.
     """
     own, initial = adapters.saved | adapters.replaced, InitialValues(adapters, base, seed=0)
+    reader, table = base.for_model(adapters.model), adapters.model.table
     with exporting(target, adapters.model, dtype, max_shard_size) as export:
-        for name, full in chain(
-            base.for_model(adapters.model).each(without=own), ((name, parameters[name]) for name in sorted(own))
-        ):
-            given = initial.full(name).to(full.dtype) if initial.has(name) else full  # in peft it is rounded too
+        for name, full in chain(reader.each(without=own), ((name, parameters[name]) for name in sorted(own))):
+            stored = reader.tensor(table[name].names[0]).dtype
+            given = initial.full(name).to(stored) if initial.has(name) else full  # in peft it is rounded too
             merged = adapters.merge(name, given, parameters)
-            export.add(name, merged if dtype is not None else check_fits(name, merged, full.dtype))
+            export.add(name, merged if dtype is not None else check_fits(name, merged, stored))
             del full, given, merged
         export.finish(base_path, tokenizer_path)
