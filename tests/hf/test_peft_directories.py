@@ -44,6 +44,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pissa-on-tables": ("tied", {"target_modules": ["q_proj", *TABLES], "init_lora_weights": "pissa"}),
     "pissa-inputs-first": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "use_dora": True}),
     "olora": ("llama", {"target_modules": ["v_proj", "o_proj"], "init_lora_weights": "olora"}),
+    "token-rows": ("llama", {"trainable_token_indices": [7, 3]}),
+    "token-rows-of-both": ("llama", {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [5]}}),
+    "token-rows-tied": ("tied", {"trainable_token_indices": [7, 3]}),
     "regex": ("llama", {"target_modules": r".*layers\.1\..*(q_proj|down_proj)"}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal", "r": 2}),
     "inputs-first": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "c_fc"]}),
@@ -297,6 +300,12 @@ def test_a_field_in_the_run_file_must_exist_and_have_its_kind(fields: dict[str, 
     with pytest.raises(ConversionError) as refused:
         read_adapters(fields, read_model(ALL_CONFIGS["llama"]), "base")
     assert str(refused.value) == says
+
+
+def test_rows_of_tokens_are_merged_but_not_trained(made: Path) -> None:
+    adapters = read_adapters(made / "token-rows", read_model(made / "llama"), "base")
+    with pytest.raises(ConversionError, match=r"in export --merge only; try peft\.modules_to_save=\[embed_tokens\]"):
+        adapters.check_trainable()
 
 
 def test_a_bin_with_code_and_a_base_that_moved_are_refused(made: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -28,7 +28,14 @@ from megatron_ds.hf.peft.projections import (
     input_row,
     output_row,
 )
-from megatron_ds.hf.peft.saved_modules import rows_of, saved_parameters, untied, with_vocabulary
+from megatron_ds.hf.peft.saved_modules import (
+    rows_of,
+    saved_parameters,
+    token_row,
+    token_rows,
+    untied,
+    with_vocabulary,
+)
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.models.adapters import AdapterPlace
 
@@ -48,6 +55,7 @@ class Adapters:
         adapters: the adapters by the same names.
         saved: native names of the base's parameters that are trained in full.
         replaced: native names of those that the file of the adapters replaces, and that are not trained.
+        token_rows: native name of a table -> its rows that the file replaces.
     """
 
     base: HFModel
@@ -57,6 +65,7 @@ class Adapters:
     adapters: Mapping[str, LoRASpec | IA3Spec]
     saved: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
+    token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def places(self) -> list[AdapterPlace]:
@@ -71,7 +80,8 @@ class Adapters:
         """Native name -> row, for each parameter of the adapters, trained in full, or replaced."""
         own = {row.native: row for module in self.modules for row in self._rows(module)}
         natives = [native for native in self.model.table if native in self.saved | self.replaced]
-        return own | {row.native: row for row in rows_of(natives, self.model, PREFIX)}
+        tokens = [token_row(native, len(rows), self.model, PREFIX) for native, rows in self.token_rows.items()]
+        return own | {row.native: row for row in (*rows_of(natives, self.model, PREFIX), *tokens)}
 
     @property
     def tensors(self) -> list[str]:
@@ -80,9 +90,10 @@ class Adapters:
 
     @cached_property
     def axis_sizes(self) -> dict[str, int]:
-        """Sizes of the named axes of `table`: the model's, and one for each LoRA rank."""
+        """Sizes of the named axes of `table`: the model's, one for each LoRA rank, and for each number of rows."""
         ranks = {1, *(one.rank for one in self.adapters.values() if isinstance(one, LoRASpec))}
-        return {**self.model.axis_sizes, **{f"r{rank}": rank for rank in ranks}}
+        counts = {f"t{len(rows)}": len(rows) for rows in self.token_rows.values()}
+        return {**self.model.axis_sizes, **{f"r{rank}": rank for rank in ranks}, **counts}
 
     def check_trainable(self) -> None:
         """Check that the layer of each adapted module can have an adapter.
@@ -90,6 +101,10 @@ class Adapters:
         Raises:
             ConversionError: a module's adapter can only be merged.
         """
+        if self.token_rows:
+            raise ConversionError(
+                "peft.trainable_token_indices works in export --merge only; try peft.modules_to_save=[embed_tokens]"
+            )
         for module, projections in self.modules.items():
             if not projections[0].is_trainable:
                 raise ConversionError(
@@ -118,6 +133,9 @@ class Adapters:
         Returns:
             `full` itself if no adapter changes it, otherwise a new tensor in fp32.
         """
+        if native in self.token_rows:
+            full = full.clone()
+            full[list(self.token_rows[native])] = parameters[f"{native}.token_rows"].to(full.dtype)
         changes = [
             (
                 *(one, row, self.adapters[module]),
@@ -200,7 +218,8 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
             f"{', '.join(sorted({name.rpartition('.')[2] for name in found}))}"
         )
     adapters = {name: _adapter(config, model, name, parts) for name, parts in modules.items()}
-    return Adapters(model, trained, config.content(model, base), modules, adapters, saved)
+    rows = token_rows(config.token_rows, trained, config.where)
+    return Adapters(model, trained, config.content(model, base), modules, adapters, saved, token_rows=rows)
 
 
 def _adapter(config: AdapterConfig, model: HFModel, module: str, parts: tuple[Projection, ...]) -> LoRASpec | IA3Spec:

@@ -63,7 +63,7 @@ PEFT_FIELDS = {
             {
                 *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
                 *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-                *("modules_to_save", "ensure_weight_tying", "use_dora"),
+                *("modules_to_save", "ensure_weight_tying", "trainable_token_indices", "use_dora"),
             }
         ),
         {
@@ -71,7 +71,6 @@ PEFT_FIELDS = {
             "lora_bias": False,
             "layer_replication": None,
             "target_parameters": None,
-            "trainable_token_indices": None,
             "velora_config": None,
             "alora_invocation_tokens": None,
             "use_qalora": False,
@@ -143,6 +142,12 @@ class AdapterConfig:
     def modules_to_save(self) -> tuple[str, ...]:
         """Ends of the names of modules that are trained in full."""
         return tuple(self._config.modules_to_save or ())
+
+    @property
+    def token_rows(self) -> dict[str, tuple[int, ...]]:
+        """End of a table's name -> rows of it that are replaced; "" = the word embedding."""
+        given = getattr(self._config, "trainable_token_indices", None) or {}
+        return {name: tuple(rows) for name, rows in (given if isinstance(given, dict) else {"": given}).items()}
 
     @property
     def keeps_tied(self) -> bool:

@@ -6,13 +6,14 @@ was resized. They are not trained by peft, and not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Row
+from megatron_ds.hf.tensor_mapping import Op
 
 
 def saved_parameters(ends: Sequence[str], model: HFModel, where: str) -> frozenset[str]:
@@ -51,6 +52,29 @@ def saved_parameters(ends: Sequence[str], model: HFModel, where: str) -> frozens
     return frozenset(saved)
 
 
+def token_rows(given: Mapping[str, tuple[int, ...]], model: HFModel, where: str) -> dict[str, tuple[int, ...]]:
+    """Return native name of a table -> its rows that peft's `trainable_token_indices` replaces.
+
+    Args:
+        given: end of a table's name -> rows; "" = the word embedding.
+        model: the model; the rows of tied tables are given once, or twice in the same way.
+        where: prefix of error messages.
+
+    Raises:
+        ConversionError: a name is no table, or tied tables have different rows.
+    """
+    rows, found = model.family.table(model.core), dict[str, tuple[int, ...]]()
+    tables = {rows[native].names[0].removesuffix(".weight"): native for native in (EMBEDDING, HEAD) if native in rows}
+    for end, indices in given.items():
+        native = next((native for name, native in tables.items() if name.endswith(end)), None)
+        if native is None:
+            raise ConversionError(f"{where}.trainable_token_indices has {end}; supported: {', '.join(tables)}")
+        stored = EMBEDDING if model.core.tied else native
+        if found.setdefault(stored, indices) != indices:
+            raise ConversionError(f"{where}.trainable_token_indices has different rows of tied tables")
+    return found
+
+
 def untied(model: HFModel, saved: frozenset[str], keeps_tied: bool) -> tuple[HFModel, frozenset[str]]:
     """Return the model that is trained and its parameters that are trained in full, as peft decides for tied tables.
 
@@ -84,6 +108,14 @@ def rows_of(natives: Iterable[str], model: HFModel, prefix: str) -> Iterator[Row
         copies = [head_name(model)] if native == EMBEDDING and model.core.tied else []
         names, others = ([f"{prefix}{name}" for name in some if name is not None] for some in (row.names, copies))
         yield replace(row, names=tuple(names), copies=tuple(others))
+
+
+def token_row(native: str, num_rows: int, model: HFModel, prefix: str) -> Row:
+    """Return the row of replaced rows of a table, (num_rows, e)."""
+    module = model.table[native].names[0].removesuffix(".weight")
+    pattern = f"t{num_rows} e"
+    name = f"{prefix}{module}.token_adapter.trainable_tokens_delta"
+    return Row(f"{native}.token_rows", (name,), Op((pattern,), pattern))
 
 
 def head_name(model: HFModel) -> str | None:
