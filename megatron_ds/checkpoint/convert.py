@@ -163,7 +163,8 @@ def _export_adapters(
     parameters = {name: read(name) for name in adapters.table}
     with _writing(target.path):
         if merge:
-            export_merged(target, weights, named, adapters, parameters, dtype, max_shard_size, source)
+            end_ids = reader.progress.end_ids if reader is not None else ()
+            export_merged(target, weights, named, adapters, parameters, dtype, max_shard_size, source, end_ids)
         else:
             export_adapters(target, adapters, parameters.items(), dtype, source)
     return adapters.model

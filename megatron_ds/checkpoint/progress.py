@@ -49,6 +49,8 @@ class Progress:
         data: the position in the data.
         loss_scale: the state of fp16's loss scale; empty without one.
         trained: names of the parameters that have an optimizer state, in order.
+        lr: the learning rate of the last step that was not skipped; None = unknown.
+        end_ids: the ids that the data taught as an end and exports add to the generation settings.
     """
 
     step: int = 0
@@ -57,6 +59,8 @@ class Progress:
     data: DataPosition = DataPosition()
     loss_scale: Mapping[str, float] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
+    lr: float | None = None
+    end_ids: tuple[int, ...] = ()
 
     def with_data(self, **changes: Any) -> Progress:
         """Return a copy with some fields of `data` replaced."""
@@ -104,7 +108,8 @@ def decode(path: Path) -> tuple[Progress, Origin]:
             )
         fields = dict(content["progress"])
         data = DataPosition(**fields.pop("data"))
-        trained = tuple(fields.pop("trained"))
-        return Progress(**fields, data=data, trained=trained), Origin(**content["origin"])
+        trained, end_ids = tuple(fields.pop("trained")), tuple(fields.pop("end_ids", ()))
+        progress = Progress(**fields, data=data, trained=trained, end_ids=end_ids)
+        return progress, Origin(**content["origin"])
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise CheckpointError(f"{path}: is not the state of a checkpoint ({problem})") from problem

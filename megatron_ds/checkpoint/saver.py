@@ -29,6 +29,7 @@ from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.end_tokens import files_with_end_ids
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.consensus import gather_objects
@@ -46,6 +47,7 @@ class SaveOptions:
         asynchronous: whether training continues while files are written.
         protected: checkpoints that are never removed.
         model_path, tokenizer_path: the sources of generation settings and tokenizer files, read once.
+        end_ids: the ids that the data teach as an end, which the generation settings list too.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class SaveOptions:
     protected: tuple[Path, ...] = ()
     model_path: str | None = None
     tokenizer_path: str | None = None
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Saver:
         alone = dist.get_world_size() == 1
         self.group = None if alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=SLOWEST_S))
         self.trained = self._all_trained([name for stage in inventory for name, _, _ in stage])
-        self.small = self.weights.small_files() if engine.grid.rank == 0 else {}
+        small = self.weights.small_files() if engine.grid.rank == 0 else {}
+        self.small = files_with_end_ids(small, options.end_ids)
         self.memory = HostMemory(pinned=engine.device.type == "cuda") if options.asynchronous else None
         self._writing: _Writing | None = None
 
@@ -132,7 +136,8 @@ class Saver:
         before = self.wait()
         waited_s = time.monotonic() - began_s
         self._check_masters(progress.step)
-        progress = replace(progress, loss_scale=loss_scale(self.engine), trained=self.trained)
+        end_ids = self.options.end_ids
+        progress = replace(progress, loss_scale=loss_scale(self.engine), trained=self.trained, end_ids=end_ids)
         writing = _Writing(self, progress, began_s, waited_s)
         writing.make_directory()
         files = take_snapshot(self.engine, self.weights, self.memory or without_copy)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from megatron_ds.dtypes import EXPORT_DTYPES, NAME_OF_PRECISION
 from megatron_ds.engine import Engine, MicroBatch
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.end_tokens import add_end_ids
 from megatron_ds.hf.export import exporting
 from megatron_ds.hf.export_target import ExportKeptError, ExportTarget
 from megatron_ds.hf.peft.adapters import Adapters
@@ -40,6 +42,7 @@ def export_live(
     section: ExportSection,
     precision: str,
     target: ExportTarget | None = None,
+    end_ids: Sequence[int] = (),
 ) -> None:
     """Stream the weights to a directory on rank 0. Collective over the world.
 
@@ -49,6 +52,7 @@ def export_live(
         section: the form of the export.
         precision: the run's precision.
         target: the directory of `section`, with what it may replace; None = an unchanged export.
+        end_ids: ids that the data teach as an end; the directory's generation settings list them.
 
     Raises:
         ConversionError: on every rank, if `section.dtype` cannot hold a weight; the directory was written in the run's
@@ -61,13 +65,14 @@ def export_live(
     kept: ExportKeptError | None = None
     try:
         if model.adapters is not None:
-            _export_adapters(engine, model, model.adapters, section, (dtype, precision), target)
+            _export_adapters(engine, model, model.adapters, section, (dtype, precision), target, end_ids)
         elif engine.grid.rank == 0:
             with exporting(target, model.hf, dtype, section.max_shard_size) as export:
                 for name, parameter in engine.full_parameters():
                     assert parameter is not None, name
                     export.add(name, parameter)
-                export.finish(model.section.path, model.section.tokenizer_path)
+                add_ends = partial(add_end_ids, end_ids=end_ids)
+                export.finish(model.section.path, model.section.tokenizer_path, add_ends)
         else:
             for _ in engine.full_parameters():
                 pass
@@ -97,6 +102,7 @@ def _export_adapters(
     section: ExportSection,
     dtypes: tuple[str | None, str],
     target: ExportTarget,
+    end_ids: Sequence[int],
 ) -> None:
     """Write the adapters as a PEFT directory, or merge them into the base weights, which are read from disk."""
     gathered = engine.full_parameters(adapters.table)
@@ -106,8 +112,8 @@ def _export_adapters(
     tokenizer, base, (dtype, precision) = model.section.tokenizer_path, model.section.path, dtypes
     if section.merge:
         assert model.weights is not None and base is not None
-        of_run = dtype or NAME_OF_PRECISION[precision]
-        export_merged(target, model.weights, base, adapters, parameters, of_run, section.max_shard_size, tokenizer)
+        of_run, size = dtype or NAME_OF_PRECISION[precision], section.max_shard_size
+        export_merged(target, model.weights, base, adapters, parameters, of_run, size, tokenizer, end_ids)
     else:
         export_adapters(target, adapters, parameters.items(), dtype, tokenizer)
 

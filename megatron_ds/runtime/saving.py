@@ -22,6 +22,7 @@ def make_saver(
     keep: int,
     asynchronous: bool,
     protected: Sequence[Path | None] = (),
+    end_ids: Sequence[int] = (),
 ) -> Saver:
     """Make the saver of a live engine. Collective over the world.
 
@@ -32,6 +33,7 @@ def make_saver(
         keep: number of checkpoints to keep.
         asynchronous: whether training continues while files are written.
         protected: checkpoints that are never removed.
+        end_ids: the ids that the data teach as an end.
     """
     options = SaveOptions(
         folder=folder,
@@ -40,6 +42,7 @@ def make_saver(
         protected=tuple(path for path in protected if path is not None),
         model_path=model.section.path,
         tokenizer_path=model.section.tokenizer_path,
+        end_ids=tuple(end_ids),
     )
     layout = plan.layout
     origin = Origin(

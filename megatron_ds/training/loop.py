@@ -178,6 +178,7 @@ class TrainingLoop:
             now.with_data(samples=now.data.samples + train.global_batch_size),
             step=step,
             applied=now.applied + result.applied,
+            lr=lr if result.applied else now.lr,
             bad_steps=now.bad_steps + 1 if bad else 0 if result.applied else now.bad_steps,
         )
         step_s = time.perf_counter() - began_s

@@ -10,8 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_ds.config import OptimizerSection, ScheduleSection
+from megatron_ds.checkpoint.progress import Progress
+from megatron_ds.config import OptimizerSection, RunConfig, ScheduleSection
 from megatron_ds.registry import Registry
+
+LARGEST_CHANGE = 0.01
+"""Relative difference of two learning rates up to which a schedule continues."""
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,41 @@ def learning_rate(applied: int, steps: int, optimizer: OptimizerSection, schedul
         return optimizer.lr * step / schedule.warmup_steps
     point = SchedulePoint(step, steps, schedule.warmup_steps, optimizer.lr, schedule.min_lr)
     return SCHEDULES.get(schedule.name, "schedule.name")(point, **schedule.options)
+
+
+def describe_jump(saved: Progress, run: RunConfig) -> str | None:
+    """Return a line about a learning rate that does not continue that of the checkpoint which a run resumes.
+
+    It jumps where `train.steps`, `optimizer.lr` or the schedule differ from those before: a schedule that had decayed
+    is somewhere in its middle if there are more steps.
+
+    Args:
+        saved: progress of the checkpoint.
+        run: the run file.
+
+    Returns:
+        None: the schedule continues, or no step is left.
+    """
+    steps = run.train.steps
+    then = _last_rate(saved, run)
+    if then is None or saved.step >= steps:
+        return None
+    last, following = saved.applied - 1, saved.applied
+    same, now = (learning_rate(applied, steps, run.optimizer, run.schedule) for applied in (last, following))
+    if abs(same - then) <= LARGEST_CHANGE * max(same, then):
+        return None
+    smooth = f", or continue with schedule.name=constant optimizer.lr={then:.3g}" if then else ""
+    return (
+        f"the learning rate jumps from {then:.2e} at step {saved.step} to {now:.2e} at step {saved.step + 1}: "
+        f"train.steps, optimizer.lr or the schedule are not those of the checkpoint; set them as they were{smooth}"
+    )
+
+
+def _last_rate(saved: Progress, run: RunConfig) -> float | None:
+    """Return the rate of a checkpoint's last step. Earlier versions saved the number of steps instead."""
+    if saved.applied == 0 or saved.lr is not None:
+        return saved.lr
+    steps = saved.data.settings.get("train.steps")
+    if steps is None:
+        return None
+    return learning_rate(saved.applied - 1, steps, run.optimizer, run.schedule)

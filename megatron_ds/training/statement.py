@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset
@@ -77,3 +77,22 @@ def describe_keeping(run: RunConfig) -> str:
     if kept:
         return "; ".join(kept)
     return "nothing: the trained weights are lost when the run ends; set checkpoint.every or export.path to keep them"
+
+
+def describe_ends(run: RunConfig, ends: Mapping[int, str], known: Sequence[int]) -> str | None:
+    """Return a line about end tokens that the data teach and the model's `generate` does not stop at; None = no such.
+
+    Args:
+        run: the run file.
+        ends: special ids that are learned as an end, with their texts.
+        known: ids that the model's generation settings list.
+    """
+    new = {token: text for token, text in ends.items() if token not in known}
+    if not new or (run.export is None and not run.checkpoint.every):
+        return None
+    names = " and ".join(f"{text} ({token})" for token, text in new.items())
+    taught = f"the data end what is learned with {names}, at which the model's generation settings do not stop"
+    ids = [*known, *new]
+    if run.peft is not None and not (run.export is not None and run.export.merge):
+        return f"{taught}; adapters have no such settings: call generate(eos_token_id={ids}), or merge them"
+    return f"{taught}; eos_token_id in generation_config.json of what is kept becomes {ids}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,14 @@ from megatron_ds.checkpoint.reader import ResumePoint, StateReader
 from megatron_ds.checkpoint.saver import Saver
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, collate
+from megatron_ds.data.parts import ends_of
 from megatron_ds.engine import (
     Engine,
     device_type,
     start_distributed,
     stop_distributed,
 )
+from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
@@ -31,6 +33,7 @@ from megatron_ds.training.callbacks import Callback, CallbackList, RunState, mak
 from megatron_ds.training.datasets import has_validation, open_split
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
+from megatron_ds.training.lr_schedule import describe_jump
 from megatron_ds.training.resolve import ResolvedRun, export_target, resolve_run
 from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
@@ -42,6 +45,7 @@ from megatron_ds.training.resume import (
     prepare_output,
 )
 from megatron_ds.training.run_output import RunOutput
+from megatron_ds.training.statement import describe_ends
 from megatron_ds.training.summary import flops_per_position, summarize
 from megatron_ds.training.watchdog import Watchdog, rank_status_store
 
@@ -95,6 +99,7 @@ class _Prepared:
     valid_data: Dataset | None
     begin: Progress
     reader: StateReader | None
+    ends: Mapping[int, str]
     callbacks: Sequence[tuple[str, Callback]]
 
 
@@ -114,7 +119,8 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     if info.rank == 0 and reader is not None and metrics.is_file():
         read_metrics(metrics)  # refuses malformed lines now, before anything is written
     named = [*make_callbacks(run), *((type(one).__name__, one) for one in callbacks)]
-    return _Prepared(resolved, train_data, valid_data, start, reader, named)
+    ends = ends_of(train_data) if resolved.hf.core.generates else {}
+    return _Prepared(resolved, train_data, valid_data, start, reader, ends, named)
 
 
 def _train(
@@ -134,7 +140,7 @@ def _train(
     summary = summarize(resolved, engine, prepared.train_data, prepared.valid_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
-        for note in (*notes, *_resume_notes(prepared), *(f"kernel of {name}" for name in engine.kernels)):
+        for note in (*notes, *_notes(prepared), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
         throughput = Throughput(flops, resolved.plan.layout.world_size)
@@ -160,11 +166,20 @@ def _train(
             output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.steps}{loop.resume_hint}")
             return loop.result(exported=None), loop.was_interrupted
         watchdog.heartbeat("exporting", may_take_long=True)
-        _export(resolved, engine, prepared.train_data, output)
+        _export(prepared, engine, output)
         watchdog.heartbeat("callbacks at the run's end", may_take_long=True)
         callbacks.run_end(exported=run.export.path if run.export is not None else None)
         output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
         return loop.result(exported=run.export.path if run.export is not None else None), False
+
+
+def _notes(prepared: _Prepared) -> Iterator[str]:
+    """Yield log lines about what may not be meant, and about the checkpoint that the run resumes."""
+    yield from _resume_notes(prepared)
+    model = prepared.resolved.model
+    ends = describe_ends(prepared.resolved.run, prepared.ends, known_end_ids(model.hf, model.section.path))
+    if ends is not None:
+        yield ends
 
 
 def _resume_notes(prepared: _Prepared) -> Iterator[str]:
@@ -178,8 +193,16 @@ def _resume_notes(prepared: _Prepared) -> Iterator[str]:
     )
     if now.step == prepared.resolved.run.train.steps:
         yield f"nothing is left to train: train.steps={now.step} are done; a larger train.steps continues the run"
+    jump = describe_jump(prepared.reader.progress, prepared.resolved.run)
+    if jump is not None:
+        yield jump
     if now.data.samples == 0 and prepared.reader.progress.data.samples:
         yield "data.restart=true: data position reset"
+
+
+def _end_ids(prepared: _Prepared) -> list[int]:
+    """Return the ids that the data teach as an end, those of the run before it was resumed included."""
+    return list(dict.fromkeys([*prepared.begin.end_ids, *prepared.ends]))
 
 
 def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
@@ -195,19 +218,20 @@ def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
         keep=run.checkpoint.keep,
         asynchronous=run.checkpoint.asynchronous,
         protected=(read, Path(run.model.path) if run.model.path is not None else None),
+        end_ids=_end_ids(prepared),
     )
 
 
-def _export(resolved: ResolvedRun, engine: Engine, data: Dataset, output: RunOutput) -> None:
-    section = resolved.run.export
+def _export(prepared: _Prepared, engine: Engine, output: RunOutput) -> None:
+    resolved, section = prepared.resolved, prepared.resolved.run.export
     if section is None:
         return
     precision = resolved.plan.summary.precision
-    export_live(engine, resolved.model, section, precision, export_target(resolved.run))
+    export_live(engine, resolved.model, section, precision, export_target(resolved.run), _end_ids(prepared))
     is_adapters = resolved.model.adapters is not None and not section.merge
     kind = "a PEFT adapter directory" if is_adapters else "a Hugging Face directory"
     output.note(f"exported {kind}: {section.path}")
     if section.check:
-        batch = collate(data, range(resolved.run.train.micro_batch_size))
+        batch = collate(prepared.train_data, range(resolved.run.train.micro_batch_size))
         error = check_export(engine, resolved.hf, section, precision, batch)
         output.note(f"its predictions in transformers equal those in training: relative error {error:.1e}")

@@ -37,7 +37,8 @@ NEWEST, BEFORE = name_of(6), name_of(3)
 
 def tiny_run(corpus: Path, output: Path, **sections: dict[str, Any]) -> RunConfig:
     mapping = run_mapping(corpus, output)
-    mapping["train"].update(steps=STEPS, eval_every=0)
+    mapping["train"].update(steps=STEPS)
+    mapping["data"].update(valid=[])
     mapping["checkpoint"] = {"every": 3, "keep": 3, "asynchronous": False}
     for name, changes in sections.items():
         mapping[name] = {**mapping.get(name, {}), **changes}

@@ -32,7 +32,8 @@ def no_orphans(fork: Fork, tmp_path: Path) -> Iterator[None]:
 
 def write_run(corpus: Path, folder: Path, name: str = "out", steps: int = STEPS) -> Path:
     mapping = run_mapping(corpus, folder / name)
-    mapping["train"].update(steps=steps, eval_every=0)
+    mapping["train"].update(steps=steps)
+    mapping["data"].update(valid=[])
     mapping["checkpoint"] = {"every": 3, "keep": 2}
     file = folder / f"{name}.yaml"
     file.write_text(format_yaml(mapping))

@@ -23,7 +23,7 @@ CHAINED = {"pretrain_blend": 2, "finetune_chat": 2, "finetune_lora": 2}  # run b
 OUTSIDE = {"extend": 2}  # run by `test_extend`
 PUNCTUATION = "examples/finetune_t5"
 OWN_LOOP = "examples/own_loop/train.py"
-SHORT = ["train.steps=2", "schedule.warmup_steps=1", "train.eval_every=0"]
+SHORT = ["train.steps=2", "schedule.warmup_steps=1", "data.valid=[]"]
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from megatron_ds.columns import IGNORE_INDEX
+from megatron_ds.data.chat.ends import learned_ends
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.chat.packing import one_per_sample, pack
 from megatron_ds.data.chat.tokens import Conversations
@@ -27,6 +28,7 @@ class ChatDataset:
         seq_length: S.
         options: how conversations of more than S tokens are handled, and whether several share a sample.
         date: the date that the chat template writes as today's; None = it writes none.
+        control: the tokenizer's special tokens, id -> text; None = unknown.
 
     Attributes:
         bad_rows: account of the rows that were left out.
@@ -39,9 +41,14 @@ class ChatDataset:
     ordered = False
 
     def __init__(
-        self, parts: Sequence[Conversations], seq_length: int, options: ChatOptions, date: str | None = None
+        self,
+        parts: Sequence[Conversations],
+        seq_length: int,
+        options: ChatOptions,
+        date: str | None = None,
+        control: Mapping[int, str] | None = None,
     ) -> None:
-        self.seq_length = seq_length
+        self.seq_length, self._control = seq_length, control or {}
         self.columns: tuple[str, ...] = ("input_ids", "targets")
         if options.packing:
             self.columns += ("position_ids",)
@@ -71,6 +78,11 @@ class ChatDataset:
 
     def __len__(self) -> int:
         return len(self._packs)
+
+    @property
+    def ends(self) -> dict[int, str]:
+        """Control tokens that end the learned turns, with their texts."""
+        return learned_ends(self._parts, self._control)
 
     @property
     def num_conversations(self) -> int:

@@ -1,6 +1,7 @@
 """Opening `data.format: chat`."""
 
 from megatron_ds.data.chat.dataset import ChatDataset
+from megatron_ds.data.chat.ends import control_tokens
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.chat.plain import PlainTemplate
 from megatron_ds.data.chat.rendering import ChatTemplate
@@ -30,4 +31,4 @@ def open_chat(request: DatasetRequest) -> ChatDataset:
     backend = offset_backend(tokenizer, path)
     parts = [cached_conversations(source, tokenizer, backend, template, request.cache_dir) for source in request.inputs]
     require_ids_below(request.vocab_size, max(int(part.ids.max()) for part in parts), path)
-    return ChatDataset(parts, request.seq_length, options, template.date)
+    return ChatDataset(parts, request.seq_length, options, template.date, control_tokens(tokenizer))

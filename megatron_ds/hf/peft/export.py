@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ds.dtypes import EXPORT_DTYPES
+from megatron_ds.hf.end_tokens import add_end_ids
 from megatron_ds.hf.export import check_fits, copy_tokenizer, exporting
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
 from megatron_ds.hf.peft.adapters import Adapters
@@ -72,6 +74,7 @@ def export_merged(
     dtype: str | None,
     max_shard_size: str,
     tokenizer_path: str | Path | None,
+    end_ids: Sequence[int] = (),
 ) -> None:
     """Write the base model with merged adapters: W + s B A in fp32, rounded once; and the modules trained in full.
 
@@ -84,6 +87,7 @@ def export_merged(
         dtype: of all weights; None = the dtype of each in the base on disk.
         max_shard_size: such as "5GB".
         tokenizer_path: source of the tokenizer; None = no tokenizer.
+        end_ids: ids that were learned as an end; the generation settings list them.
 
     Raises:
         ConversionError: a value does not fit into the dtype; see also `ExportTarget.put`.
@@ -97,4 +101,4 @@ def export_merged(
             merged = adapters.merge(name, given, parameters)
             export.add(name, merged if dtype is not None else check_fits(name, merged, stored))
             del full, given, merged
-        export.finish(base_path, tokenizer_path)
+        export.finish(base_path, tokenizer_path, partial(add_end_ids, end_ids=end_ids))

@@ -1,0 +1,56 @@
+"""End tokens that training data teach, in the settings that `generate` stops by: generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.weight_files import json_text
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def known_end_ids(model: HFModel, model_path: str | Path | None) -> list[int]:
+    """Return the ids at which `generate` stops with an export of a model, before training adds any.
+
+    Args:
+        model: the model.
+        model_path: directory of the model's generation settings; None or no such file = they are made from its config.
+    """
+    file = Path(model_path) / GENERATION_CONFIG if model_path is not None else None
+    if file is not None and file.is_file():
+        return _as_list(read_json(file).get("eos_token_id"))
+    return _as_list(getattr(model.config, "eos_token_id", None))
+
+
+def with_end_ids(content: str, end_ids: Iterable[int]) -> str:
+    """Return the text of generation_config.json with more ids in `eos_token_id`; unchanged if it has all of them."""
+    settings = json.loads(content)
+    known = _as_list(settings.get("eos_token_id"))
+    every = list(dict.fromkeys([*known, *end_ids]))
+    if every == known:
+        return content
+    return json_text({**settings, "eos_token_id": every if len(every) > 1 else every[0]})
+
+
+def add_end_ids(directory: Path, end_ids: Sequence[int]) -> None:
+    """Add ids to `eos_token_id` of a directory's generation_config.json, if it has that file."""
+    file = directory / GENERATION_CONFIG
+    if file.is_file():
+        file.write_text(with_end_ids(file.read_text(encoding="utf-8"), end_ids), encoding="utf-8")
+
+
+def files_with_end_ids(files: Mapping[str, bytes], end_ids: Sequence[int]) -> dict[str, bytes]:
+    """Do the same to the files of a directory, path -> content."""
+    changed = dict(files)
+    if GENERATION_CONFIG in changed:
+        changed[GENERATION_CONFIG] = with_end_ids(changed[GENERATION_CONFIG].decode(), end_ids).encode()
+    return changed
+
+
+def _as_list(value: Any) -> list[int]:
+    """Return an id, several or none as a list."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
