@@ -34,14 +34,18 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     quiet_libraries()
     from megatron_ds.data import GlobalBatches
     from megatron_ds.data.inspect.facts import inspect_run_data
-    from megatron_ds.training.datasets import has_validation, open_split
+    from megatron_ds.training.datasets import has_validation, open_epochs, open_split
     from megatron_ds.training.resolve import resolve_run
     from megatron_ds.training.statement import describe_keeping, describe_learning, describe_validation
 
     config = load_run(path, overrides)
     world_size = config.parallel.tensor * config.parallel.pipeline
     resolved = resolve_run(config, world_size, "cuda")  # for any machine: nothing is computed
-    data = open_split(resolved, "train")
+    if config.train.epochs is not None:
+        resolved, data = open_epochs(resolved)
+        config = resolved.run
+    else:
+        data = open_split(resolved, "train")
     valid = open_split(resolved, "valid") if has_validation(config) else None
     section = config.train
     shuffle = config.data.shuffle and not data.ordered
@@ -53,7 +57,12 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
         "kept": describe_keeping(resolved.run),
     }
     if json:
-        facts_of_run = {"run": str(path), "format": config.data.format, "steps": section.steps, "statement": statement}
+        facts_of_run = {
+            "run": str(path),
+            "format": config.data.format,
+            "steps": section.num_steps,
+            "statement": statement,
+        }
         _print_json({**facts_of_run, **asdict(facts)})
         return True
     show_rows(_run_rows(path, config, facts, statement))
@@ -106,7 +115,7 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts, statement: Map
     yield ("data", f"{config.data.format}: {facts.training}")
     yield ("valid", facts.validation or "none")
     yield ("columns", ", ".join(facts.columns))
-    steps, epochs = config.train.steps, config.train.steps * size / facts.samples
+    steps, epochs = config.train.num_steps, config.train.num_steps * size / facts.samples
     order = "shuffled" if config.data.shuffle else "in order"
     yield ("order", f"{order}; {steps:,} steps of {size:,} read {epochs:,.2f} times {facts.samples:,} samples")
     exactly = "" if facts.looked_at == facts.samples else f", measured on {facts.looked_at:,} samples"

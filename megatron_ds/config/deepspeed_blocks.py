@@ -51,10 +51,11 @@ def check_scheduler_block(mapping: Mapping[str, Any], config: EngineConfig, plac
         _refuse_block(block, "scheduler", place)
         return
     lr = config.optimizer.lr
+    counted = "train.epochs, from which the steps follow," if config.steps is None else f"train.steps={config.steps}"
     warmup = "schedule warm-up is linear and starts at 0"
     expected: _Expected = {
         "warmup_num_steps": (f"schedule.warmup_steps={schedule.warmup_steps}", (schedule.warmup_steps,)),
-        "total_num_steps": (f"train.steps={config.steps}", (config.steps,)),
+        "total_num_steps": (counted, () if config.steps is None else (config.steps,)),
         "warmup_max_lr": (f"optimizer.lr={lr}", (lr,)),
         "warmup_min_lr": (warmup, (0,)),
         "warmup_min_ratio": (warmup, (0,)),

@@ -26,8 +26,8 @@ class EngineConfig(Section):
         parallel: sizes of the parallel axes.
         deepspeed: path of a DeepSpeed JSON, or its content; "auto" values are filled from the other fields.
         optimizer: None = gradients are computed and kept, and weights never change.
-        schedule, steps: the settings that a `scheduler` block of the DeepSpeed JSON must agree with; None = no block is
-            allowed.
+        schedule: settings that a `scheduler` block of the DeepSpeed JSON must agree with; None = no block is allowed.
+        steps: the number of steps in such a block; None = it is not known yet, and none is allowed.
         global_batch_size, micro_batch_size: samples per optimizer step, and per forward pass on one rank.
         seed: of dropout and of random initialisation.
         recompute, compile, kernels: as under `train` in the run file.

@@ -4,7 +4,9 @@ Every section is frozen and refuses unknown keys. Numbers are strict (`true` is 
 float without a fraction, such as `1e3`, is an integer. Rules that need the model or the ranks are in `checks.py`.
 """
 
+import math
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
@@ -167,6 +169,8 @@ class ProfileSection(Section):
 class TrainSection(Section):
     """Length of the run, batch sizes, and how steps are computed.
 
+    `steps` or `epochs`: the length in optimizer steps, or in passes over the training data, from which the steps follow
+    when the data are open (`RunConfig.with_steps`).
     `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0`
     validates once, after the last step. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the
     run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
@@ -176,7 +180,8 @@ class TrainSection(Section):
     operation. `profile`: the steps that are profiled.
     """
 
-    steps: Count
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
     objective: Text = "auto"
     global_batch_size: Count = 8
     micro_batch_size: Count = 1
@@ -192,6 +197,24 @@ class TrainSection(Section):
     step_timeout: NonNegative = 1800.0
     start_timeout: NonNegative = 300.0
     freeze: list[Text] = []
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        if self.steps is None and self.epochs is None:
+            if "steps" in self.model_fields_set:
+                raise ConfigError("train.steps is empty; give it an integer, for example train: {steps: 1000}")
+            raise ConfigError("train.steps is missing; add it, for example train: {steps: 1000}, or train: {epochs: 1}")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both set the length of the run; keep one"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Number of optimizer steps of a run whose data are open."""
+        assert self.steps is not None, f"epochs={self.epochs} are not yet steps"
+        return self.steps
 
 
 class CheckpointSection(Section):
@@ -258,27 +281,57 @@ class RunConfig(Section):
                 f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; "
                 f"nearest: {self.optimizer.lr}"
             )
-        _check_profile(self.train)
-        if self.schedule.warmup_steps > self.train.steps:
-            raise ConfigError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than train.steps={self.train.steps}; "
-                f"nearest: {self.train.steps}"
-            )
+        if self.train.profile is not None:
+            _check_profile_order(*self.train.profile.steps)
+        if self.train.steps is not None:
+            _check_steps(self, self.train.steps, f"train.steps={self.train.steps}")
+        if self.train.epochs is not None:
+            _check_epochs(self)
         _check_peft(self)
         return self
 
+    def with_steps(self, num_samples: int) -> "RunConfig":
+        """Return the run with `train.steps` instead of `train.epochs`; itself if it has steps.
 
-def _check_profile(train: TrainSection) -> None:
-    if train.profile is None:
-        return
-    first, last = train.profile.steps
+        The steps are rounded up: the last one completes the last epoch, and reads the first samples of the next.
+
+        Args:
+            num_samples: of one epoch.
+
+        Raises:
+            ConfigError: another setting does not fit the number of steps.
+        """
+        epochs = self.train.epochs
+        if epochs is None:
+            return self
+        samples = Fraction(str(epochs)) * num_samples  # exact: 1.1 * 10 is more than 11 in floats
+        steps = math.ceil(samples / self.train.global_batch_size)
+        _check_steps(self, steps, f"train.steps={steps}, which train.epochs={epochs:g} gives")
+        return self.model_copy(update={"train": self.train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def _check_epochs(run: RunConfig) -> None:
+    if any(source.weight is not None for source in run.data.train):
+        raise ConfigError(
+            f"train.epochs={run.train.epochs:g} is not defined for a blend: its sources are read at different rates; "
+            "set train.steps"
+        )
+
+
+def _check_steps(run: RunConfig, steps: int, given: str) -> None:
+    """Check the settings that name steps against the number of steps."""
+    profile, warmup = run.train.profile, run.schedule.warmup_steps
+    if profile is not None and profile.steps[1] > steps:
+        first, last = profile.steps
+        nearest = [min(first, steps), steps]
+        raise ConfigError(f"train.profile.steps=[{first}, {last}] goes beyond {given}; nearest: {nearest}")
+    if warmup > steps:
+        raise ConfigError(f"schedule.warmup_steps={warmup} is more than {given}; nearest: {steps}")
+
+
+def _check_profile_order(first: int, last: int) -> None:
     if first > last:
         raise ConfigError(f"train.profile.steps=[{first}, {last}] ends before it begins; nearest: [{last}, {first}]")
-    if last > train.steps:
-        nearest = [min(first, train.steps), train.steps]
-        raise ConfigError(
-            f"train.profile.steps=[{first}, {last}] goes beyond train.steps={train.steps}; nearest: {nearest}"
-        )
 
 
 def _check_peft(run: RunConfig) -> None:

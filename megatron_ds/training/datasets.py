@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import Dataset, Order
 from megatron_ds.data.labels import require_labels
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.runtime.datasets import open_part
 from megatron_ds.training.resolve import ResolvedRun
 
@@ -24,12 +27,31 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
         DataError: no label of the data carries loss.
     """
     data, train = resolved.run.data, resolved.run.train
-    order = Order(train.steps * train.global_batch_size, train.seed, data.shuffle) if split == "train" else None
+    order = Order(train.num_steps * train.global_batch_size, train.seed, data.shuffle) if split == "train" else None
     found = open_part(resolved.model, data, resolved.objective.data, order, validation=split == "valid")
-    check_target_length(resolved.run.parallel, found.target_length)
-    _check_columns(resolved, found)
-    _check_labels(resolved, found, split)
-    return found
+    return _checked(resolved, found, split)
+
+
+def _checked(resolved: ResolvedRun, data: Dataset, split: str) -> Dataset:
+    """Return the data of a split, which fit the run."""
+    check_target_length(resolved.run.parallel, data.target_length)
+    _check_columns(resolved, data)
+    _check_labels(resolved, data, split)
+    return data
+
+
+def open_epochs(resolved: ResolvedRun) -> tuple[ResolvedRun, Dataset]:
+    """Open the training data of a run with `train.epochs`, and return the run with the steps that follow.
+
+    Data that depend on the number of steps, such as indexed ones, are opened a second time.
+
+    Raises:
+        ConfigError: see `RunConfig.with_steps` and `open_split`.
+        DataError: no label of the data carries loss.
+    """
+    data = open_part(resolved.model, resolved.run.data, resolved.objective.data, None)
+    counted = replace(resolved, run=resolved.run.with_steps(len(data)))
+    return counted, open_split(counted, "train") if data.ordered else _checked(counted, data, "train")
 
 
 def _check_columns(resolved: ResolvedRun, data: Dataset) -> None:
@@ -55,3 +77,22 @@ def has_validation(run: RunConfig) -> bool:
     """Return whether a run has validation data: separate files, or a part of its corpora."""
     split = run.data.split
     return bool(run.data.valid) or (split is not None and len(split) > 1 and split[1] > 0)
+
+
+def check_same_data(data: Dataset, run: RunConfig) -> None:
+    """Check that all ranks have the same training data, and so the same number of steps. Collective over the world.
+
+    Raises:
+        DataError: on rank 0, if files of one name differ on the machines of a run; see `run_on_all_ranks`.
+    """
+    everyone = gather_objects((data.fingerprint, run.train.num_steps, data.describe()))
+
+    def compare() -> None:
+        for rank, other in enumerate(everyone):
+            if other[:2] != everyone[0][:2]:
+                raise DataError(
+                    f"data.train is not the same on all ranks: {everyone[0][2]} on rank 0, {other[2]} on rank {rank}; "
+                    "copy the same files to all machines"
+                )
+
+    run_on_all_ranks(compare)

@@ -135,7 +135,7 @@ class TrainingLoop:
             TrainingError: on rank 0, after `train.max_bad_steps` consecutive steps that were not finite.
             CheckpointError: a checkpoint could not be written.
         """
-        steps = self._run.train.steps
+        steps = self._run.train.num_steps
         self._callbacks.run_start(self._now.step)
         with Prefetch(self._read_train, self._positions(), self._ahead) as self._coming:
             while self._now.step < steps:
@@ -156,7 +156,7 @@ class TrainingLoop:
     def _positions(self) -> range:
         """Return the positions in the stream of samples at which the remaining steps' global batches begin."""
         begin, size = self._now.data.samples, self._run.train.global_batch_size
-        return range(begin, begin + size * (self._run.train.steps - self._now.step), size)
+        return range(begin, begin + size * (self._run.train.num_steps - self._now.step), size)
 
     def _read_train(self, position: int) -> Batches:
         return self._micro_batches(self._train_data, self._batches.indices_from(position))
@@ -165,7 +165,7 @@ class TrainingLoop:
         """Do one optimizer step; its time includes the wait for its data."""
         began_s = time.perf_counter()
         train, now = self._run.train, self._now
-        lr = learning_rate(now.applied, train.steps, self._run.optimizer, self._run.schedule)
+        lr = learning_rate(now.applied, train.num_steps, self._run.optimizer, self._run.schedule)
         self._heartbeat(f"step {step}: reading data")
         with profiled(DATA):
             batches = next(self._coming)
@@ -184,7 +184,7 @@ class TrainingLoop:
         step_s = time.perf_counter() - began_s
         metrics = self._metrics(step, lr, result, step_s, data_s)
         self._callbacks.step_end(metrics, result.applied)
-        if step % train.log_every == 0 or step in (1, train.steps):
+        if step % train.log_every == 0 or step in (1, train.num_steps):
             self._output.step(replace(metrics, metrics={**metrics.metrics, **self._callbacks.take_logged()}))
         if (wait := self._data_wait.add(data_s, step_s)) is not None:
             self._output.note(wait)
@@ -240,7 +240,7 @@ class TrainingLoop:
     def _is_validation_due(self, step: int) -> bool:
         """Return whether to validate after a step: after the last one in any case."""
         every = self._run.train.eval_every
-        return self._valid_data is not None and (step == self._run.train.steps or (every > 0 and step % every == 0))
+        return self._valid_data is not None and (step == self._run.train.num_steps or (every > 0 and step % every == 0))
 
     def _is_save_due(self, step: int) -> bool:
         every = self._run.checkpoint.every

@@ -106,7 +106,7 @@ def describe_jump(saved: Progress, run: RunConfig) -> str | None:
     Returns:
         None: the schedule continues, or no step is left.
     """
-    steps = run.train.steps
+    steps = run.train.num_steps
     then = _last_rate(saved, run)
     if then is None or saved.step >= steps:
         return None

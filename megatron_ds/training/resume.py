@@ -167,9 +167,10 @@ def initial_progress(run: RunConfig, saved: Progress | None, data: Dataset, wher
     )
     if saved is None:
         return Progress(data=here)
-    if saved.step > run.train.steps:
+    steps = run.train.num_steps
+    if saved.step > steps:
         raise CheckpointError(
-            f"train.steps={run.train.steps} is less than the {saved.step} steps that {where} has; nearest: {saved.step}"
+            f"train.steps={steps} is less than the {saved.step} steps that {where} has; nearest: {saved.step}"
         )
     then = saved.data
     changed = None if then.samples == 0 else _first_change(then, here, data)
@@ -207,7 +208,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
         **{f"data.{name}": getattr(data, name) for name in (*plain, *noise)},
         "data.options": data.options,
         "model.tokenizer": run.model.tokenizer_path,
-        "train.steps": run.train.steps,
+        "train.steps": run.train.num_steps,
         "train.global_batch_size": run.train.global_batch_size,
     }
 

@@ -67,7 +67,7 @@ class RunOutput:
         """Write and show a logged step."""
         self._write(metrics)
         if self._is_first:
-            self._reporter.step(metrics, self._run.train.steps)
+            self._reporter.step(metrics, self._run.train.num_steps)
 
     def valid(self, metrics: ValidMetrics) -> None:
         """Write and show a validation."""

@@ -21,7 +21,7 @@ def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str
         data: the training data.
         label_columns: columns that the loss reads; the labels with loss in them are counted in a part of the samples.
     """
-    number = run.train.steps * run.train.global_batch_size
+    number = run.train.num_steps * run.train.global_batch_size
     labels, is_exact = mean_labels(data, label_columns)
     usage = source_usage(data, number)
     if usage:
@@ -52,7 +52,7 @@ def format_epochs(epochs: float) -> str:
 
 def describe_validation(run: RunConfig, data: Dataset | None) -> str:
     """Return on what a run is validated, and when."""
-    every, steps = run.train.eval_every, run.train.steps
+    every, steps = run.train.eval_every, run.train.num_steps
     if data is None:
         return f"never: train.eval_every={every} does nothing without data.valid" if every else "never: no data.valid"
     if 0 < every < steps:
@@ -67,7 +67,7 @@ def describe_keeping(run: RunConfig) -> str:
     """Return what is left of the model when the run has ended."""
     kept = []
     if run.checkpoint.every:
-        often = run.checkpoint.every < run.train.steps
+        often = run.checkpoint.every < run.train.num_steps
         when = f"checkpoints every {run.checkpoint.every:,} steps and" if often else "a checkpoint"
         number = f", {run.checkpoint.keep:,} at a time" if often else ""
         kept.append(f"{when} after the last step{number}")

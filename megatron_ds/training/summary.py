@@ -38,7 +38,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         precision=resolved.plan.summary.precision,
         device=_describe_device(engine.device),
         tokens_per_step=run.train.global_batch_size * positions_of(data),
-        steps=run.train.steps,
+        steps=run.train.num_steps,
         data_description=data.describe(),
         output=run.output,
         learned=describe_learning(run, data, resolved.label_columns),

@@ -30,7 +30,7 @@ from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
-from megatron_ds.training.datasets import has_validation, open_split
+from megatron_ds.training.datasets import check_same_data, has_validation, open_epochs, open_split
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import describe_jump
@@ -77,6 +77,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
         found = find_resume_point(run, info)
         prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
         resolved = prepared.resolved
+        check_same_data(prepared.train_data, resolved.run)
         engine = build(resolved.model, resolved.plan, info.rank, device)
         if prepared.reader is not None:
             load_state(engine, prepared.reader)
@@ -107,10 +108,12 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     """Check the run against its model, world, checkpoint and data; all that can be refused is refused here."""
     check_resume_point(run, found)
     resolved = resolve_run(run, info.world_size, device_type(), found.path)
-    train_data, valid_data = (
-        open_split(resolved, "train"),
-        open_split(resolved, "valid") if has_validation(run) else None,
-    )
+    if run.train.epochs is not None:
+        resolved, train_data = open_epochs(resolved)
+        run = resolved.run
+    else:
+        train_data = open_split(resolved, "train")
+    valid_data = open_split(resolved, "valid") if has_validation(run) else None
     reader = StateReader(found.path) if found.path is not None else None
     if info.rank == 0 and reader is not None:
         check_masters(reader, sampled=True)
@@ -161,15 +164,15 @@ def _train(
         )
         done = loop.run(interrupt)
         output.close(resolved.hf.family.model_type)
-        if done < run.train.steps:
+        if done < run.train.num_steps:
             callbacks.run_end(stopped_by=loop.stopped_by)
-            output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.steps}{loop.resume_hint}")
+            output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.num_steps}{loop.resume_hint}")
             return loop.result(exported=None), loop.was_interrupted
         watchdog.heartbeat("exporting", may_take_long=True)
         _export(prepared, engine, output)
         watchdog.heartbeat("callbacks at the run's end", may_take_long=True)
         callbacks.run_end(exported=run.export.path if run.export is not None else None)
-        output.finish(f"done: {run.train.steps} steps; metrics and loss.png are in {run.output}")
+        output.finish(f"done: {run.train.num_steps} steps; metrics and loss.png are in {run.output}")
         return loop.result(exported=run.export.path if run.export is not None else None), False
 
 
@@ -191,7 +194,7 @@ def _resume_notes(prepared: _Prepared) -> Iterator[str]:
         f"resuming from step {now.step}, checkpoint {prepared.reader.directory} (written at tp {at.tensor} x pp "
         f"{at.pipeline} x dp {at.data}, ZeRO-{at.zero_stage}, {at.precision})"
     )
-    if now.step == prepared.resolved.run.train.steps:
+    if now.step == prepared.resolved.run.train.num_steps:
         yield f"nothing is left to train: train.steps={now.step} are done; a larger train.steps continues the run"
     jump = describe_jump(prepared.reader.progress, prepared.resolved.run)
     if jump is not None:

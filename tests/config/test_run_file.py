@@ -94,6 +94,7 @@ def test_defaults(run_file):
     assert run.schedule.model_dump() == {"name": "cosine", "warmup_steps": 0, "min_lr": 0.0, "options": {}}
     assert run.train.model_dump() == {
         "steps": 1000,
+        "epochs": None,
         "objective": "auto",
         "global_batch_size": 8,
         "micro_batch_size": 1,

@@ -112,7 +112,7 @@ REFUSALS = [
     ("data.train=[3]", "data.train[0].path=3 is not text; put it in quotes"),
     ("deepspeed=3", "deepspeed=3 is neither the path of a DeepSpeed JSON nor a mapping"),
     # missing
-    ("train=", "train.steps is missing; add it, for example train: {steps: 1000}"),
+    ("train=", "train.steps is missing; add it, for example train: {steps: 1000}, or train: {epochs: 1}"),
     ("data={}", "data.train is missing; add it, for example data: {train: [corpus.txt]}"),
     ("output=", "output is missing; add it, for example output: out/run"),
     ("export={}", "export.path is missing; add it, for example export: {path: out/hf}"),
@@ -209,6 +209,9 @@ REFUSALS = [
     ("data.date=tomorrow", "data.date=tomorrow is not a date; write it as 2024-07-26"),
     ("data.date=26.7.2024", "data.date=26.7.2024 is not a date; write it as 2024-07-26"),
     ("train.max_time=soon", "train.max_time=soon is not a time; write seconds, or HH:MM:SS as 3:50:00"),
+    ("train.epochs=2", "train.steps=1000 and train.epochs=2 both set the length of the run; keep one"),
+    ("train={epochs: 0}", "train.epochs=0 must be more than 0.0"),
+    ("train={epochs: two}", "train.epochs=two is not a number"),
     ("train.max_bad_steps=0", "train.max_bad_steps=0 must be at least 1; nearest: 1"),
 ]
 
