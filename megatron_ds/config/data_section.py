@@ -67,21 +67,23 @@ class DataSource(Section):
 class DataSection(Section):
     """The training and validation data, and how samples are made from them.
 
-    `columns`: our names of fields, each with its name in the data. `bad_rows`: refuse a source that holds a row
-    without a usable example, or leave such rows out. `bos`: whether each document of text begins with special
-    tokens ("auto": those that the tokenizer puts before a text). `cache_dir`: the directory of tokenized text
-    (None: a per-user cache directory). `mask_rate` and `whole_words` are for masked models; `mask_rate`,
-    `mean_span` and `target_length` (None: chosen) for sequence-to-sequence models. `restart`: a resumed run accepts
-    data that differ from the earlier ones, and starts at their beginning. `split`: fractions of each indexed corpus
-    for training, validation and neither. `loss_on`, `loss_turns`, `date` (that chat templates write as today's),
-    `overlong` and `packing` are for conversations. `prefetch`: the number of batches that are read ahead. `options`:
-    keys of a format from another package. The names of formats, and the keys that each one reads, are checked in
-    `megatron_ds.data.formats`.
+    `valid_share`: the share of the training samples that is held out for validation; the run file may write it
+    `valid: {share: ...}`. `columns`: our names of fields, each with its name in the data. `bad_rows`: refuse a
+    source that holds a row without a usable example, or leave such rows out. `bos`: whether each document of text
+    begins with special tokens ("auto": those that the tokenizer puts before a text). `cache_dir`: the directory of
+    tokenized text (None: a per-user cache directory). `mask_rate` and `whole_words` are for masked models;
+    `mask_rate`, `mean_span` and `target_length` (None: chosen) for sequence-to-sequence models. `restart`: a
+    resumed run accepts data that differ from the earlier ones, and starts at their beginning. `split`: fractions of
+    each indexed corpus for training, validation and neither. `loss_on`, `loss_turns`, `date` (that chat templates
+    write as today's), `overlong` and `packing` are for conversations. `prefetch`: the number of batches that are
+    read ahead. `options`: keys of a format from another package. The names of formats, and the keys that each one
+    reads, are checked in `megatron_ds.data.formats`.
     """
 
     format: Text = "text"
     train: Annotated[list[DataSource], BeforeValidator(_list_of_sources), Field(min_length=1)]
     valid: Annotated[list[DataSource], BeforeValidator(_list_of_sources)] = []
+    valid_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     columns: dict[Text, Text] = {}
     bad_rows: Annotated[Literal["refuse", "skip"], BeforeValidator(_skip_for_drop)] = "refuse"
     seq_length: Count = 512
@@ -102,9 +104,22 @@ class DataSection(Section):
     prefetch: CountOrZero = 2
     options: dict[str, Any] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _share_of_training(cls, data: Any) -> Any:
+        valid = data.get("valid") if isinstance(data, dict) else None
+        if not isinstance(valid, dict) or "share" not in valid:
+            return data
+        others = [key for key in valid if key != "share"]
+        if others or data.get("valid_share") is not None:
+            other = f"data.valid.{others[0]}" if others else "data.valid_share"
+            raise ConfigError(f"data.valid.share={show(valid['share'])} and {other} are both set; keep one")
+        return {**data, "valid": [], "valid_share": valid["share"]}
+
     @model_validator(mode="after")
     def _check_consistency(self) -> "DataSection":
         _check_weights(self)
+        _check_share(self)
         _check_split(self)
         if self.loss_on == "all" and self.loss_turns == "last":
             raise ConfigError(
@@ -131,6 +146,16 @@ def _check_weights(data: DataSection) -> None:
                 f"data.valid[{number}].weight={show(source.weight)} does nothing: validation reads every sample once; "
                 "remove it"
             )
+
+
+def _check_share(data: DataSection) -> None:
+    if data.valid_share is None:
+        return
+    setting = f"data.valid_share={data.valid_share:g} holds out a share of data.train"
+    if data.valid:
+        raise ConfigError(f"{setting}, and data.valid names other data; keep one")
+    if data.split is not None:
+        raise ConfigError(f"{setting}, and data.split={show(data.split)} does too; keep one")
 
 
 def _check_split(data: DataSection) -> None:

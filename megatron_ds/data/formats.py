@@ -21,6 +21,7 @@ from megatron_ds.data.chat.open import open_chat
 from megatron_ds.data.chat.options import FIELDS as CHAT_FIELDS
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.dataset import Dataset
+from megatron_ds.data.held_out import HeldOut
 from megatron_ds.data.indexed.open import open_indexed
 from megatron_ds.data.objective import DataObjective
 from megatron_ds.data.readers.examples import TEXT_COLUMN
@@ -205,6 +206,7 @@ def open_dataset(
     order: Order | None = None,
     split: Split | None = None,
     options: Section | None = None,
+    held_out: HeldOut | None = None,
 ) -> Dataset:
     """Open the samples of `sources`, concatenated in the order given or blended, checked against the model.
 
@@ -216,6 +218,7 @@ def open_dataset(
         cache_dir: directory for tokens and orders that are computed once; None = `default_cache_dir()`.
         weights: of the sources in a blend, any positive numbers; None = one source after the other.
         options: None = the format's defaults.
+        held_out: the part of the samples that is read where a share is held out for validation; None = all.
 
     Raises:
         ConfigError: no format of that name.
@@ -235,15 +238,16 @@ def open_dataset(
     request = DatasetRequest(
         inputs, objective, seq_length, vocab_size, tokenizer_path, directory, order, split, options
     )
+    open_one = chosen.open if held_out is None else partial(held_out.open, open_one=chosen.open)
     try:
         if weights is None:
-            return chosen.open(request)
+            return open_one(request)
         for source in inputs:
             if chosen.check_source is not None:
                 chosen.check_source(source.path)
             if chosen.find is not None:
                 chosen.find(source)
-        return open_blend(request, weights, chosen.open)
+        return open_blend(request, weights, open_one)
     except OSError as error:
         raise DataError(f"data: {', '.join(request.sources)}: cannot be read ({error})") from error
 

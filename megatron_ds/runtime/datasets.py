@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ds import data as formats
 from megatron_ds.config import DataSection, build_section
 from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options, format_sources
+from megatron_ds.data.held_out import HeldOut
 from megatron_ds.errors import ConfigError
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.objective import find_objective
@@ -58,8 +59,10 @@ def open_part(
         order: the order in which a run reads the samples; None = every sample once, in order.
         validation: True opens the validation part, False the training part.
     """
-    sources = data.valid if validation and data.split is None else data.train
-    weighted = order is not None and any(source.weight is not None for source in sources)
+    share = data.valid_share
+    sources = data.valid if validation and data.split is None and share is None else data.train
+    is_blend = any(source.weight is not None for source in sources)
+    weighted = order is not None and is_blend
     return formats.open_dataset(
         data.format,
         objective,
@@ -72,4 +75,5 @@ def open_part(
         order=order,
         split=Split(tuple(data.split), int(validation)) if data.split is not None else None,
         options=format_options(data),
+        held_out=HeldOut(share, validation, by_source=is_blend) if share is not None else None,
     )

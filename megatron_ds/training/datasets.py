@@ -74,9 +74,13 @@ def _check_labels(resolved: ResolvedRun, data: Dataset, split: str) -> None:
 
 
 def has_validation(run: RunConfig) -> bool:
-    """Return whether a run has validation data: separate files, or a part of its corpora."""
+    """Return whether a run has validation data: separate files, or a part of its training data."""
     split = run.data.split
-    return bool(run.data.valid) or (split is not None and len(split) > 1 and split[1] > 0)
+    return (
+        bool(run.data.valid)
+        or run.data.valid_share is not None
+        or (split is not None and len(split) > 1 and split[1] > 0)
+    )
 
 
 def check_same_data(data: Dataset, run: RunConfig) -> None:

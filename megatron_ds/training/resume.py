@@ -199,13 +199,13 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     """Return the settings that determine the samples, apart from the data's content; the most changed ones last."""
     data = run.data
     weights = [source.weight for source in data.train]
-    plain = ("columns", "bad_rows", "bos", "split", "loss_on", "loss_turns", "date", "overlong", "packing")
-    noise = ("mask_rate", "whole_words", "mean_span", "target_length")
+    plain = ("columns", "bad_rows", "bos", "split", "valid_share", "loss_on", "loss_turns", "date")
+    more = ("overlong", "packing", "mask_rate", "whole_words", "mean_span", "target_length")
     return {
         "data.format": data.format,
         "data.train": [source.label for source in data.train],
         "data.train[*].weight": None if None in weights else weights,
-        **{f"data.{name}": getattr(data, name) for name in (*plain, *noise)},
+        **{f"data.{name}": getattr(data, name) for name in (*plain, *more)},
         "data.options": data.options,
         "model.tokenizer": run.model.tokenizer_path,
         "train.steps": run.train.num_steps,

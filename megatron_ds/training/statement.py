@@ -14,7 +14,7 @@ from megatron_ds.data.labels import mean_labels
 def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str]) -> str:
     """Return how much of the data the complete run reads.
 
-    Such as `0.38 epochs (264 of 690 samples); 135,168 tokens with loss`.
+    Such as `0.38 epochs of 690 samples; 135,168 tokens with loss`.
 
     Args:
         run: the run file.
@@ -24,11 +24,7 @@ def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str
     number = run.train.num_steps * run.train.global_batch_size
     labels, is_exact = mean_labels(data, label_columns)
     usage = source_usage(data, number)
-    if usage:
-        read = describe_sources(usage)
-    else:
-        samples = f"{number:,} of {len(data):,}" if number <= len(data) else f"{number:,} of {len(data):,} different"
-        read = f"{format_epochs(number / len(data))} ({samples} samples)"
+    read = describe_sources(usage) if usage else f"{format_epochs(number / len(data))} of {len(data):,} samples"
     exactly = "" if is_exact and number % len(data) == 0 else "about "
     text = f"{read}; {exactly}{format_count(round(labels * number))} tokens with loss"
     return f"{text}; optimizer.lr=0 changes no weight" if run.optimizer.lr == 0 else text

@@ -61,6 +61,7 @@ def test_defaults(run_file):
         "format": "text",
         "train": ["corpus.txt"],
         "valid": [],
+        "valid_share": None,
         "columns": {},
         "bad_rows": "refuse",
         "seq_length": 512,

@@ -113,6 +113,18 @@ def test_split_of_an_indexed_corpus(make_run: MakeRun, tmp_path: Path, prefix: s
     assert began(same_part, saved).data.samples == 16, "validation may change"
 
 
+def test_a_share_that_is_held_out(make_run: MakeRun, tmp_path: Path) -> None:
+    def of(share: float | None, **train: Any) -> RunConfig:
+        return make_run(data={"valid": [] if share is None else {"share": share}}, train=train)
+
+    saved = after_two_steps(of(0.1), tmp_path)
+    assert began(of(0.1, steps=9), saved).data.samples == 16
+    with pytest.raises(CheckpointError, match=r"^data.valid_share=0.2 is not what .* was trained on: 0.1; change it"):
+        began(of(0.2), saved)
+    with pytest.raises(CheckpointError, match=r"^data.valid_share=null is not what .* was trained on: 0.1; change it"):
+        began(of(None), saved)
+
+
 def test_more_steps_may_change_the_order_of_indexed_data(make_run: MakeRun, tmp_path: Path, prefix: str) -> None:
     def of(steps: int) -> RunConfig:
         return make_run(format="indexed", data=indexed(prefix), train={"steps": steps, "global_batch_size": 8})

@@ -10,7 +10,7 @@ import pytest
 from megatron_ds.config import RunConfig
 from megatron_ds.data.blend import SourceUsage
 from megatron_ds.errors import DataError
-from megatron_ds.training.datasets import open_split
+from megatron_ds.training.datasets import has_validation, open_split
 from megatron_ds.training.resolve import resolve_run
 from megatron_ds.training.statement import (
     describe_keeping,
@@ -36,9 +36,9 @@ def test_data_without_labels_are_refused_with_their_name(make_run: MakeRun, tmp_
 @pytest.mark.parametrize(
     ("train", "says"),
     [
-        ({"steps": 2}, "0.8 epochs (16 of 20 samples); about 168 tokens with loss"),
-        ({"steps": 5}, "2 epochs (40 of 20 different samples); 420 tokens with loss"),
-        ({"steps": 5, "global_batch_size": 4}, "1 epoch (20 of 20 samples); 210 tokens with loss"),
+        ({"steps": 2}, "0.8 epochs of 20 samples; about 168 tokens with loss"),
+        ({"steps": 5}, "2 epochs of 20 samples; 420 tokens with loss"),
+        ({"steps": 5, "global_batch_size": 4}, "1 epoch of 20 samples; 210 tokens with loss"),
     ],
 )
 def test_learning_is_counted_in_epochs(make_run: MakeRun, train: dict[str, Any], says: str) -> None:
@@ -83,6 +83,16 @@ def test_validation_runs_when_the_statement_says(
     assert describe_validation(run, data) == says
     _, lines, _, _ = drive(run, CountingEngine(), data)
     assert [line["step"] for line in lines if "valid_loss" in line] == at
+
+
+def test_a_share_of_the_training_data_is_validated(make_run: MakeRun) -> None:
+    run = make_run(data={"valid": {"share": 0.05}})
+    assert has_validation(run)
+    resolved = resolve_run(run, 1, "cpu")
+    train, valid = (open_split(resolved, split) for split in ("train", "valid"))
+    assert len(train) + len(valid) == 78 and len(valid) == 4
+    assert describe_validation(run, valid) == f"every 3 steps and after the last, on {valid.describe()}"
+    assert valid.describe() == "4 of 78 samples held out of 2,501 tokens, 78 samples of 32"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ class Purpose(IntEnum):
     PAIRING = 2
     CORRUPTION = 3
     PACKING = 4
+    HOLDING_OUT = 5
 
 
 class SeededRandom:
