@@ -1,10 +1,11 @@
 """Labels that carry loss: how many a sample has, and that a dataset has any."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_ds.columns import find_column
+from megatron_ds.columns import TARGETS, find_column
 from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.parts import parts_of
 from megatron_ds.errors import DataError
@@ -25,9 +26,30 @@ def _count(sample: Sample, name: str) -> int:
 
 def mean_labels(data: Dataset, columns: Sequence[str]) -> tuple[float, bool]:
     """Return the mean number of labels with loss of a sample, and whether all samples were counted."""
-    number = min(len(data), NUM_COUNTED)
-    indices = np.linspace(0, len(data) - 1, number).astype(np.int64).tolist()
-    return sum(count_labels(data.sample(index), columns) for index in indices) / number, number == len(data)
+    indices = _spaced(data)
+    labels = sum(count_labels(data.sample(index), columns) for index in indices)
+    return labels / len(indices), len(indices) == len(data)
+
+
+def sampled_ends(data: Dataset, control: Mapping[int, str]) -> dict[int, str]:
+    """Return the control tokens that are the last label of samples: the end that token ids teach, with its text.
+
+    Args:
+        data: a dataset of examples; of a stream, samples end anywhere.
+        control: special tokens of the tokenizer, id -> text.
+    """
+    found: Counter[int] = Counter()
+    indices = _spaced(data)
+    for index in indices:
+        targets = data.sample(index)[TARGETS.name]
+        learned = targets[TARGETS.carries_loss(targets)]
+        found.update(learned[-1:].tolist())
+    return {token: control[token] for token in sorted(found) if token in control and found[token] * 10 >= len(indices)}
+
+
+def _spaced(data: Dataset) -> list[int]:
+    """Return up to NUM_COUNTED indices of samples, evenly spaced."""
+    return np.linspace(0, len(data) - 1, min(len(data), NUM_COUNTED)).astype(np.int64).tolist()
 
 
 def require_labels(data: Dataset, columns: Sequence[str], field: str, name: str, fix: str) -> None:

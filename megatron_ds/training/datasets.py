@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_ds.columns import TARGETS
 from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import Dataset, Order
-from megatron_ds.data.labels import require_labels
+from megatron_ds.data.chat.ends import control_tokens
+from megatron_ds.data.labels import require_labels, sampled_ends
+from megatron_ds.data.parts import ends_of
+from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.runtime.datasets import open_part
@@ -81,6 +85,23 @@ def has_validation(run: RunConfig) -> bool:
         or run.data.valid_share is not None
         or (split is not None and len(split) > 1 and split[1] > 0)
     )
+
+
+def taught_ends(resolved: ResolvedRun, data: Dataset) -> dict[int, str]:
+    """Return the special ids that the training data teach as an end of generated text, with their texts.
+
+    Formats that put them there know them; in token ids they are found with the tokenizer, if there is one.
+    """
+    known, path = ends_of(data), resolved.run.model.tokenizer_path
+    if not resolved.hf.core.generates:
+        return {}
+    if known or path is None or TARGETS.name not in data.columns:
+        return known
+    try:
+        tokenizer = load_tokenizer(path)
+    except DataError:  # token ids need none
+        return {}
+    return sampled_ends(data, control_tokens(tokenizer))
 
 
 def check_same_data(data: Dataset, run: RunConfig) -> None:

@@ -27,6 +27,8 @@ def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str
     read = describe_sources(usage) if usage else f"{format_epochs(number / len(data))} of {len(data):,} samples"
     exactly = "" if is_exact and number % len(data) == 0 else "about "
     text = f"{read}; {exactly}{format_count(round(labels * number))} tokens with loss"
+    if run.train.global_batch_size > len(data):
+        text += f"; train.global_batch_size={run.train.global_batch_size} repeats samples in each step"
     return f"{text}; optimizer.lr=0 changes no weight" if run.optimizer.lr == 0 else text
 
 
@@ -56,7 +58,10 @@ def describe_validation(run: RunConfig, data: Dataset | None) -> str:
     else:
         reason = f"train.eval_every={every}" + (f" is more than train.steps={steps}" if every > steps else "")
         when = f"once, after the last step ({reason})" if every != steps else "once, after the last step"
-    return f"{when}, on {data.describe()}"
+    trained = {source.label for source in run.data.train}
+    both = [source.label for source in run.data.valid if source.label in trained]
+    shared = f"; {both[0]} is training data too" if both else ""
+    return f"{when}, on {data.describe()}{shared}"
 
 
 def describe_keeping(run: RunConfig) -> str:

@@ -14,7 +14,6 @@ from megatron_ds.checkpoint.reader import ResumePoint, StateReader
 from megatron_ds.checkpoint.saver import Saver
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, collate
-from megatron_ds.data.parts import ends_of
 from megatron_ds.engine import (
     Engine,
     device_type,
@@ -30,7 +29,7 @@ from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
-from megatron_ds.training.datasets import check_same_data, has_validation, open_epochs, open_split
+from megatron_ds.training.datasets import check_same_data, has_validation, open_epochs, open_split, taught_ends
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import describe_jump
@@ -122,8 +121,7 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     if info.rank == 0 and reader is not None and metrics.is_file():
         read_metrics(metrics)  # refuses malformed lines now, before anything is written
     named = [*make_callbacks(run), *((type(one).__name__, one) for one in callbacks)]
-    ends = ends_of(train_data) if resolved.hf.core.generates else {}
-    return _Prepared(resolved, train_data, valid_data, start, reader, ends, named)
+    return _Prepared(resolved, train_data, valid_data, start, reader, taught_ends(resolved, train_data), named)
 
 
 def _train(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.data import Causal, DataObjective, Dataset, Masked, Order, Seq2Seq, open_dataset
-from megatron_ds.data.labels import count_labels, mean_labels, require_labels
+from megatron_ds.data.labels import count_labels, mean_labels, require_labels, sampled_ends
 from megatron_ds.data.parts import parts_of
 from megatron_ds.errors import DataError
 
@@ -77,3 +77,23 @@ def test_each_source_of_a_blend_needs_a_label(write_jsonl: Write, open_tokenized
     blend = open_tokenized(Causal(), *sources, weights=[0.5, 0.5], order=Order(10, 0, True))
     assert [name for name, _ in parts_of(blend, "both")] == list(sources)
     assert refused(blend).startswith(f"data.train: {sources[1]}: no label carries loss in any of 4 samples")
+
+
+@pytest.mark.parametrize(
+    ("objective", "last", "ends"),
+    [
+        (Causal(), {"input_ids": [5, 6, 9], "labels": [-100, 6, 9]}, {9: "<end>"}),
+        (Causal(), {"input_ids": [5, 6, 9, 0], "labels": [-100, 6, 9, -100]}, {9: "<end>"}),
+        (Causal(), {"input_ids": [5, 6, 9]}, {9: "<end>"}),
+        (Causal(), {"input_ids": [5, 9, 6]}, {}),
+        (Causal(), IGNORED, {}),
+        (Seq2Seq(seed=0, decoder_start_id=0), {"input_ids": [5], "labels": [3, 9, -100]}, {9: "<end>"}),
+    ],
+)
+def test_the_end_that_token_ids_teach(
+    objective: DataObjective, last: Any, ends: dict[int, str], write_jsonl: Write, open_tokenized: Any
+) -> None:
+    other = {"input_ids": [7, 7], "labels": [7, 7]}
+    assert sampled_ends(open_tokenized(objective, write_jsonl([other] * 9 + [last])), {9: "<end>", 8: "<no>"}) == ends
+    seldom = open_tokenized(objective, write_jsonl([other] * 10 + [last], "seldom.jsonl"))
+    assert sampled_ends(seldom, {9: "<end>"}) == {}, "less than one in ten: an example that was cut there"

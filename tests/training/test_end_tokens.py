@@ -12,6 +12,8 @@ import megatron_ds as mds
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.config import RunConfig, build_run
+from megatron_ds.training.datasets import open_split, taught_ends
+from megatron_ds.training.resolve import resolve_run
 from megatron_ds.training.statement import describe_ends
 from tests.ranks import preload, run_alone
 from tests.training.tiny import MODEL, WORDS
@@ -82,6 +84,14 @@ def test_checkpoints_and_exports_stop_by_what_was_learned(make: Any, tmp_path: P
     (tmp_path / "plain.txt").write_text("w1 w2 w3 " * 50)
     mds.train(make(data=text, train={"steps": 3, "global_batch_size": 2}))
     assert stops_at(tmp_path / "run" / "checkpoints" / name_of(3)) == [EOS, END], "a resumed run on other data"
+
+
+def test_token_ids_teach_an_end_too(make: Any, tmp_path: Path) -> None:
+    row = {"input_ids": [3, 6, 7, END, 4, 6, 7, END], "labels": [-100] * 5 + [6, 7, END]}
+    (tmp_path / "ids.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    run = make(data={"format": "tokenized", "train": [str(tmp_path / "ids.jsonl")], "seq_length": 16})
+    resolved = resolve_run(run, 1, "cpu")
+    assert taught_ends(resolved, open_split(resolved, "train")) == {END: "<end>"}
 
 
 def test_adapters_carry_them_until_they_are_merged(make: Any, tmp_path: Path) -> None:

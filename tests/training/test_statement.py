@@ -22,6 +22,7 @@ from megatron_ds.training.statement import (
 from tests.training.test_loop import CountingEngine, Numbers, drive
 
 MakeRun = Callable[..., RunConfig]
+NAMES = ("valid.txt", "train.txt")
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -39,6 +40,10 @@ def test_data_without_labels_are_refused_with_their_name(make_run: MakeRun, tmp_
         ({"steps": 2}, "0.8 epochs of 20 samples; about 168 tokens with loss"),
         ({"steps": 5}, "2 epochs of 20 samples; 420 tokens with loss"),
         ({"steps": 5, "global_batch_size": 4}, "1 epoch of 20 samples; 210 tokens with loss"),
+        (
+            {"steps": 2, "global_batch_size": 40},
+            "4 epochs of 20 samples; 840 tokens with loss; train.global_batch_size=40 repeats samples in each step",
+        ),
     ],
 )
 def test_learning_is_counted_in_epochs(make_run: MakeRun, train: dict[str, Any], says: str) -> None:
@@ -83,6 +88,12 @@ def test_validation_runs_when_the_statement_says(
     assert describe_validation(run, data) == says
     _, lines, _, _ = drive(run, CountingEngine(), data)
     assert [line["step"] for line in lines if "valid_loss" in line] == at
+
+
+def test_validation_on_training_data_is_said(make_run: MakeRun, corpus: Path) -> None:
+    run = make_run(data={"train": [str(corpus / "train.txt")], "valid": [str(corpus / name) for name in NAMES]})
+    says = f"every 3 steps and after the last, on numbers; {corpus}/train.txt is training data too"
+    assert describe_validation(run, Numbers(11)) == says
 
 
 def test_a_share_of_the_training_data_is_validated(make_run: MakeRun) -> None:
