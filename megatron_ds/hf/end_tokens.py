@@ -11,6 +11,7 @@ from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.hf.weight_files import json_text
 
 GENERATION_CONFIG = "generation_config.json"
+_FROM_CONFIG = "_from_model_config"  # where it is true, transformers may read the settings from config.json again
 
 
 def known_end_ids(model: HFModel, model_path: str | Path | None) -> list[int]:
@@ -33,6 +34,7 @@ def with_end_ids(content: str, end_ids: Iterable[int]) -> str:
     every = list(dict.fromkeys([*known, *end_ids]))
     if every == known:
         return content
+    settings.pop(_FROM_CONFIG, None)
     return json_text({**settings, "eos_token_id": every if len(every) > 1 else every[0]})
 
 

@@ -69,9 +69,10 @@ def describe_keeping(run: RunConfig) -> str:
     kept = []
     if run.checkpoint.every:
         often = run.checkpoint.every < run.train.num_steps
-        when = f"checkpoints every {run.checkpoint.every:,} steps and" if often else "a checkpoint"
-        number = f", {run.checkpoint.keep:,} at a time" if often else ""
-        kept.append(f"{when} after the last step{number}")
+        steps = f"every {run.checkpoint.every:,} steps and after the last"
+        when = steps if run.checkpoint.every > 1 else "after every step"
+        several = f"checkpoints {when}, {run.checkpoint.keep:,} at a time"
+        kept.append(several if often else "a checkpoint after the last step")
     if run.export is not None:
         kind = "adapters for peft" if run.peft is not None and not run.export.merge else "a Hugging Face directory"
         kept.append(f"{kind} after the last step: {run.export.path}")
@@ -92,7 +93,7 @@ def describe_ends(run: RunConfig, ends: Mapping[int, str], known: Sequence[int])
     if not new or (run.export is None and not run.checkpoint.every):
         return None
     names = " and ".join(f"{text} ({token})" for token, text in new.items())
-    taught = f"the data end what is learned with {names}, at which the model's generation settings do not stop"
+    taught = f"the data teach the model to end with {names}, at which its generation settings do not stop"
     ids = [*known, *new]
     if run.peft is not None and not (run.export is not None and run.export.merge):
         return f"{taught}; adapters have no such settings: call generate(eos_token_id={ids}), or merge them"

@@ -31,6 +31,13 @@ def test_settings_that_know_them_stay_byte_for_byte(known: Any, learned: list[in
     assert with_end_ids(text, learned) == text
 
 
+def test_settings_with_more_ids_are_not_those_of_the_config() -> None:
+    """transformers would make them again from config.json, which does not know the new id."""
+    made = json.dumps({"_from_model_config": True, "eos_token_id": 1})
+    assert json.loads(with_end_ids(made, [2])) == {"eos_token_id": [1, 2]}
+    assert with_end_ids(made, [1]) == made
+
+
 def test_directories_and_files_without_settings_stay_without(tmp_path: Path) -> None:
     add_end_ids(tmp_path, [2])
     assert not list(tmp_path.iterdir())

@@ -128,4 +128,6 @@ def test_a_new_end_is_said(make: Any, ends: Any, known: Any, sections: Any, says
         assert said is None
         return
     assert said is not None and says in said
-    assert said.startswith("the data end what is learned with <end> (2), at which the model's generation settings do ")
+    assert said.startswith(
+        "the data teach the model to end with <end> (2), at which its generation settings do not stop; "
+    )

@@ -113,8 +113,9 @@ def test_a_share_of_the_training_data_is_validated(make_run: MakeRun) -> None:
             {},
             "nothing: the trained weights are lost when the run ends; set checkpoint.every or export.path to keep them",
         ),
-        ({"checkpoint": {"every": 2}}, "checkpoints every 2 steps and after the last step, 3 at a time"),
-        ({"checkpoint": {"every": 2, "keep": 1}}, "checkpoints every 2 steps and after the last step, 1 at a time"),
+        ({"checkpoint": {"every": 2}}, "checkpoints every 2 steps and after the last, 3 at a time"),
+        ({"checkpoint": {"every": 2, "keep": 1}}, "checkpoints every 2 steps and after the last, 1 at a time"),
+        ({"checkpoint": {"every": 1}}, "checkpoints after every step, 3 at a time"),
         ({"checkpoint": {"every": 99}}, "a checkpoint after the last step"),
         ({"export": {"path": "out/hf"}}, "a Hugging Face directory after the last step: out/hf"),
         (
