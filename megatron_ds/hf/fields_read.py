@@ -171,9 +171,14 @@ class _Search(ast.NodeVisitor):
     def _of_config(self, node: ast.Call) -> bool:
         """Test for a call that reads a field by name: `getattr(config, name)` or `kwargs.pop(name)`."""
         called = _last_name(node.func)
-        if called in _BY_NAME:
+        if called in _BY_NAME and len(node.args) > 1:
             return self._is_model or self._is_config(node.args[0])
-        return called in _OF_MAPPING and isinstance(node.func, ast.Attribute) and self._is_config(node.func.value)
+        return (
+            bool(node.args)
+            and called in _OF_MAPPING
+            and isinstance(node.func, ast.Attribute)
+            and self._is_config(node.func.value)
+        )
 
     def _reads_by_variable(self, node: ast.AST) -> bool:
         """Test for `getattr(config, variable)` or `kwargs.pop(variable)`."""

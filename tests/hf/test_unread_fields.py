@@ -132,6 +132,7 @@ class Head:
         e = config["item"]
         given = self.config.get_text_config()
         f = given.renamed
+        config.pop().get(module.getattr())  # no names
 
 class Other:
     def forward(self, model):
