@@ -112,8 +112,8 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
 def _without_odd_dtypes(raw: Mapping[str, Any]) -> dict[str, None]:
     """Return the dtype fields whose value torch does not know, such as "fp16", as null; the weights have the dtype."""
     given = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
-    known = {str(one).removeprefix("torch.") for one in vars(torch).values() if isinstance(one, torch.dtype)}
-    return {name: None for name, value in given.items() if str(value).removeprefix("torch.") not in known}
+    known = [str(one).removeprefix("torch.") for one in vars(torch).values() if isinstance(one, torch.dtype)]
+    return {name: None for name, value in given.items() if value not in known and not isinstance(value, torch.dtype)}
 
 
 def _note(model: HFModel) -> None:

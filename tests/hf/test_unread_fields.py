@@ -169,6 +169,12 @@ def test_auto_map_is_no_reason_to_refuse_but_a_class_that_is_code_alone_is() -> 
         read_model({**SMALL, **there, "model_type": "lllama"})
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "torch.bfloat16", "auto", 7, ["float32"], None])
+def test_the_weights_have_the_dtype_whatever_the_config_calls_it(dtype: Any) -> None:
+    for name in ("torch_dtype", "dtype"):
+        assert read_model({**SMALL, name: dtype}).core == read_model(SMALL).core
+
+
 def test_an_export_keeps_them(saved: Path, tmp_path: Path) -> None:
     fields = UNREAD["llama"] | {"torch_dtype": "fp16", "save_step": 7}
     source = changed(saved / "llama" / "float32", tmp_path / "in", **fields)
