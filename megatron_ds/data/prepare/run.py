@@ -99,6 +99,7 @@ def prepare(
         raise DataError(f"data: {names}: nothing to read; each line or row must hold a document")
     manifest = _manifest(options, encoding, tokenizer, chunks)
     key = _key(manifest)
+    _keep_others(options, chunks)
     existing = _existing_manifest(options, key, encoding.begin_ids)
     if existing is not None:
         return Prepared(existing, unchanged=True)
@@ -163,6 +164,35 @@ def _manifest(
     }
 
 
+def _output_files(prefix: str) -> list[Path]:
+    return [tokens_path(prefix), index_path(prefix), Path(f"{prefix}.json")]
+
+
+def _keep_others(options: PrepareOptions, chunks: Sequence[Chunk]) -> None:
+    """Refuse to replace a file that is read, such as the source corpus.json, or JSON that is no manifest of data.
+
+    Raises:
+        DataError: one of the output files is a source, or a tokenizer.json.
+    """
+    sources = {Path(chunk.path) for chunk in chunks}
+    files = [file for file in _output_files(options.prefix) if file.exists()]
+    for file in files:
+        if any(source.exists() and file.samefile(source) for source in sources):
+            raise DataError(f"--output={options.prefix} would replace {file}, which is read; choose another prefix")
+        if file.suffix == ".json" and not _is_manifest(file):
+            raise DataError(
+                f"--output={options.prefix} would replace {file}, which is no manifest of data; choose another prefix"
+            )
+
+
+def _is_manifest(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"key", "format_version"} <= content.keys()
+
+
 def _existing_manifest(options: PrepareOptions, key: str, begin_ids: Sequence[int]) -> dict[str, Any] | None:
     """Return the manifest of the same data if they are complete already.
 
@@ -173,7 +203,7 @@ def _existing_manifest(options: PrepareOptions, key: str, begin_ids: Sequence[in
     if prefix.endswith("/") or Path(prefix).name in ("", ".", ".."):
         raise DataError(f"--output={prefix} names a directory; give a name in it, such as {Path(prefix) / 'corpus'}")
     complete(prefix)
-    files = [tokens_path(prefix), index_path(prefix), Path(f"{prefix}.json")]
+    files = _output_files(prefix)
     existing = [file for file in files if file.exists()]
     if not existing:
         return None

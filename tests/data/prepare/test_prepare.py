@@ -157,6 +157,24 @@ def test_bad_lines_are_counted_named_and_refused(
         assert place.startswith(f"{source}:{5 * number + 4}: {why}")
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_source_or_a_tokenizer_is_never_replaced(overwrite: bool, book: Path, made: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    source, other = tmp_path / "out" / "corpus.json", tmp_path / "out" / "tokenizer.json"
+    source.write_text(json.dumps([{"text": text} for text in texts(book, 4)]))
+    other.write_text('{"version": "1.0", "model": {}}')
+    (tmp_path / "out" / "link.json").symlink_to(source)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for name, told in (
+        ("out/corpus", "which is read"),
+        ("out/link", "which is read"),
+        ("out/tokenizer", "which is no manifest of data"),
+    ):
+        with pytest.raises(DataError, match=rf"would replace .*{name}\.json, {told}; choose another prefix$"):
+            made(str(source), name=name, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_nothing_to_do_and_other_data_in_the_way(book: Path, write_jsonl: Any, made: Any, tmp_path: Path) -> None:
     rows = [{"text": text} for text in texts(book, 4)]
     source = write_jsonl(rows)
