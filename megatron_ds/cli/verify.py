@@ -46,6 +46,8 @@ def verify(
 
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise ConfigError(f"--json={json} is not a file in a directory that exists")
+    if json is not None and json.exists() and hf_dir.resolve() in json.resolve().parents:
+        raise ConfigError(f"--json={json} would replace a file of {hf_dir}, which is read; choose another file")
     report = verify_hf(hf_dir, tp, pp, sequence=sequence, note=_note)
     if json is not None:
         report.save(json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_ds.hf.family import HEAD, Family, Row
 from megatron_ds.hf.missing_config import why_missing
 from megatron_ds.hf.model_type import class_names, find_family, in_present_words, present_classes, with_heads
 from megatron_ds.hf.weight_files import has_weights, open_directory
-from megatron_ds.log import get_logger
+from megatron_ds.log import log_once
 from megatron_ds.models.config import ModelConfig
 
 
@@ -118,13 +118,7 @@ def _without_odd_dtypes(raw: Mapping[str, Any]) -> dict[str, None]:
 
 def _note(model: HFModel) -> None:
     if model.unread:
-        _note_once(f"config.json: {unread_fields(model)}")
-
-
-@cache
-def _note_once(text: str) -> None:
-    """Log a line unless this process has logged it before."""
-    get_logger("hf").info("%s", text)
+        log_once(f"config.json: {unread_fields(model)}")
 
 
 def unread_fields(model: HFModel) -> str:

@@ -32,14 +32,14 @@ def make_saver(
         folder: directory of its checkpoints.
         keep: number of checkpoints to keep.
         asynchronous: whether training continues while files are written.
-        protected: checkpoints that are never removed.
+        protected: checkpoints that are never removed, in addition to those that the model was read from.
         end_ids: the ids that the data teach as an end.
     """
     options = SaveOptions(
         folder=folder,
         keep=keep,
         asynchronous=asynchronous,
-        protected=tuple(path for path in protected if path is not None),
+        protected=(*(path for path in protected if path is not None), *model.places.values()),
         model_path=model.section.path,
         tokenizer_path=model.section.tokenizer_path,
         end_ids=tuple(end_ids),

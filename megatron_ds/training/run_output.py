@@ -56,7 +56,8 @@ class RunOutput:
         if not self._is_first:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        (self._directory / RUN_FILE).write_text(dump_run(self._run), encoding="utf-8")
+        with replacing(self._directory / RUN_FILE) as temporary:  # a link there is replaced, not what it leads to
+            temporary.write_text(dump_run(self._run), encoding="utf-8")
         if continue_after is None:
             (self._directory / DATA_USAGE).unlink(missing_ok=True)  # of an earlier run
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)

@@ -218,7 +218,7 @@ def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
         checkpoint_folder(run.output),
         keep=run.checkpoint.keep,
         asynchronous=run.checkpoint.asynchronous,
-        protected=(read, Path(run.model.path) if run.model.path is not None else None),
+        protected=(read,),
         end_ids=_end_ids(prepared),
     )
 

@@ -134,6 +134,21 @@ def _saved_often(info: RankInfo, folder: Path) -> tuple[list[str], int]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir()), groups[-1] - groups[0]
 
 
+def _saved_next_to_its_model(info: RankInfo, folder: Path) -> list[str]:
+    """The checkpoints after two saves that keep one, next to the checkpoint that the model was read from."""
+    engine = _session(info).build_engine(mds.load_model(LLAMA), **ALONE)
+    first = engine.save(folder, keep=1)
+    engine = _session(info).build_engine(mds.load_model(first), **ALONE)
+    for step in range(2):
+        engine.train_step(engine.split(batch(step)))
+        engine.save(folder, keep=1)
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_the_checkpoint_that_a_model_was_read_from_is_kept(tmp_path: Path) -> None:
+    assert run_ranks(_saved_next_to_its_model, 1, tmp_path) == [["step_00000000", "step_00000002"]]
+
+
 def test_saving_again_makes_no_further_process_group(tmp_path: Path) -> None:
     for found in run_ranks(_saved_often, 2, tmp_path):
         assert found == (["step_00000002", "step_00000003"], 0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.data import Order, open_dataset
 from megatron_ds.data.blend import SourceUsage
 from megatron_ds.data.indexed.files import write_index
@@ -106,3 +106,16 @@ def test_a_silent_reporter_is_enough(make_run: Callable[..., RunConfig], blend: 
     with RunOutput(make_run(), SilentReporter(), is_first=True) as output:
         output.start(SUMMARY)
         output.write_usage(blend, 10, is_last=True)
+
+
+def test_a_link_in_the_output_is_replaced_and_not_what_it_leads_to(
+    make_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run, kept = make_run(), tmp_path / "kept.yaml"
+    kept.write_text("by hand: # with comments")
+    Path(run.output).mkdir(parents=True)
+    (Path(run.output) / "config.yaml").symlink_to(kept)
+    with RunOutput(run, Listener(), is_first=True) as output:
+        output.start(SUMMARY)
+    assert kept.read_text() == "by hand: # with comments"
+    assert (Path(run.output) / "config.yaml").read_text() == dump_run(run)

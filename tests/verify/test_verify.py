@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import megatron_ds as mds
+from megatron_ds.cli.main import _run
 from megatron_ds.cli.verify import lines
 from megatron_ds.errors import ConversionError, TopologyError
 from megatron_ds.models.gpt import DecoderConfig
@@ -89,6 +90,20 @@ def test_refused_in_one_line(arguments: list[str], message: str, directory_of: D
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and out == ""
     assert err.startswith(message) and err.count("\n") == 1
+
+
+def test_a_report_over_a_file_of_the_model_is_refused(
+    directory_of: Directories,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = Path(shutil.copytree(directory_of(CONFIGS["llama"]), tmp_path / "model"))
+    (tmp_path / "link.json").symlink_to(directory / "config.json")
+    before = (directory / "config.json").read_bytes()
+    for report in (directory / "config.json", tmp_path / "link.json"):
+        assert _run(["verify", str(directory), "--json", str(report)]) == 2
+        assert f"--json={report} would replace a file of {directory}, which is read" in capsys.readouterr().err
+    assert (directory / "config.json").read_bytes() == before
 
 
 def test_a_launchers_rank_is_refused(directory_of: Directories, monkeypatch: pytest.MonkeyPatch) -> None:
