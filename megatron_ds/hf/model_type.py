@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.family import HEAD, Family
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.hf.tensor_names import shorter_names
 from megatron_ds.models.config import ModelConfig
 
 # Class name in old versions of transformers and in other code -> its present name.
@@ -169,13 +170,16 @@ def _fits(family: Family, raw: Mapping[str, Any], tensors: Collection[str], *, s
         core = with_heads(family, family.translate(family.transformers_config(raw)), raw.get("architectures"))
     except ConversionError:
         return False
-    return not tensors or _has_names(family, family.detect_heads(core, frozenset(tensors)), tensors)
+    forms = [list(tensors), *(list(short.values()) for short, _ in shorter_names(list(tensors), list(tensors)))]
+    return not tensors or any(_has_names(family, family.detect_heads(core, frozenset(one)), one) for one in forms)
 
 
 def _has_names(family: Family, core: ModelConfig, tensors: Collection[str]) -> bool:
     """Test whether the tensors of a family's table are on disk and no others, whatever their prefix."""
     table = family.table(core)
     head = set(table.pop(HEAD).names) if HEAD in table else set()
+    if core.tied and head & set(tensors):
+        head |= set(table[EMBEDDING].names)  # one of the two names is enough
     wanted = {name.removeprefix(family.prefix) for row in table.values() for name in row.names}
     ignored = [*family.aliases, *family.unused_tensors(core), *head]
     optional = {name.removeprefix(family.prefix) for name in ignored}

@@ -7,7 +7,7 @@ DeepSpeed, Lightning, peft, or a model of text and images. They are left out if 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 
 from megatron_ds.errors import ConversionError
@@ -43,10 +43,21 @@ def equivalent_names(source: TensorSource) -> Iterator[TensorSource]:
         ConversionError: two different tensors would get the same name.
     """
     yield source
-    names, seen = source.names, [source.names]
+    for short, renaming in shorter_names(source.names, [name for name in source.names if source.shape(name)]):
+        yield source.renamed(short, renaming)
+
+
+def shorter_names(names: Sequence[str], weights: Sequence[str]) -> Iterator[tuple[dict[str, str], str]]:
+    """Yield mappings of names to shorter ones, with a text on what they leave out; the least comes first.
+
+    Args:
+        names: all names.
+        weights: those that decide which parts all names share.
+    """
+    seen = [list(names)]
     for left_out, shorten in _SHORTER.items():
         inner = {name: shorten(name) for name in names}
-        shared = _shared_parts([inner[name] for name in names if source.shape(name)])
+        shared = _shared_parts([inner[name] for name in weights])
         for count in range(len(shared) + 1):
             prefix = "".join(f"{part}." for part in shared[:count])
             short = {name: one.removeprefix(prefix) for name, one in inner.items()}
@@ -54,7 +65,7 @@ def equivalent_names(source: TensorSource) -> Iterator[TensorSource]:
                 seen.append(list(short.values()))
                 parts = [part for part in left_out if any(part in name.split(".") for name in names)]
                 texts = [f"'{part}.'" for part in parts] + [f"'{prefix}'"] * bool(prefix)
-                yield source.renamed(short, f"without {' and '.join(texts)}")
+                yield short, f"without {' and '.join(texts)}"
 
 
 def _shared_parts(names: list[str]) -> list[str]:

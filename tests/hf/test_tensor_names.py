@@ -129,6 +129,21 @@ def test_it_is_noted_once(saved: Path, tmp_path: Path, caplog: pytest.LogCapture
     assert caplog.messages == [f"{directory}: tensor names are read without '_orig_mod.'"]
 
 
+@pytest.mark.parametrize("form", ["compiled", "in a module of the user's", "only the head"])
+def test_a_config_without_model_type_next_to_them(form: str, saved: Path, tmp_path: Path) -> None:
+    source = saved / "gpt2" / "float32"
+
+    def stored(tensors: Tensors) -> Tensors:
+        if form == "only the head":
+            tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+            return tensors
+        return {NAMES[form][0](name): tensor for name, tensor in tensors.items()}
+
+    directory = changed(source, tmp_path / "old", stored, model_type=None, architectures=None)
+    assert opened(directory).model.family.model_type == "gpt2"
+    assert is_read_as(directory, source, tmp_path / "out")
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 
