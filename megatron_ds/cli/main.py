@@ -109,6 +109,9 @@ def _run(arguments: list[str]) -> int:
         return 2
     except typer.TyperException as problem:
         hint = f"see {getattr(getattr(problem, 'ctx', None), 'command_path', PROGRAM)} --help"
+        option = getattr(problem, "option_name", None) or ""
+        if "." in option:  # a key of the run file
+            hint = f"write {option.lstrip('-')}=VALUE, without dashes"
         _print_error(f"{problem.format_message().rstrip('.')}; {hint}", arguments)
         return 2
     except KeyboardInterrupt:

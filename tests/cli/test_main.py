@@ -44,6 +44,10 @@ def test_without_arguments_it_shows_its_help(start: Start) -> None:
             ["train", "--nprc", "2"],
             "error: No such option: --nprc (Possible options: --min-nproc, --nproc); see ",
         ),
+        (
+            ["train", "run.yaml", "--optimizer.lr=1e-4"],
+            "error: No such option: --optimizer.lr; write optimizer.lr=VALUE, without dashes\n",
+        ),
         (["train", "nope.yaml"], "error: run file nope.yaml does not exist"),
         (["train", "run.yaml", "train.stps=1"], "error: train.stps: unknown key; did you mean train.steps?\n"),
         (["train", "run.yaml", "--nproc", "0"], "error: --nproc=0 is less than one rank; nearest: 1\n"),
