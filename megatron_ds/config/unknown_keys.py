@@ -13,25 +13,32 @@ from megatron_ds.errors import ConfigError, nearest_names
 FOREIGN_NAMES: Mapping[str, str] = {
     "batch_size": "train.global_batch_size",
     "bf16": "deepspeed.bf16.enabled",
-    "epochs": "train.epochs",
+    "dataset": "data.train",
+    "datasets": "data.train",
     "eval_steps": "train.eval_every",
     "fp16": "deepspeed.fp16.enabled",
     "learning_rate": "optimizer.lr",
     "logging_steps": "train.log_every",
+    "lora": "peft",
     "lr_scheduler_type": "schedule.name",
     "max_grad_norm": "optimizer.grad_clip",
     "max_length": "data.seq_length",
     "max_seq_length": "data.seq_length",
     "max_steps": "train.steps",
     "model_name_or_path": "model.path",
-    "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.micro_batch_size",
     "pipeline_parallel": "parallel.pipeline",
+    "pipeline_parallel_size": "parallel.pipeline",
+    "pp": "parallel.pipeline",
     "save_steps": "checkpoint.every",
     "tensor_parallel": "parallel.tensor",
+    "tensor_parallel_size": "parallel.tensor",
+    "tp": "parallel.tensor",
     "train_batch_size": "train.global_batch_size",
     "zero_stage": "deepspeed.zero_optimization.stage",
 }
+# Keys that say too little for another section's key of this name to be meant.
+_GENERIC_NAMES = frozenset({"check", "columns", "config", "format", "init", "name", "options", "path", "split"})
 _OPTIONS = {"nproc": "--nproc", "max_restarts": "--max-restarts", "min_nproc": "--min-nproc"}
 
 
@@ -52,7 +59,7 @@ def explain_unknown_key(loc: tuple[int | str, ...], value: Any, model: type[Base
         return f"{start}; did you mean {_OPTIONS[name]}?"
     homes = _homes(name, value, model) if not any(isinstance(part, int) for part in loc) else []
     near = [key for key in nearest_names(name, fields) if fits(fields[key], value)]
-    if homes and (not prefix or len(homes) == 1):
+    if homes and (not prefix or (len(homes) == 1 and name not in _GENERIC_NAMES)):
         return f"{start}; did you mean {' or '.join(homes)}?"
     if near:
         return f"{start}; did you mean {' or '.join(f'{prefix}.{key}' if prefix else key for key in near)}?"
@@ -115,7 +122,9 @@ def _homes(name: str, value: Any, model: type[BaseModel]) -> list[str]:
     field = model.model_fields.get(section_name)
     if field is None:
         return found
-    inner = next(iter(_models_in(field.annotation)), None)
+    if not key:
+        return [*found, section_name] if fits(field, value) else found
+    inner = next(iter(_models_in(field.annotation)), None)  # None: a mapping with keys of its own
     is_known = inner is None or (key in inner.model_fields and fits(inner.model_fields[key], value))
     return [*found, f"{section_name}.{key}"] if is_known and f"{section_name}.{key}" not in found else found
 

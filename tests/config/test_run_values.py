@@ -2,7 +2,9 @@
 
 import pytest
 
-from megatron_ds.config import TrainSection, load_run
+from megatron_ds.config import ExportSection, RunConfig, TrainSection, load_run
+from megatron_ds.config.deepspeed_keys import SECTION_KEYS
+from megatron_ds.config.unknown_keys import FOREIGN_NAMES
 from megatron_ds.errors import ConfigError
 
 TOP = (
@@ -10,6 +12,7 @@ TOP = (
     "schedule, train"
 )
 TRAIN = ", ".join(sorted(TrainSection.model_fields))
+EXPORT = ", ".join(sorted(ExportSection.model_fields))
 LLAMA = "model={config: {model_type: llama}"
 
 REFUSALS = [
@@ -32,6 +35,11 @@ REFUSALS = [
     ("train.save_steps=10", "train.save_steps: unknown key; did you mean checkpoint.every?"),
     ("train.save_steps=x", f"train.save_steps: unknown key; legal here: {TRAIN}"),
     ("bf16=true", "bf16: unknown key; did you mean deepspeed.bf16.enabled?"),
+    ("lora={r: 8}", "lora: unknown key; did you mean peft?"),
+    ("lora=8", f"lora: unknown key; legal here: {TOP}"),
+    ("dataset=c.txt", "dataset: unknown key; did you mean data.train?"),
+    ("parallel.tp=2", "parallel.tp: unknown key; did you mean parallel.tensor?"),
+    ("export.format=x", f"export.format: unknown key; legal here: {EXPORT}"),  # and not data.format
     ("nproc=2", "nproc: unknown key; did you mean --nproc?"),
     ("trian={steps: 3}", "trian: unknown key; did you mean train?"),
     ("Model={path: x}", "Model: unknown key; did you mean model?"),
@@ -289,3 +297,14 @@ def test_long_values_are_shortened(run_file):
     with pytest.raises(ConfigError) as caught:
         load_run(run_file(), ["train.steps=" + "x" * 500])
     assert len(str(caught.value)) < 150
+
+
+def test_names_of_other_trainers_lead_to_keys_that_exist():
+    for name, meant in FOREIGN_NAMES.items():
+        section, _, key = meant.partition(".")
+        kind = RunConfig.model_fields[section].annotation
+        if section == "deepspeed":
+            block, _, last = key.rpartition(".")
+            assert last in SECTION_KEYS[block], name
+        elif key:
+            assert key in kind.model_fields, name
