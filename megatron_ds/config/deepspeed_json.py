@@ -19,6 +19,7 @@ from megatron_ds.config.deepspeed_keys import (
     NATIVE_AUTO,
     ONLY_VALUES,
     OTHER_KEYS,
+    PATH_KEYS,
     REMOVED_KEYS,
     SECTION_KEYS,
     TOP_LEVEL_KEYS,
@@ -27,6 +28,7 @@ from megatron_ds.config.deepspeed_keys import (
 from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
 from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, show, suggest
+from megatron_ds.paths import expand_path
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
 DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
@@ -59,7 +61,20 @@ def load_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
     """
     mapping = read_deepspeed_file(source) if isinstance(source, str) else copy.deepcopy(source)
     check_deepspeed_keys(mapping, Place.of(source))
+    _expand_paths(mapping, Place.of(source))
     return mapping
+
+
+def _expand_paths(mapping: dict[str, Any], place: Place) -> None:
+    """Replace `~` and variables in the paths of a mapping, in place."""
+    for dotted in PATH_KEYS:
+        section, _, key = dotted.rpartition(".")
+        block = _get(mapping, section)
+        if isinstance(block, dict) and isinstance(block.get(key), str):
+            try:
+                block[key] = expand_path(block[key])
+            except ConfigError as problem:
+                raise ConfigError(f"{place.state(dotted, block[key])} {problem}") from None
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:

@@ -124,6 +124,15 @@ NATIVE_AUTO: frozenset[str] = frozenset(
     }
 )
 
+# Dotted keys whose value is a path.
+PATH_KEYS: tuple[str, ...] = (
+    "csv_monitor.output_path",
+    "flops_profiler.output_file",
+    "tensorboard.output_path",
+    "zero_optimization.offload_optimizer.nvme_path",
+    "zero_optimization.offload_param.nvme_path",
+)
+
 _BF16_KEYS = (
     "bf16_master_weights_and_grads",
     "bf16_optimizer_states",

@@ -414,3 +414,21 @@ def test_unreadable_files(ds_file, tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_deepspeed(path)
         assert str(caught.value).startswith(path + expected), str(caught.value)
+
+
+def test_home_and_variables_in_the_paths_of_the_json(ds_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    given = {
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "~/fast"}},
+        "tensorboard": {"enabled": True, "output_path": "$HOME/tb"},
+    }
+    before = json.dumps(given)
+    for source in (given, ds_file(given)):
+        loaded = load_deepspeed(source)
+        assert loaded["zero_optimization"]["offload_param"]["nvme_path"] == "/h/fast"
+        assert loaded["tensorboard"]["output_path"] == "/h/tb"
+    assert json.dumps(given) == before
+    with pytest.raises(
+        ConfigError, match=r"csv_monitor.output_path=\$NOT_SET .run file. uses the environment"
+    ):
+        load_deepspeed({"csv_monitor": {"output_path": "$NOT_SET"}})
