@@ -11,6 +11,9 @@ from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sen
 from megatron_ds.errors import DataError
 
 
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved in the directory `path`, without network access and without running code found there.
 
@@ -31,12 +34,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except DataError:
         raise
     except Exception as error:  # transformers raises ValueError, OSError, KeyError, and tokenizers a bare Exception
-        raise DataError(f"tokenizer {path}: cannot be loaded ({_first_line(error)}); {remedy}") from error
+        reason = _first_line(error) if _has_vocabulary(directory) else f"there is no {' or '.join(_VOCABULARIES)}"
+        raise DataError(f"tokenizer {path}: cannot be loaded ({reason}); {remedy}") from error
     # From a config.json alone, transformers builds some tokenizers that know only their special tokens: they would
     # turn every text into no tokens at all.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise DataError(f"tokenizer {path}: the directory holds no vocabulary, only special tokens; {remedy}")
     return tokenizer
+
+
+def _has_vocabulary(directory: Path) -> bool:
+    return any(next(directory.glob(pattern), None) is not None for pattern in _VOCABULARIES)
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, path: str, name: str, use: str) -> int:
