@@ -46,8 +46,9 @@ def tiny_run(corpus: Path, output: Path, **sections: dict[str, Any]) -> RunConfi
 
 
 def losses(output: Path) -> list[float]:
-    """Of each step once, in order."""
+    """Of each step once, in order; a validation may follow the last one."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "valid_loss" not in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
