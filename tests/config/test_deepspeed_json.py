@@ -428,7 +428,5 @@ def test_home_and_variables_in_the_paths_of_the_json(ds_file, monkeypatch):
         assert loaded["zero_optimization"]["offload_param"]["nvme_path"] == "/h/fast"
         assert loaded["tensorboard"]["output_path"] == "/h/tb"
     assert json.dumps(given) == before
-    with pytest.raises(
-        ConfigError, match=r"csv_monitor.output_path=\$NOT_SET .run file. uses the environment"
-    ):
+    with pytest.raises(ConfigError, match=r"csv_monitor.output_path=\$NOT_SET .run file. uses the environment"):
         load_deepspeed({"csv_monitor": {"output_path": "$NOT_SET"}})

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sentencepiece_file
 from megatron_ds.errors import DataError
 
-
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
 
 
