@@ -26,6 +26,7 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "max_seq_length": "data.seq_length",
     "max_steps": "train.steps",
     "model_name_or_path": "model.path",
+    "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.micro_batch_size",
     "pipeline_parallel": "parallel.pipeline",
     "pipeline_parallel_size": "parallel.pipeline",
