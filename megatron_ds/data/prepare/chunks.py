@@ -214,9 +214,10 @@ class Reader:
     def _rows(self, chunk: Chunk) -> Iterator[ChunkDocument]:
         """Yield the documents of a range of rows; the rows before it are skipped."""
         number, at, rows = self._file or (-1, 0, iter(()))
-        if number != chunk.file or at > chunk.start:
+        if number != chunk.file:
             (part,) = find_source(chunk.source, plain_text=True).parts
             at, rows = 0, part_rows(part, chunk.source, (TEXT_COLUMN,))
+        assert at <= chunk.start, f"a worker reads the chunks of a file in order, not {chunk.start} after {at}"
         for row in islice(rows, chunk.start - at, chunk.stop - at):
             try:
                 columns = row.load()

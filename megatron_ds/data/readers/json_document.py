@@ -86,9 +86,9 @@ class _Text:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except JSONDecodeError as error:
-                unfinished = error.pos > len(self._text) - _NEAR_END or error.msg.startswith("Unterminated string")
-                if self._ended or not unfinished:
-                    raise self.error("the document is cut off" if unfinished else error.msg) from error
+                left = 0 if error.msg.startswith("Unterminated string") else len(self._text) - error.pos
+                if self._ended or left > _NEAR_END:
+                    raise self.error(error.msg if left > 0 else "the document is cut off") from error
             except RecursionError as error:
                 raise self.error("it is nested too deeply") from error
             else:

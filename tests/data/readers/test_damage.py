@@ -48,6 +48,8 @@ def test_a_file_that_is_cut_off_is_no_bad_row(
         ("a.json", FORMS["array.json"](TEXT_ROWS) * 2, "a.json:1: not JSON (there is more after the end of the array)"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "a.json:1: not JSON (expected ',', found '{')"),
         ("a.json", b'{"data": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of rows, data, test"),
+        ("a.json", b'[{"text": "a"}, {"text": tru}]', "a.json:1: not JSON (Expecting value)"),
+        ("a.json", b'[{"text": "a"}, {"text": "b', "a.json:1: not JSON (the document is cut off)"),
         ("a.csv", b'text\n"a\nb\n', "a.csv:2: not CSV (unexpected end of data)"),
         ("a.csv", b"text,text\na,b\n", "a.csv:1: two columns have the same name"),
         ("a.jsonl", "text".encode("utf-16"), "a.jsonl: the text is UTF-16 or UTF-32, not UTF-8; try iconv"),

@@ -1,13 +1,16 @@
 """Every form of file gives the same rows to train, prepare and inspect."""
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_ds.data.inspect.facts import inspect_file
+from megatron_ds.data.readers import json_document
 from megatron_ds.data.text.documents import TextSource
-from tests.data.readers.files import every_file, json_lines
+from tests.data.readers.files import FORMS, every_file, json_lines
 from tests.data.readers.rows import CHAT_ROWS, ID_ROWS, TEXT_ROWS, TEXTS, ids_of, prepared
 
 
@@ -43,3 +46,17 @@ def test_conversations(name: str, write: Any, open_: Any, chat_tokenizer: Any) -
     assert facts.format == "chat" and facts.lengths.count == 5
     learned = [piece.text for one in facts.shown for piece in one.documents[0].pieces if piece.learned]
     assert learned == [f"{row['messages'][1]['content']}<|eot|>" for row in CHAT_ROWS]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_documents_are_read_in_blocks_of_any_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number, a word, a character of several bytes and an escape may lie across two blocks."""
+    monkeypatch.setattr(json_document, "_BLOCK_BYTES", block)
+    rows = [*TEXT_ROWS, {"n": [12345, -1.5e-7, True, None], "text": '\\"' * 50}]
+    for form in ("array.json", "pretty.json", "bom.json", "wrapped.json", "wrapped_pretty.json", "pretty_objects.json"):
+        found = list(json_document.document_rows(io.BytesIO(FORMS[form](rows)), "a.json", ()))
+        assert [one.value for one in found] == rows
+    pretty = FORMS["pretty.json"](rows)
+    starts = [pretty.index(json.dumps(text, ensure_ascii=False).encode()) for text in TEXTS]
+    found = list(json_document.document_rows(io.BytesIO(pretty), "a.json", ()))
+    assert [one.line for one in found[:5]] == [pretty.count(b"\n", 0, start) for start in starts]

@@ -57,7 +57,9 @@ def test_links_that_lead_back_are_followed_once(write: Any, tmp_path: Path) -> N
     write("tree/a.txt", b"whale")
     os.symlink(tmp_path / "tree", tmp_path / "tree/again")
     os.symlink(tmp_path / "tree/a.txt", tmp_path / "tree/b.txt")
-    assert list(TextSource(str(tmp_path / "tree")).documents()) == ["whale", "whale"]
+    write("elsewhere/c.txt", b"ship")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "tree/d")
+    assert list(TextSource(str(tmp_path / "tree")).documents()) == ["whale", "whale", "ship"]
 
 
 @pytest.mark.parametrize(
