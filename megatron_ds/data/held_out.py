@@ -14,6 +14,7 @@ from megatron_ds.data.blend import ConcatDataset
 from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.noise.seeded_random import Purpose, SeededRandom
 from megatron_ds.data.parts import Beginning, ends_of
+from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.errors import DataError
 
@@ -52,7 +53,8 @@ class HeldOut:
         chosen = shuffled[:number] if self.validation else shuffled[number:]
         held_out = f"{number:,} of {len(data):,} samples held out"
         text = f"{held_out} of {data.describe()}" if self.validation else f"{data.describe()}; {held_out}"
-        return SampleSubset(data, np.sort(chosen), f"{self.validation} {number}", text)
+        bad_rows = BadRows() if self.validation else total_bad_rows([data])  # both parts are read from the same rows
+        return SampleSubset(data, np.sort(chosen), f"{self.validation} {number}", text, bad_rows)
 
     def open(self, request: DatasetRequest, open_one: Callable[[DatasetRequest], Dataset]) -> Dataset:
         """Open the part of a request's sources, one after the other, that is read.
@@ -75,11 +77,15 @@ class SampleSubset:
         indices: (n,) of its samples, ascending.
         identity: changes with the choice of samples.
         description: for logs.
+        bad_rows: account of the rows that were left out; None = none was left out.
     """
 
     ordered = False
 
-    def __init__(self, data: Dataset, indices: np.ndarray, identity: str, description: str) -> None:
+    def __init__(
+        self, data: Dataset, indices: np.ndarray, identity: str, description: str, bad_rows: BadRows | None = None
+    ) -> None:
+        self.bad_rows = bad_rows or BadRows()
         self._data, self._indices, self._description = data, indices, description
         self.seq_length, self.target_length, self.columns = data.seq_length, data.target_length, data.columns
         self.fingerprint = hashlib.sha256(f"subset\n{data.fingerprint}\n{identity}".encode()).hexdigest()

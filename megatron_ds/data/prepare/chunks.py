@@ -134,6 +134,9 @@ def identity(chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
         else:
             path = Path(chunk.path)
             found[chunk.file] = {"name": chunk.path, "bytes": path.stat().st_size, "digest": _ends_digest(path)}
+            if chunk.kind == ROWS:
+                (part,) = find_source(chunk.source, plain_text=True).parts
+                found[chunk.file]["kind"] = part.identity  # the name may decide it, as for .csv and .tsv
     return list(found.values())
 
 

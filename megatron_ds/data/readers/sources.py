@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ds.data.readers.file_kinds import DataFile, file_endings, has_compressed_name, has_data_name, identify
 from megatron_ds.data.readers.source import Source
@@ -30,6 +30,7 @@ class Table:
 
     name: str
     table: "datasets.Dataset"
+    identity: ClassVar[str] = "table"
 
 
 Part = DataFile | Table

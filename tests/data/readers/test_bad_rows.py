@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.data import Order
+from megatron_ds.data.held_out import HeldOut
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.text.documents import TextSource
 from megatron_ds.errors import DataError
@@ -55,6 +56,8 @@ def test_bad_rows_are_left_out_and_counted(
     with pytest.raises(DataError, match=r"bad\.jsonl(\.gz)?:2: not JSON"):
         open_(format, path, seq_length=LENGTHS[format])  # a cache that was made without them is no way around
     source = Source(path, skip_bad=True)
+    parts = [open_(format, source, seq_length=LENGTHS[format], held_out=HeldOut(0.4, valid)) for valid in (False, True)]
+    assert [part.bad_rows.count for part in parts] == [5, 0], "each row is counted once"
     blend = open_(format, source, source, seq_length=LENGTHS[format], weights=[1, 1], order=Order(4, 0, True))
     assert blend.bad_rows.count == 10 and len(blend.bad_rows.first) == 10
 
