@@ -118,7 +118,8 @@ def prepare(
         if state.num_bad and not options.skip_bad:
             raise DataError(_bad_lines_message(state))
         if state.documents == 0:
-            raise DataError(f"data: {names}: no documents")
+            bad = f"; all {state.num_bad:,} rows are bad, the first at {state.bad[0]}" if state.num_bad else ""
+            raise DataError(f"data: {names}: no documents{bad}")
         counted = {
             "key": key,
             "num_documents": state.documents,

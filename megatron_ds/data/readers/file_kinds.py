@@ -112,7 +112,7 @@ def identify(path: Path, plain_text: bool) -> DataFile | None:
     Raises:
         DataError: the file is damaged, or its text is not UTF-8.
     """
-    with path.open("rb") as file:
+    with naming_damage(path, ""), path.open("rb") as file:
         start = file.read(16)
     compression = next((name for name, magic in _MAGIC.items() if magic.match(start)), "")
     named = _COMPRESSIONS.get(path.suffix.lower(), "")

@@ -63,6 +63,8 @@ def _find_parts(source: Source, plain_text: bool) -> list[Part]:
         return [_file(source, path, plain_text)]
     if path.is_dir():
         return _directory(source, path, plain_text)
+    if path.exists():
+        raise DataError(f"data: {source.path}: is a stream or device, and sources are read more than once; try a file")
     if has_magic(source.path):
         return _matches(source, path, plain_text)
     return [Table(str(source), _load_from_hub(source))]

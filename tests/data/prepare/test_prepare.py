@@ -396,6 +396,8 @@ def test_mistakes(tmp_path: Path, write_jsonl: Any, made: Any, tokenizer_path: s
         made(_empty(tmp_path))
     with pytest.raises(DataError, match="no documents"):
         made(write_jsonl([b"", b""]))
+    with pytest.raises(DataError, match=r"no documents; all 1 rows are bad, the first at .*data\.jsonl:1: not JSON"):
+        made(write_jsonl([b"{"]), skip_bad=True)
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="is not a readable parquet file"):
         made(str(tmp_path / "x.parquet"))

@@ -37,6 +37,12 @@ def test_a_file_that_is_cut_off_is_no_bad_row(
         TextSource(write(f"empty.jsonl{ending}", b""))
 
 
+def test_streams_are_no_sources(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: is a stream or device, .*; try a file"):
+        TextSource(str(tmp_path / "pipe.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
