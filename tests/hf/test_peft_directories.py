@@ -240,6 +240,7 @@ def test_two_adapters_in_one_file_are_refused(made: Path, tmp_path: Path) -> Non
         ({"enable_lora": None, "merge_weights": False}, None),
         ({"merge_weights": True, "runtime_config": {}}, None),
         ({"a_field_of_tomorrow": [], "another": 0, "a_third": ""}, None),
+        ({"alpha_pattern": None, "rank_pattern": None, "lora_dropout": None, "bias": None, "peft_type": None}, None),
         ({"layer_replication": [], "lora_bias": None, "loftq_config": None}, None),
         ({"eva_config": {"rho": 3.0}, "init_lora_weights": "eva"}, None),
         ({"enable_lora": [True, False, True]}, r"\.enable_lora=\[True, False, True\] is not a field of"),

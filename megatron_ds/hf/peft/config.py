@@ -37,6 +37,9 @@ class PeftFields:
 
 
 _OF_REFUSED_INITIALIZATIONS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+_NULL_IS_THE_DEFAULT = frozenset(
+    {"peft_type", "r", "lora_alpha", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern", "bias"}
+)
 _BY_BOUNDS = (True, False, "gaussian")
 _BY_PEFT = ("pissa", "olora", "orthogonal")
 _OF_WEIGHTS_THAT_ARE_READ = ("eva",)  # an initialization of A and B alone, whose trained values are read
@@ -103,6 +106,7 @@ class AdapterConfig:
 
     def __init__(self, source: str | Path | Mapping[str, Any]) -> None:
         self.where, raw = _read(source)
+        raw = {name: value for name, value in raw.items() if value is not None or name not in _NULL_IS_THE_DEFAULT}
         self.kind = str(raw.get("peft_type", "LORA")).upper()
         starts = isinstance(source, Mapping) or find_weights(source) is None
         _check_initialization(self.where, raw.get("init_lora_weights", True), starts)
