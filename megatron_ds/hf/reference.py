@@ -65,6 +65,8 @@ def _with_adapters(directory: Path, model: HFModel, dtype: Any) -> Any:
 
     base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
     theirs = load_reference(str(base), model, dtype)
+    if theirs.config.vocab_size != model.core.vocab_size:
+        theirs.resize_token_embeddings(model.core.vocab_size, mean_resizing=False)  # the adapters have the new tables
     try:
         return PeftModel.from_pretrained(theirs, str(directory), autocast_adapter_dtype=False).eval()
     except Exception as problem:  # many types, as above

@@ -14,12 +14,16 @@ from torch import Tensor
 from megatron_ds.checkpoint.convert import export_hf
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
+from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.peft.adapters import PREFIX, read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.layers.param_spec import ParamSpec, over_tensor
 from megatron_ds.log import LOGGER_NAME, get_logger
+from megatron_ds.runtime import load_model
+from tests.parallel.axes import axes_at
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone
 
@@ -223,6 +227,10 @@ def test_tables_of_a_resized_vocabulary_replace_those_of_the_base(made: Path, tm
         assert torch.equal(ours[name], theirs[f"base_model.model.{name}"])
     assert model.core.vocab_size == read_model(tmp_path / "hf").core.vocab_size == len(ours["lm_head.weight"])
     assert model.core.vocab_size == ALL_CONFIGS["llama"]["vocab_size"] + more
+    loaded, embedding = load_model(made / "llama", peft=str(adapter)), ours["model.embed_tokens.weight"]
+    spec = ParamSpec(tuple(embedding.shape), over_tensor(0))
+    assert loaded.hf.core.vocab_size == len(embedding) and EMBEDDING in loaded.frozen and loaded.read_shard is not None
+    assert torch.equal(loaded.read_shard(EMBEDDING, spec, axes_at(tensor=(0, 1))), embedding)
 
 
 def test_two_adapters_in_one_file_are_refused(made: Path, tmp_path: Path) -> None:
