@@ -206,7 +206,8 @@ class TrainSection(Section):
             raise ConfigError("train.steps is missing; add it, for example train: {steps: 1000}, or train: {epochs: 1}")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
-                f"train.steps={self.steps} and train.epochs={self.epochs:g} both set the length of the run; keep one"
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both set the length of the run; "
+                f"try train.steps= train.epochs={self.epochs:g}, or remove one from the file"
             )
         return self
 

@@ -41,7 +41,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         steps=run.train.num_steps,
         data_description=data.describe(),
         output=run.output,
-        learned=describe_learning(run, data, resolved.label_columns),
+        learned=describe_learning(run, data, resolved.label_columns) if engine.grid.rank == 0 else "",
         validated=describe_validation(run, valid),
         kept=describe_keeping(run),
     )

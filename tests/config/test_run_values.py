@@ -228,7 +228,11 @@ REFUSALS = [
         "data.valid_share=0.1 holds out a share of data.train, and data.split=[9.0, 1.0] does too; keep one",
     ),
     ("train.max_time=soon", "train.max_time=soon is not a time; write seconds, or HH:MM:SS as 3:50:00"),
-    ("train.epochs=2", "train.steps=1000 and train.epochs=2 both set the length of the run; keep one"),
+    (
+        "train.epochs=2",
+        "train.steps=1000 and train.epochs=2 both set the length of the run; try train.steps= train.epochs=2, or "
+        "remove one from the file",
+    ),
     ("train={epochs: 0}", "train.epochs=0 must be more than 0.0"),
     ("train={epochs: two}", "train.epochs=two is not a number"),
     ("train.max_bad_steps=0", "train.max_bad_steps=0 must be at least 1; nearest: 1"),
@@ -254,6 +258,7 @@ ACCEPTED = [
     ("export=", lambda run: run.export is None),
     ("deepspeed=", lambda run: run.deepspeed == {}),
     ("data.valid=", lambda run: run.data.valid == []),
+    ("train={steps: null, epochs: 0.5}", lambda run: (run.train.steps, run.train.epochs) == (None, 0.5)),
     ("data.valid={share: 0.1}", lambda run: (run.data.valid, run.data.valid_share) == ([], 0.1)),
     ("data.valid={share: 0.1}", lambda run: run.data.model_dump()["valid_share"] == 0.1),
     ("data.train=lone.txt", lambda run: [source.path for source in run.data.train] == ["lone.txt"]),
