@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
+import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from megatron_ds.errors import TopologyError
+from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.parallel.launch import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rendezvous import RankGroup
 
@@ -71,6 +75,9 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0, group: RankGrou
         info: this rank.
         timeout_s: the time limit of a collective, in seconds.
         group: a launcher's ranks, which have met; None for ranks that `run_local` started, which meet at its file.
+
+    Raises:
+        TopologyError: the ranks cannot connect to each other.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -87,19 +94,37 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0, group: RankGrou
         accelerator.set_device(local_rank)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads its device from it
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # of a shell in an MPI job; DeepSpeed fails where they differ
-    if group is not None:
-        group.store.set_timeout(timedelta(seconds=timeout_s))
     if not dist.is_initialized():
+        _connect(accelerator.communication_backend_name(), info, timedelta(seconds=timeout_s), group)
+    deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
+    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+
+
+def _connect(backend: str, info: RankInfo, timeout: timedelta, group: RankGroup | None) -> None:
+    """Create the process group. Ranks of a launcher, which have met, connect within the time limit of the start."""
+    limit = timedelta(seconds=group.timeout_s) if group is not None and group.timeout_s else timeout
+    if group is not None:
+        group.store.set_timeout(timeout)
+    try:
         dist.init_process_group(
-            backend=accelerator.communication_backend_name(),
+            backend=backend,
             init_method=f"file://{os.environ[RENDEZVOUS_FILE]}" if group is None else None,
             store=group.store if group is not None else None,
             rank=info.rank,
             world_size=info.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=min(limit, timeout),
         )
-    deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
-    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+    except RuntimeError as problem:
+        if backend != "gloo" or lost_peer(problem):
+            raise
+        reason = re.sub(r"^\[.*?\] ", "", str(problem).partition("\n")[0])
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        raise TopologyError(
+            f"rank {info.rank} cannot connect to the others ({reason}); GLOO_SOCKET_IFNAME={interface} in the "
+            f"environment; set it to one of {', '.join(name for _, name in socket.if_nameindex())}"
+        ) from problem
+    if limit < timeout:
+        dist.distributed_c10d._set_pg_timeout(timeout)
 
 
 def stop_distributed() -> None:

@@ -41,10 +41,12 @@ class RankGroup:
     Attributes:
         name: unique among the groups that use the same store.
         store: the keys of this group.
+        timeout_s: the time limit of its start in seconds; 0 = none.
     """
 
     name: str
     store: dist.Store
+    timeout_s: float
 
 
 def meet(info: RankInfo, timeout_s: float = START_TIMEOUT_S, environ: Mapping[str, str] = os.environ) -> RankGroup:
@@ -70,7 +72,7 @@ def meet(info: RankInfo, timeout_s: float = START_TIMEOUT_S, environ: Mapping[st
         except dist.DistNetworkError:
             wait.pause(wait.of_all("rank 0"), "the connection was lost")
             continue
-        return RankGroup(name, dist.PrefixStore(f"megatron_ds/{name}", store))
+        return RankGroup(name, dist.PrefixStore(f"megatron_ds/{name}", store), timeout_s)
 
 
 class _Wait:

@@ -68,6 +68,18 @@ def test_a_port_in_use(world_size: str, fork: Fork, run_file: Path) -> None:
     assert err.count("\n") == 1 and "nearest: " in err
 
 
+@pytest.mark.parametrize("launched", [True, False])
+def test_an_interface_that_does_not_exist(launched: bool, fork: Fork, run_file: Path) -> None:
+    place = (
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MASTER, "MASTER_PORT": free_port()} if launched else {}
+    )
+    process = fork("-m", "megatron_ds", "train", run_file, GLOO_SOCKET_IFNAME="nope", **place)
+    out, err = process.communicate(30)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: rank 0 cannot connect to the others (") and "Unable to find address for: nope" in err
+    assert "GLOO_SOCKET_IFNAME=nope in the environment; set it to one of lo" in err and err.count("\n") == 1
+
+
 def test_a_user_without_a_home_trains(fork: Fork, run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     places = {"HOME": "/dev/null/nobody", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path / "tmp")}
