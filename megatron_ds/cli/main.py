@@ -28,6 +28,7 @@ from megatron_ds.cli.train import train
 from megatron_ds.cli.verify import HELP as VERIFY_HELP
 from megatron_ds.cli.verify import verify
 from megatron_ds.errors import ConfigError, LaunchError, MegatronDSError
+from megatron_ds.log import flush_streams
 from megatron_ds.version import __version__
 
 PROGRAM = "megatron-ds"
@@ -104,7 +105,7 @@ def _run(arguments: list[str]) -> int:
     except MegatronDSError as problem:
         _print_error(str(problem), arguments)
         if "RANK" in os.environ:  # a launcher's rank: destroying the process group could wait for its peers
-            sys.stderr.flush()
+            flush_streams()
             os._exit(2)
         return 2
     except typer.TyperException as problem:

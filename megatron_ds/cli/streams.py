@@ -125,10 +125,10 @@ def _is_standard(stream: Any, descriptor: int) -> bool:
 
 def _text(output: LastingOutput, like: Any) -> io.TextIOWrapper:
     """Return a text stream with the encoding of another; a character that the encoding lacks is written as \\uXXXX."""
-    is_error = output.fileno() == 2
+    is_unbuffered = any(getattr(like, name, False) for name in ("line_buffering", "write_through"))
     return io.TextIOWrapper(
         io.BufferedWriter(output),
         encoding=getattr(like, "encoding", "utf-8"),
         errors="backslashreplace" if getattr(like, "errors", "strict") == "strict" else like.errors,
-        line_buffering=is_error or output.isatty(),
+        line_buffering=is_unbuffered or output.fileno() == 2 or output.isatty(),
     )

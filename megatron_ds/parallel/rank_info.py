@@ -13,6 +13,8 @@ RENDEZVOUS_FILE = "MEGATRON_DS_RENDEZVOUS"
 """Environment variable of ranks that `run_local` started: the rendezvous file."""
 
 LAST_PORT = 65535
+MOST_RANKS = 1_000_000  # more than any machine has: a mistake, which would be waited for
+_MOST_DIGITS = 19
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _MASTER_NAMES = ("MASTER_ADDR", "MASTER_PORT")
@@ -93,6 +95,11 @@ def rank_from_environment(environ: MutableMapping[str, str] = os.environ) -> Ran
 
 def _place(environ: Mapping[str, str], names: tuple[str, str, str]) -> RankInfo:
     rank, world_size, local_rank = (_number(environ, name) for name in names)
+    if world_size > MOST_RANKS:
+        raise TopologyError(
+            f"{names[1]}={world_size} in the environment is more than {MOST_RANKS} ranks; let the launcher set it; "
+            f"{rank_source(environ).start_alone()}"
+        )
     if world_size < 1:
         raise TopologyError(f"{names[1]}={world_size} in the environment is not at least 1; nearest: 1")
     if not rank < world_size:
@@ -104,7 +111,7 @@ def _place(environ: Mapping[str, str], names: tuple[str, str, str]) -> RankInfo:
 
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environ.get(name, default)
-    if text is None or not text.isdecimal():
+    if text is None or not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise TopologyError(
             f"{name}={text} in the environment is not an integer of at least 0; let the launcher set it; "
             f"{rank_source(environ).start_alone()}"
@@ -117,7 +124,7 @@ def _check_rendezvous(environ: Mapping[str, str]) -> None:
     host, port = (environ[name] for name in _MASTER_NAMES)
     if not host.strip():
         raise TopologyError(f"MASTER_ADDR={host} in the environment is empty; set it to the name of rank 0's machine")
-    if not (port.isdecimal() and 1 <= int(port) <= LAST_PORT):
+    if not (port.isdecimal() and len(port) <= _MOST_DIGITS and 1 <= int(port) <= LAST_PORT):
         raise TopologyError(
             f"MASTER_PORT={port} in the environment is not a port, an integer from 1 to {LAST_PORT}; try 29500, the "
             "same on every rank"

@@ -72,6 +72,8 @@ def meet(info: RankInfo, timeout_s: float = START_TIMEOUT_S, environ: Mapping[st
         except dist.DistNetworkError:
             wait.pause(wait.of_all("rank 0"), "the connection was lost")
             continue
+        if wait.has_spoken:
+            get_logger().info("all %d ranks have come after %.0f s", info.world_size, wait.elapsed_s)
         return RankGroup(name, dist.PrefixStore(f"megatron_ds/{name}", store), timeout_s)
 
 
@@ -83,6 +85,10 @@ class _Wait:
         self._world_size, self._source = info.world_size, source
         self._began_s = time.monotonic()
         self._next_message_s = FIRST_MESSAGE_S
+
+    @property
+    def has_spoken(self) -> bool:
+        return self._next_message_s > FIRST_MESSAGE_S
 
     @property
     def elapsed_s(self) -> float:

@@ -190,7 +190,7 @@ def _train_launched(run: RunConfig, info: RankInfo, as_rank: _AsRank) -> TrainRe
     except MegatronDSError as problem:
         if info.rank == 0:
             raise
-        get_logger().error("%s", problem)
+        get_logger().error("error: %s", problem)
         _leave(2)
     except Exception as problem:
         if lost_peer(problem):

@@ -244,6 +244,18 @@ def test_characters_that_an_encoding_lacks(monkeypatch: pytest.MonkeyPatch) -> N
     os.close(writing)
 
 
+def test_an_unbuffered_output_stays_so() -> None:
+    """`python -u`, PYTHONUNBUFFERED: a line is written at once."""
+    reading, writing = os.pipe()
+    unbuffered = io.TextIOWrapper(os.fdopen(writing, "wb", 0, closefd=False), write_through=True)
+    ours = streams._text(LastingOutput(writing), unbuffered)
+    print("now", file=ours)
+    assert os.read(reading, 100) == b"now\n"
+    ours.detach()
+    os.close(reading)
+    os.close(writing)
+
+
 def test_other_streams_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a test, or of a program that calls `main`."""
     own = io.StringIO()

@@ -89,6 +89,8 @@ def test_the_variables_that_make_a_process_a_rank() -> None:
             r"WORLD_SIZE= in the environment is not an integer of at least 0; .*unset RANK WORLD_SIZE",
         ),
         ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE=0 in the environment is not at least 1; nearest: 1"),
+        ({"WORLD_SIZE": "99999999"}, r"WORLD_SIZE=99999999 in the environment is more than 1000000 ranks"),
+        ({"WORLD_SIZE": "9" * 5000}, r"WORLD_SIZE=9* in the environment is not an integer"),
         ({"LOCAL_RANK": "x"}, r"LOCAL_RANK=x in the environment is not an integer of at least 0"),
         ({"MASTER_PORT": "http"}, r"MASTER_PORT=http in the environment is not a port, an integer from 1 to 65535"),
         ({"MASTER_PORT": "65536"}, r"MASTER_PORT=65536 in the environment is not a port"),
