@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
-from megatron_ds.data.chat.messages import Message
+from megatron_ds.data.chat.messages import ASSISTANT, REASONING_KEYS, Message
 from megatron_ds.data.chat.template import Span, TemplateSource
 
 _KEPT_KEYS = frozenset({"role", "id", "tool_call_id", "type", "index"})
@@ -21,6 +21,13 @@ _KEPT_KEYS = frozenset({"role", "id", "tool_call_id", "type", "index"})
 
 Selection = Callable[[Message, str], bool]
 """Whether the texts under a key of a message are replaced."""
+
+_SPOKEN = ("content", *REASONING_KEYS)
+_SELECTIONS: Sequence[Selection] = (
+    lambda message, key: True,
+    lambda message, key: message["role"] == ASSISTANT,  # some templates read what users write
+    lambda message, key: message["role"] == ASSISTANT and key in _SPOKEN,
+)
 
 
 class Core(NamedTuple):
@@ -61,6 +68,46 @@ class Pieces(NamedTuple):
 
     texts: list[str]
     markers: list[int]
+
+
+@dataclass(frozen=True)
+class Located:
+    """The texts of a conversation, located in its rendering.
+
+    Attributes:
+        marked: the messages with markers.
+        pieces: their rendering.
+        spans: range of characters of the text of each of `pieces.markers`.
+    """
+
+    marked: Marked
+    pieces: Pieces
+    spans: list[Span]
+
+
+def locate(
+    messages: Sequence[Message],
+    source: TemplateSource,
+    text: str,
+    render: Callable[[Sequence[Message]], str | None],
+) -> Located | None:
+    """Locate the texts of messages; None if the template changes them.
+
+    Args:
+        messages: the messages.
+        source: of the template.
+        text: their rendering.
+        render: renders messages; None = the template refuses them.
+    """
+    for selected in _SELECTIONS:
+        marked = mark_texts(messages, source, selected)
+        rendered = render(marked.messages)
+        if rendered is not None:
+            pieces = split_at_markers(rendered, marked.stem)
+            spans = align(pieces, marked.cores, text)
+            if spans is not None:
+                return Located(marked, pieces, spans)
+    return None
 
 
 def mark_texts(messages: Sequence[Message], source: TemplateSource, selected: Selection) -> Marked:

@@ -1,7 +1,7 @@
 """The chat template of a tokenizer: its rendering by transformers at a fixed date, and what its source reads."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -81,10 +81,14 @@ class Template:
         tokenizer: a tokenizer with a chat template.
         path: its directory, for errors.
         today: ISO date that the template writes as today's.
+
+    Attributes:
+        path: as given.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str, today: str) -> None:
-        self._tokenizer, self._path = tokenizer, path
+        self.path = path
+        self._tokenizer = tokenizer
         self._now = datetime.combine(date.fromisoformat(today), time())
         found = tokenizer.chat_template
         named = found if isinstance(found, dict) else {"default": found}
@@ -134,18 +138,3 @@ def _clock_at(now: datetime, template: str) -> Iterator[None]:
         yield
     finally:
         functions[_CLOCK] = clock
-
-
-def with_arguments_as_text(messages: Sequence[Message], write: Any) -> list[dict[str, Any]]:
-    """Return messages with the arguments of each call written as JSON, for templates that join them to text."""
-    return [
-        {**message, "tool_calls": [_call_as_text(call, write) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else dict(message)
-        for message in messages
-    ]
-
-
-def _call_as_text(call: Mapping[str, Any], write: Any) -> dict[str, Any]:
-    function = call["function"]
-    return {**call, "function": {**function, "arguments": write(function["arguments"])}}

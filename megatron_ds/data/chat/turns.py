@@ -7,7 +7,7 @@ for every turn between the same two pieces.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ds.data.chat.messages import ASSISTANT, USER, Message
@@ -53,29 +53,36 @@ class Neighbours:
         return self.pieces.markers[self.first - 1] if self.first else None
 
 
+@dataclass
+class Known:
+    """Bounds that were found before.
+
+    Attributes:
+        headers: length of the header in an opening.
+        ends: length of the end in a closing, by the closing, and whether the conversation ends with it.
+    """
+
+    headers: dict[str, int | None] = field(default_factory=dict)
+    ends: dict[tuple[str, bool], int | None] = field(default_factory=dict)
+
+
 class TurnBounds:
     """Finds the header and the end of turns, of one template.
 
     Args:
         render: renders a conversation's messages.
         control_tokens: the tokenizer's, the longest first.
-        known_headers, known_ends: results for pieces that were seen before; both are extended.
+        known: results for pieces that were seen before; it is extended.
     """
 
-    def __init__(
-        self,
-        render: Render,
-        control_tokens: Sequence[str],
-        known_headers: dict[str, int | None],
-        known_ends: dict[tuple[str, bool], int | None],
-    ) -> None:
-        self._render, self._known_headers, self._known_ends = render, known_headers, known_ends
+    def __init__(self, render: Render, control_tokens: Sequence[str], known: Known) -> None:
+        self._render, self._known = render, known
         pattern = "|".join(map(re.escape, control_tokens)) or "(?!)"
         self._control, self._control_run = re.compile(pattern), re.compile(f"(?:{pattern})+")
 
     def header_length(self, turn: Neighbours) -> int | None:
         """Return the number of characters of the opening that are not the turn's own; None if that is unknown."""
-        known = self._known_headers
+        known = self._known.headers
         if turn.opening not in known:
             _forget(known)
             known[turn.opening] = self._find_header(turn)
@@ -83,7 +90,7 @@ class TurnBounds:
 
     def end_length(self, turn: Neighbours) -> int | None:
         """Return the number of characters of the closing up to the end of the turn; None if no token ends it."""
-        known, key = self._known_ends, (turn.closing, turn.turn == len(turn.marked.messages) - 1)
+        known, key = self._known.ends, (turn.closing, turn.turn == len(turn.marked.messages) - 1)
         if key not in known:
             _forget(known)
             known[key] = self._find_end(turn)
