@@ -169,6 +169,7 @@ def _file_rows(facts: TextFileFacts) -> Iterator[Row]:
     total_text = f"{facts.lengths.count:,} {facts.lengths.what}, {total:,} tokens"
     yield (facts.format, total_text + (loss if facts.format == "chat" else ""))
     yield from _bad_rows(facts)
+    yield from (("note", note) for note in facts.notes)
     yield from _length_rows(facts.lengths)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.data.chat.ends import learned_ends
-from megatron_ds.data.chat.notes import COUNT
+from megatron_ds.data.chat.notes import counted
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.chat.packing import one_per_sample, pack
 from megatron_ds.data.chat.tokens import Conversations
@@ -129,7 +129,7 @@ class ChatDataset:
         counts: Counter[str] = Counter()
         for part in self._parts:
             counts.update(dict(zip(part.notes.tolist(), part.note_counts.tolist())))
-        notes = [note.replace(COUNT, f"{count:,}", 1) for note, count in counts.items()]
+        notes = [counted(note, count) for note, count in counts.items()]
         return [*notes, f"the chat template writes the date {self._date} (data.date)"] if self._date else notes
 
     def describe(self) -> str:

@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from megatron_ds.data.chat.messages import ASSISTANT, TOOL
 from megatron_ds.data.chat.written import Written
 
-COUNT = "..."
-"""Stands in a note for the number of conversations that it is about."""
-
-_HIDDEN = f"given in {COUNT} conversations, not shown by the chat template"
-_PARTLY = f"given in {COUNT} conversations, shown only in part by the chat template"
-_NO_SWITCH = f"given in {COUNT} conversations, not done (data.loss_on)"
+_COUNT = "..."  # stands for the number of conversations that a note is about
+_HIDDEN = f"given in {_COUNT}, not shown by the chat template"
+_PARTLY = f"given in {_COUNT}, shown only in part by the chat template"
+_NO_SWITCH = f"given in {_COUNT}, not done (data.loss_on)"
 _WITHOUT_TEXT = frozenset({"role", "id", "tool_call_id", "type", "index", "timestamp", "created_at", "uuid"})
 """Keys of messages that are not expected in the text."""
 
@@ -31,6 +29,11 @@ def find_notes(written: Written, on_assistant: bool) -> Iterator[str]:
     roles = {conversation.messages[index]["role"] for index, on in conversation.switches.items() if on}
     if on_assistant:
         yield from (f"loss switched on for {role} messages: {_NO_SWITCH}" for role in sorted(roles - {ASSISTANT}))
+
+
+def counted(note: str, count: int) -> str:
+    """Return a note with the number of conversations that it is about."""
+    return note.replace(_COUNT, f"{count:,} conversation{'s' * (count != 1)}", 1)
 
 
 def _hides_tools(written: Written) -> bool:

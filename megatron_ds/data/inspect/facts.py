@@ -90,6 +90,7 @@ class TextFileFacts:
         num_bad_rows: number of rows that were left out.
         bad_rows: place and reason of the first of them.
         shown: the first documents or conversations.
+        notes: of conversations: what is given but has no effect.
     """
 
     path: str
@@ -100,6 +101,7 @@ class TextFileFacts:
     num_bad_rows: int
     bad_rows: tuple[str, ...]
     shown: tuple[RenderedSample, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,9 @@ def inspect_file(path: str, tokenizer_path: str, num_shown: int, *, skip_bad: bo
         documents = [render(data.conversation(index), tokenizer, most=RENDERED_TOKENS) for index in chosen]
         histogram = length_histogram("conversations", data.lengths)
     samples, bad = tuple(map(_single, chosen, documents)), data.bad_rows
-    return TextFileFacts(path, "chat", size, learned, histogram, bad.count, tuple(bad.first), samples)
+    return TextFileFacts(
+        path, "chat", size, learned, histogram, bad.count, tuple(bad.first), samples, tuple(data.notes)
+    )
 
 
 def _manifest(prefix: str) -> Mapping[str, Any] | None:

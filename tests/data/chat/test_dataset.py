@@ -225,6 +225,18 @@ def test_notes_are_cached_with_the_tokens(write_jsonl: Any, open_chat: Any, monk
     assert open_chat(*sources).fingerprint == dataset.fingerprint
 
 
+def test_the_date_is_that_of_the_run_file(write_jsonl: Any, open_chat: Any, chat_tokenizer: Any) -> None:
+    source = write_jsonl(chats(2))
+    tokenizer = AutoTokenizer.from_pretrained(chat_tokenizer("dated"))
+    default, other = open_chat(source, template="dated"), open_chat(source, template="dated", date="2025-01-02")
+    for dataset, date, shown in ((default, "2024-07-26", "26 Jul 2024"), (other, "2025-01-02", "02 Jan 2025")):
+        assert shown in tokenizer.decode(dataset.conversation(0)[0])
+        assert dataset.notes == [f"the chat template writes the date {date} (data.date)"]
+    assert default.fingerprint != other.fingerprint
+    same = [open_chat(source, date=date) for date in ("2024-07-26", "2025-01-02")]
+    assert same[0].fingerprint == same[1].fingerprint and same[0].notes == []
+
+
 def test_calls_in_a_table(open_chat: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
     """In a table, the arguments of each call have the keys of all calls; those of others are not written."""
     calls = [{"name": "look", "arguments": {"at": "x"}}, {"name": "wait", "arguments": {"days": 3}}]

@@ -373,7 +373,7 @@ def test_arguments_in_the_form_that_a_template_writes() -> None:
 
 def notes(name: str, one: Any, **options: Any) -> list[str]:
     found = ChatTemplate(tokenizer_of(name), name, False, **options).render(one).notes
-    return [note.replace("given in ... conversations, ", "") for note in found]
+    return [note.replace("given in ..., ", "") for note in found]
 
 
 def test_what_the_template_does_not_show_is_named() -> None:

@@ -205,6 +205,21 @@ def test_conversations_in_a_file(chat_file: str, chat_tokenizer: Any, told: Told
     assert said.count("conversation ") == 2
 
 
+def test_what_a_template_does_not_show(write_jsonl: Any, run_of: Any, chat_tokenizer: Any, told: Told) -> None:
+    messages = [{"role": "user", "content": "call"}, {"role": "assistant", "content": "me", "reasoning_content": "ago"}]
+    path = write_jsonl([{"messages": messages, "tools": [{"name": "look"}]}, {"messages": messages}])
+    notes = [
+        "tools: given in 1 conversation, not shown by the chat template",
+        "reasoning_content: given in 2 conversations, not shown by the chat template",
+    ]
+    said = told(path, "--tokenizer", chat_tokenizer("header"))
+    assert all(f"note        {note}\n" in said for note in notes)
+    assert json.loads(told(path, "--tokenizer", chat_tokenizer("header"), "--json"))["notes"] == notes
+    for _ in range(2):  # the second time from the cache
+        run = json.loads(told(run_of(format="chat", train=[path]), "--json"))
+        assert run["training"].endswith("; ".join(["", *notes]))
+
+
 def test_text_in_a_file(write_jsonl: Any, byte_level: str, told: Told) -> None:
     path = write_jsonl([{"text": text} for text in DOCUMENTS])
     said = told(path, "--tokenizer", byte_level)
