@@ -114,7 +114,9 @@ def test_other_segmentation_damage_and_a_missing_package_are_named(
         load_tokenizer(str(wrong))
     damaged = _directory(tmp_path, models, "llama")
     (damaged / "tokenizer.model").write_bytes(b"\0\1\2 not a model")
-    with pytest.raises(DataError, match=r"tokenizer\.model is damaged, or no SentencePiece model$") as caught:
+    with pytest.raises(
+        DataError, match=r"tokenizer\.model is damaged, or no SentencePiece model; try to download it again$"
+    ) as caught:
         load_tokenizer(str(damaged))
     assert "\n" not in str(caught.value)
     (tmp_path / "export").mkdir()

@@ -64,7 +64,9 @@ def _open(file: Path) -> Any:
     try:
         model = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as problem:
-        raise DataError(f"tokenizer {file.parent}: {file.name} is damaged, or no SentencePiece model") from problem
+        raise DataError(
+            f"tokenizer {file.parent}: {file.name} is damaged, or no SentencePiece model; try to download it again"
+        ) from problem
     return model
 
 
