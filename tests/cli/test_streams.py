@@ -65,8 +65,9 @@ def steps_of(folder: Path) -> list[int]:
 
 @LOST
 def test_a_run_ends_well_without_its_terminal(lost: object, fork: Fork, run_file: Path) -> None:
+    ranks = 2 if lost is closed_pipe else 1
     with lost() as stream:  # type: ignore[operator]
-        process = fork("-m", "megatron_ds", "train", run_file, "--nproc", 2, streams=(0, stream, stream))
+        process = fork("-m", "megatron_ds", "train", run_file, "--nproc", ranks, streams=(0, stream, stream))
         assert process.wait(60) == 0
     assert steps_of(run_file.parent / "out") == [1, 2, 3, 4, 5]
     assert (run_file.parent / "out/loss.png").is_file()

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,13 +31,21 @@ def environment(rank: int, world_size: int, port: int, host: str = "127.0.0.1", 
     return {**place, "MASTER_ADDR": host, "MASTER_PORT": str(port), **more}
 
 
-def try_to_meet(rank: int, environ: dict[str, str], timeout_s: float) -> tuple[str, list[str]]:
-    """The error of a rank whose job is incomplete, and what it logged; in a process of its own."""
+def record_lines() -> list[str]:
+    """The lines that this process, a fork, logs from now on; the first one early."""
     rendezvous.FIRST_MESSAGE_S = 0.1
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_ds").handlers = [handler]
+    logger = logging.getLogger("megatron_ds")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    return lines
+
+
+def try_to_meet(rank: int, environ: dict[str, str], timeout_s: float) -> tuple[str, list[str]]:
+    """The error of a rank whose job is incomplete, and what it logged; in a process of its own."""
+    lines = record_lines()
     try:
         meet(RankInfo(rank, int(environ["WORLD_SIZE"]), rank), timeout_s, environ)
     except TopologyError as problem:
@@ -110,7 +119,7 @@ def test_only_those_that_have_not_come_are_named() -> None:
     port = free_port()
     (zero, said), (one, other), _ = run_local(
         lambda info: (
-            try_to_meet(info.rank, environment(info.rank, 3, port), 1.5 - info.rank / 2) if info.rank < 2 else None
+            try_to_meet(info.rank, environment(info.rank, 3, port), 2.5 - 1.5 * info.rank) if info.rank < 2 else None
         ),
         3,
         30.0,
@@ -135,18 +144,21 @@ def test_another_rank_names_what_keeps_it_from_rank_0(host: str, reason: str) ->
     assert ALONE.format(1, 2) in lines[0]
 
 
-def test_those_that_were_waited_for_are_announced() -> None:
+def test_those_that_were_waited_for_are_announced(tmp_path: Path) -> None:
     port = free_port()
 
-    def rank(info: RankInfo) -> tuple[str, list[str]]:
-        if info.rank == 1:
-            time.sleep(0.6)
-        else:
-            logging.getLogger("megatron_ds").setLevel(logging.INFO)
-        return try_to_meet(info.rank, environment(info.rank, 2, port), 20)
+    def rank(info: RankInfo) -> list[str]:
+        time.sleep(0.6 * info.rank)
+        lines, group = record_lines(), meet(info, 20, environment(info.rank, 2, port))
+        (tmp_path / str(info.rank)).touch()
+        while not (tmp_path / "1").exists():
+            time.sleep(0.01)  # rank 0 hosts the store
+        del group
+        return lines
 
-    (_, lines), _ = run_local(rank, 2, 30.0)
-    assert lines[0].startswith("waiting for rank 1 of 2 at ") and lines[-1].startswith("all 2 ranks have come after ")
+    first, second = run_local(rank, 2, 30.0)
+    assert first[0].startswith("waiting for rank 1 of 2 at ") and first[-1].startswith("all 2 ranks have come after ")
+    assert not any("lost" in line for line in second)
 
 
 def test_an_unknown_name_is_given_up_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
