@@ -19,6 +19,7 @@ from megatron_ds.checkpoint.directory import (
     STATE,
     checkpoints_in,
     resolve_checkpoint,
+    step_of,
     write_manifest,
 )
 from megatron_ds.checkpoint.files import flush, record_file, write_bytes
@@ -26,8 +27,9 @@ from megatron_ds.checkpoint.masters import compare_with_master
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.state_keys import MASTER
+from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.dtypes import EXPORT_DTYPES
-from megatron_ds.errors import CheckpointError, ConversionError
+from megatron_ds.errors import CheckpointError, ConfigError, ConversionError
 from megatron_ds.hf.config import HFModel, read_json, read_model
 from megatron_ds.hf.convert import conversion_target
 from megatron_ds.hf.export import exporting
@@ -113,6 +115,8 @@ def export_hf(
     source, target = resolve_checkpoint(expanded(checkpoint)), expanded(target)
     base = expanded(base) if base is not None else None
     place = conversion_target(source, target, overwrite)
+    place = replace(place, kept={**place.kept, **_read_by_its_run(source)})
+    place.check()
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
     reader = _open_intact(source) if (source / STATE).is_dir() else None
@@ -175,6 +179,27 @@ def _master(reader: StateReader, name: str, weight: Tensor) -> Tensor:
     master = reader.read_full(MASTER, name, tuple(weight.shape))
     compare_with_master(reader, name, weight, master)
     return master
+
+
+def _read_by_its_run(checkpoint: Path) -> dict[str, Path]:
+    """Return the directories that the run of a checkpoint reads a model from: text for a message -> path.
+
+    The run's own config.yaml names them. It may be missing: a checkpoint can be moved.
+    """
+    folder = checkpoint.resolve().parent
+    file = folder.with_name("config.yaml")
+    try:
+        run = parse_yaml(file.read_text(encoding="utf-8"), str(file)) if step_of(checkpoint) >= 0 else {}
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return {}
+    run = run if isinstance(run, dict) else {}
+    model = run["model"] if isinstance(run.get("model"), dict) else {}
+    read = {"model.path": model.get("path"), "model.tokenizer": model.get("tokenizer"), "peft": run.get("peft")}
+    return {
+        f"{field}={path}, which the run of {checkpoint} reads": Path(path)
+        for field, path in read.items()
+        if isinstance(path, str)
+    }
 
 
 def _refuse_checkpoint(target: Path) -> None:

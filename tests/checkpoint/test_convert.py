@@ -343,6 +343,18 @@ def test_another_model_is_replaced_on_demand(door: str, places: Path, capsys: py
     assert Path("other/.megatron_ds_export.json").is_file() is ("import" not in door)
 
 
+def test_what_the_run_of_a_checkpoint_reads_is_never_replaced(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read = {"model": {"path": "models/base", "tokenizer": "link/../other"}, "peft": "me"}
+    Path("run/config.yaml").write_text(json.dumps(read))
+    before = _bytes(places)
+    for target, field in (("link/base", "model.path=models/base"), ("other", "model.tokenizer=link/../other")):
+        said = _one_line(capsys, "export", "run", target, "--overwrite")
+        assert f"{target} would replace {field}, which the run of run/checkpoints/step_00000002 reads" in said
+    assert _bytes(places) == before
+    Path("run/config.yaml").write_text("model: [")
+    assert _run(["export", "run", "other", "--overwrite"]) == 0
+
+
 def test_a_base_model_of_adapters_is_never_replaced(
     places: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
