@@ -305,7 +305,7 @@ class RunConfig(Section):
         epochs = self.train.epochs
         if epochs is None:
             return self
-        samples = Fraction(str(epochs)) * num_samples  # exact: 1.1 * 10 is more than 11 in floats
+        samples = Fraction(str(epochs)) * num_samples  # exact: 0.07 * 100 is more than 7 in floats
         steps = math.ceil(samples / self.train.global_batch_size)
         _check_steps(self, steps, f"train.steps={steps}, which train.epochs={epochs:g} gives")
         return self.model_copy(update={"train": self.train.model_copy(update={"steps": steps, "epochs": None})})

@@ -69,10 +69,13 @@ def test_epochs_of_a_part_have_noise_of_their_own(write_jsonl: Write, wordpiece:
     objective = Masked(seed=1, num_token_types=2)
     everything = open_dataset("text", objective, [text], 8, 4096, wordpiece, str(tmp_path / "cache"))
     part = SampleSubset(everything, np.asarray([1, 4]), "", "")
-    for epoch in (0, 2):
+    seen = set()
+    for epoch in range(8):
         for number, place in enumerate((1, 4)):
-            expected = everything.sample(epoch * len(everything) + place)
-            assert_equal_samples(part.sample(epoch * 2 + number), expected)
+            sample = part.sample(epoch * 2 + number)
+            assert_equal_samples(sample, everything.sample(epoch * len(everything) + place))
+            seen.add((number, sample["targets"].tobytes()))
+    assert len(seen) > 2, "the masks of a sample differ from epoch to epoch"
 
 
 def test_sources_of_a_blend_are_divided_one_by_one(write_jsonl: Write, tmp_path: Path) -> None:
