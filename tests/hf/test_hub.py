@@ -15,8 +15,16 @@ def test_files_are_as_their_source_has_them() -> None:
         content = (HERE / "hub" / source.file).read_bytes()
         assert hashlib.sha256(content).hexdigest() == source.sha256, source.file
     assert {source.file for source in SOURCES} == {file.name for file in (HERE / "hub").glob("*.json")}
-    assert len(VERBATIM) >= 60
+    assert len(VERBATIM) >= 80
     assert {source.outcome for source in SOURCES} == {"read", "refused"}
+
+
+# Fields of supported families that are refused, and how: chronos2 is a T5 with rotary positions.
+FIELDS = {
+    "quantization_config": "quantization_config.quant_method=",
+    "add_cross_attention": "add_cross_attention=True is not supported; supported: False",
+    "rope_theta": "rope_theta=10000.0 is not a known field",
+}
 
 
 def reason(config: Config) -> str:
@@ -25,8 +33,8 @@ def reason(config: Config) -> str:
     if model_type is None:
         return f"model_type is missing; {supported}"
     if model_type in FAMILIES:
-        quantised = config.get("quantization_config")
-        return "quantization_config.quant_method=" if quantised else f"architectures={config['architectures']!r} is not"
+        by_field = (words for name, words in FIELDS.items() if config.get(name))
+        return next(by_field, f"architectures={config['architectures']!r} is not supported")
     unsupported = f"model_type={model_type!r} is not supported; "
     if "text_config" in config:
         return f"{unsupported}it is more than a text model, and only text models are; {supported}"
