@@ -99,12 +99,13 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     """
     raw = in_present_words(on_disk)
     family = find_family(raw, tensors)
+    _check_class_names(family, raw.get("architectures"))  # first: another class may read other fields
     unread = family.check_fields(raw)
     known = {name: value for name, value in raw.items() if name not in unread}
     config = family.transformers_config({**known, **_without_odd_dtypes(known)})
     _refuse_contradictions(known, config)
     core = with_heads(family, family.translate(config), raw.get("architectures"))
-    _check_classes(family, core, raw.get("architectures"))
+    _check_base_class(family, core, raw.get("architectures") or [])
     reworded = raw != on_disk or _without_odd_dtypes(known) != {}
     return HFModel(family, config, core, {name: raw[name] for name in unread}, reworded)
 
@@ -126,19 +127,20 @@ def unread_fields(model: HFModel) -> str:
     return f"{model.architecture} does not read {', '.join(sorted(model.unread))}; exports keep the values"
 
 
-def _check_classes(family: Family, core: ModelConfig, named: Any) -> None:
-    """Refuse a class with other heads than ours: its config alone would become a model of another task.
-
-    A base model without a head passes. If an untied head is missing, the config has to show it, because the weights
-    cannot: they could belong to a tied model.
-    """
-    if named is None:
-        return
+def _check_class_names(family: Family, named: Any) -> None:
+    """Refuse a class with other heads than ours: its config alone would become a model of another task."""
     known = class_names(family)
-    if not isinstance(named, list) or not set(present_classes(named)) <= set(known):
+    if named is not None and not (isinstance(named, list) and set(present_classes(named)) <= set(known)):
         raise ConversionError(
             f"architectures={named!r} is not supported; supported of {family.model_type}: {', '.join(known)}"
         )
+
+
+def _check_base_class(family: Family, core: ModelConfig, named: Sequence[str]) -> None:
+    """Refuse a base model without a head if its untied head is missing; another base model passes.
+
+    The config has to show it, because the weights cannot: they could belong to a tied model.
+    """
     base = [name for name in named if name not in (family.classes or [family.architecture])]
     if base and family.tied_by_bytes and not core.tied:
         tied = " with tie_word_embeddings=False" if "tie_word_embeddings" in family.fields.mapped else ""

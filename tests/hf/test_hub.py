@@ -19,11 +19,10 @@ def test_files_are_as_their_source_has_them() -> None:
     assert {source.outcome for source in SOURCES} == {"read", "refused"}
 
 
-# Fields of supported families that are refused, and how: chronos2 is a T5 with rotary positions.
+# Fields of supported classes that are refused, and how.
 FIELDS = {
     "quantization_config": "quantization_config.quant_method=",
     "add_cross_attention": "add_cross_attention=True is not supported; supported: False",
-    "rope_theta": "rope_theta=10000.0 is not a known field",
 }
 
 
