@@ -11,9 +11,9 @@ inputs), `cache/` (XDG_CACHE_HOME), `prepared/` (what `prepare` wrote), `runs/NA
 and `record.json`.
 
 Not compared, because they hold paths or time: of metrics.jsonl all but COMPARED; of checkpoints progress.json,
-manifest.json, adapter_config.json and all else that is not safetensors; the manifest of `prepare`. Exports are compared
-whole: in their JSON files the path of the directory of recordings is replaced by a word before they are hashed, for
-adapter_config.json names its base model by its path.
+manifest.json, adapter_config.json and all else that is not safetensors; the manifest of `prepare`; hidden files.
+Exports are compared whole: in their JSON files the path of the directory of recordings is replaced by a word before
+they are hashed, for adapter_config.json names its base model by its path.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def recorded(name: str, home: Path) -> Json:
     lines = (directory / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [{key: value for key, value in json.loads(line).items() if key in COMPARED} for line in lines]
     last = directory / "output" / "checkpoints" / LAST
-    files = [path for path in (directory / "export").rglob("*") if path.is_file()]
+    files = [path for path in (directory / "export").rglob("[!.]*") if path.is_file()]  # the mark holds times
     files += [*last.glob("*.safetensors"), *(last / "training_state").glob("*.safetensors")]
     model = Path(run_specs(home)[name][1]["model"]["path"])
     inputs = [*model.iterdir(), *(home / "data").iterdir()]
