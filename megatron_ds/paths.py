@@ -8,6 +8,8 @@ from megatron_ds.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
+_SUBSTITUTION = re.compile(r"\$\{\{[^}]*\}\}|\$\{\w+[^\w}][^}]*\}|\$\([^)]*\)")
+
 
 def expand_path(path: str) -> str:
     """Return a path with its home directory and its environment variables replaced.
@@ -22,6 +24,12 @@ def expand_path(path: str) -> str:
             raise ConfigError(f"uses the environment variable {name}, which is not set; set it, or write the path out")
         return os.environ[name]
 
+    unread = _SUBSTITUTION.search(path)
+    if unread:
+        raise ConfigError(
+            f"has {unread[0]}, which only a shell replaces; $NAME and ${{NAME}} are replaced here, "
+            "or write the path out"
+        )
     expanded = os.path.expanduser(_VARIABLE.sub(value, path))
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]

@@ -39,6 +39,13 @@ def test_what_a_shell_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.parametrize("part", ["${OUT:-out}", "$(pwd)", "${oc.env:HOME}", "${{ run }}", "${OUT/a/b}"])
+def test_what_only_a_shell_replaces_is_no_name_of_a_folder(part: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        expanded(f"{part}/run")
+    assert f" has {part}, which only a shell replaces; $NAME and ${{NAME}} are replaced here" in str(refused.value)
+
+
 COMMANDS = (
     ("train", "{}/run.yaml"),
     ("inspect", "{}/x"),

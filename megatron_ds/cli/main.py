@@ -141,7 +141,7 @@ def _rank(arguments: Sequence[str]) -> str:
     """Return the rank that this process has in a run; other commands have no ranks."""
     if _command(arguments) != "train":
         return "0"
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID")) or "0"  # empty: left over in the shell
 
 
 def _print_error(message: str, arguments: Sequence[str]) -> None:

@@ -108,12 +108,18 @@ class DataSection(Section):
     @classmethod
     def _share_of_training(cls, data: Any) -> Any:
         valid = data.get("valid") if isinstance(data, dict) else None
+        _check_valid_is_no_number(valid)
+        if isinstance(valid, list) and len(valid) == 1 and isinstance(valid[0], dict) and "share" in valid[0]:
+            share = show(valid[0]["share"])
+            raise ConfigError(f"data.valid[0].share={share} is in a list; write data.valid={{share: {share}}}")
         if not isinstance(valid, dict) or "share" not in valid:
             return data
         others = [key for key in valid if key != "share"]
         if others or data.get("valid_share") is not None:
             other = f"data.valid.{others[0]}" if others else "data.valid_share"
             raise ConfigError(f"data.valid.share={show(valid['share'])} and {other} are both set; keep one")
+        if valid["share"] is None:
+            raise ConfigError("data.valid.share is empty; give it a number, for example data: {valid: {share: 0.01}}")
         return {**data, "valid": [], "valid_share": valid["share"]}
 
     @model_validator(mode="after")
@@ -131,6 +137,21 @@ class DataSection(Section):
     @field_serializer("train", "valid")
     def _plain_sources(self, sources: list[DataSource]) -> list[Any]:
         return [source.plain for source in sources]
+
+
+def _check_valid_is_no_number(valid: Any) -> None:
+    """Check that `data.valid` or its only key is no number, which is meant as the share to hold out."""
+    key, value = "", valid
+    if isinstance(valid, dict) and len(valid) == 1 and "share" not in valid:
+        ((name, number),) = valid.items()
+        if not isinstance(number, bool):
+            key, value = f".{name}", number
+    if isinstance(value, int | float):
+        share = value if 0 < value < 1 else 0.01
+        raise ConfigError(
+            f"data.valid{key}={show(value)} names no data; to hold out a share of data.train, write "
+            f"data.valid={{share: {share:g}}}"
+        )
 
 
 def _check_weights(data: DataSection) -> None:

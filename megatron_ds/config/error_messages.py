@@ -117,6 +117,20 @@ def _meant_number(text: str, *, integer: bool) -> str | None:
     return f"{number * _SUFFIXES[suffix]:.0f}"
 
 
+_TIME = re.compile(r"(?P<count>[0-9]+(?:\.[0-9]+)?)\s*(?P<unit>s|sec|m|min|h)")
+_CLOCK = re.compile(r"(?:(?P<hours>[0-9]+):)?(?P<minutes>[0-9]+):(?P<seconds>[0-9]{2})")
+_UNIT_SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def _meant_seconds(text: str) -> str | None:
+    """Return the seconds that `5m`, `1h` or `0:05:00` mean; None for any other text."""
+    if match := _TIME.fullmatch(text):
+        return f"{float(match['count']) * _UNIT_SECONDS[match['unit']]:g}"
+    if match := _CLOCK.fullmatch(text):
+        return str((int(match["hours"] or 0) * 60 + int(match["minutes"])) * 60 + int(match["seconds"]))
+    return None
+
+
 # ---- other types -----------------------------------------------------------------------------------------------------
 
 _SWITCHES = {"yes": "true", "on": "true", "y": "true", "1": "true"} | dict.fromkeys(("no", "off", "n", "0"), "false")
@@ -136,6 +150,8 @@ def _not_text(ctx: Mapping[str, Any], value: Any) -> str:
 def _not_a_mapping(place: str, value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         return "is a list, not a mapping; remove the dashes or brackets around its keys"
+    if value is True and place in _MAIN_KEYS:
+        return f"is not a mapping; write {place}: {{{_MAIN_KEYS[place]}: ...}}"
     if isinstance(value, str) and place in _MAIN_KEYS:
         return f"is not a mapping; write {place}: {{{_MAIN_KEYS[place]}: {value}}}"
     return "is not a mapping; write {key: value}"
@@ -162,6 +178,11 @@ _RULES: Mapping[str, _Rule] = {
 
 
 def _rule(error: Mapping[str, Any], place: str) -> str:
+    value = error["input"]
+    if place.endswith("_timeout") and isinstance(value, str) and (seconds := _meant_seconds(value.strip().lower())):
+        return f"is not a number of seconds; write {seconds}"
+    if place == "export.max_shard_size" and isinstance(value, int | float):
+        return "is not a size; write for example 5GB or 500MB"
     if error["type"] in ("dict_type", "model_type"):
         return _not_a_mapping(place, error["input"])
     rule = _RULES.get(error["type"])

@@ -11,32 +11,84 @@ from megatron_ds.errors import ConfigError, nearest_names
 
 # Names that other trainers have for our keys.
 FOREIGN_NAMES: Mapping[str, str] = {
+    "adam_betas": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "base_model": "model.path",
     "batch_size": "train.global_batch_size",
     "bf16": "deepspeed.bf16.enabled",
+    "block_size": "data.seq_length",
+    "clip_grad": "optimizer.grad_clip",
+    "cutoff_len": "data.seq_length",
     "dataset": "data.train",
     "datasets": "data.train",
+    "eval_dataset": "data.valid",
     "eval_steps": "train.eval_every",
     "fp16": "deepspeed.fp16.enabled",
+    "gradient_clipping": "optimizer.grad_clip",
     "learning_rate": "optimizer.lr",
     "logging_steps": "train.log_every",
     "lora": "peft",
+    "lr_scheduler": "schedule.name",
     "lr_scheduler_type": "schedule.name",
+    "lr_warmup_steps": "schedule.warmup_steps",
     "max_grad_norm": "optimizer.grad_clip",
     "max_length": "data.seq_length",
     "max_seq_length": "data.seq_length",
     "max_steps": "train.steps",
+    "max_train_steps": "train.steps",
+    "micro_batch": "train.micro_batch_size",
+    "min_learning_rate": "schedule.min_lr",
     "model_name_or_path": "model.path",
+    "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
+    "num_train_steps": "train.steps",
+    "num_warmup_steps": "schedule.warmup_steps",
+    "output_dir": "output",
     "per_device_train_batch_size": "train.micro_batch_size",
     "pipeline_parallel": "parallel.pipeline",
     "pipeline_parallel_size": "parallel.pipeline",
     "pp": "parallel.pipeline",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "sample_packing": "data.packing",
     "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "sequence_len": "data.seq_length",
     "tensor_parallel": "parallel.tensor",
     "tensor_parallel_size": "parallel.tensor",
+    "tokenizer_name_or_path": "model.tokenizer",
     "tp": "parallel.tensor",
     "train_batch_size": "train.global_batch_size",
+    "train_dataset": "data.train",
+    "train_iters": "train.steps",
+    "val_set_size": "data.valid_share",
+    "valid_dataset": "data.valid",
     "zero_stage": "deepspeed.zero_optimization.stage",
+}
+# Names that other trainers have for what is set in another way here.
+_PRECISION = "write deepspeed: {bf16: {enabled: true}}, or fp16; the default is float32"
+_DATA_PARALLEL = "it follows: ranks / (parallel.tensor * parallel.pipeline)"
+_BETAS = "write optimizer.betas: [0.9, 0.95]"
+OTHER_WAYS: Mapping[str, str] = {
+    "adam_beta1": _BETAS,
+    "adam_beta2": _BETAS,
+    "beta1": _BETAS,
+    "beta2": _BETAS,
+    "data_parallel": _DATA_PARALLEL,
+    "data_parallel_size": _DATA_PARALLEL,
+    "dp": _DATA_PARALLEL,
+    "dtype": _PRECISION,
+    "parallel.data": _DATA_PARALLEL,
+    "precision": _PRECISION,
+    "torch_dtype": _PRECISION,
+    "gradient_accumulation_steps": (
+        "set train.global_batch_size: it counts the samples of all ranks and micro batches of a step"
+    ),
+    "gradient_checkpointing": "write train.recompute: full",
+    "assistant_only_loss": "write data.loss_on: assistant, the default, or all",
+    "train_on_inputs": "write data.loss_on: all, or assistant, the default",
+    "val_split": "write data.valid: {share: 0.01}",
+    "validation_split": "write data.valid: {share: 0.01}",
+    "warmup_ratio": "write schedule.warmup_steps, a number of steps",
 }
 # Keys that say too little for another section's key of this name to be meant.
 _GENERIC_NAMES = frozenset({"check", "columns", "config", "format", "init", "name", "options", "path", "split"})
@@ -58,6 +110,9 @@ def explain_unknown_key(loc: tuple[int | str, ...], value: Any, model: type[Base
             return f"{start}; write {key}: {text or 'value'}, with {named}"
     if not prefix and name in _OPTIONS:
         return f"{start}; did you mean {_OPTIONS[name]}?"
+    other_way = OTHER_WAYS.get(dotted(loc)) or OTHER_WAYS.get(name)
+    if other_way and not any(isinstance(part, int) for part in loc):
+        return f"{start}; {other_way}"
     homes = _homes(name, value, model) if not any(isinstance(part, int) for part in loc) else []
     near = [key for key in nearest_names(name, fields) if fits(fields[key], value)]
     if homes and (not prefix or (len(homes) == 1 and name not in _GENERIC_NAMES)):

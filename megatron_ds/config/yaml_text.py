@@ -80,7 +80,8 @@ def parse_yaml(text: str, place: str) -> Any:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        is_open_key = "could not find expected ':'" in (error.problem or "")  # found at the end of the next key
+        mark = (error.context_mark if is_open_key else None) or error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{place}{line}: not valid YAML: {_problem(error)}") from None
     except yaml.reader.ReaderError as error:
@@ -99,6 +100,9 @@ _WAYS_OUT: tuple[tuple[str, str], ...] = (
     ),
     (r"scanning a quoted scalar.*end of stream", "a quote is not closed"),
     (r"another document", "keep one document"),
+    (r"could not find expected ':'", "write key: value, with a space after the colon"),
+    (r"parsing a flow (mapping|sequence)", "close each { and [, and quote texts that hold one of them"),
+    (r"escape (sequence|character)", "a text with a backslash needs single quotes: 'C:\\data'"),
 )
 
 

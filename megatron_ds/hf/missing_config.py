@@ -14,7 +14,7 @@ from megatron_ds.hf.registry import FAMILIES
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_ADDRESS = re.compile(r"(?:https?://huggingface\.co/|hf://)(?:models/)?([\w.-]+/[\w.-]+)(?:/.*)?")
+_HUB_ADDRESS = re.compile(r"(?:https?://huggingface\.co/|hf://)(?:models/)?([\w.-]+(?:/[\w.-]+)?)(?:/.*)?")
 
 # Files and folders of other formats -> the format.
 _FORMATS = {
@@ -63,6 +63,8 @@ def _absent(place: Path, named: Callable[[object], str]) -> str:
             "does not exist here, and nothing is downloaded by itself; if it is a model of the hub, try `hf download "
             f"{name} --local-dir {folder}` and {named(folder)}"
         )
+    if re.match(r"[a-z][a-z0-9]+:/", str(place)):
+        return "is not on this machine, and nothing is downloaded by itself; copy the directory here first"
     parent = next(folder for folder in place.absolute().parents if folder.is_dir())
     missing = place.absolute().relative_to(parent).parts[0]
     near = [one for one in _nested(parent) if one.name in difflib.get_close_matches(missing, [one.name], cutoff=0.6)]

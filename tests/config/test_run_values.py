@@ -34,6 +34,26 @@ REFUSALS = [
     ("learning_rate=1e-4", "learning_rate: unknown key; did you mean optimizer.lr?"),
     ("train.save_steps=10", "train.save_steps: unknown key; did you mean checkpoint.every?"),
     ("train.save_steps=x", f"train.save_steps: unknown key; legal here: {TRAIN}"),
+    (
+        "schedule.warmup_ratio=0.03",
+        "schedule.warmup_ratio: unknown key; write schedule.warmup_steps, a number of steps",
+    ),
+    (
+        "train.gradient_accumulation_steps=4",
+        "train.gradient_accumulation_steps: unknown key; set train.global_batch_size: it counts the samples of all "
+        "ranks and micro batches of a step",
+    ),
+    (
+        "model.torch_dtype=bfloat16",
+        "model.torch_dtype: unknown key; write deepspeed: {bf16: {enabled: true}}, or fp16; the default is float32",
+    ),
+    (
+        "model.dtype=bfloat16",  # and not export.dtype
+        "model.dtype: unknown key; write deepspeed: {bf16: {enabled: true}}, or fp16; the default is float32",
+    ),
+    ("parallel.data=2", "parallel.data: unknown key; it follows: ranks / (parallel.tensor * parallel.pipeline)"),
+    ("val_set_size=0.05", "val_set_size: unknown key; did you mean data.valid_share?"),
+    ("train.gradient_checkpointing=true", "train.gradient_checkpointing: unknown key; write train.recompute: full"),
     ("bf16=true", "bf16: unknown key; did you mean deepspeed.bf16.enabled?"),
     ("lora={r: 8}", "lora: unknown key; did you mean peft?"),
     ("lora=8", f"lora: unknown key; legal here: {TOP}"),
@@ -217,6 +237,28 @@ REFUSALS = [
     ("data.date=tomorrow", "data.date=tomorrow is not a date; write it as 2024-07-26"),
     ("data.date=26.7.2024", "data.date=26.7.2024 is not a date; write it as 2024-07-26"),
     ("data.valid={share: 2}", "data.valid_share=2 must be less than 1.0"),
+    (
+        "data.valid=0.1",
+        "data.valid=0.1 names no data; to hold out a share of data.train, write data.valid={share: 0.1}",
+    ),
+    (
+        "data.valid={split: 5}",
+        "data.valid.split=5 names no data; to hold out a share of data.train, write data.valid={share: 0.01}",
+    ),
+    (
+        "data.valid=true",
+        "data.valid=true names no data; to hold out a share of data.train, write data.valid={share: 0.01}",
+    ),
+    ("data.valid=[{share: 0.2}]", "data.valid[0].share=0.2 is in a list; write data.valid={share: 0.2}"),
+    (
+        "data.valid={share: null}",
+        "data.valid.share is empty; give it a number, for example data: {valid: {share: 0.01}}",
+    ),
+    ("train.start_timeout=5m", "train.start_timeout=5m is not a number of seconds; write 300"),
+    ("train.step_timeout=1.5h", "train.step_timeout=1.5h is not a number of seconds; write 5400"),
+    ("train.start_timeout=0:05:00", "train.start_timeout=0:05:00 is not a number of seconds; write 300"),
+    ("export={path: x, max_shard_size: 5}", "export.max_shard_size=5 is not a size; write for example 5GB or 500MB"),
+    ("export=true", "export=true is not a mapping; write export: {path: ...}"),
     ("data.valid={share: few}", "data.valid_share=few is not a number"),
     ("data.valid={share: 0.1, path: a}", "data.valid.share=0.1 and data.valid.path are both set; keep one"),
     (

@@ -102,6 +102,24 @@ def test_numbers_are_written_so_that_they_stay() -> None:
             "mapping values are not allowed here; indent keys of a section alike; a text with a colon",
         ),
         ('a: "b', "found unexpected end of stream; a quote is not closed"),
+        (
+            "a: 1\nb:2\nc: 3",
+            "x line 2: not valid YAML: could not find expected ':'; write key: value, with a space after the colon",
+        ),
+        (
+            "a: 1\nb = 2\n",
+            "x line 2: not valid YAML: could not find expected ':'; write key: value, with a space after the colon",
+        ),
+        (
+            "a: {b: 1\nc: 2",
+            "x line 2: not valid YAML: expected ',' or '}', but got ':'; close each { and [, and quote texts that hold "
+            "one of them",
+        ),
+        (
+            'a: "C:\\Users"',
+            "x line 1: not valid YAML: expected escape sequence of 8 hexadecimal numbers, but found 's'; a text with a "
+            "backslash needs single quotes: 'C:\\data'",
+        ),
         ("a: 1\n---\nb: 2", "x line 2: not valid YAML: but found another document; keep one document"),
         ("a: \0", "x: character 3 is not text; is it a YAML file?"),
         ("a: " + "[" * 5000, "x: not valid YAML: maximum recursion depth exceeded"),

@@ -44,6 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("xlm-roberta-base", "xlm-roberta-base"),
         ("https://huggingface.co/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
         ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/main", "Qwen/Qwen3-0.6B"),
+        ("https://huggingface.co/gpt2", "gpt2"),
         ("hf://openai-community/gpt2", "openai-community/gpt2"),
     ],
 )
@@ -63,6 +64,13 @@ def test_a_path_that_does_not_exist(place: Path) -> None:
     assert message(str(absent)) == f"model.path={absent} does not exist; there is no other in {place / 'models'}"
     (place / "link").symlink_to("gone")
     assert message("link") == "model.path=link is a link to gone, which does not exist"
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/llama", "gs://bucket/a/b", "https://example.org/llama"])
+def test_addresses_are_not_taken_for_directories(place: Path, address: str) -> None:
+    assert message(address).endswith(
+        " is not on this machine, and nothing is downloaded by itself; copy the directory here first"
+    )
 
 
 def test_files(place: Path) -> None:
