@@ -45,7 +45,8 @@ def prepare(
         str, typer.Option(metavar="PREFIX", parser=expanded_text, help="Files to write: PREFIX.bin, .idx and .json.")
     ],
     workers: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Number of processes (default: number of cores).")
+        int,
+        typer.Option(metavar="N", min=0, show_default=False, help="Number of processes (default: number of cores)."),
     ] = 0,
     column: Annotated[str, typer.Option(metavar="NAME", help="The field that holds the text.")] = "text",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The configuration of data sets on the hub.")] = None,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     directory = Path(path).expanduser()
     remedy = "point model.tokenizer at a directory written by a tokenizer's save_pretrained"
     if not directory.is_dir():
-        raise DataError(f"tokenizer {path}: no such directory; {remedy}")
+        raise DataError(f"tokenizer {path}: {_why_no_directory(directory, remedy)}")
     try:
         file = sentencepiece_file(directory)
         if file is not None:
@@ -40,6 +41,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise DataError(f"tokenizer {path}: the directory holds no vocabulary, only special tokens; {remedy}")
     return tokenizer
+
+
+def _why_no_directory(path: Path, remedy: str) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {path.readlink()}, which does not exist; {remedy}"
+    if path.exists():
+        is_part = any(path.match(pattern) for pattern in (*_VOCABULARIES, "*.json"))
+        return f"is a file, and its directory is needed; {f'try {path.parent}' if is_part else remedy}"
+    on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path))
+    download = f"; if it is one of the hub, try `hf download {path} --local-dir {path.name}` first" if on_hub else ""
+    return f"no such directory; {remedy}{download}"
 
 
 def _has_vocabulary(directory: Path) -> bool:

@@ -158,3 +158,13 @@ def test_a_path_that_does_not_exist_has_a_near_one(write: Any, tmp_path: Path) -
             TextSource(str(tmp_path / "corpus" / name))
         hint = f"; nearest: {tmp_path}/corpus/{near}" if near else ""
         assert str(caught.value).endswith(f"no such file or directory (looked in {Path.cwd()}){hint}")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "corpus"])
+def test_a_link_to_nothing_is_called_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).symlink_to("gone")
+    for path in (name, str(tmp_path / name)):
+        with pytest.raises(DataError) as refused:
+            TextSource(path)
+        assert str(refused.value) == f"data: {path}: is a link to gone, which does not exist"

@@ -241,3 +241,21 @@ def test_tokenizer_without_end_of_text_is_refused(text, tokenizer_path, cache, t
         open_dataset("text", Causal(), [str(text)], 8, 4096, str(other), str(cache))
     assert not cache.exists()
     assert special_id(load_tokenizer(tokenizer_path), tokenizer_path, "eos_token", "") == 0
+
+
+def test_a_tokenizer_that_is_no_directory(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    for path, expected in (
+        (str(file), f"is a file, and its directory is needed; try {tmp_path}"),
+        (str(link), "is a link to gone, which does not exist; point model.tokenizer at"),
+        ("gpt2", "try `hf download gpt2 --local-dir gpt2` first"),
+        ("Qwen/Qwen3-0.6B", "try `hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` first"),
+        (f"{tmp_path}/none", "no such directory; point model.tokenizer at"),
+    ):
+        with pytest.raises(DataError) as refused:
+            load_tokenizer(path)
+        assert expected in str(refused.value)
+        assert ("hub" in str(refused.value)) == ("hf download" in expected)
