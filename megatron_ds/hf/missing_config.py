@@ -48,7 +48,11 @@ def why_missing(path: Path, key: str = "") -> str:
     if place.is_file():
         return f"{named(place)} is a file, and a Hugging Face directory is needed{_of_file(place, named)}"
     if path.name != CONFIG:
-        return f"{named(place)}: no {path.name} here"
+        holds = "the directory is empty" if not any(place.iterdir()) else ""
+        if path.name == ADAPTER_CONFIG:
+            is_model = (place / CONFIG).is_file()
+            holds = holds or ("it holds a full model" if is_model else "is it a directory that peft wrote?")
+        return f"{named(place)}: no {path.name} here{'; ' if holds else ''}{holds}"
     return f"{named(place)}: no {CONFIG} here; {_of_directory(place, named)}"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.config import read_json, read_model
+from megatron_ds.hf.peft.config import AdapterConfig
 from megatron_ds.runtime.loaded_model import load_model
 
 
@@ -146,3 +147,23 @@ def test_adapters(place: Path) -> None:
 def test_a_run_file_names_its_key() -> None:
     with pytest.raises(ConversionError, match=r"^model\.path=nothing/here does not exist"):
         load_model(os.path.join("nothing", "here"))
+
+
+def test_a_directory_without_adapters(place: Path) -> None:
+    model_in(place / "model")
+    (place / "empty").mkdir()
+    (place / "other").mkdir()
+    (place / "other" / "notes").touch()
+    (place / "link").symlink_to("gone")
+    for path, expected in (
+        ("model", "no adapter_config.json here; it holds a full model"),
+        ("empty", "no adapter_config.json here; the directory is empty"),
+        ("other", "no adapter_config.json here; is it a directory that peft wrote?"),
+        ("link", "is a link to gone, which does not exist"),
+        ("loras/mine", "nothing is downloaded by itself; if it is a model of the hub, try `hf download loras/mine"),
+        (str(place / "none"), f"does not exist; there is no none in {place}"),
+    ):
+        with pytest.raises(ConversionError) as refused:
+            AdapterConfig(path)
+        assert str(refused.value).startswith(f"peft={path}")
+        assert expected in str(refused.value)

@@ -179,7 +179,7 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
             "peft.feedforward_modules matches model.layers.0.mlp.up_proj, whose input others take too",
         ),
         (["peft={peft_type: IA3, r: 4}"], "peft.r is not a field of peft's IA3Config"),
-        (["peft=nowhere"], "peft=nowhere: no adapter_config.json here"),
+        (["peft=nowhere"], "peft=nowhere does not exist; there is no nowhere in"),
         (["peft=3"], "peft=3 is neither fields of a peft config"),
         (["train.freeze=[model.norm.weight]"], "train.freeze does nothing with peft"),
         (["model.init=random"], "peft needs a model to adapt, and model.init=random has none"),

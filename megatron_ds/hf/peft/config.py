@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.missing_config import why_missing
 from megatron_ds.hf.peft.field_kinds import check_kinds, meant_field
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.log import get_logger
@@ -218,7 +219,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     path = Path(source)
     file = path / ADAPTER_CONFIG if path.is_dir() else path
     if not file.is_file():
-        raise ConversionError(f"peft={source}: no {ADAPTER_CONFIG} here; is it a directory that peft wrote?")
+        raise ConversionError(why_missing(path / ADAPTER_CONFIG, "peft"))
     return f"peft={source}", read_json(file)
 
 
