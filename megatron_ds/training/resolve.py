@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -199,6 +199,11 @@ def _is_run_file(path: Path) -> bool:
 
 
 def _check_writable(field: str, path: str, place: Path) -> None:
+    """Check by a trial that a directory can be made in the nearest folder that exists; rights alone do not tell."""
     parent = next(found for found in (place, *place.parents) if found.exists())
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"{field}={path} cannot be written ({parent} is read-only); choose another directory")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".megatron_ds-", dir=parent):
+            pass
+    except OSError as problem:
+        reason = "is not a directory" if not parent.is_dir() else f"takes no directory: {problem.strerror or problem}"
+        raise ConfigError(f"{field}={path} cannot be written ({parent} {reason}); choose another place") from problem

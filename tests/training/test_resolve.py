@@ -144,6 +144,16 @@ def test_an_output_in_a_model_is_refused_by_any_name(tmp_path: Path) -> None:
     assert text.startswith(f"output={tmp_path / 'link'} would replace model.tokenizer={tmp_path / 'base'};")
 
 
+@pytest.mark.parametrize("key", ["output", "export.path"])
+def test_a_place_that_takes_no_directory_is_refused_before_the_first_step(tmp_path: Path, key: str) -> None:
+    (tmp_path / "file").touch()
+    for place, reason in (("/proc/run", "/proc takes no directory"), (f"{tmp_path}/file/x", "file is not a directory")):
+        places = {"output": place} if key == "output" else {"export": {"path": place}}
+        text = refusal(run_with(tmp_path, **places))
+        assert text.startswith(f"{key}={place} cannot be written (") and reason in text, text
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "data.jsonl"}
+
+
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     assert refusal(run_with(tmp_path)) == f"output={tmp_path / 'out'} is a file; choose a directory"
