@@ -29,7 +29,7 @@ def unmarked_spans(written: Written, turns: Sequence[int], bounds: TurnBounds) -
             raise DataError(_not_found(written, turn))
         ends = [(place, end) for place in places[turn] if (end := bounds.end_length(place)) is not None]
         if not ends:
-            raise DataError(_no_end(written, places[turn][0].closing))
+            raise DataError(_no_end(written, places[turn][0].closing, bounds.control_tokens))
         place, end = ends[0]
         start, stop = located.spans[place.first][0], located.spans[place.last][1]
         found.append((start - len(place.opening) + header, stop + end))
@@ -80,7 +80,7 @@ def _end_after_mark(written: Written, turn: int, end: int, control_tokens: Seque
             alone, marks = text, [(0, end)]
         if marks and alone[marks[-1][1] :].lstrip().startswith(token):
             return after + len(token)
-    raise DataError(_no_end(written, text[end:]))
+    raise DataError(_no_end(written, text[end:], control_tokens))
 
 
 def _marks_by_turn(
@@ -117,8 +117,10 @@ def _not_found(written: Written, turn: int) -> str:
     )
 
 
-def _no_end(written: Written, found: str) -> str:
+def _no_end(written: Written, found: str, control_tokens: Sequence[str]) -> str:
+    following = next((token for token in control_tokens if found.lstrip().startswith(token)), None)
+    end = f"{found[:12]!r}, which is no control token" if following is None else f"nothing before {following!r}"
     return (
-        f"{written.subject} ends the assistant's turn with {found[:12]!r}, which is no control token: the trained "
-        "model would not know when to stop; let the template end the turn with eos_token"
+        f"{written.subject} ends the assistant's turn with {end}: the trained model would not know when to stop; let "
+        "the template end the turn with eos_token"
     )

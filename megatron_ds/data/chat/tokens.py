@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 _BATCH = 512
 _ARRAYS = ("ids", "learned", "starts", "places", "notes", "note_counts")
 _BAD_ARRAYS = ("bad_count", "bad_first")  # of sources of which rows were left out
-_MASKS = "-2"
+_MASKS = "-3"
 """Version of the masks, in the names of cache entries. The key is that of a run's data, which must stay resumable."""
 
 Renderer = ChatTemplate | PlainTemplate

@@ -73,10 +73,13 @@ class TurnBounds:
         render: renders a conversation's messages.
         control_tokens: the tokenizer's, the longest first.
         known: results for pieces that were seen before; it is extended.
+
+    Attributes:
+        control_tokens: the tokenizer's, the longest first.
     """
 
     def __init__(self, render: Render, control_tokens: Sequence[str], known: Known) -> None:
-        self._render, self._known = render, known
+        self._render, self._known, self.control_tokens = render, known, control_tokens
         pattern = "|".join(map(re.escape, control_tokens)) or "(?!)"
         self._control, self._control_run = re.compile(pattern), re.compile(f"(?:{pattern})+")
 
@@ -102,23 +105,27 @@ class TurnBounds:
         prompt = self._after(self._render(before, True), turn.marker_before, turn)
         plain = self._plain_opening(turn)
         opening = turn.opening
+        if not before and prompt is not None and not opening.startswith(prompt):
+            # a system message of the template's own, which it does not write for a conversation without messages
+            start = opening.rfind(prompt)
+            prompt = opening[: start + len(prompt)] if start >= 0 else None
         if plain is not None and opening.startswith(plain) and _EMPTY_BLOCK.search(plain):
             return len(plain)  # with its empty block of reasoning, which is no part of the reply
-        if prompt is None or (plain is not None and self._lacks_header(prompt, plain, before, turn)):
+        if prompt is None or self._lacks_header(prompt, plain, before, turn):
             return None if plain is None else _common_length(opening, plain)
         if opening.startswith(prompt):
             return len(prompt)
         return _common_length(opening, prompt if plain is None else prompt[: _common_length(prompt, plain)])
 
-    def _lacks_header(self, prompt: str, plain: str, before: Sequence[Message], turn: Neighbours) -> bool:
-        """Return whether the template writes a header, but no prompt."""
-        if not plain.startswith(prompt) or not plain[len(prompt) :].strip():
+    def _lacks_header(self, prompt: str, plain: str | None, before: Sequence[Message], turn: Neighbours) -> bool:
+        """Return whether the template writes a header, or may write one, but no prompt."""
+        if plain is not None and (not plain.startswith(prompt) or not plain[len(prompt) :].strip()):
             return False
         return self._after(self._render(before, False), turn.marker_before, turn) == prompt
 
     def _plain_opening(self, turn: Neighbours) -> str | None:
         messages: list[dict[str, Any]] = list(turn.marked.messages)
-        messages[turn.turn] = _say(ASSISTANT, turn.marked.spare())
+        messages[turn.turn] = _say(ASSISTANT, turn.marked.spare(), turn)
         before, marker, _ = (self._render(messages, False) or "").partition(turn.marked.spare())
         return self._after(before, turn.marker_before, turn) if marker else None
 
@@ -142,8 +149,8 @@ class TurnBounds:
     def _usual_end(self, turn: Neighbours) -> str | None:
         """Return the token, or the tokens, that end a message that has nothing but content, last or not."""
         marker = turn.marked.spare()
-        messages = [*turn.marked.messages[: turn.turn], _say(ASSISTANT, marker)]
-        followed = self._render([*messages, _say(USER, turn.marked.spare(1))], False)
+        messages = [*turn.marked.messages[: turn.turn], _say(ASSISTANT, marker, turn)]
+        followed = self._render([*messages, _say(USER, turn.marked.spare(1), turn)], False)
         tails = [(rendered or "").partition(marker)[2] for rendered in (self._render(messages, False), followed)]
         common = tails[0][: _common_length(*tails)] if followed is not None else tails[0]
         tokens = self._control_run.search(common)
@@ -178,8 +185,10 @@ def find_turns(pieces: Pieces, marked: Marked) -> dict[int, list[Neighbours]]:
     return found
 
 
-def _say(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": text}
+def _say(role: str, text: str, like: Neighbours) -> dict[str, Any]:
+    """Return a message that has nothing but content, in the form of the other messages' content."""
+    in_parts = any(isinstance(message["content"], list) for message in like.marked.messages)
+    return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
 
 
 def _common_length(one: str, other: str) -> int:

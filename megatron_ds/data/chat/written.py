@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_ds.data.chat.conversations import Conversation
-from megatron_ds.data.chat.messages import DEVELOPER, SYSTEM, Message
+from megatron_ds.data.chat.messages import ASSISTANT, DEVELOPER, SYSTEM, Message
 from megatron_ds.data.chat.probe import Located, locate
 from megatron_ds.data.chat.template import Span, Template, TemplateSource
 from megatron_ds.errors import DataError
@@ -48,6 +48,15 @@ class Written:
         """The texts of the messages in the rendering; None = the template changes them."""
         return locate(self.messages, self.source, self.text, lambda messages: self.render_part(messages, False))
 
+    @property
+    def shows_replies(self) -> bool:
+        """True if the rendering holds a text of each message of the assistant, or they cannot be located in it."""
+        if self.located is None:
+            return True
+        cores = self.located.marked.cores
+        shown = {cores[marker].owner for marker in self.located.pieces.markers}
+        return {core.owner for core in cores if self.messages[core.owner]["role"] == ASSISTANT} <= shown
+
     def render_part(self, messages: Sequence[Message], prompt: bool) -> str | None:
         """Return the rendering of other messages; None if the template refuses them, as it may the first ones alone."""
         try:
@@ -59,11 +68,14 @@ class Written:
 def write_conversation(conversation: Conversation, template: Template) -> Written:
     """Render a conversation, in the first form of its messages that the template accepts.
 
+    A form whose replies the template writes comes before one in which it passes over them without an error.
+
     Raises:
         DataError: the template refuses all of them.
     """
     problem: Exception | None = None
     writes_python = False
+    accepted: Written | None = None
     for messages in _forms(conversation, template.source(conversation.tools)):
         try:
             text, marks = template.render(messages, conversation.tools, mask=True)
@@ -71,8 +83,14 @@ def write_conversation(conversation: Conversation, template: Template) -> Writte
             problem = problem or error
             continue
         if not _has_python_notation(messages, text):
-            return Written(conversation, template, messages, text, [(a, b) for a, b in marks if a < b])
+            written = Written(conversation, template, messages, text, [(a, b) for a, b in marks if a < b])
+            if written.shows_replies:
+                return written
+            accepted = accepted or written
+            continue
         writes_python = True
+    if accepted is not None:
+        return accepted
     subject = f"data: {conversation.where}: the chat template of {template.path}"
     if writes_python:
         raise DataError(f"{subject} writes the arguments of calls in Python's notation; write them with `| tojson`")

@@ -409,6 +409,50 @@ def test_a_turn_that_the_template_does_not_write() -> None:
     assert spans("chatml", off) == ["is<|im_end|>"]
 
 
+@pytest.mark.parametrize("think", ["", "<think>\\n"])
+def test_a_system_message_of_the_template_before_the_first_turn_has_no_loss(think: str) -> None:
+    template = with_template(
+        "chatml",
+        "{% for m in messages %}"
+        "{% if loop.first and m.role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n{think}' }}}}{{% endif %}}",
+    )
+    for first, learned in ((assistant("it"), "it"), (assistant("it", reasoning_content="so"), "<think>soit")):
+        rendered = template.render(row(first, user("Hi"), assistant("is")))
+        found = [rendered.text[start:end] for start, end in rendered.spans]
+        assert found == [f"{learned}<|im_end|>", "is<|im_end|>"]
+
+
+def test_the_form_of_the_messages_that_shows_the_replies() -> None:
+    of_nulls = with_template(
+        "chatml",
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.content is none %}{% for c in m.tool_calls %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}",
+    )
+    of_parts = with_template(
+        "chatml",
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for c in m.content %}{% if c.type == 'text' %}"
+        "{{ c.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}",
+    )
+    calls = row(user("Hi"), assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "so"}, assistant("is"))
+    texts = row(user("Hi"), assistant("it"))
+    for template, one, first in ((of_nulls, calls, CALL["function"]["name"]), (of_parts, texts, "it")):
+        rendered = template.render(one)
+        start, end = rendered.spans[0]
+        assert rendered.text[start:end].startswith(first), rendered.text
+
+
+def test_a_token_of_the_next_message_is_no_end() -> None:
+    template = with_template("chatml", "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}{% endfor %}")
+    with pytest.raises(DataError, match=r"ends the assistant's turn with nothing before '<\|im_start\|>': the trained"):
+        template.render(row(user("Hi"), assistant("it"), user("so"), assistant("is")))
+
+
 def test_developers_are_written_as_the_template_knows_them() -> None:
     one = row({"role": "developer", "content": "so"}, user("Hi"), assistant("it"))
     assert "<|im_start|>system\nso<|im_end|>" in ChatTemplate(tokenizer_of("chatml"), "", False).render(one).text
