@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from megatron_ds.data.chat.messages import ASSISTANT, SYSTEM, USER, Message, ReadMessage, kind, read_messages
+from megatron_ds.data.chat.messages import (
+    ASSISTANT,
+    ROW_SWITCHES,
+    SYSTEM,
+    USER,
+    Message,
+    ReadMessage,
+    kind,
+    read_messages,
+)
 from megatron_ds.data.chat.tool_calls import read_tools, without_nulls
 from megatron_ds.data.readers.examples import Located
 from megatron_ds.errors import DataError
@@ -64,6 +73,11 @@ def parse_conversation(located: Located) -> Conversation:
     read = next((read for names, read in _FORMS if names <= columns.keys()), None)
     if read is None:
         raise DataError(_missing_columns(columns, where))
+    if off := next((name for name in ROW_SWITCHES if columns.get(name) in (0, False)), None):
+        raise DataError(
+            f"data: {where}: {off}={columns[off]!r} switches off the loss of the whole row, so nothing to learn; "
+            f"remove the row, or write {off} in its messages"
+        )
     found = read(columns, where)
     tools = next((columns[name] for name in _TOOLS if name in columns), None)
     conversation = Conversation(

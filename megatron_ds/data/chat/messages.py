@@ -28,6 +28,8 @@ _CALLING_ROLES = ("function_call", "tool_call")  # ShareGPT: a message of the as
 
 _SWITCHES = ("weight", "train", "training", "trainable", "loss")  # 1 or true: the message carries loss
 _INVERTED_SWITCHES = ("masked",)
+ROW_SWITCHES = ("weight", "train", "training", "trainable")
+"""Of these, the columns that switch off a whole row; `loss` may be a figure there."""
 _UNCLEAR_SWITCHES = ("mask", "loss_mask", "loss_scale", "loss_weight", "train_detail")
 _SWITCH_VALUES: Mapping[Any, bool] = {0: False, 1: True}  # also 0.0, 1.0, False and True
 

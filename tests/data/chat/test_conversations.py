@@ -217,3 +217,12 @@ def test_developers_and_further_keys_are_kept() -> None:
 )
 def test_what_cannot_be_learned_is_named(columns: dict[str, Any], says: str) -> None:
     assert says in refusal(**columns)
+
+
+@pytest.mark.parametrize("column", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": 0}])
+def test_a_row_that_switches_its_loss_off_is_not_learned(column: dict[str, Any]) -> None:
+    columns = {"prompt": "a", "completion": "b"}
+    name, value = next(iter(column.items()))
+    with pytest.raises(DataError, match=rf"x:1: {name}={value!r} switches off the loss of the whole row"):
+        parse_conversation(Located({**columns, **column}, "x:1"))
+    assert parse_conversation(Located({**columns, name: 1, "loss": 0.0}, "x:1")).learned == [1]
