@@ -158,6 +158,15 @@ _FORMS: Sequence[tuple[frozenset[str], Callable[[Mapping[str, Any], str], _Found
     (frozenset({"instruction", "output"}), _alpaca),
 )
 _TOOLS = ("tools", "functions")
+_OTHER_NAMES = {
+    "messages": ("dialogue", "dialog", "chat", "turns"),
+    "prompt": ("question", "query", "problem", "input"),
+    "completion": ("answer", "response", "solution", "output"),
+    "input": ("context",),
+    "output": ("response", "answer", "completion"),
+}
+"""Usual names of columns that `data.columns` maps to ours; for messages lists of mappings, otherwise texts."""
+_OPTIONAL = {frozenset({"instruction", "output"}): {"input"}}
 
 
 def _one_side(value: object, role: str, place: str) -> list[ReadMessage]:
@@ -194,7 +203,9 @@ def _missing_columns(columns: Mapping[str, Any], where: str) -> str:
 
 
 def _hint(columns: Mapping[str, Any]) -> str:
-    """Return the nearest way out: the other half of a form, a name to correct, or names to map."""
+    """Return the nearest way out: names to map, the other half of a form, or a name to correct."""
+    if mapping := _mapping(columns):
+        return f"; try data.columns={{{', '.join(f'{ours}: {theirs}' for ours, theirs in mapping.items())}}}"
     for names, _ in _FORMS:
         if given := sorted(names & columns.keys()):
             return f"; {', '.join(given)} needs {', '.join(sorted(names - columns.keys()))} in the same row"
@@ -206,3 +217,23 @@ def _hint(columns: Mapping[str, Any]) -> str:
     if sum(isinstance(value, str) for value in columns.values()) > 1:
         return f"{others}; other names are mapped, as in data.columns={{prompt: question, completion: answer}}"
     return others
+
+
+def _mapping(columns: Mapping[str, Any]) -> dict[str, str]:
+    """Return the `data.columns` that complete a form, ours first, with other usual names; empty if there are none."""
+    texts = {name for name, value in columns.items() if isinstance(value, str)}
+    chats = {name for name, value in columns.items() if isinstance(value, list | tuple) and _holds_messages(value)}
+    for names, _ in _FORMS:
+        usable = chats if names == {"messages"} else texts
+        found = {
+            ours: next(name for name in others if name in usable)
+            for ours, others in _OTHER_NAMES.items()
+            if ours not in columns and ours in names | _OPTIONAL.get(names, set()) and not usable.isdisjoint(others)
+        }
+        if found and names <= columns.keys() | found.keys():
+            return found
+    return {}
+
+
+def _holds_messages(turns: Sequence[Any]) -> bool:
+    return bool(turns) and all(isinstance(turn, Mapping) for turn in turns)

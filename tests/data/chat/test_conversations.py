@@ -195,9 +195,9 @@ def test_developers_and_further_keys_are_kept() -> None:
         ({"chosen": [HI, HELLO], "rejected": [HI, HELLO]}, "to learn the chosen one, write it as 'completion'"),
         ({"prompt": "Hi", "completion": "x", "label": False}, "label=false marks an undesired completion"),
         ({"prompt": "Hi"}, "only prompt; prompt needs completion in the same row"),
-        ({"instruction": "Hi", "response": "x"}, "instruction needs output in the same row"),
+        ({"instruction": "Hi", "input": ""}, "instruction needs output in the same row"),
         ({"conversation_": [HI]}, "did you mean 'conversation' by 'conversation_'?"),
-        ({"question": "Hi", "answer": "x"}, "as in data.columns={prompt: question, completion: answer}"),
+        ({"heading": "Hi", "body": "x"}, "as in data.columns={prompt: question, completion: answer}"),
         ({"conversations": share(human="Hi", gtp="x")}, "conversations[1] has the role 'gtp'; roles are"),
         (
             {"conversations": share(system="s", human="Hi", gpt="x"), "system": "t"},
@@ -226,3 +226,25 @@ def test_a_row_that_switches_its_loss_off_is_not_learned(column: dict[str, Any])
     with pytest.raises(DataError, match=rf"x:1: {name}={value!r} switches off the loss of the whole row"):
         parse_conversation(Located({**columns, **column}, "x:1"))
     assert parse_conversation(Located({**columns, name: 1, "loss": 0.0}, "x:1")).learned == [1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping"),
+    [
+        ({"question": "Hi", "answer": "x"}, "prompt: question, completion: answer"),
+        ({"input": "Hi", "output": "x"}, "prompt: input, completion: output"),
+        ({"prompt": "Hi", "response": "x", "rank": 3}, "completion: response"),
+        ({"instruction": "Hi", "context": "there", "response": "x"}, "input: context, output: response"),
+        ({"dialogue": [HI, HELLO]}, "messages: dialogue"),
+    ],
+)
+def test_a_mapping_is_named_where_it_works(columns: dict[str, Any], mapping: str) -> None:
+    assert refusal(**columns).endswith(f"; try data.columns={{{mapping}}}")
+    pairs = [pair.split(": ") for pair in mapping.split(", ")]
+    mapped = {ours: columns[theirs] for ours, theirs in pairs}
+    assert parse(**columns, **mapped).learned
+
+
+@pytest.mark.parametrize("columns", [{"dialogue": ["Hi", "Hello"]}, {"question": "Hi", "answer": {"text": "x"}}])
+def test_no_mapping_is_named_that_would_fail(columns: dict[str, Any]) -> None:
+    assert "try data.columns" not in refusal(**columns)
