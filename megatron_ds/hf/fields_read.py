@@ -132,6 +132,8 @@ class _Search(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
+        if self._is_configuration and any(_is_plan(target) for target in node.targets):
+            return
         if self._is_config(node.value):
             self._other_names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         self.generic_visit(node)
@@ -154,6 +156,8 @@ class _Search(ast.NodeVisitor):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if self._is_configuration:
             self.found.add(_last_name(node.target))
+            if _is_plan(node.target):
+                return
         self.generic_visit(node)
 
     def visit_Dict(self, node: ast.Dict) -> None:
@@ -186,6 +190,11 @@ class _Search(ast.NodeVisitor):
             return False
         name = node.args[1 if _last_name(node.func) in _BY_NAME else 0]
         return not isinstance(name, ast.Constant)
+
+
+def _is_plan(target: ast.AST) -> bool:
+    """Test for a plan of parallelism, such as `base_model_tp_plan`: its keys are names of modules, not of fields."""
+    return _last_name(target).startswith("base_model_") and _last_name(target).endswith("_plan")
 
 
 def _last_name(node: ast.AST) -> str:

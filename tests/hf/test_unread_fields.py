@@ -35,6 +35,7 @@ UNREAD: dict[str, dict[str, Any]] = {
         "hidden_dropout_prob": 0,
         "gpt_j_residual": True,
         "init_method": "small_init",
+        "norm": "layernorm",
         "pos_emb": "rotary",
     },
     "phi3-plain": {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False},
@@ -57,6 +58,9 @@ UNREAD: dict[str, dict[str, Any]] = {
         "logits_scaling": 8.0,
         "residual_multiplier": 0.5,
         "save_step": None,
+        "norm": "rmsnorm",
+        "layers": [],
+        "embed_tokens": 0,
     },
 }
 
