@@ -220,7 +220,7 @@ def _hint(columns: Mapping[str, Any]) -> str:
 
 
 def _mapping(columns: Mapping[str, Any]) -> dict[str, str]:
-    """Return the `data.columns` that complete a form, ours first, with other usual names; empty if there are none."""
+    """Return the `data.columns` that complete a form, ours first, with other usual names; may be empty."""
     texts = {name for name, value in columns.items() if isinstance(value, str)}
     chats = {name for name, value in columns.items() if isinstance(value, list | tuple) and _holds_messages(value)}
     for names, _ in _FORMS:
@@ -236,4 +236,5 @@ def _mapping(columns: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _holds_messages(turns: Sequence[Any]) -> bool:
+    """Return whether a list holds mappings, as messages are."""
     return bool(turns) and all(isinstance(turn, Mapping) for turn in turns)
