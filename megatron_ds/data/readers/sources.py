@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     import datasets
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Word in the path of a file -> the split that it names, as on the hub."""
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -97,7 +103,23 @@ def _directory(source: Source, path: Path, plain_text: bool) -> list[Part]:
             f"data: {source.path}: the directory holds no {', '.join(file_endings(plain_text))} file, also in its "
             "sub-directories, and was not saved by datasets"
         )
+    _refuse_several_splits(source, path, found)
     return found
+
+
+def _refuse_several_splits(source: Source, directory: Path, found: list[Part]) -> None:
+    """Refuse a directory whose files are named after several splits: the test data would be learned."""
+    words: dict[str, str] = {}
+    for part in found:
+        for word in re.findall(r"[A-Za-z]+", os.path.relpath(_path_of(part), directory)):
+            if word.lower() in _SPLIT_OF_WORD:
+                words.setdefault(_SPLIT_OF_WORD[word.lower()], word)
+    if len(words) > 1:
+        patterns = " or ".join(f"{source.path.rstrip('/')}/**/*{word}*" for word in words.values())
+        raise DataError(
+            f"data: {source.path}: the directory holds files of several splits ({', '.join(words)}); name one of them: "
+            f"try {patterns}, or {source.path.rstrip('/')}/** for all of them"
+        )
 
 
 def _search(directory: Path, plain_text: bool) -> Iterator[Part]:

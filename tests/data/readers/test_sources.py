@@ -1,6 +1,7 @@
 """Directories, patterns, saved data sets with their splits, and data sets of the hub."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,31 @@ def test_patterns_choose_files(write: Any, open_: Any, tmp_path: Path) -> None:
     assert ids_of(open_("tokenized", literal)) == [ID_ROWS[4]["input_ids"]], "the name of a file is no pattern"
     with pytest.raises(DataError, match=r"ids/\*\.gz: no file of examples \(.*\) matches the pattern \(looked in"):
         open_("tokenized", str(tmp_path / "ids/*.gz"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["data/train-0.jsonl", "data/test-0.jsonl"],
+        ["train/0.jsonl", "validation/0.jsonl"],
+        ["en_TRAIN.jsonl", "en_dev.jsonl"],
+    ],
+)
+def test_a_directory_of_several_splits_is_not_read_whole(names: list[str], write: Any, tmp_path: Path) -> None:
+    for name, row in zip(names, TEXT_ROWS):
+        write(f"hub/{name}", json_lines([row]))
+    with pytest.raises(DataError, match="hub: the directory holds files of several splits") as caught:
+        TextSource(str(tmp_path / "hub"))
+    first, second, both = re.findall(rf"{re.escape(str(tmp_path))}[^\s,]*\*", str(caught.value))
+    assert sorted(texts for one in (first, second) for texts in TextSource(one).documents()) == sorted(TEXTS[:2])
+    assert len(list(TextSource(first).documents())) == 1
+    assert len(list(TextSource(both).documents())) == 2
+
+
+def test_names_that_only_resemble_splits(write: Any, tmp_path: Path) -> None:
+    for name, row in zip(["trainer.jsonl", "latest.jsonl", "train.jsonl"], TEXT_ROWS):
+        write(f"plain/{name}", json_lines([row]))
+    assert len(list(TextSource(str(tmp_path / "plain")).documents())) == 3
 
 
 def test_links_that_lead_back_are_followed_once(write: Any, tmp_path: Path) -> None:
@@ -113,7 +139,7 @@ def test_a_directory_of_files_has_the_splits_that_datasets_finds(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     write("set/train.jsonl", json_lines(TEXT_ROWS[:3]))
     write("set/test.jsonl", json_lines(TEXT_ROWS[3:]))
-    assert list(TextSource(str(tmp_path / "set")).documents()) == [*TEXTS[3:], *TEXTS[:3]]
+    assert list(TextSource(str(tmp_path / "set/**")).documents()) == [*TEXTS[3:], *TEXTS[:3]]
     assert list(TextSource(Source(str(tmp_path / "set"), split="train[1:]")).documents()) == TEXTS[1:3]
     with pytest.raises(DataError, match="as datasets finds it, has a 'dev' split that can be loaded"):
         TextSource(Source(str(tmp_path / "set"), split="dev"))
