@@ -1,6 +1,8 @@
 """Set what must be set before torch is imported; the corpus that several folders train on."""
 
+import logging
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +49,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Bring the longest files to the front; `--dist loadfile` gives files to workers in this order."""
     place = {file: index for index, file in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    """Undo what a test, or a command in its process, changes of the package's logger: its stream is closed later."""
+    logger = logging.getLogger("megatron_ds")
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers = list(logger.handlers)
+    yield
+    logger.handlers, logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -317,11 +317,16 @@ def test_rows_of_tokens_are_merged_but_not_trained(made: Path) -> None:
         adapters.check_trainable()
 
 
+class Call:
+    def __reduce__(self) -> Any:
+        return print, ("code of a file was run",)
+
+
 def test_a_bin_with_code_and_a_base_that_moved_are_refused(made: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(made / "both-tables", adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    torch.save({"lora": Path("a/path")}, adapter / "adapter_model.bin")
+    torch.save({"lora": Call()}, adapter / "adapter_model.bin")
     with pytest.raises(ConversionError, match=r"holds more than plain tensors, which is not loaded"):
         export_hf(adapter, tmp_path / "hf", merge=True, base=made / "llama")
     config = json.loads((adapter / "adapter_config.json").read_text())

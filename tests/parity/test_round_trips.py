@@ -57,10 +57,16 @@ def check(case: str, dtype: str, folder: Path) -> None:
 def covering() -> list[tuple[str, str]]:
     """Each case once; of each family one type after the other."""
     seen, chosen = Counter[str](), []
-    for case, config in CASES.items():
-        chosen.append((case, list(DTYPES)[seen[config["model_type"]] % len(DTYPES)]))
-        seen[config["model_type"]] += 1
+    for case in CASES:
+        chosen.append((case, list(DTYPES)[seen[family_of_case(case)] % len(DTYPES)]))
+        seen[family_of_case(case)] += 1
     return chosen
+
+
+def family_of_case(case: str) -> str:
+    """Return the model type of a case, or the one with the same tensors."""
+    model_type = CASES[case]["model_type"]
+    return FAMILIES[model_type].same_as or model_type
 
 
 COVERING = covering()
@@ -79,5 +85,5 @@ def test_every_case_bit_for_bit_in_every_type(case: str, dtype: str, tmp_path: P
 
 
 def test_every_family_is_tried_in_every_type() -> None:
-    for kind in FAMILIES:
-        assert {dtype for case, dtype in COVERING if CASES[case]["model_type"] == kind} == DTYPES.keys(), kind
+    for kind, family in FAMILIES.items():
+        assert family.same_as or {dtype for case, dtype in COVERING if family_of_case(case) == kind} == DTYPES.keys()

@@ -16,7 +16,7 @@ def test_draws_never_change_between_versions():
     assert draws.order(5).tolist() == [0, 1, 4, 2, 3]
     assert draws.choice(3, 10).tolist() == [0, 2, 3]
     assert draws.fractions(2).tolist() == [0.48943986532816197, 0.6415366704430264]
-    assert [int(purpose) for purpose in Purpose] == [1, 2, 3, 4]
+    assert [int(purpose) for purpose in Purpose] == [1, 2, 3, 4, 5]
 
 
 def test_keys_are_told_apart():
