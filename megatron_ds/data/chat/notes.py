@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_ds.data.chat.messages import ASSISTANT, TOOL
+from megatron_ds.data.chat.template import TemplateRefusal
 from megatron_ds.data.chat.written import Written
 
 _COUNT = "..."  # stands for the number of conversations that a note is about
@@ -43,7 +44,7 @@ def _hides_tools(written: Written) -> bool:
     messages = written.messages if written.located is None else written.located.marked.messages
     try:
         without, _ = written.template.render(messages, None)
-    except Exception:  # the template needs them
+    except TemplateRefusal:  # the template needs them
         return False
     return written.render_part(messages, False) == without
 

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from megatron_ds.data.chat.probe import Located
-from megatron_ds.data.chat.template import Span
+from megatron_ds.data.chat.template import Span, TemplateRefusal
 from megatron_ds.data.chat.turns import TurnBounds, find_turns
 from megatron_ds.data.chat.written import Written
 from megatron_ds.errors import DataError
@@ -76,7 +76,7 @@ def _end_after_mark(written: Written, turn: int, end: int, control_tokens: Seque
     if token is not None:
         try:
             alone, marks = written.template.render(written.messages[: turn + 1], written.conversation.tools, mask=True)
-        except Exception:  # a template may refuse the first messages alone
+        except TemplateRefusal:  # a template may refuse the first messages alone
             alone, marks = text, [(0, end)]
         if marks and alone[marks[-1][1] :].lstrip().startswith(token):
             return after + len(token)

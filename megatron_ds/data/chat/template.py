@@ -74,6 +74,10 @@ def read_template(text: str, path: str) -> TemplateSource:
     return TemplateSource(text, frozenset(texts), frozenset(names), variables, pattern, bool(_GENERATION.search(text)))
 
 
+class TemplateRefusal(Exception):
+    """A template refuses messages, or fails on them; other messages, or another form of them, may pass."""
+
+
 class Template:
     """The template, or the templates, of a tokenizer.
 
@@ -111,7 +115,7 @@ class Template:
         """Return the rendering, and the spans that the template marks, in order; none unless `mask` is set.
 
         Raises:
-            Exception: the template refuses the messages, or cannot handle them.
+            TemplateRefusal: the template refuses the messages, or cannot handle them.
         """
         source = self.source(tools)
         mask = mask and source.marks_turns
@@ -123,7 +127,10 @@ class Template:
             "return_assistant_tokens_mask": mask,
         }
         with _clock_at(self._now, source.text):
-            found: Any = render_jinja_template([[dict(message) for message in messages]], **options)
+            try:
+                found: Any = render_jinja_template([[dict(message) for message in messages]], **options)
+            except Exception as error:  # jinja2's, and any error of a template's expressions
+                raise TemplateRefusal(" ".join(str(error).split())) from error
         (text,), spans = found
         return text, [(int(start), int(end)) for start, end in spans[0]] if mask else []
 

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ds.data.chat.conversations import Conversation
 from megatron_ds.data.chat.messages import ASSISTANT, DEVELOPER, SYSTEM, Message
 from megatron_ds.data.chat.probe import Located, locate
-from megatron_ds.data.chat.template import Span, Template, TemplateSource
+from megatron_ds.data.chat.template import Span, Template, TemplateRefusal, TemplateSource
 from megatron_ds.errors import DataError
 
 Messages = list[dict[str, Any]]
@@ -61,7 +61,7 @@ class Written:
         """Return the rendering of other messages; None if the template refuses them, as it may the first ones alone."""
         try:
             return self.template.render(messages, self.conversation.tools, prompt=prompt)[0]
-        except Exception:  # jinja2's, and any error of a template's expressions
+        except TemplateRefusal:
             return None
 
 
@@ -73,14 +73,14 @@ def write_conversation(conversation: Conversation, template: Template) -> Writte
     Raises:
         DataError: the template refuses all of them.
     """
-    problem: Exception | None = None
+    problem: TemplateRefusal | None = None
     writes_python = False
     accepted: Written | None = None
     for messages in _forms(conversation, template.source(conversation.tools)):
         try:
             text, marks = template.render(messages, conversation.tools, mask=True)
-        except Exception as error:  # jinja2's, and any error of a template's expressions
-            problem = problem or error
+        except TemplateRefusal as refusal:
+            problem = problem or refusal
             continue
         if not _has_python_notation(messages, text):
             written = Written(conversation, template, messages, text, [(a, b) for a, b in marks if a < b])
@@ -94,7 +94,7 @@ def write_conversation(conversation: Conversation, template: Template) -> Writte
     subject = f"data: {conversation.where}: the chat template of {template.path}"
     if writes_python:
         raise DataError(f"{subject} writes the arguments of calls in Python's notation; write them with `| tojson`")
-    raise DataError(f"{subject} refuses it: {' '.join(str(problem).split())}") from problem
+    raise DataError(f"{subject} refuses it: {problem}") from problem
 
 
 def _forms(conversation: Conversation, source: TemplateSource) -> Iterator[Messages]:
