@@ -34,19 +34,14 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     quiet_libraries()
     from megatron_ds.data import GlobalBatches
     from megatron_ds.data.inspect.facts import inspect_run_data
-    from megatron_ds.training.datasets import has_validation, open_epochs, open_split
+    from megatron_ds.training.datasets import open_data
     from megatron_ds.training.resolve import resolve_run
     from megatron_ds.training.statement import describe_keeping, describe_learning, describe_validation
 
     config = load_run(path, overrides)
     world_size = config.parallel.tensor * config.parallel.pipeline
-    resolved = resolve_run(config, world_size, "cuda")  # for any machine: nothing is computed
-    if config.train.epochs is not None:
-        resolved, data = open_epochs(resolved)
-        config = resolved.run
-    else:
-        data = open_split(resolved, "train")
-    valid = open_split(resolved, "valid") if has_validation(config) else None
+    resolved, data, valid = open_data(resolve_run(config, world_size, "cuda"))  # any device: nothing is computed
+    config = resolved.run
     section = config.train
     shuffle = config.data.shuffle and not data.ordered
     order = GlobalBatches(len(data), section.global_batch_size, section.seed, shuffle)

@@ -23,6 +23,23 @@ _FIXES = {
 """Data format -> the way to labels with loss."""
 
 
+def open_data(resolved: ResolvedRun) -> tuple[ResolvedRun, Dataset, Dataset | None]:
+    """Open the training and the validation data of a run.
+
+    Returns:
+        the run, with the number of steps that follows from `train.epochs`; its training data; its validation data,
+        None if it has none.
+
+    Raises:
+        ConfigError, DataError: see `open_epochs` and `open_split`.
+    """
+    if resolved.run.train.epochs is not None:
+        resolved, train_data = open_epochs(resolved)
+    else:
+        train_data = open_split(resolved, "train")
+    return resolved, train_data, open_split(resolved, "valid") if has_validation(resolved.run) else None
+
+
 def open_split(resolved: ResolvedRun, split: str) -> Dataset:
     """Open the data of a split, `train` or `valid`; the latter is read once, from its beginning to its end.
 

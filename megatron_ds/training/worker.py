@@ -29,7 +29,7 @@ from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
-from megatron_ds.training.datasets import check_same_data, has_validation, open_epochs, open_split, taught_ends
+from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import describe_jump
@@ -106,13 +106,8 @@ class _Prepared:
 def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequence[Callback]) -> _Prepared:
     """Check the run against its model, world, checkpoint and data; all that can be refused is refused here."""
     check_resume_point(run, found)
-    resolved = resolve_run(run, info.world_size, device_type(), found.path)
-    if run.train.epochs is not None:
-        resolved, train_data = open_epochs(resolved)
-        run = resolved.run
-    else:
-        train_data = open_split(resolved, "train")
-    valid_data = open_split(resolved, "valid") if has_validation(run) else None
+    resolved, train_data, valid_data = open_data(resolve_run(run, info.world_size, device_type(), found.path))
+    run = run.model_copy(update={"train": resolved.run.train})  # paths stay as the user wrote them
     reader = StateReader(found.path) if found.path is not None else None
     if info.rank == 0 and reader is not None:
         check_masters(reader, sampled=True)

@@ -67,12 +67,12 @@ def test_a_data_error_of_one_rank_is_the_error_of_the_run(
     preload()
     run = make_run()
 
-    def fail(resolved: Any, split: str, found: Any = rank.open_split) -> Any:
+    def fail(resolved: Any, found: Any = rank.open_data) -> Any:
         if os.environ["RANK"] == "1":
             raise DataError("train.txt: gone from this node")
-        return found(resolved, split)
+        return found(resolved)
 
-    monkeypatch.setattr(rank, "open_split", fail)
+    monkeypatch.setattr(rank, "open_data", fail)
     with pytest.raises(DataError, match=r"^train.txt: gone from this node$"):
         mds.train(run, nproc=2)
     assert not Path(run.output).exists()
