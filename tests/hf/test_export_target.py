@@ -142,7 +142,9 @@ def test_a_copy_of_an_export_is_none(out: Path) -> None:
 
 def test_a_touched_file_is_no_change(out: Path) -> None:
     os.utime(out / "config.json", ns=(1, 1))
+    before = tree(out)
     write(ExportTarget(out), b"other")
+    assert tree(out) != before
 
 
 def test_a_file_that_comes_while_it_is_written_is_kept_and_the_export_too(out: Path) -> None:
