@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
+from megatron_ds.digests import file_xxh3
 from megatron_ds.hf.tensor_files import code_of
 
 _CHUNK_BYTES = 2**24
@@ -156,12 +157,7 @@ def write_bytes(path: Path, data: bytes) -> FileRecord:
 
 def record_file(path: Path) -> FileRecord:
     """Read a file and return its length and checksum."""
-    with open(path, "rb") as file:
-        digest, size = xxhash.xxh3_128(), 0
-        for chunk in _chunks(file):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileRecord(size, digest.hexdigest())
+    return FileRecord(path.stat().st_size, file_xxh3(path))
 
 
 def damage(path: Path, expected: FileRecord) -> str | None:
@@ -184,8 +180,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk

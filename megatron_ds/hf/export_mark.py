@@ -1,7 +1,4 @@
-"""The mark of an export: a hidden file that lists all its files, which shows later whether any of them has changed.
-
-A checksum is 128-bit XXH3 (xxhash): it detects any change, at the speed of memory. It is no signature.
-"""
+"""The mark of an export: a hidden file that lists all its files, which shows later whether any of them has changed."""
 
 from __future__ import annotations
 
@@ -13,11 +10,10 @@ from pathlib import Path
 
 import xxhash
 
+from megatron_ds.digests import file_xxh3
 from megatron_ds.version import __version__
 
 MARK = ".megatron_ds_export.json"
-
-_CHUNK_BYTES = 2**18  # stays in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -104,9 +100,5 @@ def _files(directory: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
 
 
 def _record(entry: os.DirEntry[str]) -> MarkedFile:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES))
-    with open(entry.path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-        status = os.fstat(file.fileno())
-    return MarkedFile(status.st_size, digest.hexdigest(), status.st_mtime_ns)
+    digest, status = file_xxh3(Path(entry.path)), os.stat(entry.path)
+    return MarkedFile(status.st_size, digest, status.st_mtime_ns)

@@ -18,11 +18,11 @@ from megatron_ds.data.chat.plain import PlainTemplate
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.readers.array_cache import cached_arrays
 from megatron_ds.data.readers.bad_rows import BadRows
-from megatron_ds.data.readers.digests import file_sha256
 from megatron_ds.data.readers.examples import Located, parse_examples
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.readers.sources import FoundSource, Table, find_source
 from megatron_ds.data.readers.tokenizer import tokenizer_digest
+from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 

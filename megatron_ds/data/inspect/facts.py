@@ -28,7 +28,6 @@ from megatron_ds.data.inspect.rendering import (
 )
 from megatron_ds.data.objective import Causal, DataObjective
 from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
-from megatron_ds.data.readers.digests import file_xxh3
 from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
 from megatron_ds.data.readers.file_kinds import DataFile
 from megatron_ds.data.readers.source import Source
@@ -37,6 +36,7 @@ from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.data.sampler import GlobalBatches
 from megatron_ds.data.text.documents import TextSource
+from megatron_ds.digests import file_xxh3
 from megatron_ds.errors import DataError
 
 NUM_SAMPLED = 1024

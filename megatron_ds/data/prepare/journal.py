@@ -28,7 +28,7 @@ from megatron_ds.atomic import replacing
 from megatron_ds.data.indexed.files import index_path, tokens_path, write_index
 from megatron_ds.data.prepare.chunks import Chunk
 from megatron_ds.data.prepare.workers import Encoded
-from megatron_ds.data.readers.digests import file_xxh3
+from megatron_ds.digests import file_xxh3
 from megatron_ds.errors import DataError
 
 MOST_BAD = 1000

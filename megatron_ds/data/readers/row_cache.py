@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ds.data.readers.array_cache import cached_entry
-from megatron_ds.data.readers.digests import file_sha256
 from megatron_ds.data.readers.file_kinds import DataFile
 from megatron_ds.data.readers.row import Row
+from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 

@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Iterator
 
 from megatron_ds.data.readers.bad_rows import BadRows
-from megatron_ds.data.readers.digests import file_sha256
 from megatron_ds.data.readers.examples import TEXT_COLUMN, Located, parse_examples
 from megatron_ds.data.readers.file_kinds import DataFile
 from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.sources import Table, find_source
+from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError
 
 
