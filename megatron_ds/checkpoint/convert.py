@@ -30,12 +30,12 @@ from megatron_ds.checkpoint.state_keys import MASTER
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import CheckpointError, ConfigError, ConversionError
-from megatron_ds.hf.config import HFModel, read_json, read_model
+from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.convert import conversion_target
 from megatron_ds.hf.export import exporting
 from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.hf.peft.adapters import read_adapters
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
@@ -114,9 +114,7 @@ def export_hf(
     """
     source, target = resolve_checkpoint(expanded(checkpoint)), expanded(target)
     base = expanded(base) if base is not None else None
-    place = conversion_target(source, target, overwrite)
-    place = replace(place, kept={**place.kept, **_read_by_its_run(source)})
-    place.check()
+    place = conversion_target(source, target, overwrite, _read_by_its_run(source))
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
     reader = _open_intact(source) if (source / STATE).is_dir() else None
@@ -148,7 +146,7 @@ def _export_adapters(
     merge: bool,
 ) -> HFModel:
     """Export adapters for peft, or merged. The fp32 masters are rounded, if there are any."""
-    named = base or read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = base or named_base(source)
     if not named or not Path(named).is_dir():
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
     target = replace(target, kept={**target.kept, f"{named}, the base of {source}": Path(named)})

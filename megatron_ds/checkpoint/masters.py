@@ -1,7 +1,7 @@
 """Check that the fp32 masters of a checkpoint round to the weights that are saved with them.
 
-A weight is its master in the run's dtype, rounded to nearest, bit for bit. Where that fails, a master was taken for
-another parameter's: the checkpoint would look complete, and resume or export another model.
+A weight is its master in the run's dtype, rounded to nearest, bit for bit. If one is not, the checkpoint holds the
+master of another parameter: it looks complete, but a resumed run or an export would be another model.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.state_keys import MASTER
 from megatron_ds.errors import CheckpointError
-from megatron_ds.hf.config import read_json, read_model
+from megatron_ds.hf.config import read_model
 from megatron_ds.hf.peft.adapters import read_adapters
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 
@@ -70,7 +70,7 @@ def _weight_reader(checkpoint: Path) -> Callable[[str], Tensor] | None:
     """Return a function from a native name to the full parameter; None for adapters whose base model is elsewhere."""
     if not (checkpoint / ADAPTER_CONFIG).is_file():
         return HFWeights(checkpoint, read_model(checkpoint)).full
-    base = read_json(checkpoint / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = named_base(checkpoint)
     if not isinstance(base, str) or not Path(base, "config.json").is_file():
         return None
     return AdapterReader(checkpoint, read_adapters(checkpoint, HFWeights(base, read_model(base)).model, base)).full

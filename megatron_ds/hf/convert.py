@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.export import exporting
@@ -43,17 +45,21 @@ def rewrite(
         export.finish(source, source)
 
 
-def conversion_target(source: str | Path, target: str | Path, overwrite: bool) -> ExportTarget:
+def conversion_target(
+    source: str | Path, target: str | Path, overwrite: bool, also_read: Mapping[str, Path] = MappingProxyType({})
+) -> ExportTarget:
     """Return the directory that a conversion writes, checked; its source is never replaced.
 
     Args:
         source: the directory to read.
         target: the directory to write.
         overwrite: replace a directory that is not an unchanged export.
+        also_read: text of an error -> another directory that is never replaced.
 
     Raises:
         ConversionError: see `ExportTarget.check`.
     """
-    found = ExportTarget(Path(target), overwrite=overwrite, kept={f"{source}, which is read": Path(source)})
+    kept = {f"{source}, which is read": Path(source), **also_read}
+    found = ExportTarget(Path(target), overwrite=overwrite, kept=kept)
     found.check()
     return found

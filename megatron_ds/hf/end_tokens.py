@@ -46,7 +46,7 @@ def add_end_ids(directory: Path, end_ids: Sequence[int]) -> None:
 
 
 def files_with_end_ids(files: Mapping[str, bytes], end_ids: Sequence[int]) -> dict[str, bytes]:
-    """Do the same to the files of a directory, path -> content."""
+    """Return a directory's files, path -> content, with ids added to `eos_token_id` of generation_config.json."""
     changed = dict(files)
     if GENERATION_CONFIG in changed:
         changed[GENERATION_CONFIG] = with_end_ids(changed[GENERATION_CONFIG].decode(), end_ids).encode()

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import HFModel, read_json
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 
 
 def load_reference(
@@ -63,7 +63,7 @@ def _with_adapters(directory: Path, model: HFModel, dtype: Any) -> Any:
     """Load the base model that the adapters name, and peft's model on top of it."""
     from peft import PeftModel
 
-    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = named_base(directory)
     theirs = load_reference(str(base), model, dtype)
     if theirs.config.vocab_size != model.core.vocab_size:
         theirs.resize_token_embeddings(model.core.vocab_size, mean_resizing=False)  # the adapters have the new tables

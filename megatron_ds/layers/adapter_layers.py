@@ -108,7 +108,7 @@ class AdaptableWeight:
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """The frozen layer of an adapter, as its norms need it.
+    """Access to the frozen layer of a DoRA adapter: its weights, biases and outputs by projection.
 
     Attributes:
         parameters: those that it reads, which ZeRO-3 must gather for the adapter too.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_ds.layers.adapter_layers import (
     ColumnAdapter,
@@ -37,6 +37,9 @@ class ColumnDoRA(ColumnAdapter):
     Args:
         in_features, outputs, low, tp, rng: see `ColumnAdapter`.
         layer: the frozen layer.
+
+    Attributes:
+        borrowed: parameters of another module that `forward` reads.
     """
 
     def __init__(
@@ -49,15 +52,10 @@ class ColumnDoRA(ColumnAdapter):
         layer: FrozenLayer,
     ) -> None:
         super().__init__(in_features, outputs, low, tp, rng)
-        self.layer = layer
+        self.layer, self.borrowed = layer, layer.parameters
         for name, output in outputs.items():
             spec = ParamSpec((output.size,), over_tensor(0, output.units), fill=1.0)
             self.register_parameter(f"m_{name}", make_parameter(spec, tp.axes))
-
-    @property
-    def borrowed(self) -> tuple[nn.Parameter, ...]:
-        """Parameters of another module that `forward` reads."""
-        return self.layer.parameters
 
     def forward(self, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         """Return all outputs of the layer, those of its projections with their adapters.
@@ -86,6 +84,9 @@ class RowDoRA(RowAdapter):
     Args:
         in_features, out_features, low, tp, rng: see `RowAdapter`.
         layer: the frozen layer, with one projection.
+
+    Attributes:
+        borrowed: parameters of another module that `forward` reads.
     """
 
     def __init__(
@@ -98,13 +99,8 @@ class RowDoRA(RowAdapter):
         layer: FrozenLayer,
     ) -> None:
         super().__init__(in_features, out_features, low, tp, rng)
-        self.layer = layer
+        self.layer, self.borrowed = layer, layer.parameters
         self.m = make_parameter(ParamSpec((out_features,), fill=1.0), tp.axes)
-
-    @property
-    def borrowed(self) -> tuple[nn.Parameter, ...]:
-        """Parameters of another module that `forward` reads."""
-        return self.layer.parameters
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
         """Return the layer's output with the adapter.

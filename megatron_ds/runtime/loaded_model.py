@@ -13,9 +13,9 @@ from megatron_ds.checkpoint.directory import resolve_checkpoint
 from megatron_ds.config import ModelSection, build_section
 from megatron_ds.engine import ShardReader
 from megatron_ds.errors import ConfigError
-from megatron_ds.hf.config import HFModel, read_json, read_model
+from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.peft.adapters import Adapters
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
@@ -132,7 +132,7 @@ def read_model_section(section: ModelSection) -> HFModel:
     """
     path = section.path
     if path is not None and (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
-        base = read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = named_base(Path(path))
         raise ConfigError(f"model.path={path} is an adapter; try model.path={base} and peft={path}")
     return read_model(section.config or {}) if path is None else read_model(path, "model.path")
 

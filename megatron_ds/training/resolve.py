@@ -11,10 +11,10 @@ from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.data import check_format
 from megatron_ds.errors import ConfigError, ConversionError
-from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export_mark import MARK
 from megatron_ds.hf.export_target import TRAINING_STATE, ExportTarget, covers
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.weight_files import parse_size
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
@@ -139,7 +139,7 @@ def export_target(run: RunConfig) -> ExportTarget:
     kept = {f"{field}={path}": Path(path) for field, path in read.items() if path is not None}
     kept |= {f"{source.path}, which holds data": Path(source.path) for source in (*run.data.train, *run.data.valid)}
     if isinstance(run.peft, str) and (Path(run.peft) / ADAPTER_CONFIG).is_file():
-        base = read_json(Path(run.peft) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = named_base(Path(run.peft))
         kept |= {f"{base}, the base of peft={run.peft}": Path(base)} if isinstance(base, str) else {}
     return ExportTarget(Path(run.export.path), "export.path", run.export.overwrite, "export.overwrite=true", kept)
 

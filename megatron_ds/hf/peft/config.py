@@ -14,12 +14,11 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
-from megatron_ds.hf.missing_config import why_missing
+from megatron_ds.hf.missing_config import ADAPTER_CONFIG, why_missing
 from megatron_ds.hf.peft.field_kinds import check_kinds, meant_field
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.log import get_logger
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_BIN = "adapter_model.bin"
 
@@ -211,6 +210,15 @@ def find_weights(directory: str | Path) -> Path | None:
     """Return the file of the adapters in a directory, safetensors before .bin, as in peft; None = it has none."""
     files = (Path(directory) / name for name in (ADAPTER_WEIGHTS, ADAPTER_BIN))
     return next((file for file in files if file.is_file()), None)
+
+
+def named_base(directory: Path) -> Any:
+    """Return the base model that the config of a directory of adapters names; None if it names none.
+
+    Raises:
+        ConversionError: see `read_json`.
+    """
+    return read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

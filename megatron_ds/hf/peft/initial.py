@@ -8,7 +8,7 @@ and B.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.merging import low_rank_sum
+from megatron_ds.hf.peft.projections import Projection
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.adapter_layers import LoRASpec
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard, pad_shard
 from megatron_ds.parallel.grid import Axes
 from megatron_ds.parallel.random import derive_seed
+
+_MODULES_KEPT = 16  # more than the adapted modules of a layer; A and B are small
 
 
 class InitialValues:
@@ -35,27 +38,22 @@ class InitialValues:
 
     def __init__(self, adapters: Adapters, weights: HFWeights, seed: int) -> None:
         self._adapters, self._weights, self._seed = adapters, weights, seed
-        makers: dict[str, Callable[[str], Tensor]] = {}
+        self._makers: dict[str, Callable[[str], Tensor]] = {}
+        self._modules: dict[str, tuple[str, Projection]] = {}
         for module, projections in adapters.modules.items():
             adapter = adapters.adapters[module]
             if not isinstance(adapter, LoRASpec):
                 continue
             for one in projections:
                 names = adapters.names_of(module, one)
+                self._modules |= dict.fromkeys(names.values(), (module, one))
                 if adapter.init is not None:
-                    makers |= {names[letter]: self._low_rank for letter in "ab"}
+                    self._makers |= {names[letter]: self._low_rank for letter in "ab"}
                 if adapter.changes_base:
-                    makers[one.native] = self._residual
+                    self._makers[one.native] = self._residual
                 if adapter.dora:
-                    makers[names["m"]] = self._magnitude
-        self._makers = makers
-        self._modules = {
-            name: (module, one)
-            for module, projections in adapters.modules.items()
-            for one in projections
-            for name in adapters.names_of(module, one).values()
-        }
-        self._last: tuple[str, dict[str, Tensor]] = "", {}
+                    self._makers[names["m"]] = self._magnitude
+        self._decomposed = lru_cache(_MODULES_KEPT)(self._decompose)
 
     def has(self, name: str) -> bool:
         """Test whether a native parameter has such a value."""
@@ -96,13 +94,11 @@ class InitialValues:
         return full
 
     def _low_rank(self, name: str) -> Tensor:
-        """Return an initial A or B that peft makes of a full weight; those of one module are kept."""
+        """Return an initial A or B that peft makes of a full weight; those of one layer's modules are kept."""
         module, _ = self._modules[name]
-        if self._last[0] != module:
-            self._last = module, self._decomposed(module)
-        return self._last[1][name]
+        return self._decomposed(module)[name]
 
-    def _decomposed(self, module: str) -> dict[str, Tensor]:
+    def _decompose(self, module: str) -> dict[str, Tensor]:
         """Return native name -> initial value, of A and of each projection's B."""
         adapters, adapter = self._adapters, self._spec(module)
         a, b = peft_initial(self._weight(module), adapter, derive_seed("init", self._seed, module))

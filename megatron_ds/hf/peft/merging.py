@@ -48,7 +48,7 @@ def low_rank_sum(slot: Tensor, one: Projection, scale: float, parameters: Mappin
 
 
 def _merge_low_rank(slot: Tensor, one: Projection, adapter: LoRASpec, parameters: Mapping[str, Tensor]) -> None:
-    """W + s B A, in place, with rows of length m if there are magnitudes."""
+    """Write W + s B A over W; with DoRA, each of its rows is scaled to norm m."""
     merged = low_rank_sum(slot, one, adapter.scale, parameters)
     if adapter.dora:
         merged *= (parameters["m"] / merged.norm(dim=1))[:, None]
@@ -56,6 +56,6 @@ def _merge_low_rank(slot: Tensor, one: Projection, adapter: LoRASpec, parameters
 
 
 def _scale(slot: Tensor, adapter: IA3Spec, vector: Tensor) -> None:
-    """W times l, in place; l is (1, in), or (out, 1)."""
+    """Multiply W by l in place; l is (1, in) or (out, 1)."""
     flat = slot.reshape(-1, vector.numel()) if adapter.of_input else slot.reshape(vector.numel(), -1)
     slot.copy_((flat * vector).view(slot.shape))

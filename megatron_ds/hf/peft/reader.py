@@ -157,8 +157,8 @@ def _canonical(name: str) -> str:
 
 
 def _lead(names: Mapping[str, str], adapters: Adapters) -> tuple[str, str]:
-    """Return what the names of all adapters in a file begin with before their place in the body of the model, and what
-    they should begin with there; two empty texts if that is equal or unknown."""
+    """Return the prefix of the adapters' names in a file, and the prefix that they have here, before their place in the
+    body of the model; two empty texts if the prefixes are equal or unknown."""
     usual = adapters.base.family.prefix
     wanted = [name.removeprefix(PREFIX) for name in adapters.tensors]
     if any(name in names for name in wanted):
