@@ -7,6 +7,7 @@ for; other columns are ignored.
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from megatron_ds.data.chat.messages import (
@@ -51,7 +52,7 @@ class Conversation:
     switches: Mapping[int, bool] = field(default_factory=dict)
     plain: PlainText | None = None
 
-    @property
+    @cached_property
     def turns(self) -> list[int]:
         """Indices of the assistant's messages."""
         return [index for index, message in enumerate(self.messages) if message["role"] == ASSISTANT]

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.chat.packing import one_per_sample, pack
 from megatron_ds.data.chat.tokens import Conversations
 from megatron_ds.data.dataset import Sample, blank_sample, format_count
-from megatron_ds.data.readers.bad_rows import BadRows
+from megatron_ds.data.readers.bad_rows import total_bad_rows
 from megatron_ds.data.readers.concat_index import ConcatIndex
 from megatron_ds.errors import DataError
 
@@ -57,9 +58,7 @@ class ChatDataset:
         lengths = np.concatenate([part.lengths for part in parts])
         self._overlong = np.flatnonzero(lengths > seq_length)
         self._options, self._date = options, date
-        self.bad_rows = BadRows()
-        for part in parts:
-            self.bad_rows.include(part.bad_rows)
+        self.bad_rows = total_bad_rows(parts)
         self.bad_rows.log()
         if options.overlong == "refuse" and len(self._overlong):
             self._refuse_overlong(lengths)
@@ -80,7 +79,7 @@ class ChatDataset:
     def __len__(self) -> int:
         return len(self._packs)
 
-    @property
+    @cached_property
     def ends(self) -> dict[int, str]:
         """Control tokens that end the learned turns, with their texts."""
         return learned_ends(self._parts, self._control)

@@ -6,7 +6,7 @@ The text is the prompt, the completion and eos_token; the tokenizer adds its bos
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.chat.conversations import Conversation
-from megatron_ds.data.chat.rendering import LossOn, Rendered, control_tokens, no_template, refuse_control_tokens
+from megatron_ds.data.chat.rendering import LossOn, Rendered, control_texts, no_template, refuse_control_tokens
 from megatron_ds.data.readers.tokenizer import special_id
 from megatron_ds.errors import DataError
 
@@ -25,7 +25,7 @@ class PlainTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str, loss_on: LossOn = "assistant") -> None:
         self._path, self._loss_on = path, loss_on
         self._tokenizer = tokenizer
-        self._special = control_tokens(tokenizer)
+        self._special = control_texts(tokenizer)
         self._end = str(tokenizer.eos_token)
         # where the tokenizer itself ends each text with eos_token, another one would be learned after it
         self._adds_end = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id

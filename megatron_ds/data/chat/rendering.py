@@ -70,7 +70,7 @@ class ChatTemplate:
         self._tokenizer, self._path, self._last_only = tokenizer, path, last_only
         self._loss_on, self._date = loss_on, date
         self._template = Template(tokenizer, path, date)
-        self._special = control_tokens(tokenizer)
+        self._special = control_texts(tokenizer)
         self._known: dict[str, Known] = {}
 
     @property
@@ -130,7 +130,7 @@ class ChatTemplate:
         refuse_control_tokens(all_texts(conversation.tools), self._special, f"{conversation.where}: tools")
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def control_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the texts of a tokenizer's control tokens, the longest first."""
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     added.update(dict.fromkeys(tokenizer.all_special_tokens, True))

@@ -112,10 +112,10 @@ class TurnBounds:
         if plain is not None and opening.startswith(plain) and _EMPTY_BLOCK.search(plain):
             return len(plain)  # with its empty block of reasoning, which is no part of the reply
         if prompt is None or self._lacks_header(prompt, plain, before, turn):
-            return None if plain is None else _common_length(opening, plain)
+            return None if plain is None else common_length(opening, plain)
         if opening.startswith(prompt):
             return len(prompt)
-        return _common_length(opening, prompt if plain is None else prompt[: _common_length(prompt, plain)])
+        return common_length(opening, prompt if plain is None else prompt[: common_length(prompt, plain)])
 
     def _lacks_header(self, prompt: str, plain: str | None, before: Sequence[Message], turn: Neighbours) -> bool:
         """Return whether the template writes a header, or may write one, but no prompt."""
@@ -152,7 +152,7 @@ class TurnBounds:
         messages = [*turn.marked.messages[: turn.turn], _say(ASSISTANT, marker, turn)]
         followed = self._render([*messages, _say(USER, turn.marked.spare(1), turn)], False)
         tails = [(rendered or "").partition(marker)[2] for rendered in (self._render(messages, False), followed)]
-        common = tails[0][: _common_length(*tails)] if followed is not None else tails[0]
+        common = tails[0][: common_length(*tails)] if followed is not None else tails[0]
         tokens = self._control_run.search(common)
         return tokens[0] if tokens else None
 
@@ -191,7 +191,7 @@ def _say(role: str, text: str, like: Neighbours) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
 
 
-def _common_length(one: str, other: str) -> int:
+def common_length(one: str, other: str) -> int:
     """Return the number of characters that both begin with."""
     return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 

@@ -38,7 +38,7 @@ class Written:
         """The beginning of errors: the place of the conversation, and the template."""
         return f"data: {self.conversation.where}: the chat template of {self.template.path}"
 
-    @property
+    @cached_property
     def source(self) -> TemplateSource:
         """The source of the template."""
         return self.template.source(self.conversation.tools)

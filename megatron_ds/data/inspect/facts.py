@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from megatron_ds.columns import TARGETS
 from megatron_ds.data.chat.conversations import is_conversation
 from megatron_ds.data.chat.dataset import ChatDataset
 from megatron_ds.data.chat.open import open_chat
@@ -20,12 +21,12 @@ from megatron_ds.data.inspect.histogram import LengthHistogram, length_histogram
 from megatron_ds.data.inspect.rendering import (
     RenderedDocument,
     RenderedSample,
-    count_labels,
     first_samples,
     render,
     render_sample,
     unpadded_length,
 )
+from megatron_ds.data.labels import count_labels
 from megatron_ds.data.objective import Causal, DataObjective
 from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
 from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
@@ -200,7 +201,7 @@ def _sample_facts(data: Dataset, indices: Sequence[int]) -> tuple[np.ndarray, np
     found = []
     for index in indices:
         sample = data.sample(index)
-        found.append((count_labels(sample), unpadded_length(sample)))
+        found.append((count_labels(sample, [TARGETS.name]), unpadded_length(sample)))
     learned, lengths = np.asarray(found).T
     return learned, lengths
 

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.columns import INPUT_IDS, TARGETS
+from megatron_ds.data.chat.turns import common_length
 from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.sampler import GlobalBatches
 
@@ -119,14 +120,9 @@ def split_by_loss(
             for start, stop in zip([0, *cuts[:-1]], cuts)
         )
     text = _decode(ids, tokenizer)
-    stops = [_common_prefix(text, _decode(ids[:cut], tokenizer)) for cut in cuts[:-1]] + [len(text)]
+    stops = [common_length(text, _decode(ids[:cut], tokenizer)) for cut in cuts[:-1]] + [len(text)]
     bounds = zip([0, *stops[:-1]], stops, [0, *cuts[:-1]])
     return tuple(TextPiece(text[start:stop], bool(learned[first])) for start, stop, first in bounds)
-
-
-def count_labels(sample: Sample) -> int:
-    """Return the number of targets with loss."""
-    return int(TARGETS.carries_loss(sample["targets"]).sum())
 
 
 def unpadded_length(sample: Sample) -> int:
@@ -139,11 +135,6 @@ def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str), type(text)
     return text
-
-
-def _common_prefix(one: str, other: str) -> int:
-    """Return the number of characters that both begin with."""
-    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _shifted(sample: Sample) -> Tokens:

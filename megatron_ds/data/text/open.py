@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.noise.masking import load_masker
 from megatron_ds.data.objective import Causal, Masked, Seq2Seq
-from megatron_ds.data.readers.bad_rows import BadRows
+from megatron_ds.data.readers.bad_rows import total_bad_rows
 from megatron_ds.data.readers.document_frame import DocumentFrame, document_frame
 from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
 from megatron_ds.data.request import DatasetRequest
@@ -60,9 +60,7 @@ def _corpus(
     parts = [cached_tokens(text, tokenizer, frame.end_id, request.cache_dir, frame.begin_ids) for text in texts]
     require_ids_below(request.vocab_size, max(part.info.largest_id for part in parts), request.tokenizer_path)
     digest = hashlib.sha256("\n".join(part.key for part in parts).encode()).hexdigest()
-    bad = BadRows()
-    for part in parts:
-        bad.include(part.bad_rows)
+    bad = total_bad_rows(parts)
     bad.log()
     names = ", ".join(map(str, request.inputs))
     return Corpus(TokenStream([part.tokens for part in parts]), digest, names, frame, bad)
