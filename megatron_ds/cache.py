@@ -7,7 +7,7 @@ imported, so every command first gives them a directory in the temporary one.
 import getpass
 import os
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from megatron_ds.errors import ConfigError
@@ -26,7 +26,7 @@ def cache_folder(kind: str) -> Path:
         ConfigError: neither can be written.
     """
     use_writable_caches()
-    return Path(os.environ.get(_CACHE) or Path.home() / ".cache") / "megatron_ds" / kind
+    return Path(_place(os.environ, _CACHE)) / "megatron_ds" / kind
 
 
 def use_writable_caches(environ: MutableMapping[str, str] = os.environ) -> str:
@@ -45,9 +45,9 @@ def use_writable_caches(environ: MutableMapping[str, str] = os.environ) -> str:
     except (KeyError, OSError):  # no entry in the list of users
         environ["USER"] = f"uid_{os.getuid()}"
     moved = ""
-    cache_before = _expand(environ.get(_CACHE) or _DEFAULTS[_CACHE])
-    for name, default in _DEFAULTS.items():
-        place = _expand(environ.get(name) or default)
+    cache_before = _place(environ, _CACHE)
+    for name in _DEFAULTS:
+        place = _place(environ, name)
         if not _can_write(place):
             environ[name] = str(_temporary_cache() / name.lower())
             if name == _CACHE:
@@ -56,15 +56,16 @@ def use_writable_caches(environ: MutableMapping[str, str] = os.environ) -> str:
     if moved and _HUGGING_FACE not in environ and os.path.isdir(models):
         environ[_HUGGING_FACE] = models  # what was downloaded can still be read
     home = environ.get(_HUGGING_FACE)
-    if home and not _can_write(_expand(home)):
-        cache = _expand(environ.get(_CACHE) or _DEFAULTS[_CACHE])
+    if home and not _can_write(os.path.expanduser(home)):
+        cache = _place(environ, _CACHE)
         for name, part in _HUGGING_FACE_PARTS.items():
             environ.setdefault(name, f"{cache}/huggingface/{part}")
     return moved
 
 
-def _expand(path: str) -> str:
-    return os.path.expanduser(path)
+def _place(environ: Mapping[str, str], name: str) -> str:
+    """Return the directory that a variable of caches names, or its default."""
+    return os.path.expanduser(environ.get(name) or _DEFAULTS[name])
 
 
 def _can_write(folder: str) -> bool:

@@ -38,16 +38,20 @@ def expand_path(path: str) -> str:
     return expanded
 
 
-def expanded_text(path: str) -> str:
-    """Return a path that the command line or a program names, expanded.
+def expanded_text(path: str, named: str = "") -> str:
+    """Return a path, expanded.
+
+    Args:
+        path: the path.
+        named: the beginning of errors; by default the path, as for those of the command line or a program.
 
     Raises:
-        ConfigError: see `expand_path`; the message begins with the path.
+        ConfigError: see `expand_path`.
     """
     try:
         return expand_path(path)
     except ConfigError as problem:
-        raise ConfigError(f"{path} {problem}") from None
+        raise ConfigError(f"{named or path} {problem}") from None
 
 
 def expanded(path: str | Path) -> Path:

@@ -28,7 +28,7 @@ from megatron_ds.config.deepspeed_keys import (
 from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
 from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, show, suggest
-from megatron_ds.paths import expand_path
+from megatron_ds.paths import expanded_text
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
 DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
@@ -71,10 +71,7 @@ def _expand_paths(mapping: dict[str, Any], place: Place) -> None:
         section, _, key = dotted.rpartition(".")
         block = _get(mapping, section)
         if isinstance(block, dict) and isinstance(block.get(key), str):
-            try:
-                block[key] = expand_path(block[key])
-            except ConfigError as problem:
-                raise ConfigError(f"{place.state(dotted, block[key])} {problem}") from None
+            block[key] = expanded_text(block[key], place.state(dotted, block[key]))
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron_ds.config.schema_base import Section
 from megatron_ds.config.unknown_keys import explain_unknown_key
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError, show
-from megatron_ds.paths import expand_path, expanded
+from megatron_ds.paths import expanded, expanded_text
 from megatron_ds.plugins import import_modules, load_entry_points
 
 S = TypeVar("S", bound=Section)
@@ -158,11 +158,4 @@ def _deepspeed_mapping(given: Any) -> Any:
     """Return the DeepSpeed mapping that an override changes: of a file, or the default one, whose stage stays."""
     if not given:
         return {"zero_optimization": {"stage": DEFAULT_STAGE}}
-    if not isinstance(given, str):
-        return given
-    try:
-        return read_deepspeed_file(expand_path(given))
-    except ConfigError as problem:
-        raise (
-            problem if str(problem).startswith("deepspeed=") else ConfigError(f"deepspeed={given} {problem}")
-        ) from None
+    return read_deepspeed_file(expanded_text(given, f"deepspeed={given}")) if isinstance(given, str) else given
