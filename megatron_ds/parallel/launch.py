@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,8 @@ GRACE_S = 5.0  # from the first failure until the other ranks are ended: time to
 INTERRUPT_GRACE_S = 60.0  # the same after a signal: time to save, close files and draw the plot
 SAME_PRESS_S = 1.0  # a signal may arrive twice, from a scheduler and from a launcher that passes it on
 TERM_S = 2.0  # from SIGTERM to SIGKILL
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that stop a run; SIGUSR1 is Slurm's warning (--signal)."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -99,9 +100,9 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
     raise SystemExit(128 + ended_by)
 
 
-def unless_ignored(numbers: Iterable[int]) -> list[int]:
-    """Return the signals that the caller may handle: not a SIGHUP that is ignored, as nohup has it."""
-    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+def handled_stop_signals() -> list[int]:
+    """Return those of `STOP_SIGNALS` that a process may handle: not a SIGHUP that is ignored, as nohup has it."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class _Ended(Exception):
@@ -149,7 +150,7 @@ def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in unless_ignored(_SIGNALS)}
+    before = {number: signal.signal(number, handle) for number in handled_stop_signals()}
     try:
         yield
     finally:
@@ -159,7 +160,7 @@ def _passing_on(ranks: Sequence[_Rank], received: list[int]) -> Iterator[None]:
 
 def _fork_all(fn: Callable[[RankInfo], Any], world_size: int, folder: Path, ranks: list[_Rank]) -> None:
     """Fork all ranks with signals blocked, so that a signal finds every rank with its handlers set."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         for index in range(world_size):
             ranks.append(_Rank(index, _fork(fn, RankInfo(index, world_size, index), folder, mask)))
@@ -263,9 +264,9 @@ def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
     try:
         os.setpgid(0, 0)
         _die_with(parent)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in unless_ignored((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)):
+        for number in handled_stop_signals():
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         os.environ.update(_environment(info, folder))
         status = _call(fn, info, folder, mask)

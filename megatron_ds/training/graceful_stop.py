@@ -13,18 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from megatron_ds.parallel.launch import unless_ignored
+from megatron_ds.parallel.launch import handled_stop_signals
 
 STARTED_AT = "MEGATRON_DS_BEGAN"
 """Environment variable of local ranks: start time of the command, in seconds since the epoch; restarts keep it."""
 
 DEBOUNCE_S = 1.0  # under torchrun one Ctrl-C arrives twice: from the terminal and from torchrun
-STOP_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,  # Slurm's warning (--signal)
-    signal.SIGHUP,
-)
 
 
 @contextmanager
@@ -66,9 +60,7 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {
-                number: signal.signal(number, self._handle) for number in unless_ignored(STOP_SIGNALS)
-            }
+            self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled_stop_signals()}
         return self
 
     def __exit__(
