@@ -36,7 +36,7 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     from megatron_ds.data.inspect.facts import inspect_run_data
     from megatron_ds.training.datasets import open_data
     from megatron_ds.training.resolve import resolve_run
-    from megatron_ds.training.statement import describe_keeping, describe_learning, describe_validation
+    from megatron_ds.training.statement import describe_run
 
     config = load_run(path, overrides)
     world_size = config.parallel.tensor * config.parallel.pipeline
@@ -46,11 +46,7 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     shuffle = config.data.shuffle and not data.ordered
     order = GlobalBatches(len(data), section.global_batch_size, section.seed, shuffle)
     facts = inspect_run_data(data, valid, order, resolved.objective.data, resolved.run.model.tokenizer_path, samples)
-    statement = {
-        "learned": describe_learning(resolved.run, data, resolved.label_columns),
-        "validated": describe_validation(resolved.run, valid),
-        "kept": describe_keeping(resolved.run),
-    }
+    statement = describe_run(resolved.run, data, valid, resolved.label_columns)
     if json:
         facts_of_run = {
             "run": str(path),

@@ -109,9 +109,9 @@ def taught_ends(resolved: ResolvedRun, data: Dataset) -> dict[int, str]:
 
     Formats that put them there know them; in token ids they are found with the tokenizer, if there is one.
     """
-    known, path = ends_of(data), resolved.run.model.tokenizer_path
     if not resolved.hf.core.generates:
         return {}
+    known, path = ends_of(data), resolved.run.model.tokenizer_path
     if known or path is None or TARGETS.name not in data.columns:
         return known
     try:

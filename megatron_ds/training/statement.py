@@ -11,6 +11,15 @@ from megatron_ds.data.dataset import format_count
 from megatron_ds.data.labels import mean_labels
 
 
+def describe_run(run: RunConfig, data: Dataset, valid: Dataset | None, label_columns: Sequence[str]) -> dict[str, str]:
+    """Return the three texts of the statement by name: `learned`, `validated` and `kept`."""
+    return {
+        "learned": describe_learning(run, data, label_columns),
+        "validated": describe_validation(run, valid),
+        "kept": describe_keeping(run),
+    }
+
+
 def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str]) -> str:
     """Return how much of the data the complete run reads.
 
@@ -54,7 +63,7 @@ def describe_validation(run: RunConfig, data: Dataset | None) -> str:
     if data is None:
         return f"never: train.eval_every={every} does nothing without data.valid" if every else "never: no data.valid"
     if 0 < every < steps:
-        when = f"every {every:,} steps and after the last" if every > 1 else "after every step"
+        when = _interval(every)
     else:
         reason = f"train.eval_every={every}" + (f" is more than train.steps={steps}" if every > steps else "")
         when = f"once, after the last step ({reason})" if every != steps else "once, after the last step"
@@ -64,14 +73,17 @@ def describe_validation(run: RunConfig, data: Dataset | None) -> str:
     return f"{when}, on {data.describe()}{shared}"
 
 
+def _interval(every: int) -> str:
+    """Return when something happens that is done every few steps."""
+    return f"every {every:,} steps and after the last" if every > 1 else "after every step"
+
+
 def describe_keeping(run: RunConfig) -> str:
     """Return what is left of the model when the run has ended."""
     kept = []
     if run.checkpoint.every:
         often = run.checkpoint.every < run.train.num_steps
-        steps = f"every {run.checkpoint.every:,} steps and after the last"
-        when = steps if run.checkpoint.every > 1 else "after every step"
-        several = f"checkpoints {when}, {run.checkpoint.keep:,} at a time"
+        several = f"checkpoints {_interval(run.checkpoint.every)}, {run.checkpoint.keep:,} at a time"
         kept.append(several if often else "a checkpoint after the last step")
     if run.export is not None:
         kind = "adapters for peft" if run.peft is not None and not run.export.merge else "a Hugging Face directory"

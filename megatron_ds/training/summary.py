@@ -14,7 +14,7 @@ from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.weights import Tables
 from megatron_ds.monitor import RunSummary
 from megatron_ds.training.resolve import ResolvedRun
-from megatron_ds.training.statement import describe_keeping, describe_learning, describe_validation
+from megatron_ds.training.statement import describe_run
 
 
 def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Dataset | None) -> RunSummary:
@@ -41,9 +41,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         steps=run.train.num_steps,
         data_description=data.describe(),
         output=run.output,
-        learned=describe_learning(run, data, resolved.label_columns) if engine.grid.rank == 0 else "",
-        validated=describe_validation(run, valid),
-        kept=describe_keeping(run),
+        **(describe_run(run, data, valid, resolved.label_columns) if engine.grid.rank == 0 else {}),
     )
 
 
