@@ -114,7 +114,7 @@ def _open_missing() -> dict[int, OSError]:
 
 
 def _is_standard(stream: Any, descriptor: int) -> bool:
-    """Return whether a stream is Python's for a descriptor; None if the descriptor was closed when Python started."""
+    """Return whether a stream is the one that Python opened for a descriptor; None = it was closed then."""
     if stream is None:
         return True
     try:
