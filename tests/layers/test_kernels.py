@@ -252,3 +252,27 @@ def _compare(case: str, batch: dict[str, Tensor]) -> None:
         half = dtype != torch.float32
         used = tuple(counted.calls[one.name] > 0 for one in KERNELS.values())
         assert used == (*USED[case][:2], USED[case][2] and half), counted.calls
+
+
+def test_tuples_and_results_without_gradients_are_compared() -> None:
+    def parts(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return x * y, (x + y) * scale
+
+    def in_place(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        product = x.clone() * y
+        return product, x.add_(y).mul_(scale)
+
+    def with_detached(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return x * y.detach(), (x + y) * scale
+
+    def example(random: Any) -> tuple[Any, ...]:
+        return random(3, 4), random(3, 4), 2.0
+
+    pair = Operation("pair", parts, (example,))
+    assert validated(pair, candidate(lambda: in_place), CPU) is in_place
+    with pytest.raises(ConfigError, match="pair: differs from PyTorch by"):
+        validated(pair, candidate(lambda: with_detached), CPU)
+    own = Operation("own", parts, (example,), differentiable=False)
+    assert validated(own, candidate(lambda: with_detached), CPU) is with_detached
+    with pytest.raises(ConfigError, match="own: differs from PyTorch by"):
+        validated(own, candidate(lambda: lambda *arguments: parts(*arguments)[::-1]), CPU)

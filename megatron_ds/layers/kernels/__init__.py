@@ -5,6 +5,9 @@ on small inputs that it computes the same. Other packages add a candidate with
 `KERNELS[operation].register(name, Candidate(...))`.
 """
 
+from megatron_ds.layers.kernels import triton  # noqa: F401  # registered first: `auto` prefers our own
+
+# isort: split
 from megatron_ds.layers.kernels import flash, liger  # noqa: F401  # they register themselves
 from megatron_ds.layers.kernels.reference import AttentionCall
 from megatron_ds.layers.kernels.select import check_choice, select_kernels

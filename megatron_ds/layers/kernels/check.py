@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ TOLERANCE = 2e-2  # relative to the largest value, in bf16, which rounds by 4e-3
 
 def validated(
     operation: Operation, candidate: Candidate, device: torch.device, field: str = "train.kernels=auto"
-) -> Callable[..., Tensor]:
+) -> Callable[..., Any]:
     """Return the candidate's kernel, if its results and gradients on small inputs match the reference's.
 
     Args:
@@ -42,18 +43,25 @@ def validated(
     return kernel
 
 
-def _with_gradients(kernel: Callable[..., Tensor], operation: Operation, device: torch.device) -> list[Tensor]:
-    """Return the results on all examples, each followed by the gradients of its tensors."""
+def _with_gradients(kernel: Callable[..., Any], operation: Operation, device: torch.device) -> list[Tensor]:
+    """Return the results on all examples, each followed by the gradients of its floating-point tensors.
+
+    The kernel gets copies of the leaves, which it may overwrite, as it may the results of other layers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
 
-    found = []
+    found: list[Tensor] = []
     for example in operation.examples:
         arguments = example(random)
-        leaves = [one.requires_grad_() for one in arguments if isinstance(one, Tensor)]
-        result = kernel(*arguments)
-        grads = torch.autograd.grad(result, leaves, random(*result.shape).to(result.dtype))
-        found += [result.detach(), *grads]
+        leaves = [one for one in arguments if isinstance(one, Tensor) and one.is_floating_point()]
+        for leaf in leaves:
+            leaf.requires_grad_(operation.differentiable)
+        result = kernel(*(one.clone() if isinstance(one, Tensor) else one for one in arguments))
+        results = result if isinstance(result, tuple) else (result,)
+        found += [one.detach() for one in results]
+        if operation.differentiable:
+            found += torch.autograd.grad(results, leaves, [random(*one.shape).to(one.dtype) for one in results])
     return found

@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor
-
 from megatron_ds.layers.kernels.reference import (
     CausalAttention,
     Gated,
@@ -59,7 +57,7 @@ class Candidate:
     """
 
     package: str
-    make: Callable[[], Callable[..., Tensor]]
+    make: Callable[[], Callable[..., Any]]
     distribution: str | None = None
     devices: tuple[str, ...] = ("cuda",)
 
@@ -87,15 +85,20 @@ class Operation(Registry[Candidate]):
 
     Args:
         name: a field of `Kernels`.
-        reference: PyTorch's formula, which every candidate must match.
+        reference: PyTorch's formula, which every candidate must match. It returns a tensor or a tuple of them.
         examples: functions that make the arguments of the comparison from random tensors.
+        differentiable: whether autograd differentiates it; False = it returns its gradients among its results.
     """
 
     def __init__(
-        self, name: str, reference: Callable[..., Tensor], examples: tuple[Callable[[Random], tuple[Any, ...]], ...]
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        examples: tuple[Callable[[Random], tuple[Any, ...]], ...],
+        differentiable: bool = True,
     ) -> None:
         super().__init__(f"{name} kernel")
-        self.name, self.reference, self.examples = name, reference, examples
+        self.name, self.reference, self.examples, self.differentiable = name, reference, examples, differentiable
 
 
 KERNELS: Mapping[str, Operation] = {
