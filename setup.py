@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["megatron_ds", "megatron_ds.*"]),
     package_data={"megatron_ds": ["py.typed"]},
     install_requires=[
-        "torch>=2.13,<3",
+        "torch>=2.11,<2.15",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.23,<6",
         "datasets>=5.2,<6",

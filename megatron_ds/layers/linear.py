@@ -6,13 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import FrozenLayer
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
-from megatron_ds.parallel.collectives import all_gather_dim0, begin_all_reduce_, reduce_from_, sum_over_holders
+from megatron_ds.parallel.collectives import (
+    all_gather_dim0,
+    begin_all_gather_dim0,
+    begin_all_reduce_,
+    begin_reduce_scatter_dim0,
+    reduce_from_,
+    sum_over_holders,
+)
 from megatron_ds.parallel.tensor import TensorParallel
 
 
@@ -48,8 +54,7 @@ class _ColumnLinears(torch.autograd.Function):
 
         full, gathering = x, None
         if tp.splits_sequence and any(wants_weight):
-            full = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-            gathering = dist.all_gather_single(full, x.contiguous(), group=axis.group, async_op=True)
+            full, gathering = begin_all_gather_dim0(x, axis)
 
         grad_x, reducing = None, None
         if wants_x:
@@ -57,9 +62,7 @@ class _ColumnLinears(torch.autograd.Function):
             for grad, weight in zip(grads[1:], weights[1:]):
                 grad_x.flatten(0, -2).addmm_(grad.flatten(0, -2), weight.flatten(0, -2))
             if tp.splits_sequence:
-                partial = grad_x
-                grad_x = partial.new_empty((partial.shape[0] // axis.size, *partial.shape[1:]))
-                reducing = dist.reduce_scatter_single(grad_x, partial.contiguous(), group=axis.group, async_op=True)
+                grad_x, reducing = begin_reduce_scatter_dim0(grad_x, axis)
             else:
                 reducing = begin_all_reduce_(grad_x, axis)
 

@@ -9,6 +9,7 @@ all-gather and reduce-scatter n(t-1)/t, with n the size of the full tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,23 +33,42 @@ def begin_all_reduce_(x: Tensor, axis: Axis) -> dist.Work | None:
     return dist.all_reduce(x, group=axis.group, async_op=True)
 
 
+def _collective(name: str, earlier_name: str) -> Callable[..., Any]:
+    """Return a function of torch.distributed by its name since torch 2.13, or by the one that it had before."""
+    return getattr(dist, name, None) or getattr(dist, earlier_name)
+
+
+def _all_gather(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, dist.Work | None]:
+    gather = _collective("all_gather_single", "all_gather_into_tensor")
+    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    return out, gather(out, x.contiguous(), group=axis.group, async_op=async_op)
+
+
+def _reduce_scatter(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, dist.Work | None]:
+    assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.size)
+    scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    return out, scatter(out, x.contiguous(), group=axis.group, async_op=async_op)
+
+
 def all_gather_dim0(x: Tensor, axis: Axis) -> Tensor:
     """Gather along dim 0: (S/t, ...) -> (S, ...). Not differentiable."""
-    if axis.size == 1:
-        return x
-    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_single(out, x.contiguous(), group=axis.group)
-    return out
+    return _all_gather(x, axis, async_op=False)[0] if axis.size > 1 else x
+
+
+def begin_all_gather_dim0(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
+    """Start `all_gather_dim0`. Wait for the returned work before reading the tensor; None = it is already done."""
+    return _all_gather(x, axis, async_op=True) if axis.size > 1 else (x, None)
 
 
 def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis and scatter along dim 0: (S, ...) -> (S/t, ...). Not differentiable."""
-    if axis.size == 1:
-        return x
-    assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.size)
-    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_single(out, x.contiguous(), group=axis.group)
-    return out
+    return _reduce_scatter(x, axis, async_op=False)[0] if axis.size > 1 else x
+
+
+def begin_reduce_scatter_dim0(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
+    """Start `reduce_scatter_dim0`. Wait for the returned work before reading the tensor; None = it is already done."""
+    return _reduce_scatter(x, axis, async_op=True) if axis.size > 1 else (x, None)
 
 
 def sum_over_holders(x: Tensor, axis: Axis, num_shards: int) -> Tensor:

@@ -58,7 +58,9 @@ def counting() -> Iterator[Activations]:
         "send": send,
         "isend": send,
     }
-    originals = {name: getattr(dist, name) for name in counters}
+    originals = {
+        name: getattr(dist, name) for name in counters if hasattr(dist, name)
+    }  # torch before 2.13 has the older names
 
     def wrap(name: str) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -67,7 +69,7 @@ def counting() -> Iterator[Activations]:
 
         return counted
 
-    for name in counters:
+    for name in originals:
         setattr(dist, name, wrap(name))
     try:
         yield wire
