@@ -9,10 +9,10 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test sweep soak bench check tables clean
+.PHONY: help setup demo quick test sweep soak bench gpu-check gpu-bench gpu-wheels check tables clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with the versions pinned in requirements.txt, and this package
 
@@ -46,6 +46,18 @@ soak: $(STAMP)  ## run long fault injection (kills, faults, full disks) and prin
 
 bench: $(STAMP)  ## compare speed and memory with transformers and DeepSpeed; CASES="one tp2" selects cases
 	$(BIN)/python -m bench $(CASES)
+
+# On a bare CUDA image there is no .venv and no network: python3 with its torch, and the wheels that gpu-wheels fetched.
+GPU_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+
+gpu-check:  ## check on one GPU that results are right (7 minutes); DEVICE=cpu TINY=1 tests the command itself
+	$(GPU_PYTHON) -m bench.gpu check $(PARTS)
+
+gpu-bench:  ## measure the speed on one GPU (7 minutes); PARTS="..." selects parts
+	$(GPU_PYTHON) -m bench.gpu bench $(PARTS)
+
+gpu-wheels: $(STAMP)  ## fetch the packages that a CUDA image without a network lacks (20 MB)
+	$(BIN)/python -m bench.gpu.wheels
 
 check: $(STAMP)  ## check lint, formatting, types and the import order
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Parts of `make gpu-bench`: how fast is the package on a GPU?"""

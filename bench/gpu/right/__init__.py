@@ -1,0 +1,1 @@
+"""Parts of `make gpu-check`: is the package right on a GPU?"""

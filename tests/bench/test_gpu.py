@@ -1,0 +1,127 @@
+"""The commands for a GPU, on a CPU: the driver, the report, the targets and the carried packages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu import driver, page, report
+from bench.gpu.commands import Command
+from bench.gpu.part import Part
+from bench.gpu.targets import MET, MISSED, NOT_MEASURED, Figure, Target, judge
+from bench.gpu.wheels import pins
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(section: str, name: str, ok: bool | None = None, **found: Any) -> dict[str, Any]:
+    return {"section": section, "name": name, "ok": ok, **found}
+
+
+def test_carried_packages_are_the_pinned_ones() -> None:
+    lines = re.findall(r"^([A-Za-z-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    required = dict(lines)
+    for name, pin in pins().items():
+        assert pin == (required.get(name) or version(name)), name
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: Mapping[str, str], limit_s: float = 60.0) -> list[Any]:
+    """Run a command whose parts are given as code, and return its results."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    for name, code in parts.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    results = tmp_path / "check.jsonl"
+    command = Command("right", tuple(Part(name, name, limit_s=3.0) for name in parts), limit_s)
+    environment = {**driver._environment(tmp_path, results, 0.0), "DEVICE": "cpu"}
+    running = driver.Run(command, tmp_path, results, environment, driver.time.time() + limit_s)
+    assert running.parts(command.parts)
+    running.write_log(tmp_path / "check.log")
+    return report.read_rows(results)
+
+
+def test_a_part_that_fails_or_hangs_is_a_result_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = "from bench.gpu.record import *\nimport time\nwait_for_turn()\n"
+    parts = {
+        "first_part": begin + "record('one', 'a', None, speed=2.0)",
+        "raises": begin + "guarded('two', 'b', lambda: 1 / 0)\nrecord('two', 'c', True)",
+        "ends": begin + "raise SystemExit('no such thing')",
+        "hangs": begin + "time.sleep(60)",
+        "last_part": begin + "record('one', 'd', None)",
+    }
+    rows = run(tmp_path, monkeypatch, parts)
+    assert [(one["section"], one["name"], one["ok"]) for one in rows] == [
+        ("one", "a", None),
+        ("two", "b", False),
+        ("two", "c", True),
+        ("run", "ends", False),
+        ("run", "hangs", False),
+        ("one", "d", None),
+    ]
+    assert rows[1]["error"] == "ZeroDivisionError: division by zero"
+    assert rows[3]["error"] == "status 1" and rows[3]["log"] == ["no such thing"]
+    assert rows[4]["error"] == "ended at its limit of 3 s"
+    assert "WRONG two          b" in capsys.readouterr().out
+    assert "==== ends\nno such thing" in (tmp_path / "check.log").read_text()
+    assert not list(tmp_path.glob(".*.log")), "the logs of the parts are joined"
+
+
+def test_parts_without_time_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run(tmp_path, monkeypatch, {"one": "", "two": ""}, limit_s=driver.REPORT_S + driver.LAST_S - 1)
+    assert [one["error"] for one in rows] == ["no time was left for: one, two"]
+
+
+def test_targets_are_judged_by_the_best_of_each_side() -> None:
+    ours = (Figure("1.2 B", "ours", "tokens_s"), Figure("1.2 B", "ours, compiled", "tokens_s"))
+    others = (Figure("1.2 B", "theirs", "tokens_s"), Figure("1.2 B", "theirs, compiled", "tokens_s"))
+    faster = Target("speed", 1.15, True, ours, others)
+    smaller = Target(
+        "memory", 0.85, False, (Figure("1.2 B", "ours", "peak_gb"),), (Figure("1.2 B", "theirs", "peak_gb"),)
+    )
+    rows = [
+        row("1.2 B", "ours", tokens_s=110.0, peak_gb=8.0),
+        row("1.2 B", "ours, compiled", tokens_s=120.0),
+        row("1.2 B", "theirs", tokens_s=90.0, peak_gb=10.0),
+        row("1.2 B", "theirs, compiled", tokens_s=100.0),
+    ]
+    assert [(one.value, one.verdict) for one in judge(rows, (faster, smaller))] == [(1.2, MET), (0.8, MET)]
+    slower = [*rows, row("1.2 B", "theirs, compiled", tokens_s=110.0)]  # the last result of a name counts
+    assert judge(slower, (faster,))[0].verdict == MISSED
+    without_best = judge(rows[:3], (faster,))[0]
+    assert without_best.verdict == NOT_MEASURED, "the strongest contestant may be the one that failed"
+    assert without_best.measured == "1.33 (without theirs, compiled)"
+    assert judge([], (faster,))[0].verdict == NOT_MEASURED
+
+
+def test_each_command_replaces_its_half_of_the_page(tmp_path: Path) -> None:
+    here = row("environment", "versions", device="NVIDIA H100", driver="580", tiny=False, date="2026-01-01")
+    right = [here, row("parity", "llama", True, loss=1e-6), row("parity", "gpt2", False, error="NaN")]
+    fast = [{**here, "date": "2026-01-02"}, row("head", "ours", ms=12.5, peak_gb=1.25)]
+    report.write_half("right", right, tmp_path)
+    first = (tmp_path / report.PAGE).read_text()
+    assert "- parity, gpt2: NaN" in first and "Not run on a GPU yet." in first
+    report.write_half("fast", fast, tmp_path)
+    both = (tmp_path / report.PAGE).read_text()
+    assert "| ours | 12.5 | 1.25 |" in both and "| llama | ok | 1e-06 |" in both
+    assert "2026-01-01" in both and "2026-01-02" in both and "Not run" not in both
+    assert json.loads((tmp_path / report.JSON).read_text()).keys() == {"right", "fast"}
+
+
+def test_only_full_shapes_on_a_gpu_replace_the_committed_page() -> None:
+    assert report.is_of_a_gpu([row("environment", "versions", driver="580", tiny=False)])
+    assert not report.is_of_a_gpu([row("environment", "versions", driver="580", tiny=True)])
+    assert not report.is_of_a_gpu([row("environment", "versions", driver="none", tiny=False)])
+    assert not report.is_of_a_gpu([row("run", "environment", False)])
+
+
+def test_a_row_is_one_line_on_the_terminal() -> None:
+    line = driver.summary(row("head", "ours", ms=12.5, log=["x" * 300]))
+    assert line.startswith("      head         ours ") and "ms=12.5" in line and len(line) <= driver.WIDTH
+    assert page.conclusion("right", [row("a", "b", False, error="NaN")])[-2:] == ["a, b: NaN", "1 results, 1 wrong"]
