@@ -35,8 +35,9 @@ demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), expor
 quick: $(STAMP)  ## run a sample of the tests in under 2 minutes (tests/quick.txt)
 	$(PYTEST) @tests/quick.txt
 
-test: $(WEIGHTS)  ## run the test suite, without the sweep over every combination
+test: $(WEIGHTS)  ## run the test suite, without the sweep; where there is a GPU, also tests/gpu.txt on it
 	$(PYTEST) -m "not sweep and not soak"
+	$(if $(wildcard /dev/nvidia0),DS_ACCELERATOR=cuda $(PYTEST) -m "not sweep and not soak" @tests/gpu.txt)
 
 sweep: $(WEIGHTS)  ## run all tests, including the sweep over every combination
 	$(PYTEST) -m "not soak"

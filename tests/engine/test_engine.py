@@ -19,7 +19,7 @@ from megatron_ds.runtime.setup import engine_options, plan_engine
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
 from tests.parity.ours import Place, engine_config, engine_on, micro_batches
 from tests.parity.reference import make_model, train_reference
-from tests.ranks import run_alone, run_grid
+from tests.ranks import rank_device, run_alone, run_grid
 
 RECIPE = Recipe()
 PLACES = [Place(1, 1, 1, 1), Place(2, 1, 1, 1, True), Place(2, 1, 2, 3), Place(2, 2, 1, 1), Place(4, 1, 1, 1)]
@@ -27,9 +27,9 @@ PLACES = [Place(1, 1, 1, 1), Place(2, 1, 1, 1, True), Place(2, 1, 2, 3), Place(2
 
 def _random_engine(grid: Grid, case: str, place: Place, read: Any = None) -> Any:
     model = load_model(CONFIGS[case], seed=99)
-    plan = plan_engine(engine_config(place, RECIPE, seed=99), model.hf, grid.layout.world_size, "cpu")
-    options = engine_options(model, plan)
-    return build_engine(model.layers, grid, torch.device("cpu"), options, read)
+    device = rank_device()
+    plan = plan_engine(engine_config(place, RECIPE, seed=99), model.hf, grid.layout.world_size, device.type)
+    return build_engine(model.layers, grid, device, engine_options(model, plan), read)
 
 
 def _fingerprints(grid: Grid, case: str, place: Place) -> dict[str, str]:
@@ -37,7 +37,7 @@ def _fingerprints(grid: Grid, case: str, place: Place) -> dict[str, str]:
     found = {}
     for name, whole in engine.full_parameters():
         if whole is not None:
-            found[name] = hashlib.sha256(whole.contiguous().numpy().tobytes()).hexdigest()
+            found[name] = hashlib.sha256(whole.cpu().contiguous().numpy().tobytes()).hexdigest()
     return found
 
 

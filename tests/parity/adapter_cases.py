@@ -70,5 +70,5 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
     found, to_hf = {}, ToHF(model.adapters)
     for name, whole in engine.full_parameters():
         if whole is not None and name in model.adapters.table:
-            found.update({theirs: tensor.float().clone() for theirs, tensor in to_hf.add(name, whole)})
+            found.update({theirs: tensor.float().cpu().clone() for theirs, tensor in to_hf.add(name, whole)})
     return {"losses": losses, "norms": norms, "weights": found}

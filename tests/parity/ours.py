@@ -14,7 +14,7 @@ from megatron_ds.runtime import Session, load_model
 from tests.parity.batches import batch_for, ours
 from tests.parity.cases import Recipe
 from tests.parity.packed import draw_rows, packed
-from tests.ranks import run_grid
+from tests.ranks import rank_device, run_grid
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
 
 def session_of(grid: Grid) -> Session:
     """The session of a rank that has joined its process group."""
-    return Session(RankInfo(grid.rank, grid.layout.world_size, grid.rank), torch.device("cpu"))
+    return Session(RankInfo(grid.rank, grid.layout.world_size, grid.rank), rank_device())
 
 
 def train_ours(directory: Path, place: Place, recipe: Recipe) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
     weights, to_hf = {}, ToHF(model)
     for name, whole in engine.full_parameters():
         if whole is not None:
-            weights.update({theirs: tensor.float().clone() for theirs, tensor in to_hf.add(name, whole)})
+            weights.update({theirs: tensor.float().cpu().clone() for theirs, tensor in to_hf.add(name, whole)})
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
