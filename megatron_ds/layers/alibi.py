@@ -31,6 +31,7 @@ class Alibi:
         like: Tensor,
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         """Return the biases of some heads, (B or 1, heads, 1, S), in the dtype and on the device of `like`.
 
@@ -42,8 +43,11 @@ class Alibi:
             key_mask: (B, S), nonzero where a position may be attended to; None = everywhere.
             positions: (B, S); None = they count the tokens in `key_mask`, so that padding on the left shifts nothing.
                 The offset cancels in the softmax, but it changes how the biases are rounded.
+            slopes: (heads,) on the device of `like`, as `HeadSlopes` keeps them; None = they are computed.
         """
-        slopes = alibi_slopes(num_heads)[heads.start : heads.stop, None].to(like.device)
+        if slopes is None:
+            slopes = alibi_slopes(num_heads)[heads.start : heads.stop].to(like.device)
+        slopes = slopes[:, None]
         if positions is None and key_mask is not None:
             seen = key_mask.long()
             positions = (seen.cumsum(1) - 1) * seen
@@ -51,6 +55,32 @@ class Alibi:
             positions = torch.arange(length, device=like.device)[None]
         bias = (slopes.bfloat16() if self.bf16 else slopes) * positions[:, None, :]
         return (bias.to(like.dtype) * self.scale)[:, :, None, :]
+
+
+class HeadSlopes:
+    """The slopes of some heads, kept on the device that asks for them, because copying them there makes the host wait.
+
+    They are no buffer of a module, which a run in bf16 would round.
+
+    Args:
+        heads: indices of the heads in the full model.
+        num_heads: N.
+    """
+
+    def __init__(self, heads: range, num_heads: int) -> None:
+        self.heads, self.num_heads = heads, num_heads
+        self._kept: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the slopes, (heads,) fp32. Code that torch.compile traces computes them, as a cache is two graphs."""
+        if torch.compiler.is_compiling():
+            return self._computed().to(device)
+        if self._kept is None or self._kept.device != device:
+            self._kept = self._computed().to(device)
+        return self._kept
+
+    def _computed(self) -> Tensor:
+        return alibi_slopes(self.num_heads)[self.heads.start : self.heads.stop]
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import AdaptableWeight, IA3Spec, LoRASpec, Output
-from megatron_ds.layers.alibi import Alibi
+from megatron_ds.layers.alibi import Alibi, HeadSlopes
 from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
@@ -105,6 +105,8 @@ class Attention(nn.Module):
         kernels: the kernels of plain causal attention and of norms over heads.
     """
 
+    kv_index: Tensor
+
     def __init__(
         self,
         shape: AttentionShape,
@@ -138,7 +140,10 @@ class Attention(nn.Module):
         self.relative = RelativeBias(relative, heads, tp, causal=shape.causal) if relative is not None else None
         local = heads // tp.axis.size
         self.heads = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
+        self.slopes = HeadSlopes(self.heads, heads)
         self.kv_of_head = _kv_of_head(self.heads, heads // kv_heads, kv_heads // self.qkv.num_shards[1])
+        # on the device, because an index of Python numbers would be copied there in each forward pass
+        self.register_buffer("kv_index", torch.tensor(self.kv_of_head), persistent=False)
 
     def forward(
         self,
@@ -246,7 +251,7 @@ class Attention(nn.Module):
         if self.shape.causal:
             return allowed_keys(length, self.shape.window, key_mask, device, positions)
         assert positions is None, "documents share a sequence of causal models only"
-        return key_mask.bool()[:, None, None, :] if key_mask is not None else None
+        return visible_keys(key_mask) if key_mask is not None else None
 
     def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """Return the term added to the scores, (1 or B, 1 or N/t, S, C).
@@ -256,7 +261,9 @@ class Attention(nn.Module):
         length = q.shape[2]
         seen = q.new_zeros(())
         if self.shape.alibi is not None:
-            seen = self.shape.alibi.bias(length, self.heads, self.shape.num_heads, q, key_mask, positions)
+            seen = self.shape.alibi.bias(
+                *(length, self.heads, self.shape.num_heads, q, key_mask, positions, self.slopes.on(q.device))
+            )
         if self.relative is not None:
             seen = seen + self.relative(length)
         if mask is None and self.shape.causal:
@@ -272,7 +279,7 @@ class Attention(nn.Module):
             return part
         group = len(self.kv_of_head) // part.shape[1]
         if self.kv_of_head != tuple(head // group for head in range(group * part.shape[1])):
-            return part[:, list(self.kv_of_head)]
+            return part[:, self.kv_index]
         return part if kernel_repeats else part.repeat_interleave(group, dim=1)
 
 
@@ -292,16 +299,29 @@ def allowed_keys(
 ) -> Tensor | None:
     """Return the mask of the keys that each query sees, (B or 1, 1, S, S) bool; None if plain causality is enough.
 
-    With `positions` (B, S), 0 where a document begins, a query sees keys of its own document only.
+    With `positions` (B, S), 0 where a document begins, a query sees keys of its own document only. A query that sees
+    no key sees itself: a softmax over nothing is NaN in some kernels, and keys and values carry it to other queries.
     """
     if key_mask is None and positions is None and (window is None or window >= length):
         return None
     allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     if window is not None and window < length:
         allowed = allowed.triu(1 - window)
-    if key_mask is not None:
-        allowed = allowed & key_mask.bool()[:, None, None, :]
     if positions is not None:
         documents = (positions == 0).cumsum(1)
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    if key_mask is not None:
+        allowed = allowed & key_mask.bool()[:, None, None, :]
+        itself = torch.eye(length, dtype=torch.bool, device=device)
+        allowed = allowed | (itself & ~allowed.any(-1, keepdim=True))
     return allowed
+
+
+def visible_keys(key_mask: Tensor) -> Tensor:
+    """Return the mask of the keys that all queries of a row see, (B, 1, 1, C) bool.
+
+    (B, C), nonzero where a position may be attended to. A row of padding alone sees all its keys, as in `allowed_keys`
+    so that no softmax is over nothing.
+    """
+    seen = key_mask.bool()
+    return (seen | ~seen.any(-1, keepdim=True))[:, None, None, :]

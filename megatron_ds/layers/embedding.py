@@ -132,4 +132,5 @@ def scaled(x: Tensor, factor: float, in_dtype: bool) -> Tensor:
     """Return x * factor; `in_dtype` rounds the factor to the dtype of x first, as Gemma was trained."""
     if factor == 1.0:
         return x
-    return x * torch.tensor(factor, dtype=x.dtype, device=x.device) if in_dtype else x * factor
+    # filled on the device: a number of the host would be copied there in each forward pass
+    return x * torch.full((), factor, dtype=x.dtype, device=x.device) if in_dtype else x * factor
