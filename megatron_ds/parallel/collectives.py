@@ -10,12 +10,13 @@ all-gather and reduce-scatter n(t-1)/t, with n the size of the full tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ds.parallel import messages
 from megatron_ds.parallel.grid import Axis
 
 
@@ -33,40 +34,56 @@ def begin_all_reduce_(x: Tensor, axis: Axis) -> dist.Work | None:
     return dist.all_reduce(x, group=axis.group, async_op=True)
 
 
+class Pending(Protocol):
+    """Communication under way."""
+
+    def wait(self) -> object: ...
+
+
 def _collective(name: str, earlier_name: str) -> Callable[..., Any]:
     """Return a function of torch.distributed by its name since torch 2.13, or by the one that it had before."""
     return getattr(dist, name, None) or getattr(dist, earlier_name)
 
 
-def _all_gather(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, dist.Work | None]:
+def _all_gather(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, Pending | None]:
+    if x.device.type == "cpu":
+        return messages.begin_gather(x, axis)
     gather = _collective("all_gather_single", "all_gather_into_tensor")
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     return out, gather(out, x.contiguous(), group=axis.group, async_op=async_op)
 
 
-def _reduce_scatter(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, dist.Work | None]:
+def _reduce_scatter(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, Pending | None]:
     assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.size)
+    if x.device.type == "cpu":
+        return messages.begin_reduce_scatter(x, axis)
     scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     return out, scatter(out, x.contiguous(), group=axis.group, async_op=async_op)
 
 
+def _done(out: Tensor, pending: Pending | None) -> Tensor:
+    if pending is not None:
+        pending.wait()
+    return out
+
+
 def all_gather_dim0(x: Tensor, axis: Axis) -> Tensor:
     """Gather along dim 0: (S/t, ...) -> (S, ...). Not differentiable."""
-    return _all_gather(x, axis, async_op=False)[0] if axis.size > 1 else x
+    return _done(*_all_gather(x, axis, async_op=False)) if axis.size > 1 else x
 
 
-def begin_all_gather_dim0(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
+def begin_all_gather_dim0(x: Tensor, axis: Axis) -> tuple[Tensor, Pending | None]:
     """Start `all_gather_dim0`. Wait for the returned work before reading the tensor; None = it is already done."""
     return _all_gather(x, axis, async_op=True) if axis.size > 1 else (x, None)
 
 
 def reduce_scatter_dim0(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the axis and scatter along dim 0: (S, ...) -> (S/t, ...). Not differentiable."""
-    return _reduce_scatter(x, axis, async_op=False)[0] if axis.size > 1 else x
+    return _done(*_reduce_scatter(x, axis, async_op=False)) if axis.size > 1 else x
 
 
-def begin_reduce_scatter_dim0(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
+def begin_reduce_scatter_dim0(x: Tensor, axis: Axis) -> tuple[Tensor, Pending | None]:
     """Start `reduce_scatter_dim0`. Wait for the returned work before reading the tensor; None = it is already done."""
     return _reduce_scatter(x, axis, async_op=True) if axis.size > 1 else (x, None)
 

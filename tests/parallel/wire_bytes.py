@@ -9,10 +9,11 @@ import torch.distributed as dist
 
 
 class Activations:
-    """Bytes that one rank sends, by kind of collective, for ring algorithms."""
+    """Bytes that one rank sends, by kind of collective, for ring algorithms; and those of messages, by receiver."""
 
     def __init__(self) -> None:
         self.bytes: dict[str, Fraction] = {}
+        self.sent_to: dict[int, Fraction] = {}
         self.calls: dict[str, int] = {}
 
     def count(self, kind: str, size_bytes: Fraction) -> None:
@@ -46,8 +47,9 @@ def counting() -> Iterator[Activations]:
     def reduce_scatter(output: Any, input: Any, *args: Any, **kwargs: Any) -> None:
         wire.count("reduce_scatter", _size(input) * share(kwargs.get("group")))
 
-    def send(tensor: Any, *args: Any, **kwargs: Any) -> None:
+    def send(tensor: Any, dst: int, *args: Any, **kwargs: Any) -> None:
         wire.count("send", Fraction(_size(tensor)))
+        wire.sent_to[dst] = wire.sent_to.get(dst, Fraction(0)) + _size(tensor)
 
     counters: dict[str, Callable[..., None]] = {
         "all_reduce": all_reduce,
