@@ -1,14 +1,15 @@
 """Language-model head and cross entropy over a vocabulary divided over the tensor axis (Shoeybi et al. 2019).
 
-The full logits never exist, and they are never gathered: they are computed for one chunk of labelled tokens at a time,
-turned into loss *and* gradient at once, and dropped. A chunk's fp32 logits, (chunk, V/t), are the largest extra tensor.
-Tokens without a label (most tokens, in masked language modelling) cost nothing.
+The full logits are never gathered, and rarely exist: they are computed for one chunk of labelled tokens at a time,
+turned into loss *and* gradient at once, and dropped. The gradient takes their place in memory. Tokens without a label
+(most tokens, in masked language modelling) cost nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,35 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.columns import IGNORE_INDEX
-from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.layers.kernels import LogitFinish, LossCall
+from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, reference_cross_entropy
+from megatron_ds.layers.products import add_product_, multiply_into
 from megatron_ds.parallel.grid import Axis
 
-LEAST_CHUNK = 128  # tokens, however large the vocabulary is
-LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}  # of a chunk's fp32 logits: larger chunks do not speed up the matmuls
+__all__ = ["LogitFinish", "VocabShard", "gather_logits", "head_loss"]
 
-
-@dataclass(frozen=True)
-class LogitFinish:
-    """The change of the logits before the softmax: multiply by `multiplier`, then bound by `softcap`.
-
-    softcap * tanh(logits / softcap) keeps them within +-softcap (Gemma 2, 2024); None = unbounded.
-    """
-
-    multiplier: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        """Map fp32 logits of the matmul to the final logits; may work in place."""
-        if self.multiplier != 1.0:
-            raw = raw * self.multiplier
-        return torch.tanh(raw / self.softcap) * self.softcap if self.softcap is not None else raw
-
-    def gradient(self, grad: Tensor, finished: Tensor | None) -> Tensor:
-        """Map the gradient of the final logits to that of the raw ones. `finished`: final logits, for a softcap."""
-        if self.softcap is not None:
-            assert finished is not None
-            grad = grad * (1.0 - (finished / self.softcap).square())
-        return grad * self.multiplier if self.multiplier != 1.0 else grad
+TILE = 256  # tokens: chunks are multiples, so that the products' tiles are full
+LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""Bytes of a chunk's logits. On a CPU larger chunks do not speed up the products; on a GPU each chunk also reads and
+writes the fp32 sum of the weight's gradient, so it pays to have few."""
+ALIGNMENT = {"cuda": 64}
+"""Columns of the logits are a multiple of this: tensor cores load rows that begin at multiples of 16 bytes."""
+HALF_RANGE = 2.0**15
+"""Largest gradient of a logit in fp16, whose largest number is just below 2**16."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +44,15 @@ class VocabShard:
         vocab_size: V without padding; padding rows take no part in the softmax and get zero gradient.
         axis: the tensor axis.
         finish: the change of the logits after the matmul.
+        kernel: the cross entropy; None = PyTorch's formula.
     """
 
     weight: Tensor
     bias: Tensor | None
     vocab_size: int
     axis: Axis
-    finish: LogitFinish = LogitFinish()
+    finish: LogitFinish = field(default_factory=LogitFinish)
+    kernel: CrossEntropy | None = None
 
     @property
     def start(self) -> int:
@@ -75,115 +64,162 @@ class VocabShard:
         """The number of rows that are not padding."""
         return min(self.start + self.weight.shape[0], self.vocab_size) - self.start
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Return the rows (columns, H) of the matmul, and their offsets: the valid ones and padding to `ALIGNMENT`."""
+        multiple = ALIGNMENT.get(self.weight.device.type, 1)
+        columns = -(-self.valid // multiple) * multiple
+        if columns <= self.weight.shape[0]:
+            return self.weight[:columns], self.bias[:columns] if self.bias is not None else None
+        missing = columns - self.valid
+        offsets = F.pad(self.bias[: self.valid], (0, missing)) if self.bias is not None else None
+        return F.pad(self.weight[: self.valid], (0, 0, 0, missing)), offsets
+
+    def gradient_scale(self) -> float:
+        """Return the power of two that the logits' gradients are multiplied by until their products are summed.
+
+        The gradient of a sum of losses is at most `multiplier` for each logit. In fp16 it is scaled to at most
+        `HALF_RANGE`: probabilities are then exact to 2**-29 and zero below 2**-39, so that all of a vocabulary that
+        round to zero weigh less than the rounding of the label's own gradient.
+        """
+        if self.weight.dtype != torch.float16:
+            return 1.0
+        return 2.0 ** math.floor(math.log2(HALF_RANGE / abs(self.finish.multiplier)))
+
+
+class _Wanted(NamedTuple):
+    """The gradients that autograd wants."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class _Gradients:
+    """Gradients of the labelled tokens' hidden states and of the head, added up over chunks.
+
+    They are multiplied by `VocabShard.gradient_scale`, and are fp32 where a value in the dtype of the weights would be
+    out of range (in fp16) or would be rounded again by the next chunk. Rows of padding are zero.
+    """
+
+    def __init__(self, head: VocabShard, tokens: Tensor, rows: Tensor, wanted: _Wanted, num_chunks: int) -> None:
+        weight, self.rows = head.weight, rows
+        self.local = len(weight)
+        exact = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        summed = exact if num_chunks == 1 else torch.float32
+        length = max(len(rows), self.local)
+        self.hidden = torch.empty_like(tokens, dtype=exact) if wanted.hidden else None
+        self.weight = weight.new_empty((length, weight.shape[1]), dtype=summed) if wanted.weight else None
+        self.bias = weight.new_zeros(length, dtype=torch.float32) if wanted.bias else None
+        if self.weight is not None:
+            self.weight[len(rows) if num_chunks else 0 :] = 0
+
+    def add(self, grad_logits: Tensor, tokens: Tensor, begin: int) -> None:
+        """Add a chunk's gradients: those of its logits (chunk, columns), for its tokens (chunk, H) from `begin`."""
+        columns = len(self.rows)
+        if self.bias is not None:
+            self.bias[:columns] += grad_logits.sum(0, dtype=torch.float32)
+        if self.hidden is not None:
+            multiply_into(self.hidden[begin : begin + len(tokens)], grad_logits, self.rows)
+        if self.weight is not None:
+            put = multiply_into if begin == 0 else add_product_
+            put(self.weight[:columns], grad_logits.t(), tokens)
+
+    def of_inputs(self, labelled: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of the hidden states (S, B, H), of which `labelled` are those here, weight and bias."""
+        full = self.hidden
+        if full is not None and labelled is not None:
+            full = full.new_zeros((hidden.shape[:-1].numel(), hidden.shape[-1])).index_copy_(0, labelled, full)
+        return (
+            full.view_as(hidden) if full is not None else None,
+            self.weight[: self.local] if self.weight is not None else None,
+            self.bias[: self.local] if self.bias is not None else None,
+        )
+
 
 class _HeadLoss(torch.autograd.Function):
     """Sum of token losses from hidden states. The forward pass computes the gradients, for an output gradient of 1."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: VocabShard, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        labelled: Tensor | None,
+        head: VocabShard,
+        chunk: int | None,
     ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        start, valid, axis = head.start, head.valid, head.axis
-        labelled = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        tokens, rows = hidden.flatten(0, -2)[labelled], weight[:valid]
-        offsets = bias[:valid] if bias is not None else None
-        flat_targets = targets.flatten()[labelled]
-        # Gradients that are not yet multiplied by the loss scale would underflow in fp16: keep them in fp32 until then.
-        exact = torch.float32 if weight.dtype == torch.float16 else weight.dtype
-        exact_rows = rows.to(exact)
-        grad_hidden = torch.empty_like(tokens, dtype=exact) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        grad_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if wants_bias else None
+        wanted = _Wanted(*ctx.needs_input_grad[:3])
+        tokens, labels, labelled = _select(hidden, targets, labelled)
+        rows, offsets = head.operands()
+        size = chunk or _chunk_tokens(len(tokens), head, wanted)
+        call = LossCall(head.start, head.valid, head.axis, head.finish, head.gradient_scale(), any(wanted))
+        compute = head.kernel or reference_cross_entropy
+        grads = _Gradients(head, tokens, rows, wanted, -(-len(tokens) // size))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        buffer = torch.empty((min(chunk, tokens.shape[0]), valid), dtype=torch.float32, device=hidden.device)
-        for begin in range(0, tokens.shape[0], chunk):
-            part = slice(begin, begin + chunk)
-            logits = head.finish(_project(tokens[part], rows, offsets, buffer))
-            finished = logits.clone() if head.finish.softcap is not None else None
-            chunk_loss, grad_logits = _chunk(logits, flat_targets[part], start, axis)
-            loss += chunk_loss
-            grad_logits = head.finish.gradient(grad_logits, finished)
-            if grad_bias is not None:
-                grad_bias[:valid] += grad_logits.sum(0)
-            grad_logits = grad_logits.to(exact)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, exact_rows, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_product(grad_weight[:valid], grad_logits.t(), tokens[part].to(exact))
-        ctx.grads = (
-            _spread(grad_hidden, labelled, hidden) if grad_hidden is not None else None,
-            grad_weight.to(exact) if grad_weight is not None else None,
-            grad_bias.to(exact) if grad_bias is not None else None,
-        )
-        ctx.dtype = weight.dtype
+        buffer = rows.new_empty((min(size, len(tokens)), len(rows)))
+        for begin in range(0, len(tokens), size):
+            part = slice(begin, begin + size)
+            losses, grad_logits = compute(_project(tokens[part], rows, offsets, buffer), labels[part], call)
+            loss += losses.sum()
+            grads.add(grad_logits, tokens[part], begin)
+        ctx.grads = grads.of_inputs(labelled, hidden)
+        ctx.dtype, ctx.scale = weight.dtype, call.scale
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.grads is not None, "the head's gradients were consumed by an earlier backward pass"
-        own = (None if g is None else g.mul_(grads[0]).to(ctx.dtype) for g in ctx.grads)
+        factor = grads[0] / ctx.scale if ctx.scale != 1.0 else grads[0]
+        own = [None if grad is None else _multiplied(grad, factor, ctx.dtype) for grad in ctx.grads]
         ctx.grads = None
-        return *own, None, None, None
+        return *own, None, None, None, None
+
+
+def _select(hidden: Tensor, targets: Tensor, labelled: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the labelled tokens (tokens, H), their labels, and their positions; None = all positions are labelled."""
+    tokens, labels = hidden.flatten(0, -2), targets.flatten()
+    if labelled is None:
+        labelled = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if len(labelled) == len(labels):
+        return tokens, labels, None
+    return tokens[labelled], labels[labelled], labelled
+
+
+def _chunk_tokens(tokens: int, head: VocabShard, wanted: _Wanted) -> int:
+    """Return how many tokens' logits exist at one time: the same on all tensor ranks, which communicate in each chunk.
+
+    Chunks are equal, and multiples of `TILE`. One chunk needs no fp32 sum of the weight's gradient in bf16: it is
+    preferred if its logits weigh no more than those of a chunk and the sum.
+    """
+    length, width = head.weight.shape
+    itemsize = head.weight.element_size() if head.kernel is not None else 4  # PyTorch's formula makes fp32 logits
+    budget = LOGITS_BYTES.get(head.weight.device.type, LOGITS_BYTES["cpu"])
+    saved = 4 * length * width if wanted.weight and head.weight.dtype == torch.bfloat16 else 0
+    if tokens * itemsize * length <= budget + saved:
+        return max(tokens, 1)
+    fitting = max(TILE, budget // (itemsize * length) // TILE * TILE)
+    return -(-tokens // -(-tokens // fitting) // TILE) * TILE
 
 
 def _project(tokens: Tensor, rows: Tensor, offsets: Tensor | None, buffer: Tensor) -> Tensor:
-    """Return the tokens' fp32 logits in `buffer`: allocating them per chunk would cost as much as the arithmetic."""
-    into = buffer[: tokens.shape[0]]
-    if rows.dtype != torch.float32:
-        return into.copy_(F.linear(tokens, rows, offsets))
+    """Return the tokens' logits in `buffer`: allocating them per chunk would cost as much as the arithmetic."""
+    into = buffer[: len(tokens)]
+    if offsets is not None and rows.dtype != torch.float32:
+        return torch.addmm(offsets, tokens, rows.t(), out=into)  # the sum is rounded once
     torch.mm(tokens, rows.t(), out=into)
     return into if offsets is None else into.add_(offsets)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Compute total += left @ right, in one pass where the dtypes allow it."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _multiplied(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad * factor in a dtype, in one pass; in place if it is the gradient's."""
+    return torch.mul(grad, factor, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
 
 
-def _spread(grads: Tensor, positions: Tensor, like: Tensor) -> Tensor:
-    """Scatter (labelled, H) gradients to the shape of the hidden states `like`, with zeros elsewhere."""
-    full = grads.new_zeros((like.shape[:-1].numel(), like.shape[-1]))
-    return full.index_copy_(0, positions, grads).view_as(like)
-
-
-def _chunk(logits: Tensor, targets: Tensor, start: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Return the loss of some tokens and the gradient of their logits. Collective over tensor.
-
-    Args:
-        logits: (tokens, valid) this rank's columns, fp32, padding excluded. Overwritten.
-        targets: (tokens,) ids in the full vocabulary.
-        start: the id of this rank's first column.
-        axis: the tensor axis. Two fp32 all-reduces: (tokens,) maxima and (2, tokens) sums.
-
-    Returns:
-        the scalar sum of the tokens' losses; (tokens, valid) fp32 gradient.
-    """
-    if logits.shape[1] > 0:
-        peaks = logits.max(dim=-1).values
-    else:
-        peaks = logits.new_full((logits.shape[0],), -torch.inf)
-    all_reduce_(peaks, axis, dist.ReduceOp.MAX)
-    logits = logits.sub_(peaks[:, None])
-
-    here = (targets >= start) & (targets < start + logits.shape[1])
-    columns = (targets - start).masked_fill(~here, 0)[:, None]
-    picked = logits.gather(1, columns).squeeze(1) if logits.shape[1] > 0 else torch.zeros_like(peaks)
-    exps = logits.exp_()
-    sums = torch.stack([exps.sum(dim=-1), picked.masked_fill(~here, 0.0)])
-    all_reduce_(sums, axis)
-    losses = sums[0].log() - sums[1]
-
-    grad = exps.div_(sums[0][:, None])
-    if logits.shape[1] > 0:
-        grad.scatter_add_(1, columns, -here.to(grad.dtype)[:, None])
-    return losses.sum(), grad
-
-
-def head_loss(hidden: Tensor, head: VocabShard, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+def head_loss(
+    hidden: Tensor, head: VocabShard, targets: Tensor, labelled: Tensor | None = None, *, chunk: int | None = None
+) -> Tensor:
     """Return the sum over labelled tokens of -log p(target). Collective over tensor.
 
     Forward: all-reduces of 3 fp32 numbers per labelled token. Backward: nothing.
@@ -193,17 +229,16 @@ def head_loss(hidden: Tensor, head: VocabShard, targets: Tensor, *, chunk: int |
             `gather_sequence`, whose backward completes it.
         head: this rank's shard of the head.
         targets: (S, B) ids, IGNORE_INDEX where there is no label.
+        labelled: (labels,) indices of the labels in the flat targets; None = find them, for which the host waits.
         chunk: labelled tokens whose logits exist at one time; None = as many as `LOGITS_BYTES` hold.
 
     Returns:
         fp32 scalar, equal on all tensor ranks.
     """
     weight, bias = head.weight, head.bias
-    if chunk is None:  # the same on all tensor ranks, so from padded sizes: they communicate in every chunk
-        chunk = max(LEAST_CHUNK, LOGITS_BYTES.get(hidden.device.type, 2**27) // (4 * weight.shape[0]))
     if not torch.is_grad_enabled():  # autograd.Function would compute gradients all the same
         hidden, weight, bias = hidden.detach(), weight.detach(), bias.detach() if bias is not None else None
-    return _HeadLoss.apply(hidden, weight, bias, targets, head, chunk)
+    return _HeadLoss.apply(hidden, weight, bias, targets, labelled, head, chunk)
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ class LanguageModelHead(OutputHead):
     ) -> None:
         super().__init__()
         self.vocab_size, self.tp, self.finish = vocab_size, ctx.tp, finish or LogitFinish()
+        self.kernel = ctx.kernels.cross_entropy
         self.weight = make_parameter(ParamSpec((vocab_size, width), over_tensor(0), std=std), ctx.tp.axes)
         spec = ParamSpec((vocab_size,), over_tensor(0), decay=False)
         self.bias = make_parameter(spec, ctx.tp.axes) if bias else None
@@ -82,4 +83,4 @@ class LanguageModelHead(OutputHead):
 
     def local(self) -> VocabShard:
         """Return this rank's shard of the head."""
-        return VocabShard(self.weight, self.bias, self.vocab_size, self.tp.axis, self.finish)
+        return VocabShard(self.weight, self.bias, self.vocab_size, self.tp.axis, self.finish, self.kernel)

@@ -93,7 +93,7 @@ def table(**candidates: dict[str, Candidate]) -> dict[str, Operation]:
     """Operations with other candidates than those that are installed here."""
     found = {}
     for name, operation in KERNELS.items():
-        found[name] = Operation(name, operation.reference, operation.examples)
+        found[name] = Operation(name, operation.reference, operation.examples, operation.differentiable)
         for key, one in candidates.get(name, {}).items():
             found[name].register(key, one)
     return found
@@ -105,8 +105,8 @@ def candidate(make: Any, package: str = "torch", **options: Any) -> Candidate:
 
 def test_nothing_is_picked_on_a_cpu() -> None:
     assert select_kernels("auto", CPU) == select_kernels("torch", CUDA) == Kernels()
-    assert KERNELS.keys() == {"rms_norm", "swiglu", "attention"}
-    assert [operation.names for operation in KERNELS.values()] == [("liger",), ("liger",), ("flash",)]
+    assert KERNELS.keys() == {"rms_norm", "swiglu", "attention", "cross_entropy"}
+    assert [operation.names for operation in KERNELS.values()] == [("liger",), ("liger",), ("flash",), ("triton",)]
 
 
 def test_what_is_not_installed_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_each_operation_has_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "validated", lambda operation, candidate, device, field: (candidate.package, field))
     first = candidate(lambda: None)
     second = candidate(lambda: None, "numpy", distribution=None, devices=("cuda", "cpu"))
-    three = table(**{name: {"first": first, "second": second} for name in KERNELS})
+    three = table(**{name: {"first": first, "second": second} for name in ("rms_norm", "swiglu", "attention")})
     found = select_kernels({"attention": "second", "swiglu": "torch"}, CUDA, three)
     assert (found.rms_norm, found.swiglu) == (("torch", "train.kernels=auto"), None)
     assert found.attention == ("numpy", "train.kernels.attention=second")
@@ -135,7 +135,8 @@ def test_each_operation_has_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fast", "train.kernels=fast is not one of auto, torch"),
         (
             {"attn": "torch"},
-            "train.kernels.attn=torch: attn is not one of rms_norm, swiglu, attention; did you mean attention?",
+            "train.kernels.attn=torch: attn is not one of rms_norm, swiglu, attention, cross_entropy; did you mean "
+            "attention?",
         ),
         (
             {"attention": "flsh"},
@@ -194,9 +195,10 @@ class Counted:
 
     def kernels(self) -> Kernels:
         def counting(one: Operation) -> Any:
-            def call(*arguments: Any) -> Tensor:
+            def call(*arguments: Any) -> Any:
                 self.calls[one.name] += 1
-                return one.reference(*arguments).to(arguments[0].dtype)
+                result = one.reference(*arguments)
+                return result.to(arguments[0].dtype) if isinstance(result, Tensor) else result
 
             return call
 
@@ -250,8 +252,8 @@ def _compare(case: str, batch: dict[str, Tensor]) -> None:
         assert abs(float(with_kernels - plain)) <= tolerance * float(plain)
         assert float((grad - plain_grad).norm()) <= 2 * tolerance * float(plain_grad.norm())
         half = dtype != torch.float32
-        used = tuple(counted.calls[one.name] > 0 for one in KERNELS.values())
-        assert used == (*USED[case][:2], USED[case][2] and half), counted.calls
+        used = tuple(counted.calls[name] > 0 for name in ("rms_norm", "swiglu", "attention", "cross_entropy"))
+        assert used == (*USED[case][:2], USED[case][2] and half, True), counted.calls
 
 
 def test_tuples_and_results_without_gradients_are_compared() -> None:

@@ -9,6 +9,7 @@ from megatron_ds.layers.kernels import triton  # noqa: F401  # registered first:
 
 # isort: split
 from megatron_ds.layers.kernels import flash, liger  # noqa: F401  # they register themselves
+from megatron_ds.layers.kernels.cross_entropy import LogitFinish, LossCall
 from megatron_ds.layers.kernels.reference import AttentionCall
 from megatron_ds.layers.kernels.select import check_choice, select_kernels
 from megatron_ds.layers.kernels.table import KERNELS, REFERENCE, Candidate, Kernels, Operation
@@ -19,6 +20,8 @@ __all__ = [
     "AttentionCall",
     "Candidate",
     "Kernels",
+    "LogitFinish",
+    "LossCall",
     "Operation",
     "check_choice",
     "select_kernels",

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, capped_input, reference_cross_entropy, wide_input
 from megatron_ds.layers.kernels.reference import (
     CausalAttention,
     Gated,
@@ -32,12 +33,14 @@ class Kernels:
         rms_norm: RMSNorm of hidden states and heads.
         swiglu: the gated SiLU.
         attention: causal attention in half precision, without a key mask or biases by distance.
+        cross_entropy: losses and gradients of the output head's logits.
         names: the kernels in use that are not PyTorch's, with their versions, for the log.
     """
 
     rms_norm: RMSNorm | None = None
     swiglu: Gated | None = None
     attention: CausalAttention | None = None
+    cross_entropy: CrossEntropy | None = None
     names: tuple[str, ...] = ()
 
 
@@ -105,4 +108,5 @@ KERNELS: Mapping[str, Operation] = {
     "rms_norm": Operation("rms_norm", reference_rms_norm, (norm_input,)),
     "swiglu": Operation("swiglu", reference_swiglu, (gated_input,)),
     "attention": Operation("attention", reference_attention, (attention_input, documents_input)),
+    "cross_entropy": Operation("cross_entropy", reference_cross_entropy, (wide_input, capped_input), False),
 }
