@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_ds.engine.host_memory import keep_freed_memory
 from megatron_ds.errors import TopologyError
 from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.parallel.launch import RENDEZVOUS_FILE, RankInfo
@@ -89,6 +90,7 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0, group: RankGrou
         # DeepSpeed would compile its shared-memory collectives, which takes minutes and a C++ compiler, and leaves a
         # lock file that hangs later runs if a rank dies meanwhile. gloo is used, and `shared_memory` on request.
         deepspeed.ops.__compatible_ops__ = {}
+        keep_freed_memory()
     else:
         local_rank %= accelerator.device_count()  # under `srun --gpus-per-task=1` each rank sees one device
         accelerator.set_device(local_rank)
