@@ -32,15 +32,26 @@ def validated(
     fix = f"try train.kernels=torch, or without {candidate.distribution or candidate.package}"
     try:
         kernel = candidate.make()
-        ours, theirs = (_with_gradients(one, operation, device) for one in (operation.reference, kernel))
+        error = largest_error(operation, kernel, device)
     except Exception as problem:  # an installation that does not fit the GPU may raise anything
         reason = " ".join([f"{type(problem).__name__}:", *str(problem).splitlines()[:1]])
         raise ConfigError(f"{name}: {reason}; {fix}") from problem
-    for expected, found in zip(ours, theirs, strict=True):
-        error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
-        if not error <= TOLERANCE:
-            raise ConfigError(f"{name}: differs from PyTorch by {error:.1e} of the largest value; {fix}")
+    if not error <= TOLERANCE:
+        raise ConfigError(f"{name}: differs from PyTorch by {error:.1e} of the largest value; {fix}")
     return kernel
+
+
+def largest_error(operation: Operation, kernel: Callable[..., Any], device: torch.device) -> float:
+    """Return the largest error of a kernel's results and gradients on the operation's examples.
+
+    An error is relative to the largest value of the reference's tensor; a NaN counts as infinite.
+    """
+    expected, found = (_with_gradients(one, operation, device) for one in (operation.reference, kernel))
+    errors = [
+        float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+        for ours, theirs in zip(found, expected, strict=True)
+    ]
+    return max(error if error == error else float("inf") for error in errors)
 
 
 def _with_gradients(kernel: Callable[..., Any], operation: Operation, device: torch.device) -> list[Tensor]:

@@ -1,0 +1,68 @@
+"""Several ranks on the one device, with collectives through host memory: losses and norms are those of one rank."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from bench.gpu.record import guarded, pick, record, wait_for_turn
+from bench.gpu.right.matrix import FULL_OFFLOAD
+from bench.gpu.right.small_runs import Outcome, Setting, largest_difference, train
+
+STEPS = pick(5, 3)
+LOSS_BOUND, NORM_BOUND = 1e-5, 1e-4  # fp32 sums in another order
+BF16_BOUND = 1e-2  # each rank rounds its partial sums
+
+TENSOR = {"parallel": {"tensor": 2}}
+SEQUENCE = {"parallel": {"tensor": 2, "sequence": True}}
+PIPELINE = {"parallel": {"pipeline": 2}}
+
+LAYOUTS = {
+    "tp2": Setting(engine=TENSOR, ranks=2),
+    "tp2 sequence": Setting(engine=SEQUENCE, ranks=2),
+    "tp2 sequence bf16": Setting("bf16", engine=SEQUENCE, ranks=2),
+    "tp2 sequence packed": Setting(engine=SEQUENCE, packed=True, ranks=2),
+    "tp2 recompute full": Setting(engine={**TENSOR, "recompute": "full"}, ranks=2),
+    "pp2": Setting(engine=PIPELINE, ranks=2),
+    "pp2 bf16": Setting("bf16", engine=PIPELINE, ranks=2),
+    "dp2 zero0": Setting(zero=0, ranks=2),
+    "dp2 zero1": Setting(zero=1, ranks=2),
+    "dp2 zero2": Setting(zero=2, ranks=2),
+    "dp2 zero3": Setting(zero=3, ranks=2),
+    "dp2 zero3 bf16 offload": Setting("bf16", 3, FULL_OFFLOAD, ranks=2),
+    "dp2 zero2 fp16": Setting("fp16", 2, ranks=2),
+    "tp2 pp2 sequence": Setting(engine={"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}, ranks=4),
+    "tp4 sequence": Setting(engine={"parallel": {"tensor": 4, "sequence": True}}, ranks=4),
+    "tp2 dp2 zero3": Setting(engine=TENSOR, zero=3, ranks=4),
+    "tp2 sequence compiled": Setting(engine={**SEQUENCE, "compile": True}, ranks=2),
+}
+"""The last one compiles, which takes longest."""
+
+
+def main() -> None:
+    """Train at every layout, each in ranks of its own."""
+    alone = {packed: train(Setting(packed=packed), STEPS) for packed in (False, True)}
+    record("layouts", "one rank", None, loss=round(alone[False].losses[-1], 5), ms=alone[False].ms)
+    for name, setting in LAYOUTS.items():
+        guarded("layouts", name, partial(_run, name, setting, alone[setting.packed]))
+
+
+def _run(name: str, setting: Setting, alone: Outcome) -> None:
+    found = train(setting, STEPS)
+    loss, norm = largest_difference(found.losses, alone.losses), largest_difference(found.norms, alone.norms)
+    exact = setting.precision == "fp32"
+    right = loss < (LOSS_BOUND if exact else BF16_BOUND) and norm < (NORM_BOUND if exact else 10 * BF16_BOUND)
+    record(
+        "layouts",
+        name,
+        right and found.staged_calls > 0,
+        ranks=setting.ranks,
+        loss_difference=float(f"{loss:.1e}"),
+        norm_difference=float(f"{norm:.1e}"),
+        ms=found.ms,
+        staged_calls=found.staged_calls,
+    )
+
+
+if __name__ == "__main__":
+    wait_for_turn()
+    main()

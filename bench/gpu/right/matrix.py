@@ -1,0 +1,89 @@
+"""Twenty steps of a small Llama at every ZeRO stage and precision, with offload, recomputation, packing, compilation.
+
+Losses are held against those of fp32 on the CPU. `python -m bench.gpu.right.matrix PRECISION` runs the settings of a
+precision, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from typing import Any
+
+from bench.gpu.record import DEVICE, guarded, record, wait_for_turn
+from bench.gpu.right.reference import STEPS, reference_losses
+from bench.gpu.right.small_runs import Setting, largest_difference, train
+
+BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3, "tf32": 2e-3}
+"""Largest relative difference of a loss from fp32's on the CPU, over all steps.
+
+bf16 rounds weights and activations by up to 2^-9 and fp16 by 2^-12; a loss, a mean over many tokens, differs by less
+than a few such steps. TF32 rounds the factors of products by 2^-11.
+"""
+
+OPTIMIZER_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+FULL_OFFLOAD = {**OPTIMIZER_OFFLOAD, "offload_param": {"device": "cpu"}}
+
+
+def _settings(precision: str) -> dict[str, Setting]:
+    """Return the settings of a precision: each ZeRO stage, then each option at a stage that it works with."""
+    first = 0 if precision == "fp32" else 1  # DeepSpeed keeps fp32 masters of 16-bit weights from stage 1 on
+    found = {f"zero{stage}": Setting(precision, stage) for stage in range(first, 4)}
+    found["zero1 packed"] = Setting(precision, 1, packed=True)
+    if precision == "fp32":
+        return found
+    found["zero2 offload"] = Setting(precision, 2, OPTIMIZER_OFFLOAD)
+    found["zero3 offload"] = Setting(precision, 3, FULL_OFFLOAD)
+    found["zero1 overlap"] = Setting(precision, 1, {"overlap_comm": True})
+    found["zero1 recompute full"] = Setting(precision, 1, engine={"recompute": "full"})
+    found["zero1 recompute selective"] = Setting(precision, 1, engine={"recompute": "selective"})
+    found["zero3 recompute full"] = Setting(precision, 3, engine={"recompute": "full"})
+    return found
+
+
+SETTINGS: dict[str, dict[str, Setting]] = {
+    **{precision: _settings(precision) for precision in ("fp32", "bf16", "fp16")},
+    "compiled": {
+        "bf16 zero1": Setting("bf16", 1, engine={"compile": True}),
+        "bf16 zero1 packed": Setting("bf16", 1, engine={"compile": True}, packed=True),
+        "bf16 zero3": Setting("bf16", 3, engine={"compile": True}),
+        "fp16 zero1": Setting("fp16", 1, engine={"compile": True}),
+        "fp32 zero1": Setting("fp32", 1, engine={"compile": True}),
+    },
+}
+
+
+def main(group: str) -> None:
+    """Run the settings of a group."""
+    for name, setting in SETTINGS[group].items():
+        title = name if group == "compiled" else f"{group} {name}"
+        title = f"compiled {title}" if group == "compiled" else title
+        guarded("matrix", title, partial(run, title, setting))
+
+
+def run(title: str, setting: Setting, **also: Any) -> None:
+    """Train with a setting and record how far its losses are from the reference's."""
+    outcome = train(setting, STEPS)
+    rounding = "tf32" if setting.engine.get("tf32") else setting.precision
+    off = largest_difference(outcome.losses, list(reference_losses(setting.packed, STEPS)))
+    finite = all(map(math.isfinite, [*outcome.losses, *outcome.norms]))
+    right = finite and off < BOUNDS[rounding] and outcome.applied == STEPS and outcome.device.startswith(DEVICE)
+    record(
+        "matrix",
+        title,
+        right,
+        difference=float(f"{off:.2e}"),
+        bound=BOUNDS[rounding],
+        last_loss=round(outcome.losses[-1], 4),
+        last_norm=round(outcome.norms[-1], 3),
+        applied=outcome.applied,
+        ms=outcome.ms,
+        peak_gb=outcome.peak_gb,
+        **also,
+    )
+
+
+if __name__ == "__main__":
+    wait_for_turn()
+    main(sys.argv[1])
