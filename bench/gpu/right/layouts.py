@@ -1,7 +1,11 @@
-"""Several ranks on the one device, with collectives through host memory: losses and norms are those of one rank."""
+"""Several ranks on the one device, with collectives through host memory: losses and norms are those of one rank.
+
+`python -m bench.gpu.right.layouts [NAME ...]` runs all layouts, or some of them.
+"""
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 from bench.gpu.record import DEVICE, guarded, pick, record, wait_for_turn
@@ -38,11 +42,12 @@ LAYOUTS = {
 """The last one compiles, which takes longest."""
 
 
-def main() -> None:
-    """Train at every layout, each in ranks of its own."""
+def main(*names: str) -> None:
+    """Train at the named layouts, each in ranks of its own; none = all."""
     alone = {packed: train(Setting(packed=packed), STEPS) for packed in (False, True)}
     record("layouts", "one rank", None, loss=round(alone[False].losses[-1], 5), ms=alone[False].ms)
-    for name, setting in LAYOUTS.items():
+    for name in names or LAYOUTS:
+        setting = LAYOUTS[name]
         guarded("layouts", name, partial(_run, name, setting, alone[setting.packed]))
 
 
@@ -68,4 +73,4 @@ def _run(name: str, setting: Setting, alone: Outcome) -> None:
 
 if __name__ == "__main__":
     wait_for_turn()
-    main()
+    main(*sys.argv[1:])

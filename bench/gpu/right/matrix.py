@@ -1,7 +1,7 @@
 """Twenty steps of a small Llama at every ZeRO stage and precision, with offload, recomputation, packing, compilation.
 
-Losses are held against those of fp32 on the CPU. `python -m bench.gpu.right.matrix PRECISION` runs the settings of a
-precision, each in a process of its own.
+Losses are held against those of fp32 on the CPU. `python -m bench.gpu.right.matrix GROUP [NAME ...]` runs the settings
+of a group, or some of them, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ SETTINGS: dict[str, dict[str, Setting]] = {
 }
 
 
-def main(group: str) -> None:
-    """Run the settings of a group."""
-    for name, setting in SETTINGS[group].items():
-        guarded("matrix", f"{group} {name}", partial(_run, f"{group} {name}", setting))
+def main(group: str, *names: str) -> None:
+    """Run the named settings of a group; none = all."""
+    for name in names or SETTINGS[group]:
+        guarded("matrix", f"{group} {name}", partial(_run, f"{group} {name}", SETTINGS[group][name]))
 
 
 def _run(title: str, setting: Setting) -> None:
@@ -85,4 +85,4 @@ def _run(title: str, setting: Setting) -> None:
 
 if __name__ == "__main__":
     wait_for_turn()
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -39,7 +39,7 @@ FIRST_SCALE = 12  # fp16's dynamic scale begins at 2 to this power, so that no s
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is trained with.
+    """Precision, ZeRO stage and options of a run.
 
     Attributes:
         precision: "fp32", "bf16" or "fp16".

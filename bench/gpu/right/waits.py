@@ -1,4 +1,4 @@
-"""How often a step waits for the device, counted by torch's synchronisation debug mode, and from which lines."""
+"""Number of times that a step waits for the device, by torch's synchronisation debug mode, and the lines that do."""
 
 from __future__ import annotations
 
