@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from bench.contestant import Step
 from bench.work import Spec
+from megatron_ds.monitor import peak_flops
 
 SHAPE = {"cpu": (2048, 512, 1408), "cuda": (8192, 8192, 8192)}  # the work's own sizes; larger on a GPU
 REPEATS = 20
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-}
-"""Dense bf16 FLOP/s by part of the device's name, from the data sheets."""
 
 
 def flops_of_step(device: str) -> float:
@@ -47,13 +35,10 @@ def products(spec: Spec) -> Step:
 
 
 def device_peak(device: str) -> float | None:
-    """Return the FLOP/s of the device's data sheet; None if unknown."""
+    """Return the dense bf16 FLOP/s of the device's data sheet; None if unknown."""
     import torch
 
-    if device != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    return peak_flops(torch.cuda.get_device_name(), "bf16") if device == "cuda" else None
 
 
 def device_count(device: str) -> int | None:

@@ -150,6 +150,7 @@ class TerminalReporter(Reporter):
             f"lr {metrics.lr:.2e}",
             f"{self._padded('tokens', format_rate(metrics.tokens_per_s))} tok/s",
             f"{self._padded('tflops', format_number(metrics.tflops_per_rank, 2))} TFLOP/s/rank",
+            *self._device_use(metrics),
             f"left {self._padded('left', format_duration(left_s))}",
         )
         return "  ".join(columns)
@@ -157,6 +158,10 @@ class TerminalReporter(Reporter):
     def _averages(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the objective's metrics as columns, such as `accuracy 0.4321`."""
         return [f"{name} {self._padded(f'metric {name}', format_number(one, 4))}" for name, one in metrics.items()]
+
+    def _device_use(self, metrics: StepMetrics) -> list[str]:
+        """Return the step's MFU and peak memory as columns, as far as they are known."""
+        return [f"{name} {self._padded(name, text)}" for name, text in device_use(metrics).items()]
 
     def _count(self, step: int) -> str:
         total = str(self._total_steps)
@@ -218,12 +223,29 @@ def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:
         **averages,
         "lr": f"lr {metrics.lr:.2e}",
         "rate": f"{format_rate(metrics.tokens_per_s)} tok/s",
+        **{name: f"{name} {text}" for name, text in device_use(metrics).items()},
         "left": f"left {format_duration(left_s)}",
     }
-    for less_important in (*reversed(averages), "lr", "rate", "left"):
+    for less_important in ("peak", "MFU", *reversed(averages), "lr", "rate", "left"):
         if len("  ".join(fields.values())) > width:
-            del fields[less_important]
+            fields.pop(less_important, None)
     return "  ".join(fields.values())
+
+
+def device_use(metrics: StepMetrics) -> dict[str, str]:
+    """Return a step's MFU and peak memory by name, such as `{"MFU": "48.1%", "peak": "61.2 GB"}`, as far as known."""
+    found = {}
+    if metrics.mfu is not None:
+        found["MFU"] = f"{metrics.mfu:.1%}"
+    if metrics.peak_memory_bytes is not None:
+        found["peak"] = format_gigabytes(metrics.peak_memory_bytes)
+    return found
+
+
+def format_gigabytes(num_bytes: int) -> str:
+    """Format a memory size in GB (1e9 bytes) with three digits: 0.52 GB, 6.12 GB, 61.2 GB."""
+    size = num_bytes / 1e9
+    return f"{size:.{2 if size < 10 else 1}f} GB"
 
 
 def format_number(value: float, digits: int) -> str:

@@ -1,6 +1,8 @@
 """A run's metrics and where they go: the metrics file, other sinks, the loss curve, and the reporter."""
 
+from megatron_ds.monitor.memory import MemoryMeter
 from megatron_ds.monitor.metrics import MetricsWriter, StepMetrics, ValidMetrics, iter_metrics, read_metrics
+from megatron_ds.monitor.peak_flops import peak_flops
 from megatron_ds.monitor.plot import draw_loss
 from megatron_ds.monitor.reporter import Reporter, RunSummary, SilentReporter
 from megatron_ds.monitor.sinks import SINKS, MetricSink, SinkInfo, open_sinks
@@ -8,6 +10,7 @@ from megatron_ds.monitor.throughput import Throughput, model_flops_per_token
 
 __all__ = [
     "SINKS",
+    "MemoryMeter",
     "MetricSink",
     "MetricsWriter",
     "Reporter",
@@ -21,5 +24,6 @@ __all__ = [
     "iter_metrics",
     "model_flops_per_token",
     "open_sinks",
+    "peak_flops",
     "read_metrics",
 ]

@@ -32,6 +32,9 @@ class StepMetrics:
         tflops_per_rank: model TFLOP/s of one rank (1e12 floating-point operations per second), over all positions of
             the batch, padding included.
         data_s: seconds of `step_s` that rank 0 waited for its part of the batch to be read; None = not measured.
+        mfu: `tflops_per_rank` divided by the peak of the device, 0 to 1; None = that peak is unknown.
+        peak_memory_bytes: peak of rank 0 since the last logged step, see `PeakMemory`; None = not measured.
+        reserved_memory_bytes: the same of what torch's allocator held; None = not on a GPU.
         terms: the loss terms by name if there are several; else empty.
         metrics: the objective's metrics by name, averaged over the global batch.
     """
@@ -45,6 +48,9 @@ class StepMetrics:
     tokens_per_s: float
     tflops_per_rank: float
     data_s: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
+    reserved_memory_bytes: int | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -65,11 +71,11 @@ class ValidMetrics:
 
 
 Metrics = StepMetrics | ValidMetrics
-_INT_FIELDS = frozenset({"step", "tokens"})
+_INT_FIELDS = frozenset({"step", "tokens", "peak_memory_bytes", "reserved_memory_bytes"})
 _MAPPINGS = ("terms", "metrics")
 """Fields that are written only if they are not empty."""
-_OPTIONAL = frozenset({"data_s"})
-"""Numbers that files of earlier versions lack."""
+_OPTIONAL = frozenset({"data_s", "mfu", "peak_memory_bytes", "reserved_memory_bytes"})
+"""Numbers that files of earlier versions lack, or that are unknown on the run's device."""
 
 
 class MetricsWriter:

@@ -1,4 +1,4 @@
-"""Throughput: tokens per second and model FLOP/s.
+"""Throughput: tokens per second, model FLOP/s, and their share of the device's peak.
 
 Model FLOPs count the matrix products of one forward and one backward pass (Chowdhery et al. 2022, "PaLM", appendix B).
 Recomputation is not counted, so it lowers the model FLOP/s.
@@ -33,10 +33,17 @@ def model_flops_per_token(
 
 
 class Rates(NamedTuple):
-    """The speed of a step: tokens per second over all ranks, and model TFLOP/s (1e12) of one rank."""
+    """The speed of a step.
+
+    Attributes:
+        tokens_per_s: tokens per second over all ranks.
+        tflops_per_rank: model TFLOP/s (1e12) of one rank.
+        mfu: its share of the device's peak, 0 to 1; None = that peak is unknown.
+    """
 
     tokens_per_s: float
     tflops_per_rank: float
+    mfu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,16 @@ class Throughput:
     Attributes:
         flops_per_token: see `model_flops_per_token`.
         world_size: number of ranks that divide the work.
+        peak_flops: FLOP/s of one rank's device, see `peak_flops`; None = unknown.
     """
 
     flops_per_token: float
     world_size: int
+    peak_flops: float | None = None
 
     def rates(self, tokens: int, seconds: float) -> Rates:
         """Return the rates of `tokens` tokens, counted over all ranks, in `seconds` seconds of wall-clock time."""
         assert seconds > 0, f"seconds={seconds}"
         tokens_per_s = tokens / seconds
-        return Rates(tokens_per_s, tokens_per_s * self.flops_per_token / self.world_size / 1e12)
+        flops = tokens_per_s * self.flops_per_token / self.world_size
+        return Rates(tokens_per_s, flops / 1e12, flops / self.peak_flops if self.peak_flops is not None else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import signal
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank, ord
 from megatron_ds.data.prefetch import DataWait, Prefetch, pinned
 from megatron_ds.engine import Engine, StepResult
 from megatron_ds.errors import TrainingError
-from megatron_ds.monitor import StepMetrics, Throughput, ValidMetrics
+from megatron_ds.monitor import MemoryMeter, StepMetrics, Throughput, ValidMetrics
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.regions import DATA, profiled
@@ -83,6 +84,7 @@ class TrainingLoop:
         self._stop_code = 0
         self._callbacks = callbacks if callbacks is not None else CallbackList(RunState(run, engine))
         self._losses, self._valid_losses = LossHistory(), LossHistory()
+        self._memory, self._mfus = MemoryMeter(engine.device), list[float]()
         self._profile = StepProfile(run, engine.grid.rank, output.note, heartbeat)
 
     @property
@@ -153,6 +155,16 @@ class TrainingLoop:
         self._output.write_usage(self._train_data, self._now.data.samples, is_last=True)
         return self._now.step
 
+    def describe_use(self) -> str:
+        """Return the run's peak memory and its MFU, as far as known, for its last line. Collective over the world."""
+        self._memory.take()
+        world = self._engine.grid.world
+        peak = torch.tensor(self._memory.largest_bytes, device=self._engine.device)
+        peak_bytes = int(all_reduce_(peak, world, dist.ReduceOp.MAX))
+        ranks = f" (the largest of {world.size} ranks)" if world.size > 1 else ""
+        mfu = f"; MFU {statistics.median(self._mfus):.1%} (median of the steps)" if self._mfus else ""
+        return f"peak memory {peak_bytes / 1e9:,.2f} GB{ranks}{mfu}"
+
     def _positions(self) -> range:
         """Return the positions in the stream of samples at which the remaining steps' global batches begin."""
         begin, size = self._now.data.samples, self._run.train.global_batch_size
@@ -182,9 +194,10 @@ class TrainingLoop:
             bad_steps=now.bad_steps + 1 if bad else 0 if result.applied else now.bad_steps,
         )
         step_s = time.perf_counter() - began_s
-        metrics = self._metrics(step, lr, result, step_s, data_s)
+        is_logged = step % train.log_every == 0 or step in (1, train.num_steps)
+        metrics = self._metrics(step, lr, result, step_s, data_s, measures_memory=is_logged)
         self._callbacks.step_end(metrics, result.applied)
-        if step % train.log_every == 0 or step in (1, train.num_steps):
+        if is_logged:
             self._output.step(replace(metrics, metrics={**metrics.metrics, **self._callbacks.take_logged()}))
         if (wait := self._data_wait.add(data_s, step_s)) is not None:
             self._output.note(wait)
@@ -221,8 +234,13 @@ class TrainingLoop:
             self._output.saved(saved)
             self._callbacks.checkpoint_saved(saved)
 
-    def _metrics(self, step: int, lr: float, result: StepResult, step_s: float, data_s: float) -> StepMetrics:
+    def _metrics(
+        self, step: int, lr: float, result: StepResult, step_s: float, data_s: float, *, measures_memory: bool
+    ) -> StepMetrics:
         positions = self._run.train.global_batch_size * positions_of(self._train_data)
+        rates = self._throughput.rates(positions, step_s)
+        memory = self._memory.take() if measures_memory else None
+        self._mfus += [rates.mfu] if rates.mfu is not None else []
         return StepMetrics(
             step=step,
             loss=result.loss,
@@ -231,8 +249,11 @@ class TrainingLoop:
             tokens=result.tokens,
             step_s=step_s,
             tokens_per_s=result.tokens / step_s,
-            tflops_per_rank=self._throughput.rates(positions, step_s).tflops_per_rank,
+            tflops_per_rank=rates.tflops_per_rank,
             data_s=data_s,
+            mfu=rates.mfu,
+            peak_memory_bytes=memory.used_bytes if memory is not None else None,
+            reserved_memory_bytes=memory.reserved_bytes if memory is not None else None,
             terms=result.terms if len(result.terms) > 1 else {},
             metrics=result.metrics,
         )

@@ -12,7 +12,7 @@ from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.weights import Tables
-from megatron_ds.monitor import RunSummary
+from megatron_ds.monitor import RunSummary, peak_flops
 from megatron_ds.training.resolve import ResolvedRun
 from megatron_ds.training.statement import describe_run
 
@@ -36,7 +36,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         sequence=run.parallel.sequence,
         zero_stage=resolved.plan.summary.zero_stage,
         precision=resolved.plan.summary.precision,
-        device=_describe_device(engine.device),
+        device=_describe_device(resolved, engine.device),
         tokens_per_step=run.train.global_batch_size * positions_of(data),
         steps=run.train.num_steps,
         data_description=data.describe(),
@@ -73,8 +73,23 @@ def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset) ->
     return core.flops_per_position(data.seq_length, data.target_length or 0, num_params - idle, max(0, frozen))
 
 
-def _describe_device(device: torch.device) -> str:
+def device_peak(resolved: ResolvedRun, device: torch.device) -> float | None:
+    """Return the peak FLOP/s of a rank's device in the run's precision; None = unknown."""
+    if device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device), resolved.plan.summary.precision)
+
+
+def _describe_device(resolved: ResolvedRun, device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        name, precision = torch.cuda.get_device_name(device), resolved.plan.summary.precision
+        return describe_gpu(name, precision, device_peak(resolved, device))
     threads = torch.get_num_threads()
     return f"{device.type} ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''} per rank)"
+
+
+def describe_gpu(name: str, precision: str, peak: float | None) -> str:
+    """Return a GPU's name with its peak FLOP/s in a precision; without it the run's metrics have no MFU."""
+    if peak is None:
+        return f"{name} (no MFU: its peak in {precision} is unknown)"
+    return f"{name} (peak {peak / 1e12:,.0f} TFLOP/s in {precision})"

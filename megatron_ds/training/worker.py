@@ -45,7 +45,7 @@ from megatron_ds.training.resume import (
 )
 from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.statement import describe_ends
-from megatron_ds.training.summary import flops_per_position, summarize
+from megatron_ds.training.summary import device_peak, flops_per_position, summarize
 from megatron_ds.training.watchdog import Watchdog, rank_status_store
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # at least; longer than the watchdog's timeout, whose report says more
@@ -139,7 +139,8 @@ def _train(
         for note in (*notes, *_notes(prepared), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
-        throughput = Throughput(flops, resolved.plan.layout.world_size)
+        peak = device_peak(resolved, engine.device)
+        throughput = Throughput(flops, resolved.plan.layout.world_size, peak)
         saver = _saver(prepared, engine)
         state = RunState(run, engine, can_save=saver is not None, can_validate=prepared.valid_data is not None)
         callbacks = CallbackList(state, prepared.callbacks)
@@ -165,7 +166,8 @@ def _train(
         _export(prepared, engine, output)
         watchdog.heartbeat("callbacks at the run's end", may_take_long=True)
         callbacks.run_end(exported=run.export.path if run.export is not None else None)
-        output.finish(f"done: {run.train.num_steps} steps; metrics and loss.png are in {run.output}")
+        done_text = f"done: {run.train.num_steps} steps; metrics and loss.png are in {run.output}"
+        output.finish(f"{done_text}; {loop.describe_use()}")
         return loop.result(exported=run.export.path if run.export is not None else None), False
 
 

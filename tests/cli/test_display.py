@@ -146,6 +146,20 @@ def test_metrics_follow_the_loss_and_leave_a_narrow_bar_first() -> None:
     assert bar_status(measured, 723.0, 45) == "loss 5.1234  4,321 tok/s  left 0:12:03"
 
 
+def test_mfu_and_peak_memory_follow_the_speed_and_leave_a_narrow_bar_before_all_else() -> None:
+    reporter, out, _ = plain()
+    used = replace(STEP, mfu=0.48123, peak_memory_bytes=61_240_000_000, reserved_memory_bytes=70_000_000_000)
+    reporter.step(used, total_steps=1000)
+    reporter.step(replace(used, mfu=None, peak_memory_bytes=523_400_000), total_steps=1000)
+    first, second = out.getvalue().splitlines()
+    assert first.endswith("0.12 TFLOP/s/rank  MFU 48.1%  peak 61.2 GB  left 0:12:03")
+    assert second.endswith("0.12 TFLOP/s/rank  peak 0.52 GB  left 0:12:03")
+    full = "loss 5.1234  lr 3.00e-04  4,321 tok/s  MFU 48.1%  peak 61.2 GB  left 0:12:03"
+    assert bar_status(used, 723.0, len(full)) == full
+    assert bar_status(used, 723.0, len(full) - 1) == full.replace("  peak 61.2 GB", "")
+    assert bar_status(used, 723.0, 45) == "loss 5.1234  4,321 tok/s  left 0:12:03"
+
+
 def test_plain_notes_are_not_markup_and_keep_their_length() -> None:
     reporter, out, _ = plain()
     text = "saved [bold]out[/bold] " + "x" * 200

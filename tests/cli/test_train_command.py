@@ -23,6 +23,7 @@ def no_orphans(fork: Fork, tmp_path: Path) -> Iterator[None]:
 
 
 STEP_FIELDS = ["step", "loss", "grad_norm", "lr", "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "data_s"]
+STEP_FIELDS += ["peak_memory_bytes"]
 SPOKEN = re.compile(
     r"(model|world|deepspeed|device|steps|data|learned|validated|kept|output) {2,}\S.*|step  \d+/\d+  loss .*"
     r"|valid \d+/\d+  loss .*"

@@ -87,6 +87,18 @@ def test_files_of_earlier_versions_have_no_wait_for_data(tmp_path: Path) -> None
     assert len(path.read_text().splitlines()) == 4, "and a run goes on in them"
 
 
+def test_memory_and_mfu_are_written_where_they_are_known_and_older_files_lack_them(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    used = replace(STEP, mfu=0.1 + 0.2, peak_memory_bytes=2**55 + 1, reserved_memory_bytes=2**56 + 1)
+    with MetricsWriter(path) as writer:
+        writer.write(STEP)
+        writer.write(used)
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    added = {"mfu": 0.1 + 0.2, "peak_memory_bytes": 2**55 + 1, "reserved_memory_bytes": 2**56 + 1}
+    assert second == {**first, **added} and not added.keys() & first.keys()
+    assert read_metrics(path)[0] == [STEP, used]
+
+
 def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     writer.write(STEP)

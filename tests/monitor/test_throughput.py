@@ -25,6 +25,8 @@ def test_rates_have_their_units() -> None:
     assert rates.tokens_per_s == 80_000
     assert rates.tflops_per_rank == pytest.approx(80_000 * 6e9 / 8 / 1e12)
     assert rates.tflops_per_rank == pytest.approx(60)
+    assert rates.mfu is None
+    assert Throughput(6e9, 8, peak_flops=120e12).rates(40_000, 0.5).mfu == pytest.approx(0.5)
 
 
 def test_no_time_is_no_rate() -> None:

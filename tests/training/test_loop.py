@@ -131,7 +131,13 @@ def travel(run: RunConfig, engine: Any, begin: Progress = Progress(), read_s: fl
     return run_alone(inside)
 
 
-def drive(run: RunConfig, engine: Any, valid: Numbers | None = None, read_s: float = 0.0) -> Any:
+def drive(
+    run: RunConfig,
+    engine: Any,
+    valid: Numbers | None = None,
+    read_s: float = 0.0,
+    peak_flops: float | None = None,
+) -> Any:
     """(steps done, lines of metrics.jsonl, notes, rates); in a process of its own, since it runs torch."""
 
     def inside() -> Any:
@@ -139,7 +145,8 @@ def drive(run: RunConfig, engine: Any, valid: Numbers | None = None, read_s: flo
         with RunOutput(run, listener, is_first=True) as output, GracefulStop(run.train.max_time) as interrupt:
             output.start(SUMMARY)
             data: Any = Numbers(20, read_s)
-            loop = TrainingLoop(run, engine, data, valid, output, Throughput(1e9, 2), None, Progress(), _hear)
+            speed = Throughput(1e9, 2, peak_flops)
+            loop = TrainingLoop(run, engine, data, valid, output, speed, None, Progress(), _hear)
             done = loop.run(interrupt)
             output.close("numbers")
         return done, listener.notes, engine.lrs
@@ -172,6 +179,7 @@ def test_metrics_are_whole(make_run: Callable[..., RunConfig]) -> None:
             "tokens_per_s",
             "tflops_per_rank",
             "data_s",
+            "peak_memory_bytes",
         ]
         first = (line["step"] - 1) * 8
         assert (line["loss"], line["grad_norm"], line["lr"]) == (1 / 3, 0.1 + 0.2, lrs[line["step"] - 1])
@@ -179,6 +187,13 @@ def test_metrics_are_whole(make_run: Callable[..., RunConfig]) -> None:
         assert line["step_s"] >= line["data_s"] >= 8 * 0.02, "reading the data counts"
         assert line["tokens_per_s"] == line["tokens"] / line["step_s"]
         assert line["tflops_per_rank"] == pytest.approx(8 * 32 / line["step_s"] * 1e9 / 2 / 1e12), "positions count"
+        assert 2**24 < line["peak_memory_bytes"] < 2**40, "bytes of a process with torch in it"
+
+
+def test_mfu_stands_there_where_the_peak_is_known(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(train={"steps": 3})
+    _, lines, _, _ = drive(run, CountingEngine(), peak_flops=2e9)
+    assert all(line["mfu"] == pytest.approx(line["tflops_per_rank"] * 1e12 / 2e9, rel=1e-12) for line in lines)
 
 
 def test_validation_covers_every_sample_once_and_weighs_tokens(make_run: Callable[..., RunConfig]) -> None:
