@@ -27,7 +27,7 @@ class PeakMemory(NamedTuple):
 class MemoryMeter:
     """Peaks of this rank's memory between one call and the next.
 
-    A GPU's peaks begin anew at each call. The kernel counts a process's resident peak from its start.
+    A GPU's peaks are reset at each call. The resident peak of a process is the one since it started.
 
     Args:
         device: the rank's device.
@@ -40,7 +40,7 @@ class MemoryMeter:
         self._device, self.largest_bytes = device, 0
 
     def take(self) -> PeakMemory:
-        """Return the peaks since the last call, and begin new ones."""
+        """Return the peaks since the last call, and reset them."""
         if self._device.type == "cuda":
             found = torch.cuda.memory_stats(self._device)
             peak = PeakMemory(found["allocated_bytes.all.peak"], found["reserved_bytes.all.peak"])

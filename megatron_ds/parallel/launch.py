@@ -40,6 +40,7 @@ TERM_S = 2.0  # from SIGTERM to SIGKILL
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that stop a run; SIGUSR1 is Slurm's warning (--signal)."""
 _PR_SET_PDEATHSIG = 1
+_FORK_AFTER_CUDA = "Cannot re-initialize CUDA"  # in torch's error, in a process that was forked after CUDA had started
 
 
 @dataclass
@@ -76,7 +77,8 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
 
     Raises:
         MegatronDSError: a rank raised it; the error of the lowest such rank.
-        LaunchError: a rank died in another way, or the time ran out; with the ranks' own tracebacks or stacks.
+        LaunchError: a rank died in another way, or the time ran out; with the ranks' own tracebacks or stacks. Or this
+            process has used CUDA.
         KeyboardInterrupt: after a Ctrl-C.
         SystemExit: after another signal, if its handler, which is called once more, lets this process live.
     """
@@ -117,10 +119,21 @@ def _check_forkable() -> None:
     """Check for threads and CUDA: a fork inherits locks without the threads that hold them, and cannot use CUDA."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        raise LaunchError("this process has used CUDA, so ranks cannot be forked from it; start from a fresh process")
+        raise _used_cuda("this process has used CUDA")
+    if torch is not None and torch.version.cuda is not None and torch.cuda._device_count_nvml() < 0:
+        num_devices = torch.cuda.device_count()  # asks the CUDA driver, which cannot be used after a fork
+        if num_devices:
+            raise _used_cuda("NVML does not list this machine's GPUs, so this process asked CUDA for them")
     others = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.current_thread())
     if others:
         get_logger().warning("ranks are forked while threads run (%s); if one hangs, start without them", others)
+
+
+def _used_cuda(cause: str) -> LaunchError:
+    return LaunchError(
+        f"{cause}, and ranks that are forked from it cannot use CUDA; try torchrun --nproc-per-node N -m megatron_ds, "
+        "or a fresh process in which PYTORCH_NVML_BASED_CUDA_CHECK=1 is set and nothing else uses torch.cuda"
+    )
 
 
 def _result(file: Path) -> Any:
@@ -309,6 +322,8 @@ def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
             sys.stderr.write(f"{problem.code}\n")  # as Python does for sys.exit("text")
             return 1
         except BaseException as problem:
+            if _FORK_AFTER_CUDA in str(problem):
+                problem = _used_cuda("this process has asked CUDA for GPUs")
             write_failure(folder / f"{info.rank}.error", info.rank, problem)
             return INTERRUPTED if isinstance(problem, KeyboardInterrupt) else 1
         (folder / f"{info.rank}.result").write_bytes(result)

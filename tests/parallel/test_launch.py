@@ -173,6 +173,38 @@ def test_signal_handlers_are_restored_and_nothing_is_left(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_that_has_used_cuda_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    with pytest.raises(LaunchError, match=r"^this process has used CUDA, .*; try torchrun [^\n]+$"):
+        run_local(lambda info: None, 1)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "listed", "devices"), [("13.0", -1, 1), ("13.0", -1, 0), ("13.0", 1, 1), (None, -1, 0)]
+)
+def test_gpus_that_only_cuda_can_list_forbid_forking(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, listed: int, devices: int
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda._device_count_nvml", lambda: listed)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    if listed < 0 and devices:
+        with pytest.raises(LaunchError, match=r"^NVML does not list this machine's GPUs.*; try torchrun [^\n]+$"):
+            run_local(lambda info: None, 1)
+    else:
+        assert run_local(lambda info: info.rank, 1) == [0]
+
+
+def test_a_rank_whose_parent_had_asked_cuda_is_told_in_one_line() -> None:
+    def rank(info: RankInfo) -> None:
+        raise RuntimeError(
+            "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must ..."
+        )
+
+    with pytest.raises(LaunchError, match=r"^this process has asked CUDA for GPUs, .*; try torchrun [^\n]+$"):
+        run_local(rank, 2)
+
+
 def test_a_fork_beside_threads_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait, name="a-thread")
