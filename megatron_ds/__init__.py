@@ -18,12 +18,14 @@ from megatron_ds.version import __version__
 if TYPE_CHECKING:
     from megatron_ds.checkpoint.convert import export_hf, import_hf
     from megatron_ds.config import build_run, load_run
+    from megatron_ds.engine import DeviceSettings
     from megatron_ds.runtime import load_model, open_dataset, session
     from megatron_ds.training.launch import train
     from megatron_ds.verify.run import verify_hf
 
 # Imported on first use, so that importing the package costs nothing.
 _PUBLIC = {
+    "DeviceSettings": "megatron_ds.engine",
     "build_run": "megatron_ds.config",
     "export_hf": "megatron_ds.checkpoint.convert",
     "import_hf": "megatron_ds.checkpoint.convert",
@@ -36,6 +38,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "DeviceSettings",
     "__version__",
     "build_run",
     "export_hf",

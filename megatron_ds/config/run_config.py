@@ -177,7 +177,8 @@ class TrainSection(Section):
     this many seconds without progress (0: never). `start_timeout`: seconds that a launcher's ranks wait for each other
     (0: no limit). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
     torch.compile. `kernels`: "auto" uses installed libraries on CUDA, "torch" PyTorch alone, a mapping chooses per
-    operation. `profile`: the steps that are profiled.
+    operation. `deterministic`: on CUDA the same operations give the same bits again. `tf32`: on CUDA products in fp32
+    are rounded to TF32. `profile`: the steps that are profiled.
     """
 
     steps: Count | None = None
@@ -191,6 +192,8 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
+    deterministic: bool = False
+    tf32: bool = False
     profile: ProfileSection | None = None
     max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10

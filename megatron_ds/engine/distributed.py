@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_ds.engine.device_settings import DEFAULT_SETTINGS, DeviceSettings
 from megatron_ds.engine.host_memory import keep_freed_memory
 from megatron_ds.errors import TopologyError
 from megatron_ds.parallel.failure import lost_peer
@@ -69,17 +70,26 @@ def device_count() -> int:
     return int(get_accelerator().device_count())
 
 
-def start_distributed(info: RankInfo, timeout_s: float = 1800.0, group: RankGroup | None = None) -> torch.device:
+def start_distributed(
+    info: RankInfo,
+    timeout_s: float = 1800.0,
+    group: RankGroup | None = None,
+    settings: DeviceSettings = DEFAULT_SETTINGS,
+) -> torch.device:
     """Join the process group, and return this rank's device after making it the current one. Collective over the world.
 
     Args:
         info: this rank.
         timeout_s: the time limit of a collective, in seconds.
         group: a launcher's ranks, which have met; None for ranks that `run_local` started, which meet at its file.
+        settings: of the devices; they are made before the process starts CUDA, if it has not done so.
 
     Raises:
+        ConfigError: see `DeviceSettings.set_environment`.
         TopologyError: the ranks cannot connect to each other.
     """
+    settings.set_environment(os.environ)
+
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -99,7 +109,9 @@ def start_distributed(info: RankInfo, timeout_s: float = 1800.0, group: RankGrou
     if not dist.is_initialized():
         _connect(accelerator.communication_backend_name(), info, timedelta(seconds=timeout_s), group)
     deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
-    return torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+    device = torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+    settings.set_switches(device)
+    return device
 
 
 def _connect(backend: str, info: RankInfo, timeout: timedelta, group: RankGroup | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_ds.config import EngineConfig, build_section
-from megatron_ds.engine import start_distributed, stop_distributed
+from megatron_ds.engine import DEFAULT_SETTINGS, DeviceSettings, start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries, setup_logging
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
 from megatron_ds.parallel.rendezvous import meet
@@ -63,7 +63,7 @@ class Session:
 
 
 @contextmanager
-def session(timeout_s: float = 1800.0) -> Iterator[Session]:
+def session(timeout_s: float = 1800.0, settings: DeviceSettings = DEFAULT_SETTINGS) -> Iterator[Session]:
     """Join the ranks that a launcher started, or be the only rank.
 
     Under torchrun, the `deepspeed` launcher or srun the process takes its rank from the environment. Started alone, it
@@ -72,21 +72,24 @@ def session(timeout_s: float = 1800.0) -> Iterator[Session]:
 
     Args:
         timeout_s: time limit of a collective, in seconds.
+        settings: of the devices, such as `DeviceSettings(tensor=2, deterministic=True)`. They take effect if the
+            process has not used CUDA yet.
 
     Raises:
+        ConfigError: see `DeviceSettings.set_environment`.
         TopologyError: a launcher's environment variables are incomplete, or a rank does not come.
     """
     quiet_libraries()
     info = rank_from_environment()
     setup_logging(info.rank if info is not None else 0)
     if info is not None:
-        yield Session(info, start_distributed(info, timeout_s, meet(info)))
+        yield Session(info, start_distributed(info, timeout_s, meet(info), settings))
         stop_distributed()
         return
     with tempfile.TemporaryDirectory(prefix="megatron_ds-") as folder:
         os.environ[RENDEZVOUS_FILE] = str(Path(folder) / "rendezvous")
         try:
-            device = start_distributed(RankInfo(), timeout_s)
+            device = start_distributed(RankInfo(), timeout_s, settings=settings)
         finally:
             del os.environ[RENDEZVOUS_FILE]
         yield Session(RankInfo(), device)

@@ -7,9 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
-from megatron_ds.config import EngineConfig, RunConfig, check_data, check_saving
+from megatron_ds.config import (
+    EngineConfig,
+    RunConfig,
+    check_data,
+    check_saving,
+    load_deepspeed,
+    summarize_deepspeed,
+)
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.data import check_format
+from megatron_ds.engine import DeviceSettings
 from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export_mark import MARK
@@ -84,6 +92,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
         device_type,
         trains_part=run.peft is not None or bool(run.train.freeze),
     )
+    device_settings(run).check_precision(plan.summary.precision)
     check_data(run.data, run.parallel, hf.core.shape())
     _check_saving(run, plan)
     _check_paths(run)
@@ -96,6 +105,16 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     objective = find_objective(run.train.objective, model, run.data, run.train.seed)
     _check_new_parameters(run, model.hf, objective)
     return ResolvedRun(run, replace(model, change_layers=objective.layers), plan, objective)
+
+
+def device_settings(run: RunConfig) -> DeviceSettings:
+    """Return the settings of the devices of a run's ranks.
+
+    Raises:
+        ConfigError: the DeepSpeed JSON is invalid.
+    """
+    stage = summarize_deepspeed(load_deepspeed(run.deepspeed)).zero_stage
+    return DeviceSettings(run.parallel.tensor, stage, run.train.deterministic, run.train.tf32)
 
 
 def _with_named_checkpoints(run: RunConfig) -> RunConfig:

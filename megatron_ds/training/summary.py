@@ -77,7 +77,8 @@ def device_peak(resolved: ResolvedRun, device: torch.device) -> float | None:
     """Return the peak FLOP/s of a rank's device in the run's precision; None = unknown."""
     if device.type != "cuda":
         return None
-    return peak_flops(torch.cuda.get_device_name(device), resolved.plan.summary.precision)
+    precision = resolved.plan.summary.precision
+    return peak_flops(torch.cuda.get_device_name(device), precision, tf32=resolved.run.train.tf32)
 
 
 def _describe_device(resolved: ResolvedRun, device: torch.device) -> str:

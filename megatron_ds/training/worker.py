@@ -33,7 +33,7 @@ from megatron_ds.training.datasets import check_same_data, open_data, taught_end
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import describe_jump
-from megatron_ds.training.resolve import ResolvedRun, export_target, resolve_run
+from megatron_ds.training.resolve import ResolvedRun, device_settings, export_target, resolve_run
 from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
     check_resume_point,
@@ -71,7 +71,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
     group = None if RENDEZVOUS_FILE in os.environ else meet(info, run.train.start_timeout)
     with GracefulStop(run.train.max_time) as interrupt:
         timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)
-        device = start_distributed(info, timeout_s, group)
+        device = start_distributed(info, timeout_s, group, device_settings(run))
         existing_lock = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
         found = find_resume_point(run, info)
         prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
@@ -136,7 +136,7 @@ def _train(
     summary = summarize(resolved, engine, prepared.train_data, prepared.valid_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
-        for note in (*notes, *_notes(prepared), *(f"kernel of {name}" for name in engine.kernels)):
+        for note in (*notes, *_notes(prepared, engine), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
         peak = device_peak(resolved, engine.device)
@@ -171,9 +171,12 @@ def _train(
         return loop.result(exported=run.export.path if run.export is not None else None), False
 
 
-def _notes(prepared: _Prepared) -> Iterator[str]:
+def _notes(prepared: _Prepared, engine: Engine) -> Iterator[str]:
     """Yield log lines about what may not be meant, and about the checkpoint that the run resumes."""
     yield from _resume_notes(prepared)
+    idle = device_settings(prepared.resolved.run).describe_idle(engine.device)
+    if idle is not None:
+        yield idle
     model = prepared.resolved.model
     ends = describe_ends(prepared.resolved.run, prepared.ends, known_end_ids(model.hf, model.section.path))
     if ends is not None:

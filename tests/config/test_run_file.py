@@ -105,6 +105,8 @@ def test_defaults(run_file):
         "recompute": "none",
         "compile": False,
         "kernels": "auto",
+        "deterministic": False,
+        "tf32": False,
         "profile": None,
         "max_time": None,
         "max_bad_steps": 10,

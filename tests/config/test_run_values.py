@@ -310,6 +310,8 @@ ACCEPTED = [
     ("data.target_length=", lambda run: run.data.target_length is None),
     ("data.format=tokenized", lambda run: run.data.format == "tokenized"),
     ("train.recompute=none", lambda run: run.train.recompute == "none"),
+    ("train.deterministic=true", lambda run: run.train.deterministic and not run.train.tf32),
+    ("train.tf32=true", lambda run: run.train.tf32 and not run.train.deterministic),
     ("model.init=random", lambda run: run.model.init == "random"),
     (LLAMA + ", tokenizer: t}", lambda run: (run.model.init, run.model.tokenizer_path) == ("random", "t")),
     ("export={path: x, max_shard_size: 1.5GiB}", lambda run: run.export.max_shard_size == "1.5GiB"),

@@ -36,7 +36,7 @@ def default_words(field: FieldInfo) -> str:
 
 def test_every_key_stands_there_once_with_its_default() -> None:
     text = (ROOT / "docs/run_file.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([a-z_.]+)` \| ([^|]+) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| ([^|]+) \|", text, re.MULTILINE)
     assert len(rows) == len({key for key, _ in rows}), "a key stands there twice"
     written = {key: words.strip().strip("`") for key, words in rows}
     fields = fields_of(RunConfig)

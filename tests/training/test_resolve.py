@@ -35,6 +35,15 @@ def refusal(run: Any) -> str:
     return str(caught.value)
 
 
+def test_tf32_needs_a_run_in_fp32(tmp_path: Path) -> None:
+    sections = {"train": {"steps": 1, "global_batch_size": 1, "tf32": True}}
+    resolve_run(run_with(tmp_path, **sections), 1, "cpu")
+    problem = refusal(
+        run_with(tmp_path, **sections, deepspeed={"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+    )
+    assert problem.startswith("train.tf32=true rounds products in fp32, and this run computes in bf16; try")
+
+
 def test_a_plain_run_resolves(tmp_path: Path) -> None:
     resolved = resolve_run(run_with(tmp_path, export={"path": str(tmp_path / "out" / "hf")}), 1, "cpu")
     assert (resolved.plan.layout.world_size, resolved.plan.summary.zero_stage, resolved.model.weights) == (1, 1, None)
