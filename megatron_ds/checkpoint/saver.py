@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +21,10 @@ import torch.distributed as dist
 
 from megatron_ds.checkpoint import directory as naming
 from megatron_ds.checkpoint.directory import PROGRESS, STATE
-from megatron_ds.checkpoint.files import FileRecord, write_bytes, write_chunks
+from megatron_ds.checkpoint.files import FileRecord, TensorChunk, write_bytes, write_chunks
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
-from megatron_ds.checkpoint.snapshot import HostMemory, RankFiles, take_snapshot, without_copy
+from megatron_ds.checkpoint.snapshot import RankFiles, plan_snapshot, take_snapshot
+from megatron_ds.checkpoint.snapshot_memory import HostMemory, copies_for
 from megatron_ds.checkpoint.state import differing_master, loss_scale, optimizer_shards
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
@@ -119,11 +120,14 @@ class Saver:
         self.trained = self._all_trained([name for stage in inventory for name, _, _ in stage])
         small = self.weights.small_files() if engine.grid.rank == 0 else {}
         self.small = files_with_end_ids(small, options.end_ids)
-        self.memory = HostMemory(pinned=engine.device.type == "cuda") if options.asynchronous else None
+        self.memory = self._reserve_memory() if options.asynchronous else None
         self._writing: _Writing | None = None
 
     def save(self, progress: Progress) -> Saved | None:
         """Save the run as it is now; returns when training may continue. Collective over the world.
+
+        On a GPU the copies may still run then, until the next step of the optimizer, which waits for them. Before it
+        nothing else may write to parameters or optimizer state.
 
         Returns:
             The previous save, if it was still being written: it is waited for.
@@ -140,9 +144,11 @@ class Saver:
         progress = replace(progress, loss_scale=loss_scale(self.engine), trained=self.trained, end_ids=end_ids)
         writing = _Writing(self, progress, began_s, waited_s)
         writing.make_directory()
-        files = take_snapshot(self.engine, self.weights, self.memory or without_copy)
+        files = take_snapshot(self.engine, self.weights, self.memory)
         if self.memory is not None:
-            files = replace(files, chunks=iter(list(files.chunks)))
+            copies = list(files.chunks)
+            self.memory.finish()
+            files = replace(files, chunks=_when_complete(self.memory, copies))
         writing.start(files, in_thread=self.memory is not None)
         self._writing = writing
         return before
@@ -167,6 +173,16 @@ class Saver:
         """Gather an object from every rank on every rank. Collective over the world."""
         return gather_objects(local, self.group) if self.group is not None else [local]
 
+    def _reserve_memory(self) -> HostMemory:
+        """Return memory for the snapshots; the optimizer's steps wait for copies that are still running.
+
+        Page-locking takes up to a second a GB, so it is done here, before the first step. Collective over pipeline.
+        """
+        memory = HostMemory(copies_for(self.engine.device))
+        memory.reserve(plan_snapshot(self.engine, self.weights).headers)
+        self.engine.optimizer.register_step_pre_hook(lambda *_: memory.hold_back())
+        return memory
+
     def _check_masters(self, step: int) -> None:
         """Refuse to save optimizer state that belongs to other parameters. Collective over the world."""
         for rank, name in enumerate(self.gather(differing_master(self.engine))):
@@ -181,6 +197,12 @@ class Saver:
         everyone = self.gather([shard.name for shard in optimizer_shards(self.engine)])
         trained = {name for names in everyone for name in names}
         return tuple(name for name in order if name in trained)
+
+
+def _when_complete(memory: HostMemory, chunks: Sequence[TensorChunk]) -> Iterator[TensorChunk]:
+    """Yield chunks in a snapshot's memory when all copies to it have been made."""
+    memory.wait()
+    yield from chunks
 
 
 class _Problem(NamedTuple):

@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_ds.checkpoint.directory import STATE
 from megatron_ds.checkpoint.files import TensorChunk, TensorHeader
+from megatron_ds.checkpoint.snapshot_memory import HostMemory
 from megatron_ds.checkpoint.state import OptimizerShard, owned_shards
 from megatron_ds.checkpoint.state_keys import STEPS, key_of
 from megatron_ds.checkpoint.tensor_slices import TensorSlice
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
 from megatron_ds.parallel.grid import Axes
-
-
-class CopyToHost(Protocol):
-    """Function that returns a tensor on CPU, contiguous, with the same values: the tensor itself, or a copy of it."""
-
-    def __call__(self, key: str, tensor: Tensor) -> Tensor: ...
-
-
-def without_copy(key: str, tensor: Tensor) -> Tensor:
-    """Return the tensor itself if it is on CPU and contiguous: it is written before it changes."""
-    return tensor.detach().to("cpu").contiguous()
-
-
-@dataclass
-class HostMemory:
-    """Copies of tensors, in memory that the next save uses again.
-
-    Memory that is new to the process costs several times as much as copying. With an accelerator it is page-locked, so
-    that copying runs at the bus's full speed.
-
-    Args:
-        pinned: whether to page-lock it.
-    """
-
-    pinned: bool
-    _places: dict[str, Tensor] = field(default_factory=dict)
-
-    def __call__(self, key: str, tensor: Tensor) -> Tensor:
-        place = self._places.get(key)
-        if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
-            place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.pinned)
-            self._places[key] = place
-        return place.copy_(tensor.detach())
-
-    @property
-    def bytes(self) -> int:
-        return sum(place.numel() * place.element_size() for place in self._places.values())
 
 
 @dataclass(frozen=True)
@@ -71,19 +34,59 @@ class RankFiles:
         return sum(header.bytes for headers in self.files.values() for header in headers)
 
 
-def take_snapshot(engine: Engine, weights: ModelWriter | AdapterWriter, copy: CopyToHost) -> RankFiles:
-    """Return this rank's files of a checkpoint. Collective over the world, and so is iterating over the chunks."""
+@dataclass(frozen=True)
+class SnapshotPlan:
+    """The tensors that this rank writes, live.
+
+    Attributes:
+        files: path of each file -> headers of its tensors.
+        state_file: the one of the optimizer state.
+        state: names and live views of its tensors.
+    """
+
+    files: Mapping[str, Sequence[TensorHeader]]
+    state_file: str
+    state: Sequence[tuple[str, Tensor]]
+
+    @property
+    def headers(self) -> list[TensorHeader]:
+        """Headers of all tensors."""
+        return [header for headers in self.files.values() for header in headers]
+
+
+def plan_snapshot(engine: Engine, weights: ModelWriter | AdapterWriter) -> SnapshotPlan:
+    """Return the tensors that this rank writes into a checkpoint. Collective over pipeline."""
     state = list(_state_tensors(list(owned_shards(engine)), engine.grid.model_axes))
     file = f"{STATE}/state-{engine.grid.rank:05d}-of-{engine.grid.layout.world_size:05d}.safetensors"
     headers = [TensorHeader(name, torch.float32, tuple(tensor.shape)) for name, tensor in state]
+    return SnapshotPlan({**weights.files(), file: headers}, file, state)
+
+
+def take_snapshot(engine: Engine, weights: ModelWriter | AdapterWriter, memory: HostMemory | None) -> RankFiles:
+    """Return this rank's files of a checkpoint. Collective over the world, and so is iterating over the chunks.
+
+    Args:
+        engine: the live engine.
+        weights: writer of its weights.
+        memory: the place of copies, after which training may continue; None = tensors are written before they change,
+            those on the host without a copy.
+    """
+    plan = plan_snapshot(engine, weights)
+    if memory is not None:
+        memory.reserve(plan.headers)
+
+    def on_host(tensor: Tensor, *, is_temporary: bool) -> Tensor:
+        if memory is not None:
+            return memory.copy(tensor, is_temporary=is_temporary)
+        return tensor.detach().to("cpu").contiguous()
 
     def chunks() -> Iterator[TensorChunk]:
-        for weights_file, name, tensor in weights.chunks():
-            yield TensorChunk(weights_file, name, copy(f"weights/{name}", tensor))
-        for name, tensor in state:
-            yield TensorChunk(file, name, copy(name, tensor))
+        for file, name, tensor in weights.chunks(keeps_values=memory is not None and memory.is_deferred):
+            yield TensorChunk(file, name, on_host(tensor, is_temporary=True))
+        for name, tensor in plan.state:
+            yield TensorChunk(plan.state_file, name, on_host(tensor, is_temporary=False))
 
-    return RankFiles({**weights.files(), file: headers}, chunks())
+    return RankFiles(plan.files, chunks())
 
 
 def _state_tensors(shards: Sequence[OptimizerShard], axes: Axes) -> Iterator[tuple[str, Tensor]]:

@@ -169,9 +169,9 @@ class ModelWriter:
         """Return the files that this rank writes."""
         return {file.file: file.headers for file in self._plan if file.rank == self._engine.grid.rank}
 
-    def chunks(self) -> Iterator[tuple[str, str, Tensor]]:
+    def chunks(self, *, keeps_values: bool = False) -> Iterator[tuple[str, str, Tensor]]:
         """Yield the tensors of these files; see `gather_weights`. Collective over the ranks of a stage."""
-        return gather_weights(self._engine, self._model, self._plan)
+        return gather_weights(self._engine, self._model, self._plan, keeps_values=keeps_values)
 
     def small_files(self) -> dict[str, bytes]:
         """Return path -> content of all other files."""
@@ -200,12 +200,16 @@ class AdapterWriter:
         """Return the files that this rank writes."""
         return {ADAPTER_WEIGHTS: self._headers} if self._engine.grid.rank == 0 else {}
 
-    def chunks(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (file, name, full tensor) of what this rank writes. Collective over the world."""
+    def chunks(self, *, keeps_values: bool = False) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (file, name, full tensor) of what this rank writes. Collective over the world.
+
+        Args:
+            keeps_values: as in `gather_weights`; these tensors always do.
+        """
         to_hf = ToHF(self._adapters)
         for name, full in self._engine.full_parameters(self._adapters.table):
             if full is not None:
-                for hf_name, tensor in to_hf.add(name, full.to("cpu")):
+                for hf_name, tensor in to_hf.add(name, full):
                     yield ADAPTER_WEIGHTS, hf_name, tensor
 
     def small_files(self) -> dict[str, bytes]:
@@ -225,14 +229,23 @@ def index_of(files: Sequence[WeightFile]) -> dict[str, Any] | None:
     return {"metadata": metadata, "weight_map": {header.name: file.file for file in files for header in file.headers}}
 
 
-def gather_weights(engine: Engine, model: HFModel, files: Sequence[WeightFile]) -> Iterator[tuple[str, str, Tensor]]:
+def gather_weights(
+    engine: Engine, model: HFModel, files: Sequence[WeightFile], *, keeps_values: bool = False
+) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (file, name, full tensor) of what this rank writes, in order. Collective over the ranks of a stage.
 
-    A tensor is valid until the next is asked for. Every rank iterates to the end. Under ZeRO-3 one parameter at a time
-    is gathered over the shard group.
+    Tensors are on the engine's device. Every rank iterates to the end. Under ZeRO-3 one parameter at a time is gathered
+    over the shard group.
+
+    Args:
+        engine: the live model.
+        model: its Hugging Face names.
+        files: from `plan_files`.
+        keeps_values: whether a tensor keeps its values, until training changes the weights. Otherwise it is valid until
+            the next is asked for, and on a CPU memory is used again.
     """
     grid, parameters = engine.grid, dict(engine.local_parameters())
-    to_hf = ToHF(model, reuse=True)
+    to_hf = ToHF(model, reuse=not keeps_values and engine.device.type == "cpu")
     same_replica = grid.layout.peers_of(grid.rank, *MODEL_AXES)
     for file in files:
         writer = grid.layout.coords(file.rank)
@@ -246,5 +259,5 @@ def gather_weights(engine: Engine, model: HFModel, files: Sequence[WeightFile]) 
                 full = gather_shard(shard, spec_of(parameters[name]), grid.model_axes, to=writer)
                 if full is None or file.rank != grid.rank:
                     continue
-                for hf_name, tensor in to_hf.add(name, full.to("cpu")):
+                for hf_name, tensor in to_hf.add(name, full):
                     yield file.file, hf_name, tensor
