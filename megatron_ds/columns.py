@@ -109,3 +109,7 @@ DECODER_INPUT_IDS = declare(Column("decoder_input_ids", "target"))
 DECODER_ATTENTION_MASK = declare(Column("decoder_attention_mask", "target", dtype="bool", fill=False, blank=True))
 # Positions within a document: 0 where one begins. Documents do not attend to one another.
 POSITION_IDS = declare(Column("position_ids", fill=None))
+
+# Derived from `position_ids` by the engine for each step, so that no data format has it: (B, D + 1) int32, the
+# positions in each row where its documents begin, then the length of the row.
+DOCUMENT_BOUNDS = "document_bounds"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds.engine.optimizer import GuardedOptimizer
+from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
@@ -106,6 +107,7 @@ class Engine(ABC):
         head: the declaration of the output head: the labels that it reads, the terms and metrics that it returns.
         steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
         kernels: names of third-party kernels in use, for the log.
+        documents: the longest document of a step, which the layers read.
     """
 
     kernels: tuple[str, ...] = ()
@@ -122,6 +124,7 @@ class Engine(ABC):
         self.grid, self.device, self.optimizer, self.deepspeed = grid, device, optimizer, deepspeed_engine
         self.head = head
         self.steps_begun = 0
+        self.documents = DocumentLimit()
         self._rng = rng
         if isinstance(optimizer, GuardedOptimizer):
             optimizer.should_step = self._should_step
@@ -144,6 +147,7 @@ class Engine(ABC):
             self.optimizer.begin_step()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        batches = with_document_bounds(batches, self.documents)
         counts = self._count(batches)
         # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the labels.
         parts = len(batches) * self.grid.shard.size
@@ -156,6 +160,7 @@ class Engine(ABC):
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
         """Compute the losses and metrics of all data ranks' micro-batches, without gradients."""
+        batches = with_document_bounds(batches, self.documents)
         counts = self._count(batches)
         return Losses.unpack(self._evaluate([self._to_device(batch) for batch in batches]), counts, self.head)
 

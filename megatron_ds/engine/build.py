@@ -129,7 +129,7 @@ def build_engine(
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
         bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
         made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, clip=clip, bucket=bucket)
-    made.kernels = kernels.names
+    made.kernels, made.documents = kernels.names, ctx.documents
     return made
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import AdaptableWeight, IA3Spec, LoRASpec, Output
 from megatron_ds.layers.alibi import Alibi, HeadSlopes
+from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.dora import column_adapter, row_adapter
-from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels
+from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall
+from megatron_ds.layers.kernels.reference import CausalAttention, is_plain_attention
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
 from megatron_ds.layers.recompute import Recompute
@@ -102,7 +104,8 @@ class Attention(nn.Module):
         rotary: shared table of angles; None = no rotation.
         recompute: whether the attention core is recomputed in the backward pass.
         rng: random streams of the dropout; its masks differ between tensor ranks, which hold different heads.
-        kernels: the kernels of plain causal attention and of norms over heads.
+        kernels: the kernels of attention and of norms over heads.
+        documents: the longest document of a step, where an engine sets it.
     """
 
     kv_index: Tensor
@@ -115,9 +118,10 @@ class Attention(nn.Module):
         recompute: Recompute,
         rng: RngStreams | None,
         kernels: Kernels = REFERENCE,
+        documents: DocumentLimit | None = None,
     ) -> None:
         super().__init__()
-        self.kernel = kernels.attention
+        self.kernels, self.documents = kernels.attention, documents or DocumentLimit()
         self.shape, self.rotary, self.recompute, self.rng = shape, rotary, recompute, rng
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.qkv = QKVLinear(
@@ -151,6 +155,7 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         context: Tensor | None = None,
         positions: Tensor | None = None,
+        bounds: Tensor | None = None,
     ) -> Tensor:
         """Attend to x itself, or to a `context` (C, B, H) that is split like x.
 
@@ -160,6 +165,8 @@ class Attention(nn.Module):
             context: the source of keys and values; None = x.
             positions: (B, S) positions within the documents of a packed sequence, 0 where a document begins; documents
                 do not attend to one another. None = one document.
+            bounds: (B, D + 1) positions where these documents begin, for kernels that read them; see
+                `with_document_bounds`.
         """
         q, kv = self.qkv(x, context)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
@@ -170,7 +177,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
-        core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions)
+        core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds)
         if "out" not in self.adapters:
             return self.out(core)
         adapter: Any = self.adapters["out"]
@@ -199,13 +206,54 @@ class Attention(nn.Module):
         return found["q"], found["k"], found["v"]
 
     def _core(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None = None,
+        bounds: Tensor | None = None,
     ) -> Tensor:
         """Compute the attention core: q (S, B, N/t, D), k and v (C, B, K/c, D) -> (S, B, N/t * D)."""
+        if self.kernels is not None and q.dtype != torch.float32 and q.shape[0] == k.shape[0]:
+            call = self._call(q, key_mask, positions, bounds)
+            kernel = self._kernel(q, k, v, call)
+            if kernel is not None:
+                k, v = (self._in_groups(part) for part in (k, v))
+                return kernel(q, k, v, call).flatten(2)
+        return self._by_torch(q, k, v, key_mask, positions)
+
+    def _call(
+        self, q: Tensor, key_mask: Tensor | None, positions: Tensor | None, bounds: Tensor | None
+    ) -> AttentionCall:
+        """Return the options of self-attention by queries (S, B, N/t, D), as kernels are asked for it."""
+        shape, length = self.shape, q.shape[0]
+        key_bias = None
+        if shape.alibi is not None:
+            key_bias = self._alibi(length, q, key_mask, positions)[:, :, 0]
+        return AttentionCall(
+            shape.scale,
+            shape.window if shape.window is not None and shape.window < length else None,
+            shape.softcap,
+            positions,
+            causal=shape.causal,
+            bounds=bounds,
+            longest=self.documents.longest,
+            key_mask=key_mask,
+            key_bias=key_bias,
+            distance_bias=self.relative.by_distance(length) if self.relative is not None else None,
+            dropout=shape.dropout if self.training else 0.0,
+        )
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> CausalAttention | None:
+        """Return the kernel of a call; None = the layer's PyTorch code."""
+        if isinstance(self.kernels, KernelsByCall):
+            return self.kernels.find(q, k, v, call)
+        return self.kernels if is_plain_attention(q, k, v, call) else None
+
+    def _by_torch(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Compute the attention core by torch alone: masks and biases are tensors of all pairs."""
         shape = self.shape
-        if self.kernel is not None and key_mask is None and self._is_plain(q, k):
-            call = AttentionCall(shape.scale, shape.window, shape.softcap, positions)
-            return self.kernel(q, k, v, call).flatten(2)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         mask = self._allowed(q.shape[2], key_mask, positions, q.device)
         has_bias = shape.alibi is not None or self.relative is not None
@@ -227,14 +275,6 @@ class Attention(nn.Module):
                     enable_gqa=k.shape[1] != q.shape[1],
                 )
         return y.permute(2, 0, 1, 3).flatten(2)
-
-    def _is_plain(self, q: Tensor, k: Tensor) -> bool:
-        """Return whether this is the plain attention that `Kernels.attention` computes."""
-        shape, group = self.shape, q.shape[2] // k.shape[2]
-        grouped = self.kv_of_head == tuple(head // group for head in range(q.shape[2]))
-        has_bias = shape.alibi is not None or self.relative is not None
-        drops = shape.dropout > 0.0 and self.training
-        return shape.causal and grouped and not has_bias and not drops and q.dtype != torch.float32
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
         """Compute the formula step by step, since no torch kernel caps scores. It allocates (B, N/t, S, S) tensors."""
@@ -261,26 +301,39 @@ class Attention(nn.Module):
         length = q.shape[2]
         seen = q.new_zeros(())
         if self.shape.alibi is not None:
-            seen = self.shape.alibi.bias(
-                *(length, self.heads, self.shape.num_heads, q, key_mask, positions, self.slopes.on(q.device))
-            )
+            seen = self._alibi(length, q, key_mask, positions)
         if self.relative is not None:
             seen = seen + self.relative(length)
         if mask is None and self.shape.causal:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
         return seen if mask is None else torch.where(mask, seen, torch.finfo(q.dtype).min)
 
+    def _alibi(self, length: int, like: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Return the biases of the keys, (B or 1, N/t, 1, S)."""
+        assert self.shape.alibi is not None
+        slopes = self.slopes.on(like.device)
+        return self.shape.alibi.bias(length, self.heads, self.shape.num_heads, like, key_mask, positions, slopes)
+
+    def _in_groups(self, part: Tensor) -> Tensor:
+        """Repeat key or value heads (S, B, K/c, D) if groups of neighbouring query heads do not share them."""
+        return part if self._is_grouped(part.shape[2]) else part[:, :, self.kv_index]
+
+    def _is_grouped(self, kv_heads: int) -> bool:
+        """Return whether neighbouring query heads read the same key head, and groups of one size all of them."""
+        group = len(self.kv_of_head) // kv_heads
+        return self.kv_of_head == tuple(head // group for head in range(group * kv_heads))
+
     def _for_each_head(self, part: Tensor, kernel_repeats: bool) -> Tensor:
         """Repeat key or value heads for each query head: (B, K/c, S, D) -> (B, N/t, S, D).
 
-        They are unchanged if the kernel repeats heads itself: on CUDA only the flash kernel does, without a mask.
+        They are unchanged if the kernel repeats heads itself: flash attention and cuDNN do for plain causal attention.
+        With a mask torch may choose another kernel, which does not.
         """
         if self.kv_of_head == tuple(range(part.shape[1])):
             return part
-        group = len(self.kv_of_head) // part.shape[1]
-        if self.kv_of_head != tuple(head // group for head in range(group * part.shape[1])):
+        if not self._is_grouped(part.shape[1]):
             return part[:, self.kv_index]
-        return part if kernel_repeats else part.repeat_interleave(group, dim=1)
+        return part if kernel_repeats else part.repeat_interleave(len(self.kv_of_head) // part.shape[1], dim=1)
 
 
 def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:

@@ -64,10 +64,21 @@ class RelativeBias(nn.Module):
         self._buckets: Tensor | None = None  # (2S - 1,) for the last length, which micro-batches share
 
     def forward(self, length: int) -> Tensor:
-        # in fp32: a distance's gradient is a sum over all pairs at that distance, for which bf16 is too coarse
-        by_offset = F.embedding(self._buckets_of(length), self.weight.float()).t()  # (N/t, 2S - 1)
-        rows = by_offset.unfold(1, length, 1).to(self.weight.dtype)
+        rows = self._by_offset(length).unfold(1, length, 1).to(self.weight.dtype)
         return rows.flip(1)[None]  # row q is offsets -q to S - 1 - q
+
+    def by_distance(self, length: int) -> Tensor:
+        """Return the bias of each difference key - query from -(S - 1) to S - 1, (N/t, 2S - 1) fp32.
+
+        They are rounded as those of all pairs are, and their gradient, which is a sum over many pairs, is not.
+        """
+        by_offset = self._by_offset(length)
+        rounded = by_offset.detach().to(self.weight.dtype).float()
+        return by_offset + (rounded - by_offset.detach())
+
+    def _by_offset(self, length: int) -> Tensor:
+        # in fp32: a distance's gradient is a sum over all pairs at that distance, for which bf16 is too coarse
+        return F.embedding(self._buckets_of(length), self.weight.float()).t()  # (N/t, 2S - 1)
 
     def _buckets_of(self, length: int) -> Tensor:
         # computed on the CPU, whose rounding is the reference's, in 0.1 to 0.3 ms; cached, since a GPU would wait

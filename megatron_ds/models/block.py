@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.columns import DOCUMENT_BOUNDS
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import scaled
@@ -28,16 +29,19 @@ class BlockInputs:
         mask: (B, S) mask of the stack's own positions that may be attended to.
         context, context_mask: hidden states that cross attention attends to, and the mask of their positions.
         positions: (B, S) positions within the documents that share a sequence.
+        bounds: (B, D + 1) positions where these documents begin.
     """
 
     mask: str = "attention_mask"
     context: str | None = None
     context_mask: str | None = None
     positions: str = "position_ids"
+    bounds: str = DOCUMENT_BOUNDS
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.mask, self.context, self.context_mask, self.positions) if name is not None)
+        names = (self.mask, self.context, self.context_mask, self.positions, self.bounds)
+        return tuple(name for name in names if name is not None)
 
 
 class Block(nn.Module):
@@ -69,12 +73,13 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.recompute, self.inputs = config, ctx.recompute, inputs
         self.attention_norm, self.attention_output_norm = self._norms(ctx)
-        self.attention = Attention(config.attention(layer), ctx.tp, rotary, ctx.recompute, ctx.rng, ctx.kernels)
+        given = ctx.recompute, ctx.rng, ctx.kernels, ctx.documents
+        self.attention = Attention(config.attention(layer), ctx.tp, rotary, *given)
         self.cross_norm = self.cross_output_norm = self.cross = None
         across = config.cross(layer)
         if across is not None:
             self.cross_norm, self.cross_output_norm = self._norms(ctx)
-            self.cross = Attention(across, ctx.tp, None, ctx.recompute, ctx.rng, ctx.kernels)
+            self.cross = Attention(across, ctx.tp, None, *given)
         self.mlp_norm, self.mlp_output_norm = self._norms(ctx)
         if config.shared_norm:
             self.mlp_norm = None
@@ -104,17 +109,18 @@ class Block(nn.Module):
             }
 
     def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:
-        given = dict(zip(names, others))
+        given, inputs = dict(zip(names, others)), self.inputs
         normal = _apply(self.attention_norm, x)
         with profiled(ATTENTION):
-            attended = self.attention(normal, given.get(self.inputs.mask), positions=given.get(self.inputs.positions))
+            mask, positions, bounds = (given.get(name) for name in (inputs.mask, inputs.positions, inputs.bounds))
+            attended = self.attention(normal, mask, positions=positions, bounds=bounds)
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
             return x + self._residual(attended) + self._residual(self._feed_forward(start))
         x = self._add(x, attended, self.attention_output_norm)
         if self.cross is not None:
-            context, mask = (given.get(name or "") for name in (self.inputs.context, self.inputs.context_mask))
-            assert context is not None, f"cross attention needs {self.inputs.context}, the activations are {names}"
+            context, mask = (given.get(name or "") for name in (inputs.context, inputs.context_mask))
+            assert context is not None, f"cross attention needs {inputs.context}, the activations are {names}"
             normal = _apply(self.cross_norm, x)
             with profiled(ATTENTION):
                 attended = self.cross(normal, mask, context)

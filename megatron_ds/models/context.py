@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.parallel.random import RngStreams
@@ -20,6 +21,7 @@ class BuildContext:
         recompute: which activations are recomputed in the backward pass.
         compiled: whether torch.compile fuses the operations of a block between its matrix products.
         kernels: implementations of norms, gated activations and attention.
+        documents: the longest document of a step, where an engine sets it.
     """
 
     tp: TensorParallel = field(default_factory=TensorParallel)
@@ -27,3 +29,4 @@ class BuildContext:
     recompute: Recompute = field(default_factory=Recompute)
     compiled: bool = False
     kernels: Kernels = REFERENCE
+    documents: DocumentLimit = field(default_factory=DocumentLimit)

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from torch import nn
 
+from megatron_ds.columns import DOCUMENT_BOUNDS
 from megatron_ds.config import ModelShape
 from megatron_ds.layers.cross_entropy import LogitFinish
 from megatron_ds.layers.dropout import HiddenDropout
@@ -21,7 +22,7 @@ from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbeddi
 from megatron_ds.models.probe import BEYOND, MOST_TOKENS, RANDOM_LENGTH, Probe, fitting_length, next_ids, random_ids
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
 
-MASKS = ("attention_mask", "position_ids")  # columns that decide which positions attend to which
+MASKS = ("attention_mask", "position_ids", DOCUMENT_BOUNDS)  # columns that decide which positions attend to which
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,40 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from bench.gpu.record import DEVICE, guarded, pick, record, torch_device, wait_for_turn
 from bench.gpu.right.chosen_kernels import write_choice
-from megatron_ds.layers.kernels import KERNELS, Candidate, Operation
-from megatron_ds.layers.kernels.check import TOLERANCE, largest_error
+from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Operation
+from megatron_ds.layers.kernels.check import TOLERANCE, largest_error, supported_examples
+from megatron_ds.layers.kernels.reference import Example, smaller_attention
 
 TOKENS, HIDDEN, FFN = pick(4096, 64), pick(4096, 64), pick(14336, 128)
 
-LARGER = {
-    "rms_norm": lambda random: (random(TOKENS, 1, HIDDEN), random(HIDDEN), 1e-5),
-    "swiglu": lambda random: (random(TOKENS, 1, 2 * FFN),),
+
+
+def _attention(heads: int, kv_heads: int, dim: int, **options: Any) -> Example:
+    """Return an example of attention with these options; tensors in them are replaced by random ones."""
+    q, k = (torch.empty(1, 1, count, dim) for count in (heads, kv_heads))
+    return smaller_attention(q, k, k, AttentionCall(dim**-0.5, **options))
+
+
+SOME = torch.empty(0)
+
+LARGER: dict[str, tuple[Example, ...]] = {
+    "rms_norm": (lambda random: (random(TOKENS, 1, HIDDEN), random(HIDDEN), 1e-5),),
+    "swiglu": (lambda random: (random(TOKENS, 1, 2 * FFN),),),
+    "attention": (
+        _attention(32, 8, 128),
+        _attention(32, 8, 128, window=40),
+        _attention(8, 4, 256, softcap=50.0, window=40),
+        _attention(8, 4, 256, softcap=50.0),
+        _attention(8, 8, 64, key_mask=SOME),
+        _attention(8, 8, 64, key_bias=SOME),
+        _attention(8, 8, 64, causal=False, key_mask=SOME, distance_bias=SOME),
+    ),
 }
-"""Arguments at the width of an 8 B model, by operation; those without an entry are checked on their examples alone."""
+"""Arguments at the width of an 8 B model, by operation, and attention with each option; see `_compare`."""
 
 
 def main() -> None:
@@ -41,18 +63,15 @@ def _check(operation: Operation, name: str, candidate: Candidate) -> bool | None
 
 
 def _compare(operation: Operation, candidate: Candidate, title: str) -> bool:
-    kernel = candidate.make()
-    errors = {"examples": largest_error(operation, kernel, torch_device())}
-    if operation.name in LARGER:
-        larger = _with_example(operation, LARGER[operation.name])
-        errors["real_shapes"] = largest_error(larger, kernel, torch_device())
-    right = all(error <= TOLERANCE for error in errors.values())
+    """Compare a candidate on the examples that it computes, and record the largest error on each kind of them."""
+    device, kernel, errors = torch_device(), candidate.make(), {}
+    for kind, examples in (("examples", operation.examples), ("real_shapes", LARGER.get(operation.name, ()))):
+        supported = supported_examples(operation, candidate, device, examples)
+        if supported:
+            errors[kind] = largest_error(operation, kernel, device, supported)
+    right = bool(errors) and all(error <= TOLERANCE for error in errors.values())
     record("kernels", title, right, version=candidate.label, bound=TOLERANCE, **errors)
     return right
-
-
-def _with_example(operation: Operation, example: Any) -> Operation:
-    return Operation(operation.name, operation.reference, (example,), operation.differentiable)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,13 @@ from megatron_ds.layers.kernels import triton  # noqa: F401  # registered first:
 
 # isort: split
 from megatron_ds.layers.kernels import flash, liger  # noqa: F401  # they register themselves
+
+# isort: split
+from megatron_ds.layers.kernels import varlen  # noqa: F401  # torch's own, for what those leave out
+
+# isort: split
+from megatron_ds.layers.kernels import flex  # noqa: F401  # last, because its kernels are compiled first
+from megatron_ds.layers.kernels.by_call import KernelsByCall
 from megatron_ds.layers.kernels.cross_entropy import LogitFinish, LossCall
 from megatron_ds.layers.kernels.reference import AttentionCall
 from megatron_ds.layers.kernels.select import check_choice, select_kernels
@@ -20,6 +27,7 @@ __all__ = [
     "AttentionCall",
     "Candidate",
     "Kernels",
+    "KernelsByCall",
     "LogitFinish",
     "LossCall",
     "Operation",

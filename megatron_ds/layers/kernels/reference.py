@@ -6,7 +6,7 @@ Shapes: S sequence, B batch, N query heads, K key and value heads, D head dim, F
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,39 @@ class AttentionCall:
         window: a query attends to this many last keys; None = to all.
         softcap: bound of the scores; None = they are unbounded.
         positions: (B, S), 0 where a document begins; None = one document per row.
+        causal: a query attends to no later key; else to all.
+        bounds: (B, D + 1) int32, the positions where the documents of a row begin, then S; None = nobody has found
+            them on the host, or one document per row.
+        longest: bound of the length of documents, known to the host; None = S.
+        key_mask: (B, S), nonzero where a position may be attended to; None = everywhere.
+        key_bias: (B or 1, N, S), added to the scores of each key: ALiBi; None = no such bias.
+        distance_bias: (N, 2S - 1), added to the scores by key - query + S - 1, with a gradient; None = no such bias.
+        dropout: probability of dropping an attention probability.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     positions: Tensor | None = None
+    causal: bool = True
+    bounds: Tensor | None = None
+    longest: int | None = None
+    key_mask: Tensor | None = None
+    key_bias: Tensor | None = None
+    distance_bias: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """True for causal attention to a window, documents or all, with or without a softcap, and nothing else."""
+        others = (self.key_mask, self.key_bias, self.distance_bias)
+        return self.causal and self.dropout == 0.0 and all(one is None for one in others)
+
+    @property
+    def variant(self) -> tuple[bool, ...]:
+        """The options that a kernel made for a call depends on; masks are data."""
+        optional = (self.softcap, self.key_mask, self.key_bias, self.distance_bias)
+        return (self.causal, *(one is not None for one in optional))
 
 
 RMSNorm = Callable[[Tensor, Tensor, float], Tensor]
@@ -36,9 +63,11 @@ RMSNorm = Callable[[Tensor, Tensor, float], Tensor]
 Gated = Callable[[Tensor], Tensor]
 """(..., 2F), gate first -> silu(gate) * up, (..., F)."""
 CausalAttention = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
-"""(S, B, N, D), (S, B, K, D) twice -> (S, B, N, D)."""
+"""(S, B, N, D), (S, B, K, D) twice -> (S, B, N, D), for the calls that its candidate supports."""
 Random = Callable[..., Tensor]
 """*shape -> a tensor of normally distributed numbers."""
+Example = Callable[[Random], tuple[Any, ...]]
+"""Arguments of a kernel from random tensors."""
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,13 +89,32 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) ->
     scores = q @ k.transpose(-1, -2) * call.scale
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
-    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if call.key_bias is not None:
+        scores = scores + call.key_bias.float()[:, :, None]
+    if call.distance_bias is not None:
+        scores = scores + call.distance_bias.float().unfold(1, length, 1).flip(1)
+    seen = reference_mask(length, call, q.device)
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).permute(2, 0, 1, 3)
+
+
+def reference_mask(length: int, call: AttentionCall, device: torch.device) -> Tensor:
+    """Return the mask of the keys that each query sees, (B or 1, 1, S, S) bool.
+
+    One that would see none sees itself, or all keys where attention is not causal.
+    """
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)[None, None]
+    if call.causal:
+        seen = seen.tril()
     if call.window is not None:
         seen = seen.triu(1 - call.window)
     if call.positions is not None:
         documents = (call.positions == 0).cumsum(1)
         seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).permute(2, 0, 1, 3)
+    if call.key_mask is None:
+        return seen
+    seen = seen & call.key_mask.bool()[:, None, None, :]
+    instead = torch.eye(length, dtype=torch.bool, device=device) if call.causal else torch.ones_like(seen)
+    return seen | (instead & ~seen.any(-1, keepdim=True))
 
 
 def norm_input(random: Random) -> tuple[Any, ...]:
@@ -90,3 +138,49 @@ def documents_input(random: Random) -> tuple[Any, ...]:
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0]], device=random(1).device)
     call = AttentionCall(0.3, window=3, positions=positions)
     return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
+
+
+def bounds_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of a `CausalAttention` with several documents per row, their bounds, and some without a token.
+
+    The head dim is 128, and several query heads share a key head.
+    """
+    device = random(1).device
+    positions = torch.tensor([[*range(100), *range(60), *range(32)], [*range(192)]], device=device)
+    bounds = torch.tensor([[0, 100, 160, 192, 192], [0, 192, 192, 192, 192]], dtype=torch.int32, device=device)
+    call = AttentionCall(0.1, positions=positions, bounds=bounds, longest=192)
+    return random(192, 2, 4, 128), random(192, 2, 2, 128), random(192, 2, 2, 128), call
+
+
+def is_plain_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
+    """Return whether these are arguments that every `CausalAttention` computes."""
+    return call.is_plain and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def attention_variant(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[bool, ...]:
+    """Return the options of a call that a check of their own is for."""
+    return call.variant
+
+
+def smaller_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Example:
+    """Return an example of a few hundred positions with the options of a call; documents, too, if it is causal."""
+    heads, groups, dim = q.shape[2], q.shape[2] // k.shape[2], q.shape[3]
+    length, heads = 192, min(heads, 2 * groups)
+
+    def example(random: Random) -> tuple[Any, ...]:
+        device = random(1).device
+        shared = random(length, 2, heads // groups, dim), random(length, 2, heads // groups, dim)
+        positions = torch.tensor([[*range(100), *range(92)], [*range(length)]], device=device)
+        small = replace(
+            call,
+            window=None if call.window is None else min(call.window, 50),
+            positions=positions if call.causal else None,
+            bounds=None,
+            longest=None,
+            key_mask=None if call.key_mask is None else torch.arange(length, device=device).expand(2, -1) < 180,
+            key_bias=None if call.key_bias is None else random(1, heads, length),
+            distance_bias=None if call.distance_bias is None else random(heads, 2 * length - 1).float(),
+        )
+        return random(length, 2, heads, dim), *shared, small
+
+    return example

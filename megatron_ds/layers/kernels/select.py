@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megatron_ds.errors import ConfigError, not_one_of, show
+from megatron_ds.layers.kernels.by_call import Deferred, Entry, Kernel, KernelsByCall
 from megatron_ds.layers.kernels.check import validated
 from megatron_ds.layers.kernels.table import KERNELS, REFERENCE, Candidate, Kernels, Operation
 
@@ -40,7 +41,8 @@ def select_kernels(wanted: Choice, device: torch.device, table: Mapping[str, Ope
 
     Args:
         wanted: "torch" = the reference; "auto" = for each operation the first registered candidate that is installed
-            and runs on the device; a mapping chooses for single operations, and the others are "auto".
+            and runs on the device, or all of them in this order where kernels are chosen call by call; a mapping
+            chooses for single operations, and the others are "auto".
         device: the device that layers run on.
         table: operations with their candidates.
 
@@ -52,22 +54,52 @@ def select_kernels(wanted: Choice, device: torch.device, table: Mapping[str, Ope
     kernels = REFERENCE
     for operation in table.values():
         choice = wanted if isinstance(wanted, str) else wanted.get(operation.name, AUTO)
-        candidate = _candidate(operation, choice, device)
-        if candidate is not None:
+        candidates = _candidates(operation, choice, device)
+        if candidates:
             field = "train.kernels=auto" if choice == AUTO else f"train.kernels.{operation.name}={choice}"
-            kernel = validated(operation, candidate, device, field)
-            names = (*kernels.names, f"{operation.name}: {candidate.label}")
-            kernels = replace(kernels, **{operation.name: kernel}, names=names)
+            kernel = _kernel(operation, candidates, device, field)
+            labels = dict.fromkeys(f"{operation.name}: {candidate.label}" for candidate in candidates.values())
+            kernels = replace(kernels, **{operation.name: kernel}, names=(*kernels.names, *labels))
     return kernels
 
 
-def _candidate(operation: Operation, choice: str, device: torch.device) -> Candidate | None:
-    """Return the candidate of a choice; None = PyTorch."""
+def _kernel(operation: Operation, candidates: Mapping[str, Candidate], device: torch.device, field: str) -> Any:
+    """Return the kernel of one candidate that computes what the operation says, else the choice call by call."""
+    only = next(iter(candidates.values()))
+    if len(candidates) == 1 and only.supports is None and not only.deferred:
+        return validated(operation, only, device, field)
+    entries = []
+    for name, candidate in candidates.items():
+        supports = candidate.supports or operation.supports
+        assert supports is not None, f"{operation.name} has no calls that a kernel may leave out"
+        make = _deferred if candidate.deferred else _at_once
+        entries.append(Entry(name, supports, make(operation, candidate, device, field)))
+    return KernelsByCall(entries)
+
+
+def _at_once(
+    operation: Operation, candidate: Candidate, device: torch.device, field: str
+) -> Callable[..., Kernel | None]:
+    kernel = validated(operation, candidate, device, field)
+    return lambda *arguments: kernel
+
+
+def _deferred(
+    operation: Operation, candidate: Candidate, device: torch.device, field: str
+) -> Callable[..., Kernel | None]:
+    variant, smaller = operation.variant, operation.smaller
+    assert variant is not None and smaller is not None, f"{operation.name} has no examples like a call"
+    return Deferred(variant, lambda *arguments: validated(operation, candidate, device, field, [smaller(*arguments)]))
+
+
+def _candidates(operation: Operation, choice: str, device: torch.device) -> dict[str, Candidate]:
+    """Return the candidates of a choice by name, in order of preference; none = PyTorch."""
     if choice == TORCH:
-        return None
+        return {}
     if choice == AUTO:
-        fitting = (one for one in operation.values() if device.type in one.devices and one.is_installed)
-        return next(fitting, None)
+        fitting = {name: one for name, one in operation.items() if device.type in one.devices and one.is_installed}
+        first = dict(list(fitting.items())[:1])
+        return first if operation.supports is None else fitting
     candidate, field = operation[choice], f"train.kernels.{operation.name}={choice}"
     if device.type not in candidate.devices:
         raise ConfigError(f"{field} runs on {' and '.join(candidate.devices)}, not on {device.type}; try auto")
@@ -75,4 +107,4 @@ def _candidate(operation: Operation, choice: str, device: torch.device) -> Candi
         raise ConfigError(
             f"{field} needs the package {candidate.package}, which is not installed; install it, or try auto"
         )
-    return candidate
+    return {choice: candidate}

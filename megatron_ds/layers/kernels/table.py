@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from megatron_ds.layers.kernels.by_call import KernelsByCall
 from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, capped_input, reference_cross_entropy, wide_input
 from megatron_ds.layers.kernels.reference import (
     CausalAttention,
+    Example,
     Gated,
-    Random,
     RMSNorm,
     attention_input,
+    attention_variant,
+    bounds_input,
     documents_input,
     gated_input,
+    is_plain_attention,
     norm_input,
     reference_attention,
     reference_rms_norm,
     reference_swiglu,
+    smaller_attention,
 )
 from megatron_ds.registry import Registry
 
@@ -32,14 +37,14 @@ class Kernels:
     Attributes:
         rms_norm: RMSNorm of hidden states and heads.
         swiglu: the gated SiLU.
-        attention: causal attention in half precision, without a key mask or biases by distance.
+        attention: attention in half precision: one kernel for plain calls, or several, chosen call by call.
         cross_entropy: losses and gradients of the output head's logits.
         names: the kernels in use that are not PyTorch's, with their versions, for the log.
     """
 
     rms_norm: RMSNorm | None = None
     swiglu: Gated | None = None
-    attention: CausalAttention | None = None
+    attention: CausalAttention | KernelsByCall | None = None
     cross_entropy: CrossEntropy | None = None
     names: tuple[str, ...] = ()
 
@@ -57,17 +62,22 @@ class Candidate:
         make: () -> the kernel; called only for a device that it runs on.
         distribution: the package's name for pip, whose version is logged; None = it is not installed by pip.
         devices: the device types that it runs on, by torch's names.
+        supports: (the kernel's arguments) -> whether it computes this call; None = as the operation says.
+        deferred: it is made and checked at its first call instead of at the start, because that takes long.
     """
 
     package: str
     make: Callable[[], Callable[..., Any]]
     distribution: str | None = None
     devices: tuple[str, ...] = ("cuda",)
+    supports: Callable[..., bool] | None = None
+    deferred: bool = False
 
     @property
     def is_installed(self) -> bool:
         """True if its package is installed; a folder of that name, left by another distribution, is not enough."""
-        return find_spec(self.package) is not None and (self.distribution is None or self.version is not None)
+        # in this order: to look for a module inside a package imports the package
+        return (self.distribution is None or self.version is not None) and find_spec(self.package) is not None
 
     @property
     def version(self) -> str | None:
@@ -91,22 +101,37 @@ class Operation(Registry[Candidate]):
         reference: PyTorch's formula, which every candidate must match. It returns a tensor or a tuple of them.
         examples: functions that make the arguments of the comparison from random tensors.
         differentiable: whether autograd differentiates it; False = it returns its gradients among its results.
+        supports: (the kernel's arguments) -> whether a candidate that does not say computes this call. With it the
+            kernels are chosen call by call; None = every candidate computes every call.
+        variant, smaller: for candidates that are deferred, (the kernel's arguments) -> the options of the call that are
+            checked, and an example with the same options.
     """
 
     def __init__(
         self,
         name: str,
         reference: Callable[..., Any],
-        examples: tuple[Callable[[Random], tuple[Any, ...]], ...],
+        examples: tuple[Example, ...],
         differentiable: bool = True,
+        supports: Callable[..., bool] | None = None,
+        variant: Callable[..., Hashable] | None = None,
+        smaller: Callable[..., Example] | None = None,
     ) -> None:
         super().__init__(f"{name} kernel")
         self.name, self.reference, self.examples, self.differentiable = name, reference, examples, differentiable
+        self.supports, self.variant, self.smaller = supports, variant, smaller
 
 
 KERNELS: Mapping[str, Operation] = {
     "rms_norm": Operation("rms_norm", reference_rms_norm, (norm_input,)),
     "swiglu": Operation("swiglu", reference_swiglu, (gated_input,)),
-    "attention": Operation("attention", reference_attention, (attention_input, documents_input)),
+    "attention": Operation(
+        "attention",
+        reference_attention,
+        (attention_input, documents_input, bounds_input),
+        supports=is_plain_attention,
+        variant=attention_variant,
+        smaller=smaller_attention,
+    ),
     "cross_entropy": Operation("cross_entropy", reference_cross_entropy, (wide_input, capped_input), False),
 }

@@ -1,0 +1,169 @@
+"""FlexAttention (Dong et al. 2024): documents, windows, capped scores and biases by distance, without (S, S) tensors.
+
+torch.compile makes a kernel for each set of options, which takes some seconds, so the candidate is made when a call
+needs it. The masks that it reads by blocks are made once for all layers that a micro-batch passes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_ds.layers.documents import document_starts
+from megatron_ds.layers.kernels.block_mask import BLOCK, Blocks, all_blocks, causal_blocks, first_visible
+from megatron_ds.layers.kernels.reference import AttentionCall, CausalAttention
+from megatron_ds.layers.kernels.table import KERNELS, Candidate
+
+SMALLEST_HEAD, LARGEST_HEAD = 16, 256
+SHORTEST = BLOCK  # positions; below it a mask of all pairs is small
+SHORTEST_LEARNED = 2048  # with a learned bias, whose gradient the kernel sums by atomic additions
+KERNEL_LIMIT = 64  # graphs of one function: windows, shapes, with and without gradients; torch's default is 8
+KEPT = 8  # masks: a model has one or two windows, and validation may have another length
+
+
+class Mask(NamedTuple):
+    """The mask of a call, on its device.
+
+    Attributes:
+        starts: (B, S), where the document of each position begins; None = one document.
+        blind: (B, S), True where a query sees no key and therefore sees itself, or all; None = nowhere.
+        blocks: the blocks that are seen; None = all of them in full.
+    """
+
+    starts: Tensor | None
+    blind: Tensor | None
+    blocks: Blocks | None
+
+
+def make_mask(length: int, call: AttentionCall, device: torch.device) -> Mask:
+    """Return the mask of a call on S positions, without an (S, S) tensor; the host does not wait."""
+    visible = call.key_mask.bool() if call.key_mask is not None else None
+    if not call.causal:
+        if visible is None:
+            return Mask(None, None, None)
+        return Mask(None, ~visible.any(1, keepdim=True).expand(-1, length), all_blocks(length, device))
+    starts = document_starts(call.positions) if call.positions is not None else None
+    first = first_visible(length, starts, call.window, device)
+    blind = None
+    if visible is not None:
+        seen = visible.cumsum(1, dtype=torch.int32)
+        first_of_row = first.clamp(min=0).long().expand_as(seen)
+        blind = seen - seen.gather(1, first_of_row) + visible.gather(1, first_of_row) == 0
+    return Mask(starts, blind, causal_blocks(first, is_partial=visible is not None))
+
+
+class KeptMasks:
+    """The last masks, for the layers that share one: those of other micro-batches have other tensors."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[tuple[object, ...], tuple[weakref.ref[Tensor] | None, ...], Mask]] = deque(maxlen=KEPT)
+
+    def mask(self, length: int, call: AttentionCall, device: torch.device) -> Mask:
+        """Return `make_mask`; in code that torch.compile traces it is part of the graph and is not kept."""
+        if torch.compiler.is_compiling():
+            return make_mask(length, call, device)
+        key, tensors = (length, device, call.causal, call.window), (call.positions, call.key_mask)
+        for kept, references, mask in self._kept:
+            alive = [one() if one is not None else None for one in references]
+            if kept == key and all(one is other for one, other in zip(alive, tensors)):
+                return mask
+        mask = make_mask(length, call, device)
+        self._kept.append((key, tuple(weakref.ref(one) if one is not None else None for one in tensors), mask))
+        return mask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: AttentionCall) -> Tensor:
+    """Compute attention: (B, N, S, D), (B, K, S, D) twice -> (B, N, S, D)."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    length = q.shape[2]
+    block_mask = None
+    if mask.blocks is not None:
+        blocks, size = mask.blocks, (BLOCK, BLOCK)
+        block_mask = BlockMask((length, length), *blocks, BLOCK_SIZE=size, mask_mod=_mask_of_pair(mask, call))
+    score = _score_of_pair(call, length, len(q))
+    return flex_attention(q, k, v, score, block_mask, call.scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _mask_of_pair(mask: Mask, call: AttentionCall) -> Callable[..., Tensor]:
+    """Return (batch, head, query, key) -> whether the query sees the key, in blocks that are seen in part."""
+    causal, window, key_mask, starts, blind = call.causal, call.window, call.key_mask, mask.starts, mask.blind
+
+    def is_seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = j <= i if causal else j >= 0
+        if window is not None:
+            seen = seen & (i - j < window)
+        if starts is not None:
+            seen = seen & (j >= starts[b, i])
+        if key_mask is not None:
+            seen = seen & (key_mask[b, j] != 0)
+        if blind is not None:
+            seen = seen | (blind[b, i] & (i == j)) if causal else seen | blind[b, i]
+        return seen
+
+    return is_seen
+
+
+def _score_of_pair(call: AttentionCall, length: int, batch: int) -> Callable[..., Tensor] | None:
+    """Return (score, batch, head, query, key) -> score, capped and with biases; None = it is unchanged."""
+    softcap, distance_bias = call.softcap, call.distance_bias
+    key_bias = call.key_bias.expand(batch, -1, -1) if call.key_bias is not None else None
+    if softcap is None and key_bias is None and distance_bias is None:
+        return None
+
+    def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if key_bias is not None:
+            score = score + key_bias[b, h, j]
+        if distance_bias is not None:
+            score = score + distance_bias[h, j - i + (length - 1)]
+        return score
+
+    return score
+
+
+@dataclass(frozen=True)
+class FlexAttention:
+    """A `CausalAttention` by FlexAttention.
+
+    Attributes:
+        run: `attend`, or what torch.compile makes of it.
+        masks: the masks of the last calls.
+    """
+
+    run: Callable[..., Tensor]
+    masks: KeptMasks
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        mask = self.masks.mask(q.shape[0], call, q.device)
+        run = attend if torch.compiler.is_compiling() else self.run
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
+        return run(q, k, v, mask, call).permute(2, 0, 1, 3)
+
+
+def flex_attention() -> CausalAttention:
+    """Return attention by compiled kernels. A graph that cannot be made is an error: uncompiled it is all pairs."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNEL_LIMIT)
+    return FlexAttention(torch.compile(attend, dynamic=False, fullgraph=True), KeptMasks())
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
+    """Return whether FlexAttention computes a call, for which torch's other kernels would need all pairs."""
+    learned = call.distance_bias
+    if learned is not None and learned.requires_grad and torch.are_deterministic_algorithms_enabled():
+        return False
+    fits = q.dtype in (torch.float16, torch.bfloat16) and SMALLEST_HEAD <= q.shape[-1] <= LARGEST_HEAD
+    is_long = q.shape[0] >= (SHORTEST if learned is None else SHORTEST_LEARNED)
+    options = (call.window, call.softcap, call.positions, call.key_bias, call.distance_bias)
+    needs_pairs = any(one is not None for one in options) or (call.causal and call.key_mask is not None)
+    return fits and is_long and needs_pairs and call.dropout == 0.0
+
+
+KERNELS["attention"].register("flex", Candidate("torch", flex_attention, "torch", supports=supports, deferred=True))
