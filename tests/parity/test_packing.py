@@ -18,14 +18,17 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.layers import attention
+from megatron_ds.layers.documents import DocumentLimit, cumulative_lengths, with_document_bounds
 from megatron_ds.layers.embedding import LearnedPositions
+from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate
+from megatron_ds.layers.kernels.reference import reference_attention
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
 from megatron_ds.verify.compare import difference, root_mean_square, smallest_norm
 from tests.parity.batches import ours, reference_loss
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors, within_fp32
-from tests.parity.ours import Place, engine_config, session_of, train_ours
+from tests.parity.ours import Place, engine_config, micro_batches, session_of, train_ours
 from tests.parity.packed import Rows, draw_rows, packed, unpacked
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone, run_grid
@@ -225,3 +228,41 @@ def test_the_reference_takes_documents_one_by_one(models: Any) -> None:
     ]
     for one, (row, start, length) in zip(alone, at, strict=True):
         assert torch.equal(run_on_all_ranks[row, start : start + length], one[:length])
+
+
+def _seen_by_kernels(grid: Grid, directory: Path, place: Place) -> list[tuple[bool, int | None, tuple[int, ...]]]:
+    """What a kernel is told of documents, call by call: right bounds, the longest, the shape of the bounds."""
+    found = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        if call.positions is None or call.bounds is None:  # in the check at the start
+            return reference_attention(q, k, v, call)
+        begins = cumulative_lengths(q.shape[1], q.shape[0], call.bounds, q.device).unique()
+        expected = (call.positions.flatten() == 0).nonzero().flatten()
+        found.append((torch.equal(begins[:-1].long(), expected), call.longest, tuple(call.bounds.shape)))
+        return reference_attention(q, k, v, call).to(q.dtype)
+
+    KERNELS["attention"].register("record", Candidate("torch", lambda: record, devices=("cpu",)))
+    recipe = replace(PACKED, precision="bf16")
+    kernels = {"rms_norm": "torch", "swiglu": "torch", "cross_entropy": "torch", "attention": "record"}
+    engine = session_of(grid).build_engine(load_model(directory), engine_config(place, recipe, kernels=kernels)).engine
+    found.clear()
+    engine.train_step(micro_batches(grid, place, recipe, 0), recipe.lr)
+    engine.evaluate(micro_batches(grid, place, recipe, 1))
+    return found
+
+
+@pytest.mark.parametrize("place", [Place(1, 2, recompute="full"), Place(2, 1, sp=True, recompute="selective")], ids=str)
+def test_kernels_are_given_the_bounds_of_documents(place: Place, models: Any) -> None:
+    """At each layer of each stage, again where it recomputes; in a step all have one shape and the same longest."""
+    rows = [packed(draw_rows(8, seed))["position_ids"] for seed in (0, 1)]
+    expected = []
+    for positions in rows:
+        limit = DocumentLimit()
+        parts = [{"position_ids": part} for part in positions.split(4)]
+        bounds = with_document_bounds(parts, limit)[0]["document_bounds"]
+        expected.append((True, limit.longest, tuple(bounds.shape)))
+    layers = 4 // place.pp
+    for calls in run_grid(_seen_by_kernels, place.layout, models("llama"), place):
+        trained, evaluated = 2 * 2 * layers, 2 * layers
+        assert calls == [expected[0]] * trained + [expected[1]] * evaluated
