@@ -11,16 +11,21 @@ from bench.gpu.record import DEVICE, guarded, pick, record, torch_device, wait_f
 from bench.gpu.right.chosen_kernels import write_choice
 from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Operation
 from megatron_ds.layers.kernels.check import TOLERANCE, largest_error, supported_examples
-from megatron_ds.layers.kernels.reference import Example, smaller_attention
+from megatron_ds.layers.kernels.reference import Example, Random, smaller_attention
 
 TOKENS, HIDDEN, FFN = pick(4096, 64), pick(4096, 64), pick(14336, 128)
-
 
 
 def _attention(heads: int, kv_heads: int, dim: int, **options: Any) -> Example:
     """Return an example of attention with these options; tensors in them are replaced by random ones."""
     q, k = (torch.empty(1, 1, count, dim) for count in (heads, kv_heads))
     return smaller_attention(q, k, k, AttentionCall(dim**-0.5, **options))
+
+
+def _learned_bias(random: Random, length: int) -> tuple[Any, ...]:
+    """Return arguments of a T5 encoder's attention, at a length from which a kernel computes it."""
+    call = AttentionCall(1.0, causal=False, distance_bias=random(8, 2 * length - 1).float())
+    return random(length, 1, 8, 64), random(length, 1, 8, 64), random(length, 1, 8, 64), call
 
 
 SOME = torch.empty(0)
@@ -35,7 +40,8 @@ LARGER: dict[str, tuple[Example, ...]] = {
         _attention(8, 4, 256, softcap=50.0),
         _attention(8, 8, 64, key_mask=SOME),
         _attention(8, 8, 64, key_bias=SOME),
-        _attention(8, 8, 64, causal=False, key_mask=SOME, distance_bias=SOME),
+        _attention(8, 8, 64, causal=False, key_mask=SOME),
+        lambda random: _learned_bias(random, pick(2048, 64)),
     ),
 }
 """Arguments at the width of an 8 B model, by operation, and attention with each option; see `_compare`."""
