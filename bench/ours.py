@@ -22,12 +22,12 @@ def train(spec: Spec) -> Step:
     rank = dist.get_rank()
     device = torch.device(spec.device, rank) if spec.device == "cuda" else torch.device(spec.device)
     session = Session(RankInfo(rank, spec.world, rank), device)
-    engine = session.build_engine(load_model(spec.folder), **_engine_fields(spec))
-    batches = engine.split(_columns(spec.work))
+    engine = session.build_engine(load_model(spec.folder), **engine_fields(spec))
+    batches = engine.split(columns(spec.work))
     return lambda: engine.train_step(batches, spec.work.lr).loss
 
 
-def _engine_fields(spec: Spec) -> dict[str, Any]:
+def engine_fields(spec: Spec) -> dict[str, Any]:
     """Return the engine's settings as a user would write them: ZeRO-1, or ZeRO-0 in fp32 if nothing can be sharded."""
     work, options = spec.work, spec.options
     parallel = {name: options[name] for name in ("tensor", "pipeline", "sequence", "shared_memory") if name in options}
@@ -53,7 +53,7 @@ def _engine_fields(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _columns(work: Work) -> dict[str, Tensor]:
+def columns(work: Work) -> dict[str, Tensor]:
     """Return the global batch in this package's columns."""
     given = work.batches()
     columns = {"input_ids": given["input_ids"], "targets": given["labels"]}

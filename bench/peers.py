@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def transformers_alone(spec: Spec) -> Step:
     """Train transformers' model in one process: autocast if requested, torch's AdamW."""
-    model = _load(spec)
-    return _plain_steps(model, spec)
+    return plain_steps(_load(spec), spec)
 
 
 def transformers_tp(spec: Spec) -> Step:
@@ -24,18 +25,18 @@ def transformers_tp(spec: Spec) -> Step:
     from transformers.distributed import DistributedConfig
 
     model = _load(spec, distributed_config=DistributedConfig(tp_plan="auto", tp_size=spec.world))
-    return _plain_steps(model, spec)
+    return plain_steps(model, spec)
 
 
 def autotp(spec: Spec) -> Step:
     """Train transformers' model with DeepSpeed's tensor parallelism."""
     settings = {"autotp_size": spec.world, **spec.options.get("tensor_parallel", {})}
-    return _deepspeed_steps(spec, zero=0, data=1, more={"tensor_parallel": settings})
+    return deepspeed_steps(_load(spec), spec, zero=0, data=1, more={"tensor_parallel": settings})
 
 
 def deepspeed_zero(spec: Spec) -> Step:
     """Train transformers' model with DeepSpeed's ZeRO."""
-    return _deepspeed_steps(spec, zero=spec.options["zero"], data=spec.world, more={})
+    return deepspeed_steps(_load(spec), spec, zero=spec.options["zero"], data=spec.world)
 
 
 def _load(spec: Spec, **options: Any) -> Any:
@@ -56,21 +57,31 @@ def _adamw(model: nn.Module, work: Work) -> torch.optim.AdamW:
 
 
 def _kinds(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Group plain and distributed tensors separately, because torch's foreach functions do not accept a mixture."""
+    """Separate the trained plain and distributed tensors, because torch's foreach functions do not accept a mixture."""
     from torch.distributed.tensor import DTensor
 
-    plain = [one for one in model.parameters() if not isinstance(one, DTensor)]
-    divided = [one for one in model.parameters() if isinstance(one, DTensor)]
+    trained = [one for one in model.parameters() if one.requires_grad]
+    plain = [one for one in trained if not isinstance(one, DTensor)]
+    divided = [one for one in trained if isinstance(one, DTensor)]
     return [kind for kind in (plain, divided) if kind]
 
 
-def _plain_steps(model: Any, spec: Spec) -> Step:
+def plain_steps(model: Any, spec: Spec, forward: Any = None) -> Step:
+    """Train a transformers model with torch's AdamW: in its own dtype, or under autocast if its weights are in fp32.
+
+    Args:
+        model: the model, on the device.
+        spec: the work, and options of the optimizer.
+        forward: what computes the loss, such as the compiled model; None = `model`.
+    """
     work, batch, optimizer = spec.work, _batch(spec.work, spec.device), _adamw(model, spec.work)
-    half = torch.autocast(spec.device, torch.bfloat16, enabled=work.dtype == "bf16" and spec.world == 1)
+    full = next(model.parameters()).dtype == torch.float32
+    half = torch.autocast(spec.device, torch.bfloat16, enabled=work.dtype == "bf16" and full)
+    forward = model if forward is None else forward  # a compiled model has no truth value
 
     def step() -> float:
         with half:
-            loss = model(**batch, use_cache=False).loss if _caches(model) else model(**batch).loss
+            loss = forward(**batch, use_cache=False).loss if _caches(model) else forward(**batch).loss
         loss.backward()
         for parameters in _kinds(model):
             nn.utils.clip_grad_norm_(parameters, work.grad_clip)
@@ -85,12 +96,22 @@ def _caches(model: Any) -> bool:
     return bool(getattr(model.config, "use_cache", False))
 
 
-def _deepspeed_steps(spec: Spec, zero: int, data: int, more: dict[str, Any]) -> Step:
+def deepspeed_steps(
+    model: Any, spec: Spec, zero: int, data: int, more: Mapping[str, Any] = MappingProxyType({})
+) -> Step:
+    """Train a transformers model with DeepSpeed.
+
+    Args:
+        model: the model.
+        spec: the work, and options of the optimizer.
+        zero: the ZeRO stage.
+        data: number of data ranks.
+        more: other keys of DeepSpeed's config; with any, DeepSpeed makes the optimizer.
+    """
     import deepspeed
     import torch.distributed as dist
 
     work = spec.work
-    model = _load(spec)
     config = {
         "train_micro_batch_size_per_gpu": work.batch // data,
         "gradient_accumulation_steps": 1,

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from bench.gpu.commands import COMMANDS, ENVIRONMENT, Command
 from bench.gpu.part import Part
@@ -55,7 +56,7 @@ def run_command(name: str, selected: Sequence[str] = ()) -> int:
         run.write_log(out / f"{name}.log")
     if not usable:
         return 2
-    report = [sys.executable, "-m", "bench.gpu.report", command.half, str(results)]
+    report = [sys.executable, "-m", "bench.gpu.report", command.half, str(results), *(["partial"] if selected else [])]
     return subprocess.run(report, env=environment, cwd=ROOT).returncode
 
 
@@ -129,7 +130,7 @@ class Run:
     ) -> None:
         self.command, self.out, self.results, self.environment = command, out, results, environment
         self.end_s = end_s - REPORT_S
-        self._shown = 0
+        self._shown, self._section = 0, ""
         self._started: list[Started] = []
 
     def parts(self, parts: Sequence[Part]) -> bool:
@@ -198,12 +199,15 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def _show_results(self) -> None:
-        """Print the results that are new, one per line."""
-        rows = self.results.read_text().splitlines() if self.results.is_file() else []
-        for text in rows[self._shown :]:
-            sys.stdout.write(summary(json.loads(text)) + "\n")
+        """Print the results that are new, one per line, under the names of their sections."""
+        lines = self.results.read_text().splitlines() if self.results.is_file() else []
+        for row in map(json.loads, lines[self._shown :]):
+            if row["section"] != self._section:
+                sys.stdout.write(f"{row['section']}\n")
+            sys.stdout.write(f"{summary(row)}\n")
+            self._section = row["section"]
         sys.stdout.flush()
-        self._shown = len(rows)
+        self._shown = len(lines)
 
     def write_log(self, path: Path) -> None:
         """Join the logs of the parts."""
@@ -217,8 +221,8 @@ WIDTH = 160
 MARKS = {True: "ok", False: "WRONG", None: ""}
 
 
-def summary(row: Mapping[str, object]) -> str:
+def summary(row: Mapping[str, Any]) -> str:
     """Return a result as a line for the terminal."""
-    hidden = ("section", "name", "ok", "at_s")
-    figures = [f"{name}={value}" for name, value in row.items() if name not in hidden]
-    return f"{MARKS[row['ok']]:5} {row['section']:12} {str(row['name'])[:44]:44} {'  '.join(figures)}"[:WIDTH]  # type: ignore[index]
+    hidden = ("section", "name", "ok", "at_s", "kernels")
+    figures = [f"{name}={value}" for name, value in row.items() if name not in hidden and value is not None]
+    return f"{MARKS[row['ok']]:5} {str(row['name'])[:36]:36} {'  '.join(figures)}"[:WIDTH]

@@ -14,6 +14,7 @@ import torch
 from bench.gpu.record import DEVICE, TINY, record, wait_for_turn
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "numpy", "flash-attn", "liger-kernel")
+SMALL_SHAPES = "small, to test the command itself"
 NO_DEVICE = "no CUDA device was found; try DEVICE=cpu TINY=1, which tests the commands themselves\n"
 
 
@@ -22,9 +23,11 @@ def main() -> None:
     if DEVICE == "cuda" and not torch.cuda.is_available():
         sys.stderr.write(NO_DEVICE)
         raise SystemExit(2)
-    found = {"date": datetime.date.today().isoformat(), "commit": commit(), "tiny": TINY, **(_cuda() or _cpu())}
-    found["system"] = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    record("environment", "versions", None, **found, **{name: _version(name) for name in PACKAGES})
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    found = {"date": datetime.date.today().isoformat(), "commit": commit(), "system": system, **(_cuda() or _cpu())}
+    if TINY:
+        found["shapes"] = SMALL_SHAPES
+    record("environment", "device", None, **found, versions={name: _version(name) for name in PACKAGES})
 
 
 def commit() -> str:

@@ -14,6 +14,18 @@ TITLES = {"right": "Right: `make gpu-check`", "fast": "Fast: `make gpu-bench`"}
 PLAIN = ("section", "name", "ok", "at_s")  # not columns of a table
 SHOWN_APART = ("environment", "run", "profile")
 MARKS = {True: "ok", False: "**wrong**", None: ""}
+HEADINGS = {
+    "tokens_s": "tokens/s",
+    "tflops": "TFLOP/s",
+    "of_products": "of the products",
+    "mfu": "MFU",
+    "peak_gb": "peak GB",
+    "pause_s": "pause in s",
+    "written_s": "written in s",
+    "gb": "GB",
+    "host_gb": "host GB",
+}
+PERCENT = ("of_products", "mfu", "busy")
 
 
 def render(halves: Mapping[str, Sequence[Row]], chart: str | None) -> str:
@@ -33,12 +45,16 @@ def render(halves: Mapping[str, Sequence[Row]], chart: str | None) -> str:
             continue
         lines += [*_environment(rows), ""]
         if half == "fast":
-            lines += [f"![speed of the contestants]({chart})", ""] if chart is not None else []
-            lines += [*_targets(judge(rows, TARGETS)), ""]
-        lines += [*_failures(rows), ""]
+            lines += (
+                [f"![speed and memory of the contestants relative to transformers]({chart})", ""]
+                if chart is not None
+                else []
+            )
+            lines += ["### Targets", "", *_targets(judge(rows, TARGETS)), ""]
+        lines += _failures(rows)
         for section in _sections(rows):
             lines += [f"### {section}", "", *table([row for row in rows if row["section"] == section]), ""]
-        lines += _profiles(rows)
+        lines += _profiles(rows) if half == "fast" else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -48,14 +64,19 @@ def conclusion(half: str, rows: Sequence[Row]) -> list[str]:
     lines = [""]
     if half == "fast":
         for one in judge(rows, TARGETS):
-            lines.append(f"{one.verdict:12} {one.target.measure}: {one.measured or '-'} (target {one.target.text})")
+            lines.append(f"{one.verdict:13}{one.measured or '-':>9}  target {one.target.text:9} {one.target.measure}")
     lines += [f"{row['section']}, {row['name']}: {row.get('error', 'wrong')}" for row in wrong]
     return [*lines, f"{len(rows)} results, {len(wrong)} wrong"]
 
 
 def _environment(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of the device, the date and so on, and a line of the versions."""
     found = next((row for row in rows if row["section"] == "environment"), {})
-    return [f"- {name}: {value}" for name, value in found.items() if name not in PLAIN]
+    known = {name: value for name, value in found.items() if name not in PLAIN}
+    versions = ", ".join(f"{name} {version}" for name, version in known.pop("versions", {}).items())
+    return [f"- {name.replace('_gb', ' in GB')}: {value}" for name, value in known.items()] + [
+        f"- versions: {versions}"
+    ]
 
 
 def _targets(judged: Sequence[Judgement]) -> list[str]:
@@ -71,7 +92,7 @@ def _failures(rows: Sequence[Row]) -> list[str]:
     if not failed:
         return []
     lines = [f"{len(failed)} of {len(rows)} results are wrong or missing:", ""]
-    return lines + [f"- {row['section']}, {row['name']}: {row.get('error', _figures(row))}" for row in failed]
+    return lines + [f"- {row['section']}, {row['name']}: {row.get('error', _figures(row))}" for row in failed] + [""]
 
 
 def _figures(row: Row) -> str:
@@ -87,17 +108,19 @@ def table(rows: Sequence[Row]) -> list[str]:
     rows = [row for row in rows if "error" not in row]
     names = list(dict.fromkeys(name for row in rows for name in row if name not in PLAIN))
     checked = any(row["ok"] is not None for row in rows)
-    head = ["", *(["result"] if checked else []), *(name.replace("_", " ") for name in names)]
+    head = ["", *(["result"] if checked else []), *(HEADINGS.get(name, name.replace("_", " ")) for name in names)]
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for row in rows:
-        cells = [row["name"], *([MARKS[row["ok"]]] if checked else []), *(_cell(row.get(name)) for name in names)]
+        cells = [row["name"], *([MARKS[row["ok"]]] if checked else []), *(_cell(row.get(name), name) for name in names)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines if rows else []
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, name: str = "") -> str:
     if value is None:
         return ""
+    if name in PERCENT:
+        return f"{value:.1%}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -106,4 +129,25 @@ def _cell(value: Any) -> str:
 
 
 def _profiles(rows: Sequence[Row]) -> list[str]:
-    return []
+    """Return the profiles of what missed its target; the others are in the JSON."""
+    missed = [one.target for one in judge(rows, TARGETS) if one.verdict == MISSED]
+    names = dict.fromkeys(figure.profile for target in missed for figure in target.ours)
+    found = {row["name"]: row for row in rows if row["section"] == "profile" and "error" not in row}
+    lines: list[str] = []
+    for name in names:
+        if name not in found:
+            continue
+        row = found[name]
+        lines += [f"### Profile: {name}", ""]
+        lines += [
+            f"The device is busy for {_cell(row['busy'], 'busy')} of the time, with {row['kernels_a_step']:,} kernels"
+        ]
+        lines += [f"a step; the host waits for it {row['host_waits']} times a step{_places(row['waits'])}.", ""]
+        lines += ["| kernel | ms a step | calls a step |", "| --- | ---: | ---: |"]
+        lines += [f"| `{kernel.replace('|', '/')}` | {ms} | {calls} |" for kernel, ms, calls in row["kernels"]]
+        lines += [""]
+    return lines
+
+
+def _places(waits: Sequence[Sequence[Any]]) -> str:
+    return ": " + ", ".join(f"`{place}` {count}" for place, count in waits) if waits else ""

@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def is_of_a_gpu(rows: Sequence[Row]) -> bool:
     """Return whether the results are of the full shapes on a GPU."""
     found = next((row for row in rows if row["section"] == "environment"), {})
-    return found.get("driver", "none") != "none" and not found.get("tiny", True)
+    return found.get("driver", "none") != "none" and "shapes" not in found
 
 
 def write_half(half: str, rows: Sequence[Row], folder: Path) -> None:
@@ -61,13 +61,13 @@ def write_page(halves: Mapping[str, Sequence[Row]], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the report; returns 1 if a result is wrong."""
+    """Write the report; returns 1 if a result is wrong. "partial" results do not replace the committed ones."""
     if not arguments:
         write_page(read_halves(BENCH), BENCH)
         return 0
-    half, file = arguments[0], Path(arguments[1])
+    half, file, complete = arguments[0], Path(arguments[1]), "partial" not in arguments[2:]
     rows = read_rows(file)
-    folders = [file.parent, *([BENCH] if is_of_a_gpu(rows) else [])]
+    folders = [file.parent, *([BENCH] if complete and is_of_a_gpu(rows) else [])]
     for folder in folders:
         write_half(half, rows, folder)
     sys.stdout.write("\n".join([*page.conclusion(half, rows), f"{folders[-1] / PAGE}, {JSON}, {CHART}", ""]))

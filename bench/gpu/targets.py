@@ -17,6 +17,11 @@ class Figure:
     name: str
     key: str
 
+    @property
+    def profile(self) -> str:
+        """Name of the profile of what was measured."""
+        return f"{self.section}, {self.name}"
+
     def find(self, rows: Sequence[Row]) -> float | None:
         """Return the figure from the last result of that name; None if it was not measured."""
         found = [row.get(self.key) for row in rows if (row["section"], row["name"]) == (self.section, self.name)]
@@ -82,7 +87,9 @@ class Judgement:
     @property
     def measured(self) -> str:
         """The value as text, with what is missing."""
-        text = "" if self.value is None else self.target.format(self.value)
+        if self.value is None:
+            return ""
+        text = self.target.format(self.value)
         return f"{text} (without {', '.join(self.missing)})" if self.missing else text
 
 

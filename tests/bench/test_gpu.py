@@ -68,7 +68,8 @@ def test_a_part_that_fails_or_hangs_is_a_result_and_the_others_run(
     assert rows[1]["error"] == "ZeroDivisionError: division by zero"
     assert rows[3]["error"] == "status 1" and rows[3]["log"] == ["no such thing"]
     assert rows[4]["error"] == "ended at its limit of 3 s"
-    assert "WRONG two          b" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("one\n      a ") and "two\nWRONG b " in shown and "speed=2.0" in shown
     assert "==== ends\nno such thing" in (tmp_path / "check.log").read_text()
     assert not list(tmp_path.glob(".*.log")), "the logs of the parts are joined"
 
@@ -101,7 +102,9 @@ def test_targets_are_judged_by_the_best_of_each_side() -> None:
 
 
 def test_each_command_replaces_its_half_of_the_page(tmp_path: Path) -> None:
-    here = row("environment", "versions", device="NVIDIA H100", driver="580", tiny=False, date="2026-01-01")
+    here = row(
+        "environment", "versions", device="NVIDIA H100", driver="580", date="2026-01-01", versions={"torch": "2.11.0"}
+    )
     right = [here, row("parity", "llama", True, loss=1e-6), row("parity", "gpt2", False, error="NaN")]
     fast = [{**here, "date": "2026-01-02"}, row("head", "ours", ms=12.5, peak_gb=1.25)]
     report.write_half("right", right, tmp_path)
@@ -110,18 +113,20 @@ def test_each_command_replaces_its_half_of_the_page(tmp_path: Path) -> None:
     report.write_half("fast", fast, tmp_path)
     both = (tmp_path / report.PAGE).read_text()
     assert "| ours | 12.5 | 1.25 |" in both and "| llama | ok | 1e-06 |" in both
-    assert "2026-01-01" in both and "2026-01-02" in both and "Not run" not in both
+    assert (
+        "2026-01-01" in both and "- versions: torch 2.11.0" in both and "2026-01-02" in both and "Not run" not in both
+    )
     assert json.loads((tmp_path / report.JSON).read_text()).keys() == {"right", "fast"}
 
 
 def test_only_full_shapes_on_a_gpu_replace_the_committed_page() -> None:
-    assert report.is_of_a_gpu([row("environment", "versions", driver="580", tiny=False)])
-    assert not report.is_of_a_gpu([row("environment", "versions", driver="580", tiny=True)])
-    assert not report.is_of_a_gpu([row("environment", "versions", driver="none", tiny=False)])
+    assert report.is_of_a_gpu([row("environment", "device", driver="580")])
+    assert not report.is_of_a_gpu([row("environment", "device", driver="580", shapes="small")])
+    assert not report.is_of_a_gpu([row("environment", "device", driver="none")])
     assert not report.is_of_a_gpu([row("run", "environment", False)])
 
 
 def test_a_row_is_one_line_on_the_terminal() -> None:
     line = driver.summary(row("head", "ours", ms=12.5, log=["x" * 300]))
-    assert line.startswith("      head         ours ") and "ms=12.5" in line and len(line) <= driver.WIDTH
+    assert line.startswith("      ours ") and "ms=12.5" in line and len(line) <= driver.WIDTH
     assert page.conclusion("right", [row("a", "b", False, error="NaN")])[-2:] == ["a, b: NaN", "1 results, 1 wrong"]

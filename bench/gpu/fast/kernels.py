@@ -1,0 +1,95 @@
+"""Profile of a step: the kernels that take the time, the share in which the device is busy, and the host's waits."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.record import DEVICE, record, synchronize
+
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+NUM_KERNELS, NUM_PLACES = 16, 12
+LONGEST_NAME = 120
+
+
+def profile(name: str, step: Callable[[], object], steps: int = 2) -> None:
+    """Record the profile of a step in the section "profile"; does nothing on a CPU.
+
+    Args:
+        name: the result that it belongs to, as "section, name".
+        step: the step; it has been warmed up.
+        steps: number of profiled steps.
+    """
+    if DEVICE != "cuda":
+        return
+    waits = host_waits(step)
+    events = _trace(step, steps)
+    found = summarize(events, steps)
+    record("profile", name, None, **found, host_waits=sum(waits.values()), waits=waits.most_common(NUM_PLACES))
+
+
+def host_waits(step: Callable[[], object]) -> Counter[str]:
+    """Return the places in which the host waits for the device during a step, with their numbers."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [one for one in caught if "synchroniz" in str(one.message).lower()]
+    return Counter(
+        "/".join([*Path(one.filename).parts[-2:-1], f"{Path(one.filename).name}:{one.lineno}"]) for one in waits
+    )
+
+
+def _trace(step: Callable[[], object], steps: int) -> list[dict[str, Any]]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return list(json.loads(path.read_text())["traceEvents"])
+
+
+def summarize(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    """Return the busy share, the number of kernels of a step and the longest ones, from events of a Chrome trace.
+
+    Returns:
+        `busy`: fraction of the time between the first and the last kernel in which one runs; `kernels_a_step`;
+        `kernels`: [name, ms a step, calls a step] of the longest.
+    """
+    spans: list[tuple[float, float]] = []
+    time_us, calls = Counter[str](), Counter[str]()
+    for event in events:
+        if event.get("cat") in ON_DEVICE:
+            spans.append((event["ts"], event["ts"] + event["dur"]))
+            time_us[event["name"]] += event["dur"]
+            calls[event["name"]] += 1
+    if not spans:
+        return {"busy": None, "kernels_a_step": 0, "kernels": []}
+    spans.sort()
+    busy_us, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        busy_us += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    kernels = [
+        [name[:LONGEST_NAME], round(total / steps / 1e3, 3), round(calls[name] / steps, 1)]
+        for name, total in time_us.most_common(NUM_KERNELS)
+    ]
+    return {
+        "busy": round(busy_us / (end - spans[0][0]), 4),
+        "kernels_a_step": len(spans) // steps,
+        "kernels": kernels,
+    }
