@@ -102,8 +102,8 @@ def _judge_one(rows: Sequence[Row], target: Target) -> Judgement:
     best = max if target.at_least else min
     ours = [value for figure in target.ours if (value := figure.find(rows)) is not None]
     others = {figure: figure.find(rows) for figure in target.others}
-    known = [value for value in others.values() if value is not None]
-    missing = tuple(figure.name for figure, value in others.items() if value is None)
+    known = [value for value in others.values() if value]  # a time of 0 is too short to divide by
+    missing = tuple(figure.name for figure, value in others.items() if not value)
     if not ours:
         return Judgement(target, None, tuple(figure.name for figure in target.ours))
     if target.others and not known:

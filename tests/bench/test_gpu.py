@@ -13,9 +13,13 @@ import pytest
 
 from bench.gpu import driver, page, report
 from bench.gpu.commands import Command
+from bench.gpu.fast import targets
+from bench.gpu.fast.targets import LLAMA, OURS, PACKED, TARGETS, THEIRS
 from bench.gpu.part import Part
 from bench.gpu.targets import MET, MISSED, NOT_MEASURED, Figure, Target, judge
+from bench.gpu.trace import summarize
 from bench.gpu.wheels import pins
+from tests.forked_python import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +78,28 @@ def test_a_part_that_fails_or_hangs_is_a_result_and_the_others_run(
     assert not list(tmp_path.glob(".*.log")), "the logs of the parts are joined"
 
 
+CONTESTANT = """import runpy, sys
+for name in [name for name in sys.modules if name.startswith("bench.gpu")]:
+    del sys.modules[name]  # they read the environment when they are imported
+runpy.run_module("bench.gpu.fast.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_tiny_contestants_do_the_same_work(tmp_path: Path) -> None:
+    (tmp_path / "contestant.py").write_text(CONTESTANT)
+    results = tmp_path / "bench.jsonl"
+    environ = {"DEVICE": "cpu", "TINY": "1", "GPU_RESULTS": str(results), "PYTHONPATH": str(ROOT)}
+    for name in (OURS, THEIRS):
+        done = run_python(tmp_path / "contestant.py", "llama", name, **environ, timeout=100)
+        assert done.returncode == 0, done.stderr
+    ours, packed, theirs = report.read_rows(results)
+    assert [one["name"] for one in (ours, packed, theirs)] == [OURS, PACKED, THEIRS]
+    assert ours["section"] == packed["section"] == theirs["section"] == LLAMA
+    assert ours["ok"] and packed["ok"] and theirs["ok"], theirs
+    assert abs(ours["first_loss"] - theirs["first_loss"]) < 1e-3, "they begin with the same weights"
+    assert ours["tokens_s"] > 0 and ours["tflops"] > 0 and packed["first_loss"] != ours["first_loss"]
+
+
 def test_parts_without_time_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(tmp_path, monkeypatch, {"one": "", "two": ""}, limit_s=driver.REPORT_S + driver.LAST_S - 1)
     assert [one["error"] for one in rows] == ["no time was left for: one, two"]
@@ -99,6 +125,47 @@ def test_targets_are_judged_by_the_best_of_each_side() -> None:
     assert without_best.verdict == NOT_MEASURED, "the strongest contestant may be the one that failed"
     assert without_best.measured == "1.33 (without theirs, compiled)"
     assert judge([], (faster,))[0].verdict == NOT_MEASURED
+
+
+def test_kernels_of_a_trace() -> None:
+    """Two streams overlap for 1 us; the device is idle for 2 of 10 us."""
+    spans = [
+        ("gemm", "kernel", 0, 4),
+        ("copy", "gpu_memcpy", 3, 2),
+        ("gemm", "kernel", 7, 3),
+        ("aten::mm", "cpu_op", 0, 9),
+    ]
+    events = [{"name": name, "cat": kind, "ts": ts, "dur": dur} for name, kind, ts, dur in spans]
+    found = summarize([*events, {"name": "no category"}], steps=2)
+    assert found == {"busy": 0.8, "kernels_a_step": 1, "kernels": [["gemm", 0.004, 1.0], ["copy", 0.001, 0.5]]}
+    assert summarize([], steps=2)["kernels"] == []
+
+
+def test_the_page_shows_the_profile_of_a_missed_target() -> None:
+    profile = {
+        "busy": 0.75,
+        "kernels_a_step": 900,
+        "kernels": [["gemm", 1.5, 8.0]],
+        "host_waits": 2,
+        "waits": [["a.py:1", 2]],
+    }
+    rows = [row(LLAMA, OURS, True, mfu=0.45), row("profile", f"{LLAMA}, {OURS}", None, **profile)]
+    shown = page.render({"fast": rows}, None)
+    assert "| 1.2 B Llama: MFU | >= 50.0% | 45.0% | **MISSED** |" in shown
+    assert "busy for 75.0% of the time, with 900 kernels a step; the host waits for it 2 times a step: `a.py:1` 2." in (
+        shown.replace("\n", " ")
+    )
+    assert "| `gemm` | 1.5 | 8.0 |" in shown
+    met = page.render({"fast": [{**rows[0], "mfu": 0.55}, rows[1]]}, None)
+    assert "| 55.0% | met |" in met and "gemm" not in met
+
+
+def test_targets_name_results_that_are_recorded() -> None:
+    """Every section and name of a target is a constant that the measuring modules import, so it cannot be misspelt."""
+    constants = {value for value in vars(targets).values() if isinstance(value, str)} | {"ours, bf16", "ours, fp32"}
+    for target in TARGETS:
+        for figure in (*target.ours, *target.others):
+            assert {figure.section, figure.name} <= constants, figure
 
 
 def test_each_command_replaces_its_half_of_the_page(tmp_path: Path) -> None:

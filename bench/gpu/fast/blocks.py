@@ -1,4 +1,4 @@
-"""Blocks alone, forward and backward: four layers of an 8 B Llama beside transformers', and Gemma 2's layers.
+"""Blocks alone, forward and backward: four layers of an 8 B Llama, ours and transformers', and Gemma 2's layers.
 
 `python -m bench.gpu.fast.blocks llama|gemma`.
 """

@@ -1,4 +1,4 @@
-"""The output head and its loss, forward and backward, at a vocabulary of 128,256, beside its three matrix products."""
+"""The output head and its loss, forward and backward, at a vocabulary of 128,256, and its three products alone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bench.gpu.fast.kernels import profile
 from bench.gpu.fast.measure import measure_runs
 from bench.gpu.fast.models import BLOCKS, LLAMA
 from bench.gpu.fast.targets import HEAD, OURS, PRODUCTS, SMALL_HEAD
+from bench.gpu.fast.weights import STD
 from bench.gpu.record import guarded, torch_device, wait_for_turn
 from bench.work import Work
-from megatron_ds.layers.cross_entropy import VocabShard, head_loss
-from megatron_ds.parallel.grid import Axis
+from megatron_ds.layers.kernels import select_kernels
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.embedding_and_head import LanguageModelHead
+from megatron_ds.models.sequential import HIDDEN
 
 PLAIN = "PyTorch, logits in fp32"
 
@@ -24,15 +26,24 @@ def measure(title: str, work: Work) -> None:
     """Measure the head of one model."""
     device, hidden, vocab = torch_device(), work.model["hidden_size"], work.model["vocab_size"]
     x = torch.randn(work.seq_length, work.batch, hidden, device=device, dtype=torch.bfloat16)
-    weight = torch.randn(vocab, hidden, device=device, dtype=torch.bfloat16) * 0.02
+    weight = torch.randn(vocab, hidden, device=device, dtype=torch.bfloat16) * STD
     targets = torch.randint(0, vocab, (work.seq_length, work.batch), device=device)
     flops = 6.0 * work.tokens * vocab * hidden
+    ctx = BuildContext(kernels=select_kernels("auto", device))
+    with device:
+        head = LanguageModelHead(vocab, hidden, ctx, std=STD).to(torch.bfloat16)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    labels = {"targets": targets.t().contiguous()}
 
-    def ours(a: Tensor, w: Tensor) -> Tensor:
-        return head_loss(a, VocabShard(w, None, vocab, Axis()), targets)
+    def ours() -> None:
+        a = x.detach().requires_grad_()
+        head.losses({HIDDEN: a}, labels).terms["targets"].backward()
+        head.weight.grad = None
 
-    def plain(a: Tensor, w: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(a, w).float().flatten(0, 1), targets.flatten(), reduction="sum")
+    def plain() -> None:
+        a, w = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        F.cross_entropy(F.linear(a, w).float().flatten(0, 1), targets.flatten(), reduction="sum").backward()
 
     def products() -> None:
         flat = x.flatten(0, 1)
@@ -40,20 +51,10 @@ def measure(title: str, work: Work) -> None:
         logits @ weight
         logits.t() @ flat
 
-    runs: dict[str, Callable[[], object]] = {
-        PRODUCTS: products,
-        OURS: lambda: with_gradients(ours, x, weight),
-        PLAIN: lambda: with_gradients(plain, x, weight),
-    }
+    runs: dict[str, Callable[[], object]] = {PRODUCTS: products, OURS: ours, PLAIN: plain}
     for name, run in runs.items():
         guarded(title, name, lambda: measure_runs(title, name, run, flops=flops))  # noqa: B023
     guarded("profile", f"{title}, {OURS}", lambda: profile(f"{title}, {OURS}", runs[OURS]))
-
-
-def with_gradients(loss: Callable[[Tensor, Tensor], Tensor], *given: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of a loss."""
-    leaves = [one.detach().requires_grad_() for one in given]
-    return torch.autograd.grad(loss(*leaves), leaves)
 
 
 if __name__ == "__main__":
