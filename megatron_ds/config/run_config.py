@@ -176,9 +176,9 @@ class TrainSection(Section):
     run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
     this many seconds without progress (0: never). `start_timeout`: seconds that a launcher's ranks wait for each other
     (0: no limit). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
-    torch.compile. `kernels`: "auto" uses installed libraries on CUDA, "torch" PyTorch alone, a mapping chooses per
-    operation. `deterministic`: on CUDA the same operations give the same bits again. `tf32`: on CUDA products in fp32
-    are rounded to TF32. `profile`: the steps that are profiled.
+    torch.compile. `kernels`: "auto" uses Triton kernels and installed libraries on CUDA, "torch" PyTorch alone, a
+    mapping chooses per operation. `deterministic`: on CUDA the same operations give the same bits again. `tf32`: on
+    CUDA products in fp32 are rounded to TF32. `profile`: the steps that are profiled.
     """
 
     steps: Count | None = None

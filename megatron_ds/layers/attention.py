@@ -24,7 +24,7 @@ from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions
-from megatron_ds.layers.rotary import RotaryTable
+from megatron_ds.layers.rotary import Angles, RotaryTable
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         rotary: shared table of angles; None = no rotation.
         recompute: whether the attention core is recomputed in the backward pass.
         rng: random streams of the dropout; its masks differ between tensor ranks, which hold different heads.
-        kernels: the kernels of attention and of norms over heads.
+        kernels: the kernels of attention, of rotations and of norms over heads.
         documents: the longest document of a step, where an engine sets it.
     """
 
@@ -122,6 +122,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.kernels, self.documents = kernels.attention, documents or DocumentLimit()
+        self.rotary_kernel = kernels.rotary
         self.shape, self.rotary, self.recompute, self.rng = shape, rotary, recompute, rng
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.qkv = QKVLinear(
@@ -156,6 +157,7 @@ class Attention(nn.Module):
         context: Tensor | None = None,
         positions: Tensor | None = None,
         bounds: Tensor | None = None,
+        angles: Angles | None = None,
     ) -> Tensor:
         """Attend to x itself, or to a `context` (C, B, H) that is split like x.
 
@@ -167,6 +169,7 @@ class Attention(nn.Module):
                 do not attend to one another. None = one document.
             bounds: (B, D + 1) positions where these documents begin, for kernels that read them; see
                 `with_document_bounds`.
+            angles: what `RotaryTable.cos_sin` returns for the full sequence; None = it is called here.
         """
         q, kv = self.qkv(x, context)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
@@ -176,7 +179,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary.rotate(q, positions), self.rotary.rotate(k, positions)
+            q, k = self.rotary.rotate(q, k, positions, angles, self.rotary_kernel)
         core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds)
         if "out" not in self.adapters:
             return self.out(core)

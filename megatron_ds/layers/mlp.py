@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_ds.layers.adapter_layers import AdaptableWeight, IA3Spec, LoRASpec, Output
 from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.kernels import REFERENCE, Kernels
+from megatron_ds.layers.kernels import REFERENCE, Gated, Kernels
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -39,10 +39,17 @@ _BACKWARD: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def gated_product(wide: Tensor, activation: str) -> Tensor:
+# How torch names the approximations of GELU
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def gated_product(wide: Tensor, activation: str, kernel: Gated | None = None) -> Tensor:
     """Return act(gate) * up: (..., 2F), gate first -> (..., F) (Shazeer 2020). Only the input is saved for backward."""
-    if activation in _BACKWARD and not torch.compiler.is_compiling():  # the compiler decides what is saved
-        return _Gated.apply(wide, activation)
+    if not torch.compiler.is_compiling():  # the compiler decides what is saved
+        if kernel is not None:
+            return kernel(wide)
+        if activation in _BACKWARD:
+            return _Gated.apply(wide, activation)
     gate, up = wide.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
 
@@ -113,6 +120,14 @@ class MLPShape:
         )
 
 
+def _gated_kernel(shape: MLPShape, kernels: Kernels) -> Gated | None:
+    """Return the kernel of a gated activation; None = PyTorch's formula."""
+    geglu, approximate = kernels.geglu, _APPROXIMATE.get(shape.activation)
+    if geglu is not None and approximate is not None:
+        return lambda wide: geglu(wide, approximate)
+    return kernels.swiglu if shape.activation == "silu" else None
+
+
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) where gated.
 
@@ -123,7 +138,7 @@ class MLP(nn.Module):
         shape: sizes and options.
         tp: the tensor axis; t divides F.
         rng: random streams of the dropout; its masks differ between tensor ranks, which hold different features.
-        kernels: the kernel of SwiGLU.
+        kernels: the kernels of SwiGLU and GeGLU, used unless a compiler fuses the formula.
     """
 
     def __init__(
@@ -138,8 +153,7 @@ class MLP(nn.Module):
         hidden, ffn = shape.hidden_size, shape.ffn_size
         self.middle: Callable[[Tensor], Tensor] = ACTIVATIONS[shape.activation]
         if shape.gated:
-            swiglu = kernels.swiglu if shape.activation == "silu" else None
-            self.middle = swiglu or partial(gated_product, activation=shape.activation)
+            self.middle = partial(gated_product, activation=shape.activation, kernel=_gated_kernel(shape, kernels))
         out_shape, split_dim = ((2, ffn), 1) if shape.gated else ((ffn,), 0)
         self.up = ColumnParallelLinear(hidden, out_shape, tp, std=shape.std, bias=shape.bias, split_dim=split_dim)
         self.down = RowParallelLinear(ffn, hidden, tp, std=shape.out_std, bias=shape.bias)

@@ -67,7 +67,7 @@ class Norm(nn.Module):
         tp: the tensor axis, over which the parameters are replicated.
         enter: how the parameters enter the graph: `tp.between` (the default) for hidden states, `tp.inside` for heads.
             Their gradients are then complete on every rank.
-        kernels: the kernel of Llama's RMSNorm.
+        kernels: the kernels of RMSNorm, used unless a compiler fuses the formula.
     """
 
     def __init__(
@@ -80,24 +80,39 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.style = size, style
-        self.kernel = kernels.rms_norm if style.is_llama else None
+        self.kernels = kernels if style.kind == "rms" and style.affine else REFERENCE
         self.enter = enter or tp.between
         self.weight = make_parameter(style.spec(size), tp.axes) if style.affine else None
         has_bias = style.affine and style.kind == "layer"
         self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axes) if has_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise: (..., size) -> (..., size)."""
+    def forward(self, x: Tensor, change: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise: (..., size) -> (..., size).
+
+        With `change`, a term of the residual stream of the same shape, return the norm of x + change and this sum.
+        """
         weight = self.enter(self.weight) if self.weight is not None else None
-        if self.style.kind == "layer":
+        kernels = REFERENCE if torch.compiler.is_compiling() else self.kernels
+        if change is None:
+            return self._normal(x, weight, kernels)
+        if kernels.add_rms_norm is not None and weight is not None and self.style.is_llama and x.dtype == change.dtype:
+            return kernels.add_rms_norm(x, change, weight, self.style.eps)
+        total = x + change
+        return self._normal(total, weight, kernels), total
+
+    def _normal(self, x: Tensor, weight: Tensor | None, kernels: Kernels) -> Tensor:
+        style = self.style
+        if style.kind == "layer":
             bias = self.enter(self.bias) if self.bias is not None else None
-            return F.layer_norm(x, (self.size,), weight, bias, self.style.eps)
-        if self.kernel is not None and weight is not None:
-            return self.kernel(x, weight, self.style.eps)
-        if not self.style.fp32_weight:
-            normal = F.rms_norm(x, (self.size,), None, self.style.eps)  # fp32 inside, cast down at the end
-            return self.style.scale(x, normal, weight)
-        return self.style.scale(x, F.rms_norm(x.float(), (self.size,), None, self.style.eps), weight)
+            return F.layer_norm(x, (self.size,), weight, bias, style.eps)
+        if weight is not None and style.is_llama and kernels.rms_norm is not None:
+            return kernels.rms_norm(x, weight, style.eps)
+        if weight is not None and style.fp32_weight and kernels.fp32_rms_norm is not None:
+            return kernels.fp32_rms_norm(x, weight, style.eps, 1.0 if style.one_plus else 0.0)
+        if not style.fp32_weight:
+            normal = F.rms_norm(x, (self.size,), None, style.eps)  # fp32 inside, cast down at the end
+            return style.scale(x, normal, weight)
+        return style.scale(x, F.rms_norm(x.float(), (self.size,), None, style.eps), weight)
 
 
 class AcrossHeadsNorm(nn.Module):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.layers.kernels import Rotary, RotaryCall
+
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -104,6 +106,10 @@ class RotaryConfig:
         return self.dim * math.log(wave) / (2 * math.log(self.theta))
 
 
+Angles = tuple[Tensor, Tensor]
+"""cos and sin of all positions, each (S, 1, 1, dim), with a value per dim."""
+
+
 class RotaryTable:
     """cos and sin of every position, cached per length, dtype and device, and shared by a stage's blocks.
 
@@ -114,15 +120,32 @@ class RotaryTable:
         self.config = config
         self._tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Rotate the pairs of (S, B, heads, D) by the angles of each position: (B, S), below S; None = 0..S-1."""
-        cos, sin = self.cos_sin(x.shape[0], like=x)
+    def rotate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor | None = None,
+        angles: Angles | None = None,
+        kernel: Rotary | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate the pairs of queries and keys, (S, B, heads, D), by the angles of their positions.
+
+        Args:
+            q, k: they may be overwritten.
+            positions: (B, S), below S; None = 0..S-1.
+            angles: what `cos_sin` returns for S, from outside of a compiled graph; None = it is called here.
+            kernel: the kernel, used unless a compiler fuses the formula; None = PyTorch's formula.
+        """
+        cos, sin = angles if angles is not None else self.cos_sin(q.shape[0], like=q)
+        adjacent = self.config.adjacent
+        if kernel is not None and not torch.compiler.is_compiling():
+            return kernel(q, k, RotaryCall(cos, sin, positions, adjacent))
         if positions is not None:
             cos, sin = (table[positions.t(), 0] for table in (cos, sin))
-        return rotate(x, cos, sin, self.config.adjacent)
+        return rotate(q, cos, sin, adjacent), rotate(k, cos, sin, adjacent)
 
     @torch.compiler.disable  # a miss and a hit of the cache would be two graphs: recomputation fails
-    def cos_sin(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, length: int, like: Tensor) -> Angles:
         """Return cos and sin, each (S, 1, 1, dim), with a value per dim, in the dtype and on the device of `like`."""
         key = (length, like.dtype, like.device)
         if key not in self._tables:

@@ -13,7 +13,7 @@ from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import scaled
 from megatron_ds.layers.norm import Norm
-from megatron_ds.layers.rotary import RotaryTable
+from megatron_ds.layers.rotary import Angles, RotaryTable
 from megatron_ds.models.config import StackConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.feed_forward import build_feed_forward
@@ -71,7 +71,7 @@ class Block(nn.Module):
         inputs: BlockInputs = BlockInputs(),
     ) -> None:
         super().__init__()
-        self.config, self.recompute, self.inputs = config, ctx.recompute, inputs
+        self.config, self.recompute, self.inputs, self.rotary, self.tp = config, ctx.recompute, inputs, rotary, ctx.tp
         self.attention_norm, self.attention_output_norm = self._norms(ctx)
         given = ctx.recompute, ctx.rng, ctx.kernels, ctx.documents
         self.attention = Attention(config.attention(layer), ctx.tp, rotary, *given)
@@ -101,40 +101,62 @@ class Block(nn.Module):
     def forward(self, activations: Activations) -> Activations:
         """Replace the hidden states (S, B, H); all other activations pass through."""
         names = [name for name in self.inputs.names if name in activations]
-        run = partial(self._run, names)
+        run = partial(self._run, names, self._angles(activations[HIDDEN]))
         with profiled(BLOCK):
             return {
                 **activations,
                 HIDDEN: self.recompute.run("full", run, activations[HIDDEN], *(activations[name] for name in names)),
             }
 
-    def _block(self, names: list[str], x: Tensor, *others: Tensor) -> Tensor:
+    def _angles(self, x: Tensor) -> Angles | None:
+        """Return the angles of the full sequence, an input of the compiled block: their cache cannot be compiled."""
+        if self.rotary is None:
+            return None
+        return self.rotary.cos_sin(x.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1), like=x)
+
+    def _block(self, names: list[str], angles: Angles | None, x: Tensor, *others: Tensor) -> Tensor:
         given, inputs = dict(zip(names, others)), self.inputs
         normal = _apply(self.attention_norm, x)
         with profiled(ATTENTION):
             mask, positions, bounds = (given.get(name) for name in (inputs.mask, inputs.positions, inputs.bounds))
-            attended = self.attention(normal, mask, positions=positions, bounds=bounds)
+            attended = self.attention(normal, mask, positions=positions, bounds=bounds, angles=angles)
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
             return x + self._residual(attended) + self._residual(self._feed_forward(start))
-        x = self._add(x, attended, self.attention_output_norm)
+        next_norm = self.mlp_norm if self.cross is None else self.cross_norm
+        normal, x = self._add(x, attended, self.attention_output_norm, next_norm)
         if self.cross is not None:
             context, mask = (given.get(name or "") for name in (inputs.context, inputs.context_mask))
             assert context is not None, f"cross attention needs {inputs.context}, the activations are {names}"
-            normal = _apply(self.cross_norm, x)
             with profiled(ATTENTION):
                 attended = self.cross(normal, mask, context)
-            x = self._add(x, attended, self.cross_output_norm)
-        return self._add(x, self._feed_forward(_apply(self.mlp_norm, x)), self.mlp_output_norm)
+            normal, x = self._add(x, attended, self.cross_output_norm, self.mlp_norm)
+        _, x = self._add(x, self._feed_forward(normal), self.mlp_output_norm, None)
+        return x
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         with profiled(MLP):
             return self.mlp(x)
 
-    def _add(self, x: Tensor, change: Tensor, norm: Norm | None) -> Tensor:
-        if self.config.norm_place == "sum":
-            return _apply(norm, x + self._residual(change))
-        return x + self._residual(_apply(norm, change))
+    def _add(
+        self, x: Tensor, change: Tensor, output_norm: Norm | None, next_norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the input of the next layer and the residual stream after a layer, in one kernel where there is one.
+
+        Args:
+            x, change: the residual stream, and the layer's output.
+            output_norm: of the layer's output, or of the sum; None = no such norm.
+            next_norm: of the next layer's input; None = it is the residual stream.
+        """
+        if self.config.norm_place == "sum" and output_norm is not None:
+            assert next_norm is None, "a norm of the sum is the next layer's input"
+            normal, _ = output_norm(x, self._residual(change))
+            return normal, normal
+        change = self._residual(_apply(output_norm, change))
+        if next_norm is not None:
+            return next_norm(x, change)
+        total = x + change
+        return total, total
 
     def _residual(self, change: Tensor) -> Tensor:
         return scaled(self.dropout(change), self.config.residual_multiplier, in_dtype=False)

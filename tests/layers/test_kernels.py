@@ -105,13 +105,16 @@ def candidate(make: Any, package: str = "torch", **options: Any) -> Candidate:
 
 def test_nothing_is_picked_on_a_cpu() -> None:
     assert select_kernels("auto", CPU) == select_kernels("torch", CUDA) == Kernels()
-    assert KERNELS.keys() == {"rms_norm", "swiglu", "attention", "cross_entropy"}
-    assert [operation.names for operation in KERNELS.values()] == [
-        ("liger",),
-        ("liger",),
-        ("flash3", "flash4", "flash", "varlen", "flex"),
-        ("triton",),
-    ]
+    assert {name: operation.names for name, operation in KERNELS.items()} == {
+        "rms_norm": ("triton", "liger"),
+        "swiglu": ("triton", "liger"),
+        "attention": ("flash3", "flash4", "flash", "varlen", "flex"),
+        "cross_entropy": ("triton",),
+        "add_rms_norm": ("triton",),
+        "fp32_rms_norm": ("triton",),
+        "geglu": ("triton",),
+        "rotary": ("triton",),
+    }
 
 
 def test_what_is_not_installed_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +143,8 @@ def test_each_operation_has_its_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fast", "train.kernels=fast is not one of auto, torch"),
         (
             {"attn": "torch"},
-            "train.kernels.attn=torch: attn is not one of rms_norm, swiglu, attention, cross_entropy; did you mean "
-            "attention?",
+            "train.kernels.attn=torch: attn is not one of rms_norm, swiglu, attention, cross_entropy, add_rms_norm, "
+            "fp32_rms_norm, geglu, rotary; did you mean attention?",
         ),
         (
             {"attention": "flsh"},
@@ -228,15 +231,16 @@ def losses(case: str, at: BuildContext, dtype: torch.dtype, batch: dict[str, Ten
     return loss.detach().float(), embedding.float()
 
 
-# which of norm, SwiGLU and attention are used
+LLAMAS = {"rms_norm", "add_rms_norm", "swiglu", "rotary", "attention"}
+# which operations are used, attention in half precision only
 USED = {
-    "llama": (True, True, True),
-    "qwen3": (True, True, True),
-    "mistral-window": (True, True, True),
-    "gemma2-caps": (False, False, True),
-    "falcon-7b-alibi": (False, False, False),
-    "gpt2": (False, False, True),
-    "olmo2-all-heads": (False, True, True),
+    "llama": LLAMAS,
+    "qwen3": LLAMAS,
+    "mistral-window": LLAMAS,
+    "gemma2-caps": {"fp32_rms_norm", "geglu", "rotary", "attention"},
+    "falcon-7b-alibi": set(),
+    "gpt2": {"attention"},
+    "olmo2-all-heads": {"fp32_rms_norm", "swiglu", "rotary", "attention"},
 }
 
 
@@ -256,9 +260,10 @@ def _compare(case: str, batch: dict[str, Tensor]) -> None:
         with_kernels, grad = losses(case, BuildContext(kernels=counted.kernels()), dtype, batch)
         assert abs(float(with_kernels - plain)) <= tolerance * float(plain)
         assert float((grad - plain_grad).norm()) <= 2 * tolerance * float(plain_grad.norm())
-        half = dtype != torch.float32
-        used = tuple(counted.calls[name] > 0 for name in ("rms_norm", "swiglu", "attention", "cross_entropy"))
-        assert used == (*USED[case][:2], USED[case][2] and half, True), counted.calls
+        used = {name for name, calls in counted.calls.items() if calls > 0}
+        assert used == {*USED[case], "cross_entropy"} - ({"attention"} if dtype == torch.float32 else set()), (
+            counted.calls
+        )
 
 
 def test_tuples_and_results_without_gradients_are_compared() -> None:

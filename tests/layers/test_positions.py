@@ -82,7 +82,7 @@ def test_angles_equal_transformers(parameters: dict[str, Any], length: int) -> N
 
 def _rotated(adjacent: bool) -> list[torch.Tensor]:
     x = torch.randn(5, 1, 2, 8, generator=torch.Generator().manual_seed(0))
-    return [x, RotaryTable(RotaryConfig(4, adjacent=adjacent)).rotate(x)]
+    return [x, RotaryTable(RotaryConfig(4, adjacent=adjacent)).rotate(x, x)[0]]
 
 
 @pytest.mark.parametrize("adjacent", [False, True])
@@ -94,6 +94,19 @@ def test_a_part_of_a_head_is_rotated_pair_by_pair(adjacent: bool) -> None:
         turned = torch.view_as_complex(before[..., [first, second]].contiguous())
         turned = turned * torch.polar(torch.ones(5), speed * torch.arange(5))[:, None, None]
         torch.testing.assert_close(after[..., [first, second]], torch.view_as_real(turned))
+
+
+def _graph_breaks(packed: bool) -> int:
+    table = RotaryTable(RotaryConfig(8))
+    q, k = torch.randn(5, 2, 4, 8, requires_grad=True), torch.randn(5, 2, 2, 8, requires_grad=True)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]) if packed else None
+    compiled = torch._dynamo.explain(lambda q, k, *angles: table.rotate(q, k, positions, angles))
+    return compiled(q, k, *table.cos_sin(5, like=q)).graph_break_count
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiler_sees_one_graph(packed: bool) -> None:
+    assert run_alone(_graph_breaks, packed) == 0
 
 
 def _slopes(num_heads: int) -> list[torch.Tensor]:

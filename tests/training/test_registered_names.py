@@ -115,7 +115,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"train": {"steps": 5, "kernels": "fast"}}, "train.kernels=fast is not one of auto, torch"),
     (
         {"train": {"steps": 5, "kernels": {"attention": "flsh"}}},
-        "train.kernels.attention=flsh is not one of auto, torch, flash; did you mean flash?",
+        "train.kernels.attention=flsh is not one of auto, torch, flash3, flash4, flash, varlen, flex; did you mean "
+        "flash?",
     ),
 ]
 
@@ -213,4 +214,9 @@ def test_the_instances_are_what_the_package_has() -> None:
         "rms_norm": "rms_norm kernel",
         "swiglu": "swiglu kernel",
         "attention": "attention kernel",
+        "cross_entropy": "cross_entropy kernel",
+        "add_rms_norm": "add_rms_norm kernel",
+        "fp32_rms_norm": "fp32_rms_norm kernel",
+        "geglu": "geglu kernel",
+        "rotary": "rotary kernel",
     }

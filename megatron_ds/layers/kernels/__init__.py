@@ -17,7 +17,7 @@ from megatron_ds.layers.kernels import varlen  # noqa: F401  # torch's own, for 
 from megatron_ds.layers.kernels import flex  # noqa: F401  # last, because its kernels are compiled first
 from megatron_ds.layers.kernels.by_call import KernelsByCall
 from megatron_ds.layers.kernels.cross_entropy import LogitFinish, LossCall
-from megatron_ds.layers.kernels.reference import AttentionCall
+from megatron_ds.layers.kernels.reference import AttentionCall, Gated, Rotary, RotaryCall
 from megatron_ds.layers.kernels.select import check_choice, select_kernels
 from megatron_ds.layers.kernels.table import KERNELS, REFERENCE, Candidate, Kernels, Operation
 
@@ -26,11 +26,14 @@ __all__ = [
     "REFERENCE",
     "AttentionCall",
     "Candidate",
+    "Gated",
     "Kernels",
     "KernelsByCall",
     "LogitFinish",
     "LossCall",
     "Operation",
+    "Rotary",
+    "RotaryCall",
     "check_choice",
     "select_kernels",
 ]

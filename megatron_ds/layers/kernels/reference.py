@@ -58,10 +58,34 @@ class AttentionCall:
         return (self.causal, *(one is not None for one in optional))
 
 
+@dataclass(frozen=True)
+class RotaryCall:
+    """The arguments of a rotation besides q (S, B, N, D) and k (S, B, K, D).
+
+    Attributes:
+        cos, sin: (positions, 1, 1, dim), contiguous; the first `dim` dims of a head are rotated.
+        positions: (B, S), the row of the tables for each token; None = 0..S-1.
+        adjacent: pairs are neighbours instead of dim/2 apart.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None = None
+    adjacent: bool = False
+
+
 RMSNorm = Callable[[Tensor, Tensor, float], Tensor]
 """(x, weight, eps) -> weight * (x / rms(x)), the quotient in fp32 and cast down before the product, as Llama does."""
+AddRMSNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(x, change, weight, eps) -> (`RMSNorm` of the sum, x + change), the sum rounded before it is normalised."""
+FP32RMSNorm = Callable[[Tensor, Tensor, float, float], Tensor]
+"""(x, weight, eps, offset) -> (offset + weight) * (x / rms(x)), in fp32 and cast down last (Gemma, OLMo 2)."""
 Gated = Callable[[Tensor], Tensor]
 """(..., 2F), gate first -> silu(gate) * up, (..., F)."""
+GeGLU = Callable[[Tensor, str], Tensor]
+"""(wide, approximate) -> gelu(gate) * up, as `Gated`; approximate is "none" or "tanh", as torch's gelu has it."""
+Rotary = Callable[[Tensor, Tensor, RotaryCall], tuple[Tensor, Tensor]]
+"""(q, k, call) -> both rotated; it may overwrite q and k, whose values must not be needed any more."""
 CausalAttention = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
 """(S, B, N, D), (S, B, K, D) twice -> (S, B, N, D), for the calls that its candidate supports."""
 Random = Callable[..., Tensor]
@@ -75,10 +99,43 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(x, (x.shape[-1],), None, eps)
 
 
+def reference_add_rms_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute an `AddRMSNorm`."""
+    total = x + change
+    return reference_rms_norm(total, weight, eps), total
+
+
+def reference_fp32_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """Compute an `FP32RMSNorm`."""
+    return (F.rms_norm(x.float(), (x.shape[-1],), None, eps) * (offset + weight.float())).type_as(x)
+
+
 def reference_swiglu(wide: Tensor) -> Tensor:
     """Compute a `Gated`."""
     gate, up = wide.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def reference_geglu(wide: Tensor, approximate: str) -> Tensor:
+    """Compute a `GeGLU`."""
+    gate, up = wide.chunk(2, dim=-1)
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def reference_rotary(q: Tensor, k: Tensor, call: RotaryCall) -> tuple[Tensor, Tensor]:
+    """Compute a `Rotary`."""
+    cos, sin, dim = call.cos, call.sin, call.cos.shape[-1]
+    if call.positions is not None:
+        cos, sin = (table[call.positions.t(), 0] for table in (cos, sin))
+
+    def rotated(x: Tensor) -> Tensor:
+        turned = x[..., :dim]
+        pairs = turned.unflatten(-1, (-1, 2)) if call.adjacent else turned.unflatten(-1, (2, -1)).transpose(-1, -2)
+        swapped = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1)
+        swapped = swapped if call.adjacent else swapped.transpose(-1, -2)
+        return torch.cat([turned * cos + swapped.flatten(-2) * sin, x[..., dim:]], dim=-1)
+
+    return rotated(q), rotated(k)
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -122,9 +179,52 @@ def norm_input(random: Random) -> tuple[Any, ...]:
     return random(3, 2, 64), random(64), 1e-5
 
 
+def heads_norm_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of an `RMSNorm` of heads that are a part of a larger tensor."""
+    return random(3, 2, 5, 2, 48).select(-2, 0), random(48), 1e-6
+
+
+def add_norm_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of an `AddRMSNorm`."""
+    return random(3, 2, 64), random(3, 2, 64), random(64), 1e-5
+
+
+def fp32_norm_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of an `FP32RMSNorm` as Gemma has it."""
+    return random(3, 2, 64), random(64), 1e-5, 1.0
+
+
 def gated_input(random: Random) -> tuple[Any, ...]:
     """Return arguments of a `Gated`."""
     return (random(3, 2, 64),)
+
+
+def gelu_gated_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of a `GeGLU`."""
+    return random(3, 2, 64), "none"
+
+
+def gelu_tanh_gated_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of a `GeGLU` with the approximation by tanh."""
+    return random(3, 2, 64), "tanh"
+
+
+def rotary_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of a `Rotary` of whole heads."""
+    angles = random(8, 1, 1, 16)
+    return random(8, 2, 4, 32), random(8, 2, 2, 32), RotaryCall(*_of_halves(angles))
+
+
+def documents_rotary_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of a `Rotary` of neighbours in a part of each head, at given positions."""
+    angles = random(8, 1, 1, 8).repeat_interleave(2, dim=-1)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0]], device=angles.device)
+    return random(8, 2, 4, 32), random(8, 2, 2, 32), RotaryCall(angles.cos(), angles.sin(), positions, adjacent=True)
+
+
+def _of_halves(angles: Tensor) -> tuple[Tensor, Tensor]:
+    pairs = torch.cat([angles, angles], dim=-1)
+    return pairs.cos(), pairs.sin()
 
 
 def attention_input(random: Random) -> tuple[Any, ...]:

@@ -11,20 +11,35 @@ from typing import Any
 from megatron_ds.layers.kernels.by_call import KernelsByCall
 from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, capped_input, reference_cross_entropy, wide_input
 from megatron_ds.layers.kernels.reference import (
+    AddRMSNorm,
     CausalAttention,
     Example,
+    FP32RMSNorm,
     Gated,
+    GeGLU,
     RMSNorm,
+    Rotary,
+    add_norm_input,
     attention_input,
     attention_variant,
     bounds_input,
     documents_input,
+    documents_rotary_input,
+    fp32_norm_input,
     gated_input,
+    gelu_gated_input,
+    gelu_tanh_gated_input,
+    heads_norm_input,
     is_plain_attention,
     norm_input,
+    reference_add_rms_norm,
     reference_attention,
+    reference_fp32_rms_norm,
+    reference_geglu,
     reference_rms_norm,
+    reference_rotary,
     reference_swiglu,
+    rotary_input,
     smaller_attention,
 )
 from megatron_ds.registry import Registry
@@ -35,10 +50,14 @@ class Kernels:
     """The kernels that layers use; None = the layer's own PyTorch code.
 
     Attributes:
-        rms_norm: RMSNorm of hidden states and heads.
+        rms_norm: RMSNorm of hidden states and heads, as Llama rounds it.
         swiglu: the gated SiLU.
         attention: attention in half precision: one kernel for plain calls, or several, chosen call by call.
         cross_entropy: losses and gradients of the output head's logits.
+        add_rms_norm: the residual sum and its RMSNorm.
+        fp32_rms_norm: RMSNorm of hidden states and heads, as Gemma and OLMo 2 round it.
+        geglu: the gated GELU.
+        rotary: rotation of queries and keys.
         names: the kernels in use that are not PyTorch's, with their versions, for the log.
     """
 
@@ -46,6 +65,10 @@ class Kernels:
     swiglu: Gated | None = None
     attention: CausalAttention | KernelsByCall | None = None
     cross_entropy: CrossEntropy | None = None
+    add_rms_norm: AddRMSNorm | None = None
+    fp32_rms_norm: FP32RMSNorm | None = None
+    geglu: GeGLU | None = None
+    rotary: Rotary | None = None
     names: tuple[str, ...] = ()
 
 
@@ -123,7 +146,7 @@ class Operation(Registry[Candidate]):
 
 
 KERNELS: Mapping[str, Operation] = {
-    "rms_norm": Operation("rms_norm", reference_rms_norm, (norm_input,)),
+    "rms_norm": Operation("rms_norm", reference_rms_norm, (norm_input, heads_norm_input)),
     "swiglu": Operation("swiglu", reference_swiglu, (gated_input,)),
     "attention": Operation(
         "attention",
@@ -134,4 +157,8 @@ KERNELS: Mapping[str, Operation] = {
         smaller=smaller_attention,
     ),
     "cross_entropy": Operation("cross_entropy", reference_cross_entropy, (wide_input, capped_input), False),
+    "add_rms_norm": Operation("add_rms_norm", reference_add_rms_norm, (add_norm_input,)),
+    "fp32_rms_norm": Operation("fp32_rms_norm", reference_fp32_rms_norm, (fp32_norm_input,)),
+    "geglu": Operation("geglu", reference_geglu, (gelu_gated_input, gelu_tanh_gated_input)),
+    "rotary": Operation("rotary", reference_rotary, (rotary_input, documents_rotary_input)),
 }

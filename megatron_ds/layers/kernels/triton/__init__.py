@@ -22,4 +22,13 @@ def ours(file: str, function: str) -> Candidate:
     return Candidate("triton", make, "triton")
 
 
-KERNELS["cross_entropy"].register("triton", ours("cross_entropy", "cross_entropy"))
+for _operation, _file in {
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "fp32_rms_norm": "norm",
+    "swiglu": "gated",
+    "geglu": "gated",
+    "rotary": "rotary",
+    "cross_entropy": "cross_entropy",
+}.items():
+    KERNELS[_operation].register("triton", ours(_file, _operation))
