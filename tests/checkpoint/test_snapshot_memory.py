@@ -1,6 +1,7 @@
 """The memory of snapshots: one arena for all saves, and copies that are made as late as a GPU may make them."""
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,10 +19,11 @@ from megatron_ds.checkpoint.files import TensorHeader
 from megatron_ds.checkpoint.snapshot_memory import Copies, HostMemory, ImmediateCopies, StreamCopies
 from megatron_ds.errors import CheckpointError
 from megatron_ds.parallel.grid import Grid
+from megatron_ds.parallel.rank_info import RankInfo
 from tests.checkpoint.runs import CUT, Curve, save_run, saved_at
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place
-from tests.ranks import run_alone, run_grid
+from tests.ranks import rank_device, run_alone, run_grid, run_ranks
 
 RECIPE = Recipe()
 BF16 = replace(RECIPE, precision="bf16")
@@ -243,3 +245,51 @@ def test_page_locked_memory_is_unlocked_and_its_refusal_is_one_line(monkeypatch:
     refused = HostMemory(snapshot_memory.copies_for(torch.device("cuda", 0)))
     with pytest.raises(CheckpointError, match=r"^checkpoint.asynchronous=true needs .*; try checkpoint.asynchronous=f"):
         refused.reserve([header(64)])
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+DELAY_CYCLES = 400_000_000  # of the stream of the copies: about 0.2 s
+
+
+def races(info: RankInfo) -> dict[str, Any] | None:
+    """What copies hold that begin late; None on a CPU."""
+    device = rank_device()
+    if device.type != "cuda":
+        return None
+    copies = StreamCopies(device)
+    memory = HostMemory(copies)
+    memory.reserve([header(64 * MIB)])
+    found: dict[str, Any] = {}
+    for name in ("held back", "not held back", "temporary"):
+        source = torch.ones(64 * MIB, device=device)
+        torch.cuda.synchronize()
+        memory.reserve([header(64 * MIB)])
+        with torch.cuda.stream(copies._stream):
+            torch.cuda._sleep(DELAY_CYCLES)
+        began_s = time.perf_counter()
+        place = memory.copy(source, is_temporary=name == "temporary")
+        memory.finish()
+        found[f"{name} s"] = time.perf_counter() - began_s
+        if name == "held back":
+            memory.hold_back()
+        if name == "temporary":
+            del source
+            source = torch.full((64 * MIB,), 2.0, device=device)  # in the same memory, if it is free
+        else:
+            source.fill_(2.0)
+        memory.wait()
+        found[name] = place.min().item(), place.max().item()
+        assert place.is_pinned()
+        torch.cuda.synchronize()
+    return found
+
+
+def test_copies_of_a_gpu_run_while_it_computes_and_hold_back_its_writes() -> None:
+    (found,) = run_ranks(races, 1)
+    if found is None:
+        pytest.skip("ranks run on a CPU: DS_ACCELERATOR=cuda asks for a GPU")
+    assert found["held back"] == found["temporary"] == (1.0, 1.0)
+    assert found["not held back"][1] == 2.0, "and without holding back the test sees it"
+    assert found["held back s"] < 0.1, "the host does not wait"

@@ -13,6 +13,7 @@ from functools import partial
 from bench.gpu.record import DEVICE, guarded, record, wait_for_turn
 from bench.gpu.right.reference import STEPS, reference_losses
 from bench.gpu.right.small_runs import Setting, largest_difference, train
+from megatron_ds.engine import DeviceSettings
 
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3, "tf32": 2e-3}
 """Largest relative difference of a loss from fp32's on the CPU, over all steps.
@@ -30,7 +31,9 @@ def _settings(precision: str) -> dict[str, Setting]:
     first = 0 if precision == "fp32" else 1  # DeepSpeed keeps fp32 masters of 16-bit weights from stage 1 on
     found = {f"zero{stage}": Setting(precision, stage) for stage in range(first, 4)}
     found["zero1 packed"] = Setting(precision, 1, packed=True)
+    found["zero1 deterministic"] = Setting(precision, 1, devices=DeviceSettings(deterministic=True))
     if precision == "fp32":
+        found["zero1 tf32"] = Setting(precision, 1, devices=DeviceSettings(tf32=True))
         return found
     found["zero2 offload"] = Setting(precision, 2, OPTIMIZER_OFFLOAD)
     found["zero3 offload"] = Setting(precision, 3, FULL_OFFLOAD)
@@ -65,7 +68,7 @@ def _run(title: str, setting: Setting) -> None:
         record("matrix", title, None, skipped="DeepSpeed has no fp16 on CPUs")
         return
     outcome = train(setting, STEPS)
-    rounding = "tf32" if setting.engine.get("tf32") else setting.precision
+    rounding = "tf32" if setting.devices.tf32 else setting.precision
     off = largest_difference(outcome.losses, list(reference_losses(setting.packed, STEPS)))
     finite = all(map(math.isfinite, [*outcome.losses, *outcome.norms]))
     right = finite and off < BOUNDS[rounding] and outcome.applied == STEPS and outcome.device.startswith(DEVICE)

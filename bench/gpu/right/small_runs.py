@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu.record import DEVICE, peak_gb, pick, reset_peak, synchronize
 from bench.gpu.right.chosen_kernels import read_choice
-from megatron_ds.engine import preload, start_distributed, stop_distributed
+from megatron_ds.engine import DEFAULT_SETTINGS, DeviceSettings, preload, start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries
 from megatron_ds.parallel.launch import RankInfo, run_local
 from megatron_ds.runtime import ModelEngine, Session, load_model
@@ -48,6 +48,7 @@ class Setting:
         engine: further fields of an `EngineConfig`.
         packed: several documents per sequence.
         ranks: number of ranks, all on one device.
+        devices: settings of the device.
     """
 
     precision: str = "fp32"
@@ -56,6 +57,7 @@ class Setting:
     engine: Mapping[str, Any] = field(default_factory=dict)
     packed: bool = False
     ranks: int = 1
+    devices: DeviceSettings = DEFAULT_SETTINGS
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of its `EngineConfig`."""
@@ -105,7 +107,7 @@ def train(setting: Setting, steps: int, timeout_s: float = 150.0) -> Outcome:
 
 def build(info: RankInfo, setting: Setting, timeout_s: float = 120.0) -> ModelEngine:
     """Join the process group and build this rank's engine."""
-    device = start_distributed(info, timeout_s=timeout_s)
+    device = start_distributed(info, timeout_s=timeout_s, settings=setting.devices)
     return Session(info, device).build_engine(load_model(MODEL), **setting.fields())
 
 
