@@ -59,13 +59,33 @@ def main() -> None:
     from megatron_ds.parallel.launch import run_local
 
     preload(spec.options.get("compile", False))
+    start = start_distributed if spec.runner == "ours" else _start_peer
 
     def rank(info: Any) -> None:
-        start_distributed(info)
+        start(info)
         _serve(build(spec), spec, channel, info.rank, _meeting(info.world_size) if info.world_size > 1 else _alone)
         stop_distributed()
 
     run_local(rank, spec.world)
+
+
+def _start_peer(info: Any) -> None:
+    """Join the process group as a script without this package does: gloo's collectives, the C library's defaults."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ds.parallel.launch import RENDEZVOUS_FILE
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(info.local_rank)
+    else:
+        deepspeed.ops.__compatible_ops__ = {}  # does not compile its all-reduce through shared memory
+    os.environ["LOCAL_RANK"] = str(info.local_rank)
+    place = f"file://{os.environ[RENDEZVOUS_FILE]}"
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=place, rank=info.rank, world_size=info.world_size)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
 FromAll = Callable[[float], list[float]]

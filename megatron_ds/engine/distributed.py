@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_ds.engine.cpu_collectives import use_messages
 from megatron_ds.engine.device_settings import DEFAULT_SETTINGS, DeviceSettings
 from megatron_ds.engine.host_memory import keep_freed_memory
 from megatron_ds.errors import TopologyError
@@ -110,6 +111,8 @@ def start_distributed(
         _connect(accelerator.communication_backend_name(), info, timedelta(seconds=timeout_s), group)
     deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
     device = torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
+    if device.type == "cpu":
+        use_messages(deepspeed.comm.comm.cdb)
     settings.set_switches(device)
     return device
 

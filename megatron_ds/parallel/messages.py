@@ -36,26 +36,44 @@ class Messages:
             self.finish()
 
 
-def begin_gather(x: Tensor, axis: Axis) -> tuple[Tensor, Messages]:
-    """Start a gather: (S/t, ...) -> (S, ...). Wait for the messages before reading the result."""
-    own, out = x.contiguous(), x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+def begin_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> tuple[Tensor, Messages]:
+    """Start a gather: (S/t, ...) -> (S, ...). Wait for the messages before reading the result.
+
+    Args:
+        x: this rank's part.
+        axis: the ranks that exchange their parts.
+        out: contiguous memory of the result, of which x may be the part; None = new memory.
+    """
+    own = x.contiguous()
+    if out is None:
+        out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     parts = out.chunk(axis.size)
     works = _exchange([own] * axis.size, parts, axis)
-    parts[axis.rank].copy_(own)
+    if parts[axis.rank].data_ptr() != own.data_ptr():
+        parts[axis.rank].copy_(own)
     return out, Messages(works)
 
 
-def begin_reduce_scatter(x: Tensor, axis: Axis) -> tuple[Tensor, Messages]:
-    """Start a sum and scatter: (S, ...) -> (S/t, ...). Wait for the messages before reading the result."""
+def begin_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> tuple[Tensor, Messages]:
+    """Start a sum and scatter: (S, ...) -> (S/t, ...). Wait for the messages before reading the result.
+
+    Args:
+        x: this rank's summand.
+        axis: the ranks that exchange their summands.
+        out: memory of the result, which may be this rank's part of a contiguous x; None = new memory.
+    """
     given = x.contiguous().chunk(axis.size)
-    received = [part if rank == axis.rank else torch.empty_like(part) for rank, part in enumerate(given)]
-    out, *others = (part for rank, part in enumerate(received) if rank != axis.rank)
+    own = given[axis.rank]
+    received = [own if rank == axis.rank else torch.empty_like(part) for rank, part in enumerate(given)]
+    others = [part for rank, part in enumerate(received) if rank != axis.rank]
+    total = out if out is not None else others[0]
 
     def add() -> None:
-        for part in (given[axis.rank], *others):
-            out.add_(part)
+        torch.add(own, others[0], out=total)
+        for part in others[1:]:
+            total.add_(part)
 
-    return out, Messages(_exchange(given, received, axis), add)
+    return total, Messages(_exchange(given, received, axis), add)
 
 
 def _exchange(given: Sequence[Tensor], received: Sequence[Tensor], axis: Axis) -> list[dist.Work]:

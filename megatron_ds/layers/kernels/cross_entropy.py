@@ -73,7 +73,7 @@ def reference_cross_entropy(logits: Tensor, labels: Tensor, call: LossCall) -> t
     raw = logits[:, : call.valid]
     final = call.finish(raw.float())
     finished = final.clone() if call.finish.softcap is not None and call.wants_gradient else None
-    peaks = final.max(dim=-1).values if call.valid else final.new_full(labels.shape, -torch.inf)
+    peaks = final.amax(dim=-1) if call.valid else final.new_full(labels.shape, -torch.inf)
     all_reduce_(peaks, call.axis, dist.ReduceOp.MAX)
     final = final.sub_(peaks[:, None])
 
