@@ -19,8 +19,9 @@ from bench.arena import Samples, compete
 from bench.cases import CASES, Case, Entry
 from bench.files import write_corpus
 from bench.gemm import device_count, device_peak, flops_of_step
-from bench.report import draw, markdown, show
-from bench.result import CaseResult, EntryResult, check_same_work, judge, machine, write_json
+from bench.report import show, write
+from bench.result import CaseResult, EntryResult, check_same_work, judge, machine
+from bench.runs import merge
 from bench.work import Spec, write_model
 
 GEMM = "matrix products"
@@ -30,6 +31,9 @@ WIDTH = 120  # columns of tables that are not written to a terminal
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Cases to run; all by default.", metavar="CASE")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; each contestant has one turn per round.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Number of runs of all cases, each with new processes.")] = 1,
+    targets: Annotated[bool, typer.Option("--targets", help="Run only cases and contestants of targets.")] = False,
+    alone: Annotated[bool, typer.Option(help="Measure the contestants of targets alone too.")] = True,
     output: Annotated[Path, typer.Option(help="Output directory.")] = Path("out/bench"),
     tiny: Annotated[bool, typer.Option("--tiny", help="Run with tiny models, to test the bench itself.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if available.")] = None,
@@ -37,7 +41,7 @@ def main(
 ) -> None:
     """Compare this package with its alternatives, which alternate within one run.
 
-    Example: python -m bench one tp2 --rounds 5
+    Example: python -m bench one tp2 --runs 5
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     if listing:
@@ -51,20 +55,18 @@ def main(
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     device = device or _device()
     output.mkdir(parents=True, exist_ok=True)
-    where = {"date": datetime.date.today().isoformat(), **machine(device)}
+    where = {"date": datetime.date.today().isoformat(), **machine(device), "rounds of a run": str(rounds)}
+    wanted = [name for name in names or CASES if CASES[name].targets or not targets]
     results: list[CaseResult] = []
-    for name in names or CASES:
-        results.append(run_case(name, CASES[name], rounds, device, tiny))
-        show(results[-1], console)
-        _write(results, {**where, "rounds": str(rounds)}, output)  # keeps the results if the next case fails
+    for number in range(runs):
+        for name in wanted:
+            case = CASES[name].only_targets() if targets else CASES[name]
+            result = run_case(name, case, rounds, device, tiny, alone)
+            results = merge([*results, result])
+            show(result, console)
+            write(results, {**where, "runs": str(number + 1)}, output)  # keeps the results if the next case fails
     took = f"{time.monotonic() - began_s:.0f} s; {output}/RESULTS.md, results.json, results.png"
     console.print(took, soft_wrap=True)
-
-
-def _write(results: list[CaseResult], where: dict[str, str], output: Path) -> None:
-    write_json(results, where, output / "results.json")
-    draw(results, output / "results.png")
-    (output / "RESULTS.md").write_text(markdown(results, where, "results.png"))
 
 
 def _device() -> str:
@@ -73,8 +75,8 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False) -> CaseResult:
-    """Write the inputs of the contestants, run them, and evaluate the targets."""
+def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False, alone: bool = True) -> CaseResult:
+    """Write the inputs of the contestants, run them in turns, those of targets alone too, and evaluate the targets."""
     work = case.work.shrunk() if tiny else case.work
     if device == "cuda":
         work = replace(work, dtype="bf16")
@@ -98,19 +100,25 @@ def run_case(name: str, case: Case, rounds: int, device: str, tiny: bool = False
         }
         entries |= {GEMM: Entry("gemm")} if flops else {}
         specs = {
-            label: Spec(entry.runner, entry.world, _options(entry), work, str(folder), device)
+            label: Spec(entry.runner, entry.world, _options(entry), work, str(folder), device, entry.environment)
             for label, entry in entries.items()
         }
         samples = compete(specs, rounds, case.steps, place)
+        compared = [label for label in specs if alone and label in case.compared]
+        by_itself = {label: compete({label: specs[label]}, rounds, case.steps, place)[label] for label in compared}
     limits = _limits(samples.pop(GEMM), device) if flops else {}
-    found = tuple(
-        EntryResult(label, entries[label].world, tuple(one.seconds), one.peak_bytes or 0, one.losses[0], one.losses[-1])
-        for label, one in samples.items()
-    )
-    check_same_work(found, work.dtype)
+    found = tuple(_entry(label, entries[label].world, one) for label, one in samples.items())
+    lone = {label: _entry(f"{label}, alone", entries[label].world, one) for label, one in by_itself.items()}
+    check_same_work([*found, *lone.values()], work.dtype)
+    found = tuple(replace(one, alone_seconds=lone[one.label].seconds) if one.label in lone else one for one in found)
     shared = device == "cpu"
     result = CaseResult(name, case.title, case.unit, amount, flops, limits, found, (), case.note, shared)
     return replace(result, targets=judge(result, case.targets))
+
+
+def _entry(label: str, world: int, samples: Samples) -> EntryResult:
+    seconds, losses = tuple(samples.seconds), samples.losses
+    return EntryResult(label, world, seconds, samples.peak_bytes or 0, losses[0], losses[-1])
 
 
 def _options(entry: Entry) -> Mapping[str, object]:

@@ -84,7 +84,8 @@ def _started(label: str, spec: Spec, folder: Path) -> Iterator[_Contestant]:
     spec_file, log = folder / f"{name}.json", folder / f"{name}.log"
     spec.write(spec_file)
     cores = len(os.sched_getaffinity(0))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // spec.world)), "PYTHONWARNINGS": "ignore"}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // spec.world)), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **threads, **spec.environment}
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "bench.contestant", str(spec_file)],

@@ -52,12 +52,16 @@ T5 = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant: a name in `contestant.RUNNERS`, its ranks and options, and the only device it runs on, if any."""
+    """A contestant: a name in `contestant.RUNNERS`, its ranks and options, and the only device it runs on, if any.
+
+    `environment` has variables that its process starts with.
+    """
 
     runner: str
     world: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,23 @@ class Case:
     steps: int = 1
     note: str = ""
 
+    @property
+    def compared(self) -> set[str]:
+        """The labels of the contestants that take part in targets."""
+        return {label for target in self.targets for label in (target.ours, target.other)}
+
+    def only_targets(self) -> Case:
+        """Return the case with these contestants and the reference only."""
+        kept = {*list(self.entries)[:1], *self.compared}
+        return replace(self, entries={label: entry for label, entry in self.entries.items() if label in kept})
+
 
 ALONE = Entry("transformers")
+KEEPING = Entry(
+    "transformers",
+    device="cpu",
+    environment={"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**40)},
+)
 DECODER = Work(model=LLAMA)
 LARGE_VOCABULARY = replace(DECODER, model={**LLAMA, "vocab_size": 128_000})
 TWO_RANKS = {"tensor": 2}
@@ -110,9 +129,16 @@ CASES: dict[str, Case] = {
     "one": Case(
         "one process",
         DECODER,
-        {"transformers": ALONE, "ours": Entry("ours"), "ours, compiled": Entry("ours", options={"compile": True})},
+        {
+            "transformers": ALONE,
+            "transformers, keeping freed memory": KEEPING,
+            "ours": Entry("ours"),
+            "ours, compiled": Entry("ours", options={"compile": True}),
+        },
         (Target("ours", "transformers", 1.05),),
         steps=2,
+        note="Ours keeps the memory that it frees; glibc's MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the "
+        "same for any program.",
     ),
     "tp2": Case(
         "tensor parallel on 2 ranks",

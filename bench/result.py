@@ -23,10 +23,11 @@ class EntryResult:
     Attributes:
         label: its name.
         world: ranks.
-        seconds: duration of a step, one per round.
+        seconds: duration of a step, one per round of every run, in turns with the others.
         peak_bytes: peak memory of the largest process.
         loss: loss of the first step, over all ranks.
         last_loss: loss of the last step; if they agree, the contestants of a case do the same work.
+        alone_seconds: the same durations while no other contestant exists; empty if it takes part in no target.
     """
 
     label: str
@@ -35,6 +36,7 @@ class EntryResult:
     peak_bytes: int
     loss: float
     last_loss: float
+    alone_seconds: tuple[float, ...] = ()
 
     @property
     def median_s(self) -> float:
@@ -43,10 +45,23 @@ class EntryResult:
 
 @dataclass(frozen=True)
 class TargetResult:
-    """A target and the measured ratio."""
+    """A target and the measured ratios.
+
+    Attributes:
+        target: the target.
+        in_turns: the ratio of each run, measured in turns.
+        alone: the ratio of each run, each contestant alone on the machine; empty if that was not measured.
+    """
 
     target: Target
-    ratio: float
+    in_turns: tuple[float, ...]
+    alone: tuple[float, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """The median over runs, in the worse of both ways."""
+        medians = [statistics.median(ratios) for ratios in (self.in_turns, self.alone) if ratios]
+        return min(medians) if self.target.figure == "speed" else max(medians)
 
     @property
     def met(self) -> bool:
@@ -54,17 +69,33 @@ class TargetResult:
         return self.ratio >= bound if self.target.figure == "speed" else self.ratio <= bound
 
     @property
+    def bound(self) -> str:
+        return f"{'at least' if self.target.figure == 'speed' else 'at most'} {self.target.bound:.3g}"
+
+    @property
     def summary(self) -> str:
-        target, speed = self.target, self.target.figure == "speed"
+        ways = f"{_over_runs(self.in_turns)} in turns, {_over_runs(self.alone)} alone" if self.alone else ""
         return (
-            f"{target.ours} / {target.other}, {target.figure}: {self.ratio:.2f}, target "
-            f"{'at least' if speed else 'at most'} {target.bound:.3g}{'' if self.met else ' - MISSED'}"
+            f"{self.target.ours} / {self.target.other}, {self.target.figure}: {ways or _over_runs(self.in_turns)}, "
+            f"target {self.bound}{'' if self.met else ' - MISSED'}"
         )
+
+    def cells(self) -> list[str]:
+        """Return what is compared, the target, both ratios with their range over runs, and the verdict."""
+        compared = f"{self.target.ours} / {self.target.other}, {self.target.figure}"
+        ways = [_over_runs(ratios) if ratios else "" for ratios in (self.in_turns, self.alone)]
+        return [compared, self.bound, *ways, "met" if self.met else "MISSED"]
+
+
+def _over_runs(ratios: Sequence[float]) -> str:
+    """Format the median over runs, and their range if there are several."""
+    middle = f"{statistics.median(ratios):.2f}"
+    return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case.
+    """One case, of one run or of several.
 
     Attributes:
         name, title, unit: see `cases`.
@@ -93,12 +124,17 @@ class CaseResult:
         devices = 1 if self.ranks_share else entry.world
         return [self.flops / entry.median_s / (limit * devices) for limit in self.limit_flops.values()]
 
+    @property
+    def has_alone(self) -> bool:
+        """True if contestants were measured alone too."""
+        return any(entry.alone_seconds for entry in self.entries)
+
     def speed(self, entry: EntryResult) -> float:
         return self.amount / entry.median_s
 
-    def range(self, entry: EntryResult) -> tuple[float, float]:
-        """Return the speed of the slowest and of the fastest round."""
-        return self.amount / max(entry.seconds), self.amount / min(entry.seconds)
+    def speeds(self, seconds: Sequence[float]) -> tuple[float, float, float]:
+        """Return the median speed, and those of the slowest and of the fastest round."""
+        return self.amount / statistics.median(seconds), self.amount / max(seconds), self.amount / min(seconds)
 
 
 SAME_LOSS = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 2e-2)}  # relative, of the first step and of the last
@@ -122,7 +158,11 @@ def check_same_work(entries: Sequence[EntryResult], dtype: str = "fp32") -> None
 
 
 def judge(case: CaseResult, targets: tuple[Target, ...]) -> tuple[TargetResult, ...]:
-    """Return the median of the ratios within each round, whose contestants share the same disturbances."""
+    """Return the ratios of one run.
+
+    In turns, it is the median of the ratios within each round, whose contestants share the same disturbances; alone,
+    the ratio of the medians.
+    """
     entries = {entry.label: entry for entry in case.entries}
     judged = []
     for target in targets:
@@ -130,10 +170,13 @@ def judge(case: CaseResult, targets: tuple[Target, ...]) -> tuple[TargetResult, 
             continue  # one of them does not run on this device
         ours, other = entries[target.ours], entries[target.other]
         if target.figure == "memory":
-            ratio = ours.peak_bytes / other.peak_bytes
-        else:
-            ratio = statistics.median(theirs / mine for mine, theirs in zip(ours.seconds, other.seconds))
-        judged.append(TargetResult(target, ratio))
+            judged.append(TargetResult(target, (ours.peak_bytes / other.peak_bytes,)))
+            continue
+        ratio = statistics.median(theirs / mine for mine, theirs in zip(ours.seconds, other.seconds))
+        alone: tuple[float, ...] = ()
+        if ours.alone_seconds and other.alone_seconds:
+            alone = (statistics.median(other.alone_seconds) / statistics.median(ours.alone_seconds),)
+        judged.append(TargetResult(target, (ratio,), alone))
     return tuple(judged)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,16 @@ class Spec:
         work: the work of the case.
         folder: directory of the model or the text; the contestant may write to a subdirectory of its own.
         device: "cpu" or "cuda".
+        environment: variables that the process starts with, besides those of this one.
     """
 
     runner: str
     world: int
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     work: Work
     folder: str
     device: str
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

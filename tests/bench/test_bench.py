@@ -11,13 +11,16 @@ from typing import Any, TextIO
 
 import pytest
 
+from bench import __main__ as command
 from bench import arena
-from bench.arena import ContestantError, compete
+from bench.arena import ContestantError, Samples, compete
 from bench.cases import CASES, Target
+from bench.combine import main as combine
 from bench.contestant import RUNNERS
 from bench.gemm import device_peak
 from bench.report import markdown
-from bench.result import CaseResult, EntryResult, check_same_work, judge
+from bench.result import CaseResult, EntryResult, check_same_work, judge, write_json
+from bench.runs import merge, read_json
 from bench.work import Spec, Work, write_model
 from tests.forked_python import ForkedPython, run_python
 from tests.ranks import run_alone
@@ -39,7 +42,9 @@ class ForkedContestant(ForkedPython):
 def test_a_tiny_case_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedContestant})
     monkeypatch.setattr(arena, "subprocess", forking)
-    done = run_python("-m", "bench", "tp2", "convert", "--tiny", "--rounds", 2, "--output", tmp_path, timeout=380)
+    done = run_python(
+        "-m", "bench", "tp2", "convert", "--tiny", "--rounds", 2, "--no-alone", "--output", tmp_path, timeout=380
+    )
     assert done.returncode == 0, done.stderr
     for words in ("tp2: tensor parallel on 2 ranks", "ours / DeepSpeed AutoTP, speed:", "RESULTS.md"):
         assert words in done.stdout, done.stdout
@@ -90,6 +95,68 @@ def test_ratios_are_those_of_rounds_that_belong_together() -> None:
     assert judged[1].summary == "ours / peer, memory: 0.40, target at most 0.3 - MISSED"
     page = markdown([result(peer, ours)], {"device": "a machine"}, None)
     assert "| ours | 2 | 100 | 50 to 200 | 1.00 | 0.00 | 10% |" in page
+
+
+def test_contestants_of_targets_run_alone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a group of its own, after all have taken turns; other work alone than in turns is found out."""
+    groups = []
+
+    def compete(specs: dict[str, Spec], rounds: int, *_: Any) -> dict[str, Samples]:
+        groups.append(list(specs))
+        return {label: Samples([1.0 / len(specs)] * rounds, [3.0, last_loss(specs)], 10) for label in specs}
+
+    def last_loss(specs: dict[str, Spec]) -> float:
+        return 2.0 if len(specs) > 1 or not differ else 1.0
+
+    monkeypatch.setattr(command, "compete", compete)
+    monkeypatch.setattr(command, "write_model", lambda work, folder: 1e9)
+    differ = False
+    case = command.run_case("one", CASES["one"], 2, "cpu", tiny=True)
+    turns, *alone = groups
+    assert set(turns) == {*CASES["one"].entries, command.GEMM} and alone == [["transformers"], ["ours"]]
+    assert [len(entry.alone_seconds) for entry in case.entries] == [2, 0, 2, 0]
+    assert case.targets[0].in_turns == case.targets[0].alone == (1.0,)
+    differ = True
+    with pytest.raises(ValueError, match="transformers, alone ended with loss 1"):
+        command.run_case("one", CASES["one"], 2, "cpu", tiny=True)
+
+
+def test_the_worse_of_both_ways_over_all_runs_decides() -> None:
+    peer = EntryResult("peer", 1, (1.1, 1.1), 1000, 3.0, 2.0, (1.2, 1.2))
+    runs = []
+    for in_turns_s, alone_s in ((1.0, 1.1), (0.9, 1.2), (1.0, 1.3)):
+        ours = EntryResult("ours", 2, (in_turns_s,) * 2, 400, 3.0, 2.0, (alone_s,) * 2)
+        case = result(peer, ours)
+        runs.append(replace(case, targets=judge(case, (Target("ours", "peer", 1.05), Target("ours", "peer", 0.95)))))
+    (together,) = merge([*merge(runs[:2]), runs[2]])
+    assert [len(entry.seconds) for entry in together.entries] == [6, 6]
+    hard, easy = together.targets
+    assert hard.summary == (
+        "ours / peer, speed: 1.10 (1.10 to 1.22) in turns, 1.00 (0.92 to 1.09) alone, target at least 1.05 - MISSED"
+    )
+    assert easy.met and easy.ratio == 1.0
+    page = markdown([together], {}, None)
+    assert "| name | ours / peer, speed | at least 1.05 | 1.10 (1.10 to 1.22) | 1.00 (0.92 to 1.09) | MISSED |" in page
+    assert "| ours | 2 | 100 | 100 to 111 | 1.10 | 0.00 | 10% | 83.33 | 76.92 to 90.91 |" in page
+
+
+def test_files_of_several_runs_become_one_page(tmp_path: Path) -> None:
+    entries = (
+        EntryResult("peer", 1, (1.0,), 1000, 3.0, 2.0, (1.0,)),
+        EntryResult("ours", 1, (0.5,), 9, 3.0, 2.0, (0.5,)),
+    )
+    case = replace(result(*entries), targets=judge(result(*entries), (Target("ours", "peer", 1.5),)))
+    for number, device in enumerate(("a machine", "another")):
+        write_json([case], {"device": device, "system": "Linux", "runs": "2"}, tmp_path / f"{number}.json")
+    assert read_json(tmp_path / "0.json") == ([case], {"device": "a machine", "system": "Linux", "runs": "2"})
+    combine([tmp_path / "0.json", tmp_path / "1.json"], tmp_path / "made")
+    page = (tmp_path / "made" / "RESULTS.md").read_text()
+    assert "- device: a machine; another\n- system: Linux\n- runs: 4\n" in page
+    assert "2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) | met |" in page
+
+
+def test_only_contestants_of_targets_are_left() -> None:
+    assert list(CASES["one"].only_targets().entries) == ["transformers", "ours"]
 
 
 def test_other_work_is_no_contest() -> None:
