@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from bench.gpu.record import DEVICE, TINY, record, wait_for_turn
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "numpy", "flash-attn", "liger-kernel")
 SMALL_SHAPES = "small, to test the command itself"
+WITHOUT_GIT = os.environ.get("COMMIT", "unknown")
 NO_DEVICE = "no CUDA device was found; try DEVICE=cpu TINY=1, which tests the commands themselves\n"
 
 
@@ -31,14 +33,14 @@ def main() -> None:
 
 
 def commit() -> str:
-    """Return the commit of this tree, with a "+" if files were changed; "unknown" without git."""
+    """Return the commit of this tree, with a "+" if files were changed; without git, COMMIT of the environment."""
     folder = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
     except OSError:
-        return "unknown"
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) if head.returncode == 0 else "unknown"
+        return WITHOUT_GIT
+    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) if head.returncode == 0 else WITHOUT_GIT
 
 
 def _version(name: str) -> str:

@@ -42,6 +42,7 @@ def render(halves: Mapping[str, Sequence[Row]], chart: str | None) -> str:
         rows = halves.get(half)
         if not rows:
             lines += ["Not run on a GPU yet.", ""]
+            lines += ["### Targets", "", *_targets(judge((), TARGETS)), ""] if half == "fast" else []
             continue
         lines += [*_environment(rows), ""]
         if half == "fast":

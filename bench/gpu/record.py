@@ -106,6 +106,7 @@ def reset_peak() -> None:
     import torch
 
     if DEVICE == "cuda":
+        torch.cuda.init()  # torch refuses to reset the statistics of a device that was not used yet
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -3,12 +3,13 @@
 The page has two halves, "right" and "fast"; a command replaces its own. `python -m bench.gpu.report HALF FILE` writes
 them again from a file of results; without arguments, the page and the chart are drawn again from the JSON.
 
-A run on a GPU writes them to `bench/`; any other run to the directory of its results.
+They are written to the directory of the results, and to `bench/` if a complete command ran on a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,10 +68,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     half, file, complete = arguments[0], Path(arguments[1]), "partial" not in arguments[2:]
     rows = read_rows(file)
-    folders = [file.parent, *([BENCH] if complete and is_of_a_gpu(rows) else [])]
+    folders = [file.parent] if os.access(file.parent, os.W_OK) else []
+    folders += [BENCH] if complete and is_of_a_gpu(rows) else []
     for folder in folders:
         write_half(half, rows, folder)
-    sys.stdout.write("\n".join([*page.conclusion(half, rows), f"{folders[-1] / PAGE}, {JSON}, {CHART}", ""]))
+    written = [f"{folder / PAGE}, {JSON}, {CHART}" for folder in folders[-1:]]
+    sys.stdout.write("\n".join([*page.conclusion(half, rows), *written, ""]))
     return int(any(row["ok"] is False for row in rows))
 
 

@@ -14,6 +14,8 @@ from bench.gpu.record import DEVICE, record, synchronize
 from bench.gpu.trace import summarize
 
 NUM_PLACES = 12
+WAIT = "called a synchronizing"
+"""Part of torch's warning; entering the mode warns too."""
 
 
 def profile(name: str, step: Callable[[], object], steps: int = 2) -> None:
@@ -43,7 +45,7 @@ def host_waits(step: Callable[[], object]) -> Counter[str]:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [one for one in caught if "synchroniz" in str(one.message).lower()]
+    waits = [one for one in caught if WAIT in str(one.message)]
     return Counter(
         "/".join([*Path(one.filename).parts[-2:-1], f"{Path(one.filename).name}:{one.lineno}"]) for one in waits
     )

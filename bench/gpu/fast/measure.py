@@ -74,6 +74,7 @@ def measure_steps(
     flops: float,
     *,
     times: int = 8,
+    warm_ups: int = 3,
     same_work: bool = True,
     **found: Any,
 ) -> None:
@@ -87,11 +88,12 @@ def measure_steps(
         tokens: tokens of a step.
         flops: FLOPs of a step.
         times: number of timed steps.
+        warm_ups: number of steps before them.
         same_work: its losses must be those of the others.
         found: other facts to record.
     """
     losses: list[float] = []
-    timing = time_runs(lambda: losses.append(step()), warm_ups=pick(3, 1), times=pick(times, 2), budget_s=8.0)
+    timing = time_runs(lambda: losses.append(step()), warm_ups=pick(warm_ups, 1), times=pick(times, 2), budget_s=8.0)
     agree, first = _agreement(section, losses) if same_work else (all(map(math.isfinite, losses)), "a finite loss")
     record(
         section,

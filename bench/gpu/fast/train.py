@@ -46,19 +46,23 @@ class Case:
         work: model and batch.
         peft: the config of adapters to train instead of the model.
         times: number of timed steps.
+        warm_ups: number of steps before them.
         packed: also measure our steps with several documents in each sequence.
+        profiled: record the profile of our steps.
     """
 
     title: str
     work: Work
     peft: Mapping[str, Any] | None = None
     times: int = 8
+    warm_ups: int = 3
     packed: bool = False
+    profiled: bool = False
 
 
 CASES = {
-    "llama": Case(targets.LLAMA, models.LLAMA, packed=True),
-    "long": Case(targets.LONG, models.LONG, times=2, packed=True),
+    "llama": Case(targets.LLAMA, models.LLAMA, packed=True, profiled=True),
+    "long": Case(targets.LONG, models.LONG, times=2, warm_ups=2, packed=True),
     "lora": Case(targets.LORA, models.ADAPTERS, models.LORA),
     "bert": Case(targets.BERT, models.BERT),
 }
@@ -79,8 +83,11 @@ def run_ours(case: Case, name: str) -> None:
         frozen = frozen_params(engine) if case.peft else 0
         flops = work.tokens * flops_per_token(loaded.hf, work.seq_length, frozen)
         kernels = ", ".join(engine.engine.kernels) or "PyTorch's"
-        measure_steps(case.title, name, step, work.tokens, flops, times=case.times, kernels=kernels)
-        guarded("profile", f"{case.title}, {name}", lambda: profile(f"{case.title}, {name}", step))
+        measure_steps(
+            case.title, name, step, work.tokens, flops, kernels=kernels, times=case.times, warm_ups=case.warm_ups
+        )
+        if case.profiled:
+            guarded("profile", f"{case.title}, {name}", lambda: profile(f"{case.title}, {name}", step))
         if case.packed and name == OURS:
             guarded(case.title, PACKED, lambda: run_packed(case, engine, batch, flops))
 
@@ -104,7 +111,9 @@ def run_packed(case: Case, engine: ModelEngine, batch: Mapping[str, Tensor], flo
     step = steps_on(engine, {**batch, "position_ids": positions}, work.lr)
     release_memory()
     reset_peak()
-    measure_steps(case.title, PACKED, step, work.tokens, flops, times=case.times, same_work=False)
+    measure_steps(
+        case.title, PACKED, step, work.tokens, flops, same_work=False, times=case.times, warm_ups=case.warm_ups
+    )
 
 
 # ---- theirs ----------------------------------------------------------------------------------------------------------
@@ -123,7 +132,7 @@ def run_transformers(case: Case, name: str) -> None:
         frozen = sum(one.numel() for one in model.parameters() if not one.requires_grad)
         flops = work.tokens * flops_per_token(read_model(work.model), work.seq_length, frozen)
         with memory_at_failure(case.title, name):
-            measure_steps(case.title, name, step, work.tokens, flops, times=case.times)
+            measure_steps(case.title, name, step, work.tokens, flops, times=case.times, warm_ups=case.warm_ups)
 
 
 def peer_model(case: Case) -> Any:
