@@ -81,16 +81,44 @@ class _ColumnLinears(torch.autograd.Function):
         return grad_x, None, None, *grad_weights, *grad_biases
 
 
-@torch.compiler.disable
 def _column_linears(
     x: Tensor, tp: TensorParallel, num_shards: tuple[int, ...], *parameters: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Apply `_ColumnLinears` outside the compiled graph: collectives are not compiled."""
+    """Multiply by the weights that come first among the parameters, and add the biases that follow them."""
+    if not _joins_graph(tp, parameters[0]):
+        return _eager_column_linears(x, tp, num_shards, *parameters)
+    weights, biases = parameters[: len(num_shards)], parameters[len(num_shards) :]
+    return tuple(
+        F.linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+        for weight, bias in zip(weights, biases)
+        if weight is not None
+    )
+
+
+def _row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
+    """Multiply and leave the tensor-parallel region."""
+    return F.linear(x, weight) if _joins_graph(tp, weight) else _eager_row_linear(x, tp, weight)
+
+
+def _joins_graph(tp: TensorParallel, weight: Tensor | None) -> bool:
+    """Return whether a compiler is here, and may take a product and its backward pass into the graph of the block.
+
+    Collectives are not compiled. Nor are products of weights that ZeRO-3 divides, which have a `ds_id`: a graph would
+    keep the gathered weight until its backward pass.
+    """
+    return torch.compiler.is_compiling() and tp.axis.size == 1 and not hasattr(weight, "ds_id")
+
+
+@torch.compiler.disable
+def _eager_column_linears(
+    x: Tensor, tp: TensorParallel, num_shards: tuple[int, ...], *parameters: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Apply `_ColumnLinears`."""
     return _ColumnLinears.apply(x, tp, num_shards, *parameters)
 
 
 @torch.compiler.disable
-def _row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
+def _eager_row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
     """Multiply and leave the tensor-parallel region; an all-reduce works in place on the product.
 
     Product and reduction are two autograd nodes: torch's recomputation of a block stops once the last product's input
