@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
@@ -108,9 +109,11 @@ class Engine(ABC):
         steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
         kernels: names of third-party kernels in use, for the log.
         documents: the longest document of a step, which the layers read.
+        gradient_sums: the fp32 gradients that products add to; None = autograd gets every gradient.
     """
 
     kernels: tuple[str, ...] = ()
+    gradient_sums: GradientSums | None = None
 
     def __init__(
         self,
@@ -145,6 +148,8 @@ class Engine(ABC):
         self.steps_begun += 1
         if isinstance(self.optimizer, GuardedOptimizer):
             self.optimizer.begin_step()
+        if self.gradient_sums is not None:
+            self.gradient_sums.begin_step()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches = with_document_bounds(batches, self.documents)

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.layers.kernels import LogitFinish, LossCall
 from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, reference_cross_entropy
-from megatron_ds.layers.products import add_product_, multiply_into
+from megatron_ds.layers.products import add_product_, gradient_sum, multiply_into
 from megatron_ds.parallel.grid import Axis
 
 __all__ = ["LogitFinish", "VocabShard", "gather_logits", "head_loss"]
@@ -165,15 +165,19 @@ class _HeadLoss(torch.autograd.Function):
             loss += losses.sum()
             grads.add(grad_logits, tokens[part], begin)
         ctx.grads = grads.of_inputs(labelled, hidden)
-        ctx.dtype, ctx.scale = weight.dtype, call.scale
+        ctx.dtype, ctx.scale, ctx.weight_sum = weight.dtype, call.scale, gradient_sum(head.weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.grads is not None, "the head's gradients were consumed by an earlier backward pass"
         factor = grads[0] / ctx.scale if ctx.scale != 1.0 else grads[0]
-        own = [None if grad is None else _multiplied(grad, factor, ctx.dtype) for grad in ctx.grads]
+        hidden, weight, bias = ctx.grads
         ctx.grads = None
+        if weight is not None and ctx.weight_sum is not None:
+            ctx.weight_sum.addcmul_(weight, factor)
+            weight = None
+        own = [None if grad is None else _multiplied(grad, factor, ctx.dtype) for grad in (hidden, weight, bias)]
         return *own, None, None, None, None
 
 

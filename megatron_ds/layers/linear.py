@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import FrozenLayer
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
+from megatron_ds.layers.products import add_product_, gradient_sum
 from megatron_ds.parallel.collectives import (
     all_gather_dim0,
     begin_all_gather_dim0,
@@ -27,7 +28,8 @@ class _ColumnLinears(torch.autograd.Function):
 
     Under sequence parallelism it saves the local input, (S/t, B, H), and gathers it again in the backward pass: a layer
     then communicates 10 bsh(t-1)/t elements per micro-batch instead of 8, and keeps 1/t of the activation.
-    Weights are saved as leaf parameters, because ZeRO-3 swaps their data between forward and backward.
+    Weights are saved as leaf parameters, because ZeRO-3 swaps their data between forward and backward. A weight's
+    gradient is added to its `gradient_sum`, if it has one, unless ranks with the same shard add theirs first.
     """
 
     @staticmethod
@@ -36,6 +38,9 @@ class _ColumnLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(num_shards)], parameters[len(num_shards) :]
         ctx.tp, ctx.num_shards, ctx.has_bias = tp, num_shards, [bias is not None for bias in biases]
+        ctx.sums = [
+            gradient_sum(weight) if shards == tp.axis.size else None for weight, shards in zip(weights, num_shards)
+        ]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3 : 3 + len(weights)]) else None, *weights)
         full = all_gather_dim0(x, tp.axis) if tp.splits_sequence else x
         return tuple(
@@ -72,13 +77,43 @@ class _ColumnLinears(torch.autograd.Function):
         grad_weights, grad_biases = [], []
         for index, (grad, weight, num_shards) in enumerate(zip(grads, weights, ctx.num_shards)):
             rows = grad.flatten(0, -2)
-            grad_weight = (rows.t() @ inputs).view_as(weight) if wants_weight[index] and inputs is not None else None
+            grad_weight = _weight_gradient(rows, inputs, weight, ctx.sums[index]) if wants_weight[index] else None
             grad_bias = rows.sum(0).view(weight.shape[:-1]) if wants_bias[index] and ctx.has_bias[index] else None
             grad_weights.append(None if grad_weight is None else sum_over_holders(grad_weight, axis, num_shards))
             grad_biases.append(None if grad_bias is None else sum_over_holders(grad_bias, axis, num_shards))
         if reducing is not None:
             reducing.wait()
         return grad_x, None, None, *grad_weights, *grad_biases
+
+
+def _weight_gradient(rows: Tensor, inputs: Tensor | None, weight: Tensor, total: Tensor | None) -> Tensor | None:
+    """Return the weight's gradient from those of the outputs (tokens, out) and the inputs (tokens, in); or add it.
+
+    None = it is added to `total`.
+    """
+    assert inputs is not None
+    if total is None:
+        return (rows.t() @ inputs).view_as(weight)
+    add_product_(total.flatten(0, -2), rows.t(), inputs)
+    return None
+
+
+class _SummedLinear(torch.autograd.Function):
+    """x W^T, whose backward pass adds the weight's gradient to its `gradient_sum`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+        ctx.total = total
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad_x = grads[0] @ weight if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            _weight_gradient(grads[0].flatten(0, -2), x.flatten(0, -2), weight, ctx.total)
+        return grad_x, None, None
 
 
 def _column_linears(
@@ -124,7 +159,8 @@ def _eager_row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
     Product and reduction are two autograd nodes: torch's recomputation of a block stops once the last product's input
     is restored, and so does not repeat the reduction after it.
     """
-    product = F.linear(x, weight)
+    total = gradient_sum(weight)
+    product = F.linear(x, weight) if total is None else _SummedLinear.apply(x, weight, total)
     return tp.leave(product) if tp.splits_sequence else reduce_from_(product, tp.axis)
 
 

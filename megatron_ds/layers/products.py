@@ -28,3 +28,19 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float(), right.float())
     else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def keep_gradient_sum(parameter: Tensor, total: Tensor) -> None:
+    """Have the backward passes of products add a parameter's gradient to a tensor, instead of returning it to autograd.
+
+    Args:
+        parameter: the weight of a linear layer or of the output head.
+        total: fp32, of its shape; the engine reads it and sets it to zero.
+    """
+    assert total.shape == parameter.shape and total.dtype == torch.float32, (total.shape, total.dtype)
+    parameter.gradient_sum = total  # type: ignore[attr-defined]
+
+
+def gradient_sum(parameter: Tensor | None) -> Tensor | None:
+    """Return the tensor that a parameter's gradient is added to; None = autograd gets the gradient."""
+    return getattr(parameter, "gradient_sum", None)
