@@ -1,0 +1,75 @@
+"""The number of graphs that torch.compile makes of a block, and that they compute what the block does.
+
+Nothing is fused across two graphs. No code is generated here: the graphs run as they
+are.
+"""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ds.hf.config import read_model
+from megatron_ds.layers.param_spec import initial_shard, spec_of
+from megatron_ds.models.block import Block
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.sequential import HIDDEN
+from megatron_ds.parallel.grid import Grid, Layout
+from megatron_ds.parallel.tensor import TensorParallel
+from tests.parity.reference import ALL_CONFIGS
+from tests.ranks import run_grid
+
+COMPILE = torch.compile
+
+
+class Graphs:
+    """A backend that counts its graphs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+
+def _block(grid: Grid, case: str, compiled: bool, divided_by_zero_3: bool) -> tuple[int, list[Tensor]]:
+    graphs = Graphs()
+    torch.compile = partial(COMPILE, backend=graphs)  # the process ends with the test
+    ctx = BuildContext(TensorParallel(grid.tensor), compiled=compiled)
+    layers = read_model(ALL_CONFIGS[case]).core.build_layers(ctx)
+    block = next(spec for spec in layers if spec.is_block).build()
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(initial_shard(name, spec_of(parameter), 5, grid.model_axes))
+            if divided_by_zero_3:
+                parameter.ds_id = 0
+    x = torch.randn(8, 2, block.config.hidden_size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for _ in range(2):  # the second time nothing is compiled anew
+        y = block({HIDDEN: x})[HIDDEN]
+    grads = torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))
+    return graphs.count, [y.detach(), *grads]
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor", "divided_by_zero_3", "graphs"),
+    [
+        ("llama", 1, False, 1),
+        ("gpt2", 1, False, 1),
+        ("llama", 1, True, 5),
+        ("llama", 2, False, 5),
+    ],
+)
+def test_a_block_is_one_graph_without_communication(
+    case: str, tensor: int, divided_by_zero_3: bool, graphs: int
+) -> None:
+    """Each of its four linear layers stands between two graphs where it communicates, or where ZeRO-3 divides it."""
+    layout = Layout(tensor=tensor)
+    plain = run_grid(_block, layout, case, False, divided_by_zero_3)
+    for (count, found), (none, expected) in zip(run_grid(_block, layout, case, True, divided_by_zero_3), plain):
+        assert (count, none) == (graphs, 0)
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
