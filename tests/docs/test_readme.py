@@ -3,12 +3,16 @@
 import itertools
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from bench.__main__ import main as bench
 from bench.cases import CASES
+from bench.combine import main as combine
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError, MegatronDSError
@@ -70,6 +74,13 @@ def run_of(words: list[str]) -> tuple[RunConfig, int | None]:
     return load_run(rest[0], rest[1:]), ranks
 
 
+def options_of(command: Callable[..., None]) -> set[str]:
+    """The options of a function that is a command."""
+    app = typer.Typer()
+    app.command()(command)
+    return {name for one in typer.main.get_command(app).params for name in (*one.opts, *one.secondary_opts)}
+
+
 def check_fits(run: RunConfig, ranks: int) -> None:
     """The run can start on so many ranks; the weights that another example makes may be missing."""
     try:
@@ -95,7 +106,9 @@ def test_command_is_right(
         assert set(cases) <= set(CASES)
     elif words[:3] == ["python", "-m", "bench"]:
         assert {word for word in words[3:] if word[0].isalpha()} <= set(CASES)
-        assert {word for word in words[3:] if word.startswith("--")} <= {"--list", "--rounds"}
+        assert {word for word in words[3:] if word.startswith("--")} <= options_of(bench)
+    elif words[:3] == ["python", "-m", "bench.combine"]:
+        assert {word for word in words[3:] if word.startswith("--")} <= options_of(combine)
     elif words[0] == "megatron-ds" and page.startswith("examples/") and words[1] in ("prepare", "inspect", "export"):
         assert page in CHAINED, f"{page}: {command}: no test runs this command"
     elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
