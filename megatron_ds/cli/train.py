@@ -16,6 +16,7 @@ Examples:
 \b
   megatron-ds train run.yaml --nproc 2
   megatron-ds train run.yaml train.steps=10 parallel.tensor=2 --nproc 4
+  megatron-ds train run.yaml train.deterministic=true checkpoint.every=100
   megatron-ds train run.yaml --nproc 4 --max-restarts 3 --min-nproc 2
   torchrun --nproc-per-node 8 -m megatron_ds train run.yaml
   deepspeed --module megatron_ds train run.yaml

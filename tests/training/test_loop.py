@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -194,6 +195,28 @@ def test_mfu_stands_there_where_the_peak_is_known(make_run: Callable[..., RunCon
     run = make_run(train={"steps": 3})
     _, lines, _, _ = drive(run, CountingEngine(), peak_flops=2e9)
     assert all(line["mfu"] == pytest.approx(line["tflops_per_rank"] * 1e12 / 2e9, rel=1e-12) for line in lines)
+
+
+def test_the_end_of_a_run_names_its_peak_memory_and_the_mfu_of_its_median_step(
+    make_run: Callable[..., RunConfig],
+) -> None:
+    run = make_run(train={"steps": 3})
+
+    def inside() -> str:
+        with RunOutput(run, SilentReporter(), is_first=True) as output, GracefulStop() as interrupt:
+            output.start(SUMMARY)
+            data: Any = Numbers(20)
+            engine: Any = CountingEngine()
+            loop = TrainingLoop(run, engine, data, None, output, Throughput(1e9, 2, 1e15), None, Progress(), _hear)
+            loop.run(interrupt)
+            return loop.describe_use()
+
+    text = run_alone(inside)
+    lines = [json.loads(line) for line in (Path(run.output) / "metrics.jsonl").read_text().splitlines()]
+    found = re.fullmatch(r"peak memory (\d+\.\d\d) GB; MFU (\d+\.\d)% \(median of the steps\)", text)
+    assert found is not None, text
+    assert float(found[1]) >= round(lines[-1]["peak_memory_bytes"] / 1e9, 2)
+    assert float(found[2]) == pytest.approx(100 * sorted(line["mfu"] for line in lines)[1], abs=0.051)
 
 
 def test_validation_covers_every_sample_once_and_weighs_tokens(make_run: Callable[..., RunConfig]) -> None:

@@ -19,6 +19,7 @@ from megatron_ds.training.statement import (
     describe_validation,
     format_epochs,
 )
+from megatron_ds.training.summary import describe_gpu
 from tests.training.test_loop import CountingEngine, Numbers, drive
 
 MakeRun = Callable[..., RunConfig]
@@ -126,3 +127,9 @@ def test_a_share_of_the_training_data_is_validated(make_run: MakeRun) -> None:
 )
 def test_what_is_kept_is_stated(make_run: MakeRun, sections: dict[str, Any], says: str) -> None:
     assert describe_keeping(make_run(**sections)) == says
+
+
+def test_a_gpu_is_named_with_its_peak_or_with_the_reason_why_there_is_no_mfu() -> None:
+    assert describe_gpu("NVIDIA H200", "bf16", 989e12) == "NVIDIA H200 (peak 989 TFLOP/s in bf16)"
+    unknown = "NVIDIA H200 (no MFU: its peak in fp32 is unknown)"
+    assert describe_gpu("NVIDIA H200", "fp32", None) == unknown
