@@ -79,7 +79,8 @@ def _backward(
     """Write the gradient of the normalised rows, plus that of the sum, and this program's part of the weight's."""
     columns = tl.arange(0, BLOCK)
     summed = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+    start = tl.program_id(0) * ROWS
+    while start < num_rows:  # a range over a tensor fails in the interpreter of Triton 3.6
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (rows < num_rows)[:, None] & (columns < size)[None, :]
         values = tl.load(x + rows[:, None] * x_stride + columns[None, :], inside, other=0.0)
@@ -96,6 +97,7 @@ def _backward(
             other = tl.load(grad_total + rows[:, None] * grad_total_stride + columns[None, :], inside, other=0.0)
             grad += other.to(tl.float32)
         tl.store(grad_x + rows[:, None] * size + columns[None, :], grad.to(grad_x.dtype.element_ty), inside)
+        start += tl.num_programs(0) * ROWS
     if WANTS_WEIGHT:
         tl.store(grad_weight + tl.program_id(0).to(tl.int64) * size + columns, tl.sum(summed, 0), columns < size)
 
