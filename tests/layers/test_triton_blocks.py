@@ -109,3 +109,21 @@ def _on_ranks(grid: Grid, case: str) -> None:
 @pytest.mark.parametrize("case", ["qwen3"])
 def test_blocks_of_tensor_ranks_compute_the_same(case: str) -> None:
     run_grid(_on_ranks, Layout(tensor=2), case)
+
+
+def _compiled() -> None:
+    def refused(*arguments: object) -> Tensor:
+        raise AssertionError("a kernel was called while a compiler was to fuse the formula")
+
+    config = read_model(shallow("llama")).core
+    at = BuildContext(kernels=Kernels(**dict.fromkeys(OPERATIONS, refused)))
+    block = block_layers("blocks", config, at, LayerSpec("", torch.nn.Identity), BlockInputs())[0].build()
+    x = torch.randn(8, 2, config.hidden_size, requires_grad=True)
+    compiled = torch.compile(block._block, dynamic=False, backend="eager")
+    compiled([], block._angles(x), x).sum().backward()
+    with pytest.raises(AssertionError, match="a kernel was called"):
+        block({HIDDEN: x})
+
+
+def test_a_compiler_fuses_the_formulas_instead() -> None:
+    run_alone(_compiled)
