@@ -11,18 +11,20 @@ from functools import partial
 from bench.gpu.record import DEVICE, guarded, pick, record, wait_for_turn
 from bench.gpu.right.matrix import FULL_OFFLOAD
 from bench.gpu.right.small_runs import Outcome, Setting, largest_difference, train
+from megatron_ds.engine import DeviceSettings
 
 STEPS = pick(5, 3)
 LOSS_BOUND, NORM_BOUND = 1e-5, 1e-4  # fp32 sums in another order
 BF16_BOUND = 1e-2  # each rank rounds its partial sums
 
+TWO = DeviceSettings(tensor=2)  # the order of kernels that the overlap of reductions needs
 TENSOR = {"parallel": {"tensor": 2}}
 SEQUENCE = {"parallel": {"tensor": 2, "sequence": True}}
 PIPELINE = {"parallel": {"pipeline": 2}}
 
 LAYOUTS = {
-    "tp2": Setting(engine=TENSOR, ranks=2),
-    "tp2 sequence": Setting(engine=SEQUENCE, ranks=2),
+    "tp2": Setting(engine=TENSOR, ranks=2, devices=TWO),
+    "tp2 sequence": Setting(engine=SEQUENCE, ranks=2, devices=TWO),
     "tp2 sequence bf16": Setting("bf16", engine=SEQUENCE, ranks=2),
     "tp2 sequence packed": Setting(engine=SEQUENCE, packed=True, ranks=2),
     "tp2 recompute full": Setting(engine={**TENSOR, "recompute": "full"}, ranks=2),

@@ -22,6 +22,7 @@ bf16 rounds weights and activations by up to 2^-9 and fp16 by 2^-12; a loss, a m
 than a few such steps. TF32 rounds the factors of products by 2^-11.
 """
 
+DETERMINISTIC = DeviceSettings(deterministic=True)
 OPTIMIZER_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 FULL_OFFLOAD = {**OPTIMIZER_OFFLOAD, "offload_param": {"device": "cpu"}}
 
@@ -31,7 +32,7 @@ def _settings(precision: str) -> dict[str, Setting]:
     first = 0 if precision == "fp32" else 1  # DeepSpeed keeps fp32 masters of 16-bit weights from stage 1 on
     found = {f"zero{stage}": Setting(precision, stage) for stage in range(first, 4)}
     found["zero1 packed"] = Setting(precision, 1, packed=True)
-    found["zero1 deterministic"] = Setting(precision, 1, devices=DeviceSettings(deterministic=True))
+    found["zero1 deterministic"] = Setting(precision, 1, devices=DETERMINISTIC)
     if precision == "fp32":
         found["zero1 tf32"] = Setting(precision, 1, devices=DeviceSettings(tf32=True))
         return found
@@ -40,6 +41,7 @@ def _settings(precision: str) -> dict[str, Setting]:
     found["zero1 overlap"] = Setting(precision, 1, {"overlap_comm": True})
     found["zero1 recompute full"] = Setting(precision, 1, engine={"recompute": "full"})
     found["zero1 recompute selective"] = Setting(precision, 1, engine={"recompute": "selective"})
+    found["zero3 deterministic"] = Setting(precision, 3, devices=DETERMINISTIC)
     found["zero3 recompute full"] = Setting(precision, 3, engine={"recompute": "full"})
     return found
 
@@ -50,6 +52,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "bf16 zero1": Setting("bf16", 1, engine={"compile": True}),
         "bf16 zero1 packed": Setting("bf16", 1, engine={"compile": True}, packed=True),
         "bf16 zero3": Setting("bf16", 3, engine={"compile": True}),
+        "bf16 zero1 deterministic": Setting("bf16", 1, engine={"compile": True}, devices=DETERMINISTIC),
         "fp16 zero1": Setting("fp16", 1, engine={"compile": True}),
         "fp32 zero1": Setting("fp32", 1, engine={"compile": True}),
     },
