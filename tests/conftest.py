@@ -18,8 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run on the CPU unless DS_ACCELERATOR=cuda asks for a GPU, which those in tests/gpu.txt can use.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU leaves this process able to fork
-if os.environ["DS_ACCELERATOR"] == "cpu":  # our Triton kernels run in its interpreter, on CPU tensors
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels run in its interpreter, on CPU tensors
 
 # gloo's socket thread polls without sleeping while another thread of its process holds a connection's lock. Where it
 # may preempt that thread, it does so until its time slice ends: with more ranks than cores most of the time is lost

@@ -11,9 +11,11 @@ from bench.gpu.record import DEVICE, guarded, pick, record, torch_device, wait_f
 from bench.gpu.right.chosen_kernels import write_choice
 from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Operation
 from megatron_ds.layers.kernels.check import TOLERANCE, largest_error, supported_examples
-from megatron_ds.layers.kernels.reference import Example, Random, smaller_attention
+from megatron_ds.layers.kernels.cross_entropy import LogitFinish, LossCall
+from megatron_ds.layers.kernels.reference import Example, Random, RotaryCall, smaller_attention
 
-TOKENS, HIDDEN, FFN = pick(4096, 64), pick(4096, 64), pick(14336, 128)
+TOKENS, HIDDEN, FFN = pick(2048, 64), pick(4096, 64), pick(14336, 128)
+VOCAB = pick(128_256, 500)
 
 
 def _attention(heads: int, kv_heads: int, dim: int, **options: Any) -> Example:
@@ -28,11 +30,35 @@ def _learned_bias(random: Random, length: int) -> tuple[Any, ...]:
     return random(length, 1, 8, 64), random(length, 1, 8, 64), random(length, 1, 8, 64), call
 
 
+def _geglu(random: Random, approximation: str) -> tuple[Any, ...]:
+    return random(TOKENS, 1, 2 * FFN), approximation
+
+
+def _rotary(random: Random, positions: bool, adjacent: bool) -> tuple[Any, ...]:
+    """Return arguments of rotary embeddings of 32 query and 8 key heads, at positions 0, 1, 2, ... or at given ones."""
+    angles = random(TOKENS, 1, 1, 64)
+    pairs = angles.repeat_interleave(2, dim=-1) if adjacent else torch.cat([angles, angles], dim=-1)
+    at = torch.arange(TOKENS, device=angles.device).remainder(TOKENS // 3)[None] if positions else None
+    return random(TOKENS, 1, 32, 128), random(TOKENS, 1, 8, 128), RotaryCall(pairs.cos(), pairs.sin(), at, adjacent)
+
+
+def _loss(random: Random, **options: Any) -> tuple[Any, ...]:
+    """Return arguments of a cross entropy over a vocabulary that is padded at its end."""
+    logits = random(pick(256, 8), VOCAB + 64)
+    labels = torch.arange(len(logits), device=logits.device) * 37 % VOCAB
+    return logits, labels, LossCall(0, VOCAB, **options)
+
+
 SOME = torch.empty(0)
 
 LARGER: dict[str, tuple[Example, ...]] = {
     "rms_norm": (lambda random: (random(TOKENS, 1, HIDDEN), random(HIDDEN), 1e-5),),
+    "add_rms_norm": (lambda random: (random(TOKENS, 1, HIDDEN), random(TOKENS, 1, HIDDEN), random(HIDDEN), 1e-5),),
+    "fp32_rms_norm": (lambda random: (random(TOKENS, 1, HIDDEN), random(HIDDEN), 1e-6, 1.0),),
     "swiglu": (lambda random: (random(TOKENS, 1, 2 * FFN),),),
+    "geglu": tuple(partial(_geglu, approximation=approximation) for approximation in ("none", "tanh")),
+    "rotary": tuple(partial(_rotary, positions=given, adjacent=given) for given in (False, True)),
+    "cross_entropy": (_loss, partial(_loss, finish=LogitFinish(0.5, 30.0), scale=4.0)),
     "attention": (
         _attention(32, 8, 128),
         _attention(32, 8, 128, window=40),

@@ -22,6 +22,11 @@ SAMPLE = (
     "tests/parity/test_packing.py::test_five_steps_equal_transformers",
     "tests/checkpoint/test_layouts.py::test_another_layout_goes_on_where_one_stopped[tp2-sp-alone]",
     "tests/engine/test_engine.py",
+    "tests/layers/test_triton_norm.py",
+    "tests/layers/test_triton_gated.py",
+    "tests/layers/test_triton_rotary.py",
+    "tests/layers/test_triton_blocks.py",
+    "tests/layers/test_cross_entropy_kernel.py",
 )
 TINY_SAMPLE = SAMPLE[:1]
 WORKERS = "4"
