@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from bench.gpu.fast.kernels import profile
@@ -153,6 +154,8 @@ def llama() -> None:
 
     for name in contestants:
         guarded(LLAMA_BLOCKS, name, lambda name=name: compete(name))  # type: ignore[misc]
+        torch._dynamo.reset()  # its caches keep the weights of compiled layers
+        release_memory()
 
 
 def gemma() -> None:
