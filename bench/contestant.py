@@ -59,7 +59,7 @@ def main() -> None:
     from megatron_ds.parallel.launch import run_local
 
     preload(spec.options.get("compile", False))
-    start = start_distributed if spec.runner == "ours" else _start_peer
+    start = start_distributed if spec.runner == "ours" else start_peer
 
     def rank(info: Any) -> None:
         start(info)
@@ -69,7 +69,7 @@ def main() -> None:
     run_local(rank, spec.world)
 
 
-def _start_peer(info: Any) -> None:
+def start_peer(info: Any) -> None:
     """Join the process group as a script without this package does: gloo's collectives, the C library's defaults."""
     import deepspeed
     import torch

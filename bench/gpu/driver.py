@@ -81,6 +81,8 @@ def _environment(out: Path, results: Path, began_s: float) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # what our runs set; so contestants differ in nothing but their code
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF") or "expandable_segments:True",
         "DEVICE": os.environ.get("DEVICE") or "cuda",
         "DS_ACCELERATOR": os.environ.get("DEVICE") or "cuda",
         "OUT": str(out),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.contestant import start_peer
 from bench.gpu.fast import models, targets
 from bench.gpu.fast.kernels import profile
 from bench.gpu.fast.measure import flops_per_token, measure_steps
@@ -32,6 +36,7 @@ from bench.work import Spec, Work, model_class
 from megatron_ds.data.prefetch import pinned
 from megatron_ds.engine import preload
 from megatron_ds.hf.config import read_model
+from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.runtime import ModelEngine, session
 
 NUM_DOCUMENTS = 8
@@ -122,7 +127,7 @@ def run_packed(case: Case, engine: ModelEngine, batch: Mapping[str, Tensor], flo
 def run_transformers(case: Case, name: str) -> None:
     """Measure transformers' model in bf16 with torch's fused AdamW, or with DeepSpeed's ZeRO-1 around it."""
     work = case.work
-    with session() if name == DEEPSPEED else nullcontext():
+    with alone_under_deepspeed() if name == DEEPSPEED else nullcontext():
         model = peer_model(case)
         spec = Spec("transformers", 1, {}, work, "", DEVICE)
         if name == DEEPSPEED:
@@ -133,6 +138,16 @@ def run_transformers(case: Case, name: str) -> None:
         flops = work.tokens * flops_per_token(read_model(work.model), work.seq_length, frozen)
         with memory_at_failure(case.title, name):
             measure_steps(case.title, name, step, work.tokens, flops, times=case.times, warm_ups=case.warm_ups)
+
+
+@contextmanager
+def alone_under_deepspeed() -> Iterator[None]:
+    """Start DeepSpeed as the only rank, as a script without this package does."""
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+        os.environ[RENDEZVOUS_FILE] = str(Path(folder) / "rendezvous")
+        start_peer(RankInfo())
+        yield
+        torch.distributed.destroy_process_group()
 
 
 def peer_model(case: Case) -> Any:
