@@ -158,6 +158,8 @@ def test_the_page_shows_the_profile_of_a_missed_target() -> None:
     assert "| `gemm` | 1.5 | 8.0 |" in shown
     met = page.render({"fast": [{**rows[0], "mfu": 0.55}, rows[1]]}, None)
     assert "| 55.0% | met |" in met and "gemm" not in met
+    small = page.render({"fast": [row("environment", "device", shapes="small"), *rows]}, None)
+    assert page.SMALL in small and page.SMALL not in shown
 
 
 def test_targets_name_results_that_are_recorded() -> None:
