@@ -4,15 +4,22 @@ What is not divided (a row-parallel bias, a head that two ranks hold) must have 
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from megatron_ds.layers import linear as linear_layers
 from megatron_ds.layers.linear import ColumnParallelLinear, QKVLinear, ReplicatedLinear, RowParallelLinear
+from megatron_ds.layers.products import keep_gradient_sum
+from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.layers.sharded import FEATURES, LAYOUTS, SEQUENCE, B, Case, H, S, check
+from tests.ranks import run_grid
 
 OUT, DIM = 12, 4
 Parameters = dict[str, Tensor]
@@ -124,3 +131,98 @@ CASES = {
 @pytest.mark.parametrize(("tp", "sequence"), LAYOUTS)
 def test_equals_torch(tp: int, sequence: bool) -> None:
     check(CASES, tp, sequence)
+
+
+class Issued(TorchDispatchMode):
+    """Products and collectives in the order in which they are issued, and waits for collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            of_weight = args[-1].shape[0] == S * B  # summed over tokens
+            self.order.append("weight product" if of_weight else "input product")
+        return func(*args, **(kwargs or {}))
+
+    def record(self, begin: Any, name: str) -> Any:
+        def begun(*arguments: Any) -> Any:
+            self.order.append(f"begin {name}")
+            found = begin(*arguments)
+            work = found[1] if isinstance(found, tuple) else found
+            wait = work.wait
+            work.wait = lambda: (self.order.append(f"wait {name}"), wait())  # type: ignore[attr-defined]
+            return found
+
+        return begun
+
+
+class Work:
+    """A work that can be recorded."""
+
+    def __init__(self, work: Any) -> None:
+        self.wait = work.wait
+
+
+def _order(grid: Grid, sequence: bool) -> list[str]:
+    issued = Issued()
+    for name in ("all_reduce_", "all_gather_dim0", "reduce_scatter_dim0"):
+        begin = getattr(linear_layers, f"begin_{name}")
+
+        def recordable(*arguments: Any, begin: Any = begin) -> Any:
+            found = begin(*arguments)
+            return (found[0], Work(found[1])) if isinstance(found, tuple) else Work(found)
+
+        setattr(linear_layers, f"begin_{name}", issued.record(recordable, name.rstrip("_").removesuffix("_dim0")))
+    layer = ColumnParallelLinear(H, (OUT,), TensorParallel(grid.tensor, sequence), std=1.0)
+    torch.nn.init.normal_(layer.weight)
+    y = layer(torch.randn(S // 2 if sequence else S, B, H, requires_grad=True))
+    with issued:
+        y.backward(torch.ones_like(y))
+    return issued.order
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_collectives_of_the_backward_pass_begin_before_the_products_that_hide_them(sequence: bool) -> None:
+    """The order of launches, which a GPU keeps with one connection to the device."""
+    reduction = "reduce_scatter" if sequence else "all_reduce"
+    gather = ["begin all_gather"] if sequence else []
+    expected = [*gather, "input product", f"begin {reduction}"]
+    expected += [*(["wait all_gather"] if sequence else []), "weight product", f"wait {reduction}"]
+    assert run_grid(_order, Layout(tensor=2), sequence) == [expected] * 2
+
+
+def _sums(grid: Grid) -> dict[str, tuple[Tensor, bool]]:
+    """By weight, its gradient of two recomputed passes plus a sum of 1, and whether autograd has a part of it."""
+    tp = TensorParallel(grid.tensor)
+    layers = {
+        "qkv": QKVLinear(H, 4, 1, DIM, tp, q_std=1.0, kv_std=1.0, bias=False),
+        "row": RowParallelLinear(H * tp.axis.size, OUT, tp, std=1.0),
+    }
+    found = {}
+    for kind, layer in layers.items():
+        for parameter in layer.parameters():
+            torch.nn.init.constant_(parameter, 0.1)
+            keep_gradient_sum(parameter, torch.ones_like(parameter))
+        for seed in range(2):
+            x = torch.randn(S, B, H, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+            y = checkpoint(layer, x, use_reentrant=False)
+            parts = y if isinstance(y, tuple) else (y,)
+            torch.autograd.backward(parts, [torch.ones_like(part) for part in parts])
+        for name, parameter in layer.named_parameters():
+            total, left = parameter.gradient_sum, parameter.grad
+            found[f"{kind}.{name}"] = (total if left is None else total + left, left is not None)
+    return found
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_weight_gradients_are_added_to_their_sums(tensor: int) -> None:
+    """Except those of key and value heads that ranks share, which the ranks add up first."""
+    inputs = sum(torch.randn(S, B, H, generator=torch.Generator().manual_seed(seed)).sum((0, 1)) for seed in range(2))
+    for found in run_grid(_sums, Layout(tensor=tensor)):
+        by_autograd = {name for name, (_, has_gradient) in found.items() if has_gradient}
+        assert by_autograd == ({"qkv.kv_weight"} if tensor == 2 else set())
+        for name, (total, _) in found.items():
+            ranks = tensor if name == "qkv.kv_weight" else 1
+            torch.testing.assert_close(total, (1.0 + ranks * inputs).expand_as(total), rtol=1e-5, atol=1e-5)

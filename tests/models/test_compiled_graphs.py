@@ -1,7 +1,6 @@
 """The number of graphs that torch.compile makes of a block, and that they compute what the block does.
 
-Nothing is fused across two graphs. No code is generated here: the graphs run as they
-are.
+Nothing is fused across two graphs. No code is generated here: the graphs run as they are.
 """
 
 from functools import partial
