@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.gpu.record import TINY, guarded, record, torch_device, wait_for_turn
 from bench.gpu.right.chosen_kernels import read_choice
 from megatron_ds.hf.config import read_model
-from megatron_ds.layers.kernels import select_kernels
+from megatron_ds.layers.kernels import Kernels, select_kernels
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.log import quiet_libraries
 from megatron_ds.models.config import ModelConfig
@@ -104,15 +104,20 @@ def _errors(core: ModelConfig, template: SequentialModel, batch: Batch) -> Itera
             for name, theirs in expected.gradients.items()
         ),
     )
-    kernels = select_kernels(read_choice(), device)
     contexts: dict[str, BuildContext] = {
         "bf16_loss": BuildContext(),
-        "bf16_kernels_loss": BuildContext(kernels=kernels),
+        "bf16_kernels_loss": BuildContext(kernels=_chosen_kernels()),
     }
     for name, context in contexts.items():
         model = SequentialModel(core.build_layers(context)).eval()
         model.load_state_dict(template.state_dict())
         yield name, abs(_run(model.to(device, torch.bfloat16), batch, device).loss / expected.loss - 1)
+
+
+@cache
+def _chosen_kernels() -> Kernels:
+    """Return the chosen kernels, which are checked when they are selected."""
+    return select_kernels(read_choice(), torch_device())
 
 
 def _run(model: SequentialModel, batch: Batch, device: torch.device) -> Run:

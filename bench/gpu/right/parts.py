@@ -3,12 +3,13 @@
 from bench.gpu.part import Part
 
 BEGINNING, SIDE_BY_SIDE = "beginning", "side by side"
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Parts that fork ranks must not start CUDA when they ask whether there is a GPU.
+FORKING = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 CPU_ONLY = {"DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"}
 
 
 def _beside(name: str, limit_s: float, module: str = "", *arguments: str) -> Part:
-    return Part(name, f"bench.gpu.right.{module or name}", arguments, limit_s, SIDE_BY_SIDE, ONE_THREAD)
+    return Part(name, f"bench.gpu.right.{module or name}", arguments, limit_s, SIDE_BY_SIDE, FORKING)
 
 
 PARTS: tuple[Part, ...] = (
@@ -25,5 +26,5 @@ PARTS: tuple[Part, ...] = (
     _beside("command", 200.0),
     _beside("waits", 150.0),
     _beside("tests", 240.0),
-    Part("saves", "bench.gpu.right.saves", (), 80.0),
+    Part("saves", "bench.gpu.right.saves", (), 80.0, environment=FORKING),
 )

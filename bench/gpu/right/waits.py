@@ -18,6 +18,7 @@ from megatron_ds.parallel.launch import RankInfo, run_local
 WARM_UPS, STEPS = 3, 4
 TARGET = 2.0  # synchronisations of a step with one data rank
 NUM_LINES = 6
+WARNING = "called a synchronizing CUDA operation"
 
 SETTINGS = {
     "bf16 zero1, 1 micro-batch": Setting("bf16", 1, engine={"micro_batch_size": BATCH}),
@@ -63,7 +64,7 @@ def _count(info: RankInfo, setting: Setting) -> dict[str, int]:
             engine.train_step(batches, LR)
         torch.cuda.set_sync_debug_mode("default")
     for one in caught:
-        if "synchronizing" in str(one.message):
+        if WARNING in str(one.message):
             path = Path(one.filename)
             lines[f"{path.parent.name}/{path.name}:{one.lineno}"] += 1
     stop_distributed()
