@@ -253,8 +253,9 @@ def fill_deepspeed(
         ("zero_force_ds_cpu_optimizer", False),
         ("steps_per_print", _NEVER_PRINT_STEPS),
         ("wall_clock_breakdown", False),
+        ("timers", {"throughput": {"enabled": False}}),  # it would wait for the device twice a micro-batch
     ):
-        filled.setdefault(key, default)
+        filled.setdefault(key, copy.deepcopy(default))
     if config.parallel.pipeline > 1:  # DeepSpeed's default partitions what stages exchange over the tensor ranks
         pipeline = {"pipe_partitioned": False, "grad_partitioned": False}
         filled["pipeline"] = {**pipeline, **(filled.get("pipeline") or {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -65,11 +66,11 @@ class Losses:
     metric_sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def unpack(cls, packed: Tensor, counts: Sequence[int], head: HeadSpec) -> Losses:
-        """Return the losses in a tensor of `HeadSpec.pack`, (terms + 2 * metrics,), after its reduction."""
-        values, rest = packed.tolist(), len(head.terms)
-        parts = zip(values[rest::2], values[rest + 1 :: 2])
-        return cls(dict(zip(head.terms, values)), dict(zip(head.terms, counts)), dict(zip(head.metrics, parts)))
+    def unpack(cls, packed: Sequence[float], counts: Sequence[int], head: HeadSpec) -> Losses:
+        """Return the losses in the numbers of `HeadSpec.pack`, terms + 2 * metrics, after their reduction."""
+        rest = len(head.terms)
+        parts = zip(packed[rest::2], packed[rest + 1 :: 2])
+        return cls(dict(zip(head.terms, packed)), dict(zip(head.terms, counts)), dict(zip(head.metrics, parts)))
 
     def __add__(self, other: Losses) -> Losses:
         """Return the losses of the data of both."""
@@ -129,6 +130,7 @@ class Engine(ABC):
         self.steps_begun = 0
         self.documents = DocumentLimit()
         self._rng = rng
+        self._read: list[float] | None = None  # the step's packed losses and its norm, once they are on the host
         if isinstance(optimizer, GuardedOptimizer):
             optimizer.should_step = self._should_step
 
@@ -141,8 +143,9 @@ class Engine(ABC):
         data ranks with fewer labels weigh less, and one without any contributes nothing. If the loss or the gradient
         norm is not finite, the step is skipped and nothing changes.
 
-        Besides the layers' and DeepSpeed's own traffic: one all-reduce of an int64 label count per loss term, and one
-        of fp32 numbers, a loss sum per term and a sum and a weight per metric.
+        Besides the layers' and DeepSpeed's own traffic: an all-reduce in host memory of an int64 label count per loss
+        term, and one on the device of fp32 numbers, a loss sum per term and a sum and a weight per metric. The host
+        waits for the device once, for these numbers and the gradient norm.
         """
         self._rng.begin_step(self.steps_begun)
         self.steps_begun += 1
@@ -156,9 +159,11 @@ class Engine(ABC):
         counts = self._count(batches)
         # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the labels.
         parts = len(batches) * self.grid.shard.size
-        scales = torch.tensor([parts / count if count else 0.0 for count in counts], device=self.device)
+        scales = [parts / count if count else 0.0 for count in counts]
         skipped_before = self.deepspeed.skipped_steps
-        sums, grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
+        self._read = None
+        grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
+        sums = self._collect().tolist() if self._read is None else self._read[: self.head.num_sums]
         losses = Losses.unpack(sums, counts, self.head)
         applied = self.deepspeed.skipped_steps == skipped_before and not getattr(self.optimizer, "skipped", False)
         return StepResult(losses.mean, grad_norm, counts[0], applied, losses.terms, losses.metrics)
@@ -167,7 +172,8 @@ class Engine(ABC):
         """Compute the losses and metrics of all data ranks' micro-batches, without gradients."""
         batches = with_document_bounds(batches, self.documents)
         counts = self._count(batches)
-        return Losses.unpack(self._evaluate([self._to_device(batch) for batch in batches]), counts, self.head)
+        sums = self._evaluate([self._to_device(batch) for batch in batches]).tolist()
+        return Losses.unpack(sums, counts, self.head)
 
     @property
     def can_overflow(self) -> bool:
@@ -179,31 +185,48 @@ class Engine(ABC):
         """Return the predictions by name, (B, ...) fp32 on CPU; None except on ranks of the last pipeline stage."""
 
     @abstractmethod
-    def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
-        """Run forward, backward and optimizer on this rank's micro-batches.
+    def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
+        """Run forward, backward and optimizer on this rank's micro-batches; return the gradient norm before clipping.
+
+        `read_norm` is called between the backward pass and the optimizer.
 
         Args:
             batches: micro-batches on the device.
-            scales: (terms,), what each micro-batch's sum of a term is multiplied by before it is differentiated.
-
-        Returns:
-            `HeadSpec.pack`'s tensor, (terms + 2 * metrics,), summed over micro-batches and data ranks, on every rank;
-            the gradient norm before clipping.
+            scales: for each term, what a micro-batch's sum is multiplied by before it is differentiated.
         """
 
     @abstractmethod
+    def _collect(self) -> Tensor:
+        """Return `HeadSpec.pack`'s tensor of the step, (terms + 2 * metrics,), summed over its micro-batches and ranks.
+
+        Collective over loss, and over pipeline.
+        """
+
+    def read_norm(self, norm: Tensor) -> Tensor:
+        """Read the step's losses and its gradient norm, a scalar, in one transfer; return the norm on the host.
+
+        Collective over loss, and over pipeline.
+        """
+        sums = self._collect()
+        if norm.device != sums.device:  # offloaded gradients leave it in host memory
+            sums = sums.cpu()
+        self._read = torch.cat([sums, norm.reshape(1)]).tolist()
+        return torch.tensor(self._read[-1], dtype=norm.dtype)
+
     def _should_step(self) -> bool:
-        """Return whether the step's loss and norm are finite, the same on all ranks. Collective over the world."""
+        """Return whether the step's loss and norm are finite, the same on all ranks."""
+        assert self._read is not None, "the optimizer steps before the gradient norm is known"
+        return all(math.isfinite(value) for value in (*self._read[: len(self.head.terms)], self._read[-1]))
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Return `HeadSpec.pack`'s tensor, (terms + 2 * metrics,), summed over batches and data ranks, on all ranks."""
 
     def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, ...]:
-        """Return the number of labels per loss term in the global batch. Collective over loss.
+        """Return the number of labels per loss term in the global batch. Collective over the world, in host memory.
 
         Args:
-            batches: this data rank's micro-batches of it.
+            batches: this data rank's micro-batches of it, in host memory.
 
         Raises:
             ValueError: `count_labels` does not count each term.
@@ -211,7 +234,9 @@ class Engine(ABC):
         counts = torch.stack([self.head.count_labels(self._labels_of(batch)) for batch in batches]).sum(0)
         if counts.shape != (len(self.head.terms),):
             raise ValueError(f"count_labels returned {tuple(counts.shape)} for the terms {', '.join(self.head.terms)}")
-        return tuple(all_reduce_(counts.to(self.device), self.grid.loss).tolist())
+        if self.grid.loss.size > 1:
+            counts = all_reduce_(counts if self.grid.is_first_of_loss else torch.zeros_like(counts), self.grid.host)
+        return tuple(counts.tolist())
 
     def _empty_sums(self) -> Tensor:
         """Return zeros of the shape of `HeadSpec.pack`, to add micro-batches to."""

@@ -25,6 +25,7 @@ from megatron_ds.config import (
 )
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
 from megatron_ds.engine.base import Engine, ShardReader
+from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
@@ -130,6 +131,8 @@ def build_engine(
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
         bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
         made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, clip=clip, bucket=bucket)
+    if summary.zero_stage > 0:
+        read_norm_once(engine.optimizer, made.read_norm)
     made.kernels, made.documents = kernels.names, ctx.documents
     made.gradient_sums = find_gradient_sums(engine, device)
     return made

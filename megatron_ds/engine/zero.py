@@ -20,8 +20,7 @@ from megatron_ds.parallel.regions import OPTIMIZER, profiled
 class ZeroEngine(Engine):
     """`Engine` around a `SequentialModel`."""
 
-    _sums: Tensor  # the current step's packed losses, summed over data ranks after its last micro-batch
-    _norm: float | None = None  # its gradient norm, if DeepSpeed does not compute one
+    _sums: Tensor  # the current step's packed losses, summed over micro-batches
 
     def __init__(self, *args: Any, clip: float, bucket: int) -> None:
         """Build the engine. At ZeRO-0 it reduces and clips gradients itself, since DeepSpeed's way is wrong or costly.
@@ -39,28 +38,25 @@ class ZeroEngine(Engine):
         if self._stage_0:
             self.deepspeed.enable_backward_allreduce = False
 
-    def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
-        self._sums = self._empty_sums()
+    def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
+        self._sums, norm = self._empty_sums(), None
         for batch in batches:
             losses = self.deepspeed(batch, self._labels_of(batch))
             self._sums += losses.detach()
             self.deepspeed.backward(self.head.scaled_loss(losses, scales))
-            if self.deepspeed.is_gradient_accumulation_boundary():
-                all_reduce_(self._sums, self.grid.loss)
-                self._norm = self._reduced_and_clipped() if self._stage_0 else None
+            if self._stage_0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._reduced_and_clipped()
             with profiled(OPTIMIZER):
                 self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm
-        return self._sums, float(norm)
+        return float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
 
-    def _should_step(self) -> bool:
-        sums = self._sums[: len(self.head.terms)]
-        return bool(sums.isfinite().all()) and (self._norm is None or math.isfinite(self._norm))
+    def _collect(self) -> Tensor:
+        return all_reduce_(self._sums, self.grid.loss)
 
     def _reduced_and_clipped(self) -> float:
         """Average the gradients over data ranks in buckets, clip them as torch does, return their norm before that.
 
-        The L2 norm counts parameters that all tensor ranks hold once. Collective over shard and tensor.
+        The L2 norm counts parameters that all tensor ranks hold once. Collective over shard, tensor and loss.
         """
         if self.grid.shard.size > 1:
             self.deepspeed.allreduce_gradients(bucket_size=self._bucket)
@@ -72,7 +68,7 @@ class ZeroEngine(Engine):
             squares += torch.stack(torch._foreach_norm(counted)).square().sum()
         for axis in axes.values():
             all_reduce_(squares, axis)
-        norm = float(squares.sqrt())
+        norm = float(self.read_norm(squares.sqrt()))
         if math.isfinite(norm) and norm > self._clip > 0.0:
             torch._foreach_mul_([p.grad for p in trained], self._clip / (norm + 1e-6))
         return norm

@@ -8,10 +8,11 @@ that an engine knows of a model.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,9 @@ class HeadSpec:
         averaged = [part.detach().float() for name in self.metrics for part in result.metrics[name]]
         return torch.stack([*sums, *averaged])
 
-    def scaled_loss(self, packed: Tensor, scales: Tensor) -> Tensor:
-        """Return the scalar to differentiate: each term's sum times its scale, (terms,), added up."""
-        return (packed[: len(self.terms)] * scales).sum()
+    def scaled_loss(self, packed: Tensor, scales: Sequence[float]) -> Tensor:
+        """Return the scalar to differentiate: the sum of the terms' sums times their scales."""
+        return reduce(operator.add, [term * scale for term, scale in zip(packed, scales)])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -177,6 +177,7 @@ class Grid:
         rank: this global rank.
         axes: every axis of the layout by name. Code that means a role uses the role.
         world: all ranks.
+        host: all ranks, with a group for tensors in host memory: what is known there is agreed without the device.
         batch: the ranks that read different samples.
         loss: the ranks over which losses and label counts are summed.
         shard: the ranks over which ZeRO reduces gradients and shards states.
@@ -188,6 +189,7 @@ class Grid:
     rank: int
     axes: Axes
     world: Axis
+    host: Axis
     batch: Axis
     loss: Axis
     shard: Axis
@@ -211,6 +213,11 @@ class Grid:
     def coords(self) -> Coords:
         return self.layout.coords(self.rank)
 
+    @property
+    def is_first_of_loss(self) -> bool:
+        """True on one rank for each rank of `loss`: a sum over all ranks to which only these add is one over `loss`."""
+        return all(axis.rank == 0 for name, axis in self.axes.items() if name not in ROLES["loss"])
+
 
 def create_grid(layout: Layout, rank: int) -> Grid:
     """Create the process groups of a layout. Collective over the world.
@@ -228,7 +235,19 @@ def create_grid(layout: Layout, rank: int) -> Grid:
     for name in sorted(layout, key=lambda name: _GROUP_ORDER.index(name) if name in _GROUP_ORDER else len(AXES)):
         along(name)
     roles = {role: along(*names) for role, names in ROLES.items()}
-    return Grid(layout, rank, {name: along(name) for name in layout}, along(*layout), **roles)
+    world = along(*layout)
+    return Grid(layout, rank, {name: along(name) for name in layout}, world, _on_host(world), **roles)
+
+
+def _on_host(world: Axis) -> Axis:
+    """Return the axis of all ranks with a gloo group.
+
+    It is the one group beside the device's for all sums in host memory: under an NCCL group that has its device, torch
+    splits the communicator for every new group, and ranks outside a gloo group would wait there for those inside.
+    """
+    if world.size == 1 or dist.get_backend(world.group) == "gloo":
+        return world
+    return replace(world, group=dist.new_group(backend="gloo"))
 
 
 def _create_axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:

@@ -299,17 +299,17 @@ class TrainingLoop:
         return pinned(batches, self._engine.device) if self._ahead else batches
 
     def _combine_requests(self, interrupt: GracefulStop) -> bool:
-        """Combine the requests of all ranks, so that all act after the same step. Collective over the world.
+        """Combine the requests of all ranks, so that all act after the same step.
 
-        Reports a save that is complete on every rank.
+        Collective over the world, in host memory. Reports a save that is complete on every rank.
 
         Returns:
             True if the run has to stop.
         """
         stop_code = int(interrupt.signal or _TIME_LIMIT) if interrupt.requested else 0
         is_writing = self._saver is None or not self._saver.is_due
-        flags = torch.tensor([stop_code, int(is_writing), *self._callbacks.flags], device=self._engine.device)
-        agreed = all_reduce_(flags, self._engine.grid.world, dist.ReduceOp.MAX).tolist()
+        flags = torch.tensor([stop_code, int(is_writing), *self._callbacks.flags])
+        agreed = all_reduce_(flags, self._engine.grid.host, dist.ReduceOp.MAX).tolist()
         self._stop_code, any_writing, *requests = agreed
         self._callbacks.agree(requests)
         if self._saver is not None and not any_writing:

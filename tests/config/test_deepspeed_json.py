@@ -87,6 +87,7 @@ def test_empty_mapping_becomes_zero_1_in_fp32(make_run):
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

@@ -60,7 +60,7 @@ class CountingEngine:
     """Every token's loss is its target; step k (1-based) is applied unless k is in `skipped`."""
 
     device, can_overflow = torch.device("cpu"), False
-    grid = SimpleNamespace(rank=0, batch=Axis(), world=Axis())
+    grid = SimpleNamespace(rank=0, batch=Axis(), world=Axis(), host=Axis())
 
     def __init__(
         self, skipped: Sequence[int] = (), losses: dict[int, float] | None = None, step_s: float = 0.0

@@ -18,16 +18,13 @@ from megatron_ds.parallel.collectives import all_reduce_
 class PipelineEngine(Engine):
     """`Engine` around a `PipelinedModel`."""
 
-    def _step(self, batches: Sequence[MicroBatch], scales: Tensor) -> tuple[Tensor, float]:
+    def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
         self.deepspeed.train_batch(self._feed(batches, scales))
         norm = self.deepspeed.get_global_grad_norm()  # None without ZeRO, which the checks of training runs refuse
-        return self._collect(), math.nan if norm is None else float(norm)
-
-    def _should_step(self) -> bool:
-        return bool(self._collect()[: len(self.head.terms)].isfinite().all())
+        return math.nan if norm is None else float(norm)
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
-        feed = self._feed(batches, torch.zeros(len(self.head.terms), device=self.device))
+        feed = self._feed(batches, [0.0] * len(self.head.terms))
         self.deepspeed.total_loss = None
         self.deepspeed.eval_batch(feed, num_micro_batches=len(batches))
         self.deepspeed.total_loss = None
@@ -51,12 +48,14 @@ class PipelineEngine(Engine):
         for name, parameter in module.named_parameters():
             yield module.renamed.get(name, name), parameter
 
-    def _feed(self, batches: Sequence[MicroBatch], scales: Tensor | None) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
+    def _feed(
+        self, batches: Sequence[MicroBatch], scales: Sequence[float] | None
+    ) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
         """Return what DeepSpeed loads on the first and last stage; the labels bypass it and go to the module's head.
 
         Args:
             batches: micro-batches of one shape.
-            scales: (terms,), factors of the loss terms; None = prediction, without labels.
+            scales: factors of the loss terms; None = prediction, without labels.
         """
         module: PipelinedModel = self.deepspeed.module
         self._expect({name: column.shape for name, column in batches[0].items()})

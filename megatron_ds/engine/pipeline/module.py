@@ -60,7 +60,8 @@ class PipelinedModel(PipelineModule):
         self.labels: deque[Mapping[str, Tensor] | None] = deque()
         self.shapes: dict[str, torch.Size] = {}
         self.head_spec = head_of(specs)
-        self.scales, self.sums = torch.zeros(len(self.head_spec.terms)), torch.zeros(self.head_spec.num_sums)
+        self.scales: Sequence[float] = [0.0] * len(self.head_spec.terms)
+        self.sums = torch.zeros(self.head_spec.num_sums)
         self.predicted: dict[str, Tensor] | None = None
 
     def forward(self, entering: tuple[Tensor, ...]) -> Any:

@@ -1,0 +1,128 @@
+"""The gradient norm under ZeRO, which reaches the host in one read together with the step's losses.
+
+Between the backward pass and the optimizer, DeepSpeed 0.19.8 waits for the device several times: it searches every
+gradient for overflow, sends constants to the device, compares the norm, and compares it again for each parameter group
+that it clips. All of this depends on one number. With the number on the host it costs no wait.
+
+DeepSpeed has three optimizers for ZeRO, with a method each that is replaced here. What they decide stays as it is: a
+norm that is not finite skips the step and lowers a dynamic loss scale. The search for overflow is left out, because a
+gradient that is not finite makes the norm so on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import get_norm_dtype
+from torch import Tensor
+
+ReadNorm = Callable[[Tensor], Tensor]
+"""The norm on the device, a scalar -> the same on the host. Called on all ranks, so it may communicate."""
+
+
+def read_norm_once(zero: Any, read: ReadNorm) -> None:
+    """Make DeepSpeed's optimizer take its gradient norm from the host.
+
+    Args:
+        zero: the optimizer of stage 1, 2 or 3.
+        read: called once a step with the norm of the gradients, which a loss scale still multiplies.
+    """
+    if isinstance(zero, BF16_Optimizer):
+        zero.step = partial(_step_of_bf16, zero, read)
+        return
+    zero.has_overflow = lambda partition_gradients=True: False
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero._get_norm_groups = partial(_norms_of_stage_3, zero, zero._get_norm_groups, read)
+    else:
+        assert isinstance(zero, DeepSpeedZeroOptimizer), type(zero)
+        zero.scaled_global_norm = partial(_norm_of_stages_1_and_2, zero, zero.scaled_global_norm, read)
+
+
+def _norm_of_stages_1_and_2(zero: Any, of_offloaded: Callable[[], Tensor], read: ReadNorm) -> Tensor:
+    if zero.cpu_offload:  # the gradients are in host memory
+        return read(of_offloaded())
+    return read(torch.linalg.vector_norm(_norms(zero, zero.params_in_partition, torch.float32)))
+
+
+def _norms_of_stage_3(zero: Any, of_offloaded: Callable[[], list[Tensor]], read: ReadNorm) -> list[Tensor]:
+    by_group = (
+        torch.stack(of_offloaded()) if zero.offload_optimizer else _norms(zero, zero.fp16_groups, get_norm_dtype())
+    )
+    return [read(torch.linalg.vector_norm(by_group))]
+
+
+def _norms(zero: Any, groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
+    """Return the L2 norm of the gradients of each parameter group, (groups,), as DeepSpeed counts them.
+
+    Of what several tensor ranks hold, the first rank counts, and the first pipeline stage of what several stages hold.
+    One all-reduce over shard, and one over the model-parallel ranks.
+
+    Args:
+        zero: the optimizer, with the gradients of this rank's partition.
+        groups: the parameters of each group in this rank's partition.
+        dtype: the dtype of the sums of squares that are reduced.
+    """
+    sums = []
+    for index, parameters in enumerate(groups):
+        gradients = [one for one in zero.averaged_gradients[index] if not getattr(one, "_zero_padding", False)]
+        counted = [
+            gradient
+            for gradient, parameter in zip(gradients, parameters)
+            if not getattr(parameter, "ds_pipe_replicated", False)
+            and (is_model_parallel_parameter(parameter) or zero.model_parallel_rank == 0)
+        ]
+        sums.append(_sum_of_squares(counted, get_norm_dtype()))
+    by_group = torch.stack(sums).to(dtype)
+    for group in (zero.dp_process_group, zero.model_parallel_group):
+        _sum_over(by_group, group)
+    return by_group.sqrt()
+
+
+def _sum_over(x: Tensor, group: Any) -> None:
+    """Sum in place over a group of DeepSpeed's, which may be None or hold this rank alone."""
+    if group is not None and dist.get_world_size(group=group) > 1:
+        dist.all_reduce(x, group=group)
+
+
+def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the sum of the squares of all elements, a scalar of `dtype`. One kernel reads many tensors."""
+    if not tensors:
+        return torch.zeros((), dtype=dtype, device=get_accelerator().current_device_name())
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square().sum()
+
+
+@torch.no_grad()
+def _step_of_bf16(zero: Any, read: ReadNorm) -> None:
+    """Do a step of `BF16_Optimizer`: ZeRO-1 in bf16, with all gradients in fp32 on every data rank.
+
+    Of the gradients it clips those alone that this rank's optimizer reads.
+    """
+    squares = _sum_of_squares(zero.get_grads_for_norm()[0], torch.float32)
+    _sum_over(squares, zero.mpu.get_model_parallel_group())
+    norm = read(squares.sqrt())
+    zero.overflow = not bool(norm.isfinite())
+    if zero.overflow:
+        zero._global_grad_norm = float("inf")
+        zero.clear_hp_grads()
+        zero.clear_lp_grads()
+        return
+    zero._global_grad_norm = norm
+    gradients = zero.fp32_groups_gradient_flat_partition
+    factor = zero.clip_grad / (norm + 1e-6)
+    if zero.clip_grad > 0.0 and factor < 1:
+        torch._foreach_mul_(gradients, float(factor))
+    for parameter, gradient in zip(zero.fp32_groups_flat_partition, gradients):
+        parameter.grad = gradient.to(parameter.dtype)
+    zero.optimizer.step()
+    zero._lazy_init_hp_params_optimizer_state()
+    zero.update_lp_params()
+    zero.clear_hp_grads()
