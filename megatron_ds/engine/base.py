@@ -162,7 +162,7 @@ class Engine(ABC):
         scales = [parts / count if count else 0.0 for count in counts]
         skipped_before = self.deepspeed.skipped_steps
         self._read = None
-        grad_norm = self._step([self._to_device(batch) for batch in batches], scales)
+        grad_norm = self._step(self._to_device(batches), scales)
         sums = self._collect().tolist() if self._read is None else self._read[: self.head.num_sums]
         losses = Losses.unpack(sums, counts, self.head)
         applied = self.deepspeed.skipped_steps == skipped_before and not getattr(self.optimizer, "skipped", False)
@@ -172,7 +172,7 @@ class Engine(ABC):
         """Compute the losses and metrics of all data ranks' micro-batches, without gradients."""
         batches = with_document_bounds(batches, self.documents)
         counts = self._count(batches)
-        sums = self._evaluate([self._to_device(batch) for batch in batches]).tolist()
+        sums = self._evaluate(self._to_device(batches)).tolist()
         return Losses.unpack(sums, counts, self.head)
 
     @property
@@ -231,7 +231,7 @@ class Engine(ABC):
         Raises:
             ValueError: `count_labels` does not count each term.
         """
-        counts = torch.stack([self.head.count_labels(self._labels_of(batch)) for batch in batches]).sum(0)
+        counts = torch.stack([self.head.count_labels(self.head.labels_in(batch)) for batch in batches]).sum(0)
         if counts.shape != (len(self.head.terms),):
             raise ValueError(f"count_labels returned {tuple(counts.shape)} for the terms {', '.join(self.head.terms)}")
         if self.grid.loss.size > 1:
@@ -242,10 +242,11 @@ class Engine(ABC):
         """Return zeros of the shape of `HeadSpec.pack`, to add micro-batches to."""
         return torch.zeros(self.head.num_sums, dtype=torch.float32, device=self.device)
 
-    def _labels_of(self, batch: MicroBatch) -> dict[str, Tensor]:
-        return {name: batch[name] for name in self.head.label_columns}
+    def _to_device(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Return the columns on the device, with those that the head derives from them on the host."""
+        return [self._move(self.head.with_positions(batch)) for batch in batches]
 
-    def _to_device(self, batch: MicroBatch) -> MicroBatch:
+    def _move(self, batch: MicroBatch) -> MicroBatch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     # ---- parameters ----------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class ZeroEngine(Engine):
     def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
         self._sums, norm = self._empty_sums(), None
         for batch in batches:
-            losses = self.deepspeed(batch, self._labels_of(batch))
+            losses = self.deepspeed(batch, self.head.labels_in(batch))
             self._sums += losses.detach()
             self.deepspeed.backward(self.head.scaled_loss(losses, scales))
             if self._stage_0 and self.deepspeed.is_gradient_accumulation_boundary():
@@ -78,14 +78,14 @@ class ZeroEngine(Engine):
         self.deepspeed.eval()
         total = self._empty_sums()
         for batch in batches:
-            total += self.deepspeed(batch, self._labels_of(batch))
+            total += self.deepspeed(batch, self.head.labels_in(batch))
         self.deepspeed.train()
         return all_reduce_(total, self.grid.loss)
 
     @torch.no_grad()
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
         self.deepspeed.eval()
-        found = self.deepspeed(self._to_device(batch))
+        found = self.deepspeed(self._move(batch))
         self.deepspeed.train()
         return {name: output.float().cpu() for name, output in found.items()}
 

@@ -12,7 +12,7 @@ from megatron_ds.layers.cross_entropy import LogitFinish, VocabShard, gather_log
 from megatron_ds.layers.embedding import VocabParallelEmbedding
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.models.context import BuildContext
-from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, OutputHead
+from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, OutputHead, positions_of
 from megatron_ds.parallel.collectives import copy_to, gather_sequence
 from megatron_ds.parallel.regions import EMBEDDING, profiled
 
@@ -67,7 +67,8 @@ class LanguageModelHead(OutputHead):
 
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
         """One term, `targets`: the sum of the labelled positions' losses."""
-        return HeadResult({"targets": head_loss(self.enter(activations[HIDDEN]), self.local(), labels["targets"].t())})
+        hidden, positions = self.enter(activations[HIDDEN]), labels.get(positions_of("targets"))
+        return HeadResult({"targets": head_loss(hidden, self.local(), labels["targets"].t(), positions)})
 
     def outputs(self, activations: Activations) -> Activations:
         """Return `logits` (B, S, V), gathered over the tensor axis."""

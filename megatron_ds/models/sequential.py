@@ -17,7 +17,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.columns import find_column
+from megatron_ds.columns import COLUMNS, find_column
 from megatron_ds.models.context import BuildContext
 from megatron_ds.parallel.regions import HEAD, profiled
 
@@ -45,6 +45,11 @@ def _count(name: str, column: Tensor) -> int:
     return column.numel() if ignored is None else int((column != ignored).sum())
 
 
+def positions_of(column: str) -> str:
+    """Return the name under which a head finds where a column of labels has labels; see `HeadSpec.with_positions`."""
+    return f"{column}.positions"
+
+
 @dataclass(frozen=True)
 class HeadSpec:
     """Declaration of an output head's labels, loss terms and metrics, which every pipeline rank has.
@@ -68,6 +73,25 @@ class HeadSpec:
     def per_column(cls, *columns: str) -> HeadSpec:
         """Return the declaration of a head with one loss term for each label column, under the column's name."""
         return cls(columns, columns)
+
+    def with_positions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add to a micro-batch in host memory where its labels are, so that a head need not ask the device.
+
+        For each label column of several entries a sample, (B, S), of which some carry no loss: `positions_of` it, int64
+        (labels,), the indices of those that do in the transposed column, (S, B), flattened.
+        """
+        found = dict(batch)
+        for name in self.label_columns:
+            ignored = find_column(name).ignored if name in COLUMNS else None
+            if ignored is not None and batch[name].dim() == 2:
+                positions = (batch[name].t().flatten() != ignored).nonzero().squeeze(1)
+                found[positions_of(name)] = positions.pin_memory() if batch[name].is_pinned() else positions
+        return found
+
+    def labels_in(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the label columns of a micro-batch, and where their labels are if it has been added."""
+        names = (*self.label_columns, *map(positions_of, self.label_columns))
+        return {name: batch[name] for name in names if name in batch or name in self.label_columns}
 
     @property
     def num_sums(self) -> int:

@@ -1,38 +1,120 @@
 """A step waits for its device once, whatever the engine, the stage of ZeRO and the number of micro-batches."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from megatron_ds.models.sequential import OutputHead
 from megatron_ds.parallel.grid import Grid
-from tests.engine.device_waits import DeviceWaits
+from tests.engine.device_waits import NAME, DeviceWaits
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_on, micro_batches
-from tests.ranks import run_grid
+from tests.ranks import rank_device, run_alone, run_grid
 
 RECIPE = Recipe(steps=3)
+BF16 = replace(RECIPE, precision="bf16")
 
 
-def _waits(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> list[list[str]]:
-    """Return the places where each step waits."""
+def _count(step: Callable[[], Any], batches: list[dict[str, Tensor]]) -> list[str]:
+    """Return the places where a step waits, by the recording device or by torch's own detection on CUDA."""
+    if rank_device().type == "cpu":
+        with DeviceWaits(column for batch in batches for column in batch.values()) as waits:
+            step()
+        return waits.places
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing CUDA" in str(one.message)]
+
+
+def _waits(grid: Grid, directory: Path, place: Place, recipe: Recipe, added: str = "") -> list[list[str]]:
+    """Return the places where each step waits; `added` is a wait in the head."""
     engine, _ = engine_on(grid, directory, place, recipe)
+    for module in engine.deepspeed.module.modules():
+        if added and isinstance(module, OutputHead):
+            _add_wait(module, added)
     seen = []
     for step in range(recipe.steps):
         batches = micro_batches(grid, place, recipe, step)
-        with DeviceWaits(column for batch in batches for column in batch.values()) as waits:
-            engine.train_step(batches, recipe.lr)
-        seen.append(waits.places)
+        if rank_device().type != "cpu":
+            batches = [{name: column.pin_memory() for name, column in batch.items()} for batch in batches]
+        seen.append(_count(lambda given=batches: engine.train_step(given, recipe.lr), batches))  # type: ignore[misc]
     return seen
 
 
-PLACES = [Place(1, 1, 1, stage) for stage in (0, 1, 2, 3)] + [Place(1, 2, 1, 1)]
+def _add_wait(head: OutputHead, added: str) -> None:
+    own = head.forward
+
+    def forward(*given: Any) -> Any:
+        losses = own(*given)
+        ADDED[added](losses.detach())
+        return losses
+
+    head.forward = forward  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("place", PLACES, ids=str)
-def test_a_step_waits_once(place: Place, precision: str, references: Any) -> None:
+ADDED: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda losses: losses.sum().item(),
+    "tolist": lambda losses: losses.tolist(),
+    "bool": lambda losses: bool((losses > 0).all()),
+    "cpu": lambda losses: losses.cpu(),
+    "nonzero": lambda losses: losses.nonzero(),
+    "mask": lambda losses: losses[losses > 0],
+    "constant": lambda losses: torch.tensor(1.0, device=losses.device),
+}
+
+CASES = [
+    (Place(1, 1, 1, 0), RECIPE),
+    (Place(1, 1, 1, 2), RECIPE),
+    (Place(1, 1, 1, 3), BF16),
+    (Place(1, 1, 1, 1), BF16),
+    (Place(1, 1, 2, 1), RECIPE),
+    (Place(2, 1, 1, 1, True), RECIPE),
+    (Place(1, 2, 1, 1), BF16),
+]
+
+
+@pytest.mark.parametrize(("place", "recipe"), CASES, ids=[f"{place}-{recipe.precision}" for place, recipe in CASES])
+def test_a_step_waits_once(place: Place, recipe: Recipe, references: Any) -> None:
+    """On CUDA a pipeline's first stages wait once more: DeepSpeed sends them a constant. The first step may do so."""
     directory, _ = references("llama", RECIPE)
-    for rank in run_grid(_waits, place.layout, directory, place, replace(RECIPE, precision=precision)):
-        assert [len(step) for step in rank[1:]] == [1, 1], "\n".join(rank[-1])
+    limit = 1 if place.pp == 1 else 2
+    for rank in run_grid(_waits, place.layout, directory, place, recipe):
+        assert all(1 <= len(step) <= limit for step in rank[1:]), "\n".join(rank[-1])
+
+
+def test_every_kind_of_wait_is_seen(references: Any) -> None:
+    directory, _ = references("llama", RECIPE)
+    for added in ADDED:
+        place, recipe = Place(1, 1, 1, 1), replace(RECIPE, steps=2)
+        (rank,) = run_grid(_waits, place.layout, directory, place, recipe, added)
+        assert len(rank[1]) == 1 + 2, (added, rank[1])  # once in each of two micro-batches
+
+
+def _transfers() -> list[list[str]]:
+    """Return what is counted of copies to the device and back, of host tensors, and of synchronization."""
+    from deepspeed.accelerator import get_accelerator
+
+    batch, there = torch.arange(4), torch.ones(4)
+    with DeviceWaits([batch]) as allowed:
+        on_device = batch.to(NAME, non_blocking=True)
+        _ = on_device * 2 + there, batch.sum().item(), torch.tensor([1, 2]).tolist(), there.new_zeros(3)
+    with DeviceWaits([batch]) as counted:
+        _ = batch.to(NAME), there.to("cpu"), there.copy_(batch), torch.tensor([1], device=NAME)
+        get_accelerator().synchronize()
+    return [allowed.places, [place.partition(" < ")[0] for place in counted.places]]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="the recording device stands in for CUDA on a CPU")
+def test_the_recording_device_counts_transfers() -> None:
+    allowed, counted = run_alone(_transfers)
+    assert allowed == []
+    assert counted == ["to the device", "to the host", "copy to the device", "tensor from values", "synchronize"]

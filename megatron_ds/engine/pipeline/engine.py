@@ -36,7 +36,7 @@ class PipelineEngine(Engine):
         module: PipelinedModel = self.deepspeed.module
         self.deepspeed.total_loss = None  # DeepSpeed accumulates the module output as a loss; reset it
         self.deepspeed.eval_batch(
-            self._feed([self._to_device(batch)], None), reduce_output=None, bcast_loss=False, num_micro_batches=1
+            self._feed([self._move(batch)], None), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
         self.deepspeed.total_loss = None
         module.train()
@@ -62,7 +62,7 @@ class PipelineEngine(Engine):
         if scales is not None:
             module.scales, module.sums = scales, self._empty_sums()
         if module.is_last:
-            module.labels.extend(self._labels_of(batch) if scales is not None else None for batch in batches)
+            module.labels.extend(self.head.labels_in(batch) if scales is not None else None for batch in batches)
         columns = module._specs[0].columns
         return iter([(tuple(input_activations(batch, columns).values()), ()) for batch in batches])
 
