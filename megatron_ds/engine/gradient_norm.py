@@ -1,4 +1,4 @@
-"""The gradient norm under ZeRO, which reaches the host in one read together with the step's losses.
+"""The gradient norm under ZeRO, which reaches the host in the read that fetches the step's losses.
 
 Between the backward pass and the optimizer, DeepSpeed 0.19.8 waits for the device several times: it searches every
 gradient for overflow, sends constants to the device, compares the norm, and compares it again for each parameter group

@@ -9,7 +9,10 @@ parameter holds copies of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from math import gcd, prod
 
 import torch
@@ -17,6 +20,9 @@ from torch import Tensor, nn
 
 from megatron_ds.parallel.grid import Axes, Axis
 from megatron_ds.parallel.random import derive_seed
+
+TILE_ELEMENTS = 2**22
+"""The largest tile of an initial value; see `initial_shard`. Values of larger parameters depend on it."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +154,50 @@ def pad_shard(shard: Tensor, spec: ParamSpec, axes: Axes) -> Tensor:
 def initial_shard(name: str, spec: ParamSpec, seed: int, axes: Axes) -> Tensor:
     """Return this rank's shard of a parameter's initial value, fp32 on CPU, padding included.
 
-    The full tensor is drawn from a generator seeded by (seed, name) and then cut, so the weights depend on neither
-    layout nor the order in which parameters are filled. Holds one full tensor at a time.
+    The full tensor consists of tiles that do not depend on the layout, each drawn from a generator seeded by (seed,
+    name, tile). A rank draws the tiles that its shard touches, on as many threads as torch uses, so the weights depend
+    on neither layout nor the order in which parameters are filled, and no rank holds a full tensor of several tiles.
     """
-    generator = torch.Generator().manual_seed(derive_seed("init", seed, name))
+    ranges = spec.local_ranges(axes)
+    if spec.std is None and spec.bound is None:
+        return pad_shard(torch.full([stop - start for start, stop in ranges], spec.fill), spec, axes)
+    shard = torch.zeros(spec.local_shape(axes))
+    tile_shape = _tile_shape(spec.shape)
+    is_only_tile = tile_shape == spec.shape
+
+    def fill(index: tuple[int, ...]) -> None:
+        begins = [place * length for place, length in zip(index, tile_shape)]
+        ends = [min(begin + length, full) for begin, length, full in zip(begins, tile_shape, spec.shape)]
+        shared = [(max(begin, start), min(end, stop)) for begin, end, (start, stop) in zip(begins, ends, ranges)]
+        tile_seed = derive_seed("init", seed, name) if is_only_tile else derive_seed("init", seed, name, index)
+        tile = _draw([end - begin for begin, end in zip(begins, ends)], spec, tile_seed)
+        inside = tuple(slice(low - begin, high - begin) for (low, high), begin in zip(shared, begins))
+        shard[tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(shared, ranges))] = tile[inside]
+
+    touched = list(product(*(range(a // n, -(-b // n)) if a < b else () for (a, b), n in zip(ranges, tile_shape))))
+    num_threads = min(torch.get_num_threads(), len(touched))
+    if num_threads <= 1:
+        for index in touched:
+            fill(index)
+        return shard
+    with ThreadPoolExecutor(num_threads) as pool:  # torch draws without Python's lock
+        list(pool.map(fill, touched))
+    return shard
+
+
+def _tile_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the tiles of a tensor: its largest dim is halved until one has at most `TILE_ELEMENTS`."""
+    lengths = list(shape)
+    while prod(lengths) > TILE_ELEMENTS:
+        largest = lengths.index(max(lengths))
+        lengths[largest] = -(-lengths[largest] // 2)
+    return tuple(lengths)
+
+
+def _draw(shape: Sequence[int], spec: ParamSpec, seed: int) -> Tensor:
+    """Draw a tensor from the distribution of a parameter's initial value, fp32 on CPU."""
+    values, generator = torch.empty(shape), torch.Generator().manual_seed(seed)
     if spec.std is not None:
-        full = torch.empty(spec.shape).normal_(0.0, spec.std, generator=generator)
-    elif spec.bound is not None:
-        full = torch.empty(spec.shape).uniform_(-spec.bound, spec.bound, generator=generator)
-    else:
-        full = torch.full(spec.shape, spec.fill)
-    return pad_shard(full[tuple(slice(*bounds) for bounds in spec.local_ranges(axes))], spec, axes)
+        return values.normal_(0.0, spec.std, generator=generator)
+    assert spec.bound is not None
+    return values.uniform_(-spec.bound, spec.bound, generator=generator)

@@ -242,8 +242,8 @@ def create_grid(layout: Layout, rank: int) -> Grid:
 def _on_host(world: Axis) -> Axis:
     """Return the axis of all ranks with a gloo group.
 
-    It is the one group beside the device's for all sums in host memory: under an NCCL group that has its device, torch
-    splits the communicator for every new group, and ranks outside a gloo group would wait there for those inside.
+    One group of all ranks serves every sum in host memory, also those over some of them. If NCCL's group has its device,
+    torch splits the communicator for each new group, and ranks outside a smaller gloo group would wait for the others.
     """
     if world.size == 1 or dist.get_backend(world.group) == "gloo":
         return world
