@@ -11,7 +11,6 @@ from megatron_ds.config.checks import (
 from megatron_ds.config.data_section import DataSection, DataSource
 from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving
 from megatron_ds.config.deepspeed_json import (
-    DEFAULT_BUCKET_ELEMENTS,
     DeepSpeedSummary,
     adapt_to_device,
     fill_deepspeed,
@@ -32,7 +31,6 @@ from megatron_ds.config.run_config import (
 )
 
 __all__ = [
-    "DEFAULT_BUCKET_ELEMENTS",
     "CheckpointSection",
     "DataSection",
     "DataSource",

@@ -30,8 +30,8 @@ from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, show, suggest
 from megatron_ds.paths import expanded_text
 
-DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of `reduce_bucket_size`
 DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
+BUCKET_ELEMENTS = 50_000_000  # gradients that data ranks reduce at a time: larger messages are no faster
 CPU_BUCKET_ELEMENTS = 5_000_000  # a bucket whose memory the process keeps from step to step
 _COUNT, _SWITCH = TypeAdapter(Annotated[int, Field(ge=0)]), TypeAdapter(bool)
 _NEVER_PRINT_STEPS = 10**9  # DeepSpeed's own step reports are replaced by metrics.jsonl
@@ -270,8 +270,9 @@ def adapt_to_device(filled: Mapping[str, Any], device_type: str, data_size: int)
     """Fill the defaults of a filled DeepSpeed config that depend on the device and the number of data ranks.
 
     At ZeRO stage 0 the engine clips gradients itself, because DeepSpeed's norm counts neither tensor ranks nor
-    replicated parameters. On a CPU, DeepSpeed's default bucket of 5e8 gradients is fresh memory in every step, whose
-    pages cost more than the copy; with one data rank there is nothing to reduce, and no bucket is needed.
+    replicated parameters. DeepSpeed's default bucket of 5e8 gradients is 1 GB in bf16, allocated even if it reduces
+    less; on a CPU it is fresh memory in every step, whose pages cost more than the copy. With one data rank there is
+    nothing to reduce, and ZeRO-1 needs no bucket.
 
     Args:
         filled: from `fill_deepspeed`; it is not changed.
@@ -280,10 +281,9 @@ def adapt_to_device(filled: Mapping[str, Any], device_type: str, data_size: int)
     """
     stage = summarize_deepspeed(filled).zero_stage
     zero = dict(filled.get("zero_optimization", {}))
-    if device_type == "cpu":
-        zero.setdefault("reduce_bucket_size", CPU_BUCKET_ELEMENTS)
-        if stage == 1 and data_size == 1:
-            zero.setdefault("contiguous_gradients", False)
+    zero.setdefault("reduce_bucket_size", CPU_BUCKET_ELEMENTS if device_type == "cpu" else BUCKET_ELEMENTS)
+    if stage == 1 and data_size == 1:
+        zero.setdefault("contiguous_gradients", False)
     adapted = {**filled, "zero_optimization": zero}
     return {**adapted, "gradient_clipping": 0.0} if stage == 0 else adapted
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.config import (
-    DEFAULT_BUCKET_ELEMENTS,
     DeepSpeedSummary,
     OptimizerSection,
     adapt_to_device,
@@ -125,11 +124,11 @@ def build_engine(
         for parameters in flat_parameters(engine):
             optimizer.create_state(parameters)
     made: Engine
+    bucket = int(config["zero_optimization"]["reduce_bucket_size"])
     if pipelined:
-        made = PipelineEngine(grid, device, optimizer, engine, head_of(specs), rng)
+        made = PipelineEngine(grid, device, optimizer, engine, head_of(specs), rng, bucket=bucket)
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
-        bucket = int(config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
         made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, clip=clip, bucket=bucket)
     if summary.zero_stage > 0:
         read_norm_once(engine.optimizer, made.read_norm)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine, MicroBatch
+from megatron_ds.engine.data_sum import average_over_data, reduces_itself
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.regions import OPTIMIZER, profiled
@@ -23,19 +24,21 @@ class ZeroEngine(Engine):
     _sums: Tensor  # the current step's packed losses, summed over micro-batches
 
     def __init__(self, *args: Any, clip: float, bucket: int) -> None:
-        """Build the engine. At ZeRO-0 it reduces and clips gradients itself, since DeepSpeed's way is wrong or costly.
+        """Build the engine. At ZeRO-0, and at ZeRO-1 in bf16, it has gradients reduced in buckets of its own size.
+
+        DeepSpeed would copy up to 5e8 of them at a time into one tensor, even with one data rank.
 
         Args:
             args: see `Engine`.
-            clip: bound of the gradient norm, in which DeepSpeed would count replicated parameters several times; 0 = no
-                bound.
-            bucket: number of gradient elements that data ranks reduce at a time. DeepSpeed would copy all of them into
-                one tensor, even with one data rank.
+            clip: at ZeRO-0, bound of the gradient norm, in which DeepSpeed would count replicated parameters several
+                times; 0 = no bound.
+            bucket: number of gradient elements that data ranks reduce at a time.
         """
         super().__init__(*args)
         self._clip, self._bucket = clip, bucket
         self._stage_0 = self.deepspeed.zero_optimization_stage() == 0
-        if self._stage_0:
+        self._reduces = reduces_itself(self.deepspeed)
+        if self._reduces:
             self.deepspeed.enable_backward_allreduce = False
 
     def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
@@ -44,8 +47,9 @@ class ZeroEngine(Engine):
             losses = self.deepspeed(batch, self.head.labels_in(batch))
             self._sums += losses.detach()
             self.deepspeed.backward(self.head.scaled_loss(losses, scales))
-            if self._stage_0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = self._reduced_and_clipped()
+            if self._reduces and self.deepspeed.is_gradient_accumulation_boundary():
+                average_over_data(self.deepspeed, self.grid.shard, self._bucket)
+                norm = self._clipped() if self._stage_0 else None
             with profiled(OPTIMIZER):
                 self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
@@ -53,13 +57,11 @@ class ZeroEngine(Engine):
     def _collect(self) -> Tensor:
         return all_reduce_(self._sums, self.grid.loss)
 
-    def _reduced_and_clipped(self) -> float:
-        """Average the gradients over data ranks in buckets, clip them as torch does, return their norm before that.
+    def _clipped(self) -> float:
+        """Clip the gradients at ZeRO-0 as torch does; return their norm before that.
 
-        The L2 norm counts parameters that all tensor ranks hold once. Collective over shard, tensor and loss.
+        The L2 norm counts parameters that all tensor ranks hold once. Collective over tensor and loss.
         """
-        if self.grid.shard.size > 1:
-            self.deepspeed.allreduce_gradients(bucket_size=self._bucket)
         axes = self.grid.model_axes
         trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
         counted = [p.grad for p in trained if spec_of(p).holds_first(axes)]

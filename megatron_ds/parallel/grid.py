@@ -242,7 +242,7 @@ def create_grid(layout: Layout, rank: int) -> Grid:
 def _on_host(world: Axis) -> Axis:
     """Return the axis of all ranks with a gloo group.
 
-    One group of all ranks serves every sum in host memory, also those over some of them. If NCCL's group has its device,
+    One group of all ranks serves every sum in host memory, also those over some of them. If NCCL's group has a device,
     torch splits the communicator for each new group, and ranks outside a smaller gloo group would wait for the others.
     """
     if world.size == 1 or dist.get_backend(world.group) == "gloo":

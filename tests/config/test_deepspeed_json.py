@@ -8,6 +8,7 @@ import pytest
 from megatron_ds.config import (
     DeepSpeedSummary,
     EngineConfig,
+    adapt_to_device,
     check_run,
     fill_deepspeed,
     load_deepspeed,
@@ -431,3 +432,31 @@ def test_home_and_variables_in_the_paths_of_the_json(ds_file, monkeypatch):
     assert json.dumps(given) == before
     with pytest.raises(ConfigError, match=r"csv_monitor.output_path=\$NOT_SET .run file. uses the environment"):
         load_deepspeed({"csv_monitor": {"output_path": "$NOT_SET"}})
+
+
+@pytest.mark.parametrize(
+    ("device", "stage", "data_size", "stated", "expected"),
+    [
+        ("cuda", 0, 1, {}, {"reduce_bucket_size": 50_000_000}),
+        ("cuda", 1, 1, {}, {"reduce_bucket_size": 50_000_000, "contiguous_gradients": False}),
+        ("cuda", 1, 8, {}, {"reduce_bucket_size": 50_000_000}),
+        ("cuda", 2, 1, {}, {"reduce_bucket_size": 50_000_000}),
+        ("cuda", 3, 8, {}, {"reduce_bucket_size": 50_000_000}),
+        ("cpu", 1, 1, {}, {"reduce_bucket_size": 5_000_000, "contiguous_gradients": False}),
+        ("cpu", 2, 2, {}, {"reduce_bucket_size": 5_000_000}),
+        ("cuda", 2, 8, {"reduce_bucket_size": 500_000_000}, {"reduce_bucket_size": 500_000_000}),
+        (
+            "cuda",
+            1,
+            1,
+            {"contiguous_gradients": True, "reduce_bucket_size": 7},
+            {"contiguous_gradients": True, "reduce_bucket_size": 7},
+        ),
+    ],
+)
+def test_buckets_fit_the_device_and_the_data_ranks(device, stage, data_size, stated, expected):
+    filled = {"zero_optimization": {"stage": stage, **stated}, "gradient_clipping": 1.0}
+    adapted = adapt_to_device(filled, device, data_size)
+    assert adapted["zero_optimization"] == {"stage": stage, **expected}
+    assert adapted["gradient_clipping"] == (0.0 if stage == 0 else 1.0)
+    assert filled["zero_optimization"] == {"stage": stage, **stated}

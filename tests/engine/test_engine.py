@@ -212,14 +212,23 @@ def _flat_copies(grid: Grid, directory: Path, place: Place) -> tuple[list[int], 
     return copied, max(parameter.numel() for _, parameter in engine.local_parameters())
 
 
-def test_zero_0_copies_gradients_in_buckets_or_not_at_all(references: Any) -> None:
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place(1, 1, 1, 0),
+        Place(2, 1, 1, 0, True),
+        Place(1, 1, 2, 0),
+        *(Place(1, pp, dp, 1, extra=(("bf16", {"enabled": True}),)) for pp, dp in ((1, 1), (1, 2), (2, 1), (2, 2))),
+    ],
+    ids=lambda place: f"{place}{'-bf16' * bool(place.extra)}",
+)
+def test_gradients_are_copied_in_buckets_or_not_at_all(place: Place, references: Any) -> None:
     directory, _ = references("llama", RECIPE)
     bucket = 4096
-    zero = (("zero_optimization", {"stage": 0, "reduce_bucket_size": bucket}),)
-    for data, sequence in ((1, False), (1, True), (2, False)):
-        place = Place(2 if sequence else 1, 1, data, 0, sequence, extra=zero)
-        copied, largest = run_grid(_flat_copies, place.layout, directory, place)[0]
-        if data == 1:
+    zero = ("zero_optimization", {"stage": place.zero, "reduce_bucket_size": bucket})
+    place = replace(place, extra=(zero, *place.extra))
+    for copied, largest in run_grid(_flat_copies, place.layout, directory, place):
+        if place.dp == 1:
             assert not copied
         else:
             assert len(copied) > 1 and max(copied) <= bucket + largest

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine, MicroBatch
+from megatron_ds.engine.data_sum import average_over_data
 from megatron_ds.engine.pipeline.module import PipelinedModel
 from megatron_ds.models.sequential import input_activations
 from megatron_ds.parallel.collectives import all_reduce_
@@ -17,6 +19,16 @@ from megatron_ds.parallel.collectives import all_reduce_
 
 class PipelineEngine(Engine):
     """`Engine` around a `PipelinedModel`."""
+
+    def __init__(self, *args: Any, bucket: int) -> None:
+        """Build the engine. In bf16 it has gradients reduced in buckets of its own size, as `ZeroEngine` does.
+
+        Args:
+            args: see `Engine`.
+            bucket: number of gradient elements that data ranks reduce at a time.
+        """
+        super().__init__(*args)
+        self.deepspeed._bf16_reduce_grads = partial(average_over_data, self.deepspeed, self.grid.shard, bucket)
 
     def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
         self.deepspeed.train_batch(self._feed(batches, scales))
