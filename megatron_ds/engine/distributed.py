@@ -87,7 +87,7 @@ def start_distributed(
 
     Raises:
         ConfigError: see `DeviceSettings.set_environment`.
-        TopologyError: the ranks cannot connect to each other.
+        TopologyError: the ranks cannot connect to each other, or a launcher's rank has no device.
     """
     settings.set_environment(os.environ)
 
@@ -103,12 +103,15 @@ def start_distributed(
         deepspeed.ops.__compatible_ops__ = {}
         keep_freed_memory()
     else:
-        local_rank %= accelerator.device_count()  # under `srun --gpus-per-task=1` each rank sees one device
+        local_rank = _device_index(info, accelerator.device_count(), is_launched=group is not None)
         accelerator.set_device(local_rank)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads its device from it
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # of a shell in an MPI job; DeepSpeed fails where they differ
     if not dist.is_initialized():
-        _connect(accelerator.communication_backend_name(), info, timedelta(seconds=timeout_s), group)
+        # NCCL connects at once to ranks that name their device, and a barrier need not guess it
+        bound = accelerator.device_name() == "cuda" and info.world_size > 1
+        device = torch.device("cuda", local_rank) if bound else None
+        _connect(accelerator.communication_backend_name(), info, timedelta(seconds=timeout_s), group, device)
     deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
     device = torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")
     if device.type == "cpu":
@@ -117,7 +120,23 @@ def start_distributed(
     return device
 
 
-def _connect(backend: str, info: RankInfo, timeout: timedelta, group: RankGroup | None) -> None:
+def _device_index(info: RankInfo, num_devices: int, is_launched: bool) -> int:
+    """Return the index of this rank's device among those that it sees.
+
+    Raises:
+        TopologyError: a launcher has started more ranks on this machine than it shows devices.
+    """
+    if is_launched and 1 < num_devices <= info.local_rank:
+        raise TopologyError(
+            f"LOCAL_RANK={info.local_rank} of rank {info.rank} has no device: it sees {num_devices}, numbered from 0; "
+            f"nearest: {num_devices} ranks on each machine"
+        )
+    return info.local_rank % num_devices  # under `srun --gpus-per-task=1` each rank sees one device
+
+
+def _connect(
+    backend: str, info: RankInfo, timeout: timedelta, group: RankGroup | None, device: torch.device | None
+) -> None:
     """Create the process group. Ranks of a launcher, which have met, connect within the time limit of the start."""
     limit = timedelta(seconds=group.timeout_s) if group is not None and group.timeout_s else timeout
     if group is not None:
@@ -130,6 +149,7 @@ def _connect(backend: str, info: RankInfo, timeout: timedelta, group: RankGroup 
             rank=info.rank,
             world_size=info.world_size,
             timeout=min(limit, timeout),
+            device_id=device,
         )
     except RuntimeError as problem:
         if backend != "gloo" or lost_peer(problem):

@@ -2,6 +2,16 @@
 
 import subprocess
 import sys
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ds.engine import distributed
+from megatron_ds.errors import TopologyError
+from megatron_ds.parallel.rank_info import RankInfo
 
 CODE = """
 import sys, torch
@@ -17,3 +27,29 @@ for compiles in (False, True):
 def test_the_compiler_is_imported_by_runs_that_compile() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split()[-4:] == ["False", "True", "True", "True"]
+
+
+def test_devices_are_those_of_the_local_ranks() -> None:
+    for rank in range(4):
+        assert distributed._device_index(RankInfo(4 + rank, 8, rank), 4, is_launched=True) == rank
+        assert distributed._device_index(RankInfo(4 + rank, 8, rank), 1, is_launched=True) == 0, "it sees its own alone"
+        assert distributed._device_index(RankInfo(rank, 4, rank), 2, is_launched=False) == rank % 2, (
+            "tests share devices"
+        )
+
+
+def test_a_local_rank_without_a_device_is_refused() -> None:
+    with pytest.raises(TopologyError) as refused:
+        distributed._device_index(RankInfo(6, 8, 2), 2, is_launched=True)
+    assert str(refused.value) == (
+        "LOCAL_RANK=2 of rank 6 has no device: it sees 2, numbered from 0; nearest: 2 ranks on each machine"
+    )
+
+
+def test_the_process_group_is_given_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda **arguments: given.update(arguments))
+    monkeypatch.setenv(distributed.RENDEZVOUS_FILE, "/nowhere")
+    device = torch.device("cuda", 1)
+    distributed._connect("nccl", RankInfo(1, 2, 1), timedelta(seconds=5), None, device)
+    assert given["device_id"] == device and given["backend"] == "nccl" and given["world_size"] == 2
