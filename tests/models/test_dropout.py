@@ -145,11 +145,11 @@ def after_the_down_projection() -> None:
 def after_the_sum() -> None:
     add = Block._add
 
-    def moved(self: Block, x: Tensor, change: Tensor, norm: Any) -> Tensor:
+    def moved(self: Block, x: Tensor, change: Tensor, output_norm: Any, next_norm: Any) -> tuple[Tensor, Tensor]:
         self.dropout, kept = torch.nn.Identity(), self.dropout
-        total = kept(add(self, x, change, norm))
+        total = kept(add(self, x, change, output_norm, None)[1])
         self.dropout = kept
-        return total
+        return (next_norm(total) if next_norm is not None else total), total
 
     Block._add = moved  # type: ignore[method-assign]
 
