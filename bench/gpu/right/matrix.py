@@ -19,7 +19,8 @@ BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3, "tf32": 2e-3}
 """Largest relative difference of a loss from fp32's on the CPU, over all steps.
 
 bf16 rounds weights and activations by up to 2^-9 and fp16 by 2^-12; a loss, a mean over many tokens, differs by less
-than a few such steps. TF32 rounds the factors of products by 2^-11.
+than a few such steps. TF32 rounds the factors of products by 2^-11. Seen on a CPU: 1e-7 for fp32 sums in another order,
+2.4e-3 for bf16.
 """
 
 DETERMINISTIC = DeviceSettings(deterministic=True)
