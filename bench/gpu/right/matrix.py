@@ -37,12 +37,14 @@ def _settings(precision: str) -> dict[str, Setting]:
     if precision == "fp32":
         found["zero1 tf32"] = Setting(precision, 1, devices=DeviceSettings(tf32=True))
         return found
+    found["zero1 offload"] = Setting(precision, 1, OPTIMIZER_OFFLOAD)
     found["zero2 offload"] = Setting(precision, 2, OPTIMIZER_OFFLOAD)
     found["zero3 offload"] = Setting(precision, 3, FULL_OFFLOAD)
     found["zero1 overlap"] = Setting(precision, 1, {"overlap_comm": True})
     found["zero1 recompute full"] = Setting(precision, 1, engine={"recompute": "full"})
     found["zero1 recompute selective"] = Setting(precision, 1, engine={"recompute": "selective"})
     found["zero3 deterministic"] = Setting(precision, 3, devices=DETERMINISTIC)
+    found["zero2 recompute full"] = Setting(precision, 2, engine={"recompute": "full"})
     found["zero3 recompute full"] = Setting(precision, 3, engine={"recompute": "full"})
     return found
 
@@ -52,10 +54,15 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "compiled": {
         "bf16 zero1": Setting("bf16", 1, engine={"compile": True}),
         "bf16 zero1 packed": Setting("bf16", 1, engine={"compile": True}, packed=True),
+        "bf16 zero2": Setting("bf16", 2, engine={"compile": True}),
         "bf16 zero3": Setting("bf16", 3, engine={"compile": True}),
         "bf16 zero1 deterministic": Setting("bf16", 1, engine={"compile": True}, devices=DETERMINISTIC),
-        "fp16 zero1": Setting("fp16", 1, engine={"compile": True}),
+    },
+    "compiled more": {
         "fp32 zero1": Setting("fp32", 1, engine={"compile": True}),
+        "fp16 zero1": Setting("fp16", 1, engine={"compile": True}),
+        "fp16 zero3": Setting("fp16", 3, engine={"compile": True}),
+        "bf16 zero1 recompute full": Setting("bf16", 1, engine={"compile": True, "recompute": "full"}),
     },
 }
 
