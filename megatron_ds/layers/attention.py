@@ -123,6 +123,7 @@ class Attention(nn.Module):
         super().__init__()
         self.kernels, self.documents = kernels.attention, documents or DocumentLimit()
         self.rotary_kernel = kernels.rotary
+        self._is_prepared = False
         self.shape, self.rotary, self.recompute, self.rng = shape, rotary, recompute, rng
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.qkv = QKVLinear(
@@ -226,11 +227,40 @@ class Attention(nn.Module):
                 return kernel(q, k, v, call).flatten(2)
         return self._by_torch(q, k, v, key_mask, positions)
 
+    def prepare(self, x: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> None:
+        """Have the kernel made and checked that a call needs, if it is made at its first call.
+
+        Code that torch.compile traces cannot do that. Nothing is computed, and no parameter is read.
+
+        Args:
+            x, key_mask, positions: as in `forward`.
+        """
+        if not isinstance(self.kernels, KernelsByCall) or self._is_prepared or x.dtype == torch.float32:
+            return
+        self._is_prepared = True
+        shape, tp, batch = self.shape, self.out.tp, x.shape[1]
+        length = x.shape[0] * (tp.axis.size if tp.splits_sequence else 1)
+        q = x.new_empty(length, batch, len(self.heads), shape.head_dim)
+        kv_heads = len(set(self.kv_of_head)) if self._is_grouped(len(set(self.kv_of_head))) else len(self.heads)
+        kv = x.new_empty(length, batch, kv_heads, shape.head_dim)
+        distance_bias = None
+        if self.relative is not None:
+            distance_bias = x.new_empty(len(self.heads), 2 * length - 1, dtype=torch.float32)
+        call = self._call(q, key_mask, positions, None, distance_bias)
+        self._kernel(q, kv, kv, call)
+
     def _call(
-        self, q: Tensor, key_mask: Tensor | None, positions: Tensor | None, bounds: Tensor | None
+        self,
+        q: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        bounds: Tensor | None,
+        distance_bias: Tensor | None = None,
     ) -> AttentionCall:
         """Return the options of self-attention by queries (S, B, N/t, D), as kernels are asked for it."""
         shape, length = self.shape, q.shape[0]
+        if distance_bias is None and self.relative is not None:
+            distance_bias = self.relative.by_distance(length)
         key_bias = None
         if shape.alibi is not None:
             key_bias = self._alibi(length, q, key_mask, positions)[:, :, 0]
@@ -244,7 +274,7 @@ class Attention(nn.Module):
             longest=self.documents.longest,
             key_mask=key_mask,
             key_bias=key_bias,
-            distance_bias=self.relative.by_distance(length) if self.relative is not None else None,
+            distance_bias=distance_bias,
             dropout=shape.dropout if self.training else 0.0,
         )
 

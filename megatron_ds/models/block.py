@@ -85,6 +85,7 @@ class Block(nn.Module):
             self.mlp_norm = None
         self.mlp = build_feed_forward(config.feed_forward(layer), ctx)
         self.dropout = HiddenDropout(config.residual_dropout, ctx.rng, ctx.tp.splits_sequence)
+        self.is_compiled = ctx.compiled
         self._run = torch.compile(self._block, dynamic=False) if ctx.compiled else self._block
 
     def _norms(self, ctx: BuildContext) -> tuple[Norm | None, Norm | None]:
@@ -100,6 +101,9 @@ class Block(nn.Module):
 
     def forward(self, activations: Activations) -> Activations:
         """Replace the hidden states (S, B, H); all other activations pass through."""
+        if self.is_compiled:
+            mask, positions = (activations.get(name) for name in (self.inputs.mask, self.inputs.positions))
+            self.attention.prepare(activations[HIDDEN], mask, positions)
         names = [name for name in self.inputs.names if name in activations]
         run = partial(self._run, names, self._angles(activations[HIDDEN]))
         with profiled(BLOCK):

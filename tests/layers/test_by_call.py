@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as library
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.attention import Attention
-from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Kernels, KernelsByCall, Operation
-from megatron_ds.layers.kernels.by_call import Entry
+from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Kernels, KernelsByCall, Operation, flex
+from megatron_ds.layers.kernels.by_call import Deferred, Entry
 from megatron_ds.layers.kernels.reference import reference_attention
 from megatron_ds.layers.kernels.select import select_kernels
 from megatron_ds.layers.recompute import Recompute
@@ -172,3 +173,28 @@ def test_a_deferred_kernel_is_checked_at_its_first_call() -> None:
 def test_torch_alone_has_a_kernel_for_all_but_plain_attention() -> None:
     assert list(FROM_TORCH) == ["varlen", "flex"] == list(ATTENTION.names[-2:])
     assert FROM_TORCH["flex"].deferred and all(one.is_installed for one in FROM_TORCH.values())
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_torch_compile_traces_the_choice(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, mask by blocks included, once the kernel has been checked."""
+    monkeypatch.setattr(library, "_validate_device", lambda *tensors: None)  # refuses gradients on a CPU
+    flexible = Entry("flex", flex.supports, Deferred(ATTENTION.variant, lambda *arguments: flex.flex_attention()))
+    shape = replace(PLAIN, head_dim=16, softcap=softcap, window=100)
+    kernels = Kernels(attention=KernelsByCall([flexible]))
+    layer = Attention(shape, TensorParallel(), None, Recompute(), None, kernels)
+    positions = torch.arange(200).remainder(90)[None]
+    bounds = torch.tensor([[0, 90, 180, 200, 200]], dtype=torch.int32)
+    torch.manual_seed(0)
+    tensors = [torch.randn(200, 1, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    layer.prepare(tensors[0], None, positions)
+    core = torch.compile(layer._core, backend="aot_eager", dynamic=False, fullgraph=True)
+    monkeypatch.setattr(layer, "_by_torch", lambda *given: 1 / 0)
+    found = core(*tensors, None, positions, bounds)
+    expected = reference_attention(*tensors, AttentionCall(0.6, 100, softcap, positions)).flatten(2)
+    for one, other in zip((found, *_grads(found, tensors)), (expected, *_grads(expected, tensors)), strict=True):
+        assert float((one - other).detach().norm()) <= 2e-2 * float(other.detach().norm())
+
+
+def _grads(y: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, tensors, torch.ones_like(y))

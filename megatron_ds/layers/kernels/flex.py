@@ -143,14 +143,16 @@ class FlexAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         mask = self.masks.mask(q.shape[0], call, q.device)
-        run = attend if torch.compiler.is_compiling() else self.run
+        run = attend
+        if not torch.compiler.is_compiling():
+            run, config = self.run, torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, KERNEL_LIMIT)  # a thread has settings of its own
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         return run(q, k, v, mask, call).permute(2, 0, 1, 3)
 
 
 def flex_attention() -> CausalAttention:
     """Return attention by compiled kernels. A graph that cannot be made is an error: uncompiled it is all pairs."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNEL_LIMIT)
     return FlexAttention(torch.compile(attend, dynamic=False, fullgraph=True), KeptMasks())
 
 

@@ -89,7 +89,13 @@ def _deferred(
 ) -> Callable[..., Kernel | None]:
     variant, smaller = operation.variant, operation.smaller
     assert variant is not None and smaller is not None, f"{operation.name} has no examples like a call"
-    return Deferred(variant, lambda *arguments: validated(operation, candidate, device, field, [smaller(*arguments)]))
+
+    def make(*arguments: Any) -> Kernel:
+        if device.index is not None:  # a new thread uses the first device
+            torch.get_device_module(device).set_device(device)
+        return validated(operation, candidate, device, field, [smaller(*arguments)])
+
+    return Deferred(variant, make)
 
 
 def _candidates(operation: Operation, choice: str, device: torch.device) -> dict[str, Candidate]:
