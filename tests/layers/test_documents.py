@@ -75,6 +75,12 @@ def varlen_2_13(*tensors: Any, enable_gqa: bool = False, seqused_k: Any = None, 
     return varlen_2_11(*tensors, **options)
 
 
+def varlen_2_14(*tensors: Any, **options: Any) -> Tensor:
+    """That of torch 2.14, which would choose cuDNN."""
+    assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+    return varlen_2_13(*tensors, **options)
+
+
 def flash_varlen(
     q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, longest_q: int, longest_k: int, **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -94,7 +100,10 @@ def kernel_of(name: str, patch: pytest.MonkeyPatch) -> Any:
     if name.startswith("varlen"):
         from torch.nn.attention import varlen
 
-        patch.setattr(varlen, "varlen_attn", varlen_2_13 if name == "varlen_2.13" else varlen_2_11)
+        functions = {"varlen_2.11": varlen_2_11, "varlen_2.13": varlen_2_13, "varlen_2.14": varlen_2_14}
+        patch.setattr(varlen, "varlen_attn", functions[name])
+        if name == "varlen_2.14":
+            patch.setattr(varlen, "_select_backend", None, raising=False)
         return torch_varlen()
     library = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}[name]
     module = ModuleType(library)
@@ -106,7 +115,7 @@ def kernel_of(name: str, patch: pytest.MonkeyPatch) -> Any:
     return {"flash2": flash_attention, "flash3": FLASH_3, "flash4": FLASH_4}[name]()
 
 
-@pytest.mark.parametrize("name", ["varlen_2.11", "varlen_2.13", "flash2", "flash3", "flash4"])
+@pytest.mark.parametrize("name", ["varlen_2.11", "varlen_2.13", "varlen_2.14", "flash2", "flash3", "flash4"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 def test_kernels_for_documents(name: str, window: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ds.layers.kernels.documents import by_documents
 from megatron_ds.layers.kernels.reference import AttentionCall, CausalAttention, is_plain_attention
@@ -19,8 +21,10 @@ def torch_varlen() -> CausalAttention:
     """Return attention by `torch.nn.attention.varlen`: memory grows linearly with the sequence.
 
     Its arguments grow from release to release; torch 2.11 takes fewer key heads than query heads without being asked.
+    Where a release can choose cuDNN, flash attention is asked for, which documents without a token are safe with.
     """
-    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    library = importlib.import_module("torch.nn.attention.varlen")
+    varlen_attn, can_choose = library.varlen_attn, hasattr(library, "_select_backend")
     known = inspect.signature(varlen_attn).parameters
 
     def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
@@ -28,10 +32,11 @@ def torch_varlen() -> CausalAttention:
         options: dict[str, Any] = {"scale": call.scale, "window_size": window}
         if "enable_gqa" in known:
             options["enable_gqa"] = True
-        return by_documents(
-            *(q, k, v, call),
-            lambda q, k, v, bounds, longest: varlen_attn(q, k, v, bounds, bounds, longest, longest, **options),
-        )
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if can_choose else nullcontext():
+            return by_documents(
+                *(q, k, v, call),
+                lambda q, k, v, bounds, longest: varlen_attn(q, k, v, bounds, bounds, longest, longest, **options),
+            )
 
     return attend
 
