@@ -75,10 +75,10 @@ def varlen_2_13(*tensors: Any, enable_gqa: bool = False, seqused_k: Any = None, 
     return varlen_2_11(*tensors, **options)
 
 
-def varlen_2_14(*tensors: Any, **options: Any) -> Tensor:
+def varlen_2_14(*tensors: Any, enable_gqa: bool = False, **options: Any) -> Tensor:
     """That of torch 2.14, which would choose cuDNN."""
     assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
-    return varlen_2_13(*tensors, **options)
+    return varlen_2_13(*tensors, enable_gqa=enable_gqa, **options)
 
 
 def flash_varlen(
