@@ -17,7 +17,7 @@ from bench.work import Work
 from megatron_ds.layers.kernels import select_kernels
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead
-from megatron_ds.models.sequential import HIDDEN
+from megatron_ds.models.sequential import HIDDEN, HeadSpec
 
 PLAIN = "PyTorch, logits in fp32"
 
@@ -34,7 +34,8 @@ def measure(title: str, work: Work) -> None:
         head = LanguageModelHead(vocab, hidden, ctx, std=STD).to(torch.bfloat16)
     with torch.no_grad():
         head.weight.copy_(weight)
-    labels = {"targets": targets.t().contiguous()}
+    found = HeadSpec.per_column("targets").with_positions({"targets": targets.t().cpu()})  # as the engine does
+    labels = {name: column.to(device) for name, column in found.items()}
 
     def ours() -> None:
         a = x.detach().requires_grad_()
