@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from bench.gpu.commands import COMMANDS
 from bench.gpu.right.parts import PARTS
 from tests.ranks import run_alone
 
@@ -29,6 +30,12 @@ def begin(folder: Path) -> Path:
 def test_every_part_is_a_module_and_has_its_own_name() -> None:
     assert all(find_spec(part.module) is not None for part in PARTS)
     assert len({part.name for part in PARTS}) == len(PARTS) > 10
+
+
+def test_every_part_can_be_selected_by_one_word() -> None:
+    """`make gpu-check PARTS="..."` separates the names by spaces."""
+    names = [part.name for command in COMMANDS.values() for part in command.parts]
+    assert names and [name for name in names if len(name.split()) != 1] == []
 
 
 def _axes(folder: Path) -> tuple[set[tuple[str, int]], set[tuple[str, int]], int]:

@@ -58,7 +58,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "bf16 zero3": Setting("bf16", 3, engine={"compile": True}),
         "bf16 zero1 deterministic": Setting("bf16", 1, engine={"compile": True}, devices=DETERMINISTIC),
     },
-    "compiled more": {
+    "compiled-more": {
         "fp32 zero1": Setting("fp32", 1, engine={"compile": True}),
         "fp16 zero1": Setting("fp16", 1, engine={"compile": True}),
         "fp16 zero3": Setting("fp16", 3, engine={"compile": True}),

@@ -20,7 +20,7 @@ PARTS: tuple[Part, ...] = (
     _beside("bf16", 200.0, "matrix", "bf16"),
     _beside("fp16", 200.0, "matrix", "fp16"),
     _beside("compiled", 240.0, "matrix", "compiled"),
-    _beside("compiled more", 240.0, "matrix", "compiled more"),
+    _beside("compiled-more", 240.0, "matrix", "compiled-more"),
     _beside("layouts", 240.0),
     _beside("nccl", 100.0),
     _beside("resume", 200.0),
