@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.gpu.fast.targets import TARGETS
-from bench.gpu.targets import MISSED, Judgement, judge
+from bench.gpu.judgement import MISSED, Judgement, judge
 
 Row = Mapping[str, Any]
 

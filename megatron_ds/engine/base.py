@@ -108,7 +108,7 @@ class Engine(ABC):
         optimizer: the torch optimizer inside DeepSpeed's; `train_step` sets its `lr`.
         head: the declaration of the output head: the labels that it reads, the terms and metrics that it returns.
         steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
-        kernels: names of third-party kernels in use, for the log.
+        kernels: names of the kernels in use that are not PyTorch's, for the log.
         documents: the longest document of a step, which the layers read.
         gradient_sums: the fp32 gradients that products add to; None = autograd gets every gradient.
     """

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.gpu import driver, page, report
 from bench.gpu.commands import Command
 from bench.gpu.fast import targets
 from bench.gpu.fast.targets import LLAMA, OURS, PACKED, TARGETS, THEIRS
+from bench.gpu.host_waits import host_waits
+from bench.gpu.judgement import MET, MISSED, NOT_MEASURED, Figure, Target, judge
 from bench.gpu.part import Part
-from bench.gpu.targets import MET, MISSED, NOT_MEASURED, Figure, Target, judge
 from bench.gpu.trace import summarize
 from bench.gpu.wheels import pins
 from tests.forked_python import run_python
@@ -199,3 +202,16 @@ def test_a_row_is_one_line_on_the_terminal() -> None:
     line = driver.summary(row("head", "ours", ms=12.5, log=["x" * 300]))
     assert line.startswith("      ours ") and "ms=12.5" in line and len(line) <= driver.WIDTH
     assert page.conclusion("right", [row("a", "b", False, error="NaN")])[-2:] == ["a, b: NaN", "1 results, 1 wrong"]
+
+
+def test_waits_are_told_from_other_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    ((place, count),) = host_waits(step).items()
+    assert place.startswith("bench/test_gpu.py:") and count == 2 and modes == ["warn", "default"]

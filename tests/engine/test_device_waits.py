@@ -1,6 +1,5 @@
 """A step waits for its device once, whatever the engine, the stage of ZeRO and the number of micro-batches."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.gpu.host_waits import host_waits
 from megatron_ds.engine import device_type
 from megatron_ds.models.sequential import OutputHead
 from megatron_ds.parallel.grid import Grid
@@ -29,12 +29,7 @@ def _count(step: Callable[[], Any], batches: list[dict[str, Tensor]]) -> list[st
         with DeviceWaits(column for batch in batches for column in batch.values()) as waits:
             step()
         return waits.places
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step()
-    torch.cuda.set_sync_debug_mode("default")
-    return [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing CUDA" in str(one.message)]
+    return list(host_waits(step).elements())
 
 
 def _waits(grid: Grid, directory: Path, place: Place, recipe: Recipe, added: str = "") -> list[list[str]]:

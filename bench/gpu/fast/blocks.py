@@ -13,9 +13,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from bench.gpu.fast.kernels import profile
 from bench.gpu.fast.measure import block_flops_per_token, measure_runs
 from bench.gpu.fast.models import BLOCKS, GEMMA
+from bench.gpu.fast.profile import profile
 from bench.gpu.fast.targets import (
     CAPPED,
     COMPILED,

@@ -19,8 +19,8 @@ from bench.gpu.fast.measure import recorded
 from bench.gpu.fast.models import BLOCKS
 from bench.gpu.fast.products import layer_shapes
 from bench.gpu.fast.targets import COMPILED, LLAMA_BLOCKS, OURS
+from bench.gpu.judgement import Figure
 from bench.gpu.record import DEVICE, guarded, pick, record, release_memory, time_runs, torch_device, wait_for_turn
-from bench.gpu.targets import Figure
 
 TITLE = "fp8, the projections of an 8 B Llama's layer, forward and backward"
 FP8 = torch.float8_e4m3fn

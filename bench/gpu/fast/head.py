@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bench.gpu.fast.kernels import profile
 from bench.gpu.fast.measure import measure_runs
 from bench.gpu.fast.models import BLOCKS, LLAMA
+from bench.gpu.fast.profile import profile
 from bench.gpu.fast.targets import HEAD, OURS, PRODUCTS, SMALL_HEAD
 from bench.gpu.fast.weights import STD
 from bench.gpu.record import guarded, torch_device, wait_for_turn

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from bench.gemm import device_peak
+from bench.gpu.judgement import Figure
 from bench.gpu.record import (
     DEVICE,
     RESULTS,
@@ -19,7 +20,6 @@ from bench.gpu.record import (
     time_runs,
 )
 from bench.gpu.report import read_rows
-from bench.gpu.targets import Figure
 from megatron_ds.hf.config import HFModel
 
 CEILING = Figure("matrix products", "ceiling", "tflops")

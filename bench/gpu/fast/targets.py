@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.gpu.targets import Figure, Target
+from bench.gpu.judgement import Figure, Target
 
 # The sections of the results. The modules that record them import them from here: this one needs no package.
 LLAMA = "1.2 B Llama, 2 x 4,096 tokens"

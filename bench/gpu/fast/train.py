@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bench.contestant import start_peer
 from bench.gpu.fast import models, targets
-from bench.gpu.fast.kernels import profile
 from bench.gpu.fast.measure import flops_per_token, measure_steps
+from bench.gpu.fast.profile import profile
 from bench.gpu.fast.targets import COMPILED, DEEPSPEED, OURS, PACKED, THEIRS_COMPILED
 from bench.gpu.fast.weights import drawn_model, fill
 from bench.gpu.record import (

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from bench.gpu.host_waits import host_waits
 from bench.gpu.record import DEVICE, guarded, record, wait_for_turn
 from bench.gpu.right.small_runs import BATCH, LR, Setting, build, global_batch
 from megatron_ds.engine import preload, stop_distributed
@@ -18,7 +17,6 @@ from megatron_ds.parallel.launch import RankInfo, run_local
 WARM_UPS, STEPS = 3, 4
 TARGET = 2.0  # synchronisations of a step with one data rank
 NUM_LINES = 6
-WARNING = "called a synchronizing CUDA operation"
 
 SETTINGS = {
     "bf16 zero1, 1 micro-batch": Setting("bf16", 1, engine={"micro_batch_size": BATCH}),
@@ -56,17 +54,7 @@ def _count(info: RankInfo, setting: Setting) -> dict[str, int]:
     for _ in range(WARM_UPS):
         engine.train_step(batches, LR)
     torch.cuda.synchronize()
-    lines: Counter[str] = Counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        for _ in range(STEPS):
-            engine.train_step(batches, LR)
-        torch.cuda.set_sync_debug_mode("default")
-    for one in caught:
-        if WARNING in str(one.message):
-            path = Path(one.filename)
-            lines[f"{path.parent.name}/{path.name}:{one.lineno}"] += 1
+    lines = host_waits(lambda: [engine.train_step(batches, LR) for _ in range(STEPS)])
     stop_distributed()
     return dict(lines)
 

@@ -1,4 +1,4 @@
-"""The targets of `make gpu-bench` as data, and their judgement from the results."""
+"""Targets as data, and their judgement from the results; `fast/targets.py` lists those of `make gpu-bench`."""
 
 from __future__ import annotations
 

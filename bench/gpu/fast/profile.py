@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.host_waits import host_waits
 from bench.gpu.record import DEVICE, record, synchronize
 from bench.gpu.trace import summarize
 
 NUM_PLACES = 12
-WAIT = "called a synchronizing"
-"""Part of torch's warning; entering the mode warns too."""
 
 
 def profile(name: str, step: Callable[[], object], steps: int = 2) -> None:
@@ -32,23 +29,6 @@ def profile(name: str, step: Callable[[], object], steps: int = 2) -> None:
     events = _trace(step, steps)
     found = summarize(events, steps)
     record("profile", name, None, **found, host_waits=sum(waits.values()), waits=waits.most_common(NUM_PLACES))
-
-
-def host_waits(step: Callable[[], object]) -> Counter[str]:
-    """Return the places in which the host waits for the device during a step, with their numbers."""
-    import torch
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [one for one in caught if WAIT in str(one.message)]
-    return Counter(
-        "/".join([*Path(one.filename).parts[-2:-1], f"{Path(one.filename).name}:{one.lineno}"]) for one in waits
-    )
 
 
 def _trace(step: Callable[[], object], steps: int) -> list[dict[str, Any]]:
