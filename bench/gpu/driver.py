@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.gpu.commands import COMMANDS, ENVIRONMENT, Command
 from bench.gpu.part import Part
-from bench.gpu.wheels import install_missing, missing
+from bench.gpu.wheels import WHEELS, install_missing, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST_S = 10.0  # a part is not started with less time than this left
@@ -72,7 +72,10 @@ def _environment(out: Path, results: Path, began_s: float) -> dict[str, str]:
     """Return the environment of the parts, in which carried wheels are installed if packages are missing."""
     site = install_missing()
     if site is None and missing():
-        sys.stderr.write(f"not as pinned, and no wheels are carried: {', '.join(missing())}; see make gpu-wheels\n")
+        sys.stderr.write(
+            f"missing, or not of the pinned version, and {WHEELS.relative_to(ROOT)} has no wheels: "
+            f"{', '.join(missing())}; try make gpu-wheels on a machine with a network\n"
+        )
     path = [str(one) for one in (site, ROOT, os.environ.get("PYTHONPATH")) if one]
     return {
         **os.environ,
