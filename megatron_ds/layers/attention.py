@@ -19,7 +19,7 @@ from megatron_ds.layers.alibi import Alibi, HeadSlopes
 from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall
-from megatron_ds.layers.kernels.reference import CausalAttention, is_plain_attention
+from megatron_ds.layers.kernels.reference import AttentionKernel, is_plain_attention
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
 from megatron_ds.layers.recompute import Recompute
@@ -278,7 +278,7 @@ class Attention(nn.Module):
             dropout=shape.dropout if self.training else 0.0,
         )
 
-    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> CausalAttention | None:
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionKernel | None:
         """Return the kernel of a call; None = the layer's PyTorch code."""
         if isinstance(self.kernels, KernelsByCall):
             return self.kernels.find(q, k, v, call)

@@ -19,7 +19,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Kernels, Operation, select, select_kernels
 from megatron_ds.layers.kernels.check import validated
 from megatron_ds.layers.kernels.flash import flash_attention
-from megatron_ds.layers.kernels.reference import CausalAttention, reference_attention
+from megatron_ds.layers.kernels.reference import AttentionKernel, reference_attention
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
@@ -65,7 +65,7 @@ def flash_attn_varlen_func(
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> CausalAttention:
+def flash(monkeypatch: pytest.MonkeyPatch) -> AttentionKernel:
     module = ModuleType("flash_attn")
     vars(module).update(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_ds.layers.kernels.documents import by_documents
-from megatron_ds.layers.kernels.reference import AttentionCall, CausalAttention, is_plain_attention
+from megatron_ds.layers.kernels.reference import AttentionCall, AttentionKernel, is_plain_attention
 from megatron_ds.layers.kernels.table import KERNELS, Candidate
 
 
-def flash_attention(module: str = "flash_attn", everything: int | None = -1) -> CausalAttention:
+def flash_attention(module: str = "flash_attn", everything: int | None = -1) -> AttentionKernel:
     """Return flash-attn's attention: without a copy of its inputs, and for packed documents without an (S, S) mask.
 
     Args:

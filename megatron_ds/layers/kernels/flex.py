@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_ds.layers.documents import document_starts
 from megatron_ds.layers.kernels.block_mask import BLOCK, Blocks, all_blocks, causal_blocks, first_visible
-from megatron_ds.layers.kernels.reference import AttentionCall, CausalAttention
+from megatron_ds.layers.kernels.reference import AttentionCall, AttentionKernel
 from megatron_ds.layers.kernels.table import KERNELS, Candidate
 
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256
@@ -131,7 +131,7 @@ def _score_of_pair(call: AttentionCall, length: int, batch: int) -> Callable[...
 
 @dataclass(frozen=True)
 class FlexAttention:
-    """A `CausalAttention` by FlexAttention.
+    """An `AttentionKernel` by FlexAttention.
 
     Attributes:
         run: `attend`, or what torch.compile makes of it.
@@ -151,7 +151,7 @@ class FlexAttention:
         return run(q, k, v, mask, call).permute(2, 0, 1, 3)
 
 
-def flex_attention() -> CausalAttention:
+def flex_attention() -> AttentionKernel:
     """Return attention by compiled kernels. A graph that cannot be made is an error: uncompiled it is all pairs."""
     return FlexAttention(torch.compile(attend, dynamic=False, fullgraph=True), KeptMasks())
 

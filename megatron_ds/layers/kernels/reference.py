@@ -86,7 +86,7 @@ GeGLU = Callable[[Tensor, str], Tensor]
 """(wide, approximate) -> gelu(gate) * up, as `Gated`; approximate is "none" or "tanh", as torch's gelu has it."""
 Rotary = Callable[[Tensor, Tensor, RotaryCall], tuple[Tensor, Tensor]]
 """(q, k, call) -> both rotated; it may overwrite q and k, whose values must not be needed any more."""
-CausalAttention = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, AttentionCall], Tensor]
 """(S, B, N, D), (S, B, K, D) twice -> (S, B, N, D), for the calls that its candidate supports."""
 Random = Callable[..., Tensor]
 """*shape -> a tensor of normally distributed numbers."""
@@ -139,7 +139,7 @@ def reference_rotary(q: Tensor, k: Tensor, call: RotaryCall) -> tuple[Tensor, Te
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Compute a `CausalAttention` by its formula, step by step."""
+    """Compute an `AttentionKernel` by its formula, step by step."""
     length, heads = q.shape[0], q.shape[2]
     q, k, v = (part.permute(1, 2, 0, 3).float() for part in (q, k, v))
     k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
@@ -228,20 +228,20 @@ def _of_halves(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_input(random: Random) -> tuple[Any, ...]:
-    """Return arguments of a `CausalAttention` with a softcap."""
+    """Return arguments of an `AttentionKernel` with a softcap."""
     call = AttentionCall(0.3, softcap=2.0)
     return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
 
 
 def documents_input(random: Random) -> tuple[Any, ...]:
-    """Return arguments of a `CausalAttention` with a window and several documents per row."""
+    """Return arguments of an `AttentionKernel` with a window and several documents per row."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0]], device=random(1).device)
     call = AttentionCall(0.3, window=3, positions=positions)
     return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
 
 
 def bounds_input(random: Random) -> tuple[Any, ...]:
-    """Return arguments of a `CausalAttention` with several documents per row, their bounds, and some without a token.
+    """Return arguments of an `AttentionKernel` with several documents per row, their bounds, and some without a token.
 
     The head dim is 128, and several query heads share a key head.
     """
@@ -253,7 +253,7 @@ def bounds_input(random: Random) -> tuple[Any, ...]:
 
 
 def is_plain_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
-    """Return whether these are arguments that every `CausalAttention` computes."""
+    """Return whether these are arguments that every `AttentionKernel` computes."""
     return call.is_plain and q.dtype in (torch.float16, torch.bfloat16)
 
 

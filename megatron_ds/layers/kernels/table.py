@@ -12,7 +12,7 @@ from megatron_ds.layers.kernels.by_call import KernelsByCall
 from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, capped_input, reference_cross_entropy, wide_input
 from megatron_ds.layers.kernels.reference import (
     AddRMSNorm,
-    CausalAttention,
+    AttentionKernel,
     Example,
     FP32RMSNorm,
     Gated,
@@ -63,7 +63,7 @@ class Kernels:
 
     rms_norm: RMSNorm | None = None
     swiglu: Gated | None = None
-    attention: CausalAttention | KernelsByCall | None = None
+    attention: AttentionKernel | KernelsByCall | None = None
     cross_entropy: CrossEntropy | None = None
     add_rms_norm: AddRMSNorm | None = None
     fp32_rms_norm: FP32RMSNorm | None = None

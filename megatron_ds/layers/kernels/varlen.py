@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ds.layers.kernels.documents import by_documents
-from megatron_ds.layers.kernels.reference import AttentionCall, CausalAttention, is_plain_attention
+from megatron_ds.layers.kernels.reference import AttentionCall, AttentionKernel, is_plain_attention
 from megatron_ds.layers.kernels.table import KERNELS, Candidate
 
 LARGEST_HEAD = 256  # of flash attention
 
 
-def torch_varlen() -> CausalAttention:
+def torch_varlen() -> AttentionKernel:
     """Return attention by `torch.nn.attention.varlen`: memory grows linearly with the sequence.
 
     Its arguments grow from release to release; torch 2.11 takes fewer key heads than query heads without being asked.
