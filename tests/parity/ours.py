@@ -1,6 +1,6 @@
 """The same few steps by our engine at a layout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,3 @@ def micro_batches(
         {name: tensor[mine][begin : begin + size] for name, tensor in whole.items()}
         for begin in range(0, per_rank, size)
     ]
-
-
-def with_recompute(place: Place, mode: str) -> Place:
-    return replace(place, recompute=mode)
