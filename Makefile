@@ -57,7 +57,7 @@ gpu-check:  ## check on one GPU that results are right (7 minutes); DEVICE=cpu T
 gpu-bench:  ## measure the speed on one GPU (7 minutes); PARTS="..." selects parts
 	$(GPU_PYTHON) -m bench.gpu bench $(PARTS)
 
-gpu-wheels: $(STAMP)  ## fetch the packages that a CUDA image without a network lacks (20 MB)
+gpu-wheels: $(STAMP)  ## fetch the packages that a CUDA image without a network lacks (22 MB)
 	$(BIN)/python -m bench.gpu.wheels
 
 check: $(STAMP)  ## check lint, formatting, types and the import order

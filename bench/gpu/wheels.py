@@ -1,6 +1,6 @@
 """Wheels for a machine without a network: `make gpu-wheels` fetches them, the commands install them where they lack.
 
-They are for Python 3.12 on x86-64 and are kept in `bench/gpu/wheels/`, which git ignores (20 MB).
+They are for Python 3.12 on x86-64 and are kept in `bench/gpu/wheels/`, which git ignores (22 MB).
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def train(setting: Setting, steps: int, timeout_s: float = 150.0) -> Outcome:
     """Train in forked ranks, which share the device if there are several. This process must not have used CUDA."""
     quiet_libraries()
     preload(compiles=bool(setting.engine.get("compile")))
-    return run_local(lambda info: _rank(info, setting, steps), setting.ranks, timeout_s)[0]  # type: ignore[no-any-return]
+    return run_local(lambda info: _rank(info, setting, steps), setting.ranks, timeout_s)[0]
 
 
 def build(info: RankInfo, setting: Setting, timeout_s: float = 120.0) -> ModelEngine:
