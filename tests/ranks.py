@@ -95,10 +95,10 @@ def run_grid(
 def run_alone(fn: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> Any:
     """Result of fn(*args) in one forked process without a process group; keeps this process free of threads."""
     preload()
-    return run_local(lambda info: fn(*args), 1, timeout_s)[0]
+    return run_local(lambda info: on_cpu(fn(*args)), 1, timeout_s)[0]
 
 
 def run_local_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """Results of fn(RankInfo, *args) on each rank, where fn joins the process group itself."""
     preload()
-    return run_local(lambda info: fn(info, *args), world_size, timeout_s)
+    return run_local(lambda info: on_cpu(fn(info, *args)), world_size, timeout_s)

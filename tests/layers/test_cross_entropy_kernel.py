@@ -12,11 +12,11 @@ from megatron_ds.layers.kernels import KERNELS, LossCall
 from megatron_ds.layers.kernels.check import validated
 from megatron_ds.parallel.grid import Axis, Grid, Layout
 from tests.layers.ahead_of_time import Compiled, compile_for
+from tests.layers.kernel_errors import device
 from tests.layers.test_cross_entropy import problem
 from tests.ranks import run_alone, run_grid
 
 OPERATION = KERNELS["cross_entropy"]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}  # the interpreter cuts bf16 off
 FINISHES = [LogitFinish(), LogitFinish(0.125), LogitFinish(softcap=3.0), LogitFinish(2.0, 2.0)]
 
@@ -37,14 +37,10 @@ def exact(logits: Tensor, labels: Tensor, call: LossCall) -> tuple[Tensor, Tenso
     return losses.detach(), raw.grad
 
 
-@pytest.mark.parametrize("finish", FINISHES, ids=str)
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize(("valid", "width"), [(1, 1), (5, 5), (37, 64), (8191, 8192), (8193, 8256)])
-def test_losses_and_gradients_equal_fp64(valid: int, width: int, dtype: torch.dtype, finish: LogitFinish) -> None:
-    """At odd widths, with padding, and where a row is a little longer than a program reads at a time."""
+def _equal_fp64(valid: int, width: int, dtype: torch.dtype, finish: LogitFinish) -> None:
     generator = torch.Generator().manual_seed(valid)
-    logits = (3.0 * torch.randn(3, width + 3, generator=generator)).to(DEVICE, dtype)[:, :width]
-    labels = torch.tensor([0, valid // 2, valid - 1], device=DEVICE)
+    logits = (3.0 * torch.randn(3, width + 3, generator=generator)).to(device(), dtype)[:, :width]
+    labels = torch.tensor([0, valid // 2, valid - 1], device=device())
     call = LossCall(0, valid, finish=finish, scale=4.0)
     losses, expected = exact(logits, labels, call)
     bound = ROUNDING[dtype] * call.scale * finish.multiplier
@@ -56,20 +52,40 @@ def test_losses_and_gradients_equal_fp64(valid: int, width: int, dtype: torch.dt
         assert not grad[:, valid:].any(), "padding has no gradient"
 
 
+def _all_equal_fp64(valid: int, width: int) -> None:
+    for dtype in ROUNDING:
+        for finish in FINISHES:
+            _equal_fp64(valid, width, dtype, finish)
+
+
+@pytest.mark.parametrize(("valid", "width"), [(1, 1), (5, 5), (37, 64), (8191, 8192), (8193, 8256)])
+def test_losses_and_gradients_equal_fp64(valid: int, width: int) -> None:
+    """At odd widths, with padding, and where a row is a little longer than a program reads at a time."""
+    run_alone(_all_equal_fp64, valid, width)
+
+
+def _in_a_buffer() -> Tensor:
+    buffer = torch.full((4, 80), 7.0, device=device())
+    kernel(buffer[1:3, :50], torch.tensor([3, 49], device=device()), LossCall(0, 45))
+    return buffer
+
+
 def test_rows_beside_the_logits_are_not_written() -> None:
     """The buffer of a chunk is longer than the logits of the last chunk, and its rows may be further apart."""
-    buffer = torch.full((4, 80), 7.0, device=DEVICE)
-    kernel(buffer[1:3, :50], torch.tensor([3, 49], device=DEVICE), LossCall(0, 45))
+    buffer = run_alone(_in_a_buffer)
     assert (buffer[[0, 3]] == 7.0).all() and (buffer[:, 50:] == 7.0).all()
+
+
+def _losses_with(bad: float) -> Tensor:
+    logits = torch.zeros(2, 40, device=device())
+    logits[1, 17] = bad
+    return kernel(logits, torch.tensor([3, 4], device=device()), LossCall(0, 40))[0]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_nan_reaches_the_loss() -> None:
     for bad in (torch.nan, torch.inf):
-        logits = torch.zeros(2, 40, device=DEVICE)
-        logits[1, 17] = bad
-        losses, _ = kernel(logits, torch.tensor([3, 4], device=DEVICE), LossCall(0, 40))
-        assert losses.isfinite().tolist() == [True, False]
+        assert run_alone(_losses_with, bad).isfinite().tolist() == [True, False]
 
 
 def _shards(grid: Grid, vocab: int, finish: LogitFinish, triton: bool) -> list[Tensor]:
@@ -78,9 +94,9 @@ def _shards(grid: Grid, vocab: int, finish: LogitFinish, triton: bool) -> list[T
     axis, width = grid.tensor, -(-vocab // grid.tensor.size)
     start = min(axis.rank * width, vocab)
     valid = min(start + width, vocab) - start
-    own = F.pad(logits[:, start : start + valid], (0, width - valid), value=torch.nan)
+    own = F.pad(logits[:, start : start + valid], (0, width - valid), value=torch.nan).to(device())
     call = LossCall(start, valid, axis, finish)
-    return list((kernel if triton else OPERATION.reference)(own, labels, call))
+    return list((kernel if triton else OPERATION.reference)(own, labels.to(device()), call))
 
 
 @pytest.mark.parametrize(("vocab", "tensor"), [(37, 2), (5, 4), (2, 4)])
@@ -94,7 +110,7 @@ def test_on_a_divided_vocabulary_equals_pytorch(vocab: int, tensor: int) -> None
 
 
 def _half_head(triton: bool) -> list[Tensor]:
-    hidden, weight, targets = problem(50)
+    hidden, weight, targets = (one.to(device()) for one in problem(50))
     shard = weight.bfloat16().requires_grad_()
     hidden = hidden.bfloat16().requires_grad_()
     head = VocabShard(shard, None, 50, Axis(), kernel=kernel if triton else None)
@@ -113,8 +129,12 @@ def test_the_head_uses_it() -> None:
         assert not torch.equal(found, expected), "both used one of them"
 
 
+def _is_accepted() -> bool:
+    return callable(validated(OPERATION, OPERATION["triton"], device()))
+
+
 def test_the_check_at_the_start_accepts_it() -> None:
-    assert callable(validated(OPERATION, OPERATION["triton"], DEVICE))
+    assert run_alone(_is_accepted)
 
 
 POINTERS = {"logits": "*bf16", "labels": "*i64"}
