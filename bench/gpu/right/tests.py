@@ -51,6 +51,7 @@ def _run() -> None:
     with (OUT / "tests.log").open("w") as log:
         done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=LIMIT_S)
     counts = _record_failures(file) if file.is_file() else {}
+    file.unlink(missing_ok=True)
     record("tests", "sample", done.returncode == 0, **counts)
 
 
