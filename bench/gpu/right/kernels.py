@@ -74,13 +74,17 @@ LARGER: dict[str, tuple[Example, ...]] = {
 
 
 def main() -> None:
-    """Check all candidates; an operation with a wrong one is computed by its first right one in the other parts."""
-    choice = {}
-    for operation in KERNELS.values():
+    """Check all candidates; an operation with a wrong one is computed by its first right one in the other parts.
+
+    Attention comes last, as most of its kernels are compiled for each kind of call. A part that is cut off leaves the
+    choice that it has made until then.
+    """
+    choice: dict[str, str] = {}
+    for operation in sorted(KERNELS.values(), key=lambda one: one.variant is not None):
         checked = {name: _check(operation, name, operation[name]) for name in operation.names}
         right = [name for name, result in checked.items() if result]
         choice[operation.name] = "auto" if False not in checked.values() else right[0] if right else "torch"
-    write_choice(choice)
+        write_choice(choice)
     record("kernels", "chosen for the other parts", None, **choice)
 
 

@@ -13,7 +13,7 @@ def _beside(name: str, limit_s: float, module: str = "", *arguments: str) -> Par
 
 
 PARTS: tuple[Part, ...] = (
-    Part("kernels", "bench.gpu.right.kernels", (), 100.0, BEGINNING),
+    Part("kernels", "bench.gpu.right.kernels", (), 140.0, BEGINNING),
     Part("reference", "bench.gpu.right.reference", (), 100.0, BEGINNING, CPU_ONLY),
     _beside("parity", 200.0),
     _beside("fp32", 200.0, "matrix", "fp32"),
