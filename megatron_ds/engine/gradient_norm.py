@@ -19,7 +19,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
@@ -54,10 +54,9 @@ def _norm_of_stages_1_and_2(zero: Any, of_offloaded: Callable[[], Tensor], read:
 
 
 def _norms_of_stage_3(zero: Any, of_offloaded: Callable[[], list[Tensor]], read: ReadNorm) -> list[Tensor]:
-    by_group = (
-        torch.stack(of_offloaded()) if zero.offload_optimizer else _norms(zero, zero.fp16_groups, get_norm_dtype())
-    )
-    return [read(torch.linalg.vector_norm(by_group))]
+    if zero.offload_optimizer:  # a norm that is not finite is -1 there
+        return [read(combine_grad_norm_groups(of_offloaded()))]
+    return [read(torch.linalg.vector_norm(_norms(zero, zero.fp16_groups, get_norm_dtype())))]
 
 
 def _norms(zero: Any, groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ BAD = 2
 
 
 def _poison(engine: Any, kind: str) -> None:
-    """Make a gradient (and the loss) NaN, or the loss alone infinite, until it is taken back."""
+    """Make a gradient and the loss NaN, or the loss alone infinite, or gradients alone, until it is taken back."""
     module = engine.deepspeed.module
     stages = module.forward_funcs if hasattr(module, "forward_funcs") else list(module.children())
     last = stages[-1]
@@ -29,6 +29,9 @@ def _poison(engine: Any, kind: str) -> None:
 
     def forward(*given: Any) -> Any:
         losses = real(*given)
+        if kind == "gradients alone":
+            losses.register_hook(lambda grad: grad * float("inf"))
+            return losses
         return losses * float("nan") if kind == "gradient" else losses + float("inf")
 
     last.forward = forward
@@ -85,3 +88,16 @@ def test_in_bf16_too(place: Place, references: Any) -> None:
     for kind in ("gradient", "loss"):
         bad = run_grid(_run, place.layout, directory, place, bf16, kind)[0]
         assert bad[BAD] == (False, False) and bad[:BAD] + bad[BAD + 1 :] == good
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OFFLOADED = [Place(1, 1, 1, zero, extra=(("zero_optimization", {"stage": zero, **OFFLOAD}),)) for zero in (2, 3)]
+
+
+@pytest.mark.parametrize("place", [Place(1, 1, 1, 3), *OFFLOADED], ids=["zero3", "zero2 offload", "zero3 offload"])
+def test_gradients_that_are_not_finite_are_seen_without_the_loss(place: Place, references: Any) -> None:
+    """As in fp16, whose scaled gradients overflow."""
+    directory, _ = references("llama", RECIPE)
+    good = run_grid(_run, place.layout, directory, place, RECIPE, "none")[0]
+    bad = run_grid(_run, place.layout, directory, place, RECIPE, "gradients alone")[0]
+    assert bad[BAD] == (False, True) and bad[:BAD] + bad[BAD + 1 :] == good
