@@ -35,7 +35,7 @@ def validated(
         ConfigError: it cannot be loaded, or its results differ.
     """
     name = f"{field}: {candidate.label}, {operation.name}"
-    fix = f"try train.kernels=torch, or without {candidate.distribution or candidate.package}"
+    fix = f"try train.kernels=torch, or train.kernels.{operation.name}=torch for this operation alone"
     try:
         kernel = candidate.make()
         inputs = supported_examples(operation, candidate, device, operation.examples) if examples is None else examples
