@@ -296,17 +296,19 @@ class Attention(nn.Module):
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if shape.softcap is not None:
                 y = self._capped(q, k, v, self._bias(q, mask, key_mask, positions), dropout)
-            else:
+            elif has_bias:
                 y = F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    self._bias(q, mask, key_mask, positions) if has_bias else mask,
-                    dropout,
+                    *(q, k, v, self._bias(q, mask, key_mask, positions), dropout), scale=shape.scale
+                )
+            else:
+                mask, blind = without_blind_rows(mask) if key_mask is not None and mask is not None else (mask, None)
+                y = F.scaled_dot_product_attention(
+                    *(q, k, v, mask, dropout),
                     is_causal=plain and shape.causal,
                     scale=shape.scale,
                     enable_gqa=k.shape[1] != q.shape[1],
                 )
+                y = y if blind is None else y.masked_fill(blind, 0.0)
         return y.permute(2, 0, 1, 3).flatten(2)
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
@@ -324,7 +326,7 @@ class Attention(nn.Module):
         if self.shape.causal:
             return allowed_keys(length, self.shape.window, key_mask, device, positions)
         assert positions is None, "documents share a sequence of causal models only"
-        return visible_keys(key_mask) if key_mask is not None else None
+        return key_mask.bool()[:, None, None, :] if key_mask is not None else None
 
     def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """Return the term added to the scores, (1 or B, 1 or N/t, S, C).
@@ -385,8 +387,8 @@ def allowed_keys(
 ) -> Tensor | None:
     """Return the mask of the keys that each query sees, (B or 1, 1, S, S) bool; None if plain causality is enough.
 
-    With `positions` (B, S), 0 where a document begins, a query sees keys of its own document only. A query that sees
-    no key sees itself: a softmax over nothing is NaN in some kernels, and keys and values carry it to other queries.
+    With `positions` (B, S), 0 where a document begins, a query sees keys of its own document only. With a key mask it
+    may see none; see `without_blind_rows`.
     """
     if key_mask is None and positions is None and (window is None or window >= length):
         return None
@@ -398,16 +400,20 @@ def allowed_keys(
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
     if key_mask is not None:
         allowed = allowed & key_mask.bool()[:, None, None, :]
-        itself = torch.eye(length, dtype=torch.bool, device=device)
-        allowed = allowed | (itself & ~allowed.any(-1, keepdim=True))
     return allowed
 
 
-def visible_keys(key_mask: Tensor) -> Tensor:
-    """Return the mask of the keys that all queries of a row see, (B, 1, 1, C) bool.
+def without_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Let the queries that see no key see all, and return where they are, for their output to become zero.
 
-    (B, C), nonzero where a position may be attended to. A row of padding alone sees all its keys, as in `allowed_keys`
-    so that no softmax is over nothing.
+    Zero is torch's own result of a softmax over nothing, but some kernels return NaN, and keys and values carry it to
+    other queries.
+
+    Args:
+        mask: (B, 1, S or 1, C) bool, the keys that each query sees.
+
+    Returns:
+        a mask of the same shape without such a query; (B, 1, S or 1, 1), True where one was.
     """
-    seen = key_mask.bool()
-    return (seen | ~seen.any(-1, keepdim=True))[:, None, None, :]
+    blind = ~mask.any(-1, keepdim=True)
+    return mask | blind, blind

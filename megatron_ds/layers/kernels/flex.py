@@ -32,30 +32,20 @@ class Mask(NamedTuple):
 
     Attributes:
         starts: (B, S), where the document of each position begins; None = one document.
-        blind: (B, S), True where a query sees no key and therefore sees itself, or all; None = nowhere.
         blocks: the blocks that are seen; None = all of them in full.
     """
 
     starts: Tensor | None
-    blind: Tensor | None
     blocks: Blocks | None
 
 
 def make_mask(length: int, call: AttentionCall, device: torch.device) -> Mask:
     """Return the mask of a call on S positions, without an (S, S) tensor; the host does not wait."""
-    visible = call.key_mask.bool() if call.key_mask is not None else None
     if not call.causal:
-        if visible is None:
-            return Mask(None, None, None)
-        return Mask(None, ~visible.any(1, keepdim=True).expand(-1, length), all_blocks(length, device))
+        return Mask(None, all_blocks(length, device) if call.key_mask is not None else None)
     starts = document_starts(call.positions) if call.positions is not None else None
     first = first_visible(length, starts, call.window, device)
-    blind = None
-    if visible is not None:
-        seen = visible.cumsum(1, dtype=torch.int32)
-        first_of_row = first.clamp(min=0).long().expand_as(seen)
-        blind = seen - seen.gather(1, first_of_row) + visible.gather(1, first_of_row) == 0
-    return Mask(starts, blind, causal_blocks(first, is_partial=visible is not None))
+    return Mask(starts, causal_blocks(first, is_partial=call.key_mask is not None))
 
 
 class KeptMasks:
@@ -92,8 +82,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: AttentionCall) -> 
 
 
 def _mask_of_pair(mask: Mask, call: AttentionCall) -> Callable[..., Tensor]:
-    """Return (batch, head, query, key) -> whether the query sees the key, in blocks that are seen in part."""
-    causal, window, key_mask, starts, blind = call.causal, call.window, call.key_mask, mask.starts, mask.blind
+    """Return (batch, head, query, key) -> whether the query sees the key, in blocks that are seen in part.
+
+    The output of a query that sees none is zero, as FlexAttention defines it.
+    """
+    causal, window, key_mask, starts = call.causal, call.window, call.key_mask, mask.starts
 
     def is_seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = j <= i if causal else j >= 0
@@ -103,8 +96,6 @@ def _mask_of_pair(mask: Mask, call: AttentionCall) -> Callable[..., Tensor]:
             seen = seen & (j >= starts[b, i])
         if key_mask is not None:
             seen = seen & (key_mask[b, j] != 0)
-        if blind is not None:
-            seen = seen | (blind[b, i] & (i == j)) if causal else seen | blind[b, i]
         return seen
 
     return is_seen

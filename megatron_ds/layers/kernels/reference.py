@@ -27,7 +27,8 @@ class AttentionCall:
         bounds: (B, D + 1) int32, the positions where the documents of a row begin, then S; None = nobody has found
             them on the host, or one document per row.
         longest: bound of the length of documents, known to the host; None = S.
-        key_mask: (B, S), nonzero where a position may be attended to; None = everywhere.
+        key_mask: (B, S), nonzero where a position may be attended to; None = everywhere. The output of a query that
+            sees no key is zero.
         key_bias: (B or 1, N, S), added to the scores of each key: ALiBi; None = no such bias.
         distance_bias: (N, 2S - 1), added to the scores by key - query + S - 1, with a gradient; None = no such bias.
         dropout: probability of dropping an attention probability.
@@ -151,14 +152,13 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) ->
     if call.distance_bias is not None:
         scores = scores + call.distance_bias.float().unfold(1, length, 1).flip(1)
     seen = reference_mask(length, call, q.device)
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).permute(2, 0, 1, 3)
+    sees_any = seen.any(-1, keepdim=True)
+    y = scores.masked_fill(~seen & sees_any, -torch.inf).softmax(-1) @ v
+    return torch.where(sees_any, y, 0.0).permute(2, 0, 1, 3)
 
 
 def reference_mask(length: int, call: AttentionCall, device: torch.device) -> Tensor:
-    """Return the mask of the keys that each query sees, (B or 1, 1, S, S) bool.
-
-    One that would see none sees itself, or all keys where attention is not causal.
-    """
+    """Return the mask of the keys that each query sees, (B or 1, 1, S, S) bool; the output of one without is zero."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device)[None, None]
     if call.causal:
         seen = seen.tril()
@@ -167,11 +167,7 @@ def reference_mask(length: int, call: AttentionCall, device: torch.device) -> Te
     if call.positions is not None:
         documents = (call.positions == 0).cumsum(1)
         seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
-    if call.key_mask is None:
-        return seen
-    seen = seen & call.key_mask.bool()[:, None, None, :]
-    instead = torch.eye(length, dtype=torch.bool, device=device) if call.causal else torch.ones_like(seen)
-    return seen | (instead & ~seen.any(-1, keepdim=True))
+    return seen if call.key_mask is None else seen & call.key_mask.bool()[:, None, None, :]
 
 
 def norm_input(random: Random) -> tuple[Any, ...]:
