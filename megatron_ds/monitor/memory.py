@@ -1,15 +1,17 @@
 """Peak memory of a rank: what torch allocated on its GPU, or what was resident of its process on a CPU.
 
-The numbers are kept on the host: reading them waits for no kernel.
+The numbers are kept on the host: reading them waits for no kernel. torch is imported when they are read, since this
+module is loaded before the number of threads, which torch reads when it is imported, has been set.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class PeakMemory(NamedTuple):
@@ -42,6 +44,8 @@ class MemoryMeter:
     def take(self) -> PeakMemory:
         """Return the peaks since the last call, and reset them."""
         if self._device.type == "cuda":
+            import torch
+
             found = torch.cuda.memory_stats(self._device)
             peak = PeakMemory(found["allocated_bytes.all.peak"], found["reserved_bytes.all.peak"])
             torch.cuda.reset_peak_memory_stats(self._device)
