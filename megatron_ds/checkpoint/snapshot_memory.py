@@ -12,7 +12,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,26 +24,29 @@ _ALIGNMENT = 64
 MAX_TEMPORARY_BYTES = 2**30  # gathered tensors that may wait on a GPU until they are copied
 
 
-class Copies(Protocol):
-    """Copies from a device to host memory, which may end after `copy` has returned.
+class Copies:
+    """Copies from a device to host memory that end before `copy` returns: on a CPU. Others are derived from it.
 
     Attributes:
-        is_deferred: whether they may; a tensor must then keep its values until `hold_back` or `wait` has returned.
+        is_deferred: whether copies may end later; a tensor must then keep its values until `hold_back` or `wait` has
+            returned.
     """
 
-    is_deferred: bool
+    is_deferred = False
 
     def lock(self, memory: Tensor) -> Callable[[], Any]:
         """Make host memory, (n,) uint8, fit for the copies; returns a function that undoes it."""
+        return lambda: None
 
     def copy(self, place: Tensor, tensor: Tensor, *, is_temporary: bool) -> None:
-        """Copy a tensor, now or later.
+        """Copy a tensor.
 
         Args:
             place: on the host, of the tensor's shape and dtype.
             tensor: on any device.
             is_temporary: whether its memory was allocated for this copy and will be free after it.
         """
+        place.copy_(tensor)
 
     def finish(self) -> None:
         """Mark the end of a snapshot: `hold_back` and `wait` are about the copies up to here."""
@@ -53,29 +56,6 @@ class Copies(Protocol):
 
     def wait(self) -> None:
         """Wait until the copies have been made; may be called by another thread."""
-
-
-class ImmediateCopies(Copies):
-    """Copies that end before `copy` returns: on a CPU."""
-
-    is_deferred = False
-
-    def lock(self, memory: Tensor) -> Callable[[], Any]:
-        """Do nothing."""
-        return lambda: None
-
-    def copy(self, place: Tensor, tensor: Tensor, *, is_temporary: bool) -> None:
-        """Copy the tensor."""
-        place.copy_(tensor)
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-    def hold_back(self) -> None:
-        """Do nothing."""
-
-    def wait(self) -> None:
-        """Do nothing."""
 
 
 class StreamCopies(Copies):
@@ -208,7 +188,7 @@ class HostMemory:
 
 def copies_for(device: torch.device) -> Copies:
     """Return the copies from a device."""
-    return StreamCopies(device) if device.type == "cuda" else ImmediateCopies()
+    return StreamCopies(device) if device.type == "cuda" else Copies()
 
 
 def _padded(num_bytes: int) -> int:

@@ -16,7 +16,7 @@ from megatron_ds.checkpoint import saver as saver_module
 from megatron_ds.checkpoint import snapshot_memory
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.files import TensorHeader
-from megatron_ds.checkpoint.snapshot_memory import Copies, HostMemory, ImmediateCopies, StreamCopies
+from megatron_ds.checkpoint.snapshot_memory import Copies, HostMemory, StreamCopies
 from megatron_ds.errors import CheckpointError
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.rank_info import RankInfo
@@ -119,7 +119,7 @@ def test_one_arena_serves_all_snapshots_and_grows() -> None:
 
 
 def test_copies_on_a_cpu_are_made_at_once() -> None:
-    memory = HostMemory(ImmediateCopies())
+    memory = HostMemory(Copies())
     memory.reserve([header(4)])
     source = torch.ones(4)
     place = memory.copy(source, is_temporary=False)
