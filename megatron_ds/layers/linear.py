@@ -42,12 +42,7 @@ class _ColumnLinears(torch.autograd.Function):
             gradient_sum(weight) if shards == tp.axis.size else None for weight, shards in zip(weights, num_shards)
         ]
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3 : 3 + len(weights)]) else None, *weights)
-        full = all_gather_dim0(x, tp.axis) if tp.splits_sequence else x
-        return tuple(
-            F.linear(full, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
-            for weight, bias in zip(weights, biases)
-            if weight is not None
-        )
+        return _products(all_gather_dim0(x, tp.axis) if tp.splits_sequence else x, weights, biases)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,6 +81,15 @@ class _ColumnLinears(torch.autograd.Function):
         return grad_x, None, None, *grad_weights, *grad_biases
 
 
+def _products(x: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Multiply x, (..., in), by each weight, (..., in) with the outputs in its other dims, and add its bias if any."""
+    return tuple(
+        F.linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+        for weight, bias in zip(weights, biases)
+        if weight is not None
+    )
+
+
 def _weight_gradient(rows: Tensor, inputs: Tensor | None, weight: Tensor, total: Tensor | None) -> Tensor | None:
     """Return the weight's gradient from those of the outputs (tokens, out) and the inputs (tokens, in); or add it.
 
@@ -122,12 +126,7 @@ def _column_linears(
     """Multiply by the weights that come first among the parameters, and add the biases that follow them."""
     if not _joins_graph(tp, parameters[0]):
         return _eager_column_linears(x, tp, num_shards, *parameters)
-    weights, biases = parameters[: len(num_shards)], parameters[len(num_shards) :]
-    return tuple(
-        F.linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
-        for weight, bias in zip(weights, biases)
-        if weight is not None
-    )
+    return _products(x, parameters[: len(num_shards)], parameters[len(num_shards) :])
 
 
 def _row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
