@@ -158,10 +158,9 @@ class TrainingLoop:
     def describe_use(self) -> str:
         """Return the run's peak memory and its MFU, as far as known, for its last line. Collective over the world."""
         self._memory.take()
-        world = self._engine.grid.world
-        peak = torch.tensor(self._memory.largest_bytes, device=self._engine.device)
-        peak_bytes = int(all_reduce_(peak, world, dist.ReduceOp.MAX))
-        ranks = f" (the largest of {world.size} ranks)" if world.size > 1 else ""
+        everyone = self._engine.grid.host
+        peak_bytes = int(all_reduce_(torch.tensor(self._memory.largest_bytes), everyone, dist.ReduceOp.MAX))
+        ranks = f" (the largest of {everyone.size} ranks)" if everyone.size > 1 else ""
         mfu = f"; MFU {statistics.median(self._mfus):.1%} (median of the steps)" if self._mfus else ""
         return f"peak memory {peak_bytes / 1e9:,.2f} GB{ranks}{mfu}"
 
