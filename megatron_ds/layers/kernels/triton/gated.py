@@ -36,17 +36,28 @@ def _activated(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tuple[tl.tensor, tl
 
 
 @triton.jit
+def _halves(
+    wide: tl.tensor, row: tl.tensor, columns: tl.tensor, size: tl.tensor, stride: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Load some columns of a row's gate and up, in fp32."""
+    gate = wide + row * stride + columns
+    inside = columns < size
+    return (
+        tl.load(gate, inside, other=0.0).to(tl.float32),
+        tl.load(gate + size, inside, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
 def _forward(
     wide: tl.tensor, y: tl.tensor, size: tl.tensor, stride: tl.tensor, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """Write act(gate) * up for BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate = tl.load(wide + row * stride + columns, inside, other=0.0).to(tl.float32)
-    up = tl.load(wide + row * stride + size + columns, inside, other=0.0).to(tl.float32)
+    gate, up = _halves(wide, row, columns, size, stride)
     value, _ = _activated(gate, ACTIVATION)
-    tl.store(y + row * size + columns, (value * up).to(y.dtype.element_ty), inside)
+    tl.store(y + row * size + columns, (value * up).to(y.dtype.element_ty), columns < size)
 
 
 @triton.jit
@@ -64,8 +75,7 @@ def _backward(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
-    gate = tl.load(wide + row * stride + columns, inside, other=0.0).to(tl.float32)
-    up = tl.load(wide + row * stride + size + columns, inside, other=0.0).to(tl.float32)
+    gate, up = _halves(wide, row, columns, size, stride)
     grad = tl.load(grad_y + row * grad_stride + columns, inside, other=0.0).to(tl.float32)
     value, slope = _activated(gate, ACTIVATION)
     kind = grad_wide.dtype.element_ty
