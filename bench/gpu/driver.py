@@ -169,7 +169,7 @@ class Run:
         return started
 
     def _start_one(self, part: Part) -> Started:
-        log = self.out / f".{part.name.replace(' ', '_').replace('/', '_')}.log"
+        log = self.out / f".{part.name}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", part.module, *part.arguments],
