@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.bars import draw_bars, save_chart, two_panels
 from bench.result import CaseResult, EntryResult, write_json
 
 
@@ -99,30 +99,12 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> li
 
 def draw(results: Sequence[CaseResult], path: Path) -> None:
     """Plot the speed of each contestant relative to the first of its case, and its memory if a model is trained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     bars = [(result, entry) for result in results for entry in result.entries[1:]]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.8 + 0.26 * len(bars)), sharey=True, layout="constrained")
-    labels = [f"{result.name}: {entry.label}" for result, entry in bars]
-    colors = ["#2b6cb0" if entry.label.startswith("ours") else "#a0aec0" for _, entry in bars]
+    labels = [entry.label for _, entry in bars]
     speeds = [result.speed(entry) / result.speed(result.entries[0]) for result, entry in bars]
     peaks = [entry.peak_bytes / (result.entries[0].peak_bytes if result.flops else math.nan) for result, entry in bars]
-    _bars(axes[0], speeds, colors, "speed relative to the first of the case (higher is better)")
-    _bars(axes[1], peaks, colors, "peak memory per process, relative to the first (lower is better)")
-    axes[0].set_yticks(range(len(bars)), labels, fontsize=8)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _bars(axes: Any, values: Sequence[float], colors: Sequence[str], title: str) -> None:
-    drawn = axes.barh(range(len(values)), values, color=colors)
-    axes.bar_label(drawn, ["" if math.isnan(value) else f"{value:.2f}" for value in values], fontsize=7, padding=2)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_title(title, fontsize=9)
-    axes.margins(x=0.12, y=0.01)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    figure, axes = two_panels(len(bars), width_inches=11)
+    draw_bars(axes[0], labels, speeds, "speed relative to the first of the case (higher is better)")
+    draw_bars(axes[1], labels, peaks, "peak memory per process, relative to the first (lower is better)")
+    axes[0].set_yticks(range(len(bars)), [f"{result.name}: {entry.label}" for result, entry in bars], fontsize=8)
+    save_chart(figure, path)
