@@ -28,7 +28,7 @@ class Row:
         native: name of the native parameter.
         names: names on disk, one for each source of `op`.
         op: the bijection between them.
-        split: the named axis that tensor parallelism divides; None = replicated.
+        split: the named axis that tensor parallelism divides, or expert parallelism (x); None = replicated.
         copies: names of further tensors with the content of the only one in `names`; they are written, not read.
     """
 

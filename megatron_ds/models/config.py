@@ -18,6 +18,7 @@ from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.attention import AttentionShape
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.mlp import MLPShape
+from megatron_ds.layers.moe.shape import MoEShape, RouterShape
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.layers.rotary import RotaryConfig
@@ -27,6 +28,28 @@ from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.monitor import model_flops_per_token
 
 NORM_PLACES = ("input", "output", "both", "sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixtures of experts that are feed-forward layers of a stack. Activation and norms are those of the stack.
+
+    Attributes:
+        router: the choice of experts in each of these layers.
+        ffn_size: inner width of one expert.
+        layers: indices of the blocks that have experts, in order; the others have a dense layer.
+        limit, bias, shared_gate, aux_loss: see `MoEShape`.
+        shared_ffn_size: inner width of the shared experts together; 0 = there are none.
+    """
+
+    router: RouterShape
+    ffn_size: int
+    layers: tuple[int, ...]
+    limit: float | None = None
+    bias: bool = False
+    shared_ffn_size: int = 0
+    shared_gate: bool = False
+    aux_loss: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +78,7 @@ class StackConfig:
         windows: for each layer, the number of last keys that a query sees; None = all. Empty = all in every layer.
 
         activation: a name in `layers.mlp.ACTIVATIONS`; `gated`: act(gate) * up instead of act(up).
+        moe: the mixtures of experts among the feed-forward layers; None = all are dense.
 
         attention_dropout, residual_dropout, ffn_dropout: probabilities; the last inside the MLP.
         init_std: of all weights; projections into the residual stream get init_std / sqrt(2 L) with
@@ -93,6 +117,7 @@ class StackConfig:
 
     activation: str
     gated: bool = False
+    moe: MoEConfig | None = None
 
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -109,6 +134,8 @@ class StackConfig:
         assert self.causal or not any(self.windows), "windows are of keys before the query"
         for name in ("windows", "rotary"):
             assert len(getattr(self, name)) in (0, self.num_layers), (name, getattr(self, name), self.num_layers)
+        assert self.moe is None or set(self.moe.layers) <= set(range(self.num_layers)), self.moe
+        assert self.moe is None or (self.gated and not self.ffn_dropout), "experts are gated and draw no dropout"
 
     @property
     def weight_std(self) -> float:
@@ -151,20 +178,44 @@ class StackConfig:
             return None
         return replace(self.attention(layer), causal=False, window=None, alibi=None, relative=None)
 
-    def feed_forward(self, layer: int) -> MLPShape:
+    def feed_forward(self, layer: int) -> MLPShape | MoEShape:
         """Return the sizes and options of one layer's feed-forward layer."""
+        if self.moe is None or layer not in self.moe.layers:
+            return self._dense(self.ffn_size)
+        moe = self.moe
+        return MoEShape(
+            hidden_size=self.hidden_size,
+            ffn_size=moe.ffn_size,
+            router=moe.router,
+            activation=self.activation,
+            std=self.weight_std,
+            out_std=self.out_std(moe.ffn_size),
+            limit=moe.limit,
+            bias=moe.bias,
+            shared=self._dense(moe.shared_ffn_size) if moe.shared_ffn_size else None,
+            shared_gate=moe.shared_gate,
+            aux_loss=moe.aux_loss,
+        )
+
+    def _dense(self, ffn_size: int) -> MLPShape:
         return MLPShape(
             hidden_size=self.hidden_size,
-            ffn_size=self.ffn_size,
+            ffn_size=ffn_size,
             activation=self.activation,
             gated=self.gated,
             bias=self.mlp_bias,
             dropout=self.ffn_dropout,
             std=self.weight_std,
-            out_std=self.out_std(self.ffn_size),
+            out_std=self.out_std(ffn_size),
         )
 
-    def sublayers(self, layer: int) -> dict[str, AttentionShape | MLPShape]:
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Indices of the blocks whose feed-forward layer is dense."""
+        experts = self.moe.layers if self.moe is not None else ()
+        return tuple(layer for layer in range(self.num_layers) if layer not in experts)
+
+    def sublayers(self, layer: int) -> dict[str, AttentionShape | MLPShape | MoEShape]:
         """Return the shapes of one block's attention and feed-forward layers, by their names in `Block`."""
         cross = self.cross(layer)
         across = {"cross": cross} if cross is not None else {}
@@ -200,6 +251,9 @@ class StackConfig:
             "g": self.num_heads // self.num_kv_heads,
             "d": self.head_dim,
             "b": self.relative.num_buckets if self.relative is not None else 0,
+            "x": self.moe.router.num_experts if self.moe is not None else 0,
+            "m": self.moe.ffn_size if self.moe is not None else 0,
+            "u": self.moe.shared_ffn_size if self.moe is not None else 0,
         }
 
     def model_shape(self, num_layers: int, vocab_size: int, positions: PositionTable | None) -> ModelShape:
@@ -259,7 +313,8 @@ class ModelConfig(ABC):
 
         v vocabulary, e embedding, h hidden, i the same on the other side of a projection, f feed-forward, p rows of the
         position table, s segments, n query heads, k key/value heads, g query heads per key head, d head dim, c classes
-        of pairs of segments, b buckets of relative positions.
+        of pairs of segments, b buckets of relative positions, x experts, m inner features of an expert, u of the shared
+        experts.
         """
 
     @abstractmethod

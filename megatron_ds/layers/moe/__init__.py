@@ -1,0 +1,1 @@
+"""Mixtures of experts: routing, the exchange of tokens between ranks, and the experts' products."""
