@@ -99,9 +99,10 @@ def _locate(
         position: from `_positions_in_flat_vectors`, if it is there.
     """
     optimizer, inner = engine.deepspeed.optimizer, engine.optimizer
+    shard_rank = engine.grid.shard_of(spec_of(parameter)).rank
     if hasattr(parameter, "ds_id"):  # ZeRO-3: each rank has an equal part of each parameter, the last ones padded
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        flat, start = optimizer.fp32_partitioned_groups_flat[group], engine.grid.shard.rank * length
+        flat, start = optimizer.fp32_partitioned_groups_flat[group], shard_rank * length
         length = min(length, parameter.ds_numel - start)
         if length <= 0:
             return None
@@ -109,7 +110,7 @@ def _locate(
     elif position is not None:  # ZeRO-1 and 2: each rank has an equal part of a group's flat vector
         group, begin = position
         part = optimizer.partition_size[group]
-        first = engine.grid.shard.rank * part
+        first = shard_rank * part
         start, stop = max(0, first - begin), min(parameter.numel(), first + part - begin)
         if start >= stop:
             return None
@@ -137,9 +138,10 @@ def owned_shards(engine: Engine) -> Iterator[OptimizerShard]:
     """
     grid = engine.grid
     first_here = {name for name, _, _ in engine.inventory()[grid.pipeline.rank]}
-    if engine.deepspeed.zero_optimization_stage() == 0 and grid.replica.rank > 0:
-        return
+    is_copied = engine.deepspeed.zero_optimization_stage() == 0
     for shard in optimizer_shards(engine):
+        if is_copied and grid.replica_of(shard.spec).rank > 0:
+            continue
         if shard.name in first_here and shard.spec.holds_first(grid.model_axes):
             yield shard
 

@@ -27,7 +27,7 @@ from megatron_ds.hf.peft.export import adapter_files
 from megatron_ds.hf.weight_files import SAFETENSORS, json_text
 from megatron_ds.hf.weights import ToHF
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
-from megatron_ds.parallel.grid import MODEL_AXES, ROLES, Layout
+from megatron_ds.parallel.grid import EXPERT, MODEL_AXES, ROLES, Layout
 
 MAX_FILE_BYTES = 5 * 10**9  # transformers' default
 MIN_RANK_BYTES = 2**26  # a small model is not scattered over many files
@@ -253,10 +253,12 @@ def gather_weights(
             continue
         for name in file.natives:
             with engine.gathered(parameters[name]):
-                if file.rank not in same_replica:
+                spec = spec_of(parameters[name])
+                holders = grid.expert.ranks if spec.is_of_experts else same_replica
+                if file.rank not in holders:
                     continue
-                shard = parameters[name].detach()
-                full = gather_shard(shard, spec_of(parameters[name]), grid.model_axes, to=writer)
+                to = {EXPERT: holders.index(file.rank)} if spec.is_of_experts else writer
+                full = gather_shard(parameters[name].detach(), spec, grid.model_axes, to=to)
                 if full is None or file.rank != grid.rank:
                     continue
                 for hf_name, tensor in to_hf.add(name, full):

@@ -17,8 +17,9 @@ from megatron_ds.errors import ConfigError, TopologyError
 class ModelShape:
     """The sizes of a model that decide how it can be divided.
 
-    `ffn_size` is the MLP's inner width; `max_positions` is the length of a learned position table, None if positions
-    are computed (rotary, relative).
+    `ffn_size` is the MLP's inner width, or a common divisor of several; 0 if no layer has one. `max_positions` is the
+    length of a learned position table, None if positions are computed (rotary, relative). `num_experts` is the number
+    of experts in each of the `num_expert_layers` layers that have some.
     """
 
     num_layers: int
@@ -27,6 +28,8 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     max_positions: int | None
+    num_experts: int = 0
+    num_expert_layers: int = 0
 
 
 def check_run(run: RunConfig, shape: ModelShape, summary: DeepSpeedSummary, world_size: int, device_type: str) -> int:

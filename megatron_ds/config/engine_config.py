@@ -16,7 +16,7 @@ from megatron_ds.config.run_config import (
     kernel_choice,
     path_or_mapping,
 )
-from megatron_ds.config.schema_base import Count, PathOrMapping, Section, integral_float_to_int
+from megatron_ds.config.schema_base import Count, NonNegative, PathOrMapping, Section, integral_float_to_int
 
 
 class EngineConfig(Section):
@@ -30,7 +30,7 @@ class EngineConfig(Section):
         steps: the number of steps in such a block; None = it is not known yet, and none is allowed.
         global_batch_size, micro_batch_size: samples per optimizer step, and per forward pass on one rank.
         seed: of dropout and of random initialisation.
-        recompute, compile, kernels: as under `train` in the run file.
+        recompute, compile, kernels, moe_aux_loss, moe_z_loss, moe_bias_rate: as under `train` in the run file.
     """
 
     parallel: ParallelSection = ParallelSection()
@@ -44,6 +44,9 @@ class EngineConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
+    moe_aux_loss: NonNegative | None = None
+    moe_z_loss: NonNegative = 0.0
+    moe_bias_rate: NonNegative = 0.0
 
     @classmethod
     def of_run(cls, run: RunConfig) -> "EngineConfig":
@@ -61,6 +64,9 @@ class EngineConfig(Section):
             recompute=train.recompute,
             compile=train.compile,
             kernels=train.kernels,
+            moe_aux_loss=train.moe_aux_loss,
+            moe_z_loss=train.moe_z_loss,
+            moe_bias_rate=train.moe_bias_rate,
         )
 
     @property

@@ -115,11 +115,14 @@ class ModelSection(Section):
 class ParallelSection(Section):
     """Degrees of model parallelism; the data degree is world / (tensor * pipeline).
 
-    `shared_memory`: tensor ranks on the CPU of one machine all-reduce through shared memory instead of TCP.
+    `expert`: number of ranks that divide the experts of a layer, consecutive ranks of a pipeline stage; None: the
+    tensor ranks. `shared_memory`: tensor ranks on the CPU of one machine all-reduce through shared memory instead of
+    TCP.
     """
 
     tensor: Count = 1
     pipeline: Count = 1
+    expert: Count | None = None
     sequence: bool = False
     shared_memory: bool = False
 
@@ -177,8 +180,10 @@ class TrainSection(Section):
     this many seconds without progress (0: never). `start_timeout`: seconds that a launcher's ranks wait for each other
     (0: no limit). `freeze`: patterns of Hugging Face tensor names that are not trained. `compile`: blocks are fused by
     torch.compile. `kernels`: "auto" uses Triton kernels and installed libraries on CUDA, "torch" PyTorch alone, a
-    mapping chooses per operation. `deterministic`: on CUDA the same operations give the same bits again. `tf32`: on
-    CUDA products in fp32 are rounded to TF32. `profile`: the steps that are profiled.
+    mapping chooses per operation. `moe_aux_loss`, `moe_z_loss`: coefficients of the losses that balance the routers of
+    mixtures of experts (None: the model's). `moe_bias_rate`: step of their biases of the choice. `deterministic`: on
+    CUDA the same operations give the same bits again. `tf32`: on CUDA products in fp32 are rounded to TF32. `profile`:
+    the steps that are profiled.
     """
 
     steps: Count | None = None
@@ -192,6 +197,9 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
+    moe_aux_loss: NonNegative | None = None
+    moe_z_loss: NonNegative = 0.0
+    moe_bias_rate: NonNegative = 0.0
     deterministic: bool = False
     tf32: bool = False
     profile: ProfileSection | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.optimizer import GuardedOptimizer
+from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
 from megatron_ds.models.sequential import HeadSpec
@@ -111,10 +112,12 @@ class Engine(ABC):
         kernels: names of the kernels in use that are not PyTorch's, for the log.
         documents: the longest document of a step, which the layers read.
         gradient_sums: the fp32 gradients that products add to; None = autograd gets every gradient.
+        routers: those of mixtures of experts; None = the model has none.
     """
 
     kernels: tuple[str, ...] = ()
     gradient_sums: GradientSums | None = None
+    routers: Routers | None = None
 
     def __init__(
         self,
@@ -153,6 +156,8 @@ class Engine(ABC):
             self.optimizer.begin_step()
         if self.gradient_sums is not None:
             self.gradient_sums.begin_step()
+        if self.routers is not None:
+            self.routers.begin_step(len(batches), loss_scale_of(self.deepspeed))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches = with_document_bounds(batches, self.documents)
@@ -163,10 +168,15 @@ class Engine(ABC):
         skipped_before = self.deepspeed.skipped_steps
         self._read = None
         grad_norm = self._step(self._to_device(batches), scales)
-        sums = self._collect().tolist() if self._read is None else self._read[: self.head.num_sums]
-        losses = Losses.unpack(sums, counts, self.head)
+        sums = self._all_sums().tolist() if self._read is None else self._read[:-1]
+        losses = Losses.unpack(sums[: self.head.num_sums], counts, self.head)
         applied = self.deepspeed.skipped_steps == skipped_before and not getattr(self.optimizer, "skipped", False)
-        return StepResult(losses.mean, grad_norm, counts[0], applied, losses.terms, losses.metrics)
+        metrics = losses.metrics
+        if self.routers is not None:
+            metrics |= self.routers.metrics(sums[self.head.num_sums :])
+            if applied:
+                self.routers.update_biases()
+        return StepResult(losses.mean, grad_norm, counts[0], applied, losses.terms, metrics)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
         """Compute the losses and metrics of all data ranks' micro-batches, without gradients."""
@@ -207,11 +217,16 @@ class Engine(ABC):
 
         Collective over loss, and over pipeline.
         """
-        sums = self._collect()
+        sums = self._all_sums()
         if norm.device != sums.device:  # offloaded gradients leave it in host memory
             sums = sums.cpu()
         self._read = torch.cat([sums, norm.reshape(1)]).tolist()
         return torch.tensor(self._read[-1], dtype=norm.dtype)
+
+    def _all_sums(self) -> Tensor:
+        """Return `_collect`'s sums of the step, and then those of the routers."""
+        sums = self._collect()
+        return sums if self.routers is None else torch.cat([sums, self.routers.collect(sums.device)])
 
     def _should_step(self) -> bool:
         """Return whether the step's loss and norm are finite, the same on all ranks."""
@@ -288,7 +303,7 @@ class Engine(ABC):
                 full: Tensor | None = None
                 if grid.coords.pipeline == stage:
                     with self.gathered(parameters[name]):
-                        if grid.replica.rank == 0:
+                        if grid.replica_of(spec).rank == 0:
                             full = gather_shard(of(parameters[name]), spec, grid.model_axes)
                 if source != 0:
                     full = _send_to_rank_0(full, spec, dtype, source, grid.rank, self.device)
@@ -310,6 +325,19 @@ class Engine(ABC):
         return unique
 
 
+def weights_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the names and tensors of a module's parameters, and then of its other weights.
+
+    The latter are the tensors that a submodule's `untrained` returns. DeepSpeed and optimizers do not know them, so
+    that they keep their dtype and are never divided.
+    """
+    yield from module.named_parameters()
+    for name, part in module.named_modules():
+        find = getattr(part, "untrained", None)
+        for own, tensor in find().items() if find is not None else ():
+            yield f"{name}.{own}", tensor
+
+
 def gather_shard(shard: Tensor, spec: ParamSpec, axes: Axes, to: Mapping[str, int] | None = None) -> Tensor | None:
     """Gather the shards of a parameter on one rank, without padding. Collective over `axes`, one after the other.
 
@@ -324,6 +352,7 @@ def gather_shard(shard: Tensor, spec: ParamSpec, axes: Axes, to: Mapping[str, in
     Returns:
         The full tensor on that rank, None on the others.
     """
+    axes = spec.axes_among(axes)
     target = {name: to.get(name, 0) if to is not None else 0 for name in axes}
     if any(axis.rank != target[name] for name, axis in axes.items() if spec.split_over(name) is None):
         return None

@@ -9,7 +9,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -23,7 +23,8 @@ from megatron_ds.config import (
     summarize_deepspeed,
 )
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
-from megatron_ds.engine.base import Engine, ShardReader
+from megatron_ds.engine.base import Engine, ShardReader, weights_of
+from megatron_ds.engine.experts import FoldedExperts, declare_experts, fold_experts
 from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
 from megatron_ds.engine.mpu import Mpu
@@ -31,13 +32,16 @@ from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
 from megatron_ds.engine.pipeline.engine import PipelinedModel, PipelineEngine
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.engine.probe import GradientProbe
+from megatron_ds.engine.router_load import find_routers
 from megatron_ds.engine.zero import ZeroEngine
 from megatron_ds.errors import ConfigError
 from megatron_ds.layers.kernels.select import AUTO, Choice, select_kernels
+from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec, SequentialModel, head_of
+from megatron_ds.parallel.expert import ExpertParallel
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -55,6 +59,8 @@ class EngineOptions:
         seed: of dropout, and of initialisation if no weights are read.
         frozen: names of parameters that are not trained.
         compiled: see `BuildContext`.
+        routers: coefficients of the losses of mixtures of experts.
+        bias_rate: see `Routers`.
         kernels: see `layers.kernels.select_kernels`.
     """
 
@@ -66,6 +72,8 @@ class EngineOptions:
     frozen: frozenset[str] = frozenset()
     compiled: bool = False
     kernels: Choice = AUTO
+    routers: RouterSettings = field(default_factory=RouterSettings)
+    bias_rate: float = 0.0
 
 
 def build_engine(
@@ -91,10 +99,16 @@ def build_engine(
     rng = RngStreams(options.seed, grid, device)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
-    tp = TensorParallel(grid.tensor, options.sequence)
+    tp, folded = TensorParallel(grid.tensor, options.sequence), fold_experts(grid)
     kernels = select_kernels(options.kernels, device)
     ctx = BuildContext(
-        tp=tp, rng=rng, recompute=_recompute(options, mpu, rng), compiled=options.compiled, kernels=kernels
+        tp=tp,
+        rng=rng,
+        recompute=_recompute(options, mpu, rng),
+        compiled=options.compiled,
+        kernels=kernels,
+        experts=ExpertParallel(grid.expert, tp, folded.mark) if folded else ExpertParallel(grid.expert, tp),
+        routers=options.routers,
     )
     specs = layers(ctx)
     with _allocation(summary, options.deepspeed, mpu, device):
@@ -106,12 +120,14 @@ def build_engine(
     if summary.zero_stage == 3:
         _gather_for_borrowers(module)
     read = read_shard or (lambda name, spec, axes: initial_shard(name, spec, options.seed, axes))
-    _fill(module, grid, read, zero_3=summary.zero_stage == 3)
+    _fill(module, grid, read)
     if isinstance(module, PipelinedModel):
         module.equalize_copies()
     _freeze(module, options.frozen)
-    optimizer = _optimizer(module, options.optimizer, device)
-    config = adapt_to_device(options.deepspeed, device.type, grid.shard.size)
+    declare_experts(module, folded)
+    optimizer = _optimizer(module, options.optimizer, device, folded)
+    largest = max(grid.shard.size, grid.expert_shard.size) if folded else grid.shard.size
+    config = adapt_to_device(options.deepspeed, device.type, largest)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use while it sets bf16 up
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -134,6 +150,7 @@ def build_engine(
         read_norm_once(engine.optimizer, made.read_norm)
     made.kernels, made.documents = kernels.names, ctx.documents
     made.gradient_sums = find_gradient_sums(engine, device)
+    made.routers = find_routers(module, grid, options.routers, options.bias_rate)
     return made
 
 
@@ -166,14 +183,15 @@ def _gather_for_borrowers(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, grid: Grid, read_shard: ShardReader, zero_3: bool) -> None:
+def _fill(module: nn.Module, grid: Grid, read_shard: ShardReader) -> None:
     """Set the parameters, one at a time. Under ZeRO-3 the first shard rank reads and broadcasts over shard."""
     renamed: dict[str, str] = getattr(module, "renamed", {})
-    for name, parameter in module.named_parameters():
-        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if zero_3 else nullcontext()
+    for name, parameter in weights_of(module):
+        is_divided, spec = hasattr(parameter, "ds_id"), spec_of(parameter)
+        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if is_divided else nullcontext()
         with gathered:
-            if not zero_3 or grid.shard.rank == 0:
-                shard = read_shard(renamed.get(name, name), spec_of(parameter), grid.model_axes)
+            if not is_divided or grid.shard_of(spec).rank == 0:
+                shard = read_shard(renamed.get(name, name), spec, grid.model_axes)
                 assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
                 parameter.copy_(shard)
 
@@ -197,25 +215,33 @@ def flat_parameters(deepspeed_engine: Any) -> list[Tensor]:
     return [one for group in deepspeed_engine.basic_optimizer.param_groups for one in group["params"]]
 
 
-def _optimizer(module: nn.Module, section: OptimizerSection | None, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(
+    module: nn.Module, section: OptimizerSection | None, device: torch.device, folded: FoldedExperts | None
+) -> torch.optim.Optimizer:
     if section is None:
         return GradientProbe(module.parameters())
     kind = OPTIMIZERS.get(section.name, "optimizer.name")
-    return kind.from_section(_param_groups(module, section), section, device, **section.options)
+    return kind.from_section(_param_groups(module, section, folded), section, device, **section.options)
 
 
-def _param_groups(module: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
+def _param_groups(module: nn.Module, section: OptimizerSection, folded: FoldedExperts | None) -> list[dict[str, Any]]:
     """Return groups of the parameters that are not frozen, with weight decay on matrices only, unless `decay_all`.
 
-    The declaration of a parameter decides about its decay, not its shape, which ZeRO-3 has already flattened.
+    The declaration of a parameter decides about its decay, not its shape, which ZeRO-3 has already flattened. Experts
+    that DeepSpeed reduces apart are in groups of their own.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
         decays = section.decay_all or spec_of(parameter).decay
-        groups.setdefault(section.weight_decay if decays else 0.0, []).append(parameter)
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+        apart = folded is not None and spec_of(parameter).is_of_experts
+        groups.setdefault((section.weight_decay if decays else 0.0, apart), []).append(parameter)
+    options = folded.group_options if folded is not None else {}
+    return [
+        {"params": parameters, "weight_decay": decay, **(options if apart else {})}
+        for (decay, apart), parameters in groups.items()
+    ]
 
 
 def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams) -> Recompute:

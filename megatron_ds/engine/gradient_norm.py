@@ -19,10 +19,15 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import combine_grad_norm_groups, is_model_parallel_parameter
+from deepspeed.runtime.utils import (
+    bwc_tensor_model_parallel_rank,
+    combine_grad_norm_groups,
+    is_model_parallel_parameter,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
+from deepspeed.utils import groups
 from torch import Tensor
 
 ReadNorm = Callable[[Tensor], Tensor]
@@ -59,7 +64,7 @@ def _norms_of_stage_3(zero: Any, of_offloaded: Callable[[], list[Tensor]], read:
     return [read(torch.linalg.vector_norm(_norms(zero, zero.fp16_groups, get_norm_dtype())))]
 
 
-def _norms(zero: Any, groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
+def _norms(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
     """Return the L2 norm of the gradients of each parameter group, (groups,), as DeepSpeed counts them.
 
     Of what several tensor ranks hold, the first rank counts, and the first pipeline stage of what several stages hold.
@@ -67,11 +72,11 @@ def _norms(zero: Any, groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) ->
 
     Args:
         zero: the optimizer, with the gradients of this rank's partition.
-        groups: the parameters of each group in this rank's partition.
+        parameter_groups: the parameters of each group in this rank's partition.
         dtype: the dtype of the sums of squares that are reduced.
     """
     sums = []
-    for index, parameters in enumerate(groups):
+    for index, parameters in enumerate(parameter_groups):
         gradients = [one for one in zero.averaged_gradients[index] if not getattr(one, "_zero_padding", False)]
         counted = [
             gradient
@@ -105,7 +110,13 @@ def _step_of_bf16(zero: Any, read: ReadNorm) -> None:
 
     Of the gradients it clips those alone that this rank's optimizer reads.
     """
-    squares = _sum_of_squares(zero.get_grads_for_norm()[0], torch.float32)
+    gradients, of_experts = zero.get_grads_for_norm()
+    squares = _sum_of_squares(gradients, torch.float32)
+    if zero.has_moe_layers:  # after their sum every rank of a stage has it, and one of its tensor ranks adds it
+        for name in zero.expert_gradients:
+            of_stage = _sum_of_squares(of_experts.get(name, []), torch.float32)
+            _sum_over(of_stage, groups._get_expert_parallel_group(name))
+            squares += of_stage if bwc_tensor_model_parallel_rank(zero.mpu) == 0 else 0.0
     _sum_over(squares, zero.mpu.get_model_parallel_group())
     norm = read(squares.sqrt())
     zero.overflow = not bool(norm.isfinite())
@@ -115,11 +126,11 @@ def _step_of_bf16(zero: Any, read: ReadNorm) -> None:
         zero.clear_lp_grads()
         return
     zero._global_grad_norm = norm
-    gradients = zero.fp32_groups_gradient_flat_partition
+    flat = zero.fp32_groups_gradient_flat_partition
     factor = zero.clip_grad / (norm + 1e-6)
     if zero.clip_grad > 0.0 and factor < 1:
-        torch._foreach_mul_(gradients, float(factor))
-    for parameter, gradient in zip(zero.fp32_groups_flat_partition, gradients):
+        torch._foreach_mul_(flat, float(factor))
+    for parameter, gradient in zip(zero.fp32_groups_flat_partition, flat):
         parameter.grad = gradient.to(parameter.dtype)
     zero.optimizer.step()
     zero._lazy_init_hp_params_optimizer_state()

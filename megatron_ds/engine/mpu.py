@@ -21,8 +21,8 @@ class Mpu:
 
     def __init__(self, grid: Grid) -> None:
         self._tensor, self._data = grid.tensor, grid.shard
-        self._tensor_group = _group(grid, grid.tensor, MODEL_AXES)
-        self._data_group = _group(grid, grid.shard, ROLES["shard"])
+        self._tensor_group = process_group(grid, grid.tensor, grid.layout.peers(*MODEL_AXES))
+        self._data_group = process_group(grid, grid.shard, grid.layout.peers(*ROLES["shard"]))
 
     def get_model_parallel_rank(self) -> int:
         return self._tensor.rank
@@ -53,7 +53,14 @@ class Mpu:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-def _group(grid: Grid, axis: Axis, names: Sequence[str]) -> dist.ProcessGroup:
+def process_group(grid: Grid, axis: Axis, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
+    """Return the process group of an axis, which DeepSpeed needs for one of size 1 too. Collective over the world.
+
+    Args:
+        grid: the grid.
+        axis: of this rank.
+        groups: the same axis of every rank, by their ranks.
+    """
     if axis.group is not None:
         return axis.group
     if grid.layout.world_size == 1:
@@ -61,7 +68,7 @@ def _group(grid: Grid, axis: Axis, names: Sequence[str]) -> dist.ProcessGroup:
         assert world is not None, "torch.distributed is not initialised"
         return world
     own = None
-    for ranks in grid.layout.peers(*names):
+    for ranks in groups:
         group = dist.new_group(list(ranks))
         if grid.rank in ranks:
             own = group

@@ -11,10 +11,11 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.engine.base import Engine, MicroBatch
+from megatron_ds.engine.base import Engine, MicroBatch, weights_of
 from megatron_ds.engine.data_sum import average_over_data, reduces_itself
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.parallel.grid import EXPERT
 from megatron_ds.parallel.regions import OPTIMIZER, profiled
 
 
@@ -48,7 +49,7 @@ class ZeroEngine(Engine):
             self._sums += losses.detach()
             self.deepspeed.backward(self.head.scaled_loss(losses, scales))
             if self._reduces and self.deepspeed.is_gradient_accumulation_boundary():
-                average_over_data(self.deepspeed, self.grid.shard, self._bucket)
+                average_over_data(self.deepspeed, self.grid, self._bucket)
                 norm = self._clipped() if self._stage_0 else None
             with profiled(OPTIMIZER):
                 self.deepspeed.step()
@@ -60,17 +61,22 @@ class ZeroEngine(Engine):
     def _clipped(self) -> float:
         """Clip the gradients at ZeRO-0 as torch does; return their norm before that.
 
-        The L2 norm counts parameters that all tensor ranks hold once. Collective over tensor and loss.
+        The L2 norm counts parameters that all tensor ranks hold once. Collective over tensor, expert and loss.
         """
         axes = self.grid.model_axes
         trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
-        counted = [p.grad for p in trained if spec_of(p).holds_first(axes)]
-        squares = torch.zeros((), dtype=torch.float32, device=self.device)
-        if counted:
-            squares += torch.stack(torch._foreach_norm(counted)).square().sum()
-        for axis in axes.values():
-            all_reduce_(squares, axis)
-        norm = float(self.read_norm(squares.sqrt()))
+        counted = [p for p in trained if spec_of(p).holds_first(axes)]
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for of_experts in (False, True):
+            gradients = [p.grad for p in counted if spec_of(p).is_of_experts == of_experts]
+            squares = torch.zeros_like(total)
+            if gradients:
+                squares += torch.stack(torch._foreach_norm(gradients)).square().sum()
+            for name, axis in axes.items():
+                if (name == EXPERT) == of_experts:
+                    all_reduce_(squares, axis)
+            total += squares
+        norm = float(self.read_norm(total.sqrt()))
         if math.isfinite(norm) and norm > self._clip > 0.0:
             torch._foreach_mul_([p.grad for p in trained], self._clip / (norm + 1e-6))
         return norm
@@ -92,7 +98,7 @@ class ZeroEngine(Engine):
         return {name: output.float().cpu() for name, output in found.items()}
 
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.deepspeed.module.named_parameters()
+        yield from weights_of(self.deepspeed.module)
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         if self.deepspeed.zero_optimization_stage() < 3:

@@ -120,12 +120,12 @@ class MLPShape:
         )
 
 
-def _gated_kernel(shape: MLPShape, kernels: Kernels) -> Gated | None:
+def gated_kernel(activation: str, kernels: Kernels) -> Gated | None:
     """Return the kernel of a gated activation; None = PyTorch's formula."""
-    geglu, approximate = kernels.geglu, _APPROXIMATE.get(shape.activation)
+    geglu, approximate = kernels.geglu, _APPROXIMATE.get(activation)
     if geglu is not None and approximate is not None:
         return lambda wide: geglu(wide, approximate)
-    return kernels.swiglu if shape.activation == "silu" else None
+    return kernels.swiglu if activation == "silu" else None
 
 
 class MLP(nn.Module):
@@ -153,14 +153,17 @@ class MLP(nn.Module):
         hidden, ffn = shape.hidden_size, shape.ffn_size
         self.middle: Callable[[Tensor], Tensor] = ACTIVATIONS[shape.activation]
         if shape.gated:
-            self.middle = partial(gated_product, activation=shape.activation, kernel=_gated_kernel(shape, kernels))
+            self.middle = partial(
+                gated_product, activation=shape.activation, kernel=gated_kernel(shape.activation, kernels)
+            )
         out_shape, split_dim = ((2, ffn), 1) if shape.gated else ((ffn,), 0)
         self.up = ColumnParallelLinear(hidden, out_shape, tp, std=shape.std, bias=shape.bias, split_dim=split_dim)
         self.down = RowParallelLinear(ffn, hidden, tp, std=shape.out_std, bias=shape.bias)
         self.dropout = HiddenDropout(shape.dropout, rng, differs=tp.axis.size > 1)
         self.adapters = nn.ModuleDict()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Apply the layer to every position, also those that the mask marks as padding."""
         wide = self.up(x)
         middle = self.dropout(self._adapted(x, wide) if self.adapters else self.middle(wide))
         if "down" not in self.adapters:

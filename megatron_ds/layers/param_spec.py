@@ -18,7 +18,7 @@ from math import gcd, prod
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.parallel.grid import Axes, Axis
+from megatron_ds.parallel.grid import EXPERT, Axes, Axis
 from megatron_ds.parallel.random import derive_seed
 
 TILE_ELEMENTS = 2**22
@@ -53,6 +53,11 @@ class AxisSplit:
 def over_tensor(dim: int, units: int | None = None) -> tuple[AxisSplit, ...]:
     """Return the splits of a parameter of which the tensor axis alone divides one dim; see `AxisSplit`."""
     return (AxisSplit(dim, "tensor", units),)
+
+
+def over_experts() -> tuple[AxisSplit, ...]:
+    """Return the splits of a parameter of all experts of a layer, whose dim 0 is divided over the expert ranks."""
+    return (AxisSplit(0, EXPERT),)
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,22 @@ class ParamSpec:
         split = self.split_over(axis)
         return split.num_shards(size) if split is not None else 1
 
+    @property
+    def is_of_experts(self) -> bool:
+        """It is divided over the expert ranks, which takes the place of all other axes."""
+        return self.split_over(EXPERT) is not None
+
+    def axes_among(self, axes: Axes) -> Axes:
+        """Return the axes over which the parameter is divided or copied: the expert ranks, or all others."""
+        return {name: axis for name, axis in axes.items() if (name == EXPERT) == self.is_of_experts}
+
     def holds_first(self, axes: Axes) -> bool:
-        """Return whether this rank is the first, along all of `axes`, of those that hold its shard.
+        """Return whether this rank is the first, along its axes among `axes`, of those that hold its shard.
 
         Over the ranks that do, sums and files contain every element of the parameter once.
         """
-        return all(axis.rank % (axis.size // self.num_shards(name, axis.size)) == 0 for name, axis in axes.items())
+        own = self.axes_among(axes)
+        return all(axis.rank % (axis.size // self.num_shards(name, axis.size)) == 0 for name, axis in own.items())
 
     def local_shape(self, axes: Axes) -> tuple[int, ...]:
         """Return the shape of the shard of every rank, padding included."""
@@ -155,14 +170,15 @@ def initial_shard(name: str, spec: ParamSpec, seed: int, axes: Axes) -> Tensor:
     """Return this rank's shard of a parameter's initial value, fp32 on CPU, padding included.
 
     The full tensor consists of tiles that do not depend on the layout, each drawn from a generator seeded by (seed,
-    name, tile). A rank draws the tiles that its shard touches, on as many threads as torch uses, so the weights depend
-    on neither layout nor the order in which parameters are filled, and no rank holds a full tensor of several tiles.
+    name, tile); each expert has tiles of its own. A rank draws the tiles that its shard touches, on as many threads as
+    torch uses, so the weights depend on neither layout nor the order in which parameters are filled, and no rank holds
+    a full tensor of several tiles.
     """
     ranges = spec.local_ranges(axes)
     if spec.std is None and spec.bound is None:
         return pad_shard(torch.full([stop - start for start, stop in ranges], spec.fill), spec, axes)
     shard = torch.zeros(spec.local_shape(axes))
-    tile_shape = _tile_shape(spec.shape)
+    tile_shape = _tile_shape((1, *spec.shape[1:]) if spec.is_of_experts else spec.shape)
     is_only_tile = tile_shape == spec.shape
 
     def fill(index: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,12 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from megatron_ds.parallel.random import RngStreams
 
 _NON_REENTRANT = partial(torch_checkpoint, use_reentrant=False)
+_REPLAYING: ContextVar[bool] = ContextVar("replaying", default=False)
+
+
+def is_replaying() -> bool:
+    """Return whether what runs has run before, and runs again for the backward pass alone."""
+    return _REPLAYING.get()
 
 
 @dataclass(frozen=True)
@@ -35,4 +42,20 @@ class Recompute:
         """Return `fn(*args)`; the backward pass recomputes it if `mode` is this object's and gradients are enabled."""
         if self.mode != mode or not torch.is_grad_enabled():
             return fn(*args)
-        return self.checkpoint(self.rng.replayable(fn) if self.rng is not None else fn, *args)
+        return self.checkpoint(_marking_replays(self.rng.replayable(fn) if self.rng is not None else fn), *args)
+
+
+def _marking_replays(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `fn` so that `is_replaying` is true in every call but the first."""
+    has_run = False
+
+    def run(*args: Any) -> Any:
+        nonlocal has_run
+        token = _REPLAYING.set(has_run)
+        has_run = True
+        try:
+            return fn(*args)
+        finally:
+            _REPLAYING.reset(token)
+
+    return run

@@ -126,7 +126,7 @@ class Block(nn.Module):
             attended = self.attention(normal, mask, positions=positions, bounds=bounds, angles=angles)
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
-            return x + self._residual(attended) + self._residual(self._feed_forward(start))
+            return x + self._residual(attended) + self._residual(self._feed_forward(start, given.get(inputs.mask)))
         next_norm = self.mlp_norm if self.cross is None else self.cross_norm
         normal, x = self._add(x, attended, self.attention_output_norm, next_norm)
         if self.cross is not None:
@@ -135,12 +135,12 @@ class Block(nn.Module):
             with profiled(ATTENTION):
                 attended = self.cross(normal, mask, context)
             normal, x = self._add(x, attended, self.cross_output_norm, self.mlp_norm)
-        _, x = self._add(x, self._feed_forward(normal), self.mlp_output_norm, None)
+        _, x = self._add(x, self._feed_forward(normal, given.get(inputs.mask)), self.mlp_output_norm, None)
         return x
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         with profiled(MLP):
-            return self.mlp(x)
+            return self.mlp(x, mask)
 
     def _add(
         self, x: Tensor, change: Tensor, output_norm: Norm | None, next_norm: Norm | None
@@ -175,6 +175,9 @@ def block_layers(
 ) -> list[LayerSpec]:
     """Return the specs of a stack's blocks; nothing is built.
 
+    Where some of them have experts, every pipeline stage gets one of these: DeepSpeed may reduce experts apart, and a
+    stage without any would miss a collective.
+
     Args:
         prefix: of their names, which end with the index.
         config: of the stack.
@@ -194,7 +197,7 @@ def block_layers(
                 name=f"{prefix}.{layer}",
                 build=partial(Block, config, layer, ctx, table, inputs),
                 cost=config.block_cost(layer),
-                is_block=True,
+                is_block=config.moe is None or layer in config.moe.layers,
                 tied=shared if config.relative is not None and layer > 0 else {},
             )
         )

@@ -39,7 +39,7 @@ class MoEConfig:
         ffn_size: inner width of one expert.
         layers: indices of the blocks that have experts, in order; the others have a dense layer.
         limit, bias, shared_gate, aux_loss: see `MoEShape`.
-        shared_ffn_size: inner width of the shared experts together; 0 = there are none.
+        shared_ffn_size: sum of the inner widths of the shared experts; 0 = no such experts.
     """
 
     router: RouterShape
@@ -261,11 +261,18 @@ class StackConfig:
         return ModelShape(
             num_layers=num_layers,
             num_attention_heads=self.num_heads,
-            ffn_size=self.ffn_size,
+            ffn_size=math.gcd(*self._dense_widths()),
             hidden_size=self.hidden_size,
             vocab_size=vocab_size,
             max_positions=positions.max_positions if positions is not None else None,
+            num_experts=self.moe.router.num_experts if self.moe is not None else 0,
+            num_expert_layers=len(self.moe.layers) if self.moe is not None else 0,
         )
+
+    def _dense_widths(self) -> list[int]:
+        """Return the inner widths that the tensor axis divides: of dense layers and of shared experts."""
+        shared = [self.moe.shared_ffn_size] if self.moe is not None else []
+        return [*shared, *([self.ffn_size] if self.dense_layers else [])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.kernels import REFERENCE, Kernels
+from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.recompute import Recompute
+from megatron_ds.parallel.expert import ExpertParallel
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -17,11 +19,13 @@ class BuildContext:
 
     Attributes:
         tp: tensor and sequence parallelism.
+        experts: expert parallelism, of the same tensor ranks; None = every rank has all experts.
         rng: random streams for dropout; None = no dropout.
         recompute: which activations are recomputed in the backward pass.
         compiled: whether torch.compile fuses the operations of a block between its matrix products.
         kernels: implementations of norms, gated activations and attention.
         documents: the longest document of a step, where an engine sets it.
+        routers: the settings that the routers of all layers share.
     """
 
     tp: TensorParallel = field(default_factory=TensorParallel)
@@ -30,3 +34,5 @@ class BuildContext:
     compiled: bool = False
     kernels: Kernels = REFERENCE
     documents: DocumentLimit = field(default_factory=DocumentLimit)
+    experts: ExpertParallel | None = None
+    routers: RouterSettings = field(default_factory=RouterSettings)

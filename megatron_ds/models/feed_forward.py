@@ -4,7 +4,9 @@
 feed-forward layer is another shape and a builder that is registered for it:
 
     @build_feed_forward.register
-    def build_experts(shape: MoEShape, ctx: BuildContext) -> nn.Module: ...
+    def build_gated_memory(shape: GatedMemoryShape, ctx: BuildContext) -> nn.Module: ...
+
+The layer is called with hidden states and the mask of padding, or None: `layer(x, mask)`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from functools import singledispatch
 from torch import nn
 
 from megatron_ds.layers.mlp import MLP, MLPShape
+from megatron_ds.layers.moe.layer import MoE
+from megatron_ds.layers.moe.shape import MoEShape
 from megatron_ds.models.context import BuildContext
+from megatron_ds.parallel.expert import ExpertParallel
 
 
 @singledispatch
@@ -35,3 +40,9 @@ def build_feed_forward(shape: object, ctx: BuildContext) -> nn.Module:
 def build_mlp(shape: MLPShape, ctx: BuildContext) -> MLP:
     """Build a dense feed-forward layer."""
     return MLP(shape, ctx.tp, ctx.rng, ctx.kernels)
+
+
+@build_feed_forward.register
+def build_moe(shape: MoEShape, ctx: BuildContext) -> MoE:
+    """Build a mixture of experts."""
+    return MoE(shape, ctx.experts or ExpertParallel(tp=ctx.tp), ctx.routers, ctx.rng, ctx.kernels)

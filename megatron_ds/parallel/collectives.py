@@ -222,3 +222,92 @@ def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
     Korthikanti et al. 2022.
     """
     return _ReduceScatterSequence.apply(x, axis) if axis.size > 1 else x
+
+
+class _SplitRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.count = axis, len(x)
+        return x[rows_of(axis, len(x))].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather_rows(grads[0], ctx.axis, ctx.count), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, count: int) -> Tensor:
+        ctx.axis, ctx.count = axis, count
+        return _gather_rows(x, axis, count)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0][rows_of(ctx.axis, ctx.count)], None, None
+
+
+def rows_of(axis: Axis, count: int) -> slice:
+    """Return which of `count` rows a rank of the axis has: as many as the others, but for the last ranks."""
+    part = -(-count // axis.size)
+    return slice(min(axis.rank * part, count), min((axis.rank + 1) * part, count))
+
+
+def _gather_rows(x: Tensor, axis: Axis, count: int) -> Tensor:
+    padded = x.new_zeros((-(-count // axis.size), *x.shape[1:]))
+    padded[: len(x)] = x
+    return all_gather_dim0(padded, axis)[:count]
+
+
+def split_rows(x: Tensor, axis: Axis) -> Tensor:
+    """Take this rank's part of rows that all ranks have, (T, ...) -> (T', ...); T need not be divisible.
+
+    Forward nothing, backward all-gather. The counterpart is `gather_rows`.
+    """
+    return _SplitRows.apply(x, axis) if axis.size > 1 else x
+
+
+def gather_rows(x: Tensor, axis: Axis, count: int) -> Tensor:
+    """Gather the parts of `split_rows`, (T', ...) -> (T, ...), for all ranks to use in the same way.
+
+    Forward all-gather, backward nothing.
+    """
+    return _GatherRows.apply(x, axis, count) if axis.size > 1 else x
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+        ctx.axis, ctx.sent, ctx.received = axis, sent, received
+        return _exchange_rows(x, axis, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange_rows(grads[0], ctx.axis, ctx.received, ctx.sent), None, None, None
+
+
+def _exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+    out = x.new_empty((sum(received), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
+    return out
+
+
+def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int]) -> Tensor:
+    """Send consecutive rows to the ranks of the axis, (sum(sent), ...) -> (sum(received), ...) by source.
+
+    Forward and backward: an all-to-all, of the rows that are for other ranks.
+
+    Args:
+        x: rows, by the rank that gets them.
+        axis: the ranks.
+        sent, received: number of rows to and from each rank.
+    """
+    return _ExchangeRows.apply(x, axis, sent, received) if axis.size > 1 else x
+
+
+def exchange_counts(counts: Tensor, axis: Axis) -> Tensor:
+    """Send row r of (ranks, n) to rank r; returns (ranks, n), a row from each rank. Not differentiable."""
+    if axis.size == 1:
+        return counts
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=axis.group)
+    return received

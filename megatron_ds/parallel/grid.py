@@ -8,17 +8,22 @@ axes is its own single-process reference.
 Code below asks the grid for a *role*, not for an axis, wherever it means one of these. A role is the set of ranks that
 differ along some axes; today each is the data axis and shares its process group.
 
-| role      | its ranks                                       | used for                           | context | expert |
-| --------- | ----------------------------------------------- | ---------------------------------- | ------- | ------ |
-| `batch`   | read different samples                          | samplers, micro-batches            | no      | yes    |
-| `loss`    | compute losses of different tokens              | sums of losses and label counts    | yes     | yes    |
-| `shard`   | reduce gradients and hold ZeRO's shards         | gradients, states, weights         | yes     | yes*   |
-| `replica` | hold the same parameters; the first writes them | export, checkpoints                | yes     | yes*   |
-| `random`  | draw different dropout masks                    | random streams                     | yes     | yes    |
+| role      | its ranks                                       | used for                           | context |
+| --------- | ----------------------------------------------- | ---------------------------------- | ------- |
+| `batch`   | read different samples                          | samplers, micro-batches            | no      |
+| `loss`    | compute losses of different tokens              | sums of losses and label counts    | yes     |
+| `shard`   | reduce gradients and hold ZeRO's shards         | gradients, states, weights         | yes     |
+| `replica` | hold the same parameters; the first writes them | export, checkpoints                | yes     |
+| `random`  | draw different dropout masks                    | random streams                     | yes     |
 
-The last two columns state whether the ranks of an axis to come will be part of the role: `context`, which divides the
-sequence, and `expert`, which divides the experts. (*) Except for the parameters of experts, for which these roles
-remain the data axis.
+The last column states whether the ranks of an axis to come, `context`, which divides the sequence, will be part of the
+role.
+
+The parameters of experts have ranks of their own. All ranks of a pipeline stage, in order, form groups of `expert`
+consecutive ranks, which divide the experts of a layer, whatever axes they differ along (Megatron's folding; Liu et al.
+2025). Ranks with the same place in these groups hold the same experts and are `shard` and `replica` of them. As tensor
+neighbours are consecutive, the experts of `expert` = tensor ranks lie on the tensor axis, and their replicas are the
+data axis.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +43,9 @@ AXES = ("pipeline", "data", "tensor")
 
 MODEL_AXES = ("tensor",)
 """The axes over which the parameters of one pipeline stage are divided; what is not divided is copied along them."""
+
+EXPERT = "expert"
+"""The name of the ranks that divide the experts, among the axes that parameters are divided over."""
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data",),
@@ -168,6 +177,14 @@ Axes = Mapping[str, Axis]
 """Some axes of the grid by name."""
 
 
+class Divided(Protocol):
+    """The declaration of a parameter; see `layers.param_spec.ParamSpec`."""
+
+    @property
+    def is_of_experts(self) -> bool:
+        """It is divided over the expert ranks."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The axes and roles of one rank. The table at the top of this file states what each role is for.
@@ -183,6 +200,8 @@ class Grid:
         shard: the ranks over which ZeRO reduces gradients and shards states.
         replica: the ranks that hold the same parameters, of which the first writes them.
         random: the ranks that draw different dropout masks.
+        expert: the ranks that divide the experts of a layer.
+        expert_shard: the ranks that hold the same experts: the roles `shard` and `replica` of their parameters.
     """
 
     layout: Layout
@@ -195,6 +214,8 @@ class Grid:
     shard: Axis
     replica: Axis
     random: Axis
+    expert: Axis
+    expert_shard: Axis
 
     @property
     def tensor(self) -> Axis:
@@ -206,8 +227,24 @@ class Grid:
 
     @property
     def model_axes(self) -> Axes:
-        """The axes over which the parameters of one pipeline stage are divided or copied; see `MODEL_AXES`."""
-        return {name: self.axes[name] for name in MODEL_AXES}
+        """The axes over which the parameters of one pipeline stage are divided or copied; see `MODEL_AXES`.
+
+        Those of experts are divided over `EXPERT` and copied over `expert_shard`, all others over the other axes.
+        """
+        return {**{name: self.axes[name] for name in MODEL_AXES}, EXPERT: self.expert}
+
+    def shard_of(self, parameter: Divided) -> Axis:
+        """Return the ranks of `shard` for a parameter, by its declaration."""
+        return self.expert_shard if parameter.is_of_experts else self.shard
+
+    def replica_of(self, parameter: Divided) -> Axis:
+        """Return the ranks of `replica` for a parameter, by its declaration."""
+        return self.expert_shard if parameter.is_of_experts else self.replica
+
+    @property
+    def folds_experts(self) -> bool:
+        """The experts are divided over other ranks than those of the tensor axis."""
+        return self.expert.ranks != self.tensor.ranks
 
     @property
     def coords(self) -> Coords:
@@ -219,23 +256,50 @@ class Grid:
         return all(axis.rank == 0 for name, axis in self.axes.items() if name not in ROLES["loss"])
 
 
-def create_grid(layout: Layout, rank: int) -> Grid:
+def expert_groups(layout: Layout, expert: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return all sets of ranks that divide the experts, and all that hold the same ones. A rank is in one of each.
+
+    Args:
+        layout: sizes of the axes.
+        expert: number of ranks that divide the experts of a layer; it divides the ranks of a pipeline stage.
+    """
+    divide, same = [], []
+    for stage in layout.peers(*(axis for axis in layout if axis != "pipeline")):
+        groups = [stage[start : start + expert] for start in range(0, len(stage), expert)]
+        assert len(groups) * expert == len(stage), (layout, expert)
+        divide += groups
+        same += list(zip(*groups))
+    return divide, same
+
+
+def create_grid(layout: Layout, rank: int, expert: int | None = None) -> Grid:
     """Create the process groups of a layout. Collective over the world.
 
     Every rank calls it, in the same order as other group creations. Roles along the same axes share one group. A layout
     of one rank needs no initialised `torch.distributed`.
+
+    Args:
+        layout: sizes of the axes.
+        rank: this global rank.
+        expert: number of ranks that divide the experts of a layer; None = the tensor ranks do.
     """
-    created: dict[tuple[str, ...], Axis] = {}
+    created: dict[tuple[tuple[int, ...], ...], Axis] = {}
+
+    def over(groups: Sequence[tuple[int, ...]]) -> Axis:
+        key = tuple(sorted(groups))
+        if key not in created:
+            created[key] = _create_axis(layout, rank, groups)
+        return created[key]
 
     def along(*names: str) -> Axis:
-        if names not in created:
-            created[names] = _create_axis(layout, rank, names)
-        return created[names]
+        return over(layout.peers(*names))
 
     for name in sorted(layout, key=lambda name: _GROUP_ORDER.index(name) if name in _GROUP_ORDER else len(AXES)):
         along(name)
     roles = {role: along(*names) for role, names in ROLES.items()}
     world = along(*layout)
+    divide, same = expert_groups(layout, layout["tensor"] if expert is None else expert)
+    roles |= {"expert": over(divide), "expert_shard": over(same)}
     return Grid(layout, rank, {name: along(name) for name in layout}, world, _on_host(world), **roles)
 
 
@@ -250,9 +314,9 @@ def _on_host(world: Axis) -> Axis:
     return replace(world, group=dist.new_group(backend="gloo"))
 
 
-def _create_axis(layout: Layout, rank: int, names: tuple[str, ...]) -> Axis:
+def _create_axis(layout: Layout, rank: int, groups: Sequence[tuple[int, ...]]) -> Axis:
     own = Axis()
-    for ranks in layout.peers(*names):
+    for ranks in groups:
         if len(ranks) == 1:
             group = None
         elif len(ranks) == layout.world_size:

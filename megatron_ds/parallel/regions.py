@@ -10,7 +10,8 @@ PREFIX = "part: "
 STEP = "training step"
 ATTENTION, MLP, HEAD, EMBEDDING = "attention", "MLP", "head and loss", "embedding"
 BLOCK, OPTIMIZER, DATA = "norms and residuals", "optimizer", "data wait"
-PARTS = (ATTENTION, MLP, BLOCK, EMBEDDING, HEAD, OPTIMIZER, DATA)
+ROUTER, DISPATCH, EXPERTS = "router", "dispatch of tokens", "experts"
+PARTS = (ATTENTION, MLP, ROUTER, DISPATCH, EXPERTS, BLOCK, EMBEDDING, HEAD, OPTIMIZER, DATA)
 
 
 def profiled(part: str) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from megatron_ds.config import (
     DeepSpeedSummary,
     EngineConfig,
     check_engine,
+    check_experts,
     check_recomputation,
     fill_deepspeed,
     load_deepspeed,
@@ -19,6 +20,7 @@ from megatron_ds.config import (
 from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory
 from megatron_ds.hf.config import HFModel
 from megatron_ds.layers.kernels import check_choice
+from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.parallel.grid import Layout, create_grid
 from megatron_ds.registry import check_options
 from megatron_ds.runtime.loaded_model import LoadedModel
@@ -64,6 +66,7 @@ def plan_engine(
     shape, mapping = hf.core.shape(), load_deepspeed(config.deepspeed)
     summary = summarize_deepspeed(mapping)
     data_size = check_engine(config, shape, summary, world_size, device_type)
+    check_experts(config, shape, mapping, data_size)
     encoder_decoder = hf.family.model_type if hf.core.has_cross_attention else ""
     check_recomputation(config, mapping, trains_part=trains_part, encoder_decoder=encoder_decoder)
     parallel = config.parallel
@@ -83,7 +86,7 @@ def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device)
     Raises:
         ConfigError: see `build_engine` and `enable_shared_memory`.
     """
-    grid = create_grid(plan.layout, rank)
+    grid = create_grid(plan.layout, rank, plan.config.parallel.expert)
     if plan.config.parallel.shared_memory and grid.tensor.size > 1:
         grid = enable_shared_memory(grid)
     return build_engine(model.layers, grid, device, engine_options(model, plan), model.read_shard)
@@ -101,4 +104,6 @@ def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
         frozen=model.frozen,
         compiled=config.compile,
         kernels=config.kernels,
+        routers=RouterSettings(config.moe_aux_loss, config.moe_z_loss),
+        bias_rate=config.moe_bias_rate,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.engine.base import Engine, MicroBatch
+from megatron_ds.engine.base import Engine, MicroBatch, weights_of
 from megatron_ds.engine.data_sum import average_over_data
 from megatron_ds.engine.pipeline.module import PipelinedModel
 from megatron_ds.models.sequential import input_activations
@@ -28,7 +28,7 @@ class PipelineEngine(Engine):
             bucket: number of gradient elements that data ranks reduce at a time.
         """
         super().__init__(*args)
-        self.deepspeed._bf16_reduce_grads = partial(average_over_data, self.deepspeed, self.grid.shard, bucket)
+        self.deepspeed._bf16_reduce_grads = partial(average_over_data, self.deepspeed, self.grid, bucket)
 
     def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
         self.deepspeed.train_batch(self._feed(batches, scales))
@@ -57,7 +57,7 @@ class PipelineEngine(Engine):
 
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         module: PipelinedModel = self.deepspeed.module
-        for name, parameter in module.named_parameters():
+        for name, parameter in weights_of(module):
             yield module.renamed.get(name, name), parameter
 
     def _feed(

@@ -61,7 +61,7 @@ class MoEShape:
         limit: gate(x) is bounded above by it, up(x) on both sides, and 1 is added to up(x); None = neither.
         bias: the experts' projections have biases.
         std, out_std: standard deviations at initialisation, of router, gate and up, and of down.
-        shared: a feed-forward layer whose output is added for every token; None = there is none.
+        shared: a feed-forward layer whose output is added for every token; None = no such layer.
         shared_gate: this output is multiplied by the sigmoid of a projection of x to one number.
         aux_loss: coefficient of the load-balancing loss, unless the run sets it.
     """

@@ -1,0 +1,75 @@
+"""Checks of expert parallelism against a model, its ranks and the DeepSpeed JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ds.config.checks import ModelShape, nearest
+from megatron_ds.config.engine_config import EngineConfig
+from megatron_ds.config.run_config import ParallelSection
+from megatron_ds.errors import ConfigError, TopologyError
+
+
+def check_experts(config: EngineConfig, shape: ModelShape, mapping: Mapping[str, Any], data_size: int) -> None:
+    """Check that the experts of a model can be divided over its ranks, and that DeepSpeed can reduce them.
+
+    Args:
+        config: the engine's settings.
+        shape: the model's sizes.
+        mapping: the DeepSpeed JSON, unfilled.
+        data_size: data-parallel ranks.
+
+    Raises:
+        TopologyError: the experts, or the layers with experts, cannot be divided.
+        ConfigError: a setting needs experts, and the model has none; or a key of the JSON reduces them wrongly.
+    """
+    parallel = config.parallel
+    if not shape.num_experts:
+        _refuse_settings(config)
+        return
+    _check_division(parallel, shape.num_experts, parallel.tensor * data_size)
+    if parallel.pipeline > shape.num_expert_layers:
+        raise TopologyError(
+            f"parallel.pipeline={parallel.pipeline} is more than the {shape.num_expert_layers} layers with experts, of "
+            f"which each stage needs one; nearest: {shape.num_expert_layers}"
+        )
+    if parallel.expert not in (None, parallel.tensor):
+        _check_reduction(parallel, mapping)
+
+
+def _refuse_settings(config: EngineConfig) -> None:
+    given = {
+        "parallel.expert": config.parallel.expert,
+        "train.moe_aux_loss": config.moe_aux_loss,
+        "train.moe_z_loss": config.moe_z_loss or None,
+        "train.moe_bias_rate": config.moe_bias_rate or None,
+    }
+    for field, value in given.items():
+        if value is not None and (field, value) != ("parallel.expert", 1):
+            raise ConfigError(f"{field}={value:g} is for mixtures of experts, and this model has none; remove it")
+
+
+def _check_division(parallel: ParallelSection, num_experts: int, ranks: int) -> None:
+    size = parallel.expert or parallel.tensor
+    if num_experts % size == 0 and ranks % size == 0:
+        return
+    legal = nearest(size, (n for n in range(1, ranks + 1) if num_experts % n == 0 and ranks % n == 0))
+    fix = f"nearest: parallel.expert={' or '.join(map(str, legal))}"
+    if num_experts % size:
+        given = f"parallel.expert={size}" if parallel.expert else f"parallel.tensor={size}, which divides experts too,"
+        raise TopologyError(f"{given} does not divide the model's {num_experts} experts; {fix}")
+    raise TopologyError(
+        f"parallel.expert={size} does not divide the {ranks} ranks of a pipeline stage (parallel.tensor="
+        f"{parallel.tensor} * {ranks // parallel.tensor} data ranks); {fix}"
+    )
+
+
+def _check_reduction(parallel: ParallelSection, mapping: Mapping[str, Any]) -> None:
+    """Refuse keys with which DeepSpeed 0.19.8 sums gradients of different experts, or stops with an assertion."""
+    zero = mapping.get("zero_optimization") or {}
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero.get(key) is False:
+            raise ConfigError(
+                f"zero_optimization.{key}=false in the DeepSpeed JSON cannot run with parallel.expert="
+                f"{parallel.expert} and parallel.tensor={parallel.tensor}: DeepSpeed then reduces gradients of experts "
+                f"over the wrong ranks; remove it, or try parallel.expert={parallel.tensor}"
+            )

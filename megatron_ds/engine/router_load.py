@@ -1,0 +1,113 @@
+"""Routers of a step: the scale of their losses, what they log, and the update of their biases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.layers.moe.balance import RouterSettings
+from megatron_ds.layers.moe.layer import MoE
+from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.parallel.consensus import gather_objects
+from megatron_ds.parallel.grid import Grid
+
+METRICS = ("moe_aux_loss", "moe_z_loss", "moe_tokens_min", "moe_tokens_max", "moe_entropy", "moe_dropped")
+
+
+class Routers:
+    """The routers of all layers of a model, of which this rank has those of its pipeline stage.
+
+    Args:
+        module: this rank's part of the model.
+        grid: the axes and roles of this rank. The construction is collective over pipeline.
+        settings: what the layers were built with.
+        bias_rate: step of the biases of the choice, for each optimizer step; 0 = they stay as they are.
+    """
+
+    def __init__(self, module: nn.Module, grid: Grid, settings: RouterSettings, bias_rate: float) -> None:
+        self._layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
+        self._grid, self._settings, self._bias_rate = grid, settings, bias_rate
+        found = [(name, layer.shape.router.num_experts) for name, layer in self._layers.items()]
+        stages = gather_objects(found, grid.pipeline.group) if grid.pipeline.size > 1 else [found]
+        self._experts = {name: experts for stage in stages for name, experts in stage}  # of all layers, in order
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def num_sums(self) -> int:
+        """Length of what `collect` returns."""
+        return sum(experts + 2 for experts in self._experts.values())
+
+    def begin_step(self, num_micro_batches: int, loss_scale: float) -> None:
+        """Clear the sums, and scale the gradients of the losses as DeepSpeed scales that of the main loss.
+
+        DeepSpeed divides by the number of data ranks when it reduces gradients; by the number of micro-batches it
+        divides the main loss.
+        """
+        self._settings.gradient_scale = loss_scale / num_micro_batches
+        self._num_micro_batches = num_micro_batches
+        for layer in self._layers.values():
+            layer.load.clear()
+
+    def collect(self, device: torch.device) -> Tensor:
+        """Return the sums of all layers over all ranks, fp64 (num_sums,). Collective over the world."""
+        own = {name: layer.load.sums for name, layer in self._layers.items()}
+        parts = [
+            own[name] if name in own else torch.zeros(experts + 2, dtype=torch.float64, device=device)
+            for name, experts in self._experts.items()
+        ]
+        total = all_reduce_(torch.cat(parts), self._grid.world)
+        self._sums = dict(zip(self._experts, total.split([experts + 2 for experts in self._experts.values()])))
+        return total
+
+    def metrics(self, sums: Sequence[float]) -> Mapping[str, float]:
+        """Return what a step logs, given the numbers of `collect` on the host.
+
+        The losses are sums over layers, without coefficients, and means over micro-batches and data ranks. The tokens
+        are those of the expert, of any layer, that got the fewest or the most. The entropy of the tokens over a layer's
+        experts is a mean over layers, divided by its largest value. No token is ever dropped.
+        """
+        counts, losses, begin = [], [0.0, 0.0], 0
+        for experts in self._experts.values():
+            counts.append(sums[begin : begin + experts])
+            losses = [total + one for total, one in zip(losses, sums[begin + experts : begin + experts + 2])]
+            begin += experts + 2
+        divisor = self._num_micro_batches * self._grid.batch.size
+        entropy = sum(map(_relative_entropy, counts)) / len(counts)
+        values = (losses[0] / divisor, losses[1] / divisor, min(map(min, counts)), max(map(max, counts)), entropy, 0.0)
+        return dict(zip(METRICS, values))
+
+    @torch.no_grad()
+    def update_biases(self) -> None:
+        """Raise the biases of experts that got fewer tokens than the mean in the step, and lower the others.
+
+        Every rank does the same (Wang et al. 2024).
+        """
+        for name, layer in self._layers.items():
+            bias = layer.router.choice_bias
+            if bias is not None and self._bias_rate:
+                counts = self._sums[name][:-2]
+                bias += self._bias_rate * torch.sign(counts.mean() - counts).to(bias.dtype)
+
+
+def _relative_entropy(counts: Sequence[float]) -> float:
+    """Return the entropy of a distribution, divided by that of the uniform one."""
+    total = sum(counts)
+    if not total or len(counts) == 1:
+        return 1.0
+    return -sum(count / total * math.log(count / total) for count in counts if count) / math.log(len(counts))
+
+
+def find_routers(module: nn.Module, grid: Grid, settings: RouterSettings, bias_rate: float) -> Routers | None:
+    """Return the routers of a model; None = it has none. Collective over pipeline."""
+    routers = Routers(module, grid, settings, bias_rate)
+    return routers if routers.num_sums else None
+
+
+def loss_scale_of(deepspeed_engine: Any) -> float:
+    """Return what the loss is multiplied by in fp16; 1 in other dtypes."""
+    scaler = getattr(deepspeed_engine.optimizer, "loss_scaler", None)
+    return float(getattr(scaler, "loss_scale", 1.0))

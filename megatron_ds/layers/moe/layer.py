@@ -1,0 +1,105 @@
+"""The mixture of experts as a feed-forward layer (Shazeer et al. 2017), without dropped tokens (Gale et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ds.layers.kernels import REFERENCE, Kernels
+from megatron_ds.layers.linear import ReplicatedLinear
+from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.moe.balance import RouterLoad, RouterSettings, router_losses, with_loss
+from megatron_ds.layers.moe.dispatch import Dispatch, count_per_expert
+from megatron_ds.layers.moe.experts import Experts
+from megatron_ds.layers.moe.router import Router, Routing
+from megatron_ds.layers.moe.shape import MoEShape
+from megatron_ds.layers.recompute import is_replaying
+from megatron_ds.parallel.expert import ExpertParallel
+from megatron_ds.parallel.random import RngStreams
+from megatron_ds.parallel.regions import DISPATCH, EXPERTS, ROUTER, profiled
+
+
+class MoE(nn.Module):
+    """The weighted sum of the k experts that a router chooses for each token, and of the shared experts if any.
+
+    (S, B, H) -> (S, B, H), or (S/t, B, H) -> (S/t, B, H) under sequence parallelism. Each tensor rank routes different
+    tokens: those that it has, or its part of those that all have. Forward and backward, per micro-batch: 4 all-to-alls
+    over the e expert ranks, of k T H (e-1)/e elements each for T tokens of a rank that are routed uniformly; an
+    all-to-all of E counts; without sequence parallelism also all-gathers of 2 SBH(t-1)/t elements; the traffic of an
+    MLP for shared experts.
+
+    Args:
+        shape: sizes and options.
+        parallel: the ranks that divide experts and tokens.
+        settings: coefficients of the router's losses.
+        load: the sums that it adds to.
+        rng: random streams of the shared experts.
+        kernels: the kernels of SwiGLU and GeGLU.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        parallel: ExpertParallel,
+        settings: RouterSettings,
+        rng: RngStreams | None = None,
+        kernels: Kernels = REFERENCE,
+    ) -> None:
+        super().__init__()
+        self.shape, self.parallel, self.settings = shape, parallel, settings
+        self.router = Router(shape.router, shape.hidden_size, parallel, shape.std)
+        self.load = RouterLoad(shape.router.num_experts, self.router.weight.device)
+        self.experts = Experts(shape, parallel, kernels)
+        self.shared = MLP(shape.shared, parallel.tp, rng, kernels) if shape.shared is not None else None
+        self.shared_gate = None
+        if shape.shared_gate:
+            self.shared_gate = ReplicatedLinear(shape.hidden_size, 1, parallel.tp, std=shape.std)
+
+    @torch.compiler.disable  # row counts change from step to step
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: hidden states.
+            mask: (B, S), 0 where a position is padding, which balance does not count; None = nowhere.
+        """
+        own = self.parallel.own_tokens(x.flatten(0, 1))
+        with profiled(ROUTER):
+            routing = self.router.route(self.router(own))
+        with profiled(DISPATCH):
+            dispatch = Dispatch(routing.chosen, self.shape.router.num_experts, self.parallel.axis)
+            weights = self._balanced(routing, dispatch, self._real(x, mask)) if self.training else routing.weights
+            rows = dispatch.send(own)
+        with profiled(EXPERTS):
+            rows = self.experts(rows, dispatch.counts)
+        with profiled(DISPATCH):
+            mixed = self.parallel.all_tokens(dispatch.combine(rows, weights), x.shape[0] * x.shape[1]).view(x.shape)
+        return mixed if self.shared is None else mixed + self._shared(x)
+
+    def _shared(self, x: Tensor) -> Tensor:
+        assert self.shared is not None
+        found = self.shared(x)
+        return found if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * found
+
+    def _real(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return which of this rank's tokens are no padding, (T,) bool."""
+        if mask is None:
+            return None
+        tp, by_position = self.parallel.tp, mask.t().bool()
+        real = by_position[tp.sequence_slice(len(by_position))].flatten()
+        return self.parallel.own_tokens(real)
+
+    def _balanced(self, routing: Routing, dispatch: Dispatch, real: Tensor | None) -> Tensor:
+        """Return the weights; where they are differentiated, so are the router's losses. Count the tokens once."""
+        settings, counts = self.settings, dispatch.chosen_counts
+        aux = self.shape.aux_loss if settings.aux_loss is None else settings.aux_loss
+        if real is not None:
+            kept = routing.chosen[real].flatten().sort().values
+            counts = count_per_expert(kept, self.shape.router.num_experts)
+        balance, z = router_losses(routing, counts, real, self.parallel.tp.axis)
+        if not is_replaying():
+            self.load.add(counts, balance, z)
+        if not routing.weights.requires_grad or not (aux or settings.z_loss):
+            return routing.weights
+        return with_loss(routing.weights, aux * balance + settings.z_loss * z, settings)
