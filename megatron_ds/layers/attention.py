@@ -22,6 +22,7 @@ from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, Kernel
 from megatron_ds.layers.kernels.reference import AttentionKernel, is_plain_attention
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
+from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions
 from megatron_ds.layers.rotary import Angles, RotaryTable
@@ -44,8 +45,10 @@ class AttentionShape:
         softcap: scores s become softcap * tanh(s / softcap); None = they are unbounded.
         alibi: fixed biases by distance; None = no such biases.
         relative: learned biases by distance; None = no such biases.
+        sinks: each query head has a learned score that takes part in the softmax of every query, as of a further key
+            without a value (gpt-oss, 2025; Xiao et al. 2023).
         dropout: the dropout probability of the attention probabilities.
-        q_std, kv_std, out_std: standard deviations of the projections' initialisation.
+        q_std, kv_std, out_std: standard deviations of the projections' initialisation; sinks have that of keys.
     """
 
     hidden_size: int
@@ -66,6 +69,7 @@ class AttentionShape:
     q_std: float
     kv_std: float
     out_std: float
+    sinks: bool = False
 
     @property
     def width(self) -> int:
@@ -144,6 +148,8 @@ class Attention(nn.Module):
             self.k_norm = Norm(dim, shape.qk_norm, tp, tp.inside, kernels)
         relative = shape.relative
         self.relative = RelativeBias(relative, heads, tp, causal=shape.causal) if relative is not None else None
+        sinks = ParamSpec((heads,), over_tensor(0), std=shape.kv_std, decay=False)
+        self.sinks = make_parameter(sinks, tp.axes) if shape.sinks else None
         local = heads // tp.axis.size
         self.heads = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
         self.slopes = HeadSlopes(self.heads, heads)
@@ -276,6 +282,7 @@ class Attention(nn.Module):
             key_bias=key_bias,
             distance_bias=distance_bias,
             dropout=shape.dropout if self.training else 0.0,
+            sinks=self.sinks,
         )
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionKernel | None:
@@ -290,12 +297,13 @@ class Attention(nn.Module):
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         mask = self._allowed(q.shape[2], key_mask, positions, q.device)
         has_bias = shape.alibi is not None or self.relative is not None
-        plain = mask is None and not has_bias and shape.softcap is None
+        by_scores = shape.softcap is not None or self.sinks is not None
+        plain = mask is None and not has_bias and not by_scores
         k, v = (self._for_each_head(part, kernel_repeats=plain) for part in (k, v))
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
-            if shape.softcap is not None:
-                y = self._capped(q, k, v, self._bias(q, mask, key_mask, positions), dropout)
+            if by_scores:
+                y = self._by_scores(q, k, v, self._bias(q, mask, key_mask, positions), dropout)
             elif has_bias:
                 y = F.scaled_dot_product_attention(
                     *(q, k, v, self._bias(q, mask, key_mask, positions), dropout), scale=shape.scale
@@ -311,12 +319,19 @@ class Attention(nn.Module):
                 y = y if blind is None else y.masked_fill(blind, 0.0)
         return y.permute(2, 0, 1, 3).flatten(2)
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-        """Compute the formula step by step, since no torch kernel caps scores. It allocates (B, N/t, S, S) tensors."""
-        assert self.shape.softcap is not None
-        scores = (q @ k.transpose(-1, -2)) * self.shape.scale
-        scores = torch.tanh(scores / self.shape.softcap) * self.shape.softcap
-        probabilities = F.softmax(scores + bias, dim=-1, dtype=torch.float32).to(q.dtype)
+    def _by_scores(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+        """Compute the formula step by step, since no function of torch caps scores or has sinks.
+
+        It allocates (B, N/t, S, S) tensors.
+        """
+        scores, softcap = (q @ k.transpose(-1, -2)) * self.shape.scale, self.shape.softcap
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores + bias
+        if self.sinks is not None:
+            sinks = self.sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
         return F.dropout(probabilities, dropout) @ v
 
     def _allowed(

@@ -75,6 +75,7 @@ class StackConfig:
         qk_norm: RMSNorm of queries and keys before the rotation; `qk_norm_across_heads`: over all heads at once.
         attention_scale: of the scores; None = 1/sqrt(head_dim). `scale_by_layer`: divided by the layer's number from 1.
         attention_softcap: bound of the scores; None = no bound.
+        attention_sinks: each head of self-attention has a learned score without a value in its softmax.
         windows: for each layer, the number of last keys that a query sees; None = all. Empty = all in every layer.
 
         activation: a name in `layers.mlp.ACTIVATIONS`; `gated`: act(gate) * up instead of act(up).
@@ -113,6 +114,7 @@ class StackConfig:
     attention_scale: float | None = None
     scale_by_layer: bool = False
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     windows: tuple[int | None, ...] = ()
 
     activation: str
@@ -170,13 +172,14 @@ class StackConfig:
             q_std=self.weight_std * (self.head_dim**-0.5 if self.fan_in_init else 1.0),
             kv_std=self.weight_std,
             out_std=self.out_std(self.num_heads * self.head_dim),
+            sinks=self.attention_sinks,
         )
 
     def cross(self, layer: int) -> AttentionShape | None:
         """Return the sizes and options of one layer's cross attention; None = the layer has none."""
         if not self.cross_attention:
             return None
-        return replace(self.attention(layer), causal=False, window=None, alibi=None, relative=None)
+        return replace(self.attention(layer), causal=False, window=None, alibi=None, relative=None, sinks=False)
 
     def feed_forward(self, layer: int) -> MLPShape | MoEShape:
         """Return the sizes and options of one layer's feed-forward layer."""

@@ -1,7 +1,7 @@
 """Attention equals its formula, written out, on one process and on tensor ranks: outputs and every gradient.
 
 Each case has what could be lost by itself: groups of query heads, a key head that several ranks hold, masks, windows,
-documents that share a sequence, norms of heads, rotation, caps, another stack's states.
+documents that share a sequence, norms of heads, rotation, caps, sinks, another stack's states.
 """
 
 import math
@@ -45,6 +45,7 @@ PLAIN = AttentionShape(
 )
 KEY_MASK = torch.ones(B, S, dtype=torch.bool)
 KEY_MASK[0, 5:] = False
+LEFT_PADDED = KEY_MASK.flip(1)
 POSITIONS = torch.stack([torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])])
 Parameters = dict[str, Tensor]
 
@@ -104,7 +105,9 @@ def attention(
     if shape.softcap is not None:
         scores = torch.tanh(scores / shape.softcap) * shape.softcap
     scores = scores.masked_fill(~seen(shape, len(source), key_mask, positions)[:, None], -math.inf)
-    mixed = torch.einsum("bnsc,cbnd->sbnd", scores.softmax(-1), v)
+    if shape.sinks:
+        scores = torch.cat([scores, parameters["sinks"].view(1, -1, 1, 1).expand(B, -1, S, 1)], dim=-1)
+    mixed = torch.einsum("bnsc,cbnd->sbnd", scores.softmax(-1)[..., : len(source)], v)
     return F.linear(mixed.flatten(2), parameters["out.weight"], parameters.get("out.bias"))
 
 
@@ -116,6 +119,8 @@ class Called(nn.Module):
         self.layer, self.given = [layer], given
         for name, part in layer.named_children():
             self.add_module(name, part)
+        for name, own in layer.named_parameters(recurse=False):
+            self.register_parameter(name, own)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.layer[0](x, context=context, **self.given)
@@ -139,6 +144,8 @@ def case(shape: AttentionShape, rotates: bool = False, context: bool = False, **
         split |= {"q_norm.weight": 0, "k_norm.weight": 0}
     elif shape.qk_norm is not None:
         parameters |= {"q_norm.weight": (DIM,), "k_norm.weight": (DIM,)}
+    if shape.sinks:
+        parameters, split = {"sinks": (HEADS,), **parameters}, {"sinks": 0, **split}
 
     def build(tp: TensorParallel) -> nn.Module:
         rotary = RotaryTable(RotaryConfig(DIM, THETA)) if rotates else None
@@ -165,6 +172,12 @@ CASES = {
     "documents": case(PLAIN, positions=POSITIONS),
     "documents in a window": case(replace(PLAIN, window=2), positions=POSITIONS),
     "both ways, padded": case(BOTH_WAYS, key_mask=KEY_MASK),
+    "sinks": case(replace(PLAIN, sinks=True)),
+    "sinks, capped": case(replace(PLAIN, sinks=True, softcap=0.7)),
+    "sinks, one key head, documents in a window": case(
+        replace(PLAIN, sinks=True, num_kv_heads=1, window=3), positions=POSITIONS
+    ),
+    "sinks, queries that see no key": case(replace(PLAIN, sinks=True), key_mask=LEFT_PADDED),
     "another stack's states": case(BOTH_WAYS, context=True),
 }
 

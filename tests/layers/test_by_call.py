@@ -101,6 +101,17 @@ def test_a_release_that_does_not_cap_is_passed_over() -> None:
     assert (chosen(capped, 256), chosen(plain, 256)) == ("flash", "flash4")
 
 
+def test_sinks_are_computed_by_what_returns_the_log_sum_exp() -> None:
+    names = by_name(["flash3", "flash4", "flash", "varlen", "flex"])
+    positions = torch.empty(2, 4096, dtype=torch.int64, device=META)
+    for window in (None, 128):
+        with META:
+            shape = replace(PLAIN, head_dim=64, window=window, sinks=True)
+            layer = Attention(shape, TensorParallel(), None, Recompute(), None, Kernels(attention=names))
+        assert chosen(layer, 4096) == chosen(layer, 4096, positions=positions) == "flex"
+        assert chosen(layer, 64) is None, "few pairs"
+
+
 @pytest.mark.parametrize(
     "change",
     [{"head_dim": 12}, {"head_dim": 260}, {"dropout": 0.1, "softcap": 1.0}],

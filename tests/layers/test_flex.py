@@ -45,6 +45,8 @@ CALLS = {
     "learned biases": AttentionCall(0.3, distance_bias=drawn(HEADS, 2 * LENGTH - 1)),
     "padded": AttentionCall(0.3, key_mask=PADDED),
     "padded, in a window": AttentionCall(0.3, window=50, key_mask=PADDED, positions=POSITIONS),
+    "sinks": AttentionCall(0.3, sinks=drawn(HEADS)),
+    "sinks, padded": AttentionCall(0.3, window=50, key_mask=NOTHING, positions=POSITIONS, sinks=drawn(HEADS)),
     "both ways": AttentionCall(0.3, distance_bias=drawn(HEADS, 2 * LENGTH - 1), **BOTH_WAYS),
     "both ways, padded": AttentionCall(0.3, softcap=0.9, key_mask=NOTHING, **BOTH_WAYS),
 }
@@ -63,13 +65,16 @@ def with_gradients(kernel: Any, call: AttentionCall) -> list[Tensor]:
     if call.distance_bias is not None:
         leaves.append(call.distance_bias.clone())
         call = replace(call, distance_bias=leaves[-1])
+    if call.sinks is not None:
+        leaves.append(call.sinks.clone())
+        call = replace(call, sinks=leaves[-1])
     for leaf in leaves:
         leaf.requires_grad_()
     y = kernel(q, k, v, call)
     return [y, *torch.autograd.grad(y, leaves, drawn(*y.shape))]
 
 
-TRACED = ("learned biases", "both ways", "documents in a window", "padded, in a window", "capped")
+TRACED = ("learned biases", "sinks, padded", "both ways", "documents in a window", "padded, in a window", "capped")
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -100,8 +100,8 @@ def _with_gradients(
 
 
 def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
-    """Yield the tensors that a kernel differentiates: arguments, and an attention call's learned bias."""
+    """Yield the tensors that a kernel differentiates: arguments, and an attention call's learned scores."""
     for one in arguments:
-        learned = one.distance_bias if isinstance(one, AttentionCall) else one
-        if isinstance(learned, Tensor):
-            yield learned
+        for learned in (one.distance_bias, one.sinks) if isinstance(one, AttentionCall) else (one,):
+            if isinstance(learned, Tensor):
+                yield learned

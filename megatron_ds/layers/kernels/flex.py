@@ -1,4 +1,4 @@
-"""FlexAttention (Dong et al. 2024): documents, windows, capped scores and biases by distance, without (S, S) tensors.
+"""FlexAttention (Dong et al. 2024): documents, windows, capped scores, biases and sinks, without (S, S) tensors.
 
 torch.compile makes a kernel for each set of options, which takes some seconds, so the candidate is made when a call
 needs it. The masks that it reads by blocks are made once for all layers that a micro-batch passes.
@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class KeptMasks:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: AttentionCall) -> Tensor:
     """Compute attention: (B, N, S, D), (B, K, S, D) twice -> (B, N, S, D)."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     length = q.shape[2]
     block_mask = None
@@ -78,7 +78,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: AttentionCall) -> 
         blocks, size = mask.blocks, (BLOCK, BLOCK)
         block_mask = BlockMask((length, length), *blocks, BLOCK_SIZE=size, mask_mod=_mask_of_pair(mask, call))
     score = _score_of_pair(call, length, len(q))
-    return flex_attention(q, k, v, score, block_mask, call.scale, enable_gqa=q.shape[1] != k.shape[1])
+    options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if call.sinks is None:
+        return flex_attention(q, k, v, score, block_mask, call.scale, **options)
+    y, found = flex_attention(q, k, v, score, block_mask, call.scale, **options, return_aux=AuxRequest(lse=True))
+    return _with_sinks(y, found.lse, call.sinks)
+
+
+def _with_sinks(y: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Return the output of a softmax that the sinks take part in, (B, N, S, D).
+
+    Their share of exp(lse) + exp(sink) is lost, because they have no value.
+
+    Args:
+        y: the output without them.
+        lse: (B, N, S), the log-sum-exp of the scores of the keys, with a gradient; -inf where a query sees no key.
+        sinks: (N,).
+    """
+    return (y * torch.sigmoid(lse - sinks.float()[:, None])[..., None]).to(y.dtype)
 
 
 def _mask_of_pair(mask: Mask, call: AttentionCall) -> Callable[..., Tensor]:
@@ -154,7 +171,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
         return False
     fits = q.dtype in (torch.float16, torch.bfloat16) and SMALLEST_HEAD <= q.shape[-1] <= LARGEST_HEAD
     is_long = q.shape[0] >= (SHORTEST if learned is None else SHORTEST_LEARNED)
-    options = (call.window, call.softcap, call.positions, call.key_bias, call.distance_bias)
+    options = (call.window, call.softcap, call.positions, call.key_bias, call.distance_bias, call.sinks)
     needs_pairs = any(one is not None for one in options) or (call.causal and call.key_mask is not None)
     return fits and is_long and needs_pairs and call.dropout == 0.0
 

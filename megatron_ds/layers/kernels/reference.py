@@ -31,6 +31,8 @@ class AttentionCall:
             sees no key is zero.
         key_bias: (B or 1, N, S), added to the scores of each key: ALiBi; None = no such bias.
         distance_bias: (N, 2S - 1), added to the scores by key - query + S - 1, with a gradient; None = no such bias.
+        sinks: (N,), scores of a further key without a value that every query of a head sees, with a gradient; None = no
+            such key.
         dropout: probability of dropping an attention probability.
     """
 
@@ -45,17 +47,18 @@ class AttentionCall:
     key_bias: Tensor | None = None
     distance_bias: Tensor | None = None
     dropout: float = 0.0
+    sinks: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
         """True for causal attention to a window, documents or all, with or without a softcap, and nothing else."""
-        others = (self.key_mask, self.key_bias, self.distance_bias)
+        others = (self.key_mask, self.key_bias, self.distance_bias, self.sinks)
         return self.causal and self.dropout == 0.0 and all(one is None for one in others)
 
     @property
     def variant(self) -> tuple[bool, ...]:
         """The options that a kernel made for a call depends on; masks are data."""
-        optional = (self.softcap, self.key_mask, self.key_bias, self.distance_bias)
+        optional = (self.softcap, self.key_mask, self.key_bias, self.distance_bias, self.sinks)
         return (self.causal, *(one is not None for one in optional))
 
 
@@ -153,7 +156,11 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) ->
         scores = scores + call.distance_bias.float().unfold(1, length, 1).flip(1)
     seen = reference_mask(length, call, q.device)
     sees_any = seen.any(-1, keepdim=True)
-    y = scores.masked_fill(~seen & sees_any, -torch.inf).softmax(-1) @ v
+    scores = scores.masked_fill(~seen & sees_any, -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    y = scores.softmax(-1)[..., :length] @ v
     return torch.where(sees_any, y, 0.0).permute(2, 0, 1, 3)
 
 
@@ -248,6 +255,12 @@ def bounds_input(random: Random) -> tuple[Any, ...]:
     return random(192, 2, 4, 128), random(192, 2, 2, 128), random(192, 2, 2, 128), call
 
 
+def sinks_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of an `AttentionKernel` with sinks."""
+    call = AttentionCall(0.3, sinks=random(4))
+    return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
+
+
 def is_plain_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     """Return whether these are arguments that every `AttentionKernel` computes."""
     return call.is_plain and q.dtype in (torch.float16, torch.bfloat16)
@@ -276,6 +289,7 @@ def smaller_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> E
             key_mask=None if call.key_mask is None else torch.arange(length, device=device).expand(2, -1) < 180,
             key_bias=None if call.key_bias is None else random(1, heads, length),
             distance_bias=None if call.distance_bias is None else random(heads, 2 * length - 1).float(),
+            sinks=None if call.sinks is None else random(heads),
         )
         return random(length, 2, heads, dim), *shared, small
 

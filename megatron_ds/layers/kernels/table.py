@@ -40,6 +40,7 @@ from megatron_ds.layers.kernels.reference import (
     reference_rotary,
     reference_swiglu,
     rotary_input,
+    sinks_input,
     smaller_attention,
 )
 from megatron_ds.registry import Registry
@@ -151,7 +152,7 @@ KERNELS: Mapping[str, Operation] = {
     "attention": Operation(
         "attention",
         reference_attention,
-        (attention_input, documents_input, bounds_input),
+        (attention_input, documents_input, bounds_input, sinks_input),
         supports=is_plain_attention,
         variant=attention_variant,
         smaller=smaller_attention,
