@@ -24,6 +24,8 @@ class RotaryConfig:
         scaling: "default"; "linear" (Chen et al. 2023); "dynamic" (NTK-aware, by length); "llama3" (Llama 3 herd of
             models, 2024); "yarn" (Peng et al. 2023); "longrope" (Ding et al. 2024).
         adjacent: pairs are (2i, 2i + 1) (GPT-J) instead of (i, i + dim/2).
+        fp32: cos, sin and products are fp32, and the rotated heads are cast down (Ernie 4.5); else cos and sin have the
+            dtype of the heads (Llama).
         magnitude: cos and sin are multiplied by it (yarn, longrope).
         factor: how far positions are stretched.
         original_max_positions: the length before stretching; for "dynamic" the length from which bases grow.
@@ -38,6 +40,7 @@ class RotaryConfig:
     theta: float = 10000.0
     scaling: str = "default"
     adjacent: bool = False
+    fp32: bool = False
     magnitude: float = 1.0
     factor: float = 1.0
     original_max_positions: int = 8192
@@ -134,11 +137,11 @@ class RotaryTable:
             q, k: they may be overwritten.
             positions: (B, S), below S; None = 0..S-1.
             angles: what `cos_sin` returns for S, from outside of a compiled graph; None = it is called here.
-            kernel: the kernel, used unless a compiler fuses the formula; None = PyTorch's formula.
+            kernel: the kernel, used unless a compiler fuses the formula or products are fp32; None = PyTorch's formula.
         """
         cos, sin = angles if angles is not None else self.cos_sin(q.shape[0], like=q)
         adjacent = self.config.adjacent
-        if kernel is not None and not torch.compiler.is_compiling():
+        if kernel is not None and not self.config.fp32 and not torch.compiler.is_compiling():
             return kernel(q, k, RotaryCall(cos, sin, positions, adjacent))
         if positions is not None:
             cos, sin = (table[positions.t(), 0] for table in (cos, sin))
@@ -146,22 +149,26 @@ class RotaryTable:
 
     @torch.compiler.disable  # a miss and a hit of the cache would be two graphs: recomputation fails
     def cos_sin(self, length: int, like: Tensor) -> Angles:
-        """Return cos and sin, each (S, 1, 1, dim), with a value per dim, in the dtype and on the device of `like`."""
-        key = (length, like.dtype, like.device)
+        """Return cos and sin, each (S, 1, 1, dim), with a value per dim, on the device and in the dtype of `like`.
+
+        They are fp32 if the config says so.
+        """
+        dtype = torch.float32 if self.config.fp32 else like.dtype
+        key = (length, dtype, like.device)
         if key not in self._tables:
             speeds = self.config.inverse_frequencies(length)
             angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
             pairs = angles.repeat_interleave(2, dim=-1) if self.config.adjacent else torch.cat([angles, angles], dim=-1)
             pairs = pairs[:, None, None, :].to(like.device)
             magnitude = self.config.magnitude
-            self._tables = {key: ((pairs.cos() * magnitude).to(like.dtype), (pairs.sin() * magnitude).to(like.dtype))}
+            self._tables = {key: ((pairs.cos() * magnitude).to(dtype), (pairs.sin() * magnitude).to(dtype))}
         return self._tables[key]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool = False) -> Tensor:
     """Rotate the first `dim` of (S, B, heads, D), pairs being (i, i + dim/2), or neighbours where `adjacent`.
 
-    Saves nothing of x for backward, and allocates one tensor forward and one backward.
+    The result has the dtype of x. Saves nothing of x for backward, and allocates one tensor forward and one backward.
     """
     return _Rotate.apply(x, cos, sin, adjacent)
 
@@ -187,4 +194,4 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
     sines = sin[..., firsts]
     out[..., firsts].addcmul_(x[..., seconds], sines, value=-1)
     out[..., seconds].addcmul_(x[..., firsts], sines)
-    return out
+    return out.to(x.dtype)

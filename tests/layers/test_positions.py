@@ -1,5 +1,6 @@
 """Rotary frequencies and ALiBi slopes equal transformers', for every scaling, below and beyond the original length."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +95,39 @@ def test_a_part_of_a_head_is_rotated_pair_by_pair(adjacent: bool) -> None:
         turned = torch.view_as_complex(before[..., [first, second]].contiguous())
         turned = turned * torch.polar(torch.ones(5), speed * torch.arange(5))[:, None, None]
         torch.testing.assert_close(after[..., [first, second]], torch.view_as_real(turned))
+
+
+def _in_bf16(fp32: bool) -> list[torch.Tensor]:
+    """Rotated heads and the gradient of heads, of transformers' Ernie 4.5 and of ours."""
+    from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5_MoeConfig
+    from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeRotaryEmbedding, apply_rotary_pos_emb
+
+    generator = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(400, 2, 3, 16, generator=generator).bfloat16() for _ in range(2))
+    x.requires_grad_()
+    config = Ernie4_5_MoeConfig(hidden_size=48, num_attention_heads=3)
+    cos, sin = Ernie4_5_MoeRotaryEmbedding(config)(x, torch.arange(400)[None])
+    rows = x.permute(1, 2, 0, 3)
+    theirs = apply_rotary_pos_emb(rows, rows, cos, sin)[0].permute(2, 0, 1, 3)
+    assert config.rope_parameters is not None
+    rope = replace(rotary(config.rope_parameters, 16, 128), adjacent=True, fp32=fp32)
+
+    def kernel(*arguments: object) -> None:
+        raise AssertionError("kernels are not checked for products in fp32")
+
+    ours = RotaryTable(rope).rotate(x, x, kernel=kernel if fp32 else None)[0]  # type: ignore[arg-type]
+    return [part for y in (theirs, ours) for part in (y.detach(), *torch.autograd.grad(y, x, direction))]
+
+
+@pytest.mark.parametrize("fp32", [True, False])
+def test_products_in_fp32_round_as_transformers(fp32: bool) -> None:
+    """The sum of products may still be rounded once less, so a few results are the next number."""
+    theirs, their_gradient, ours, gradient = run_alone(_in_bf16, fp32)
+    assert ours.dtype == gradient.dtype == torch.bfloat16
+    differ = float((ours != theirs).float().mean())
+    assert differ < 1e-3 if fp32 else differ > 0.1
+    if fp32:
+        torch.testing.assert_close(gradient, their_gradient, rtol=2**-7, atol=2**-7)
 
 
 def _graph_breaks(packed: bool) -> int:
