@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as library
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.layers.attention import Attention
@@ -51,6 +50,8 @@ def with_gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def by_transformers(tensors: list[Tensor], sinks: Tensor, key_mask: Tensor) -> Tensor:
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
     module = nn.Module()
     module.num_key_value_groups, module.sinks = HEADS // SHAPE.num_kv_heads, sinks  # type: ignore[assignment]
     seen = reference_mask(LENGTH, AttentionCall(1.0, SHAPE.window, key_mask=key_mask), CPU)
@@ -79,6 +80,17 @@ def test_recomputed_gradients_are_the_same() -> None:
         return with_gradients(layer(x, LEFT_PADDED), [x, *layer.parameters()])
 
     assert all(torch.equal(one, other) for one, other in zip(run("selective"), run("none"), strict=True))
+
+
+def test_torch_compile_traces_the_formula() -> None:
+    layer, tensors = layer_of(), drawn(torch.float32)
+    assert layer.sinks is not None
+    core = torch.compile(layer._core, backend="aot_eager", dynamic=False, fullgraph=True)
+    found, expected = (
+        with_gradients(run(*tensors, LEFT_PADDED), [*tensors, layer.sinks]) for run in (core, layer._core)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_share_a_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
