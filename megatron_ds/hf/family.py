@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.fields_read import fields_read
+from megatron_ds.hf.spread_mapping import Mapped, Spread
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.config import ModelConfig
 
 LAYER = "{n}"
+EXPERT = "{x}"
 HEAD = "head.weight"
 EMBEDDING = "embedding.weight"
 
@@ -30,19 +32,21 @@ class Row:
         op: the bijection between them.
         split: the named axis that tensor parallelism divides, or expert parallelism (x); None = replicated.
         copies: names of further tensors with the content of the only one in `names`; they are written, not read.
+        layers: the layers that have it; None = all layers of the stack.
     """
 
     native: str
     names: tuple[str, ...]
-    op: Op
+    op: Mapped
     split: str | None = None
     copies: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
 
     def at(self, layer: int) -> Row:
         """Return the row of one layer."""
         number = str(layer)
         names = tuple(name.replace(LAYER, number) for name in self.names)
-        return Row(self.native.replace(LAYER, number), names, self.op, self.split)
+        return replace(self, native=self.native.replace(LAYER, number), names=names, layers=None)
 
 
 def _unchanged(config: Any, names: frozenset[str]) -> Any:
@@ -131,7 +135,8 @@ class Family:
         table = {}
         for row in self.rows(config):
             stack, dot, _ = row.native.partition(f".{LAYER}")
-            for layer in range(config.stacks[stack].num_layers if dot else 1):
+            layers = range(config.stacks[stack].num_layers if dot else 1)
+            for layer in layers if row.layers is None else row.layers:
                 one = row.at(layer)
                 table[one.native] = one
         return table
@@ -164,6 +169,19 @@ def linear(native: str, theirs: str, weight: str, split: str | None, *, bias: bo
     if bias:
         rows.append(Row(f"{native}.bias", (f"{theirs}.bias",), copy(out), split if out == split else None))
     return rows
+
+
+def each_expert(native: str, theirs: tuple[str, ...], one: Op, experts: int) -> Row:
+    """Return the row of a parameter of all experts whose tensors are stored one by one.
+
+    Args:
+        native: its name.
+        theirs: names of one expert's tensors, one for each source of `one`, with `{x}` for its index.
+        one: the operation of one expert.
+        experts: the number of experts.
+    """
+    names = tuple(name.replace(EXPERT, str(index)) for index in range(experts) for name in theirs)
+    return Row(native, names, Spread(one, "x", experts), "x")
 
 
 def separate_qkv(native: str, q: str, k: str, v: str, *, bias: bool) -> list[Row]:

@@ -175,6 +175,10 @@ class Op:
             full.select(self.native_axes.index(STAR), source).copy_(entries)
         return full.reshape(self.native_shape(local))
 
+    def read_source(self, source: int, full: Tensor, native: Tensor, sizes: Sizes) -> None:
+        """Copy one full Hugging Face tensor to its place in a full native parameter, which is contiguous."""
+        self.slot(source, native, sizes).copy_(self._in_native_order(source, full, sizes))
+
     def write(self, source: int, native: Tensor, sizes: Sizes) -> Tensor:
         """Return one Hugging Face tensor of a full native parameter, as a view if possible; the inverse of `read`."""
         assert not self.is_piece(source), f"{self}: source {source} is not a full tensor"

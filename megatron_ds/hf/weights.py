@@ -239,7 +239,7 @@ class HFWeights:
 def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Axes) -> Tensor:
     """Read a rank's shard of one native parameter, padding included.
 
-    Of the dim that the tensor axis divides nothing outside the shard is read.
+    Of the dim that the row's axis leads, nothing outside the shard is read.
 
     Args:
         row: the parameter's.
@@ -248,10 +248,9 @@ def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Ax
         spec: the parameter's declaration.
         axes: those over which it may be divided.
     """
-    split = spec.split_over("tensor")
-    dim = split.dim if split is not None else None
+    dim, divided = row.op.split_dim(row.split), {split.dim for split in spec.splits}
     assert spec.shape == row.op.native_shape(sizes), (row, spec.shape, row.op.native_shape(sizes))
-    assert dim == row.op.split_dim(row.split), (row, dim)
+    assert dim in (divided or {None}), (row, spec.splits)
     ranges = list(spec.local_ranges(axes))
     if row.split is None or dim is None:
         covering = row.op.read(reader, sizes)
