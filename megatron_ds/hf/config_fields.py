@@ -46,6 +46,23 @@ SIZES = frozenset(
         "num_heads",
         "relative_attention_num_buckets",
         "relative_attention_max_distance",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "num_experts_per_tok",
+        "moe_k",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "n_shared_experts",
+        "moe_num_shared_experts",
+        "n_group",
+        "topk_group",
+        "first_k_dense_replace",
+        "decoder_sparse_step",
+        "moe_layer_start_index",
+        "moe_layer_interval",
     ]
 )
 POSITIVE = frozenset(
@@ -70,6 +87,8 @@ POSITIVE = frozenset(
         "high_freq_factor",
         "mscale",
         "mscale_all_dim",
+        "routed_scaling_factor",
+        "swiglu_limit",
     ]
 )
 PROBABILITIES = frozenset(
@@ -87,7 +106,10 @@ PROBABILITIES = frozenset(
         "dropout_rate",
     ]
 )
-FLAGS = frozenset(["tie_word_embeddings", "truncate", "scale_decoder_outputs"])
+FLAGS = frozenset(
+    ["tie_word_embeddings", "truncate", "scale_decoder_outputs", "norm_topk_prob", "output_router_logits"]
+)
+NOT_NEGATIVE = frozenset(["router_aux_loss_coef", "moe_norm_min"])
 LISTS = frozenset(["short_factor", "long_factor"])
 ROPE = frozenset(["rope_parameters", "rope_scaling"])
 PER_LAYER = ("layer_types", "no_rope_layers")
@@ -199,12 +221,14 @@ class FieldRules:
         equal: fields that change the math, each with its supported values.
         training: fields without effect on a forward pass; the run file decides what they control.
         cosmetic: fields without effect on training: token ids, outputs, caching, names.
+        may_be_zero: sizes that are 0 where there is no such thing.
     """
 
     mapped: frozenset[str]
     equal: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     training: frozenset[str] = frozenset()
     cosmetic: frozenset[str] = frozenset()
+    may_be_zero: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
         return any(name in names for names in (self.mapped, self.equal, self.training, self.cosmetic, _COMMON))
@@ -238,7 +262,7 @@ class FieldRules:
             if name in ROPE:
                 _check_rope(name, value)
             else:
-                _check_value(name, name, value)
+                _check_value(name, name, value, least_size=0 if name in self.may_be_zero else 1)
         return unread
 
     def _near(self, name: str, likeness: float) -> list[str]:
@@ -290,21 +314,24 @@ def _check_rope(path: str, rope: Any) -> None:
             _check_value(f"{path}.{name}", name, value)
 
 
-def _check_value(path: str, name: str, value: Any) -> None:
+def _check_value(path: str, name: str, value: Any, least_size: int = 1) -> None:
     """Refuse a value of the wrong type or range; transformers only warns, or fails with an obscure error.
 
     Args:
         path: full name of the field, such as rope_scaling.factor.
         name: its last part, which decides the rule.
         value: None = left to transformers, which knows whether null is allowed.
+        least_size: the smallest size.
     """
     rule = ""
     if value is None:
         return
-    if name in SIZES and not (_is_number(value, 1) and isinstance(value, int)):
-        rule = "must be a whole number of at least 1"
+    if name in SIZES and not (_is_number(value, least_size) and isinstance(value, int)):
+        rule = f"must be a whole number of at least {least_size}"
     elif name in POSITIVE and not (_is_number(value, 0) and value > 0):
         rule = "must be a number above 0"
+    elif name in NOT_NEGATIVE and not _is_number(value, 0):
+        rule = "must be a number of at least 0"
     elif name in PROBABILITIES and not (_is_number(value, 0) and value < 1):
         rule = "must be a probability below 1"
     elif name in FLAGS and not isinstance(value, bool):

@@ -78,7 +78,8 @@ class DirectoryExport:
         """
         assert name not in self._added, f"{name} was added before"
         self._added.add(name)
-        full = check_fits(name, full.detach().to("cpu"), self.dtype or full.dtype)
+        dtype = None if self.model.table[name].keeps_dtype else self.dtype
+        full = check_fits(name, full.detach().to("cpu"), dtype or full.dtype)
         self._elements_of[full.dtype] += full.numel()
         for theirs, tensor in self._to_hf.add(name, full):
             self._writer.add(theirs, tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +33,7 @@ class Row:
         split: the named axis that tensor parallelism divides, or expert parallelism (x); None = replicated.
         copies: names of further tensors with the content of the only one in `names`; they are written, not read.
         layers: the layers that have it; None = all layers of the stack.
+        keeps_dtype: an export in another dtype leaves it in its own.
     """
 
     native: str
@@ -41,6 +42,7 @@ class Row:
     split: str | None = None
     copies: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
+    keeps_dtype: bool = False
 
     def at(self, layer: int) -> Row:
         """Return the row of one layer."""
@@ -80,8 +82,11 @@ class Family:
         detect_heads: `ModelConfig`, names on disk -> `ModelConfig` with the heads that are on disk.
         unused_tensors: `ModelConfig` -> names of weights of the family's other classes, which transformers leaves out
             of the class with these heads.
+        further_modules: transformers' config object -> regular expressions of weights of modules that its class of the
+            model leaves out, such as those that predict further tokens.
         tied_by_bytes: the head is the embedding unless both are on disk and differ, whatever the config says.
         config_overrides: `ModelConfig` -> fields of config.json that have another meaning in this family.
+        other_rows: tables of other forms in which its weights are on disk; they are read like that of `rows`.
         load_options: `ModelConfig` -> options of transformers' `from_pretrained` that no config field replaces.
         same_as: the family that has the same tensors, if this one is another name of it.
     """
@@ -99,8 +104,10 @@ class Family:
     classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     detect_heads: Callable[[Any, frozenset[str]], Any] = _unchanged
     unused_tensors: Callable[[Any], tuple[str, ...]] = _no_names
+    further_modules: Callable[[Any], tuple[str, ...]] = _no_names
     tied_by_bytes: bool = False
     config_overrides: Callable[[Any], dict[str, Any]] = _no_options
+    other_rows: tuple[Callable[[Any], list[Row]], ...] = ()
     load_options: Callable[[Any], dict[str, Any]] = _no_options
     same_as: str | None = None
 
@@ -129,6 +136,11 @@ class Family:
         except Exception as problem:  # transformers and huggingface_hub raise their own types, among them a KeyError
             reason = " ".join(str(problem.args[0] if problem.args else problem).split())
             raise ConversionError(f"transformers refuses it: {reason}") from problem
+
+    def forms(self) -> Iterator[Family]:
+        """Yield the family with each of its tables, the one that exports have first."""
+        yield self
+        yield from (replace(self, rows=rows) for rows in self.other_rows)
 
     def table(self, config: ModelConfig) -> dict[str, Row]:
         """Return native name -> row for each parameter of each layer; a tied head is included."""

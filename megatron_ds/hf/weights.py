@@ -49,14 +49,16 @@ class HFWeights:
     def __init__(self, directory: str | Path, model: HFModel) -> None:
         source, problems = open_directory(directory), list[NamesError]()
         for renamed in equivalent_names(source):
-            try:
-                self._open(renamed, model)
-            except NamesError as problem:
-                problems.append(problem)
-            else:
-                if renamed.renaming:
-                    log_once(f"{directory}: tensor names are read {renamed.renaming}")
-                return
+            for family in model.family.forms():
+                try:
+                    self._open(renamed, replace(model, family=family))
+                except NamesError as problem:
+                    problems.append(problem)
+                else:
+                    if renamed.renaming:
+                        log_once(f"{directory}: tensor names are read {renamed.renaming}")
+                    self._note_left_out()
+                    return
         refuse_adapter_tensors(source)
         raise min(problems, key=lambda problem: problem.misfits)
 
@@ -197,6 +199,19 @@ class HFWeights:
         names, prefix = self.model.family.unused_tensors(self.model.core), self.model.family.prefix
         return {form for name in names for form in (name, name.removeprefix(prefix))}
 
+    def _further_modules(self) -> list[str]:
+        """Return the names on disk of weights of modules that are no part of the model here."""
+        patterns = self.model.family.further_modules(self.model.config)
+        return [name for name in self._source.names if any(re.search(pattern, name) for pattern in patterns)]
+
+    def _note_left_out(self) -> None:
+        names = self._further_modules()
+        if names:
+            log_once(
+                f"{self._source.directory}: {len(names)} tensors that predict further tokens (MTP), such as "
+                f"{names[0]}, are not read; exports lack them and name no such layer"
+            )
+
     def _account(self) -> None:
         """Check that every tensor on disk is used or ignored by a rule, and that every parameter has its tensors."""
         where, family = self._source.directory, self.model.family
@@ -215,7 +230,9 @@ class HFWeights:
             )
         unexpected = [
             name
-            for name in sorted(self._names - wanted.keys() - self._copies() - self._unused_tensors())
+            for name in sorted(
+                self._names - wanted.keys() - self._copies() - self._unused_tensors() - set(self._further_modules())
+            )
             if not any(re.search(pattern, name) for pattern in family.ignored)
         ]
         if unexpected:
@@ -250,7 +267,7 @@ def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Ax
     """
     dim, divided = row.op.split_dim(row.split), {split.dim for split in spec.splits}
     assert spec.shape == row.op.native_shape(sizes), (row, spec.shape, row.op.native_shape(sizes))
-    assert dim in (divided or {None}), (row, spec.splits)
+    assert dim in divided or (dim is None and not divided), (row, spec.splits)
     ranges = list(spec.local_ranges(axes))
     if row.split is None or dim is None:
         covering = row.op.read(reader, sizes)

@@ -307,4 +307,139 @@ LATER_CASES = {
     ),
 }
 
-FAMILY_CASES: dict[str, dict[str, Any]] = {**GPT_CASES, **LLAMA_CASES, **LATER_CASES}
+_SPARSE = {**_LLAMA, "head_dim": 8, "num_experts_per_tok": 2}
+_EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 3}
+_QWEN_MOE = {**_SPARSE, "num_experts": 4, "moe_intermediate_size": 24}
+_GROUPED = {**_SPARSE, "n_routed_experts": 8, "moe_intermediate_size": 16, "n_shared_experts": 1}
+_MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22}
+
+MOE_CASES = {
+    **_of(
+        "mixtral",
+        {**_SPARSE, "num_local_experts": 4, "intermediate_size": 48},
+        {
+            "four-experts": {},
+            "eight-window-tied": {**_EIGHT, "sliding_window": 7, "tie_word_embeddings": True},
+        },
+    ),
+    **_of(
+        "qwen2_moe",
+        {**_QWEN_MOE, "shared_expert_intermediate_size": 40},
+        {
+            "all": {"mlp_only_layers": []},
+            "every-second": {"decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False},
+            "windows-dense-first": {
+                "mlp_only_layers": [0, 2],
+                "num_experts": 8,
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "max_window_layers": 3,
+            },
+        },
+    ),
+    **_of(
+        "qwen3_moe",
+        _QWEN_MOE,
+        {
+            "renormalised": {"norm_topk_prob": True},
+            "dense-layer-bias": {"mlp_only_layers": [1], "attention_bias": True, "num_experts": 8},
+            "window-one-kv-head": {"use_sliding_window": True, "sliding_window": 9, "num_key_value_heads": 1},
+        },
+    ),
+    **_of(
+        "olmoe",
+        {**_SPARSE, "num_experts": 4, "head_dim": 4, "intermediate_size": 40},
+        {
+            "groups": {"pad_token_id": 1},
+            "eight-renormalised-bias": {"num_experts": 8, "norm_topk_prob": True, "attention_bias": True},
+        },
+    ),
+    **_of(
+        "granitemoe",
+        {**_SPARSE, **_MULTIPLIERS, "num_local_experts": 4, "intermediate_size": 48},
+        {
+            "multipliers-tied": {"logits_scaling": 0.5, "tie_word_embeddings": True},
+            "eight-bias": {**_EIGHT, "attention_bias": True},
+        },
+    ),
+    **_of(
+        "granitemoeshared",
+        {**_SPARSE, **_MULTIPLIERS, "num_local_experts": 4, "intermediate_size": 48},
+        {
+            "shared": {"shared_intermediate_size": 40},
+            "none-shared": {"logits_scaling": 4, "num_local_experts": 8},
+        },
+    ),
+    **_of(
+        "ernie4_5_moe",
+        {**_LLAMA, "head_dim": 8, "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 16},
+        {
+            "dense-first-tied": {},
+            "every-second-untied": {
+                "moe_layer_interval": 2,
+                "moe_layer_start_index": 0,
+                "moe_layer_end_index": 2,
+                "moe_num_shared_experts": 0,
+                "tie_word_embeddings": False,
+            },
+            "least-sum": {"moe_num_experts": 4, "moe_k": 1, "moe_norm_min": 0.4},
+        },
+    ),
+    **_of(
+        "glm4_moe",
+        _GROUPED,
+        {
+            "dense-first": {"first_k_dense_replace": 1, "use_qk_norm": True},
+            "groups-bias": {
+                "n_group": 4,
+                "topk_group": 2,
+                "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": 2,
+                "attention_bias": True,
+                "n_shared_experts": 2,
+            },
+            "all-not-renormalised": {"first_k_dense_replace": 0, "norm_topk_prob": False, "n_routed_experts": 4},
+        },
+    ),
+    **_of(
+        "dots1",
+        _GROUPED,
+        {
+            "not-renormalised": {"sliding_window": None},
+            "windows-groups-bias": {
+                "sliding_window": 7,
+                "max_window_layers": 2,
+                "first_k_dense_replace": 1,
+                "attention_bias": True,
+                "norm_topk_prob": True,
+                "n_group": 2,
+                "routed_scaling_factor": 1.5,
+                "n_shared_experts": 2,
+            },
+        },
+    ),
+    **_of(
+        "minimax_m2",
+        {**_SPARSE, "num_local_experts": 4, "intermediate_size": 24},
+        {
+            "partial": {"rotary_dim": 4},
+            "eight-full": {**_EIGHT, "num_key_value_heads": 2, "rope_theta": 1e4},
+        },
+    ),
+}
+GPT_OSS_CASES = _of(
+    "gpt_oss",
+    {**_SPARSE, "num_local_experts": 4, "intermediate_size": 24, "sliding_window": 7},
+    {
+        "yarn": {"rope_parameters": {**YARN_ROPE, "truncate": False}},
+        "low-limit-no-bias": {
+            **_EIGHT,
+            "swiglu_limit": 0.3,
+            "attention_bias": False,
+            "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+            "rope_parameters": PLAIN_ROPE,
+        },
+    },
+)
+
+FAMILY_CASES: dict[str, dict[str, Any]] = {**GPT_CASES, **LLAMA_CASES, **LATER_CASES, **MOE_CASES}

@@ -36,6 +36,7 @@ def _from_config(config: Any, attention: str | None) -> Any:
     family = FAMILIES[config.model_type]
     named = (config.architectures or [family.architecture])[0]
     attention = attention or family.reference_attention
+    config._experts_implementation = "eager"  # others need widths of certain multiples
     model = getattr(transformers, named)._from_config(config, attn_implementation=attention).float()
     if family.tied_by_bytes and not getattr(config, "scale_decoder_outputs", False):
         # transformers 5 ties every T5 that it makes; those of v1.1 and later have a head of their own

@@ -35,13 +35,17 @@ NORM_NAMES = {
 
 def rows(config: DecoderConfig) -> list[Row]:
     """Return the table. `model.` is the base model's prefix."""
+    mlp = gated_rows(f"{NATIVE}.mlp", f"{THEIRS}.mlp", bias=config.mlp_bias) if config.gated else _plain_mlp(config)
+    return [*outer_rows(config), *attention_rows(config), *mlp]
+
+
+def attention_rows(config: DecoderConfig) -> list[Row]:
+    """Return the rows of attention."""
     q, k, v, o = (f"{THEIRS}.self_attn.{part}_proj" for part in "qkvo")
     return [
-        *outer_rows(config),
         *separate_qkv(f"{NATIVE}.attention.qkv", q, k, v, bias=config.qkv_bias),
         *_qk_norms(config),
         *linear(f"{NATIVE}.attention.out", o, "h (n d)", "n", bias=config.attention_out_bias),
-        *(_gated_mlp(config) if config.gated else _plain_mlp(config)),
     ]
 
 
@@ -68,12 +72,21 @@ def _qk_norms(config: DecoderConfig) -> list[Row]:
     ]
 
 
-def _gated_mlp(config: DecoderConfig) -> list[Row]:
-    gate, up, down = (f"{THEIRS}.mlp.{part}_proj" for part in ("gate", "up", "down"))
-    table = [Row(f"{NATIVE}.mlp.up.weight", (f"{gate}.weight", f"{up}.weight"), Op(("f h",) * 2, "* f h"), "f")]
-    if config.mlp_bias:
-        table.append(Row(f"{NATIVE}.mlp.up.bias", (f"{gate}.bias", f"{up}.bias"), Op(("f",) * 2, "* f"), "f"))
-    return table + linear(f"{NATIVE}.mlp.down", down, "h f", "f", bias=config.mlp_bias)
+def gated_rows(native: str, theirs: str, width: str = "f", *, bias: bool = False) -> list[Row]:
+    """Return the rows of a gated feed-forward layer from three projections.
+
+    Args:
+        native, theirs: names of the layer.
+        width: the axis of its inner features.
+        bias: whether the projections have biases.
+    """
+    gate, up, down = (f"{theirs}.{part}_proj" for part in ("gate", "up", "down"))
+    weights, op = (f"{gate}.weight", f"{up}.weight"), Op((f"{width} h",) * 2, f"* {width} h")
+    table = [Row(f"{native}.up.weight", weights, op, width)]
+    if bias:
+        biases, op = (f"{gate}.bias", f"{up}.bias"), Op((width,) * 2, f"* {width}")
+        table.append(Row(f"{native}.up.bias", biases, op, width))
+    return table + linear(f"{native}.down", down, f"h {width}", width, bias=bias)
 
 
 def _plain_mlp(config: DecoderConfig) -> list[Row]:
@@ -101,6 +114,7 @@ SHARED_FIELDS = ROPE_FIELDS | {
     "pad_token_id",
 }
 RMS_FIELDS = SHARED_FIELDS | {"rms_norm_eps", "hidden_act"}
+MULTIPLIERS = frozenset({"embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"})
 SLIDING_FIELDS = frozenset({"sliding_window", "use_sliding_window", "layer_types"})
 
 
@@ -115,6 +129,10 @@ def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **optio
     """
     quotient(config, "num_attention_heads", "num_key_value_heads")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if "activation" not in options:
+        options["activation"] = activation(act, getattr(config, act))
+    if "attention_dropout" not in options:
+        options["attention_dropout"] = config.attention_dropout or 0.0
     if "rotary" not in options:
         rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings)
         options["rotary"] = (rope,) * config.num_hidden_layers
@@ -130,10 +148,8 @@ def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **optio
         "norm": norm_style,
         "embedding_size": config.hidden_size,
         "padding_id": padding_id(config),
-        "activation": activation(act, getattr(config, act)),
         "gated": True,
         "tied": config.tie_word_embeddings,
-        "attention_dropout": config.attention_dropout or 0.0,
         "init_std": config.initializer_range,
     }
     return DecoderConfig(**{**shared, **options})
@@ -144,48 +160,52 @@ def one_window(config: Any) -> tuple[int | None, ...]:
     return (config.sliding_window,) * config.num_hidden_layers
 
 
-def _rms(config: Any, **options: bool) -> NormStyle:
+def rms(config: Any, **options: bool) -> NormStyle:
+    """Translate `rms_norm_eps`; the options are those of `NormStyle`."""
     return NormStyle("rms", config.rms_norm_eps, **options)
 
 
-def _biases(config: Any, *, mlp: bool = False) -> dict[str, Any]:
+def biases(config: Any, *, mlp: bool = False) -> dict[str, Any]:
+    """Translate `attention_bias` for all projections, and `mlp_bias` in families that have it."""
     bias = config.attention_bias
     return {"qkv_bias": bias, "attention_out_bias": bias, "mlp_bias": config.mlp_bias if mlp else False}
 
 
 def _llama(config: Any) -> DecoderConfig:
-    return decoder(config, _rms(config), **_biases(config, mlp=True))
+    return decoder(config, rms(config), **biases(config, mlp=True))
 
 
 def _mistral(config: Any) -> DecoderConfig:
-    return decoder(config, _rms(config), windows=one_window(config))
+    return decoder(config, rms(config), windows=one_window(config))
 
 
 def _qwen2(config: Any) -> DecoderConfig:
     windows = layer_windows(config.layer_types, config.sliding_window)
-    return decoder(config, _rms(config), windows=windows, qkv_bias=True)
+    return decoder(config, rms(config), windows=windows, qkv_bias=True)
 
 
 def _qwen3(config: Any) -> DecoderConfig:
     windows = layer_windows(config.layer_types, config.sliding_window)
-    return decoder(config, _rms(config), windows=windows, qk_norm=_rms(config), **_biases(config))
+    return decoder(config, rms(config), windows=windows, qk_norm=rms(config), **biases(config))
 
 
 def _olmo2(config: Any) -> DecoderConfig:
-    style = _rms(config, fp32_weight=True)
-    return decoder(config, style, norm_place="output", qk_norm=style, qk_norm_across_heads=True, **_biases(config))
+    style = rms(config, fp32_weight=True)
+    return decoder(config, style, norm_place="output", qk_norm=style, qk_norm_across_heads=True, **biases(config))
+
+
+def multipliers(config: Any) -> dict[str, Any]:
+    """Translate Granite's multipliers."""
+    return {
+        "embedding_multiplier": config.embedding_multiplier,
+        "attention_scale": config.attention_multiplier,
+        "residual_multiplier": config.residual_multiplier,
+        "logit_multiplier": 1.0 / config.logits_scaling,
+    }
 
 
 def _granite(config: Any) -> DecoderConfig:
-    return decoder(
-        config,
-        _rms(config),
-        embedding_multiplier=config.embedding_multiplier,
-        attention_scale=config.attention_multiplier,
-        residual_multiplier=config.residual_multiplier,
-        logit_multiplier=1.0 / config.logits_scaling,
-        **_biases(config, mlp=True),
-    )
+    return decoder(config, rms(config), **multipliers(config), **biases(config, mlp=True))
 
 
 def _smollm3(config: Any) -> DecoderConfig:
@@ -194,7 +214,7 @@ def _smollm3(config: Any) -> DecoderConfig:
     rotating = config.no_rope_layers
     if len(rotating) != config.num_hidden_layers or not set(rotating) <= {0, 1}:
         raise ConversionError(f"no_rope_layers={rotating!r} must hold a 0 or a 1 for each layer")
-    everywhere = decoder(config, _rms(config), windows=windows, **_biases(config, mlp=True))
+    everywhere = decoder(config, rms(config), windows=windows, **biases(config, mlp=True))
     return replace(everywhere, rotary=tuple(rope if on else None for rope, on in zip(everywhere.rotary, rotating)))
 
 
@@ -224,17 +244,7 @@ GRANITE = family(
     "granite",
     "GraniteForCausalLM",
     _granite,
-    FieldRules(
-        RMS_FIELDS
-        | {
-            "attention_bias",
-            "mlp_bias",
-            "embedding_multiplier",
-            "attention_multiplier",
-            "residual_multiplier",
-            "logits_scaling",
-        }
-    ),
+    FieldRules(RMS_FIELDS | MULTIPLIERS | {"attention_bias", "mlp_bias"}),
 )
 SMOLLM3 = family(
     "smollm3",
