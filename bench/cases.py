@@ -48,6 +48,15 @@ T5 = {
     "decoder_start_token_id": 0,
     "pad_token_id": 0,
 }
+MIXTRAL = {
+    **LLAMA,
+    "model_type": "mixtral",
+    "intermediate_size": 704,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
+    "output_router_logits": False,
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ DECODER = Work(model=LLAMA)
 LARGE_VOCABULARY = replace(DECODER, model={**LLAMA, "vocab_size": 128_000})
 TWO_RANKS = {"tensor": 2}
 SHARED = Entry("ours", 2, {**TWO_RANKS, "shared_memory": True}, device="cpu")
+EXPERTS = Work(model=MIXTRAL)
 SMALL = replace(DECODER, model={**LLAMA, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 4096})
 
 CASES: dict[str, Case] = {
@@ -214,6 +224,33 @@ CASES: dict[str, Case] = {
         "T5",
         Work(model=T5),
         {"transformers": ALONE, "ours": Entry("ours"), "ours, tp 2": Entry("ours", 2, TWO_RANKS)},
+    ),
+    "moe": Case(
+        "a mixture of 8 experts, 2 for each token",
+        EXPERTS,
+        {
+            "transformers": Entry("transformers", options={"experts": "grouped_mm"}),
+            "transformers, eager experts": Entry("transformers", options={"experts": "eager"}),
+            "ours": Entry("ours"),
+        },
+        (Target("ours", "transformers", 1.1), Target("ours", "transformers, eager experts", 1.1)),
+    ),
+    "moe2": Case(
+        "a mixture of 8 experts on 2 ranks",
+        EXPERTS,
+        {
+            "transformers, 1 process": Entry("transformers", options={"experts": "grouped_mm"}),
+            "DeepSpeed, transformers": Entry("deepspeed", 2, {"zero": 1, "experts": "grouped_mm"}),
+            "DeepSpeed AutoEP": Entry("autoep", 2),
+            "ours, experts over data": Entry("ours", 2, {"expert": 2, "zero": 1}),
+            "ours, experts over tensor": Entry("ours", 2, {**TWO_RANKS, "sequence": True}),
+        },
+        (
+            Target("ours, experts over data", "DeepSpeed, transformers", 1.2),
+            Target("ours, experts over data", "DeepSpeed AutoEP", 1.2),
+        ),
+        note="AutoEP of DeepSpeed 0.19.8 does not start with transformers 5.23, because `get` of a registry of its has "
+        "lost an argument; the bench gives it back.",
     ),
     "start": Case(
         "from the command to the first step, a directory of 1 GB on 2 ranks",

@@ -29,6 +29,7 @@ RUNNERS = {
     "transformers": "bench.peers:transformers_alone",
     "transformers-tp": "bench.peers:transformers_tp",
     "autotp": "bench.peers:autotp",
+    "autoep": "bench.peers:autoep",
     "deepspeed": "bench.peers:deepspeed_zero",
     "ours": "bench.ours:train",
     "gemm": "bench.gemm:products",

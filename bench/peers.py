@@ -39,7 +39,31 @@ def deepspeed_zero(spec: Spec) -> Step:
     return deepspeed_steps(_load(spec), spec, zero=spec.options["zero"], data=spec.world)
 
 
+def autoep(spec: Spec) -> Step:
+    """Train transformers' model with DeepSpeed's expert parallelism, ZeRO-1 over the same ranks."""
+    _let_autoep_read_the_registry()
+    settings = {"enabled": True, "autoep_size": spec.world, **spec.options.get("expert_parallel", {})}
+    return deepspeed_steps(_load(spec), spec, zero=1, data=spec.world, more={"expert_parallel": settings})
+
+
+def _let_autoep_read_the_registry() -> None:
+    """Let a registry of transformers 5.23 be read by names too, as DeepSpeed 0.19.8 does; it fails otherwise."""
+    from transformers.utils import output_capturing
+
+    class Registry(output_capturing._CanRecordRegistry):
+        def get(self, key: Any, default: Any = None) -> Any:
+            return dict.get(self, key, default) if isinstance(key, str) else super().get(key)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            dict.__setitem__(self, key if isinstance(key, str) else str(key.__class__), value)
+
+    output_capturing._CAN_RECORD_REGISTRY = Registry(output_capturing._CAN_RECORD_REGISTRY)
+
+
 def _load(spec: Spec, **options: Any) -> Any:
+    """Load the model; the option `experts` is transformers' implementation of a mixture's experts."""
+    if "experts" in spec.options:
+        options["experts_implementation"] = spec.options["experts"]
     dtype = torch.float32 if spec.runner == "transformers" else DTYPES[spec.work.dtype]
     model = model_class(spec.work).from_pretrained(spec.folder, dtype=dtype, **options)
     if spec.work.recompute:

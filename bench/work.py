@@ -52,6 +52,7 @@ class Work:
         small = {
             "hidden_size": 32,
             "intermediate_size": 64,
+            "num_local_experts": 4,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -124,7 +125,8 @@ def write_model(work: Work, folder: Path) -> float:
     set_seed(3)
     model_class(work).from_config(config).save_pretrained(folder)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = model_class(work).from_config(config, attn_implementation="eager")
+        experts = {"experts_implementation": "batched_mm"} if "num_local_experts" in work.model else {}
+        model = model_class(work).from_config(config, attn_implementation="eager", **experts)
         batch = {name: torch.empty_like(column, device="meta") for name, column in work.batches().items()}
         logits = model(**_inputs(batch, work)).logits
         logits.sum().backward()
