@@ -15,6 +15,8 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row
 from megatron_ds.hf.missing_config import why_missing
 from megatron_ds.hf.model_type import class_names, find_family, in_present_words, present_classes, with_heads
+from megatron_ds.hf.quantised import FIELDS as QUANTISED
+from megatron_ds.hf.quantised import Quantisation, find_quantisation
 from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.log import log_once
 from megatron_ds.models.config import ModelConfig
@@ -29,6 +31,7 @@ class HFModel:
         config: transformers' config object, defaults filled in.
         core: the translation of the config.
         unread: fields without effect, which transformers' code of the family does not read.
+        quantisation: how its weights on disk are quantised; None = they are not.
         reworded: whether the config on disk has other words than `config`, which transformers would not understand.
     """
 
@@ -36,6 +39,7 @@ class HFModel:
     config: Any
     core: ModelConfig
     unread: Mapping[str, Any] = field(default_factory=dict)
+    quantisation: Quantisation | None = None
     reworded: bool = False
 
     def with_tied(self, tied: bool) -> HFModel:
@@ -101,13 +105,14 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     family = find_family(raw, tensors)
     _check_class_names(family, raw.get("architectures"))  # first: another class may read other fields
     unread = family.check_fields(raw)
-    known = {name: value for name, value in raw.items() if name not in unread}
+    known = {name: value for name, value in raw.items() if name not in (*unread, *QUANTISED)}
+    quantisation = find_quantisation(raw)
     config = family.transformers_config({**known, **_without_odd_dtypes(known)})
     _refuse_contradictions(known, config)
     core = with_heads(family, family.translate(config), raw.get("architectures"))
     _check_base_class(family, core, raw.get("architectures") or [])
-    reworded = raw != on_disk or _without_odd_dtypes(known) != {}
-    return HFModel(family, config, core, {name: raw[name] for name in unread}, reworded)
+    reworded = raw != on_disk or _without_odd_dtypes(known) != {} or quantisation is not None
+    return HFModel(family, config, core, {name: raw[name] for name in unread}, quantisation, reworded)
 
 
 def _without_odd_dtypes(raw: Mapping[str, Any]) -> dict[str, None]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.quantised import FIELDS as QUANTISED
+from megatron_ds.hf.quantised import find_quantisation
 
 SIZES = frozenset(
     [
@@ -246,11 +248,11 @@ class FieldRules:
         Raises:
             ConversionError: names field, value and supported values.
         """
-        _refuse_quantised(raw)
+        find_quantisation(raw)
         _check_lengths(raw)
         equal, unread = {**COMMON_EQUAL, **self.equal}, []
         for name, value in raw.items():
-            if name in _QUANTISED:
+            if name in QUANTISED:
                 continue
             if name not in self:
                 if self._near(name, _MISSPELLED) or may_read(name):
@@ -277,18 +279,7 @@ class FieldRules:
 
 _SIMILAR, _MISSPELLED = 0.8, 0.9  # likeness of names, as difflib measures it; no real field of 0.9 is another one
 
-_QUANTISED = ("quantization_config", "compression_config")
 _COMMON = COMMON_COSMETIC | COMMON_TRAINING | COMMON_EQUAL.keys()
-
-
-def _refuse_quantised(raw: Mapping[str, Any]) -> None:
-    for name in _QUANTISED:
-        if raw.get(name):
-            method = raw[name].get("quant_method", "unknown") if isinstance(raw[name], Mapping) else raw[name]
-            raise ConversionError(
-                f"{name}.quant_method={method!r}: quantised weights are not supported; use the checkpoint that they "
-                "were made from"
-            )
 
 
 def _same(value: Any, allowed: Any) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_ds.dtypes import CODE_OF_DTYPE, DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 
+_READABLE = {**DTYPE_OF_CODE, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}  # also parts of quantised weights
 _POPULATE_READ = 22  # from Linux 5.14 on; the module mmap has no name for it
 
 
@@ -56,11 +57,14 @@ class StoredTensor:
         """Number of elements in memory from the first to the last."""
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if prod(self.shape) else 0
 
-    def view(self, file: Path, *, ahead: bool = False) -> Tensor:
-        """Map the tensor. Data is read on access, page by page; or all of it `ahead`, which is faster."""
+    def view(self, file: Path, *, ahead: bool = False, rows: slice = slice(None)) -> Tensor:
+        """Map the tensor, or some rows. Data is read on access, page by page; or all of it `ahead`, which is faster."""
+        return self._full(file, ahead=ahead)[rows] if rows != slice(None) else self._full(file, ahead=ahead)
+
+    def _full(self, file: Path, *, ahead: bool) -> Tensor:
         if self.loaded is not None:
             return self.loaded
-        dtype = DTYPE_OF_CODE[self.dtype]
+        dtype = _READABLE[self.dtype]
         if self.span == 0:
             return torch.empty(self.shape, dtype=dtype)
         before = self.offset % mmap.ALLOCATIONGRANULARITY

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_ds.atomic import replacing
 from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.quantised import Quantisation, Stored, dequantised
 from megatron_ds.hf.tensor_files import StoredTensor, code_of, read_table
 
 SAFETENSORS = "model.safetensors"
@@ -45,7 +46,19 @@ class TensorSource:
 
     def __init__(self, directory: Path, tables: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
         self.directory, self.files, self.renaming = directory, list(tables), ""
-        self._found = {name: (file, stored) for file, table in tables.items() for name, stored in table.items()}
+        self._found: dict[str, tuple[Path, Stored]] = {
+            name: (file, stored) for file, table in tables.items() for name, stored in table.items()
+        }
+
+    def dequantised(self, how: Quantisation) -> TensorSource:
+        """Return the same tensors with quantised ones as what they stand for, in bfloat16.
+
+        Raises:
+            ConversionError: a weight and its scales do not belong together.
+        """
+        other = copy(self)
+        other._found = dequantised(self._found, how)
+        return other
 
     def renamed(self, new_names: Mapping[str, str], renaming: str) -> TensorSource:
         """Return the same tensors by other names.
@@ -78,14 +91,20 @@ class TensorSource:
         """Return safetensors' name of the dtype on disk, such as "BF16", without reading data."""
         return self._found[name][1].dtype
 
-    def tensor(self, name: str, *, ahead: bool = False) -> Tensor:
+    def tensor(self, name: str, *, ahead: bool = False, rows: slice = slice(None)) -> Tensor:
         """Map a full tensor of a file. Pages are read on access and freed with the view.
 
         Args:
             ahead: read all pages at once.
+            rows: indices of the first dim; others are not read, nor decoded if the tensor is quantised.
         """
         file, stored = self._found[name]
-        return stored.view(file, ahead=ahead)
+        return stored.view(file, ahead=ahead, rows=rows)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Some tensors are decoded as they are read."""
+        return not all(isinstance(stored, StoredTensor) for _, stored in self._found.values())
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Test whether two weights have equal dtypes, shapes and bytes; holds a few MB at a time."""

@@ -48,6 +48,8 @@ class HFWeights:
 
     def __init__(self, directory: str | Path, model: HFModel) -> None:
         source, problems = open_directory(directory), list[NamesError]()
+        if model.quantisation is not None:
+            source = source.dequantised(model.quantisation)
         for renamed in equivalent_names(source):
             for family in model.family.forms():
                 try:
@@ -57,7 +59,7 @@ class HFWeights:
                 else:
                     if renamed.renaming:
                         log_once(f"{directory}: tensor names are read {renamed.renaming}")
-                    self._note_left_out()
+                    self._note_reading()
                     return
         refuse_adapter_tensors(source)
         raise min(problems, key=lambda problem: problem.misfits)
@@ -154,8 +156,10 @@ class HFWeights:
         return self._on_disk[name]
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """Return the tensors by names of the family, as views of the files; None if the files have these names."""
-        return {name: self._source.tensor(name) for name in self._names} if self._source.renaming else None
+        """Return the tensors by names of the family, as views of the files; None if the files have them so."""
+        if not (self._source.renaming or self._source.is_quantised):
+            return None
+        return {name: self._source.tensor(name) for name in self._names}
 
     @property
     def _renaming(self) -> str:
@@ -204,7 +208,13 @@ class HFWeights:
         patterns = self.model.family.further_modules(self.model.config)
         return [name for name in self._source.names if any(re.search(pattern, name) for pattern in patterns)]
 
-    def _note_left_out(self) -> None:
+    def _note_reading(self) -> None:
+        """Log what is read in another form than it has on disk, and what is not read."""
+        if self._source.is_quantised:
+            log_once(
+                f"{self._source.directory}: weights in {self.model.quantisation} are read as bfloat16; exports are not "
+                "quantised"
+            )
         names = self._further_modules()
         if names:
             log_once(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Family
@@ -39,7 +40,8 @@ def test_table_is_the_model(case: str) -> None:
         assert row.native == name
         assert row.op.native_shape(model.axis_sizes) == ours[name].spec.shape, name
         dims = {split.axis: split.dim for split in ours[name].spec.splits}
-        assert dims == ({} if row.split is None else {"tensor": row.op.split_dim(row.split)}), name
+        axis = "expert" if row.split == "x" else "tensor"
+        assert dims == ({} if row.split is None else {axis: row.op.split_dim(row.split)}), name
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -49,8 +51,11 @@ def test_table_is_transformers_model(case: str) -> None:
         theirs: Any = getattr(transformers, model.architecture)(AutoConfig.for_model(**OPTIONS[case]))
         if model.family.tied_by_bytes and not model.core.tied:
             theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())  # transformers 5 ties every T5
-    named = theirs.named_parameters()  # a tied head is one, and by XLM-RoBERTa's code the first
-    expected = {model.family.aliases.get(name, name): tuple(parameter.shape) for name, parameter in named}
+    named = dict(theirs.named_parameters())  # a tied head is one, and by XLM-RoBERTa's code the first
+    named |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith("e_score_correction_bias")}
+    has_experts = any(stack.moe is not None for stack in model.core.stacks.values())
+    on_disk = revert_weight_conversion(theirs, named) if has_experts else named
+    expected = {model.family.aliases.get(name, name): tuple(tensor.shape) for name, tensor in on_disk.items()}
     if model.family.model_type == "gpt_neox" and "lm_head.weight" in expected:
         expected["embed_out.weight"] = expected.pop("lm_head.weight")  # its name on disk
     shapes: dict[str, set[tuple[int, ...]]] = {}
