@@ -89,4 +89,6 @@ def hidden_states(reference: nn.Module, model: HFModel) -> Iterator[dict[str, Te
 def _save_gradients(reference: Any, directory: Path) -> None:
     for parameter in reference.parameters():
         parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    for buffer in reference.buffers():  # among them weights without a gradient, such as a bias of a router's choice
+        buffer.zero_()
     reference.save_pretrained(directory)

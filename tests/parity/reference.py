@@ -27,6 +27,9 @@ def make_model(config: dict[str, Any], seed: int = 7, attention: str | None = No
         for parameter in model.parameters():
             centre = parameter.mean().round()  # norms stay around where they begin: 1, or 0 where 1 is added
             parameter.copy_(centre + 0.08 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.08 * torch.randn_like(buffer))
     return model
 
 
