@@ -42,6 +42,7 @@ MODELS = {
     "glm4_moe": "GLM-4.5, 4.5-Air, 4.6",
     "dots1": "dots.llm1",
     "minimax_m2": "MiniMax-M2, M2.5",
+    "gpt_oss": "GPT-OSS 20B, 120B",
     "bert": "BERT, MiniLM and other encoders of its kind",
     "roberta": "RoBERTa, DistilRoBERTa",
     "xlm-roberta": "XLM-RoBERTa, multilingual E5",

@@ -426,20 +426,20 @@ MOE_CASES = {
             "eight-full": {**_EIGHT, "num_key_value_heads": 2, "rope_theta": 1e4},
         },
     ),
-}
-GPT_OSS_CASES = _of(
-    "gpt_oss",
-    {**_SPARSE, "num_local_experts": 4, "intermediate_size": 24, "sliding_window": 7},
-    {
-        "yarn": {"rope_parameters": {**YARN_ROPE, "truncate": False}},
-        "low-limit-no-bias": {
-            **_EIGHT,
-            "swiglu_limit": 0.3,
-            "attention_bias": False,
-            "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
-            "rope_parameters": PLAIN_ROPE,
+    **_of(
+        "gpt_oss",
+        {**_SPARSE, "num_local_experts": 4, "intermediate_size": 24, "sliding_window": 7},
+        {
+            "yarn": {"rope_parameters": {**YARN_ROPE, "truncate": False}},
+            "low-limit-no-bias": {
+                **_EIGHT,
+                "swiglu_limit": 0.3,
+                "attention_bias": False,
+                "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+                "rope_parameters": PLAIN_ROPE,
+            },
         },
-    },
-)
+    ),
+}
 
 FAMILY_CASES: dict[str, dict[str, Any]] = {**GPT_CASES, **LLAMA_CASES, **LATER_CASES, **MOE_CASES}

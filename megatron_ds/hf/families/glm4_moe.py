@@ -89,7 +89,7 @@ def _dots1(config: Any) -> DecoderConfig:
 
 def _ernie(config: Any) -> DecoderConfig:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = replace(rotary(config.rope_parameters, head_dim, config.max_position_embeddings), adjacent=True)
+    rope = replace(rotary(config.rope_parameters, head_dim, config.max_position_embeddings), adjacent=True, fp32=True)
     first, last, step = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
     moe = MoEConfig(
         router=router(config, "moe_num_experts", "moe_k", choice_bias=True, least_sum=config.moe_norm_min, fp32=True),
