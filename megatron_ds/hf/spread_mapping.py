@@ -66,6 +66,10 @@ class Spread:
         """Return the shape of one Hugging Face tensor."""
         return self.one.source_shape(self._within(source), sizes)
 
+    def is_first_dim(self, axis: str) -> bool:
+        """Test whether an axis is the first dim of every source; the spread one is none of their dims."""
+        return axis != self.axis and self.one.is_first_dim(axis)
+
     def native_shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape of the full native parameter."""
         assert sizes[self.axis] == self.count, (self, sizes)

@@ -122,6 +122,10 @@ class Op:
             for index, source in enumerate(self.sources)
         )
 
+    def is_first_dim(self, axis: str) -> bool:
+        """Test whether an axis is the first dim of every source, so that a range of it is a range of rows."""
+        return all(self._dims(source)[0] == _Dim((), ((axis,),)) for source in range(len(self.sources)))
+
     def native_shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape of the full native parameter."""
         return tuple(dim.length({**sizes, STAR: len(self.sources)}) for dim in _parse(self.native))

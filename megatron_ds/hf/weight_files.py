@@ -101,10 +101,9 @@ class TensorSource:
         file, stored = self._found[name]
         return stored.view(file, ahead=ahead, rows=rows)
 
-    @property
-    def is_quantised(self) -> bool:
-        """Some tensors are decoded as they are read."""
-        return not all(isinstance(stored, StoredTensor) for _, stored in self._found.values())
+    def is_decoded(self, name: str) -> bool:
+        """Test whether a tensor is quantised on disk, and decoded when it is read."""
+        return not isinstance(self._found[name][1], StoredTensor)
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Test whether two weights have equal dtypes, shapes and bytes; holds a few MB at a time."""

@@ -32,6 +32,12 @@ from megatron_ds.log import log_once
 from megatron_ds.parallel.grid import Axes
 
 
+class RowsReader(Protocol):
+    """A `Reader` that may be asked for some rows of a source, and decodes no others of a quantised one."""
+
+    def __call__(self, source: int, rows: slice = ...) -> Tensor: ...
+
+
 class HFWeights:
     """Reader of native parameters from a directory. Opening it accounts for every tensor; reading accesses only slices.
 
@@ -88,7 +94,8 @@ class HFWeights:
         row = self.model.table[name]
         if row.split is None and not spec.splits:
             return self.full(name)
-        return read_shard(row, self.model.axis_sizes, self._reader(row, ahead=False), spec, axes)
+        reader = self._reader(row, ahead=False)
+        return read_shard(row, self.model.axis_sizes, reader, spec, axes, reader)
 
     def full(self, name: str, place: Tensor | None = None) -> Tensor:
         """Read one full native parameter, in its dtype on disk, without padding.
@@ -157,7 +164,7 @@ class HFWeights:
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """Return the tensors by names of the family, as views of the files; None if the files have them so."""
-        if not (self._source.renaming or self._source.is_quantised):
+        if not (self._source.renaming or any(map(self._source.is_decoded, self._names))):
             return None
         return {name: self._source.tensor(name) for name in self._names}
 
@@ -165,8 +172,19 @@ class HFWeights:
     def _renaming(self) -> str:
         return f"; names were read {self._source.renaming}" if self._source.renaming else ""
 
-    def _reader(self, row: Row, *, ahead: bool) -> Reader:
-        return lambda source: self._source.tensor(self._on_disk[row.names[source]], ahead=ahead)
+    def _reader(self, row: Row, *, ahead: bool) -> RowsReader:
+        last = dict[str, Tensor]()  # the tensor that was decoded last, as several sources may be pieces of it
+
+        def read(source: int, rows: slice = slice(None)) -> Tensor:
+            name = self._on_disk[row.names[source]]
+            if not self._source.is_decoded(name):
+                return self._source.tensor(name, ahead=ahead, rows=rows)
+            if name not in last:
+                last.clear()
+                last[name] = self._source.tensor(name, ahead=ahead, rows=rows)
+            return last[name]
+
+        return read
 
     def _size_bytes(self, row: Row) -> int:
         widest = max(DTYPE_OF_CODE[self._source.dtype(self._on_disk[name])].itemsize for name in row.names)
@@ -210,7 +228,7 @@ class HFWeights:
 
     def _note_reading(self) -> None:
         """Log what is read in another form than it has on disk, and what is not read."""
-        if self._source.is_quantised:
+        if any(map(self._source.is_decoded, self._names)):
             log_once(
                 f"{self._source.directory}: weights in {self.model.quantisation} are read as bfloat16; exports are not "
                 "quantised"
@@ -263,7 +281,14 @@ class HFWeights:
                 )
 
 
-def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Axes) -> Tensor:
+def read_shard(
+    row: Row,
+    sizes: Sizes,
+    reader: Reader,
+    spec: ParamSpec,
+    axes: Axes,
+    rows_reader: RowsReader | None = None,
+) -> Tensor:
     """Read a rank's shard of one native parameter, padding included.
 
     Of the dim that the row's axis leads, nothing outside the shard is read.
@@ -274,6 +299,7 @@ def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Ax
         reader: of its sources.
         spec: the parameter's declaration.
         axes: those over which it may be divided.
+        rows_reader: of rows of its sources, which need not be decoded as a whole then; None = use `reader`.
     """
     dim, divided = row.op.split_dim(row.split), {split.dim for split in spec.splits}
     assert spec.shape == row.op.native_shape(sizes), (row, spec.shape, row.op.native_shape(sizes))
@@ -285,7 +311,11 @@ def read_shard(row: Row, sizes: Sizes, reader: Reader, spec: ParamSpec, axes: Ax
         start, stop = ranges[dim]
         unit = spec.shape[dim] // sizes[row.split]
         first, last = start // unit, -(-stop // unit)  # a shard may end within a unit: in a group of query heads
-        covering = row.op.read(reader, sizes, row.split, first, last)
+        if rows_reader is not None and row.op.is_first_dim(row.split):
+            rows = slice(first, last)
+            covering = row.op.read(lambda source: rows_reader(source, rows), {**sizes, row.split: last - first})
+        else:
+            covering = row.op.read(reader, sizes, row.split, first, last)
         ranges[dim] = start - first * unit, stop - first * unit
     return pad_shard(covering[tuple(slice(*bounds) for bounds in ranges)], spec, axes)
 

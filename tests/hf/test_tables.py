@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from megatron_ds.engine.base import weights_of
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Family
 from megatron_ds.hf.registry import FAMILIES
@@ -34,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_table_is_the_model(case: str) -> None:
     model = read_model(OPTIONS[case])
     with torch.device("meta"):
-        ours = dict(SequentialModel(model.core.build_layers()).named_parameters())
+        ours = dict(weights_of(SequentialModel(model.core.build_layers())))
     assert set(model.table) == set(ours)
     for name, row in model.table.items():
         assert row.native == name
