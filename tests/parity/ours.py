@@ -30,6 +30,7 @@ class Place:
     compiled: bool = False
     shared: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
+    expert: int | None = None
 
     @property
     def layout(self) -> Layout:
@@ -41,7 +42,8 @@ class Place:
 
     def __str__(self) -> str:
         compiled = "-compiled" * self.compiled + "-shared" * self.shared
-        return f"tp{self.tp}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}{compiled}"
+        expert = f"ep{self.expert}" if self.expert is not None else ""
+        return f"tp{self.tp}{expert}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}{compiled}"
 
 
 def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
@@ -52,7 +54,13 @@ def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
         **dict(place.extra),
     }
     fields = {
-        "parallel": ParallelSection(tensor=place.tp, pipeline=place.pp, sequence=place.sp, shared_memory=place.shared),
+        "parallel": ParallelSection(
+            tensor=place.tp,
+            pipeline=place.pp,
+            expert=place.expert,
+            sequence=place.sp,
+            shared_memory=place.shared,
+        ),
         "deepspeed": deepspeed,
         "optimizer": OptimizerSection(
             lr=recipe.lr,
