@@ -38,7 +38,7 @@ Place = tuple[Path, StoredTensor]
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the weights of a directory are quantised.
+    """The quantisation of a directory's weights.
 
     Attributes:
         method: `FP8` or `MXFP4`.
@@ -136,7 +136,7 @@ def dequantised(found: Mapping[str, tuple[Path, Stored]], how: Quantisation) -> 
     """Return the tensors of a directory with those that are quantised as what they stand for.
 
     Raises:
-        ConversionError: a weight and its scales do not belong together by their shapes.
+        ConversionError: a weight and its scales have shapes that do not fit each other.
     """
     parts = {name: (where, stored) for name, (where, stored) in found.items() if isinstance(stored, StoredTensor)}
     made, used = dict[str, tuple[Path, Stored]](), set[str]()

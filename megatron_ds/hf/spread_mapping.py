@@ -67,7 +67,7 @@ class Spread:
         return self.one.source_shape(self._within(source), sizes)
 
     def is_first_dim(self, axis: str) -> bool:
-        """Test whether an axis is the first dim of every source; the spread one is none of their dims."""
+        """Test whether an axis is the first dim of every source; no source has the spread axis."""
         return axis != self.axis and self.one.is_first_dim(axis)
 
     def native_shape(self, sizes: Sizes) -> tuple[int, ...]:

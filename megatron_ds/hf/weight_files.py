@@ -54,7 +54,7 @@ class TensorSource:
         """Return the same tensors with quantised ones as what they stand for, in bfloat16.
 
         Raises:
-            ConversionError: a weight and its scales do not belong together.
+            ConversionError: a weight and its scales do not fit each other.
         """
         other = copy(self)
         other._found = dequantised(self._found, how)
