@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
+from megatron_ds.layers.products import linear
 from megatron_ds.parallel.collectives import copy_to, gather_sequence
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -163,11 +163,11 @@ class ColumnAdapter(nn.Module):
 
     def changes(self, x: Tensor) -> dict[str, Tensor]:
         """Return the adapter terms of x as it is, without dropout."""
-        narrow = F.linear(x, self.tp.between(self.a))
+        narrow = linear(x, self.tp.between(self.a))
         axis = self.tp.axis
         narrow = gather_sequence(narrow, axis) if self.tp.splits_sequence else copy_to(narrow, axis)
         return {
-            name: F.linear(narrow, self.tp.shared(self.get_parameter(f"b_{name}"), num_shards)) * self.low.scale
+            name: linear(narrow, self.tp.shared(self.get_parameter(f"b_{name}"), num_shards)) * self.low.scale
             for name, num_shards in self.num_shards.items()
         }
 
@@ -246,8 +246,8 @@ class RowAdapter(nn.Module):
 
     def change(self, x: Tensor) -> Tensor:
         """Return the adapter term of x as it is, without dropout."""
-        narrow = self.tp.leave(F.linear(x, self.a))
-        return F.linear(narrow, self.tp.between(self.b)) * self.low.scale
+        narrow = self.tp.leave(linear(x, self.a))
+        return linear(narrow, self.tp.between(self.b)) * self.low.scale
 
     def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return `layer(x)` plus the adapter term of x."""

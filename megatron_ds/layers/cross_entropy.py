@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.layers.kernels import LogitFinish, LossCall
 from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, reference_cross_entropy
-from megatron_ds.layers.products import add_product_, gradient_sum, multiply_into
+from megatron_ds.layers.products import add_product_, gradient_sum, linear, multiply_into
 from megatron_ds.parallel.grid import Axis
 
 __all__ = ["LogitFinish", "VocabShard", "gather_logits", "head_loss"]
@@ -212,7 +212,7 @@ def _project(tokens: Tensor, rows: Tensor, offsets: Tensor | None, buffer: Tenso
     into = buffer[: len(tokens)]
     if offsets is not None and rows.dtype != torch.float32:
         return torch.addmm(offsets, tokens, rows.t(), out=into)  # the sum is rounded once
-    torch.mm(tokens, rows.t(), out=into)
+    multiply_into(into, tokens, rows.t())
     return into if offsets is None else into.add_(offsets)
 
 
@@ -251,7 +251,7 @@ def gather_logits(hidden: Tensor, head: VocabShard) -> Tensor:
 
     One all-gather of all logits: for inspection, not for training.
     """
-    local = head.finish(F.linear(hidden, head.weight, head.bias))
+    local = head.finish(linear(hidden, head.weight, head.bias))
     if head.axis.size == 1:
         return local[..., : head.vocab_size]
     parts = [torch.empty_like(local) for _ in range(head.axis.size)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import FrozenLayer
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
-from megatron_ds.layers.products import add_product_, gradient_sum
+from megatron_ds.layers.products import add_product_, gradient_sum, linear, multiply, weight_gradient
 from megatron_ds.parallel.collectives import (
     all_gather_dim0,
     begin_all_gather_dim0,
@@ -58,9 +58,9 @@ class _ColumnLinears(torch.autograd.Function):
 
         grad_x, reducing = None, None
         if wants_x:
-            grad_x = grads[0] @ weights[0].flatten(0, -2)
+            grad_x = multiply(grads[0], weights[0].flatten(0, -2))
             for grad, weight in zip(grads[1:], weights[1:]):
-                grad_x.flatten(0, -2).addmm_(grad.flatten(0, -2), weight.flatten(0, -2))
+                add_product_(grad_x.flatten(0, -2), grad.flatten(0, -2), weight.flatten(0, -2))
             if tp.splits_sequence:
                 grad_x, reducing = begin_reduce_scatter_dim0(grad_x, axis)
             else:
@@ -72,7 +72,7 @@ class _ColumnLinears(torch.autograd.Function):
         grad_weights, grad_biases = [], []
         for index, (grad, weight, num_shards) in enumerate(zip(grads, weights, ctx.num_shards)):
             rows = grad.flatten(0, -2)
-            grad_weight = _weight_gradient(rows, inputs, weight, ctx.sums[index]) if wants_weight[index] else None
+            grad_weight = weight_gradient(rows, inputs, weight, ctx.sums[index]) if wants_weight[index] else None
             grad_bias = rows.sum(0).view(weight.shape[:-1]) if wants_bias[index] and ctx.has_bias[index] else None
             grad_weights.append(None if grad_weight is None else sum_over_holders(grad_weight, axis, num_shards))
             grad_biases.append(None if grad_bias is None else sum_over_holders(grad_bias, axis, num_shards))
@@ -84,40 +84,10 @@ class _ColumnLinears(torch.autograd.Function):
 def _products(x: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Multiply x, (..., in), by each weight, (..., in) with the outputs in its other dims, and add its bias if any."""
     return tuple(
-        F.linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+        linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
         for weight, bias in zip(weights, biases)
         if weight is not None
     )
-
-
-def _weight_gradient(rows: Tensor, inputs: Tensor | None, weight: Tensor, total: Tensor | None) -> Tensor | None:
-    """Return the weight's gradient from those of the outputs (tokens, out) and the inputs (tokens, in); or add it.
-
-    None = it is added to `total`.
-    """
-    assert inputs is not None
-    if total is None:
-        return (rows.t() @ inputs).view_as(weight)
-    add_product_(total.flatten(0, -2), rows.t(), inputs)
-    return None
-
-
-class _SummedLinear(torch.autograd.Function):
-    """x W^T, whose backward pass adds the weight's gradient to its `gradient_sum`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-        ctx.total = total
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        grad_x = grads[0] @ weight if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[1]:
-            _weight_gradient(grads[0].flatten(0, -2), x.flatten(0, -2), weight, ctx.total)
-        return grad_x, None, None
 
 
 def _column_linears(
@@ -155,11 +125,10 @@ def _eager_column_linears(
 def _eager_row_linear(x: Tensor, tp: TensorParallel, weight: Tensor) -> Tensor:
     """Multiply and leave the tensor-parallel region; an all-reduce works in place on the product.
 
-    Product and reduction are two autograd nodes: torch's recomputation of a block stops once the last product's input
-    is restored, and so does not repeat the reduction after it.
+    Product and reduction are autograd nodes of their own: torch's recomputation of a block stops once the last
+    product's input is restored, and so repeats neither this product nor the reduction after it.
     """
-    total = gradient_sum(weight)
-    product = F.linear(x, weight) if total is None else _SummedLinear.apply(x, weight, total)
+    product = linear(x, weight, total=gradient_sum(weight))
     return tp.leave(product) if tp.splits_sequence else reduce_from_(product, tp.axis)
 
 
@@ -343,4 +312,4 @@ class ReplicatedLinear(nn.Module):
         self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axes) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.enter(self.weight), self.enter(self.bias) if self.bias is not None else None)
+        return linear(x, self.enter(self.weight), self.enter(self.bias) if self.bias is not None else None)
