@@ -47,6 +47,21 @@ FORMER_TYPES = {
     "RefinedWeb": FormerType("falcon", _RW_FIELDS, ("parallel_attn",), {"new_decoder_architecture": True}),
 }
 
+# Relatives of supported families -> the parts of them that are not implemented.
+MISSING_PARTS = {
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+    "deepseek_v32": "multi-head latent attention over chosen keys",
+    "glm4_moe_lite": "multi-head latent attention",
+    "glm_moe_dsa": "multi-head latent attention over chosen keys",
+    "qwen3_next": "layers with a gated delta rule, and attention with an output gate",
+    "qwen3_5_moe_text": "layers with a gated delta rule, and attention with an output gate",
+    "qwen3_5_text": "layers with a gated delta rule, and attention with an output gate",
+    "llama4_text": "attention in chunks, and weights of experts that multiply their inputs",
+    "hunyuan_v1_moe": "norms of queries and keys after the rotation",
+    "phimoe": "a router that samples in training (SparseMixer)",
+}
+
 
 def in_present_words(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the present `model_type` and the present names of its fields.
@@ -143,6 +158,8 @@ def _advice(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) -> str
         text = inner.get("model_type")
         its = f", such as its text_config's {text}" if text in FAMILIES.names else ""
         return f"it is more than a text model, and only text models are{its}; {supported}"
+    if model_type in MISSING_PARTS:
+        return f"it needs {MISSING_PARTS[model_type]}; {supported}"
     if model_type in CONFIG_MAPPING_NAMES:
         return supported
     if raw.get("auto_map"):

@@ -39,7 +39,9 @@ def reason(config: Config) -> str:
         return f"{unsupported}it is more than a text model, and only text models are; {supported}"
     if model_type in ("kimi_k2", "nemotron-nas"):  # which transformers does not have
         return f"{unsupported}its code is in the directory (auto_map), and is not run; {supported}"
-    return f"{unsupported}{supported}"
+    parts = {"deepseek_v3": "it needs multi-head latent attention; "}
+    parts["deepseek_v32"] = parts["glm_moe_dsa"] = "it needs multi-head latent attention over chosen keys; "
+    return f"{unsupported}{parts.get(model_type, '')}{supported}"
 
 
 @pytest.mark.parametrize("name", REFUSED)

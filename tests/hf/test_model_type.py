@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.hf.convert import rewrite
+from megatron_ds.hf.model_type import MISSING_PARTS
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.verify import verify_hf
 from tests.hf.models import SMALL, changed, hashes
@@ -154,6 +156,14 @@ def test_a_relative_is_named_where_its_table_fits(
 ) -> None:
     directory = changed(saved / "llama" / "float32", tmp_path / "x", change, model_type="llama2", **fields)
     assert f"model_type='llama2' is not supported; {hint}" in refusal(directory)
+
+
+@pytest.mark.parametrize("model_type", MISSING_PARTS)
+def test_what_a_relative_needs_is_named(model_type: str) -> None:
+    """No present family is one of them, and transformers has all of those."""
+    assert model_type not in FAMILIES and model_type in {*CONFIG_MAPPING_NAMES, "deepseek_v32"}
+    message = refusal({"model_type": model_type})
+    assert f"{model_type!r} is not supported; it needs {MISSING_PARTS[model_type]}; supported: gpt2, " in message
 
 
 def test_more_than_text() -> None:

@@ -87,7 +87,9 @@ def _save(config: dict[str, Any], directory: Path) -> None:
 def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
     results, weights, inputs, losses = prepared(case)
     tp, pp, sequence = place
-    parallel = ParallelSection(tensor=tp, pipeline=pp, sequence=sequence)
+    has_experts = any(stack.moe is not None for stack in weights.model.core.stacks.values())
+    expert = tp if has_experts and pp == 1 else 1  # with a pipeline every tensor rank has all experts
+    parallel = ParallelSection(tensor=tp, pipeline=pp, sequence=sequence, expert=expert)
     ranks = run_local_ranks(run_rank, tp * pp, weights, inputs, parallel, results)
     for probe, loss, found in zip(inputs, losses, zip(*ranks)):
         report = merge(probe, loss, found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import layer_windows
 from megatron_ds.hf.families.experts import AUX_LOSS, ROUTING, ExpertNames, aux_loss, moe_family, router, with_experts
@@ -22,8 +21,6 @@ _WINDOW = frozenset({"sliding_window", "use_sliding_window"})
 def _sparse_layers(config: Any) -> tuple[int, ...]:
     """Return the layers with experts."""
     dense, step = config.mlp_only_layers, config.decoder_sparse_step
-    if not all(type(layer) is int for layer in dense):
-        raise ConversionError(f"mlp_only_layers={dense!r} must hold indices of layers")
     return tuple(layer for layer in range(config.num_hidden_layers) if layer not in dense and (layer + 1) % step == 0)
 
 
