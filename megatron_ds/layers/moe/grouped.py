@@ -36,8 +36,7 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_weight = _weight_gradients(rows, x, counts, weight, ctx.total)
         if ctx.has_bias and ctx.needs_input_grad[3]:
-            sums = [part.sum(0) for part in rows.split(counts.tolist())]
-            grad_bias = torch.stack(sums).view(weight.shape[:-1])
+            grad_bias = _sums(rows, counts).view(weight.shape[:-1])
         return grad_x, None, grad_weight, grad_bias
 
 
@@ -59,7 +58,7 @@ def grouped_linear(x: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | Non
 def _grouped(x: Tensor, counts: Tensor, matrices: Tensor) -> Tensor:
     """Return x M_g for the rows of each group: (rows, in), (G, in, out) -> (rows, out)."""
     if _has_grouped_product(x, matrices):
-        return F.grouped_mm(x, matrices, offs=counts.cumsum(0, dtype=torch.int32))
+        return F.grouped_mm(x, matrices, offs=_ends(counts))
     y = x.new_empty((len(x), matrices.shape[-1]))
     sizes = counts.tolist()
     for rows, given, matrix in zip(y.split(sizes), x.split(sizes), matrices.unbind(0)):
@@ -74,7 +73,7 @@ def _weight_gradients(rows: Tensor, x: Tensor, counts: Tensor, weight: Tensor, t
     None = it is added to `total`.
     """
     if total is None and _has_grouped_product(rows, x):
-        return F.grouped_mm(rows.t(), x, offs=counts.cumsum(0, dtype=torch.int32)).view_as(weight)
+        return F.grouped_mm(rows.t(), x, offs=_ends(counts)).view_as(weight)
     gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format) if total is None else total
     sizes = counts.tolist()
     for one, grad, given in zip(gradient.flatten(1, -2).unbind(0), rows.split(sizes), x.split(sizes)):
@@ -86,14 +85,30 @@ def _weight_gradients(rows: Tensor, x: Tensor, counts: Tensor, weight: Tensor, t
     return gradient if total is None else None
 
 
+def _sums(rows: Tensor, counts: Tensor) -> Tensor:
+    """Return the sum of the rows of each group: (rows, n) -> (G, n). As a product it needs no counts on the host."""
+    if _has_grouped_product(rows, rows):
+        ones = rows.new_ones((len(rows), _ALIGNMENT // rows.itemsize))
+        return F.grouped_mm(ones.t(), rows, offs=_ends(counts))[:, 0]
+    return torch.stack([part.sum(0) for part in rows.split(counts.tolist())])
+
+
+def _ends(counts: Tensor) -> Tensor:
+    """Return the index of the row after each group, int32, as torch's grouped product takes the groups."""
+    return counts.cumsum(0, dtype=torch.int32)
+
+
 def _per_row(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
     """Return the value of each row's group: (G, n) -> (rows, n)."""
     return values.repeat_interleave(counts, 0, output_size=num_rows)
 
 
 def _has_grouped_product(left: Tensor, right: Tensor) -> bool:
-    """Return whether torch has one product for all groups, for these operands on their device."""
+    """Return whether torch has one product for all groups, for these operands on their device.
+
+    The number of rows decides nothing: of each operand, as of its transpose, the widths alone are strides.
+    """
     if left.device.type != "cuda" or left.dtype != torch.bfloat16:
         return False
-    widths = (left.shape[-1], right.shape[-1], right.shape[-2])
+    widths = (left.shape[-1], right.shape[-1])
     return hasattr(F, "grouped_mm") and all(width * left.itemsize % _ALIGNMENT == 0 for width in widths)
