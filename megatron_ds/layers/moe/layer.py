@@ -94,9 +94,10 @@ class MoE(nn.Module):
         """Return the weights; where they are differentiated, so are the router's losses. Count the tokens once."""
         settings, counts = self.settings, dispatch.chosen_counts
         aux = self.shape.aux_loss if settings.aux_loss is None else settings.aux_loss
-        if real is not None:
-            kept = routing.chosen[real].flatten().sort().values
-            counts = count_per_expert(kept, self.shape.router.num_experts)
+        if real is not None:  # E stands for no expert: to leave tokens out, the host would wait for their number
+            experts = self.shape.router.num_experts
+            kept = routing.chosen.masked_fill(~real.unsqueeze(-1), experts).flatten().sort().values
+            counts = count_per_expert(kept, experts)
         balance, z = router_losses(routing, counts, real, self.parallel.tp.axis)
         if not is_replaying():
             self.load.add(counts, balance, z)
