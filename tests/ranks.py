@@ -81,12 +81,17 @@ def run_ranks(
 
 
 def run_grid(
-    fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: float = 120.0, staged: bool = False
+    fn: Callable[..., Any],
+    layout: Layout,
+    *args: Any,
+    expert: int | None = None,
+    timeout_s: float = 120.0,
+    staged: bool = False,
 ) -> list[Any]:
-    """Results of fn(Grid, *args) on each rank of a layout."""
+    """Results of fn(Grid, *args) on each rank of a layout, of which `expert` ranks divide the experts."""
 
     def on_grid(info: RankInfo, *rest: Any) -> Any:
-        grid: Grid = create_grid(layout, info.rank)
+        grid: Grid = create_grid(layout, info.rank, expert)
         return fn(grid, *rest)
 
     return run_ranks(on_grid, layout.world_size, *args, timeout_s=timeout_s, staged=staged)
