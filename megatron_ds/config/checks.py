@@ -19,7 +19,8 @@ class ModelShape:
 
     `ffn_size` is the MLP's inner width, or a common divisor of several; 0 if no layer has one. `max_positions` is the
     length of a learned position table, None if positions are computed (rotary, relative). `num_experts` is the number
-    of experts in each of the `num_expert_layers` layers that have some.
+    of experts in each of the `num_expert_layers` layers that have some; `has_choice_bias`: their routers choose by
+    scores with biases.
     """
 
     num_layers: int
@@ -30,6 +31,7 @@ class ModelShape:
     max_positions: int | None
     num_experts: int = 0
     num_expert_layers: int = 0
+    has_choice_bias: bool = False
 
 
 def check_run(run: RunConfig, shape: ModelShape, summary: DeepSpeedSummary, world_size: int, device_type: str) -> int:

@@ -82,7 +82,7 @@ UNSUPPORTED_KEYS: Mapping[str, str] = {
     "compile": "DeepCompile has not been tried; remove it",
     "data_efficiency": "the data order is the run file's; remove it",
     "datastates_ckpt": "checkpoints are written in megatron_ds's own form; remove it",
-    "expert_parallel": "mixture-of-experts layers are not built; remove it",
+    "expert_parallel": "set parallel.expert in the run file",
     "hybrid_engine": "it is for generation inside training; remove it",
     "sequence_parallel_size": "set parallel.sequence in the run file",
     "tensor_parallel": "set parallel.tensor in the run file",

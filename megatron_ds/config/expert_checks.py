@@ -20,12 +20,18 @@ def check_experts(config: EngineConfig, shape: ModelShape, mapping: Mapping[str,
 
     Raises:
         TopologyError: the experts, or the layers with experts, cannot be divided.
-        ConfigError: a setting needs experts, and the model has none; or a key of the JSON reduces them wrongly.
+        ConfigError: a setting needs experts, or a bias of their choice, and the model has none; or a key of the JSON
+            reduces them wrongly.
     """
     parallel = config.parallel
     if not shape.num_experts:
         _refuse_settings(config)
         return
+    if config.moe_bias_rate and not shape.has_choice_bias:
+        raise ConfigError(
+            f"train.moe_bias_rate={config.moe_bias_rate:g} moves biases of the choice of experts, and this model's "
+            "routers have none; remove it, or try train.moe_aux_loss"
+        )
     _check_division(parallel, shape.num_experts, parallel.tensor * data_size)
     if parallel.pipeline > shape.num_expert_layers:
         raise TopologyError(
