@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from megatron_ds.monitor.metrics import StepMetrics, ValidMetrics
+from megatron_ds.monitor.metrics import MOE, StepMetrics, ValidMetrics
 from megatron_ds.monitor.reporter import Reporter, RunSummary
 
 REDRAW_S = 0.1  # minimum time between two redraws of the bar
@@ -146,6 +146,7 @@ class TerminalReporter(Reporter):
             f"step  {self._count(metrics.step)}",
             f"loss {self._padded('loss', format_number(metrics.loss, 4))}",
             *self._averages(metrics.metrics),
+            *self._load(metrics),
             f"grad {self._padded('grad', format_number(metrics.grad_norm, 3))}",
             f"lr {metrics.lr:.2e}",
             f"{self._padded('tokens', format_rate(metrics.tokens_per_s))} tok/s",
@@ -157,7 +158,13 @@ class TerminalReporter(Reporter):
 
     def _averages(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the objective's metrics as columns, such as `accuracy 0.4321`."""
-        return [f"{name} {self._padded(f'metric {name}', format_number(one, 4))}" for name, one in metrics.items()]
+        shown = averages(metrics)
+        return [f"{name} {self._padded(f'metric {name}', format_number(one, 4))}" for name, one in shown.items()]
+
+    def _load(self, metrics: StepMetrics) -> list[str]:
+        """Return the load of the busiest expert as a column, if there are experts."""
+        text = format_load(metrics)
+        return [f"load {self._padded('load', text)}"] if text is not None else []
 
     def _device_use(self, metrics: StepMetrics) -> list[str]:
         """Return the step's MFU and peak memory as columns, as far as they are known."""
@@ -203,8 +210,12 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
     )
     tokens = summary.tokens_per_step * summary.steps
     statement = (("learned", summary.learned), ("validated", summary.validated), ("kept", summary.kept))
+    params = f"{format_count(summary.num_params)} parameters ({summary.num_params:,})"
+    if summary.num_active_params not in (None, summary.num_params):
+        params += f", {format_count(summary.num_active_params)} active"
     return [
-        ("model", f"{summary.model_name}, {format_count(summary.num_params)} parameters ({summary.num_params:,})"),
+        ("model", f"{summary.model_name}, {params}"),
+        *((("experts", summary.experts),) if summary.experts else ()),
         ("world", world),
         ("deepspeed", f"ZeRO stage {summary.zero_stage}, {summary.precision}"),
         ("device", summary.device),
@@ -217,19 +228,32 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
 
 def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:
     """Return the text to the right of the bar, in `width` characters; the least important fields are dropped first."""
-    averages = {f"metric {name}": f"{name} {format_number(one, 4)}" for name, one in metrics.metrics.items()}
+    shown = {f"metric {name}": f"{name} {format_number(one, 4)}" for name, one in averages(metrics.metrics).items()}
+    load = format_load(metrics)
     fields = {
         "loss": f"loss {format_number(metrics.loss, 4)}",
-        **averages,
+        **shown,
+        **({"load": f"load {load}"} if load is not None else {}),
         "lr": f"lr {metrics.lr:.2e}",
         "rate": f"{format_rate(metrics.tokens_per_s)} tok/s",
         **{name: f"{name} {text}" for name, text in device_use(metrics).items()},
         "left": f"left {format_duration(left_s)}",
     }
-    for less_important in ("peak", "MFU", *reversed(averages), "lr", "rate", "left"):
+    for less_important in ("peak", "MFU", *reversed(shown), "lr", "load", "rate", "left"):
         if len("  ".join(fields.values())) > width:
             fields.pop(less_important, None)
     return "  ".join(fields.values())
+
+
+def averages(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that a line names one by one; those of experts are too many."""
+    return {name: value for name, value in metrics.items() if not name.startswith(MOE)}
+
+
+def format_load(metrics: StepMetrics) -> str | None:
+    """Format the tokens of the busiest expert of any layer as a multiple of the mean: 1.32x; None without experts."""
+    loads = metrics.expert_loads
+    return f"{loads[1]:.2f}x" if loads is not None else None
 
 
 def device_use(metrics: StepMetrics) -> dict[str, str]:

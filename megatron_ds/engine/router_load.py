@@ -11,11 +11,22 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.moe.layer import MoE
+from megatron_ds.monitor.metrics import MOE_TOKENS_MAX, MOE_TOKENS_MEAN, MOE_TOKENS_MIN
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import gather_objects
 from megatron_ds.parallel.grid import Grid
 
-METRICS = ("moe_aux_loss", "moe_z_loss", "moe_tokens_min", "moe_tokens_max", "moe_entropy", "moe_dropped")
+METRICS = (
+    "moe_aux_loss",
+    "moe_z_loss",
+    MOE_TOKENS_MIN,
+    MOE_TOKENS_MEAN,
+    MOE_TOKENS_MAX,
+    "moe_busiest_layer",
+    "moe_unused",
+    "moe_entropy",
+    "moe_dropped",
+)
 
 
 class Routers:
@@ -67,8 +78,10 @@ class Routers:
         """Return what a step logs, given the numbers of `collect` on the host.
 
         The losses are sums over layers, without coefficients, and means over micro-batches and data ranks. The tokens
-        are those of the expert, of any layer, that got the fewest or the most. The entropy of the tokens over a layer's
-        experts is a mean over layers, divided by its largest value. No token is ever dropped.
+        are those of the expert, of any layer, that got the fewest or the most, and the mean over all experts. The
+        busiest layer is the index of the block with the former, and unused are the experts of all layers without a
+        token. The entropy of the tokens over a layer's experts is a mean over layers, divided by its largest value. No
+        token is ever dropped.
         """
         counts, losses, begin = [], [0.0, 0.0], 0
         for experts in self._experts.values():
@@ -76,9 +89,20 @@ class Routers:
             losses = [total + one for total, one in zip(losses, sums[begin + experts : begin + experts + 2])]
             begin += experts + 2
         divisor = self._num_micro_batches * self._grid.batch.size
-        entropy = sum(map(_relative_entropy, counts)) / len(counts)
-        values = (losses[0] / divisor, losses[1] / divisor, min(map(min, counts)), max(map(max, counts)), entropy, 0.0)
-        return dict(zip(METRICS, values))
+        every = [count for layer in counts for count in layer]
+        busiest = max(zip(map(max, counts), map(_index_of, self._experts)), key=lambda layer: layer[0])
+        values = (
+            losses[0] / divisor,
+            losses[1] / divisor,
+            min(every),
+            sum(every) / len(every),
+            busiest[0],
+            float(busiest[1]),
+            float(every.count(0.0)),
+            sum(map(_relative_entropy, counts)) / len(counts),
+            0.0,
+        )
+        return dict(zip(METRICS, values, strict=True))
 
     @torch.no_grad()
     def update_biases(self) -> None:
@@ -91,6 +115,11 @@ class Routers:
             if bias is not None and self._bias_rate:
                 counts = self._sums[name][:-2]
                 bias += self._bias_rate * torch.sign(counts.mean() - counts).to(bias.dtype)
+
+
+def _index_of(layer: str) -> int:
+    """Return the index of the block that a layer is in: `blocks.3.mlp` -> 3."""
+    return int(next(part for part in reversed(layer.split(".")) if part.isdecimal()))
 
 
 def _relative_entropy(counts: Sequence[float]) -> float:

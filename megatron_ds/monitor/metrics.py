@@ -16,6 +16,12 @@ from typing import Any
 from megatron_ds.atomic import replacing
 from megatron_ds.errors import DataError
 
+MOE = "moe_"
+"""Prefix of the metrics of mixtures of experts; see `engine.router_load`."""
+
+MOE_TOKENS_MIN, MOE_TOKENS_MEAN, MOE_TOKENS_MAX = (f"{MOE}tokens_{name}" for name in ("min", "mean", "max"))
+"""Tokens of a step that the experts of a layer got: the fewest and the most of any expert, and the mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
@@ -36,7 +42,7 @@ class StepMetrics:
         peak_memory_bytes: peak of rank 0 since the last logged step, see `PeakMemory`; None = not measured.
         reserved_memory_bytes: the same of what torch's allocator held; None = not on a GPU.
         terms: the loss terms by name if there are several; else empty.
-        metrics: the objective's metrics by name, averaged over the global batch.
+        metrics: the objective's metrics by name, averaged over the global batch, and those of mixtures of experts.
     """
 
     step: int
@@ -53,6 +59,14 @@ class StepMetrics:
     reserved_memory_bytes: int | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def expert_loads(self) -> tuple[float, float] | None:
+        """Tokens of the least and of the busiest expert of any layer, divided by the mean; None = not measured."""
+        fewest, mean, most = (self.metrics.get(name) for name in (MOE_TOKENS_MIN, MOE_TOKENS_MEAN, MOE_TOKENS_MAX))
+        if fewest is None or most is None or not mean:
+            return None
+        return fewest / mean, most / mean
 
 
 @dataclass(frozen=True, slots=True)

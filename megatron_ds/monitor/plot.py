@@ -1,5 +1,8 @@
 """`loss.png`: training and validation loss over the steps, with the learning rate on a small panel below.
 
+A mixture of experts has another panel between them: the tokens of its busiest and its least expert, of any layer,
+divided by the mean.
+
 It is drawn from `metrics.jsonl` alone, so it can be drawn again at any time. A long run is reduced to a few thousand
 points, the minimum and maximum loss of each bin of steps, so that spikes stay visible at any length.
 """
@@ -26,15 +29,21 @@ DPI = 150
 MAX_BINS = 1500  # about one per pixel of the panel's width
 MIN_SMOOTHED = 50  # fewer points than this show their trend without smoothing
 TRAIN_COLOR, VALID_COLOR, LR_COLOR, BAD_COLOR = "#1f5fa8", "#d9660d", "#5b6470", "#c0182b"
+BUSIEST_COLOR, LEAST_COLOR = "#7b3fa0", "#2a8f74"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The columns of a metrics file that are drawn, each as float64; values that are not finite are NaN."""
+    """The columns of a metrics file that are drawn, each as float64; values that are not finite are NaN.
+
+    `least` and `busiest`: see `StepMetrics.expert_loads`; NaN without experts.
+    """
 
     steps: Array
     loss: Array
     lr: Array
+    least: Array
+    busiest: Array
     valid_steps: Array
     valid_loss: Array
 
@@ -106,13 +115,15 @@ def smooth(bins: Bins) -> Array:
 
 
 def _read_curves(path: Path | str) -> Curves:
-    columns = [array("d") for _ in range(5)]  # a million steps take 40 MB, and ten times as much as Python objects
-    steps, loss, lr, valid_steps, valid_loss = columns
+    columns = [array("d") for _ in range(7)]  # a million steps take 56 MB, and ten times as much as Python objects
+    steps, loss, lr, least, busiest, valid_steps, valid_loss = columns
     for metrics in iter_metrics(path):
         if isinstance(metrics, StepMetrics):
             steps.append(metrics.step)
             loss.append(metrics.loss)
             lr.append(metrics.lr)
+            for column, load in zip((least, busiest), metrics.expert_loads or (math.nan, math.nan)):
+                column.append(load)
         else:
             valid_steps.append(metrics.step)
             valid_loss.append(metrics.valid_loss)
@@ -120,18 +131,26 @@ def _read_curves(path: Path | str) -> Curves:
 
 
 def _draw_panels(figure: "Figure", curves: Curves, title: str) -> None:
-    loss_axes, lr_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    heights = [3.6, 1.7, 1.2] if np.isfinite(curves.busiest).any() else [4, 1]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    loss_axes, *load_axes, lr_axes = panels
     loss_axes.set_title(title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
     if curves.steps.size:
         _draw_training(loss_axes, curves)
         _draw_lr(lr_axes, curves)
+    for axes in load_axes:
+        _draw_loads(axes, curves)
     if curves.valid_steps.size:
         _draw_validation(loss_axes, curves)
     _mark_non_finite(loss_axes, curves)
     loss_axes.set_ylabel("loss (nats per token)")
-    lr_axes.set_ylabel("learning rate")
+    lr_axes.set_ylabel("learning\nrate" if load_axes else "learning rate")
     lr_axes.set_xlabel("step")
-    _style_axes(loss_axes, lr_axes)
+    for axes in panels:
+        _style_axes(axes)
+        axes.tick_params(labelbottom=axes is lr_axes)
+    loss_axes.legend(frameon=False, fontsize=9, loc="upper right")
+    _style_steps(lr_axes)
     steps = np.concatenate([curves.steps, curves.valid_steps])
     if steps.min() == steps.max():
         lr_axes.set_xlim(steps[0] - 1, steps[0] + 1)  # by default the axis would show fractions of a step
@@ -175,6 +194,25 @@ def _draw_lr(axes: "Axes", curves: Curves) -> None:
     axes.plot(bins.steps, bins.high, color=LR_COLOR, linewidth=1.4, marker=marker, markersize=3.5)
 
 
+def _draw_loads(axes: "Axes", curves: Curves) -> None:
+    """Draw the tokens of the busiest and of the least expert: both 1 in balance, E/k and 0 if all choose the same k."""
+    from matplotlib.ticker import MaxNLocator
+
+    busiest, least = bin_curve(curves.steps, curves.busiest), bin_curve(curves.steps, curves.least)
+    for label, bins, values, last, color in (
+        ("busiest expert", busiest, busiest.high, curves.busiest, BUSIEST_COLOR),
+        ("least", least, least.low, curves.least, LEAST_COLOR),
+    ):
+        marker = "o" if curves.steps.size == 1 else None
+        text = f"{label}{_last_value(last)}"
+        axes.plot(bins.steps, values, color=color, linewidth=1.4, marker=marker, markersize=3.5, label=text)
+    axes.axhline(1.0, color="#9aa1ab", linewidth=0.8, linestyle="--")
+    axes.set_ylabel("tokens / mean")
+    axes.set_ylim(bottom=0, top=1.35 * max(1.0, np.nanmax(busiest.high)))  # room for the legend
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+
+
 def _mark_non_finite(axes: "Axes", curves: Curves) -> None:
     """Draw crosses along the bottom at losses that were NaN or infinite: a gap in a line is easily overlooked."""
     bad = np.concatenate([curves.steps[~np.isfinite(curves.loss)], curves.valid_steps[~np.isfinite(curves.valid_loss)]])
@@ -194,18 +232,18 @@ def _mark_non_finite(axes: "Axes", curves: Curves) -> None:
     )
 
 
-def _style_axes(loss_axes: "Axes", lr_axes: "Axes") -> None:
+def _style_axes(axes: "Axes") -> None:
+    axes.grid(color="#e3e6ea", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9aa1ab")
+    axes.tick_params(color="#9aa1ab", labelsize=9)
+    axes.margins(x=0.02)
+
+
+def _style_steps(lr_axes: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    for axes in (loss_axes, lr_axes):
-        axes.grid(color="#e3e6ea", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#9aa1ab")
-        axes.tick_params(color="#9aa1ab", labelsize=9)
-        axes.margins(x=0.02)
-    loss_axes.tick_params(labelbottom=False)
-    loss_axes.legend(frameon=False, fontsize=9, loc="upper right")
     lr_axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True))
     lr_axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     lr_axes.yaxis.set_major_locator(MaxNLocator(nbins=3))

@@ -13,6 +13,8 @@ class RunSummary:
     Attributes:
         model_name: Architecture, e.g. `llama`.
         num_params: parameters of the full model, over all ranks; tied ones counted once.
+        num_active_params: those that one token uses; None = all.
+        experts: the experts of a layer, and the ranks that divide them; empty without experts.
         world_size: number of ranks, `tensor * pipeline * data`.
         tensor: Tensor-parallel size.
         pipeline: pipeline stages.
@@ -46,6 +48,8 @@ class RunSummary:
     learned: str = ""
     validated: str = ""
     kept: str = ""
+    num_active_params: int | None = None
+    experts: str = ""
 
 
 class Reporter(Protocol):

@@ -160,6 +160,17 @@ def test_mfu_and_peak_memory_follow_the_speed_and_leave_a_narrow_bar_before_all_
     assert bar_status(used, 723.0, 45) == "loss 5.1234  4,321 tok/s  left 0:12:03"
 
 
+def test_of_the_experts_only_the_load_of_the_busiest_is_shown() -> None:
+    reporter, out, _ = plain()
+    balance = {"moe_aux_loss": 2.1, "moe_tokens_min": 50.0, "moe_tokens_mean": 100.0, "moe_tokens_max": 132.0}
+    measured = replace(STEP, metrics={"accuracy": 0.5, **balance})
+    reporter.step(measured, total_steps=1000)
+    assert out.getvalue().startswith("step    10/1000  loss 5.1234  accuracy 0.5000  load 1.32x  grad 1.234  lr ")
+    full = "loss 5.1234  accuracy 0.5000  load 1.32x  lr 3.00e-04  4,321 tok/s  left 0:12:03"
+    assert bar_status(measured, 723.0, len(full)) == full
+    assert bar_status(measured, 723.0, 50) == "loss 5.1234  load 1.32x  4,321 tok/s  left 0:12:03"
+
+
 def test_plain_notes_are_not_markup_and_keep_their_length() -> None:
     reporter, out, _ = plain()
     text = "saved [bold]out[/bold] " + "x" * 200

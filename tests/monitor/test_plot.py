@@ -9,7 +9,15 @@ import pytest
 
 from megatron_ds.errors import DataError
 from megatron_ds.monitor import MetricsWriter, StepMetrics, ValidMetrics, draw_loss
-from megatron_ds.monitor.plot import BAD_COLOR, TRAIN_COLOR, VALID_COLOR, bin_curve, smooth
+from megatron_ds.monitor.plot import (
+    BAD_COLOR,
+    BUSIEST_COLOR,
+    LEAST_COLOR,
+    TRAIN_COLOR,
+    VALID_COLOR,
+    bin_curve,
+    smooth,
+)
 
 
 def write(path: Path, losses: list[float], valid: dict[int, float] | None = None) -> Path:
@@ -51,6 +59,18 @@ def test_the_picture_follows_the_data(tmp_path: Path) -> None:
     again = pixels(draw(tmp_path, [3.0, 2.0, 1.5]))
     other = pixels(draw(tmp_path, [3.0, 2.5, 1.5]))
     assert (first == again).all() and (first != other).any()
+
+
+@pytest.mark.parametrize("steps", [1, 60])
+def test_experts_have_a_panel_of_their_own(tmp_path: Path, steps: int) -> None:
+    plain, metrics, png = draw(tmp_path, [3.0]), tmp_path / "experts.jsonl", tmp_path / "experts.png"
+    assert not has_color(plain, BUSIEST_COLOR) and not has_color(plain, LEAST_COLOR)
+    load = {"moe_tokens_min": 20.0, "moe_tokens_mean": 50.0, "moe_tokens_max": 80.0}
+    with MetricsWriter(metrics) as writer:
+        for step in range(1, steps + 1):
+            writer.write(StepMetrics(step, 3.0, 1.0, 3e-4, 1024, 0.5, 2048.0, 0.1, metrics=load))
+    assert draw_loss(metrics, png, "a run") and pixels(png).shape == (750, 1200, 3)
+    assert all(has_color(png, color) for color in (TRAIN_COLOR, BUSIEST_COLOR, LEAST_COLOR))
 
 
 def test_one_point_shows(tmp_path: Path) -> None:
