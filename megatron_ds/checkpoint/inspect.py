@@ -38,6 +38,7 @@ class ModelFacts:
     Attributes:
         model_type, architecture: as transformers names them.
         num_params: the number of parameters, tied ones counted once.
+        num_active_params: the number of these that one token uses; fewer if there are experts.
         dtypes: dtype as safetensors names it -> number of tensors.
         files: the files of weights.
     """
@@ -45,6 +46,7 @@ class ModelFacts:
     model_type: str
     architecture: str
     num_params: int
+    num_active_params: int
     dtypes: dict[str, int]
     files: tuple[TensorFileFacts, ...]
 
@@ -153,7 +155,9 @@ def inspect_model(path: Path) -> ModelFacts:
     dtypes = Counter(stored.dtype for table in tables.values() for stored in table.values())
     model = weights.model
     files = tuple(TensorFileFacts(file.name, file.stat().st_size, len(table)) for file, table in tables.items())
-    return ModelFacts(model.family.model_type, model.architecture, weights.num_params, dict(dtypes), files)
+    num_params = weights.num_params
+    active = num_params - model.core.num_expert_params_idle
+    return ModelFacts(model.family.model_type, model.architecture, num_params, active, dict(dtypes), files)
 
 
 def inspect_adapters(path: Path) -> AdapterFacts:

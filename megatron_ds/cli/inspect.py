@@ -196,7 +196,8 @@ def _verdict(facts: CheckpointFacts) -> str:
 
 def _describe_model(model: ModelFacts) -> str:
     types = ", ".join(sorted(model.dtypes))
-    return f"{model.model_type} ({model.architecture}), {count(model.num_params)} parameters, {types}"
+    active = f", {count(model.num_active_params)} active" if model.num_active_params < model.num_params else ""
+    return f"{model.model_type} ({model.architecture}), {count(model.num_params)} parameters{active}, {types}"
 
 
 def _describe_files(files: tuple[TensorFileFacts, ...]) -> str:

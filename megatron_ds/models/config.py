@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 from megatron_ds.config import ModelShape
@@ -229,10 +230,15 @@ class StackConfig:
         return float(sum(shape.cost for shape in self.sublayers(layer).values()))
 
     @property
-    def num_idle_params(self) -> int:
-        """Number of parameters of feed-forward layers that a position does not use, such as other experts'."""
+    def num_expert_params_idle(self) -> int:
+        """Number of parameters of feed-forward layers that a position does not use: those of other experts."""
         shapes = map(self.feed_forward, range(self.num_layers))
         return sum(shape.num_params - shape.active_params for shape in shapes)
+
+    @property
+    def num_idle_params(self) -> int:
+        """Number of parameters that cost a position no FLOPs."""
+        return self.num_expert_params_idle
 
     def flops_per_token(self, num_params: int, num_frozen: int, seq_length: int) -> float:
         """Return the FLOPs of one token of a model that consists of this stack; see `model_flops_per_token`."""
@@ -336,6 +342,17 @@ class ModelConfig(ABC):
     @abstractmethod
     def num_idle_params(self) -> int:
         """Number of parameters that cost a position no FLOPs: tables that are only looked up, experts not used."""
+
+    @property
+    def num_expert_params_idle(self) -> int:
+        """Number of parameters of the experts that a position does not use."""
+        return sum(stack.num_expert_params_idle for stack in self.stacks.values())
+
+    @property
+    def expert_share(self) -> Fraction:
+        """The share of the experts of a layer that a position uses, k / E; 1 without experts."""
+        routers = [stack.moe.router for stack in self.stacks.values() if stack.moe is not None]
+        return Fraction(routers[0].top_k, routers[0].num_experts) if routers else Fraction(1)
 
     @abstractmethod
     def flops_per_position(self, seq_length: int, target_length: int, num_params: int, num_frozen: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection
+from fractions import Fraction
 from math import prod
 
 import torch
@@ -12,9 +13,13 @@ from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.weights import Tables
+from megatron_ds.models.config import ModelConfig
 from megatron_ds.monitor import RunSummary, peak_flops
+from megatron_ds.parallel.grid import Layout
 from megatron_ds.training.resolve import ResolvedRun
 from megatron_ds.training.statement import describe_run
+
+EXPERTS = "x"  # the axis of a table's row that expert parallelism divides
 
 
 def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Dataset | None) -> RunSummary:
@@ -26,9 +31,12 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         data, valid: the training and the validation data; None = no validation.
     """
     run, layout = resolved.run, resolved.plan.layout
+    num_params = engine.count_params()
     return RunSummary(
         model_name=_describe_model(resolved),
-        num_params=engine.count_params(),
+        num_params=num_params,
+        num_active_params=num_active_params(resolved, num_params),
+        experts=describe_experts(resolved.hf.core, engine.grid.expert.size, layout),
         world_size=layout.world_size,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
@@ -54,10 +62,42 @@ def _describe_model(resolved: ResolvedRun) -> str:
     return f"{name} with adapters of {trained / 1e6:,.3g} M parameters"
 
 
-def _count(tables: Tables, names: Collection[str]) -> int:
-    """Return the number of elements of the named native parameters."""
-    shapes = (row.op.native_shape(tables.axis_sizes) for name, row in tables.table.items() if name in names)
-    return sum(map(prod, shapes))
+def _count(tables: Tables, names: Collection[str], share_of_experts: Fraction = Fraction(1)) -> int:
+    """Return the number of elements of the named native parameters, of those of experts a share."""
+    total = Fraction(0)
+    for name, row in tables.table.items():
+        if name in names:
+            share = share_of_experts if row.split == EXPERTS else 1
+            total += prod(row.op.native_shape(tables.axis_sizes)) * share
+    return int(total)
+
+
+def num_active_params(resolved: ResolvedRun, num_params: int) -> int:
+    """Return how many of a model's parameters one token uses: of the experts in a layer those that it chooses."""
+    core, adapters = resolved.hf.core, resolved.model.adapters
+    active = num_params - core.num_expert_params_idle
+    if adapters is not None:
+        active -= _count(adapters, adapters.table) - _count(adapters, adapters.table, core.expert_share)
+    return active
+
+
+def describe_experts(core: ModelConfig, size: int, layout: Layout) -> str:
+    """Return text such as `8 in each of 2 layers, 2 per token; ep 2: 4 per rank, 2 copies`; empty without experts.
+
+    Args:
+        core: the model.
+        size: number of ranks that divide the experts of a layer.
+        layout: sizes of the axes.
+    """
+    ranks, texts = layout.world_size // layout.pipeline, []
+    for stack in core.stacks.values():
+        if stack.moe is not None:
+            number, top_k, layers = stack.moe.router.num_experts, stack.moe.router.top_k, len(stack.moe.layers)
+            where = f"each of {layers}" if layers == stack.num_layers else f"{layers} of {stack.num_layers}"
+            copies = f", {ranks // size} copies" if ranks > size else ""
+            divided = f"; ep {size}: {number // size} per rank{copies}" if ranks > 1 else ""
+            texts.append(f"{number} in {where} layers, {top_k} per token{divided}")
+    return "; ".join(texts)
 
 
 def positions_of(data: Dataset) -> int:
@@ -67,10 +107,11 @@ def positions_of(data: Dataset) -> int:
 
 def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset) -> float:
     """Return the average FLOPs of one position; see `model_flops_per_token`. Embedding lookups cost none."""
-    core = resolved.hf.core
-    idle = core.num_idle_params
-    frozen = _count(resolved.hf, resolved.model.frozen) - (idle if EMBEDDING in resolved.model.frozen else 0)
-    return core.flops_per_position(data.seq_length, data.target_length or 0, num_params - idle, max(0, frozen))
+    core, frozen = resolved.hf.core, resolved.model.frozen
+    looked_up = core.num_idle_params - core.num_expert_params_idle
+    num_frozen = _count(resolved.hf, frozen, core.expert_share) - (looked_up if EMBEDDING in frozen else 0)
+    active = num_active_params(resolved, num_params) - looked_up
+    return core.flops_per_position(data.seq_length, data.target_length or 0, active, max(0, num_frozen))
 
 
 def device_peak(resolved: ResolvedRun, device: torch.device) -> float | None:

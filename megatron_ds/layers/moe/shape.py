@@ -90,7 +90,7 @@ class MoEShape:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, biases included."""
+        """Number of parameters, biases included, but not that of the choice."""
         return self._count(self.router.num_experts)
 
     @property
@@ -113,5 +113,5 @@ class MoEShape:
 
     def _count(self, experts: int) -> int:
         per_expert = self._expert_weights + (2 * self.ffn_size + self.hidden_size if self.bias else 0)
-        of_router = self._router_weights + self.router.num_experts * (self.router.bias + self.router.choice_bias)
+        of_router = self._router_weights + self.router.num_experts * self.router.bias
         return of_router + experts * per_expert + (self.shared.num_params if self.shared is not None else 0)
