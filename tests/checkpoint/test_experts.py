@@ -1,0 +1,177 @@
+"""Mixtures of experts: what one layout of expert ranks has saved is read by every other, bit for bit.
+
+The model has 8 experts a layer, of 4 layers the first is dense, a shared expert, and a bias of the choice that is no
+parameter: it has no master, and is fp32 in every file.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ds.checkpoint.directory import name_of
+from megatron_ds.checkpoint.load import load_state
+from megatron_ds.checkpoint.masters import check_masters
+from megatron_ds.checkpoint.progress import Origin, Progress
+from megatron_ds.checkpoint.reader import StateReader, first_damage
+from megatron_ds.checkpoint.saver import SaveOptions, Saver
+from megatron_ds.checkpoint.state import optimizer_shards, owned_shards
+from megatron_ds.checkpoint.state_keys import KINDS
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.parallel.grid import Grid
+from megatron_ds.runtime import load_model
+from tests.checkpoint.runs import CUT, Curve, offloaded, steps
+from tests.parity.cases import Recipe
+from tests.parity.ours import Place, engine_config, session_of
+from tests.ranks import run_grid
+
+CASE = "glm4_moe-dense-first"
+RECIPE = Recipe(steps=3)
+BF16 = replace(RECIPE, precision="bf16")
+BIAS_RATE = 0.02
+
+
+def _place(t: int, e: int | None, p: int, d: int, zero: int, **keys: Any) -> Place:
+    extra = (("zero_optimization", {"stage": zero, **keys}),) if keys else ()
+    return Place(t, p, d, zero, sp=t > 1, extra=extra, expert=e)
+
+
+PLACES = {
+    "alone": _place(1, 1, 1, 1, 1),
+    "e1-d2": _place(1, 1, 1, 2, 1),
+    "e2-d2": _place(1, 2, 1, 2, 1),
+    "e4-d4": _place(1, 4, 1, 4, 1),
+    "t2-e1": _place(2, 1, 1, 1, 1),
+    "t2-e2": _place(2, None, 1, 2, 1),
+    "t2-e4": _place(2, 4, 1, 2, 1),
+    "p2-e1": _place(1, 1, 2, 2, 1),
+    "p2-e2": _place(1, 2, 2, 2, 1),
+    "p2-e4": _place(1, 4, 2, 4, 1),
+    "p2-t2-e1": _place(2, 1, 2, 1, 1),
+    "p2-t2-e2": _place(2, None, 2, 1, 1),
+    "p2-t2-e4": _place(2, 4, 2, 2, 1),
+    "e1-d2-z3": _place(1, 1, 1, 2, 3),
+    "e2-d4-z3": _place(1, 2, 1, 4, 3),
+    "e4-d4-z3": _place(1, 4, 1, 4, 3),
+    "t2-e1-z3": _place(2, 1, 1, 2, 3),
+    "t2-e2-z3": _place(2, None, 1, 2, 3),
+    "t2-e4-z3": _place(2, 4, 1, 2, 3),
+    "e2-d4-z0": _place(1, 2, 1, 4, 0),
+    "t2-e4-z0": _place(2, 4, 1, 2, 0),
+    "e2-d4-z2": _place(1, 2, 1, 4, 2),
+    "e2-d4-z2-round": _place(1, 2, 1, 4, 2, round_robin_gradients=True),
+    "e2-d2-offload": offloaded(_place(1, 2, 1, 2, 1)),
+    "t2-e4-z3-offload": offloaded(_place(2, 4, 1, 2, 3)),
+}
+CHAIN = ("e2-d2", "t2-e4-z3", "p2-t2-e1", "e2-d4-z2-round", "t2-e2", "e2-d4-z3", "p2-e2", "t2-e4-z0", "e4-d4")
+
+
+def _engine(grid: Grid, directory: Path, place: Place, recipe: Recipe, **changes: Any) -> tuple[Any, Any]:
+    model, changes = load_model(directory), {"moe_bias_rate": BIAS_RATE, **changes}
+    return session_of(grid).build_engine(model, engine_config(place, recipe, **changes)).engine, model.hf
+
+
+def _train_and_save(grid: Grid, directory: Path, place: Place, recipe: Recipe, folder: Path) -> Curve:
+    """All steps, saved after `CUT`."""
+    engine, model = _engine(grid, directory, place, recipe)
+    saver = Saver(engine, model, SaveOptions(folder), Origin())
+    curve = steps(engine, model, grid, place, recipe, 0, CUT)
+    saver.save(Progress(step=CUT, applied=CUT))
+    curve += steps(engine, model, grid, place, recipe, CUT, recipe.steps)
+    saver.wait()
+    return curve
+
+
+def _resume(grid: Grid, checkpoint: Path, place: Place, recipe: Recipe) -> Curve:
+    engine, model = _engine(grid, checkpoint, place, recipe)
+    load_state(engine, StateReader(checkpoint))
+    return steps(engine, model, grid, place, recipe, CUT, recipe.steps)
+
+
+def _save_again(grid: Grid, checkpoints: Iterable[Path], place: Place, recipe: Recipe, folder: Path) -> dict[str, int]:
+    """Load each checkpoint over what is there and save it; the elements of each parameter that this rank owns."""
+    checkpoints = list(checkpoints)
+    engine, model = _engine(grid, checkpoints[0], place, recipe)
+    for number, checkpoint in enumerate(checkpoints):
+        for shard in optimizer_shards(engine):
+            for vector in shard.vectors.values():
+                vector.fill_(float("nan"))
+        progress = load_state(engine, StateReader(checkpoint))
+        saver = Saver(engine, model, SaveOptions(folder / str(number), asynchronous=number % 2 == 0), Origin())
+        saver.save(progress)
+        saver.wait()
+    owned = dict[str, int]()
+    for shard in owned_shards(engine):
+        owned[shard.name] = owned.get(shard.name, 0) + len(shard.vectors["master"])
+    return owned
+
+
+def _state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every weight by its name on disk, every master and moment by its native name, and the steps of each."""
+    reader, weights = StateReader(checkpoint), HFWeights(checkpoint, read_model(checkpoint))
+    found = {name: tensor for file in weights.files for name, tensor in load_file(file).items()}
+    for name in reader.progress.trained:
+        row = weights.model.table[name]
+        shape = row.op.native_shape(weights.model.axis_sizes)
+        found.update({f"{kind} {name}": reader.read_full(kind, name, shape) for kind in KINDS})
+        found[f"step {name}"] = torch.tensor(reader.steps(name))
+        assert {reader.elements(kind, name) for kind in KINDS} == {found[f"master {name}"].numel()}, name
+    return found
+
+
+def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(references: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(layout, recipe) -> (checkpoint, the curve of the run that was not cut)."""
+    made: dict[tuple[str, Recipe], tuple[Path, Curve]] = {}
+
+    def get(name: str, recipe: Recipe = RECIPE) -> tuple[Path, Curve]:
+        if (name, recipe) not in made:
+            directory, _ = references(CASE, RECIPE)
+            folder, place = tmp_path_factory.mktemp(name), PLACES[name]
+            curve = run_grid(_train_and_save, place.layout, directory, place, recipe, folder)[0]
+            made[name, recipe] = folder / name_of(CUT), curve
+        return made[name, recipe]
+
+    return get
+
+
+def _check_saved_again(checkpoints: list[Path], name: str, recipe: Recipe, folder: Path, expected: Any) -> list[Path]:
+    """Have a layout load and save each of some checkpoints of the same state, and compare every bit."""
+    place = PLACES[name]
+    owned = run_grid(_save_again, place.layout, checkpoints, place, recipe, folder, timeout_s=400.0)
+    saved = [folder / str(number) / name_of(CUT) for number in range(len(checkpoints))]
+    for one in saved:
+        _same(_state(one), expected)
+    weights = HFWeights(saved[0], read_model(saved[0]))
+    for parameter in StateReader(saved[0]).progress.trained:
+        shape = weights.model.table[parameter].op.native_shape(weights.model.axis_sizes)
+        assert sum(rank.get(parameter, 0) for rank in owned) >= torch.Size(shape).numel(), parameter
+    return saved
+
+
+def test_every_layout_reads_what_another_wrote(trained: Any, tmp_path: Path) -> None:
+    checkpoint, _ = trained(CHAIN[0])
+    expected = _state(checkpoint)
+    biases = [name for name in expected if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3 and all(expected[name].any() for name in biases)
+    for name in CHAIN[1:]:
+        (checkpoint,) = _check_saved_again([checkpoint], name, RECIPE, tmp_path / name, expected)
+        check_masters(StateReader(checkpoint), sampled=False)
+        assert first_damage(checkpoint) is None
+
+
+@pytest.mark.parametrize("name", ["t2-e4", "e2-d4-z3"])
+def test_the_same_layout_goes_on_bit_for_bit(name: str, trained: Any) -> None:
+    checkpoint, curve = trained(name)
+    assert run_grid(_resume, PLACES[name].layout, checkpoint, PLACES[name], RECIPE)[0] == curve[CUT:]
