@@ -2,13 +2,14 @@
 
 A plan assigns tensors to files and files to ranks. It follows from the model and the layout alone, so that all ranks
 make the same one. Each tensor is gathered by the rank that writes it, over the model axes of its stage; no rank ever
-holds more than what it writes.
+holds more than what it writes. Experts that are stored one by one are planned and gathered one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from math import ceil
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.files import TensorHeader
 from megatron_ds.engine import Engine
-from megatron_ds.engine.base import gather_shard
+from megatron_ds.engine.gathering import gather_part
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.export import small_files
+from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.export import adapter_files
@@ -42,13 +44,13 @@ class WeightFile:
     Attributes:
         rank: the rank that writes it.
         file: its name.
-        natives: native names of the parameters that its tensors are made of, in order.
+        parts: the parameters, or experts of them, that its tensors are made of, in order.
         headers: of its tensors, in order.
     """
 
     rank: int
     file: str
-    natives: tuple[str, ...]
+    parts: tuple[Part, ...]
     headers: tuple[TensorHeader, ...]
 
     @property
@@ -72,15 +74,16 @@ def plan_files(
         max_file_bytes: upper bound on a file with more than one tensor.
         min_rank_bytes: the ranks of a stage divide its weights as long as each has so many bytes.
     """
-    planned = []
+    planned, to_hf = [], ToHF(model)
     for stage, parameters in enumerate(inventory):
-        groups = [_Group.of(model, names, dict(_dtypes(parameters))) for names in _connected(model, parameters)]
+        dtypes = {name: dtype for name, _, dtype in parameters}
+        groups = [_Group.of(to_hf, parts, dtypes[parts[0].name]) for parts in _connected(model, dtypes)]
         planned += list(_divide(groups, _writers(stage, groups, layout, min_rank_bytes), max_file_bytes))
     count, files = len(planned), []
     for number, (rank, groups) in enumerate(planned, start=1):
         file = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        natives = tuple(name for group in groups for name in group.natives)
-        files.append(WeightFile(rank, file, natives, tuple(header for group in groups for header in group.headers)))
+        parts = tuple(part for group in groups for part in group.parts)
+        files.append(WeightFile(rank, file, parts, tuple(header for group in groups for header in group.headers)))
     names = {header.name for file in files for header in file.headers}
     wanted = {name for row in model.table.values() for name in row.names}
     assert names == wanted, names ^ wanted
@@ -89,37 +92,32 @@ def plan_files(
 
 @dataclass(frozen=True)
 class _Group:
-    """Parameters that one rank must write, as pieces of them are in one Hugging Face tensor."""
+    """Parts that one rank must write, as pieces of them are in one Hugging Face tensor."""
 
-    natives: tuple[str, ...]
+    parts: tuple[Part, ...]
     headers: tuple[TensorHeader, ...]
 
     @classmethod
-    def of(cls, model: HFModel, natives: Sequence[str], dtypes: dict[str, torch.dtype]) -> _Group:
-        found = ToHF(model).order(natives)
-        return cls(tuple(natives), tuple(TensorHeader(name, dtypes[natives[0]], shape) for name, shape in found))
+    def of(cls, to_hf: ToHF, parts: Sequence[Part], dtype: torch.dtype) -> _Group:
+        return cls(tuple(parts), tuple(TensorHeader(name, dtype, shape) for name, shape in to_hf.order(parts)))
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return sum(header.bytes for header in self.headers)
 
 
-def _dtypes(parameters: Sequence[tuple[str, ParamSpec, torch.dtype]]) -> Iterator[tuple[str, torch.dtype]]:
-    for name, _, dtype in parameters:
-        yield name, dtype
-
-
-def _connected(model: HFModel, parameters: Sequence[tuple[str, ParamSpec, torch.dtype]]) -> list[list[str]]:
-    """Return groups of parameters that have a Hugging Face tensor in common, in order."""
-    first: dict[str, str] = {}
-    leader: dict[str, str] = {}
-    for name, _, _ in parameters:
-        shared = [first[hf_name] for hf_name in model.table[name].names if hf_name in first]
-        leader[name] = leader[shared[0]] if shared else name
-        first.update(dict.fromkeys(model.table[name].names, name))
-    position = {name: index for index, name in enumerate(leader)}
-    ordered = sorted(leader, key=lambda name: position[leader[name]])
-    return [list(names) for _, names in groupby(ordered, key=leader.__getitem__)]
+def _connected(model: HFModel, names: Iterable[str]) -> list[list[Part]]:
+    """Return groups of parts of parameters that have a Hugging Face tensor in common, in order."""
+    first: dict[str, Part] = {}
+    leader: dict[Part, Part] = {}
+    for part in (part for name in names for part in model.table[name].parts):
+        hf_names = model.table[part.name].of(part.expert).names
+        shared = [first[hf_name] for hf_name in hf_names if hf_name in first]
+        leader[part] = leader[shared[0]] if shared else part
+        first.update(dict.fromkeys(hf_names, part))
+    position = {part: index for index, part in enumerate(leader)}
+    ordered = sorted(leader, key=lambda part: position[leader[part]])
+    return [list(parts) for _, parts in groupby(ordered, key=leader.__getitem__)]
 
 
 def _writers(stage: int, groups: Sequence[_Group], layout: Layout, min_rank_bytes: int) -> list[int]:
@@ -194,7 +192,9 @@ class AdapterWriter:
         dtypes = {name: dtype for stage in inventory for name, _, dtype in stage if name in adapters.table}
         assert dtypes.keys() == adapters.table.keys(), dtypes.keys() ^ adapters.table.keys()
         (dtype,) = set(dtypes.values())
-        self._headers = [TensorHeader(hf_name, dtype, shape) for hf_name, shape in ToHF(adapters).order(dtypes)]
+        self._headers = [
+            TensorHeader(hf_name, dtype, shape) for hf_name, shape in ToHF(adapters).order(map(Part, dtypes))
+        ]
 
     def files(self) -> dict[str, Sequence[TensorHeader]]:
         """Return the files that this rank writes."""
@@ -235,7 +235,7 @@ def gather_weights(
     """Yield (file, name, full tensor) of what this rank writes, in order. Collective over the ranks of a stage.
 
     Tensors are on the engine's device. Every rank iterates to the end. Under ZeRO-3 one parameter at a time is gathered
-    over the shard group.
+    over the shard group. Of experts that are stored one by one, a rank holds its shard and one more.
 
     Args:
         engine: the live model.
@@ -251,15 +251,16 @@ def gather_weights(
         writer = grid.layout.coords(file.rank)
         if writer.pipeline != grid.coords.pipeline:
             continue
-        for name in file.natives:
+        for name, parts in groupby(file.parts, key=lambda part: part.name):
             with engine.gathered(parameters[name]):
                 spec = spec_of(parameters[name])
                 holders = grid.expert.ranks if spec.is_of_experts else same_replica
                 if file.rank not in holders:
                     continue
                 to = {EXPERT: holders.index(file.rank)} if spec.is_of_experts else writer
-                full = gather_shard(parameters[name].detach(), spec, grid.model_axes, to=to)
-                if full is None or file.rank != grid.rank:
-                    continue
-                for hf_name, tensor in to_hf.add(name, full):
-                    yield file.file, hf_name, tensor
+                for _, expert in parts:
+                    full = gather_part(parameters[name].detach(), spec, grid.model_axes, expert, to)
+                    if full is None or file.rank != grid.rank:
+                        continue
+                    for hf_name, tensor in to_hf.add(name, full, expert):
+                        yield file.file, hf_name, tensor

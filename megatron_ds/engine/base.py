@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ds.engine.gathering import gather_part, send_to_rank_0
 from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.moe.router import CHOICE_BIAS
-from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, spec_of
+from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import gather_objects
-from megatron_ds.parallel.grid import Axes, Axis, Grid
+from megatron_ds.parallel.grid import Axes, Grid
 from megatron_ds.parallel.random import RngStreams
 
 MicroBatch = Mapping[str, Tensor]
@@ -298,21 +298,41 @@ class Engine(ABC):
         self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Yield tensors of the parameters' shapes and dtypes, such as gradients, as `full_parameters` does."""
+        for name, _, full in self._full_parts(of, names, ()):
+            yield name, full
+
+    def full_parts(self, by_expert: Collection[str]) -> Iterator[tuple[str, int | None, Tensor | None]]:
+        """Yield the model's parameters as `full_parameters` does, but some of them one expert at a time.
+
+        Then a rank holds one expert more than its shard. Collective over the world.
+
+        Args:
+            by_expert: parameters of experts that are yielded as (name, index of the expert, tensor without the dim of
+                the experts); of others the index is None.
+        """
+        return self._full_parts(lambda parameter: parameter.detach(), None, by_expert)
+
+    def _full_parts(
+        self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None, by_expert: Collection[str]
+    ) -> Iterator[tuple[str, int | None, Tensor | None]]:
         grid = self.grid
         parameters = dict(self.local_parameters())
         for stage, entries in enumerate(self.inventory()):
-            source = grid.layout.rank_of(pipeline=stage)
+            is_here, source = grid.coords.pipeline == stage, grid.layout.rank_of(pipeline=stage)
             for name, spec, dtype in entries:
                 if names is not None and name not in names:
                     continue
-                full: Tensor | None = None
-                if grid.coords.pipeline == stage:
-                    with self.gathered(parameters[name]):
-                        if grid.replica_of(spec).rank == 0:
-                            full = gather_shard(of(parameters[name]), spec, grid.model_axes)
-                if source != 0:
-                    full = _send_to_rank_0(full, spec, dtype, source, grid.rank, self.device)
-                yield name, full if grid.rank == 0 else None
+                each = name in by_expert
+                experts: Sequence[int | None] = range(spec.shape[0]) if each else (None,)
+                shape = spec.shape[1:] if each else spec.shape
+                with self.gathered(parameters[name]) if is_here else nullcontext():
+                    holds = is_here and grid.replica_of(spec).rank == 0
+                    shard = of(parameters[name]) if holds else None
+                    for expert in experts:
+                        full = None if shard is None else gather_part(shard, spec, grid.model_axes, expert)
+                        if source != 0:
+                            full = send_to_rank_0(full, shape, dtype, source, grid.rank, self.device)
+                        yield name, expert, full if grid.rank == 0 else None
 
     def inventory(self) -> list[list[tuple[str, ParamSpec, torch.dtype]]]:
         """Return name, declaration and dtype of each pipeline stage's parameters. Collective over pipeline.
@@ -341,52 +361,3 @@ def weights_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
         find = getattr(part, "untrained", None)
         for own, tensor in find().items() if find is not None else ():
             yield f"{name}.{own}", tensor
-
-
-def gather_shard(shard: Tensor, spec: ParamSpec, axes: Axes, to: Mapping[str, int] | None = None) -> Tensor | None:
-    """Gather the shards of a parameter on one rank, without padding. Collective over `axes`, one after the other.
-
-    If several ranks hold the same shard, the first one's is used.
-
-    Args:
-        shard: this rank's shard, padding included.
-        spec: the parameter's declaration.
-        axes: the axes over which the parameter is divided or copied.
-        to: coordinates of the rank that receives it; 0 on an axis that is not given.
-
-    Returns:
-        The full tensor on that rank, None on the others.
-    """
-    axes = spec.axes_among(axes)
-    target = {name: to.get(name, 0) if to is not None else 0 for name in axes}
-    if any(axis.rank != target[name] for name, axis in axes.items() if spec.split_over(name) is None):
-        return None
-    gathered: Tensor | None = shard
-    for split in spec.splits:
-        if gathered is not None:
-            gathered = _gather_dim(gathered, split, spec.shape[split.dim], axes[split.axis], target[split.axis])
-    return gathered
-
-
-def _gather_dim(shard: Tensor, split: AxisSplit, length: int, axis: Axis, to: int) -> Tensor | None:
-    if axis.size == 1:
-        return shard
-    received = [torch.empty_like(shard) for _ in range(axis.size)] if axis.rank == to else None
-    dist.gather(shard.contiguous(), received, dst=axis.ranks[to], group=axis.group)
-    if received is None:
-        return None
-    different = received[:: axis.size // split.num_shards(axis.size)]
-    return torch.cat(different, dim=split.dim).narrow(split.dim, 0, length)
-
-
-def _send_to_rank_0(
-    full: Tensor | None, spec: ParamSpec, dtype: torch.dtype, source: int, rank: int, device: torch.device
-) -> Tensor | None:
-    if rank == source:
-        assert full is not None
-        dist.send(full.contiguous(), dst=0)
-    elif rank == 0:
-        full = torch.empty(spec.shape, dtype=dtype, device=device)
-        dist.recv(full, src=source)
-        return full
-    return None

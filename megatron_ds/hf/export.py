@@ -67,21 +67,25 @@ class DirectoryExport:
         names = (name for row in model.table.values() for name in row.names)
         self._writer = ShardWriter(self.directory, max_shard_bytes, names)
         self._to_hf = ToHF(model, reuse=True)
-        self._added: set[str] = set()
+        self._added: Counter[str] = Counter()
         self._elements_of: Counter[torch.dtype] = Counter()
 
-    def add(self, name: str, full: Tensor) -> None:
+    def add(self, name: str, full: Tensor, expert: int | None = None) -> None:
         """Write one native parameter, without padding; afterwards the caller may change or free it.
+
+        Args:
+            name, full, expert: see `ToHF.add`.
 
         Raises:
             ConversionError: a value does not fit into the dtype asked for.
         """
-        assert name not in self._added, f"{name} was added before"
-        self._added.add(name)
+        parts = len(self.model.table[name].parts)
+        self._added[name] += parts if expert is None else 1
+        assert self._added[name] <= parts, f"{name} was added before"
         dtype = None if self.model.table[name].keeps_dtype else self.dtype
         full = check_fits(name, full.detach().to("cpu"), dtype or full.dtype)
         self._elements_of[full.dtype] += full.numel()
-        for theirs, tensor in self._to_hf.add(name, full):
+        for theirs, tensor in self._to_hf.add(name, full, expert):
             self._writer.add(theirs, tensor)
 
     def finish(
@@ -100,7 +104,8 @@ class DirectoryExport:
         Raises:
             ConversionError: see `ExportTarget.put`.
         """
-        assert self._added == self.model.table.keys(), self._added ^ self.model.table.keys()
+        missing = [name for name, row in self.model.table.items() if self._added[name] < len(row.parts)]
+        assert not missing, missing
         self._writer.finish()
         dtype = str(self._elements_of.most_common(1)[0][0]).removeprefix("torch.")
         write_small_files(self.directory, self.model, dtype, model_path, tokenizer_path)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
@@ -20,6 +20,18 @@ LAYER = "{n}"
 EXPERT = "{x}"
 HEAD = "head.weight"
 EMBEDDING = "embedding.weight"
+
+
+class Part(NamedTuple):
+    """A native parameter, or one expert of it: without the dim of the experts.
+
+    Attributes:
+        name: native name of the parameter.
+        expert: index of the expert; None = the complete parameter.
+    """
+
+    name: str
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,20 @@ class Row:
         number = str(layer)
         names = tuple(name.replace(LAYER, number) for name in self.names)
         return replace(self, native=self.native.replace(LAYER, number), names=names, layers=None)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The smallest parts with Hugging Face tensors of their own: experts that are stored one by one, or all."""
+        experts = range(self.op.count) if isinstance(self.op, Spread) else (None,)
+        return [Part(self.native, expert) for expert in experts]
+
+    def of(self, expert: int | None) -> Row:
+        """Return the row of one expert, whose tensors are stored one by one; None = this row."""
+        if expert is None:
+            return self
+        assert isinstance(self.op, Spread), f"{self.native}: no tensor is of one expert alone"
+        each = len(self.op.one.sources)
+        return replace(self, names=self.names[expert * each : (expert + 1) * each], op=self.op.one, split=None)
 
 
 def _unchanged(config: Any, names: frozenset[str]) -> Any:

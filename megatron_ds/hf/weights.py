@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Part, Row
 from megatron_ds.hf.tensor_mapping import FusedPiece, Reader, Sizes, allocate, tile
 from megatron_ds.hf.tensor_names import (
     NamesError,
@@ -353,9 +353,15 @@ class ToHF:
         self._fused: dict[str, Tensor] = {}
         self._place: Tensor | None = None
 
-    def add(self, name: str, full: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Add one native parameter; yields the tensors that are now complete, which may be views of it."""
-        row, sizes = self.model.table[name], self.model.axis_sizes
+    def add(self, name: str, full: Tensor, expert: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Add one native parameter; yields the tensors that are now complete, which may be views of it.
+
+        Args:
+            name: native name.
+            full: the full parameter, or that of one expert, without the dim of the experts.
+            expert: index of this expert, whose tensors are stored one by one; None = the complete parameter.
+        """
+        row, sizes = self.model.table[name].of(expert), self.model.axis_sizes
         for source, theirs in enumerate(row.names):
             if not row.op.is_piece(source):
                 for one in (theirs, *row.copies):
@@ -369,11 +375,11 @@ class ToHF:
                 yield theirs, self._fused[theirs]
                 self._end(self._fused.pop(theirs))
 
-    def order(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield names and shapes of the tensors in the order in which adding these native parameters completes them."""
+    def order(self, parts: Iterable[Part]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield names and shapes of the tensors in the order in which adding these parts completes them."""
         missing = self._missing.copy()
-        for name in names:
-            row = self.model.table[name]
+        for part in parts:
+            row = self.model.table[part.name].of(part.expert)
             for source, theirs in enumerate(row.names):
                 missing[theirs] -= row.op.is_piece(source)
                 if not missing[theirs] or not row.op.is_piece(source):

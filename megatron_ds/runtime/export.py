@@ -60,6 +60,7 @@ def export_live(
             ranks then exit, see `run_on_all_ranks`.
     """
     target = target or ExportTarget.of(section.path)
+    by_expert = {name for name, row in model.hf.table.items() if len(row.parts) > 1}
     fits = fits_in(engine, section.dtype)
     dtype = section.dtype if fits else None
     kept: ExportKeptError | None = None
@@ -68,13 +69,13 @@ def export_live(
             _export_adapters(engine, model, model.adapters, section, (dtype, precision), target, end_ids)
         elif engine.grid.rank == 0:
             with exporting(target, model.hf, dtype, section.max_shard_size) as export:
-                for name, parameter in engine.full_parameters():
-                    assert parameter is not None, name
-                    export.add(name, parameter)
+                for name, expert, full in engine.full_parts(by_expert):
+                    assert full is not None, name
+                    export.add(name, full, expert)
                 add_ends = partial(add_end_ids, end_ids=end_ids)
                 export.finish(model.section.path, model.section.tokenizer_path, add_ends)
         else:
-            for _ in engine.full_parameters():
+            for _ in engine.full_parts(by_expert):
                 pass
     except ExportKeptError as problem:
         kept = problem

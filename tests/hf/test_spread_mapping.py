@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ds.hf.family import Row, each_expert
+from megatron_ds.hf.family import Part, Row, each_expert
 from megatron_ds.hf.spread_mapping import Spread
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op
 from megatron_ds.hf.weights import ToHF, assert_each_once, read_shard
@@ -56,7 +56,7 @@ def test_an_export_is_what_was_read_in_views(row: Row) -> None:
     pointer = native.untyped_storage().data_ptr()
     assert all(tensor.untyped_storage().data_ptr() == pointer for tensor in found.values())
     ordered = [(name, tuple(tensor.shape)) for name, tensor in tensors(row).items()]
-    assert list(ToHF(_Table(row)).order([row.native])) == ordered
+    assert list(ToHF(_Table(row)).order([Part(row.native)])) == ordered
     assert_each_once({row.native: row})
 
 
@@ -121,3 +121,16 @@ class _Table:
 
     def __init__(self, row: Row) -> None:
         self.table, self.axis_sizes = {row.native: row}, SIZES
+
+
+@pytest.mark.parametrize("row", [UP, DOWN], ids=["up", "down"])
+def test_experts_are_written_one_by_one(row: Row) -> None:
+    native, to_hf, found = row.op.read(reader(row, []), SIZES), ToHF(_Table(row)), list[tuple[str, Tensor]]()
+    assert [part.expert for part in row.parts] == list(range(12))
+    for name, expert in reversed(row.parts):
+        added = list(to_hf.add(name, native[expert], expert))
+        assert {theirs.split(".")[1] for theirs, _ in added} == {str(expert)}
+        assert [(theirs, tuple(one.shape)) for theirs, one in added] == list(to_hf.order([Part(name, expert)]))
+        found += added
+    assert sorted(dict(found)) == sorted(row.names) and len(found) == len(row.names)
+    assert all(torch.equal(tensor, tensors(row)[theirs]) for theirs, tensor in found)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from megatron_ds.engine.base import gather_shard
+from megatron_ds.engine.gathering import gather_shard
 from megatron_ds.hf.family import Row
 from megatron_ds.hf.tensor_mapping import Op
 from megatron_ds.hf.weights import read_shard
