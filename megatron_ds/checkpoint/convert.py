@@ -38,23 +38,28 @@ from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.peft.reader import AdapterReader
+from megatron_ds.hf.upcycle import UpcycledWeights, Upcycling
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.paths import expanded
 
 
-def import_hf(source: str | Path, target: str | Path, *, overwrite: bool = False) -> HFModel:
+def import_hf(
+    source: str | Path, target: str | Path, *, overwrite: bool = False, upcycling: Upcycling | None = None
+) -> HFModel:
     """Convert a Hugging Face directory to a checkpoint of step 0.
 
     Args:
         source: the directory with config, weights and the model's other files.
         target: the checkpoint. An unchanged export there is replaced at the end; on failure it stays.
         overwrite: replace any other directory too, except the source, checkpoints and outputs of runs.
+        upcycling: the mixture of experts that is made of a dense model; None = the model as it is.
 
     Returns:
         The imported model.
 
     Raises:
-        ConversionError: the source cannot be read without changing its meaning; the target must not be replaced.
+        ConversionError: the source cannot be read without changing its meaning; the target must not be replaced; no
+            mixture of experts computes what the model computes.
         CheckpointError: the target is a checkpoint, or cannot be written.
     """
     source, target = expanded(source), expanded(target)
@@ -63,14 +68,18 @@ def import_hf(source: str | Path, target: str | Path, *, overwrite: bool = False
 
     def add_state(directory: Path) -> None:
         (directory / STATE).mkdir()
-        origin = Origin(written_at=timestamp(), source=f"import of {source}")
+        mixture = f", as {upcycling.num_experts} experts" if upcycling is not None else ""
+        origin = Origin(written_at=timestamp(), source=f"import of {source}{mixture}")
         write_bytes(directory / PROGRESS, encode(Progress(), origin).encode())
         files = sorted(path for path in directory.rglob("*") if path.is_file())
         write_manifest(directory, {str(path.relative_to(directory)): record_file(path) for path in files})
         for path in (*directory.rglob("*"), directory):
             flush(path)
 
-    weights = HFWeights(source, read_model(source))
+    dense = HFWeights(source, read_model(source))
+    weights: HFWeights | UpcycledWeights = dense
+    if upcycling is not None:
+        weights = UpcycledWeights(dense, upcycling)
     with _writing(target), exporting(place, weights.model, None, "5GB") as export:
         for name, full in weights.each():
             export.add(name, full)
