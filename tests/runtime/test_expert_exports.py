@@ -27,6 +27,7 @@ from tests.ranks import run_grid
 CASES = {
     "mixtral": {**FAMILY_CASES["mixtral-four-experts"], "num_local_experts": 12},
     "glm4_moe": {**FAMILY_CASES["glm4_moe-dense-first"], "n_routed_experts": 12},
+    "gpt_oss": {**FAMILY_CASES["gpt_oss-yarn"], "num_local_experts": 12},
     "granitemoe": {**FAMILY_CASES["granitemoe-multipliers-tied"], "num_local_experts": 12},
 }
 PLACES = (
