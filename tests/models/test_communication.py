@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from megatron_ds.hf.config import read_model
+from megatron_ds.layers.moe.balance import RouterSettings
+from megatron_ds.layers.moe.layer import MoE
+from megatron_ds.layers.moe.shape import MoEShape, RouterShape
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryTable
@@ -22,14 +25,16 @@ from megatron_ds.models.block import Block, BlockInputs
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
-from megatron_ds.parallel.grid import Grid, Layout
+from megatron_ds.parallel.expert import ExpertParallel
+from megatron_ds.parallel.grid import Grid, Layout, create_grid
+from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.tensor import TensorParallel
-from tests.parallel.wire_bytes import counting
+from tests.parallel.wire_bytes import Activations, counting
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.ours import Place, engine_on, micro_batches
 from tests.parity.reference import train_reference
-from tests.ranks import run_alone, run_grid
+from tests.ranks import run_alone, run_grid, run_ranks
 
 S, B, FLOAT_BYTES = 16, 3, 4
 CONTEXT = 24
@@ -136,6 +141,53 @@ def test_cross_attention_moves_both_stacks_states(sequence: bool, t: int) -> Non
     if sequence:
         expected += 3 * ring(hidden, t, 2)
     assert run_grid(_cross_block, Layout(tensor=t), sequence) == [expected] * t
+
+
+EXPERTS, TOP_K, WIDTH = 8, 2, 16
+
+
+def _experts(info: RankInfo, layout: Layout, e: int, sequence: bool) -> Activations:
+    """A layer whose tokens choose all experts alike: token i of a rank experts i and i + 1, modulo their number."""
+    grid = create_grid(layout, info.rank, e)
+    router = RouterShape(num_experts=EXPERTS, top_k=TOP_K)
+    shape = MoEShape(hidden_size=WIDTH, ffn_size=8, router=router, activation="silu", std=0.1, out_std=0.1)
+    parallel = ExpertParallel(grid.expert, TensorParallel(grid.tensor, sequence))
+    layer = MoE(shape, parallel, RouterSettings(aux_loss=0.1, z_loss=0.1))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(EXPERTS, WIDTH))
+    ids = torch.arange(S * EXPERTS // (grid.tensor.size if sequence else 1))
+    chosen = torch.eye(WIDTH)[ids % EXPERTS] + 0.5 * torch.eye(WIDTH)[(ids + 1) % EXPERTS]
+    x = chosen.view(-1, EXPERTS, WIDTH).requires_grad_()
+    with counting() as wire:
+        layer(x).sum().backward()
+    assert layer.load.sums[:EXPERTS].unique().numel() == 1, "tokens are routed uniformly"
+    return wire
+
+
+@pytest.mark.parametrize(
+    ("layout", "e", "sequence"),
+    [
+        (Layout(tensor=2), 2, False),
+        (Layout(tensor=2), 2, True),
+        (Layout(tensor=2), 1, True),
+        (Layout(data=2), 2, False),
+        (Layout(tensor=4), 4, False),
+        (Layout(tensor=2, data=2), 4, False),
+        (Layout(tensor=2, data=2), 4, True),
+    ],
+    ids=lambda one: "x".join(map(str, one.values())) if isinstance(one, Layout) else str(one),
+)
+def test_experts_move_what_the_layer_says(layout: Layout, e: int, sequence: bool) -> None:
+    """As the docstring of `MoE` says, for T = SB/t tokens of a rank."""
+    t, tokens = layout.tensor, S * EXPERTS // layout.tensor
+    exchanged = ring(TOP_K * tokens * WIDTH, e, 4) + ring(2 * EXPERTS, e)  # counts are int64
+    gathered = Fraction(0) if sequence else ring(S * EXPERTS * WIDTH, t, 2)
+    summed = ring(EXPERTS * WIDTH + EXPERTS + 1, t, 2)
+    for wire in run_ranks(_experts, layout.world_size, layout, e, sequence):
+        assert wire.bytes.get("all_to_all", 0) == exchanged
+        assert wire.total == exchanged + gathered + summed, wire.bytes
 
 
 def _model(grid: Grid, case: str, sequence: bool) -> Fraction:

@@ -47,6 +47,14 @@ def counting() -> Iterator[Activations]:
     def reduce_scatter(output: Any, input: Any, *args: Any, **kwargs: Any) -> None:
         wire.count("reduce_scatter", _size(input) * share(kwargs.get("group")))
 
+    def all_to_all(output: Any, input: Any, *args: Any, **kwargs: Any) -> None:
+        group, splits = kwargs.get("group"), args[1] if len(args) > 1 else None
+        if splits is None:
+            wire.count("all_to_all", _size(input) * share(group))
+        else:
+            to_others = sum(splits) - splits[dist.get_rank(group)]
+            wire.count("all_to_all", Fraction(to_others * _size(input[:1]) if to_others else 0))
+
     def send(tensor: Any, dst: int, *args: Any, **kwargs: Any) -> None:
         wire.count("send", Fraction(_size(tensor)))
         wire.sent_to[dst] = wire.sent_to.get(dst, Fraction(0)) + _size(tensor)
@@ -57,6 +65,7 @@ def counting() -> Iterator[Activations]:
         "all_gather_into_tensor": all_gather,
         "reduce_scatter_single": reduce_scatter,
         "reduce_scatter_tensor": reduce_scatter,
+        "all_to_all_single": all_to_all,
         "send": send,
         "isend": send,
     }
