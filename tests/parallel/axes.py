@@ -8,4 +8,4 @@ def axes_at(**places: tuple[int, int]) -> Axes:
     return {name: Axis(size, rank, tuple(range(size))) for name, (rank, size) in places.items()}
 
 
-ALONE = axes_at(tensor=(0, 1))
+ALONE = axes_at(tensor=(0, 1), expert=(0, 1))

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
+from megatron_ds.engine.base import weights_of
 from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.weights import HFWeights, ToHF
@@ -66,12 +68,15 @@ def _run_theirs(directory: Path, batch: Batch) -> _Run:
         names = {"targets": "labels"}
         loss = theirs(**_integers(batch), **{names.get(name, name): label for name, label in batch.labels.items()}).loss
     loss.backward()
+    gradients = {name: one.grad for name, one in theirs.named_parameters() if one.grad is not None}
+    if any(stack.moe is not None for stack in model.core.stacks.values()):
+        gradients = revert_weight_conversion(theirs, gradients)  # of each expert by itself
     found = {
         # the only parameter that transformers renames on disk, and those that it may name by their copies
         name.replace("lm_head.", "embed_out.")
         if model.family.model_type == "gpt_neox"
-        else model.family.aliases.get(name, name): parameter.grad
-        for name, parameter in theirs.named_parameters()
+        else model.family.aliases.get(name, name): gradient
+        for name, gradient in gradients.items()
     }
     return _Run({name: output.detach() for name, output in outputs.items()}, float(loss.detach()), found)
 
@@ -83,8 +88,8 @@ def _integers(batch: Batch) -> dict[str, Tensor]:
 def _run_ours(variant: Variant, weights: HFWeights) -> _Run:
     model = SequentialModel(variant.core.build_layers()).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.shard(name, spec_of(parameter), ALONE))
+        for name, weight in weights_of(model):
+            weight.copy_(weights.shard(name, spec_of(weight), ALONE))
     variant.change(model)
     columns, labels = variant.batch.columns, variant.batch.labels
     counts = [label.numel() if label.is_floating_point() else (label != -100).sum() for label in labels.values()]

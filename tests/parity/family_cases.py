@@ -320,6 +320,12 @@ MOE_CASES = {
         {
             "four-experts": {},
             "eight-window-tied": {**_EIGHT, "sliding_window": 7, "tie_word_embeddings": True},
+            "four-of-eight": {
+                **_EIGHT,
+                "num_experts_per_tok": 4,
+                "num_key_value_heads": 2,
+                "rope_parameters": YARN_ROPE,
+            },
         },
     ),
     **_of(
@@ -352,6 +358,7 @@ MOE_CASES = {
         {
             "groups": {"pad_token_id": 1},
             "eight-renormalised-bias": {"num_experts": 8, "norm_topk_prob": True, "attention_bias": True},
+            "one-of-four-tied": {"num_experts_per_tok": 1, "tie_word_embeddings": True, "num_key_value_heads": 8},
         },
     ),
     **_of(
@@ -360,6 +367,7 @@ MOE_CASES = {
         {
             "multipliers-tied": {"logits_scaling": 0.5, "tie_word_embeddings": True},
             "eight-bias": {**_EIGHT, "attention_bias": True},
+            "one-kv-head": {"num_key_value_heads": 1, "hidden_act": "gelu"},
         },
     ),
     **_of(
@@ -368,6 +376,12 @@ MOE_CASES = {
         {
             "shared": {"shared_intermediate_size": 40},
             "none-shared": {"logits_scaling": 4, "num_local_experts": 8},
+            "eight-bias-tied": {
+                **_EIGHT,
+                "shared_intermediate_size": 16,
+                "attention_bias": True,
+                "tie_word_embeddings": True,
+            },
         },
     ),
     **_of(
@@ -416,6 +430,13 @@ MOE_CASES = {
                 "routed_scaling_factor": 1.5,
                 "n_shared_experts": 2,
             },
+            "dense-first-tied": {
+                "sliding_window": None,
+                "first_k_dense_replace": 2,
+                "tie_word_embeddings": True,
+                "norm_topk_prob": True,
+                "num_key_value_heads": 2,
+            },
         },
     ),
     **_of(
@@ -424,6 +445,11 @@ MOE_CASES = {
         {
             "partial": {"rotary_dim": 4},
             "eight-full": {**_EIGHT, "num_key_value_heads": 2, "rope_theta": 1e4},
+            "yarn-tied": {
+                "rope_parameters": {**YARN_ROPE, "partial_rotary_factor": 0.5},
+                "tie_word_embeddings": True,
+                "num_experts_per_tok": 1,
+            },
         },
     ),
     **_of(
@@ -436,6 +462,13 @@ MOE_CASES = {
                 "swiglu_limit": 0.3,
                 "attention_bias": False,
                 "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+                "rope_parameters": PLAIN_ROPE,
+            },
+            "windows-tied": {
+                "layer_types": ["sliding_attention"] * 4,
+                "tie_word_embeddings": True,
+                "num_experts_per_tok": 3,
+                "num_key_value_heads": 2,
                 "rope_parameters": PLAIN_ROPE,
             },
         },

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_ds.layers.moe.shape import RouterShape
 from megatron_ds.layers.relative_bias import RelativeBias
 from megatron_ds.layers.rotary import RotaryConfig
 from megatron_ds.models.bert import EncoderConfig
-from megatron_ds.models.config import ModelConfig, StackConfig
+from megatron_ds.models.config import ModelConfig, MoEConfig, StackConfig
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.models.t5 import EncoderDecoderConfig
@@ -26,6 +27,7 @@ LEFT_OUT: dict[str, Any] = {
     "attention_scale": None,
     "scale_by_layer": False,
     "attention_softcap": None,
+    "attention_sinks": False,  # they are gone; what is left is compared, here and below
     "windows": (),
     "logit_multiplier": 1.0,
     "logit_softcap": None,
@@ -82,9 +84,43 @@ def _without_fields(config: Any) -> dict[str, Any]:
     if not any(config.windows):
         changed["causal"] = replace(config, causal=not config.causal)
     changed["activation"] = replace(config, activation=_another(config.activation))
+    if config.moe is not None:
+        changed.update({name: replace(config, moe=moe) for name, moe in _without_expert_options(config.moe).items()})
     if isinstance(config, EncoderConfig):
         changed.update(_without_encoder_options(config))
     return changed
+
+
+def _without_expert_options(moe: MoEConfig) -> dict[str, MoEConfig]:
+    """Experts with another router, or without limits and shared experts."""
+    found = {name: replace(moe, router=router) for name, router in _other_routers(moe.router).items()}
+    if moe.limit is not None:
+        found["limit"] = replace(moe, limit=None)
+    if moe.shared_gate:
+        found["gate of shared experts"] = replace(moe, shared_gate=False)
+    if moe.shared_ffn_size:
+        found["shared experts"] = replace(moe, shared_ffn_size=0, shared_gate=False)
+    return found
+
+
+def _other_routers(router: RouterShape) -> dict[str, RouterShape]:
+    found = {
+        "score": replace(router, score="softmax" if router.score == "sigmoid" else "sigmoid"),
+        "number of experts of a token": replace(router, top_k=router.top_k + (1 if router.top_k == 1 else -1)),
+    }
+    if router.score != "softmax_of_chosen":  # whose sum is 1
+        found["renormalise"] = replace(router, renormalise=not router.renormalise)
+    if router.scale != 1.0:
+        found["scale"] = replace(router, scale=1.0)
+    if router.top_groups < router.num_groups:
+        found["groups"] = replace(router, num_groups=1, top_groups=1)
+    if router.choice_bias:
+        found["bias of the choice"] = replace(router, choice_bias=False)
+    if router.bias:
+        found["bias of the router"] = replace(router, bias=False)
+    if router.least_sum > 1e-3:  # else no sum is below it
+        found["least sum"] = replace(router, least_sum=0.0)
+    return found
 
 
 def _without_encoder_options(config: EncoderConfig) -> dict[str, EncoderConfig]:

@@ -68,7 +68,20 @@ MINIMAX_M2 = moe_family(
     "minimax_m2",
     "MiniMaxM2ForCausalLM",
     _minimax,
-    FieldRules(_FIELDS | {"rotary_dim"}, equal=_EQUAL),
+    FieldRules(
+        _FIELDS | {"rotary_dim"},
+        # fields of its authors' own code, which transformers' code takes for granted
+        equal={
+            **_EQUAL,
+            "scoring_func": ("sigmoid",),
+            "use_qk_norm": (True,),
+            "qk_norm_type": ("per_layer",),
+            "use_routing_bias": (True,),
+            "shared_intermediate_size": (0,),
+        },
+        cosmetic=frozenset({"use_mtp", "num_mtp_modules", "mtp_transformer_layers"}),
+        may_be_zero=frozenset({"shared_intermediate_size"}),
+    ),
     NAMES,
     IN_MEMORY,
     COUNTS,
