@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.parallel.regions import BLOCK, DATA, OPTIMIZER, PARTS, PREFIX, STEP
+from megatron_ds.parallel.regions import BLOCK, DATA, DISPATCH, EXPERTS, OPTIMIZER, PARTS, PREFIX, ROUTER, STEP
 
 Span = tuple[float, float]
 
@@ -20,6 +20,7 @@ OTHER, EXPOSED, HIDDEN = "other", "communication, exposed", "communication, hidd
 ROWS = (*PARTS, EXPOSED, OTHER)
 """The parts whose times add up to a step; hidden communication is not among them."""
 
+_OF_EXPERTS = (ROUTER, DISPATCH, EXPERTS)
 _BACKWARD = "autograd::engine::evaluate_function: "
 _OPTIMIZER_STEP = "Optimizer.step#"
 _COMPILED = "Torch-Compiled Region"
@@ -79,11 +80,16 @@ def time_by_part(trace: Mapping[str, Any]) -> PartTimes:
 
 
 def table(ranks: Sequence[PartTimes]) -> list[str]:
-    """Return lines of a table: each part's mean over ranks, its fraction of the step, and the largest with its rank."""
+    """Return lines of a table: each part's mean over ranks, its fraction of the step, and the largest with its rank.
+
+    A model without experts has no rows of their parts.
+    """
     step_s = sum(one.step_s for one in ranks) / len(ranks)
     lines = [f"{'':24}{'mean s':>10}{'share':>8}{'largest s':>11}  rank"]
     for name in (*ROWS, "step"):
         values = [one.step_s if name == "step" else one.seconds[name] for one in ranks]
+        if name in _OF_EXPERTS and not any(values):
+            continue
         lines.append(_line(name, values, step_s))
     return [*lines, _line(f"({HIDDEN})", [one.hidden_s for one in ranks], step_s)]
 

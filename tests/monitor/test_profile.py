@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.monitor.profile import EXPOSED, OTHER, PartTimes, table, time_by_part
-from megatron_ds.parallel.regions import ATTENTION, BLOCK, DATA, HEAD, MLP, OPTIMIZER, PREFIX, STEP
+from megatron_ds.parallel.regions import ATTENTION, BLOCK, DATA, EXPERTS, HEAD, MLP, OPTIMIZER, PREFIX, ROUTER, STEP
 
 BACKWARD = "autograd::engine::evaluate_function: "
 
@@ -95,6 +95,26 @@ def test_what_is_recomputed_belongs_to_its_part() -> None:
     assert parts == {MLP: 50, OTHER: 50}
 
 
+def test_an_operation_belongs_to_the_innermost_part() -> None:
+    """Parts of a mixture of experts are inside the MLP's, and each operation counts once, backward too."""
+    parts, _ = summed(
+        [
+            annotation(STEP, 0, 100),
+            annotation(PREFIX + MLP, 0, 50),
+            annotation(PREFIX + ROUTER, 0, 10),
+            event("aten::topk", 0, 10),
+            annotation(PREFIX + EXPERTS, 10, 40),
+            event("_GroupedLinear", 10, 40),
+            event("aten::mm", 15, 40),
+            event("aten::add", 40, 50),
+            event(BACKWARD + "_GroupedLinearBackward", 60, 90),
+            event("aten::mm", 60, 85),
+            *link(1, 10, 60),
+        ]
+    )
+    assert parts == {MLP: 10, ROUTER: 10, EXPERTS: 30 + 30, OTHER: 20}
+
+
 def test_sums_through_shared_memory_are_communication() -> None:
     """Although the thread that computes makes them itself."""
     parts, hidden = summed(
@@ -145,6 +165,9 @@ def test_the_table() -> None:
     assert lines[-2].split() == ["step", "2.0000", "100.0%", "2.0000", "0"]
     assert lines[-1].split() == ["(communication,", "hidden)", "0.1250", "6.2%", "0.2500", "0"]
     assert len({len(line) for line in lines[1:]}) == 1, "columns stand under one another"
+    assert not any(line.startswith("experts") for line in lines)
+    with_experts = [PartTimes({**one.seconds, EXPERTS: 0.5}, one.hidden_s, 3) for one in every]
+    assert any(line.startswith("experts") for line in table(with_experts))
 
 
 PARTS_OF_A_STEP = time_by_part({"traceEvents": []}).seconds

@@ -11,22 +11,27 @@ import megatron_ds as mds
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import ConfigError, TrainingError
 from megatron_ds.monitor.profile import EXPOSED, time_by_part
-from megatron_ds.parallel.regions import ATTENTION, EMBEDDING, HEAD, MLP, OPTIMIZER
+from megatron_ds.parallel.regions import ATTENTION, DISPATCH, EMBEDDING, EXPERTS, HEAD, MLP, OPTIMIZER, ROUTER
 from megatron_ds.training.step_profile import StepProfile
 from tests.ranks import preload, run_alone
+from tests.training.tiny import MODEL
 
+MIXTRAL = {**MODEL, "model_type": "mixtral", "num_local_experts": 4}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, {"tensor": 2, "sequence": True}, {}),
     "pp2-full": (2, {"pipeline": 2}, {"recompute": "full"}),
+    "experts": (2, {"expert": 2}, {}),
     "alone": (1, {}, {}),
 }
+OF_EXPERTS = (ROUTER, DISPATCH, EXPERTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parts_of_a_run(make_run: Callable[..., RunConfig], layout: str) -> None:
     preload()
     ranks, parallel, train = LAYOUTS[layout]
-    run = make_run(layout, parallel=parallel, train={**train, "profile": {"steps": [2, 4]}})
+    model = {"model": {"config": MIXTRAL}} if layout == "experts" else {}
+    run = make_run(layout, parallel=parallel, train={**train, "profile": {"steps": [2, 4]}}, **model)
     mds.train(run, nproc=ranks)
     folder = Path(run.output) / "profile"
     parts = json.loads((folder / "parts.json").read_text())
@@ -43,7 +48,8 @@ def test_parts_of_a_run(make_run: Callable[..., RunConfig], layout: str) -> None
         last, first = rank == ranks - 1 or layout != "pp2-full", rank == 0 or layout != "pp2-full"
         assert (seconds[HEAD] > 0) == last and (seconds[EMBEDDING] > 0) == first
         forward = {"traceEvents": [event for event in trace["traceEvents"] if event.get("cat") != "fwdbwd"]}
-        for name in (ATTENTION, MLP):
+        assert all((seconds[name] > 0) == (layout == "experts") for name in OF_EXPERTS)
+        for name in (ATTENTION, *(OF_EXPERTS if layout == "experts" else (MLP,))):
             assert seconds[name] > 1.1 * time_by_part(forward).seconds[name], "with its backward pass"
 
 

@@ -69,8 +69,9 @@ class MoE(nn.Module):
             routing = self.router.route(self.router(own))
         with profiled(DISPATCH):
             dispatch = Dispatch(routing.chosen, self.shape.router.num_experts, self.parallel.axis)
-            weights = self._balanced(routing, dispatch, self._real(x, mask)) if self.training else routing.weights
             rows = dispatch.send(own)
+        with profiled(ROUTER):
+            weights = self._balanced(routing, dispatch, self._real(x, mask)) if self.training else routing.weights
         with profiled(EXPERTS):
             rows = self.experts(rows, dispatch.counts)
         with profiled(DISPATCH):
