@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import deepspeed.comm as dist
@@ -29,6 +30,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils import groups
 from torch import Tensor
+
+_MOST_GROUPS = 4
+"""Parameter groups that a pipeline stage may train: with weight decay or without, of experts or not. Frozen parameters
+may leave another stage fewer, and all of them reduce sums of the same shape."""
 
 ReadNorm = Callable[[Tensor], Tensor]
 """The norm on the device, a scalar -> the same on the host. Called on all ranks, so it may communicate."""
@@ -49,12 +54,12 @@ def read_norm_once(zero: Any, read: ReadNorm) -> None:
         zero._get_norm_groups = partial(_norms_of_stage_3, zero, zero._get_norm_groups, read)
     else:
         assert isinstance(zero, DeepSpeedZeroOptimizer), type(zero)
-        zero.scaled_global_norm = partial(_norm_of_stages_1_and_2, zero, zero.scaled_global_norm, read)
+        zero.scaled_global_norm = partial(_norm_of_stages_1_and_2, zero, read)
 
 
-def _norm_of_stages_1_and_2(zero: Any, of_offloaded: Callable[[], Tensor], read: ReadNorm) -> Tensor:
-    if zero.cpu_offload:  # the gradients are in host memory
-        return read(of_offloaded())
+def _norm_of_stages_1_and_2(zero: Any, read: ReadNorm) -> Tensor:
+    if zero.cpu_offload:  # the gradients are in host memory; DeepSpeed would reduce a norm for each parameter group
+        return read(zero.complete_grad_norm_calculation_for_cpu_offload(list(chain(*zero.params_in_partition))))
     return read(torch.linalg.vector_norm(_norms(zero, zero.params_in_partition, torch.float32)))
 
 
@@ -65,7 +70,7 @@ def _norms_of_stage_3(zero: Any, of_offloaded: Callable[[], list[Tensor]], read:
 
 
 def _norms(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
-    """Return the L2 norm of the gradients of each parameter group, (groups,), as DeepSpeed counts them.
+    """Return the L2 norm of the gradients of each parameter group, as DeepSpeed counts them, and zeros: (groups,).
 
     Of what several tensor ranks hold, the first rank counts, and the first pipeline stage of what several stages hold.
     One all-reduce over shard, and one over the model-parallel ranks.
@@ -85,6 +90,7 @@ def _norms(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch
             and (is_model_parallel_parameter(parameter) or zero.model_parallel_rank == 0)
         ]
         sums.append(_sum_of_squares(counted, get_norm_dtype()))
+    sums += [torch.zeros_like(sums[0])] * (_MOST_GROUPS - len(sums))
     by_group = torch.stack(sums).to(dtype)
     for group in (zero.dp_process_group, zero.model_parallel_group):
         _sum_over(by_group, group)

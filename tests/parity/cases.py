@@ -92,6 +92,7 @@ class Recipe:
     precision: str = "fp32"
     attention_mask: bool = False
     packed: bool = False
+    frozen: tuple[str, ...] = ()  # patterns of names that are not trained, which fit transformers' in memory too
 
 
 def global_batch(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:

@@ -103,7 +103,7 @@ def train_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> dict[
 
 def engine_on(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tuple[Any, Any]:
     """An engine filled from an HF directory, and the model's meaning."""
-    model = load_model(directory)
+    model = load_model(directory, freeze=recipe.frozen)
     return session_of(grid).build_engine(model, engine_config(place, recipe)).engine, model.hf
 
 

@@ -1,5 +1,6 @@
 """The reference: a plain transformers model and torch.optim.AdamW in one process."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,28 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
     model = make_model(ALL_CONFIGS[case], attention="sdpa" if recipe.attention_mask else None)
     model.save_pretrained(directory)
     model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision])
-    masters = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not any(fnmatch(name, each) for each in recipe.frozen))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    masters = [parameter.detach().float().clone().requires_grad_() for parameter in trained.values()]
+    # those of all experts are one tensor: a bias may have two dims
+    decays = [master.dim() >= 2 and not name.endswith("bias") for name, master in zip(trained, masters)]
     groups = [
-        {"params": [m for m in masters if m.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [m for m in masters if m.dim() < 2], "weight_decay": 0.0},
+        {"params": [m for m, decay in zip(masters, decays) if decay], "weight_decay": recipe.weight_decay},
+        {"params": [m for m, decay in zip(masters, decays) if not decay], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
     losses, norms = [], []
     for step in range(recipe.steps):
         loss = reference_loss(model, batch_for(model.config.model_type, recipe, step))
         loss.backward()
-        for master, parameter in zip(masters, model.parameters()):
+        for master, parameter in zip(masters, trained.values()):
             master.grad = parameter.grad.float() if parameter.grad is not None else torch.zeros_like(master)
             parameter.grad = None
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters, recipe.grad_clip or float("inf"))))
         optimizer.step()
         with torch.no_grad():
-            for master, parameter in zip(masters, model.parameters()):
+            for master, parameter in zip(masters, trained.values()):
                 parameter.copy_(master)
         losses.append(float(loss.detach()))
     model.save_pretrained(directory / "trained")  # under the names on disk

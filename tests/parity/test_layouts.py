@@ -127,6 +127,16 @@ def test_offload_equals_transformers(place: Place, references: Any) -> None:
     assert within_fp32(errors), errors
 
 
+@pytest.mark.parametrize("section", [{}, {"stage": 1, "offload_optimizer": {"device": "cpu"}}], ids=["", "offload"])
+def test_a_stage_whose_norms_are_frozen_equals_transformers(section: dict[str, Any], references: Any) -> None:
+    """It has no parameters without weight decay, and the other stage has: their gradient norm is one all the same."""
+    recipe = replace(RECIPE, frozen=("model.layers.[01].*norm*",))
+    directory, reference = references("llama", recipe)
+    place = Place(1, 2, 1, 1, extra=(("zero_optimization", section),) if section else ())
+    errors = relative_errors(train_ours(directory, place, recipe), reference)
+    assert within_fp32(errors), errors
+
+
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("place", [Place(2, 1, 1, 1), Place(2, 2, 1, 1)], ids=str)
 def test_deepspeeds_partitioned_recomputation_equals_transformers(place: Place, on_cpu: bool, references: Any) -> None:
