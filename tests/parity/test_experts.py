@@ -1,0 +1,184 @@
+"""Mixtures of experts: five steps equal transformers and AdamW in one process, with experts on any ranks of a stage.
+
+Bounds are those of `test_layouts.py`; seen errors are below 3e-6. With the eps of `SCALE` an update is proportional to
+its gradient, so that a gradient of experts of a wrong scale shows in the weights, which Adam otherwise hides.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_ds.errors import TopologyError
+from megatron_ds.hf.config import read_model
+from megatron_ds.runtime.setup import plan_engine
+from tests.parity.cases import Recipe
+from tests.parity.errors import relative_errors, within_fp32
+from tests.parity.family_cases import MOE_CASES
+from tests.parity.ours import Place, engine_config, train_ours
+
+RECIPE = Recipe()
+SCALE = Recipe(eps=1e-2)
+CASE = "mixtral-four-experts"
+# Expert ranks are the tensor ranks of these ...
+ON_TENSOR = [
+    Place(1, 1, 1, 0, expert=1),
+    Place(2, 1, 1, 1, True, expert=2),
+    Place(2, 1, 2, 3, True, expert=2),
+    Place(2, 2, 1, 1, True, expert=2),
+    Place(2, 1, 1, 1, expert=2),
+]
+# ... and others here, so that DeepSpeed reduces and divides experts apart.
+FOLDED = [
+    Place(1, 1, 2, 1, expert=2),
+    Place(2, 1, 2, 2, True, expert=4),
+    Place(1, 1, 2, 3, expert=2),
+    Place(1, 2, 2, 1, expert=2),
+    Place(2, 2, 2, 1, True, expert=4),
+]
+# Replicas over tensor ranks, fewer expert ranks than tensor ranks, no ZeRO.
+FURTHER = [
+    Place(2, 1, 1, 1, True, expert=1),
+    Place(4, 1, 1, 3, expert=2),
+    Place(2, 1, 2, 1, expert=1),
+    Place(1, 1, 4, 0, expert=2),
+    Place(2, 1, 1, 0, True, expert=1),
+]
+PLACES = [*ON_TENSOR, *FOLDED, *FURTHER]
+
+CASES: dict[str, list[str]] = {}
+for _case, _config in MOE_CASES.items():
+    CASES.setdefault(_config["model_type"], []).append(_case)
+
+
+def _covering() -> list[tuple[str, Place]]:
+    """Of each family one case on folded ranks and another on tensor ranks, of which one recomputes its blocks."""
+    chosen = []
+    for index, cases in enumerate(CASES.values()):
+        modes = ("full", "none") if index % 2 else ("none", "full")
+        for case, places, mode in zip((cases[0], cases[1 % len(cases)]), (FOLDED, ON_TENSOR), modes):
+            chosen.append((case, replace(places[index % len(places)], recompute=mode)))
+    return chosen
+
+
+COVERING = _covering()
+EVERYTHING = [
+    (case, replace(place, recompute=mode))
+    for case in MOE_CASES
+    for place in PLACES
+    for mode in ("none", "selective", "full")
+]
+
+
+def check(case: str, place: Place, recipe: Recipe, references: Any) -> None:
+    directory, reference = references(case, recipe)
+    errors = relative_errors(train_ours(directory, place, recipe), reference)
+    assert within_fp32(errors), (place, errors)
+
+
+@pytest.mark.parametrize(("case", "place"), COVERING, ids=str)
+def test_five_steps_equal_transformers(case: str, place: Place, references: Any) -> None:
+    check(case, place, RECIPE, references)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("case", "place"), [pair for pair in EVERYTHING if pair not in COVERING], ids=str)
+def test_every_combination_equals_transformers(case: str, place: Place, references: Any) -> None:
+    check(case, place, RECIPE, references)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_gradients_have_the_scale_of_transformers(place: Place, references: Any) -> None:
+    check(CASE, place, SCALE, references)
+
+
+def test_the_sample_covers_families_and_layouts() -> None:
+    places = {family: [place for case, place in COVERING if case in cases] for family, cases in CASES.items()}
+    assert all({place.recompute for place in found} == {"none", "full"} for found in places.values())
+    assert {replace(place, recompute="none") for _, place in COVERING} == {*ON_TENSOR, *FOLDED}
+
+
+def test_the_first_layers_are_dense_and_every_stage_has_experts(references: Any) -> None:
+    """Cut by cost, the stage with the dense layers would have no expert."""
+    check("glm4_moe-groups-bias", Place(1, 2, 2, 1, expert=2), SCALE, references)
+
+
+@pytest.mark.parametrize("place", [Place(2, 1, 2, 2, True, expert=4), Place(1, 2, 2, 1, expert=2)], ids=str)
+def test_padding_equals_transformers(place: Place, references: Any) -> None:
+    """transformers routes positions of padding too."""
+    check(CASE, place, replace(SCALE, attention_mask=True), references)
+
+
+@pytest.mark.parametrize("place", [Place(1, 1, 2, 1, expert=2), Place(2, 2, 1, 1, True, expert=2)], ids=str)
+def test_packed_documents_equal_transformers(place: Place, references: Any) -> None:
+    check(CASE, place, replace(RECIPE, packed=True), references)
+
+
+def _offloading(place: Place, *parts: str) -> Place:
+    section = {"stage": place.zero, **{f"offload_{part}": {"device": "cpu"} for part in parts}}
+    return replace(place, extra=(("zero_optimization", section),))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        _offloading(Place(1, 1, 2, 1, expert=2), "optimizer"),
+        _offloading(Place(2, 1, 2, 2, True, expert=4), "optimizer"),
+        _offloading(Place(1, 1, 2, 3, expert=2), "optimizer", "param"),
+        _offloading(Place(1, 2, 2, 1, expert=2), "optimizer"),
+    ],
+    ids=str,
+)
+def test_offload_equals_transformers(place: Place, references: Any) -> None:
+    check(CASE, place, SCALE, references)
+
+
+EXPERTS, ROUTERS = "*.mlp.experts.*", "*.mlp.gate.weight"
+FROZEN = {
+    "experts": (EXPERTS,),
+    "routers": (ROUTERS,),
+    "all but experts": (ROUTERS, "*embed*", "*norm*", "*self_attn*", "lm_head*"),
+    "experts of the first two layers": ("model.layers.[01].mlp.experts.*",),
+}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "place"),
+    [
+        *((patterns, Place(1, 2, 2, 1, expert=2)) for patterns in FROZEN.values()),
+        *((FROZEN[name], Place(2, 1, 2, 3, True, expert=4)) for name in ("experts", "all but experts")),
+    ],
+    ids=str,
+)
+def test_what_is_frozen_stays_and_the_rest_equals_transformers(
+    frozen: tuple[str, ...], place: Place, references: Any
+) -> None:
+    check("qwen3_moe-renormalised", place, replace(SCALE, frozen=frozen), references)
+
+
+# Beyond what dense models show (`test_layouts.py`), rounded logits choose other experts for some tokens. Seen on one
+# rank and on several: loss 1.1e-3, norm 1.7e-2, weights 4e-2.
+BF16_BOUNDS = {"loss": 2e-3, "norm": 3e-2, "weights": 8e-2}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place(2, 1, 2, 1, True, expert=4),
+        Place(1, 1, 2, 3, expert=2),
+        Place(1, 2, 2, 1, expert=2),
+        Place(2, 1, 1, 1, True, expert=1),
+    ],
+    ids=str,
+)
+def test_bf16_stays_near_a_bf16_reference(place: Place, references: Any) -> None:
+    recipe = replace(RECIPE, precision="bf16")
+    directory, reference = references(CASE, recipe)
+    errors = relative_errors(train_ours(directory, place, recipe), reference)
+    assert all(errors[name] < bound for name, bound in BF16_BOUNDS.items()), errors
+
+
+def test_more_tensor_ranks_than_experts_are_refused(references: Any) -> None:
+    directory, _ = references(CASE, SCALE)
+    with pytest.raises(TopologyError, match="does not divide the model's 4 experts; nearest: parallel[.]expert=4$"):
+        plan_engine(engine_config(Place(8, 1, 1, 1), RECIPE), read_model(directory), 8, "cpu")
