@@ -7,8 +7,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from megatron_ds.layers.moe import grouped
-from megatron_ds.layers.moe.grouped import grouped_linear
+from megatron_ds.layers.moe.balance import RouterSettings
+from megatron_ds.layers.moe.grouped import Groups, grouped_linear
+from megatron_ds.layers.moe.layer import MoE
+from megatron_ds.layers.moe.shape import MoEShape, RouterShape
 from megatron_ds.layers.products import keep_gradient_sum
+from megatron_ds.parallel.expert import ExpertParallel
 
 IN, FFN = 16, 24
 COUNTS = {"uneven": (3, 0, 5, 1), "none": (0, 0, 0, 0), "first": (7, 0, 0, 0), "last": (0, 0, 0, 2), "even": (4,) * 4}
@@ -89,8 +93,51 @@ def test_the_way_does_not_depend_on_the_number_of_rows() -> None:
             assert not grouped._has_grouped_product(x.cpu(), wide.cpu())
 
 
+def test_an_operand_at_an_address_that_torchs_product_refuses() -> None:
+    """A parameter may lie anywhere in the memory that ZeRO keeps all of them in."""
+    with FakeTensorMode():
+        x, memory = (torch.empty(n, dtype=torch.bfloat16, device="cuda") for n in (16 * 4, 24 * 16 + 8))
+        for offset in range(9):
+            given = x.view(4, 16), memory.narrow(0, offset, 24 * 16).view(16, 24)
+            assert grouped._has_grouped_product(*given) == (offset % 8 == 0)
+
+
+def test_the_host_reads_nothing_of_a_layer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values have none to read, and torch checks the layouts of its product's operands on them."""
+    monkeypatch.setattr(grouped, "_has_grouped_product", lambda left, right: True)
+    with torch.device("meta"):
+        router = RouterShape(num_experts=4, top_k=2, score="softmax_of_chosen", bias=True)
+        shape = MoEShape(
+            hidden_size=IN, ffn_size=FFN, router=router, activation="silu", bias=True, std=0.1, out_std=0.1
+        )
+        layer = MoE(shape, ExpertParallel(), RouterSettings(aux_loss=0.1, z_loss=0.1)).bfloat16()
+        total = torch.zeros_like(layer.experts.up_weight, dtype=torch.float32)
+        keep_gradient_sum(layer.experts.up_weight, total)
+        x = torch.empty(5, 3, IN, dtype=torch.bfloat16, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.empty_like(y))
+        assert layer.experts.up_weight.grad is None
+        for tensor in (x, layer.router.weight, layer.experts.down_weight, layer.experts.down_bias):
+            assert tensor is not None and tensor.grad is not None and tensor.grad.shape == tensor.shape
+
+
+def test_sizes_on_the_host_are_used_instead_of_counts() -> None:
+    """Counts without values would raise if they were read; those of a device are read once for all products."""
+    x, weight, _ = _drawn(COUNTS["uneven"])
+    y = grouped_linear(x, Groups(torch.empty(4, dtype=torch.int64, device="meta"), COUNTS["uneven"]), weight)
+    y.sum().backward()
+    assert torch.equal(y, grouped_linear(x, torch.tensor(COUNTS["uneven"]), weight))
+    groups = Groups(torch.tensor(COUNTS["uneven"]))
+    assert groups.sizes is groups.sizes and groups.ends.tolist() == [3, 3, 8, 9]
+
+
+@pytest.mark.parametrize("by_torch", [False, True], ids=["loop", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_are_added_to_a_sum_over_micro_batches(dtype: torch.dtype) -> None:
+def test_gradients_are_added_to_a_sum_over_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by_torch: bool
+) -> None:
+    if by_torch:
+        monkeypatch.setattr(grouped, "_has_grouped_product", lambda left, right: True)
     counts = (3, 0, 5, 1)
     upstream = torch.randn(sum(counts), 2 * FFN).to(dtype)
     x, weight, _ = _drawn(counts, dtype)

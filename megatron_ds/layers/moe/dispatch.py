@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.layers.moe.grouped import Groups
 from megatron_ds.parallel.collectives import exchange_counts, exchange_rows
 from megatron_ds.parallel.grid import Axis
 
@@ -61,7 +62,8 @@ class Dispatch:
 
     Attributes:
         chosen_counts: (E,) int64, the number of this rank's tokens that chose each expert.
-        counts: (E / e,) int64, the number of rows that each of this rank's experts gets.
+        groups: the rows that each of this rank's experts gets, sorted by expert.
+        counts: (E / e,) int64, the number of them.
     """
 
     def __init__(self, chosen: Tensor, num_experts: int, axis: Axis) -> None:
@@ -71,15 +73,18 @@ class Dispatch:
         self.chosen_counts = count_per_expert(by_expert, num_experts)
         if axis.size == 1:
             self.counts = self.chosen_counts
+            self.groups = Groups(self.counts)
             return
         sent = self.chosen_counts.view(axis.size, local)
         received = exchange_counts(sent, axis)
-        self._sent, self._received = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        self.counts = received.sum(0)
+        numbers = torch.cat([sent.sum(1), received.sum(1), self.counts]).tolist()  # the only wait of the host
+        self._sent, self._received = numbers[: axis.size], numbers[axis.size : 2 * axis.size]
+        self.groups = Groups(self.counts, numbers[2 * axis.size :])
         experts = torch.arange(local, device=chosen.device).repeat(axis.size)
         by_source = experts.repeat_interleave(received.flatten(), output_size=sum(self._received))
         self._to_experts = by_source.argsort(stable=True)
         self._from_experts = inverse_of(self._to_experts)
-        self.counts = received.sum(0)
 
     def send(self, tokens: Tensor) -> Tensor:
         """Return the rows for this rank's experts: (T, H) -> (rows, H), sorted by expert.

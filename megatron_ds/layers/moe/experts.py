@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.mlp import ACTIVATIONS, gated_kernel, gated_product
-from megatron_ds.layers.moe.grouped import grouped_linear
+from megatron_ds.layers.moe.grouped import Groups, grouped_linear
 from megatron_ds.layers.moe.shape import MoEShape
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_experts
 from megatron_ds.parallel.expert import ExpertParallel
@@ -40,15 +40,15 @@ class Experts(nn.Module):
         self.up_bias = parameter(2, ffn) if shape.bias else None
         self.down_bias = parameter(hidden) if shape.bias else None
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """Apply each expert to its rows.
 
         Args:
             rows: (rows, H), sorted by expert; there may be none.
-            counts: (E/e,) int64, the number of rows of each of this rank's experts.
+            groups: the rows of each of this rank's experts.
         """
-        wide = grouped_linear(rows, counts, self.up_weight, self.up_bias)
-        return grouped_linear(self._activated(wide), counts, self.down_weight, self.down_bias)
+        wide = grouped_linear(rows, groups, self.up_weight, self.up_bias)
+        return grouped_linear(self._activated(wide), groups, self.down_weight, self.down_bias)
 
     def _activated(self, wide: Tensor) -> Tensor:
         limit = self.shape.limit

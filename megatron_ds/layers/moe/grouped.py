@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +12,30 @@ from torch import Tensor
 
 from megatron_ds.layers.products import add_product_, gradient_sum, multiply_into
 
-_ALIGNMENT = 16  # bytes that rows of operands of torch's grouped product are multiples of
+_ALIGNMENT = 16  # bytes that the address and the rows of an operand of torch's grouped product are multiples of
+
+
+class Groups:
+    """The sizes of consecutive groups of rows, for all products of these rows.
+
+    Args:
+        counts: (G,) int64, the number of rows of each group, 0 included.
+        sizes: the same numbers on the host. None = a product that needs them fetches them, once for all products; on a
+            GPU the host waits for them.
+    """
+
+    def __init__(self, counts: Tensor, sizes: Sequence[int] | None = None) -> None:
+        self.counts, self._sizes = counts, sizes
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of rows of each group, on the host."""
+        return list(self._sizes) if self._sizes is not None else self.counts.tolist()
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """The index of the row after each group, (G,) int32, as torch's grouped product takes the groups."""
+        return self.counts.cumsum(0, dtype=torch.int32)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -21,81 +46,82 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.has_bias, ctx.total = bias is not None, gradient_sum(weight)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, counts, weight)
-        y = _grouped(x, counts, weight.flatten(1, -2).transpose(1, 2))
-        return y if bias is None else y.add_(_per_row(bias.flatten(1), counts, len(x)))
+    def forward(ctx: Any, x: Tensor, groups: Groups, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.groups, ctx.has_bias, ctx.total = groups, bias is not None, gradient_sum(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        y = _grouped(x, groups, weight.flatten(1, -2).transpose(1, 2))
+        return y if bias is None else y.add_(_per_row(bias.flatten(1), groups.counts, len(x)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, counts, weight = ctx.saved_tensors
+        groups, (x, weight) = ctx.groups, ctx.saved_tensors
         rows, matrices = grads[0].contiguous(), weight.flatten(1, -2)
-        grad_x = _grouped(rows, counts, matrices) if ctx.needs_input_grad[0] else None
+        grad_x = _grouped(rows, groups, matrices) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_weight = _weight_gradients(rows, x, counts, weight, ctx.total)
+            grad_weight = _weight_gradients(rows, x, groups, weight, ctx.total)
         if ctx.has_bias and ctx.needs_input_grad[3]:
-            grad_bias = _sums(rows, counts).view(weight.shape[:-1])
+            grad_bias = _sums(rows, groups).view(weight.shape[:-1])
         return grad_x, None, grad_weight, grad_bias
 
 
-def grouped_linear(x: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_linear(x: Tensor, groups: Groups | Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply the rows of each group by its matrix, and add its bias if there is one.
 
     Args:
         x: (rows, in), groups one after the other.
-        counts: (G,) int64, the number of rows of each group, 0 included.
+        groups: the groups, which several products can share, or only their counts, (G,) int64.
         weight: (G, ..., in), with the outputs of a group in the dims between.
         bias: (G, ...).
 
     Returns:
         (rows, out).
     """
-    return _GroupedLinear.apply(x, counts, weight, bias)
+    shared = groups if isinstance(groups, Groups) else Groups(groups)
+    return _GroupedLinear.apply(x, shared, weight, bias)
 
 
-def _grouped(x: Tensor, counts: Tensor, matrices: Tensor) -> Tensor:
+def _grouped(x: Tensor, groups: Groups, matrices: Tensor) -> Tensor:
     """Return x M_g for the rows of each group: (rows, in), (G, in, out) -> (rows, out)."""
     if _has_grouped_product(x, matrices):
-        return F.grouped_mm(x, matrices, offs=_ends(counts))
+        return F.grouped_mm(x, matrices, offs=groups.ends)
     y = x.new_empty((len(x), matrices.shape[-1]))
-    sizes = counts.tolist()
-    for rows, given, matrix in zip(y.split(sizes), x.split(sizes), matrices.unbind(0)):
+    for rows, given, matrix in zip(y.split(groups.sizes), x.split(groups.sizes), matrices.unbind(0)):
         if len(rows):
             multiply_into(rows, given, matrix)
     return y
 
 
-def _weight_gradients(rows: Tensor, x: Tensor, counts: Tensor, weight: Tensor, total: Tensor | None) -> Tensor | None:
+def _weight_gradients(rows: Tensor, x: Tensor, groups: Groups, weight: Tensor, total: Tensor | None) -> Tensor | None:
     """Return the gradient of all matrices from those of the outputs (rows, out) and the inputs (rows, in); or add it.
 
-    None = it is added to `total`.
+    None = it is added to `total`. torch's grouped product rounds it to bf16 first, as autograd would. A product for
+    each group would add in fp32, but the host would have to wait for the numbers of rows.
     """
-    if total is None and _has_grouped_product(rows, x):
-        return F.grouped_mm(rows.t(), x, offs=_ends(counts)).view_as(weight)
-    gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format) if total is None else total
-    sizes = counts.tolist()
-    for one, grad, given in zip(gradient.flatten(1, -2).unbind(0), rows.split(sizes), x.split(sizes)):
-        if len(given):
-            if total is None:
-                multiply_into(one, grad.t(), given)
-            else:
-                add_product_(one, grad.t(), given)
+    if _has_grouped_product(rows, x):
+        gradient = F.grouped_mm(rows.t(), x, offs=groups.ends).view_as(weight)
+        if total is None:
+            return gradient
+        total.add_(gradient)
+        return None
+    gradient = torch.empty_like(weight, memory_format=torch.contiguous_format) if total is None else total
+    parts = zip(gradient.flatten(1, -2).unbind(0), rows.split(groups.sizes), x.split(groups.sizes))
+    for one, grad, given in parts:
+        if total is not None and len(given):
+            add_product_(one, grad.t(), given)
+        elif total is None and len(given):
+            multiply_into(one, grad.t(), given)
+        elif total is None:
+            one.zero_()
     return gradient if total is None else None
 
 
-def _sums(rows: Tensor, counts: Tensor) -> Tensor:
+def _sums(rows: Tensor, groups: Groups) -> Tensor:
     """Return the sum of the rows of each group: (rows, n) -> (G, n). As a product it needs no counts on the host."""
     if _has_grouped_product(rows, rows):
         ones = rows.new_ones((len(rows), _ALIGNMENT // rows.itemsize))
-        return F.grouped_mm(ones.t(), rows, offs=_ends(counts))[:, 0]
-    return torch.stack([part.sum(0) for part in rows.split(counts.tolist())])
-
-
-def _ends(counts: Tensor) -> Tensor:
-    """Return the index of the row after each group, int32, as torch's grouped product takes the groups."""
-    return counts.cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(ones.t(), rows, offs=groups.ends)[:, 0]
+    return torch.stack([part.sum(0) for part in rows.split(groups.sizes)])
 
 
 def _per_row(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
@@ -106,9 +132,12 @@ def _per_row(values: Tensor, counts: Tensor, num_rows: int) -> Tensor:
 def _has_grouped_product(left: Tensor, right: Tensor) -> bool:
     """Return whether torch has one product for all groups, for these operands on their device.
 
-    The number of rows decides nothing: of each operand, as of its transpose, the widths alone are strides.
+    The number of rows decides nothing: of each operand, as of its transpose, the widths alone are strides. Groups of
+    any size are right in all three products, because none of them divides a contiguous dim of an operand: then torch
+    asserts on the device that sizes are multiples of 16 bytes, and not 0. From compute capability 9.0 on the host waits
+    for nothing; before, torch computes a product for each group, and waits for their sizes.
     """
-    if left.device.type != "cuda" or left.dtype != torch.bfloat16:
+    if left.device.type != "cuda" or left.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    widths = (left.shape[-1], right.shape[-1])
-    return hasattr(F, "grouped_mm") and all(width * left.itemsize % _ALIGNMENT == 0 for width in widths)
+    places = (n for one in (left, right) for n in (one.shape[-1], one.storage_offset()))
+    return all(place * left.itemsize % _ALIGNMENT == 0 for place in places)

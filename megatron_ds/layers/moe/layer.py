@@ -73,7 +73,7 @@ class MoE(nn.Module):
         with profiled(ROUTER):
             weights = self._balanced(routing, dispatch, self._real(x, mask)) if self.training else routing.weights
         with profiled(EXPERTS):
-            rows = self.experts(rows, dispatch.counts)
+            rows = self.experts(rows, dispatch.groups)
         with profiled(DISPATCH):
             mixed = self.parallel.all_tokens(dispatch.combine(rows, weights), x.shape[0] * x.shape[1]).view(x.shape)
         return mixed if self.shared is None else mixed + self._shared(x)
