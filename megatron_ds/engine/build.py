@@ -198,9 +198,10 @@ def _fill(module: nn.Module, grid: Grid, read_shard: ShardReader) -> None:
 
 def _freeze(module: nn.Module, frozen: frozenset[str]) -> None:
     renamed: dict[str, str] = getattr(module, "renamed", {})
-    for name, parameter in module.named_parameters():
+    for name, weight in weights_of(module):
         if renamed.get(name, name) in frozen:
-            parameter.requires_grad_(False)
+            weight.requires_grad_(False)
+            weight.is_frozen = True
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigError("train.freeze leaves nothing to train in a pipeline stage; try parallel.pipeline=1")
 

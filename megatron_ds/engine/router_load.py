@@ -108,11 +108,11 @@ class Routers:
     def update_biases(self) -> None:
         """Raise the biases of experts that got fewer tokens than the mean in the step, and lower the others.
 
-        Every rank does the same (Wang et al. 2024).
+        Every rank does the same (Wang et al. 2024). Frozen biases stay as they are.
         """
         for name, layer in self._layers.items():
             bias = layer.router.choice_bias
-            if bias is not None and self._bias_rate:
+            if bias is not None and self._bias_rate and not hasattr(bias, "is_frozen"):
                 counts = self._sums[name][:-2]
                 bias += self._bias_rate * torch.sign(counts.mean() - counts).to(bias.dtype)
 

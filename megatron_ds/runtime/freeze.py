@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 from megatron_ds.errors import ConfigError, nearest_names
 from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.family import Row
+from megatron_ds.hf.spread_mapping import Spread
 
 
 def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]:
@@ -24,13 +26,21 @@ def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]
     for native, row in model.table.items():
         matched = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in row.names]
         if any(matched) and not all(matched):
-            unmatched = row.names[matched.index(False)]
-            raise ConfigError(
-                f"train.freeze: {row.names[matched.index(True)]} and {unmatched} are one parameter here; freeze both "
-                "or neither"
-            )
+            both = f"{row.names[matched.index(True)]} and {row.names[matched.index(False)]}"
+            if isinstance(row.op, Spread):
+                raise ConfigError(
+                    f"train.freeze matches only one of {both}, and all experts of a layer are one parameter here; "
+                    f"nearest: {' and '.join(_of_all_experts(row, row.op))}"
+                )
+            raise ConfigError(f"train.freeze: {both} are one parameter here; freeze both or neither")
         if all(matched):
             frozen.add(native)
     if len(frozen) == len(model.table):
         raise ConfigError("train.freeze matches every tensor of the model; leave some to train")
     return frozenset(frozen)
+
+
+def _of_all_experts(row: Row, op: Spread) -> list[str]:
+    """Return patterns of the names of all experts' tensors, one for each tensor of an expert."""
+    of_first = (name.rpartition(".0.") for name in row.names[: len(op.one.sources)])
+    return [f"{start}.*.{end}" for start, _, end in of_first]
