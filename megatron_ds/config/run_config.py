@@ -355,3 +355,6 @@ def _check_peft(run: RunConfig) -> None:
         raise ConfigError("peft needs a model to adapt, and model.init=random has none; use model.init=pretrained")
     if run.train.freeze:
         raise ConfigError("train.freeze does nothing with peft, which trains adapters alone; remove it")
+    if run.train.moe_bias_rate:
+        rate = f"{run.train.moe_bias_rate:g}"
+        raise ConfigError(f"train.moe_bias_rate={rate} does nothing with peft, which freezes routers; remove it")

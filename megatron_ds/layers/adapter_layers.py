@@ -97,13 +97,20 @@ class AdaptableWeight:
 
     Attributes:
         name: of the parameter in the layer, such as "qkv.kv_weight".
-        outputs: names of the projections in it, in the order in which they lie there; the layer's `adapt` takes them.
-        is_column: whether the tensor axis divides the output features; otherwise it divides the input features.
+        outputs: names of the projections in it, in the order in which they lie there; `adapt` takes them.
+        is_column: the tensor axis divides the output features, or several projections share an input; otherwise it
+            divides the input features or nothing.
+        module: name in the layer of the module whose `adapt` adds the adapter; "" = the layer itself.
+        is_bare: transformers has it as a parameter of a module of another kind than a linear layer.
+        low_rank_only: its adapters are low-rank, without a learned magnitude.
     """
 
     name: str
     outputs: tuple[str, ...]
     is_column: bool
+    module: str = ""
+    is_bare: bool = False
+    low_rank_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,6 +259,39 @@ class RowAdapter(nn.Module):
     def around(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return `layer(x)` plus the adapter term of x."""
         return layer(x) + self(x)
+
+
+class ReplicatedAdapter(nn.Module):
+    """The adapter term s B A x of a layer whose weight every tensor rank has in full.
+
+    (..., in) -> (..., out), in the dtype of x. Forward: nothing. Backward: for A and for B, as `enter` communicates.
+
+    Args:
+        in_features, out_features: sizes of the layer.
+        low: rank, scale, dropout and initialisation.
+        tp: the tensor axis.
+        rng: random streams of the dropout.
+        enter: how A and B enter the graph, as the weight of the layer does; None = `tp.between`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        low: LoRASpec,
+        tp: TensorParallel,
+        rng: RngStreams | None,
+        enter: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.low, self.enter = low, enter or tp.between
+        self.a = make_parameter(ParamSpec((low.rank, in_features), std=low.a_std, bound=low.a_bound), tp.axes)
+        self.b = make_parameter(ParamSpec((out_features, low.rank), bound=low.b_bound), tp.axes)
+        self.dropout = HiddenDropout(low.dropout, rng, differs=tp.splits_sequence)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (self.enter(one).to(x.dtype) for one in (self.a, self.b))
+        return linear(linear(self.dropout(x), a), b) * self.low.scale
 
 
 class RowScaling(nn.Module):

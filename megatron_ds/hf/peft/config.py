@@ -7,7 +7,7 @@ false or empty, as peft ignores them, and refused by name otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.hf.missing_config import ADAPTER_CONFIG, why_missing
 from megatron_ds.hf.peft.field_kinds import check_kinds, meant_field
+from megatron_ds.hf.peft.model_names import ModelNames
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.log import get_logger
 
@@ -43,6 +44,13 @@ _NULL_IS_THE_DEFAULT = frozenset(
 _BY_BOUNDS = (True, False, "gaussian")
 _BY_PEFT = ("pissa", "olora", "orthogonal")
 _OF_WEIGHTS_THAT_ARE_READ = ("eva",)  # an initialization of A and B alone, whose trained values are read
+_OF_BARE_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
+    "lora_dropout": (0.0,),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": _BY_BOUNDS,
+}
+"""Field -> the values with which peft adapts parameters that are not weights of linear layers."""
 COSMETIC = frozenset(
     {
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -67,13 +75,13 @@ PEFT_FIELDS = {
                 *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules"),
                 *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
                 *("modules_to_save", "ensure_weight_tying", "trainable_token_indices", "use_dora"),
+                "target_parameters",
             }
         ),
         {
             "bias": "none",
             "lora_bias": False,
             "layer_replication": None,
-            "target_parameters": None,
             "velora_config": None,
             "alora_invocation_tokens": None,
             "use_qalora": False,
@@ -99,27 +107,33 @@ class AdapterConfig:
     Attributes:
         where: prefix of error messages: `peft`, or `peft=PATH`.
         kind: peft's type of adapter, a key of `PEFT_FIELDS`.
+        is_file: it is read from a file, which may hold names of other models.
 
     Raises:
         ConversionError: peft refuses the config, or a value is not supported.
     """
 
     def __init__(self, source: str | Path | Mapping[str, Any]) -> None:
+        self.is_file = not isinstance(source, Mapping)
         self.where, raw = _read(source)
         raw = {name: value for name, value in raw.items() if value is not None or name not in _NULL_IS_THE_DEFAULT}
         self.kind = str(raw.get("peft_type", "LORA")).upper()
         starts = isinstance(source, Mapping) or find_weights(source) is None
         _check_initialization(self.where, raw.get("init_lora_weights", True), starts)
-        self._config = _checked(self.where, self.kind, raw, is_file=not isinstance(source, Mapping))
+        self._config = _checked(self.where, self.kind, raw, is_file=self.is_file)
         if self.kind == "LORA":
             _check_lora(self.where, self._config)
 
-    def settle_targets(self, model: HFModel, modules: Collection[str]) -> str:
+    def settle_targets(self, model: HFModel, modules: Collection[str], names: Sequence[str]) -> str:
         """Replace missing `target_modules` by peft's default for the model, and "all-linear" by all modules.
+
+        Old names of experts and routers among them become names of parameters, as in peft: `w2` stands for the
+        parameter `down_proj` of Mixtral's experts.
 
         Args:
             model: the base model.
-            modules: names of the modules that can be adapted.
+            modules: names of the linear layers that can be adapted.
+            names: of all tensors in memory.
 
         Returns:
             the resulting `target_modules`, for error messages.
@@ -131,16 +145,31 @@ class AdapterConfig:
 
         if self._config.target_modules is None:
             name = f"TRANSFORMERS_MODELS_TO_{self.kind}_TARGET_MODULES_MAPPING"
-            usual = getattr(defaults, name).get(model.family.model_type)
+            usual = getattr(defaults, name).get(model.family.model_type, () if self.parameters else None)
             if usual is None:
                 raise ConversionError(f"{self.where}.target_modules is missing; nearest: all-linear")
             self._config.target_modules = set(usual)
             if self.kind == "IA3" and not self._config.feedforward_modules:
                 usual = defaults.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model.family.model_type]
                 self._config.feedforward_modules = set(usual)
-        elif self._config.target_modules == "all-linear":
+        self._rename_targets(model, modules, names)
+        if self._config.target_modules == "all-linear":
             self._config.target_modules = set(modules)
         return _format(self._config.target_modules)
+
+    def _rename_targets(self, model: HFModel, modules: Collection[str], names: Sequence[str]) -> None:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        stand_in: Any = ModelNames(model.config, modules, names)
+        try:
+            convert_peft_config_for_transformers(self._config, stand_in, None)
+        except ValueError as problem:
+            raise ConversionError(f"{self.where}: peft refuses it: {' '.join(str(problem).split())}") from problem
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Ends of the names of parameters that get adapters by themselves."""
+        return tuple(sorted(getattr(self._config, "target_parameters", None) or ()))
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -164,6 +193,27 @@ class AdapterConfig:
 
         match = check_target_module_exists(self._config, module)
         return bool(match) and not isinstance(match, _ExcludedModule)
+
+    def matches_parameter(self, name: str) -> bool:
+        """Test whether the config matches a parameter of transformers, as peft does."""
+        return any(name == target or name.endswith(f".{target}") for target in self.parameters)
+
+    def check_bare(self, name: str) -> None:
+        """Check that peft can adapt parameters that are not weights of linear layers.
+
+        Args:
+            name: of such a parameter.
+
+        Raises:
+            ConversionError: a field has a value with which it cannot.
+        """
+        for field, wanted in _OF_BARE_PARAMETERS.items():
+            value = getattr(self._config, field)
+            if value not in wanted:
+                raise ConversionError(
+                    f"{self.where}.{field}={value} does not work on {name}, a parameter of experts or a router; "
+                    f"nearest: {str(wanted[0]).lower()}"
+                )
 
     def adapter(self, module: str, width: int) -> LoRASpec | IA3Spec:
         """Return the adapter of one module, by peft's rules.

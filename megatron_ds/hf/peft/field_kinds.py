@@ -21,6 +21,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "r": _INTEGER,
     "rank_pattern": _MAPPING,
     "target_modules": _NAMES,
+    "target_parameters": ((list,), "a list of names"),
     "use_dora": _SWITCH,
     "use_rslora": _SWITCH,
 }

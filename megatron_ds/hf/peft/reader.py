@@ -12,6 +12,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import EMBEDDING, Row
 from megatron_ds.hf.peft.adapters import PREFIX, Adapters
 from megatron_ds.hf.peft.config import ADAPTER_BIN, ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_weights
+from megatron_ds.hf.peft.projections import in_memory
 from megatron_ds.hf.peft.saved_modules import head_name
 from megatron_ds.hf.tensor_files import read_table
 from megatron_ds.hf.tensor_mapping import Reader
@@ -24,7 +25,8 @@ _ADAPTER_TENSOR = re.compile(
     r"(?P<module>.*)\.(?:(?P<layer>lora_[AB])(?:\.\w+)?\.weight|(?P<vector>lora_embedding_[AB]|lora_magnitude_vector|ia3_l)"
     r"(?:\.\w+)?(?:\.weight)?)"
 )
-_WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.(?!weight$|bias$)\w+)?|base_layer)(?=\.)")
+_WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.(?!weight$|bias$)\w+)?|base_layer(?!\.lora_))(?=\.)")
+_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\..*\.lora_")
 _OUTER = re.compile(rf"^(?:module\.|_orig_mod\.|{re.escape(PREFIX)})+")
 
 
@@ -68,7 +70,7 @@ class AdapterReader:
 
     def _with_replaced(self, adapters: Adapters) -> Adapters:
         """Add the base parameters in the file that the config does not train in full."""
-        table = adapters.model.table
+        table = adapters.base_rows
         found = {
             native
             for native, row in table.items()
@@ -126,12 +128,17 @@ def _canonical_names(directory: Path, names: Iterable[str], adapters: Adapters) 
     modules (`.modules_to_save.`, `.base_layer.`), and in the model inside: bare, with a head, or in a larger model.
 
     Raises:
-        ConversionError: two tensors have the same name, as those of two adapters do.
+        ConversionError: two tensors have the same name, as those of two adapters do; or one is of a single expert.
     """
     found: dict[str, str] = {}
     for name in names:
         if ".original_module." in name:
             continue
+        if _OF_ONE_EXPERT.search(name):
+            raise ConversionError(
+                f"{directory}: {name} is of a single expert, as in transformers before version 5; try to load it with "
+                "peft and save it again"
+            )
         canonical = _canonical(name)
         if canonical in found:
             raise ConversionError(
@@ -139,7 +146,8 @@ def _canonical_names(directory: Path, names: Iterable[str], adapters: Adapters) 
             )
         found[canonical] = name
     lead, usual = _lead(found, adapters)
-    known = {name for row in adapters.base.family.table(adapters.base.core).values() for name in row.names}
+    base = in_memory(adapters.base)
+    known = {name for row in base.family.table(base.core).values() for name in row.names}
     return {
         PREFIX + (usual + name.removeprefix(lead) if name not in known and name.startswith(lead) else name): there
         for name, there in found.items()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, ReplicatedAdapter
 from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.mlp import MLP
@@ -47,7 +50,7 @@ class MoE(nn.Module):
         kernels: Kernels = REFERENCE,
     ) -> None:
         super().__init__()
-        self.shape, self.parallel, self.settings = shape, parallel, settings
+        self.shape, self.parallel, self.settings, self.rng = shape, parallel, settings, rng
         self.router = Router(shape.router, shape.hidden_size, parallel, shape.std)
         self.load = RouterLoad(shape.router.num_experts, self.router.weight.device)
         self.experts = Experts(shape, parallel, kernels)
@@ -55,6 +58,7 @@ class MoE(nn.Module):
         self.shared_gate = None
         if shape.shared_gate:
             self.shared_gate = ReplicatedLinear(shape.hidden_size, 1, parallel.tp, std=shape.std)
+        self.adapters = nn.ModuleDict()
 
     @torch.compiler.disable  # row counts change from step to step
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -66,7 +70,7 @@ class MoE(nn.Module):
         """
         own = self.parallel.own_tokens(x.flatten(0, 1))
         with profiled(ROUTER):
-            routing = self.router.route(self.router(own))
+            routing = self.router.route(self._logits(own))
         with profiled(DISPATCH):
             dispatch = Dispatch(routing.chosen, self.shape.router.num_experts, self.parallel.axis)
             rows = dispatch.send(own)
@@ -78,10 +82,27 @@ class MoE(nn.Module):
             mixed = self.parallel.all_tokens(dispatch.combine(rows, weights), x.shape[0] * x.shape[1]).view(x.shape)
         return mixed if self.shared is None else mixed + self._shared(x)
 
+    def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
+        """Add an adapter to `("router",)` or `("shared_gate",)`; see `Experts.adapt` and `MLP.adapt` for others."""
+        assert isinstance(adapter, LoRASpec) and not adapter.dora, adapter
+        (name,) = outputs
+        size, enter = {"router": (self.shape.router.num_experts, self.parallel.enter), "shared_gate": (1, None)}[name]
+        tp, hidden = self.parallel.tp, self.shape.hidden_size
+        self.adapters[name] = ReplicatedAdapter(hidden, size, adapter, tp, self.rng, enter)
+
+    def _logits(self, own: Tensor) -> Tensor:
+        logits = self.router(own)
+        return logits + self.adapters["router"](own.float()) if "router" in self.adapters else logits
+
     def _shared(self, x: Tensor) -> Tensor:
         assert self.shared is not None
         found = self.shared(x)
-        return found if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * found
+        if self.shared_gate is None:
+            return found
+        gate = self.shared_gate(x)
+        if "shared_gate" in self.adapters:
+            gate = gate + self.adapters["shared_gate"](x)
+        return F.sigmoid(gate) * found
 
     def _real(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """Return which of this rank's tokens are no padding, (T,) bool."""

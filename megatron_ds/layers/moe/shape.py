@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from megatron_ds.layers.adapter_layers import AdaptableWeight
 from megatron_ds.layers.mlp import ACTIVATIONS, MLPShape
@@ -100,8 +101,19 @@ class MoEShape:
 
     @property
     def adaptable_weights(self) -> tuple[AdaptableWeight, ...]:
-        """The weights that adapters can change."""
-        return ()
+        """The weights that adapters can change. Gate and up of an expert share its A, as one matrix in transformers."""
+        bare = partial(AdaptableWeight, is_bare=True, low_rank_only=True)
+        found = [
+            bare("router.weight", ("router",), is_column=False),
+            bare("experts.up_weight", ("gate", "up"), is_column=True, module="experts"),
+            bare("experts.down_weight", ("down",), is_column=False, module="experts"),
+        ]
+        if self.shared is not None:
+            weights = self.shared.adaptable_weights
+            found += [replace(one, name=f"shared.{one.name}", module="shared") for one in weights]
+        if self.shared_gate:
+            found.append(AdaptableWeight("shared_gate.weight", ("shared_gate",), is_column=False, low_rank_only=True))
+        return tuple(found)
 
     @property
     def _expert_weights(self) -> int:
