@@ -26,9 +26,14 @@ from tests.training.tiny import run_mapping
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")])
-NOT_THERE_IN_A_CLONE = ("out/moby_dick/hf", "out/t5/hf", "out/blend/hf")  # examples make them
-CHAINED = [f"examples/{name}/README.md" for name in ("pretrain_blend", "finetune_chat", "finetune_lora")]
+NOT_THERE_IN_A_CLONE = ("out/moby_dick/hf", "out/t5/hf", "out/blend/hf", "out/moe/dense_hf", "out/moe/upcycled")
+"""Directories that examples make."""
+CHAINED = [
+    f"examples/{name}/README.md" for name in ("pretrain_blend", "finetune_chat", "finetune_lora", "pretrain_moe")
+]
 """Pages all of whose commands `tests/examples` runs, one after the other."""
+CONVERTING = ("prepare", "inspect", "export", "import")
+"""Commands that tests of examples run."""
 OUTSIDE = "examples/extend/README.md"
 """The same in `test_extend`, in processes of their own: what the example registers would stay in this one."""
 
@@ -109,7 +114,7 @@ def test_command_is_right(
         assert {word for word in words[3:] if word.startswith("--")} <= options_of(bench)
     elif words[:3] == ["python", "-m", "bench.combine"]:
         assert {word for word in words[3:] if word.startswith("--")} <= options_of(combine)
-    elif words[0] == "megatron-ds" and page.startswith("examples/") and words[1] in ("prepare", "inspect", "export"):
+    elif words[0] == "megatron-ds" and page.startswith("examples/") and words[1] in CONVERTING:
         assert page in CHAINED, f"{page}: {command}: no test runs this command"
     elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
         request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("a_run"))

@@ -35,7 +35,7 @@ def moved(word: str, place: Path) -> str:
         copy = place / f"{Path(word).parent.name}.yaml"
         copy.write_text((ROOT / word).read_text(encoding="utf-8").replace("out/", f"{place}/out/"), encoding="utf-8")
         return str(copy)
-    return word.replace("out/", f"{place}/out/") if word.startswith("out/") else word
+    return re.sub(r"^([a-z._]+=)?out/", rf"\g<1>{place}/out/", word)
 
 
 def run_command(words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -45,7 +45,8 @@ def run_command(words: list[str], place: Path, capsys: pytest.CaptureFixture[str
         return run_python(*words[1:], timeout=240, check=True).stdout
     assert words[0] == "megatron-ds"
     if words[1] == "train":
-        train(load_run(words[2], SHORT), int(words[words.index("--nproc") + 1]))
+        overrides = [word for word in words[3:] if "=" in word]
+        train(load_run(words[2], [*overrides, *SHORT]), int(words[words.index("--nproc") + 1]))
     else:
         assert _run(words[1:]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
@@ -86,3 +87,17 @@ def test_blend_then_chat_then_lora(place: Path, capsys: pytest.CaptureFixture[st
     of_adapter, of_merged = told["finetune_lora"][1], told["finetune_lora"][-1]
     assert of_adapter.splitlines()[1:] == of_merged.splitlines()[1:]
     assert "⟦" in told["finetune_chat"][0] and "conversations" in told["finetune_chat"][0]
+
+
+@pytest.mark.usefixtures("_at_the_root")
+def test_pretrain_moe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compared with a dense model, and made of it: the mixture then begins where the dense model does."""
+    told = [run_command(words, place, capsys) for words in commands("pretrain_moe")]
+    out = place / "out" / "moe"
+    for run in ("run", "dense", "upcycled_run", "continued"):
+        loss = found(out / run, "loss")
+        assert len(loss) == 4 and loss[-1] < loss[0], run
+    table = told[2].splitlines()
+    assert [line.partition(":")[0] for line in table if "steps in" in line] == [f"{out}/dense", f"{out}/run"]
+    assert "entropy" in table[-3] and len(table) == 8
+    assert found(out / "upcycled_run", "loss")[0] == pytest.approx(found(out / "continued", "loss")[0], abs=1e-4)
