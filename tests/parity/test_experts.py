@@ -180,5 +180,5 @@ def test_bf16_stays_near_a_bf16_reference(place: Place, references: Any) -> None
 
 def test_more_tensor_ranks_than_experts_are_refused(references: Any) -> None:
     directory, _ = references(CASE, SCALE)
-    with pytest.raises(TopologyError, match="does not divide the model's 4 experts; nearest: parallel[.]expert=4$"):
+    with pytest.raises(TopologyError, match=r"does not divide the model's 4 experts; nearest: parallel[.]expert=4$"):
         plan_engine(engine_config(Place(8, 1, 1, 1), RECIPE), read_model(directory), 8, "cpu")

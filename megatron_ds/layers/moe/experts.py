@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.layers.kernels import REFERENCE, Kernels
 from megatron_ds.layers.mlp import ACTIVATIONS, gated_kernel, gated_product
+from megatron_ds.layers.moe import padding
 from megatron_ds.layers.moe.grouped import Groups, grouped_linear
 from megatron_ds.layers.moe.shape import MoEShape
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_experts
@@ -50,6 +51,12 @@ class Experts(nn.Module):
             rows: (rows, H), sorted by expert; there may be none.
             groups: the rows of each of this rank's experts.
         """
+        if rows.device.type in padding.DEVICES:
+            padded = padding.Padding.of(groups)
+            return padded.remove(self._apply_each(padded.add(rows), padded.groups))
+        return self._apply_each(rows, groups)
+
+    def _apply_each(self, rows: Tensor, groups: Groups) -> Tensor:
         wide = grouped_linear(rows, groups, self.up_weight, self.up_bias)
         middle = self._activated(self._adapted("gate_up", wide, rows, groups))
         return self._adapted("down", grouped_linear(middle, groups, self.down_weight, self.down_bias), middle, groups)
