@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_ds.checkpoint.directory import (
@@ -27,6 +28,7 @@ from megatron_ds.checkpoint.masters import compare_with_master
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.state_keys import MASTER
+from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import CheckpointError, ConfigError, ConversionError
@@ -34,6 +36,7 @@ from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.convert import conversion_target
 from megatron_ds.hf.export import exporting
 from megatron_ds.hf.export_target import ExportTarget
+from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.export import export_adapters, export_merged
@@ -81,8 +84,8 @@ def import_hf(
     if upcycling is not None:
         weights = UpcycledWeights(dense, upcycling)
     with _writing(target), exporting(place, weights.model, None, "5GB") as export:
-        for name, full in weights.each():
-            export.add(name, full)
+        for part, full in weights.parts():
+            export.add(part.name, full, part.expert)
             del full  # its memory is released before the next is read
         export.finish(source, source, add_state)
         flush(target.resolve().parent)
@@ -133,14 +136,14 @@ def export_hf(
         raise ConversionError(f"{source} holds no adapters; remove {'--merge' if merge else '--base'}")
     weights = HFWeights(source, read_model(source))
 
-    def best(name: str, full: Tensor) -> Tensor:
-        if reader is None or dtype is None or full.dtype == EXPORT_DTYPES[dtype] or not reader.has(MASTER, name):
+    def best(part: Part, full: Tensor) -> Tensor:
+        if reader is None or dtype is None or full.dtype == EXPORT_DTYPES[dtype] or not reader.has(MASTER, part.name):
             return full
-        return _master(reader, name, full)
+        return _master(reader, part, full)
 
     with _writing(target), exporting(place, weights.model, dtype, max_shard_size) as export:
-        for name, full in weights.each():
-            export.add(name, best(name, full))
+        for part, full in weights.parts():
+            export.add(part.name, best(part, full), part.expert)
             del full
         export.finish(source, source)
     return weights.model
@@ -169,7 +172,7 @@ def _export_adapters(
         copied = not merge and (dtype is None or full.dtype == EXPORT_DTYPES[dtype])
         if copied or reader is None or not reader.has(MASTER, name):
             return full
-        return _master(reader, name, full)
+        return _master(reader, Part(name), full)
 
     parameters = {name: read(name) for name in adapters.table}
     with _writing(target.path):
@@ -181,10 +184,15 @@ def _export_adapters(
     return adapters.model
 
 
-def _master(reader: StateReader, name: str, weight: Tensor) -> Tensor:
-    """Return the fp32 master of a parameter; it must round to the weight."""
-    master = reader.read_full(MASTER, name, tuple(weight.shape))
-    compare_with_master(reader, name, weight, master)
+def _master(reader: StateReader, part: Part, weight: Tensor) -> Tensor:
+    """Return the fp32 master of a parameter, or of one expert of it; it must round to the weight."""
+    shape = tuple(weight.shape)
+    wanted = full_slice(shape)
+    if part.expert is not None:
+        wanted = TensorSlice((part.expert, *wanted.start), (1, *shape))
+    master = torch.empty(shape, dtype=torch.float32)
+    reader.read(MASTER, part.name, wanted, master.view(wanted.shape))
+    compare_with_master(reader, part.name, weight, master)
     return master
 
 

@@ -22,7 +22,8 @@ def rewrite(
 ) -> None:
     """Read every native parameter of a directory, one at a time, and write them to a clean directory.
 
-    At any time memory holds one native parameter, the tensors on disk that it is read from, and those written from it.
+    At any time memory holds one native parameter, or one expert if these are stored one by one, the tensors on disk that
+    it is read from, and those written from it.
 
     Args:
         source: directory with config.json, weights and other files of the model.
@@ -39,8 +40,8 @@ def rewrite(
     place = conversion_target(source, target, overwrite)
     weights = HFWeights(source, read_model(source))
     with exporting(place, weights.model, dtype, max_shard_size) as export:
-        for name, full in weights.each():
-            export.add(name, full)
+        for part, full in weights.parts():
+            export.add(part.name, full, part.expert)
             del full  # free the mapped files before the next parameter is read
         export.finish(source, source)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.family import Part
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
@@ -145,6 +146,10 @@ class UpcycledWeights:
                 yield from self._of_mixture(f"{block}.mlp", part, full)
             else:
                 yield name, full
+
+    def parts(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield as `HFWeights.parts` does."""
+        return ((Part(name), full) for name, full in self.each())
 
     def _of_mixture(self, mlp: str, part: str, full: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield what becomes of one weight of a dense layer, `part`: "up.weight" or "down.weight"."""

@@ -104,7 +104,9 @@ class HFWeights:
         Args:
             place: bytes that it may be copied to; None = new memory.
         """
-        row = self.model.table[name]
+        return self._full(self.model.table[name], place)
+
+    def _full(self, row: Row, place: Tensor | None) -> Tensor:
         return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes, place=place)
 
     def tensor(self, name: str) -> Tensor:
@@ -120,13 +122,22 @@ class HFWeights:
         Args:
             without: names of parameters that are left out.
         """
+        for part, full in self._each(
+            {Part(name): row for name, row in self.model.table.items() if name not in without}
+        ):
+            yield part.name, full
+
+    def parts(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield as `each` does, but experts that are stored one by one as such, without the dim of the experts."""
+        return self._each({part: row.of(part.expert) for row in self.model.table.values() for part in row.parts})
+
+    def _each(self, rows: Mapping[Part, Row]) -> Iterator[tuple[Part, Tensor]]:
         position = {name: index for index, name in enumerate(self._source.names)}
-        rows = {name: row for name, row in self.model.table.items() if name not in without}
         stacked = [row for row in rows.values() if len(row.names) > 1]
         place = torch.empty(max(map(self._size_bytes, stacked), default=0), dtype=torch.uint8)
-        first = {name: min(position[self._on_disk[theirs]] for theirs in row.names) for name, row in rows.items()}
-        for name in sorted(first, key=first.__getitem__):
-            yield name, self.full(name, place)
+        first = {part: min(position[self._on_disk[theirs]] for theirs in row.names) for part, row in rows.items()}
+        for part in sorted(first, key=first.__getitem__):
+            yield part, self._full(rows[part], place)
 
     def for_model(self, model: HFModel) -> HFWeights:
         """Return a reader of the same directory for a model that differs from its own in the tables of the vocabulary.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ds.checkpoint.convert import export_hf
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.load import load_state
 from megatron_ds.checkpoint.masters import check_masters
@@ -24,7 +25,7 @@ from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.checkpoint.state import optimizer_shards, owned_shards
 from megatron_ds.checkpoint.state_keys import KINDS
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights
+from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
 from tests.checkpoint.runs import CUT, Curve, apart, offloaded, steps
@@ -210,3 +211,22 @@ def test_a_run_goes_on(name: str, recipe: Recipe, others: tuple[str, ...], train
 
 def _resumed(checkpoint: Path, name: str, recipe: Recipe) -> Curve:
     return run_grid(_resume, PLACES[name].layout, checkpoint, PLACES[name], recipe)[0]
+
+
+def test_an_export_rounds_the_masters_but_no_bias(trained: Any, tmp_path: Path) -> None:
+    """In bf16 too: transformers keeps the biases of the choice in fp32."""
+    checkpoint, _ = trained("p2-e2", BF16)
+    weights, reader = HFWeights(checkpoint, read_model(checkpoint)), StateReader(checkpoint)
+    to_hf, masters = ToHF(weights.model), dict[str, torch.Tensor]()
+    for name in reader.progress.trained:
+        shape = weights.model.table[name].op.native_shape(weights.model.axis_sizes)
+        masters.update(to_hf.add(name, reader.read_full("master", name, shape)))
+    on_disk = {name: tensor for file in weights.files for name, tensor in load_file(file).items()}
+    for dtype in ("float32", "bfloat16", "float16"):
+        export_hf(checkpoint, tmp_path / dtype, dtype)
+        found = load_file(tmp_path / dtype / "model.safetensors")
+        assert found.keys() == on_disk.keys() and len(found.keys() - masters.keys()) == 3
+        for name, tensor in found.items():
+            wanted = masters[name].to(getattr(torch, dtype)) if name in masters else on_disk[name]
+            assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+        assert all(on_disk[name].dtype == torch.float32 for name in found.keys() - masters.keys())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ds.checkpoint.convert import export_hf, import_hf
 from megatron_ds.checkpoint.weights import gather_weights, plan_files
 from megatron_ds.engine import gathering
 from megatron_ds.hf.config import read_model
@@ -66,6 +67,13 @@ def test_an_export_is_the_source_at_every_layout(place: Place, models: Path, tmp
     run_grid(_export, place.layout, sources, place, tmp_path)
     for name, source in sources.items():
         assert hashes(tmp_path / name) == hashes(source), name
+
+
+@pytest.mark.parametrize("case", ["mixtral", "glm4_moe", "gpt_oss"])
+def test_an_import_is_exported_as_it_was(case: str, models: Path, tmp_path: Path) -> None:
+    import_hf(models / case, tmp_path / "checkpoint")
+    export_hf(tmp_path / "checkpoint", tmp_path / "hf", max_shard_size="20KB")
+    assert hashes(tmp_path / "hf") == hashes(tmp_path / "checkpoint") == hashes(models / case)
 
 
 def test_random_weights_do_not_depend_on_the_layout(tmp_path: Path) -> None:
