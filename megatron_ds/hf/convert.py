@@ -22,8 +22,8 @@ def rewrite(
 ) -> None:
     """Read every native parameter of a directory, one at a time, and write them to a clean directory.
 
-    At any time memory holds one native parameter, or one expert if these are stored one by one, the tensors on disk that
-    it is read from, and those written from it.
+    At any time memory holds one native parameter, or one expert if these are stored one by one, and the tensors on disk
+    that it is read from and that are written from it.
 
     Args:
         source: directory with config.json, weights and other files of the model.

@@ -29,7 +29,7 @@ from megatron_ds.errors import CheckpointError, ConfigError, LaunchError
 from megatron_ds.monitor import SilentReporter
 from megatron_ds.training import loop, resume
 from tests.ranks import preload, run_alone
-from tests.training.tiny import run_mapping
+from tests.training.tiny import MODEL, run_mapping
 
 STEPS = 10
 NEWEST, BEFORE = name_of(6), name_of(3)
@@ -299,6 +299,31 @@ def test_a_rank_that_is_killed_while_it_saves(
     go_on(corpus, output, checkpoint=checkpoint)
     assert losses(output) == uncut
     assert not list(folder.glob(".step*")), "leftovers are gone"
+
+
+EXPERTS = {
+    "model_type": "minimax_m2",
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+}
+
+
+def test_a_mixture_of_experts_is_saved_and_goes_on_like_any_model(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has half of the experts; the biases of the choice, which change every step, are those of the save."""
+    config: dict[str, Any] = {"model": {"config": {**MODEL, **EXPERTS}}, "parallel": {"expert": 2}}
+    go_on(corpus, tmp_path / "uncut", checkpoint={"every": 0}, train={"moe_bias_rate": 0.02}, **config)
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _in_the_save_of(6, 1, _kill, patch)
+        with pytest.raises(LaunchError, match="rank 1 was killed by SIGKILL"):
+            go_on(corpus, output, checkpoint={"asynchronous": True}, train={"moe_bias_rate": 0.02}, **config)
+    assert [path.name for path in naming.checkpoints_in(output / "checkpoints")] == [BEFORE]
+    go_on(corpus, output, train={"moe_bias_rate": 0.02}, **config)
+    assert losses(output) == losses(tmp_path / "uncut")
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waiting", "asynchronous"])
