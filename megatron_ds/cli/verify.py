@@ -26,6 +26,7 @@ Examples:
 \b
   megatron-ds verify path/to/hf_dir
   megatron-ds verify path/to/hf_dir --tp 2 --pp 2 --json report.json
+  megatron-ds verify path/to/mixture_of_experts --tp 2 --ep 4
 """
 
 
@@ -33,6 +34,9 @@ def verify(
     hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR", parser=expanded)],
     tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor ranks.")] = 1,
     pp: Annotated[int, typer.Option("--pp", metavar="N", help="Pipeline ranks.")] = 1,
+    ep: Annotated[
+        int | None, typer.Option("--ep", metavar="N", help="Ranks that divide the experts (default: the tensor ranks).")
+    ] = None,
     sequence: Annotated[bool, typer.Option("--sequence", help="Sequence parallelism over the tensor ranks.")] = False,
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", parser=expanded, help="Write all numbers to this file.")
@@ -48,7 +52,7 @@ def verify(
         raise ConfigError(f"--json={json} is not a file in a directory that exists")
     if json is not None and json.exists() and hf_dir.resolve() in json.resolve().parents:
         raise ConfigError(f"--json={json} would replace a file of {hf_dir}, which is read; choose another file")
-    report = verify_hf(hf_dir, tp, pp, sequence=sequence, note=_note)
+    report = verify_hf(hf_dir, tp, pp, ep=ep, sequence=sequence, note=_note)
     if json is not None:
         report.save(json)
     for line in lines(report):
@@ -65,7 +69,10 @@ def lines(report: Report) -> list[str]:
     """Return the report as lines of text, one per result, the verdict last."""
     from megatron_ds.cli.display import format_count
 
-    ranks = f"{report.tp * report.pp} = tp {report.tp} x pp {report.pp}{', sequence parallel' * report.sequence}"
+    ranks = f"{report.tp * report.pp * report.dp} = tp {report.tp} x pp {report.pp}"
+    ranks += f" x dp {report.dp}" if report.dp > 1 else ""
+    ranks += f", ep {report.ep}" if report.ep is not None else ""
+    ranks += ", sequence parallel" if report.sequence else ""
     found = [
         f"{'model':<12}{report.model_type}, {format_count(report.num_params)} parameters ({report.num_params:,}), fp32",
         f"{'world':<12}{ranks}",
@@ -97,7 +104,15 @@ def _input_lines(one: InputReport) -> list[str]:
         )
         if len(one.wrong_gradients) > 1:
             found.append(f"{'':<12}{len(one.wrong_gradients)} gradients differ")
-    return [*found, *_first_difference(one)]
+    return [*found, *_first_difference(one), *_other_choice(one)]
+
+
+def _other_choice(one: InputReport) -> list[str]:
+    name = one.first_other_choice
+    if name is None:
+        return []
+    others, tokens = one.other_experts[name]
+    return [f"{'experts':<12}{others} of {tokens} tokens chose others, first in {name}: more than rounding follows"]
 
 
 def _first_difference(one: InputReport) -> list[str]:

@@ -18,7 +18,7 @@ from megatron_ds.config.deepspeed_json import (
     summarize_deepspeed,
 )
 from megatron_ds.config.engine_config import EngineConfig
-from megatron_ds.config.expert_checks import check_experts
+from megatron_ds.config.expert_checks import ExpertNames, check_expert_layout, check_experts
 from megatron_ds.config.load import build_run, build_section, dump_run, load_run
 from megatron_ds.config.run_config import (
     CheckpointSection,
@@ -37,6 +37,7 @@ __all__ = [
     "DataSource",
     "DeepSpeedSummary",
     "EngineConfig",
+    "ExpertNames",
     "ExportSection",
     "ModelSection",
     "ModelShape",
@@ -50,6 +51,7 @@ __all__ = [
     "build_section",
     "check_data",
     "check_engine",
+    "check_expert_layout",
     "check_experts",
     "check_layout",
     "check_recomputation",

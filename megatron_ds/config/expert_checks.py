@@ -1,6 +1,7 @@
 """Checks of expert parallelism against a model, its ranks and the DeepSpeed JSON."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_ds.config.checks import ModelShape, nearest
@@ -32,14 +33,40 @@ def check_experts(config: EngineConfig, shape: ModelShape, mapping: Mapping[str,
             f"train.moe_bias_rate={config.moe_bias_rate:g} moves biases of the choice of experts, and this model's "
             "routers have none; remove it, or try train.moe_aux_loss"
         )
-    _check_division(parallel, shape.num_experts, parallel.tensor * data_size)
-    if parallel.pipeline > shape.num_expert_layers:
-        raise TopologyError(
-            f"parallel.pipeline={parallel.pipeline} is more than the {shape.num_expert_layers} layers with experts, of "
-            f"which each stage needs one; nearest: {shape.num_expert_layers}"
-        )
+    check_expert_layout(parallel, shape, data_size)
     if parallel.expert not in (None, parallel.tensor):
         _check_reduction(parallel, mapping)
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """The names that the user has for the degrees of parallelism."""
+
+    expert: str = "parallel.expert"
+    tensor: str = "parallel.tensor"
+    pipeline: str = "parallel.pipeline"
+
+
+def check_expert_layout(
+    parallel: ParallelSection, shape: ModelShape, data_size: int, names: ExpertNames = ExpertNames()
+) -> None:
+    """Check that the experts of a model, which has some, can be divided over a number of ranks.
+
+    Args:
+        parallel: degrees of model parallelism.
+        shape: the model's sizes.
+        data_size: data-parallel ranks.
+        names: the user's names.
+
+    Raises:
+        TopologyError: the experts, or the layers with experts, cannot be divided.
+    """
+    _check_division(parallel, shape.num_experts, parallel.tensor * data_size, names)
+    if parallel.pipeline > shape.num_expert_layers:
+        raise TopologyError(
+            f"{names.pipeline}={parallel.pipeline} is more than the {shape.num_expert_layers} layers with experts, of "
+            f"which each stage needs one; nearest: {shape.num_expert_layers}"
+        )
 
 
 def _refuse_settings(config: EngineConfig) -> None:
@@ -54,17 +81,17 @@ def _refuse_settings(config: EngineConfig) -> None:
             raise ConfigError(f"{field}={value:g} is for mixtures of experts, and this model has none; remove it")
 
 
-def _check_division(parallel: ParallelSection, num_experts: int, ranks: int) -> None:
+def _check_division(parallel: ParallelSection, num_experts: int, ranks: int, names: ExpertNames) -> None:
     size = parallel.expert or parallel.tensor
     if num_experts % size == 0 and ranks % size == 0:
         return
     legal = nearest(size, (n for n in range(1, ranks + 1) if num_experts % n == 0 and ranks % n == 0))
-    fix = f"nearest: parallel.expert={' or '.join(map(str, legal))}"
+    fix = f"nearest: {names.expert}={' or '.join(map(str, legal))}"
     if num_experts % size:
-        given = f"parallel.expert={size}" if parallel.expert else f"parallel.tensor={size}, which divides experts too,"
+        given = f"{names.expert}={size}" if parallel.expert else f"{names.tensor}={size}, which divides experts too,"
         raise TopologyError(f"{given} does not divide the model's {num_experts} experts; {fix}")
     raise TopologyError(
-        f"parallel.expert={size} does not divide the {ranks} ranks of a pipeline stage (parallel.tensor="
+        f"{names.expert}={size} does not divide the {ranks} ranks of a pipeline stage ({names.tensor}="
         f"{parallel.tensor} * {ranks // parallel.tensor} data ranks); {fix}"
     )
 

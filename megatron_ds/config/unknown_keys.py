@@ -21,8 +21,13 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "cutoff_len": "data.seq_length",
     "dataset": "data.train",
     "datasets": "data.train",
+    "ep": "parallel.expert",
+    "ep_size": "parallel.expert",
     "eval_dataset": "data.valid",
     "eval_steps": "train.eval_every",
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_parallel": "parallel.expert",
+    "expert_parallel_size": "parallel.expert",
     "fp16": "deepspeed.fp16.enabled",
     "gradient_clipping": "optimizer.grad_clip",
     "learning_rate": "optimizer.lr",
@@ -39,6 +44,9 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "micro_batch": "train.micro_batch_size",
     "min_learning_rate": "schedule.min_lr",
     "model_name_or_path": "model.path",
+    "moe_aux_loss_coeff": "train.moe_aux_loss",
+    "moe_router_bias_update_rate": "train.moe_bias_rate",
+    "moe_z_loss_coeff": "train.moe_z_loss",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "num_train_steps": "train.steps",
@@ -49,6 +57,7 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "pipeline_parallel_size": "parallel.pipeline",
     "pp": "parallel.pipeline",
     "resume_from_checkpoint": "checkpoint.resume",
+    "router_aux_loss_coef": "train.moe_aux_loss",
     "sample_packing": "data.packing",
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
@@ -67,16 +76,24 @@ FOREIGN_NAMES: Mapping[str, str] = {
 # Names that other trainers have for what is set in another way here.
 _PRECISION = "write deepspeed: {bf16: {enabled: true}}, or fp16; the default is float32"
 _DATA_PARALLEL = "it follows: ranks / (parallel.tensor * parallel.pipeline)"
+_EXPERTS = "it is the model's: write it under model.config, by its name in the model's config.json"
+_CAPACITY = "an expert takes all tokens that choose it; remove it"
 _BETAS = "write optimizer.betas: [0.9, 0.95]"
 OTHER_WAYS: Mapping[str, str] = {
     "adam_beta1": _BETAS,
     "adam_beta2": _BETAS,
     "beta1": _BETAS,
     "beta2": _BETAS,
+    "capacity_factor": _CAPACITY,
     "data_parallel": _DATA_PARALLEL,
     "data_parallel_size": _DATA_PARALLEL,
     "dp": _DATA_PARALLEL,
     "dtype": _PRECISION,
+    "moe_expert_capacity_factor": _CAPACITY,
+    "moe_router_topk": _EXPERTS,
+    "moe_top_k": _EXPERTS,
+    "num_experts": _EXPERTS,
+    "num_experts_per_tok": _EXPERTS,
     "parallel.data": _DATA_PARALLEL,
     "precision": _PRECISION,
     "torch_dtype": _PRECISION,

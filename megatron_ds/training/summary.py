@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from megatron_ds.config import EngineConfig
 from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
@@ -36,7 +37,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         model_name=_describe_model(resolved),
         num_params=num_params,
         num_active_params=num_active_params(resolved, num_params),
-        experts=describe_experts(resolved.hf.core, engine.grid.expert.size, layout),
+        experts=describe_experts(resolved.hf.core, resolved.plan.config, engine.grid.expert.size, layout),
         world_size=layout.world_size,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
@@ -81,11 +82,14 @@ def num_active_params(resolved: ResolvedRun, num_params: int) -> int:
     return active
 
 
-def describe_experts(core: ModelConfig, size: int, layout: Layout) -> str:
-    """Return text such as `8 in each of 2 layers, 2 per token; ep 2: 4 per rank, 2 copies`; empty without experts.
+def describe_experts(core: ModelConfig, config: EngineConfig, size: int, layout: Layout) -> str:
+    """Return text such as `8 in each of 2 layers, 2 per token; ep 2: 4 per rank, 2 copies; balance: aux loss 0.01`.
+
+    It is empty without experts.
 
     Args:
         core: the model.
+        config: coefficients of the losses that balance the experts.
         size: number of ranks that divide the experts of a layer.
         layout: sizes of the axes.
     """
@@ -96,7 +100,10 @@ def describe_experts(core: ModelConfig, size: int, layout: Layout) -> str:
             where = f"each of {layers}" if layers == stack.num_layers else f"{layers} of {stack.num_layers}"
             copies = f", {ranks // size} copies" if ranks > size else ""
             divided = f"; ep {size}: {number // size} per rank{copies}" if ranks > 1 else ""
-            texts.append(f"{number} in {where} layers, {top_k} per token{divided}")
+            aux = stack.moe.aux_loss if config.moe_aux_loss is None else config.moe_aux_loss
+            used = {"aux loss": aux, "z-loss": config.moe_z_loss, "bias rate": config.moe_bias_rate}
+            balance = ", ".join(f"{name} {value:g}" for name, value in used.items() if value) or "none"
+            texts.append(f"{number} in {where} layers, {top_k} per token{divided}; balance: {balance}")
     return "; ".join(texts)
 
 

@@ -30,6 +30,11 @@ class Difference:
         return self.relative <= bound  # False if it is NaN
 
 
+def relative_error(found: Difference) -> float:
+    """Return the relative error, NaN as infinity, so that it is the largest."""
+    return math.inf if math.isnan(found.relative) else found.relative
+
+
 def difference(ours: Tensor, reference: Tensor, smallest_norm: float = 0.0) -> Difference:
     """Compare tensors of one shape in fp64; the difference of tensors of different shapes is infinite.
 

@@ -24,6 +24,11 @@ def entry_of(prefix: str) -> str:
     return f"{prefix.removesuffix(BLOCKS)}{ENTRY}"
 
 
+def choice_of(block: str) -> str:
+    """Return the name of the experts that tokens choose in a block: "blocks.3" -> "blocks.3.experts"."""
+    return f"{block}.experts"
+
+
 def stack_of_entry(name: str) -> str | None:
     """Return the stack of an input: "decoder.entry" -> "decoder", "entry" -> ""; None for the output of a block."""
     stack, _, leaf = name.rpartition(".")

@@ -16,6 +16,7 @@ from megatron_ds.config import EngineConfig, ModelSection, ParallelSection
 from megatron_ds.engine import Engine, GradientProbe, start_distributed, stop_distributed
 from megatron_ds.hf.weight_files import TensorSource, open_directory
 from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.layers.moe.layer import MoE
 from megatron_ds.models.probe import Probe
 from megatron_ds.models.sequential import HIDDEN, Activations
 from megatron_ds.parallel.collectives import all_gather_dim0
@@ -23,7 +24,7 @@ from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import LoadedModel, Session
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
-from megatron_ds.verify.layer_names import position_names
+from megatron_ds.verify.layer_names import choice_of, position_names
 from megatron_ds.verify.reference import GRADIENTS
 
 
@@ -36,12 +37,14 @@ class Findings:
         outputs: name of an output -> difference, on the first tensor rank of the last pipeline stage.
         hidden: position in the model -> difference, on the first tensor rank of the pipeline stage that has it.
         gradients: Hugging Face name -> difference, on rank 0.
+        other_experts: position -> (tokens that chose other experts, all tokens), on the same ranks as `hidden`.
     """
 
     loss: float
     outputs: dict[str, Difference] = field(default_factory=dict)
     hidden: dict[str, Difference] = field(default_factory=dict)
     gradients: dict[str, Difference] = field(default_factory=dict)
+    other_experts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def run_rank(
@@ -52,13 +55,14 @@ def run_rank(
     session = Session(info, start_distributed(info))
     hf = replace(weights.model, core=weights.model.core.without_dropout())
     model = LoadedModel(hf, ModelSection(path=str(weights.directory)), weights)
-    samples = len(inputs[0].input_ids)
+    samples, data = len(inputs[0].input_ids), info.world_size // (parallel.tensor * parallel.pipeline)
     config = EngineConfig(
         parallel=parallel,
         deepspeed={"zero_optimization": {"stage": 0}},  # in fp32 gradients stay where autograd leaves them
         optimizer=None,
-        global_batch_size=samples,
+        global_batch_size=samples * data,  # each data rank gets all of them: their mean is the same
         micro_batch_size=samples,
+        moe_aux_loss=0.0 if hf.core.shape().num_experts else None,
     )
     engine = session.build_engine(model, config).engine
     found = [
@@ -74,12 +78,19 @@ def _run_probe(engine: Engine, probe: Probe, weights: HFWeights, sequence: bool,
         findings.gradients = _compare_gradients(engine, weights, open_directory(results / GRADIENTS))
     else:
         findings = Findings(engine.evaluate([probe.batch]).mean)
-    with _hidden_states(engine, position_names(weights.model.core), sequence) as hidden:
+    positions = position_names(weights.model.core)
+    with _hidden_states(engine, positions, sequence) as hidden, _choices(engine, positions, sequence) as chosen:
         outputs = engine.outputs(probe.columns) or {}
     if engine.grid.tensor.rank == 0:
         with safe_open(results / f"{index}.safetensors", framework="pt") as reference:
             findings.outputs = {name: difference(outputs[name], reference.get_tensor(name)) for name in outputs}
             findings.hidden = {name: difference(hidden[name], reference.get_tensor(name)) for name in hidden}
+            shown = set(reference.keys())
+            findings.other_experts = {
+                name: _count_others(ids, reference.get_tensor(choice_of(name)))
+                for name, ids in chosen.items()
+                if choice_of(name) in shown
+            }
     return findings
 
 
@@ -122,3 +133,36 @@ def _hidden_states(engine: Engine, layers: Sequence[str], sequence: bool) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _choices(engine: Engine, blocks: Sequence[str], sequence: bool) -> Iterator[dict[str, Tensor]]:
+    """Record the experts that each token chooses, (B, S, k), in the `blocks` that this rank has, by their names.
+
+    With sequence parallelism each is gathered over tp.
+    """
+    found: dict[str, Tensor] = {}
+    tensor = engine.grid.tensor
+
+    def keep(name: str) -> Any:
+        def hook(layer: MoE, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0]
+            chosen = layer.router.route(layer.router(x.flatten(0, 1))).chosen.view(*x.shape[:2], -1)
+            found[name] = (all_gather_dim0(chosen, tensor) if sequence else chosen).transpose(0, 1).cpu()
+
+        return hook
+
+    modules = dict(engine.deepspeed.module.named_modules())
+    layers = {name: modules.get(f"{name}.mlp") for name in blocks}
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items() if isinstance(layer, MoE)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _count_others(ours: Tensor, reference: Tensor) -> tuple[int, int]:
+    """Count the tokens with other experts, in any order, and all tokens: (B, S, k), (B S, k)."""
+    differs = ours.flatten(0, 1).sort(-1).values != reference.sort(-1).values
+    return int(differs.any(-1).sum()), len(reference)

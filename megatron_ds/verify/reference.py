@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.probe import Probe
-from megatron_ds.verify.layer_names import blocks_paths, entry_of
+from megatron_ds.verify.layer_names import blocks_paths, choice_of, entry_of
 from megatron_ds.verify.loss import ReferenceLoss, mean_loss, reference_loss
 
 GRADIENTS = "gradients"
@@ -29,7 +29,8 @@ def run_reference(
 ) -> list[ReferenceLoss]:
     """Run transformers, save its results, and return the loss of each input.
 
-    It writes to `results`: `<index>.safetensors` with the outputs by our names and the hidden states by position, and
+    It writes to `results`: `<index>.safetensors` with the outputs by our names, the hidden states by position and the
+    experts that tokens choose, and
     `gradients/`, a Hugging Face directory whose weights are the gradients, so that they have the names on disk.
 
     Args:
@@ -44,10 +45,12 @@ def run_reference(
     for index, probe in enumerate(inputs):
         # loaded again for each: gradients overwrite its weights, and some models remember lengths
         reference = load_reference(directory, model, torch.float32, state)
-        with torch.set_grad_enabled(probe.with_gradients), hidden_states(reference, model) as hidden:
+        recording = hidden_states(reference, model), choices(reference, model)
+        with torch.set_grad_enabled(probe.with_gradients), recording[0] as hidden, recording[1] as chosen:
             outputs = predict(reference, model, probe.columns)
         # copies: the last block's output may be one of the outputs
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in {**hidden, **outputs}.items()}
+        found = {**hidden, **chosen, **outputs}
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
         save_file(tensors, results / f"{index}.safetensors")
         losses.append(reference_loss(tensors, probe.labels))
         if probe.with_gradients:
@@ -80,6 +83,34 @@ def hidden_states(reference: nn.Module, model: HFModel) -> Iterator[dict[str, Te
         handles += [block.register_forward_hook(after(f"{prefix}.{layer}")) for layer, block in enumerate(blocks)]
     try:
         yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def choices(reference: nn.Module, model: HFModel) -> Iterator[dict[str, Tensor]]:
+    """Record the experts that tokens choose, (B S, k) ids, where a module `experts` takes them as an argument."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+            ids = next((one for one in given if one.dtype == torch.int64 and one.dim() == 2), None)
+            if ids is not None:
+                found[name] = ids
+
+        return hook
+
+    handles = []
+    for prefix, path in blocks_paths(model):
+        for layer, block in enumerate(cast("nn.ModuleList", reference.get_submodule(path))):
+            for name, module in block.named_modules():
+                if name.endswith(".experts"):
+                    handle = module.register_forward_pre_hook(keep(choice_of(f"{prefix}.{layer}")), with_kwargs=True)
+                    handles.append(handle)
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.hf.weight_files import write_json
-from megatron_ds.verify.compare import GRADIENT_BOUND, LOGITS_BOUND, LOSS_BOUND, Difference
+from megatron_ds.verify.compare import GRADIENT_BOUND, LOGITS_BOUND, LOSS_BOUND, Difference, relative_error
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class InputReport:
         hidden: differences of hidden states by position: "entry", then "blocks.0" and so on, or "encoder.entry" and so
             on for an encoder-decoder.
         gradients: differences of the gradients by Hugging Face name; empty without a backward pass.
+        other_experts: position -> (tokens that chose other experts than in transformers, all tokens), for each layer
+            with experts whose choice transformers shows.
     """
 
     name: str
@@ -34,6 +36,12 @@ class InputReport:
     loss: Difference
     hidden: Mapping[str, Difference]
     gradients: Mapping[str, Difference] = field(default_factory=dict)
+    other_experts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def first_other_choice(self) -> str | None:
+        """Name of the first layer in which a token chose other experts; None if there is no such layer."""
+        return next((name for name, (others, _) in self.other_experts.items() if others), None)
 
     @property
     def logits(self) -> Difference | None:
@@ -52,7 +60,7 @@ class InputReport:
     @property
     def worst_gradient(self) -> tuple[str, Difference] | None:
         """Name and difference of the gradient with the largest relative error."""
-        return max(self.gradients.items(), key=_relative_error, default=None)
+        return max(self.gradients.items(), key=lambda item: relative_error(item[1]), default=None)
 
     @property
     def wrong_gradients(self) -> list[str]:
@@ -80,7 +88,10 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class Report:
-    """The verification of a directory at one layout."""
+    """The verification of a directory at one layout.
+
+    `dp`: data ranks, which expert ranks may need; `ep`: expert ranks, None = the tensor ranks.
+    """
 
     path: str
     model_type: str
@@ -91,6 +102,8 @@ class Report:
     inputs: Sequence[InputReport]
     round_trip: RoundTrip
     not_reached: str | None
+    dp: int = 1
+    ep: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -107,8 +120,3 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         write_json(Path(path), self.to_json())
-
-
-def _relative_error(item: tuple[str, Difference]) -> float:
-    relative = item[1].relative
-    return relative if relative == relative else float("inf")

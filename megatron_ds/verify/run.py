@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_ds.config import ParallelSection, check_layout
-from megatron_ds.errors import ConversionError, TopologyError
+from megatron_ds.config import ExpertNames, ModelShape, ParallelSection, check_expert_layout, check_layout
+from megatron_ds.errors import ConfigError, ConversionError, TopologyError
 from megatron_ds.hf.config import read_model, unread_fields
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weight_files import TensorSource, open_directory
@@ -22,6 +23,7 @@ from megatron_ds.models.probe import Probe
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import rank_from_environment, rank_source
 from megatron_ds.paths import expanded
+from megatron_ds.verify.compare import Difference, relative_error
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.report import InputReport, Report, RoundTrip
@@ -32,10 +34,21 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 
 
+NAMES = ExpertNames("--ep", "--tp", "--pp")
+
+
 def verify_hf(
-    hf_dir: str | Path, tp: int = 1, pp: int = 1, *, sequence: bool = False, note: Note = lambda text: None
+    hf_dir: str | Path,
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    ep: int | None = None,
+    sequence: bool = False,
+    note: Note = lambda text: None,
 ) -> Report:
     """Compare our model on tp * pp ranks with transformers, in fp32: outputs, loss, every gradient, and the round trip.
+
+    If the tensor ranks are too few for `ep`, there are as many data ranks as it needs, which all get the same samples.
 
     It needs several times the memory of the model, its gradients and its activations, and disk space for two copies of
     the model in the temporary directory.
@@ -43,6 +56,7 @@ def verify_hf(
     Args:
         hf_dir: config.json and weights of a supported family.
         tp, pp: tensor and pipeline ranks, started on this machine.
+        ep: ranks that divide the experts of a layer; None = the tensor ranks.
         sequence: Megatron's sequence parallelism over the tensor ranks.
         note: called with a line of text before each part.
 
@@ -64,20 +78,21 @@ def verify_hf(
     if weights.source.renaming:
         note(f"tensor names are read {weights.source.renaming}")
     core = weights.model.core
-    check_layout(core.shape(), tp, pp, names=("--tp", "--pp"))
+    check_layout(core.shape(), tp, pp, names=(NAMES.tensor, NAMES.pipeline))
+    parallel, data = _with_experts(ParallelSection(tensor=tp, pipeline=pp, sequence=sequence), ep, core.shape())
     inputs, not_reached = core.probes(tp if sequence else 1)
     _preload()
     from megatron_ds.verify.ours import run_rank
 
-    parallel = ParallelSection(tensor=tp, pipeline=pp, sequence=sequence)
+    world_size = tp * pp * data
     with tempfile.TemporaryDirectory(prefix="megatron_ds-verify-") as folder:
         results = Path(folder)
         note("transformers: outputs, loss and gradients")
         (losses,) = run_local(
             lambda info: run_reference(directory, weights.model, inputs, results, weights.state_dict()), 1
         )
-        note(f"megatron_ds on {tp * pp} ranks: outputs, loss and gradients")
-        ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), tp * pp)
+        note(f"megatron_ds on {world_size} ranks: outputs, loss and gradients")
+        ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), world_size)
         note("round trip: every tensor through the tables and back")
         (round_trip,) = run_local(lambda info: check_round_trip(weights, directory, results / "rewritten"), 1)
     return Report(
@@ -87,10 +102,31 @@ def verify_hf(
         tp=tp,
         pp=pp,
         sequence=sequence,
+        dp=data,
+        ep=ep,
         inputs=[merge(probe, loss, found) for probe, loss, found in zip(inputs, losses, zip(*ranks))],
         round_trip=round_trip,
         not_reached=not_reached,
     )
+
+
+def _with_experts(parallel: ParallelSection, ep: int | None, shape: ModelShape) -> tuple[ParallelSection, int]:
+    """Return the layout with expert ranks, and the number of data ranks that these need.
+
+    Raises:
+        ConfigError: expert ranks are given, and the model has no experts.
+        TopologyError: the experts cannot be divided.
+    """
+    if not shape.num_experts:
+        if ep not in (None, 1):
+            raise ConfigError(f"{NAMES.expert}={ep} is for mixtures of experts, and this model has none; remove it")
+        return parallel, 1
+    if ep is not None and ep < 1:
+        raise TopologyError(f"{NAMES.expert}={ep} is less than one rank; nearest: 1")
+    parallel = parallel.model_copy(update={"expert": ep})
+    data = ep // gcd(ep, parallel.tensor) if ep is not None else 1
+    check_expert_layout(parallel, shape, data, NAMES)
+    return parallel, data
 
 
 def _preload() -> None:
@@ -111,11 +147,21 @@ def merge(probe: Probe, reference: ReferenceLoss, ranks: Sequence[Findings]) -> 
         batch=batch,
         length=length,
         decoder_length=decoder_ids.shape[1] if decoder_ids is not None else None,
-        outputs={name: found for rank in ranks for name, found in rank.outputs.items()},
-        loss=max(losses, key=lambda found: found.relative),
-        hidden={name: found for rank in ranks for name, found in rank.hidden.items()},
-        gradients={name: found for rank in ranks for name, found in rank.gradients.items()},
+        outputs=_worst(rank.outputs for rank in ranks),
+        loss=max(losses, key=relative_error),
+        hidden=_worst(rank.hidden for rank in ranks),
+        gradients=_worst(rank.gradients for rank in ranks),
+        other_experts={name: found for rank in ranks for name, found in rank.other_experts.items()},
     )
+
+
+def _worst(ranks: Iterable[Mapping[str, Difference]]) -> dict[str, Difference]:
+    """Return the largest difference by name; data ranks have the same names."""
+    found: dict[str, Difference] = {}
+    for rank in ranks:
+        for name, one in rank.items():
+            found[name] = max(one, found.get(name, one), key=relative_error)
+    return found
 
 
 def check_round_trip(weights: HFWeights, directory: Path, target: Path) -> RoundTrip:

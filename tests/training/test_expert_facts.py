@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import EngineConfig, RunConfig
 from megatron_ds.data import Dataset
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.models.context import BuildContext
@@ -92,12 +92,15 @@ def shape_params(resolved: ResolvedRun) -> list[int]:
 def test_the_layout_of_experts(make_run: Callable[..., RunConfig]) -> None:
     mixtral, glm = (resolved_run(make_run, one)[0].hf.core for one in (MIXTRAL, GLM))
     dense = resolved_run(make_run, MODEL)[0].hf.core
-    assert describe_experts(dense, 1, Layout()) == ""
-    assert describe_experts(mixtral, 1, Layout(pipeline=2)) == "4 in each of 2 layers, 2 per token"
-    assert describe_experts(glm, 4, Layout(tensor=2, pipeline=2, data=4)) == (
-        "8 in 2 of 3 layers, 2 per token; ep 4: 2 per rank, 2 copies"
+    plain, balanced = EngineConfig(), EngineConfig(moe_aux_loss=0.01, moe_bias_rate=1e-3)
+    assert describe_experts(dense, plain, 1, Layout()) == ""
+    alone = describe_experts(mixtral, plain, 1, Layout(pipeline=2))
+    assert alone == "4 in each of 2 layers, 2 per token; balance: none"
+    assert describe_experts(glm, balanced, 4, Layout(tensor=2, pipeline=2, data=4)) == (
+        "8 in 2 of 3 layers, 2 per token; ep 4: 2 per rank, 2 copies; balance: aux loss 0.01, bias rate 0.001"
     )
-    assert describe_experts(mixtral, 2, Layout(tensor=2)) == "4 in each of 2 layers, 2 per token; ep 2: 2 per rank"
+    divided = describe_experts(mixtral, plain, 2, Layout(tensor=2))
+    assert divided == "4 in each of 2 layers, 2 per token; ep 2: 2 per rank; balance: none"
 
 
 def test_stages_are_balanced_by_the_experts_that_run(make_run: Callable[..., RunConfig]) -> None:
