@@ -39,8 +39,8 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     from megatron_ds.training.statement import describe_run
 
     config = load_run(path, overrides)
-    world_size = config.parallel.tensor * config.parallel.pipeline
-    resolved, data, valid = open_data(resolve_run(config, world_size, "cuda"))  # any device: nothing is computed
+    least = config.parallel.least_ranks
+    resolved, data, valid = open_data(resolve_run(config, least, "cuda"))  # any device: nothing is computed
     config = resolved.run
     section = config.train
     shuffle = config.data.shuffle and not data.ordered

@@ -90,9 +90,10 @@ def _check_division(parallel: ParallelSection, num_experts: int, ranks: int, nam
     if num_experts % size:
         given = f"{names.expert}={size}" if parallel.expert else f"{names.tensor}={size}, which divides experts too,"
         raise TopologyError(f"{given} does not divide the model's {num_experts} experts; {fix}")
+    of_stage = f"{ranks} rank{'s' if ranks > 1 else ''} of a pipeline stage"
     raise TopologyError(
-        f"{names.expert}={size} does not divide the {ranks} ranks of a pipeline stage ({names.tensor}="
-        f"{parallel.tensor} * {ranks // parallel.tensor} data ranks); {fix}"
+        f"{names.expert}={size} does not divide the {of_stage} ({names.tensor}={parallel.tensor} * "
+        f"{ranks // parallel.tensor} data ranks); {fix}"
     )
 
 

@@ -126,6 +126,12 @@ class ParallelSection(Section):
     sequence: bool = False
     shared_memory: bool = False
 
+    @property
+    def least_ranks(self) -> int:
+        """The smallest number of ranks with these degrees. Expert ranks take data ranks if tensor ranks are too few."""
+        expert = self.expert or 1
+        return self.tensor * self.pipeline * (expert // math.gcd(expert, self.tensor))
+
 
 class OptimizerSection(Section):
     """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too.

@@ -6,7 +6,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +83,7 @@ def verify_hf(
     _preload()
     from megatron_ds.verify.ours import run_rank
 
-    world_size = tp * pp * data
+    world_size = parallel.least_ranks
     with tempfile.TemporaryDirectory(prefix="megatron_ds-verify-") as folder:
         results = Path(folder)
         note("transformers: outputs, loss and gradients")
@@ -124,7 +123,7 @@ def _with_experts(parallel: ParallelSection, ep: int | None, shape: ModelShape) 
     if ep is not None and ep < 1:
         raise TopologyError(f"{NAMES.expert}={ep} is less than one rank; nearest: 1")
     parallel = parallel.model_copy(update={"expert": ep})
-    data = ep // gcd(ep, parallel.tensor) if ep is not None else 1
+    data = parallel.least_ranks // (parallel.tensor * parallel.pipeline)
     check_expert_layout(parallel, shape, data, NAMES)
     return parallel, data
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_ds.config import EngineConfig, RunConfig
+from megatron_ds.config import EngineConfig, ParallelSection, RunConfig
 from megatron_ds.data import Dataset
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.models.context import BuildContext
@@ -101,6 +101,13 @@ def test_the_layout_of_experts(make_run: Callable[..., RunConfig]) -> None:
     )
     divided = describe_experts(mixtral, plain, 2, Layout(tensor=2))
     assert divided == "4 in each of 2 layers, 2 per token; ep 2: 2 per rank; balance: none"
+
+
+def test_expert_ranks_take_data_ranks_where_tensor_ranks_are_too_few(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(model={"config": MIXTRAL}, parallel={"tensor": 1, "pipeline": 2, "expert": 4})
+    assert run.parallel.least_ranks == 8 and ParallelSection(tensor=2, expert=4).least_ranks == 4
+    assert ParallelSection(tensor=4, expert=2).least_ranks == ParallelSection(tensor=4).least_ranks == 4
+    assert resolve_run(run, run.parallel.least_ranks, "cpu").plan.layout.data == 4, "as inspect RUN.yaml resolves it"
 
 
 def test_stages_are_balanced_by_the_experts_that_run(make_run: Callable[..., RunConfig]) -> None:
