@@ -17,6 +17,7 @@ from bench.gpu import driver, page, report
 from bench.gpu.commands import Command
 from bench.gpu.fast import targets
 from bench.gpu.fast.targets import LLAMA, OURS, PACKED, TARGETS, THEIRS
+from bench.gpu.fast.weights import draw, fill
 from bench.gpu.host_waits import host_waits
 from bench.gpu.judgement import MET, MISSED, NOT_MEASURED, Figure, Target, judge
 from bench.gpu.part import Part
@@ -101,6 +102,23 @@ def test_tiny_contestants_do_the_same_work(tmp_path: Path) -> None:
     assert ours["ok"] and packed["ok"] and theirs["ok"], theirs
     assert abs(ours["first_loss"] - theirs["first_loss"]) < 1e-3, "they begin with the same weights"
     assert ours["tokens_s"] > 0 and ours["tflops"] > 0 and packed["first_loss"] != ours["first_loss"]
+
+
+def test_experts_are_drawn_by_the_names_that_files_have() -> None:
+    """transformers has all experts of a layer in one parameter, a file has a tensor for each."""
+    expert, model = "model.layers.0.mlp.experts.1", torch.nn.Module()
+    model.add_module("model", torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Module()])}))
+    experts = torch.nn.Module()
+    experts.register_parameter("gate_up_proj", torch.nn.Parameter(torch.empty(2, 6, 4)))
+    experts.register_parameter("down_proj", torch.nn.Parameter(torch.empty(2, 4, 3)))
+    model.get_submodule("model.layers.0").add_module("mlp", torch.nn.ModuleDict({"experts": experts}))
+    fill(model)
+    drawn = {
+        name: draw(f"{expert}.{name}.weight", shape, torch.float32, torch.device("cpu"))
+        for name, shape in {"gate_proj": (3, 4), "up_proj": (3, 4), "down_proj": (4, 3)}.items()
+    }
+    assert torch.equal(experts.get_parameter("gate_up_proj")[1], torch.cat([drawn["gate_proj"], drawn["up_proj"]]))
+    assert torch.equal(experts.get_parameter("down_proj")[1], drawn["down_proj"])
 
 
 def test_parts_without_time_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

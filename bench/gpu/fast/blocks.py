@@ -1,12 +1,15 @@
 """Blocks alone, forward and backward: four layers of an 8 B Llama, ours and transformers', and Gemma 2's layers.
 
+`experts.py` measures layers with experts in the same way.
+
 `python -m bench.gpu.fast.blocks llama|gemma`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -37,6 +40,9 @@ from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.context import BuildContext
 
 SAME_OUTPUT = 3e-2  # relative L2 difference of outputs and gradients in bf16 after a few layers
+
+CLASSES = {"llama": "Llama", "qwen3_moe": "Qwen3Moe"}
+"""How transformers' classes of a model type begin."""
 
 Blocks = Sequence[nn.Module]
 Run = Callable[[], tuple[Tensor, Tensor]]
@@ -85,19 +91,26 @@ def run_of_ours(blocks: Blocks, work: Work) -> Run:
     return run
 
 
-def run_of_theirs(work: Work, *, compiled: bool = False) -> Run:
-    """Return a run of transformers' Llama layers with the same weights; compiled, each layer is a graph."""
-    from transformers import AutoConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+def run_of_theirs(work: Work, *, compiled: bool = False, experts: str = "eager") -> Run:
+    """Return a run of transformers' layers with the same weights.
 
-    fields = {name: value for name, value in work.model.items() if name != "model_type"}
-    config: Any = AutoConfig.for_model("llama", **fields)
-    config._attn_implementation = "sdpa"
+    Args:
+        work: the model, whose type is in `CLASSES`, and its input.
+        compiled: each layer is a graph.
+        experts: how transformers computes experts.
+    """
+    from transformers import AutoConfig
+
+    fields, kind = dict(work.model), work.model["model_type"]
+    config: Any = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config._attn_implementation, config._experts_implementation = "sdpa", experts
+    module = import_module(f"transformers.models.{kind}.modeling_{kind}")
+    make_layer, make_rotary = (getattr(module, CLASSES[kind] + end) for end in ("DecoderLayer", "RotaryEmbedding"))
     hidden, gradient = (one.transpose(0, 1).contiguous() for one in inputs(work))
     model = nn.Module()
     with torch_device():
-        layers = [LlamaDecoderLayer(config, number) for number in range(config.num_hidden_layers)]
-        rotary = LlamaRotaryEmbedding(config)
+        layers = [make_layer(config, number) for number in range(config.num_hidden_layers)]
+        rotary = make_rotary(config)
     model.add_module("model", nn.ModuleDict({"layers": nn.ModuleList(layers)}))
     fill(model.to(torch.bfloat16))
     turned = rotary(hidden, torch.arange(work.seq_length, device=hidden.device)[None])
@@ -131,29 +144,41 @@ def difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> fl
 def llama() -> None:
     """Measure our layers and transformers', eager and compiled, on the same weights."""
     model = read_model(BLOCKS.model)
-    flops = BLOCKS.tokens * block_flops_per_token(model, BLOCKS.seq_length)
     contestants: dict[str, Callable[[], Run]] = {
         THEIRS: lambda: run_of_theirs(BLOCKS),
         OURS: lambda: run_of_ours(build_ours(model), BLOCKS),
         COMPILED: lambda: run_of_ours(build_ours(model, compiled=True), BLOCKS),
         THEIRS_COMPILED: lambda: run_of_theirs(BLOCKS, compiled=True),
     }
+    compete(LLAMA_BLOCKS, BLOCKS, contestants, SAME_OUTPUT)
+
+
+def compete(section: str, work: Work, contestants: Mapping[str, Callable[[], Run]], bound: float) -> None:
+    """Measure contestants one after the other, each of which is built for its turn, and profile ours.
+
+    Args:
+        section: the section of their results.
+        work: the model and its input.
+        contestants: by name.
+        bound: largest difference from the results of the first.
+    """
+    flops = work.tokens * block_flops_per_token(read_model(work.model), work.seq_length)
     expected: list[tuple[Tensor, Tensor]] = []
 
-    def compete(name: str) -> None:
+    def take_turn(name: str) -> None:
         run = contestants[name]()
         results = run()
         if not expected:
             expected.append(results)
         off = difference(results, expected[0])
         del results
-        facts = {"tokens": BLOCKS.tokens, "flops": flops, "off": float(f"{off:.3g}")}
-        measure_runs(LLAMA_BLOCKS, name, run, ok=off <= SAME_OUTPUT, **facts)  # type: ignore[arg-type]
+        facts = {"tokens": work.tokens, "flops": flops, "off": float(f"{off:.3g}")}
+        measure_runs(section, name, run, ok=off <= bound, **facts)  # type: ignore[arg-type]
         if name.startswith("ours"):
-            guarded("profile", f"{LLAMA_BLOCKS}, {name}", lambda: profile(f"{LLAMA_BLOCKS}, {name}", run))
+            guarded("profile", f"{section}, {name}", lambda: profile(f"{section}, {name}", run))
 
     for name in contestants:
-        guarded(LLAMA_BLOCKS, name, lambda name=name: compete(name))  # type: ignore[misc]
+        guarded(section, name, lambda name=name: take_turn(name))  # type: ignore[misc]
         torch._dynamo.reset()  # its caches keep the weights of compiled layers
         release_memory()
 

@@ -63,6 +63,7 @@ def block_flops_per_token(model: HFModel, seq_length: int) -> float:
     """Return the FLOPs of one position in the blocks alone, forward and backward; see `flops_per_token`."""
     rows = {name: row for name, row in model.table.items() if name.startswith(tuple(model.core.stacks))}
     num_params = sum(prod(row.op.native_shape(model.axis_sizes)) for row in rows.values())
+    num_params -= model.core.num_expert_params_idle
     return sum(stack.flops_per_token(num_params, 0, seq_length) for stack in model.core.stacks.values())
 
 

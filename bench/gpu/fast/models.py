@@ -33,6 +33,25 @@ LLAMA_8B = {
 }
 """The shapes of Llama 3 8B, with 4 of its 32 layers."""
 
+QWEN3_MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+"""The shapes of Qwen3-30B-A3B, with 4 of its 48 layers."""
+
 GEMMA_2: dict[str, Any] = {
     "model_type": "gemma2",
     "vocab_size": 256_000,
@@ -92,6 +111,7 @@ def work(model: dict[str, Any], batch: int, seq_length: int, *, recompute: bool 
 
 LLAMA = work(LLAMA_1B, 2, 4096)
 BLOCKS = work(LLAMA_8B, 2, 4096)
+EXPERTS = work(QWEN3_MOE, 2, 4096)
 GEMMA = work(GEMMA_2, 1, 8192)
 LONG = work(LLAMA_1B, 1, 32_768, recompute=True)
 ADAPTERS = work({**LLAMA_8B, "num_hidden_layers": 8}, 2, 4096)

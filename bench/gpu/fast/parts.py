@@ -18,6 +18,7 @@ PARTS: tuple[Part, ...] = (
     train("llama-ours-compiled", "llama", "ours, compiled", 90.0),
     train("llama-transformers-compiled", "llama", "transformers, compiled", 110.0),
     Part("blocks", "bench.gpu.fast.blocks", ("llama",), 100.0),
+    Part("experts", "bench.gpu.fast.experts", limit_s=80.0),
     Part("head", "bench.gpu.fast.head", limit_s=40.0),
     Part("gemma", "bench.gpu.fast.blocks", ("gemma",), 70.0),
     train("long-ours", "long", "ours", 60.0),

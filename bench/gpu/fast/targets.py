@@ -11,6 +11,9 @@ LORA = "LoRA on 8 layers of an 8 B Llama, 2 x 4,096 tokens"
 BERT = "BERT large, 32 x 512 tokens"
 LLAMA_BLOCKS = "4 layers of an 8 B Llama, 2 x 4,096 tokens, forward and backward"
 GEMMA_BLOCKS = "26 layers of Gemma 2 2B, 8,192 tokens, forward and backward"
+EXPERT_BLOCKS = "4 layers of Qwen3-30B-A3B, 2 x 4,096 tokens, forward and backward"
+EXPERTS_UP = "gate and up of 128 experts of Qwen3-30B-A3B, forward and both gradients"
+EXPERTS_DOWN = "down of 128 experts of Qwen3-30B-A3B, forward and both gradients"
 HEAD = "head and loss of an 8 B Llama, 8,192 tokens, vocabulary 128,256"
 SMALL_HEAD = "head and loss of the 1.2 B Llama, 8,192 tokens, vocabulary 128,256"
 SAVING = "saving a Llama of 0.5 B parameters, ZeRO-1"
@@ -23,6 +26,8 @@ DEEPSPEED = "DeepSpeed + transformers"
 PACKED = "ours, 8 documents in a sequence"
 CAPPED, UNCAPPED = "ours, with the cap", "ours, without the cap"
 PRODUCTS = "its three products alone"
+THEIRS_GROUPED = "transformers, grouped_mm"
+GROUPED, DENSE = "ours, 128 groups", "one dense product of the same FLOPs"
 SYNCHRONOUS, LATER = "synchronous", "asynchronous, a later one"
 
 
@@ -40,6 +45,23 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("1.2 B Llama: MFU", 0.5, True, _ours(LLAMA, "mfu"), percent=True),
     Target("4 layers of an 8 B, forward and backward: MFU", 0.6, True, _ours(LLAMA_BLOCKS, "mfu"), percent=True),
+    Target(
+        "4 layers of Qwen3-30B-A3B, forward and backward: tokens/s relative to transformers with grouped_mm",
+        1.1,
+        True,
+        (Figure(EXPERT_BLOCKS, OURS, "tokens_s"),),
+        (Figure(EXPERT_BLOCKS, THEIRS_GROUPED, "tokens_s"),),
+    ),
+    *(
+        Target(
+            f"{section}: TFLOP/s relative to {DENSE}",
+            0.7,
+            True,
+            (Figure(section, GROUPED, "tflops"),),
+            (Figure(section, DENSE, "tflops"),),
+        )
+        for section in (EXPERTS_UP, EXPERTS_DOWN)
+    ),
     *(
         Target(
             f"{section}: time relative to its three products",

@@ -37,7 +37,23 @@ def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 def fill(model: nn.Module) -> None:
     """Fill a transformers model with the weights of its parameters' names."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(draw(name, tuple(parameter.shape), parameter.dtype, parameter.device))
+        for number, of_expert in enumerate(parameter if _has_all_experts(name, parameter) else ()):
+            _fill_expert(name, number, of_expert)
+        if not _has_all_experts(name, parameter):
+            parameter.copy_(draw(name, tuple(parameter.shape), parameter.dtype, parameter.device))
+
+
+def _has_all_experts(name: str, parameter: Tensor) -> bool:
+    """Return whether transformers has the matrices of all experts in a parameter. Files have one tensor for each."""
+    return ".experts." in name and parameter.dim() == 3
+
+
+def _fill_expert(name: str, number: int, matrix: Tensor) -> None:
+    """Fill an expert's part of a parameter, which may have two projections, with the weights of their names."""
+    prefix, _, last = name.rpartition(".")
+    projections = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+    for projection, part in zip(projections, matrix.chunk(len(projections))):
+        part.copy_(draw(f"{prefix}.{number}.{projection}.weight", tuple(part.shape), part.dtype, part.device))
 
 
 class DrawnWeights:
