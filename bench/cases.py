@@ -51,6 +51,8 @@ T5 = {
 MIXTRAL = {
     **LLAMA,
     "model_type": "mixtral",
+    "vocab_size": 8192,
+    "num_hidden_layers": 4,  # nine processes of a case share the memory of a small machine
     "intermediate_size": 704,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
