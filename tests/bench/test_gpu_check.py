@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from bench.gpu.commands import COMMANDS
@@ -87,7 +88,7 @@ def test_a_wrong_kernel_is_a_row_and_is_not_used_by_the_other_parts(tmp_path: Pa
 
 def _runs(folder: Path) -> Any:
     file = begin(folder)
-    from bench.gpu.right import layouts, matrix, reference
+    from bench.gpu.right import experts, layouts, matrix, reference
 
     reference.main()
     matrix.main("bf16", "zero2 offload")
@@ -95,6 +96,7 @@ def _runs(folder: Path) -> Any:
     matrix.BOUNDS["fp32"] = -1.0
     matrix.main("fp32", "zero1")
     layouts.main("tp2 sequence")
+    experts._losses("experts", experts.SETTINGS["fp32 zero0"])
     return rows_of(file)
 
 
@@ -104,6 +106,27 @@ def test_runs_are_held_against_the_reference(tmp_path: Path) -> None:
     assert rows["fp16 zero1"]["ok"] is None and "no fp16" in rows["fp16 zero1"]["skipped"]
     assert rows["fp32 zero1"]["ok"] is False and rows["fp32 zero1"]["applied"] == 4
     assert rows["tp2 sequence"]["ok"] and rows["tp2 sequence"]["staged_calls"] > 100
+    assert rows["experts"]["ok"] and rows["experts"]["difference"] < 1e-5
+
+
+def _products(folder: Path) -> Any:
+    file = begin(folder)
+    from bench.gpu.right import experts
+
+    def misplaced(x: Tensor, groups: Any, *others: Tensor) -> Tensor:
+        return right(x, experts.Groups(groups.counts.flip(0)), *others)
+
+    right = experts.grouped_linear
+    experts._products("right", torch.bfloat16, 2e-2, True)
+    experts.grouped_linear = misplaced
+    experts._products("wrong", torch.float32, 1e-5, False)
+    return rows_of(file)
+
+
+def test_products_of_the_wrong_rows_are_a_row_that_says_so(tmp_path: Path) -> None:
+    rows = run_alone(_products, tmp_path)
+    assert rows["right"]["ok"] and 1e-3 < rows["right"]["uneven"] < 1e-2, "bf16 was held against fp32"
+    assert rows["wrong"]["ok"] is False and rows["wrong"]["uneven"] > 0.1 and rows["wrong"]["even"] == 0
 
 
 def _failures(folder: Path) -> Any:

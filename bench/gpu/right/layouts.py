@@ -50,10 +50,11 @@ def main(*names: str) -> None:
     record("layouts", "one rank", None, loss=round(alone[False].losses[-1], 5), ms=alone[False].ms)
     for name in names or LAYOUTS:
         setting = LAYOUTS[name]
-        guarded("layouts", name, partial(_run, name, setting, alone[setting.packed]))
+        guarded("layouts", name, partial(compare, name, setting, alone[setting.packed]))
 
 
-def _run(name: str, setting: Setting, alone: Outcome) -> None:
+def compare(name: str, setting: Setting, alone: Outcome) -> None:
+    """Train with several ranks, and record how far losses and norms are from those of one rank."""
     if setting.precision == "fp16" and DEVICE == "cpu":
         record("layouts", name, None, skipped="DeepSpeed has no fp16 on CPUs")
         return

@@ -80,7 +80,7 @@ def _run(title: str, setting: Setting) -> None:
         return
     outcome = train(setting, STEPS)
     rounding = "tf32" if setting.devices.tf32 else setting.precision
-    off = largest_difference(outcome.losses, list(reference_losses(setting.packed, STEPS)))
+    off = largest_difference(outcome.losses, list(reference_losses("packed" if setting.packed else "plain", STEPS)))
     finite = all(map(math.isfinite, [*outcome.losses, *outcome.norms]))
     right = finite and off < BOUNDS[rounding] and outcome.applied == STEPS and outcome.device.startswith(DEVICE)
     record(

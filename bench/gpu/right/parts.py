@@ -22,6 +22,7 @@ PARTS: tuple[Part, ...] = (
     _beside("compiled", 240.0, "matrix", "compiled"),
     _beside("compiled-more", 240.0, "matrix", "compiled-more"),
     _beside("layouts", 240.0),
+    _beside("experts", 240.0),
     _beside("nccl", 100.0),
     _beside("resume", 200.0),
     _beside("command", 200.0),

@@ -1,4 +1,4 @@
-"""A few training steps of a small Llama in forked ranks, with settings as a user would write them."""
+"""A few training steps of a small Llama or mixture of experts in forked ranks, with settings as a user writes them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ MODEL: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+EXPERTS: dict[str, Any] = {
+    **MODEL,
+    "model_type": "qwen3_moe",
+    "head_dim": pick(32, 16),
+    "moe_intermediate_size": pick(192, 32),
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
 SEQ = pick(128, 32)
 BATCH, MICRO_BATCH = 8, 2
 BATCHES = 2  # global batches, in turn: few, so that the loss falls
@@ -49,6 +59,7 @@ class Setting:
         packed: several documents per sequence.
         ranks: number of ranks, all on one device.
         devices: settings of the device.
+        experts: train the mixture of experts instead of the Llama.
     """
 
     precision: str = "fp32"
@@ -58,6 +69,7 @@ class Setting:
     packed: bool = False
     ranks: int = 1
     devices: DeviceSettings = DEFAULT_SETTINGS
+    experts: bool = False
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of its `EngineConfig`."""
@@ -108,7 +120,7 @@ def train(setting: Setting, steps: int, timeout_s: float = 150.0) -> Outcome:
 def build(info: RankInfo, setting: Setting, timeout_s: float = 120.0) -> ModelEngine:
     """Join the process group and build this rank's engine."""
     device = start_distributed(info, timeout_s=timeout_s, settings=setting.devices)
-    return Session(info, device).build_engine(load_model(MODEL), **setting.fields())
+    return Session(info, device).build_engine(load_model(EXPERTS if setting.experts else MODEL), **setting.fields())
 
 
 def global_batch(step: int, packed: bool = False) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ SETTINGS = {
     "bf16 zero1, 1 micro-batch": Setting("bf16", 1, engine={"micro_batch_size": BATCH}),
     "bf16 zero1, 4 micro-batches": Setting("bf16", 1, engine={"micro_batch_size": BATCH // 4}),
     "bf16 zero1, packed": Setting("bf16", 1, packed=True),
+    "bf16 zero1, experts": Setting("bf16", 1, experts=True),
     "bf16 zero3": Setting("bf16", 3),
     "fp16 zero1": Setting("fp16", 1),
     "fp32 zero0": Setting("fp32", 0),
