@@ -124,7 +124,7 @@ class Packed4:
         found = torch.empty(*exponents.shape, 2 * _BYTES_IN_BLOCK, dtype=torch.bfloat16)
         for expert, one in enumerate(blocks):  # one at a time, because the indices take four bytes each
             values = pairs.index_select(0, one.flatten().int()).view(found.shape[1:])
-            powers = torch.ldexp(torch.ones(()), exponents[expert].int() - _BIAS).bfloat16()
+            powers = torch.ldexp(torch.ones(exponents.shape[1:]), exponents[expert].int() - _BIAS).bfloat16()
             torch.mul(values, powers.unsqueeze(-1), out=found[expert])
         return found.flatten(2).transpose(1, 2)
 

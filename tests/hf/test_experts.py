@@ -19,6 +19,7 @@ from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.grid import Axis
+from megatron_ds.verify import verify_hf
 from tests.hf.models import changed, hashes, opened
 from tests.made_once import MakeOnce
 from tests.parity.family_cases import MOE_CASES
@@ -63,6 +64,12 @@ def test_both_forms_are_read_and_written_as_they_are(case: str, experts: Path, t
     one, other = opened(plain), opened(memory)
     assert one.model.core == other.model.core and one.model.table.keys() == other.model.table.keys()
     assert all(torch.equal(one.full(name), other.full(name)) for name in one.model.table)
+
+
+def test_the_form_in_memory_equals_transformers(experts: Path) -> None:
+    """Outputs and gradients on two ranks, each with half of the experts."""
+    report = verify_hf(experts / "mixtral-four-experts" / "memory", tp=2)
+    assert report.ok and report.round_trip.left_out == []
 
 
 @pytest.mark.parametrize("case", SHARDED)
