@@ -9,6 +9,7 @@ import torch
 
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.moe import grouped
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
 from tests.parity.alone_batches import Batch, make_batch
@@ -23,7 +24,11 @@ OPTIONS = ("gemma2-caps", "mistral", "llama-yarn", "phi3-longrope-beyond")
 def run_on_meta(case: str) -> None:
     """Run a model without values on plain, padded and, if it is a decoder, packed columns."""
     core = read_model(dict(ALL_CONFIGS[case])).core
-    model = SequentialModel(core.build_layers()).eval().to(META)
+    if getattr(core, "moe", None) is None:
+        model = SequentialModel(core.build_layers()).eval().to(META)
+    else:  # as the engine builds it, on its device, and in the type in which a GPU has grouped products
+        with META:
+            model = SequentialModel(core.build_layers()).eval().bfloat16()
     batches = [make_batch(core, padded=padded) for padded in (False, True)]
     if isinstance(core, DecoderConfig):
         columns = packed(draw_rows(3, 0))
@@ -35,7 +40,9 @@ def run_on_meta(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", sorted({*FIRST_CASES.values(), *OPTIONS}))
-def test_nothing_stays_on_the_cpu_or_waits_for_the_device(case: str) -> None:
+def test_nothing_stays_on_the_cpu_or_waits_for_the_device(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the grouped products of a GPU: a loop over experts, as on a CPU, needs their numbers of rows on the host."""
+    monkeypatch.setattr(grouped, "_has_grouped_product", lambda left, right: left.dtype == torch.bfloat16)
     run_on_meta(case)
 
 
@@ -43,8 +50,8 @@ def test_nothing_stays_on_the_cpu_or_waits_for_the_device(case: str) -> None:
 def test_a_trap_is_seen(trap: str, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = MLP.forward
 
-    def trapped(self: MLP, x: torch.Tensor) -> torch.Tensor:
-        y = forward(self, x)
+    def trapped(self: MLP, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = forward(self, x, mask)
         return y * torch.ones(y.shape[-1]) if trap == "mixed" else y * y.amax().item()
 
     monkeypatch.setattr(MLP, "forward", trapped)
