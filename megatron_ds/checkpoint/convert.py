@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_ds.checkpoint.directory import (
@@ -28,7 +27,6 @@ from megatron_ds.checkpoint.masters import compare_with_master
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.state_keys import MASTER
-from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import CheckpointError, ConfigError, ConversionError
@@ -186,12 +184,7 @@ def _export_adapters(
 
 def _master(reader: StateReader, part: Part, weight: Tensor) -> Tensor:
     """Return the fp32 master of a parameter, or of one expert of it; it must round to the weight."""
-    shape = tuple(weight.shape)
-    wanted = full_slice(shape)
-    if part.expert is not None:
-        wanted = TensorSlice((part.expert, *wanted.start), (1, *shape))
-    master = torch.empty(shape, dtype=torch.float32)
-    reader.read(MASTER, part.name, wanted, master.view(wanted.shape))
+    master = reader.read_part(MASTER, part, tuple(weight.shape))
     compare_with_master(reader, part.name, weight, master)
     return master
 

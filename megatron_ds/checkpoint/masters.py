@@ -7,7 +7,9 @@ master of another parameter: it looks complete, but a resumed run or an export w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.state_keys import MASTER
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import read_model
+from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.reader import AdapterReader
@@ -41,13 +44,13 @@ def check_masters(reader: StateReader, *, sampled: bool) -> None:
         CheckpointError: a master does not round to its weight.
         ConversionError: the weights cannot be read.
     """
-    read_weight = _weight_reader(reader.directory)
-    if read_weight is None:
+    weights = _open_weights(reader.directory)
+    if weights is None:
         return
-    names = [name for name in reader.progress.trained if reader.has(MASTER, name)]
-    for name in _sample(reader, names) if sampled else names:
-        weight = read_weight(name)
-        compare_with_master(reader, name, weight, reader.read_full(MASTER, name, tuple(weight.shape)))
+    parts = [weights.parts_of(name) for name in reader.progress.trained if reader.has(MASTER, name)]
+    for part in _sample(reader, parts) if sampled else chain.from_iterable(parts):
+        weight = weights.read(part)
+        compare_with_master(reader, part.name, weight, reader.read_part(MASTER, part, tuple(weight.shape)))
 
 
 def compare_with_master(reader: StateReader, name: str, weight: Tensor, master: Tensor) -> None:
@@ -66,17 +69,37 @@ def compare_with_master(reader: StateReader, name: str, weight: Tensor, master: 
     )
 
 
-def _weight_reader(checkpoint: Path) -> Callable[[str], Tensor] | None:
-    """Return a function from a native name to the full parameter; None for adapters whose base model is elsewhere."""
+class _Weights(NamedTuple):
+    """The weights of a checkpoint.
+
+    Attributes:
+        parts_of: native name -> its parts that are read one by one.
+        read: such a part -> its full tensor.
+    """
+
+    parts_of: Callable[[str], list[Part]]
+    read: Callable[[Part], Tensor]
+
+
+def _open_weights(checkpoint: Path) -> _Weights | None:
+    """Open the weights of a checkpoint; None for adapters whose base model is elsewhere."""
     if not (checkpoint / ADAPTER_CONFIG).is_file():
-        return HFWeights(checkpoint, read_model(checkpoint)).full
+        weights = HFWeights(checkpoint, read_model(checkpoint))
+        return _Weights(lambda name: weights.model.table[name].parts, weights.part)
     base = named_base(checkpoint)
     if not isinstance(base, str) or not Path(base, "config.json").is_file():
         return None
-    return AdapterReader(checkpoint, read_adapters(checkpoint, HFWeights(base, read_model(base)).model, base)).full
+    adapters = AdapterReader(checkpoint, read_adapters(checkpoint, HFWeights(base, read_model(base)).model, base))
+    return _Weights(lambda name: [Part(name)], lambda part: adapters.full(part.name))
 
 
-def _sample(reader: StateReader, names: list[str]) -> Iterator[str]:
-    """Yield a few names, evenly over the model, of parameters that are quickly read."""
-    small = [name for name in names if reader.elements(MASTER, name) <= _SAMPLED_ELEMENTS]
-    yield from small[:: max(1, len(small) // _SAMPLED_PARAMETERS)]
+def _sample(reader: StateReader, parts: list[list[Part]]) -> Iterator[Part]:
+    """Yield a few parts, evenly over the parameters and their experts, that are quickly read.
+
+    Args:
+        reader: of the checkpoint.
+        parts: of each parameter.
+    """
+    small = [own for own in parts if reader.elements(MASTER, own[0].name) <= _SAMPLED_ELEMENTS * len(own)]
+    step = max(1, len(small) // _SAMPLED_PARAMETERS)
+    yield from (own[number % len(own)] for number, own in enumerate(small[::step]))

@@ -16,6 +16,7 @@ from megatron_ds.checkpoint.progress import decode
 from megatron_ds.checkpoint.state_keys import KINDS, STEPS, parse_key
 from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.errors import CheckpointError, ConversionError
+from megatron_ds.hf.family import Part
 from megatron_ds.hf.tensor_files import StoredTensor, read_table
 from megatron_ds.parallel.consensus import gather_objects
 
@@ -132,6 +133,15 @@ class StateReader:
         place = torch.empty(shape, dtype=torch.float32)
         self.read(kind, name, full_slice(shape), place)
         return place
+
+    def read_part(self, kind: str, part: Part, shape: tuple[int, ...]) -> Tensor:
+        """Read the state of a full parameter, or of one expert of it, (shape) fp32."""
+        if part.expert is None:
+            return self.read_full(kind, part.name, shape)
+        wanted = TensorSlice((part.expert, *(0 for _ in shape)), (1, *shape))
+        place = torch.empty(wanted.shape, dtype=torch.float32)
+        self.read(kind, part.name, wanted, place)
+        return place[0]
 
     def elements(self, kind: str, name: str) -> int:
         """Return the number of elements of a kind that there are for a parameter."""

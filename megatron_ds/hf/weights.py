@@ -106,6 +106,10 @@ class HFWeights:
         """
         return self._full(self.model.table[name], place)
 
+    def part(self, part: Part) -> Tensor:
+        """Read one full native parameter, or one expert of it, in its dtype on disk, without padding."""
+        return self._full(self.model.table[part.name].of(part.expert), None)
+
     def _full(self, row: Row, place: Tensor | None) -> Tensor:
         return row.op.read(self._reader(row, ahead=True), self.model.axis_sizes, place=place)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_ds.checkpoint import masters
 from megatron_ds.checkpoint.convert import export_hf
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.load import load_state
@@ -24,6 +25,7 @@ from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.checkpoint.state import optimizer_shards, owned_shards
 from megatron_ds.checkpoint.state_keys import KINDS
+from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights, ToHF
 from megatron_ds.parallel.grid import Grid
@@ -71,8 +73,8 @@ PLACES = {
     "e2-d2-offload": offloaded(_place(1, 2, 1, 2, 1)),
     "t2-e4-z3-offload": offloaded(_place(2, 4, 1, 2, 3)),
 }
-BF16_CHAIN = ("p2-e2", "e2-d4-z3", "t2-e4", "e2-d4-z2-round")
-CHAIN = ("e2-d2", "t2-e4-z3", "p2-t2-e1", "e2-d4-z2-round", "t2-e2", "e2-d4-z3", "p2-e2", "t2-e4-z0", "e4-d4")
+BF16_CHAIN = ("p2-e2", "e2-d4-z3", "t2-e4")
+CHAIN = ("t2-e4-z3", "p2-t2-e1", "e2-d4-z2-round", "t2-e2", "e2-d4-z3", "p2-e2", "t2-e4-z0", "e4-d4", "e2-d2-offload")
 
 
 def _engine(grid: Grid, directory: Path, place: Place, recipe: Recipe, **changes: Any) -> tuple[Any, Any]:
@@ -189,9 +191,10 @@ def test_every_layout_reads_what_every_other_wrote(recipe: Recipe, trained: Any,
 @pytest.mark.parametrize(
     ("name", "recipe", "others"),
     [
-        ("t2-e4", RECIPE, ("e2-d4-z3", "p2-e2")),
-        ("e2-d4-z3", RECIPE, ("t2-e2",)),
-        ("p2-e2", BF16, ("t2-e4-z3",)),
+        ("t2-e4-z3", RECIPE, ("p2-e2",)),
+        ("p2-e2", BF16, ("e2-d4-z2-round",)),
+        pytest.param("t2-e4", RECIPE, ("e2-d4-z3", "p2-t2-e4"), marks=pytest.mark.sweep),
+        pytest.param("e2-d4-z3", RECIPE, ("t2-e2",), marks=pytest.mark.sweep),
         pytest.param("t2-e2", BF16, ("e2-d2",), marks=pytest.mark.sweep),
         pytest.param("t2-e4-z3-offload", RECIPE, ("alone",), marks=pytest.mark.sweep),
         pytest.param("e2-d4-z2-round", BF16, ("p2-t2-e1",), marks=pytest.mark.sweep),
@@ -217,16 +220,31 @@ def test_an_export_rounds_the_masters_but_no_bias(trained: Any, tmp_path: Path) 
     """In bf16 too: transformers keeps the biases of the choice in fp32."""
     checkpoint, _ = trained("p2-e2", BF16)
     weights, reader = HFWeights(checkpoint, read_model(checkpoint)), StateReader(checkpoint)
-    to_hf, masters = ToHF(weights.model), dict[str, torch.Tensor]()
+    to_hf, rounded = ToHF(weights.model), dict[str, torch.Tensor]()
     for name in reader.progress.trained:
         shape = weights.model.table[name].op.native_shape(weights.model.axis_sizes)
-        masters.update(to_hf.add(name, reader.read_full("master", name, shape)))
+        rounded.update(to_hf.add(name, reader.read_full("master", name, shape)))
     on_disk = {name: tensor for file in weights.files for name, tensor in load_file(file).items()}
     for dtype in ("float32", "bfloat16", "float16"):
         export_hf(checkpoint, tmp_path / dtype, dtype)
         found = load_file(tmp_path / dtype / "model.safetensors")
-        assert found.keys() == on_disk.keys() and len(found.keys() - masters.keys()) == 3
+        assert found.keys() == on_disk.keys() and len(found.keys() - rounded.keys()) == 3
         for name, tensor in found.items():
-            wanted = masters[name].to(getattr(torch, dtype)) if name in masters else on_disk[name]
+            wanted = rounded[name].to(getattr(torch, dtype)) if name in rounded else on_disk[name]
             assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
-        assert all(on_disk[name].dtype == torch.float32 for name in found.keys() - masters.keys())
+        assert all(on_disk[name].dtype == torch.float32 for name in found.keys() - rounded.keys())
+
+
+def test_a_sample_of_masters_takes_single_experts(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts of a layer are too large for a sample, so no expert would ever be in it."""
+    checkpoint, _ = trained("p2-e2", BF16)
+    monkeypatch.setattr(masters, "_SAMPLED_ELEMENTS", 2048)
+    monkeypatch.setattr(masters, "_SAMPLED_PARAMETERS", 1000)
+    with monkeypatch.context() as patch:
+        seen = dict[str, tuple[int, ...]]()
+        patch.setattr(masters, "compare_with_master", lambda _, name, weight, master: seen.update({name: master.shape}))
+        check_masters(StateReader(checkpoint), sampled=True)
+    assert {seen[f"blocks.{layer}.mlp.experts.up_weight"] for layer in (1, 2, 3)} == {(2, 16, 32)}
+    monkeypatch.setattr(StateReader, "read_part", lambda self, kind, part, shape: torch.full(shape, 7.0))
+    with pytest.raises(CheckpointError, match="does not round to its bfloat16 weight"):
+        check_masters(StateReader(checkpoint), sampled=True)

@@ -20,7 +20,7 @@ RATE = 0.02
 PLACES = [
     Place(1, 1, 1, 1, expert=1),
     Place(2, 1, 2, 3, True, "full", expert=4),
-    Place(2, 1, 1, 1, expert=1),
+    pytest.param(Place(2, 1, 1, 1, expert=1), marks=pytest.mark.sweep),
     Place(1, 2, 2, 1, recompute="full", expert=2),
 ]
 
