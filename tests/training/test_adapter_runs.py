@@ -182,6 +182,10 @@ def test_a_new_run_begins_with_given_adapters(make_lora: Any, tmp_path: Path) ->
         (["peft=nowhere"], "peft=nowhere does not exist; there is no nowhere in"),
         (["peft=3"], "peft=3 is neither fields of a peft config"),
         (["train.freeze=[model.norm.weight]"], "train.freeze does nothing with peft"),
+        (
+            ["train.moe_bias_rate=1e-3"],
+            "train.moe_bias_rate=0.001 does nothing with peft, which freezes routers; remove it",
+        ),
         (["model.init=random"], "peft needs a model to adapt, and model.init=random has none"),
         (["peft=null", "export={path: x, merge: true}"], "export.merge=true does nothing without peft"),
     ],
