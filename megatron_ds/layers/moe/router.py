@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.moe.shape import RouterShape
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.products import linear
 from megatron_ds.parallel.expert import ExpertParallel
 
 CHOICE_BIAS = "choice_bias"
@@ -71,7 +71,7 @@ class Router(nn.Module):
         if self.shape.fp32:
             tokens, weight = tokens.float(), weight.float()
             bias = bias.float() if bias is not None else None
-        return F.linear(tokens, weight, bias).float()
+        return linear(tokens, weight, bias).float()
 
     def route(self, logits: Tensor) -> Routing:
         """Choose the experts of each token and compute their weights; logits (T, E)."""
