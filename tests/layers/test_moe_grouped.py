@@ -93,6 +93,17 @@ def test_the_way_does_not_depend_on_the_number_of_rows() -> None:
             assert not grouped._has_grouped_product(x.cpu(), wide.cpu())
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_devices_on_which_torch_computes_a_product_for_each_group(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert grouped._is_one_kernel.__wrapped__(torch.device("cuda", 0)) is expected
+
+
 def test_an_operand_at_an_address_that_torchs_product_refuses() -> None:
     """A parameter may lie anywhere in the memory that ZeRO keeps all of them in."""
     with FakeTensorMode():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -134,10 +134,21 @@ def _has_grouped_product(left: Tensor, right: Tensor) -> bool:
 
     The number of rows decides nothing: of each operand, as of its transpose, the widths alone are strides. Groups of
     any size are right in all three products, because none of them divides a contiguous dim of an operand: then torch
-    asserts on the device that sizes are multiples of 16 bytes, and not 0. From compute capability 9.0 on the host waits
-    for nothing; before, torch computes a product for each group, and waits for their sizes.
+    asserts on the device that sizes are multiples of 16 bytes, and not 0.
     """
-    if left.device.type != "cuda" or left.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+    if left.device.type != "cuda" or left.dtype != torch.bfloat16 or not _is_one_kernel(left.device):
         return False
     places = (n for one in (left, right) for n in (one.shape[-1], one.storage_offset()))
     return all(place * left.itemsize % _ALIGNMENT == 0 for place in places)
+
+
+@cache
+def _is_one_kernel(device: torch.device) -> bool:
+    """Return whether torch's grouped product is one kernel on a GPU: on those of compute capability 9 and 10.
+
+    On others torch computes a product for each group, as we do, but fetches the sizes every time.
+    """
+    if not hasattr(F, "grouped_mm"):
+        return False
+    no_device = not torch.cuda.is_available()  # the tensors have no memory
+    return no_device or torch.cuda.get_device_capability(device)[0] in (9, 10)
