@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bench.gpu.host_waits import host_waits
 from megatron_ds.engine import device_type
+from megatron_ds.hf.config import read_model
+from megatron_ds.layers.moe import grouped, padding
 from megatron_ds.models.sequential import OutputHead
 from megatron_ds.parallel.grid import Grid
 from tests.engine.device_waits import NAME, DeviceWaits
@@ -88,6 +90,26 @@ def test_a_step_waits_once(place: Place, recipe: Recipe, references: Any) -> Non
     limit = 1 if place.pp == 1 else 2
     for rank in run_grid(_waits, place.layout, directory, place, recipe):
         assert all(1 <= len(step) <= limit for step in rank[1:]), "\n".join(rank[-1])
+
+
+def _waits_of_experts(grid: Grid, directory: Path, place: Place, by_torch: bool) -> list[list[str]]:
+    """Return the places where steps of a mixture wait: with the product that torch has for a GPU, or with the loop."""
+    if not ON_GPU:
+        padding.DEVICES = ()
+        grouped._has_grouped_product = lambda left, right: by_torch  # type: ignore[assignment]
+    return _waits(grid, directory, place, BF16)
+
+
+def test_experts_on_a_rank_wait_for_nothing_more(references: Any) -> None:
+    """Nor do their routers, whose numbers are read with the loss. The loop of products waits once for each layer."""
+    directory, _ = references("mixtral-four-experts", RECIPE)
+    place = Place(1, 1, 1, 1)
+    ((_, last),) = run_grid(_waits_of_experts, place.layout, directory, place, True)
+    assert len(last) == 1, "\n".join(last)
+    if not ON_GPU:
+        ((_, last),) = run_grid(_waits_of_experts, place.layout, directory, place, False)
+        layers, num_micro_batches = read_model(directory).core.num_layers, 2
+        assert len(last) == 1 + layers * num_micro_batches, "\n".join(last)
 
 
 def test_every_kind_of_wait_is_seen(references: Any) -> None:
