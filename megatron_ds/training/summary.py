@@ -14,13 +14,14 @@ from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.weights import Tables
+from megatron_ds.layers.moe.router import CHOICE_BIAS
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.monitor import RunSummary, peak_flops
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.training.resolve import ResolvedRun
 from megatron_ds.training.statement import describe_run
 
-EXPERTS = "x"  # the axis of a table's row that expert parallelism divides
+EXPERTS = ".mlp.experts."  # in the names of parameters of experts, and of their adapters
 
 
 def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Dataset | None) -> RunSummary:
@@ -67,8 +68,8 @@ def _count(tables: Tables, names: Collection[str], share_of_experts: Fraction = 
     """Return the number of elements of the named native parameters, of those of experts a share."""
     total = Fraction(0)
     for name, row in tables.table.items():
-        if name in names:
-            share = share_of_experts if row.split == EXPERTS else 1
+        if name in names and not name.endswith(f".{CHOICE_BIAS}"):
+            share = share_of_experts if EXPERTS in name else 1
             total += prod(row.op.native_shape(tables.axis_sizes)) * share
     return int(total)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_ds.parallel.grid import Layout
 from megatron_ds.training.datasets import open_split
 from megatron_ds.training.resolve import ResolvedRun, resolve_run
 from megatron_ds.training.summary import describe_experts, flops_per_position, num_active_params
+from tests.ranks import run_alone
 from tests.training.tiny import MODEL
 
 SIZES = {key: MODEL[key] for key in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")}
@@ -81,6 +83,22 @@ def test_of_frozen_experts_those_that_run_save_flops(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MIXTRAL))
     elements = sum(p.numel() for name, p in model.named_parameters() if is_frozen(name))
     assert saved == (2 * elements / 2 if patterns == ["*.experts.*"] else 0), "2 of 4 experts, at 2 FLOPs each"
+
+
+def test_of_adapters_of_experts_those_that_run_count(make_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    run_alone(save_base, tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    run = make_run(model={"path": str(tmp_path / "base"), "config": None}, peft={"r": 2, "lora_alpha": 4, **targets})
+    resolved = resolve_run(run, 1, "cpu")
+    total, idle, _ = count(MIXTRAL)
+    attention = 2 * 2 * (32 + 32)  # layers, rank, inputs and outputs
+    experts = 2 * 4 * 2 * (24 + 32)  # layers, experts, rank, inputs and outputs
+    active = num_active_params(resolved, total + attention + experts)
+    assert active == total - idle + attention + experts // 2
+
+
+def save_base(directory: Path) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**MIXTRAL)).save_pretrained(directory)
 
 
 def shape_params(resolved: ResolvedRun) -> list[int]:
