@@ -13,8 +13,7 @@ from torch import nn
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.adapter_layers import AdaptableWeight
 from megatron_ds.layers.mlp import MLP, MLPShape
-from megatron_ds.layers.moe.layer import MoE
-from megatron_ds.layers.param_spec import spec_of
+from megatron_ds.layers.param_spec import AxisSplit, over_experts, spec_of
 from megatron_ds.models.block import Block
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
@@ -53,16 +52,20 @@ def test_costs_and_parameters_are_those_of_the_built_block(case: str) -> None:
         for name, shape in shapes.items():
             layer = block.get_submodule(name)
             assert shape.cost == matrices(layer, core.expert_share)
-            assert {weight.name for weight in shape.adaptable_weights} == projections(layer) or isinstance(layer, MoE)
+            assert {weight.name for weight in shape.adaptable_weights} == projections(layer)
             for weight in shape.adaptable_weights:
-                split = spec_of(layer.get_parameter(weight.name)).split_over("tensor")
-                assert split is not None and split.dim == split_dim(weight, layer)
+                assert spec_of(layer.get_parameter(weight.name)).splits == splits(weight, layer)
 
 
-def split_dim(weight: AdaptableWeight, layer: nn.Module) -> int:
-    """The dim that the tensor axis divides: the last output dim, or the inputs."""
-    dims = layer.get_parameter(weight.name).dim()
-    return dims - 2 if weight.is_column else dims - 1
+def splits(weight: AdaptableWeight, layer: nn.Module) -> tuple[AxisSplit, ...]:
+    """The last output dim or the inputs are divided over tensor, experts over their ranks, and their router not."""
+    if weight.outputs in (("router",), ("shared_gate",)):
+        return ()
+    if weight.module == "experts":
+        return over_experts()
+    spec = spec_of(layer.get_parameter(weight.name))
+    dim = len(spec.shape) - (2 if weight.is_column else 1)
+    return (AxisSplit(dim, "tensor", spec.splits[0].units),)
 
 
 RATES = {"attention_dropout": 0.1, "residual_dropout": 0.2, "ffn_dropout": 0.3}
