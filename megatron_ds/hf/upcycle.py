@@ -9,7 +9,7 @@ other experts are halved.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from megatron_ds.hf.family import Part
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
-from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ class UpcycledWeights:
     def __init__(self, dense: HFWeights, upcycling: Upcycling) -> None:
         self.model = mixture_of(dense.model, upcycling)
         self._dense, self._seed = dense, upcycling.seed
-        core = self.model.core
-        assert isinstance(core, DecoderConfig) and core.moe is not None, core
-        self._core, self._moe = core, core.moe
+        (self._stack,) = self.model.core.stacks.values()
+        assert self._stack.moe is not None, self._stack
+        self._moe = self._stack.moe
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) of every native parameter; use one before asking for the next.
@@ -162,8 +162,8 @@ class UpcycledWeights:
             yield from self._routing(mlp, full.dtype)
 
     def _routing(self, mlp: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        name, hidden = f"{mlp}.router.weight", self._core.hidden_size
-        spec = ParamSpec((self._moe.router.num_experts, hidden), std=self._core.init_std)
+        name, hidden = f"{mlp}.router.weight", self._stack.hidden_size
+        spec = ParamSpec((self._moe.router.num_experts, hidden), std=self._stack.init_std)
         yield name, initial_shard(name, spec, self._seed, {}).to(dtype)
         if self._moe.shared_gate:
             yield f"{mlp}.shared_gate.weight", torch.zeros((1, hidden), dtype=dtype)
@@ -222,16 +222,17 @@ def _check_same(dense: HFModel, made: HFModel) -> None:
     Raises:
         ConversionError: the first option that differs.
     """
-    assert isinstance(dense.core, DecoderConfig) and isinstance(made.core, DecoderConfig), (dense.core, made.core)
-    one, other = (
-        replace(core, family="", moe=None, windows=core.windows if any(core.windows) else ())
-        for core in (dense.core, made.core)
-    )
-    for option in fields(one):
-        wanted = getattr(one, option.name)
-        if getattr(other, option.name) != wanted:
-            field = _FIELD_OF_OPTION.get(option.name, option.name)
+    wanted, found = _options_of(dense.core), _options_of(made.core)
+    for option, value in wanted.items():
+        if found[option] != value:
+            field = _FIELD_OF_OPTION.get(option, option)
             raise ConversionError(
-                f"{field}={getattr(dense.config, field, wanted)!r} of this {dense.family.model_type} is not supported "
+                f"{field}={getattr(dense.config, field, value)!r} of this {dense.family.model_type} is not supported "
                 f"by {made.family.model_type}; try a model without it"
             )
+
+
+def _options_of(core: ModelConfig) -> dict[str, Any]:
+    """Return the options of a decoder by name, without its experts; windows in no layer are none at all."""
+    found = {one.name: getattr(core, one.name) for one in fields(core) if one.name not in ("family", "moe")}
+    return {**found, "windows": found["windows"] if any(found["windows"]) else ()}
