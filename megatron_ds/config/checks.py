@@ -19,8 +19,7 @@ class ModelShape:
 
     `ffn_size` is the MLP's inner width, or a common divisor of several; 0 if no layer has one. `max_positions` is the
     length of a learned position table, None if positions are computed (rotary, relative). `num_experts` is the number
-    of experts in each of the `num_expert_layers` layers that have some; `has_choice_bias`: their routers choose by
-    scores with biases.
+    of experts in each layer that has some; `has_choice_bias`: their routers choose by scores with biases.
     """
 
     num_layers: int
@@ -30,7 +29,6 @@ class ModelShape:
     vocab_size: int
     max_positions: int | None
     num_experts: int = 0
-    num_expert_layers: int = 0
     has_choice_bias: bool = False
 
 

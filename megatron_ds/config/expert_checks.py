@@ -20,7 +20,7 @@ def check_experts(config: EngineConfig, shape: ModelShape, mapping: Mapping[str,
         data_size: data-parallel ranks.
 
     Raises:
-        TopologyError: the experts, or the layers with experts, cannot be divided.
+        TopologyError: the experts cannot be divided.
         ConfigError: a setting needs experts, or a bias of their choice, and the model has none; or a key of the JSON
             reduces them wrongly.
     """
@@ -44,7 +44,6 @@ class ExpertNames:
 
     expert: str = "parallel.expert"
     tensor: str = "parallel.tensor"
-    pipeline: str = "parallel.pipeline"
 
 
 def check_expert_layout(
@@ -59,14 +58,9 @@ def check_expert_layout(
         names: the user's names.
 
     Raises:
-        TopologyError: the experts, or the layers with experts, cannot be divided.
+        TopologyError: the experts cannot be divided.
     """
     _check_division(parallel, shape.num_experts, parallel.tensor * data_size, names)
-    if parallel.pipeline > shape.num_expert_layers:
-        raise TopologyError(
-            f"{names.pipeline}={parallel.pipeline} is more than the {shape.num_expert_layers} layers with experts, of "
-            f"which each stage needs one; nearest: {shape.num_expert_layers}"
-        )
 
 
 def _refuse_settings(config: EngineConfig) -> None:

@@ -32,8 +32,8 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 _MOST_GROUPS = 4
-"""Parameter groups that a pipeline stage may train: with weight decay or without, of experts or not. Frozen parameters
-may leave another stage fewer, and all of them reduce sums of the same shape."""
+"""Parameter groups that a pipeline stage may train: with weight decay or without, of experts or not. A stage of dense
+layers alone, or with frozen parameters, has fewer, and all stages reduce sums of the same shape."""
 
 ReadNorm = Callable[[Tensor], Tensor]
 """The norm on the device, a scalar -> the same on the host. Called on all ranks, so it may communicate."""

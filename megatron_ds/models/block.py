@@ -175,9 +175,6 @@ def block_layers(
 ) -> list[LayerSpec]:
     """Return the specs of a stack's blocks; nothing is built.
 
-    Where some of them have experts, every pipeline stage gets one of these: DeepSpeed may reduce experts apart, and a
-    stage without any would miss a collective.
-
     Args:
         prefix: of their names, which end with the index.
         config: of the stack.
@@ -197,7 +194,7 @@ def block_layers(
                 name=f"{prefix}.{layer}",
                 build=partial(Block, config, layer, ctx, table, inputs),
                 cost=config.block_cost(layer),
-                is_block=config.moe is None or layer in config.moe.layers,
+                is_block=True,
                 tied=shared if config.relative is not None and layer > 0 else {},
             )
         )

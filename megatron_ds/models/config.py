@@ -275,7 +275,6 @@ class StackConfig:
             vocab_size=vocab_size,
             max_positions=positions.max_positions if positions is not None else None,
             num_experts=self.moe.router.num_experts if self.moe is not None else 0,
-            num_expert_layers=len(self.moe.layers) if self.moe is not None else 0,
             has_choice_bias=self.moe is not None and self.moe.router.choice_bias,
         )
 

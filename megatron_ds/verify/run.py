@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 
 
-NAMES = ExpertNames("--ep", "--tp", "--pp")
+NAMES = ExpertNames("--ep", "--tp")
 
 
 def verify_hf(
@@ -77,7 +77,7 @@ def verify_hf(
     if weights.source.renaming:
         note(f"tensor names are read {weights.source.renaming}")
     core = weights.model.core
-    check_layout(core.shape(), tp, pp, names=(NAMES.tensor, NAMES.pipeline))
+    check_layout(core.shape(), tp, pp, names=(NAMES.tensor, "--pp"))
     parallel, data = _with_experts(ParallelSection(tensor=tp, pipeline=pp, sequence=sequence), ep, core.shape())
     inputs, not_reached = core.probes(tp if sequence else 1)
     _preload()

@@ -11,13 +11,13 @@ from megatron_ds.config import EngineConfig, ModelShape, ParallelSection, check_
 from megatron_ds.errors import ConfigError, TopologyError
 
 DENSE = ModelShape(num_layers=4, num_attention_heads=8, ffn_size=64, hidden_size=32, vocab_size=101, max_positions=None)
-SPARSE = replace(DENSE, num_experts=8, num_expert_layers=3)
+SPARSE = replace(DENSE, num_experts=8)
 
 
 def check(
     shape: ModelShape = SPARSE, *, data: int = 1, zero: dict[str, Any] | None = None, tensor: int = 1, **options: Any
 ) -> None:
-    names = ("pipeline", "expert")
+    names = ("expert",)
     parallel = ParallelSection(tensor=tensor, **{name: options.pop(name) for name in names if name in options})
     mapping = {"zero_optimization": zero} if zero is not None else {}
     check_experts(EngineConfig(parallel=parallel, **options), shape, mapping, data)
@@ -98,13 +98,6 @@ def test_proposed_expert_ranks_pass() -> None:
             check(shape, tensor=tensor, data=data, expert=int(value))
         refused += 1
     assert refused > 100
-
-
-def test_a_stage_needs_a_layer_with_experts() -> None:
-    assert refusal(TopologyError, pipeline=4) == (
-        "parallel.pipeline=4 is more than the 3 layers with experts, of which each stage needs one; nearest: 3"
-    )
-    check(pipeline=3)
 
 
 @pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
