@@ -32,6 +32,7 @@ if hasattr(os, "SCHED_BATCH"):
 # The files that take longest, in this order: begun first, they do not keep one worker busy when the others are done.
 LONGEST = (
     "tests/parity/test_layouts.py",
+    "tests/parity/test_experts.py",
     "tests/parity/test_compiled.py",
     "tests/parity/test_families.py",
     "tests/cli/test_survival.py",

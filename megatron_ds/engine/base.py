@@ -148,8 +148,9 @@ class Engine(ABC):
         norm is not finite, the step is skipped and nothing changes.
 
         Besides the layers' and DeepSpeed's own traffic: an all-reduce in host memory of an int64 label count per loss
-        term, and one on the device of fp32 numbers, a loss sum per term and a sum and a weight per metric. The host
-        waits for the device once, for these numbers and the gradient norm.
+        term, and one on the device of fp32 numbers, a loss sum per term and a sum and a weight per metric. Experts add
+        one over all ranks, of E + 2 fp64 numbers per layer that has some. The host waits for the device once, for these
+        numbers and the gradient norm.
         """
         self._rng.begin_step(self.steps_begun)
         self.steps_begun += 1

@@ -19,10 +19,10 @@ from megatron_ds.layers.mlp import ACTIVATIONS, MLPShape
 from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.moe.layer import MoE
 from megatron_ds.layers.moe.shape import MoEShape, RouterShape
-from megatron_ds.layers.param_spec import spec_of
+from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.parallel.expert import ExpertParallel
-from megatron_ds.parallel.grid import Grid, Layout
+from megatron_ds.parallel.grid import Axis, Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.layers.test_moe_router import weights_of_all
 from tests.ranks import run_alone, run_grid
@@ -303,6 +303,23 @@ def test_recomputation_and_evaluation_count_no_token() -> None:
     assert sums[:-2].sum() == S * B * 2 and torch.equal(sums, again)
     for one, other in zip(gradients, recomputed):
         assert torch.equal(one, other)
+
+
+def test_initial_experts_do_not_depend_on_their_ranks() -> None:
+    """Nor on the number of experts: each is drawn by itself."""
+    shards = {}
+    for size in (1, 2, 4, 8):
+        parts = []
+        for rank in range(size):
+            layer = MoE(PLAIN, ExpertParallel(Axis(size, rank, tuple(range(size)))), SETTINGS)
+            spec = spec_of(layer.experts.up_weight)
+            parts.append(initial_shard("experts.up_weight", spec, 7, layer.parallel.axes))
+            assert parts[-1].shape == layer.experts.up_weight.shape
+        shards[size] = torch.cat(parts)
+    assert all(torch.equal(whole, shards[1]) for whole in shards.values())
+    assert abs(float(shards[1].std()) - PLAIN.std) < 0.1 * PLAIN.std and not torch.equal(shards[1][0], shards[1][1])
+    fewer = replace(spec, shape=(3, *spec.shape[1:]))
+    assert torch.equal(initial_shard("experts.up_weight", fewer, 7, ExpertParallel().axes), shards[1][:3])
 
 
 def test_a_coefficient_of_the_run_replaces_the_models() -> None:
