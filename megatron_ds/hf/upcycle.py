@@ -233,6 +233,6 @@ def _check_same(dense: HFModel, made: HFModel) -> None:
 
 
 def _options_of(core: ModelConfig) -> dict[str, Any]:
-    """Return the options of a decoder by name, without its experts; windows in no layer are none at all."""
+    """Return the options of a decoder by name, without its experts."""
     found = {one.name: getattr(core, one.name) for one in fields(core) if one.name not in ("family", "moe")}
     return {**found, "windows": found["windows"] if any(found["windows"]) else ()}
