@@ -60,23 +60,7 @@ def check_expert_layout(
     Raises:
         TopologyError: the experts cannot be divided.
     """
-    _check_division(parallel, shape.num_experts, parallel.tensor * data_size, names)
-
-
-def _refuse_settings(config: EngineConfig) -> None:
-    given = {
-        "parallel.expert": config.parallel.expert,
-        "train.moe_aux_loss": config.moe_aux_loss,
-        "train.moe_z_loss": config.moe_z_loss or None,
-        "train.moe_bias_rate": config.moe_bias_rate or None,
-    }
-    for field, value in given.items():
-        if value is not None and (field, value) != ("parallel.expert", 1):
-            raise ConfigError(f"{field}={value:g} is for mixtures of experts, and this model has none; remove it")
-
-
-def _check_division(parallel: ParallelSection, num_experts: int, ranks: int, names: ExpertNames) -> None:
-    size = parallel.expert or parallel.tensor
+    size, num_experts, ranks = parallel.expert or parallel.tensor, shape.num_experts, parallel.tensor * data_size
     if num_experts % size == 0 and ranks % size == 0:
         return
     legal = nearest(size, (n for n in range(1, ranks + 1) if num_experts % n == 0 and ranks % n == 0))
@@ -89,6 +73,18 @@ def _check_division(parallel: ParallelSection, num_experts: int, ranks: int, nam
         f"{names.expert}={size} does not divide the {of_stage} ({names.tensor}={parallel.tensor} * "
         f"{ranks // parallel.tensor} data ranks); {fix}"
     )
+
+
+def _refuse_settings(config: EngineConfig) -> None:
+    given = {
+        "parallel.expert": config.parallel.expert,
+        "train.moe_aux_loss": config.moe_aux_loss,
+        "train.moe_z_loss": config.moe_z_loss or None,
+        "train.moe_bias_rate": config.moe_bias_rate or None,
+    }
+    for field, value in given.items():
+        if value is not None and (field, value) != ("parallel.expert", 1):
+            raise ConfigError(f"{field}={value:g} is for mixtures of experts, and this model has none; remove it")
 
 
 def _check_reduction(parallel: ParallelSection, mapping: Mapping[str, Any]) -> None:
