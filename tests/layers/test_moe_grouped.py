@@ -57,8 +57,10 @@ def test_outputs_and_gradients_equal_a_loop(dtype: torch.dtype, counts: tuple[in
     torch.testing.assert_close(ours, theirs, **bound)
 
 
-def test_a_gradient_that_is_not_contiguous() -> None:
-    """That of a sum is one number, seen at every place."""
+@pytest.mark.parametrize("by_torch", [False, True], ids=["loop", "grouped"])
+def test_a_gradient_that_is_not_contiguous(monkeypatch: pytest.MonkeyPatch, by_torch: bool) -> None:
+    """That of a sum is one number, seen at every place, which torch's grouped product refuses."""
+    monkeypatch.setattr(grouped, "_has_grouped_product", lambda left, right: by_torch)
     torch.testing.assert_close(*_both((3, 0, 5, 1), torch.float32, True, None), rtol=1e-5, atol=1e-5)
 
 
