@@ -26,8 +26,8 @@ from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.export import adapter_files
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weight_files import SAFETENSORS, json_text
-from megatron_ds.hf.weights import ToHF
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.parallel.grid import EXPERT, MODEL_AXES, ROLES, Layout
 

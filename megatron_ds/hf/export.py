@@ -18,9 +18,9 @@ from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.tokenizer_config import for_both_versions, merge_lists
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
-from megatron_ds.hf.weights import ToHF
 from megatron_ds.log import get_logger
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

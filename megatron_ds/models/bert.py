@@ -19,7 +19,7 @@ from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.mlp import ACTIVATIONS
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import ModelConfig, StackConfig
+from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
 from megatron_ds.models.probe import (
@@ -33,6 +33,7 @@ from megatron_ds.models.probe import (
     some_labels,
 )
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec, OutputHead
+from megatron_ds.models.stack import StackConfig
 from megatron_ds.parallel.collectives import gather_sequence, reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 

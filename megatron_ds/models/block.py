@@ -14,10 +14,10 @@ from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.embedding import scaled
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.rotary import Angles, RotaryTable
-from megatron_ds.models.config import StackConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.feed_forward import build_feed_forward
 from megatron_ds.models.sequential import HIDDEN, Activations, LayerSpec
+from megatron_ds.models.stack import StackConfig
 from megatron_ds.parallel.regions import ATTENTION, BLOCK, MLP, profiled
 
 

@@ -16,11 +16,12 @@ from megatron_ds.layers.embedding import LearnedPositions, PositionTable, scaled
 from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import ModelConfig, StackConfig
+from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
 from megatron_ds.models.probe import BEYOND, MOST_TOKENS, RANDOM_LENGTH, Probe, fitting_length, next_ids, random_ids
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
+from megatron_ds.models.stack import StackConfig
 
 MASKS = ("attention_mask", "position_ids", DOCUMENT_BOUNDS)  # columns that decide which positions attend to which
 

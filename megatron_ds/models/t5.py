@@ -18,7 +18,7 @@ from megatron_ds.layers.cross_entropy import LogitFinish
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import ModelConfig, StackConfig
+from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
 from megatron_ds.models.probe import (
@@ -34,6 +34,7 @@ from megatron_ds.models.probe import (
     some_labels,
 )
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
+from megatron_ds.models.stack import StackConfig
 
 ENCODED = "encoded"
 

@@ -13,7 +13,7 @@ from megatron_ds.config import EngineConfig
 from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
-from megatron_ds.hf.weights import Tables
+from megatron_ds.hf.to_hf import Tables
 from megatron_ds.layers.moe.router import CHOICE_BIAS
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.monitor import RunSummary, peak_flops

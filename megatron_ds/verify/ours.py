@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from megatron_ds.config import EngineConfig, ModelSection, ParallelSection
 from megatron_ds.engine import Engine, GradientProbe, start_distributed, stop_distributed
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weight_files import TensorSource, open_directory
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.moe.layer import MoE
 from megatron_ds.models.probe import Probe
 from megatron_ds.models.sequential import HIDDEN, Activations

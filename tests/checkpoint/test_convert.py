@@ -18,7 +18,8 @@ from megatron_ds.cli.main import _run
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.to_hf import ToHF
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.monitor import read_metrics
 from tests.checkpoint.runs import CUT, saved_at
 from tests.checkpoint.test_faults import go_on

@@ -27,7 +27,8 @@ from megatron_ds.checkpoint.state import optimizer_shards, owned_shards
 from megatron_ds.checkpoint.state_keys import KINDS
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.to_hf import ToHF
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
 from tests.checkpoint.runs import CUT, Curve, apart, offloaded, steps

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ds.engine import build, data_sum, zero
 from megatron_ds.engine.experts import FoldedExperts, _Marker
 from megatron_ds.engine.router_load import Routers
-from megatron_ds.hf.weights import ToHF
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.layers.moe import balance
 from megatron_ds.layers.moe import layer as moe_layer
 from megatron_ds.layers.moe.experts import Experts

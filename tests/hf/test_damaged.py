@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.to_hf import ToHF
+from megatron_ds.hf.weights import HFWeights
 from tests.hf.test_reading import INDEX, tensors_of
 from tests.parity.cases import CONFIGS
 

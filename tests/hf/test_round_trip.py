@@ -11,7 +11,8 @@ from megatron_ds.config import ExportSection, ModelSection
 from megatron_ds.engine import Engine
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Row, fused_qkv
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.to_hf import ToHF
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import LoadedModel

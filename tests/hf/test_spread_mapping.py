@@ -9,7 +9,8 @@ from torch import Tensor
 from megatron_ds.hf.family import Part, Row, each_expert
 from megatron_ds.hf.spread_mapping import Spread
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op
-from megatron_ds.hf.weights import ToHF, assert_each_once, read_shard
+from megatron_ds.hf.to_hf import ToHF, assert_each_once
+from megatron_ds.hf.weights import read_shard
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec
 from megatron_ds.parallel.grid import Axis
 

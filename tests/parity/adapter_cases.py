@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_ds.hf.weights import ToHF
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
 from tests.parity.batches import batch_for, reference_loss

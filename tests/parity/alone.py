@@ -15,7 +15,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_ds.engine.base import weights_of
 from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.hf.reference import load_reference, predict
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.to_hf import ToHF
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel

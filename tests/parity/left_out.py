@@ -10,9 +10,10 @@ from megatron_ds.layers.moe.shape import RouterShape
 from megatron_ds.layers.relative_bias import RelativeBias
 from megatron_ds.layers.rotary import RotaryConfig
 from megatron_ds.models.bert import EncoderConfig
-from megatron_ds.models.config import ModelConfig, MoEConfig, StackConfig
+from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
+from megatron_ds.models.stack import MoEConfig, StackConfig
 from megatron_ds.models.t5 import EncoderDecoderConfig
 from tests.parity.alone_batches import Batch
 

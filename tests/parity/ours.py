@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_ds.config import EngineConfig, OptimizerSection, ParallelSection
-from megatron_ds.hf.weights import ToHF
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import Session, load_model

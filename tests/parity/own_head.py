@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ds.engine import Engine, GradientProbe
 from megatron_ds.hf.config import HFModel
-from megatron_ds.hf.weights import ToHF
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard, make_parameter
 from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, with_head

@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_ds.engine.pipeline.boundary import Boundary
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.reference import load_reference, predict
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.to_hf import ToHF
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers import attention
 from megatron_ds.layers.documents import DocumentLimit, cumulative_lengths, with_document_bounds
 from megatron_ds.layers.embedding import LearnedPositions

@@ -12,8 +12,8 @@ from megatron_ds.hf.families.llama import NATIVE, THEIRS, attention_rows, family
 from megatron_ds.hf.family import Family, Row, each_expert
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
 from megatron_ds.layers.moe.shape import RouterShape
-from megatron_ds.models.config import MoEConfig
 from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.stack import MoEConfig
 
 MLP = f"{NATIVE}.mlp"
 

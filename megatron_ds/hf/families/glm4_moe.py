@@ -19,8 +19,8 @@ from megatron_ds.hf.families.experts import (
     with_experts,
 )
 from megatron_ds.hf.families.llama import RMS_FIELDS, biases, decoder, rms
-from megatron_ds.models.config import MoEConfig
 from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.stack import MoEConfig
 
 NAMES = ExpertNames()
 ERNIE_IN_MEMORY = replace(NAMES, choice_bias=("mlp.gate.moe_statics.e_score_correction_bias", "1 x"))

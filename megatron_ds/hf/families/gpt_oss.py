@@ -12,8 +12,8 @@ from megatron_ds.hf.families.experts import AUX_LOSS, MLP, ROUTING, aux_loss, ea
 from megatron_ds.hf.families.llama import NATIVE, RMS_FIELDS, THEIRS, attention_rows, decoder, family, outer_rows, rms
 from megatron_ds.hf.family import Row, linear
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
-from megatron_ds.models.config import MoEConfig
 from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.stack import MoEConfig
 
 EXPERTS = f"{THEIRS}.mlp.experts"
 GATE_UP = "x h (m [1|1])"  # a gate, an up, the next gate

@@ -30,8 +30,8 @@ from megatron_ds.hf.families.llama import (
 )
 from megatron_ds.hf.family import Family, Row, linear
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
-from megatron_ds.models.config import MoEConfig
 from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.stack import MoEConfig
 
 EXPERTS = f"{THEIRS}.block_sparse_moe"
 ON_DISK = ("router.layer.weight", "input_linear.weight", "output_linear.weight")

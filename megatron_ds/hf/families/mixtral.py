@@ -9,8 +9,8 @@ from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import rotary
 from megatron_ds.hf.families.experts import AUX_LOSS, ROUTING, ExpertNames, aux_loss, moe_family, router, with_experts
 from megatron_ds.hf.families.llama import RMS_FIELDS, decoder, one_window, rms
-from megatron_ds.models.config import MoEConfig
 from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.stack import MoEConfig
 
 NAMES = ExpertNames(
     router="block_sparse_moe.gate.weight",

@@ -8,8 +8,8 @@ from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import layer_windows
 from megatron_ds.hf.families.experts import AUX_LOSS, ROUTING, ExpertNames, aux_loss, moe_family, router, with_experts
 from megatron_ds.hf.families.llama import RMS_FIELDS, biases, decoder, one_window, rms
-from megatron_ds.models.config import MoEConfig
 from megatron_ds.models.gpt import DecoderConfig
+from megatron_ds.models.stack import MoEConfig
 
 NAMES = ExpertNames(shared="mlp.shared_expert")
 COUNTS = ("num_experts", "num_local_experts")

@@ -12,7 +12,7 @@ from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, se
 from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.relative_bias import RelativePositions
-from megatron_ds.models.config import StackConfig
+from megatron_ds.models.stack import StackConfig
 from megatron_ds.models.t5 import EncoderDecoderConfig
 
 FIELDS = FieldRules(

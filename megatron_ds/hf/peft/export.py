@@ -18,8 +18,9 @@ from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.initial import InitialValues
+from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weight_files import json_text
-from megatron_ds.hf.weights import HFWeights, ToHF
+from megatron_ds.hf.weights import HFWeights
 
 
 def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict[str, bytes]:
