@@ -191,8 +191,21 @@ def _check_zero(config: EngineConfig, summary: DeepSpeedSummary) -> None:
         )
     if summary.offload_param and stage != 3:
         raise ConfigError(f"zero_optimization.offload_param needs stage 3, but {stated}; try stage 3, or remove it")
+    if stage == 3 and summary.hpz_partition_size > 1:
+        _check_hpz(config.parallel, summary.hpz_partition_size)
     if stage == 0 and config.optimizer is not None:  # without an optimizer the norm is not used
         _check_stage_0(config.parallel, summary, stated)
+
+
+def _check_hpz(parallel: ParallelSection, size: int) -> None:
+    """Refuse second shards of parameters over ranks that hold different ones; DeepSpeed takes consecutive ranks."""
+    for name, ranks in (("parallel.tensor", parallel.tensor), ("parallel.expert", parallel.expert or 1)):
+        if ranks > 1:
+            raise ConfigError(
+                f"zero_optimization.zero_hpz_partition_size={size} in the DeepSpeed JSON cannot run with {name}="
+                f"{ranks}: DeepSpeed would gather a parameter from consecutive ranks, which hold different parts of "
+                "the model; nearest: 1"
+            )
 
 
 def _check_stage_0(parallel: ParallelSection, summary: DeepSpeedSummary, stated: str) -> None:

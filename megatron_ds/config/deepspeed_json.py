@@ -41,13 +41,15 @@ _NEVER_PRINT_STEPS = 10**9  # DeepSpeed's own step reports are replaced by metri
 class DeepSpeedSummary:
     """The facts of a DeepSpeed JSON that the rest of megatron_ds uses.
 
-    `offload_optimizer` and `offload_param` are true for cpu and for nvme.
+    `offload_optimizer` and `offload_param` are true for cpu and for nvme. `hpz_partition_size` is the number of
+    consecutive ranks over which ZeRO-3 shards parameters a second time (ZeRO++; Wang et al. 2023); 1 = it does not.
     """
 
     zero_stage: int
     precision: Literal["fp32", "bf16", "fp16"]
     offload_optimizer: bool
     offload_param: bool
+    hpz_partition_size: int = 1
 
 
 def load_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
@@ -196,11 +198,13 @@ def _facts(mapping: Mapping[str, Any], place: Place) -> DeepSpeedSummary:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         text = " as a number without quotes" if stage in ("0", "1", "2", "3") else ""
         raise ConfigError(f"{place.state('zero_optimization.stage', stage)} is not one of 0, 1, 2, 3{text}")
+    hpz = _get(mapping, "zero_optimization.zero_hpz_partition_size")
     return DeepSpeedSummary(
         zero_stage=int(stage),
         precision="bf16" if bf16 else "fp16" if fp16 else "fp32",
         offload_optimizer=_offloads(mapping, "offload_optimizer", "cpu_offload", place),
         offload_param=_offloads(mapping, "offload_param", "cpu_offload_param", place),
+        hpz_partition_size=hpz if isinstance(hpz, int) else 1,
     )
 
 

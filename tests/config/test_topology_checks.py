@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ds.config import DeepSpeedSummary, ModelShape, check_run
+from megatron_ds.config import DeepSpeedSummary, ModelShape, check_run, summarize_deepspeed
 from megatron_ds.config.checks import nearest
 from megatron_ds.errors import ConfigError, TopologyError
 
@@ -231,6 +231,24 @@ def test_offload(make_run):
         "JSON; nearest: stage 1"
     )
     assert check_run(make_run(), SHAPE, replace(param, zero_stage=3), 1, "cpu") == 1
+
+
+@pytest.mark.parametrize("name", ["tensor", "expert"])
+def test_second_shards_need_data_ranks_alone(make_run, name):
+    """With 2 tensor and 2 data ranks the first loss was 5.02 instead of 4.91."""
+    zero_3 = replace(ZERO_1, zero_stage=3, hpz_partition_size=2)
+    assert refusal(make_run(parallel={name: 2}), facts=zero_3, world_size=4) == (
+        f"zero_optimization.zero_hpz_partition_size=2 in the DeepSpeed JSON cannot run with parallel.{name}=2: "
+        "DeepSpeed would gather a parameter from consecutive ranks, which hold different parts of the model; nearest: 1"
+    )
+    for runs in ({"hpz_partition_size": 1}, {"zero_stage": 2}):
+        check_run(make_run(parallel={name: 2}), SHAPE, replace(zero_3, **runs), 4, "cpu")
+    assert check_run(make_run(), SHAPE, zero_3, 2, "cpu") == 2
+
+
+def test_the_size_of_second_shards_is_read_from_the_json():
+    mapping = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    assert summarize_deepspeed(mapping).hpz_partition_size == 4
 
 
 def test_every_legal_stage_and_layout_passes(make_run):
