@@ -217,7 +217,7 @@ class Engine(ABC):
     def read_norm(self, norm: Tensor) -> Tensor:
         """Read the step's losses and its gradient norm, a scalar, in one transfer; return the norm on the host.
 
-        Collective over loss, and over pipeline.
+        Collective over loss, and over pipeline; over the world if there are mixtures of experts.
         """
         sums = self._all_sums()
         if norm.device != sums.device:  # offloaded gradients leave it in host memory
@@ -273,7 +273,10 @@ class Engine(ABC):
         """Yield this pipeline stage's parameters, each once, with their names in the full model."""
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        """Return a context in which a parameter's data is this rank's shard. Collective over shard under ZeRO-3."""
+        """Return a context in which a parameter's data is this rank's shard. Collective under ZeRO-3.
+
+        Its ranks are those of `Grid.shard_of`.
+        """
         return nullcontext()
 
     def count_params(self) -> int:
