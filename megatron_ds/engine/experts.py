@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_ds.engine.mpu import process_group
 from megatron_ds.layers.param_spec import spec_of
-from megatron_ds.parallel.grid import Axis, Grid, expert_groups
+from megatron_ds.parallel.grid import Grid, expert_groups
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,11 @@ class FoldedExperts:
 
     Attributes:
         name: DeepSpeed's name of the groups.
-        shard: the ranks with the same experts.
-        shard_group: their process group, also for a single rank.
+        shard_group: process group of the ranks with the same experts, also for a single rank.
         over_tensor: tensor ranks hold different experts, or shards of the same ones.
     """
 
     name: str
-    shard: Axis
     shard_group: dist.ProcessGroup
     over_tensor: bool
 
@@ -72,12 +70,12 @@ def fold_experts(grid: Grid) -> FoldedExperts | None:
     name = f"ep_size_{grid.expert.size}"
     divide, same = expert_groups(grid.layout, grid.expert.size)
     expert_group, shard_group = process_group(grid, grid.expert, divide), process_group(grid, grid.expert_shard, same)
-    # new tables, because engines that were built before keep theirs
+    # new tables, because an earlier engine has kept the old ones; in a step DeepSpeed reads those of the last engine
     groups._EXPERT_PARALLEL_GROUP = {name: expert_group}
     groups._EXPERT_PARALLEL_GROUP_RANKS = {name: list(grid.expert.ranks)}
     groups._EXPERT_DATA_PARALLEL_GROUP = {name: shard_group}
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS = {name: list(grid.expert_shard.ranks)}
-    return FoldedExperts(name, grid.expert_shard, shard_group, grid.tensor.size > 1)
+    return FoldedExperts(name, shard_group, grid.tensor.size > 1)
 
 
 class _Marker(AutoEPMoELayer):
