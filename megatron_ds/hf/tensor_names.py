@@ -20,7 +20,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 TEXT_MODELS = ("language_model", "text_model")
 """Names of the text model in a model of text and images."""
 
-_NO_FIT = (10**9, 0)
+_NO_FIT = (1, 0, 0)
 _OF_ADAPTERS = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|base_layer|original_module|modules_to_save)\b")
 
 
@@ -28,10 +28,11 @@ class NamesError(ConversionError):
     """The tensors of a directory are not those of a family's table.
 
     Attributes:
-        misfits: number of missing and of unexpected tensors.
+        misfits: minus the number of tensors that fit, that of missing and that of unexpected ones; the names with the
+            least are those that the directory is meant to have.
     """
 
-    def __init__(self, message: str, misfits: tuple[int, int]) -> None:
+    def __init__(self, message: str, misfits: tuple[int, int, int]) -> None:
         super().__init__(message)
         self.misfits = misfits
 

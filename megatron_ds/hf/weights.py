@@ -271,7 +271,7 @@ class HFWeights:
             raise NamesError(
                 f"{where}: missing {some_names(missing)}, which {family.model_type} with this config needs"
                 f"{hint if missing == [self._head] else ''}{self._renaming}",
-                (len(missing), 0),
+                (len(missing) - len(wanted), len(missing), 0),
             )
         unexpected = [
             name
@@ -284,7 +284,7 @@ class HFWeights:
             raise NamesError(
                 f"{where}: unexpected {some_names(unexpected)}, which {family.model_type} with this config does not "
                 f"have{self._renaming}",
-                (0, len(unexpected)),
+                (-len(wanted), 0, len(unexpected)),
             )
         for name, shape in wanted.items():
             found, dtype = self._source.shape(name), self._source.dtype(name)

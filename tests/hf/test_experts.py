@@ -110,6 +110,19 @@ def test_the_missing_tensor_of_an_expert_is_named(case: str, experts: Path, tmp_
     assert f"missing {lost}, which " in str(caught.value)
 
 
+def test_experts_missing_in_every_layer_are_named_as_the_others_are(experts: Path, tmp_path: Path) -> None:
+    """In the form of fused tensors fewer would be missing, and none is there."""
+    plain = experts / "mixtral-four-experts" / "in"
+    lost = {f".experts.{expert}." for expert in range(2, 4)}
+    directory = changed(
+        plain,
+        tmp_path / "out",
+        lambda tensors: {n: t for n, t in tensors.items() if not any(one in n for one in lost)},
+    )
+    with pytest.raises(ConversionError, match=r"missing model\.layers\.0\.block_sparse_moe\.experts\.2\.w1\.weight"):
+        opened(directory)
+
+
 def test_an_expert_too_many_is_named(experts: Path, tmp_path: Path) -> None:
     plain, name = experts / "mixtral-four-experts" / "in", "model.layers.0.block_sparse_moe.experts.4.w1.weight"
     directory = changed(plain, tmp_path / "out", lambda tensors: {**tensors, name: torch.zeros(48, 32).bfloat16()})
