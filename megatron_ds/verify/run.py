@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_ds.config import ExpertNames, ModelShape, ParallelSection, check_expert_layout, check_layout
+from megatron_ds.config.checks import nearest
 from megatron_ds.errors import ConfigError, ConversionError, TopologyError
 from megatron_ds.hf.config import read_model, unread_fields
 from megatron_ds.hf.convert import rewrite
@@ -122,6 +123,12 @@ def _with_experts(parallel: ParallelSection, ep: int | None, shape: ModelShape) 
         return parallel, 1
     if ep is not None and ep < 1:
         raise TopologyError(f"{NAMES.expert}={ep} is less than one rank; nearest: 1")
+    if ep is not None and shape.num_experts % ep:
+        legal = nearest(ep, (one for one in range(1, shape.num_experts + 1) if shape.num_experts % one == 0))
+        raise TopologyError(
+            f"{NAMES.expert}={ep} does not divide the model's {shape.num_experts} experts; "
+            f"nearest: {NAMES.expert}={' or '.join(map(str, legal))}"
+        )
     parallel = parallel.model_copy(update={"expert": ep})
     data = parallel.least_ranks // (parallel.tensor * parallel.pipeline)
     check_expert_layout(parallel, shape, data, NAMES)
