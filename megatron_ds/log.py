@@ -8,9 +8,11 @@ import logging
 import os
 import sys
 import warnings
-from functools import cache
 
 LOGGER_NAME = "megatron_ds"
+
+SHOWN: set[str] = set()
+"""Lines of `log_once` in this process."""
 
 # torch 2.13 has renamed these collectives, and DeepSpeed calls them by the old names; a user cannot change that.
 _RENAMED_COLLECTIVES = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
@@ -21,10 +23,14 @@ def get_logger(name: str = "") -> logging.Logger:
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
 
 
-@cache
 def log_once(text: str) -> None:
-    """Log a line, unless this process, or the one that it was forked from, has logged it before."""
-    get_logger().info("%s", text)
+    """Log a line, unless this process, or the one that it was forked from, has shown it before.
+
+    The process that starts local ranks reads the model too, and shows no such lines: then rank 0 logs them.
+    """
+    if get_logger().isEnabledFor(logging.INFO) and text not in SHOWN:
+        SHOWN.add(text)
+        get_logger().info("%s", text)
 
 
 def setup_logging(rank: int, level: int = logging.INFO) -> None:

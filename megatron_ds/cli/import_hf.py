@@ -56,7 +56,9 @@ def import_hf(
     from megatron_ds.checkpoint.convert import import_hf as convert
     from megatron_ds.cli.inspect import describe_written
     from megatron_ds.hf.upcycle import Upcycling
+    from megatron_ds.log import setup_logging
 
+    setup_logging(rank=0)
     given = {"top_k": top_k, "every": moe_every, "seed": seed}
     options = {name: value for name, value in given.items() if value is not None}
     upcycling = Upcycling(experts, **options) if experts is not None else None

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.convert import rewrite
-from megatron_ds.log import LOGGER_NAME, log_once
+from megatron_ds.log import LOGGER_NAME, SHOWN
 from tests.hf.models import Tensors, build, changed, hashes, opened
 from tests.parity.cases import CONFIGS
 from tests.ranks import run_alone
@@ -121,7 +121,7 @@ def test_in_every_form_of_file(form: str, saved: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_noted_once(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    log_once.cache_clear()
+    SHOWN.clear()
     directory = renamed(saved / "llama" / "float32", tmp_path / "renamed", NAMES["compiled"][0])
     logging.getLogger(LOGGER_NAME).propagate = True
     with caplog.at_level(logging.INFO, LOGGER_NAME):
