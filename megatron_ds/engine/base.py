@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_ds.engine.gathering import gather_part, send_to_rank_0
 from megatron_ds.engine.gradient_sums import GradientSums
+from megatron_ds.engine.group_tables import read_group_tables, set_group_tables
 from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
@@ -135,6 +136,7 @@ class Engine(ABC):
         self.documents = DocumentLimit()
         self._rng = rng
         self._read: list[float] | None = None  # the step's packed losses and its norm, once they are on the host
+        self._group_tables = read_group_tables()
         if isinstance(optimizer, GuardedOptimizer):
             optimizer.should_step = self._should_step
 
@@ -152,6 +154,7 @@ class Engine(ABC):
         one over all ranks, of E + 2 fp64 numbers per layer that has some. The host waits for the device once, for these
         numbers and the gradient norm.
         """
+        set_group_tables(self._group_tables)
         self._rng.begin_step(self.steps_begun)
         self.steps_begun += 1
         if isinstance(self.optimizer, GuardedOptimizer):

@@ -9,7 +9,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -96,7 +96,7 @@ def build_engine(
         ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
     """
     summary = summarize_deepspeed(options.deepspeed)
-    rng = RngStreams(options.seed, grid, device)
+    rng, routers = RngStreams(options.seed, grid, device), replace(options.routers)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
     tp, folded = TensorParallel(grid.tensor, options.sequence), fold_experts(grid)
@@ -108,7 +108,7 @@ def build_engine(
         compiled=options.compiled,
         kernels=kernels,
         experts=ExpertParallel(grid.expert, tp, folded.mark) if folded else ExpertParallel(grid.expert, tp),
-        routers=options.routers,
+        routers=routers,
     )
     specs = layers(ctx)
     with _allocation(summary, options.deepspeed, mpu, device):
@@ -150,7 +150,7 @@ def build_engine(
         read_norm_once(engine.optimizer, made.read_norm)
     made.kernels, made.documents = kernels.names, ctx.documents
     made.gradient_sums = find_gradient_sums(engine, device)
-    made.routers = find_routers(module, grid, options.routers, options.bias_rate)
+    made.routers = find_routers(module, grid, routers, options.bias_rate)
     return made
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from megatron_ds.engine.group_tables import set_expert_groups
 from megatron_ds.engine.mpu import process_group
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.parallel.grid import Grid, expert_groups
@@ -70,11 +70,8 @@ def fold_experts(grid: Grid) -> FoldedExperts | None:
     name = f"ep_size_{grid.expert.size}"
     divide, same = expert_groups(grid.layout, grid.expert.size)
     expert_group, shard_group = process_group(grid, grid.expert, divide), process_group(grid, grid.expert_shard, same)
-    # new tables, because an earlier engine has kept the old ones; in a step DeepSpeed reads those of the last engine
-    groups._EXPERT_PARALLEL_GROUP = {name: expert_group}
-    groups._EXPERT_PARALLEL_GROUP_RANKS = {name: list(grid.expert.ranks)}
-    groups._EXPERT_DATA_PARALLEL_GROUP = {name: shard_group}
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS = {name: list(grid.expert_shard.ranks)}
+    shard = shard_group, list(grid.expert_shard.ranks)
+    set_expert_groups(name, (expert_group, list(grid.expert.ranks)), shard)
     return FoldedExperts(name, shard_group, grid.tensor.size > 1)
 
 

@@ -86,7 +86,8 @@ def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device)
     Raises:
         ConfigError: see `build_engine` and `enable_shared_memory`.
     """
-    grid = create_grid(plan.layout, rank, plan.config.parallel.expert)
+    has_experts = model.hf.core.shape().num_experts > 0
+    grid = create_grid(plan.layout, rank, plan.config.parallel.expert if has_experts else None)
     if plan.config.parallel.shared_memory and grid.tensor.size > 1:
         grid = enable_shared_memory(grid)
     return build_engine(model.layers, grid, device, engine_options(model, plan), model.read_shard)

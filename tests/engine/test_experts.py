@@ -359,3 +359,29 @@ def test_ranks_whose_experts_get_no_token_take_part(place: Place, part: int, une
 def test_a_rank_that_skips_its_experts_hangs_until_its_time_is_up(unevenly: Any) -> None:
     with pytest.raises(LaunchError, match="timed out"):
         unevenly(Place(1, 1, 2, 3, expert=2), 2, skip=True, timeout_s=12)
+
+
+# ---- several engines in one process ----------------------------------------------------------------------------------
+
+
+def _train_in_turn(grid: Grid, directory: Path, places: list[Place]) -> list[list[float]]:
+    """Losses and norms of one engine per place, of which each does a step before the first does its second."""
+    model = load_model(directory)
+    configs = [engine_config(place, RECIPE, micro_batch_size=RECIPE.global_batch // place.dp) for place in places]
+    engines = [session_of(grid).build_engine(model, config).engine for config in configs]
+    found: list[list[float]] = [[] for _ in places]
+    for step in range(RECIPE.steps):
+        whole = ours("mixtral", batch_for("mixtral", RECIPE, step))
+        own = {name: column.chunk(grid.batch.size)[grid.batch.rank] for name, column in whole.items()}
+        for engine, numbers in zip(engines, found):
+            result = engine.train_step([own], RECIPE.lr)
+            numbers += [result.loss, result.grad_norm]
+    return found
+
+
+def test_engines_of_one_process_reduce_over_their_own_ranks(references: Any) -> None:
+    """DeepSpeed looks up groups by name, among those of the engine that was built last."""
+    directory, _ = references(CASE, RECIPE)
+    places = [Place(1, 1, 4, 3, expert=2), Place(1, 1, 4, 3, expert=4)]
+    alone = [run_grid(_train_in_turn, place.layout, directory, [place])[0][0] for place in places]
+    assert run_grid(_train_in_turn, places[0].layout, directory, places)[0] == alone

@@ -37,7 +37,7 @@ def _both(counts: tuple[int, ...], dtype: torch.dtype, with_bias: bool, upstream
     """Output and gradients, ours and of the loop. `upstream` None = that of a sum."""
     found = []
     for compute in (
-        lambda x, *others: grouped_linear(x, torch.tensor(counts), *others),
+        lambda x, *others: grouped_linear(x, Groups(torch.tensor(counts)), *others),
         lambda x, *o: _loop(x, counts, *o),
     ):
         drawn = _drawn(counts, dtype)[: 3 if with_bias else 2]
@@ -139,7 +139,7 @@ def test_sizes_on_the_host_are_used_instead_of_counts() -> None:
     x, weight, _ = _drawn(COUNTS["uneven"])
     y = grouped_linear(x, Groups(torch.empty(4, dtype=torch.int64, device="meta"), COUNTS["uneven"]), weight)
     y.sum().backward()
-    assert torch.equal(y, grouped_linear(x, torch.tensor(COUNTS["uneven"]), weight))
+    assert torch.equal(y, grouped_linear(x, Groups(torch.tensor(COUNTS["uneven"])), weight))
     groups = Groups(torch.tensor(COUNTS["uneven"]))
     assert groups.sizes is groups.sizes and groups.ends.tolist() == [3, 3, 8, 9]
 
@@ -158,7 +158,7 @@ def test_gradients_are_added_to_a_sum_over_micro_batches(
     total = torch.zeros_like(weight, dtype=torch.float32)
     keep_gradient_sum(weight, total)
     for _ in range(2):
-        grouped_linear(x, torch.tensor(counts), weight).backward(upstream)
+        grouped_linear(x, Groups(torch.tensor(counts)), weight).backward(upstream)
     assert weight.grad is None
     torch.testing.assert_close(total, 2 * expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
@@ -167,5 +167,5 @@ def test_gradients_are_added_to_a_sum_over_micro_batches(
 def test_only_the_gradients_that_are_needed(frozen: int) -> None:
     drawn = _drawn((3, 0, 5, 1))
     drawn[frozen].requires_grad_(False)
-    grouped_linear(drawn[0], torch.tensor((3, 0, 5, 1)), *drawn[1:]).square().sum().backward()
+    grouped_linear(drawn[0], Groups(torch.tensor((3, 0, 5, 1))), *drawn[1:]).square().sum().backward()
     assert [one.grad is None for one in drawn] == [index == frozen for index in range(3)]

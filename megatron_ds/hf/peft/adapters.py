@@ -22,7 +22,7 @@ from megatron_ds.hf.family import Row
 from megatron_ds.hf.peft.config import AdapterConfig
 from megatron_ds.hf.peft.merging import merged_weight
 from megatron_ds.hf.peft.projections import (
-    EXPERTS,
+    EXPERT_AXIS,
     Projection,
     find_projections,
     find_vocabulary_tables,
@@ -292,7 +292,7 @@ def _adapter(config: AdapterConfig, model: HFModel, module: str, parts: tuple[Pr
     if parts[0].is_of_experts:
         assert isinstance(adapter, LoRASpec), adapter
         # in peft the matrix B of all experts has inputs of experts * rank
-        bound = adapter.b_bound / sqrt(model.axis_sizes[EXPERTS]) if adapter.b_bound is not None else None
+        bound = adapter.b_bound / sqrt(model.axis_sizes[EXPERT_AXIS]) if adapter.b_bound is not None else None
         adapter = replace(adapter, b_bound=bound)
     if isinstance(adapter, IA3Spec) and adapter.of_input and parts[0].is_column:
         raise ConversionError(

@@ -14,7 +14,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Row
 from megatron_ds.hf.tensor_mapping import STAR, FusedPiece, Op
 
-EXPERTS = "x"  # the named axis of experts
+EXPERT_AXIS = "x"  # the named axis of experts
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Projection:
     @property
     def is_of_experts(self) -> bool:
         """It is the projection of all experts of a layer."""
-        return EXPERTS in self.row.op.native_axes[:1] and self.row.split == EXPERTS
+        return EXPERT_AXIS in self.row.op.native_axes[:1] and self.row.split == EXPERT_AXIS
 
     @property
     def in_dim(self) -> str:
@@ -69,7 +69,7 @@ class Projection:
     def out_dim(self) -> str:
         """Pattern of the output features, in the order of the native weight."""
         dims = [dim for dim in map(_without_star, _dims(self.row.op.native)) if dim]
-        return " ".join(dim for dim in dims if dim not in (self.in_dim, EXPERTS if self.is_of_experts else ""))
+        return " ".join(dim for dim in dims if dim not in (self.in_dim, EXPERT_AXIS if self.is_of_experts else ""))
 
     @property
     def given_out(self) -> str | FusedPiece:
@@ -78,7 +78,7 @@ class Projection:
         pattern = source.pattern if isinstance(source, FusedPiece) else source
         dims = _dims(pattern)
         if self.is_of_experts:
-            dims.remove(EXPERTS)
+            dims.remove(EXPERT_AXIS)
         assert len(dims) == 2 and dims.count(self.in_dim) == 1, (pattern, self.in_dim)
         out = dims[1 - dims.index(self.in_dim)]
         return FusedPiece(out, source.piece) if isinstance(source, FusedPiece) else out
@@ -134,8 +134,8 @@ def find_vocabulary_tables(model: HFModel) -> dict[str, tuple[Projection, ...]]:
 def input_row(native: str, theirs: str, first: Projection, rank: str) -> Row:
     """Return the row of a parameter over the input features of a module, (rank, in), of experts (experts, rank, in)."""
     if first.is_of_experts:
-        op = Op((f"({EXPERTS} {rank}) {first.in_dim}",), f"{EXPERTS} {rank} {first.in_dim}")
-        return Row(native, (theirs,), op, EXPERTS)
+        op = Op((f"({EXPERT_AXIS} {rank}) {first.in_dim}",), f"{EXPERT_AXIS} {rank} {first.in_dim}")
+        return Row(native, (theirs,), op, EXPERT_AXIS)
     pattern = f"{rank} {first.in_dim}"
     return Row(native, (theirs,), Op((pattern,), pattern), None if first.is_column else first.row.split)
 
@@ -146,10 +146,10 @@ def output_row(native: str, theirs: str, one: Projection, rank: str | None) -> R
     It is (out, rank), or (out,) without a rank; of experts (experts, out, rank).
     """
     more, given = ("" if rank is None else f" {rank}"), one.given_out
-    inner = f" ({rank} {EXPERTS})" if one.is_of_experts else more
+    inner = f" ({rank} {EXPERT_AXIS})" if one.is_of_experts else more
     source = FusedPiece(f"{given.pattern}{inner}", given.piece) if isinstance(given, FusedPiece) else f"{given}{inner}"
     if one.is_of_experts:
-        return Row(native, (theirs,), Op((source,), f"{EXPERTS} {one.out_dim}{more}"), EXPERTS)
+        return Row(native, (theirs,), Op((source,), f"{EXPERT_AXIS} {one.out_dim}{more}"), EXPERT_AXIS)
     return Row(native, (theirs,), Op((source,), f"{one.out_dim}{more}"), one.row.split if one.is_column else None)
 
 

@@ -21,14 +21,13 @@ class RouterLoad:
             the load-balancing loss and of the z-loss, both without coefficients.
     """
 
-    def __init__(self, num_experts: int, device: torch.device) -> None:
-        self.num_experts, self.device = num_experts, device
-        self.sums = torch.empty(0)
-        self.clear()
+    def __init__(self, num_experts: int, like: Tensor) -> None:
+        """Begin with zeros on the device of a tensor. ZeRO-3 gives tensors of torch's own constructors its dtype."""
+        self.sums = like.new_zeros(num_experts + 2, dtype=torch.float64)
 
     def clear(self) -> None:
         """Begin a step."""
-        self.sums = torch.zeros(self.num_experts + 2, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros_like(self.sums)
 
     def add(self, counts: Tensor, balance: Tensor, z: Tensor) -> None:
         """Add a micro-batch: (E,) counts, and two scalars."""

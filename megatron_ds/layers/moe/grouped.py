@@ -65,20 +65,19 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, None, grad_weight, grad_bias
 
 
-def grouped_linear(x: Tensor, groups: Groups | Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_linear(x: Tensor, groups: Groups, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply the rows of each group by its matrix, and add its bias if there is one.
 
     Args:
         x: (rows, in), groups one after the other.
-        groups: the groups, which several products can share, or only their counts, (G,) int64.
+        groups: the groups, which several products can share.
         weight: (G, ..., in), with the outputs of a group in the dims between.
         bias: (G, ...).
 
     Returns:
         (rows, out).
     """
-    shared = groups if isinstance(groups, Groups) else Groups(groups)
-    return _GroupedLinear.apply(x, shared, weight, bias)
+    return _GroupedLinear.apply(x, groups, weight, bias)
 
 
 def _grouped(x: Tensor, groups: Groups, matrices: Tensor) -> Tensor:

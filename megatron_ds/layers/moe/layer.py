@@ -52,7 +52,7 @@ class MoE(nn.Module):
         super().__init__()
         self.shape, self.parallel, self.settings, self.rng = shape, parallel, settings, rng
         self.router = Router(shape.router, shape.hidden_size, parallel, shape.std)
-        self.load = RouterLoad(shape.router.num_experts, self.router.weight.device)
+        self.load = RouterLoad(shape.router.num_experts, self.router.weight)
         self.experts = Experts(shape, parallel, kernels)
         self.shared = MLP(shape.shared, parallel.tp, rng, kernels) if shape.shared is not None else None
         self.shared_gate = None
