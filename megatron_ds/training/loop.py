@@ -215,7 +215,8 @@ class TrainingLoop:
         def raise_error() -> None:
             raise TrainingError(
                 f"train.max_bad_steps={limit}: loss or gradient norm was not finite for {count} consecutive steps "
-                f"(last: step {step}, {values}){self.resume_hint}; check optimizer.lr and the data"
+                f"(last: step {step}, {values}){self.resume_hint}; check optimizer.lr, the data and the weights that "
+                "the run began with"
             )
 
         run_on_all_ranks(raise_error)
