@@ -132,7 +132,7 @@ def none_inside_the_mlp() -> None:
 def after_the_down_projection() -> None:
     """The MLP's moves behind its last matrix: as many, as likely."""
 
-    def forward(self: MLP, x: Tensor) -> Tensor:
+    def forward(self: MLP, x: Tensor, mask: Tensor | None = None) -> Tensor:
         up = self.up(x)
         gate, rest = up.chunk(2, dim=-1) if self.shape.gated else (up, None)
         act = ACTIVATIONS[self.shape.activation]

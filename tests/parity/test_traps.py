@@ -97,7 +97,7 @@ def frequencies_unscaled() -> None:
 def decay_by_shape() -> None:
     """Weight decay is decided by the number of dims, after ZeRO-3 has flattened them all to one."""
 
-    def by_shape(module: torch.nn.Module, section: Any) -> list[dict[str, Any]]:
+    def by_shape(module: torch.nn.Module, section: Any, *others: Any) -> list[dict[str, Any]]:
         return [
             {"params": [p for p in module.parameters() if p.dim() >= 2], "weight_decay": section.weight_decay},
             {"params": [p for p in module.parameters() if p.dim() < 2], "weight_decay": 0.0},
