@@ -69,12 +69,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that wrote a checkpoint: shown by `inspect`, never read by a run."""
+    """The run that wrote a checkpoint: shown by `inspect`, never read by a run.
+
+    `expert` is the number of ranks that divided the experts; None = the model has no experts.
+    """
 
     world_size: int = 1
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    expert: int | None = None
     sequence: bool = False
     zero_stage: int = 0
     precision: str = "fp32"
@@ -88,8 +92,9 @@ def timestamp() -> str:
 
 
 def encode(progress: Progress, origin: Origin) -> str:
-    """Encode progress and origin as JSON."""
-    content = {"format_version": FORMAT_VERSION, "progress": asdict(progress), "origin": asdict(origin)}
+    """Encode progress and origin as JSON. What the origin lacks is left out: earlier versions do not know it."""
+    known = {name: value for name, value in asdict(origin).items() if value is not None}
+    content = {"format_version": FORMAT_VERSION, "progress": asdict(progress), "origin": known}
     return json.dumps(content, indent=2) + "\n"
 
 

@@ -180,10 +180,11 @@ def _progress(progress: Progress, origin: Origin) -> Iterator[Row]:
         yield ("", f"seq_length {data.seq_length}, {order}, seed {data.seed}, {data.fingerprint[:12]}")
     yield ("written", f"{origin.written_at} by {origin.source}")
     if progress.trained:
+        experts = f", ep {origin.expert}" if origin.expert is not None else ""
         sequence = ", sequence parallel" if origin.sequence else ""
         yield (
             "layout",
-            f"{origin.world_size} = tp {origin.tensor} x pp {origin.pipeline} x dp {origin.data}{sequence}, "
+            f"{origin.world_size} = tp {origin.tensor} x pp {origin.pipeline} x dp {origin.data}{experts}{sequence}, "
             f"ZeRO-{origin.zero_stage}, {origin.precision}; can be resumed at any other",
         )
 

@@ -50,6 +50,7 @@ def make_saver(
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         data=layout.data,
+        expert=engine.grid.expert.size if model.hf.core.shape().num_experts else None,
         sequence=plan.config.parallel.sequence,
         zero_stage=plan.summary.zero_stage,
         precision=plan.summary.precision,

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 import megatron_ds as mds
 from megatron_ds.checkpoint.directory import LATEST, MANIFEST, PROGRESS, name_of
 from megatron_ds.checkpoint.inspect import CheckpointFacts, FolderFacts, inspect
+from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode
+from megatron_ds.cli.inspect import _progress
 from megatron_ds.cli.main import _run
 from megatron_ds.errors import CheckpointError
 from tests.checkpoint.runs import CUT, saved_at
@@ -162,3 +164,16 @@ def test_a_table_on_a_terminal_and_lines_elsewhere(trained: Path, capfdbinary: p
     assert b"\x1b[1m" in shown and b"\x1b[" not in plain
     for word in (b"model", b"qwen2 (Qwen2ForCausalLM)", b"layout", b"1 = tp 1 x pp 1 x dp 1"):
         assert word in shown and word in plain
+
+
+@pytest.mark.parametrize(
+    ("expert", "layout"), [(None, "4 = tp 2 x pp 1 x dp 2, ZeRO-3"), (4, "4 = tp 2 x pp 1 x dp 2, ep 4, ZeRO-3")]
+)
+def test_a_checkpoint_names_the_expert_ranks_of_its_run(expert: int | None, layout: str, tmp_path: Path) -> None:
+    """And only then: earlier versions, which do not know them, read the checkpoints of dense models."""
+    written = Origin(world_size=4, tensor=2, data=2, zero_stage=3, expert=expert)
+    (tmp_path / "progress.json").write_text(encode(Progress(trained=("head.weight",)), written))
+    assert ("expert" in json.loads((tmp_path / "progress.json").read_text())["origin"]) == (expert is not None)
+    progress, origin = decode(tmp_path / "progress.json")
+    assert origin == written
+    assert dict(_progress(progress, origin))["layout"].startswith(layout)
