@@ -120,17 +120,24 @@ def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Resta
     def start(count: int, is_restart: bool) -> None:
         results[:] = run_local(lambda info: as_rank(resumed if is_restart else run, info), count)
 
-    def fits(count: int) -> bool:
+    def misfit(count: int) -> str | None:
+        """Return why the run cannot go on with so many ranks; None = it can."""
         try:
             resolve_run(resumed, count, device_type())
-        except ConfigError:
-            return False
-        return device_type() == "cpu" or count <= device_count()
+        except ConfigError as problem:
+            return str(problem)
+        has_devices = device_type() == "cpu" or count <= device_count()
+        return None if has_devices else f"there are {device_count()} devices"
 
     def fewer(left: int) -> int | None:
         assert restarts.min_ranks is not None
-        return next((count for count in range(left, restarts.min_ranks - 1, -1) if fits(count)), None)
+        return next((count for count in range(left, restarts.min_ranks - 1, -1) if misfit(count) is None), None)
 
+    if restarts.min_ranks is not None and restarts.min_ranks < ranks and fewer(ranks - 1) is None:
+        raise TopologyError(
+            f"--min-nproc={restarts.min_ranks}: the run fits none of {restarts.min_ranks} to {ranks - 1} ranks (with "
+            f"{restarts.min_ranks}: {misfit(restarts.min_ranks)}); try --min-nproc={ranks}"
+        )
     with counting_time():
         run_with_restarts(start, ranks, restarts.at_most, fewer if restarts.min_ranks is not None else None)
     return results[0]

@@ -212,6 +212,10 @@ def test_a_rank_that_hangs_is_named_and_the_group_starts_again(fork: Fork, corpu
         (("--min-nproc", 1), "--min-nproc=1 has no effect without --max-restarts; try --max-restarts=1"),
         (("--max-restarts", 1, "--min-nproc", 3), "--min-nproc=3 is not between 1 and --nproc=2; nearest: 2"),
         (
+            ("--max-restarts", 1, "--min-nproc", 1, "parallel.tensor=2"),
+            "--min-nproc=1: the run fits none of 1 to 1 ranks (with 1: parallel.tensor=2 * parallel.pipeline=1",
+        ),
+        (
             ("checkpoint.resume=out/nothing",),
             "checkpoint.resume=out/nothing is not a checkpoint; try auto, never",
         ),
