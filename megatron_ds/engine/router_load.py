@@ -78,10 +78,10 @@ class Routers:
         """Return what a step logs, given the numbers of `collect` on the host.
 
         The losses are sums over layers, without coefficients, and means over micro-batches and data ranks. The tokens
-        are those of the expert, of any layer, that got the fewest or the most, and the mean over all experts. The
-        busiest layer is the index of the block with the former, and unused are the experts of all layers without a
-        token. The entropy of the tokens over a layer's experts is a mean over layers, divided by its largest value. No
-        token is ever dropped.
+        are the smallest and largest number that an expert of any layer got, and the mean over all experts. The busiest
+        layer is the index of the block with the largest number; unused is the number of experts, of all layers, that
+        got none. The entropy of the tokens over a layer's experts is a mean over layers, divided by its largest value.
+        No token is ever dropped.
         """
         counts, losses, begin = [], [0.0, 0.0], 0
         for experts in self._experts.values():

@@ -36,7 +36,6 @@ class MoE(nn.Module):
         shape: sizes and options.
         parallel: the ranks that divide experts and tokens.
         settings: coefficients of the router's losses.
-        load: the sums that it adds to.
         rng: random streams of the shared experts.
         kernels: the kernels of SwiGLU and GeGLU.
     """
