@@ -121,7 +121,7 @@ def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Resta
         results[:] = run_local(lambda info: as_rank(resumed if is_restart else run, info), count)
 
     def misfit(count: int) -> str | None:
-        """Return why the run cannot go on with so many ranks; None = it can."""
+        """Return why the run does not fit a number of ranks; None = it fits."""
         try:
             resolve_run(resumed, count, device_type())
         except ConfigError as problem:
