@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -144,8 +145,7 @@ def from_pretrained(spec: Spec) -> Step:
 
 def start_training(spec: Spec) -> Step:
     """Run `megatron-ds train` until its first step begins, then stop it."""
-    place = Path(spec.folder).parent / f"start-{spec.options['zero']}"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="start-", dir=Path(spec.folder).parent))  # it runs in turns, and alone
     (place / "data.jsonl").write_text(json.dumps({"input_ids": list(range(3, 35))}) + "\n")
     run = {
         "model": {"path": spec.folder},

@@ -17,6 +17,7 @@ from bench.arena import ContestantError, Samples, compete
 from bench.cases import CASES, Target
 from bench.combine import main as combine
 from bench.contestant import RUNNERS
+from bench.files import start_training
 from bench.gemm import device_peak
 from bench.report import markdown
 from bench.result import CaseResult, EntryResult, check_same_work, judge, write_json
@@ -119,6 +120,15 @@ def test_contestants_of_targets_run_alone_too(monkeypatch: pytest.MonkeyPatch) -
     differ = True
     with pytest.raises(ValueError, match="transformers, alone ended with loss 1"):
         command.run_case("one", CASES["one"], 2, "cpu", tiny=True)
+
+
+def test_contestants_that_run_again_find_room_for_their_files(tmp_path: Path) -> None:
+    """In turns and alone they get the same folder."""
+    (tmp_path / "model").mkdir()
+    spec = Spec("start", 1, {"tensor": 2, "zero": 1}, CASES["start"].work, str(tmp_path / "model"), "cpu")
+    start_training(spec)
+    start_training(spec)
+    assert len(list(tmp_path.glob("start-*/run.yaml"))) == 2
 
 
 def test_the_worse_of_both_ways_over_all_runs_decides() -> None:
