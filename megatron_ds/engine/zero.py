@@ -61,13 +61,14 @@ class ZeroEngine(Engine):
     def _clipped(self) -> float:
         """Clip the gradients at ZeRO-0 as torch does; return their norm before that.
 
-        The L2 norm counts parameters that all tensor ranks hold once. Collective over tensor, expert and loss.
+        The L2 norm counts parameters that all tensor ranks hold once. Collective over tensor and loss, and over expert
+        if the model has experts.
         """
         axes = self.grid.model_axes
         trained = [p for p in self.deepspeed.module.parameters() if p.grad is not None]
         counted = [p for p in trained if spec_of(p).holds_first(axes)]
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for of_experts in (False, True):
+        for of_experts in (False, True) if self.routers is not None else (False,):
             gradients = [p.grad for p in counted if spec_of(p).is_of_experts == of_experts]
             squares = torch.zeros_like(total)
             if gradients:

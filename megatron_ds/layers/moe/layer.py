@@ -115,13 +115,17 @@ class MoE(nn.Module):
         """Return the weights; where they are differentiated, so are the router's losses. Count the tokens once."""
         settings, counts = self.settings, dispatch.chosen_counts
         aux = self.shape.aux_loss if settings.aux_loss is None else settings.aux_loss
+        is_differentiated = routing.weights.requires_grad and bool(aux or settings.z_loss)
+        if is_replaying() and not is_differentiated:
+            return routing.weights
         if real is not None:  # E stands for no expert: to leave tokens out, the host would wait for their number
             experts = self.shape.router.num_experts
             kept = routing.chosen.masked_fill(~real.unsqueeze(-1), experts).flatten().sort().values
             counts = count_per_expert(kept, experts)
-        balance, z = router_losses(routing, counts, real, self.parallel.tp.axis)
+        with torch.set_grad_enabled(is_differentiated):
+            balance, z = router_losses(routing, counts, real, self.parallel.tp.axis)
         if not is_replaying():
             self.load.add(counts, balance, z)
-        if not routing.weights.requires_grad or not (aux or settings.z_loss):
+        if not is_differentiated:
             return routing.weights
         return with_loss(routing.weights, aux * balance + settings.z_loss * z, settings)
