@@ -226,3 +226,5 @@ XLM_ROBERTA, CAMEMBERT = (
     )
     for model_type, prefix in (("xlm-roberta", "XLMRoberta"), ("camembert", "Camembert"))
 )
+
+FAMILIES = (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT)

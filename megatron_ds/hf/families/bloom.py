@@ -94,3 +94,5 @@ def rows(config: DecoderConfig) -> list[Row]:
 
 
 BLOOM = Family("bloom", "BloomForCausalLM", "transformer.", FIELDS, translate, rows)
+
+FAMILIES = (BLOOM,)

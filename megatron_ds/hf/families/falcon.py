@@ -152,3 +152,5 @@ FALCON = Family(
     ignored=(r"^(transformer\.)?h\.\d+\.self_attention\.(rotary_emb|maybe_rotary)\.inv_freq$",),
     reference_attention="sdpa",  # transformers 5.23 adds ALiBi twice in "eager": to the scores, and in the mask
 )
+
+FAMILIES = (FALCON,)

@@ -90,3 +90,5 @@ GEMMA3_TEXT = family(
         cosmetic=frozenset({"_sliding_window_pattern"}),
     ),
 )
+
+FAMILIES = (GEMMA2, GEMMA3_TEXT)

@@ -166,3 +166,5 @@ _ERNIE4_5_MOE = moe_family(
     ERNIE_IN_MEMORY,
 )
 ERNIE4_5_MOE = replace(_ERNIE4_5_MOE, further_modules=lambda config: (r"^(model\.)?mtp_",))
+
+FAMILIES = (GLM4_MOE, DOTS1, ERNIE4_5_MOE)

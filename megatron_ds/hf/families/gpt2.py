@@ -114,3 +114,5 @@ GPT2 = Family(
     rows=rows,
     ignored=(r"^(transformer\.)?h\.\d+\.attn\.(masked_)?bias$",),
 )
+
+FAMILIES = (GPT2,)

@@ -96,3 +96,5 @@ GPT_NEOX = Family(
     rows=rows,
     ignored=(r"^(gpt_neox\.)?layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",),
 )
+
+FAMILIES = (GPT_NEOX,)

@@ -81,3 +81,5 @@ GPT_OSS = replace(
     ),
     load_options=eager_experts,
 )
+
+FAMILIES = (GPT_OSS,)

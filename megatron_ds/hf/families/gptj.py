@@ -109,3 +109,5 @@ GPTJ = Family(
     rows=rows,
     ignored=(r"^(transformer\.)?h\.\d+\.attn\.((masked_)?bias|embed_positions)$",),
 )
+
+FAMILIES = (GPTJ,)

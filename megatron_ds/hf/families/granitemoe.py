@@ -91,3 +91,5 @@ GRANITEMOESHARED = _family(
     "shared_intermediate_size",
     FieldRules(_FIELDS | {"shared_intermediate_size"}, may_be_zero=frozenset({"shared_intermediate_size"})),
 )
+
+FAMILIES = (GRANITEMOE, GRANITEMOESHARED)

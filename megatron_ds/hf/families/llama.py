@@ -255,3 +255,5 @@ SMOLLM3 = family(
         cosmetic=frozenset({"max_window_layers"}),
     ),
 )
+
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GRANITE, SMOLLM3)

@@ -86,3 +86,5 @@ MINIMAX_M2 = moe_family(
     IN_MEMORY,
     COUNTS,
 )
+
+FAMILIES = (MIXTRAL, MINIMAX_M2)

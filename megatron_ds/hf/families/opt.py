@@ -103,3 +103,5 @@ OPT = Family(
     rows=rows,
     ignored=(r"^(model\.)?decoder\.version$",),
 )
+
+FAMILIES = (OPT,)

@@ -53,3 +53,5 @@ def rows(config: DecoderConfig) -> list[Row]:
 
 
 PHI3 = family("phi3", "Phi3ForCausalLM", translate, FIELDS, rows)
+
+FAMILIES = (PHI3,)

@@ -83,3 +83,5 @@ OLMOE = moe_family(
     NAMES,
     counts=COUNTS,
 )
+
+FAMILIES = (QWEN2_MOE, QWEN3_MOE, OLMOE)

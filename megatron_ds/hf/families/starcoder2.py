@@ -38,3 +38,5 @@ def translate(config: Any) -> DecoderConfig:
 
 
 STARCODER2 = family("starcoder2", "Starcoder2ForCausalLM", translate, FIELDS)
+
+FAMILIES = (STARCODER2,)

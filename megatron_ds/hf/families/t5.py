@@ -203,3 +203,5 @@ MT5 = replace(
     translate=translate_mt5,
     config_overrides=lambda config: {"tie_word_embeddings": False},  # transformers 4 scales a head that is called tied
 )
+
+FAMILIES = (T5, MT5)
