@@ -66,8 +66,9 @@ check: $(STAMP)  ## check lint, formatting, types and the import order
 	$(BIN)/mypy
 	$(if $(wildcard tests/test_floors.py),$(BIN)/python -m pytest tests/test_floors.py)
 
-tables: $(STAMP)  ## update the README's table of families from the registry
-	$(BIN)/python -m megatron_ds.hf.support_table README.md
+tables: $(STAMP)  ## update the table of families from the registry and the cases of the tests
+	$(BIN)/python -m tests.proof
+	$(BIN)/python -m megatron_ds.hf.support_table docs/families.md
 
 clean:  ## remove .venv, out/ and caches
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

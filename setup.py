@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ds", "megatron_ds.*"]),
-    package_data={"megatron_ds": ["py.typed"]},
+    package_data={"megatron_ds": ["py.typed", "hf/proof.json"]},
     install_requires=[
         "torch>=2.11,<2.15",
         "deepspeed>=0.19.8,<0.20",

@@ -16,6 +16,8 @@ import typer
 from megatron_ds.cache import use_writable_caches
 from megatron_ds.cli.export import HELP as EXPORT_HELP
 from megatron_ds.cli.export import export
+from megatron_ds.cli.families import HELP as FAMILIES_HELP
+from megatron_ds.cli.families import families
 from megatron_ds.cli.import_hf import HELP as IMPORT_HELP
 from megatron_ds.cli.import_hf import import_hf
 from megatron_ds.cli.inspect import HELP as INSPECT_HELP
@@ -59,6 +61,7 @@ app.command(help=EXPORT_HELP)(export)
 app.command("import", help=IMPORT_HELP)(import_hf)
 app.command(help=VERIFY_HELP)(verify)
 app.command(help=INSPECT_HELP)(inspect)
+app.command(help=FAMILIES_HELP)(families)
 
 
 @app.callback()
@@ -80,7 +83,7 @@ def main() -> None:
     """Run the command line and exit: 0 done; 2 a user error, in one line; 130 interrupted; 1 any other error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenizers would switch itself off in forked ranks
     arguments = sys.argv[1:]
-    only_shows = _command(arguments) in ("", "inspect") or "--help" in arguments
+    only_shows = _command(arguments) in ("", "inspect", "families") or "--help" in arguments
     streams = StandardStreams(announces=not only_shows)
     streams.install()
     status = _run(arguments)

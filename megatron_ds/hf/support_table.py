@@ -1,17 +1,22 @@
-"""The README's table of supported families, generated from the registry.
+"""The table of supported families: their classes, well-known models, and what the tests have proven of each.
 
-`python -m megatron_ds.hf.support_table README.md` updates it.
+`make tables` writes the proof, proof.json, from the cases of the tests, and the table into docs/families.md.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_ds.hf.family import Family
 from megatron_ds.hf.registry import FAMILIES
 
 BEGIN, END = "<!-- made by `make tables` -->", "<!-- end -->"
+PROOF = Path(__file__).with_name("proof.json")
 
 # Well-known models of each family.
 MODELS = {
@@ -52,18 +57,81 @@ MODELS = {
 }
 
 
-def support_table() -> str:
-    """Return the table in Markdown, one line per family of this package."""
-    lines = ["| `model_type` | class in transformers | such as |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | `{FAMILIES[name].architecture}` | {known} |" for name, known in MODELS.items()]
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Proof:
+    """The comparisons of a family with transformers in the test suite and `make sweep`, all in fp32.
+
+    Attributes:
+        configs: number of configs whose outputs, loss and every gradient are equal.
+        layouts: number of layouts (tensor, pipeline, sequence) at which they are equal.
+        steps: number of training steps after which the losses are equal, at three layouts; 0 = not compared.
+        real_weights: published models that are compared with their real weights; empty = all weights were random.
+    """
+
+    configs: int = 0
+    layouts: int = 0
+    steps: int = 0
+    real_weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Support:
+    """A line of the table.
+
+    Attributes:
+        model_type: as in config.json.
+        architecture: the class of transformers, by default if a config names no other.
+        known: well-known models; empty for families from outside.
+        proof: what is proven; None for families from outside.
+    """
+
+    model_type: str
+    architecture: str
+    known: str
+    proof: Proof | None
+
+    @property
+    def proven(self) -> str:
+        """A text on what is proven, such as "5 configs, 11 layouts, 5 steps; random weights"."""
+        if self.proof is None:
+            return "nothing: the family is from outside"
+        proof = self.proof
+        steps = f", {proof.steps} steps" if proof.steps else ""
+        weights = " and ".join(proof.real_weights)
+        return f"{proof.configs} configs, {proof.layouts} layouts{steps}; {weights or 'random weights'}"
+
+
+def support() -> list[Support]:
+    """Return the lines of the table, families from outside included, in the order of the registry."""
+    proofs = {name: Proof(**fields) for name, fields in json.loads(PROOF.read_text(encoding="utf-8")).items()}
+    proofs = {name: replace(proof, real_weights=tuple(proof.real_weights)) for name, proof in proofs.items()}
+    return [_line(family, proofs.get(name)) for name, family in FAMILIES.items()]
+
+
+def _line(family: Family, proof: Proof | None) -> Support:
+    name = family.model_type
+    return Support(name, family.architecture, MODELS.get(name, ""), proof if name in MODELS else None)
+
+
+def markdown(lines: Iterable[Support]) -> str:
+    """Return the table in Markdown."""
+    table = ["| `model_type` | class in transformers | such as | proven |", "| --- | --- | --- | --- |"]
+    table += [f"| `{one.model_type}` | `{one.architecture}` | {one.known} | {one.proven} |" for one in lines]
+    return "\n".join(table)
 
 
 def with_table(text: str) -> str:
-    """Replace the text between the marks of a page by the table."""
+    """Replace the text between the marks of a page by the table of this package's families."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     assert len(pattern.findall(text)) == 1, "the page needs the marks of the table once"
-    return pattern.sub(lambda _: f"{BEGIN}\n{support_table()}\n{END}", text)
+    table = markdown(line for line in support() if line.proof is not None)
+    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+
+
+def proof_json(proofs: dict[str, Proof]) -> str:
+    """Return the content of proof.json."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(asdict(proof))}" for name, proof in proofs.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.hf.support_table import MODELS, with_table
+from megatron_ds.hf.support_table import MODELS, PROOF, proof_json, with_table
 from megatron_ds.training.launch import train
 from megatron_ds.training.resolve import resolve_run
 from tests.examples.test_examples import OWN_LOOP
+from tests.proof import proofs
 from tests.ranks import preload
 from tests.training.tiny import run_mapping
 
@@ -34,8 +35,8 @@ CHAINED = [
 """Pages all of whose commands `tests/examples` runs, one after the other."""
 CONVERTING = ("prepare", "inspect", "export", "import")
 """Commands that tests of examples run."""
-OUTSIDE = "examples/extend/README.md"
-"""The same in `test_extend`, in processes of their own: what the example registers would stay in this one."""
+OUTSIDE = ("examples/extend/README.md", "docs/add_a_family.md")
+"""The same in `test_extend` and `test_add_a_family`, in processes of their own: what they register would stay here."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +103,8 @@ def test_command_is_right(
     page: str, command: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     words = shlex.split(command)
-    if page == OUTSIDE:
-        assert words[:2] in [["megatron-ds", name] for name in ("train", "verify", "inspect")]
+    if page in OUTSIDE:
+        assert words[:2] in [["megatron-ds", name] for name in ("train", "verify", "inspect", "families")]
     elif words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert {word for word in words[1:] if "=" not in word} <= set(targets)
@@ -123,6 +124,8 @@ def test_command_is_right(
         arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
         assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word
         assert "no config.json here" in capsys.readouterr().err
+    elif words[:2] == ["megatron-ds", "families"]:
+        assert _run(words[1:]) == 0, capsys.readouterr().err
     elif words[0] == "megatron-ds":
         run, ranks = run_of(words[1:])
         check_fits(run, ranks or 1)
@@ -150,7 +153,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_table_of_families_is_the_registry() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert PROOF.read_text(encoding="utf-8") == proof_json(proofs()), "run `make tables`"
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert with_table(text) == text, "run `make tables`"
     assert text.count("| `llama` | `LlamaForCausalLM` |") == 1
     assert MODELS.keys() == set(FAMILIES)

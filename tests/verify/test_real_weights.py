@@ -13,6 +13,9 @@ import megatron_ds as mds
 from megatron_ds.cli.verify import lines
 from tests.cli.conftest import Fork, fork, start  # noqa: F401
 
+PUBLISHED = {"bert": ("MiniLM-L6", "rxnfp")}
+"""model_type -> the published models whose real weights are compared, for the table of families."""
+
 PLACES = [(1, 1, False), (2, 1, True), (2, 2, False)]
 
 
