@@ -187,6 +187,26 @@ class Family:
         return self.architecture
 
 
+def renamed(rows: Callable[[Any], list[Row]], names: Mapping[str, str]) -> Callable[[Any], list[Row]]:
+    """Return a table with other names on disk.
+
+    Args:
+        rows: the table, a function of the config.
+        names: one or more parts of a name -> parts that take their place, such as "self_attn.o_proj" ->
+            "self_attn.dense". Only complete parts are found, and all are replaced at once: two names may be exchanged.
+    """
+    alternatives = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    found = re.compile(rf"(?<![^.])(?:{alternatives})(?![^.])")
+
+    def rename(theirs: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(found.sub(lambda match: names[match[0]], name) for name in theirs)
+
+    def rows_renamed(config: Any) -> list[Row]:
+        return [replace(row, names=rename(row.names), copies=rename(row.copies)) for row in rows(config)]
+
+    return rows_renamed
+
+
 def norm(native: str, theirs: str, style: NormStyle) -> list[Row]:
     """Return the rows of a norm over hidden states; none if it has no parameters."""
     parts = ("weight", "bias") if style.kind == "layer" else ("weight",)

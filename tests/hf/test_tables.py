@@ -12,9 +12,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_ds.engine.base import weights_of
 from megatron_ds.hf.config import HFModel, read_model
-from megatron_ds.hf.family import Family
+from megatron_ds.hf.family import Family, Row, renamed
 from megatron_ds.hf.registry import FAMILIES
-from megatron_ds.hf.tensor_mapping import FusedPiece
+from megatron_ds.hf.tensor_mapping import FusedPiece, copy
 from megatron_ds.models.sequential import SequentialModel
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -134,6 +134,29 @@ def _rows_of(config: dict[str, Any]) -> str:
 
 def _names(model: HFModel) -> set[str]:
     return {name for row in model.table.values() for name in row.names}
+
+
+def test_renamed_replaces_complete_parts_of_names_at_once() -> None:
+    """Two names may be exchanged, a longer one is found first, and a part of a part is left as it is."""
+    rows = [
+        Row("a", ("model.layers.{n}.post_norm.weight", "model.layers.{n}.pre_norm.weight"), copy("h")),
+        Row("b", ("model.norm.weight",), copy("h"), copies=("model.norm_copy.weight",), layers=(0,)),
+        Row("c", ("model.layers.{n}.attn.o_proj.weight", "model.layers.{n}.attn.o_proj_too.weight"), copy("h")),
+    ]
+    names = {
+        "post_norm": "pre_norm",
+        "pre_norm": "post_norm",
+        "attn": "attention",
+        "attn.o_proj": "attn.dense",
+        "norm": "final_norm",
+    }
+    found = renamed(lambda config: rows, names)(None)
+    assert [row.names for row in found] == [
+        ("model.layers.{n}.pre_norm.weight", "model.layers.{n}.post_norm.weight"),
+        ("model.final_norm.weight",),
+        ("model.layers.{n}.attn.dense.weight", "model.layers.{n}.attention.o_proj_too.weight"),
+    ]
+    assert found[1].copies == ("model.norm_copy.weight",) and found[1].layers == (0,) and found[2].op is rows[2].op
 
 
 def test_tied_model_has_no_head_and_knows_it_again() -> None:
