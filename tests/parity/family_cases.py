@@ -6,17 +6,11 @@ A name begins with its `model_type`. Sequences of 32 go past the windows, and pa
 
 from typing import Any
 
-from tests.parity.cases import LLAMA3_ROPE, VOCAB
+from tests.parity.case_fields import ALTERNATING, LAYERS, LLAMA, PLAIN_ROPE, SIX_HEADS, TOKENS, YARN_ROPE, cases_of
+from tests.parity.cases import LLAMA3_ROPE
 
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
-YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-_TOKENS = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-_GPT = {**_TOKENS, "n_embd": 32, "n_layer": 4, "n_head": 8, "n_positions": 64}
+_GPT = {**TOKENS, "n_embd": 32, "n_layer": 4, "n_head": 8, "n_positions": 64}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-_LAYERS = {**_TOKENS, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8}
-_LLAMA = {**_LAYERS, "intermediate_size": 64, "num_key_value_heads": 4, "max_position_embeddings": 64}
-_SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 96}
-_ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 
 def _longrope(pairs: int, **more: Any) -> dict[str, Any]:
@@ -25,13 +19,8 @@ def _longrope(pairs: int, **more: Any) -> dict[str, Any]:
     return {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long, **more}
 
 
-def _of(model_type: str, common: dict[str, Any], cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Cases named by what they change in a family's common fields."""
-    return {f"{model_type}-{name}": {"model_type": model_type, **common, **changes} for name, changes in cases.items()}
-
-
 GPT_CASES = {
-    **_of(
+    **cases_of(
         "gpt2",
         {**_GPT, **_NO_DROPOUT},
         {
@@ -40,7 +29,7 @@ GPT_CASES = {
             "unscaled-untied": {"scale_attn_weights": False, "tie_word_embeddings": False},
         },
     ),
-    **_of(
+    **cases_of(
         "gptj",
         {**_GPT, **_NO_DROPOUT, "n_embd": 64, "rotary_dim": 4},
         {
@@ -49,9 +38,9 @@ GPT_CASES = {
             "four-heads": {"n_embd": 32, "n_head": 4, "rotary_dim": 6, "activation_function": "gelu"},
         },
     ),
-    **_of(
+    **cases_of(
         "gpt_neox",
-        {**_LAYERS, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64},
+        {**LAYERS, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64},
         {
             "parallel": {"rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.25}},
             "sequential": {"use_parallel_residual": False, "rotary_pct": 0.5, "rotary_emb_base": 5000},
@@ -68,9 +57,9 @@ GPT_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "opt",
-        {**_LAYERS, "ffn_dim": 64, "max_position_embeddings": 64, "dropout": 0.0, "pad_token_id": 1},
+        {**LAYERS, "ffn_dim": 64, "max_position_embeddings": 64, "dropout": 0.0, "pad_token_id": 1},
         {
             "before": {},
             "after-narrow": {"do_layer_norm_before": False, "word_embed_proj_dim": 20},
@@ -79,18 +68,18 @@ GPT_CASES = {
             "no-final-norm": {"_remove_final_layer_norm": True, "pad_token_id": None},
         },
     ),
-    **_of(
+    **cases_of(
         "bloom",
-        {**_TOKENS, "hidden_size": 32, "n_layer": 4, "n_head": 8},
+        {**TOKENS, "hidden_size": 32, "n_layer": 4, "n_head": 8},
         {
             "tied": {},
             "untied": {"tie_word_embeddings": False},
             "six-heads": {"hidden_size": 48, "n_head": 6},  # not a power of two: ALiBi's second series of slopes
         },
     ),
-    **_of(
+    **cases_of(
         "falcon",
-        {**_LAYERS, "max_position_embeddings": 64},
+        {**LAYERS, "max_position_embeddings": 64},
         {
             "7b": {"num_kv_heads": 8},
             "7b-untied-bias": {"tie_word_embeddings": False, "bias": True, "ffn_hidden_size": 80},
@@ -108,15 +97,15 @@ GPT_CASES = {
 }
 
 LLAMA_CASES = {
-    **_of(
+    **cases_of(
         "llama",
-        _LLAMA,
+        LLAMA,
         {
             "plain": {},
             "bias-tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "pad_token_id": 5},
             "one-kv-head": {"num_key_value_heads": 1, "head_dim": 8},
             "all-heads": {"num_key_value_heads": 8, "hidden_act": "gelu"},
-            "six-heads": {**_SIX_HEADS, "rope_parameters": LLAMA3_ROPE},
+            "six-heads": {**SIX_HEADS, "rope_parameters": LLAMA3_ROPE},
             "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 2e4},
             "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "dynamic-beyond": {
@@ -146,18 +135,18 @@ LLAMA_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "mistral",
-        {**_LLAMA, "head_dim": 8},
+        {**LLAMA, "head_dim": 8},
         {
             "window": {"sliding_window": 7},
             "no-window-tied": {"sliding_window": None, "tie_word_embeddings": True, "num_key_value_heads": 2},
             "yarn": {"sliding_window": 31, "rope_parameters": YARN_ROPE},
         },
     ),
-    **_of(
+    **cases_of(
         "qwen2",
-        _LLAMA,
+        LLAMA,
         {
             "full": {"pad_token_id": 3},
             "windows-tied": {
@@ -168,16 +157,16 @@ LLAMA_CASES = {
             },
             "two-kv-heads": {
                 "num_key_value_heads": 2,
-                "layer_types": _ALTERNATING,
+                "layer_types": ALTERNATING,
                 "use_sliding_window": True,
                 "sliding_window": 11,
             },
             "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
         },
     ),
-    **_of(
+    **cases_of(
         "qwen3",
-        {**_LLAMA, "head_dim": 8},
+        {**LLAMA, "head_dim": 8},
         {
             "tied": {"tie_word_embeddings": True},
             "bias-windows": {
@@ -187,12 +176,12 @@ LLAMA_CASES = {
                 "max_window_layers": 1,
             },
             "one-kv-head": {"num_key_value_heads": 1, "head_dim": 16},
-            "six-heads": {**_SIX_HEADS, "head_dim": 12},
+            "six-heads": {**SIX_HEADS, "head_dim": 12},
         },
     ),
-    **_of(
+    **cases_of(
         "phi3",
-        {**_LLAMA, "hidden_size": 64, "original_max_position_embeddings": 64},
+        {**LLAMA, "hidden_size": 64, "original_max_position_embeddings": 64},
         {
             "plain": {"num_key_value_heads": 8, "pad_token_id": 7},
             "window-tied": {"sliding_window": 5, "tie_word_embeddings": True},
@@ -209,9 +198,9 @@ LLAMA_CASES = {
 }
 
 LATER_CASES = {
-    **_of(
+    **cases_of(
         "gemma2",
-        {**_LLAMA, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 11},
+        {**LLAMA, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 11},
         {
             "caps": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 4.0, "pad_token_id": 0},
             "no-caps-bias": {
@@ -228,9 +217,9 @@ LATER_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "gemma3_text",
-        {**_LLAMA, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 11},
+        {**LLAMA, "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 11},
         {
             "two-ropes": {"sliding_window_pattern": 2, "pad_token_id": 0},
             "linear-one-kv-head": {
@@ -241,13 +230,13 @@ LATER_CASES = {
                 "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             },
             "cap-bias-untied": {
-                "layer_types": _ALTERNATING,
+                "layer_types": ALTERNATING,
                 "final_logit_softcapping": 4.0,
                 "attention_bias": True,
                 "tie_word_embeddings": False,
             },
             "nested-ropes": {
-                "layer_types": _ALTERNATING,
+                "layer_types": ALTERNATING,
                 "rope_parameters": {
                     "full_attention": LLAMA3_ROPE,
                     "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
@@ -255,19 +244,19 @@ LATER_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "olmo2",
-        {**_LLAMA, "head_dim": 8},
+        {**LLAMA, "head_dim": 8},
         {
             "all-heads": {"num_key_value_heads": 8, "pad_token_id": 1},
             "groups-bias-tied": {"attention_bias": True, "tie_word_embeddings": True},
             "one-kv-head": {"num_key_value_heads": 1},
-            "six-heads": {**_SIX_HEADS, "rope_parameters": YARN_ROPE},
+            "six-heads": {**SIX_HEADS, "rope_parameters": YARN_ROPE},
         },
     ),
-    **_of(
+    **cases_of(
         "granite",
-        _LLAMA,
+        LLAMA,
         {
             "multipliers-tied": {
                 "embedding_multiplier": 3.0,
@@ -280,9 +269,9 @@ LATER_CASES = {
             "two-kv-heads": {"num_key_value_heads": 2, "attention_multiplier": 0.1, "logits_scaling": 8},
         },
     ),
-    **_of(
+    **cases_of(
         "smollm3",
-        _LLAMA,
+        LLAMA,
         {
             "every-fourth": {},
             "every-second-bias": {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
@@ -296,9 +285,9 @@ LATER_CASES = {
             "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}},
         },
     ),
-    **_of(
+    **cases_of(
         "starcoder2",
-        {**_LLAMA, "num_key_value_heads": 2},
+        {**LLAMA, "num_key_value_heads": 2},
         {
             "window": {"sliding_window": 7},
             "no-bias-untied": {"use_bias": False, "tie_word_embeddings": False},
@@ -307,14 +296,14 @@ LATER_CASES = {
     ),
 }
 
-_SPARSE = {**_LLAMA, "head_dim": 8, "num_experts_per_tok": 2}
+_SPARSE = {**LLAMA, "head_dim": 8, "num_experts_per_tok": 2}
 _EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 3}
 _QWEN_MOE = {**_SPARSE, "num_experts": 4, "moe_intermediate_size": 24}
 _GROUPED = {**_SPARSE, "n_routed_experts": 8, "moe_intermediate_size": 16, "n_shared_experts": 1}
 _MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22}
 
 MOE_CASES = {
-    **_of(
+    **cases_of(
         "mixtral",
         {**_SPARSE, "num_local_experts": 4, "intermediate_size": 48},
         {
@@ -328,7 +317,7 @@ MOE_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "qwen2_moe",
         {**_QWEN_MOE, "shared_expert_intermediate_size": 40},
         {
@@ -343,7 +332,7 @@ MOE_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "qwen3_moe",
         _QWEN_MOE,
         {
@@ -352,7 +341,7 @@ MOE_CASES = {
             "window-one-kv-head": {"use_sliding_window": True, "sliding_window": 9, "num_key_value_heads": 1},
         },
     ),
-    **_of(
+    **cases_of(
         "olmoe",
         {**_SPARSE, "num_experts": 4, "head_dim": 4, "intermediate_size": 40},
         {
@@ -361,7 +350,7 @@ MOE_CASES = {
             "one-of-four-tied": {"num_experts_per_tok": 1, "tie_word_embeddings": True, "num_key_value_heads": 8},
         },
     ),
-    **_of(
+    **cases_of(
         "granitemoe",
         {**_SPARSE, **_MULTIPLIERS, "num_local_experts": 4, "intermediate_size": 48},
         {
@@ -370,7 +359,7 @@ MOE_CASES = {
             "one-kv-head": {"num_key_value_heads": 1, "hidden_act": "gelu"},
         },
     ),
-    **_of(
+    **cases_of(
         "granitemoeshared",
         {**_SPARSE, **_MULTIPLIERS, "num_local_experts": 4, "intermediate_size": 48},
         {
@@ -384,9 +373,9 @@ MOE_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "ernie4_5_moe",
-        {**_LLAMA, "head_dim": 8, "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 16},
+        {**LLAMA, "head_dim": 8, "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 16},
         {
             "dense-first-tied": {},
             "every-second-untied": {
@@ -399,7 +388,7 @@ MOE_CASES = {
             "least-sum": {"moe_num_experts": 4, "moe_k": 1, "moe_norm_min": 0.4},
         },
     ),
-    **_of(
+    **cases_of(
         "glm4_moe",
         _GROUPED,
         {
@@ -415,7 +404,7 @@ MOE_CASES = {
             "all-not-renormalised": {"first_k_dense_replace": 0, "norm_topk_prob": False, "n_routed_experts": 4},
         },
     ),
-    **_of(
+    **cases_of(
         "dots1",
         _GROUPED,
         {
@@ -439,7 +428,7 @@ MOE_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "minimax_m2",
         {**_SPARSE, "num_local_experts": 4, "intermediate_size": 24},
         {
@@ -452,7 +441,7 @@ MOE_CASES = {
             },
         },
     ),
-    **_of(
+    **cases_of(
         "gpt_oss",
         {**_SPARSE, "num_local_experts": 4, "intermediate_size": 24, "sliding_window": 7},
         {
