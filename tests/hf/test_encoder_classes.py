@@ -20,6 +20,7 @@ from megatron_ds.hf.reference import predict
 from tests.hf.models import Tensors, changed, hashes, opened
 from tests.parity.cases import VOCAB
 from tests.parity.encoder_cases import ENCODER_CASES
+from tests.parity.sampling import sampled
 from tests.ranks import run_alone
 
 AUTO = {
@@ -65,7 +66,7 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("case", ENCODER_CASES)
+@pytest.mark.parametrize("case", sampled(ENCODER_CASES))
 def test_auto_classes_load_it_in_silence(case: str, encoders: Path, tmp_path: Path) -> None:
     source, out = encoders / case, tmp_path / "out"
     rewrite(source, out)

@@ -16,6 +16,7 @@ from megatron_ds.hf.weights import HFWeights
 from megatron_ds.verify.run import check_round_trip
 from tests.hf.models import Tensors, changed, declarations, gathered, hashes, opened
 from tests.parity.encoder_cases import ENCODER_CASES
+from tests.parity.sampling import sampled
 
 BUFFER = "embeddings.position_ids"
 STALE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -31,7 +32,7 @@ def same(one: HFWeights, other: HFWeights) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("case", ENCODER_CASES)
+@pytest.mark.parametrize("case", sampled(ENCODER_CASES))
 def test_shards_are_parts_of_the_full_parameters(case: str, encoders: Path) -> None:
     weights = opened(encoders / case)
     whole = values(weights)

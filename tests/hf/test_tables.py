@@ -19,6 +19,7 @@ from megatron_ds.models.sequential import SequentialModel
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
+from tests.parity.sampling import sampled
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **CONFIGS,
@@ -31,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_table_is_the_model(case: str) -> None:
     model = read_model(OPTIONS[case])
     with torch.device("meta"):
@@ -45,7 +46,7 @@ def test_table_is_the_model(case: str) -> None:
         assert dims == ({} if row.split is None else {axis: row.op.split_dim(row.split)}), name
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_table_is_transformers_model(case: str) -> None:
     model = read_model(OPTIONS[case])
     with torch.device("meta"):
@@ -66,7 +67,7 @@ def test_table_is_transformers_model(case: str) -> None:
     assert shapes == {name: {shape} for name, shape in expected.items()}
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_every_piece_stands_in_one_row(case: str) -> None:
     """A whole tensor once, a fused one once a piece: nothing is read twice, nothing is left out."""
     model, pieces = read_model(OPTIONS[case]), Counter[tuple[str, int]]()
@@ -115,7 +116,7 @@ def test_buffers_of_old_checkpoints_are_ignored(family: str, buffer: str) -> Non
     assert not any(re.search(pattern, f"other.{buffer}") for pattern in FAMILIES[family].ignored)
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_what_a_class_leaves_unread_is_a_weight_of_another(case: str) -> None:
     """And never its own. Base models' tables have no prefix."""
     model = read_model(OPTIONS[case])

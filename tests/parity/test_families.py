@@ -24,6 +24,7 @@ from megatron_ds.verify.run import merge
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.reference import make_model
+from tests.parity.sampling import IN_FULL, first_cases
 from tests.ranks import run_alone, run_local_ranks
 
 CASES = {**FAMILY_CASES, **ENCODER_CASES}
@@ -42,9 +43,13 @@ def fits(case: str, place: Place) -> bool:
 
 
 def covering() -> list[tuple[str, Place]]:
-    """Each case alone and on some ranks: the first of each family on all axes, the others on one after the other."""
-    chosen, seen = [], Counter[str]()
+    """The first case of each type on all axes; of types tested in full each case alone too, and on one axis of ranks
+    after the other."""
+    chosen, seen, firsts = [], Counter[str](), first_cases(CASES)
     for case, config in CASES.items():
+        if config["model_type"] not in IN_FULL:
+            chosen += [(case, QUICK[0])] if firsts[config["model_type"]] == case else []
+            continue
         start = seen[config["model_type"]] % len(QUICK)
         seen[config["model_type"]] += 1
         chosen += [(case, (1, 1, False)), (case, next(p for p in QUICK[start:] + QUICK if fits(case, p)))]

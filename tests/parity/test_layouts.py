@@ -13,6 +13,7 @@ from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.ours import Place, train_ours
+from tests.parity.sampling import IN_FULL, first_cases
 
 PLACES = [
     Place(1, 1, 1, 1),
@@ -43,7 +44,7 @@ RECOMPUTED = [
 ]
 
 # One of each further family, trained: its decay, its norm, its weights gathered under their Hugging Face names.
-FIRST_CASES = {config["model_type"]: case for case, config in reversed(FAMILY_CASES.items())}
+FIRST_CASES = {family: case for family, case in first_cases(FAMILY_CASES).items() if family in IN_FULL}
 TRAINED_PLACES = [Place(2, 2, 1, 1, True), Place(2, 1, 2, 3), Place(4, 1, 1, 1, True)]
 TRAINED = [
     (case, TRAINED_PLACES[index % len(TRAINED_PLACES)])

@@ -10,6 +10,7 @@ from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.models.probe import RANDOM_LENGTH
 from tests.parity.family_cases import FAMILY_CASES
+from tests.parity.sampling import IN_FULL
 from tests.parity.test_families import Place, Prepared, check, prepare
 
 ONE_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
@@ -83,13 +84,23 @@ def admitted(case: str) -> bool:
     return kind in ONLY.get(family, KINDS)
 
 
+def in_full(case: str) -> bool:
+    return case.rpartition("-")[0] in IN_FULL
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
     return prepare(CASES, tmp_path_factory)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if admitted(case)])
+@pytest.mark.parametrize("case", [case for case in CASES if admitted(case) and in_full(case)])
 def test_a_rope_equals_transformers(case: str, prepared: Callable[[str], Prepared]) -> None:
+    check(case, (1, 1, False), prepared)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", [case for case in CASES if admitted(case) and not in_full(case)])
+def test_a_rope_of_every_other_family_equals_transformers(case: str, prepared: Callable[[str], Prepared]) -> None:
     check(case, (1, 1, False), prepared)
 
 
