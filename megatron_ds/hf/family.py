@@ -207,10 +207,10 @@ def renamed(rows: Callable[[Any], list[Row]], names: Mapping[str, str]) -> Calla
     return rows_renamed
 
 
-def norm(native: str, theirs: str, style: NormStyle) -> list[Row]:
-    """Return the rows of a norm over hidden states; none if it has no parameters."""
-    parts = ("weight", "bias") if style.kind == "layer" else ("weight",)
-    return [Row(f"{native}.{part}", (f"{theirs}.{part}",), copy("h")) for part in parts if style.affine]
+def norm(native: str, theirs: str, style: NormStyle, axis: str = "h") -> list[Row]:
+    """Return the rows of a norm over hidden states, or over another axis; none if it has no parameters."""
+    parts = ("weight", "bias") if style.has_bias else ("weight",)
+    return [Row(f"{native}.{part}", (f"{theirs}.{part}",), copy(axis)) for part in parts if style.affine]
 
 
 def linear(native: str, theirs: str, weight: str, split: str | None, *, bias: bool = False) -> list[Row]:

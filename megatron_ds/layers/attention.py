@@ -41,7 +41,8 @@ class AttentionShape:
         qkv_bias, out_bias: which projections have a bias.
         qk_norm: RMSNorm of queries and keys before the rotation; None = no such norm.
         qk_norm_across_heads: this norm is over all heads of a token at once instead of over each head.
-        window: a query sees this many last keys, its own included; None = all.
+        window: a query sees the keys less than this far from it, its own included: with causality these are its last
+            ones, without it those on both sides; None = all.
         softcap: scores s become softcap * tanh(s / softcap); None = they are unbounded.
         alibi: fixed biases by distance; None = no such biases.
         relative: learned biases by distance; None = no such biases.
@@ -341,7 +342,7 @@ class Attention(nn.Module):
         if self.shape.causal:
             return allowed_keys(length, self.shape.window, key_mask, device, positions)
         assert positions is None, "documents share a sequence of causal models only"
-        return key_mask.bool()[:, None, None, :] if key_mask is not None else None
+        return allowed_keys_on_both_sides(length, self.shape.window, key_mask, device)
 
     def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """Return the term added to the scores, (1 or B, 1 or N/t, S, C).
@@ -416,6 +417,20 @@ def allowed_keys(
     if key_mask is not None:
         allowed = allowed & key_mask.bool()[:, None, None, :]
     return allowed
+
+
+def allowed_keys_on_both_sides(
+    length: int, window: int | None, key_mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Return the mask of the keys that each query sees without causality, (B or 1, 1, S or 1, S) bool; None = all.
+
+    With a key mask and a window a query may see none; see `without_blind_rows`.
+    """
+    allowed = key_mask.bool()[:, None, None, :] if key_mask is not None else None
+    if window is None or window >= length:
+        return allowed
+    near = torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window).tril(window - 1)[None, None]
+    return near if allowed is None else near & allowed
 
 
 def without_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ class NormStyle:
         kind: "layer" (mean and variance; weight and bias) or "rms" (mean square; weight alone).
         eps: added to the variance or mean square.
         affine: whether there are a weight and bias at all.
+        bias: whether a "layer" norm with a weight has a bias too.
         one_plus: the factor is 1 + weight (Gemma); the weight is stored around 0, as in Hugging Face's checkpoints.
         fp32_weight: an RMSNorm multiplies by its weight in fp32 and casts down last (Gemma, OLMo 2); the Llama family
             casts down first.
@@ -31,12 +32,18 @@ class NormStyle:
     kind: str
     eps: float
     affine: bool = True
+    bias: bool = True
     one_plus: bool = False
     fp32_weight: bool = False
 
     def __post_init__(self) -> None:
         assert self.kind in ("layer", "rms"), self
         assert self.kind == "rms" or not (self.one_plus or self.fp32_weight), self
+
+    @property
+    def has_bias(self) -> bool:
+        """True if it adds a learned vector."""
+        return self.kind == "layer" and self.affine and self.bias
 
     @property
     def is_llama(self) -> bool:
@@ -83,8 +90,7 @@ class Norm(nn.Module):
         self.kernels = kernels if style.kind == "rms" and style.affine else REFERENCE
         self.enter = enter or tp.between
         self.weight = make_parameter(style.spec(size), tp.axes) if style.affine else None
-        has_bias = style.affine and style.kind == "layer"
-        self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axes) if has_bias else None
+        self.bias = make_parameter(ParamSpec((size,), decay=False), tp.axes) if style.has_bias else None
 
     def forward(self, x: Tensor, change: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise: (..., size) -> (..., size).

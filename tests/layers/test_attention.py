@@ -57,7 +57,7 @@ def seen(shape: AttentionShape, length: int, key_mask: Tensor | None, positions:
         for query in range(S):
             for key in range(length):
                 distance = query - key
-                hidden = (shape.causal and distance < 0) or (shape.window is not None and distance >= shape.window)
+                hidden = (shape.causal and distance < 0) or (shape.window is not None and abs(distance) >= shape.window)
                 hidden |= key_mask is not None and not key_mask[row, key]
                 if positions is not None:  # the query's document begins so many positions before it
                     hidden |= distance > int(positions[row, query])
@@ -172,6 +172,8 @@ CASES = {
     "documents": case(PLAIN, positions=POSITIONS),
     "documents in a window": case(replace(PLAIN, window=2), positions=POSITIONS),
     "both ways, padded": case(BOTH_WAYS, key_mask=KEY_MASK),
+    "both ways, in a window": case(replace(BOTH_WAYS, window=3), rotates=True),
+    "both ways, in a window, padded": case(replace(BOTH_WAYS, window=4, softcap=0.7), key_mask=KEY_MASK),
     "sinks": case(replace(PLAIN, sinks=True)),
     "sinks, capped": case(replace(PLAIN, sinks=True, softcap=0.7)),
     "sinks, one key head, documents in a window": case(

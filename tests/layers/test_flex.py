@@ -48,6 +48,8 @@ CALLS = {
     "sinks": AttentionCall(0.3, sinks=drawn(HEADS)),
     "sinks, padded": AttentionCall(0.3, window=50, key_mask=NOTHING, positions=POSITIONS, sinks=drawn(HEADS)),
     "both ways": AttentionCall(0.3, distance_bias=drawn(HEADS, 2 * LENGTH - 1), **BOTH_WAYS),
+    "both ways, in a window": AttentionCall(0.3, window=70, **BOTH_WAYS),
+    "both ways, in a window, padded": AttentionCall(0.3, window=200, key_mask=NOTHING, **BOTH_WAYS),
     "both ways, padded": AttentionCall(0.3, softcap=0.9, key_mask=NOTHING, **BOTH_WAYS),
 }
 
@@ -74,7 +76,15 @@ def with_gradients(kernel: Any, call: AttentionCall) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, drawn(*y.shape))]
 
 
-TRACED = ("learned biases", "sinks, padded", "both ways", "documents in a window", "padded, in a window", "capped")
+TRACED = (
+    "learned biases",
+    "sinks, padded",
+    "both ways, in a window, padded",
+    "both ways",
+    "documents in a window",
+    "padded, in a window",
+    "capped",
+)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -121,7 +131,9 @@ def check_blocks(length: int, call: AttentionCall) -> None:
     listed, listed_full = (dense(*blocks[at : at + 2]) for at in (0, 2))
     assert not (listed & listed_full).any()
     assert not (listed_full & ~full).any() and not (seen & ~(listed | listed_full)).any()
-    if call.key_mask is None:
+    if not call.causal:
+        assert torch.equal(listed, seen) and not listed_full.any()
+    elif call.key_mask is None:
         off_diagonal = ~torch.eye(full.shape[1], dtype=torch.bool)
         assert torch.equal(listed | listed_full, seen) and torch.equal(listed_full, full & off_diagonal)
     for at, one in ((4, listed), (6, listed_full)):
@@ -144,6 +156,8 @@ def test_blocks_at_every_edge(length: int) -> None:
         positions = places - torch.where(begins, places, 0).cummax(1).values
         check_blocks(length, AttentionCall(1.0, window=window, positions=positions))
         check_blocks(length, AttentionCall(1.0, window=window))
+        if window is not None:
+            check_blocks(length, AttentionCall(1.0, window=window, causal=False))
 
 
 class Largest(TorchDispatchMode):

@@ -22,7 +22,7 @@ Parameters = dict[str, Tensor]
 def layer_norm(parameters: Parameters, x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     normal = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
-    return normal * parameters["weight"] + parameters["bias"] if parameters else normal
+    return normal * parameters.get("weight", torch.ones(())) + parameters.get("bias", torch.zeros(()))
 
 
 def rms_norm(parameters: Parameters, x: Tensor) -> Tensor:
@@ -47,6 +47,7 @@ WEIGHT = {"weight": (H,)}
 CASES = {
     "layer": Case(lambda tp: Norm(H, LAYER, tp), layer_norm, {"weight": (H,), "bias": (H,)}),
     "layer without weight": Case(lambda tp: Norm(H, replace(LAYER, affine=False), tp), layer_norm, {}),
+    "layer without bias": Case(lambda tp: Norm(H, replace(LAYER, bias=False), tp), layer_norm, WEIGHT),
     "rms": Case(lambda tp: Norm(H, RMS, tp), rms_norm, WEIGHT),
     "rms, weighed in fp32": Case(lambda tp: Norm(H, replace(RMS, fp32_weight=True), tp), rms_norm, WEIGHT),
     "rms, one plus weight": Case(lambda tp: Norm(H, GEMMAS, tp), one_plus, WEIGHT),

@@ -84,6 +84,18 @@ def all_blocks(length: int, device: torch.device) -> Blocks:
     return Blocks(number, indices, none, indices, number, indices, none, indices)
 
 
+def near_blocks(length: int, window: int, device: torch.device) -> Blocks:
+    """Return the blocks with keys less than `window` from a query, on both sides, each seen in part."""
+    count = -(-length // BLOCK)
+    reach = (window - 1 + BLOCK - 1) // BLOCK  # blocks whose nearest position is less than `window` away
+    block = torch.arange(count, dtype=torch.int32, device=device)
+    first, last = (block - reach).clamp(min=0), (block + reach).clamp(max=count - 1)
+    number = (last - first + 1)[None, None].contiguous()
+    indices = _run(first[None], count)[None].contiguous()
+    none = torch.zeros_like(number)
+    return Blocks(number, indices, none, indices, number, indices, none, indices)
+
+
 def _run(first: Tensor, count: int) -> Tensor:
     """Return first, first + 1, ... of each (B, n): (B, n, count), indices that exist."""
     steps = torch.arange(count, dtype=torch.int32, device=first.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.layers.documents import document_starts
-from megatron_ds.layers.kernels.block_mask import BLOCK, Blocks, all_blocks, causal_blocks, first_visible
+from megatron_ds.layers.kernels.block_mask import BLOCK, Blocks, all_blocks, causal_blocks, first_visible, near_blocks
 from megatron_ds.layers.kernels.reference import AttentionCall, AttentionKernel
 from megatron_ds.layers.kernels.table import KERNELS, Candidate
 
@@ -41,6 +41,8 @@ class Mask(NamedTuple):
 
 def make_mask(length: int, call: AttentionCall, device: torch.device) -> Mask:
     """Return the mask of a call on S positions, without an (S, S) tensor; the host does not wait."""
+    if not call.causal and call.window is not None:
+        return Mask(None, near_blocks(length, call.window, device))
     if not call.causal:
         return Mask(None, all_blocks(length, device) if call.key_mask is not None else None)
     starts = document_starts(call.positions) if call.positions is not None else None
@@ -109,6 +111,7 @@ def _mask_of_pair(mask: Mask, call: AttentionCall) -> Callable[..., Tensor]:
         seen = j <= i if causal else j >= 0
         if window is not None:
             seen = seen & (i - j < window)
+            seen = seen if causal else seen & (j - i < window)
         if starts is not None:
             seen = seen & (j >= starts[b, i])
         if key_mask is not None:

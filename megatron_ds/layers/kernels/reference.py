@@ -20,7 +20,8 @@ class AttentionCall:
 
     Attributes:
         scale: factor of the scores.
-        window: a query attends to this many last keys; None = to all.
+        window: a query attends to keys less than this far from it: with causality to this many last ones, without it
+            on both sides; None = to all.
         softcap: bound of the scores; None = they are unbounded.
         positions: (B, S), 0 where a document begins; None = one document per row.
         causal: a query attends to no later key; else to all.
@@ -58,7 +59,8 @@ class AttentionCall:
     @property
     def variant(self) -> tuple[bool, ...]:
         """The options that a kernel made for a call depends on; masks are data."""
-        optional = (self.softcap, self.key_mask, self.key_bias, self.distance_bias, self.sinks)
+        both_sides = None if self.causal else self.window
+        optional = (self.softcap, self.key_mask, self.key_bias, self.distance_bias, self.sinks, both_sides)
         return (self.causal, *(one is not None for one in optional))
 
 
@@ -170,7 +172,7 @@ def reference_mask(length: int, call: AttentionCall, device: torch.device) -> Te
     if call.causal:
         seen = seen.tril()
     if call.window is not None:
-        seen = seen.triu(1 - call.window)
+        seen = seen.triu(1 - call.window).tril(call.window - 1)
     if call.positions is not None:
         documents = (call.positions == 0).cumsum(1)
         seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
