@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -73,6 +74,8 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.recompute, self.inputs, self.rotary, self.tp = config, ctx.recompute, inputs, rotary, ctx.tp
         self.attention_norm, self.attention_output_norm = self._norms(ctx)
+        if layer == 0 and not config.first_norm:
+            self.attention_norm = None
         given = ctx.recompute, ctx.rng, ctx.kernels, ctx.documents
         self.attention = Attention(config.attention(layer), ctx.tp, rotary, *given)
         self.cross_norm = self.cross_output_norm = self.cross = None
@@ -85,6 +88,10 @@ class Block(nn.Module):
             self.mlp_norm = None
         self.mlp = build_feed_forward(config.feed_forward(layer), ctx)
         self.dropout = HiddenDropout(config.residual_dropout, ctx.rng, ctx.tp.splits_sequence)
+        of_attention = config.attention_out_dropout
+        self.attention_dropout = (
+            self.dropout if of_attention is None else HiddenDropout(of_attention, ctx.rng, ctx.tp.splits_sequence)
+        )
         self.is_compiled = ctx.compiled
         self._run = torch.compile(self._block, dynamic=False) if ctx.compiled else self._block
 
@@ -126,16 +133,18 @@ class Block(nn.Module):
             attended = self.attention(normal, mask, positions=positions, bounds=bounds, angles=angles)
         if self.config.parallel:
             start = normal if self.config.shared_norm else _apply(self.mlp_norm, x)
-            return x + self._residual(attended) + self._residual(self._feed_forward(start, given.get(inputs.mask)))
+            changed = x + self._residual(attended, self.attention_dropout)
+            return changed + self._residual(self._feed_forward(start, given.get(inputs.mask)), self.dropout)
         next_norm = self.mlp_norm if self.cross is None else self.cross_norm
-        normal, x = self._add(x, attended, self.attention_output_norm, next_norm)
+        normal, x = self._add(x, attended, self.attention_output_norm, next_norm, self.attention_dropout)
         if self.cross is not None:
             context, mask = (given.get(name or "") for name in (inputs.context, inputs.context_mask))
             assert context is not None, f"cross attention needs {inputs.context}, the activations are {names}"
             with profiled(ATTENTION):
                 attended = self.cross(normal, mask, context)
-            normal, x = self._add(x, attended, self.cross_output_norm, self.mlp_norm)
-        _, x = self._add(x, self._feed_forward(normal, given.get(inputs.mask)), self.mlp_output_norm, None)
+            normal, x = self._add(x, attended, self.cross_output_norm, self.mlp_norm, self.dropout)
+        change = self._feed_forward(normal, given.get(inputs.mask))
+        _, x = self._add(x, change, self.mlp_output_norm, None, self.dropout)
         return x
 
     def _feed_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,7 +152,7 @@ class Block(nn.Module):
             return self.mlp(x, mask)
 
     def _add(
-        self, x: Tensor, change: Tensor, output_norm: Norm | None, next_norm: Norm | None
+        self, x: Tensor, change: Tensor, output_norm: Norm | None, next_norm: Norm | None, dropout: HiddenDropout
     ) -> tuple[Tensor, Tensor]:
         """Return the input of the next layer and the residual stream after a layer, in one kernel where there is one.
 
@@ -151,19 +160,20 @@ class Block(nn.Module):
             x, change: the residual stream, and the layer's output.
             output_norm: of the layer's output, or of the sum; None = no such norm.
             next_norm: of the next layer's input; None = it is the residual stream.
+            dropout: of the layer's output.
         """
         if self.config.norm_place == "sum" and output_norm is not None:
             assert next_norm is None, "a norm of the sum is the next layer's input"
-            normal, _ = output_norm(x, self._residual(change))
+            normal, _ = output_norm(x, self._residual(change, dropout))
             return normal, normal
-        change = self._residual(_apply(output_norm, change))
+        change = self._residual(_apply(output_norm, change), dropout)
         if next_norm is not None:
             return next_norm(x, change)
         total = x + change
         return total, total
 
-    def _residual(self, change: Tensor) -> Tensor:
-        return scaled(self.dropout(change), self.config.residual_multiplier, in_dtype=False)
+    def _residual(self, change: Tensor, dropout: HiddenDropout) -> Tensor:
+        return scaled(dropout(change), self.config.residual_multiplier, in_dtype=False)
 
 
 def _apply(norm: Norm | None, x: Tensor) -> Tensor:
@@ -183,19 +193,28 @@ def block_layers(
         inputs: names of the activations that they read.
     """
     tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
-    layers = []
+    builds = []
     for layer in range(config.num_layers):
         rotary = config.rotary[layer] if config.rotary else None
         table = tables[rotary] if rotary is not None else None
-        shared = {"attention.relative.weight": f"{prefix}.0.attention.relative.weight"}
-        layers.append(
-            replace(
-                like,
-                name=f"{prefix}.{layer}",
-                build=partial(Block, config, layer, ctx, table, inputs),
-                cost=config.block_cost(layer),
-                is_block=True,
-                tied=shared if config.relative is not None and layer > 0 else {},
-            )
+        builds.append(partial(Block, config, layer, ctx, table, inputs))
+    shared = {name: f"{prefix}.0.{name}" for name in _shared_names(config, builds[0])}
+    return [
+        replace(
+            like,
+            name=f"{prefix}.{layer}",
+            build=build,
+            cost=config.block_cost(layer),
+            is_block=True,
+            tied=shared if layer > 0 else {},
         )
-    return layers
+        for layer, build in enumerate(builds)
+    ]
+
+
+def _shared_names(config: StackConfig, build: Callable[[], Block]) -> list[str]:
+    """Return the names of the parameters of a block that all blocks share. Allocates no memory for them."""
+    if config.shared_blocks:
+        with torch.device("meta"):
+            return [name for name, _ in build().named_parameters()]
+    return ["attention.relative.weight"] if config.relative is not None else []

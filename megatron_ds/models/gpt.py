@@ -19,7 +19,15 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
-from megatron_ds.models.probe import BEYOND, MOST_TOKENS, RANDOM_LENGTH, Probe, fitting_length, next_ids, random_ids
+from megatron_ds.models.probe import (
+    MOST_TOKENS,
+    RANDOM_LENGTH,
+    Probe,
+    beyond_edges,
+    fitting_length,
+    next_ids,
+    random_ids,
+)
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
 from megatron_ds.models.stack import StackConfig
 
@@ -96,30 +104,15 @@ class DecoderConfig(StackConfig, ModelConfig):
         longest = self.positions.max_positions if self.positions is not None else MOST_TOKENS
         length = fitting_length(min(RANDOM_LENGTH, longest), multiple_of, longest)
         found = [self._probe("random", 2, length, with_gradients=True)]
-        edges = [edge for edge in self._edges() if edge >= length]
-        within = [edge for edge in edges if edge + BEYOND <= longest]
-        if within:
-            beyond = fitting_length(max(within) + BEYOND, multiple_of, longest)
+        beyond, missed = beyond_edges(self.edges, length, longest)
+        if beyond is not None:
+            beyond = fitting_length(beyond, multiple_of, longest)
             found.append(self._probe("past the window", 1, beyond, with_gradients=False))
-        missed = sorted({edge for edge in edges if edge not in within})
-        if not missed:
-            return found, None
-        lengths = " and ".join(f"{edge:,}" for edge in missed)
-        return found, f"windows or stretched positions of {lengths} tokens are longer than any input"
+        return found, missed
 
     def _probe(self, name: str, batch: int, length: int, *, with_gradients: bool) -> Probe:
         ids = random_ids(self.vocab_size, batch, length)
         return Probe(name, {"input_ids": ids}, {"targets": next_ids(ids)}, with_gradients)
-
-    def _edges(self) -> set[int]:
-        """Lengths beyond which the model computes something else."""
-        windows = {window for window in self.windows if window is not None}
-        stretched = {
-            rotary.original_max_positions
-            for rotary in self.rotary
-            if rotary is not None and rotary.scaling in ("dynamic", "longrope")
-        }
-        return windows | stretched
 
 
 class DecoderEntry(nn.Module):

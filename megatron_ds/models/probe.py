@@ -3,7 +3,7 @@ distances that have a bias of their own. `ModelConfig.probes` makes them of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,25 @@ def fitting_length(length: int, multiple_of: int, longest: int) -> int:
     """Return the nearest possible length: rounded up, or down where that is too long."""
     up = -(-length // multiple_of) * multiple_of
     return up if up <= longest else longest // multiple_of * multiple_of
+
+
+def beyond_edges(edges: Collection[int], length: int, longest: int) -> tuple[int | None, str | None]:
+    """Return the length of an input past the edges that one of `length` does not reach, and what none can reach.
+
+    Args:
+        edges: lengths beyond which a model computes something else, such as those of its windows.
+        length: of another input.
+        longest: that an input can have.
+
+    Returns:
+        the length, or None without such an edge; a description of the edges that are too far, or None.
+    """
+    wanted = [edge for edge in edges if edge >= length]
+    within = [edge for edge in wanted if edge + BEYOND <= longest]
+    missed = sorted(set(wanted) - set(within))
+    lengths = " and ".join(f"{edge:,}" for edge in missed)
+    left_out = f"windows or stretched positions of {lengths} tokens are longer than any input" if missed else None
+    return max(within) + BEYOND if within else None, left_out
 
 
 def seeded(seed: int) -> torch.Generator:

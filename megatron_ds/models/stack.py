@@ -57,7 +57,7 @@ class StackConfig:
         relative: learned biases by distance, one table for all blocks; None = no such biases.
 
         norm_place: position of a block's norms: "input" (of attention and MLP), "output" (before the residual sum),
-            "both", or "sum" (after the residual sum).
+            "both", or "sum" (after the residual sum). `first_norm`: the first block has one at attention's input too.
         parallel: attention and MLP both read the block's input; `shared_norm`: through one norm.
         residual_multiplier: factor of the outputs of attention and MLP.
 
@@ -66,12 +66,16 @@ class StackConfig:
         attention_scale: of the scores; None = 1/sqrt(head_dim). `scale_by_layer`: divided by the layer's number from 1.
         attention_softcap: bound of the scores; None = no bound.
         attention_sinks: each head of self-attention has a learned score without a value in its softmax.
-        windows: for each layer, the number of last keys that a query sees; None = all. Empty = all in every layer.
+        windows: for each layer, a query sees the keys less than this far from it, its own included, which are on both
+            sides where it is not causal; None = all. Empty = all in every layer.
 
         activation: a name in `layers.mlp.ACTIVATIONS`; `gated`: act(gate) * up instead of act(up).
         moe: the mixtures of experts among the feed-forward layers; None = all are dense.
 
+        shared_blocks: all blocks have the parameters of the first one (Lan et al. 2020).
+
         attention_dropout, residual_dropout, ffn_dropout: probabilities; the last inside the MLP.
+        attention_out_dropout: that of self-attention's output; None = `residual_dropout`, as of all other outputs.
         init_std: of all weights; projections into the residual stream get init_std / sqrt(2 L) with
             `scaled_residual_init` (Radford et al. 2019). With `fan_in_init`, it is a factor of 1/sqrt(inputs) instead,
             and queries have 1/sqrt(head_dim) in their weights, not in the scores (Raffel et al. 2020).
@@ -92,6 +96,7 @@ class StackConfig:
     relative: RelativePositions | None = None
 
     norm_place: str = "input"
+    first_norm: bool = True
     parallel: bool = False
     shared_norm: bool = False
     residual_multiplier: float = 1.0
@@ -110,10 +115,12 @@ class StackConfig:
     activation: str
     gated: bool = False
     moe: MoEConfig | None = None
+    shared_blocks: bool = False
 
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     ffn_dropout: float = 0.0
+    attention_out_dropout: float | None = None
     init_std: float = 0.02
     scaled_residual_init: bool = False
     fan_in_init: bool = False
@@ -123,7 +130,8 @@ class StackConfig:
         assert self.norm_place == "input" or not self.parallel, "parallel blocks have norms at their inputs"
         assert self.parallel or not self.shared_norm, "only a parallel block has one norm for attention and MLP"
         assert not (self.parallel and self.cross_attention), "cross attention stands between attention and MLP"
-        assert self.causal or not any(self.windows), "windows are of keys before the query"
+        assert self.first_norm or self.norm_place == "input", "only a norm at the input can be left out of one block"
+        assert not self.shared_blocks or self._blocks_are_alike, "blocks that differ cannot share their parameters"
         for name in ("windows", "rotary"):
             assert len(getattr(self, name)) in (0, self.num_layers), (name, getattr(self, name), self.num_layers)
         assert self.moe is None or set(self.moe.layers) <= set(range(self.num_layers)), self.moe
@@ -219,10 +227,32 @@ class StackConfig:
         return float(sum(shape.cost for shape in self.sublayers(layer).values()))
 
     @property
+    def _blocks_are_alike(self) -> bool:
+        """True if nothing but the parameters can distinguish one block from another."""
+        by_layer = len(set(self.windows)) > 1 or len(set(self.rotary)) > 1 or self.scale_by_layer
+        return not (by_layer or self.moe is not None or not self.first_norm)
+
+    @property
+    def repeated_cost(self) -> float:
+        """Multiplications per position of projections by weights that an earlier block has multiplied with already."""
+        return sum(map(self.block_cost, range(1, self.num_layers))) if self.shared_blocks else 0.0
+
+    @property
     def num_expert_params_idle(self) -> int:
         """Number of parameters of feed-forward layers that a position does not use: those of other experts."""
         shapes = map(self.feed_forward, range(self.num_layers))
         return sum(shape.num_params - shape.active_params for shape in shapes)
+
+    @property
+    def edges(self) -> set[int]:
+        """Lengths beyond which the stack computes something else: of windows, and of positions that are stretched."""
+        windows = {window for window in self.windows if window is not None}
+        stretched = {
+            rotary.original_max_positions
+            for rotary in self.rotary
+            if rotary is not None and rotary.scaling in ("dynamic", "longrope")
+        }
+        return windows | stretched
 
     @property
     def num_idle_params(self) -> int:
@@ -231,12 +261,13 @@ class StackConfig:
 
     def flops_per_token(self, num_params: int, num_frozen: int, seq_length: int) -> float:
         """Return the FLOPs of one token of a model that consists of this stack; see `model_flops_per_token`."""
-        width = self.attention(0).width
-        return model_flops_per_token(num_params, self.num_layers, width, seq_length, num_frozen)
+        width, multiplied = self.attention(0).width, num_params + int(self.repeated_cost)
+        return model_flops_per_token(multiplied, self.num_layers, width, seq_length, num_frozen)
 
     def without_dropout(self) -> Self:
         """Return the same stack, which computes the same on every run."""
-        return replace(self, attention_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+        stack = replace(self, attention_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+        return replace(stack, attention_out_dropout=0.0)
 
     def axis_sizes(self) -> dict[str, int]:
         """Return the sizes of the axes of a stack's parameters; see `ModelConfig.axis_sizes`."""

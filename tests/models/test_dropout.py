@@ -145,10 +145,9 @@ def after_the_down_projection() -> None:
 def after_the_sum() -> None:
     add = Block._add
 
-    def moved(self: Block, x: Tensor, change: Tensor, output_norm: Any, next_norm: Any) -> tuple[Tensor, Tensor]:
-        self.dropout, kept = torch.nn.Identity(), self.dropout
-        total = kept(add(self, x, change, output_norm, None)[1])
-        self.dropout = kept
+    def moved(self: Block, x: Tensor, change: Tensor, *norms: Any) -> tuple[Tensor, Tensor]:
+        output_norm, next_norm, dropout = norms
+        total = dropout(add(self, x, change, output_norm, None, torch.nn.Identity())[1])  # type: ignore[arg-type]
         return (next_norm(total) if next_norm is not None else total), total
 
     Block._add = moved  # type: ignore[method-assign]

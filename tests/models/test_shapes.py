@@ -68,7 +68,7 @@ def splits(weight: AdaptableWeight, layer: nn.Module) -> tuple[AxisSplit, ...]:
     return (AxisSplit(dim, "tensor", spec.splits[0].units),)
 
 
-RATES = {"attention_dropout": 0.1, "residual_dropout": 0.2, "ffn_dropout": 0.3}
+RATES = {"attention_dropout": 0.1, "residual_dropout": 0.2, "ffn_dropout": 0.3, "attention_out_dropout": 0.5}
 
 
 @pytest.mark.parametrize("case", ["gpt2", "bert-pretraining", "t5-gated"])
@@ -79,7 +79,7 @@ def test_without_dropout_every_rate_is_0_and_all_else_stays(case: str) -> None:
     still = core.without_dropout()
     before, after = leaves(asdict(core)), leaves(asdict(still))
     rates = {name for name in before if name.endswith("dropout")}
-    assert len(rates) == 1 + 3 * len(stacks) and all(before[name] > 0.0 for name in rates)
+    assert len(rates) == 1 + 4 * len(stacks) and all(before[name] > 0.0 for name in rates)
     assert after == {**before, **dict.fromkeys(rates, 0.0)} and type(still) is type(core)
 
 

@@ -126,9 +126,9 @@ def _other_routers(router: RouterShape) -> dict[str, RouterShape]:
 
 def _without_encoder_options(config: EncoderConfig) -> dict[str, EncoderConfig]:
     changed = {"norm after the sum": replace(config, norm_place="output")}
-    if config.positions.skipped_id is not None:
+    if config.positions is not None and config.positions.skipped_id is not None:
         changed["padding's position"] = replace(config, positions=replace(config.positions, skipped_id=None))
-    if config.masked_lm:
+    if config.masked_lm and config.head_activation is not None:
         changed["activation of the head"] = replace(config, head_activation=_another(config.head_activation))
     return changed
 

@@ -84,6 +84,7 @@ def _translate(config: Any, family: str, positions: PositionTable, padding: int 
     return EncoderConfig(
         family=family,
         vocab_size=config.vocab_size,
+        tied=True,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
@@ -100,6 +101,7 @@ def _translate(config: Any, family: str, positions: PositionTable, padding: int 
         attention_dropout=config.attention_probs_dropout_prob,
         residual_dropout=config.hidden_dropout_prob,
         init_std=config.initializer_range,
+        embedding_size=config.hidden_size,
         padding_id=padding,
         positions=positions,
         num_token_types=config.type_vocab_size,
@@ -134,9 +136,9 @@ def _rows(config: EncoderConfig, names: HeadNames) -> list[Row]:
     q, k, v = (f"{theirs}.attention.self.{part}" for part in ("query", "key", "value"))
     table = [
         Row(EMBEDDING, (f"{embeddings}.word_embeddings.weight",), copy("v e"), "v"),
-        Row("entry.positions.weight", (f"{embeddings}.position_embeddings.weight",), copy("p h")),
-        Row("entry.token_types.weight", (f"{embeddings}.token_type_embeddings.weight",), copy("s h")),
-        *norm("entry.norm", f"{embeddings}.LayerNorm", config.norm),
+        Row("entry.positions.weight", (f"{embeddings}.position_embeddings.weight",), copy("p e")),
+        Row("entry.token_types.weight", (f"{embeddings}.token_type_embeddings.weight",), copy("s e")),
+        *norm("entry.norm", f"{embeddings}.LayerNorm", config.norm, "e"),
         *separate_qkv(f"{native}.attention.qkv", q, k, v, bias=True),
         *linear(f"{native}.attention.out", f"{theirs}.attention.output.dense", "h (n d)", "n", bias=True),
         *norm(f"{native}.attention_output_norm", f"{theirs}.attention.output.LayerNorm", config.norm),
