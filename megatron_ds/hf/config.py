@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,9 @@ class HFModel:
         unread: fields without effect, which transformers' code of the family does not read.
         quantisation: how its weights on disk are quantised; None = they are not.
         reworded: whether the config on disk has other words than `config`, which transformers would not understand.
+        on_disk: the content of config.json.
+        passed_through: names on disk of the tensors that exports have byte for byte, in the order on disk; the weights
+            show them.
     """
 
     family: Family
@@ -41,6 +45,8 @@ class HFModel:
     unread: Mapping[str, Any] = field(default_factory=dict)
     quantisation: Quantisation | None = None
     reworded: bool = False
+    on_disk: Mapping[str, Any] = field(default_factory=dict)
+    passed_through: tuple[str, ...] = ()
 
     def with_tied(self, tied: bool) -> HFModel:
         """Return the same model with the head tied to the embedding, or not."""
@@ -50,6 +56,11 @@ class HFModel:
     def architecture(self) -> str:
         """Name of transformers' class of the model."""
         return self.family.architecture_of(self.core)
+
+    @property
+    def placeholder_ids(self) -> Mapping[str, int]:
+        """Field of config.json -> id of a token that no text may hold, as it stands for a part of an image."""
+        return self.family.placeholder_ids(self.config)
 
     @cached_property
     def table(self) -> dict[str, Row]:
@@ -108,11 +119,12 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     known = {name: value for name, value in raw.items() if name not in (*unread, *QUANTISED)}
     quantisation = find_quantisation(raw)
     config = family.transformers_config({**known, **_without_odd_dtypes(known)})
-    _refuse_contradictions(known, config)
+    for part, its_config in family.parts_of_config(known, config):
+        _refuse_contradictions(part, its_config)
     core = with_heads(family, family.translate(config), raw.get("architectures"))
     _check_base_class(family, core, raw.get("architectures") or [])
     reworded = raw != on_disk or _without_odd_dtypes(known) != {} or quantisation is not None
-    return HFModel(family, config, core, {name: raw[name] for name in unread}, quantisation, reworded)
+    return HFModel(family, config, core, {name: raw[name] for name in unread}, quantisation, reworded, on_disk)
 
 
 def _without_odd_dtypes(raw: Mapping[str, Any]) -> dict[str, None]:
@@ -224,6 +236,8 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
     """
     from transformers import PreTrainedConfig
 
+    if model.family.passes_through:
+        return _kept_config_json(model, dtype)
     common = PreTrainedConfig().to_dict()
     content = {
         name: value
@@ -240,6 +254,27 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
         torch_dtype=dtype,
     )
     return {**model.unread, **content, **_old_rope_fields(content), **model.family.config_overrides(model.core)}
+
+
+def _kept_config_json(model: HFModel, dtype: str) -> dict[str, Any]:
+    """Return config.json as it is on disk, for a model that is not translated as a whole.
+
+    Only the dtype, the version, and a tie that the weights have undone are changed; references to code that exports do
+    not carry are left out.
+    """
+    from transformers import __version__
+
+    content = {name: value for name, value in deepcopy(dict(model.on_disk)).items() if name != "auto_map"}
+    content.update(dtype=dtype, torch_dtype=dtype, transformers_version=__version__)
+    text = content.get("text_config")
+    parts = [content, *([text] if isinstance(text, dict) else [])]
+    for part in parts[1:]:
+        part.update({name: dtype for name in ("dtype", "torch_dtype") if name in part})
+    if model.core.tied != model.config.tie_word_embeddings:
+        content["tie_word_embeddings"] = model.core.tied
+        for part in parts[1:]:
+            part.update({"tie_word_embeddings": model.core.tied} if "tie_word_embeddings" in part else {})
+    return content
 
 
 def _old_rope_fields(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,10 @@ def _no_options(config: Any) -> dict[str, Any]:
     return {}
 
 
+def _no_ids(config: Any) -> dict[str, int]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One Hugging Face `model_type`.
@@ -115,6 +119,10 @@ class Family:
         other_rows: tables of other forms in which its weights are on disk; they are read like that of `rows`.
         load_options: `ModelConfig` -> options of transformers' `from_pretrained` that no config field replaces.
         same_as: the family that has the same tensors, if this one is another name of it.
+        passes_through: regular expressions of tensors of modules that are not trained here, such as a vision tower.
+            They are never loaded to a device, and exports have them byte for byte; config.json is kept as it is.
+        placeholder_ids: transformers' config object -> field of config.json -> id of a token that stands for something
+            else than text, such as a part of an image; no text may hold it.
     """
 
     model_type: str
@@ -136,6 +144,8 @@ class Family:
     other_rows: tuple[Callable[[Any], list[Row]], ...] = ()
     load_options: Callable[[Any], dict[str, Any]] = _no_options
     same_as: str | None = None
+    passes_through: tuple[str, ...] = ()
+    placeholder_ids: Callable[[Any], Mapping[str, int]] = _no_ids
 
     def check_fields(self, raw: Mapping[str, Any]) -> list[str]:
         """Check a config's fields; returns those without effect, which transformers' code of the family does not read.
@@ -144,6 +154,10 @@ class Family:
             ConversionError: see `FieldRules.check`.
         """
         return self.fields.check(raw, self._may_read)
+
+    def parts_of_config(self, raw: Mapping[str, Any], config: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
+        """Yield the fields and transformers' config object of each part of a config that is translated."""
+        yield raw, config
 
     def _may_read(self, name: str) -> bool:
         names = fields_read(self.model_type, self.module, self.architecture)

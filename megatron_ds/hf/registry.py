@@ -23,6 +23,7 @@ from megatron_ds.hf.families import (
     qwen_moe,
     starcoder2,
     t5,
+    vision_language,
 )
 from megatron_ds.hf.family import Family
 from megatron_ds.registry import Registry
@@ -48,6 +49,8 @@ MODULES = (
     # encoders, and encoders with decoders
     bert,
     t5,
+    # models of text and images
+    vision_language,
 )
 
 FAMILIES: Registry[Family] = Registry("family")

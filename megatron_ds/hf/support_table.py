@@ -54,6 +54,16 @@ MODELS = {
     "camembert": "CamemBERT",
     "t5": "T5, T5 v1.1, Flan-T5",
     "mt5": "mT5",
+    "gemma3": "Gemma 3 4B, 12B, 27B: the text",
+    "qwen2_vl": "Qwen2-VL: the text",
+    "qwen2_5_vl": "Qwen2.5-VL: the text",
+    "qwen3_vl": "Qwen3-VL, dense: the text",
+    "mistral3": "Mistral Small 3.1, 3.2: the text",
+    "internvl": "InternVL 2.5 to 3.5 (-hf): the text",
+    "llava": "LLaVA 1.5, Pixtral 12B (-hf): the text",
+    "llava_next": "LLaVA 1.6: the text",
+    "smolvlm": "SmolVLM, SmolVLM2: the text",
+    "idefics3": "Idefics3 8B: the text",
 }
 
 

@@ -23,16 +23,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ds.dtypes import CODE_OF_DTYPE, DTYPE_OF_CODE
+from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 
-_READABLE = {**DTYPE_OF_CODE, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}  # also parts of quantised weights
+_READABLE = {  # also parts of quantised weights, and buffers of modules whose tensors are passed through
+    **DTYPE_OF_CODE,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_CODES = {dtype: code for code, dtype in _READABLE.items()}
 _POPULATE_READ = 22  # from Linux 5.14 on; the module mmap has no name for it
 
 
 def code_of(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in safetensors files, or torch's name where weights cannot have it."""
-    return CODE_OF_DTYPE.get(dtype, str(dtype).removeprefix("torch."))
+    """Return the name of a dtype in safetensors files, or torch's name where no tensor here can have it."""
+    return _CODES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class HFWeights:
         source, problems = open_directory(directory), list[NamesError]()
         if model.quantisation is not None:
             source = source.dequantised(model.quantisation)
-        for renamed in equivalent_names(source):
+        # what is passed through keeps its names, so the others must have theirs too
+        for renamed in (source,) if model.family.passes_through else equivalent_names(source):
             for family in model.family.forms():
                 try:
                     self._open(renamed, replace(model, family=family))
@@ -80,7 +81,10 @@ class HFWeights:
         self._embedding = self.name_on_disk(table[EMBEDDING].names[0])
         if model.core.tied and self._embedding not in self._names and self._head in self._names:
             self._on_disk[table[EMBEDDING].names[0]] = self._embedding = self._head  # one of the two names was saved
-        self.model = model.with_tied(self._is_tied(model.core.tied, model.family))
+        self.model = replace(
+            model.with_tied(self._is_tied(model.core.tied, model.family)),
+            passed_through=tuple(name for name in source.names if _matches(name, model.family.passes_through)),
+        )
         assert_each_once(self.model.table)
         self._account()
 
@@ -142,6 +146,13 @@ class HFWeights:
         first = {part: min(position[self._on_disk[theirs]] for theirs in row.names) for part, row in rows.items()}
         for part in sorted(first, key=first.__getitem__):
             yield part, self._full(rows[part], place)
+
+    def passed_through(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name on disk, tensor) of every tensor that exports have byte for byte, in the order on disk.
+
+        Each is a view of its file, in its dtype there, which need not be a floating one.
+        """
+        return ((name, self._source.tensor(name, ahead=True)) for name in self.model.passed_through)
 
     def for_model(self, model: HFModel) -> HFWeights:
         """Return a reader of the same directory for a model that differs from its own in the tables of the vocabulary.
@@ -241,7 +252,7 @@ class HFWeights:
     def _further_modules(self) -> list[str]:
         """Return the names on disk of weights of modules that are no part of the model here."""
         patterns = self.model.family.further_modules(self.model.config)
-        return [name for name in self._source.names if any(re.search(pattern, name) for pattern in patterns)]
+        return [name for name in self._source.names if _matches(name, patterns)]
 
     def _note_reading(self) -> None:
         """Log what is read in another form than it has on disk, and what is not read."""
@@ -273,12 +284,18 @@ class HFWeights:
                 f"{hint if missing == [self._head] else ''}{self._renaming}",
                 (len(missing) - len(wanted), len(missing), 0),
             )
+        if family.passes_through and not self.model.passed_through:
+            raise NamesError(
+                f"{where}: no tensor of the vision tower, which a {family.model_type} has; try a directory with all "
+                "its weights",
+                (-len(wanted), 1, 0),
+            )
         unexpected = [
             name
             for name in sorted(
                 self._names - wanted.keys() - self._copies() - self._unused_tensors() - set(self._further_modules())
             )
-            if not any(re.search(pattern, name) for pattern in family.ignored)
+            if not _matches(name, (*family.ignored, *family.passes_through))
         ]
         if unexpected:
             raise NamesError(
@@ -296,6 +313,10 @@ class HFWeights:
                 raise ConversionError(
                     f"{where}: {name} is of type {dtype}; supported: {', '.join(DTYPE_OF_CODE)} (no quantised weights)"
                 )
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def read_shard(

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_ds.checkpoint.directory import resolve_checkpoint
 from megatron_ds.config import ModelSection, build_section
 from megatron_ds.engine import ShardReader
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
@@ -160,6 +160,11 @@ def open_model(
         CheckpointError: the checkpoint has different adapters, or a full model where adapters are trained.
     """
     weights = None
+    if section.init != "pretrained" and hf.family.passes_through:
+        raise ConversionError(
+            f"model.init={section.init} makes no vision tower, which a {hf.family.model_type} has; try a directory with "
+            "its weights as model.path, and no model.init"
+        )
     if section.init == "pretrained":
         assert section.path is not None
         weights = HFWeights(section.path, hf)

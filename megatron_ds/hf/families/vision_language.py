@@ -1,0 +1,128 @@
+"""Models of text and images. Each is its text model's table under another name, and the names of what passes through.
+
+Names on the hub come first, those of transformers' modules in memory last. transformers 5 writes the first ones back,
+except `vision_model.` inside the towers of some, which pass through as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_ds.hf.config_fields import FieldRules
+from megatron_ds.hf.families.gemma import GEMMA3_TEXT
+from megatron_ds.hf.families.llama import (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    RMS_FIELDS,
+    SLIDING_FIELDS,
+    biases,
+    decoder,
+    rms,
+)
+from megatron_ds.hf.vision_language import TextNames, vision_language
+from megatron_ds.models.gpt import DecoderConfig
+
+IN_MEMORY = TextNames("model.language_model")
+LLAVA_NAMES = (TextNames("language_model.model", "language_model.lm_head"), IN_MEMORY)
+QWEN2_VL_NAMES = (TextNames("model"), IN_MEMORY)
+IDEFICS_NAMES = (TextNames("model.text_model"),)
+LLAVA_TOWERS = ("vision_tower", "multi_modal_projector")
+
+IMAGE = ("image_token_id", "image_token_index")
+QWEN_VL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+
+
+def _qwen3_vl_text(config: Any) -> DecoderConfig:
+    return decoder(config, rms(config), qk_norm=rms(config), **biases(config))
+
+
+QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
+    replace(
+        QWEN2,
+        model_type=f"{name}_text",
+        architecture=architecture,
+        fields=FieldRules(RMS_FIELDS - {"head_dim"} | SLIDING_FIELDS | {"max_window_layers"}),
+    )
+    for name, architecture in (
+        ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+    )
+)
+QWEN3_VL_TEXT = replace(
+    QWEN3,
+    model_type="qwen3_vl_text",
+    architecture="Qwen3VLForConditionalGeneration",
+    fields=FieldRules(RMS_FIELDS | {"attention_bias"}),
+    translate=_qwen3_vl_text,
+)
+
+FAMILIES = (
+    vision_language(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        [GEMMA3_TEXT],
+        LLAVA_NAMES,
+        LLAVA_TOWERS,
+        ("image_token_index", "image_token_id", "boi_token_index", "eoi_token_index"),
+    ),
+    vision_language(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        [QWEN2_VL_TEXT],
+        QWEN2_VL_NAMES,
+        ("visual",),
+        QWEN_VL_IDS,
+        flat=True,
+    ),
+    vision_language(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        [QWEN2_5_VL_TEXT],
+        QWEN2_VL_NAMES,
+        ("visual",),
+        QWEN_VL_IDS,
+        flat=True,
+    ),
+    vision_language(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        [QWEN3_VL_TEXT],
+        (IN_MEMORY,),
+        ("visual",),
+        QWEN_VL_IDS,
+    ),
+    vision_language("mistral3", "Mistral3ForConditionalGeneration", [MISTRAL], LLAVA_NAMES, LLAVA_TOWERS, IMAGE),
+    vision_language(
+        "internvl", "InternVLForConditionalGeneration", [QWEN2, QWEN3, LLAMA], LLAVA_NAMES, LLAVA_TOWERS, IMAGE
+    ),
+    vision_language(
+        "llava", "LlavaForConditionalGeneration", [LLAMA, MISTRAL, QWEN2], LLAVA_NAMES, LLAVA_TOWERS, IMAGE
+    ),
+    vision_language(
+        "llava_next",
+        "LlavaNextForConditionalGeneration",
+        [LLAMA, MISTRAL, QWEN2],
+        LLAVA_NAMES,
+        (*LLAVA_TOWERS, "image_newline"),
+        IMAGE,
+    ),
+    vision_language(
+        "smolvlm",
+        "SmolVLMForConditionalGeneration",
+        [LLAMA],
+        IDEFICS_NAMES,
+        ("vision_model", "connector"),
+        ("image_token_id",),
+    ),
+    vision_language(
+        "idefics3",
+        "Idefics3ForConditionalGeneration",
+        [LLAMA],
+        IDEFICS_NAMES,
+        ("vision_model", "connector"),
+        ("image_token_id",),
+    ),
+)
