@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -69,6 +69,22 @@ class HFModel:
         if self.core.tied:
             table.pop(HEAD, None)
         return table
+
+    @property
+    def in_memory(self) -> HFModel:
+        """The model with the names of transformers' modules in memory instead of those on disk."""
+        *_, last = self.family.forms()
+        return replace(self, family=last)
+
+    def named_in(self, names: Collection[str]) -> HFModel:
+        """Return the model with the form of its table whose tensors are all among these names; itself if none is."""
+        forms = (replace(self, family=family) for family in self.family.forms())
+        return next((form for form in forms if form.tensors <= set(names)), self)
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """Names of the tensors of `table`."""
+        return frozenset(name for row in self.table.values() for name in row.names)
 
     @cached_property
     def axis_sizes(self) -> dict[str, int]:

@@ -284,12 +284,6 @@ class HFWeights:
                 f"{hint if missing == [self._head] else ''}{self._renaming}",
                 (len(missing) - len(wanted), len(missing), 0),
             )
-        if family.passes_through and not self.model.passed_through:
-            raise NamesError(
-                f"{where}: no tensor of the vision tower, which a {family.model_type} has; try a directory with all "
-                "its weights",
-                (-len(wanted), 1, 0),
-            )
         unexpected = [
             name
             for name in sorted(
@@ -302,6 +296,12 @@ class HFWeights:
                 f"{where}: unexpected {some_names(unexpected)}, which {family.model_type} with this config does not "
                 f"have{self._renaming}",
                 (-len(wanted), 0, len(unexpected)),
+            )
+        if family.passes_through and not self.model.passed_through:
+            raise NamesError(
+                f"{where}: no tensor of the vision tower, which a {family.model_type} has; try a directory with all "
+                "its weights",
+                (-len(wanted), 1, 0),
             )
         for name, shape in wanted.items():
             found, dtype = self._source.shape(name), self._source.dtype(name)

@@ -162,8 +162,8 @@ def open_model(
     weights = None
     if section.init != "pretrained" and hf.family.passes_through:
         raise ConversionError(
-            f"model.init={section.init} makes no vision tower, which a {hf.family.model_type} has; try a directory with "
-            "its weights as model.path, and no model.init"
+            f"model.init={section.init} makes no vision tower, which a {hf.family.model_type} has; try a directory "
+            "with its weights as model.path, and no model.init"
         )
     if section.init == "pretrained":
         assert section.path is not None

@@ -37,6 +37,7 @@ def stack_of_entry(name: str) -> str | None:
 
 def blocks_paths(model: HFModel) -> Iterator[tuple[str, str]]:
     """Yield (prefix of a stack, path of its list of blocks in transformers, such as "model.layers"), from the table."""
+    table = model.in_memory.table
     for prefix in model.core.stacks:
-        path = next(row.names[0] for native, row in model.table.items() if native.startswith(f"{prefix}.0."))
+        path = next(row.names[0] for native, row in table.items() if native.startswith(f"{prefix}.0."))
         yield prefix, path[: path.index(".0.")]

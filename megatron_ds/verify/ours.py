@@ -99,8 +99,10 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
     """Return the differences of all gradients on rank 0, nothing elsewhere. Collective over the world."""
     probe = engine.optimizer
     assert isinstance(probe, GradientProbe)
-    to_hf, found = ToHF(weights.model), {}
-    typical = root_mean_square(map(reference.tensor, reference.names)) if engine.grid.rank == 0 else 0.0
+    model = weights.model.named_in(reference.names)  # transformers may write other names than it reads
+    to_hf, found = ToHF(model), {}
+    trained = [name for name in reference.names if name in model.tensors]
+    typical = root_mean_square(map(reference.tensor, trained)) if engine.grid.rank == 0 else 0.0
     for name, gradient in engine.full_tensors(probe.gradient):
         if gradient is None:
             continue

@@ -8,7 +8,7 @@ all of them in one matrix (experts * rank, in), and the B in one matrix (out, ra
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Row
@@ -86,8 +86,7 @@ class Projection:
 
 def in_memory(model: HFModel) -> HFModel:
     """Return the model with the names of transformers' modules in memory instead of those on disk."""
-    *_, last = model.family.forms()
-    return replace(model, family=last)
+    return model.in_memory
 
 
 def find_projections(model: HFModel) -> dict[str, tuple[Projection, ...]]:
