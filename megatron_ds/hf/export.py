@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
+from megatron_ds.hf.carried_files import copy_carried_files
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
 from megatron_ds.hf.to_hf import ToHF
@@ -97,7 +98,8 @@ class DirectoryExport:
         """Write the other files and move the directory to the target.
 
         Args:
-            model_path: source of generation_config.json; None or no such file = made from the config.
+            model_path: source of generation_config.json, which is made from the config where it is missing, and of the
+                `carried_files`; None = no such directory.
             tokenizer_path: source of the tokenizer and chat templates; None = no tokenizer.
             last: called with the directory to add more files before it is moved.
 
@@ -141,7 +143,7 @@ def write_small_files(
     model_path: str | Path | None,
     tokenizer_path: str | Path | None,
 ) -> None:
-    """Write all files but the weights: config, generation config, tokenizer and chat templates.
+    """Write all files but the weights: config, generation config, tokenizer, chat templates and `carried_files`.
 
     Args:
         directory: existing directory.
@@ -151,6 +153,8 @@ def write_small_files(
     """
     write_json(directory / "config.json", config_json(model, dtype))
     _write_generation_config(directory, model, model_path)
+    if model_path is not None:
+        copy_carried_files(Path(model_path), directory)
     if tokenizer_path is not None:
         copy_tokenizer(Path(tokenizer_path), directory)
 

@@ -17,6 +17,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from megatron_ds.errors import ConversionError
+from megatron_ds.hf.carried_files import MODULE_FOLDER
 from megatron_ds.hf.export_mark import MARK, first_change, path_digest, write_mark
 from megatron_ds.log import get_logger
 
@@ -29,6 +30,7 @@ RUN_FILES = ("config.yaml", "metrics.jsonl")
 _MODEL_FILES = (
     *("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt"),
     "additional_chat_templates",
+    MODULE_FOLDER,
 )
 _MOST_SEARCHED = 10_000  # entries, so that a check takes seconds at most
 
