@@ -78,13 +78,53 @@ def _seconds(value: Any) -> Any:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+class HeadSection(Section):
+    """A new head for labels, in place of the model's own.
+
+    `labels`: their names, or their number. `kind`: labels of the text ("sequence") or of each of its tokens. `problem`:
+    one label excludes the others, or does not, or is a number; None: one label is a regression, several exclude one
+    another. `pad_token_id`: the id of padding, for a model whose config.json has none.
+    """
+
+    labels: Annotated[list[Text], Field(min_length=1)] | Count
+    kind: Literal["sequence", "token"] = "sequence"
+    problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    pad_token_id: CountOrZero | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "HeadSection":
+        names = self.names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"model.head.labels has {twice!r} twice; give each label a name of its own")
+        if self.kind == "token" and self.problem not in (None, "single_label_classification"):
+            raise ConfigError(
+                f"model.head.problem={self.problem} is for labels of a text, and model.head.kind=token chooses one for "
+                "each token; remove it"
+            )
+        if self.problem == "single_label_classification" and len(names) == 1:
+            raise ConfigError(
+                f"model.head.problem={self.problem} has nothing to choose with one label; nearest: regression"
+            )
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the labels; those of a number are LABEL_0 and so on, as transformers names them."""
+        return [f"LABEL_{index}" for index in range(self.labels)] if isinstance(self.labels, int) else self.labels
+
+
 class ModelSection(Section):
-    """The model: a directory (`path`), or Hugging Face config fields (`config`, random weights)."""
+    """The model: a directory (`path`), or Hugging Face config fields (`config`, random weights).
+
+    `head`: a new head for labels; None: the model's own.
+    """
 
     path: PathText | None = None
     config: dict[str, Any] | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     tokenizer: PathText | None = None
+    head: HeadSection | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from megatron_ds.data.formats import (
     format_sources,
     open_dataset,
 )
-from megatron_ds.data.objective import Causal, DataObjective, Masked, Seq2Seq
+from megatron_ds.data.objective import Causal, DataObjective, Labelled, Masked, Seq2Seq
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest, Order, Split
 from megatron_ds.data.sampler import GlobalBatches, for_data_rank, ordered_pass
@@ -29,6 +29,7 @@ __all__ = [
     "Dataset",
     "DatasetRequest",
     "GlobalBatches",
+    "Labelled",
     "Masked",
     "Order",
     "Sample",

@@ -11,6 +11,9 @@ separate encoder).
 | `attention_mask` | (S,) | bool | True where a position may be attended to |
 | `token_type_ids` | (S,) | int64 | 0 in the first part of a pair, 1 in the second |
 | `next_sentence_label` | () | int64 | 0: the second part follows, 1: it is random, IGNORE_INDEX: no loss |
+| `label` | () | int64 | class of the sample, IGNORE_INDEX: no loss |
+| `label_scores` | (L,) | float32 | a number for each label of the model's head, NaN: no loss |
+| `token_label` | (S,) | int64 | class of each token, IGNORE_INDEX: no loss |
 | `decoder_input_ids` | (T,) | int64 | |
 | `decoder_attention_mask` | (T,) | bool | as `attention_mask`, for the decoder's own positions |
 | `position_ids` | (S,) | int64 | positions within a document, from 0; documents do not attend to one another |
@@ -66,15 +69,18 @@ class Dataset(Protocol):
         """Return a line for logs, such as `3.1 M tokens, 5,987 samples of 512`."""
 
 
-def blank_sample(columns: tuple[str, ...], seq_length: int, target_length: int | None) -> Sample:
+def blank_sample(
+    columns: tuple[str, ...], seq_length: int, target_length: int | None, num_labels: int | None = None
+) -> Sample:
     """Return a sample without loss: ids and types 0, labels ignored, masks True throughout, one document.
 
     Args:
         columns: names of declared columns.
         seq_length: S.
         target_length: T; None = S.
+        num_labels: L, of a model with a head for labels.
     """
-    return {name: find_column(name).blank_array(seq_length, target_length) for name in columns}
+    return {name: find_column(name).blank_array(seq_length, target_length, num_labels) for name in columns}
 
 
 def format_count(number: int) -> str:

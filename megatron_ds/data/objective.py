@@ -1,8 +1,8 @@
 """Training objectives as far as data is concerned: which columns a sample has and what is hidden in it.
 
 Each objective belongs to a kind of model: `Causal` (GPT-like), `Masked` (BERT, Devlin et al. 2019; RoBERTa, Liu et al.
-2019) and `Seq2Seq` (T5, Raffel et al. 2020). Noise (masking, pairs, spans) depends only on the objective's seed and the
-sample's index, and differs in every epoch.
+2019) and `Seq2Seq` (T5, Raffel et al. 2020); `Labelled` to any model with a head for labels. Noise (masking, pairs,
+spans) depends only on the objective's seed and the sample's index, and differs in every epoch.
 """
 
 from dataclasses import dataclass
@@ -79,4 +79,21 @@ class Seq2Seq:
         return np.where(before == TARGETS.ignored, self.padding_id, before).astype(np.int64)
 
 
-DataObjective = Causal | Masked | Seq2Seq
+@dataclass(frozen=True)
+class Labelled:
+    """Labels of a text, or of its tokens.
+
+    Attributes:
+        column: the column of labels: `label`, `label_scores` or `token_label`.
+        num_labels: L, labels of the model's head.
+        padding_id: the id that pads short samples; None = the model has none.
+        num_token_types: number of different `token_type_ids` of the model; samples have them if it is above 1.
+    """
+
+    column: str
+    num_labels: int
+    padding_id: int | None = None
+    num_token_types: int = 1
+
+
+DataObjective = Causal | Masked | Seq2Seq | Labelled

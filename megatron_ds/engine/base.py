@@ -250,7 +250,10 @@ class Engine(ABC):
 
         Raises:
             ValueError: `count_labels` does not count each term.
+            DataError: the head's `check` refuses a micro-batch.
         """
+        for batch in batches:
+            self.head.check(batch)
         counts = torch.stack([self.head.count_labels(self.head.labels_in(batch)) for batch in batches]).sum(0)
         if counts.shape != (len(self.head.terms),):
             raise ValueError(f"count_labels returned {tuple(counts.shape)} for the terms {', '.join(self.head.terms)}")

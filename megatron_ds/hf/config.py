@@ -12,12 +12,22 @@ from typing import Any
 
 import torch
 
-from megatron_ds.errors import ConversionError
+from megatron_ds.config.run_config import HeadSection
+from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row
+from megatron_ds.hf.label_classes import headless, label_classes, labelled
 from megatron_ds.hf.missing_config import why_missing
-from megatron_ds.hf.model_type import class_names, find_family, in_present_words, present_classes, with_heads
+from megatron_ds.hf.model_type import (
+    base_class,
+    class_names,
+    find_family,
+    in_present_words,
+    present_classes,
+    with_heads,
+)
 from megatron_ds.hf.quantised import FIELDS as QUANTISED
 from megatron_ds.hf.quantised import Quantisation, find_quantisation
+from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.log import log_once
 from megatron_ds.models.config import ModelConfig
@@ -37,6 +47,7 @@ class HFModel:
         on_disk: the content of config.json.
         passed_through: names on disk of the tensors that exports have byte for byte, in the order on disk; the weights
             show them.
+        replaced: the model with the head that a new one takes the place of; None = the head is its own.
     """
 
     family: Family
@@ -47,6 +58,7 @@ class HFModel:
     reworded: bool = False
     on_disk: Mapping[str, Any] = field(default_factory=dict)
     passed_through: tuple[str, ...] = ()
+    replaced: HFModel | None = None
 
     def with_tied(self, tied: bool) -> HFModel:
         """Return the same model with the head tied to the embedding, or not."""
@@ -137,7 +149,8 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     config = family.transformers_config({**known, **_without_odd_dtypes(known)})
     for part, its_config in family.parts_of_config(known, config):
         _refuse_contradictions(part, its_config)
-    core = with_heads(family, family.translate(config), raw.get("architectures"))
+    family, core = with_heads(family, family.translate(config), raw.get("architectures"), config)
+    family, core = _without_missing_head(family, core, raw.get("architectures") or [], tensors)
     _check_base_class(family, core, raw.get("architectures") or [])
     reworded = raw != on_disk or _without_odd_dtypes(known) != {} or quantisation is not None
     return HFModel(family, config, core, {name: raw[name] for name in unread}, quantisation, reworded, on_disk)
@@ -181,6 +194,58 @@ def _check_base_class(family: Family, core: ModelConfig, named: Sequence[str]) -
             f"architectures={named!r}{tied} leaves out a head that is not the embedding; "
             f"try {family.architecture}, with the head among its weights"
         )
+
+
+def _without_missing_head(
+    family: Family, core: ModelConfig, named: Sequence[str], tensors: Callable[[], Sequence[str]]
+) -> tuple[Family, ModelConfig]:
+    """Return the base model of a decoder if its head is not the embedding, and is not on disk.
+
+    That is so if `architectures` names the base class, or the tensors lack its prefix, as that class writes them.
+    """
+    base = base_class(family)
+    if base is None or core.tied or not core.generates or core.has_cross_attention:
+        return family, core
+    names, head = tensors(), family.table(core)[HEAD].names[0]
+    if not names or any(name.endswith(head) for name in names):
+        return family, core
+    if base not in present_classes(named) and any(name.startswith(family.prefix) for name in names):
+        return family, core
+    log_once(f"no {head} on disk, and tie_word_embeddings=False: the model is a {base}, without a head")
+    return headless(family, base, core)
+
+
+def with_new_head(model: HFModel, head: HeadSection) -> HFModel:
+    """Return the model with a new head for labels, in place of its own.
+
+    Args:
+        model: the model as it is on disk.
+        head: the labels.
+
+    Raises:
+        ConfigError: transformers has no such class for the family, or the padding id is not in the vocabulary.
+    """
+    family = FAMILIES[model.family.model_type]
+    kind = "ForTokenClassification" if head.kind == "token" else "ForSequenceClassification"
+    found = [name for name in label_classes(family) if name.endswith(kind)]
+    if not found:
+        others = ", ".join(label_classes(family)) or "none"
+        raise ConfigError(
+            f"model.head.kind={head.kind}: there is no class {kind} of {family.model_type}; nearest: {others}"
+        )
+    config = deepcopy(model.config)
+    config.id2label = dict(enumerate(head.names))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = head.problem
+    if head.pad_token_id is not None:
+        if head.pad_token_id >= model.core.vocab_size:
+            raise ConfigError(
+                f"model.head.pad_token_id={head.pad_token_id} must be below vocab_size={model.core.vocab_size}; "
+                f"nearest: {model.core.vocab_size - 1}"
+            )
+        config.pad_token_id = head.pad_token_id
+    family, core = labelled(family, found[0], family.translate(config), config)
+    return replace(model, family=family, core=replace(core, tied=model.core.tied), config=config, replaced=model)
 
 
 # Rope fields that Phi-3 does not need in rope_scaling, or keeps elsewhere.

@@ -106,10 +106,20 @@ PROBABILITIES = frozenset(
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
         "dropout_rate",
+        "classifier_dropout",
+        "classifier_dropout_prob",
+        "seq_classif_dropout",
     ]
 )
 FLAGS = frozenset(
-    ["tie_word_embeddings", "truncate", "scale_decoder_outputs", "norm_topk_prob", "output_router_logits"]
+    [
+        "tie_word_embeddings",
+        "truncate",
+        "scale_decoder_outputs",
+        "norm_topk_prob",
+        "output_router_logits",
+        "token_classification_bias",
+    ]
 )
 NOT_NEGATIVE = frozenset(["router_aux_loss_coef", "moe_norm_min"])
 LISTS = frozenset(["short_factor", "long_factor"])
@@ -129,6 +139,19 @@ COMMON_EQUAL: dict[str, tuple[Any, ...]] = {
 
 # Fields of any family that control training in transformers; here the run file does.
 COMMON_TRAINING = frozenset(["gradient_checkpointing", "pretraining_tp"])
+
+# Fields of any family that a class with a head for labels reads; see `hf.label_classes`.
+OF_LABELS = frozenset(
+    [
+        "id2label",
+        "label2id",
+        "num_labels",
+        "_num_labels",
+        "problem_type",
+        "classifier_dropout",
+        "token_classification_bias",
+    ]
+)
 
 # Fields of configs on the hub that affect neither the math nor the weights.
 COMMON_COSMETIC = frozenset(
@@ -178,12 +201,8 @@ COMMON_COSMETIC = frozenset(
         "output_past",
         "keys_to_ignore_at_inference",
         "tie_last_hidden_states",
-        # other tasks
-        "id2label",
-        "label2id",
-        "num_labels",
-        "_num_labels",
-        "problem_type",
+        # other tasks; `OF_LABELS` are mapped where a class has a head for labels
+        *OF_LABELS,
         "prefix",
         "task_specific_params",
         # encoder-decoders

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family
+from megatron_ds.hf.label_classes import label_classes, labelled
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.tensor_names import shorter_names
 from megatron_ds.models.config import ModelConfig
@@ -86,12 +87,19 @@ def in_present_words(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "model_type": former.model_type}
 
 
-def class_names(family: Family) -> list[str]:
-    """Return the names of transformers' classes that are read as models of a family, its own classes first."""
+def base_class(family: Family) -> str | None:
+    """Return the name of transformers' class of a family's base model; None for a family from outside."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    base = MODEL_MAPPING_NAMES.get(family.model_type)  # None: a family from outside
-    return list(dict.fromkeys((*(family.classes or [family.architecture]), *([base] if base else []))))
+    found = MODEL_MAPPING_NAMES.get(family.model_type)
+    return found if isinstance(found, str) else None
+
+
+def class_names(family: Family) -> list[str]:
+    """Return the names of transformers' classes that are read as models of a family, its own classes first."""
+    base = base_class(family)
+    own = family.classes or [family.architecture]
+    return list(dict.fromkeys((*own, *([base] if base else []), *label_classes(family))))
 
 
 def present_classes(named: Any) -> list[str]:
@@ -117,12 +125,28 @@ def find_family(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]] = t
     raise ConversionError(f"model_type={model_type!r} is not supported; {_advice(raw, tensors)}")
 
 
-def with_heads(family: Family, core: ModelConfig, named: Any) -> ModelConfig:
-    """Add the heads of the class that `architectures` names, if the family has several; by default the first one's."""
+def with_heads(family: Family, core: ModelConfig, named: Any, config: Any) -> tuple[Family, ModelConfig]:
+    """Return the family and the model with the heads of the class that `architectures` names.
+
+    By default they are those of the family's first class.
+
+    Args:
+        family: the family.
+        core: the model as the family translates it.
+        named: `architectures`.
+        config: transformers' config object.
+
+    Raises:
+        ConversionError: the class has a head for labels, and the config's fields of it are not supported.
+    """
+    classes = present_classes(named)
+    for_labels = [name for name in classes if name in label_classes(family)]
+    if for_labels:
+        return labelled(family, for_labels[0], core, config)
     if not family.classes:
-        return core
-    known = [name for name in present_classes(named) if name in family.classes]
-    return replace(core, **family.classes[known[0] if known else family.architecture])
+        return family, core
+    known = [name for name in classes if name in family.classes]
+    return family, replace(core, **family.classes[known[0] if known else family.architecture])
 
 
 def _without_type(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) -> Family:
@@ -184,7 +208,8 @@ def _fits(family: Family, raw: Mapping[str, Any], tensors: Collection[str], *, s
         unread = family.check_fields(raw)
         if strict and unread:
             return False
-        core = with_heads(family, family.translate(family.transformers_config(raw)), raw.get("architectures"))
+        config = family.transformers_config(raw)
+        family, core = with_heads(family, family.translate(config), raw.get("architectures"), config)
     except ConversionError:
         return False
     forms = [list(tensors), *(list(short.values()) for short, _ in shorter_names(list(tensors), list(tensors)))]

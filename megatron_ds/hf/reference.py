@@ -92,7 +92,7 @@ def predict(theirs: Any, model: HFModel, columns: Mapping[str, Tensor]) -> dict[
     if "position_ids" in columns:
         return _predict_each_document(theirs, model, columns)
     given = {name: column.long() for name, column in columns.items()}
-    cache = {"use_cache": False} if model.core.generates else {}
+    cache = {"use_cache": False} if model.core.decodes else {}
     found = theirs(**given, **cache)
     return {ours: found[name].float() for name, ours in _OUTPUTS.items() if found.get(name) is not None}
 

@@ -17,6 +17,7 @@ from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Part, Row
+from megatron_ds.hf.label_classes import OF_HEAD
 from megatron_ds.hf.tensor_mapping import Reader, Sizes
 from megatron_ds.hf.tensor_names import (
     NamesError,
@@ -48,6 +49,7 @@ class HFWeights:
 
     Attributes:
         model: the model with the heads that are on disk; the weights also decide whether the head is tied.
+        new: native names of the parameters of a new head that are not on disk, or have another shape there.
 
     Raises:
         ConversionError: no weights or damaged ones; a tensor is missing, unexpected, of another shape or not floating.
@@ -85,6 +87,7 @@ class HFWeights:
             model.with_tied(self._is_tied(model.core.tied, model.family)),
             passed_through=tuple(name for name in source.names if _matches(name, model.family.passes_through)),
         )
+        self.new = self._new_parameters()
         assert_each_once(self.model.table)
         self._account()
 
@@ -131,13 +134,13 @@ class HFWeights:
             without: names of parameters that are left out.
         """
         for part, full in self._each(
-            {Part(name): row for name, row in self.model.table.items() if name not in without}
+            {Part(name): row for name, row in self._on_disk_rows.items() if name not in without}
         ):
             yield part.name, full
 
     def parts(self) -> Iterator[tuple[Part, Tensor]]:
         """Yield as `each` does, but experts that are stored one by one as such, without the dim of the experts."""
-        return self._each({part: row.of(part.expert) for row in self.model.table.values() for part in row.parts})
+        return self._each({part: row.of(part.expert) for row in self._on_disk_rows.values() for part in row.parts})
 
     def _each(self, rows: Mapping[Part, Row]) -> Iterator[tuple[Part, Tensor]]:
         position = {name: index for index, name in enumerate(self._source.names)}
@@ -244,6 +247,34 @@ class HFWeights:
             found.add(alias)
         return found
 
+    @property
+    def _on_disk_rows(self) -> dict[str, Row]:
+        return {name: row for name, row in self.model.table.items() if name not in self.new}
+
+    def _new_parameters(self) -> frozenset[str]:
+        """Return the native names of a new head's parameters that cannot be read from disk."""
+        if self.model.replaced is None:
+            return frozenset()
+        found = set()
+        for name, row in self.model.table.items():
+            shapes = [row.op.source_shape(source, self.model.axis_sizes) for source in range(len(row.names))]
+            theirs = [self._on_disk[one] for one in row.names]
+            fits = all(one in self._names and self._source.shape(one) == shape for one, shape in zip(theirs, shapes))
+            if name.startswith(OF_HEAD) and not fits:
+                found.add(name)
+        return frozenset(found)
+
+    def _replaced_tensors(self) -> set[str]:
+        """Return the names on disk of the tensors of the head that a new one takes the place of."""
+        own = self.model.replaced
+        if own is None:
+            return set()
+        core = own.family.detect_heads(own.core, self._names)
+        on_disk = names_on_disk(self._source, own.family, own.family.table(core))
+        prefix = own.family.prefix
+        unused = {form for name in own.family.unused_tensors(core) for form in (name, name.removeprefix(prefix))}
+        return {*on_disk.values(), *own.family.aliases, *unused}
+
     def _unused_tensors(self) -> set[str]:
         """Return the names on disk of tensors that only other classes of the family use."""
         names, prefix = self.model.family.unused_tensors(self.model.core), self.model.family.prefix
@@ -273,7 +304,7 @@ class HFWeights:
         where, family = self._source.directory, self.model.family
         wanted = {
             self.name_on_disk(name): row.op.source_shape(source, self.model.axis_sizes)
-            for row in self.model.table.values()
+            for row in self._on_disk_rows.values()
             for source, name in enumerate(row.names)
         }
         missing = [name for name in wanted if name not in self._names]
@@ -287,7 +318,12 @@ class HFWeights:
         unexpected = [
             name
             for name in sorted(
-                self._names - wanted.keys() - self._copies() - self._unused_tensors() - set(self._further_modules())
+                self._names
+                - wanted.keys()
+                - self._copies()
+                - self._unused_tensors()
+                - self._replaced_tensors()
+                - set(self._further_modules())
             )
             if not _matches(name, (*family.ignored, *family.passes_through))
         ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.hidden_output import HiddenOutput, hidden_layer
+from megatron_ds.models.label_head import label_layer, probe_labels
 from megatron_ds.models.probe import (
     MOST_TOKENS,
     RANDOM_LENGTH,
@@ -35,9 +37,9 @@ from megatron_ds.models.probe import (
     seeded,
     some_labels,
 )
-from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec, OutputHead
+from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec
 from megatron_ds.models.stack import StackConfig
-from megatron_ds.parallel.collectives import gather_sequence, reduce_from
+from megatron_ds.parallel.collectives import reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 
 MASKS = ("attention_mask",)  # columns that decide which positions attend to which
@@ -65,8 +67,6 @@ class EncoderConfig(StackConfig, ModelConfig):
 
         embedding_dropout: probability.
     """
-
-    generates: ClassVar[bool] = False
 
     embedding_size: int
     embedding_projection: bool = False
@@ -100,11 +100,19 @@ class EncoderConfig(StackConfig, ModelConfig):
         return {"blocks": self}
 
     @property
+    def generates(self) -> bool:
+        return False
+
+    @property
     def data_objective(self) -> str | None:
+        if self.labels is not None:
+            return "labelled"
         return "masked" if self.masked_lm else None
 
     @property
     def data_objective_options(self) -> dict[str, Any]:
+        if self.labels is not None:
+            return {**self.label_options(self.padding_id), "num_token_types": self.num_token_types}
         return {
             "next_sentence": self.next_sentence,
             "num_token_types": self.num_token_types,
@@ -116,7 +124,8 @@ class EncoderConfig(StackConfig, ModelConfig):
 
     def axis_sizes(self) -> dict[str, int]:
         sizes = {"v": self.vocab_size, "e": self.embedding_size, "p": self._num_positions, "s": self.num_token_types}
-        return {**super().axis_sizes(), **sizes, "c": 2}
+        labels = {"y": self.labels.num_labels} if self.labels is not None else {}
+        return {**super().axis_sizes(), **sizes, "c": 2, **labels}
 
     @property
     def _num_positions(self) -> int:
@@ -135,7 +144,8 @@ class EncoderConfig(StackConfig, ModelConfig):
         return self.flops_per_token(num_params, num_frozen, seq_length)
 
     def without_dropout(self) -> Self:
-        return replace(super().without_dropout(), embedding_dropout=0.0)
+        labels = self.labels.without_dropout() if self.labels is not None else None
+        return replace(super().without_dropout(), embedding_dropout=0.0, labels=labels)
 
     def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
         """Ids behind padding, with segments if the model has several; bare ids, as many users pass them; and a sequence
@@ -165,6 +175,8 @@ class EncoderConfig(StackConfig, ModelConfig):
     def _probe_labels(self, seen: Tensor) -> dict[str, Tensor]:
         """Labels of some positions that are `seen` (B, S); or directions, for a model that predicts nothing."""
         (batch, length), generator = seen.shape, seeded(3)
+        if self.labels is not None:
+            return probe_labels(self.labels, seen)
         if not self.masked_lm:
             labels = {"hidden_direction": torch.randn(batch, length, self.hidden_size, generator=generator)}
             if self.pooler:
@@ -292,41 +304,6 @@ class MaskedLMHead(LanguageModelHead):
         return self.norm(self.activation(self.transform(activations[HIDDEN])))
 
 
-class EncoderOutput(OutputHead):
-    """Output of an encoder without a head, which has no loss of its own.
-
-    It takes directions in the place of labels: the gradient of the inner product with them is a vector-Jacobian
-    product, by which any gradient of the encoder can be checked.
-    """
-
-    def __init__(self, config: EncoderConfig, ctx: BuildContext) -> None:
-        super().__init__()
-        self.tp = ctx.tp
-        self.pooler = Pooler(config, ctx.tp) if config.pooler else None
-
-    def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
-        """Inner products with `hidden_direction` (B, S, H) and, with a pooler, `pooled_direction` (B, H)."""
-        hidden = activations[HIDDEN]
-        along = labels["hidden_direction"].transpose(0, 1)[self.tp.sequence_slice(self._length(hidden))]
-        total = (hidden.float() * along).sum()
-        if self.tp.splits_sequence:
-            total = reduce_from(total, self.tp.axis)
-        if self.pooler is None:
-            return HeadResult({"hidden_direction": total})
-        pooled = (self.pooler(hidden).float() * labels["pooled_direction"]).sum()
-        return HeadResult({"hidden_direction": total, "pooled_direction": pooled})
-
-    def outputs(self, activations: Activations) -> Activations:
-        """Return `hidden` (B, S, H) and, with a pooler, `pooled` (B, H)."""
-        hidden = activations[HIDDEN]
-        whole = gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else hidden
-        pooled = {"pooled": self.pooler(hidden)} if self.pooler is not None else {}
-        return {"hidden": whole.transpose(0, 1), **pooled}
-
-    def _length(self, hidden: Tensor) -> int:
-        return hidden.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1)
-
-
 def encoder_layers(config: EncoderConfig, ctx: BuildContext) -> list[LayerSpec]:
     """Return the specs of an encoder's layers.
 
@@ -350,9 +327,10 @@ def encoder_layers(config: EncoderConfig, ctx: BuildContext) -> list[LayerSpec]:
 
 
 def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
+    if config.labels is not None:
+        return label_layer(config.labels, config.hidden_size, ctx, LayerSpec("", nn.Identity))
     if not config.masked_lm:
-        labels = ("hidden_direction", "pooled_direction") if config.pooler else ("hidden_direction",)
-        return LayerSpec("head", partial(EncoderOutput, config, ctx), head=HeadSpec(labels, labels, _count_numbers))
+        return hidden_layer(partial(_hidden_output, config, ctx), LayerSpec("", nn.Identity), pools=config.pooler)
     labels = ("targets", "next_sentence_label") if config.next_sentence else ("targets",)
     return LayerSpec(
         "head",
@@ -363,8 +341,8 @@ def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
     )
 
 
-def _count_numbers(directions: Mapping[str, Tensor]) -> Tensor:
-    return torch.tensor([column.numel() for column in directions.values()], dtype=torch.int64)
+def _hidden_output(config: EncoderConfig, ctx: BuildContext) -> HiddenOutput:
+    return HiddenOutput(ctx.tp, Pooler(config, ctx.tp) if config.pooler else None)
 
 
 def _identity(parameter: Tensor) -> Tensor:

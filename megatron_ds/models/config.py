@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from megatron_ds.config import ModelShape
 from megatron_ds.models.context import BuildContext
+from megatron_ds.models.label_head import LabelHeadConfig
 from megatron_ds.models.probe import Probe
 from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.models.stack import StackConfig
@@ -27,17 +28,30 @@ class ModelConfig(ABC):
         family: the Hugging Face `model_type` that it was translated from; a label, no code depends on it.
         vocab_size: V.
         tied: the head is the word embedding.
-
-        generates: the model can generate text.
-        task_type: peft's name of what the model is for; None = peft has no name for it.
+        labels: a head that predicts labels, in place of all others; None = no such head.
     """
 
     family: str
     vocab_size: int
     tied: bool
+    labels: LabelHeadConfig | None = None
 
-    generates: ClassVar[bool] = True
-    task_type: ClassVar[str | None] = None
+    @property
+    def generates(self) -> bool:
+        """The model can generate text."""
+        return self.labels is None
+
+    @property
+    def task_type(self) -> str | None:
+        """peft's name of what the model is for; None = peft has no name for it."""
+        if self.labels is None:
+            return None
+        return "TOKEN_CLS" if self.labels.pick == "each" else "SEQ_CLS"
+
+    @property
+    def decodes(self) -> bool:
+        """A stack is causal, so that transformers' model may keep keys and values of earlier positions."""
+        return any(stack.causal for stack in self.stacks.values())
 
     @property
     @abstractmethod
@@ -47,12 +61,21 @@ class ModelConfig(ABC):
     @property
     @abstractmethod
     def data_objective(self) -> str | None:
-        """Name of the task that the data are prepared for: "causal", "masked" or "seq2seq"; None = no head to train."""
+        """Name of the task that the data are prepared for: "causal", "masked", "seq2seq" or "labelled".
+
+        None = no head to train.
+        """
 
     @property
     def data_objective_options(self) -> Mapping[str, Any]:
         """Options of that task that the model fixes, by name; the run file decides the others."""
         return {}
+
+    def label_options(self, padding_id: int | None) -> dict[str, Any]:
+        """Return the options of the task "labelled"; `padding_id` of the model, where its head reads none."""
+        assert self.labels is not None
+        own = self.labels.pick_id if self.labels.pick == "last" else padding_id
+        return {"column": self.labels.label_column, "num_labels": self.labels.num_labels, "padding_id": own}
 
     @abstractmethod
     def shape(self) -> ModelShape:
@@ -64,8 +87,8 @@ class ModelConfig(ABC):
 
         v vocabulary, e embedding, h hidden, i the same on the other side of a projection, f feed-forward, p rows of the
         position table, s segments, n query heads, k key/value heads, g query heads per key head, d head dim, c classes
-        of pairs of segments, b buckets of relative positions, x experts, m inner features of an expert, u of the shared
-        experts.
+        of pairs of segments, y labels of the head, b buckets of relative positions, x experts, m inner features of an
+        expert, u of the shared experts.
         """
 
     @abstractmethod

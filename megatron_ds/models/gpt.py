@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -19,11 +19,14 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.hidden_output import HiddenOutput, hidden_layer
+from megatron_ds.models.label_head import label_layer, label_probe
 from megatron_ds.models.probe import (
     MOST_TOKENS,
     RANDOM_LENGTH,
     Probe,
     beyond_edges,
+    direction,
     fitting_length,
     next_ids,
     random_ids,
@@ -46,13 +49,12 @@ class DecoderConfig(StackConfig, ModelConfig):
         positions: table of learned positions; None = no table.
 
         final_norm: a norm after the last block.
+        head: the model has a head, for the vocabulary or for `labels`; without one it returns hidden states.
         head_bias: the logits have a bias.
         logit_multiplier: of the logits; `logit_softcap`: their bound after that.
 
         embedding_dropout: probability.
     """
-
-    task_type: ClassVar[str | None] = "CAUSAL_LM"
 
     embedding_size: int
     padding_id: int | None = None
@@ -62,6 +64,7 @@ class DecoderConfig(StackConfig, ModelConfig):
     positions: PositionTable | None = None
 
     final_norm: bool = True
+    head: bool = True
     head_bias: bool = False
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
@@ -73,22 +76,42 @@ class DecoderConfig(StackConfig, ModelConfig):
         return {"blocks": self}
 
     @property
-    def data_objective(self) -> str:
-        return "causal"
+    def generates(self) -> bool:
+        return self.head and self.labels is None
+
+    @property
+    def task_type(self) -> str | None:
+        return "CAUSAL_LM" if self.generates else super().task_type
+
+    @property
+    def data_objective(self) -> str | None:
+        if self.labels is not None:
+            return "labelled"
+        return "causal" if self.head else None
+
+    @property
+    def data_objective_options(self) -> dict[str, Any]:
+        return self.label_options(self.padding_id) if self.labels is not None else {}
+
+    @property
+    def width(self) -> int:
+        """Length of the states that the head takes."""
+        return self.embedding_size
 
     def shape(self) -> ModelShape:
         return self.model_shape(self.num_layers, self.vocab_size, self.positions)
 
     def axis_sizes(self) -> dict[str, int]:
         rows = self.positions.rows if self.positions is not None else 0
-        return {**super().axis_sizes(), "v": self.vocab_size, "e": self.embedding_size, "p": rows}
+        labels = {"y": self.labels.num_labels} if self.labels is not None else {}
+        return {**super().axis_sizes(), "v": self.vocab_size, "e": self.embedding_size, "p": rows, **labels}
 
     def build_layers(self, ctx: BuildContext | None = None) -> list[LayerSpec]:
         return decoder_layers(self, ctx or BuildContext())
 
     @property
     def num_idle_params(self) -> int:
-        looked_up = 0 if self.tied else self.vocab_size * self.embedding_size
+        looked_up = 0 if self.tied and self.generates else self.vocab_size * self.embedding_size
         if self.positions is not None:
             looked_up += self.positions.rows * self.hidden_size
         return looked_up + super().num_idle_params
@@ -97,7 +120,8 @@ class DecoderConfig(StackConfig, ModelConfig):
         return self.flops_per_token(num_params, num_frozen, seq_length)
 
     def without_dropout(self) -> Self:
-        return replace(super().without_dropout(), embedding_dropout=0.0)
+        labels = self.labels.without_dropout() if self.labels is not None else None
+        return replace(super().without_dropout(), embedding_dropout=0.0, labels=labels)
 
     def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
         """Random ids, and a sequence that is longer than the windows and stretched positions."""
@@ -112,7 +136,10 @@ class DecoderConfig(StackConfig, ModelConfig):
 
     def _probe(self, name: str, batch: int, length: int, *, with_gradients: bool) -> Probe:
         ids = random_ids(self.vocab_size, batch, length)
-        return Probe(name, {"input_ids": ids}, {"targets": next_ids(ids)}, with_gradients)
+        if self.labels is not None:
+            return label_probe(self.labels, name, ids, with_gradients)
+        labels = {"targets": next_ids(ids)} if self.head else {"hidden_direction": direction(batch, length, self.width)}
+        return Probe(name, {"input_ids": ids}, labels, with_gradients)
 
 
 class DecoderEntry(nn.Module):
@@ -172,20 +199,40 @@ def decoder_layers(config: DecoderConfig, ctx: BuildContext) -> list[LayerSpec]:
     does, several documents share a sequence and none attends to another.
     """
     vocab, width, std = config.vocab_size, config.embedding_size, config.init_std
-    embed = partial(WordEmbedding, "input_ids", vocab, width, ctx.tp, std=std, padding_id=config.padding_id)
-    finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
-    head = partial(LanguageModelHead, vocab, width, ctx, std=std, bias=config.head_bias, finish=finish)
-    hidden = LayerSpec("", nn.Identity, columns=MASKS)  # inputs of all layers but the first and the last
+    head = _head(config, ctx)
+    keeps_ids = "input_ids" in head.columns
+    columns = ("input_ids", *MASKS) if keeps_ids else MASKS
+    embed = partial(
+        WordEmbedding,
+        "input_ids",
+        vocab,
+        width,
+        ctx.tp,
+        std=std,
+        padding_id=config.padding_id,
+        keeps_ids=keeps_ids,
+    )
+    hidden = LayerSpec("", nn.Identity, columns=columns)  # inputs of all layers but the first and the last
     return [
         LayerSpec("embedding", embed, hidden={}, columns=("input_ids", *MASKS)),
         replace(hidden, name="entry", build=partial(DecoderEntry, config, ctx)),
         *block_layers("blocks", config, ctx, hidden, BlockInputs()),
         replace(hidden, name="exit", build=partial(DecoderExit, config, ctx)),
-        LayerSpec(
-            "head",
-            head,
-            head=HeadSpec.per_column("targets"),
-            cost=float(vocab * width),
-            tied={"weight": "embedding.weight"} if config.tied else {},
-        ),
+        head,
     ]
+
+
+def _head(config: DecoderConfig, ctx: BuildContext) -> LayerSpec:
+    vocab, width = config.vocab_size, config.width
+    if config.labels is not None:
+        return label_layer(config.labels, width, ctx, LayerSpec("", nn.Identity))
+    if not config.head:
+        return hidden_layer(partial(HiddenOutput, ctx.tp), LayerSpec("", nn.Identity))
+    finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
+    return LayerSpec(
+        "head",
+        partial(LanguageModelHead, vocab, width, ctx, std=config.init_std, bias=config.head_bias, finish=finish),
+        head=HeadSpec.per_column("targets"),
+        cost=float(vocab * width),
+        tied={"weight": "embedding.weight"} if config.tied else {},
+    )

@@ -99,3 +99,8 @@ def some_labels(ids: Tensor, seen: Tensor) -> Tensor:
     chosen = (torch.rand(ids.shape, generator=seeded(5)) < fractions) & seen
     chosen[:, 0] = True
     return ids.masked_fill(~chosen, IGNORE_INDEX)
+
+
+def direction(*shape: int) -> Tensor:
+    """Draw a direction in fp32, which takes the place of labels in a model that predicts nothing."""
+    return torch.randn(*shape, generator=seeded(3))

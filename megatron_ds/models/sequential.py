@@ -8,6 +8,7 @@ that an engine knows of a model.
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +43,9 @@ def count_entries(labels: Mapping[str, Tensor]) -> Tensor:
 
 def _count(name: str, column: Tensor) -> int:
     ignored = find_column(name).ignored
-    return column.numel() if ignored is None else int((column != ignored).sum())
+    if ignored is None:
+        return column.numel()
+    return int((~column.isnan() if math.isnan(ignored) else column != ignored).sum())
 
 
 def positions_of(column: str) -> str:
@@ -62,12 +65,14 @@ class HeadSpec:
         terms: names of the loss terms, in order. Labels of the first one are the tokens that a run counts.
         count_labels: label columns of a micro-batch, each (B, ...) -> int64 (terms,), the labels of each term.
         metrics: names of averages that the head returns besides its losses, to be logged.
+        check: refuses a micro-batch, in host memory, for which the head is not defined.
     """
 
     label_columns: tuple[str, ...]
     terms: tuple[str, ...]
     count_labels: Callable[[Mapping[str, Tensor]], Tensor] = count_entries
     metrics: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, Tensor]], None] = lambda batch: None
 
     @classmethod
     def per_column(cls, *columns: str) -> HeadSpec:
@@ -77,12 +82,13 @@ class HeadSpec:
     def with_positions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add to a micro-batch in host memory where its labels are, so that a head need not ask the device.
 
-        For each label column of several entries a sample, (B, S), of which some carry no loss: `positions_of` it, int64
+        For each label column of an entry a position, (B, S), of which some carry no loss: `positions_of` it, int64
         (labels,), the indices of those that do in the transposed column, (S, B), flattened.
         """
         found = dict(batch)
         for name in self.label_columns:
-            ignored = find_column(name).ignored if name in COLUMNS else None
+            column = find_column(name) if name in COLUMNS else None
+            ignored = column.ignored if column is not None and column.length in ("sequence", "target") else None
             if ignored is not None and batch[name].dim() == 2:
                 positions = (batch[name].t().flatten() != ignored).nonzero().squeeze(1)
                 found[positions_of(name)] = positions.pin_memory() if batch[name].is_pinned() else positions

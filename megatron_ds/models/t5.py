@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -52,8 +52,6 @@ class EncoderDecoderConfig(ModelConfig):
         padding_id: id at positions without a token.
     """
 
-    task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
-
     encoder: StackConfig
     decoder: StackConfig
     logit_multiplier: float = 1.0
@@ -77,18 +75,25 @@ class EncoderDecoderConfig(ModelConfig):
         return {"encoder.blocks": self.encoder, "decoder.blocks": self.decoder}
 
     @property
+    def task_type(self) -> str | None:
+        return "SEQ_2_SEQ_LM" if self.labels is None else super().task_type
+
+    @property
     def data_objective(self) -> str:
-        return "seq2seq"
+        return "seq2seq" if self.labels is None else "labelled"
 
     @property
     def data_objective_options(self) -> dict[str, Any]:
+        if self.labels is not None:
+            return self.label_options(self.padding_id)
         return {"decoder_start_id": self.decoder_start_id, "padding_id": self.padding_id}
 
     def shape(self) -> ModelShape:
         return self.encoder.model_shape(self.encoder.num_layers + self.decoder.num_layers, self.vocab_size, None)
 
     def axis_sizes(self) -> dict[str, int]:
-        return {**self.encoder.axis_sizes(), "v": self.vocab_size, "e": self.hidden_size}
+        labels = {"y": self.labels.num_labels} if self.labels is not None else {}
+        return {**self.encoder.axis_sizes(), "v": self.vocab_size, "e": self.hidden_size, **labels}
 
     def build_layers(self, ctx: BuildContext | None = None) -> list[LayerSpec]:
         return encoder_decoder_layers(self, ctx or BuildContext())
@@ -107,7 +112,8 @@ class EncoderDecoderConfig(ModelConfig):
 
     def without_dropout(self) -> Self:
         encoder, decoder = self.encoder.without_dropout(), self.decoder.without_dropout()
-        return replace(self, encoder=encoder, decoder=decoder, embedding_dropout=0.0)
+        labels = self.labels.without_dropout() if self.labels is not None else None
+        return replace(self, encoder=encoder, decoder=decoder, embedding_dropout=0.0, labels=labels)
 
     def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
         """Ids behind padding in both stacks; and sequences beyond the distance from which on all share one bias."""

@@ -13,13 +13,14 @@ from megatron_ds.checkpoint.directory import resolve_checkpoint
 from megatron_ds.config import ModelSection, build_section
 from megatron_ds.engine import ShardReader
 from megatron_ds.errors import ConfigError, ConversionError
-from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.config import HFModel, read_model, with_new_head
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
+from megatron_ds.log import log_once
 from megatron_ds.models.adapters import with_adapters
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import ChangeLayers, LayerSpec, own_layers
@@ -77,8 +78,8 @@ class LoadedModel:
             return self.adapter_weights.shard(name, spec, axes)
         if self.initial is not None and self.initial.has(name):
             return self.initial.shard(name, spec, axes)
-        if name in self.hf.table:
-            assert self.weights is not None
+        assert self.weights is not None
+        if name in self.hf.table and name not in self.weights.new:
             return self.weights.shard(name, spec, axes)
         return initial_shard(name, spec, self.seed, axes)
 
@@ -88,6 +89,7 @@ def load_model(
     *,
     init: str | None = None,
     tokenizer: str | None = None,
+    head: Mapping[str, Any] | None = None,
     peft: str | Mapping[str, Any] | None = None,
     freeze: Sequence[str] = (),
     seed: int = 1234,
@@ -99,6 +101,7 @@ def load_model(
             fields of a Hugging Face config, for a model with random weights.
         init: "pretrained" or "random"; None = "pretrained" for a directory.
         tokenizer: directory of the tokenizer that exports carry; None = that of `source`.
+        head: a new head for labels, by the keys of `model.head`; None = the model's own head.
         peft: fields of a peft config, or a directory with one; its adapters are trained instead of the model.
         freeze: patterns of Hugging Face tensor names that are not trained.
         seed: seed of randomly initialized parameters.
@@ -108,7 +111,8 @@ def load_model(
         ConversionError: the directory cannot be read, or its model is not supported.
     """
     fields = {"config": dict(source)} if isinstance(source, Mapping) else {"path": str(source)}
-    section = name_checkpoints(build_section(ModelSection, {**fields, "init": init, "tokenizer": tokenizer}, "model"))
+    given = {**fields, "init": init, "tokenizer": tokenizer, "head": dict(head) if head is not None else None}
+    section = name_checkpoints(build_section(ModelSection, given, "model"))
     plain = dict(peft) if isinstance(peft, Mapping) else expanded_text(peft) if peft is not None else None
     return open_model(read_model_section(section), section, peft=plain, freeze=freeze, seed=seed)
 
@@ -127,9 +131,14 @@ def read_model_section(section: ModelSection) -> HFModel:
     """Read the config that a `model` section names.
 
     Raises:
-        ConfigError: the path is a directory of adapters.
+        ConfigError: the path is a directory of adapters; or see `with_new_head`.
         ConversionError: see `read_model`.
     """
+    model = _read_own(section)
+    return model if section.head is None else with_new_head(model, section.head)
+
+
+def _read_own(section: ModelSection) -> HFModel:
     path = section.path
     if path is not None and (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
         base = named_base(Path(path))
@@ -169,6 +178,8 @@ def open_model(
         assert section.path is not None
         weights = HFWeights(section.path, hf)
         hf = weights.model
+        if hf.replaced is not None and checkpoint is None:
+            _note_new_head(weights)
     if peft is not None:
         assert weights is not None, "adapters need a model with weights"
         adapters, adapter_weights = open_adapters(peft, section.path, hf, checkpoint)
@@ -179,3 +190,15 @@ def open_model(
         refuse_adapters(checkpoint)
         weights = HFWeights(checkpoint, read_model(checkpoint))
     return LoadedModel(hf, section, weights, seed, frozen_parameters(hf, freeze))
+
+
+def _note_new_head(weights: HFWeights) -> None:
+    new = [name for native in sorted(weights.new) for name in weights.model.table[native].names]
+    what = f"{', '.join(new)} start from random values" if new else "all its tensors are in the directory"
+    log_once(f"model.head: a {weights.model.architecture} with {_labels(weights.model)}; {what}")
+
+
+def _labels(model: HFModel) -> str:
+    names = list(model.config.id2label.values())
+    shown = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} label{'s' * (len(names) > 1)} ({shown})"

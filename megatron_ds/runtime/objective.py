@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_ds.config import DataSection
-from megatron_ds.data import FORMATS, Causal, DataObjective, Masked, Seq2Seq
+from megatron_ds.data import FORMATS, Causal, DataObjective, Labelled, Masked, Seq2Seq
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.models.context import BuildContext
@@ -30,10 +30,20 @@ from megatron_ds.runtime.loaded_model import LoadedModel
 
 # Keys of `data` that affect only some kinds of models.
 _OBJECTIVE_KEYS = ("bos", "mask_rate", "whole_words", "mean_span", "target_length")
-_DATA_OBJECTIVES: dict[str, type[DataObjective]] = {"causal": Causal, "masked": Masked, "seq2seq": Seq2Seq}
-_USED = {Causal: ("bos",), Masked: ("mask_rate", "whole_words"), Seq2Seq: ("mask_rate", "mean_span", "target_length")}
+_DATA_OBJECTIVES: dict[str, type[DataObjective]] = {
+    "causal": Causal,
+    "masked": Masked,
+    "seq2seq": Seq2Seq,
+    "labelled": Labelled,
+}
+_USED: dict[type[DataObjective], tuple[str, ...]] = {
+    Causal: ("bos",),
+    Masked: ("mask_rate", "whole_words"),
+    Seq2Seq: ("mask_rate", "mean_span", "target_length"),
+    Labelled: (),
+}
 # Keys that affect plain text only: examples with pairs are complete. BERT examples without `labels` are masked.
-_TEXT_ONLY = {Causal: (), Masked: (), Seq2Seq: ("mask_rate", "mean_span")}
+_TEXT_ONLY: dict[type[DataObjective], tuple[str, ...]] = {Seq2Seq: ("mask_rate", "mean_span")}
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ def find_objective(name: str, model: LoadedModel, data: DataSection, seed: int) 
     objective = OBJECTIVES.get(name, field="train.objective")(model, data, seed)
     kind = type(objective.data)
     cuts_spans = FORMATS.get(data.format, "data.format").cuts_spans
-    used = set(_USED[kind]) - (set() if cuts_spans else set(_TEXT_ONLY[kind]))
+    used = set(_USED[kind]) - (set() if cuts_spans else set(_TEXT_ONLY.get(kind, ())))
     for key in _OBJECTIVE_KEYS:
         value, default = getattr(data, key), type(data).model_fields[key].default
         if value != default and key not in used:
@@ -100,9 +110,26 @@ def own_objective(model: LoadedModel, data: DataSection, seed: int) -> Objective
         )
     kind = _DATA_OBJECTIVES[name]
     options: dict[str, Any] = {key: getattr(data, key) for key in _USED[kind]}
-    if kind is not Causal:
+    if kind in (Masked, Seq2Seq):
         options["seed"] = seed
+    if core.labels is not None:
+        _check_padding(model)
     return Objective(kind(**options, **core.data_objective_options))
+
+
+def _check_padding(model: LoadedModel) -> None:
+    """Refuse a head that finds the last token by the id of padding, if there is no such id."""
+    labels, vocab_size = model.hf.core.labels, model.hf.core.vocab_size
+    assert labels is not None
+    if labels.pick == "last" and (labels.pick_id is None or not 0 <= labels.pick_id < vocab_size):
+        end = getattr(model.hf.config, "eos_token_id", None)
+        example = end[0] if isinstance(end, list) else end
+        fix = "set it in config.json" if model.section.head is None else "set model.head.pad_token_id"
+        near = f", such as eos_token_id={example}" if example is not None else ""
+        raise ConfigError(
+            f"pad_token_id={labels.pick_id} is no id of the vocabulary, and the head of a {model.hf.architecture} "
+            f"reads the last token that is not padding; {fix}{near}"
+        )
 
 
 def new_parameters(model: HFModel, objective: Objective) -> list[str]:

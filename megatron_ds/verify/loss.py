@@ -16,9 +16,13 @@ from megatron_ds.verify.compare import Difference
 PREDICTED_BY = {
     "targets": "logits",
     "next_sentence_label": "next_sentence",
+    "label": "logits",
+    "label_scores": "logits",
+    "token_label": "logits",
     "hidden_direction": "hidden",
     "pooled_direction": "pooled",
 }
+DIRECTIONS = ("hidden_direction", "pooled_direction")
 
 
 @dataclass(frozen=True)
@@ -37,27 +41,35 @@ class ReferenceLoss:
         return Difference(delta, delta / self.scale)
 
 
-def mean_loss(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+def mean_loss(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], problem: str | None = None) -> Tensor:
     """Return the sum over label columns of the mean loss over the column's labels; fp32.
 
     Args:
         outputs: outputs by our names, (B, ...) each.
-        labels: label columns by name: ids for cross entropy (-100: no label), or directions for an inner product.
+        labels: label columns by name: ids for cross entropy (-100: no label), directions for an inner product, or
+            scores.
+        problem: transformers' name of the problem of a head for labels, which decides the loss of scores.
     """
-    terms = [_term(outputs[PREDICTED_BY[name]].float(), column) for name, column in labels.items()]
+    terms = [_term(name, outputs[PREDICTED_BY[name]].float(), column, problem) for name, column in labels.items()]
     return torch.stack(terms).sum()
 
 
-def reference_loss(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> ReferenceLoss:
+def reference_loss(
+    outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], problem: str | None = None
+) -> ReferenceLoss:
     """Return the `mean_loss` of transformers' outputs, with its scale."""
-    value, chance = float(mean_loss(outputs, labels)), 0.0
+    value, chance = float(mean_loss(outputs, labels, problem)), 0.0
     for name, column in labels.items():
-        if column.is_floating_point():
+        if name in DIRECTIONS:
             chance += float((outputs[PREDICTED_BY[name]].double() * column).norm()) / column.numel()
     return ReferenceLoss(value, max(abs(value), chance))
 
 
-def _term(output: Tensor, column: Tensor) -> Tensor:
-    if column.is_floating_point():
+def _term(name: str, output: Tensor, column: Tensor, problem: str | None) -> Tensor:
+    if name in DIRECTIONS:
         return (output * column).mean()
+    if name == "label_scores":
+        if problem == "regression":
+            return F.mse_loss(output, column)
+        return F.binary_cross_entropy_with_logits(output, column)
     return F.cross_entropy(output.flatten(0, -2), column.flatten(), ignore_index=IGNORE_INDEX)

@@ -42,6 +42,7 @@ def run_reference(
         ConversionError: transformers cannot load the directory, or finds tensors missing.
     """
     losses = []
+    problem = model.core.labels.loss if model.core.labels is not None else None
     for index, probe in enumerate(inputs):
         # loaded again for each: gradients overwrite its weights, and some models remember lengths
         reference = load_reference(directory, model, torch.float32, state)
@@ -52,9 +53,9 @@ def run_reference(
         found = {**hidden, **chosen, **outputs}
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
         save_file(tensors, results / f"{index}.safetensors")
-        losses.append(reference_loss(tensors, probe.labels))
+        losses.append(reference_loss(tensors, probe.labels, problem))
         if probe.with_gradients:
-            mean_loss(outputs, probe.labels).backward()
+            mean_loss(outputs, probe.labels, problem).backward()
             _save_gradients(reference, results / GRADIENTS)
     return losses
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.noise.masking import load_masker
-from megatron_ds.data.objective import Causal, Masked, Seq2Seq
+from megatron_ds.data.objective import Causal, Labelled, Masked, Seq2Seq
 from megatron_ds.data.readers.bad_rows import total_bad_rows
 from megatron_ds.data.readers.document_frame import DocumentFrame, document_frame
 from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
@@ -22,6 +22,7 @@ from megatron_ds.data.text.masked import MaskedText
 from megatron_ds.data.text.sentence_pairs import SentencePairs
 from megatron_ds.data.text.span_corruption import CorruptedText, find_sentinels
 from megatron_ds.data.text.token_cache import cached_tokens
+from megatron_ds.errors import DataError
 
 _END_USE = "data.format=text ends each document with it"
 
@@ -51,6 +52,8 @@ def open_text(request: DatasetRequest) -> Dataset:
             sentinels = find_sentinels(tokenizer, path, seq_length, objective, request.vocab_size)
             corpus = _corpus(request, texts, tokenizer, frame)
             return CorruptedText(corpus, seq_length, objective, sentinels, frame.end_id)
+        case Labelled():
+            raise DataError("data.format=text has no labels for the model's head; try data.format=labelled")
 
 
 def _corpus(

@@ -3,13 +3,14 @@
 from functools import partial
 
 from megatron_ds.data.noise.masking import Masker, load_masker
-from megatron_ds.data.objective import Causal, Masked, Seq2Seq
+from megatron_ds.data.objective import Causal, Labelled, Masked, Seq2Seq
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.data.tokenized.causal import CausalExamples
 from megatron_ds.data.tokenized.dataset import ExampleKind, TokenizedDataset
 from megatron_ds.data.tokenized.masked import MaskedExamples
 from megatron_ds.data.tokenized.seq2seq import Seq2SeqExamples
+from megatron_ds.errors import DataError
 
 
 def open_tokenized(request: DatasetRequest) -> TokenizedDataset:
@@ -32,6 +33,8 @@ def _example_kind(request: DatasetRequest) -> ExampleKind:
             return MaskedExamples(seq_length, vocab_size, objective, load)
         case Seq2Seq():
             return Seq2SeqExamples(seq_length, vocab_size, objective)
+        case Labelled():
+            raise DataError("data.format=tokenized has no labels for the model's head; try data.format=labelled")
 
 
 def _load_masker(tokenizer_path: str, objective: Masked, vocab_size: int) -> Masker:

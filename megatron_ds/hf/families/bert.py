@@ -38,7 +38,6 @@ FIELDS = FieldRules(
         "is_decoder": (False,),
         "position_embedding_type": ("absolute",),
     },
-    cosmetic=frozenset({"classifier_dropout"}),
 )
 
 

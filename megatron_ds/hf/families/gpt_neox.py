@@ -36,7 +36,6 @@ FIELDS = FieldRules(
             "rotary_pct",
         ]
     ),
-    training=frozenset({"classifier_dropout"}),
     cosmetic=frozenset({"pad_token_id"}),
 )
 

@@ -44,14 +44,14 @@ FIELDS = FieldRules(
         ]
     ),
     equal={"is_encoder_decoder": (True,), "is_decoder": (False,)},
-    cosmetic=frozenset({"n_positions", "classifier_dropout"}),
+    cosmetic=frozenset({"n_positions"}),
 )
 
 
 MT5_FIELDS = FieldRules(
     mapped=FIELDS.mapped - {"scale_decoder_outputs", "tie_word_embeddings"},
     equal=FIELDS.equal,
-    cosmetic=frozenset({"classifier_dropout", "tie_word_embeddings"}),  # transformers' class sets the latter to true
+    cosmetic=frozenset({"tie_word_embeddings"}),  # transformers' class sets the latter to true
 )
 
 
