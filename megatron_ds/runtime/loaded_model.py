@@ -194,7 +194,7 @@ def open_model(
 
 def _note_new_head(weights: HFWeights) -> None:
     new = [name for native in sorted(weights.new) for name in weights.model.table[native].names]
-    what = f"{', '.join(new)} start from random values" if new else "all its tensors are in the directory"
+    what = f"new, with random values: {', '.join(new)}" if new else "all its tensors are in the directory"
     log_once(f"model.head: a {weights.model.architecture} with {_labels(weights.model)}; {what}")
 
 
