@@ -112,10 +112,13 @@ CLASSES: dict[str, LabelClass | None] = {
 def label_classes(family: Family) -> dict[str, LabelClass]:
     """Return the classes with a head for labels that transformers has for a `model_type`, by name.
 
-    The one for texts comes first. A family with several classes of its own has those in `CLASSES` alone.
+    The one for texts comes first. A family with several classes of its own has those in `CLASSES` alone; a text model
+    inside a model of text and images has none.
     """
     from transformers.models.auto import modeling_auto
 
+    if family.passes_through:
+        return {}
     generic = not family.classes
     found: dict[str, LabelClass] = {}
     for names, form in (
