@@ -18,8 +18,7 @@ from megatron_ds.engine.group_tables import read_group_tables, set_group_tables
 from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
-from megatron_ds.layers.moe.router import CHOICE_BIAS
-from megatron_ds.layers.param_spec import ParamSpec, spec_of
+from megatron_ds.layers.param_spec import ParamSpec, is_untrained, spec_of
 from megatron_ds.models.sequential import HeadSpec
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import gather_objects
@@ -288,10 +287,10 @@ class Engine(ABC):
     def count_params(self) -> int:
         """Count the model's parameters, tied ones once, without vocabulary padding. Collective over pipeline.
 
-        A router's bias of the choice is not counted.
+        Weights that are no parameters are not counted.
         """
         entries = [entry for stage in self.inventory() for entry in stage]
-        return sum(spec.numel for name, spec, _ in entries if not name.endswith(f".{CHOICE_BIAS}"))
+        return sum(spec.numel for name, spec, _ in entries if not is_untrained(name))
 
     def full_parameters(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor | None]]:
         """Yield the model's parameters in order: the full tensor without padding on global rank 0, None elsewhere.

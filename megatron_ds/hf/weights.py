@@ -28,8 +28,7 @@ from megatron_ds.hf.tensor_names import (
 )
 from megatron_ds.hf.to_hf import assert_each_once
 from megatron_ds.hf.weight_files import TensorSource, open_directory
-from megatron_ds.layers.moe.router import CHOICE_BIAS
-from megatron_ds.layers.param_spec import ParamSpec, pad_shard
+from megatron_ds.layers.param_spec import ParamSpec, is_untrained, pad_shard
 from megatron_ds.log import log_once
 from megatron_ds.parallel.grid import Axes
 
@@ -180,8 +179,8 @@ class HFWeights:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters of the full model, tied ones once; a router's bias of the choice is not counted."""
-        rows = (row for name, row in self.model.table.items() if not name.endswith(f".{CHOICE_BIAS}"))
+        """Number of parameters of the full model, tied ones once; weights that are no parameters are not counted."""
+        rows = (row for name, row in self.model.table.items() if not is_untrained(name))
         return sum(prod(row.op.native_shape(self.model.axis_sizes)) for row in rows)
 
     @property

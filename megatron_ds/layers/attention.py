@@ -21,13 +21,38 @@ from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall
 from megatron_ds.layers.kernels.reference import AttentionKernel, is_plain_attention
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
-from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
+from megatron_ds.layers.norm import AcrossHeadsNorm, EachHeadNorm, Norm, NormStyle
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions
 from megatron_ds.layers.rotary import Angles, RotaryTable
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True)
+class QueryTemperature:
+    """A factor of queries that grows with their positions p: 1 + beta * ln(1 + floor(p / length)) (Llama 4, 2025).
+
+    Attributes:
+        beta: the growth.
+        length: positions below it have the factor 1.
+    """
+
+    beta: float
+    length: int
+
+    def __post_init__(self) -> None:
+        assert self.length > 0, self
+
+    def scale(self, q: Tensor, positions: Tensor | None) -> Tensor:
+        """Multiply queries (S, B, heads, D) by the factors of their positions (B, S); None = 0..S-1.
+
+        The factors are computed in fp32 and rounded to the dtype of the queries.
+        """
+        places = torch.arange(q.shape[0], device=q.device)[:, None] if positions is None else positions.t()
+        factors = 1.0 + self.beta * torch.log(1.0 + torch.floor(places / self.length))
+        return q * factors.to(q.dtype)[..., None, None]
 
 
 @dataclass(frozen=True)
@@ -39,8 +64,10 @@ class AttentionShape:
         scale: factor of the scores.
         causal: a query sees no later key; else it sees all.
         qkv_bias, out_bias: which projections have a bias.
-        qk_norm: RMSNorm of queries and keys before the rotation; None = no such norm.
+        qk_norm: norm of queries and keys; None = no such norm. It is before the rotation, or `qk_norm_after_rotary`.
         qk_norm_across_heads: this norm is over all heads of a token at once instead of over each head.
+        qk_norm_each_head: every head has a weight of its own; else all heads share one.
+        query_temperature: growth of the scores with the query's position, after rotation and norm; None = no growth.
         window: a query sees the keys less than this far from it, its own included: with causality these are its last
             ones, without it those on both sides; None = all.
         softcap: scores s become softcap * tanh(s / softcap); None = they are unbounded.
@@ -71,6 +98,9 @@ class AttentionShape:
     kv_std: float
     out_std: float
     sinks: bool = False
+    qk_norm_each_head: bool = False
+    qk_norm_after_rotary: bool = False
+    query_temperature: QueryTemperature | None = None
 
     @property
     def width(self) -> int:
@@ -141,9 +171,10 @@ class Attention(nn.Module):
         self.adapters = nn.ModuleDict()
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
-        if shape.qk_norm is not None and shape.qk_norm_across_heads:
-            self.q_norm = AcrossHeadsNorm(heads, dim, shape.qk_norm, tp)
-            self.k_norm = AcrossHeadsNorm(kv_heads, dim, shape.qk_norm, tp)
+        if shape.qk_norm is not None and (shape.qk_norm_across_heads or shape.qk_norm_each_head):
+            over_heads = AcrossHeadsNorm if shape.qk_norm_across_heads else EachHeadNorm
+            self.q_norm = over_heads(heads, dim, shape.qk_norm, tp)
+            self.k_norm = over_heads(kv_heads, dim, shape.qk_norm, tp)
         elif shape.qk_norm is not None:
             self.q_norm = Norm(dim, shape.qk_norm, tp, tp.inside, kernels)
             self.k_norm = Norm(dim, shape.qk_norm, tp, tp.inside, kernels)
@@ -184,15 +215,23 @@ class Attention(nn.Module):
         k, v = kv.unflatten(-1, (-1, 2, self.shape.head_dim)).unbind(-2)
         if self.adapters:
             q, k, v = self._adapted(x, x if context is None else context, q, k, v)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if not self.shape.qk_norm_after_rotary:
+            q, k = self._normed(q, k)
         if self.rotary is not None:
             q, k = self.rotary.rotate(q, k, positions, angles, self.rotary_kernel)
+        if self.shape.qk_norm_after_rotary:
+            q, k = self._normed(q, k)
+        if self.shape.query_temperature is not None:
+            q = self.shape.query_temperature.scale(q, positions)
         core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds)
         if "out" not in self.adapters:
             return self.out(core)
         adapter: Any = self.adapters["out"]
         return adapter.around(self.out, core)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise queries and keys, (S, B, heads, D), where the layer has norms of them."""
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
     def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
         """Add an adapter to `("out",)`, or to projections of one input: `("q",)`, `("k", "v")` and so on."""

@@ -16,6 +16,7 @@ from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.kernels import REFERENCE, Gated, Kernels
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.layers.xielu import XIELU
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -28,6 +29,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_squared": lambda x: F.relu(x).square(),
 }
 
+
+# Activations with parameters of their own; they are modules, made for a tensor axis.
+LEARNED: dict[str, Callable[[TensorParallel], nn.Module]] = {"xielu": XIELU}
 
 # Their derivatives times a gradient, written to a given tensor: (gradient, x, out=)
 _BACKWARD: dict[str, Callable[..., Tensor]] = {
@@ -80,7 +84,7 @@ class MLPShape:
 
     Attributes:
         hidden_size, ffn_size: H, F.
-        activation: a name in `ACTIVATIONS`.
+        activation: a name in `ACTIVATIONS`, or in `LEARNED` where not gated.
         gated: act(gate(x)) * up(x) instead of act(up(x)).
         bias: whether the projections have biases.
         dropout: probability, on the input of the down projection.
@@ -96,6 +100,9 @@ class MLPShape:
     std: float
     out_std: float
 
+    def __post_init__(self) -> None:
+        assert self.activation in ACTIVATIONS or (self.activation in LEARNED and not self.gated), self
+
     @property
     def cost(self) -> int:
         """Multiplications per position of all projections."""
@@ -103,8 +110,9 @@ class MLPShape:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, biases included."""
-        return self.cost + (self.hidden_size + (2 if self.gated else 1) * self.ffn_size if self.bias else 0)
+        """Number of parameters, biases and the two of a learned activation included."""
+        biases = self.hidden_size + (2 if self.gated else 1) * self.ffn_size if self.bias else 0
+        return self.cost + biases + (2 if self.activation in LEARNED else 0)
 
     @property
     def active_params(self) -> int:
@@ -151,11 +159,10 @@ class MLP(nn.Module):
         super().__init__()
         self.shape, self.tp, self.rng = shape, tp, rng
         hidden, ffn = shape.hidden_size, shape.ffn_size
-        self.middle: Callable[[Tensor], Tensor] = ACTIVATIONS[shape.activation]
-        if shape.gated:
-            self.middle = partial(
-                gated_product, activation=shape.activation, kernel=gated_kernel(shape.activation, kernels)
-            )
+        self.gated_product = partial(
+            gated_product, activation=shape.activation, kernel=gated_kernel(shape.activation, kernels)
+        )
+        self.activation = LEARNED[shape.activation](tp) if shape.activation in LEARNED else None
         out_shape, split_dim = ((2, ffn), 1) if shape.gated else ((ffn,), 0)
         self.up = ColumnParallelLinear(hidden, out_shape, tp, std=shape.std, bias=shape.bias, split_dim=split_dim)
         self.down = RowParallelLinear(ffn, hidden, tp, std=shape.out_std, bias=shape.bias)
@@ -165,20 +172,26 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Apply the layer to every position, also those that the mask marks as padding."""
         wide = self.up(x)
-        middle = self.dropout(self._adapted(x, wide) if self.adapters else self.middle(wide))
+        middle = self.dropout(self._adapted(x, wide) if self.adapters else self._middle(wide))
         if "down" not in self.adapters:
             return self.down(middle)
         adapter: Any = self.adapters["down"]
         return adapter.around(self.down, middle)
 
+    def _middle(self, wide: Tensor) -> Tensor:
+        return self.gated_product(wide) if self.shape.gated else self._act(wide)
+
+    def _act(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.shape.activation](x) if self.activation is None else self.activation(x)
+
     def _adapted(self, x: Tensor, wide: Tensor) -> Tensor:
-        act, gated = ACTIVATIONS[self.shape.activation], self.shape.gated
+        gated = self.shape.gated
         found = dict(zip(("gate", "up"), wide.chunk(2, dim=-1))) if gated else {"up": wide}
         adapter: Any
         for name, adapter in self.adapters.items():
             if name != "down":
                 found = adapter.adapted(x, found)
-        return act(found["gate"]) * found["up"] if gated else act(found["up"])
+        return self._act(found["gate"]) * found["up"] if gated else self._act(found["up"])
 
     def adapt(self, outputs: Sequence[str], adapter: LoRASpec | IA3Spec) -> None:
         """Add an adapter to `("down",)`, or to `("gate",)`, `("up",)` or both."""

@@ -24,7 +24,8 @@ class NormStyle:
         eps: added to the variance or mean square.
         affine: whether there are a weight and bias at all.
         bias: whether a "layer" norm with a weight has a bias too.
-        one_plus: the factor is 1 + weight (Gemma); the weight is stored around 0, as in Hugging Face's checkpoints.
+        one_plus: the factor is 1 + weight (Gemma, Nemotron); the weight is stored around 0, as in Hugging Face's
+            checkpoints. A LayerNorm adds 1 in the dtype of the weight.
         fp32_weight: an RMSNorm multiplies by its weight in fp32 and casts down last (Gemma, OLMo 2); the Llama family
             casts down first.
     """
@@ -38,7 +39,7 @@ class NormStyle:
 
     def __post_init__(self) -> None:
         assert self.kind in ("layer", "rms"), self
-        assert self.kind == "rms" or not (self.one_plus or self.fp32_weight), self
+        assert self.kind == "rms" or not self.fp32_weight, self
 
     @property
     def has_bias(self) -> bool:
@@ -110,7 +111,8 @@ class Norm(nn.Module):
         style = self.style
         if style.kind == "layer":
             bias = self.enter(self.bias) if self.bias is not None else None
-            return F.layer_norm(x, (self.size,), weight, bias, style.eps)
+            factor = weight + 1.0 if weight is not None and style.one_plus else weight
+            return F.layer_norm(x, (self.size,), factor, bias, style.eps)
         if weight is not None and style.is_llama and kernels.rms_norm is not None:
             return kernels.rms_norm(x, weight, style.eps)
         if weight is not None and style.fp32_weight and kernels.fp32_rms_norm is not None:
@@ -146,3 +148,28 @@ class AcrossHeadsNorm(nn.Module):
         squares = sum_over(flat.square().sum(-1, keepdim=True), self.tp.axis) / (holders * self.size)
         normal = flat * torch.rsqrt(squares + self.style.eps)
         return self.style.scale(x, normal, self.tp.shared(self.weight, num_shards)).view_as(x)
+
+
+class EachHeadNorm(nn.Module):
+    """LayerNorm of every head of a token by a weight of its own, divided with the heads: the q/k norm of Command R+.
+
+    (S, B, heads/t, D) -> same. Forward: no communication. Backward: nothing, or the sum over the ranks that hold the
+    same heads.
+
+    Args:
+        heads, head_dim: sizes of the full model.
+        style: the style of a LayerNorm without bias.
+        tp: the tensor axis. If it has more ranks than `heads` divide into, neighbours hold the same heads.
+    """
+
+    def __init__(self, heads: int, head_dim: int, style: NormStyle, tp: TensorParallel) -> None:
+        super().__init__()
+        assert style.kind == "layer" and style.affine and not style.bias and not style.one_plus, style
+        self.style, self.tp, self.size = style, tp, head_dim
+        self.spec = ParamSpec((heads, head_dim), over_tensor(0, heads), fill=1.0, decay=False)
+        self.weight = make_parameter(self.spec, tp.axes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.tp.shared(self.weight, self.spec.num_shards("tensor", self.tp.axis.size))
+        normal = F.layer_norm(x.float(), (self.size,), None, None, self.style.eps)
+        return (normal * weight.float()).type_as(x)

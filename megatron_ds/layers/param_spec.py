@@ -25,6 +25,15 @@ TILE_ELEMENTS = 2**22
 """The largest tile of an initial value; see `initial_shard`. Values of larger parameters depend on it."""
 
 
+UNTRAINED = frozenset({"choice_bias", "beta", "eps"})
+"""Last parts of the names of weights that are no parameters: of routers' choices, and constants of activations."""
+
+
+def is_untrained(name: str) -> bool:
+    """Test whether the weight of this name is no parameter: it has no gradient, and counts of parameters omit it."""
+    return name.rpartition(".")[2] in UNTRAINED
+
+
 @dataclass(frozen=True)
 class AxisSplit:
     """A dim of a parameter that an axis divides into contiguous shards of equal length, padded at the end.

@@ -25,7 +25,7 @@ class RotaryConfig:
             models, 2024); "yarn" (Peng et al. 2023); "longrope" (Ding et al. 2024).
         adjacent: pairs are (2i, 2i + 1) (GPT-J) instead of (i, i + dim/2).
         fp32: cos, sin and products are fp32, and the rotated heads are cast down (Ernie 4.5); else cos and sin have the
-            dtype of the heads (Llama).
+            dtype of the heads (Llama). `rounded`: cos and sin are rounded to that dtype all the same (Cohere).
         magnitude: cos and sin are multiplied by it (yarn, longrope).
         factor: how far positions are stretched.
         original_max_positions: the length before stretching; for "dynamic" the length from which bases grow.
@@ -41,6 +41,7 @@ class RotaryConfig:
     scaling: str = "default"
     adjacent: bool = False
     fp32: bool = False
+    rounded: bool = False
     magnitude: float = 1.0
     factor: float = 1.0
     original_max_positions: int = 8192
@@ -54,6 +55,7 @@ class RotaryConfig:
 
     def __post_init__(self) -> None:
         assert self.scaling in SCALINGS and self.dim % 2 == 0, self
+        assert self.fp32 or not self.rounded, self
         assert self.scaling != "longrope" or len(self.short_factors) == len(self.long_factors) == self.dim // 2, self
 
     def inverse_frequencies(self, length: int) -> Tensor:
@@ -154,14 +156,15 @@ class RotaryTable:
         They are fp32 if the config says so.
         """
         dtype = torch.float32 if self.config.fp32 else like.dtype
-        key = (length, dtype, like.device)
+        key = (length, like.dtype, like.device)
         if key not in self._tables:
             speeds = self.config.inverse_frequencies(length)
             angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
             pairs = angles.repeat_interleave(2, dim=-1) if self.config.adjacent else torch.cat([angles, angles], dim=-1)
             pairs = pairs[:, None, None, :].to(like.device)
-            magnitude = self.config.magnitude
-            self._tables = {key: ((pairs.cos() * magnitude).to(dtype), (pairs.sin() * magnitude).to(dtype))}
+            first = like.dtype if self.config.rounded else dtype
+            cos, sin = ((wave * self.config.magnitude).to(first).to(dtype) for wave in (pairs.cos(), pairs.sin()))
+            self._tables = {key: (cos, sin)}
         return self._tables[key]
 
 

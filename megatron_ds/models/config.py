@@ -88,7 +88,7 @@ class ModelConfig(ABC):
         v vocabulary, e embedding, h hidden, i the same on the other side of a projection, f feed-forward, p rows of the
         position table, s segments, n query heads, k key/value heads, g query heads per key head, d head dim, c classes
         of pairs of segments, y labels of the head, b buckets of relative positions, x experts, m inner features of an
-        expert, u of the shared experts.
+        expert, u of the shared experts, j four blocks of query heads, l the heads of each.
         """
 
     @abstractmethod

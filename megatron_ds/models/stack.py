@@ -8,7 +8,7 @@ from typing import Self
 
 from megatron_ds.config import ModelShape
 from megatron_ds.layers.alibi import Alibi
-from megatron_ds.layers.attention import AttentionShape
+from megatron_ds.layers.attention import AttentionShape, QueryTemperature
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.mlp import MLPShape
 from megatron_ds.layers.moe.shape import MoEShape, RouterShape
@@ -62,14 +62,17 @@ class StackConfig:
         residual_multiplier: factor of the outputs of attention and MLP.
 
         qkv_bias, attention_out_bias, mlp_bias: which projections have biases.
-        qk_norm: RMSNorm of queries and keys before the rotation; `qk_norm_across_heads`: over all heads at once.
+        qk_norm: norm of queries and keys, before the rotation or `qk_norm_after_rotary`; `qk_norm_across_heads`: over
+            all heads at once; `qk_norm_each_head`: by a weight for each head.
+        query_temperature: growth of the scores with the query's position; None = no growth.
         attention_scale: of the scores; None = 1/sqrt(head_dim). `scale_by_layer`: divided by the layer's number from 1.
         attention_softcap: bound of the scores; None = no bound.
         attention_sinks: each head of self-attention has a learned score without a value in its softmax.
         windows: for each layer, a query sees the keys less than this far from it, its own included, which are on both
             sides where it is not causal; None = all. Empty = all in every layer.
 
-        activation: a name in `layers.mlp.ACTIVATIONS`; `gated`: act(gate) * up instead of act(up).
+        activation: a name in `layers.mlp.ACTIVATIONS`, or in `LEARNED` where not gated; `gated`: act(gate) * up instead
+            of act(up).
         moe: the mixtures of experts among the feed-forward layers; None = all are dense.
 
         shared_blocks: all blocks have the parameters of the first one (Lan et al. 2020).
@@ -106,6 +109,9 @@ class StackConfig:
     mlp_bias: bool = False
     qk_norm: NormStyle | None = None
     qk_norm_across_heads: bool = False
+    qk_norm_each_head: bool = False
+    qk_norm_after_rotary: bool = False
+    query_temperature: QueryTemperature | None = None
     attention_scale: float | None = None
     scale_by_layer: bool = False
     attention_softcap: float | None = None
@@ -132,6 +138,7 @@ class StackConfig:
         assert not (self.parallel and self.cross_attention), "cross attention stands between attention and MLP"
         assert self.first_norm or self.norm_place == "input", "only a norm at the input can be left out of one block"
         assert not self.shared_blocks or self._blocks_are_alike, "blocks that differ cannot share their parameters"
+        assert not (self.qk_norm_across_heads and self.qk_norm_each_head), "a norm over all heads has one weight"
         for name in ("windows", "rotary"):
             assert len(getattr(self, name)) in (0, self.num_layers), (name, getattr(self, name), self.num_layers)
         assert self.moe is None or set(self.moe.layers) <= set(range(self.num_layers)), self.moe
@@ -162,6 +169,9 @@ class StackConfig:
             out_bias=self.attention_out_bias,
             qk_norm=self.qk_norm,
             qk_norm_across_heads=self.qk_norm_across_heads,
+            qk_norm_each_head=self.qk_norm_each_head,
+            qk_norm_after_rotary=self.qk_norm_after_rotary,
+            query_temperature=self.query_temperature,
             window=self.windows[layer] if self.windows else None,
             softcap=self.attention_softcap,
             alibi=self.alibi,
@@ -177,7 +187,8 @@ class StackConfig:
         """Return the sizes and options of one layer's cross attention; None = the layer has none."""
         if not self.cross_attention:
             return None
-        return replace(self.attention(layer), causal=False, window=None, alibi=None, relative=None, sinks=False)
+        shape = replace(self.attention(layer), causal=False, window=None, alibi=None, relative=None, sinks=False)
+        return replace(shape, query_temperature=None)
 
     def feed_forward(self, layer: int) -> MLPShape | MoEShape:
         """Return the sizes and options of one layer's feed-forward layer."""
@@ -245,14 +256,15 @@ class StackConfig:
 
     @property
     def edges(self) -> set[int]:
-        """Lengths beyond which the stack computes something else: of windows, and of positions that are stretched."""
+        """Lengths beyond which the stack computes something else: of windows, stretched positions, growing queries."""
         windows = {window for window in self.windows if window is not None}
         stretched = {
             rotary.original_max_positions
             for rotary in self.rotary
             if rotary is not None and rotary.scaling in ("dynamic", "longrope")
         }
-        return windows | stretched
+        growing = {self.query_temperature.length} if self.query_temperature is not None else set()
+        return windows | stretched | growing
 
     @property
     def num_idle_params(self) -> int:
@@ -283,6 +295,8 @@ class StackConfig:
             "x": self.moe.router.num_experts if self.moe is not None else 0,
             "m": self.moe.ffn_size if self.moe is not None else 0,
             "u": self.moe.shared_ffn_size if self.moe is not None else 0,
+            "j": 4,
+            "l": self.num_heads // 4,
         }
 
     def model_shape(self, num_layers: int, vocab_size: int, positions: PositionTable | None) -> ModelShape:

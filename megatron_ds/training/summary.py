@@ -14,7 +14,7 @@ from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
 from megatron_ds.hf.to_hf import Tables
-from megatron_ds.layers.moe.router import CHOICE_BIAS
+from megatron_ds.layers.param_spec import is_untrained
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.monitor import RunSummary, peak_flops
 from megatron_ds.parallel.grid import Layout
@@ -68,7 +68,7 @@ def _count(tables: Tables, names: Collection[str], share_of_experts: Fraction = 
     """Return the number of elements of the named native parameters, of those of experts a share."""
     total = Fraction(0)
     for name, row in tables.table.items():
-        if name in names and not name.endswith(f".{CHOICE_BIAS}"):
+        if name in names and not is_untrained(name):
             share = share_of_experts if EXPERTS in name else 1
             total += prod(row.op.native_shape(tables.axis_sizes)) * share
     return int(total)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.attention import Attention, AttentionShape
+from megatron_ds.layers.attention import Attention, AttentionShape, QueryTemperature
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryConfig, RotaryTable
@@ -65,11 +65,15 @@ def seen(shape: AttentionShape, length: int, key_mask: Tensor | None, positions:
     return allowed
 
 
-def normalised(x: Tensor, weight: Tensor, across: bool) -> Tensor:
+def normalised(shape: AttentionShape, parameters: Parameters, part: str, x: Tensor) -> Tensor:
     """(S, B, heads, D)."""
-    flat = x.flatten(-2) if across else x
-    normal = flat / (flat.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
-    return normal.view_as(x)
+    if shape.qk_norm is None:
+        return x
+    flat = x.flatten(-2) if shape.qk_norm_across_heads else x
+    if shape.qk_norm.kind == "layer":
+        flat = flat - flat.mean(-1, keepdim=True)
+    normal = flat / (flat.square().mean(-1, keepdim=True) + EPS).sqrt() * parameters[f"{part}_norm.weight"]
+    return (normal + parameters.get(f"{part}_norm.bias", torch.zeros(()))).view_as(x)
 
 
 def rotated(x: Tensor) -> Tensor:
@@ -94,11 +98,13 @@ def attention(
     q = F.linear(x, parameters["qkv.q_weight"], parameters.get("qkv.q_bias")).unflatten(-1, (-1, DIM))
     kv = F.linear(source, parameters["qkv.kv_weight"], parameters.get("qkv.kv_bias"))
     k, v = kv.unflatten(-1, (-1, 2, DIM)).unbind(-2)
-    if shape.qk_norm is not None:
-        q = normalised(q, parameters["q_norm.weight"], shape.qk_norm_across_heads)
-        k = normalised(k, parameters["k_norm.weight"], shape.qk_norm_across_heads)
-    if rotates:
-        q, k = rotated(q), rotated(k)
+    steps = [lambda part, x: normalised(shape, parameters, part, x), lambda part, x: rotated(x) if rotates else x]
+    for step in reversed(steps) if shape.qk_norm_after_rotary else steps:
+        q, k = step("q", q), step("k", k)
+    if shape.query_temperature is not None:
+        places = torch.arange(S).expand(B, S) if positions is None else positions
+        steps_passed = (places // shape.query_temperature.length).float()
+        q = q * (1 + shape.query_temperature.beta * torch.log(1 + steps_passed)).t()[..., None, None]
     group = HEADS // shape.num_kv_heads
     k, v = (part.repeat_interleave(group, dim=2) for part in (k, v))
     scores = torch.einsum("sbnd,cbnd->bnsc", q, k) * shape.scale
@@ -142,8 +148,12 @@ def case(shape: AttentionShape, rotates: bool = False, context: bool = False, **
     if shape.qk_norm is not None and shape.qk_norm_across_heads:
         parameters |= {"q_norm.weight": (q,), "k_norm.weight": (kv // 2,)}
         split |= {"q_norm.weight": 0, "k_norm.weight": 0}
+    elif shape.qk_norm is not None and shape.qk_norm_each_head:
+        parameters |= {"q_norm.weight": (HEADS, DIM), "k_norm.weight": (shape.num_kv_heads, DIM)}
+        split |= {"q_norm.weight": 0, "k_norm.weight": 0}
     elif shape.qk_norm is not None:
-        parameters |= {"q_norm.weight": (DIM,), "k_norm.weight": (DIM,)}
+        names = ("weight", "bias") if shape.qk_norm.has_bias else ("weight",)
+        parameters |= {f"{part}_norm.{name}": (DIM,) for part in "qk" for name in names}
     if shape.sinks:
         parameters, split = {"sinks": (HEADS,), **parameters}, {"sinks": 0, **split}
 
@@ -159,6 +169,8 @@ def case(shape: AttentionShape, rotates: bool = False, context: bool = False, **
 
 BOTH_WAYS = replace(PLAIN, causal=False)
 NORMED = replace(PLAIN, qk_norm=NormStyle("rms", EPS))
+EACH = replace(PLAIN, qk_norm=NormStyle("layer", EPS, bias=False), qk_norm_each_head=True)
+GROWING = replace(PLAIN, query_temperature=QueryTemperature(beta=0.2, length=2))
 CASES = {
     "grouped heads": case(PLAIN),
     "a key head each, biases": case(replace(PLAIN, num_kv_heads=4, qkv_bias=True, out_bias=True)),
@@ -169,6 +181,12 @@ CASES = {
     "norms of heads": case(NORMED),
     "norms across heads": case(replace(NORMED, qk_norm_across_heads=True)),
     "norms across one key head that all ranks hold": case(replace(NORMED, qk_norm_across_heads=True, num_kv_heads=1)),
+    "norms of heads after the rotation": case(replace(NORMED, qk_norm_after_rotary=True), rotates=True),
+    "layer norms of heads": case(replace(PLAIN, qk_norm=NormStyle("layer", EPS)), rotates=True),
+    "a norm for each head": case(EACH, rotates=True),
+    "a norm for each head, one key head that all ranks hold": case(replace(EACH, num_kv_heads=1)),
+    "growing queries": case(GROWING, rotates=True),
+    "growing queries of documents": case(GROWING, positions=POSITIONS),
     "documents": case(PLAIN, positions=POSITIONS),
     "documents in a window": case(replace(PLAIN, window=2), positions=POSITIONS),
     "both ways, padded": case(BOTH_WAYS, key_mask=KEY_MASK),

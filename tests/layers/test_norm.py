@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.layers.norm import AcrossHeadsNorm, Norm, NormStyle
+from megatron_ds.layers.norm import AcrossHeadsNorm, EachHeadNorm, Norm, NormStyle
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.layers.sharded import FEATURES, LAYOUTS, B, Case, H, S, check
 from tests.ranks import run_alone
@@ -33,6 +33,10 @@ def one_plus(parameters: Parameters, x: Tensor) -> Tensor:
     return rms_norm({"weight": 1 + parameters["weight"]}, x)
 
 
+def layer_one_plus(parameters: Parameters, x: Tensor) -> Tensor:
+    return layer_norm({**parameters, "weight": 1 + parameters["weight"]}, x)
+
+
 def across_heads(parameters: Parameters, x: Tensor) -> Tensor:
     """(S, B, D, N): heads last, which ranks divide; normalised over both."""
     return rms_norm(parameters, x.transpose(2, 3).flatten(2)).unflatten(-1, (HEADS, DIM)).transpose(2, 3)
@@ -48,6 +52,9 @@ CASES = {
     "layer": Case(lambda tp: Norm(H, LAYER, tp), layer_norm, {"weight": (H,), "bias": (H,)}),
     "layer without weight": Case(lambda tp: Norm(H, replace(LAYER, affine=False), tp), layer_norm, {}),
     "layer without bias": Case(lambda tp: Norm(H, replace(LAYER, bias=False), tp), layer_norm, WEIGHT),
+    "layer, one plus weight": Case(
+        lambda tp: Norm(H, replace(LAYER, one_plus=True), tp), layer_one_plus, {"weight": (H,), "bias": (H,)}
+    ),
     "rms": Case(lambda tp: Norm(H, RMS, tp), rms_norm, WEIGHT),
     "rms, weighed in fp32": Case(lambda tp: Norm(H, replace(RMS, fp32_weight=True), tp), rms_norm, WEIGHT),
     "rms, one plus weight": Case(lambda tp: Norm(H, GEMMAS, tp), one_plus, WEIGHT),
@@ -107,8 +114,35 @@ def test_where_half_precision_is_cast_down() -> None:
     assert torch.equal(ours, last) and not torch.equal(ours, first)
 
 
+def _layer_norms_in_half_precision() -> dict[str, bool]:
+    """Compare ours with transformers' in bf16, to the bit: without bias, with 1 + weight, and of each head."""
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
+
+    generator, tp = torch.Generator().manual_seed(1), TensorParallel()
+    x, heads = (torch.randn(64, *shape, generator=generator).bfloat16() for shape in ((H,), (HEADS, DIM)))
+    without = replace(LAYER, bias=False)
+    pairs: dict[str, tuple[torch.nn.Module, torch.nn.Module, Tensor]] = {
+        "without bias": (Norm(H, without, tp), CohereLayerNorm(H, EPS), x),
+        "one plus": (Norm(H, replace(LAYER, one_plus=True), tp), NemotronLayerNorm1P(H, EPS), x),
+        "of each head": (EachHeadNorm(HEADS, DIM, without, tp), CohereLayerNorm((HEADS, DIM), EPS), heads),
+    }
+    equal = {}
+    for name, (ours, theirs, given) in pairs.items():
+        with torch.no_grad():
+            for one, other in zip(ours.bfloat16().parameters(), theirs.bfloat16().parameters()):
+                one.copy_(torch.randn(one.shape, generator=generator))
+                other.copy_(one)
+        equal[name] = torch.equal(ours(given), theirs(given))
+    return equal
+
+
+def test_layer_norms_are_transformers_in_half_precision() -> None:
+    assert run_alone(_layer_norms_in_half_precision) == {"without bias": True, "one plus": True, "of each head": True}
+
+
 def test_a_style_that_no_model_has_is_refused() -> None:
     with pytest.raises(AssertionError):
-        replace(LAYER, one_plus=True)
+        replace(LAYER, fp32_weight=True)
     with pytest.raises(AssertionError):
         NormStyle("batch", EPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ds.hf.config import read_model
-from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.mlp import LEARNED, MLP
 from megatron_ds.layers.moe import grouped
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.sequential import SequentialModel
@@ -24,9 +24,10 @@ OPTIONS = ("gemma2-caps", "mistral", "llama-yarn", "phi3-longrope-beyond")
 def run_on_meta(case: str) -> None:
     """Run a model without values on plain, padded and, if it is a decoder, packed columns."""
     core = read_model(dict(ALL_CONFIGS[case])).core
-    if getattr(core, "moe", None) is None:
+    constants = getattr(core, "moe", None) is not None or getattr(core, "activation", None) in LEARNED
+    if not constants:
         model = SequentialModel(core.build_layers()).eval().to(META)
-    else:  # as the engine builds it, on its device, and in the type in which a GPU has grouped products
+    else:  # as the engine builds it, on its device, where its constants are made; a GPU has grouped products in bf16
         with META:
             model = SequentialModel(core.build_layers()).eval().bfloat16()
     batches = [make_batch(core, padded=padded) for padded in (False, True)]
