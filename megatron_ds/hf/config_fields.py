@@ -65,6 +65,7 @@ SIZES = frozenset(
         "decoder_sparse_step",
         "moe_layer_start_index",
         "moe_layer_interval",
+        "window_size",
     ]
 )
 POSITIVE = frozenset(
@@ -91,6 +92,9 @@ POSITIVE = frozenset(
         "mscale_all_dim",
         "routed_scaling_factor",
         "swiglu_limit",
+        "norm_eps",
+        "logit_scale",
+        "alpha",
     ]
 )
 PROBABILITIES = frozenset(
@@ -109,6 +113,8 @@ PROBABILITIES = frozenset(
         "classifier_dropout",
         "classifier_dropout_prob",
         "seq_classif_dropout",
+        "resid_dropout",
+        "embed_dropout",
     ]
 )
 FLAGS = frozenset(
@@ -119,9 +125,14 @@ FLAGS = frozenset(
         "norm_topk_prob",
         "output_router_logits",
         "token_classification_bias",
+        "multi_query",
+        "qk_layernorm",
+        "use_qk_norm",
+        "use_qkv_bias",
+        "scale_embedding",
     ]
 )
-NOT_NEGATIVE = frozenset(["router_aux_loss_coef", "moe_norm_min"])
+NOT_NEGATIVE = frozenset(["router_aux_loss_coef", "moe_norm_min", "llama_4_scaling_beta"])
 LISTS = frozenset(["short_factor", "long_factor"])
 ROPE = frozenset(["rope_parameters", "rope_scaling"])
 PER_LAYER = ("layer_types", "no_rope_layers")

@@ -42,9 +42,11 @@ def quotient(config: Any, total: str, parts: str) -> int:
     """Divide one field by another, such as the hidden size by the number of heads.
 
     Raises:
-        ConversionError: the division leaves a remainder.
+        ConversionError: the division leaves a remainder, or the field is missing.
     """
     dividend, divisor = getattr(config, total), getattr(config, parts)
+    if divisor is None:
+        raise ConversionError(f"{parts} is missing, which {total}={dividend} is divided by; nearest: {dividend}")
     if dividend % divisor:
         fitting = [number for number in range(1, dividend + 1) if dividend % number == 0]
         below = max(number for number in fitting if number < divisor or number == 1)

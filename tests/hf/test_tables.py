@@ -19,6 +19,7 @@ from megatron_ds.models.sequential import SequentialModel
 from tests.parity.cases import CONFIGS
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
+from tests.parity.reference import WEIGHTS_AMONG_BUFFERS
 from tests.parity.sampling import sampled
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,7 @@ def test_table_is_transformers_model(case: str) -> None:
         if model.family.tied_by_bytes and not model.core.tied:
             theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())  # transformers 5 ties every T5
     named = dict(theirs.named_parameters())  # a tied head is one, and by XLM-RoBERTa's code the first
-    named |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith("e_score_correction_bias")}
+    named |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(WEIGHTS_AMONG_BUFFERS)}
     has_experts = any(stack.moe is not None for stack in model.core.stacks.values())
     on_disk = revert_weight_conversion(theirs, named) if has_experts else named
     expected = {model.family.aliases.get(name, name): tuple(tensor.shape) for name, tensor in on_disk.items()}

@@ -28,6 +28,8 @@ LEFT_OUT: dict[str, Any] = {
     "attention_scale": None,
     "scale_by_layer": False,
     "attention_softcap": None,
+    "query_temperature": None,
+    "qk_norm_after_rotary": False,
     "attention_sinks": False,  # they are gone; what is left is compared, here and below
     "windows": (),
     "logit_multiplier": 1.0,

@@ -14,6 +14,8 @@ from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
 
 ALL_CONFIGS = {**CONFIGS, **FAMILY_CASES, **ENCODER_CASES}
+# The last parts of names of buffers that are weights: of routers' choices, and the constants of xIELU.
+WEIGHTS_AMONG_BUFFERS = ("e_score_correction_bias", "act_fn.beta", "act_fn.eps")
 assert len(ALL_CONFIGS) == len(CONFIGS) + len(FAMILY_CASES) + len(ENCODER_CASES), "a name stands for two configs"
 
 
@@ -29,8 +31,8 @@ def make_model(config: dict[str, Any], seed: int = 7, attention: str | None = No
             centre = parameter.mean().round()  # norms stay around where they begin: 1, or 0 where 1 is added
             parameter.copy_(centre + 0.08 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(0.08 * torch.randn_like(buffer))
+            if name.endswith(WEIGHTS_AMONG_BUFFERS):
+                buffer.copy_(buffer.round(decimals=1) + 0.08 * torch.randn_like(buffer))
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import activation, quotient
-from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv, norm
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv, linear, norm
 from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
@@ -84,24 +84,42 @@ def translate(config: Any) -> DecoderConfig:
     )
 
 
+NATIVE, THEIRS = "blocks.{n}", "transformer.h.{n}"
+
+
 def rows(config: DecoderConfig) -> list[Row]:
     """Return the table. `transformer.` is the base model's prefix."""
-    native, theirs = "blocks.{n}", "transformer.h.{n}"
-    attention, mlp = f"{theirs}.attn", f"{theirs}.mlp"
+    attention, mlp = f"{THEIRS}.attn", f"{THEIRS}.mlp"
+    return [
+        *_outer_rows(config),
+        *fused_qkv(f"{NATIVE}.attention.qkv", f"{attention}.c_attn", "([n|k|k] d)", bias=True, inputs_first=True),
+        Row(f"{NATIVE}.attention.out.weight", (f"{attention}.c_proj.weight",), Op(("(n d) h",), "h (n d)"), "n"),
+        Row(f"{NATIVE}.attention.out.bias", (f"{attention}.c_proj.bias",), copy("h")),
+        Row(f"{NATIVE}.mlp.up.weight", (f"{mlp}.c_fc.weight",), Op(("h f",), "f h"), "f"),
+        Row(f"{NATIVE}.mlp.up.bias", (f"{mlp}.c_fc.bias",), copy("f"), "f"),
+        Row(f"{NATIVE}.mlp.down.weight", (f"{mlp}.c_proj.weight",), Op(("f h",), "h f"), "f"),
+        Row(f"{NATIVE}.mlp.down.bias", (f"{mlp}.c_proj.bias",), copy("h")),
+    ]
+
+
+def _outer_rows(config: DecoderConfig) -> list[Row]:
+    """Return the rows of the embeddings, the norms and the head."""
     return [
         Row(EMBEDDING, ("transformer.wte.weight",), copy("v e"), "v"),
         Row("entry.positions.weight", ("transformer.wpe.weight",), copy("p h")),
-        *norm(f"{native}.attention_norm", f"{theirs}.ln_1", config.norm),
-        *fused_qkv(f"{native}.attention.qkv", f"{attention}.c_attn", "([n|k|k] d)", bias=True, inputs_first=True),
-        Row(f"{native}.attention.out.weight", (f"{attention}.c_proj.weight",), Op(("(n d) h",), "h (n d)"), "n"),
-        Row(f"{native}.attention.out.bias", (f"{attention}.c_proj.bias",), copy("h")),
-        *norm(f"{native}.mlp_norm", f"{theirs}.ln_2", config.norm),
-        Row(f"{native}.mlp.up.weight", (f"{mlp}.c_fc.weight",), Op(("h f",), "f h"), "f"),
-        Row(f"{native}.mlp.up.bias", (f"{mlp}.c_fc.bias",), copy("f"), "f"),
-        Row(f"{native}.mlp.down.weight", (f"{mlp}.c_proj.weight",), Op(("f h",), "h f"), "f"),
-        Row(f"{native}.mlp.down.bias", (f"{mlp}.c_proj.bias",), copy("h")),
+        *norm(f"{NATIVE}.attention_norm", f"{THEIRS}.ln_1", config.norm),
+        *norm(f"{NATIVE}.mlp_norm", f"{THEIRS}.ln_2", config.norm),
         *norm("exit.norm", "transformer.ln_f", config.norm),
         Row(HEAD, ("lm_head.weight",), copy("v e"), "v"),
+    ]
+
+
+def linear_rows(config: DecoderConfig) -> list[Row]:
+    """Return all rows but those of attention, of families that store weights as [out, in]."""
+    return [
+        *_outer_rows(config),
+        *linear(f"{NATIVE}.mlp.up", f"{THEIRS}.mlp.c_fc", "f h", "f", bias=config.mlp_bias),
+        *linear(f"{NATIVE}.mlp.down", f"{THEIRS}.mlp.c_proj", "h f", "f", bias=config.mlp_bias),
     ]
 
 

@@ -53,23 +53,30 @@ def outer_rows(config: DecoderConfig) -> list[Row]:
     """Return the rows of the embedding, the norms of hidden states, and the head."""
     table = [Row(EMBEDDING, ("model.embed_tokens.weight",), copy("v e"), "v")]
     for native, theirs in NORM_NAMES[config.norm_place].items():
+        if native == "mlp_norm" and config.shared_norm:
+            continue
         table += norm(f"{NATIVE}.{native}", f"{THEIRS}.{theirs}", config.norm)
     table += norm("exit.norm", "model.norm", config.norm)
     return [*table, Row(HEAD, ("lm_head.weight",), copy("v e"), "v")]
 
 
+def head_bias() -> list[Row]:
+    """Return the row of the bias of the logits."""
+    return [Row("head.bias", ("lm_head.bias",), copy("v"), "v")]
+
+
 def _qk_norms(config: DecoderConfig) -> list[Row]:
-    if config.qk_norm is None:
-        return []
-    return [
-        Row(
-            f"{NATIVE}.attention.{part}_norm.weight",
-            (f"{THEIRS}.self_attn.{part}_norm.weight",),
-            copy(f"({heads} d)" if config.qk_norm_across_heads else "d"),
-            heads if config.qk_norm_across_heads else None,
-        )
-        for part, heads in (("q", "n"), ("k", "k"))
-    ]
+    style, table = config.qk_norm, list[Row]()
+    if style is None:
+        return table
+    for part, heads in (("q", "n"), ("k", "k")):
+        native, theirs = f"{NATIVE}.attention.{part}_norm", f"{THEIRS}.self_attn.{part}_norm"
+        pattern = f"({heads} d)" if config.qk_norm_across_heads else f"{heads} d"
+        if config.qk_norm_across_heads or config.qk_norm_each_head:
+            table.append(Row(f"{native}.weight", (f"{theirs}.weight",), copy(pattern), heads))
+        else:
+            table += norm(native, theirs, style, "d")
+    return table
 
 
 def gated_rows(native: str, theirs: str, width: str = "f", *, bias: bool = False) -> list[Row]:

@@ -1,4 +1,7 @@
-"""OPT: learned positions that skip padding, norms before (most sizes) or after (350M) the sum, a narrow embedding."""
+"""OPT: learned positions that skip padding, norms before (most sizes) or after (350M) the sum, a narrow embedding.
+
+BioGPT has the same block under other names, and a scaled embedding.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import activation, padding_id, quotient
-from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, renamed, separate_qkv
 from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.norm import NormStyle
@@ -104,4 +107,57 @@ OPT = Family(
     ignored=(r"^(model\.)?decoder\.version$",),
 )
 
-FAMILIES = (OPT,)
+BIOGPT_NAMES = {
+    "model.decoder.embed_tokens": "biogpt.embed_tokens",
+    "model.decoder.embed_positions": "biogpt.embed_positions",
+    "model.decoder.layers": "biogpt.layers",
+    "model.decoder.final_layer_norm": "biogpt.layer_norm",
+    "lm_head": "output_projection",
+}
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_OTHERS = ("max_position_embeddings", "hidden_act", "scale_embedding", "initializer_range", "tie_word_embeddings")
+BIOGPT_FIELDS = FieldRules(
+    mapped=frozenset({*_SIZES, *_DROPOUTS, *_OTHERS, "pad_token_id"}),
+    equal={"layerdrop": (0.0,), "activation_dropout": (0.0,)},
+    cosmetic=frozenset({"layer_norm_eps"}),  # transformers' code does not read it: all norms have torch's default
+)
+
+
+def _biogpt(config: Any) -> DecoderConfig:
+    return DecoderConfig(
+        family="biogpt",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=quotient(config, "hidden_size", "num_attention_heads"),
+        ffn_size=config.intermediate_size,
+        norm=NormStyle("layer", EPS),
+        embedding_size=config.hidden_size,
+        embedding_multiplier=config.hidden_size**0.5 if config.scale_embedding else 1.0,
+        padding_id=padding_id(config),
+        positions=PositionTable(config.max_position_embeddings, offset=2),  # transformers 4 skips padding in addition
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+        activation=activation("hidden_act", config.hidden_act),
+        tied=config.tie_word_embeddings,
+        embedding_dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+        residual_dropout=config.hidden_dropout_prob,
+        init_std=config.initializer_range,
+    )
+
+
+BIOGPT = Family(
+    model_type="biogpt",
+    architecture="BioGptForCausalLM",
+    prefix="biogpt.",
+    fields=BIOGPT_FIELDS,
+    translate=_biogpt,
+    rows=renamed(rows, BIOGPT_NAMES),
+)
+
+FAMILIES = (OPT, BIOGPT)
