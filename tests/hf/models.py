@@ -75,7 +75,7 @@ def hashes(directory: Path) -> dict[str, str]:
     source = open_directory(directory)
     found = {}
     for name in source.names:
-        data = source.tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
+        data = source.tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes()
         found[name] = f"{source.dtype(name)} {source.shape(name)} {hashlib.sha256(data).hexdigest()}"
     return found
 
