@@ -346,15 +346,13 @@ def _kept_config_json(model: HFModel, dtype: str) -> dict[str, Any]:
     from transformers import __version__
 
     content = {name: value for name, value in deepcopy(dict(model.on_disk)).items() if name != "auto_map"}
+    content.setdefault("architectures", [model.architecture])
     content.update(dtype=dtype, torch_dtype=dtype, transformers_version=__version__)
-    text = content.get("text_config")
-    parts = [content, *([text] if isinstance(text, dict) else [])]
-    for part in parts[1:]:
-        part.update({name: dtype for name in ("dtype", "torch_dtype") if name in part})
+    text = content.get("text_config") or {}
+    text.update({name: dtype for name in ("dtype", "torch_dtype") if name in text})
     if model.core.tied != model.config.tie_word_embeddings:
         content["tie_word_embeddings"] = model.core.tied
-        for part in parts[1:]:
-            part.update({"tie_word_embeddings": model.core.tied} if "tie_word_embeddings" in part else {})
+        text.update({"tie_word_embeddings": model.core.tied} if "tie_word_embeddings" in text else {})
     return content
 
 

@@ -177,11 +177,9 @@ def _advice(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) -> str
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type, supported = str(raw["model_type"]), f"supported: {', '.join(FAMILIES.names)}"
-    inner = raw.get("text_config")
-    if isinstance(inner, Mapping):
-        text = inner.get("model_type")
-        its = f", such as its text_config's {text}" if text in FAMILIES.names else ""
-        return f"it is more than a text model, and only text models are{its}; {supported}"
+    if isinstance(raw.get("text_config"), Mapping):
+        seeing = [family.model_type for family in FAMILIES.values() if family.passes_through]
+        return f"it is more than a text model, and of those only these are: {', '.join(seeing)}"
     if model_type in MISSING_PARTS:
         return f"it needs {MISSING_PARTS[model_type]}; {supported}"
     if model_type in CONFIG_MAPPING_NAMES:
@@ -222,12 +220,14 @@ def _has_names(family: Family, core: ModelConfig, tensors: Collection[str]) -> b
     head = set(table.pop(HEAD).names) if HEAD in table else set()
     if core.tied and head & set(tensors):
         head |= set(table[EMBEDDING].names)  # one of the two names is enough
+    if family.passes_through and not any(re.search(one, name) for one in family.passes_through for name in tensors):
+        return False
     wanted = {name.removeprefix(family.prefix) for row in table.values() for name in row.names}
     ignored = [*family.aliases, *family.unused_tensors(core), *head]
     optional = {name.removeprefix(family.prefix) for name in ignored}
     found = {
         re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name.removeprefix(family.prefix)))
         for name in tensors
-        if not any(re.search(pattern, name) for pattern in family.ignored)
+        if not any(re.search(pattern, name) for pattern in (*family.ignored, *family.passes_through))
     }
     return wanted - optional <= found <= wanted | optional

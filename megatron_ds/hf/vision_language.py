@@ -21,19 +21,13 @@ from megatron_ds.hf.quantised import FIELDS as QUANTISED
 from megatron_ds.models.gpt import DecoderConfig
 
 TEXT = "text_config"
+NO_LAYERS = "per_layer_config"
+"""Field that may be empty, which transformers refuses in a config whose layers are those of text_config."""
 MULTI_AXIS_ROPE = frozenset({"mrope_section", "mrope_interleaved"})
 """Fields of a rotation over several axes, which do nothing where all axes have the same position."""
 
-SEEING_FIELDS = frozenset(
-    {
-        *("vision_config", "vocab_size", "hidden_size", "projection_dim", "initializer_range"),
-        *("pad_token_id", "_pad_token_id"),
-        *("projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size", "downsample_ratio"),
-        *("vision_feature_layer", "vision_feature_select_strategy", "scale_factor", "image_grid_pinpoints"),
-        *("image_seq_length", "mm_tokens_per_image"),
-    }
-)
-"""Fields of the modules around the text model, and copies of its fields that transformers does not read."""
+COPIES_THAT_MAY_DIFFER = frozenset({"initializer_range", "pad_token_id"})
+"""Fields at the top that transformers does not read there, and that are often others than those of text_config."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +64,16 @@ class VisionLanguage(Family):
         with _inside("" if raw.get(TEXT) is None else f"{TEXT}."):
             family.check_fields(inner)
         rules = family.fields
-        repeated = rules.mapped | rules.equal.keys() | rules.training | rules.cosmetic
+        repeated = (rules.mapped | rules.equal.keys() | rules.training | rules.cosmetic) - COPIES_THAT_MAY_DIFFER
         for name in sorted(repeated & raw.keys() & inner.keys()):
             if name not in self.fields and raw[name] != inner[name]:
                 raise ConversionError(f"{name}={raw[name]!r} contradicts {TEXT}.{name}={inner[name]!r}")
-        own = {name: value for name, value in raw.items() if name in self.fields or name not in repeated}
+        own = {name: value for name, value in raw.items() if name in self.fields or name not in rules}
         return super().check_fields(own)
+
+    def transformers_config(self, raw: Mapping[str, Any]) -> Any:
+        """Return transformers' config object; see `Family.transformers_config`."""
+        return super().transformers_config({name: value for name, value in raw.items() if name != NO_LAYERS})
 
     def parts_of_config(self, raw: Mapping[str, Any], config: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
         """Yield the fields and transformers' config object of the config itself, and of text_config."""
@@ -108,6 +106,7 @@ def vision_language(
     names: Sequence[TextNames],
     passes_through: Sequence[str],
     placeholders: Sequence[str],
+    seeing: Sequence[str] = (),
     *,
     caps_logits: bool = False,
     flat: bool = False,
@@ -120,6 +119,7 @@ def vision_language(
         names: the names of the text model on the hub, then others; those of transformers' modules in memory last.
         passes_through: names of the modules and parameters around the text model.
         placeholders: config fields with ids of tokens that stand for images or mark them.
+        seeing: config fields of the modules around the text model, besides `vision_config`.
         caps_logits: the class bounds the logits as the text model alone does.
         flat: see `VisionLanguage`.
     """
@@ -132,7 +132,10 @@ def vision_language(
         model_type,
         architecture,
         prefix="",
-        fields=FieldRules(frozenset({TEXT, "tie_word_embeddings"}), cosmetic=SEEING_FIELDS | set(placeholders)),
+        fields=FieldRules(
+            frozenset({TEXT, "tie_word_embeddings"}),
+            cosmetic=frozenset({"vision_config", *placeholders, *seeing}),
+        ),
         translate=partial(_translate, model_type, by_type, caps_logits),
         rows=rows,
         other_rows=tuple(other_rows),
@@ -156,7 +159,7 @@ def _translate(model_type: str, texts: Mapping[str, Family], caps_logits: bool, 
 
 
 def _placeholder_ids(names: Sequence[str], config: Any) -> dict[str, int]:
-    given = {name: getattr(config, name, None) for name in names}
+    given = {name: getattr(config, name, None) for name in names if name not in config.attribute_map}
     return {name: value for name, value in given.items() if isinstance(value, int)}
 
 

@@ -36,7 +36,8 @@ def reason(config: Config) -> str:
         return next(by_field, f"architectures={config['architectures']!r} is not supported")
     unsupported = f"model_type={model_type!r} is not supported; "
     if "text_config" in config:
-        return f"{unsupported}it is more than a text model, and only text models are; {supported}"
+        seeing = ", ".join(name for name, family in FAMILIES.items() if family.passes_through)
+        return f"{unsupported}it is more than a text model, and of those only these are: {seeing}"
     if model_type in ("kimi_k2", "nemotron-nas"):  # which transformers does not have
         return f"{unsupported}its code is in the directory (auto_map), and is not run; {supported}"
     parts = {"deepseek_v3": "it needs multi-head latent attention; "}

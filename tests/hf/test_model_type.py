@@ -167,6 +167,6 @@ def test_what_a_relative_needs_is_named(model_type: str) -> None:
 
 
 def test_more_than_text() -> None:
-    message = refusal({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
-    assert "it is more than a text model, and only text models are, such as its text_config's gemma3_text" in message
-    assert "only text models are; supported" in refusal({"model_type": "llava", "text_config": {}})
+    message = refusal({"model_type": "gemma3n", "text_config": {"model_type": "gemma3n_text"}})
+    assert "'gemma3n' is not supported; it is more than a text model, and of those only these are: gemma3, " in message
+    assert message == refusal({"model_type": "gemma3n", "text_config": {}})

@@ -9,6 +9,7 @@ from typing import Any
 from tests.parity.case_fields import ALTERNATING, LAYERS, LLAMA, PLAIN_ROPE, SIX_HEADS, TOKENS, YARN_ROPE, cases_of
 from tests.parity.cases import LLAMA3_ROPE
 from tests.parity.other_decoder_cases import OTHER_DECODER_CASES
+from tests.parity.vision_language_cases import VISION_LANGUAGE_CASES
 
 _GPT = {**TOKENS, "n_embd": 32, "n_layer": 4, "n_head": 8, "n_positions": 64}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -471,4 +472,5 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     **LATER_CASES,
     **OTHER_DECODER_CASES,
     **MOE_CASES,
+    **VISION_LANGUAGE_CASES,
 }

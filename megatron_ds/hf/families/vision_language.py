@@ -28,11 +28,14 @@ from megatron_ds.models.gpt import DecoderConfig
 IN_MEMORY = TextNames("model.language_model")
 LLAVA_NAMES = (TextNames("language_model.model", "language_model.lm_head"), IN_MEMORY)
 QWEN2_VL_NAMES = (TextNames("model"), IN_MEMORY)
-IDEFICS_NAMES = (TextNames("model.text_model"),)
-LLAVA_TOWERS = ("vision_tower", "multi_modal_projector")
+LLAVA_MODULES = ("vision_tower", "multi_modal_projector")
 
 IMAGE = ("image_token_id", "image_token_index")
-QWEN_VL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+QWEN_VL_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+QWEN2_VL_IDS = (*QWEN_VL_IDS, "vision_token_id")
+PROJECTOR = ("projector_hidden_act", "vision_feature_layer")
+LLAVA_FIELDS = (*PROJECTOR, "vision_feature_select_strategy", "image_seq_length", "multimodal_projector_bias")
+IDEFICS_FIELDS = ("scale_factor", "pad_token_id", "_pad_token_id")
 
 
 def _qwen3_vl_text(config: Any) -> DecoderConfig:
@@ -65,8 +68,9 @@ FAMILIES = (
         "Gemma3ForConditionalGeneration",
         [GEMMA3_TEXT],
         LLAVA_NAMES,
-        LLAVA_TOWERS,
-        ("image_token_index", "image_token_id", "boi_token_index", "eoi_token_index"),
+        LLAVA_MODULES,
+        (*IMAGE, "boi_token_index", "boi_token_id", "eoi_token_index", "eoi_token_id"),
+        ("mm_tokens_per_image", "initializer_range"),
     ),
     vision_language(
         "qwen2_vl",
@@ -74,7 +78,7 @@ FAMILIES = (
         [QWEN2_VL_TEXT],
         QWEN2_VL_NAMES,
         ("visual",),
-        QWEN_VL_IDS,
+        QWEN2_VL_IDS,
         flat=True,
     ),
     vision_language(
@@ -83,46 +87,61 @@ FAMILIES = (
         [QWEN2_5_VL_TEXT],
         QWEN2_VL_NAMES,
         ("visual",),
-        QWEN_VL_IDS,
+        QWEN2_VL_IDS,
         flat=True,
     ),
     vision_language(
-        "qwen3_vl",
-        "Qwen3VLForConditionalGeneration",
-        [QWEN3_VL_TEXT],
-        (IN_MEMORY,),
-        ("visual",),
-        QWEN_VL_IDS,
-    ),
-    vision_language("mistral3", "Mistral3ForConditionalGeneration", [MISTRAL], LLAVA_NAMES, LLAVA_TOWERS, IMAGE),
-    vision_language(
-        "internvl", "InternVLForConditionalGeneration", [QWEN2, QWEN3, LLAMA], LLAVA_NAMES, LLAVA_TOWERS, IMAGE
+        "qwen3_vl", "Qwen3VLForConditionalGeneration", [QWEN3_VL_TEXT], (IN_MEMORY,), ("visual",), QWEN_VL_IDS
     ),
     vision_language(
-        "llava", "LlavaForConditionalGeneration", [LLAMA, MISTRAL, QWEN2], LLAVA_NAMES, LLAVA_TOWERS, IMAGE
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        [MISTRAL],
+        LLAVA_NAMES,
+        LLAVA_MODULES,
+        IMAGE,
+        (*PROJECTOR, "multimodal_projector_bias", "spatial_merge_size"),
+    ),
+    vision_language(
+        "internvl",
+        "InternVLForConditionalGeneration",
+        [QWEN2, QWEN3, LLAMA],
+        LLAVA_NAMES,
+        LLAVA_MODULES,
+        ("image_token_id",),
+        (*PROJECTOR, "vision_feature_select_strategy", "image_seq_length", "downsample_ratio"),
+    ),
+    vision_language(
+        "llava",
+        "LlavaForConditionalGeneration",
+        [LLAMA, MISTRAL, QWEN2],
+        LLAVA_NAMES,
+        LLAVA_MODULES,
+        IMAGE,
+        LLAVA_FIELDS,
     ),
     vision_language(
         "llava_next",
         "LlavaNextForConditionalGeneration",
         [LLAMA, MISTRAL, QWEN2],
         LLAVA_NAMES,
-        (*LLAVA_TOWERS, "image_newline"),
+        (*LLAVA_MODULES, "image_newline"),
         IMAGE,
+        (*LLAVA_FIELDS, "image_grid_pinpoints"),
     ),
-    vision_language(
-        "smolvlm",
-        "SmolVLMForConditionalGeneration",
-        [LLAMA],
-        IDEFICS_NAMES,
-        ("vision_model", "connector"),
-        ("image_token_id",),
-    ),
-    vision_language(
-        "idefics3",
-        "Idefics3ForConditionalGeneration",
-        [LLAMA],
-        IDEFICS_NAMES,
-        ("vision_model", "connector"),
-        ("image_token_id",),
+    *(
+        vision_language(
+            model_type,
+            architecture,
+            [LLAMA],
+            (TextNames("model.text_model"),),
+            ("vision_model", "connector"),
+            ("image_token_id",),
+            IDEFICS_FIELDS,
+        )
+        for model_type, architecture in (
+            ("smolvlm", "SmolVLMForConditionalGeneration"),
+            ("idefics3", "Idefics3ForConditionalGeneration"),
+        )
     ),
 )
