@@ -1,7 +1,7 @@
 """`loss.png`: training and validation loss over the steps, with the learning rate on a small panel below.
 
 A mixture of experts has another panel between them: the tokens of its busiest and its least expert, of any layer,
-divided by the mean.
+divided by the mean. So has a model with a label head: the metrics of its validations.
 
 It is drawn from `metrics.jsonl` alone, so it can be drawn again at any time. A long run is reduced to a few thousand
 points, the minimum and maximum loss of each bin of steps, so that spikes stay visible at any length.
@@ -9,6 +9,7 @@ points, the minimum and maximum loss of each bin of steps, so that spikes stay v
 
 import math
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,13 +31,16 @@ MAX_BINS = 1500  # about one per pixel of the panel's width
 MIN_SMOOTHED = 50  # fewer points than this show their trend without smoothing
 TRAIN_COLOR, VALID_COLOR, LR_COLOR, BAD_COLOR = "#1f5fa8", "#d9660d", "#5b6470", "#c0182b"
 BUSIEST_COLOR, LEAST_COLOR = "#7b3fa0", "#2a8f74"
+SCORE_COLORS = {"accuracy": "#2a8f74", "macro_f1": "#7b3fa0", "spearman": "#a0522d"}
+"""Metrics of validations that are drawn, all of them at most 1."""
 
 
 @dataclass(frozen=True)
 class Curves:
     """The columns of a metrics file that are drawn, each as float64; values that are not finite are NaN.
 
-    `least` and `busiest`: see `StepMetrics.expert_loads`; NaN without experts.
+    `least` and `busiest`: see `StepMetrics.expert_loads`; NaN without experts. `scores`: those of `SCORE_COLORS` that
+    the validations have, by name.
     """
 
     steps: Array
@@ -46,6 +50,7 @@ class Curves:
     busiest: Array
     valid_steps: Array
     valid_loss: Array
+    scores: Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,11 @@ def smooth(bins: Bins) -> Array:
 
 
 def _read_curves(path: Path | str) -> Curves:
-    columns = [array("d") for _ in range(7)]  # a million steps take 56 MB, and ten times as much as Python objects
-    steps, loss, lr, least, busiest, valid_steps, valid_loss = columns
+    # A million steps take 56 MB in arrays, and ten times as much as Python objects.
+    names = ("steps", "loss", "lr", "least", "busiest", "valid_steps", "valid_loss")
+    columns = {name: array("d") for name in names}
+    steps, loss, lr, least, busiest, valid_steps, valid_loss = columns.values()
+    scores = {name: array("d") for name in SCORE_COLORS}
     for metrics in iter_metrics(path):
         if isinstance(metrics, StepMetrics):
             steps.append(metrics.step)
@@ -127,24 +135,29 @@ def _read_curves(path: Path | str) -> Curves:
         else:
             valid_steps.append(metrics.step)
             valid_loss.append(metrics.valid_loss)
-    return Curves(*(np.array(column, dtype=np.float64) for column in columns))
+            for name, column in scores.items():
+                column.append(metrics.metrics.get(name, math.nan))
+    found = {name: np.array(column, dtype=np.float64) for name, column in scores.items()}
+    found = {name: values for name, values in found.items() if np.isfinite(values).any()}
+    return Curves(scores=found, **{name: np.array(column, dtype=np.float64) for name, column in columns.items()})
 
 
 def _draw_panels(figure: "Figure", curves: Curves, title: str) -> None:
-    heights = [3.6, 1.7, 1.2] if np.isfinite(curves.busiest).any() else [4, 1]
+    between = [_draw_loads] * bool(np.isfinite(curves.busiest).any()) + [_draw_scores] * bool(curves.scores)
+    heights = [3.6, *[1.7] * len(between), 1.2] if between else [4, 1]
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    loss_axes, *load_axes, lr_axes = panels
+    loss_axes, *middle_axes, lr_axes = panels
     loss_axes.set_title(title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
     if curves.steps.size:
         _draw_training(loss_axes, curves)
         _draw_lr(lr_axes, curves)
-    for axes in load_axes:
-        _draw_loads(axes, curves)
+    for draw, axes in zip(between, middle_axes):
+        draw(axes, curves)
     if curves.valid_steps.size:
         _draw_validation(loss_axes, curves)
     _mark_non_finite(loss_axes, curves)
-    loss_axes.set_ylabel("loss (nats per token)")
-    lr_axes.set_ylabel("learning\nrate" if load_axes else "learning rate")
+    loss_axes.set_ylabel("loss" if curves.scores else "loss (nats per token)")
+    lr_axes.set_ylabel("learning\nrate" if between else "learning rate")
     lr_axes.set_xlabel("step")
     for axes in panels:
         _style_axes(axes)
@@ -211,6 +224,22 @@ def _draw_loads(axes: "Axes", curves: Curves) -> None:
     axes.set_ylim(bottom=0, top=1.35 * max(1.0, np.nanmax(busiest.high)))  # room for the legend
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
+
+
+def _draw_scores(axes: "Axes", curves: Curves) -> None:
+    """Draw the metrics of validations."""
+    from matplotlib.ticker import MaxNLocator
+
+    marker = "o" if curves.valid_steps.size <= MIN_SMOOTHED else None
+    for name, values in curves.scores.items():
+        label = f"{name.replace('_', ' ')}{_last_value(values)}"
+        color = SCORE_COLORS[name]
+        axes.plot(curves.valid_steps, values, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
+    axes.set_ylabel("validation")
+    low = min(float(np.nanmin(values)) for values in curves.scores.values())
+    axes.set_ylim(low - 0.5 * (1.05 - low), 1.05)  # room for the legend
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.legend(frameon=False, fontsize=9, loc="lower right", ncols=len(curves.scores))
 
 
 def _mark_non_finite(axes: "Axes", curves: Curves) -> None:

@@ -13,6 +13,7 @@ from megatron_ds.monitor.plot import (
     BAD_COLOR,
     BUSIEST_COLOR,
     LEAST_COLOR,
+    SCORE_COLORS,
     TRAIN_COLOR,
     VALID_COLOR,
     bin_curve,
@@ -142,3 +143,17 @@ def test_smoothing_keeps_a_constant_and_does_not_lag(points: int) -> None:
 def test_smoothing_takes_the_noise_out() -> None:
     noise = np.random.default_rng(0).normal(size=20_000)
     assert smooth(bin_curve(np.arange(20_000.0), noise)).std() < 0.1 * noise.std()
+
+
+@pytest.mark.parametrize("validations", [1, 3])
+def test_metrics_of_labels_have_a_panel_of_their_own(tmp_path: Path, validations: int) -> None:
+    plain, metrics, png = draw(tmp_path, [3.0]), tmp_path / "labels.jsonl", tmp_path / "labels.png"
+    assert not any(has_color(plain, color) for color in SCORE_COLORS.values())
+    with MetricsWriter(metrics) as writer:
+        writer.write(StepMetrics(1, 3.0, 1.0, 3e-4, 1024, 0.5, 2048.0, 0.1))
+        for step in range(validations):
+            scores = {"accuracy": 0.5 + step / 10, "macro_f1": 0.3, "spearman": math.nan, "other": 7.0}
+            writer.write(ValidMetrics(step + 1, 2.0, scores))
+    assert draw_loss(metrics, png, "a run") and pixels(png).shape == (750, 1200, 3)
+    drawn = {name for name, color in SCORE_COLORS.items() if has_color(png, color)}
+    assert drawn == {"accuracy", "macro_f1"} and has_color(png, TRAIN_COLOR)
