@@ -3,11 +3,9 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,24 +15,22 @@ from megatron_ds.data.chat.conversations import parse_conversation
 from megatron_ds.data.chat.plain import PlainTemplate
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.readers.array_cache import cached_arrays
-from megatron_ds.data.readers.bad_rows import BadRows
+from megatron_ds.data.readers.bad_rows import BAD_ARRAYS, BadRows
+from megatron_ds.data.readers.batched import batched
 from megatron_ds.data.readers.examples import Located, parse_examples
 from megatron_ds.data.readers.source import Source
-from megatron_ds.data.readers.sources import FoundSource, Table, find_source
+from megatron_ds.data.readers.sources import FoundSource, find_source
 from megatron_ds.data.readers.tokenizer import tokenizer_digest
-from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
 _BATCH = 512
 _ARRAYS = ("ids", "learned", "starts", "places", "notes", "note_counts")
-_BAD_ARRAYS = ("bad_count", "bad_first")  # of sources of which rows were left out
 _MASKS = "-3"
 """Version of the masks, in the names of cache entries. The key is that of a run's data, which must stay resumable."""
 
 Renderer = ChatTemplate | PlainTemplate
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,7 @@ class Conversations:
     @property
     def bad_rows(self) -> BadRows:
         """Account of the rows that were left out."""
-        if self.bad_count is None or self.bad_first is None:
-            return BadRows()
-        return BadRows(True, int(self.bad_count[0]), [f"{self.source.prefix}{one}" for one in self.bad_first])
+        return BadRows.of_arrays(self.bad_count, self.bad_first, self.source.prefix)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -105,10 +99,10 @@ def cached_conversations(
         DataError: the source is malformed, the template does not fit it, or `directory` cannot be written.
     """
     found = find_source(source, plain_text=False)
-    content = f"{FORMAT_VERSION}\n{_digest(found)}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
+    content = f"{FORMAT_VERSION}\n{found.digest()}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
     key = hashlib.sha256(content.encode()).hexdigest()
     arrays = cached_arrays(
-        directory, f"{key}{_MASKS}.chat", _ARRAYS, lambda: _make(found, backend, template), _BAD_ARRAYS
+        directory, f"{key}{_MASKS}.chat", _ARRAYS, lambda: _make(found, backend, template), BAD_ARRAYS
     )
     conversations = Conversations(key, source, **arrays)
     conversations.bad_rows.require_skip(source.skip_bad)
@@ -178,7 +172,7 @@ def _make(found: FoundSource, backend: Tokenizer, template: Renderer) -> dict[st
 
     ids, learned, lengths, places = [], [], [0], []
     notes: Counter[str] = Counter()
-    for batch in _batches(parse_examples(found, render, bad), _BATCH):
+    for batch in batched(parse_examples(found, render, bad), _BATCH):
         notes.update(note for _, text in batch for note in text.notes)
         for (place, _), (tokens, mask) in zip(batch, tokenize([text for _, text in batch], backend)):
             ids.append(tokens)
@@ -195,29 +189,5 @@ def _make(found: FoundSource, backend: Tokenizer, template: Renderer) -> dict[st
         "places": np.asarray(places),
         "notes": np.asarray(list(notes), dtype=np.str_),
         "note_counts": np.asarray(list(notes.values()), dtype=np.int64),
-        **(_bad_arrays(bad, prefix) if bad.count else {}),
+        **bad.arrays(prefix),
     }
-
-
-def _bad_arrays(bad: BadRows, prefix: str) -> dict[str, np.ndarray]:
-    places = [one.removeprefix(prefix) for one in bad.first]
-    return dict(zip(_BAD_ARRAYS, (np.asarray([bad.count]), np.asarray(places)), strict=True))
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def _digest(found: FoundSource) -> str:
-    """Return the SHA-256 of the content: bytes of files, columns of rows. Names, paths and times do not count."""
-    digest = hashlib.sha256(found.source.identity.encode())
-    for part in found.parts:
-        if isinstance(part, Table):
-            for batch in part.table.iter(_BATCH):
-                digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
-        else:
-            kind = "" if part.identity == "json" else f" {part.identity}"
-            digest.update(f"file:{file_sha256(part.path)}{kind}\n".encode())
-    return digest.hexdigest()

@@ -2,13 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
 
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 
 MOST_NAMED = 10
 """Number of bad rows that are named; more are only counted."""
+
+BAD_ARRAYS = ("bad_count", "bad_first")
+"""Names of the arrays of an account in a cache; a source without bad rows has none."""
 
 
 @dataclass
@@ -29,6 +34,26 @@ class BadRows:
     def note(self) -> str:
         """A text such as `, 2 bad rows left out`, for the end of a description; empty without such rows."""
         return f", {self.count:,} bad row{'s' * (self.count != 1)} left out" if self.count else ""
+
+    @classmethod
+    def of_arrays(cls, count: np.ndarray | None, first: np.ndarray | None, prefix: str) -> Self:
+        """Return the account in `arrays`; None = none was written.
+
+        Args:
+            count: (1,) int64.
+            first: places and reasons, without the source's name.
+            prefix: the source's name in places.
+        """
+        if count is None or first is None:
+            return cls()
+        return cls(True, int(count[0]), [f"{prefix}{one}" for one in first])
+
+    def arrays(self, prefix: str) -> dict[str, np.ndarray]:
+        """Return the account as arrays for a cache, in which a source has no name; empty without bad rows."""
+        if not self.count:
+            return {}
+        places = [one.removeprefix(prefix) for one in self.first]
+        return dict(zip(BAD_ARRAYS, (np.asarray([self.count]), np.asarray(places)), strict=True))
 
     def add(self, problem: DataError) -> None:
         """Leave out the row that has this problem.

@@ -4,6 +4,7 @@ A name is, in this order: a file; a directory saved by `datasets`; a directory t
 pattern of such names; a data set on the Hugging Face hub.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ds.data.readers.file_kinds import DataFile, file_endings, has_compressed_name, has_data_name, identify
 from megatron_ds.data.readers.source import Source
+from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError, nearest_names
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ _SPLIT_OF_WORD = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Word in the path of a file -> the split that it names, as on the hub."""
+_BATCH = 512  # rows of a table that are hashed at a time; the hash depends on it
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -48,6 +51,18 @@ class FoundSource:
 
     source: Source
     parts: tuple[Part, ...]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the content: bytes of files, columns of rows. Names, paths and times do not count."""
+        digest = hashlib.sha256(self.source.identity.encode())
+        for part in self.parts:
+            if isinstance(part, Table):
+                for batch in part.table.iter(_BATCH):
+                    digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+            else:
+                kind = "" if part.identity == "json" else f" {part.identity}"
+                digest.update(f"file:{file_sha256(part.path)}{kind}\n".encode())
+        return digest.hexdigest()
 
 
 def find_source(source: Source, plain_text: bool) -> FoundSource:

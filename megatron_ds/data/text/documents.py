@@ -8,6 +8,7 @@ from megatron_ds.data.readers.examples import TEXT_COLUMN, Located, parse_exampl
 from megatron_ds.data.readers.file_kinds import DataFile
 from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.sources import Table, find_source
+from megatron_ds.data.readers.text_field import require_text
 from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError
 
@@ -59,7 +60,7 @@ class TextSource:
         return digest.hexdigest()
 
     def _text(self, located: Located) -> str:
-        return _require_text(located, self._source)
+        return require_text(located, self._source)
 
 
 def _kind(file: DataFile) -> str:
@@ -76,23 +77,3 @@ def _require_column(table: Table, source: Source) -> None:
             f"data: {table.name}: no column {wanted!r}, only {', '.join(names)}; rename_column the one that holds the "
             f"text to {wanted!r}, or name it in data.columns.{TEXT_COLUMN}"
         )
-
-
-def _require_text(located: Located, source: Source) -> str:
-    columns, where, names = located.columns, located.where, located.names
-    value, kind = columns.get(TEXT_COLUMN), "column" if ": row " in where else "field"
-    name = source.names_of(TEXT_COLUMN)[0]
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, which is no character
-            raise DataError(
-                f"data: {where}: {kind} {name!r} holds a lone surrogate at character {error.start}; remove it"
-            ) from error
-        return value
-    if TEXT_COLUMN not in columns:
-        raise DataError(
-            f"data: {where}: no {kind} {name!r}, only {', '.join(sorted(names)) or 'an empty object'}; name the one "
-            f"that holds the text in data.columns.{TEXT_COLUMN}"
-        )
-    raise DataError(f"data: {where}: {kind} {name!r} holds {type(value).__name__}; it must hold a string")
