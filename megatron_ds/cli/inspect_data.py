@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BAR_CELLS = 30
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 LOSS_STYLE, NO_LOSS_STYLE = "bold green", "dim"
+MOST_CLASSES = 40  # that are shown
+OF_SAMPLES = ("label", "label_scores")  # columns of labels of a sample as a whole
 MARKS = ("⟦", "⟧")
 # Control characters are shown as their Unicode control pictures, except for newlines and tabs.
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421, 0x9B: 0x241B}
@@ -78,7 +80,7 @@ def indexed(path: Path, fast: bool, tokenizer: str | None, samples: int, json: b
 
 
 def file(path: Path, tokenizer: str | None, samples: int, json: bool, skip_bad: bool) -> bool:
-    """Show files of text or conversations. Return True: nothing is checked."""
+    """Show files of text, conversations or labelled rows. Return True: nothing is checked."""
     from megatron_ds.log import quiet_libraries
 
     quiet_libraries()
@@ -91,8 +93,8 @@ def file(path: Path, tokenizer: str | None, samples: int, json: bool, skip_bad: 
         _print_json(asdict(facts))
         return True
     show_rows(_file_rows(facts))
-    is_chat = facts.format == "chat"
-    _show_samples("conversation" if is_chat else "document", facts.shown, marked=is_chat)
+    name = {"chat": "conversation", "labelled": "row"}.get(facts.format, "document")
+    _show_samples(name, facts.shown, marked=facts.format != "text")
     return True
 
 
@@ -110,11 +112,15 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts, statement: Map
     order = "shuffled" if config.data.shuffle else "in order"
     yield ("order", f"{order}; {steps:,} steps of {size:,} read {epochs:,.2f} times {facts.samples:,} samples")
     exactly = "" if facts.looked_at == facts.samples else f", measured on {facts.looked_at:,} samples"
-    yield (
-        "loss",
-        f"on {facts.learned:,.1f} of a sample's {positions:,} positions ({facts.learned / positions:.1%}), on "
-        f"{facts.learned * size:,.0f} of a step's {size * positions:,}{exactly}",
-    )
+    if facts.label_column in OF_SAMPLES:
+        yield ("loss", f"on {facts.learned * size:,.1f} labels of a step's {size:,} samples{exactly}")
+    else:
+        yield (
+            "loss",
+            f"on {facts.learned:,.1f} of a sample's {positions:,} positions ({facts.learned / positions:.1%}), on "
+            f"{facts.learned * size:,.0f} of a step's {size * positions:,}{exactly}",
+        )
+    yield from _class_rows(facts.classes)
     yield from statement.items()
     yield from _bad_rows(facts)
     yield ("fingerprint", facts.fingerprint[:12])
@@ -159,9 +165,20 @@ def _file_rows(facts: TextFileFacts) -> Iterator[Row]:
     loss = f", {facts.learned:,} of them with loss ({facts.learned / max(1, total):.1%})"
     total_text = f"{facts.lengths.count:,} {facts.lengths.what}, {total:,} tokens"
     yield (facts.format, total_text + (loss if facts.format == "chat" else ""))
+    yield from _class_rows(facts.classes)
     yield from _bad_rows(facts)
     yield from (("note", note) for note in facts.notes)
     yield from _length_rows(facts.lengths)
+
+
+def _class_rows(classes: Mapping[str, int]) -> Iterator[Row]:
+    """Yield a row for each class, the most frequent first."""
+    total = max(1, sum(classes.values()))
+    counts = sorted(classes.items(), key=lambda item: -item[1])
+    for name, number in counts[:MOST_CLASSES]:
+        yield ("class", f"{name}: {number:,} ({number / total:.1%})")
+    if len(counts) > MOST_CLASSES:
+        yield ("", f"... and {len(counts) - MOST_CLASSES:,} more")
 
 
 def _bad_rows(facts: RunDataFacts | TextFileFacts) -> Iterator[Row]:
@@ -222,7 +239,8 @@ def _describe_sample(name: str, sample: RenderedSample, marked: bool) -> str:
     number = f" in {len(documents)} documents" if len(documents) > 1 else ""
     padding = f", {sample.padding:,} positions of padding" if sample.padding else ""
     learned = f", {sum(one.learned for one in documents):,} with loss" if marked else ""
-    return f"{name} {sample.index:,}: {sum(one.tokens for one in documents):,} tokens{number}{learned}{padding}"
+    told = f", label {sample.label}" if sample.label else learned
+    return f"{name} {sample.index:,}: {sum(one.tokens for one in documents):,} tokens{number}{told}{padding}"
 
 
 def _styled(document: RenderedDocument, marked: bool) -> Any:

@@ -34,7 +34,8 @@ def collate(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> dict[str, 
 
 def _stack(dataset: Dataset, name: str, samples: Sequence[Sample]) -> np.ndarray:
     column = find_column(name)
-    shape = column.shape(dataset.seq_length, dataset.target_length, getattr(dataset, "num_labels", None))
+    num_labels = len(dataset.blank()[name]) if column.length == "labels" else None
+    shape = column.shape(dataset.seq_length, dataset.target_length, num_labels)
     for sample in samples:
         found = sample[name]
         if found.shape != shape or found.dtype != column.dtype:

@@ -23,7 +23,9 @@ from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.held_out import HeldOut
 from megatron_ds.data.indexed.open import open_indexed
-from megatron_ds.data.objective import DataObjective
+from megatron_ds.data.labelled.open import open_labelled
+from megatron_ds.data.labelled.rows import FIELDS as LABELLED_FIELDS
+from megatron_ds.data.objective import DataObjective, Labelled
 from megatron_ds.data.readers.examples import TEXT_COLUMN
 from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.sources import find_source
@@ -49,6 +51,8 @@ class DataFormat:
         needs_tokenizer: whether `tokenizer_path` must be set.
         cuts_spans: whether it cuts spans out of text for sequence-to-sequence models, with the objective's `mask_rate`
             and `mean_span`; otherwise these keys are refused for such models.
+        has_labels: whether its samples have the labels of models with a label head, for which other formats are
+            refused, and no labels of others.
         fields: names of the fields that it reads, for formats that read rows with fields; the first one is that which
             `column` of a source names. None = it reads no such rows: `data.columns`, `data.bad_rows` and the name,
             split and column of a source do nothing. Empty = every field may be read.
@@ -62,6 +66,7 @@ class DataFormat:
     options: type[Section] | None = None
     needs_tokenizer: bool = False
     cuts_spans: bool = False
+    has_labels: bool = False
     fields: tuple[str, ...] | None = None
     check_source: Callable[[str], object] | None = None
     find: Callable[[Source], object] | None = None
@@ -99,6 +104,16 @@ FORMATS.register(
     "tokenized", DataFormat(open_tokenized, fields=TOKENIZED_FIELDS, find=partial(find_source, plain_text=False))
 )
 FORMATS.register("indexed", DataFormat(open_indexed, keys=("split",)))
+FORMATS.register(
+    "labelled",
+    DataFormat(
+        open_labelled,
+        needs_tokenizer=True,
+        has_labels=True,
+        fields=LABELLED_FIELDS,
+        find=partial(find_source, plain_text=False),
+    ),
+)
 
 
 def check_format(data: DataSection, tokenizer_path: str | None) -> None:
@@ -128,6 +143,25 @@ def check_format(data: DataSection, tokenizer_path: str | None) -> None:
                 )
     _check_reading(data, chosen)
     format_options(data)
+
+
+def check_labels(format: str, objective: DataObjective) -> None:
+    """Check that a format has the labels of a model with a label head, and that others get none.
+
+    Raises:
+        ConfigError: only one of the two is about labels.
+    """
+    has_labels = FORMATS.get(format, "data.format").has_labels
+    if isinstance(objective, Labelled) and not has_labels:
+        raise ConfigError(
+            f"data.format={format} has no labels, and the model has a label head; try data.format=labelled, or a model "
+            "without that head"
+        )
+    if has_labels and not isinstance(objective, Labelled):
+        raise ConfigError(
+            f"data.format={format} is for models with a label head, and this one has none; try model.head={{labels: "
+            "[...]}, which gives it a new one, or another data.format"
+        )
 
 
 def _check_reading(data: DataSection, chosen: DataFormat) -> None:
@@ -221,11 +255,12 @@ def open_dataset(
         held_out: the part of the samples that is read where a share is held out for validation; None = all.
 
     Raises:
-        ConfigError: no format of that name.
+        ConfigError: no format of that name, or it does not fit the objective.
         DataError: a source or the tokenizer is missing, malformed or does not fit the model.
     """
     if not sources:
         raise DataError("data: no sources; name at least one file, directory or hub id under data.train")
+    check_labels(format, objective)
     chosen = FORMATS.get(format, "data.format")
     if chosen.needs_tokenizer and tokenizer_path is None:
         raise DataError(

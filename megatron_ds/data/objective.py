@@ -1,15 +1,16 @@
 """Training objectives as far as data is concerned: which columns a sample has and what is hidden in it.
 
 Each objective belongs to a kind of model: `Causal` (GPT-like), `Masked` (BERT, Devlin et al. 2019; RoBERTa, Liu et al.
-2019) and `Seq2Seq` (T5, Raffel et al. 2020); `Labelled` to any model with a head for labels. Noise (masking, pairs,
-spans) depends only on the objective's seed and the sample's index, and differs in every epoch.
+2019) and `Seq2Seq` (T5, Raffel et al. 2020); `Labelled` to any model with a label head. Noise (masking, pairs, spans)
+depends only on the objective's seed and the sample's index, and differs in every epoch.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from megatron_ds.columns import TARGETS
+from megatron_ds.columns import LABEL, LABEL_SCORES, TARGETS, TOKEN_LABEL, Column
 from megatron_ds.data.readers.document_frame import Begin
 
 
@@ -79,21 +80,39 @@ class Seq2Seq:
         return np.where(before == TARGETS.ignored, self.padding_id, before).astype(np.int64)
 
 
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""The names that transformers has for what a label head predicts (`problem_type`)."""
+
+
 @dataclass(frozen=True)
 class Labelled:
-    """Labels of a text, or of its tokens.
+    """Classes or scores of a text, of a pair of texts, or of the words of a text.
 
     Attributes:
-        column: the column of labels: `label`, `label_scores` or `token_label`.
-        num_labels: L, labels of the model's head.
-        padding_id: the id that pads short samples; None = the model has none.
+        problem: one class of each sample, several, or scores.
+        classes: names of the model's classes (of its scores), in order.
+        of_words: whether each word has a class, instead of the sample.
+        padding_id: the id that pads short samples.
         num_token_types: number of different `token_type_ids` of the model; samples have them if it is above 1.
     """
 
-    column: str
-    num_labels: int
-    padding_id: int | None = None
+    problem: Problem
+    classes: tuple[str, ...]
+    of_words: bool = False
+    padding_id: int = 0
     num_token_types: int = 1
+
+    @property
+    def token_types(self) -> bool:
+        """True if samples have `token_type_ids`."""
+        return self.num_token_types > 1
+
+    @property
+    def label_column(self) -> Column:
+        """The column that holds the labels."""
+        if self.of_words:
+            return TOKEN_LABEL
+        return LABEL if self.problem == "single_label_classification" else LABEL_SCORES
 
 
 DataObjective = Causal | Masked | Seq2Seq | Labelled

@@ -75,7 +75,7 @@ class ModelConfig(ABC):
         """Return the options of the task "labelled"; `padding_id` of the model, where its head reads none."""
         assert self.labels is not None
         own = self.labels.pick_id if self.labels.pick == "last" else padding_id
-        return {"column": self.labels.label_column, "num_labels": self.labels.num_labels, "padding_id": own}
+        return {"problem": self.labels.loss, "of_words": self.labels.pick == "each", "padding_id": own or 0}
 
     @abstractmethod
     def shape(self) -> ModelShape:

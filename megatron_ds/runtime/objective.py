@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_ds.config import DataSection
-from megatron_ds.data import FORMATS, Causal, DataObjective, Labelled, Masked, Seq2Seq
+from megatron_ds.data import FORMATS, Causal, DataObjective, Labelled, Masked, Seq2Seq, check_labels
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.models.context import BuildContext
@@ -75,10 +75,11 @@ def find_objective(name: str, model: LoadedModel, data: DataSection, seed: int) 
         seed: seed of the noise in samples.
 
     Raises:
-        ConfigError: no objective has this name, the model has no head to train, or a key of `data` is set that has no
-            effect on this kind of data or in this format.
+        ConfigError: no objective has this name, the model has no head to train, the format does not have its labels, or
+            a key of `data` is set that has no effect on this kind of data or in this format.
     """
     objective = OBJECTIVES.get(name, field="train.objective")(model, data, seed)
+    check_labels(data.format, objective.data)
     kind = type(objective.data)
     cuts_spans = FORMATS.get(data.format, "data.format").cuts_spans
     used = set(_USED[kind]) - (set() if cuts_spans else set(_TEXT_ONLY.get(kind, ())))
@@ -114,6 +115,7 @@ def own_objective(model: LoadedModel, data: DataSection, seed: int) -> Objective
         options["seed"] = seed
     if core.labels is not None:
         _check_padding(model)
+        options["classes"] = tuple(str(model.hf.config.id2label[number]) for number in range(core.labels.num_labels))
     return Objective(kind(**options, **core.data_objective_options))
 
 

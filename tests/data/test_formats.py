@@ -55,7 +55,10 @@ def refusal(run: RunConfig) -> str:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ({"format": "txt"}, "data.format=txt is not one of text, chat, tokenized, indexed; did you mean text?"),
+        (
+            {"format": "txt"},
+            "data.format=txt is not one of text, chat, tokenized, indexed, labelled; did you mean text?",
+        ),
         (
             {"packing": True},
             "data.packing=true does nothing with data.format=text; remove it, or use data.format=chat",
@@ -84,12 +87,12 @@ def refusal(run: RunConfig) -> str:
         (
             {"bad_rows": "skip", "format": "indexed"},
             "data.bad_rows=skip does nothing with data.format=indexed, which has no fields; remove it, or use "
-            "data.format=text or chat or tokenized",
+            "data.format=text or chat or tokenized or labelled",
         ),
         (
             {"train": [{"path": "a", "split": "train"}], "format": "indexed"},
             "data.train[0].split=train does nothing with data.format=indexed, which has no fields; remove it, or use "
-            "data.format=text or chat or tokenized",
+            "data.format=text or chat or tokenized or labelled",
         ),
     ],
 )
@@ -107,7 +110,7 @@ def test_a_format_without_its_tokenizer_is_refused() -> None:
 
 
 def test_a_run_is_refused_before_its_model_is_read() -> None:
-    with pytest.raises(ConfigError, match=r"^data\.format=txt is not one of text, chat, tokenized, indexed"):
+    with pytest.raises(ConfigError, match=r"^data\.format=txt is not one of text, chat, tokenized, indexed, labelled"):
         resolve_run(run_with({"format": "txt"}), 1, "cpu")
 
 

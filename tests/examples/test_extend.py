@@ -118,7 +118,7 @@ def test_ranks_of_a_launcher_import_the_package_themselves(place: Path, monkeypa
         ("data.format=paragraph", r"data\.format=paragraph is not one of text, .*; did you mean paragraphs\?"),
         ("data.options={min_token: 3}", r"data\.options\.min_token: unknown key; did you mean .*min_tokens\?"),
         ("callbacks=[stop_when_fat]", r"callbacks\[0\]=stop_when_fat is not one of stop_when_flat; did you mean .*\?"),
-        ("imports=[]", r"data\.format=paragraphs is not one of text, chat, tokenized, indexed"),
+        ("imports=[]", r"data\.format=paragraphs is not one of text, chat, tokenized, indexed, labelled"),
     ],
 )
 def test_wrong_names_are_refused_in_one_line(place: Path, override: str, line: str) -> None:

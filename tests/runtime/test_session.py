@@ -253,7 +253,10 @@ def test_a_loop_and_a_run_file_take_the_same_steps_to_the_bit(corpus: Path, tmp_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": "txt"}, "data.format=txt is not one of text, chat, tokenized, indexed; did you mean text?"),
+        (
+            {"format": "txt"},
+            "data.format=txt is not one of text, chat, tokenized, indexed, labelled; did you mean text?",
+        ),
         ({"packing": True}, "data.packing=true does nothing with data.format=text"),
         ({"seq_len": 8}, "data.seq_len: unknown key; did you mean seq_length?"),
         ({"objective": "autos"}, "train.objective=autos"),

@@ -1,23 +1,25 @@
-"""Facts about data: indexed files, files of text or conversations, and the data of a run in its order."""
+"""Facts about data: indexed files, files of text, chats or labelled rows, and the data of a run in its order."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.columns import TARGETS
 from megatron_ds.data.chat.conversations import is_conversation
 from megatron_ds.data.chat.dataset import ChatDataset
 from megatron_ds.data.chat.open import open_chat
 from megatron_ds.data.chat.options import ChatOptions
-from megatron_ds.data.dataset import Dataset
+from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.indexed.files import IndexedFile, index_path, tokens_path
 from megatron_ds.data.inspect.histogram import LengthHistogram, length_histogram
+from megatron_ds.data.inspect.labelled import class_counts, guess_objective, is_labelled, render_labelled, render_row
 from megatron_ds.data.inspect.rendering import (
     RenderedDocument,
     RenderedSample,
@@ -26,8 +28,10 @@ from megatron_ds.data.inspect.rendering import (
     render_sample,
     unpadded_length,
 )
+from megatron_ds.data.labelled.dataset import LabelledDataset
+from megatron_ds.data.labelled.open import open_labelled
 from megatron_ds.data.labels import count_labels
-from megatron_ds.data.objective import Causal, DataObjective
+from megatron_ds.data.objective import Causal, DataObjective, Labelled
 from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
 from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
 from megatron_ds.data.readers.file_kinds import DataFile
@@ -44,6 +48,7 @@ NUM_SAMPLED = 1024
 """Number of samples, evenly spaced, from which the fraction of tokens with loss is estimated."""
 CHECKSUMS = "xxh3_128"
 RENDERED_TOKENS = 512  # of a document; some are books
+_LENGTHS_OF = {ChatDataset: "conversations", LabelledDataset: "rows"}
 _UNLIMITED = 1 << 40  # as a length or a vocabulary
 _BATCH = 256
 
@@ -80,11 +85,11 @@ class IndexedFacts:
 
 @dataclass(frozen=True)
 class TextFileFacts:
-    """Facts about files of text or conversations, tokenized. The attributes are keys of `inspect --json`.
+    """Facts about files of text, conversations or labelled rows. The attributes are keys of `inspect --json`.
 
     Attributes:
         path: of the file, or the source that names the files.
-        format: `text` or `chat`.
+        format: `text`, `chat` or `labelled`.
         bytes: size of the files.
         learned: number of tokens that would carry loss.
         lengths: of the documents or conversations.
@@ -92,6 +97,7 @@ class TextFileFacts:
         bad_rows: place and reason of the first of them.
         shown: the first documents or conversations.
         notes: of conversations: what is given but has no effect.
+        classes: of labelled data: name of each class -> number of rows or words that have it.
     """
 
     path: str
@@ -103,6 +109,7 @@ class TextFileFacts:
     bad_rows: tuple[str, ...]
     shown: tuple[RenderedSample, ...]
     notes: tuple[str, ...] = ()
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,8 @@ class RunDataFacts:
         num_bad_rows: number of rows of training and validation data that were left out.
         bad_rows: place and reason of the first of them.
         shown: the first samples of the run, without repetition.
+        label_column: the column that holds the labels.
+        classes: of labelled data: name of each class -> number of rows or words that have it in the training data.
     """
 
     training: str
@@ -137,6 +146,8 @@ class RunDataFacts:
     num_bad_rows: int
     bad_rows: tuple[str, ...]
     shown: tuple[RenderedSample, ...]
+    label_column: str = TARGETS.name
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -168,11 +179,12 @@ def inspect_run_data(
     """
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path is not None and num_shown else None
     looked_at = min(len(data), NUM_SAMPLED)
-    learned, unpadded = _sample_facts(data, np.linspace(0, len(data) - 1, looked_at).astype(np.int64).tolist())
-    is_causal = isinstance(objective, Causal)
+    labels = objective.label_column.name if isinstance(objective, Labelled) else TARGETS.name
+    indices = np.linspace(0, len(data) - 1, looked_at).astype(np.int64).tolist()
+    learned, unpadded = _sample_facts(data, indices, labels)
     lengths: LengthHistogram | None = None
     if isinstance(data, _HasLengths):
-        lengths = length_histogram("conversations" if isinstance(data, ChatDataset) else "documents", data.lengths)
+        lengths = length_histogram(_LENGTHS_OF.get(type(data), "documents"), data.lengths)
     elif unpadded.min() < data.seq_length:
         lengths = length_histogram("examples" if looked_at == len(data) else f"{looked_at} examples", unpadded)
     bad_rows = total_bad_rows([data, valid])
@@ -190,18 +202,28 @@ def inspect_run_data(
         num_bad_rows=bad_rows.count,
         bad_rows=tuple(bad_rows.first),
         shown=tuple(
-            render_sample(index, sample, tokenizer, is_causal)
+            _render(index, sample, tokenizer, objective)
             for index, sample in first_samples(data, order, min(num_shown, len(data)))
         ),
+        label_column=labels,
+        classes=class_counts(data),
     )
 
 
-def _sample_facts(data: Dataset, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _render(
+    index: int, sample: Sample, tokenizer: PreTrainedTokenizerBase | None, objective: DataObjective
+) -> RenderedSample:
+    if isinstance(objective, Labelled):
+        return render_labelled(index, sample, tokenizer, objective)
+    return render_sample(index, sample, tokenizer, isinstance(objective, Causal))
+
+
+def _sample_facts(data: Dataset, indices: Sequence[int], labels: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of labels with loss and of unpadded input positions of some samples."""
     found = []
     for index in indices:
         sample = data.sample(index)
-        found.append((count_labels(sample, [TARGETS.name]), unpadded_length(sample)))
+        found.append((count_labels(sample, [labels]), unpadded_length(sample)))
     learned, lengths = np.asarray(found).T
     return learned, lengths
 
@@ -248,23 +270,26 @@ def inspect_indexed(source: str, *, fast: bool, tokenizer_path: str | None, num_
 
 
 def inspect_file(path: str, tokenizer_path: str, num_shown: int, *, skip_bad: bool = False) -> TextFileFacts:
-    """Inspect files of text or conversations.
+    """Inspect files of text, conversations or labelled rows.
 
     Args:
         path: a source: a file, a pattern, or a directory saved by `datasets`.
         tokenizer_path: directory of a tokenizer.
         num_shown: number of documents to render.
-        skip_bad: leave out rows that hold neither.
+        skip_bad: leave out rows that hold none of them.
 
     Raises:
-        DataError: the files hold neither, or the tokenizer does not fit them.
+        DataError: the files hold none of them, or the tokenizer does not fit them.
     """
     source = Source(path, skip_bad=skip_bad)
     found = find_source(source, plain_text=True)
     size = sum(
         part.path.stat().st_size if isinstance(part, DataFile) else part.table.data.nbytes for part in found.parts
     )
-    if _format_of(found) == "text":
+    format = _format_of(found)
+    if format == "labelled":
+        return _labelled_file(found, tokenizer_path, num_shown, size)
+    if format == "text":
         lengths, bad, shown = _texts(source, tokenizer_path, num_shown)
         histogram = length_histogram("documents", lengths)
         return TextFileFacts(path, "text", size, int(lengths.sum()), histogram, bad.count, tuple(bad.first), shown)
@@ -281,6 +306,23 @@ def inspect_file(path: str, tokenizer_path: str, num_shown: int, *, skip_bad: bo
     samples, bad = tuple(map(_single, chosen, documents)), data.bad_rows
     return TextFileFacts(
         path, "chat", size, learned, histogram, bad.count, tuple(bad.first), samples, tuple(data.notes)
+    )
+
+
+def _labelled_file(found: FoundSource, tokenizer_path: str, num_shown: int, size: int) -> TextFileFacts:
+    """Return the facts about labelled rows, with the classes that they name."""
+    with TemporaryDirectory() as directory:
+        objective = guess_objective(found)
+        request = DatasetRequest((found.source,), objective, _UNLIMITED, _UNLIMITED, tokenizer_path, Path(directory))
+        data = open_labelled(request)
+        tokenizer = load_tokenizer(tokenizer_path)
+        shown = [
+            render_row(index, *data.row(index), tokenizer, objective) for index in range(min(num_shown, len(data)))
+        ]
+        bad, lengths, counts = data.bad_rows, length_histogram("rows", data.lengths), data.class_counts
+    learned = sum(counts.values())
+    return TextFileFacts(
+        found.source.path, "labelled", size, learned, lengths, bad.count, tuple(bad.first), tuple(shown), classes=counts
     )
 
 
@@ -323,6 +365,8 @@ def _format_of(found: FoundSource) -> str:
     names = first.columns.keys()
     if is_conversation(set(names)):
         return "chat"
+    if is_labelled(names):
+        return "labelled"
     if TEXT_COLUMN in names:
         return "text"
     hint = "; inspect the run file of a run that trains on it" if "input_ids" in names else ""

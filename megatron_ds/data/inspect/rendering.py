@@ -47,11 +47,13 @@ class RenderedSample:
         index: in the data, without epochs.
         documents: of the sample.
         padding: number of padding positions.
+        label: of the sample, where it has one as a whole: its classes or scores.
     """
 
     index: int
     documents: tuple[RenderedDocument, ...]
     padding: int = 0
+    label: str = ""
 
 
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -127,8 +129,10 @@ def split_by_loss(
 
 def unpadded_length(sample: Sample) -> int:
     """Return the number of input positions without padding."""
-    _, padding = _without_padding(sample, *_shifted(sample))
-    return len(sample["input_ids"]) - padding
+    ids = sample["input_ids"]
+    tokens = _shifted(sample) if TARGETS.name in sample else (ids, np.zeros(len(ids), dtype=bool))
+    _, padding = _without_padding(sample, *tokens)
+    return len(ids) - padding
 
 
 def _decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:

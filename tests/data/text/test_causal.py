@@ -253,7 +253,9 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, tokenizer_path, valid_t
 
 
 def test_open_dataset_refuses_what_it_does_not_know(tmp_path, valid_text):
-    with pytest.raises(ConfigError, match=re.escape("data.format=txt is not one of text, chat, tokenized, indexed")):
+    with pytest.raises(
+        ConfigError, match=re.escape("data.format=txt is not one of text, chat, tokenized, indexed, labelled")
+    ):
         open_dataset("txt", Causal(), [str(valid_text)], 8, VOCAB_SIZE)
     with pytest.raises(DataError, match=re.escape("model.tokenizer is not set, but data.format=text needs it")):
         open_dataset("text", Causal(), [str(valid_text)], 8, VOCAB_SIZE)

@@ -1,0 +1,1 @@
+"""`data.format: labelled`: texts, pairs of texts or words of a text, with classes or scores."""

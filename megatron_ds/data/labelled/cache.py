@@ -1,0 +1,126 @@
+"""Labelled rows as tokens, computed once and cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ds.data.labelled.encoding import RowEncoder
+from megatron_ds.data.labelled.rows import RowParser
+from megatron_ds.data.objective import Labelled
+from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.readers.bad_rows import BAD_ARRAYS, BadRows
+from megatron_ds.data.readers.batched import batched
+from megatron_ds.data.readers.examples import parse_examples
+from megatron_ds.data.readers.source import Source
+from megatron_ds.data.readers.sources import FoundSource, find_source
+from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
+
+FORMAT_VERSION = 1
+_BATCH = 1024
+_ARRAYS = ("ids", "types", "labels", "starts", "full_lengths", "places")
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """The rows of one source as tokens, memory-mapped, one after the other.
+
+    Attributes:
+        key: hash of their content.
+        source: the source that they were read from.
+        ids: (T,) int32.
+        types: (T,) uint8.
+        labels: (n,) int64 classes, (n, L) float32 scores, or (T,) int64 classes of tokens.
+        starts: (n + 1,) int64: start of each row, and the end of the last.
+        full_lengths: (n,) int64: tokens of each before it was cut.
+        places: (n,) place of each in the source, such as `:7`; follows the source's name in errors.
+        bad_count: (1,) int64: number of rows that were left out.
+        bad_first: place and reason of the first of them.
+    """
+
+    key: str
+    source: Source
+    ids: np.ndarray
+    types: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+    full_lengths: np.ndarray
+    places: np.ndarray
+    bad_count: np.ndarray | None = None
+    bad_first: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, in tokens."""
+        return np.diff(self.starts)
+
+    @property
+    def bad_rows(self) -> BadRows:
+        """Account of the rows that were left out."""
+        return BadRows.of_arrays(self.bad_count, self.bad_first, self.source.prefix)
+
+    def where(self, index: int) -> str:
+        """Return file and line of a row, for errors."""
+        return f"{self.source.prefix}{self.places[index]}"
+
+
+def cached_rows(
+    source: Source, objective: Labelled, encoder: RowEncoder, tokenizer_digest: str, directory: Path
+) -> EncodedRows:
+    """Return the rows of a source, tokenized unless `directory` holds them already. Safe for concurrent processes.
+
+    Args:
+        source: the source.
+        objective: what the model predicts.
+        encoder: of the rows.
+        tokenizer_digest: hash of the tokenizer.
+        directory: of the cache.
+
+    Raises:
+        DataError: the source is malformed, or `directory` cannot be written.
+    """
+    found = find_source(source, plain_text=False)
+    settings = (objective.problem, objective.of_words, objective.classes)
+    content = f"{FORMAT_VERSION}\n{found.digest()}\n{tokenizer_digest}\n{encoder.identity}\n{settings}"
+    key = hashlib.sha256(content.encode()).hexdigest()
+    arrays = cached_arrays(directory, f"{key}.labelled", _ARRAYS, lambda: _make(found, objective, encoder), BAD_ARRAYS)
+    rows = EncodedRows(key, source, **arrays)
+    rows.bad_rows.require_skip(source.skip_bad)
+    return rows
+
+
+def _make(found: FoundSource, objective: Labelled, encoder: RowEncoder) -> dict[str, np.ndarray]:
+    source = found.source
+    get_logger("data").info("tokenizing %s", source)
+    bad, prefix = source.bad_rows(), source.prefix
+    ids, types, labels, full_lengths, places = [], [], [], [], []
+    rows = parse_examples(found, RowParser(objective, source).parse, bad)
+    for batch in batched(rows, _BATCH):
+        for row, encoded in zip(batch, encoder.encode(batch)):
+            if not len(encoded.ids):
+                bad.add(DataError(f"data: {row.where}: the text has no tokens; remove the row"))
+                continue
+            ids.append(encoded.ids)
+            types.append(encoded.types)
+            labels.append(encoded.labels)
+            full_lengths.append(encoded.full_length)
+            places.append(row.where.removeprefix(prefix))
+    if not ids:
+        bad.refuse_all(source)
+        raise DataError(f"data: {source}: no rows; each line or row must hold a text and its label")
+    return {
+        "ids": np.concatenate(ids).astype(np.int32),
+        "types": np.concatenate(types).astype(np.uint8),
+        "labels": np.concatenate(labels) if objective.of_words else np.stack(labels),
+        "starts": np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        "full_lengths": np.asarray(full_lengths, dtype=np.int64),
+        "places": np.asarray(places),
+        **bad.arrays(prefix),
+    }
