@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from megatron_ds.engine.optimizer import GuardedOptimizer
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import ParamSpec, is_untrained, spec_of
-from megatron_ds.models.sequential import HeadSpec
+from megatron_ds.models.sequential import HeadSpec, OutputHead
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import gather_objects
 from megatron_ds.parallel.grid import Axes, Grid
@@ -61,18 +62,34 @@ class Losses:
         sums: loss term -> sum of its labels' losses.
         counts: loss term -> number of its labels.
         metric_sums: metric -> (sum, weight).
+        tallies: the head's counts.
+        kept: what validation keeps of its samples, (samples, numbers).
+        summarize: see `HeadSpec.summarize`; None = the head has no further metrics.
     """
 
     sums: Mapping[str, float]
     counts: Mapping[str, int]
     metric_sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tallies: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False)
+    kept: np.ndarray = field(default_factory=lambda: np.empty((0, 0)), compare=False)
+    summarize: Callable[[np.ndarray, np.ndarray], Mapping[str, float]] | None = None
 
     @classmethod
-    def unpack(cls, packed: Sequence[float], counts: Sequence[int], head: HeadSpec) -> Losses:
-        """Return the losses in the numbers of `HeadSpec.pack`, terms + 2 * metrics, after their reduction."""
+    def unpack(
+        cls, packed: Sequence[float], counts: Sequence[int], head: HeadSpec, kept: np.ndarray | None = None
+    ) -> Losses:
+        """Return the losses in the numbers of `HeadSpec.pack` after their reduction, with what was kept of samples."""
         rest = len(head.terms)
-        parts = zip(packed[rest::2], packed[rest + 1 :: 2])
-        return cls(dict(zip(head.terms, packed)), dict(zip(head.terms, counts)), dict(zip(head.metrics, parts)))
+        end = rest + 2 * len(head.metrics)
+        parts = zip(packed[rest:end:2], packed[rest + 1 : end : 2])
+        return cls(
+            dict(zip(head.terms, packed)),
+            dict(zip(head.terms, counts)),
+            dict(zip(head.metrics, parts)),
+            np.asarray(packed[end : head.num_sums], dtype=np.float64),
+            np.empty((0, head.num_kept)) if kept is None else kept,
+            head.summarize,
+        )
 
     def __add__(self, other: Losses) -> Losses:
         """Return the losses of the data of both."""
@@ -83,6 +100,9 @@ class Losses:
                 name: (total + other.metric_sums[name][0], weight + other.metric_sums[name][1])
                 for name, (total, weight) in self.metric_sums.items()
             },
+            self.tallies + other.tallies,
+            np.concatenate([self.kept, other.kept]),
+            self.summarize,
         )
 
     @property
@@ -92,8 +112,9 @@ class Losses:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Mean of each metric; one without any weight is left out."""
-        return {name: total / weight for name, (total, weight) in self.metric_sums.items() if weight}
+        """Mean of each metric, without those that have no weight; and what follows from counts and kept numbers."""
+        averages = {name: total / weight for name, (total, weight) in self.metric_sums.items() if weight}
+        return averages | dict(self.summarize(self.tallies, self.kept) if self.summarize is not None else {})
 
     @property
     def mean(self) -> float:
@@ -183,11 +204,32 @@ class Engine(ABC):
         return StepResult(losses.mean, grad_norm, counts[0], applied, losses.terms, metrics)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
-        """Compute the losses and metrics of all data ranks' micro-batches, without gradients."""
+        """Compute the losses and metrics of all data ranks' micro-batches, without gradients.
+
+        Besides what `_evaluate` communicates: an all-reduce over loss, and over pipeline, of what the head keeps of all
+        samples, if it keeps anything.
+        """
         batches = with_document_bounds(batches, self.documents)
         counts = self._count(batches)
         sums = self._evaluate(self._to_device(batches)).tolist()
-        return Losses.unpack(sums, counts, self.head)
+        num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
+        return Losses.unpack(sums, counts, self.head, self._gather_kept(num_samples) if self.head.num_kept else None)
+
+    def _gather_kept(self, num_samples: int) -> np.ndarray:
+        """Return what the head has kept of all data ranks' samples, (samples, num_kept) in their order.
+
+        Collective over loss and pipeline: each rank that has the head fills its own place among zeros.
+
+        Args:
+            num_samples: number of this data rank's samples.
+        """
+        grid = self.grid
+        everyone = torch.zeros(grid.loss.size, num_samples, self.head.num_kept, device=self.device)
+        for head in (one for one in self.deepspeed.module.modules() if isinstance(one, OutputHead)):
+            everyone[grid.loss.rank] = torch.cat(head.kept)
+            head.kept.clear()
+        gathered = all_reduce_(all_reduce_(everyone, grid.loss), grid.pipeline)
+        return gathered.flatten(0, 1).cpu().numpy()
 
     @property
     def can_overflow(self) -> bool:
@@ -211,7 +253,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _collect(self) -> Tensor:
-        """Return `HeadSpec.pack`'s tensor of the step, (terms + 2 * metrics,), summed over its micro-batches and ranks.
+        """Return `HeadSpec.pack`'s tensor of the step, (num_sums,), summed over its micro-batches and ranks.
 
         Collective over loss, and over pipeline.
         """
@@ -239,7 +281,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Return `HeadSpec.pack`'s tensor, (terms + 2 * metrics,), summed over batches and data ranks, on all ranks."""
+        """Return `HeadSpec.pack`'s tensor, (num_sums,), summed over batches and data ranks, on all ranks."""
 
     def _count(self, batches: Sequence[MicroBatch]) -> tuple[int, ...]:
         """Return the number of labels per loss term in the global batch. Collective over the world, in host memory.

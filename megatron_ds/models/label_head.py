@@ -21,6 +21,13 @@ from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.mlp import ACTIVATIONS
 from megatron_ds.layers.norm import Norm, NormStyle
 from megatron_ds.models.context import BuildContext
+from megatron_ds.models.label_metrics import (
+    classification_metrics,
+    multi_label_tallies,
+    num_tallies,
+    regression_metrics,
+    single_label_tallies,
+)
 from megatron_ds.models.probe import Probe, right_padded, seeded, some_labels
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec, OutputHead
 from megatron_ds.parallel.collectives import gather_sequence, reduce_from
@@ -135,9 +142,18 @@ def label_layer(config: LabelHeadConfig, width: int, ctx: BuildContext, like: La
         partial(LabelHead, config, width, ctx),
         hidden=like.hidden,
         columns=config.input_columns,
-        head=HeadSpec((config.label_column,), (config.label_column,), check=config.check_ids),
+        head=_declaration(config),
         cost=float(width * (width * config.dense + config.num_labels)) * (config.pick == "each" or config.late),
     )
+
+
+def _declaration(config: LabelHeadConfig) -> HeadSpec:
+    """Return the declaration of the head: its loss term, and the counts or predictions from which metrics follow."""
+    column, count = config.label_column, config.num_labels
+    plain = HeadSpec((column,), (column,), check=config.check_ids)
+    if config.loss == REGRESSION:
+        return replace(plain, num_kept=2 * count, summarize=regression_metrics)
+    return replace(plain, num_tallies=num_tallies(count), summarize=classification_metrics)
 
 
 def label_probe(config: LabelHeadConfig, name: str, ids: Tensor, with_gradients: bool) -> Probe:
@@ -204,14 +220,21 @@ class LabelHead(OutputHead):
         self.out = ReplicatedLinear(width, config.num_labels, ctx.tp, std=config.std, bias=config.bias, enter=enter)
 
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
-        """One term, the sum over the labels that carry loss; fp32."""
+        """One term, the sum over the labels that carry loss; fp32. With it what its metrics follow from."""
         name = self.config.label_column
         logits, given = self._logits(activations).float(), labels[name]
         if self.config.pick == "each":
             local = given.t()[self.tp.sequence_slice(given.shape[1])]
-            total = label_loss(logits.flatten(0, 1), local.flatten(), SINGLE_LABEL)
-            return HeadResult({name: reduce_from(total, self.tp.axis) if self.tp.splits_sequence else total})
-        return HeadResult({name: label_loss(logits, given, self.config.loss)})
+            flat = logits.flatten(0, 1), local.flatten()
+            total, tallies = label_loss(*flat, SINGLE_LABEL), single_label_tallies(flat[0].detach(), flat[1])
+            if self.tp.splits_sequence:
+                total, tallies = reduce_from(total, self.tp.axis), reduce_from(tallies, self.tp.axis)
+            return HeadResult({name: total}, tallies=tallies)
+        terms, predicted = {name: label_loss(logits, given, self.config.loss)}, logits.detach()
+        if self.config.loss == REGRESSION:
+            return HeadResult(terms, kept=torch.cat([predicted, given], dim=1))
+        count = single_label_tallies if self.config.loss == SINGLE_LABEL else multi_label_tallies
+        return HeadResult(terms, tallies=count(predicted, given))
 
     def outputs(self, activations: Activations) -> Activations:
         """Return `logits`, (B, L), or (B, S, L) of each token."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +66,9 @@ class HeadSpec:
         terms: names of the loss terms, in order. Labels of the first one are the tokens that a run counts.
         count_labels: label columns of a micro-batch, each (B, ...) -> int64 (terms,), the labels of each term.
         metrics: names of averages that the head returns besides its losses, to be logged.
+        num_tallies: length of a vector of counts that the head returns, which is summed over the global batch.
+        num_kept: how many numbers of each sample validation keeps, for metrics that need all samples at once.
+        summarize: (summed counts, kept numbers (samples, num_kept)) -> further metrics by name.
         check: refuses a micro-batch, in host memory, for which the head is not defined.
     """
 
@@ -72,6 +76,9 @@ class HeadSpec:
     terms: tuple[str, ...]
     count_labels: Callable[[Mapping[str, Tensor]], Tensor] = count_entries
     metrics: tuple[str, ...] = ()
+    num_tallies: int = 0
+    num_kept: int = 0
+    summarize: Callable[[np.ndarray, np.ndarray], Mapping[str, float]] = lambda tallies, kept: {}
     check: Callable[[Mapping[str, Tensor]], None] = lambda batch: None
 
     @classmethod
@@ -102,16 +109,17 @@ class HeadSpec:
     @property
     def num_sums(self) -> int:
         """Length of what `pack` returns."""
-        return len(self.terms) + 2 * len(self.metrics)
+        return len(self.terms) + 2 * len(self.metrics) + self.num_tallies
 
     def pack(self, result: HeadResult) -> Tensor:
         """Put a head's result into one tensor, so that it is reduced in one collective.
 
         Returns:
-            fp32 (terms + 2 * metrics,): each term's sum, then each metric's sum and weight, which carry no gradient.
+            fp32 (terms + 2 * metrics + num_tallies,): each term's sum, then each metric's sum and weight, and the
+            counts, which carry no gradient.
 
         Raises:
-            ValueError: the head returned other terms or metrics than it declares.
+            ValueError: the head returned other terms, metrics or counts than it declares.
         """
         for kind, declared, returned in (
             ("terms", self.terms, result.terms),
@@ -121,7 +129,11 @@ class HeadSpec:
                 raise ValueError(f"the head returned {kind} {sorted(returned)}, its HeadSpec has {sorted(declared)}")
         sums = [result.terms[name] for name in self.terms]
         averaged = [part.detach().float() for name in self.metrics for part in result.metrics[name]]
-        return torch.stack([*sums, *averaged])
+        packed = torch.stack([*sums, *averaged])
+        tallies = packed.new_empty(0) if result.tallies is None else result.tallies.detach().float()
+        if len(tallies) != self.num_tallies:
+            raise ValueError(f"the head returned {len(tallies)} counts, its HeadSpec has {self.num_tallies}")
+        return torch.cat([packed, tallies]) if self.num_tallies else packed
 
     def scaled_loss(self, packed: Tensor, scales: Sequence[float]) -> Tensor:
         """Return the scalar to differentiate: the sum of the terms' sums times their scales."""
@@ -136,10 +148,14 @@ class HeadResult:
         terms: name of a loss term -> fp32 scalar, the sum of its labels' losses.
         metrics: name of a metric -> (sum, weight), scalars. What is logged is the sum of the sums over the global batch
             divided by the sum of the weights.
+        tallies: counts, (num_tallies,); None = none.
+        kept: numbers of each sample, (B, num_kept); None = none.
     """
 
     terms: Mapping[str, Tensor]
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tallies: Tensor | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -208,16 +224,24 @@ class OutputHead(nn.Module, ABC):
 
     Attributes:
         spec: its declaration, set when it becomes part of a model.
+        kept: `HeadResult.kept` of each micro-batch in evaluation mode, until the engine takes them.
     """
 
     spec: HeadSpec
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
 
     def forward(self, activations: Activations, labels: Mapping[str, Tensor] | None = None) -> Tensor | Activations:
         """Return `HeadSpec.pack` of losses and metrics; without labels the predictions by name, such as "logits"."""
         with profiled(HEAD):
             if labels is None:
                 return self.outputs(activations)
-            return self.spec.pack(self.losses(activations, labels))
+            result = self.losses(activations, labels)
+            if result.kept is not None and not self.training:
+                self.kept.append(result.kept.detach().float())
+            return self.spec.pack(result)
 
     @abstractmethod
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
