@@ -12,7 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.parallel.regions import BLOCK, DATA, DISPATCH, EXPERTS, OPTIMIZER, PARTS, PREFIX, ROUTER, STEP
+from megatron_ds.parallel.regions import (
+    BLOCK,
+    DATA,
+    DISPATCH,
+    EXPERTS,
+    NEIGHBOURS,
+    OPTIMIZER,
+    PARTS,
+    PREFIX,
+    ROUTER,
+    STEP,
+)
 
 Span = tuple[float, float]
 
@@ -24,7 +35,7 @@ _OF_EXPERTS = (ROUTER, DISPATCH, EXPERTS)
 _BACKWARD = "autograd::engine::evaluate_function: "
 _OPTIMIZER_STEP = "Optimizer.step#"
 _COMPILED = "Torch-Compiled Region"
-_BACKENDS = ("gloo:", "nccl:", "mpi:", "ucc:", "deepspeed::inference_all_reduce")
+_BACKENDS = ("gloo:", "nccl:", "mpi:", "ucc:", "deepspeed::inference_all_reduce", NEIGHBOURS)
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -108,13 +119,20 @@ _Labelled = tuple[Mapping[str, Any], str | None, list[Span]]
 
 
 def _threads(events: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Return the events of the threads that train, in each thread in the order in which they nest."""
+    """Return the events of the threads that train, in each thread in the order in which they nest.
+
+    The copies of an exchange through memory are left out: they are communication.
+    """
     by_thread: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") in ("cpu_op", "user_annotation") and not event["name"].startswith(_BACKENDS):
+    exchanged: dict[Any, float] = defaultdict(float)  # the end of the last exchange of each thread
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        if event["name"] == NEIGHBOURS:
+            exchanged[event["tid"]] = event["ts"] + event["dur"]
+        if event.get("cat") not in ("cpu_op", "user_annotation") or event["name"].startswith(_BACKENDS):
+            continue
+        if event["ts"] >= exchanged[event["tid"]]:
             by_thread[event["tid"]].append(event)
-    training = [thread for thread in by_thread.values() if any(_is_of_a_step(event) for event in thread)]
-    return [sorted(thread, key=lambda event: (event["ts"], -event["dur"])) for thread in training]
+    return [thread for thread in by_thread.values() if any(_is_of_a_step(event) for event in thread)]
 
 
 def _has_id(event: Mapping[str, Any]) -> bool:

@@ -46,6 +46,8 @@ def _collective(name: str, earlier_name: str) -> Callable[..., Any]:
 
 
 def _all_gather(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, Pending | None]:
+    if axis.neighbours is not None:
+        return axis.neighbours.gather(x), None
     if x.device.type == "cpu":
         return messages.begin_gather(x, axis)
     gather = _collective("all_gather_single", "all_gather_into_tensor")
@@ -55,6 +57,8 @@ def _all_gather(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, Pending 
 
 def _reduce_scatter(x: Tensor, axis: Axis, async_op: bool) -> tuple[Tensor, Pending | None]:
     assert x.shape[0] % axis.size == 0, (tuple(x.shape), axis.size)
+    if axis.neighbours is not None:
+        return axis.neighbours.reduce_scatter(x), None
     if x.device.type == "cpu":
         return messages.begin_reduce_scatter(x, axis)
     scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")

@@ -38,6 +38,8 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ds.parallel.neighbours import Neighbours, meet_neighbours
+
 AXES = ("pipeline", "data", "tensor")
 """The axes of a layout, slowest first: the order of the ranks."""
 
@@ -163,7 +165,8 @@ class Axis:
         ranks: the global ranks along the axis, in order.
         group: their process group; None if size is 1.
         sum_here: a function that sums a tensor in place over the axis without the group, if it can, and returns whether
-            it did; see `engine.shared_memory`.
+            it did; see `engine.shared_memory` and `neighbours`.
+        neighbours: the same ranks if they gather and scatter through the memory of one machine.
     """
 
     size: int = 1
@@ -171,6 +174,7 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
     sum_here: Callable[[Tensor], bool] = _no_local_sum
+    neighbours: Neighbours | None = None
 
 
 Axes = Mapping[str, Axis]
@@ -326,3 +330,16 @@ def _create_axis(layout: Layout, rank: int, groups: Sequence[tuple[int, ...]]) -
         if rank in ranks:
             own = Axis(len(ranks), ranks.index(rank), ranks, group)
     return own
+
+
+def with_neighbours(grid: Grid) -> Grid:
+    """Return the grid with a tensor axis that exchanges through memory, if its ranks are all on one Linux machine.
+
+    Collective over the tensor axis. For ranks that compute on CPUs.
+    """
+    axis = grid.tensor
+    neighbours = meet_neighbours(axis.group, axis.rank, axis.size) if axis.group is not None else None
+    if neighbours is None:
+        return grid
+    tensor = replace(axis, neighbours=neighbours, sum_here=neighbours.sum_)
+    return replace(grid, axes={**grid.axes, "tensor": tensor})

@@ -21,7 +21,7 @@ from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, 
 from megatron_ds.hf.config import HFModel
 from megatron_ds.layers.kernels import check_choice
 from megatron_ds.layers.moe.balance import RouterSettings
-from megatron_ds.parallel.grid import Layout, create_grid
+from megatron_ds.parallel.grid import Layout, create_grid, with_neighbours
 from megatron_ds.registry import check_options
 from megatron_ds.runtime.loaded_model import LoadedModel
 
@@ -90,6 +90,8 @@ def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device)
     grid = create_grid(plan.layout, rank, plan.config.parallel.expert if has_experts else None)
     if plan.config.parallel.shared_memory and grid.tensor.size > 1:
         grid = enable_shared_memory(grid)
+    elif plan.config.parallel.sequence and device.type == "cpu":
+        grid = with_neighbours(grid)
     return build_engine(model.layers, grid, device, engine_options(model, plan), model.read_shard)
 
 

@@ -5,7 +5,19 @@ from typing import Any
 import pytest
 
 from megatron_ds.monitor.profile import EXPOSED, OTHER, PartTimes, table, time_by_part
-from megatron_ds.parallel.regions import ATTENTION, BLOCK, DATA, EXPERTS, HEAD, MLP, OPTIMIZER, PREFIX, ROUTER, STEP
+from megatron_ds.parallel.regions import (
+    ATTENTION,
+    BLOCK,
+    DATA,
+    EXPERTS,
+    HEAD,
+    MLP,
+    NEIGHBOURS,
+    OPTIMIZER,
+    PREFIX,
+    ROUTER,
+    STEP,
+)
 
 BACKWARD = "autograd::engine::evaluate_function: "
 
@@ -123,6 +135,19 @@ def test_sums_through_shared_memory_are_communication() -> None:
             annotation(PREFIX + MLP, 10, 60),
             event("aten::mm", 10, 40),
             event("deepspeed::inference_all_reduce_", 40, 60),
+        ]
+    )
+    assert parts == {MLP: 30, EXPOSED: 20, OTHER: 50} and hidden == 0
+
+
+def test_exchanges_through_memory_are_communication_with_their_copies() -> None:
+    parts, hidden = summed(
+        [
+            annotation(STEP, 0, 100),
+            annotation(PREFIX + MLP, 10, 60),
+            event("aten::mm", 10, 40),
+            annotation(NEIGHBOURS, 40, 60),
+            event("aten::copy_", 42, 48),
         ]
     )
     assert parts == {MLP: 30, EXPOSED: 20, OTHER: 50} and hidden == 0
