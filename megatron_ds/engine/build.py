@@ -35,6 +35,7 @@ from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.engine.router_load import find_routers
 from megatron_ds.engine.zero import ZeroEngine
 from megatron_ds.errors import ConfigError
+from megatron_ds.layers import onednn
 from megatron_ds.layers.kernels.select import AUTO, Choice, select_kernels
 from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.param_spec import initial_shard, spec_of
@@ -99,7 +100,8 @@ def build_engine(
     rng, routers = RngStreams(options.seed, grid, device), replace(options.routers)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
-    tp, folded = TensorParallel(grid.tensor, options.sequence), fold_experts(grid)
+    by_onednn = device.type == "cpu" and summary.precision == "fp32" and onednn.faster_here()
+    tp, folded = TensorParallel(grid.tensor, options.sequence, eager_products=by_onednn), fold_experts(grid)
     kernels = select_kernels(options.kernels, device)
     ctx = BuildContext(
         tp=tp,

@@ -108,9 +108,10 @@ def _joins_graph(tp: TensorParallel, weight: Tensor | None) -> bool:
     """Return whether a compiler is here, and may take a product and its backward pass into the graph of the block.
 
     Collectives are not compiled. Nor are products of weights that ZeRO-3 divides, which have a `ds_id`: a graph would
-    keep the gathered weight until its backward pass.
+    keep the gathered weight until its backward pass. Nor are products where the compiler's are slower.
     """
-    return torch.compiler.is_compiling() and tp.axis.size == 1 and not hasattr(weight, "ds_id")
+    in_graph = tp.axis.size == 1 and not tp.eager_products and not hasattr(weight, "ds_id")
+    return torch.compiler.is_compiling() and in_graph
 
 
 @torch.compiler.disable

@@ -35,7 +35,7 @@ def computes(left: Tensor, right: Tensor) -> bool:
     rows = left.numel() // max(summed, 1)
     if rows * summed * columns < SMALLEST or min(rows, summed, columns) < NARROWEST:
         return False
-    return right.dtype == torch.float32 and _faster_here() and bool(torch.backends.mkldnn.enabled)
+    return right.dtype == torch.float32 and faster_here() and bool(torch.backends.mkldnn.enabled)
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def faster_than_mkl(capability: str, cpu_info: str, environment: Mapping[str, st
 
 
 @cache
-def _faster_here() -> bool:
+def faster_here() -> bool:
     """Return `faster_than_mkl` of this process, if its torch has both libraries."""
     path = Path("/proc/cpuinfo")
     if not (path.exists() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):

@@ -18,10 +18,12 @@ class TensorParallel:
         axis: the tensor axis; size 1 means no communication at all.
         sequence: Megatron's sequence parallelism (Korthikanti et al. 2022). Outside the parallel regions hidden
             states are then (S/t, B, H) instead of (S, B, H). It has no effect on an axis of size 1.
+        eager_products: a compiler leaves products out of its graphs, because the layers' own are faster.
     """
 
     axis: Axis = field(default_factory=Axis)
     sequence: bool = False
+    eager_products: bool = False
 
     @property
     def axes(self) -> Axes:

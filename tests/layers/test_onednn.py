@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(result.shape))
         return result
 
-    monkeypatch.setattr(onednn, "_faster_here", lambda: True)
+    monkeypatch.setattr(onednn, "faster_here", lambda: True)
     monkeypatch.setattr(onednn, "multiply", recorded)
     for module, name, value in ((onednn, "SMALLEST", 0), (onednn, "NARROWEST", 1), (products, "TILE_ELEMENTS", 150)):
         monkeypatch.setattr(module, name, value)
@@ -57,7 +57,7 @@ def test_processors(cpu_info: str, capability: str, environment: dict[str, str],
 
 
 def test_all_three_products_of_a_layer_are_computed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "_faster_here", lambda: True)
+    monkeypatch.setattr(onednn, "faster_here", lambda: True)
     wide = {(128, 128, 128), (512, 64, 64), (8, 512, 512), (32000, 512, 8), (513, 511, 1021)}
     for m, k, n in wide | {(127, 128, 128), (64, 64, 64), (1, 2048, 32000), (7, 2048, 4096), (0, 512, 512)}:
         x, weight, grad = torch.empty(m, k), torch.empty(n, k), torch.empty(m, n)
@@ -67,7 +67,7 @@ def test_all_three_products_of_a_layer_are_computed_alike(monkeypatch: pytest.Mo
 
 def test_others_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.ones(512, 512), torch.ones(512, 512)
-    monkeypatch.setattr(onednn, "_faster_here", lambda: True)
+    monkeypatch.setattr(onednn, "faster_here", lambda: True)
     assert onednn.computes(x, weight)
     for dtype in (torch.bfloat16, torch.float64):
         assert not onednn.computes(x.to(dtype), weight.to(dtype))
@@ -75,7 +75,7 @@ def test_others_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not onednn.computes(x, weight)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    monkeypatch.setattr(onednn, "_faster_here", lambda: False)
+    monkeypatch.setattr(onednn, "faster_here", lambda: False)
     assert not onednn.computes(x, weight)
     y = linear(x.requires_grad_(), weight)
     assert type(y.grad_fn).__name__ != "_ProductBackward" and torch.equal(y, F.linear(x, weight))

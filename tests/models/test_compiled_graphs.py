@@ -4,6 +4,7 @@ Nothing is fused across two graphs. No code is generated here: the graphs run as
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor
 
 from megatron_ds.hf.config import read_model
+from megatron_ds.layers import onednn
+from megatron_ds.layers.linear import RowParallelLinear
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.models.block import Block
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import HIDDEN
 from megatron_ds.parallel.grid import Grid, Layout
+from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.tensor import TensorParallel
-from tests.parity.reference import ALL_CONFIGS
-from tests.ranks import run_grid
+from megatron_ds.runtime import Session, load_model
+from tests.parity.cases import Recipe
+from tests.parity.reference import ALL_CONFIGS, train_reference
+from tests.ranks import rank_device, run_alone, run_grid, run_ranks
 
 COMPILE = torch.compile
 
@@ -34,10 +40,12 @@ class Graphs:
         return graph.forward
 
 
-def _block(grid: Grid, case: str, compiled: bool, divided_by_zero_3: bool) -> tuple[int, list[Tensor]]:
+def _block(
+    grid: Grid, case: str, compiled: bool, divided_by_zero_3: bool, eager_products: bool = False
+) -> tuple[int, list[Tensor]]:
     graphs = Graphs()
     torch.compile = partial(COMPILE, backend=graphs)  # the process ends with the test
-    ctx = BuildContext(TensorParallel(grid.tensor), compiled=compiled)
+    ctx = BuildContext(TensorParallel(grid.tensor, eager_products=eager_products), compiled=compiled)
     layers = read_model(ALL_CONFIGS[case]).core.build_layers(ctx)
     block = next(spec for spec in layers if spec.is_block).build()
     assert isinstance(block, Block)
@@ -72,3 +80,31 @@ def test_a_block_is_one_graph_without_communication(
         assert (count, none) == (graphs, 0)
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_products_that_are_faster_outside_stay_outside() -> None:
+    (plain,) = run_grid(_block, Layout(), "llama", False, False, True)
+    ((count, found),) = run_grid(_block, Layout(), "llama", True, False, True)
+    assert count == 5
+    for one, other in zip(found, plain[1]):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def _eager_products(info: RankInfo, directory: Path, is_faster: bool, precision: str) -> bool:
+    onednn.faster_here = lambda: is_faster  # type: ignore[assignment]
+    deepspeed = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": precision == "bf16"}}
+    given = {"optimizer": None, "global_batch_size": 1, "micro_batch_size": 1, "deepspeed": deepspeed}
+    engine = Session(info, rank_device()).build_engine(load_model(directory), **given).engine
+    layers = [part for part in engine.deepspeed.module.modules() if isinstance(part, RowParallelLinear)]
+    (eager,) = {layer.tp.eager_products for layer in layers}
+    return bool(eager)
+
+
+@pytest.mark.parametrize(
+    ("is_faster", "precision", "eager"), [(True, "fp32", True), (False, "fp32", False), (True, "bf16", False)]
+)
+def test_engines_leave_products_to_onednn_where_it_is_faster(
+    is_faster: bool, precision: str, eager: bool, tmp_path: Path
+) -> None:
+    run_alone(train_reference, "llama", Recipe(steps=0), tmp_path)
+    assert run_ranks(_eager_products, 1, tmp_path, is_faster, precision) == [eager]

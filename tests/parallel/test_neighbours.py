@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,11 @@ from megatron_ds.parallel.collectives import (
 )
 from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.parallel.grid import Axis, Grid, Layout, with_neighbours
-from tests.ranks import run_grid
+from tests.parallel.wire_bytes import counting
+from tests.parity.cases import Recipe
+from tests.parity.ours import Place, engine_on, micro_batches
+from tests.parity.reference import train_reference
+from tests.ranks import run_alone, run_grid
 
 LENGTH, WIDTH = 12, 7  # several pieces of `SMALL` bytes, the last of which is not full
 SMALL = 3 * 64
@@ -125,3 +130,19 @@ def _lonely(grid: Grid, dies: bool) -> str:
 )
 def test_a_rank_that_does_not_come(dies: bool, words: str) -> None:
     assert run_grid(_lonely, Layout(tensor=2), dies)[0] == words
+
+
+def _counted(grid: Grid, directory: Path, sp: bool) -> dict[str, Any]:
+    place, recipe = Place(2, sp=sp), Recipe()
+    engine, _ = engine_on(grid, directory, place, recipe)
+    with counting() as wire:
+        engine.train_step(micro_batches(grid, place, recipe, 0), recipe.lr)
+    return wire.calls
+
+
+def test_engines_exchange_through_memory_with_sequence_parallelism(tmp_path: Path) -> None:
+    """What is left on the wire are maxima of the softmax and statistics of the step."""
+    run_alone(train_reference, "llama", Recipe(steps=0), tmp_path)
+    plain, sequence = (run_grid(_counted, Layout(tensor=2), tmp_path, sp)[0] for sp in (False, True))
+    assert "send" not in sequence
+    assert sequence["all_reduce"] < 0.5 * plain["all_reduce"], (plain, sequence)
