@@ -25,8 +25,8 @@ _ALPHA_FIELDS = {"rope_type", "type", "rope_theta", "alpha", "beta_fast", "beta_
 
 def _rope(config: Any, head_dim: int) -> RotaryConfig:
     """Translate the rotation. With an alpha it is the plain one, of another base, whatever its type says."""
-    parameters = config.rope_parameters
-    if parameters.get("rope_type") != "dynamic" or not parameters.get("alpha"):
+    parameters = {name: value for name, value in config.rope_parameters.items() if name != "alpha" or value}
+    if parameters.get("rope_type") != "dynamic" or "alpha" not in parameters:
         return rotary(parameters, head_dim, config.max_position_embeddings)
     for name, value in parameters.items():
         if name not in _ALPHA_FIELDS:
