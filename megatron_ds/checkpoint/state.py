@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from megatron_ds.checkpoint.state_keys import KINDS, MASTER
 from megatron_ds.checkpoint.tensor_slices import TensorSlice, in_full_tensor, slices_of_range
 from megatron_ds.engine import Engine
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
+from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import Axes
 
 _ENDS = 64  # elements compared at each end of a rank's part of a parameter
@@ -70,7 +72,13 @@ def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
         if parameter.requires_grad:
             found = _locate(engine, parameter, positions.get(id(parameter)))
             if found is not None:
-                yield OptimizerShard(name, spec_of(parameter), parameter, *found)
+                state = engine.optimizer.state[found.flat]
+                whole = {MASTER: found.flat.data, **{kind: state[kind] for kind in KINDS[1:]}}
+                here = slice(found.offset, found.offset + found.length)
+                vectors = {kind: one.view(-1)[here] for kind, one in whole.items()}
+                yield OptimizerShard(
+                    name, spec_of(parameter), parameter, found.shape, found.start, vectors, state["step"]
+                )
 
 
 def _positions_in_flat_vectors(optimizer: Any) -> dict[int, tuple[int, int]]:
@@ -88,10 +96,21 @@ def _positions_in_flat_vectors(optimizer: Any) -> dict[int, tuple[int, int]]:
     }
 
 
-def _locate(
-    engine: Engine, parameter: Any, position: tuple[int, int] | None
-) -> tuple[tuple[int, ...], int, dict[str, Tensor], Tensor] | None:
-    """Return the parameter's local shape, start, vectors and steps; None if this rank has none of its state.
+class _Range(NamedTuple):
+    """The fp32 master of a parameter on this rank: `length` elements of `flat` from `offset` on.
+
+    They are those of the flattened local shard from `start` on, which has the shape `shape`.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    flat: Tensor
+    offset: int
+    length: int
+
+
+def _locate(engine: Engine, parameter: Any, position: tuple[int, int] | None) -> _Range | None:
+    """Return the place of a parameter's master; None if this rank has none of it.
 
     Args:
         engine: the live engine.
@@ -102,32 +121,26 @@ def _locate(
     shard_rank = engine.grid.shard_of(spec_of(parameter)).rank
     if hasattr(parameter, "ds_id"):  # ZeRO-3: each rank has an equal part of each parameter, the last ones padded
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        flat, start = optimizer.fp32_partitioned_groups_flat[group], shard_rank * length
+        start = shard_rank * length
         length = min(length, parameter.ds_numel - start)
-        if length <= 0:
-            return None
-        shape = tuple(parameter.ds_shape)
-    elif position is not None:  # ZeRO-1 and 2: each rank has an equal part of a group's flat vector
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        return _Range(tuple(parameter.ds_shape), start, flat, offset, length) if length > 0 else None
+    shape = tuple(parameter.shape)
+    if position is not None:  # ZeRO-1 and 2: each rank has an equal part of a group's flat vector
         group, begin = position
         part = optimizer.partition_size[group]
         first = shard_rank * part
         start, stop = max(0, first - begin), min(parameter.numel(), first + part - begin)
-        if start >= stop:
-            return None
         flat = inner.param_groups[group]["params"][0]
-        offset, length, shape = begin + start - first, stop - start, tuple(parameter.shape)
-    elif hasattr(parameter, "_hp_mapping"):  # the same in DeepSpeed's optimizer for bf16 at ZeRO-1
+        return _Range(shape, start, flat, begin + start - first, stop - start) if start < stop else None
+    if hasattr(parameter, "_hp_mapping"):  # the same in DeepSpeed's optimizer for bf16 at ZeRO-1
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         flat = inner.param_groups[mapping.param_group_index]["params"][0]
         start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        offset, shape = mapping.hp_fragment_address.start, tuple(parameter.shape)
-    else:
-        flat, start, offset, length, shape = parameter, 0, 0, parameter.numel(), tuple(parameter.shape)
-    state = inner.state[flat]
-    vectors = {MASTER: flat.data, **{kind: state[kind] for kind in KINDS[1:]}}
-    return shape, start, {kind: one.view(-1)[offset : offset + length] for kind, one in vectors.items()}, state["step"]
+        return _Range(shape, start, flat, mapping.hp_fragment_address.start, length)
+    return _Range(shape, 0, parameter, 0, parameter.numel())
 
 
 def owned_shards(engine: Engine) -> Iterator[OptimizerShard]:
@@ -144,6 +157,23 @@ def owned_shards(engine: Engine) -> Iterator[OptimizerShard]:
             continue
         if shard.name in first_here and shard.spec.holds_first(grid.model_axes):
             yield shard
+
+
+@torch.no_grad()
+def master_shard(engine: Engine, parameter: Any) -> Tensor:
+    """Return this rank's shard of a trained parameter's fp32 master, padding included. Collective over shard.
+
+    The parts of the ranks are summed as integers, which keeps every bit.
+    """
+    found = _locate(engine, parameter, _positions_in_flat_vectors(engine.deepspeed.optimizer).get(id(parameter)))
+    shape = found.shape if found is not None else tuple(getattr(parameter, "ds_shape", parameter.shape))
+    shard = torch.zeros(prod(shape), dtype=torch.float32, device=engine.device)
+    if found is not None:
+        own = found.flat.detach().view(-1)[found.offset : found.offset + found.length]
+        shard[found.start : found.start + found.length] = own
+    if engine.deepspeed.zero_optimization_stage() > 0:
+        all_reduce_(shard.view(torch.int32), engine.grid.shard_of(spec_of(parameter)))
+    return shard.view(shape)
 
 
 @torch.no_grad()
