@@ -6,7 +6,7 @@ It needs no process group, no accelerator and no model in memory: one parameter 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +81,8 @@ def import_hf(
     weights: HFWeights | UpcycledWeights = dense
     if upcycling is not None:
         weights = UpcycledWeights(dense, upcycling)
-    with _writing(target), exporting(place, weights.model, None, "5GB") as export:
+    dtypes = dense.dtypes if upcycling is None else {}
+    with _writing(target), exporting(place, weights.model, None, "5GB", dense, dtypes) as export:
         for part, full in weights.parts():
             export.add(part.name, full, part.expert)
             del full  # its memory is released before the next is read
@@ -109,7 +110,7 @@ def export_hf(
         checkpoint: a checkpoint; or a folder of checkpoints or a run's output, of which the latest is taken; or a
             Hugging Face directory.
         target: the directory to write. An unchanged export there is replaced at the end; on failure it stays.
-        dtype: of all weights, "float32", "bfloat16" or "float16"; None = as they are.
+        dtype: of all weights, "float32", "bfloat16" or "float16"; None = each tensor has its own.
         max_shard_size: upper bound on the size of a file, such as "5GB".
         merge: for adapters, write the base model with the adapters merged instead of a directory that peft loads.
         base: for adapters, the directory of their base model; None = the one that their config names.
@@ -134,12 +135,18 @@ def export_hf(
         raise ConversionError(f"{source} holds no adapters; remove {'--merge' if merge else '--base'}")
     weights = HFWeights(source, read_model(source))
 
-    def best(part: Part, full: Tensor) -> Tensor:
-        if reader is None or dtype is None or full.dtype == EXPORT_DTYPES[dtype] or not reader.has(MASTER, part.name):
-            return full
-        return _master(reader, part, full)
+    stored, table = weights.dtypes, weights.model.table
 
-    with _writing(target), exporting(place, weights.model, dtype, max_shard_size) as export:
+    def best(part: Part, full: Tensor) -> Tensor:
+        if reader is None or dtype is None or not reader.has(MASTER, part.name):
+            return full
+        names = table[part.name].of(part.expert).names
+        if all(stored[name] == EXPORT_DTYPES[dtype] for name in names):
+            return full
+        return _master(reader, part, full, weights.rounded)
+
+    dtypes = stored if dtype is None else {}
+    with _writing(target), exporting(place, weights.model, dtype, max_shard_size, weights, dtypes) as export:
         for part, full in weights.parts():
             export.add(part.name, best(part, full), part.expert)
             del full
@@ -170,7 +177,7 @@ def _export_adapters(
         copied = not merge and (dtype is None or full.dtype == EXPORT_DTYPES[dtype])
         if copied or reader is None or not reader.has(MASTER, name):
             return full
-        return _master(reader, Part(name), full)
+        return _master(reader, Part(name), full, lambda _, master: master)
 
     parameters = {name: read(name) for name in adapters.table}
     with _writing(target.path):
@@ -182,10 +189,10 @@ def _export_adapters(
     return adapters.model
 
 
-def _master(reader: StateReader, part: Part, weight: Tensor) -> Tensor:
-    """Return the fp32 master of a parameter, or of one expert of it; it must round to the weight."""
+def _master(reader: StateReader, part: Part, weight: Tensor, rounded: Callable[[Part, Tensor], Tensor]) -> Tensor:
+    """Return the fp32 master of a parameter, or of one expert of it; rounded it must be the weight."""
     master = reader.read_part(MASTER, part, tuple(weight.shape))
-    compare_with_master(reader, part.name, weight, master)
+    compare_with_master(reader, part.name, weight, rounded(part, master))
     return master
 
 

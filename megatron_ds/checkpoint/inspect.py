@@ -32,6 +32,15 @@ class TensorFileFacts:
 
 
 @dataclass(frozen=True)
+class PassedThroughFacts:
+    """Tensors that are not trained and pass through: their number and size, and dtype -> number of tensors."""
+
+    tensors: int
+    bytes: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """A model on disk.
 
@@ -39,8 +48,9 @@ class ModelFacts:
         model_type, architecture: as transformers names them.
         num_params: the number of parameters, tied ones counted once.
         num_active_params: the number of these that one token uses; fewer if there are experts.
-        dtypes: dtype as safetensors names it -> number of tensors.
+        dtypes: dtype as safetensors names it -> number of tensors, without those that pass through.
         files: the files of weights.
+        passed_through: the tensors that pass through; None = all are the model's own.
     """
 
     model_type: str
@@ -49,6 +59,7 @@ class ModelFacts:
     num_active_params: int
     dtypes: dict[str, int]
     files: tuple[TensorFileFacts, ...]
+    passed_through: PassedThroughFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -152,12 +163,20 @@ def inspect_model(path: Path) -> ModelFacts:
         tables = {file: read_table(file) for file in weights.files}
     except ConversionError as problem:
         raise CheckpointError(str(problem)) from problem
-    dtypes = Counter(stored.dtype for table in tables.values() for stored in table.values())
-    model = weights.model
+    model, passed = weights.model, frozenset(weights.model.passed_through)
+    dtypes = Counter(one.dtype for table in tables.values() for name, one in table.items() if name not in passed)
     files = tuple(TensorFileFacts(file.name, file.stat().st_size, len(table)) for file, table in tables.items())
     num_params = weights.num_params
     active = num_params - model.core.num_expert_params_idle
-    return ModelFacts(model.family.model_type, model.architecture, num_params, active, dict(dtypes), files)
+    others = _passed_through(weights) if passed else None
+    return ModelFacts(model.family.model_type, model.architecture, num_params, active, dict(dtypes), files, others)
+
+
+def _passed_through(weights: HFWeights) -> PassedThroughFacts:
+    names, source = weights.model.passed_through, weights.source
+    return PassedThroughFacts(
+        len(names), sum(source.tensor(name).nbytes for name in names), dict(Counter(map(source.dtype, names)))
+    )
 
 
 def inspect_adapters(path: Path) -> AdapterFacts:

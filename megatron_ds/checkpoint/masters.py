@@ -50,11 +50,12 @@ def check_masters(reader: StateReader, *, sampled: bool) -> None:
     parts = [weights.parts_of(name) for name in reader.progress.trained if reader.has(MASTER, name)]
     for part in _sample(reader, parts) if sampled else chain.from_iterable(parts):
         weight = weights.read(part)
-        compare_with_master(reader, part.name, weight, reader.read_part(MASTER, part, tuple(weight.shape)))
+        master = reader.read_part(MASTER, part, tuple(weight.shape))
+        compare_with_master(reader, part.name, weight, weights.rounded(part, master))
 
 
 def compare_with_master(reader: StateReader, name: str, weight: Tensor, master: Tensor) -> None:
-    """Compare a full parameter in a checkpoint with its master.
+    """Compare a full parameter in a checkpoint with its master, or with the master rounded as its tensors are.
 
     Raises:
         CheckpointError: the master does not round to it.
@@ -75,22 +76,24 @@ class _Weights(NamedTuple):
     Attributes:
         parts_of: native name -> its parts that are read one by one.
         read: such a part -> its full tensor.
+        rounded: such a part, and its master -> the master as its tensors hold it; see `HFWeights.rounded`.
     """
 
     parts_of: Callable[[str], list[Part]]
     read: Callable[[Part], Tensor]
+    rounded: Callable[[Part, Tensor], Tensor]
 
 
 def _open_weights(checkpoint: Path) -> _Weights | None:
     """Open the weights of a checkpoint; None for adapters whose base model is elsewhere."""
     if not (checkpoint / ADAPTER_CONFIG).is_file():
         weights = HFWeights(checkpoint, read_model(checkpoint))
-        return _Weights(lambda name: weights.model.table[name].parts, weights.part)
+        return _Weights(lambda name: weights.model.table[name].parts, weights.part, weights.rounded)
     base = named_base(checkpoint)
     if not isinstance(base, str) or not Path(base, "config.json").is_file():
         return None
     adapters = AdapterReader(checkpoint, read_adapters(checkpoint, HFWeights(base, read_model(base)).model, base))
-    return _Weights(lambda name: [Part(name)], lambda part: adapters.full(part.name))
+    return _Weights(lambda name: [Part(name)], lambda part: adapters.full(part.name), lambda part, master: master)
 
 
 def _sample(reader: StateReader, parts: list[list[Part]]) -> Iterator[Part]:

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,13 @@ import torch.distributed as dist
 from megatron_ds.checkpoint import directory as naming
 from megatron_ds.checkpoint.directory import PROGRESS, STATE
 from megatron_ds.checkpoint.files import FileRecord, TensorChunk, write_bytes, write_chunks
+from megatron_ds.checkpoint.passed_through import PASSED_THROUGH
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import RankFiles, plan_snapshot, take_snapshot
 from megatron_ds.checkpoint.snapshot_memory import HostMemory, copies_for
 from megatron_ds.checkpoint.state import differing_master, loss_scale, optimizer_shards
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
+from megatron_ds.checkpoint.wide_weights import WeightSource
 from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
@@ -49,6 +51,7 @@ class SaveOptions:
         protected: checkpoints that are never removed.
         model_path, tokenizer_path: the sources of generation settings and tokenizer files, read once.
         end_ids: the ids that the data teach as an end, which the generation settings list too.
+        source: the weights that the run began with.
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class SaveOptions:
     model_path: str | None = None
     tokenizer_path: str | None = None
     end_ids: tuple[int, ...] = ()
+    source: WeightSource = field(default_factory=WeightSource)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class Saver:
         inventory = engine.inventory()
         self.weights: ModelWriter | AdapterWriter
         if adapters is None:
-            self.weights = ModelWriter(engine, model, inventory, options.model_path, options.tokenizer_path)
+            paths = options.model_path, options.tokenizer_path
+            self.weights = ModelWriter(engine, model, inventory, options.source, *paths)
         else:
             self.weights = AdapterWriter(engine, adapters, inventory, options.tokenizer_path)
         # the threads' communication must not mix with that of training, and needs no accelerator
@@ -310,8 +315,13 @@ class _Writing:
         for name, content in small.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             files[name] = write_bytes(directory / name, content)
+        passed_through = self._saver.weights.passed_through
+        if passed_through is not None:
+            files[PASSED_THROUGH] = passed_through.put(directory)
         naming.write_manifest(directory, files)
         final = naming.put_in_place(self._folder, self._progress.step)
+        if passed_through is not None:
+            passed_through.now_in(final, files[PASSED_THROUGH])
         try:
             naming.remove_old(self._folder, options.keep, (*options.protected, final))
         except OSError as problem:  # the new one is complete: an old one that stays is no reason to stop

@@ -7,17 +7,20 @@ holds more than what it writes. Experts that are stored one by one are planned a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ds.checkpoint.files import TensorHeader
+from megatron_ds.checkpoint.passed_through import PASSED_THROUGH, PassedThrough
+from megatron_ds.checkpoint.wide_weights import WeightSource, WideWeights, live_dtypes
 from megatron_ds.engine import Engine
 from megatron_ds.engine.gathering import gather_part
 from megatron_ds.hf.config import HFModel
@@ -64,6 +67,7 @@ def plan_files(
     layout: Layout,
     max_file_bytes: int = MAX_FILE_BYTES,
     min_rank_bytes: int = MIN_RANK_BYTES,
+    wider: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> list[WeightFile]:
     """Assign tensors to files and files to ranks.
 
@@ -73,15 +77,18 @@ def plan_files(
         layout: sizes of the grid.
         max_file_bytes: upper bound on a file with more than one tensor.
         min_rank_bytes: the ranks of a stage divide its weights as long as each has so many bytes.
+        wider: Hugging Face name -> dtype, of tensors that are not written in that of their parameter.
     """
     planned, to_hf = [], ToHF(model)
     for stage, parameters in enumerate(inventory):
         dtypes = {name: dtype for name, _, dtype in parameters}
-        groups = [_Group.of(to_hf, parts, dtypes[parts[0].name]) for parts in _connected(model, dtypes)]
+        groups = [_Group.of(to_hf, parts, dtypes[parts[0].name], wider) for parts in _connected(model, dtypes)]
         planned += list(_divide(groups, _writers(stage, groups, layout, min_rank_bytes), max_file_bytes))
     count, files = len(planned), []
     for number, (rank, groups) in enumerate(planned, start=1):
-        file = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        file = (
+            SAFETENSORS if count == 1 and not model.passed_through else f"model-{number:05d}-of-{count:05d}.safetensors"
+        )
         parts = tuple(part for group in groups for part in group.parts)
         files.append(WeightFile(rank, file, parts, tuple(header for group in groups for header in group.headers)))
     names = {header.name for file in files for header in file.headers}
@@ -98,8 +105,9 @@ class _Group:
     headers: tuple[TensorHeader, ...]
 
     @classmethod
-    def of(cls, to_hf: ToHF, parts: Sequence[Part], dtype: torch.dtype) -> _Group:
-        return cls(tuple(parts), tuple(TensorHeader(name, dtype, shape) for name, shape in to_hf.order(parts)))
+    def of(cls, to_hf: ToHF, parts: Sequence[Part], dtype: torch.dtype, wider: Mapping[str, torch.dtype]) -> _Group:
+        order = to_hf.order(parts)
+        return cls(tuple(parts), tuple(TensorHeader(name, wider.get(name, dtype), shape) for name, shape in order))
 
     @cached_property
     def bytes(self) -> int:
@@ -152,16 +160,28 @@ class ModelWriter:
         engine: the live model.
         model: its Hugging Face names and config.
         inventory: see `plan_files`.
+        source: the weights that the run began with, and what is not trained of them.
         model_path, tokenizer_path: the sources of generation settings and tokenizer files.
     """
 
     def __init__(
-        self, engine: Engine, model: HFModel, inventory: Inventory, model_path: str | None, tokenizer_path: str | None
+        self,
+        engine: Engine,
+        model: HFModel,
+        inventory: Inventory,
+        source: WeightSource,
+        model_path: str | None,
+        tokenizer_path: str | None,
     ) -> None:
         self._engine, self._model = engine, model
         self._paths = model_path, tokenizer_path
         self._dtype = str(inventory[0][0][2]).removeprefix("torch.")
-        self._plan = plan_files(model, inventory, engine.grid.layout)
+        self._wide = WideWeights(engine, source, live_dtypes(inventory))
+        self._plan = plan_files(model, inventory, engine.grid.layout, wider=self._wide.dtypes)
+        self.passed_through: PassedThrough | None = None
+        if model.passed_through:
+            assert source.weights is not None, "its tensors are passed through from nowhere"
+            self.passed_through = PassedThrough(source.weights)
 
     def files(self) -> dict[str, Sequence[TensorHeader]]:
         """Return the files that this rank writes."""
@@ -169,11 +189,13 @@ class ModelWriter:
 
     def chunks(self, *, keeps_values: bool = False) -> Iterator[tuple[str, str, Tensor]]:
         """Yield the tensors of these files; see `gather_weights`. Collective over the ranks of a stage."""
-        return gather_weights(self._engine, self._model, self._plan, keeps_values=keeps_values)
+        return gather_weights(self._engine, self._model, self._plan, self._wide, keeps_values=keeps_values)
 
     def small_files(self) -> dict[str, bytes]:
         """Return path -> content of all other files."""
-        found, index = small_files(self._model, self._dtype, *self._paths), index_of(self._plan)
+        found = small_files(self._model, self._dtype, *self._paths)
+        others = self.passed_through.headers if self.passed_through is not None else ()
+        index = index_of(self._plan, others)
         return found if index is None else {**found, f"{SAFETENSORS}.index.json": json_text(index).encode()}
 
 
@@ -186,6 +208,8 @@ class AdapterWriter:
         inventory: for each pipeline stage the parameters that it is the first to hold.
         tokenizer_path: the source of the tokenizer files.
     """
+
+    passed_through: PassedThrough | None = None  # it is the base's
 
     def __init__(self, engine: Engine, adapters: Adapters, inventory: Inventory, tokenizer_path: str | None) -> None:
         self._engine, self._adapters, self._tokenizer_path = engine, adapters, tokenizer_path
@@ -217,20 +241,32 @@ class AdapterWriter:
         return adapter_files(self._adapters, self._tokenizer_path)
 
 
-def index_of(files: Sequence[WeightFile]) -> dict[str, Any] | None:
-    """Return the content of the index; None if there is one file."""
-    if len(files) == 1:
+def index_of(files: Sequence[WeightFile], passed_through: Sequence[TensorHeader] = ()) -> dict[str, Any] | None:
+    """Return the content of the index; None if there is one file.
+
+    Args:
+        files: from `plan_files`.
+        passed_through: the tensors of `passed_through.FILE`.
+    """
+    if len(files) == 1 and not passed_through:
         return None
-    headers = [header for file in files for header in file.headers]
+    places = [(header, file.file) for file in files for header in file.headers]
+    places += [(header, PASSED_THROUGH) for header in passed_through]
+    headers = [header for header, _ in places]
     metadata = {
         "total_parameters": sum(header.bytes // header.dtype.itemsize for header in headers),
         "total_size": sum(header.bytes for header in headers),
     }
-    return {"metadata": metadata, "weight_map": {header.name: file.file for file in files for header in file.headers}}
+    return {"metadata": metadata, "weight_map": {header.name: file for header, file in places}}
 
 
 def gather_weights(
-    engine: Engine, model: HFModel, files: Sequence[WeightFile], *, keeps_values: bool = False
+    engine: Engine,
+    model: HFModel,
+    files: Sequence[WeightFile],
+    wide: WideWeights | None = None,
+    *,
+    keeps_values: bool = False,
 ) -> Iterator[tuple[str, str, Tensor]]:
     """Yield (file, name, full tensor) of what this rank writes, in order. Collective over the ranks of a stage.
 
@@ -241,6 +277,7 @@ def gather_weights(
         engine: the live model.
         model: its Hugging Face names.
         files: from `plan_files`.
+        wide: the parameters that are written in a wider dtype; their masters are summed over the shard group.
         keeps_values: whether a tensor keeps its values, until training changes the weights. Otherwise it is valid until
             the next is asked for, and on a CPU memory is used again.
     """
@@ -251,16 +288,20 @@ def gather_weights(
         writer = grid.layout.coords(file.rank)
         if writer.pipeline != grid.coords.pipeline:
             continue
+        dtypes = {header.name: header.dtype for header in file.headers}
         for name, parts in groupby(file.parts, key=lambda part: part.name):
+            master = wide.masters[name](parameters[name]) if wide is not None and name in wide.masters else None
             with engine.gathered(parameters[name]):
                 spec = spec_of(parameters[name])
                 holders = grid.expert.ranks if spec.is_of_experts else same_replica
                 if file.rank not in holders:
                     continue
                 to = {EXPERT: holders.index(file.rank)} if spec.is_of_experts else writer
-                for _, expert in parts:
-                    full = gather_part(parameters[name].detach(), spec, grid.model_axes, expert, to)
+                shard = parameters[name].detach() if master is None else master
+                for part in parts:
+                    full = gather_part(shard, spec, grid.model_axes, part.expert, to)
                     if full is None or file.rank != grid.rank:
                         continue
-                    for hf_name, tensor in to_hf.add(name, full, expert):
-                        yield file.file, hf_name, tensor
+                    exact = wide.from_source(part) if wide is not None else None
+                    for hf_name, tensor in to_hf.add(name, full if exact is None else exact, part.expert):
+                        yield file.file, hf_name, tensor.to(dtypes[hf_name])

@@ -17,7 +17,14 @@ from megatron_ds.cli.table import Row, count, show_rows, size
 from megatron_ds.paths import expanded, expanded_text
 
 if TYPE_CHECKING:
-    from megatron_ds.checkpoint.inspect import AdapterFacts, CheckpointFacts, FolderFacts, ModelFacts, TensorFileFacts
+    from megatron_ds.checkpoint.inspect import (
+        AdapterFacts,
+        CheckpointFacts,
+        FolderFacts,
+        ModelFacts,
+        PassedThroughFacts,
+        TensorFileFacts,
+    )
     from megatron_ds.checkpoint.progress import Origin, Progress
 
 HELP = """Show the content of a checkpoint, a run's output, a Hugging Face directory or data.
@@ -148,6 +155,8 @@ def _checkpoint(facts: CheckpointFacts) -> Iterator[Row]:
     if facts.model is not None:
         yield ("model", _describe_model(facts.model))
         yield ("weights", _describe_files(facts.model.files))
+        if facts.model.passed_through is not None:
+            yield ("", _describe_passed_through(facts.model.passed_through))
     if facts.adapters is not None:
         yield ("adapters", _describe_adapters(facts.adapters))
         yield ("base", facts.adapters.base)
@@ -199,6 +208,10 @@ def _describe_model(model: ModelFacts) -> str:
     types = ", ".join(sorted(model.dtypes))
     active = f", {count(model.num_active_params)} active" if model.num_active_params < model.num_params else ""
     return f"{model.model_type} ({model.architecture}), {count(model.num_params)} parameters{active}, {types}"
+
+
+def _describe_passed_through(found: PassedThroughFacts) -> str:
+    return f"{found.tensors:,} of these tensors, {size(found.bytes)}, {', '.join(sorted(found.dtypes))}, pass through"
 
 
 def _describe_files(files: tuple[TensorFileFacts, ...]) -> str:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -349,10 +350,12 @@ class Engine(ABC):
         self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Yield tensors of the parameters' shapes and dtypes, such as gradients, as `full_parameters` does."""
-        for name, _, full in self._full_parts(of, names, ()):
+        for name, _, full in self._full_parts(of, names, (), {}):
             yield name, full
 
-    def full_parts(self, by_expert: Collection[str]) -> Iterator[tuple[str, int | None, Tensor | None]]:
+    def full_parts(
+        self, by_expert: Collection[str], masters: Mapping[str, Callable[[nn.Parameter], Tensor]] = MappingProxyType({})
+    ) -> Iterator[tuple[str, int | None, Tensor | None]]:
         """Yield the model's parameters as `full_parameters` does, but some of them one expert at a time.
 
         Then a rank holds one expert more than its shard. Collective over the world.
@@ -360,11 +363,17 @@ class Engine(ABC):
         Args:
             by_expert: parameters of experts that are yielded as (name, index of the expert, tensor without the dim of
                 the experts); of others the index is None.
+            masters: functions that return this rank's shard of a parameter in fp32, collective over shard; the
+                parameters under these names are yielded in fp32.
         """
-        return self._full_parts(lambda parameter: parameter.detach(), None, by_expert)
+        return self._full_parts(lambda parameter: parameter.detach(), None, by_expert, masters)
 
     def _full_parts(
-        self, of: Callable[[nn.Parameter], Tensor], names: Collection[str] | None, by_expert: Collection[str]
+        self,
+        of: Callable[[nn.Parameter], Tensor],
+        names: Collection[str] | None,
+        by_expert: Collection[str],
+        masters: Mapping[str, Callable[[nn.Parameter], Tensor]],
     ) -> Iterator[tuple[str, int | None, Tensor | None]]:
         grid = self.grid
         parameters = dict(self.local_parameters())
@@ -376,9 +385,11 @@ class Engine(ABC):
                 each = name in by_expert
                 experts: Sequence[int | None] = range(spec.shape[0]) if each else (None,)
                 shape = spec.shape[1:] if each else spec.shape
+                master = masters[name](parameters[name]) if name in masters and is_here else None
+                dtype = torch.float32 if name in masters else dtype
                 with self.gathered(parameters[name]) if is_here else nullcontext():
                     holds = is_here and grid.replica_of(spec).rank == 0
-                    shard = of(parameters[name]) if holds else None
+                    shard = None if not holds else of(parameters[name]) if master is None else master
                     for expert in experts:
                         full = None if shard is None else gather_part(shard, spec, grid.model_axes, expert)
                         if source != 0:

@@ -29,7 +29,7 @@ def rewrite(
         source: directory with config.json, weights and other files of the model.
         target: directory to write. An unchanged export there is replaced at the end; on failure it stays, and no other
             file is left.
-        dtype: of all weights, "float32", "bfloat16" or "float16"; None = unchanged.
+        dtype: of all weights, "float32", "bfloat16" or "float16"; None = each tensor has its own.
         max_shard_size: such as "5GB".
         overwrite: replace any other directory too, except the source, checkpoints and outputs of runs.
 
@@ -39,7 +39,8 @@ def rewrite(
     """
     place = conversion_target(source, target, overwrite)
     weights = HFWeights(source, read_model(source))
-    with exporting(place, weights.model, dtype, max_shard_size) as export:
+    dtypes = weights.dtypes if dtype is None else {}
+    with exporting(place, weights.model, dtype, max_shard_size, weights, dtypes) as export:
         for part, full in weights.parts():
             export.add(part.name, full, part.expert)
             del full  # free the mapped files before the next parameter is read

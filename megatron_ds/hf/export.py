@@ -6,9 +6,10 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.carried_files import copy_carried_files
 from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
+from megatron_ds.hf.family import Row
 from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.tokenizer_config import for_both_versions, merge_lists
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
+from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import get_logger
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -54,19 +57,30 @@ class DirectoryExport:
         model: the model to export.
         dtype: of all weights, "float32", "bfloat16" or "float16"; None = the dtype of each parameter.
         max_shard_size: such as "5GB".
+        source: reader of the directory that the model is from, whose tensors are passed through; None = it is from no
+            directory, and has no such tensors.
+        dtypes: Hugging Face name -> dtype, of tensors that `dtype` is not for.
     """
 
     def __init__(
-        self, target: str | Path | ExportTarget, model: HFModel, dtype: str | None, max_shard_size: str
+        self,
+        target: str | Path | ExportTarget,
+        model: HFModel,
+        dtype: str | None,
+        max_shard_size: str,
+        source: HFWeights | None = None,
+        dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> None:
         if dtype is not None and dtype not in EXPORT_DTYPES:
             raise ConversionError(f"dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
+        assert source is not None or not model.passed_through, "its tensors are passed through from nowhere"
         self.model, self.dtype = model, EXPORT_DTYPES[dtype] if dtype else None
+        self._source, self._dtypes = source, dtypes
         max_shard_bytes = parse_size(max_shard_size)
         self._target = ExportTarget.of(target)
         self.directory = self._target.begin()
-        names = (name for row in model.table.values() for name in row.names)
-        self._writer = ShardWriter(self.directory, max_shard_bytes, names)
+        names = [name for row in model.table.values() for name in (*row.names, *row.copies)]
+        self._writer = ShardWriter(self.directory, max_shard_bytes, [*names, *model.passed_through])
         self._to_hf = ToHF(model, reuse=True)
         self._added: Counter[str] = Counter()
         self._elements_of: Counter[torch.dtype] = Counter()
@@ -83,11 +97,19 @@ class DirectoryExport:
         parts = len(self.model.table[name].parts)
         self._added[name] += parts if expert is None else 1
         assert self._added[name] <= parts, f"{name} was added before"
-        dtype = None if self.model.table[name].keeps_dtype else self.dtype
-        full = check_fits(name, full.detach().to("cpu"), dtype or full.dtype)
-        self._elements_of[full.dtype] += full.numel()
+        row = self.model.table[name].of(expert)
+        full = full.detach().to("cpu")
+        wanted = {theirs: self._dtypes.get(theirs, self._dtype_of(row, full)) for theirs in row.names}
+        if len(set(wanted.values())) == 1:
+            full = check_fits(name, full, wanted[row.names[0]])
         for theirs, tensor in self._to_hf.add(name, full, expert):
-            self._writer.add(theirs, tensor)
+            cast = check_fits(name, tensor, wanted.get(theirs, wanted[row.names[0]]))
+            self._elements_of[cast.dtype] += cast.numel()
+            self._writer.add(theirs, cast)
+
+    def _dtype_of(self, row: Row, full: Tensor) -> torch.dtype:
+        """Return the dtype of the tensors of a parameter that have none of their own."""
+        return full.dtype if self.dtype is None or row.keeps_dtype else self.dtype
 
     def finish(
         self,
@@ -108,6 +130,9 @@ class DirectoryExport:
         """
         missing = [name for name, row in self.model.table.items() if self._added[name] < len(row.parts)]
         assert not missing, missing
+        if self._source is not None and self.model.passed_through:
+            for name, tensor in self._source.passed_through():
+                self._writer.add(name, tensor)
         self._writer.finish()
         dtype = str(self._elements_of.most_common(1)[0][0]).removeprefix("torch.")
         write_small_files(self.directory, self.model, dtype, model_path, tokenizer_path)
@@ -183,10 +208,15 @@ def _write_generation_config(directory: Path, model: HFModel, model_path: str | 
 
 @contextmanager
 def exporting(
-    target: str | Path | ExportTarget, model: HFModel, dtype: str | None, max_shard_size: str
+    target: str | Path | ExportTarget,
+    model: HFModel,
+    dtype: str | None,
+    max_shard_size: str,
+    source: HFWeights | None = None,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Iterator[DirectoryExport]:
     """Provide a `DirectoryExport`; its unfinished files are removed if the block fails."""
-    export = DirectoryExport(target, model, dtype, max_shard_size)
+    export = DirectoryExport(target, model, dtype, max_shard_size, source, dtypes)
     with removed_on_failure(export.directory):
         yield export
 

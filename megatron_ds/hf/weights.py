@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import reduce
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -166,6 +167,35 @@ class HFWeights:
         if self.model.core.tied and not model.core.tied and self._head is not None:
             other._on_disk = {**self._on_disk, model.table[HEAD].names[0]: self._embedding}
         return other
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name of each tensor of the table -> its dtype on disk, or that in which it is decoded."""
+        names = {name for row in self.model.table.values() for name in row.names}
+        return {name: DTYPE_OF_CODE[self._source.dtype(self._on_disk[name])] for name in names}
+
+    @property
+    def mixed_dtypes(self) -> dict[str, torch.dtype]:
+        """The same if the tensors have several dtypes; empty if all have the same."""
+        dtypes = self.dtypes
+        return dtypes if len(set(dtypes.values())) > 1 else {}
+
+    def rounded(self, part: Part, full: Tensor) -> Tensor:
+        """Round a full parameter, or one expert of it, to the dtypes that its tensors have on disk.
+
+        Returns:
+            the values in a dtype that holds those of all its tensors.
+        """
+        row, sizes = self.model.table[part.name].of(part.expert), self.model.axis_sizes
+        dtypes = [DTYPE_OF_CODE[self._source.dtype(self._on_disk[name])] for name in row.names]
+        widest = reduce(torch.promote_types, dtypes)
+        if len(set(dtypes)) == 1:
+            return full.to(widest)
+        found = full.to(widest, copy=True, memory_format=torch.contiguous_format)
+        for source, dtype in enumerate(dtypes):
+            slot = row.op.slot(source, found, sizes)
+            slot.copy_(slot.to(dtype))
+        return found
 
     @property
     def directory(self) -> Path:

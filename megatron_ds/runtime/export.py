@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ds.checkpoint.wide_weights import WeightSource, WideWeights, live_dtypes
 from megatron_ds.config import ExportSection
 from megatron_ds.dtypes import EXPORT_DTYPES, NAME_OF_PRECISION
 from megatron_ds.engine import Engine, MicroBatch
@@ -17,6 +18,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.end_tokens import add_end_ids
 from megatron_ds.hf.export import exporting
 from megatron_ds.hf.export_target import ExportKeptError, ExportTarget
+from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.reference import load_reference, predict
@@ -63,19 +65,23 @@ def export_live(
     by_expert = {name for name, row in model.hf.table.items() if len(row.parts) > 1}
     fits = fits_in(engine, section.dtype)
     dtype = section.dtype if fits else None
+    source = model.source if dtype is None and model.adapters is None else WeightSource()
+    wide = WideWeights(engine, source, live_dtypes(engine.inventory()))
     kept: ExportKeptError | None = None
     try:
         if model.adapters is not None:
             _export_adapters(engine, model, model.adapters, section, (dtype, precision), target, end_ids)
         elif engine.grid.rank == 0:
-            with exporting(target, model.hf, dtype, section.max_shard_size) as export:
-                for name, expert, full in engine.full_parts(by_expert):
+            size = section.max_shard_size
+            with exporting(target, model.hf, dtype, size, model.weights, wide.dtypes) as export:
+                for name, expert, full in engine.full_parts(by_expert, wide.masters):
                     assert full is not None, name
-                    export.add(name, full, expert)
+                    exact = wide.from_source(Part(name, expert))
+                    export.add(name, full if exact is None else exact, expert)
                 add_ends = partial(add_end_ids, end_ids=end_ids)
                 export.finish(model.section.path, model.section.tokenizer_path, add_ends)
         else:
-            for _ in engine.full_parts(by_expert):
+            for _ in engine.full_parts(by_expert, wide.masters):
                 pass
     except ExportKeptError as problem:
         kept = problem
@@ -114,9 +120,14 @@ def _export_adapters(
     if section.merge:
         assert model.weights is not None and base is not None
         of_run, size = dtype or NAME_OF_PRECISION[precision], section.max_shard_size
-        export_merged(target, model.weights, base, adapters, parameters, of_run, size, tokenizer, end_ids)
+        wider = _wider_than(of_run, model.weights.mixed_dtypes) if dtype is None else {}
+        export_merged(target, model.weights, base, adapters, parameters, of_run, size, tokenizer, end_ids, wider)
     else:
         export_adapters(target, adapters, parameters.items(), dtype, tokenizer)
+
+
+def _wider_than(dtype: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    return {name: one for name, one in dtypes.items() if one.itemsize > EXPORT_DTYPES[dtype].itemsize}
 
 
 def fits_in(engine: Engine, dtype: str | None) -> bool:

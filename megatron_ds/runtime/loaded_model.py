@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_ds.checkpoint.directory import resolve_checkpoint
+from megatron_ds.checkpoint.wide_weights import WeightSource
 from megatron_ds.config import ModelSection, build_section
 from megatron_ds.engine import ShardReader
 from megatron_ds.errors import ConfigError, ConversionError
@@ -67,6 +68,11 @@ class LoadedModel:
         paths = [Path(path) for path in (self.section.path, self.section.tokenizer) if path is not None]
         paths += [reader.directory for reader in (self.weights, self.adapter_weights) if reader is not None]
         return {f"{path}, which is read": path for path in paths}
+
+    @property
+    def source(self) -> WeightSource:
+        """The weights that are read, and what is not trained of them."""
+        return WeightSource(self.weights, self.frozen)
 
     @property
     def read_shard(self) -> ShardReader | None:

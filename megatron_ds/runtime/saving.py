@@ -43,6 +43,7 @@ def make_saver(
         model_path=model.section.path,
         tokenizer_path=model.section.tokenizer_path,
         end_ids=tuple(end_ids),
+        source=model.source,
     )
     layout = plan.layout
     origin = Origin(

@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
+from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, resolve_checkpoint
 from megatron_ds.config import (
     EngineConfig,
     RunConfig,
@@ -24,6 +24,7 @@ from megatron_ds.hf.export_mark import MARK
 from megatron_ds.hf.export_target import TRAINING_STATE, ExportTarget, covers
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.weight_files import parse_size
+from megatron_ds.log import log_once
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
 from megatron_ds.runtime.loaded_model import (
@@ -83,7 +84,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     """
     check_format(run.data, run.model.tokenizer_path)
     check_registered_names(run, resumes=checkpoint is not None)
-    run = _with_named_checkpoints(run)
+    run = _from_checkpoint_alone(_with_named_checkpoints(run), checkpoint)
     hf = read_model_section(run.model)
     plan = plan_engine(
         EngineConfig.of_run(run),
@@ -121,6 +122,27 @@ def _with_named_checkpoints(run: RunConfig) -> RunConfig:
     """Replace folders of checkpoints, or a run's output, by the latest checkpoint in them."""
     peft = str(resolve_checkpoint(run.peft)) if isinstance(run.peft, str) else run.peft
     return run.model_copy(update={"model": name_checkpoints(run.model), "peft": peft})
+
+
+def _from_checkpoint_alone(run: RunConfig, checkpoint: Path | None) -> RunConfig:
+    """Have a resumed run read everything from its checkpoint if `model.path` is gone; adapters need it, their base."""
+    path = run.model.path
+    if path is None or Path(path).exists() or run.peft is not None:
+        return run
+    found = checkpoint or _resumed_checkpoint(run)
+    if found is None:
+        return run
+    log_once(f"model.path={path} is gone; the model's config and other files are read from {found}")
+    return run.model_copy(update={"model": run.model.model_copy(update={"path": str(found)})})
+
+
+def _resumed_checkpoint(run: RunConfig) -> Path | None:
+    """Return the checkpoint that a run is going to resume if it is intact; None = it starts."""
+    if run.checkpoint.resume == "never":
+        return None
+    auto = run.checkpoint.resume == "auto"
+    found = checkpoints_in(checkpoint_folder(run.output)) if auto else [resolve_checkpoint(run.checkpoint.resume)]
+    return next((path for path in found if is_checkpoint(path)), None)
 
 
 def _check_saving(run: RunConfig, plan: EnginePlan) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.hf.end_tokens import add_end_ids
 from megatron_ds.hf.export import check_fits, copy_tokenizer, exporting
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
+from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.initial import InitialValues
@@ -76,6 +79,7 @@ def export_merged(
     max_shard_size: str,
     tokenizer_path: str | Path | None,
     end_ids: Sequence[int] = (),
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
     """Write the base model with merged adapters: W + s B A in fp32, rounded once; and the modules trained in full.
 
@@ -85,21 +89,23 @@ def export_merged(
         base_path: source of the generation settings.
         adapters: the adapters to merge.
         parameters: full parameters of the adapters, by native name.
-        dtype: of all weights; None = the dtype of each in the base on disk.
+        dtype: of all weights; None = each tensor has its own in the base on disk.
         max_shard_size: such as "5GB".
         tokenizer_path: source of the tokenizer; None = no tokenizer.
         end_ids: ids that were learned as an end; the generation settings list them.
+        dtypes: Hugging Face name -> dtype, of tensors that `dtype` is not for.
 
     Raises:
         ConversionError: a value does not fit into the dtype; see also `ExportTarget.put`.
     """
     own, initial = adapters.saved | adapters.replaced, InitialValues(adapters, base, seed=0)
-    reader, table = base.for_model(adapters.model), adapters.model.table
-    with exporting(target, adapters.model, dtype, max_shard_size) as export:
+    reader = base.for_model(adapters.model)
+    kept = dtypes if dtype is not None else reader.dtypes
+    with exporting(target, adapters.model, dtype, max_shard_size, reader, kept) as export:
         for name, full in chain(reader.each(without=own), ((name, parameters[name]) for name in sorted(own))):
-            stored = reader.tensor(table[name].names[0]).dtype
-            given = initial.full(name).to(stored) if initial.has(name) else full  # in peft it is rounded too
-            merged = adapters.merge(name, given, parameters)
-            export.add(name, merged if dtype is not None else check_fits(name, merged, stored))
-            del full, given, merged
+            given = full
+            if initial.has(name):
+                given = reader.rounded(Part(name), initial.full(name))  # in peft it is rounded too
+            export.add(name, adapters.merge(name, given, parameters))
+            del full, given
         export.finish(base_path, tokenizer_path, partial(add_end_ids, end_ids=end_ids))

@@ -96,9 +96,13 @@ def with_vocabulary(model: HFModel, vocab_size: int) -> HFModel:
     """Return the same model with another number of tokens."""
     if vocab_size == model.core.vocab_size:
         return model
-    config = deepcopy(model.config)
-    config.vocab_size = vocab_size
-    return HFModel(model.family, config, replace(model.core, vocab_size=vocab_size))
+    config, on_disk = deepcopy(model.config), deepcopy(dict(model.on_disk))
+    getattr(config, "text_config", config).vocab_size = vocab_size
+    for fields in (on_disk, on_disk.get("text_config")):
+        if isinstance(fields, dict) and fields.get("vocab_size") == model.core.vocab_size:
+            fields["vocab_size"] = vocab_size
+    core = replace(model.core, vocab_size=vocab_size)
+    return HFModel(model.family, config, core, on_disk=on_disk, passed_through=model.passed_through)
 
 
 def rows_of(natives: Iterable[str], model: HFModel, prefix: str) -> Iterator[Row]:
