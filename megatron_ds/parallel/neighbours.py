@@ -15,6 +15,7 @@ import mmap
 import os
 import select
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from megatron_ds.parallel.regions import NEIGHBOURS, annotated
 HALF_BYTES = 2**22
 """Bytes that a rank writes at a time. Its segment has two halves, used in turn."""
 ALIGNMENT = 64
+SPIN_S = 0.0005
+"""Seconds that a rank asks for another's byte before it sleeps. A sleeper may be woken on the other's core."""
 
 
 class Neighbours:
@@ -123,6 +126,9 @@ class Neighbours:
         for rank, pipe in self._from.items():
             poll = select.poll()
             poll.register(pipe, select.POLLIN)
+            asleep_s = time.perf_counter() + SPIN_S
+            while not poll.poll(0) and time.perf_counter() < asleep_s:
+                os.sched_yield()
             if not poll.poll(self.timeout_s * 1000):
                 raise TimeoutError(f"timed out waiting for rank {rank} of the axis, {self.timeout_s:g} s")
             if not os.read(pipe, 1):
