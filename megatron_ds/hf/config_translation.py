@@ -56,6 +56,11 @@ def quotient(config: Any, total: str, parts: str) -> int:
     return dividend // divisor
 
 
+def head_size(config: Any) -> int:
+    """Return the dims of a head: `head_dim` where a config has it, else the quotient of hidden size and heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def padding_id(config: Any) -> int | None:
     """Return `pad_token_id`, for families whose embedding gets no gradient at it; a negative id counts from the end.
 
@@ -68,6 +73,9 @@ def padding_id(config: Any) -> int | None:
     return given if given is None else given % size
 
 
+KINDS = ("full_attention", "sliding_attention")
+
+
 def layer_windows(layer_types: Sequence[str], sliding_window: int | None) -> tuple[int | None, ...]:
     """Translate `layer_types` into the number of last keys that a query sees in each layer; None = all.
 
@@ -75,10 +83,8 @@ def layer_windows(layer_types: Sequence[str], sliding_window: int | None) -> tup
         ConversionError: a kind of layer is not supported, or a sliding one has no window.
     """
     for layer, kind in enumerate(layer_types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ConversionError(
-                f"layer_types[{layer}]={kind!r} is not supported; supported: full_attention, sliding_attention"
-            )
+        if kind not in KINDS:
+            raise ConversionError(f"layer_types[{layer}]={kind!r} is not supported; supported: {', '.join(KINDS)}")
         if kind == "sliding_attention" and sliding_window is None:
             raise ConversionError(
                 f"layer_types[{layer}]={kind!r} needs sliding_window, and use_sliding_window=true where the family "
@@ -139,6 +145,47 @@ def rotary(
     if kind == "dynamic" and plain.dim == 2:
         raise ConversionError(f"{path}.rope_type={kind!r} needs more than 2 rotated dims a head; nearest: 4")
     return replace(scaled, scaling=kind)
+
+
+def every_rope(config: Any, *, partial: bool = False, **changes: Any) -> tuple[RotaryConfig, ...]:
+    """Translate `rope_parameters` into the same rotation of all layers.
+
+    Args:
+        config: transformers' config object.
+        partial: see `rotary`.
+        changes: other fields of `RotaryConfig`, such as `adjacent`.
+
+    Raises:
+        ConversionError: see `rotary`.
+    """
+    rope = rotary(config.rope_parameters, head_size(config), config.max_position_embeddings, partial=partial)
+    return (replace(rope, **changes),) * config.num_hidden_layers
+
+
+def ropes_by_kind(config: Any, **changes: Any) -> tuple[RotaryConfig, ...]:
+    """Translate `rope_parameters` that hold one mapping for each kind of layer into the rotation of each layer.
+
+    Args:
+        config: transformers' config object.
+        changes: other fields of `RotaryConfig`.
+
+    Raises:
+        ConversionError: see `rotary`.
+    """
+    extra = config.rope_parameters.keys() - set(KINDS)
+    if extra:
+        raise ConversionError(
+            f"rope_parameters.{min(extra)} is next to {' and '.join(KINDS)}; it must be in one of them"
+        )
+    ropes = {kind: replace(_rope_of(config, kind), **changes) for kind in set(config.layer_types)}
+    return tuple(ropes[kind] for kind in config.layer_types)
+
+
+def _rope_of(config: Any, kind: str) -> RotaryConfig:
+    parameters, path = config.rope_parameters[kind], f"rope_parameters.{kind}"
+    if not parameters.get("truncate", True):
+        raise ConversionError(f"{path}.truncate=False is not read by transformers here; supported: True")
+    return rotary(parameters, head_size(config), config.max_position_embeddings, path=path)
 
 
 def _check_rope_fields(parameters: Mapping[str, Any], kind: str, path: str) -> None:

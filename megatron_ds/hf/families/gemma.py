@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import layer_windows, rotary
+from megatron_ds.hf.config_translation import layer_windows, ropes_by_kind
 from megatron_ds.hf.families.llama import SHARED_FIELDS, decoder, family
 from megatron_ds.layers.norm import NormStyle
-from megatron_ds.layers.rotary import RotaryConfig
 from megatron_ds.models.gpt import DecoderConfig
 
-KINDS = ("full_attention", "sliding_attention")
 _FIELDS = SHARED_FIELDS | {
     "rms_norm_eps",
     "hidden_activation",
@@ -51,21 +48,7 @@ def _gemma2(config: Any) -> DecoderConfig:
 
 
 def _gemma3(config: Any) -> DecoderConfig:
-    ropes = {kind: _rope_of(config, kind) for kind in set(config.layer_types)}
-    return _decoder(config, qk_norm=_style(config), rotary=tuple(ropes[kind] for kind in config.layer_types))
-
-
-def _rope_of(config: Any, kind: str) -> RotaryConfig:
-    """Translate the rope of one kind of layer."""
-    extra = config.rope_parameters.keys() - set(KINDS)
-    if extra:
-        raise ConversionError(
-            f"rope_parameters.{min(extra)} is next to {' and '.join(KINDS)}; it must be in one of them"
-        )
-    parameters, path = config.rope_parameters[kind], f"rope_parameters.{kind}"
-    if not parameters.get("truncate", True):
-        raise ConversionError(f"{path}.truncate=False is not read by transformers here; supported: True")
-    return rotary(parameters, config.head_dim, config.max_position_embeddings, path=path)
+    return _decoder(config, qk_norm=_style(config), rotary=ropes_by_kind(config))
 
 
 GEMMA2 = family(

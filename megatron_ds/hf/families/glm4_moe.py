@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import layer_windows, rotary
+from megatron_ds.hf.config_translation import every_rope, layer_windows
 from megatron_ds.hf.families.experts import (
     AUX_LOSS,
     ROUTING,
@@ -68,12 +68,10 @@ def _grouped(config: Any) -> MoEConfig:
 
 
 def _glm4_moe(config: Any) -> DecoderConfig:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings, partial=True)
     dense = decoder(
         config,
         rms(config),
-        rotary=(rope,) * config.num_hidden_layers,
+        rotary=every_rope(config, partial=True),
         qkv_bias=config.attention_bias,
         qk_norm=rms(config) if config.use_qk_norm else None,
     )
@@ -88,8 +86,7 @@ def _dots1(config: Any) -> DecoderConfig:
 
 
 def _ernie(config: Any) -> DecoderConfig:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = replace(rotary(config.rope_parameters, head_dim, config.max_position_embeddings), adjacent=True, fp32=True)
+    ropes = every_rope(config, adjacent=True, fp32=True)
     first, last, step = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
     moe = MoEConfig(
         router=router(config, "moe_num_experts", "moe_k", choice_bias=True, least_sum=config.moe_norm_min, fp32=True),
@@ -100,7 +97,7 @@ def _ernie(config: Any) -> DecoderConfig:
         shared_ffn_size=config.moe_intermediate_size * config.moe_num_shared_experts,
         aux_loss=aux_loss(config),
     )
-    dense = decoder(config, rms(config), rotary=(rope,) * config.num_hidden_layers, attention_dropout=0.0)
+    dense = decoder(config, rms(config), rotary=ropes, attention_dropout=0.0)
     return with_experts(dense, moe)
 
 

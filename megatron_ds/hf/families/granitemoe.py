@@ -24,12 +24,13 @@ from megatron_ds.hf.families.llama import (
     biases,
     decoder,
     family,
+    fused_gated_rows,
     multipliers,
     outer_rows,
     rms,
 )
-from megatron_ds.hf.family import Family, Row, linear
-from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
+from megatron_ds.hf.family import Family, Row
+from megatron_ds.hf.tensor_mapping import copy
 from megatron_ds.models.gpt import DecoderConfig
 from megatron_ds.models.stack import MoEConfig
 
@@ -37,7 +38,6 @@ EXPERTS = f"{THEIRS}.block_sparse_moe"
 ON_DISK = ("router.layer.weight", "input_linear.weight", "output_linear.weight")
 IN_MEMORY = ("router.weight", "experts.gate_up_proj", "experts.down_proj")
 SHARED = f"{THEIRS}.shared_mlp"
-GATE_UP = "([u|u]) h"
 _FIELDS = RMS_FIELDS | ROUTING | AUX_LOSS | MULTIPLIERS | {"attention_bias", "num_local_experts"}
 
 
@@ -68,9 +68,7 @@ def rows(config: DecoderConfig, names: tuple[str, str, str] = ON_DISK) -> list[R
         *fused_rows(gate_up, down),
     ]
     if config.moe.shared_ffn_size:
-        pieces = FusedPiece(GATE_UP, 0), FusedPiece(GATE_UP, 1)
-        table.append(Row(f"{MLP}.shared.up.weight", (f"{SHARED}.input_linear.weight",) * 2, Op(pieces, "* u h"), "u"))
-        table += linear(f"{MLP}.shared.down", f"{SHARED}.output_linear", "h u", "u")
+        table += fused_gated_rows(f"{MLP}.shared", f"{SHARED}.input_linear", f"{SHARED}.output_linear", "u")
     return table
 
 

@@ -8,9 +8,16 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import activation, layer_windows, padding_id, quotient, rotary
+from megatron_ds.hf.config_translation import (
+    activation,
+    every_rope,
+    head_size,
+    layer_windows,
+    padding_id,
+    quotient,
+)
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
-from megatron_ds.hf.tensor_mapping import Op, copy
+from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.gpt import DecoderConfig
 
@@ -96,6 +103,20 @@ def gated_rows(native: str, theirs: str, width: str = "f", *, bias: bool = False
     return table + linear(f"{native}.down", down, f"h {width}", width, bias=bias)
 
 
+def fused_gated_rows(native: str, gate_up: str, down: str, width: str = "f") -> list[Row]:
+    """Return the rows of a gated feed-forward layer with one tensor of gates and ups, one block after the other.
+
+    Args:
+        native: name of the layer.
+        gate_up, down: names of the projections.
+        width: the axis of its inner features.
+    """
+    pattern = f"([{width}|{width}]) h"
+    op = Op((FusedPiece(pattern, 0), FusedPiece(pattern, 1)), f"* {width} h")
+    up = Row(f"{native}.up.weight", (f"{gate_up}.weight",) * 2, op, width)
+    return [up, *linear(f"{native}.down", down, f"h {width}", width)]
+
+
 def _plain_mlp(config: DecoderConfig) -> list[Row]:
     return [
         *linear(f"{NATIVE}.mlp.up", f"{THEIRS}.mlp.c_fc", "f h", "f", bias=config.mlp_bias),
@@ -135,14 +156,12 @@ def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **optio
         options: of `DecoderConfig`, from the family's other fields.
     """
     quotient(config, "num_attention_heads", "num_key_value_heads")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if "activation" not in options:
         options["activation"] = activation(act, getattr(config, act))
     if "attention_dropout" not in options:
         options["attention_dropout"] = config.attention_dropout or 0.0
     if "rotary" not in options:
-        rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings)
-        options["rotary"] = (rope,) * config.num_hidden_layers
+        options["rotary"] = every_rope(config)
     shared: dict[str, Any] = {
         "family": config.model_type,
         "vocab_size": config.vocab_size,
@@ -150,7 +169,7 @@ def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **optio
         "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
-        "head_dim": head_dim,
+        "head_dim": head_size(config),
         "ffn_size": config.intermediate_size,
         "norm": norm_style,
         "embedding_size": config.hidden_size,
