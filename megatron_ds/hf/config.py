@@ -28,6 +28,7 @@ from megatron_ds.hf.model_type import (
 from megatron_ds.hf.quantised import FIELDS as QUANTISED
 from megatron_ds.hf.quantised import Quantisation, find_quantisation
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.hf.special_floats import encode_floats
 from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.log import log_once
 from megatron_ds.models.config import ModelConfig
@@ -143,6 +144,7 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     raw = in_present_words(on_disk)
     family = find_family(raw, tensors)
     _check_class_names(family, raw.get("architectures"))  # first: another class may read other fields
+    raw = family.complete_fields(raw)
     unread = family.check_fields(raw)
     known = {name: value for name, value in raw.items() if name not in (*unread, *QUANTISED)}
     quantisation = find_quantisation(raw)
@@ -321,7 +323,7 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
         return _kept_config_json(model, dtype)
     common = PreTrainedConfig().to_dict()
     content = {
-        name: value
+        name: encode_floats(value)
         for name, value in model.config.to_dict().items()
         if name not in common or common[name] != value or name == "transformers_version"
     }
@@ -334,7 +336,8 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
         dtype=dtype,
         torch_dtype=dtype,
     )
-    return {**model.unread, **content, **_old_rope_fields(content), **model.family.config_overrides(model.core)}
+    old = {name: value for name, value in _old_rope_fields(content).items() if name in model.family.fields}
+    return {**model.unread, **content, **old, **model.family.config_overrides(model.core)}
 
 
 def _kept_config_json(model: HFModel, dtype: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.fields_read import fields_read
+from megatron_ds.hf.special_floats import decode_floats
 from megatron_ds.hf.spread_mapping import Mapped, Spread
 from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
 from megatron_ds.layers.norm import NormStyle
@@ -81,6 +82,10 @@ def _unchanged(config: Any, names: frozenset[str]) -> Any:
     return config
 
 
+def _as_given(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(raw)
+
+
 def _no_names(config: Any) -> tuple[str, ...]:
     return ()
 
@@ -116,9 +121,12 @@ class Family:
             model leaves out, such as those that predict further tokens.
         tied_by_bytes: the head is the embedding unless both are on disk and differ, whatever the config says.
         config_overrides: `ModelConfig` -> fields of config.json that have another meaning in this family.
+        complete_fields: fields of config.json -> the same fields, and those that its config class needs; it raises a
+            ConversionError for fields that the class misreads.
         other_rows: tables of other forms in which its weights are on disk; they are read like that of `rows`.
         load_options: `ModelConfig` -> options of transformers' `from_pretrained` that no config field replaces.
         same_as: the family that has the same tensors, if this one is another name of it.
+        always_named: every config.json of it names its `model_type`; it is not searched for by fields and tensors.
         passes_through: regular expressions of tensors of modules that are not trained here, such as a vision tower.
             They are never loaded to a device, and exports have them byte for byte; config.json is kept as it is.
         placeholder_ids: transformers' config object -> field of config.json -> id of a token that stands for something
@@ -141,9 +149,11 @@ class Family:
     further_modules: Callable[[Any], tuple[str, ...]] = _no_names
     tied_by_bytes: bool = False
     config_overrides: Callable[[Any], dict[str, Any]] = _no_options
+    complete_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_given
     other_rows: tuple[Callable[[Any], list[Row]], ...] = ()
     load_options: Callable[[Any], dict[str, Any]] = _no_options
     same_as: str | None = None
+    always_named: bool = False
     passes_through: tuple[str, ...] = ()
     placeholder_ids: Callable[[Any], Mapping[str, int]] = _no_ids
 
@@ -172,7 +182,7 @@ class Family:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.for_model(**{**deepcopy(dict(raw)), "model_type": self.model_type})
+            return AutoConfig.for_model(**{**decode_floats(deepcopy(dict(raw))), "model_type": self.model_type})
         except Exception as problem:  # transformers and huggingface_hub raise their own types, among them a KeyError
             reason = " ".join(str(problem.args[0] if problem.args else problem).split())
             raise ConversionError(f"transformers refuses it: {reason}") from problem

@@ -59,13 +59,25 @@ def _file_of(kind: type) -> Path | None:
 
 
 def _modeling_files(config_class: type, module: str, architecture: str) -> set[Path | None]:
-    """Return the files of the model's class. Those of transformers are next to the configuration and not imported."""
+    """Return the files of the model's class. Those of transformers are not imported: they are next to the
+    configuration, or, for another name of a family, where transformers finds the class.
+    """
     place = _file_of(config_class)
     if module != "transformers" or place is None:
         bases = getattr(import_module(module), architecture).__mro__
         return {_file_of(kind) for kind in bases if kind.__module__.partition(".")[0] not in ("builtins", "torch")}
     files = place.parent.glob("modeling_*.py")
-    return {file for file in files if f"class {architecture}(" in file.read_text(encoding="utf-8")} or {None}
+    own: set[Path | None] = {file for file in files if f"class {architecture}(" in file.read_text(encoding="utf-8")}
+    return own or {_file_of_class(architecture)}
+
+
+def _file_of_class(architecture: str) -> Path | None:
+    """Return the file of a class of transformers, by the module that it would import for the class."""
+    import transformers
+
+    module = getattr(transformers, "_class_to_module", {}).get(architecture)
+    file = Path(str(transformers.__file__)).parent.joinpath(*str(module).split(".")).with_suffix(".py")
+    return file if module is not None and file.is_file() else None
 
 
 def _tree(file: Path) -> ast.Module:

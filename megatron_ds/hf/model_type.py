@@ -21,6 +21,8 @@ OLD_CLASSES = {
     "RWForCausalLM": "FalconForCausalLM",
     "RWModel": "FalconModel",
     "T5WithLMHeadModel": "T5ForConditionalGeneration",
+    "InternLM3ForCausalLM": "LlamaForCausalLM",
+    "IQuestCoderForCausalLM": "LlamaForCausalLM",
 }
 
 
@@ -154,11 +156,13 @@ def _without_type(raw: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) 
     known = f"supported: {', '.join(FAMILIES.names)}"
     named = present_classes(raw.get("architectures"))
     if named:
-        found = [family for family in FAMILIES.values() if set(named) & set(class_names(family))]
+        having = [family for family in FAMILIES.values() if set(named) & set(class_names(family))]
+        found = [family for family in having if not family.always_named] or having
         rule = f"model_type is missing, and architectures={raw['architectures']!r} belongs to no supported family"
     else:
         on_disk = tensors()
-        found = [one for one in FAMILIES.values() if on_disk and not one.same_as and _fits(one, raw, on_disk)]
+        searched = [one for one in FAMILIES.values() if not (one.same_as or one.always_named)]
+        found = [one for one in searched if on_disk and _fits(one, raw, on_disk)]
         rule = "model_type is missing"
     if len(found) == 1:
         return found[0]
@@ -201,8 +205,8 @@ def _fits(family: Family, raw: Mapping[str, Any], tensors: Collection[str], *, s
         tensors: names on disk.
         strict: whether fields outside the family's rules do not fit even if its code does not read them.
     """
-    raw = {**raw, "model_type": family.model_type}
     try:
+        raw = family.complete_fields({**raw, "model_type": family.model_type})
         unread = family.check_fields(raw)
         if strict and unread:
             return False

@@ -144,6 +144,7 @@ def vision_language(
         placeholder_ids=partial(_placeholder_ids, placeholders),
         texts=by_type,
         flat=flat,
+        always_named=True,
     )
 
 

@@ -38,6 +38,9 @@ FOLDED: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "use_sliding_window": ({"sliding_window": 5, "max_window_layers": 1}, True, False),
     "max_window_layers": ({"sliding_window": 5, "use_sliding_window": True}, 1, 3),
     "no_rope_layer_interval": ({}, 2, 3),
+    "qkv_bias": ({}, True, False),
+    "bias": ({}, True, False),
+    "layers_block_type": ({}, ["attention"] * 4, ["mamba"] * 4),
     "n_embed": ({"hidden_size": 32}, 32, 64),
     "hidden_size": ({"n_embd": 32}, 32, 64),
     "num_hidden_layers": ({"n_layer": 4}, 4, 5),
@@ -51,11 +54,13 @@ FOLDED: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "attention_types": ({}, [[["global", "local"], 2]], [[["global"], 4]]),
 }
 
-# What the default configs of transformers lack to be models: numbers, or a head of which a half can be rotated.
+# What the default configs of transformers lack to be models of ours: numbers, a head of which a half can be rotated,
+# layers that are all attention.
 LACKING = {
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "glm4_moe": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "granitemoehybrid": {"layer_types": ["attention"] * 32, "num_local_experts": 0},
 }
 
 

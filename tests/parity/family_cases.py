@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.parity.case_fields import ALTERNATING, LAYERS, LLAMA, PLAIN_ROPE, SIX_HEADS, TOKENS, YARN_ROPE, cases_of
 from tests.parity.cases import LLAMA3_ROPE
+from tests.parity.llama_like_cases import LLAMA_LIKE_CASES
 from tests.parity.other_decoder_cases import OTHER_DECODER_CASES
 from tests.parity.vision_language_cases import VISION_LANGUAGE_CASES
 
@@ -470,6 +471,7 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     **GPT_CASES,
     **LLAMA_CASES,
     **LATER_CASES,
+    **LLAMA_LIKE_CASES,
     **OTHER_DECODER_CASES,
     **MOE_CASES,
     **VISION_LANGUAGE_CASES,

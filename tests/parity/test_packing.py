@@ -34,11 +34,14 @@ from tests.parity.packed import Rows, draw_rows, packed, unpacked
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone, run_grid
 
-# Each way that a position matters: rotation (scaled, partial, by length), tables, biases, windows, capped scores.
+# Each way that a position matters: rotation (scaled, partial, by length, in some layers), tables, biases, windows,
+# capped scores.
 CASES = (
+    "exaone4-every-fourth-full-two-kv-heads",
     *("llama", "gpt2", "mistral", "qwen3", "opt-before", "bloom-tied", "falcon-40b-alibi-one-group", "gemma2-caps"),
     *("gptj-partial", "phi3-longrope-beyond", "llama-dynamic-beyond"),
 )
+SWEPT = ("olmo3-yarn-two-kv-heads-bias", "granitemoehybrid-no-positions-tied", "glm4-half-two-kv-heads")
 PLACES = [Place(2, 1), Place(2, 1, sp=True), Place(1, 2), Place(2, 2, sp=True)]
 ROWS = draw_rows(8, seed=0)
 Run = tuple[float, dict[str, Tensor]]
@@ -103,7 +106,7 @@ def _alone(directory: Path) -> Run:
     return torch.load(directory / "reference.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.sweep) for case in SWEPT)])
 def test_packed_equals_transformers_one_by_one(case: str, models: Any) -> None:
     for place in (Place(1, 1), Place(2, 2, sp=True, recompute="full")):
         loss, gradients = _errors(_run(models(case), place, packed(ROWS)), _alone(models(case)))

@@ -1,4 +1,4 @@
-"""Gemma 2 and the text model of Gemma 3: norms on both sides, soft caps, windows in some layers, a scaled embedding."""
+"""Gemma, VaultGemma, Gemma 2 and the text of Gemma 3: soft caps, windows in some layers, a scaled embedding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import layer_windows, ropes_by_kind
-from megatron_ds.hf.families.llama import SHARED_FIELDS, decoder, family
+from megatron_ds.hf.families.llama import RMS_FIELDS, SHARED_FIELDS, biases, decoder, family, rows
+from megatron_ds.hf.families.llama_like import later_family
+from megatron_ds.hf.family import renamed
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.gpt import DecoderConfig
 
@@ -22,16 +24,23 @@ _FIELDS = SHARED_FIELDS | {
 _EQUAL: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (False, None)}
 
 
-def _decoder(config: Any, **options: Any) -> DecoderConfig:
+def _gemma(config: Any, act: str = "hidden_act", **options: Any) -> DecoderConfig:
     return decoder(
         config,
         _style(config),
-        act="hidden_activation",
+        act=act,
         embedding_multiplier=config.hidden_size**0.5,
         embedding_multiplier_in_dtype=True,
-        norm_place="both",
-        qkv_bias=config.attention_bias,
-        attention_out_bias=config.attention_bias,
+        **biases(config),
+        **options,
+    )
+
+
+def _decoder(config: Any, norm_place: str = "both", **options: Any) -> DecoderConfig:
+    return _gemma(
+        config,
+        "hidden_activation",
+        norm_place=norm_place,
         attention_scale=config.query_pre_attn_scalar**-0.5,
         windows=layer_windows(config.layer_types, config.sliding_window),
         logit_softcap=config.final_logit_softcapping,
@@ -43,6 +52,10 @@ def _style(config: Any) -> NormStyle:
     return NormStyle("rms", config.rms_norm_eps, one_plus=True, fp32_weight=True)
 
 
+def _vaultgemma(config: Any) -> DecoderConfig:
+    return _decoder(config, "input", attention_softcap=config.attn_logit_softcapping)
+
+
 def _gemma2(config: Any) -> DecoderConfig:
     return _decoder(config, attention_softcap=config.attn_logit_softcapping)
 
@@ -51,6 +64,20 @@ def _gemma3(config: Any) -> DecoderConfig:
     return _decoder(config, qk_norm=_style(config), rotary=ropes_by_kind(config))
 
 
+GEMMA = later_family(
+    "gemma",
+    "GemmaForCausalLM",
+    _gemma,
+    # hidden_activation is not read by transformers 5; transformers 4 preferred it to hidden_act
+    FieldRules(RMS_FIELDS | {"attention_bias"}, equal=_EQUAL | {"hidden_activation": ("gelu_pytorch_tanh", None)}),
+)
+VAULTGEMMA = later_family(
+    "vaultgemma",
+    "VaultGemmaForCausalLM",
+    _vaultgemma,
+    FieldRules(_FIELDS | {"attn_logit_softcapping"}),
+    renamed(rows, {"post_attention_layernorm": "pre_feedforward_layernorm"}),
+)
 GEMMA2 = family(
     "gemma2",
     "Gemma2ForCausalLM",
@@ -74,4 +101,4 @@ GEMMA3_TEXT = family(
     ),
 )
 
-FAMILIES = (GEMMA2, GEMMA3_TEXT)
+FAMILIES = (GEMMA, VAULTGEMMA, GEMMA2, GEMMA3_TEXT)

@@ -160,6 +160,8 @@ def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **optio
         options["activation"] = activation(act, getattr(config, act))
     if "attention_dropout" not in options:
         options["attention_dropout"] = config.attention_dropout or 0.0
+    if "ffn_size" not in options:
+        options["ffn_size"] = config.intermediate_size
     if "rotary" not in options:
         options["rotary"] = every_rope(config)
     shared: dict[str, Any] = {
@@ -170,7 +172,6 @@ def decoder(config: Any, norm_style: NormStyle, act: str = "hidden_act", **optio
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": head_size(config),
-        "ffn_size": config.intermediate_size,
         "norm": norm_style,
         "embedding_size": config.hidden_size,
         "padding_id": padding_id(config),
