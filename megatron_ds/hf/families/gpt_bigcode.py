@@ -76,6 +76,7 @@ GPT_BIGCODE = Family(
     translate=translate,
     rows=rows,
     ignored=(r"^(transformer\.)?(h\.\d+\.attn\.)?(masked_)?bias$",),
+    always_named=True,
 )
 
 FAMILIES = (GPT_BIGCODE,)

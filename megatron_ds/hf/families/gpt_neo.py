@@ -19,7 +19,7 @@ _DROPOUTS = ("resid_dropout", "embed_dropout", "attention_dropout")
 FIELDS = FieldRules(
     mapped=frozenset({*_SIZES, *_ATTENTION, *_DROPOUTS, "activation_function", "layer_norm_epsilon"})
     | {"initializer_range", "tie_word_embeddings"},
-    training=gpt2.FIELDS.training | {"classifier_dropout"},
+    training=gpt2.FIELDS.training,
     cosmetic=gpt2.FIELDS.cosmetic - {"n_ctx", "predict_special_tokens"},
 )
 
