@@ -258,6 +258,8 @@ PHI3_ELSEWHERE = ("rope_type", "rope_theta", "partial_rotary_factor", "original_
 OLD_ROPE_FIELDS = {
     "rope_theta": ("full_attention", "rope_theta"),
     "rope_local_base_freq": ("sliding_attention", "rope_theta"),
+    "global_rope_theta": ("full_attention", "rope_theta"),
+    "local_rope_theta": ("sliding_attention", "rope_theta"),
     "rotary_emb_base": ("full_attention", "rope_theta"),
     "rotary_pct": ("full_attention", "partial_rotary_factor"),
     "partial_rotary_factor": ("full_attention", "partial_rotary_factor"),
@@ -336,8 +338,10 @@ def config_json(model: HFModel, dtype: str) -> dict[str, Any]:
         dtype=dtype,
         torch_dtype=dtype,
     )
-    old = {name: value for name, value in _old_rope_fields(content).items() if name in model.family.fields}
-    return {**model.unread, **content, **old, **model.family.config_overrides(model.core)}
+    family = model.family
+    old = _old_rope_fields(content, family.old_rope_names)
+    known = {name: value for name, value in old.items() if name in family.fields}
+    return {**model.unread, **content, **known, **family.config_overrides(model.core)}
 
 
 def _kept_config_json(model: HFModel, dtype: str) -> dict[str, Any]:
@@ -359,21 +363,24 @@ def _kept_config_json(model: HFModel, dtype: str) -> dict[str, Any]:
     return content
 
 
-def _old_rope_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that transformers 4 reads instead of `rope_parameters`, by the names of its config class."""
+def _old_rope_fields(content: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the fields that transformers 4 reads instead of `rope_parameters`, by the names of its config class.
+
+    Args:
+        content: of config.json.
+        names: see `Family.old_rope_names`.
+    """
     parameters = content.get("rope_parameters")
     if not parameters:
         return {}
     rope = parameters.get("full_attention", parameters)
-    old: dict[str, Any] = {"rope_scaling": _old_scaling(rope, content)}
-    if content["model_type"] == "gpt_neox":
-        return {**old, "rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
-    old["rope_theta"] = rope["rope_theta"]
+    old: dict[str, Any] = {"rope_scaling": _old_scaling(rope, content), "rope_theta": rope["rope_theta"]}
     if "sliding_attention" in parameters:
         old["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
     if "partial_rotary_factor" in rope:
         old["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return old
+    present = {name: names.get(name, name) for name in old}
+    return {present[name] or "": value for name, value in old.items() if present[name] is not None}
 
 
 def _old_scaling(rope: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -26,6 +26,9 @@ ACTIVATION_NAMES = {
 }
 
 
+KINDS = ("full_attention", "sliding_attention")  # of layers
+
+
 def activation(field_name: str, value: str) -> str:
     """Return the name in `layers.mlp.ACTIVATIONS` of a Hugging Face activation.
 

@@ -125,6 +125,8 @@ class Family:
             ConversionError for fields that the class misreads.
         other_rows: tables of other forms in which its weights are on disk; they are read like that of `rows`.
         load_options: `ModelConfig` -> options of transformers' `from_pretrained` that no config field replaces.
+        old_rope_names: name of a rope field of transformers 4 -> the name that it has in this family; None = it has no
+            such field.
         same_as: the family that has the same tensors, if this one is another name of it.
         always_named: every config.json of it names its `model_type`; it is not searched for by fields and tensors.
         passes_through: regular expressions of tensors of modules that are not trained here, such as a vision tower.
@@ -152,6 +154,7 @@ class Family:
     complete_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_given
     other_rows: tuple[Callable[[Any], list[Row]], ...] = ()
     load_options: Callable[[Any], dict[str, Any]] = _no_options
+    old_rope_names: Mapping[str, str | None] = field(default_factory=dict)
     same_as: str | None = None
     always_named: bool = False
     passes_through: tuple[str, ...] = ()
@@ -197,7 +200,7 @@ class Family:
         table = {}
         for row in self.rows(config):
             stack, dot, _ = row.native.partition(f".{LAYER}")
-            layers = range(config.stacks[stack].num_layers if dot else 1)
+            layers = range(config.stacks[stack].num_stored_blocks if dot else 1)
             for layer in layers if row.layers is None else row.layers:
                 one = row.at(layer)
                 table[one.native] = one
@@ -273,6 +276,22 @@ def separate_qkv(native: str, q: str, k: str, v: str, *, bias: bool) -> list[Row
         q_op, kv_op = copy(f"(n d){inputs}"), Op((f"(k d){inputs}",) * 2, f"(k * d){inputs}")
         rows.append(Row(f"{native}.q_{part}", (f"{q}.{part}",), q_op, "n"))
         rows.append(Row(f"{native}.kv_{part}", (f"{k}.{part}", f"{v}.{part}"), kv_op, "k"))
+    return rows
+
+
+def fused_gated(native: str, theirs: str, width: str = "f", *, bias: bool = False) -> list[Row]:
+    """Return the rows of a gate and an up projection that are one fused projection, the gate first.
+
+    Args:
+        native, theirs: names without `.weight` or `.bias`.
+        width: the axis of its inner features.
+        bias: whether there is a bias.
+    """
+    rows = []
+    for part, inputs in (("weight", " h"), ("bias", "")) if bias else (("weight", " h"),):
+        pattern = f"([{width}|{width}]){inputs}"
+        op = Op((FusedPiece(pattern, 0), FusedPiece(pattern, 1)), f"* {width}{inputs}")
+        rows.append(Row(f"{native}.{part}", (f"{theirs}.{part}",) * 2, op, width))
     return rows
 
 

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 from megatron_ds.hf.families import (
+    albert,
     apertus,
     bert,
     bloom,
     cohere,
+    distilbert,
+    electra,
+    eurobert,
     falcon,
     gemma,
     glm,
@@ -27,7 +31,9 @@ from megatron_ds.hf.families import (
     llama_like,
     ministral3,
     mixtral,
+    modernbert,
     nemotron,
+    nomic_bert,
     opt,
     phi,
     phi3,
@@ -72,6 +78,12 @@ MODULES = (
     gpt_oss,
     # encoders, and encoders with decoders
     bert,
+    distilbert,
+    electra,
+    albert,
+    modernbert,
+    eurobert,
+    nomic_bert,
     t5,
     # models of text and images
     vision_language,

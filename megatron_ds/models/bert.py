@@ -152,9 +152,11 @@ class EncoderConfig(StackConfig, ModelConfig):
         that is longer than the windows and stretched positions."""
         longest = self.positions.max_positions if self.positions is not None else MOST_TOKENS
         length = fitting_length(min(RANDOM_LENGTH, longest), multiple_of, longest)
+        narrowest = min((window for window in self.windows if window is not None), default=length)
         columns = {
             "input_ids": random_ids(self.vocab_size, ROWS, length),
-            "attention_mask": right_padded(ROWS, length),
+            # transformers lets padding that sees no token attend to everything, and here it attends to nothing
+            "attention_mask": right_padded(ROWS, length, narrowest - 1),
         }
         if self.padding_id is not None:
             columns["input_ids"].masked_fill_(~columns["attention_mask"], self.padding_id)

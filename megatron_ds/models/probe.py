@@ -82,9 +82,11 @@ def random_ids(vocab_size: int, batch: int, length: int, seed: int = 0) -> Tenso
     return torch.randint(0, vocab_size, (batch, length), generator=seeded(length + seed))
 
 
-def right_padded(batch: int, length: int) -> Tensor:
-    """(B, S) bool, true where a token is: the first row is full, each next one shorter by a quarter and a token."""
-    lengths = torch.tensor([max(1, length - row * (length // 4 + 1)) for row in range(batch)])
+def right_padded(batch: int, length: int, most: int | None = None) -> Tensor:
+    """(B, S) bool, true where a token is: the first row is full, each next one shorter by a quarter and a token, or by
+    the `most` padding that a row may have."""
+    most = length - 1 if most is None else min(most, length - 1)
+    lengths = torch.tensor([length - min(most, row * (length // 4 + 1)) for row in range(batch)])
     return torch.arange(length) < lengths[:, None]
 
 

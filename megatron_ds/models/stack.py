@@ -244,6 +244,11 @@ class StackConfig:
         return not (by_layer or self.moe is not None or not self.first_norm)
 
     @property
+    def num_stored_blocks(self) -> int:
+        """Number of blocks with parameters of their own."""
+        return 1 if self.shared_blocks else self.num_layers
+
+    @property
     def repeated_cost(self) -> float:
         """Multiplications per position of projections by weights that an earlier block has multiplied with already."""
         return sum(map(self.block_cost, range(1, self.num_layers))) if self.shared_blocks else 0.0

@@ -65,28 +65,33 @@ def hidden_states(reference: nn.Module, model: HFModel) -> Iterator[dict[str, Te
     """Record hidden states: a dict of the (B, S, H) input of each stack's first block and the output of every block."""
     states: dict[str, Tensor] = {}
 
-    def before(name: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states[name] = args[0] if args else kwargs["hidden_states"]
-
-        return keep
-
-    def after(name: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states[name] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
     handles: list[Any] = []
     for prefix, path in blocks_paths(model):
+        before, after = _recorders(states, prefix, model.core.stacks[prefix].num_layers)
         blocks: Any = reference.get_submodule(path)
-        handles.append(blocks[0].register_forward_pre_hook(before(entry_of(prefix)), with_kwargs=True))
-        handles += [block.register_forward_hook(after(f"{prefix}.{layer}")) for layer, block in enumerate(blocks)]
+        handles.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+        handles += [block.register_forward_hook(after) for block in blocks]
     try:
         yield states
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _recorders(states: dict[str, Tensor], prefix: str, num_layers: int) -> tuple[Any, Any]:
+    """Return hooks before the first block and after each block of a stack. One module may run as several blocks."""
+    calls = 0
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if calls % num_layers == 0:
+            states[entry_of(prefix)] = args[0] if args else kwargs["hidden_states"]
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal calls
+        states[f"{prefix}.{calls % num_layers}"] = output[0] if isinstance(output, tuple) else output
+        calls += 1
+
+    return before, after
 
 
 @contextmanager

@@ -61,14 +61,18 @@ def _encoder(core: EncoderConfig, padded: bool) -> Batch:
         columns["input_ids"].masked_fill_(~mask, core.padding_id or 0)
     if padded and core.num_token_types > 1:
         columns["token_type_ids"] = torch.randint(0, core.num_token_types, (BATCH, SEQ), generator=generator)
+    compared = mask if padded and any(core.windows) else None  # padding may see no token, in a window
     if not core.masked_lm:
         labels = {"hidden_direction": torch.randn(BATCH, SEQ, core.hidden_size, generator=generator)}
-        labels["pooled_direction"] = torch.randn(BATCH, core.hidden_size, generator=generator)
-        return Batch(columns, labels)
+        if compared is not None:
+            labels["hidden_direction"] *= compared[..., None]
+        if core.pooler:
+            labels["pooled_direction"] = torch.randn(BATCH, core.hidden_size, generator=generator)
+        return Batch(columns, labels, compared)
     labels = {"targets": _uneven(SEQ).masked_fill(~mask, -100)}
     if core.next_sentence:
         labels["next_sentence_label"] = torch.tensor([1, 0, -100])
-    return Batch(columns, labels)
+    return Batch(columns, labels, compared)
 
 
 def _encoder_decoder(core: EncoderDecoderConfig, padded: bool) -> Batch:

@@ -21,6 +21,50 @@ _BERT = {
     "pad_token_id": 0,
 }
 _ROBERTA = {**_BERT, "max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1}
+_MODERNBERT = {
+    **_TOKENS,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "local_attention": 8,
+    "global_attn_every_n_layers": 3,
+    "pad_token_id": 0,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+_DISTILBERT = {
+    "vocab_size": VOCAB,
+    "dim": 32,
+    "hidden_dim": 64,
+    "n_layers": 4,
+    "n_heads": 8,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "pad_token_id": 0,
+}
+_EUROBERT = {
+    **_TOKENS,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 2,
+}
+_KINDS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+_ROPES = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 2e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "sliding_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0},
+}
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": 32,
@@ -62,6 +106,84 @@ ENCODER_CASES: dict[str, dict[str, Any]] = {
             "masked-relu": {"hidden_act": "relu", "pad_token_id": 3, "max_position_embeddings": 68},
             "two-types": {"type_vocab_size": 2, "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"},
             "base": {"architectures": ["RobertaModel"]},
+        },
+    ),
+    **_of(
+        "modernbert",
+        _MODERNBERT,
+        {
+            "masked": {},
+            "biases": {
+                **dict.fromkeys(["norm_bias", "attention_bias", "mlp_bias", "classifier_bias"], True),
+                "local_attention": 7,
+                "hidden_activation": "gelu_new",
+                "pad_token_id": 3,
+            },
+            "untied-ropes": {
+                "tie_word_embeddings": False,
+                "decoder_bias": False,
+                "classifier_activation": "silu",
+                "layer_types": _KINDS,
+                "global_attn_every_n_layers": None,
+                "rope_parameters": _ROPES,
+                "local_attention": 31,
+            },
+            "base": {"architectures": ["ModernBertModel"], "norm_bias": True, "norm_eps": 1e-3},
+        },
+    ),
+    **_of(
+        "distilbert",
+        _DISTILBERT,
+        {
+            "masked": {},
+            "relu": {"activation": "relu", "pad_token_id": 5, "sinusoidal_pos_embds": True},
+            "base": {"architectures": ["DistilBertModel"], "hidden_dim": 48, "pad_token_id": None},
+        },
+    ),
+    **_of(
+        "electra",
+        {**_BERT, "embedding_size": 16},
+        {
+            "generator": {},
+            "wide-relu": {"embedding_size": 48, "hidden_act": "relu", "type_vocab_size": 3, "pad_token_id": 4},
+            "base-one-width": {"architectures": ["ElectraModel"], "embedding_size": 32, "layer_norm_eps": 1e-3},
+        },
+    ),
+    **_of(
+        "albert",
+        {**_BERT, "embedding_size": 16},
+        {
+            "masked": {},
+            "one-width-relu": {"embedding_size": 32, "hidden_act": "relu", "type_vocab_size": 3, "pad_token_id": 4},
+            "base": {"architectures": ["AlbertModel"], "embedding_size": 12, "layer_norm_eps": 1e-3},
+        },
+    ),
+    **_of(
+        "eurobert",
+        _EUROBERT,
+        {
+            "untied": {"rope_parameters": {"rope_type": "default", "rope_theta": 250.0}},
+            "biases-tied-one-kv-head": {
+                "attention_bias": True,
+                "mlp_bias": True,
+                "tie_word_embeddings": True,
+                "num_key_value_heads": 1,
+            },
+            "base-two-kv-heads": {
+                "architectures": ["EuroBertModel"],
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "hidden_act": "gelu",
+            },
+        },
+    ),
+    **_of(
+        "nomic_bert",
+        _BERT,
+        {
+            "masked": {},
+            "head-dim": {"head_dim": 8, "hidden_act": "gelu", "type_vocab_size": 3, "pad_token_id": 5},
+            "base-one-type": {"architectures": ["NomicBertModel"], "type_vocab_size": 1, "layer_norm_eps": 1e-3},
         },
     ),
     **_of(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from megatron_ds.layers.moe.shape import RouterShape
 from megatron_ds.layers.relative_bias import RelativeBias
 from megatron_ds.layers.rotary import RotaryConfig
@@ -55,6 +57,8 @@ def without_each_option(core: ModelConfig, batch: Batch) -> dict[str, Variant]:
     found = {name: Variant(changed, batch) for name, changed in configs.items()}
     if isinstance(core, EncoderDecoderConfig):
         found.update(_without_distances(core, batch))
+    if isinstance(core, EncoderConfig) and not core.first_norm:
+        found["no norm before the first block"] = Variant(core, batch, _norm_before_the_first_block)
     if not isinstance(core, DecoderConfig):
         found.update({name: Variant(core, batch.without(name)) for name in batch.columns if name.endswith(EXTRA)})
     return found
@@ -127,12 +131,47 @@ def _other_routers(router: RouterShape) -> dict[str, RouterShape]:
 
 
 def _without_encoder_options(config: EncoderConfig) -> dict[str, EncoderConfig]:
-    changed = {"norm after the sum": replace(config, norm_place="output")}
+    changed = {
+        option: replace(config, **{option: without})
+        for option, without in WITHOUT.items()
+        if getattr(config, option) != without
+    }
+    if config.norm_place == "sum":
+        changed["norm after the sum"] = replace(config, norm_place="output")
+    if any(config.windows):
+        wider = tuple(window and window + 1 for window in config.windows)
+        changed["width of windows"] = replace(config, windows=wider)
+        changed["keys after the query"] = replace(config, causal=True)
+    ropes = set(config.rotary)
+    if len(ropes) == 2:
+        other = dict(zip(ropes, reversed(list(ropes))))
+        changed["rotation by kind of layer"] = replace(config, rotary=tuple(other[rope] for rope in config.rotary))
+    if config.embedding_size == config.hidden_size:
+        narrow = {"projection of the embedding": {"embedding_projection": False}}
+        if config.masked_lm:
+            narrow["transformation in the head"] = {"head_activation": None}  # type: ignore[dict-item]
+        for name, options in narrow.items():
+            if any(getattr(config, option) != value for option, value in options.items()):
+                changed[name] = replace(config, **options)  # type: ignore[arg-type]
     if config.positions is not None and config.positions.skipped_id is not None:
         changed["padding's position"] = replace(config, positions=replace(config.positions, skipped_id=None))
     if config.masked_lm and config.head_activation is not None:
         changed["activation of the head"] = replace(config, head_activation=_another(config.head_activation))
     return changed
+
+
+WITHOUT: dict[str, Any] = {  # of encoders alone; the parameters are gone
+    "embedding_norm": False,
+    "final_norm": False,
+    "positions": None,
+    "num_token_types": 0,
+}
+
+
+def _norm_before_the_first_block(model: SequentialModel) -> None:
+    block = model.get_submodule("blocks.0")
+    size = block.config.hidden_size  # type: ignore[union-attr]
+    block.attention_norm = torch.nn.LayerNorm(size, elementwise_affine=False)  # type: ignore[arg-type]
 
 
 def _without_distances(core: EncoderDecoderConfig, batch: Batch) -> dict[str, Variant]:

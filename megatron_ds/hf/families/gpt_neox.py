@@ -94,6 +94,7 @@ GPT_NEOX = Family(
     translate=translate,
     rows=rows,
     ignored=(r"^(gpt_neox\.)?layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",),
+    old_rope_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
 )
 
 FAMILIES = (GPT_NEOX,)

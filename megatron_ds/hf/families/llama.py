@@ -16,8 +16,8 @@ from megatron_ds.hf.config_translation import (
     padding_id,
     quotient,
 )
-from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, linear, norm, separate_qkv
-from megatron_ds.hf.tensor_mapping import FusedPiece, Op, copy
+from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_gated, linear, norm, separate_qkv
+from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.gpt import DecoderConfig
 
@@ -111,10 +111,7 @@ def fused_gated_rows(native: str, gate_up: str, down: str, width: str = "f") -> 
         gate_up, down: names of the projections.
         width: the axis of its inner features.
     """
-    pattern = f"([{width}|{width}]) h"
-    op = Op((FusedPiece(pattern, 0), FusedPiece(pattern, 1)), f"* {width} h")
-    up = Row(f"{native}.up.weight", (f"{gate_up}.weight",) * 2, op, width)
-    return [up, *linear(f"{native}.down", down, f"h {width}", width)]
+    return [*fused_gated(f"{native}.up", gate_up, width), *linear(f"{native}.down", down, f"h {width}", width)]
 
 
 def _plain_mlp(config: DecoderConfig) -> list[Row]:
