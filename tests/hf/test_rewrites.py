@@ -1,9 +1,10 @@
-"""Directories with the names of the hub come back bit by bit, in each dtype, and transformers loads them.
+"""Directories with the names of the hub come back bit by bit, in each dtype and in a mixture; transformers loads them.
 
 `make test` has a case of each way in which weights are stored, the sweep has all cases.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
-from tests.hf.models import DTYPES, hashes
+from tests.hf.models import DTYPES, Tensors, hashes
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone
 
@@ -30,6 +31,13 @@ SAMPLE = (
     "bert-pretraining",  # several heads
     "t5-gated",  # two stacks
 )
+MIXED = "mixed"
+
+
+def in_dtype(tensors: Tensors, name: str) -> Tensors:
+    """The tensors in one dtype, or in one after the other in alphabetical order."""
+    dtypes = cycle(DTYPES.values()) if name == MIXED else cycle([DTYPES[name]])
+    return {one: tensors[one].to(dtype) for one, dtype in zip(sorted(tensors), dtypes)}
 
 
 def differences(source: Path, target: Path) -> Iterator[str]:
@@ -56,12 +64,8 @@ def rewritten(cases: Mapping[str, dict[str, Any]], folder: Path) -> dict[str, li
     for case, config in cases.items():
         make_model(config).save_pretrained(folder / case)
         tensors = load_file(folder / case / "model.safetensors")
-        for dtype in DTYPES:
-            save_file(
-                {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()},
-                folder / case / "model.safetensors",
-                metadata={"format": "pt"},
-            )
+        for dtype in (*DTYPES, MIXED):
+            save_file(in_dtype(tensors, dtype), folder / case / "model.safetensors", metadata={"format": "pt"})
             rewrite(folder / case, folder / f"{case}-{dtype}")
             wrong[f"{case} in {dtype}"] = list(differences(folder / case, folder / f"{case}-{dtype}"))
     return {name: found for name, found in wrong.items() if found}

@@ -61,8 +61,10 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
         parameter.requires_grad_(parameter.requires_grad and not any(fnmatch(name, each) for each in recipe.frozen))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     masters = [parameter.detach().float().clone().requires_grad_() for parameter in trained.values()]
-    # those of all experts are one tensor: a bias may have two dims
-    decays = [master.dim() >= 2 and not name.endswith("bias") for name, master in zip(trained, masters)]
+    # those of all experts or heads are one tensor: a bias or the weight of a norm may have two dims
+    decays = [
+        master.dim() >= 2 and not name.endswith(("bias", "_norm.weight")) for name, master in zip(trained, masters)
+    ]
     groups = [
         {"params": [m for m, decay in zip(masters, decays) if decay], "weight_decay": recipe.weight_decay},
         {"params": [m for m, decay in zip(masters, decays) if not decay], "weight_decay": 0.0},
