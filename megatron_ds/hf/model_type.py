@@ -90,10 +90,13 @@ def in_present_words(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def base_class(family: Family) -> str | None:
-    """Return the name of transformers' class of a family's base model; None for a family from outside."""
+    """Return the name of transformers' class of a family's base model.
+
+    None for a family from outside, and where modules pass through: there a base model has other names for all tensors.
+    """
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    found = MODEL_MAPPING_NAMES.get(family.model_type)
+    found = MODEL_MAPPING_NAMES.get(family.model_type) if not family.passes_through else None
     return found if isinstance(found, str) else None
 
 

@@ -17,7 +17,7 @@ _VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num
 _PATCHES = {"image_size": 28, "patch_size": 14}
 SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **_VIT, **_PATCHES}
 CLIP = {"model_type": "clip_vision_model", "projection_dim": 16, **_VIT, **_PATCHES}
-PIXTRAL = {"model_type": "pixtral", "head_dim": 8, **_VIT, **_PATCHES}
+PIXTRAL = {"model_type": "pixtral", "head_dim": 8, **_VIT, **_PATCHES, "image_size": 56}
 _QWEN_TOWER = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
