@@ -150,6 +150,11 @@ VISION_LANGUAGE_CASES: dict[str, dict[str, Any]] = {
                 sliding_window=None,
                 rope_parameters=YARN_ROPE,
             ),
+            "ministral3": _text(
+                HEADS_OF_16,
+                model_type="ministral3",
+                rope_parameters={**YARN_ROPE, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0},
+            ),
         },
     ),
     **cases_of(

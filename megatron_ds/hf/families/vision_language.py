@@ -22,6 +22,7 @@ from megatron_ds.hf.families.llama import (
     decoder,
     rms,
 )
+from megatron_ds.hf.families.ministral3 import MINISTRAL3
 from megatron_ds.hf.vision_language import TextNames, vision_language
 from megatron_ds.models.gpt import DecoderConfig
 
@@ -96,7 +97,7 @@ FAMILIES = (
     vision_language(
         "mistral3",
         "Mistral3ForConditionalGeneration",
-        [MISTRAL],
+        [MISTRAL, MINISTRAL3],
         LLAVA_NAMES,
         LLAVA_MODULES,
         IMAGE,

@@ -226,6 +226,8 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
         config.check_bare(next(iter(bare)))
     adapters = {name: _adapter(config, model, name, parts) for name, parts in modules.items()}
     rows = token_rows(config.token_rows, trained, config.where)
+    if model.family.passes_through:
+        config.name_targets([name for name in modules if name not in bare])
     return Adapters(model, trained, config.content(model, base), modules, adapters, saved, token_rows=rows)
 
 

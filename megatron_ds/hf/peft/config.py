@@ -157,6 +157,18 @@ class AdapterConfig:
             self._config.target_modules = set(modules)
         return _format(self._config.target_modules)
 
+    def name_targets(self, modules: Collection[str]) -> None:
+        """Name the adapted modules one by one, so that the written config matches no module of a tower.
+
+        Args:
+            modules: names of the modules that the config matches in the text model.
+        """
+        if self.kind == "IA3":
+            adapters = {name: self.adapter(name, 1) for name in modules}
+            of_input = (name for name, one in adapters.items() if isinstance(one, IA3Spec) and one.of_input)
+            self._config.feedforward_modules = set(of_input)
+        self._config.target_modules = set(modules)
+
     def _rename_targets(self, model: HFModel, modules: Collection[str], names: Sequence[str]) -> None:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
