@@ -186,7 +186,7 @@ def check_round_trip(weights: HFWeights, directory: Path, target: Path) -> Round
         hashes[name] = digest(before, source)
         if digest(after, name) != hashes[name]:
             changed.append(name)
-    missing = {name for row in weights.model.table.values() for name in row.names} - written
+    missing = {*weights.model.tensors, *weights.model.passed_through} - written
     if missing:
         raise ConversionError(f"{directory}: {sorted(missing)[0]} was not written back; please report it")
     return RoundTrip(hashes, changed, sorted(set(before.names) - seen))
