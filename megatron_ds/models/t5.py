@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ds.config import ModelShape
 from megatron_ds.layers.cross_entropy import LogitFinish
@@ -21,6 +21,7 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
+from megatron_ds.models.label_head import label_layer, probe_labels
 from megatron_ds.models.probe import (
     BEYOND,
     DECODER_LENGTH,
@@ -117,6 +118,8 @@ class EncoderDecoderConfig(ModelConfig):
 
     def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
         """Ids behind padding in both stacks; and sequences beyond the distance from which on all share one bias."""
+        if self.labels is not None:
+            return self._label_probes(multiple_of), None
         length, decoder_length = (
             fitting_length(wanted, multiple_of, MOST_TOKENS) for wanted in (RANDOM_LENGTH, DECODER_LENGTH)
         )
@@ -131,6 +134,25 @@ class EncoderDecoderConfig(ModelConfig):
         )
         found.append(self._probe("past the last distance", 1, beyond, decoder_beyond, padded=False))
         return found, None
+
+    def _label_probes(self, multiple_of: int) -> list[Probe]:
+        """Texts of several lengths with one end each, and one text without padding whose end is in its middle."""
+        length = fitting_length(RANDOM_LENGTH, multiple_of, MOST_TOKENS)
+        assert self.labels is not None and self.labels.pick_id is not None
+        padded = Probe("padded", *self._texts(right_padded(ROWS, length)), with_gradients=True)
+        return [padded, Probe("bare", *self._texts(torch.ones(1, length, dtype=torch.bool)), with_gradients=False)]
+
+    def _texts(self, seen: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return columns and labels of texts with tokens where `seen` (B, S): the last one is the end."""
+        assert self.labels is not None and self.labels.pick_id is not None
+        (batch, length), end = seen.shape, self.labels.pick_id
+        ids = random_ids(self.vocab_size, batch, length)
+        ids[ids == end] = (end + 1) % self.vocab_size
+        lengths = seen.sum(1) if batch > 1 else torch.tensor([length // 2])
+        ids[torch.arange(batch), lengths - 1] = end
+        ids.masked_fill_(~seen, self.padding_id)
+        columns = {"input_ids": ids, "attention_mask": seen} if batch > 1 else {"input_ids": ids}
+        return columns, probe_labels(self.labels, seen)
 
     def _probe(self, name: str, batch: int, length: int, decoder_length: int, *, padded: bool) -> Probe:
         """Random ids in both stacks and random labels; gradients are made where it is padded."""
@@ -161,6 +183,22 @@ def _multiplications(stack: StackConfig, positions: int, context: int) -> int:
             total += (cross.cost - cross.kv_cost) * positions + cross.kv_cost * context
             total += 2 * cross.width * positions * context
     return total
+
+
+class ShiftedEmbedding(WordEmbedding):
+    """Embed the decoder's inputs, which are `input_ids` shifted right by one behind the start id.
+
+    (B, S) -> (S, B, H), or (S/t, B, H) under sequence parallelism; the ids stay among the activations.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, ctx: BuildContext) -> None:
+        super().__init__("decoder_input_ids", config.vocab_size, config.hidden_size, ctx.tp, std=config.embedding_std)
+        self.start_id = config.decoder_start_id
+
+    def forward(self, activations: Activations) -> Activations:  # type: ignore[override]
+        ids = activations["input_ids"]
+        shifted = torch.cat([torch.full_like(ids[:, :1], self.start_id), ids[:, :-1]], dim=1)
+        return super().forward({**activations, self.column: shifted})
 
 
 class StackEntry(nn.Module):
@@ -204,42 +242,52 @@ def encoder_decoder_layers(config: EncoderDecoderConfig, ctx: BuildContext) -> l
     """Return the layers of an encoder-decoder, not built yet.
 
     A batch has `input_ids` and `decoder_input_ids`, and may have a mask of each. The label column is `targets`: the id
-    after each of the decoder's positions.
+    after each of the decoder's positions. With a head for labels the decoder's inputs are `input_ids` too.
     """
     vocab, width, std = config.vocab_size, config.hidden_size, config.embedding_std
-    masks, later = ("attention_mask", "decoder_attention_mask"), ("decoder_input_ids",)
+    shifts = config.labels is not None
+    inputs = "input_ids" if shifts else "decoder_input_ids"
+    masks, later = ("attention_mask", "decoder_attention_mask"), (inputs,)
     encoding = LayerSpec("", nn.Identity, columns=(*masks, *later))
-    both = {HIDDEN: "decoder_input_ids", ENCODED: "input_ids"}
-    decoding = LayerSpec("", nn.Identity, hidden=both, columns=masks)
+    both = {HIDDEN: inputs, ENCODED: "input_ids"}
+    decoding = LayerSpec("", nn.Identity, hidden=both, columns=(*masks, *later) if shifts else masks)
     across = BlockInputs("decoder_attention_mask", ENCODED, "attention_mask")
     shared = {"weight": "embedding.weight"}
 
     def embed(column: str) -> Callable[[], nn.Module]:
-        return partial(WordEmbedding, column, vocab, width, ctx.tp, std=std)
+        return partial(WordEmbedding, column, vocab, width, ctx.tp, std=std, keeps_ids=shifts)
 
-    finish = LogitFinish(config.logit_multiplier)
     return [
-        LayerSpec("embedding", embed("input_ids"), hidden={}, columns=("input_ids", *masks, *later)),
+        LayerSpec(
+            "embedding", embed("input_ids"), hidden={}, columns=tuple(dict.fromkeys(("input_ids", *masks, *later)))
+        ),
         replace(encoding, name="encoder.entry", build=partial(StackEntry, config, ctx)),
         *block_layers("encoder.blocks", config.encoder, ctx, encoding, BlockInputs()),
         replace(encoding, name="encoder.exit", build=partial(StackExit, config, config.encoder, ctx, ENCODED)),
         replace(
             encoding,
             name="decoder.embedding",
-            build=embed("decoder_input_ids"),
+            build=partial(ShiftedEmbedding, config, ctx) if shifts else embed("decoder_input_ids"),
             hidden={ENCODED: "input_ids"},
             tied=shared,
         ),
         replace(decoding, name="decoder.entry", build=partial(StackEntry, config, ctx)),
         *block_layers("decoder.blocks", config.decoder, ctx, decoding, across),
         replace(decoding, name="decoder.exit", build=partial(StackExit, config, config.decoder, ctx, HIDDEN)),
-        replace(
-            decoding,
-            name="head",
-            build=partial(LanguageModelHead, vocab, width, ctx, std=config.head_std, finish=finish),
-            columns=(),
-            head=HeadSpec.per_column("targets"),
-            cost=float(vocab * width),
-            tied=shared if config.tied else {},
-        ),
+        _head(config, ctx, decoding),
     ]
+
+
+def _head(config: EncoderDecoderConfig, ctx: BuildContext, like: LayerSpec) -> LayerSpec:
+    if config.labels is not None:
+        return label_layer(config.labels, config.hidden_size, ctx, like)
+    vocab, width, finish = config.vocab_size, config.hidden_size, LogitFinish(config.logit_multiplier)
+    return replace(
+        like,
+        name="head",
+        build=partial(LanguageModelHead, vocab, width, ctx, std=config.head_std, finish=finish),
+        columns=(),
+        head=HeadSpec.per_column("targets"),
+        cost=float(vocab * width),
+        tied={"weight": "embedding.weight"} if config.tied else {},
+    )
