@@ -159,6 +159,9 @@ def _declaration(config: LabelHeadConfig) -> HeadSpec:
 def label_probe(config: LabelHeadConfig, name: str, ids: Tensor, with_gradients: bool) -> Probe:
     """Return a probe of a decoder: rows without padding, with padding behind and with padding before the text.
 
+    The mask hides the padding behind the text alone: first positions that see nothing are computed differently by each
+    implementation of attention.
+
     Args:
         config: of the head.
         name: of the probe.
@@ -172,8 +175,9 @@ def label_probe(config: LabelHeadConfig, name: str, ids: Tensor, with_gradients:
     if config.pick == "last" and config.pick_id is not None and batch > 1:
         ids = torch.cat([ids, ids[:1]])
         seen = right_padded(3, length)
-        seen[2] = seen[2].flip(0)
-        ids.masked_fill_(~seen, config.pick_id)
+        ids[1].masked_fill_(~seen[1], config.pick_id)
+        ids[2].masked_fill_(~seen[2].flip(0), config.pick_id)
+        seen[2] = True
     columns = {"input_ids": ids} if bool(seen.all()) else {"input_ids": ids, "attention_mask": seen}
     return Probe(name, columns, probe_labels(config, seen), with_gradients)
 

@@ -44,7 +44,7 @@ def _from_config(config: Any, attention: str | None) -> Any:
     attention = attention or family.reference_attention
     config._experts_implementation = "eager"  # others need widths of certain multiples
     model = getattr(transformers, named)._from_config(config, attn_implementation=attention).float()
-    if family.tied_by_bytes and not getattr(config, "scale_decoder_outputs", False):
+    if family.tied_by_bytes and not getattr(config, "scale_decoder_outputs", False) and hasattr(model, "lm_head"):
         # transformers 5 ties every T5 that it makes; those of v1.1 and later have a head of their own
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     return model
