@@ -152,6 +152,7 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     for part, its_config in family.parts_of_config(known, config):
         _refuse_contradictions(part, its_config)
     family, core = with_heads(family, family.translate(config), raw.get("architectures"), config)
+    _check_num_labels(known, core)
     family, core = _without_missing_head(family, core, raw.get("architectures") or [], tensors)
     _check_base_class(family, core, raw.get("architectures") or [])
     reworded = raw != on_disk or _without_odd_dtypes(known) != {} or quantisation is not None
@@ -196,6 +197,15 @@ def _check_base_class(family: Family, core: ModelConfig, named: Sequence[str]) -
             f"architectures={named!r}{tied} leaves out a head that is not the embedding; "
             f"try {family.architecture}, with the head among its weights"
         )
+
+
+def _check_num_labels(raw: Mapping[str, Any], core: ModelConfig) -> None:
+    """Refuse another number of labels than that of their names, which transformers takes with a warning."""
+    for name in ("num_labels", "_num_labels"):
+        if core.labels is not None and raw.get(name) not in (None, core.labels.num_labels):
+            raise ConversionError(
+                f"{name}={raw[name]!r} contradicts the {core.labels.num_labels} labels of id2label; remove one of them"
+            )
 
 
 def _without_missing_head(

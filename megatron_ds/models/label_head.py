@@ -266,19 +266,27 @@ class LabelHead(OutputHead):
 
     def _picked(self, hidden: Tensor, activations: Activations) -> Tensor:
         """(S, B, H), or (S/t, B, H) under sequence parallelism -> (B, H), equal on all tensor ranks."""
-        pick, marker = self.config.pick, self.config.pick_id
-        if pick == "mean":
+        if self.config.pick == "mean":
             return mean_state(hidden, activations.get("attention_mask"), self.tp)
-        length, batch = _full_length(hidden, self.tp), hidden.shape[1]
-        if pick == "first":
-            positions = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
-        elif marker is None:
-            positions = torch.full((batch,), length - 1, device=hidden.device)
-        else:
-            ids = activations["input_ids"]
-            wanted = ids != marker if pick == "last" else ids == marker
-            positions = (torch.arange(length, device=ids.device) * wanted).amax(1)
-        return state_at(hidden, positions, self.tp)
+        rows = torch.full((hidden.shape[1],), _full_length(hidden, self.tp) - 1, device=hidden.device)
+        return state_at(hidden, picked_positions(self.config, activations.get("input_ids"), rows), self.tp)
+
+
+def picked_positions(config: LabelHeadConfig, ids: Tensor | None, ends: Tensor) -> Tensor:
+    """Return the position of each row that a head reads, (B,) int64.
+
+    Args:
+        config: of the head, with the pick "first", "last" or "last_eos".
+        ids: (B, S); None if the head does not read them.
+        ends: (B,), the last position of each row.
+    """
+    if config.pick == "first":
+        return torch.zeros_like(ends)
+    if config.pick_id is None:
+        return ends
+    assert ids is not None, "the head reads ids"
+    wanted = ids != config.pick_id if config.pick == "last" else ids == config.pick_id
+    return (torch.arange(ids.shape[1], device=ids.device) * wanted).amax(1)
 
 
 def label_loss(logits: Tensor, labels: Tensor, problem: str) -> Tensor:

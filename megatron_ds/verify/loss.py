@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,11 @@ class ReferenceLoss:
     def difference(self, ours: float) -> Difference:
         delta = abs(ours - self.value)
         return Difference(delta, delta / self.scale)
+
+
+def problem_of(config: Any) -> str:
+    """Return transformers' name of the problem that a class with a head for labels solves, by its config object."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
 def mean_loss(outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], problem: str | None = None) -> Tensor:

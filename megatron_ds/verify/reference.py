@@ -15,7 +15,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.probe import Probe
 from megatron_ds.verify.layer_names import blocks_paths, choice_of, entry_of
-from megatron_ds.verify.loss import ReferenceLoss, mean_loss, reference_loss
+from megatron_ds.verify.loss import ReferenceLoss, mean_loss, problem_of, reference_loss
 
 GRADIENTS = "gradients"
 
@@ -42,10 +42,10 @@ def run_reference(
         ConversionError: transformers cannot load the directory, or finds tensors missing.
     """
     losses = []
-    problem = model.core.labels.loss if model.core.labels is not None else None
     for index, probe in enumerate(inputs):
         # loaded again for each: gradients overwrite its weights, and some models remember lengths
         reference = load_reference(directory, model, torch.float32, state)
+        problem = problem_of(reference.config)
         recording = hidden_states(reference, model), choices(reference, model)
         with torch.set_grad_enabled(probe.with_gradients), recording[0] as hidden, recording[1] as chosen:
             outputs = predict(reference, model, probe.columns)
