@@ -201,11 +201,10 @@ def _check_base_class(family: Family, core: ModelConfig, named: Sequence[str]) -
 
 def _check_num_labels(raw: Mapping[str, Any], core: ModelConfig) -> None:
     """Refuse another number of labels than that of their names, which transformers takes with a warning."""
-    for name in ("num_labels", "_num_labels"):
-        if core.labels is not None and raw.get(name) not in (None, core.labels.num_labels):
-            raise ConversionError(
-                f"{name}={raw[name]!r} contradicts the {core.labels.num_labels} labels of id2label; remove one of them"
-            )
+    names = raw.get("id2label")
+    for name in ("num_labels", "_num_labels") if core.labels is not None and names else ():
+        if raw.get(name) not in (None, len(names)):
+            raise ConversionError(f"{name}={raw[name]!r} contradicts the {len(names)} labels of id2label; remove one")
 
 
 def _without_missing_head(
