@@ -201,7 +201,7 @@ def _check_base_class(family: Family, core: ModelConfig, named: Sequence[str]) -
 
 def _check_num_labels(raw: Mapping[str, Any], core: ModelConfig) -> None:
     """Refuse another number of labels than that of their names, which transformers takes with a warning."""
-    names = raw.get("id2label")
+    names = raw.get("id2label") or {}
     for name in ("num_labels", "_num_labels") if core.labels is not None and names else ():
         if raw.get(name) not in (None, len(names)):
             raise ConversionError(f"{name}={raw[name]!r} contradicts the {len(names)} labels of id2label; remove one")

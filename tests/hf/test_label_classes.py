@@ -130,7 +130,7 @@ def test_fields_that_contradict_a_head_are_refused(fields: dict[str, Any], words
 
 def objective_of(model: HFModel, head: HeadSection | None = None) -> Any:
     section = ModelSection(path="a", head=head)
-    data = DataSection(train=[{"path": "b"}], format="tokenized", seq_length=8)
+    data = DataSection(train=[{"path": "b"}], format="labelled", seq_length=8)
     return find_objective("auto", LoadedModel(model, section), data, 0).data
 
 
