@@ -148,11 +148,11 @@ def test_a_run_without_an_id_of_padding_is_refused_with_the_fix() -> None:
         objective_of(new, head)
     given = HeadSection(labels=2, pad_token_id=5)
     found = objective_of(with_new_head(read_model({**SMALL, "pad_token_id": None}), given), given)
-    assert (found.column, found.num_labels, found.padding_id) == ("label", 2, 5)
+    assert (found.label_column.name, found.classes, found.padding_id) == ("label", ("LABEL_0", "LABEL_1"), 5)
 
 
 def test_an_encoder_needs_no_id_of_padding() -> None:
-    assert objective_of(read_model({**FIRSTS["bert"], "architectures": [BERT], "pad_token_id": None})).column == "label"
+    assert objective_of(read_model({**FIRSTS["bert"], "architectures": [BERT], "pad_token_id": None})).padding_id == 0
 
 
 # ---- new heads -------------------------------------------------------------------------------------------------------
