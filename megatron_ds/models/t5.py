@@ -106,9 +106,10 @@ class EncoderDecoderConfig(ModelConfig):
     def flops_per_position(self, seq_length: int, target_length: int, num_params: int, num_frozen: int) -> float:
         """Count 6 for each multiplication of a forward pass, of projections and attention alike, as if none were
         frozen."""
-        multiplications = self.vocab_size * self.hidden_size * target_length
+        decoded = target_length if self.labels is None else seq_length  # with a head for labels it reads the text too
+        multiplications = self.vocab_size * self.hidden_size * decoded if self.labels is None else 0
         multiplications += _multiplications(self.encoder, seq_length, 0)
-        multiplications += _multiplications(self.decoder, target_length, seq_length)
+        multiplications += _multiplications(self.decoder, decoded, seq_length)
         return 6.0 * multiplications / (seq_length + target_length)
 
     def without_dropout(self) -> Self:

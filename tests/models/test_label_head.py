@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_ds.errors import DataError
+from megatron_ds.hf.config import read_model
 from megatron_ds.models.label_head import (
     MULTI_LABEL,
     REGRESSION,
@@ -14,6 +15,9 @@ from megatron_ds.models.label_head import (
     label_loss,
     picked_positions,
 )
+from megatron_ds.models.sequential import SequentialModel
+from tests.parity.label_head_cases import LABEL_HEAD_CASES
+from tests.parity.label_heads import draw_labels, head_of_model, label_columns
 
 PADDING, END = 9, 2
 LAST = LabelHeadConfig(pick="last", pick_id=PADDING, num_labels=2)
@@ -81,3 +85,15 @@ def test_scores_that_are_missing_carry_no_loss(problem: str) -> None:
     each = label_loss(alone[:1, :1], known[:1, :1], problem) + label_loss(alone[1:], known[1:], problem)
     each.backward()
     assert torch.equal(logits.grad, alone.grad) and logits.grad[0, 1] == 0.0
+
+
+@pytest.mark.parametrize("case", ["llama-sequence", "llama-token", "bert-sequence", "t5-sequence"])
+def test_nothing_stays_on_the_cpu_or_waits_for_the_device(case: str) -> None:
+    """As in test_devices.py: on torch's meta device a value that is read raises, and so does a tensor on the CPU."""
+    core = read_model(LABEL_HEAD_CASES[case]).core
+    head = head_of_model(core)
+    model = SequentialModel(core.build_layers()).eval().to("meta")
+    columns = {name: column.to("meta") for name, column in label_columns(core).items()}
+    labels = {head.label_column: draw_labels(head).to("meta")}
+    assert model(columns)["logits"].device.type == "meta"
+    assert model(columns, labels).device.type == "meta"
