@@ -38,6 +38,7 @@ from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.export import export_adapters, export_merged
+from megatron_ds.hf.peft.new_head import read_base
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.upcycle import UpcycledWeights, Upcycling
 from megatron_ds.hf.weights import HFWeights
@@ -168,7 +169,7 @@ def _export_adapters(
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
     target = replace(target, kept={**target.kept, f"{named}, the base of {source}": Path(named)})
     target.check()
-    weights = HFWeights(named, read_model(named))
+    weights = HFWeights(named, read_base(source, named))
     stored = AdapterReader(source, read_adapters(source, weights.model, str(Path(named).resolve())))
     adapters, (dtype, max_shard_size) = stored.adapters, form
 

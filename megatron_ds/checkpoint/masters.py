@@ -20,6 +20,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
+from megatron_ds.hf.peft.new_head import read_base
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.weights import HFWeights
 
@@ -92,7 +93,8 @@ def _open_weights(checkpoint: Path) -> _Weights | None:
     base = named_base(checkpoint)
     if not isinstance(base, str) or not Path(base, "config.json").is_file():
         return None
-    adapters = AdapterReader(checkpoint, read_adapters(checkpoint, HFWeights(base, read_model(base)).model, base))
+    model = HFWeights(base, read_base(checkpoint, base)).model
+    adapters = AdapterReader(checkpoint, read_adapters(checkpoint, model, base))
     return _Weights(lambda name: [Part(name)], lambda part: adapters.full(part.name), lambda part, master: master)
 
 

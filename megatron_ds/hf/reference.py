@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
+from megatron_ds.hf.peft.new_head import new_head_tensors
 
 
 def load_reference(
@@ -35,6 +36,18 @@ def load_reference(
     """
     if (Path(directory) / ADAPTER_CONFIG).is_file():
         return _with_adapters(Path(directory), model, dtype)
+    return _load(directory, model, dtype, state)
+
+
+def _load(
+    directory: str | Path,
+    model: HFModel,
+    dtype: Any,
+    state: Mapping[str, Tensor] | None = None,
+    not_there: Sequence[str] = (),
+) -> Any:
+    """Load a model; `not_there`: names of tensors that the directory lacks, or has for another head."""
+    by_config = model.reworded or state is not None or bool(not_there)
     try:
         with _without_progress_bars():
             loaded: Any = getattr(import_module(model.family.module), model.architecture).from_pretrained(
@@ -44,7 +57,8 @@ def load_reference(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **({"config": deepcopy(model.config)} if model.reworded or state is not None else {}),
+                **({"config": deepcopy(model.config)} if by_config else {}),
+                **({"ignore_mismatched_sizes": True} if not_there else {}),
                 **({"state_dict": dict(state)} if state is not None else {}),
                 **model.family.load_options(model.core),
             )
@@ -53,7 +67,8 @@ def load_reference(
         raise ConversionError(f"{directory}: transformers cannot load it: {reason}") from problem
     theirs, found = loaded
     for kind in ("missing_keys", "mismatched_keys"):
-        wrong = sorted(map(str, found[kind]))
+        names = (one if isinstance(one, str) else str(one[0]) for one in found[kind])
+        wrong = sorted(name for name in names if name not in not_there)
         if wrong:
             raise ConversionError(f"{directory}: transformers has {kind.replace('_', ' ')}: {', '.join(wrong[:3])}")
     return theirs.eval()
@@ -64,7 +79,7 @@ def _with_adapters(directory: Path, model: HFModel, dtype: Any) -> Any:
     from peft import PeftModel
 
     base = named_base(directory)
-    theirs = load_reference(str(base), model, dtype)
+    theirs = _load(str(base), model, dtype, not_there=new_head_tensors(model))
     if theirs.config.vocab_size != model.core.vocab_size:
         theirs.resize_token_embeddings(model.core.vocab_size, mean_resizing=False)  # the adapters have the new tables
     try:

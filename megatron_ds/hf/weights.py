@@ -170,8 +170,8 @@ class HFWeights:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Name of each tensor of the table -> its dtype on disk, or that in which it is decoded."""
-        names = {name for row in self.model.table.values() for name in row.names}
+        """Name of each tensor of the table -> its dtype on disk, or that in which it is decoded; without a new head."""
+        names = {name for row in self._on_disk_rows.values() for name in row.names}
         return {name: DTYPE_OF_CODE[self._source.dtype(self._on_disk[name])] for name in names}
 
     @property

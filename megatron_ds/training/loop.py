@@ -7,7 +7,7 @@ import operator
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -84,6 +84,7 @@ class TrainingLoop:
         self._stop_code = 0
         self._callbacks = callbacks if callbacks is not None else CallbackList(RunState(run, engine))
         self._losses, self._valid_losses = LossHistory(), LossHistory()
+        self._valid_metrics: Mapping[str, float] = {}
         self._memory, self._mfus = MemoryMeter(engine.device), list[float]()
         self._profile = StepProfile(run, engine.grid.rank, output.note, heartbeat)
 
@@ -124,6 +125,7 @@ class TrainingLoop:
             best_loss=self._losses.best,
             last_valid_loss=self._valid_losses.last,
             best_valid_loss=self._valid_losses.best,
+            last_valid_metrics=self._valid_metrics,
             output=output,
             metrics=output / "metrics.jsonl",
             checkpoint=saved,
@@ -163,6 +165,11 @@ class TrainingLoop:
         ranks = f" (the largest of {everyone.size} ranks)" if everyone.size > 1 else ""
         mfu = f"; MFU {statistics.median(self._mfus):.1%} (median of the steps)" if self._mfus else ""
         return f"peak memory {peak_bytes / 1e9:,.2f} GB{ranks}{mfu}"
+
+    def describe_validation(self) -> str:
+        """Return the metrics of the last validation for the run's last line; empty without metrics."""
+        found = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self._valid_metrics.items())
+        return f"; last validation: loss {self._valid_losses.last:.4f}, {found}" if found else ""
 
     def _positions(self) -> range:
         """Return the positions in the stream of samples at which the remaining steps' global batches begin."""
@@ -287,7 +294,8 @@ class TrainingLoop:
                     return True
         losses = reduce(operator.add, parts)
         self._valid_losses.add(losses.mean)
-        valid = ValidMetrics(step, losses.mean, losses.metrics)
+        self._valid_metrics = losses.metrics
+        valid = ValidMetrics(step, losses.mean, self._valid_metrics)
         self._output.valid(valid)
         self._callbacks.validation_end(valid)
         return bool(self._callbacks) and self._combine_requests(interrupt)

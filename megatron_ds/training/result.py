@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -16,6 +17,7 @@ class TrainResult:
         last_loss, best_loss: training loss of the last step of this call and the lowest of its steps; None if this call
             did no step.
         last_valid_loss, best_valid_loss: the same for its validations.
+        last_valid_metrics: metrics of its last validation by name; empty if it has no metrics.
         output: the run's directory.
         metrics: its `metrics.jsonl`.
         checkpoint: the last checkpoint that this call saved or resumed from; None if there is no checkpoint.
@@ -31,6 +33,7 @@ class TrainResult:
     metrics: Path
     checkpoint: Path | None
     export: Path | None
+    last_valid_metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class LossHistory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron_ds.columns import TARGETS
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset
 from megatron_ds.data.blend import SourceUsage, source_usage
@@ -23,7 +24,7 @@ def describe_run(run: RunConfig, data: Dataset, valid: Dataset | None, label_col
 def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str]) -> str:
     """Return how much of the data the complete run reads.
 
-    Such as `0.38 epochs of 690 samples; 135,168 tokens with loss`.
+    Such as `0.38 epochs of 690 samples; 135,168 tokens with loss`, or `3 epochs of 690 samples; 2,070 labels`.
 
     Args:
         run: the run file.
@@ -35,7 +36,8 @@ def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str
     usage = source_usage(data, number)
     read = describe_sources(usage) if usage else f"{format_epochs(number / len(data))} of {len(data):,} samples"
     exactly = "" if is_exact and number % len(data) == 0 else "about "
-    text = f"{read}; {exactly}{format_count(round(labels * number))} tokens with loss"
+    what = "tokens with loss" if TARGETS.name in label_columns else "labels"
+    text = f"{read}; {exactly}{format_count(round(labels * number))} {what}"
     if run.train.global_batch_size > len(data):
         text += f"; train.global_batch_size={run.train.global_batch_size} repeats samples in each step"
     return f"{text}; optimizer.lr=0 changes no weight" if run.optimizer.lr == 0 else text

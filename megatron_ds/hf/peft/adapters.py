@@ -21,6 +21,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import Row
 from megatron_ds.hf.peft.config import AdapterConfig
 from megatron_ds.hf.peft.merging import merged_weight
+from megatron_ds.hf.peft.new_head import head_modules
 from megatron_ds.hf.peft.projections import (
     EXPERT_AXIS,
     Projection,
@@ -197,6 +198,8 @@ class Adapters:
 def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: str) -> Adapters:
     """Read a peft config and find the modules of a model that it adapts.
 
+    A head for labels is trained in full, as in peft.
+
     Args:
         source: a directory with adapter_config.json, that file, or its content.
         model: the base model.
@@ -207,6 +210,8 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
             cannot be adapted.
     """
     config, named = AdapterConfig(source), in_memory(model)
+    if model.core.labels is not None and (config.starts or model.replaced is not None):
+        config.save_too(head_modules(model))
     trained, saved = untied(model, saved_parameters(config.modules_to_save, named, config.where), config.keeps_tied)
     found = find_projections(in_memory(trained))
     linear = {name: parts for name, parts in found.items() if not parts[0].is_bare}

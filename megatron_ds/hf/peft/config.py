@@ -107,6 +107,7 @@ class AdapterConfig:
     Attributes:
         where: prefix of error messages: `peft`, or `peft=PATH`.
         kind: peft's type of adapter, a key of `PEFT_FIELDS`.
+        starts: the adapters start from their initialization; otherwise a file has their weights.
         is_file: it is read from a file, which may hold names of other models.
 
     Raises:
@@ -118,8 +119,8 @@ class AdapterConfig:
         self.where, raw = _read(source)
         raw = {name: value for name, value in raw.items() if value is not None or name not in _NULL_IS_THE_DEFAULT}
         self.kind = str(raw.get("peft_type", "LORA")).upper()
-        starts = isinstance(source, Mapping) or find_weights(source) is None
-        _check_initialization(self.where, raw.get("init_lora_weights", True), starts)
+        self.starts = isinstance(source, Mapping) or find_weights(source) is None
+        _check_initialization(self.where, raw.get("init_lora_weights", True), self.starts)
         self._config = _checked(self.where, self.kind, raw, is_file=self.is_file)
         if self.kind == "LORA":
             _check_lora(self.where, self._config)
@@ -187,6 +188,11 @@ class AdapterConfig:
     def modules_to_save(self) -> tuple[str, ...]:
         """Ends of the names of modules that are trained in full."""
         return tuple(self._config.modules_to_save or ())
+
+    def save_too(self, modules: Sequence[str]) -> None:
+        """Train further modules in full, unless the config names them already."""
+        known = self.modules_to_save
+        self._config.modules_to_save = [*known, *(one for one in modules if not known or not one.endswith(known))]
 
     @property
     def token_rows(self) -> dict[str, tuple[int, ...]]:

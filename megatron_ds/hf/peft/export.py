@@ -21,6 +21,7 @@ from megatron_ds.hf.family import Part
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.initial import InitialValues
+from megatron_ds.hf.peft.new_head import head_file
 from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weight_files import json_text
 from megatron_ds.hf.weights import HFWeights
@@ -33,7 +34,7 @@ def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict
             copy_tokenizer(Path(tokenizer_path), Path(place))
         files = sorted(path for path in Path(place).rglob("*") if path.is_file())
         found = {str(path.relative_to(place)): path.read_bytes() for path in files}
-    return {ADAPTER_CONFIG: json_text(adapters.config).encode(), **found}
+    return {ADAPTER_CONFIG: json_text(adapters.config).encode(), **head_file(adapters.model), **found}
 
 
 def export_adapters(
@@ -89,7 +90,7 @@ def export_merged(
         base_path: source of the generation settings.
         adapters: the adapters to merge.
         parameters: full parameters of the adapters, by native name.
-        dtype: of all weights; None = each tensor has its own in the base on disk.
+        dtype: of all weights; None = each tensor has its own in the base on disk, a new head that of its parameters.
         max_shard_size: such as "5GB".
         tokenizer_path: source of the tokenizer; None = no tokenizer.
         end_ids: ids that were learned as an end; the generation settings list them.
