@@ -28,7 +28,7 @@ OLD_CLASSES = {
 
 @dataclass(frozen=True)
 class FormerType:
-    """A `model_type` that is not written any more, and the family that it is today.
+    """A `model_type` that is not written any more, or whose fields had other names, and the family that it is today.
 
     Attributes:
         model_type: its present `model_type`.
@@ -44,7 +44,18 @@ class FormerType:
 
 
 _RW_FIELDS = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads"}
+_NOMIC_FIELDS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "rotary_emb_base": "rope_theta",
+    "resid_pdrop": "hidden_dropout_prob",
+    "attn_pdrop": "attention_probs_dropout_prob",
+}
 FORMER_TYPES = {
+    "nomic_bert": FormerType("nomic_bert", _NOMIC_FIELDS),  # the hub's words, which transformers does not read
     "gpt-sw3": FormerType("gpt2"),  # transformers reads it as gpt2, and writes that
     "RefinedWebModel": FormerType("falcon", _RW_FIELDS, ("multi_query", "parallel_attn")),
     "RefinedWeb": FormerType("falcon", _RW_FIELDS, ("parallel_attn",), {"new_decoder_architecture": True}),

@@ -392,6 +392,11 @@ def test_written_config_has_the_words_of_transformers_4(case: str) -> None:
     if model.family.model_type == "gpt_neox":
         assert content["rotary_emb_base"] == rope["rope_theta"]
         assert content["rotary_pct"] == rope["partial_rotary_factor"]
+    elif model.family.model_type == "modernbert":
+        assert content["global_rope_theta"] == rope["rope_theta"]
+        assert content["local_rope_theta"] == whole["sliding_attention"]["rope_theta"]
+        assert content.keys().isdisjoint({"rope_theta", "rope_scaling", "rope_local_base_freq"})
+        return
     else:
         assert content["rope_theta"] == rope["rope_theta"]
     if "sliding_attention" in whole and model.family.model_type != "olmo3":  # it never had a field for the second one

@@ -56,7 +56,11 @@ def test_table_is_transformers_model(case: str) -> None:
             theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())  # transformers 5 ties every T5
     named = dict(theirs.named_parameters())  # a tied head is one, and by XLM-RoBERTa's code the first
     named |= {name: buffer for name, buffer in theirs.named_buffers() if name.endswith(WEIGHTS_AMONG_BUFFERS)}
-    is_renamed = any(stack.moe is not None for stack in model.core.stacks.values()) or model.family.passes_through or model.family.other_rows
+    is_renamed = (
+        any(stack.moe is not None for stack in model.core.stacks.values())
+        or model.family.passes_through
+        or model.family.other_rows
+    )
     on_disk = revert_weight_conversion(theirs, named) if is_renamed else named
     passed = [name for name in on_disk if any(re.search(pattern, name) for pattern in model.family.passes_through)]
     assert bool(passed) == bool(model.family.passes_through)

@@ -70,7 +70,11 @@ def _run_theirs(directory: Path, batch: Batch) -> _Run:
         loss = theirs(**_integers(batch), **{names.get(name, name): label for name, label in batch.labels.items()}).loss
     loss.backward()
     gradients = {name: one.grad for name, one in theirs.named_parameters() if one.grad is not None}
-    if any(stack.moe is not None for stack in model.core.stacks.values()) or model.family.passes_through or model.family.other_rows:
+    if (
+        any(stack.moe is not None for stack in model.core.stacks.values())
+        or model.family.passes_through
+        or model.family.other_rows
+    ):
         gradients = revert_weight_conversion(theirs, gradients)  # of each expert by itself, and by the hub's names
     found = {
         # the only parameter that transformers renames on disk, and those that it may name by their copies

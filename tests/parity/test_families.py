@@ -38,7 +38,7 @@ QUICK = [(2, 2, True), (4, 1, False), (4, 1, True), (1, 4, False), (2, 1, True),
 def fits(case: str, place: Place) -> bool:
     """Tensor ranks divide the query heads; other layouts are refused, which has its own test."""
     config = CASES[case].get("text_config", CASES[case])
-    heads = next(config[name] for name in ("num_attention_heads", "n_head", "num_heads") if name in config)
+    heads = next(config[name] for name in ("num_attention_heads", "n_head", "num_heads", "n_heads") if name in config)
     return heads % place[0] == 0
 
 

@@ -25,7 +25,11 @@ from megatron_ds.models.bert import EncoderConfig
 FIELDS = replace(
     BERT_FIELDS,
     mapped=MAPPED | {"embedding_size"},
-    equal=EQUAL | {"num_hidden_groups": (1,), "inner_group_num": (1,)},
+    equal={
+        **{name: EQUAL[name] for name in ("tie_word_embeddings", "position_embedding_type")},
+        "num_hidden_groups": (1,),
+        "inner_group_num": (1,),
+    },
     cosmetic=frozenset({"classifier_dropout_prob"}),
 )
 NAMES = HeadNames(

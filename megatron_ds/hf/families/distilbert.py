@@ -13,8 +13,11 @@ from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.bert import EncoderConfig
 
 SIZES = {"dim", "hidden_dim", "n_heads", "n_layers", "max_position_embeddings", "vocab_size"}
+OTHER_NAMES = {"hidden_size", "num_attention_heads", "num_hidden_layers"}  # of sizes
 FIELDS = FieldRules(
-    mapped=frozenset(SIZES | {"activation", "dropout", "attention_dropout", "initializer_range", "pad_token_id"}),
+    mapped=frozenset(
+        SIZES | OTHER_NAMES | {"activation", "dropout", "attention_dropout", "initializer_range", "pad_token_id"}
+    ),
     equal={"tie_word_embeddings": (True,)},
     # the positions are trained, whatever they are at first
     cosmetic=frozenset({"sinusoidal_pos_embds", "qa_dropout", "seq_classif_dropout", "tie_weights_"}),

@@ -16,7 +16,14 @@ from megatron_ds.models.bert import EncoderConfig
 
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 BIASES = {"attention_bias", "mlp_bias", "norm_bias", "decoder_bias", "classifier_bias"}
-ROPES = {"rope_parameters", "rope_scaling", "global_rope_theta", "local_rope_theta", "max_position_embeddings"}
+ROPES = {
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "global_rope_theta",
+    "local_rope_theta",
+    "max_position_embeddings",
+}
 LAYERS = {"layer_types", "local_attention", "global_attn_every_n_layers"}
 DROPOUTS = {"attention_dropout", "embedding_dropout", "mlp_dropout"}
 OTHERS = {"hidden_activation", "classifier_activation", "norm_eps", "initializer_range", "pad_token_id"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import rotary
 from megatron_ds.hf.families.bert import EQUAL, MAPPED, bert_options, encoder, head_of, masked_lm_classes
@@ -17,15 +16,7 @@ from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_qkv, linea
 from megatron_ds.hf.tensor_mapping import Op, copy
 from megatron_ds.models.bert import EncoderConfig
 
-# Name of a field on the hub, which transformers does not read -> its name in transformers.
-HUB_FIELDS = {
-    "n_embd": "hidden_size",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "layer_norm_epsilon": "layer_norm_eps",
-}
-# Fields of the hub that transformers does not read either, at the only value that it computes.
+# Fields on the hub that transformers does not read, at the only value that it computes.
 HUB_VALUES: dict[str, tuple[Any, ...]] = {
     "activation_function": ("swiglu",),
     **dict.fromkeys(["causal", "mlp_fc1_bias", "mlp_fc2_bias", "parallel_block", "prenorm", "qkv_proj_bias"], (False,)),
@@ -34,7 +25,7 @@ HUB_VALUES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(["rotary_emb_scale_base", "rotary_scaling_factor"], (None,)),
 }
 FIELDS = FieldRules(
-    mapped=(MAPPED | ROPE_FIELDS | HUB_FIELDS.keys() | {"head_dim", "rotary_emb_base"}) - {"partial_rotary_factor"},
+    mapped=MAPPED | ROPE_FIELDS | {"head_dim"},
     equal=HUB_VALUES | {"tie_word_embeddings": EQUAL["tie_word_embeddings"]},
 )
 IN_MEMORY = {
@@ -52,12 +43,6 @@ IN_MEMORY = {
 
 def translate(config: Any) -> EncoderConfig:
     """Translate a NomicBertConfig."""
-    for name, known in HUB_FIELDS.items():
-        given, taken = getattr(config, name, None), getattr(config, known)
-        if given is not None and given != taken:
-            raise ConversionError(
-                f"{name}={given!r} contradicts {known}={taken!r}, which transformers takes; add {known}"
-            )
     rope = rotary(config.rope_parameters, config.head_dim, config.max_position_embeddings)
     options = {
         "head_dim": config.head_dim,

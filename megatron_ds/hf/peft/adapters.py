@@ -207,9 +207,14 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
 
     Raises:
         ConversionError: peft refuses the config, a value is not supported, or it matches no module or a module that
-            cannot be adapted.
+            cannot be adapted; blocks share their parameters.
     """
     config, named = AdapterConfig(source), in_memory(model)
+    if any(stack.shared_blocks for stack in model.core.stacks.values()):
+        raise ConversionError(
+            f"{config.where} does not work on a {model.family.model_type}, whose blocks share their parameters: each "
+            "would have adapters of its own; remove it, to train all parameters"
+        )
     if model.core.labels is not None and (config.starts or model.replaced is not None):
         config.save_too(head_modules(model))
     trained, saved = untied(model, saved_parameters(config.modules_to_save, named, config.where), config.keeps_tied)
