@@ -22,6 +22,11 @@ MORE = [
     ("t5-gated", Place(1, 2, 1, 1)),
     ("llama", Place(2, 1, 2, 3)),
     ("olmo2-all-heads", Place(2, 2, 1, 1, True)),
+    ("apertus-bias", Place(2, 1, 1, 1, True, recompute="full")),
+    ("ministral3-yarn", Place(2, 1, 1, 1, recompute="selective")),
+    ("hunyuan_v1_dense-alpha", Place(1, 2, 1, 1)),
+    ("cohere-normed-two-kv-heads", Place(4, 1, 1, 1)),
+    ("nemotron-bias", Place(1, 1, 2, 3)),
 ]
 
 

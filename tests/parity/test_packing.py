@@ -35,13 +35,16 @@ from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone, run_grid
 
 # Each way that a position matters: rotation (scaled, partial, by length, in some layers), tables, biases, windows,
-# capped scores.
+# capped scores, queries that grow.
 CASES = (
     "exaone4-every-fourth-full-two-kv-heads",
     *("llama", "gpt2", "mistral", "qwen3", "opt-before", "bloom-tied", "falcon-40b-alibi-one-group", "gemma2-caps"),
-    *("gptj-partial", "phi3-longrope-beyond", "llama-dynamic-beyond"),
+    *("gptj-partial", "phi3-longrope-beyond", "llama-dynamic-beyond", "ministral3-yarn"),
 )
-SWEPT = ("olmo3-yarn-two-kv-heads-bias", "granitemoehybrid-no-positions-tied", "glm4-half-two-kv-heads")
+SWEPT = (
+    *("olmo3-yarn-two-kv-heads-bias", "granitemoehybrid-no-positions-tied", "glm4-half-two-kv-heads"),
+    *("biogpt-scaled", "cohere2-every-second", "gpt_neo-untied", "hunyuan_v1_dense-alpha"),
+)
 PLACES = [Place(2, 1), Place(2, 1, sp=True), Place(1, 2), Place(2, 2, sp=True)]
 ROWS = draw_rows(8, seed=0)
 Run = tuple[float, dict[str, Tensor]]
