@@ -27,6 +27,7 @@ from megatron_ds.data.labelled.open import open_labelled
 from megatron_ds.data.labelled.rows import FIELDS as LABELLED_FIELDS
 from megatron_ds.data.objective import DataObjective, Labelled
 from megatron_ds.data.readers.examples import TEXT_COLUMN
+from megatron_ds.data.readers.placeholders import NO_PLACEHOLDERS, Placeholders
 from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.sources import find_source
 from megatron_ds.data.request import DatasetRequest, Order, Split
@@ -241,6 +242,7 @@ def open_dataset(
     split: Split | None = None,
     options: Section | None = None,
     held_out: HeldOut | None = None,
+    placeholders: Placeholders = NO_PLACEHOLDERS,
 ) -> Dataset:
     """Open the samples of `sources`, concatenated in the order given or blended, checked against the model.
 
@@ -271,7 +273,7 @@ def open_dataset(
         options = chosen.options()
     inputs = tuple(as_source(source) for source in sources)
     request = DatasetRequest(
-        inputs, objective, seq_length, vocab_size, tokenizer_path, directory, order, split, options
+        inputs, objective, seq_length, vocab_size, tokenizer_path, directory, order, split, options, placeholders
     )
     open_one = chosen.open if held_out is None else partial(held_out.open, open_one=chosen.open)
     try:

@@ -1,10 +1,11 @@
 """The request that a run makes to a data format: sources, lengths, order and options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ds.config.schema_base import Section
 from megatron_ds.data.objective import DataObjective
+from megatron_ds.data.readers.placeholders import Placeholders
 from megatron_ds.data.readers.source import Source
 
 
@@ -50,6 +51,7 @@ class DatasetRequest:
         order: of the run; None = every sample once, in order, for validation.
         split: part of each corpus that is read; None = all of it.
         options: an instance of the format's `options` class; None where the format takes none.
+        placeholders: ids that the data must not hold.
     """
 
     inputs: tuple[Source, ...]
@@ -61,6 +63,7 @@ class DatasetRequest:
     order: Order | None = None
     split: Split | None = None
     options: Section | None = None
+    placeholders: Placeholders = field(default_factory=Placeholders)
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from megatron_ds import data as formats
 from megatron_ds.config import DataSection, build_section
 from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options, format_sources
 from megatron_ds.data.held_out import HeldOut
+from megatron_ds.data.readers.placeholders import Placeholders
 from megatron_ds.errors import ConfigError
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.objective import find_objective
@@ -76,4 +77,5 @@ def open_part(
         split=Split(tuple(data.split), int(validation)) if data.split is not None else None,
         options=format_options(data),
         held_out=HeldOut(share, validation, by_source=is_blend) if share is not None else None,
+        placeholders=Placeholders(model.hf.placeholder_ids),
     )

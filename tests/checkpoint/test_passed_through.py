@@ -22,7 +22,7 @@ from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.config import ExportSection, RunConfig, build_run
-from megatron_ds.errors import LaunchError
+from megatron_ds.errors import DataError, LaunchError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weights import HFWeights
@@ -209,6 +209,17 @@ def test_a_run_that_is_killed_while_it_saves_leaves_the_former_checkpoint(
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
     assert f"{PASSED_THROUGH} does not match its checksum" in str(first_damage(last))
+
+
+def test_a_placeholder_in_the_data_is_refused_before_training(corpus: Path, source: Path, tmp_path: Path) -> None:
+    data = run_mapping(corpus, tmp_path / "run", "tokenized")["data"]
+    lines = (corpus / "train.jsonl").read_text().splitlines()
+    row = next(number for number, line in enumerate(lines, 1) if {57, 58} & {*json.loads(line)["input_ids"]})
+    with pytest.raises(
+        DataError, match=rf"train.jsonl:{row}: input_ids: holds the id 5[78], which is (image|video)_to"
+    ):
+        mds.train(tiny_run(corpus, source, tmp_path / "run", data=data), 1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_merged_adapters(source: Path, made: Path, tmp_path: Path) -> None:

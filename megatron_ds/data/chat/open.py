@@ -31,4 +31,6 @@ def open_chat(request: DatasetRequest) -> ChatDataset:
     backend = offset_backend(tokenizer, path)
     parts = [cached_conversations(source, tokenizer, backend, template, request.cache_dir) for source in request.inputs]
     require_ids_below(request.vocab_size, max(int(part.ids.max()) for part in parts), path)
+    for part in parts:
+        request.placeholders.require_none_in(part)
     return ChatDataset(parts, request.seq_length, options, template.date, control_tokens(tokenizer))

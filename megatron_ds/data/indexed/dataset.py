@@ -1,7 +1,9 @@
 """Causal samples from a pair of indexed files: S tokens as inputs, and the same shifted by one as targets."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from megatron_ds.data.dataset import Sample, blank_sample, format_count
 from megatron_ds.data.indexed.files import IndexedFile
 from megatron_ds.data.indexed.order import Epochs, Indices, build_indices, count_epochs
 from megatron_ds.data.readers.array_cache import cached_arrays
+from megatron_ds.data.readers.placeholders import NO_PLACEHOLDERS, Placeholders
 from megatron_ds.data.request import Order, Split
 from megatron_ds.errors import DataError
 
@@ -27,6 +30,7 @@ class IndexedDataset:
         order: of the run; None = every document once, in the order of the file.
         split: part of the documents; None = all.
         cache_dir: directory in which indices are kept.
+        placeholders: ids that no sample may hold; they are compared when it is read, as the ids are.
 
     Raises:
         DataError: the documents do not fill one sample, or the cache cannot be written.
@@ -44,8 +48,10 @@ class IndexedDataset:
         order: Order | None,
         split: Split | None,
         cache_dir: Path,
+        placeholders: Placeholders = NO_PLACEHOLDERS,
     ) -> None:
         self.seq_length, self._file, self._vocab_size = seq_length, file, vocab_size
+        self._placeholders = placeholders
         self._start, self._stop = split_bounds(len(file), split)
         self.num_tokens = split_tokens(file, split)
         if self.num_tokens < seq_length + 1:
@@ -83,7 +89,7 @@ class IndexedDataset:
         """Return sample number `index % len` of the run: (S,) inputs and (S,) targets.
 
         Raises:
-            DataError: the sample holds an id that the model does not have.
+            DataError: the sample holds an id that the model does not have, or one that is no text.
         """
         documents, bounds = self._indices.documents, self._indices.bounds
         place = int(self._indices.shuffle[index % len(self)])
@@ -96,6 +102,7 @@ class IndexedDataset:
         tokens = np.concatenate(parts, dtype=np.int64)
         assert len(tokens) == self.seq_length + 1, (len(tokens), place)
         self._check(tokens, documents[first : last + 1])
+        self._placeholders.require_none(tokens, partial(self._place, parts, documents[first : last + 1]))
         return {"input_ids": tokens[:-1], "targets": tokens[1:]}
 
     def blank(self) -> Sample:
@@ -114,6 +121,17 @@ class IndexedDataset:
     def usage(self, num_samples: int) -> tuple[SourceUsage, ...]:
         """Return how much a run has used of the file after its first `num_samples` samples."""
         return (SourceUsage(self.name, 1.0, num_samples, num_samples / self.num_epoch_samples),)
+
+    def _place(self, parts: Sequence[np.ndarray], sequences: np.ndarray, position: int) -> str:
+        """Return the file and the sequence of a token of a sample.
+
+        Args:
+            parts: the sample's tokens, by sequence.
+            sequences: their numbers.
+            position: of the token in the sample.
+        """
+        number = int(np.searchsorted(np.cumsum([len(part) for part in parts]), position, "right"))
+        return f"{self._file.prefix}: sequence {sequences[number]}"
 
     def _check(self, tokens: np.ndarray, sequences: np.ndarray) -> None:
         wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)]

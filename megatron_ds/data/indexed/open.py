@@ -34,7 +34,15 @@ def _open_corpus(request: DatasetRequest) -> IndexedDataset:
         raise DataError("data.format=indexed is for causal models; for this one use data.format=text")
     file = IndexedFile(source)
     _check_largest_id(file, request.vocab_size)
-    return IndexedDataset(file, request.seq_length, request.vocab_size, request.order, request.split, request.cache_dir)
+    return IndexedDataset(
+        file,
+        request.seq_length,
+        request.vocab_size,
+        request.order,
+        request.split,
+        request.cache_dir,
+        request.placeholders,
+    )
 
 
 def _check_largest_id(file: IndexedFile, vocab_size: int) -> None:

@@ -21,6 +21,8 @@ def open_labelled(request: DatasetRequest) -> LabelledDataset:
     encoder = RowEncoder(tokenizer, path, request.seq_length, objective.of_words)
     digest = tokenizer_digest(tokenizer, -1)
     parts = [cached_rows(source, objective, encoder, digest, request.cache_dir) for source in request.inputs]
+    for part in parts:
+        request.placeholders.require_none_in(part)
     require_ids_below(request.vocab_size, max(int(part.ids.max()) for part in parts), path)
     largest_type = max(int(part.types.max()) for part in parts)
     if objective.token_types and largest_type >= objective.num_token_types:

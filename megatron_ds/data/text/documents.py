@@ -43,6 +43,12 @@ class TextSource:
         """
         return parse_examples(self._found, self._text, bad, only=(TEXT_COLUMN,))
 
+    def located(self) -> Iterator[tuple[str, str]]:
+        """Yield (file and line, or row; document) of every document that is not left out."""
+        return parse_examples(
+            self._found, lambda one: (one.where, self._text(one)), self.bad_rows(), only=(TEXT_COLUMN,)
+        )
+
     def digest(self) -> str:
         """Return the SHA-256 of the content: bytes of files, texts of rows. Names, paths and times do not count."""
         digest = hashlib.sha256(self._source.identity.encode())

@@ -6,13 +6,16 @@ Requirements on the tokenizer are checked before time is spent on the texts.
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.noise.masking import load_masker
 from megatron_ds.data.objective import Causal, Labelled, Masked, Seq2Seq
 from megatron_ds.data.readers.bad_rows import total_bad_rows
+from megatron_ds.data.readers.batched import batched
 from megatron_ds.data.readers.document_frame import DocumentFrame, document_frame
+from megatron_ds.data.readers.placeholders import Placeholders
 from megatron_ds.data.readers.tokenizer import load_tokenizer, require_ids_below
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.data.text.causal import CausalText
@@ -24,6 +27,7 @@ from megatron_ds.data.text.span_corruption import CorruptedText, find_sentinels
 from megatron_ds.data.text.token_cache import cached_tokens
 from megatron_ds.errors import DataError
 
+_BATCH = 1024
 _END_USE = "data.format=text ends each document with it"
 
 
@@ -63,7 +67,24 @@ def _corpus(
     parts = [cached_tokens(text, tokenizer, frame.end_id, request.cache_dir, frame.begin_ids) for text in texts]
     require_ids_below(request.vocab_size, max(part.info.largest_id for part in parts), request.tokenizer_path)
     digest = hashlib.sha256("\n".join(part.key for part in parts).encode()).hexdigest()
+    for text, part in zip(texts, parts):
+        if request.placeholders and part.info.largest_id >= request.placeholders.smallest:
+            _require_no_placeholder(request.placeholders, text, part.tokens, tokenizer)
     bad = total_bad_rows(parts)
     bad.log()
     names = ", ".join(map(str, request.inputs))
     return Corpus(TokenStream([part.tokens for part in parts]), digest, names, frame, bad)
+
+
+def _require_no_placeholder(
+    placeholders: Placeholders, text: TextSource, tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a text that holds a placeholder; its row is found by tokenizing again, as tokens know no rows."""
+    position = placeholders.find(tokens)
+    if position is None:
+        return
+    for batch in batched(text.located(), _BATCH):
+        encoded = tokenizer([document for _, document in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for (where, _), ids in zip(batch, encoded):
+            placeholders.require_none(np.asarray(ids, dtype=np.int64), where)
+    raise placeholders.error(int(tokens[position]), text.name)  # the tokenizer's own, around each document

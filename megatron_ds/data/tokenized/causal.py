@@ -11,6 +11,7 @@ import numpy as np
 from megatron_ds.columns import IGNORE_INDEX, INPUT_IDS, POSITION_IDS, TARGETS
 from megatron_ds.data.dataset import Sample
 from megatron_ds.data.readers.examples import Located
+from megatron_ds.data.readers.placeholders import NO_PLACEHOLDERS, Placeholders
 from megatron_ds.data.tokenized.validation import (
     Example,
     padded_mask,
@@ -32,14 +33,15 @@ class CausalExamples:
     Args:
         seq_length: S.
         vocab_size: ids must be below it.
+        placeholders: ids that no example may hold.
     """
 
     target_length = None
     identity = "causal"
 
-    def __init__(self, seq_length: int, vocab_size: int) -> None:
+    def __init__(self, seq_length: int, vocab_size: int, placeholders: Placeholders = NO_PLACEHOLDERS) -> None:
         self.seq_length = seq_length
-        self._vocab_size = vocab_size
+        self._vocab_size, self._placeholders = vocab_size, placeholders
 
     def parse(self, located: Located) -> Example:
         """Return the checked columns of an example; `labels` are always present."""
@@ -49,6 +51,8 @@ class CausalExamples:
         _require_restarts(example, where)
         require_length(example, where, self.seq_length, "data.seq_length")
         require_ids(example, where, self._vocab_size, ("input_ids", "labels"))
+        for name in ("input_ids", "labels"):
+            self._placeholders.require_none(example[name], f"{where}: {name}")
         return example
 
     def count_targets(self, example: Example) -> int:

@@ -26,7 +26,7 @@ def _example_kind(request: DatasetRequest) -> ExampleKind:
     objective, seq_length, vocab_size = request.objective, request.seq_length, request.vocab_size
     match objective:
         case Causal():
-            return CausalExamples(seq_length, vocab_size)
+            return CausalExamples(seq_length, vocab_size, request.placeholders)
         case Masked():
             path = request.tokenizer_path
             load = partial(_load_masker, path, objective, vocab_size) if path is not None else None
