@@ -41,7 +41,7 @@ class WideWeights:
         live: native name -> dtype in the run, of all stages.
 
     Attributes:
-        dtypes: Hugging Face name -> dtype that is written, of the tensors that are wider than in the run.
+        dtypes: Hugging Face name -> dtype that is written, of all tensors of these parameters.
         masters: native name -> function of the parameter that returns this rank's shard in fp32; collective over shard.
     """
 
@@ -57,7 +57,8 @@ class WideWeights:
             wider = {name: mixed[name] for name in names if mixed[name].itemsize > dtype.itemsize}
             if row is None or not wider:
                 continue
-            self.dtypes |= wider | dict.fromkeys(row.copies, wider[row.names[0]])
+            self.dtypes |= {name: wider.get(name, dtype) for name in row.names}
+            self.dtypes |= dict.fromkeys(row.copies, self.dtypes[row.names[0]])
             if native in source.frozen:
                 self._frozen.add(native)
             else:
