@@ -98,6 +98,8 @@ CLASSES: dict[str, LabelClass | None] = {
     "DistilBertForTokenClassification": replace(_ENCODER_TOKEN, dropout=("dropout",)),
     "AlbertForSequenceClassification": replace(_BERT, dense="albert.pooler", dropout=_ALBERT_DROPOUT[:1]),
     "AlbertForTokenClassification": replace(_ENCODER_TOKEN, dropout=_ALBERT_DROPOUT),
+    "NomicBertForSequenceClassification": replace(_BERT, dense="nomic_bert.pooler.dense"),
+    "NomicBertForTokenClassification": _ENCODER_TOKEN,
     "ModernBertForSequenceClassification": _MODERNBERT,
     "ModernBertForTokenClassification": replace(_MODERNBERT, pick="each"),
     "EuroBertForSequenceClassification": _EUROBERT,
@@ -255,7 +257,7 @@ def _activation(config: Any, value: str) -> str:
 
 
 def _norm(config: Any) -> NormStyle:
-    return NormStyle("layer", config.norm_eps)
+    return NormStyle("layer", config.norm_eps, bias=config.norm_bias)
 
 
 def _dropout(form: LabelClass, config: Any) -> float:
