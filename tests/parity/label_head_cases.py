@@ -48,12 +48,20 @@ OPTIONS = {
     "roberta-regression": labelled_case("roberta", _ROBERTA, problem_type="regression", num_labels=2),
     "t5-untied": labelled_case("t5", _T5, tie_word_embeddings=False, decoder_start_token_id=3, num_labels=1),
 }
+_MODERN, _EURO = "ModernBertForSequenceClassification", "EuroBertForSequenceClassification"
+_WIDE = {"classifier_bias": True, "norm_bias": True, "classifier_activation": "relu"}
+POOLINGS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("modernbert-mean", "modernbert", _MODERN, {"classifier_pooling": "mean", **_WIDE}),
+    ("eurobert-mean", "eurobert", _EURO, {"classifier_pooling": "mean", "num_labels": 1}),
+    ("eurobert-bos", "eurobert", _EURO, {"classifier_pooling": "bos"}),
+]
+OPTIONS |= {case: labelled_case(kind, name, **changes) for case, kind, name, changes in POOLINGS if kind in FIRSTS}
 LABEL_HEAD_CASES: dict[str, dict[str, Any]] = {**EVERY_CLASS, **OPTIONS}
 
 # `make test` has these alone; the sweep has all.
 SAMPLE = (
     *OPTIONS,
     *("llama-sequence", "llama-token", "gpt2-sequence", "gpt2-token", "gpt_neox-token", "falcon-sequence"),
-    *(case for case in EVERY_CLASS if FAMILIES[case.rpartition("-")[0]].classes),
-    "t5-sequence",
+    *(f"{kind}-sequence" for kind, family in FAMILIES.items() if family.classes and family.same_as is None),
+    *("bert-token", "modernbert-token", "t5-sequence"),
 )

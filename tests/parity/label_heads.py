@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from megatron_ds.engine.base import weights_of
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
+from megatron_ds.hf.family import Family
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weights import HFWeights
@@ -83,7 +84,7 @@ def measure(config: dict[str, Any], directory: Path) -> HeadRun:
     return HeadRun(
         logits=difference(seen_of(core, ours, columns), seen_of(core, logits, columns)).relative,
         loss=abs(our_loss / float(loss.detach()) - 1),
-        gradient=worst_gradient(gradients, theirs, core),
+        gradient=worst_gradient(gradients, theirs, core, weights.model.family),
         others={
             change: difference(run_logits(core, head, weights, columns), logits).relative
             for change, head in other_heads(head_of_model(core)).items()
@@ -178,11 +179,13 @@ def run_logits(core: ModelConfig, head: LabelHeadConfig, weights: HFWeights, col
         return build(replace(core, labels=head), weights)(columns)["logits"]
 
 
-def worst_gradient(gradients: Mapping[str, Tensor], theirs: Any, core: ModelConfig) -> tuple[str, float]:
+def worst_gradient(
+    gradients: Mapping[str, Tensor], theirs: Any, core: ModelConfig, family: Family
+) -> tuple[str, float]:
     """Return name and error of the gradient that is off most; no gradient is without its counterpart."""
     reference = {name: one.grad for name, one in theirs.named_parameters() if one.grad is not None}
-    if any(stack.moe is not None for stack in core.stacks.values()):
-        reference = revert_weight_conversion(theirs, reference)  # of each expert by itself
+    if any(stack.moe is not None for stack in core.stacks.values()) or family.other_rows:
+        reference = revert_weight_conversion(theirs, reference)  # of each expert by itself, and by the hub's names
     typical = root_mean_square(list(reference.values()))
     assert gradients.keys() == reference.keys(), gradients.keys() ^ reference.keys()
     errors = {
