@@ -159,8 +159,8 @@ def _declaration(config: LabelHeadConfig) -> HeadSpec:
 def label_probe(config: LabelHeadConfig, name: str, ids: Tensor, with_gradients: bool) -> Probe:
     """Return a probe of a decoder: rows without padding, with padding behind and with padding before the text.
 
-    The mask hides the padding behind the text alone: first positions that see nothing are computed differently by each
-    implementation of attention.
+    No mask hides the padding, which the head does not look at: a position that sees nothing, behind a window's length
+    of padding, is computed differently by each implementation of attention.
 
     Args:
         config: of the head.
@@ -171,15 +171,12 @@ def label_probe(config: LabelHeadConfig, name: str, ids: Tensor, with_gradients:
     if config.pick == "last" and config.pick_id is None:
         ids = ids[:1]
     batch, length = ids.shape
-    seen = torch.ones(batch, length, dtype=torch.bool)
     if config.pick == "last" and config.pick_id is not None and batch > 1:
-        ids = torch.cat([ids, ids[:1]])
-        seen = right_padded(3, length)
-        ids[1].masked_fill_(~seen[1], config.pick_id)
-        ids[2].masked_fill_(~seen[2].flip(0), config.pick_id)
-        seen[2] = True
-    columns = {"input_ids": ids} if bool(seen.all()) else {"input_ids": ids, "attention_mask": seen}
-    return Probe(name, columns, probe_labels(config, seen), with_gradients)
+        text = right_padded(3, length)
+        text[2] = text[2].flip(0)
+        ids = torch.cat([ids, ids[:1]]).masked_fill(~text, config.pick_id)
+    seen = torch.ones(ids.shape, dtype=torch.bool)
+    return Probe(name, {"input_ids": ids}, probe_labels(config, seen), with_gradients)
 
 
 def probe_labels(config: LabelHeadConfig, seen: Tensor) -> dict[str, Tensor]:
