@@ -143,7 +143,8 @@ class Support:
         proof = self.proof
         steps = f", {proof.steps} steps" if proof.steps else ""
         weights = " and ".join(proof.real_weights)
-        return f"{proof.configs} configs, {proof.layouts} layouts{steps}; {weights or 'random weights'}"
+        configs = f"{proof.configs} config{'s' if proof.configs != 1 else ''}"
+        return f"{configs}, {proof.layouts} layouts{steps}; {weights or 'random weights'}"
 
 
 def support() -> list[Support]:
