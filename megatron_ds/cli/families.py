@@ -20,7 +20,7 @@ many layouts of ranks, and the losses of so many training steps. `megatron-ds ve
 
 Examples:
 
-\\b
+\b
   megatron-ds families
   megatron-ds families qwen
   megatron-ds families --json

@@ -152,7 +152,7 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     for part, its_config in family.parts_of_config(known, config):
         _refuse_contradictions(part, its_config)
     family, core = with_heads(family, family.translate(config), raw.get("architectures"), config)
-    _check_num_labels(known, core)
+    _note_num_labels(known, core)
     family, core = _without_missing_head(family, core, raw.get("architectures") or [], tensors)
     _check_base_class(family, core, raw.get("architectures") or [])
     reworded = raw != on_disk or _without_odd_dtypes(known) != {} or quantisation is not None
@@ -199,12 +199,14 @@ def _check_base_class(family: Family, core: ModelConfig, named: Sequence[str]) -
         )
 
 
-def _check_num_labels(raw: Mapping[str, Any], core: ModelConfig) -> None:
-    """Refuse another number of labels than that of their names, which transformers takes with a warning."""
+def _note_num_labels(raw: Mapping[str, Any], core: ModelConfig) -> None:
+    """Log that names of labels do not count, as in transformers, where a config has another number of them."""
     names = raw.get("id2label") or {}
-    for name in ("num_labels", "_num_labels") if core.labels is not None and names else ():
-        if raw.get(name) not in (None, len(names)):
-            raise ConversionError(f"{name}={raw[name]!r} contradicts the {len(names)} labels of id2label; remove one")
+    if core.labels is not None and names and len(names) != core.labels.num_labels:
+        log_once(
+            f"num_labels={core.labels.num_labels} contradicts the {len(names)} names of id2label, which do not count: "
+            f"labels are LABEL_0 to LABEL_{core.labels.num_labels - 1}"
+        )
 
 
 def _without_missing_head(

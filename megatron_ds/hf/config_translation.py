@@ -165,11 +165,12 @@ def every_rope(config: Any, *, partial: bool = False, **changes: Any) -> tuple[R
     return (replace(rope, **changes),) * config.num_hidden_layers
 
 
-def ropes_by_kind(config: Any, **changes: Any) -> tuple[RotaryConfig, ...]:
+def ropes_by_kind(config: Any, head_dim: int | None = None, **changes: Any) -> tuple[RotaryConfig, ...]:
     """Translate `rope_parameters` that hold one mapping for each kind of layer into the rotation of each layer.
 
     Args:
         config: transformers' config object.
+        head_dim: size of a head; None = `head_size` of the config.
         changes: other fields of `RotaryConfig`.
 
     Raises:
@@ -180,15 +181,18 @@ def ropes_by_kind(config: Any, **changes: Any) -> tuple[RotaryConfig, ...]:
         raise ConversionError(
             f"rope_parameters.{min(extra)} is next to {' and '.join(KINDS)}; it must be in one of them"
         )
-    ropes = {kind: replace(_rope_of(config, kind), **changes) for kind in set(config.layer_types)}
+    ropes = {
+        kind: replace(_rope_of(config, kind, head_dim or head_size(config)), **changes)
+        for kind in set(config.layer_types)
+    }
     return tuple(ropes[kind] for kind in config.layer_types)
 
 
-def _rope_of(config: Any, kind: str) -> RotaryConfig:
+def _rope_of(config: Any, kind: str, head_dim: int) -> RotaryConfig:
     parameters, path = config.rope_parameters[kind], f"rope_parameters.{kind}"
     if not parameters.get("truncate", True):
         raise ConversionError(f"{path}.truncate=False is not read by transformers here; supported: True")
-    return rotary(parameters, head_size(config), config.max_position_embeddings, path=path)
+    return rotary(parameters, head_dim, config.max_position_embeddings, path=path)
 
 
 def _check_rope_fields(parameters: Mapping[str, Any], kind: str, path: str) -> None:

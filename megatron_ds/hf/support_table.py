@@ -142,7 +142,7 @@ class Support:
             return "nothing: the family is from outside"
         proof = self.proof
         steps = f", {proof.steps} steps" if proof.steps else ""
-        weights = " and ".join(proof.real_weights)
+        weights = ", ".join(proof.real_weights)
         configs = f"{proof.configs} config{'s' if proof.configs != 1 else ''}"
         return f"{configs}, {proof.layouts} layouts{steps}; {weights or 'random weights'}"
 

@@ -108,13 +108,19 @@ def test_dropout_of_the_states_of_tokens(fields: dict[str, float], dropout: floa
     assert head_of(**fields).dropout == 0.0
 
 
+def test_a_number_of_labels_beats_their_names(caplog: pytest.LogCaptureFixture) -> None:
+    """As transformers has it, and some published classifiers need it."""
+    with caplog.at_level(logging.INFO, logger="megatron_ds"):
+        assert head_of(num_labels=7, id2label={"0": "a", "1": "b"}).num_labels == 7
+    assert "num_labels=7 contradicts the 2 names of id2label, which do not count" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"problem_type": "ranking"}, "problem_type"),
         ({"problem_type": "single_label_classification", "id2label": {"0": "a"}}, "problem_type"),
         ({"id2label": {"0": "a", "2": "b"}}, r"id2label=\{0: 'a', 2: 'b'\} must name the labels 0 to 1"),
-        ({"num_labels": 3, "id2label": {"0": "a"}}, "num_labels=3 contradicts the 1 labels of id2label; remove one"),
         ({"classifier_dropout": 1.5}, r"classifier_dropout=1.5 must be a probability below 1"),
         ({"architectures": ["LlamaForQuestionAnswering"]}, r"architectures=\['LlamaForQuestionAnswering'\] is not"),
     ],

@@ -29,7 +29,7 @@ NEAREST = {"lama": "llama", "GPT-J": "gptj", "qwen_2": "qwen2", "Bloom": "bloom"
 # Models of transformers' own: a similar name, or the same names of tensors, do not make them one of ours.
 OTHERS = (
     *("olmo", "flex_olmo", "jetmoe", "mpt", "xglm", "persimmon"),
-    *("distilbert", "bart", "umt5", "albert", "electra", "longt5", "xlm-roberta-xl", "roberta-prelayernorm"),
+    *("convbert", "bart", "umt5", "funnel", "deberta", "longt5", "xlm-roberta-xl", "roberta-prelayernorm"),
 )
 UNKNOWN: list[tuple[dict[str, Any], str]] = [
     ({}, f"model_type is missing; supported: {SUPPORTED}"),

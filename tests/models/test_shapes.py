@@ -36,7 +36,7 @@ def matrices(layer: nn.Module, share: Fraction) -> float:
 def projections(layer: nn.Module) -> set[str]:
     """Names of the weights of projections: neither norms nor biases, learned ones by distance among them."""
     found = {name for name, weight in layer.named_parameters() if weight.dim() > 1}
-    return {name for name in found if "bias" not in name and "relative" not in name}
+    return {name for name in found if not any(part in name for part in ("bias", "relative", "norm"))}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""Trained encoders out of the package registry: a sentence encoder without a head, and a small BERT with both heads.
+"""Trained encoders out of the package registry: a sentence encoder, a small BERT with both heads, and a classifier.
 
 They equal transformers to 1e-5 and come back bit for bit. Random weights are kind: what is trained has outliers, uneven
 scales, and tensors that others' code left in the file.
@@ -13,7 +13,7 @@ import megatron_ds as mds
 from megatron_ds.cli.verify import lines
 from tests.cli.conftest import Fork, fork, start  # noqa: F401
 
-PUBLISHED = {"bert": ("MiniLM-L6", "rxnfp")}
+PUBLISHED = {"bert": ("MiniLM-L6", "rxnfp", "its classifier")}
 """model_type -> the published models whose real weights are compared, for the table of families."""
 
 PLACES = [(1, 1, False), (2, 1, True), (2, 2, False)]
@@ -46,6 +46,13 @@ def test_a_bert_with_both_heads(place: tuple[int, int, bool]) -> None:
     """Of before transformers wrote down what class a config is of."""
     directory = in_package("rxnfp", "models/transformers/bert_pretrained")
     check(directory, place, ["logits", "next_sentence"], ["cls.predictions.decoder.weight"])
+
+
+@pytest.mark.parametrize("place", PLACES[1:], ids=str)
+def test_a_classifier(place: tuple[int, int, bool]) -> None:
+    """Of 50 classes, though its config names two."""
+    directory = in_package("rxnfp", "models/transformers/bert_ft_10k_25s")
+    check(directory, place, ["logits"], [])
 
 
 def test_the_command_on_all_axes(fork: Fork) -> None:  # noqa: F811

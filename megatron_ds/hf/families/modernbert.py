@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import activation, layer_windows, ropes_by_kind
+from megatron_ds.hf.config_translation import activation, layer_windows, quotient, ropes_by_kind
 from megatron_ds.hf.families.bert import encoder, head_of, masked_lm_classes
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Row, fused_gated, fused_qkv, linear, norm
 from megatron_ds.hf.tensor_mapping import copy
@@ -56,7 +56,7 @@ def translate(config: Any) -> EncoderConfig:
         norm=NormStyle("layer", config.norm_eps, bias=config.norm_bias),
         first_norm=False,
         final_norm=True,
-        rotary=ropes_by_kind(config),
+        rotary=ropes_by_kind(config, quotient(config, "hidden_size", "num_attention_heads")),
         windows=layer_windows(config.layer_types, config.local_attention // 2 + 1),
         qkv_bias=config.attention_bias,
         attention_out_bias=config.attention_bias,
