@@ -97,6 +97,8 @@ MODELS = {
     "internvl": "InternVL 2.5 to 3.5 (-hf): the text",
     "llava": "LLaVA 1.5, Pixtral 12B (-hf): the text",
     "llava_next": "LLaVA 1.6: the text",
+    "paligemma": "PaliGemma, PaliGemma 2: the text",
+    "glm4v": "GLM-4.1V 9B: the text",
     "smolvlm": "SmolVLM, SmolVLM2: the text",
     "idefics3": "Idefics3 8B: the text",
 }

@@ -65,8 +65,12 @@ class VisionLanguage(Family):
             family.check_fields(inner)
         rules = family.fields
         repeated = (rules.mapped | rules.equal.keys() | rules.training | rules.cosmetic) - COPIES_THAT_MAY_DIFFER
-        for name in sorted(repeated & raw.keys() & inner.keys()):
-            if name not in self.fields and raw[name] != inner[name]:
+        for name in sorted(repeated & raw.keys() - self.fields.mapped - self.fields.cosmetic):
+            if name not in inner:
+                raise ConversionError(
+                    f"{name}={raw[name]!r} is at the top, where transformers does not read it; move it to {TEXT}"
+                )
+            if raw[name] != inner[name]:
                 raise ConversionError(f"{name}={raw[name]!r} contradicts {TEXT}.{name}={inner[name]!r}")
         own = {name: value for name, value in raw.items() if name in self.fields or name not in rules}
         return super().check_fields(own)

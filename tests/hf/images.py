@@ -31,6 +31,8 @@ IMAGES: dict[str, tuple[int, dict[str, Tensor]]] = {
     "mistral3": (2, {"pixel_values": _pixels(1, 3, 28, 56), "image_sizes": torch.tensor([[28, 56]])}),
     "internvl": (1, _SQUARE),
     "llava": (4, _SQUARE),
+    "paligemma": (4, _SQUARE),
+    "glm4v": (4, _PATCHES),
     "llava_next": (14, {"pixel_values": _pixels(1, 3, 3, 28, 28), "image_sizes": torch.tensor([[28, 56]])}),
     "smolvlm": (1, _IN_A_ROW),
     "idefics3": (1, _IN_A_ROW),

@@ -211,9 +211,10 @@ def test_tie_is_that_of_the_class() -> None:
     """The field at the top decides, and text_config's only in some types; without either it is a matter of the type."""
     found = run_alone(_ties, timeout_s=200.0)
     assert {key: ours for key, (_, ours) in found.items()} == {key: theirs for key, (theirs, _) in found.items()}
-    assert {name for name, top, text in found if found[name, None, None][1]} == {"gemma3", "mistral3", "internvl"}
+    tied = {name for name, top, text in found if found[name, None, None][1]}
+    assert tied == {"gemma3", "mistral3", "internvl", "paligemma"}
     by_text = {name for name, top, text in found if found[name, False, True][1]}
-    assert by_text == {"qwen2_vl", "qwen2_5_vl", "llava"}
+    assert by_text == {"qwen2_vl", "qwen2_5_vl", "llava", "glm4v"}
 
 
 def test_two_different_tables_are_not_tied(saved: Path, tmp_path: Path) -> None:
@@ -252,6 +253,34 @@ def test_defaults_are_those_of_the_larger_models_text() -> None:
     assert core.rotary[0] is not None and core.rotary[0].theta == 5e5 and core.head_dim == 128
     small = read_model({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}).core
     assert small.windows == (4096,) * small.num_layers
+
+
+def _attends_to_the_future() -> dict[tuple[str, bool], bool]:
+    """Implementation of attention, and whether the ids are called a suffix -> whether the first logits see the last."""
+    base: Any = make_model(config_of("paligemma"), attention="eager")
+    ids = torch.randint(3, 100, (1, 16), generator=torch.Generator().manual_seed(1))
+    seen = {}
+    for attention in ("eager", "sdpa"):
+        base.set_attn_implementation(attention)
+        for named, kinds in ((False, {}), (True, {"token_type_ids": torch.ones_like(ids)})):
+            logits = []
+            for last in (5, 9):
+                ids[0, -1] = last
+                with torch.no_grad():
+                    logits.append(base.eval()(input_ids=ids, use_cache=False, **kinds).logits[:, 0])
+            seen[attention, named] = not torch.allclose(*logits, atol=1e-4)
+    return seen
+
+
+def test_text_alone_is_causal_in_paligemma() -> None:
+    """By default transformers lets ids see later ones, unless they are called a suffix; with eager attention it does not."""
+    assert run_alone(_attends_to_the_future) == {
+        ("eager", False): False,
+        ("eager", True): False,
+        ("sdpa", False): True,
+        ("sdpa", True): False,
+    }
+    assert read_model(config_of("paligemma")).core.causal
 
 
 def test_ids_that_stand_for_images() -> None:
@@ -293,6 +322,12 @@ def test_ids_that_stand_for_images() -> None:
         ),
         ("llava", {"text_config": {"hidden_act": "x"}}, "text_config.hidden_act='x' is not supported"),
         ("qwen3_vl", {"num_hidden_layers": 3}, "num_hidden_layers=3 contradicts text_config.num_hidden_layers=4"),
+        # of old GLM-4.1V; transformers takes its defaults instead, and rotates all of a head
+        (
+            "glm4v",
+            {"text_config": None, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5 is at the top, where transformers does not read it; move it to text_config",
+        ),
         (
             "qwen3_vl",
             {"quantization_config": {"quant_method": "fp8"}},

@@ -203,6 +203,55 @@ VISION_LANGUAGE_CASES: dict[str, dict[str, Any]] = {
             "qwen2-tied": {**_text(LLAMA, model_type="qwen2", hidden_act="gelu"), "tie_word_embeddings": True},
         },
     ),
+    **cases_of(
+        "paligemma",
+        {"vision_config": SIGLIP, "image_token_index": IMAGE_ID, "projection_dim": 32},
+        {
+            "gemma": _text(HEADS_OF_16, model_type="gemma", num_key_value_heads=1, pad_token_id=5),
+            "gemma2-caps": _text(
+                HEADS_OF_16,
+                model_type="gemma2",
+                sliding_window=7,
+                attn_logit_softcapping=0.5,
+                final_logit_softcapping=0.5,
+                query_pre_attn_scalar=24,
+            ),
+            "six-heads-untied": {
+                **_text({**LLAMA, **SIX_HEADS}, model_type="gemma", head_dim=12, attention_bias=True),
+                "projection_dim": 48,
+                "tie_word_embeddings": False,
+            },
+        },
+    ),
+    **cases_of(
+        "glm4v",
+        {
+            "vision_config": {
+                **_QWEN_TOWER,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "out_hidden_size": 64,
+                "image_size": 16,
+            },
+            "image_token_id": IMAGE_ID,
+            "video_token_id": IMAGE_ID + 1,
+        },
+        {
+            "partial": _text(
+                WIDE,
+                model_type="glm4v_text",
+                rope_parameters=_mrope([1, 1, 0], partial_rotary_factor=0.5),
+                pad_token_id=5,
+            ),
+            "all-dims-tied": {
+                **_text(WIDE, num_key_value_heads=2, hidden_act="gelu", rope_parameters=_mrope([1, 1, 2])),
+                "tie_word_embeddings": True,
+            },
+            "one-kv-head-yarn": _text(
+                WIDE, num_key_value_heads=1, rope_parameters={**YARN_ROPE, "mrope_section": [2, 1, 1]}
+            ),
+        },
+    ),
     **{
         name: case
         for model_type in ("smolvlm", "idefics3")

@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.families.gemma import GEMMA3_TEXT
+from megatron_ds.hf.config_translation import every_rope
+from megatron_ds.hf.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
+from megatron_ds.hf.families.glm import GLM4
 from megatron_ds.hf.families.llama import (
     LLAMA,
     MISTRAL,
@@ -23,6 +25,7 @@ from megatron_ds.hf.families.llama import (
     rms,
 )
 from megatron_ds.hf.families.ministral3 import MINISTRAL3
+from megatron_ds.hf.family import Family
 from megatron_ds.hf.vision_language import TextNames, vision_language
 from megatron_ds.models.gpt import DecoderConfig
 
@@ -43,6 +46,18 @@ def _qwen3_vl_text(config: Any) -> DecoderConfig:
     return decoder(config, rms(config), qk_norm=rms(config), **biases(config))
 
 
+def _glm4v_text(config: Any) -> DecoderConfig:
+    ropes = every_rope(config, partial=True, adjacent=True)
+    return decoder(config, rms(config), norm_place="both", rotary=ropes, qkv_bias=True)
+
+
+def _of_paligemma(text: Family) -> Family:
+    """Return a text model of PaliGemma: text alone is its suffix, which attends causally, whatever this field says."""
+    field = "use_bidirectional_attention"
+    equal = {name: values for name, values in text.fields.equal.items() if name != field}
+    return replace(text, fields=replace(text.fields, equal=equal, cosmetic=text.fields.cosmetic | {field}))
+
+
 QWEN2_VL_TEXT, QWEN2_5_VL_TEXT = (
     replace(
         QWEN2,
@@ -61,6 +76,13 @@ QWEN3_VL_TEXT = replace(
     architecture="Qwen3VLForConditionalGeneration",
     fields=FieldRules(RMS_FIELDS | {"attention_bias"}),
     translate=_qwen3_vl_text,
+)
+GLM4V_TEXT = replace(
+    GLM4,
+    model_type="glm4v_text",
+    architecture="Glm4vForConditionalGeneration",
+    fields=FieldRules(RMS_FIELDS - {"head_dim"}, equal={"attention_bias": (True,)}),
+    translate=_glm4v_text,
 )
 
 FAMILIES = (
@@ -129,6 +151,27 @@ FAMILIES = (
         (*LLAVA_MODULES, "image_newline"),
         IMAGE,
         (*LLAVA_FIELDS, "image_grid_pinpoints"),
+    ),
+    vision_language(
+        "paligemma",
+        "PaliGemmaForConditionalGeneration",
+        [_of_paligemma(GEMMA), _of_paligemma(GEMMA2)],
+        LLAVA_NAMES,
+        LLAVA_MODULES,
+        IMAGE,
+        ("projection_dim", "hidden_size", "vocab_size"),
+        caps_logits=True,
+    ),
+    vision_language(
+        "glm4v",
+        "Glm4vForConditionalGeneration",
+        [GLM4V_TEXT],
+        (IN_MEMORY,),
+        ("visual",),
+        (
+            *("image_token_id", "image_start_token_id", "image_end_token_id"),
+            *("video_token_id", "video_start_token_id", "video_end_token_id"),
+        ),
     ),
     *(
         vision_language(
