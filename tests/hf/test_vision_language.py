@@ -273,7 +273,7 @@ def _attends_to_the_future() -> dict[tuple[str, bool], bool]:
 
 
 def test_text_alone_is_causal_in_paligemma() -> None:
-    """By default transformers lets ids see later ones, unless they are called a suffix; with eager attention it does not."""
+    """By default transformers lets ids see later ones unless they are called a suffix; its eager attention does not."""
     assert run_alone(_attends_to_the_future) == {
         ("eager", False): False,
         ("eager", True): False,
