@@ -360,6 +360,8 @@ def test_written_config_is_read_by_transformers_5(case: str, tmp_path: Path) -> 
     )
     if expected.get("num_nextn_predict_layers"):
         expected["num_nextn_predict_layers"] = 0  # such layers are not read
+    for content in (read, expected):  # transformers copies the dtype of old configs with the text's fields at the top
+        content.get("text_config", {}).pop("dtype", None)
     only_for_4 = {name for name in read.keys() - expected.keys() if name == "partial_rotary_factor"}
     ropes = [content.pop("rope_parameters", None) for content in (read, expected)]
     assert {name: value for name, value in read.items() if name not in only_for_4} == expected
