@@ -1,5 +1,6 @@
 """The reference: a plain transformers model and torch.optim.AdamW in one process."""
 
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.parity.family_cases import FAMILY_CASES
 ALL_CONFIGS = {**CONFIGS, **FAMILY_CASES, **ENCODER_CASES}
 # The last parts of names of buffers that are weights: of routers' choices, and the constants of xIELU.
 WEIGHTS_AMONG_BUFFERS = ("e_score_correction_bias", "act_fn.beta", "act_fn.eps")
+NOT_DECAYED = ("bias", "norm.weight")  # ends of names
 assert len(ALL_CONFIGS) == len(CONFIGS) + len(FAMILY_CASES) + len(ENCODER_CASES), "a name stands for two configs"
 
 
@@ -57,14 +59,14 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
     model = make_model(ALL_CONFIGS[case], attention="sdpa" if recipe.attention_mask else None)
     model.save_pretrained(directory)
     model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision])
+    passes_through = FAMILIES[model.config.model_type].passes_through
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and not any(fnmatch(name, each) for each in recipe.frozen))
+        frozen = _any_match(passes_through, name) or any(fnmatch(name, each) for each in recipe.frozen)
+        parameter.requires_grad_(parameter.requires_grad and not frozen)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     masters = [parameter.detach().float().clone().requires_grad_() for parameter in trained.values()]
-    # those of all experts or heads are one tensor: a bias or the weight of a norm may have two dims
-    decays = [
-        master.dim() >= 2 and not name.endswith(("bias", "_norm.weight")) for name, master in zip(trained, masters)
-    ]
+    # those of all experts are one tensor, and so are norms of each head: a bias or a norm may have two dims
+    decays = [master.dim() >= 2 and not name.endswith(NOT_DECAYED) for name, master in zip(trained, masters)]
     groups = [
         {"params": [m for m, decay in zip(masters, decays) if decay], "weight_decay": recipe.weight_decay},
         {"params": [m for m, decay in zip(masters, decays) if not decay], "weight_decay": 0.0},
@@ -84,5 +86,10 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
                 parameter.copy_(master)
         losses.append(float(loss.detach()))
     model.save_pretrained(directory / "trained")  # under the names on disk
-    weights = {name: tensor.float() for name, tensor in load_file(directory / "trained" / "model.safetensors").items()}
+    saved = load_file(directory / "trained" / "model.safetensors")
+    weights = {name: tensor.float() for name, tensor in saved.items() if not _any_match(passes_through, name)}
     return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def _any_match(patterns: tuple[str, ...], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
