@@ -47,6 +47,8 @@ def test_olmo3_rope_theta_that_reaches_the_full_layers_alone_is_refused() -> Non
     theirs = AutoConfig.for_model("olmo3", **fields).rope_parameters
     assert theirs["full_attention"]["rope_theta"] == 1e4 and theirs["sliding_attention"]["rope_theta"] == 5e5
     assert "rope_theta=10000.0 reaches the full layers alone in transformers 5" in refusal(legacy)
+    half = {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_type": "default"}}
+    assert "rope_theta=10000.0 reaches the full layers alone" in refusal({**legacy, "rope_parameters": half})
 
 
 def test_olmo3_of_the_hub_and_our_exports_are_read() -> None:

@@ -171,9 +171,10 @@ _OLMO3_THETA = 500000.0
 
 def _olmo3_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse a `rope_theta` that transformers 5 takes for the full layers alone; transformers 4 took it for all."""
-    sliding = (raw.get("rope_parameters") or {}).get("sliding_attention") or {}
-    theta = raw.get("rope_theta")
-    if theta is not None and theta != _OLMO3_THETA and "rope_theta" not in sliding:
+    theta, ropes = raw.get("rope_theta"), raw.get("rope_parameters")
+    sliding = ropes.get("sliding_attention") if isinstance(ropes, Mapping) else None
+    of_its_own = isinstance(sliding, Mapping) and "rope_theta" in sliding
+    if theta is not None and theta != _OLMO3_THETA and not of_its_own:
         raise ConversionError(
             f"rope_theta={theta!r} reaches the full layers alone in transformers 5, and all layers in transformers 4; "
             "try rope_parameters with a rope_theta in full_attention and in sliding_attention"
@@ -211,7 +212,7 @@ def _exaone4_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         found["sliding_window_pattern"] = len(pattern)
     if given is None and raw.get("sliding_window", 0) is None:
         layers = raw.get("num_hidden_layers", AutoConfig.for_model("exaone4").num_hidden_layers)
-        found["layer_types"] = ["full_attention"] * layers
+        found.update({"layer_types": ["full_attention"] * layers} if isinstance(layers, int) else {})
     return found
 
 
