@@ -148,6 +148,15 @@ def test_dropouts_of_seed_oss_are_on_by_default_and_ernie_has_none() -> None:
     assert "attention_dropout=0.1 is not a known field" in refusal({**FIRST["ernie4_5"], "attention_dropout": 0.1})
 
 
+def test_cos_and_sin_that_stay_fp32_and_pairs_of_adjacent_dims() -> None:
+    """In fp32 the first makes no difference; in bf16 transformers rotates OLMo 3 and ERNIE 4.5 in fp32."""
+    found = {name: read(name).core.rotary[0] for name in ("llama", "olmo3", "ernie4_5", "helium", "glm", "glm4")}
+    assert [name for name, rope in found.items() if rope is not None and rope.fp32] == ["olmo3", "ernie4_5"]
+    assert [name for name, rope in found.items() if rope is not None and rope.adjacent] == [
+        *("ernie4_5", "helium", "glm", "glm4")
+    ]
+
+
 def test_helium_output_projection_is_square() -> None:
     assert "head_dim=16 times num_attention_heads=8 is not hidden_size=32" in refusal(
         {**FIRST["helium"], "head_dim": 16}

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from tests.parity.cases import SEQ, VOCAB, Recipe, global_batch, shifted
+from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.packed import draw_rows, unpacked
 
 TARGETS = 24  # a multiple of every tensor size, other than SEQ
 PADDING = 1  # RoBERTa's positions skip it
-ENCODERS, ENCODER_DECODERS = ("bert", "roberta", "xlm-roberta", "camembert"), ("t5", "mt5")
+ENCODER_DECODERS = ("t5", "mt5")
+ENCODERS = {config["model_type"] for config in ENCODER_CASES.values()} - set(ENCODER_DECODERS)
 
 
 def batch_for(model_type: str, recipe: Recipe, step: int) -> dict[str, Tensor]:

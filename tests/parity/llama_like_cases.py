@@ -52,9 +52,15 @@ LLAMA_LIKE_CASES: dict[str, dict[str, Any]] = {
         "seed_oss",
         _SEED_OSS,
         {
-            "all-biases-two-kv-heads": {**_TWO_KV_HEADS, "attention_out_bias": True, "mlp_bias": True},
+            "out-bias-two-kv-heads": {**_TWO_KV_HEADS, "attention_bias": False, "attention_out_bias": True},
             "qkv-bias-tied": _TIED,
-            "no-bias-wide-heads": {"attention_bias": False, "head_dim": 16, "pad_token_id": 1, "hidden_act": "gelu"},
+            "all-biases-wide-heads": {
+                "attention_out_bias": True,
+                "mlp_bias": True,
+                "head_dim": 16,
+                "pad_token_id": 1,
+                "hidden_act": "gelu",
+            },
         },
     ),
     **cases_of(
