@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 HELP = """Show the families of models that are read, trained and written, by the model_type in config.json.
 
 What is proven is a comparison with transformers in fp32: outputs, loss and every gradient of so many configs, at so
-many layouts of ranks, and the losses of so many training steps. `megatron-ds verify` compares a directory of yours.
+many layouts of ranks, and the losses of so many training steps. Labels are what its heads for classes and scores are
+of: texts, tokens or both. `megatron-ds verify` compares a directory of yours.
 
 Examples:
 
@@ -55,8 +56,8 @@ def _show(found: list[Support]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    titles = ("model_type", "class in transformers", "such as", "proven")
-    lines = [(one.model_type, one.architecture, one.known, one.proven) for one in found]
+    titles = ("model_type", "class in transformers", "such as", "labels", "proven")
+    lines = [(one.model_type, one.architecture, one.known, one.labels, one.proven) for one in found]
     console = Console()
     if console.is_terminal:
         table = Table(*titles, box=None, padding=(0, 2, 0, 0), header_style="bold")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_ds.hf.family import Family
+from megatron_ds.hf.label_classes import label_classes
 from megatron_ds.hf.registry import FAMILIES
 
 BEGIN, END = "<!-- made by `make tables` -->", "<!-- end -->"
@@ -129,13 +130,21 @@ class Support:
         model_type: as in config.json.
         architecture: the class of transformers, by default if a config names no other.
         known: well-known models; empty for families from outside.
+        label_classes: the classes of transformers with a head for labels, of texts and of tokens.
         proof: what is proven; None for families from outside.
     """
 
     model_type: str
     architecture: str
     known: str
+    label_classes: tuple[str, ...]
     proof: Proof | None
+
+    @property
+    def labels(self) -> str:
+        """A text on the heads for labels, such as "texts, tokens"; empty = none."""
+        kinds = {"ForSequenceClassification": "texts", "ForTokenClassification": "tokens"}
+        return ", ".join(kinds[name[name.index("For") :]] for name in self.label_classes)
 
     @property
     def proven(self) -> str:
@@ -158,14 +167,15 @@ def support() -> list[Support]:
 
 def _line(family: Family, proof: Proof | None) -> Support:
     name = family.model_type
-    return Support(name, family.architecture, MODELS.get(name, ""), proof if name in MODELS else None)
+    classes, known = tuple(label_classes(family)), name in MODELS
+    return Support(name, family.architecture, MODELS.get(name, ""), classes, proof if known else None)
 
 
 def markdown(lines: Iterable[Support]) -> str:
     """Return the table in Markdown."""
-    table = ["| `model_type` | class in transformers | such as | proven |", "| --- | --- | --- | --- |"]
-    table += [f"| `{one.model_type}` | `{one.architecture}` | {one.known} | {one.proven} |" for one in lines]
-    return "\n".join(table)
+    rows = [("`model_type`", "class in transformers", "such as", "labels", "proven"), ("---",) * 5]
+    rows += [(f"`{one.model_type}`", f"`{one.architecture}`", one.known, one.labels, one.proven) for one in lines]
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
 def with_table(text: str) -> str:

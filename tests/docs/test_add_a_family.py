@@ -57,7 +57,7 @@ def test_every_command_of_the_page(place: Path) -> None:
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
     assert all("verdict     equal to transformers: path/to/olmo" in one for one in said[:2])
-    assert re.search(r"^olmo +OlmoForCausalLM +nothing: the family is from outside$", said[2], re.MULTILINE)
+    assert re.search(r"^olmo +OlmoForCausalLM +texts +nothing: the family is from outside$", said[2], re.MULTILINE)
 
 
 def test_an_option_without_a_block_is_refused(place: Path) -> None:
