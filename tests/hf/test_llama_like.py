@@ -227,6 +227,11 @@ def test_granitemoehybrid_mamba_layers_and_experts_are_refused_by_name() -> None
     assert read("granitemoehybrid", position_embedding_type=None).core.rotary == ()
 
 
+def test_granitemoehybrid_multipliers_that_are_null_are_refused() -> None:
+    null = {**FIRST["granitemoehybrid"], "residual_multiplier": None}
+    assert "residual_multiplier=None must be a number" in refusal(null)
+
+
 def test_infinities_in_json() -> None:
     words = {"limits": [0.0, {"__float__": "Infinity"}, {"__float__": "-Infinity"}], "rest": {"__float__": 3}}
     assert decode_floats(words) == {"limits": [0.0, math.inf, -math.inf], "rest": {"__float__": 3}}

@@ -219,7 +219,14 @@ def _olmo2(config: Any) -> DecoderConfig:
 
 
 def multipliers(config: Any) -> dict[str, Any]:
-    """Translate Granite's multipliers."""
+    """Translate Granite's multipliers.
+
+    Raises:
+        ConversionError: one is null, which transformers admits in a config and cannot compute with.
+    """
+    for name in sorted(MULTIPLIERS):
+        if getattr(config, name) is None:
+            raise ConversionError(f"{name}=None must be a number; nearest: 1.0")
     return {
         "embedding_multiplier": config.embedding_multiplier,
         "attention_scale": config.attention_multiplier,

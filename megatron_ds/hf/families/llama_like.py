@@ -115,7 +115,7 @@ JAIS2 = later_family(
 
 
 def _ernie4_5(config: Any) -> DecoderConfig:
-    bias = config.use_bias
+    bias = bool(config.use_bias)
     return decoder(
         config,
         rms(config),
