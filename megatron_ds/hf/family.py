@@ -66,7 +66,7 @@ class Row:
     @property
     def parts(self) -> list[Part]:
         """The smallest parts with Hugging Face tensors of their own: experts that are stored one by one, or all."""
-        experts = range(self.op.count) if isinstance(self.op, Spread) else (None,)
+        experts = range(self.op.count) if isinstance(self.op, Spread) and self.split == "x" else (None,)
         return [Part(self.native, expert) for expert in experts]
 
     def of(self, expert: int | None) -> Row:

@@ -28,9 +28,10 @@ def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]
         if any(matched) and not all(matched):
             both = f"{row.names[matched.index(True)]} and {row.names[matched.index(False)]}"
             if isinstance(row.op, Spread):
+                each = "experts" if row.split == "x" else "heads"
                 raise ConfigError(
-                    f"train.freeze matches only one of {both}, and all experts of a layer are one parameter here; "
-                    f"nearest: {' and '.join(_of_all_experts(row, row.op))}"
+                    f"train.freeze matches only one of {both}, and all {each} of a layer are one parameter here; "
+                    f"nearest: {' and '.join(_of_each(row, row.op))}"
                 )
             raise ConfigError(f"train.freeze: {both} are one parameter here; freeze both or neither")
         if all(matched):
@@ -40,7 +41,7 @@ def frozen_parameters(model: HFModel, patterns: Sequence[str]) -> frozenset[str]
     return frozenset(frozen)
 
 
-def _of_all_experts(row: Row, op: Spread) -> list[str]:
-    """Return patterns of the names of all experts' tensors, one for each tensor of an expert."""
+def _of_each(row: Row, op: Spread) -> list[str]:
+    """Return patterns of the names of the tensors of all experts or heads, one for each tensor of the first."""
     of_first = (name.rpartition(".0.") for name in row.names[: len(op.one.sources)])
     return [f"{start}.*.{end}" for start, _, end in of_first]

@@ -12,11 +12,18 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
+from megatron_ds.config import ExportSection, ModelSection
+from megatron_ds.engine import Engine
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.convert import rewrite
+from megatron_ds.parallel.grid import Grid
+from megatron_ds.runtime import LoadedModel
+from megatron_ds.runtime.export import export_live
 from tests.hf.models import DTYPES, Tensors, hashes
+from tests.parity.cases import Recipe
+from tests.parity.ours import Place, engine_on
 from tests.parity.reference import ALL_CONFIGS, make_model
-from tests.ranks import run_alone
+from tests.ranks import run_alone, run_grid
 
 SAMPLE = (
     "gpt2",  # transposed, and fused in blocks
@@ -88,6 +95,33 @@ def test_damage_is_seen(tmp_path: Path) -> None:
     named = ("lm_head.weight is", "model.layers.9.extra is", "model.norm.weight is", "missing_keys", "unexpected_keys")
     assert len(found) == len(named)
     assert all(any(line.startswith(name) for line in found) for name in named), found
+
+
+def _export_from_ranks(grid: Grid, source: Path, target: Path, place: Place) -> None:
+    engine, model = engine_on(grid, source, place, Recipe())
+    assert isinstance(engine, Engine)
+    export_live(engine, LoadedModel(model, ModelSection(path=str(source))), ExportSection(path=str(target)), "fp32")
+
+
+def _save(case: str, directory: Path) -> None:
+    make_model(ALL_CONFIGS[case]).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        ("stablelm-tied-two-kv-heads", Place(4, 1, 1, 1)),  # two ranks hold the same key head
+        pytest.param("apertus-bias", Place(2, 2, 1, 1, True), marks=pytest.mark.sweep),
+        pytest.param("codegen-tied-twelve-heads", Place(2, 1, 2, 3), marks=pytest.mark.sweep),
+        pytest.param("cohere-normed-two-kv-heads", Place(4, 1, 1, 1), marks=pytest.mark.sweep),
+        pytest.param("gpt_bigcode-one-kv-head", Place(2, 1, 1, 1), marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
+def test_ranks_write_what_they_read(case: str, place: Place, tmp_path: Path) -> None:
+    run_alone(_save, case, tmp_path / "source")
+    run_grid(_export_from_ranks, place.layout, tmp_path / "source", tmp_path / "target", place)
+    assert hashes(tmp_path / "target") == hashes(tmp_path / "source")
 
 
 def test_the_sample_comes_back(tmp_path: Path) -> None:

@@ -63,3 +63,14 @@ def test_a_part_of_a_parameter_is_refused(patterns: list[str], says: str, model:
     assert str(caught.value) == says
     if "nearest: " in says:
         assert frozen_parameters(model, says.partition("nearest: ")[2].split(" and "))
+
+
+def test_the_norm_of_one_head_is_refused() -> None:
+    model = read_model(dict(ALL_CONFIGS["stablelm-parallel-normed-heads"]))
+    with pytest.raises(ConfigError) as caught:
+        frozen_parameters(model, ["model.layers.0.self_attn.q_layernorm.norms.3.weight"])
+    assert str(caught.value) == (
+        "train.freeze matches only one of model.layers.0.self_attn.q_layernorm.norms.3.weight and "
+        "model.layers.0.self_attn.q_layernorm.norms.0.weight, and all heads of a layer are one parameter here; "
+        "nearest: model.layers.0.self_attn.q_layernorm.norms.*.weight"
+    )
