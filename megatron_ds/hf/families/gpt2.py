@@ -57,31 +57,51 @@ FIELDS = FieldRules(
 
 def translate(config: Any) -> DecoderConfig:
     """Translate a GPT2Config."""
-    return DecoderConfig(
-        family="gpt2",
-        vocab_size=config.vocab_size,
-        hidden_size=config.n_embd,
-        num_layers=config.n_layer,
-        num_heads=config.n_head,
-        num_kv_heads=config.n_head,
+    return decoder(
+        config,
         head_dim=quotient(config, "n_embd", "n_head"),
         ffn_size=config.n_inner or 4 * config.n_embd,
-        norm=NormStyle("layer", config.layer_norm_epsilon),
-        embedding_size=config.n_embd,
-        positions=PositionTable(config.n_positions),
-        qkv_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
         attention_scale=None if config.scale_attn_weights else 1.0,
         scale_by_layer=config.scale_attn_by_inverse_layer_idx,
-        activation=activation("activation_function", config.activation_function),
-        tied=config.tie_word_embeddings,
-        embedding_dropout=config.embd_pdrop,
-        attention_dropout=config.attn_pdrop,
-        residual_dropout=config.resid_pdrop,
-        init_std=config.initializer_range,
         scaled_residual_init=True,
+        **dropouts(config),
     )
+
+
+def dropouts(config: Any) -> dict[str, float]:
+    """Translate GPT-2's dropouts."""
+    return {
+        "embedding_dropout": config.embd_pdrop,
+        "attention_dropout": config.attn_pdrop,
+        "residual_dropout": config.resid_pdrop,
+    }
+
+
+def decoder(config: Any, **options: Any) -> DecoderConfig:
+    """Translate the fields that families with GPT-2's block share, by the names that all their configs know.
+
+    Args:
+        config: transformers' config object.
+        options: of `DecoderConfig`, from the family's other fields.
+    """
+    shared: dict[str, Any] = {
+        "family": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_attention_heads,
+        "norm": NormStyle("layer", config.layer_norm_epsilon),
+        "embedding_size": config.hidden_size,
+        "positions": PositionTable(config.max_position_embeddings),
+        "qkv_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "activation": activation("activation_function", config.activation_function),
+        "tied": config.tie_word_embeddings,
+        "init_std": config.initializer_range,
+    }
+    return DecoderConfig(**{**shared, **options})
 
 
 NATIVE, THEIRS = "blocks.{n}", "transformer.h.{n}"

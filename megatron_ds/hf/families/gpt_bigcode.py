@@ -6,11 +6,9 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import activation, quotient
+from megatron_ds.hf.config_translation import quotient
 from megatron_ds.hf.families import gpt2
 from megatron_ds.hf.family import Family, Row, fused_qkv, linear
-from megatron_ds.layers.embedding import PositionTable
-from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.gpt import DecoderConfig
 
 _IN_FP32 = ("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
@@ -31,29 +29,14 @@ def translate(config: Any) -> DecoderConfig:
             f"num_key_value_heads={config.num_key_value_heads} contradicts multi_query={config.multi_query}; nearest: "
             f"{kv_heads}"
         )
-    return DecoderConfig(
-        family="gpt_bigcode",
-        vocab_size=config.vocab_size,
-        hidden_size=config.n_embd,
-        num_layers=config.n_layer,
-        num_heads=config.n_head,
+    return gpt2.decoder(
+        config,
         num_kv_heads=kv_heads,
         head_dim=quotient(config, "n_embd", "n_head"),
         ffn_size=config.n_inner or 4 * config.n_embd,
-        norm=NormStyle("layer", config.layer_norm_epsilon),
-        embedding_size=config.n_embd,
-        positions=PositionTable(config.n_positions),
-        qkv_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
         attention_scale=None if config.scale_attn_weights else 1.0,
-        activation=activation("activation_function", config.activation_function),
-        tied=config.tie_word_embeddings,
-        embedding_dropout=config.embd_pdrop,
-        attention_dropout=config.attn_pdrop,
-        residual_dropout=config.resid_pdrop,
-        init_std=config.initializer_range,
         scaled_residual_init=True,
+        **gpt2.dropouts(config),
     )
 
 

@@ -6,11 +6,9 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import activation, quotient
+from megatron_ds.hf.config_translation import quotient
 from megatron_ds.hf.families import gpt2
 from megatron_ds.hf.family import Family, Row, linear, separate_qkv
-from megatron_ds.layers.embedding import PositionTable
-from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.gpt import DecoderConfig
 
 _SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_position_embeddings")
@@ -29,28 +27,16 @@ def translate(config: Any) -> DecoderConfig:
     for layer, kind in enumerate(config.attention_layers):
         if kind not in ("global", "local"):
             raise ConversionError(f"attention_layers[{layer}]={kind!r} is not supported; supported: global, local")
-    return DecoderConfig(
-        family="gpt_neo",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_heads,
+    return gpt2.decoder(
+        config,
         head_dim=quotient(config, "hidden_size", "num_heads"),
         ffn_size=config.intermediate_size or 4 * config.hidden_size,
-        norm=NormStyle("layer", config.layer_norm_epsilon),
-        embedding_size=config.hidden_size,
-        positions=PositionTable(config.max_position_embeddings),
-        attention_out_bias=True,
-        mlp_bias=True,
+        qkv_bias=False,
         attention_scale=1.0,
         windows=tuple(config.window_size if kind == "local" else None for kind in config.attention_layers),
-        activation=activation("activation_function", config.activation_function),
-        tied=config.tie_word_embeddings,
         embedding_dropout=config.embed_dropout,
         attention_dropout=config.attention_dropout,
         residual_dropout=config.resid_dropout,
-        init_std=config.initializer_range,
     )
 
 
