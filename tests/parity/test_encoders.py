@@ -30,6 +30,11 @@ MORE_PLACES = [
     Place(1, 1, 2, 0),
 ]
 TRAINED = ("bert-pretraining", "bert-masked", "roberta-masked", "t5-tied-relu", "t5-gated")
+# The first case of each further type: two of them here, all in the sweep.
+RELATED = ("modernbert-masked", "distilbert-masked", "electra-generator", "albert-masked", "eurobert-untied")
+RELATED += ("nomic_bert-masked",)
+THREE_PLACES = [Place(2, 1, 1, 1, True), Place(2, 2, 1, 1), Place(1, 1, 2, 3)]
+SAMPLE = [("modernbert-masked", Place(2, 2, 1, 1)), ("albert-masked", Place(1, 4, 1, 1))]
 RECIPE = Recipe()
 CASES = [(case, place) for case in TRAINED for place in PLACES]
 RECOMPUTED = [
@@ -40,7 +45,7 @@ RECOMPUTED = [
 ]
 
 
-@pytest.mark.parametrize(("case", "place"), CASES + RECOMPUTED[::7], ids=str)
+@pytest.mark.parametrize(("case", "place"), CASES + RECOMPUTED[::7] + SAMPLE, ids=str)
 def test_five_steps_equal_transformers(case: str, place: Place, references: Any) -> None:
     directory, reference = references(case, RECIPE)
     errors = relative_errors(train_ours(directory, place, RECIPE), reference)
@@ -51,7 +56,9 @@ def test_five_steps_equal_transformers(case: str, place: Place, references: Any)
 @pytest.mark.parametrize(
     ("case", "place"),
     [(case, place) for case in TRAINED for place in MORE_PLACES]
-    + [one for one in RECOMPUTED if one not in RECOMPUTED[::7]],
+    + [one for one in RECOMPUTED if one not in RECOMPUTED[::7]]
+    + [(case, place) for case in RELATED for place in THREE_PLACES if (case, place) not in SAMPLE]
+    + [("albert-masked", replace(Place(2, 2, 1, 1, True), recompute="full")), ("albert-masked", Place(1, 1, 2, 2))],
     ids=str,
 )
 def test_every_combination_equals_transformers(case: str, place: Place, references: Any) -> None:

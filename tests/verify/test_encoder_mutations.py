@@ -13,11 +13,12 @@ from torch import Tensor
 from megatron_ds.hf.family import Family, Row
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.tensor_mapping import Op
+from megatron_ds.layers import attention
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.embedding import LearnedPositions, TokenTypes
 from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.models import bert, t5
-from megatron_ds.models.block import BlockInputs
+from megatron_ds.models.block import Block, BlockInputs
 from megatron_ds.verify import verify_hf
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.verify.test_mutations import BLOCK, with_option, with_row
@@ -125,6 +126,49 @@ def last_position_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bert.Pooler, "forward", lambda self, hidden: forward(self, hidden.flip(0)))
 
 
+def windows_wider_by_one(family: Family) -> Family:
+    def translate(config: Any) -> Any:
+        core = family.translate(config)
+        return replace(core, windows=tuple(window and window + 1 for window in core.windows))
+
+    return replace(family, translate=translate)
+
+
+def rotations_of_the_other_kind_of_layer(family: Family) -> Family:
+    def translate(config: Any) -> Any:
+        core = family.translate(config)
+        full, sliding = core.rotary[:2]
+        return replace(core, rotary=tuple(sliding if rope == full else full for rope in core.rotary))
+
+    return replace(family, translate=translate)
+
+
+def windows_of_last_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in causal models."""
+    both = attention.allowed_keys_on_both_sides
+
+    def before(length: int, window: int | None, *others: Any) -> Tensor | None:
+        mask = both(length, window, *others)
+        return mask.tril() if window is not None and window < length and mask is not None else mask
+
+    monkeypatch.setattr(attention, "allowed_keys_on_both_sides", before)
+
+
+def norm_in_the_first_block_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = Block.__init__
+
+    def with_norm(self: Block, config: Any, layer: int, *others: Any) -> None:
+        init(self, config, layer, *others)
+        if layer == 0:
+            self.attention_norm = torch.nn.LayerNorm(config.hidden_size, elementwise_affine=False)  # type: ignore[assignment]
+
+    monkeypatch.setattr(Block, "__init__", with_norm)
+
+
+def no_norm_after_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bert.EncoderExit, "forward", lambda self, activations: activations)
+
+
 # ---- encoder-decoders --------------------------------------------------------------------------------------------
 
 
@@ -210,6 +254,7 @@ def last_distance_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BASE, MASKED, PAIRS = (ENCODER_CASES[f"bert-{name}"] for name in ("base", "masked", "pretraining"))
+MODERNBERT = ENCODER_CASES["modernbert-masked"]
 ROBERTA = ENCODER_CASES["roberta-masked-relu"]
 TIED, GATED = ENCODER_CASES["t5-tied-relu"], ENCODER_CASES["t5-gated"]
 FIRST = "encoder.blocks.0"
@@ -229,6 +274,11 @@ MUTATIONS: list[tuple[Patch, dict[str, Any], str | None]] = [
     (mask_ignored, ROBERTA, "blocks.0"),
     (last_position_pooled, PAIRS, None),
     (last_position_pooled, BASE, None),
+    (of_family("modernbert", windows_wider_by_one), MODERNBERT, "blocks.1"),
+    (of_family("modernbert", rotations_of_the_other_kind_of_layer), MODERNBERT, "blocks.0"),
+    (windows_of_last_keys, MODERNBERT, "blocks.1"),
+    (norm_in_the_first_block_too, ENCODER_CASES["modernbert-biases"], "blocks.0"),
+    (no_norm_after_the_last_block, MODERNBERT, None),
     (of_family("t5", scores_scaled), TIED, FIRST),
     (of_family("t5", logits_not_scaled), TIED, None),
     (of_family("t5", gate_and_up_swapped), GATED, FIRST),
