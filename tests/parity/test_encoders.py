@@ -79,6 +79,7 @@ BF16_BOUNDS = {"loss": 2e-3, "norm": 6e-2, "weights": 5e-2}
         ("bert-pretraining", Place(2, 2, 1, 1, True)),
         ("bert-masked", Place(2, 1, 2, 2, True)),
         ("t5-gated", Place(1, 4, 1, 1)),
+        ("albert-masked", Place(1, 2, 1, 1)),
         ("t5-tied-relu", Place(2, 2, 1, 1, True)),
         ("t5-tied-relu", Place(2, 1, 2, 3)),
     ],

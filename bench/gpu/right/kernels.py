@@ -67,6 +67,7 @@ LARGER: dict[str, tuple[Example, ...]] = {
         _attention(8, 8, 64, key_mask=SOME),
         _attention(8, 8, 64, key_bias=SOME),
         _attention(8, 8, 64, causal=False, key_mask=SOME),
+        _attention(8, 8, 64, causal=False, key_mask=SOME, window=40),
         _attention(64, 8, 64, sinks=SOME),
         _attention(64, 8, 64, sinks=SOME, window=40),
         lambda random: _learned_bias(random, pick(2048, 64)),

@@ -212,8 +212,8 @@ def read_adapters(source: str | Path | Mapping[str, Any], model: HFModel, base: 
     config, named = AdapterConfig(source), in_memory(model)
     if any(stack.shared_blocks for stack in model.core.stacks.values()):
         raise ConversionError(
-            f"{config.where} does not work on a {model.family.model_type}, whose blocks share their parameters: each "
-            "would have adapters of its own; remove it, to train all parameters"
+            f"{config.where} does not work on model_type={model.family.model_type}, whose blocks share their "
+            "parameters: each would have adapters of its own; remove it, to train all parameters"
         )
     if model.core.labels is not None and (config.starts or model.replaced is not None):
         config.save_too(head_modules(model))
