@@ -24,7 +24,8 @@ def known_end_ids(model: HFModel, model_path: str | Path | None) -> list[int]:
     file = Path(model_path) / GENERATION_CONFIG if model_path is not None else None
     if file is not None and file.is_file():
         return _as_list(read_json(file).get("eos_token_id"))
-    return _as_list(getattr(model.config, "eos_token_id", None))
+    parts = (model.config, getattr(model.config, "text_config", None))  # in the order of transformers
+    return next((ids for part in parts if (ids := _as_list(getattr(part, "eos_token_id", None)))), [])
 
 
 def with_end_ids(content: str, end_ids: Iterable[int]) -> str:

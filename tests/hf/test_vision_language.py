@@ -16,8 +16,9 @@ import transformers
 from transformers import AutoConfig
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import config_json, generation_config, read_model
 from megatron_ds.hf.convert import rewrite
+from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.hf.registry import FAMILIES
 from tests.hf.images import IMAGES, SEEING, config_of, inputs_with_image
 from tests.hf.models import Tensors, changed, hashes, opened
@@ -283,6 +284,15 @@ def test_text_alone_is_causal_in_paligemma() -> None:
     assert read_model(config_of("paligemma")).core.causal
 
 
+def test_end_of_text_is_in_text_config() -> None:
+    """Unless the top has one; `generate` stops at the same ids."""
+    config = config_of("gemma3")
+    for given, ids in ((config, [0]), ({**config, "eos_token_id": [1, 106]}, [1, 106])):
+        model = read_model(given)
+        found = generation_config(model.config, model.core, given).eos_token_id
+        assert known_end_ids(model, None) == (found if isinstance(found, list) else [found]) == ids
+
+
 def test_ids_that_stand_for_images() -> None:
     assert read_model(config_of("gemma3")).placeholder_ids == {
         "image_token_index": 120,
@@ -339,6 +349,7 @@ def test_ids_that_stand_for_images() -> None:
             "quantization_config is not supported in a qwen3_vl",
         ),
         ("qwen3_vl", {"architectures": ["Qwen3VLModel"]}, "architectures=['Qwen3VLModel'] is not supported"),
+        ("gemma3", {"architectures": ["Gemma3ForSequenceClassification"]}, "is not supported; supported of gemma3: "),
         ("qwen3_vl", {"text_config": {"rope_parameters": {"rope_type": "new"}}}, "rope"),
     ],
 )
