@@ -95,7 +95,7 @@ def test_indexed(open_: Open, tmp_path: Path) -> None:
     """At the sample: all tokens are never read at once."""
     prefix, lengths = str(tmp_path / "corpus"), [20, 7, 30, 9]
     tokens = np.arange(sum(lengths), dtype="<u2")
-    tokens[20 + 7 + 3] = IMAGE
+    tokens[20 + 7] = IMAGE
     tokens.tofile(f"{prefix}.bin")
     write_index(Path(f"{prefix}.idx"), tokens.dtype, lengths, list(range(len(lengths) + 1)))
     dataset = open_("indexed", prefix)
