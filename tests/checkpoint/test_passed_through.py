@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import megatron_ds as mds
 from megatron_ds.checkpoint import passed_through
@@ -31,7 +32,7 @@ from megatron_ds.runtime import load_model
 from megatron_ds.runtime.export import export_live
 from tests.checkpoint.runs import steps
 from tests.hf.models import hashes
-from tests.hf.seeing_models import TOWER, save_seeing, tower
+from tests.hf.seeing_models import IMAGE_ID, TOWER, save_seeing, tower
 from tests.made_once import MakeOnce
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, session_of
@@ -218,23 +219,28 @@ def test_a_run_that_is_killed_while_it_saves_leaves_the_former_checkpoint(
 
 
 def test_a_placeholder_in_the_data_is_refused_before_training(corpus: Path, source: Path, tmp_path: Path) -> None:
-    data = run_mapping(corpus, tmp_path / "run", "tokenized")["data"]
     lines = (corpus / "train.jsonl").read_text().splitlines()
-    row = next(number for number, line in enumerate(lines, 1) if {57, 58} & {*json.loads(line)["input_ids"]})
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines[:5], json.dumps({"input_ids": [3, IMAGE_ID, 4]})]))
+    data = run_mapping(tmp_path, tmp_path / "run", "tokenized")["data"]
     with pytest.raises(
-        DataError, match=rf"train.jsonl:{row}: input_ids: holds the id 5[78], which is (image|video)_to"
+        DataError, match=rf"/train.jsonl:6: input_ids: holds the id {IMAGE_ID}, which is image_token_id"
     ):
-        mds.train(tiny_run(corpus, source, tmp_path / "run", data=data), 1)
+        mds.train(tiny_run(corpus, source, tmp_path / "run", data={**data, "valid": []}), 1)
     assert not (tmp_path / "run").exists()
 
 
 def test_merged_adapters(source: Path, made: Path, tmp_path: Path) -> None:
-    """The towers come from the base; a vocabulary that the adapters extend is that of the config, in its own place."""
-    run_grid(_adapted, Place(2, 1, 1, 1).layout, source, tmp_path / "hf")
-    assert tower(tmp_path / "hf") == tower(made)
-    changed = {name for name, one in hashes(tmp_path / "hf").items() if one != hashes(made)[name]}
+    """By a run and from files: the tower is the base's."""
+    run_grid(_adapted, Place(2, 1, 1, 1).layout, source, tmp_path)
+    mds.export_hf(tmp_path / "adapters", tmp_path / "files", merge=True, base=source)
+    assert hashes(tmp_path / "files") == hashes(tmp_path / "merged") and tower(tmp_path / "files") == tower(made)
+    changed = {name for name, one in hashes(tmp_path / "merged").items() if one != hashes(made)[name]}
     assert changed == {f"model.language_model.layers.{n}.self_attn.q_proj.weight" for n in range(2)}
-    run_alone(loads_as_a_whole, tmp_path / "hf")
+    _enlarge(tmp_path / "adapters", 140)
+    mds.export_hf(tmp_path / "adapters", tmp_path / "larger", merge=True, base=source)
+    assert tower(tmp_path / "larger") == tower(made)
+    assert json.loads((tmp_path / "larger" / "config.json").read_text())["text_config"]["vocab_size"] == 140
+    run_alone(loads_as_a_whole, tmp_path / "larger")
 
 
 def _adapted(grid: Grid, directory: Path, target: Path) -> None:
@@ -242,16 +248,13 @@ def _adapted(grid: Grid, directory: Path, target: Path) -> None:
     place = Place(2, 1, 1, 1)
     engine = session_of(grid).build_engine(model, engine_config(place, BF16)).engine
     steps(engine, model.hf, grid, place, BF16, 0, 2)
-    export_live(engine, model, ExportSection(path=str(target), merge=True), "bf16")
+    for name in ("adapters", "merged"):
+        export_live(engine, model, ExportSection(path=str(target / name), merge=name == "merged"), "bf16")
 
 
-def test_a_larger_vocabulary_is_written_where_the_config_has_it(made: Path) -> None:
-    from megatron_ds.hf.config import config_json
-    from megatron_ds.hf.peft.saved_modules import with_vocabulary
-
-    model = HFWeights(made, read_model(made)).model
-    larger = with_vocabulary(model, 140)
-    assert larger.passed_through == model.passed_through != ()
-    config, before = config_json(larger, "bfloat16"), json.loads((made / "config.json").read_text())
-    assert config["text_config"] == {**before["text_config"], "vocab_size": 140} and "vocab_size" not in config
-    assert torch.Size(larger.table["embedding.weight"].op.native_shape(larger.axis_sizes))[0] == 140
+def _enlarge(adapters: Path, vocab_size: int) -> None:
+    """Add the tables of a larger vocabulary, as peft does where it was resized."""
+    tensors = load_file(adapters / "adapter_model.safetensors")
+    for name in ("model.language_model.embed_tokens", "lm_head"):
+        tensors[f"base_model.model.{name}.weight"] = torch.randn(vocab_size, 32)
+    save_file(tensors, adapters / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hf.models import hashes
 
-IMAGE_ID, VIDEO_ID = 57, 58
+IMAGE_ID, VIDEO_ID = 128, 129
 TEXT: dict[str, Any] = {
     "vocab_size": 131,
     "hidden_size": 32,
