@@ -176,7 +176,8 @@ class ModelEngine:
 
         Args:
             path: the directory; it replaces an earlier export that was not changed since.
-            dtype: "float32", "bfloat16" or "float16"; None = the training dtype.
+            dtype: "float32", "bfloat16" or "float16"; None = the training dtype, or the source's where that is wider in
+                a source of several dtypes.
             max_shard_size: largest size of a weight file, such as "5GB".
             overwrite: replace any other directory too, except models that were read, checkpoints and outputs of runs.
 

@@ -36,6 +36,8 @@ from tests.hf.seeing_models import IMAGE_ID, TOWER, save_seeing, tower
 from tests.made_once import MakeOnce
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, session_of
+from tests.parity.reference import make_model
+from tests.parity.vision_language_cases import VISION_LANGUAGE_CASES
 from tests.ranks import preload, run_alone, run_grid
 from tests.training.tiny import run_mapping
 
@@ -118,6 +120,29 @@ def test_training_saving_resuming_and_exporting_change_no_byte(
     for directory in (second, tmp_path / "again" / "hf"):
         run_alone(loads_as_a_whole, directory)
         assert (directory / "preprocessor_config.json").read_bytes() == b'{"patch_size":  4}'
+
+
+FIRST_CASES = {case.partition("-")[0]: case for case in reversed(VISION_LANGUAGE_CASES)}
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("model_type", sorted(FIRST_CASES))
+def test_every_type(model_type: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    run_alone(_save_case, FIRST_CASES[model_type], source)
+    passed = frozenset(HFWeights(source, read_model(source)).model.passed_through)
+    given = {name: one for name, one in hashes(source).items() if name in passed}
+    assert given
+    place = Place(2, 1, 1, 1)
+    run_grid(_run, place.layout, source, place, tmp_path / "run", 2)
+    mds.export_hf(tmp_path / "run" / name_of(2), tmp_path / "files")
+    for directory in (tmp_path / "run" / name_of(2), tmp_path / "run" / "hf", tmp_path / "files"):
+        assert {name: one for name, one in hashes(directory).items() if name in passed} == given
+        assert hashes(directory).keys() == hashes(source).keys()
+
+
+def _save_case(case: str, directory: Path) -> None:
+    make_model(VISION_LANGUAGE_CASES[case]).to(torch.bfloat16).save_pretrained(directory)
 
 
 # ---- the file itself -------------------------------------------------------------------------------------------------
