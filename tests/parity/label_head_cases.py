@@ -41,7 +41,9 @@ OPTIONS = {
     "llama-two-labels": labelled_case("llama", _LLAMA, num_labels=2),
     "llama-padding-ends": labelled_case("llama", _LLAMA, eos_token_id=PADDING),
     "llama-tied": labelled_case("llama", _LLAMA, tie_word_embeddings=True),
-    "llama-token-no-bias": labelled_case("llama", "LlamaForTokenClassification", token_classification_bias=False),
+    "llama-token-no-bias": labelled_case(
+        "llama", "LlamaForTokenClassification", token_classification_bias=False, classifier_dropout=0.0
+    ),
     "opt-projected": labelled_case("opt", "OPTForSequenceClassification", word_embed_proj_dim=16),
     "bert-one-label": labelled_case("bert", _BERT, num_labels=1),
     "bert-multi": labelled_case("bert", _BERT, problem_type="multi_label_classification", num_labels=4),
