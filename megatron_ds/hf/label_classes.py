@@ -6,6 +6,7 @@ differ in the state that they pick and in what precedes the last projection; `CL
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,15 +159,21 @@ def labelled(family: Family, name: str, core: Any, config: Any) -> tuple[Family,
 
         return labelled_rows
 
+    def unused_tensors(core: Any) -> tuple[str, ...]:
+        """Name the pooler that old saves have, and no head here uses."""
+        used = {name for row in _head_rows(form, core.labels) for name in row.names}
+        return tuple(name for name in family.unused_tensors(replace(core, labels=None, **own)) if name not in used)
+
     changed = replace(
         family,
         prefix=form.base + family.prefix,
         rows=rows_of(family.rows),
         other_rows=tuple(map(rows_of, family.other_rows)),
         aliases=_aliases(family, form.base),
+        ignored=(*family.ignored, *(pattern.replace("^", f"^{re.escape(form.base)}", 1) for pattern in family.ignored)),
         classes={name: {}},
         detect_heads=lambda core, on_disk: core,
-        unused_tensors=lambda core: (),
+        unused_tensors=unused_tensors,
         load_options=lambda core: {},
         tied_by_bytes=False,
     )

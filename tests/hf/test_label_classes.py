@@ -29,6 +29,8 @@ QWEN = {**FIRSTS["qwen3"], "tie_word_embeddings": False}
 MADE = {
     "llama": SMALL,
     "llama-labels": labelled_case("llama", LLAMA),
+    "bert-token": labelled_case("bert", "BertForTokenClassification"),
+    "t5-labels": labelled_case("t5", "T5ForSequenceClassification"),
     "bert": FIRSTS["bert"],
     "bert-base": {**FIRSTS["bert"], "architectures": ["BertModel"]},
     "roberta": FIRSTS["roberta"],
@@ -129,6 +131,32 @@ def test_fields_that_contradict_a_head_are_refused(fields: dict[str, Any], words
     with pytest.raises(ConversionError, match=words) as caught:
         head_of(**fields)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pooler_that_no_head_uses_is_left_out(saved: Path, tmp_path: Path) -> None:
+    """As in most token classifiers on the hub: transformers leaves it out, and says so."""
+    source = saved / "bert-token"
+    pooler = {f"bert.pooler.dense.{part}": torch.randn((32,) * dims) for part, dims in (("weight", 2), ("bias", 1))}
+    old = changed(source, tmp_path / "old", lambda tensors: {**tensors, **pooler})
+    rewrite(old, tmp_path / "again")
+    before, after = (load_file(place / "model.safetensors") for place in (source, tmp_path / "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_buffers_and_copies_of_old_saves_are_left_out(saved: Path, tmp_path: Path) -> None:
+    """By the names that they have in the class with the head."""
+
+    def with_old(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        shared, table = tensors["transformer.shared.weight"], "layer.1.EncDecAttention.relative_attention_bias.weight"
+        copies = {f"transformer.{stack}.embed_tokens.weight": shared.clone() for stack in ("encoder", "decoder")}
+        return {**tensors, **copies, f"transformer.decoder.block.0.{table}": torch.zeros(32, 8)}
+
+    old = changed(saved / "t5-labels", tmp_path / "old", with_old)
+    rewrite(old, tmp_path / "again")
+    assert (
+        load_file(tmp_path / "again" / "model.safetensors").keys()
+        == load_file(saved / "t5-labels" / "model.safetensors").keys()
+    )
 
 
 # ---- the id of padding -----------------------------------------------------------------------------------------------
