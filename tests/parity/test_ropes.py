@@ -9,6 +9,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.models.probe import RANDOM_LENGTH
+from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.sampling import IN_FULL
 from tests.parity.test_families import Place, Prepared, check, prepare
@@ -40,8 +41,9 @@ def rope(kind: str, pairs: int, original: int = ORIGINAL) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 1e4, **fields[kind]}
 
 
+GROWTH = "llama_4_scaling_beta"  # of queries beyond the original length
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-CASE_TO_START_FROM = {"gpt_neox": 1}  # the first case rotates one pair, which "dynamic" divides by 0
+CASE_TO_START_FROM = {"gpt_neox": 1, "stablelm": 1}  # the first case rotates one pair, which "dynamic" divides by 0
 
 
 def rope_cases() -> dict[str, dict[str, Any]]:
@@ -62,8 +64,10 @@ def with_rope(config: dict[str, Any], model: HFModel, kind: str) -> dict[str, An
     """A config with another rope, for the full layers where there are two ropes, and for the same part of a head."""
     pairs = next(one for one in model.core.rotary if one is not None).dim // 2
     before = model.config.rope_parameters
-    kept = {name: before[name] for name in ("partial_rotary_factor",) if name in before}
+    kept = {name: before[name] for name in ("partial_rotary_factor", GROWTH) if name in before}
     parameters: dict[str, Any] = {**rope(kind, pairs), **kept}
+    if GROWTH in kept:
+        parameters["original_max_position_embeddings"] = ORIGINAL
     if "full_attention" in before:
         parameters = {"full_attention": parameters, "sliding_attention": dict(before["sliding_attention"])}
     rest = {name: value for name, value in config.items() if name not in ONE_ROPE}
@@ -76,7 +80,10 @@ def with_rope(config: dict[str, Any], model: HFModel, kind: str) -> dict[str, An
 
 
 CASES = rope_cases()
-ONLY = {"phi3": ("default", "longrope")}  # transformers' own config class refuses the others
+ONLY = {
+    "phi3": ("default", "longrope"),  # transformers' own config class refuses the others
+    "ministral3": ("default", "llama3", "yarn", "longrope"),  # those that may have an original length
+}
 
 
 def admitted(case: str) -> bool:
@@ -119,5 +126,7 @@ def test_a_rope_that_transformers_refuses_is_refused(case: str) -> None:
 
 def test_the_families_with_ropes() -> None:
     families = {case.rpartition("-")[0] for case in CASES}
-    without = {"gpt2", "gptj", "opt", "bloom", "bert", "roberta", "xlm-roberta", "camembert", "t5", "mt5"}
-    assert families == set(FAMILIES) - without
+    without = {"gpt2", "gptj", "opt", "bloom", "gpt_bigcode", "gpt_neo", "codegen", "biogpt"}
+    no_decoders = {config["model_type"] for config in ENCODER_CASES.values()}
+    seeing = {name for name, family in FAMILIES.items() if family.passes_through}
+    assert families == set(FAMILIES) - without - no_decoders - seeing
