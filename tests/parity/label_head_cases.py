@@ -60,6 +60,12 @@ POOLINGS: list[tuple[str, str, str, dict[str, Any]]] = [
 OPTIONS |= {case: labelled_case(kind, name, **changes) for case, kind, name, changes in POOLINGS if kind in FIRSTS}
 LABEL_HEAD_CASES: dict[str, dict[str, Any]] = {**EVERY_CLASS, **OPTIONS}
 
+# Base models of decoders: their head is not the embedding, and is not there.
+BASE_CASES: dict[str, dict[str, Any]] = {
+    f"{model_type}-no-head": {**FIRSTS[model_type], "tie_word_embeddings": False, "architectures": [name]}
+    for model_type, name in (("qwen3", "Qwen3Model"), ("gpt2", "GPT2Model"), ("gpt_neox", "GPTNeoXModel"))
+}
+
 # `make test` has these alone; the sweep has all.
 SAMPLE = (
     *OPTIONS,

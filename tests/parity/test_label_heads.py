@@ -4,14 +4,21 @@ Bounds are those of `megatron-ds verify`: outputs and loss 1e-5, gradients 1e-4,
 and 2e-5; another pick, padding or activation moves the logits by more than 1e-3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from megatron_ds.hf.config import read_model
 from megatron_ds.hf.label_classes import label_classes
 from megatron_ds.hf.registry import FAMILIES
-from tests.parity.label_head_cases import EVERY_CLASS, FIRSTS, LABEL_HEAD_CASES, SAMPLE
+from megatron_ds.hf.weights import HFWeights
+from megatron_ds.verify.run import check_round_trip
+from tests.parity.label_head_cases import BASE_CASES, EVERY_CLASS, FIRSTS, LABEL_HEAD_CASES, SAMPLE
 from tests.parity.label_heads import HeadRun, measure_all
+from tests.parity.reference import make_model
 from tests.parity.test_families import Place, Prepared, check, ids, prepare
 from tests.ranks import run_alone
 
@@ -24,8 +31,11 @@ COVERING: list[tuple[str, Place]] = [
     ("bert-token", (2, 2, True)),
     ("roberta-sequence", (4, 1, True)),
     ("t5-sequence", (2, 2, True)),
+    ("qwen3-no-head", (2, 2, True)),
 ]
-EVERYTHING = [(case, place) for case in LABEL_HEAD_CASES for place in PLACES if (case, place) not in COVERING]
+AT_LAYOUTS = {**LABEL_HEAD_CASES, **BASE_CASES}
+EVERYTHING = [(case, place) for case in AT_LAYOUTS for place in PLACES if (case, place) not in COVERING]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +57,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HeadRun]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepare:
-    return prepare(LABEL_HEAD_CASES, tmp_path_factory)
+    return prepare(AT_LAYOUTS, tmp_path_factory)
 
 
 def test_every_class_of_every_type_has_a_case() -> None:
@@ -73,3 +83,25 @@ def test_a_head_at_a_layout(case: str, place: Place, prepared: Prepare) -> None:
 @pytest.mark.parametrize(("case", "place"), EVERYTHING, ids=ids)
 def test_every_head_at_every_layout(case: str, place: Place, prepared: Prepare) -> None:
     check(case, place, prepared)
+
+
+def _changed(cases: Mapping[str, dict[str, Any]], dtype: str, folder: Path) -> dict[str, list[str]]:
+    """Rewrite a model of each case; return the names of tensors that are others afterwards, or are left out."""
+    found = {}
+    for case, config in cases.items():
+        model = make_model(config).to(DTYPES[dtype])
+        if dtype == "fp32":  # of two dtypes
+            for parameter in list(model.parameters())[::2]:
+                parameter.data = parameter.data.bfloat16()
+        model.save_pretrained(folder / case)
+        weights = HFWeights(folder / case, read_model(folder / case))
+        trip = check_round_trip(weights, folder / case, folder / f"{case}-again")
+        found[case] = [*trip.changed, *trip.left_out]
+    return found
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_head_bit_for_bit(dtype: str, tmp_path: Path) -> None:
+    found = run_alone(_changed, AT_LAYOUTS, dtype, tmp_path, timeout_s=280.0)
+    assert found == {case: [] for case in AT_LAYOUTS}
