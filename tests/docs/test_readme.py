@@ -27,10 +27,18 @@ from tests.training.tiny import run_mapping
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("**/*.md")])
-NOT_THERE_IN_A_CLONE = ("out/moby_dick/hf", "out/t5/hf", "out/blend/hf", "out/moe/dense_hf", "out/moe/upcycled")
+NOT_THERE_IN_A_CLONE = (
+    "out/moby_dick/hf",
+    "out/t5/hf",
+    "out/blend/hf",
+    "out/moe/dense_hf",
+    "out/moe/upcycled",
+    "out/bert/hf",
+)
 """Directories that examples make."""
 CHAINED = [
-    f"examples/{name}/README.md" for name in ("pretrain_blend", "finetune_chat", "finetune_lora", "pretrain_moe")
+    f"examples/{name}/README.md"
+    for name in ("pretrain_blend", "finetune_chat", "finetune_lora", "pretrain_moe", "classify")
 ]
 """Pages all of whose commands `tests/examples` runs, one after the other."""
 CONVERTING = ("prepare", "inspect", "export", "import")

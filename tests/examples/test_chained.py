@@ -103,3 +103,20 @@ def test_pretrain_moe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.partition(":")[0] for line in table if "steps in" in line] == [f"{out}/dense", f"{out}/run"]
     assert "entropy" in table[-2] and len(table) == 6
     assert found(out / "upcycled_run", "loss")[0] == pytest.approx(found(out / "continued", "loss")[0], abs=1e-4)
+
+
+@pytest.mark.usefixtures("_at_the_root")
+def test_classify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A BERT, a new head over it, and transformers' pipeline on the export."""
+    short = [*SMALLER, "train.epochs=null"]
+    told = [run_command(words, place, capsys, short) for words in commands("classify")]
+    out = place / "out" / "classify"
+    rows = len((out / "data" / "valid.jsonl").read_text(encoding="utf-8").splitlines())
+    assert "speech 700" in told[1] and rows == 300
+    assert "class       novel: 700 (33.3%)\n" in told[2]
+    assert re.search(r"tokens, label \w+, \d+ positions", told[2])
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line["metrics"] for line in lines if "valid_loss" in line][-1]
+    accuracy, *shown = told[4].splitlines()
+    assert accuracy == f"{out}/hf: accuracy {last['accuracy']:.1%} ({round(rows * last['accuracy'])} of {rows})"
+    assert len(shown) == 4 and all(f"{kind} " in shown[0] for kind in ("conversation", "novel", "speech"))

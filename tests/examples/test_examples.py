@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[2]
 RUN_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*/run.yaml"))
 JSONS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "ds_configs").glob("*.json"))
 RANKS = {"pretrain_moby_dick": 2, "continue_pretraining": 2, "parallel_3d": 8, "pretrain_bert": 2, "finetune_t5": 2}
-CHAINED = {"pretrain_blend": 2, "finetune_chat": 2, "finetune_lora": 2, "pretrain_moe": 2}  # run by `test_chained`
+CHAINED = {
+    "pretrain_blend": 2,
+    "finetune_chat": 2,
+    "finetune_lora": 2,
+    "pretrain_moe": 2,
+    "classify": 2,
+}  # run by `test_chained`
 OUTSIDE = {"extend": 2}  # run by `test_extend`
 PUNCTUATION = "examples/finetune_t5"
 OWN_LOOP = "examples/own_loop/train.py"
