@@ -66,6 +66,7 @@ class DrawnWeights:
     """
 
     directory = Path("drawn")
+    new = frozenset[str]()  # parameters of a new head, which these models do not have
 
     def __init__(self, model: HFModel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.model, self._device, self._dtype = model, device, dtype
