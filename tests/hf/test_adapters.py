@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config import config_json, read_model
 from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.hf.peft import config as module
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.export import export_adapters, export_merged
 from megatron_ds.hf.peft.reader import AdapterReader
+from megatron_ds.hf.peft.saved_modules import with_vocabulary
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.models.adapters import with_adapters
 from megatron_ds.models.context import BuildContext
@@ -154,3 +155,9 @@ def test_adapters_that_do_not_fit_are_refused(changes: dict[str, Any], says: str
     adapters = read_adapters(directory / "adapter", read_model(directory / "base"), "base")
     with pytest.raises(ConversionError, match=says):
         AdapterReader(tmp_path, adapters)
+
+
+def test_a_larger_vocabulary_keeps_fields_that_no_model_reads() -> None:
+    model = read_model({**ALL_CONFIGS["llama"], "architectures": ["LlamaForCausalLM"], "unknown_to_all": 7})
+    content = config_json(with_vocabulary(model, 140), "float32")
+    assert (content["vocab_size"], content["unknown_to_all"]) == (140, 7)

@@ -101,8 +101,7 @@ def with_vocabulary(model: HFModel, vocab_size: int) -> HFModel:
     for fields in (on_disk, on_disk.get("text_config")):
         if isinstance(fields, dict) and fields.get("vocab_size") == model.core.vocab_size:
             fields["vocab_size"] = vocab_size
-    core = replace(model.core, vocab_size=vocab_size)
-    return HFModel(model.family, config, core, on_disk=on_disk, passed_through=model.passed_through)
+    return replace(model, config=config, core=replace(model.core, vocab_size=vocab_size), on_disk=on_disk)
 
 
 def rows_of(natives: Iterable[str], model: HFModel, prefix: str) -> Iterator[Row]:
