@@ -18,7 +18,7 @@ from megatron_ds.runtime import load_model
 from megatron_ds.runtime.setup import engine_options, plan_engine
 from tests.parity.cases import CONFIGS, SEQ, VOCAB, Recipe
 from tests.parity.ours import Place, engine_config, engine_on, micro_batches
-from tests.parity.reference import make_model, train_reference
+from tests.parity.reference import ALL_CONFIGS, make_model, train_reference
 from tests.ranks import rank_device, run_alone, run_grid
 
 RECIPE = Recipe()
@@ -26,7 +26,7 @@ PLACES = [Place(1, 1, 1, 1), Place(2, 1, 1, 1, True), Place(2, 1, 2, 3), Place(2
 
 
 def _random_engine(grid: Grid, case: str, place: Place, read: Any = None) -> Any:
-    model = load_model(CONFIGS[case], seed=99)
+    model = load_model(ALL_CONFIGS[case], seed=99)
     device = rank_device()
     plan = plan_engine(engine_config(place, RECIPE, seed=99), model.hf, grid.layout.world_size, device.type)
     return build_engine(model.layers, grid, device, engine_options(model, plan), read)
@@ -98,6 +98,20 @@ def test_padding_stays_zero_and_tied_copies_stay_equal(tmp_path: Path) -> None:
     assert embeddings[1][:65].abs().sum(dim=1).min() > 0
     names = {name for rank in ranks for name in rank}
     assert "head.weight" not in names and {"blocks.0.mlp.up.weight", "blocks.3.mlp.up.weight"} <= names
+
+
+def _tied_over_stages(grid: Grid, place: Place) -> tuple[int, int]:
+    """(parameters that this rank's stage shares with another one, process groups for them)."""
+    tied = _random_engine(grid, "albert-masked", place).deepspeed.module.get_tied_weights_and_groups()
+    return len(tied), len({id(group) for _, group in tied})
+
+
+def test_parameters_of_the_same_stages_share_a_process_group() -> None:
+    """On a GPU each group of NCCL takes memory."""
+    place = Place(1, 2, 1, 1)
+    seen = run_grid(_tied_over_stages, place.layout, place)
+    assert [groups for _, groups in seen] == [1, 1]
+    assert seen[0] == seen[1] and seen[0][0] > 10
 
 
 def _logits(grid: Grid, directory: Path, place: Place) -> Any:

@@ -92,7 +92,9 @@ class PipelinedModel(PipelineModule):
     # ---- tied parameters -------------------------------------------------------------------------------------------
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """Name the layers, and create a process group for every parameter that several pipeline stages hold.
+        """Name the layers, and create process groups for the parameters that several pipeline stages hold.
+
+        Parameters of the same stages share a group: blocks that share their parameters have many.
 
         DeepSpeed calls this when all layers are built. Its own version ties one attribute of a module, of which a rank
         holds one; here any parameters may be tied. The first stage's copy counts in the gradient norm.
@@ -102,12 +104,14 @@ class PipelinedModel(PipelineModule):
             del self._modules[name]
         self.renamed = register_layers(self, specs, self.forward_funcs)
         local = {self.renamed.get(name, name): parameter for name, parameter in self.named_parameters()}
+        groups: dict[tuple[int, ...], Any] = {}
         for name, stages in self._holders().items():
             for ranks in self._columns_of_ranks(stages):
-                group = dist.new_group(ranks)
+                if tuple(ranks) not in groups:
+                    groups[tuple(ranks)] = dist.new_group(ranks)
                 if self.global_rank in ranks:
                     local[name].ds_pipe_replicated = self.global_rank != ranks[0]
-                    self._tied_groups.append((local[name], group))
+                    self._tied_groups.append((local[name], groups[tuple(ranks)]))
         return {}
 
     def _holders(self) -> dict[str, list[int]]:
