@@ -157,6 +157,13 @@ def test_cos_and_sin_that_stay_fp32_and_pairs_of_adjacent_dims() -> None:
     ]
 
 
+def test_an_export_of_granite_4_names_its_layers_as_on_the_hub() -> None:
+    """transformers 5 renames them in memory, to a name that earlier versions and other programs do not know."""
+    exported = config_json(read("granitemoehybrid"), "float32")
+    assert exported["layer_types"] == ["attention"] * 4
+    assert read_model(exported).core == read("granitemoehybrid").core
+
+
 def test_helium_output_projection_is_square() -> None:
     assert "head_dim=16 times num_attention_heads=8 is not hidden_size=32" in refusal(
         {**FIRST["helium"], "head_dim": 16}

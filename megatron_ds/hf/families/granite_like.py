@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_ds.errors import ConversionError
@@ -79,20 +80,19 @@ HYPERCLOVAX = later_family(
 )
 _OF_MAMBA = ("n_heads", "n_groups", "d_state", "d_head", "d_conv", "expand", "chunk_size", "conv_bias", "proj_bias")
 _OF_EXPERTS = frozenset({"num_experts_per_tok", "output_router_logits", "router_aux_loss_coef", "intermediate_size"})
-GRANITEMOEHYBRID = later_family(
-    "granitemoehybrid",
-    "GraniteMoeHybridForCausalLM",
-    _granitemoehybrid,
-    FieldRules(
-        RMS_FIELDS - {"intermediate_size"}
-        | MULTIPLIERS
-        | {"attention_bias", "shared_intermediate_size", "layer_types", "layers_block_type"}
-        | {"num_local_experts", "position_embedding_type"},
-        equal={"normalization_function": ("rmsnorm",)},
-        cosmetic=_OF_EXPERTS | {f"mamba_{name}" for name in _OF_MAMBA} | {"time_step_limit", "init_method"},
-        may_be_zero=frozenset({"num_local_experts", "num_experts_per_tok"}),
-    ),
-    _granitemoehybrid_rows,
+_FIELDS = FieldRules(
+    RMS_FIELDS - {"intermediate_size"}
+    | MULTIPLIERS
+    | {"attention_bias", "shared_intermediate_size", "layer_types", "layers_block_type"}
+    | {"num_local_experts", "position_embedding_type"},
+    equal={"normalization_function": ("rmsnorm",)},
+    cosmetic=_OF_EXPERTS | {f"mamba_{name}" for name in _OF_MAMBA} | {"time_step_limit", "init_method"},
+    may_be_zero=frozenset({"num_local_experts", "num_experts_per_tok"}),
+)
+GRANITEMOEHYBRID = replace(
+    later_family("granitemoehybrid", "GraniteMoeHybridForCausalLM", _granitemoehybrid, _FIELDS, _granitemoehybrid_rows),
+    # as on the hub: "full_attention" is known to transformers 5 alone, which reads both
+    config_overrides=lambda config: {"layer_types": ["attention"] * config.num_layers},
 )
 
 FAMILIES = (HYPERCLOVAX, GRANITEMOEHYBRID)
