@@ -26,9 +26,6 @@ ACTIVATION_NAMES = {
 }
 
 
-KINDS = ("full_attention", "sliding_attention")  # of layers
-
-
 def activation(field_name: str, value: str) -> str:
     """Return the name in `layers.mlp.ACTIVATIONS` of a Hugging Face activation.
 
@@ -76,7 +73,7 @@ def padding_id(config: Any) -> int | None:
     return given if given is None else given % size
 
 
-KINDS = ("full_attention", "sliding_attention")
+KINDS = ("full_attention", "sliding_attention")  # of layers
 
 
 def layer_windows(layer_types: Sequence[str], sliding_window: int | None) -> tuple[int | None, ...]:
