@@ -1,17 +1,21 @@
 """Every type of rotary positions that a family admits, below the original length and beyond it, equals transformers."""
 
 from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.models.probe import RANDOM_LENGTH
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
-from tests.parity.sampling import IN_FULL
+from tests.parity.sampling import IN_FULL, first_cases
 from tests.parity.test_families import Place, Prepared, check, prepare
 
 ONE_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
@@ -130,3 +134,29 @@ def test_the_families_with_ropes() -> None:
     no_decoders = {config["model_type"] for config in ENCODER_CASES.values()}
     seeing = {name for name, family in FAMILIES.items() if family.passes_through}
     assert families == set(FAMILIES) - without - no_decoders - seeing
+
+
+# Types whose code in transformers rotates in fp32, some of them by cos and sin that were rounded before.
+IN_FP32 = {
+    "ernie4_5": "Ernie4_5",
+    "olmo3": "Olmo3",
+    "cohere": "Cohere",
+    "cohere2": "Cohere2",
+    "modernbert": "ModernBert",
+}
+
+
+@pytest.mark.parametrize("model_type", IN_FP32)
+def test_a_rotation_in_fp32_is_rounded_as_in_transformers(model_type: str) -> None:
+    """Bit by bit, on heads in bf16."""
+    case = first_cases({**FAMILY_CASES, **ENCODER_CASES})[model_type]
+    model = read_model({**FAMILY_CASES, **ENCODER_CASES}[case])
+    core: Any = model.core
+    layer = next(layer for layer, rope in enumerate(core.rotary) if rope is not None)
+    module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    table = getattr(module, f"{IN_FP32[model_type]}RotaryEmbedding")(model.config)
+    heads, places = torch.randn(2, 4, 40, core.head_dim).bfloat16(), torch.arange(40)[None]
+    kinds = (model.config.layer_types[layer],) if "layer_type" in signature(table.forward).parameters else ()
+    theirs, _ = module.apply_rotary_pos_emb(heads, heads, *table(heads, places, *kinds))
+    ours, _ = RotaryTable(core.rotary[layer]).rotate(heads.permute(2, 0, 1, 3), heads.permute(2, 0, 1, 3))
+    assert torch.equal(ours.permute(1, 2, 0, 3), theirs)

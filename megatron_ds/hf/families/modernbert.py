@@ -56,7 +56,7 @@ def translate(config: Any) -> EncoderConfig:
         norm=NormStyle("layer", config.norm_eps, bias=config.norm_bias),
         first_norm=False,
         final_norm=True,
-        rotary=ropes_by_kind(config, quotient(config, "hidden_size", "num_attention_heads")),
+        rotary=ropes_by_kind(config, quotient(config, "hidden_size", "num_attention_heads"), fp32=True, rounded=True),
         windows=layer_windows(config.layer_types, config.local_attention // 2 + 1),
         qkv_bias=config.attention_bias,
         attention_out_bias=config.attention_bias,
