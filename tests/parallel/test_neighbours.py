@@ -103,6 +103,17 @@ def test_ranks_of_two_machines_send_messages() -> None:
     assert run_grid(_two_machines, Layout(tensor=2)) == [[None, 0, [0.0, 1.0]]] * 2
 
 
+def _sandbox(grid: Grid) -> list[Any]:
+    if grid.rank == 1:
+        neighbours._BOOT = Path("/proc/not/here")
+    alone = with_neighbours(grid).tensor
+    return [alone.neighbours, all_gather_dim0(torch.tensor([float(grid.rank)]), alone).tolist()]
+
+
+def test_a_rank_whose_machine_cannot_be_told_sends_messages() -> None:
+    assert run_grid(_sandbox, Layout(tensor=2)) == [[None, [0.0, 1.0]]] * 2
+
+
 def _lonely(grid: Grid, dies: bool) -> str:
     axis = _axis(grid)
     assert axis.neighbours is not None
