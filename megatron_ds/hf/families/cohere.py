@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import layer_windows, rotary
+from megatron_ds.hf.config_translation import every_rope, layer_windows
 from megatron_ds.hf.families.llama import SHARED_FIELDS, biases, decoder, family
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.rotary import RotaryConfig
@@ -43,21 +42,21 @@ def _style(config: Any) -> NormStyle:
     return NormStyle("layer", config.layer_norm_eps, bias=False)
 
 
-def _rope(config: Any) -> RotaryConfig:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings)
-    return replace(rope, adjacent=True, fp32=True, rounded=True)
+def _ropes(config: Any) -> tuple[RotaryConfig, ...]:
+    return every_rope(config, adjacent=True, fp32=True, rounded=True)
 
 
 def _cohere(config: Any) -> DecoderConfig:
     normed = {"qk_norm": _style(config), "qk_norm_each_head": True} if config.use_qk_norm else {}
-    return _decoder(config, rotary=(_rope(config),) * config.num_hidden_layers, **normed)
+    return _decoder(config, rotary=_ropes(config), **normed)
 
 
 def _cohere2(config: Any) -> DecoderConfig:
     """Translate a Cohere2Config. Layers without a window do not rotate."""
     windows = layer_windows(config.layer_types, config.sliding_window)
-    return _decoder(config, windows=windows, rotary=tuple(window and _rope(config) for window in windows))
+    return _decoder(
+        config, windows=windows, rotary=tuple(window and rope for window, rope in zip(windows, _ropes(config)))
+    )
 
 
 COHERE = family(

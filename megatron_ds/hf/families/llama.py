@@ -195,7 +195,8 @@ def biases(config: Any, *, mlp: bool = False) -> dict[str, Any]:
     return {"qkv_bias": bias, "attention_out_bias": bias, "mlp_bias": config.mlp_bias if mlp else False}
 
 
-def _llama(config: Any) -> DecoderConfig:
+def translate_llama(config: Any) -> DecoderConfig:
+    """Translate a LlamaConfig."""
     return decoder(config, rms(config), **biases(config, mlp=True))
 
 
@@ -261,7 +262,7 @@ def family(
     return Family(model_type, architecture, "model.", fields, translate, table, ignored)
 
 
-LLAMA = family("llama", "LlamaForCausalLM", _llama, FieldRules(RMS_FIELDS | {"attention_bias", "mlp_bias"}))
+LLAMA = family("llama", "LlamaForCausalLM", translate_llama, FieldRules(RMS_FIELDS | {"attention_bias", "mlp_bias"}))
 MISTRAL = family("mistral", "MistralForCausalLM", _mistral, FieldRules(RMS_FIELDS | {"sliding_window"}))
 QWEN2 = family("qwen2", "Qwen2ForCausalLM", _qwen2, FieldRules(RMS_FIELDS | SLIDING_FIELDS | {"max_window_layers"}))
 QWEN3 = family(

@@ -17,6 +17,7 @@ from megatron_ds.hf.families.llama import (
     family,
     rms,
     rows,
+    translate_llama,
 )
 from megatron_ds.hf.family import Family, Row, renamed
 from megatron_ds.layers.norm import NormStyle
@@ -48,10 +49,6 @@ def windows(config: Any) -> tuple[int | None, ...]:
 # ---- no other option than Llama's -----------------------------------------------------------------------------------
 
 
-def _llama(config: Any) -> DecoderConfig:
-    return decoder(config, rms(config), **biases(config, mlp=True))
-
-
 def _seed_oss(config: Any) -> DecoderConfig:
     return decoder(
         config,
@@ -72,12 +69,12 @@ def _cwm(config: Any) -> DecoderConfig:
 
 
 INTERNLM3 = later_family(
-    "internlm3", "LlamaForCausalLM", _llama, FieldRules(RMS_FIELDS | BIASES | {"qkv_bias", "bias"})
+    "internlm3", "LlamaForCausalLM", translate_llama, FieldRules(RMS_FIELDS | BIASES | {"qkv_bias", "bias"})
 )
 IQUESTCODER = later_family(
     "iquestcoder",
     "LlamaForCausalLM",
-    _llama,
+    translate_llama,
     FieldRules(RMS_FIELDS | BIASES, equal={"clip_qkv": (None,), "use_sliding_window": (False,)}),
 )
 SEED_OSS = later_family(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import rotary
+from megatron_ds.hf.config_translation import every_rope
 from megatron_ds.hf.families.llama import SHARED_FIELDS, decoder, family, head_bias, rows
 from megatron_ds.hf.family import Row, renamed
 from megatron_ds.layers.norm import NormStyle
@@ -27,13 +27,11 @@ FIELDS = FieldRules(SHARED_FIELDS | {"hidden_act", "layer_norm_eps", "resid_pdro
 
 def translate(config: Any) -> DecoderConfig:
     """Translate a PhiConfig."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings, partial=True)
     style = NormStyle("layer", config.layer_norm_eps)
     return decoder(
         config,
         style,
-        rotary=(rope,) * config.num_hidden_layers,
+        rotary=every_rope(config, partial=True),
         gated=False,
         parallel=True,
         shared_norm=True,

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
-from megatron_ds.hf.config_translation import quotient, rotary
+from megatron_ds.hf.config_translation import every_rope, quotient
 from megatron_ds.hf.families.llama import NATIVE, SHARED_FIELDS, THEIRS, decoder, family, rows
 from megatron_ds.hf.family import Row
 from megatron_ds.hf.spread_mapping import Spread
@@ -25,12 +25,11 @@ def translate(config: Any) -> DecoderConfig:
     head_dim, given = quotient(config, "hidden_size", "num_attention_heads"), getattr(config, "head_dim", None)
     if given not in (None, head_dim):
         raise ConversionError(f"head_dim={given} is not supported; supported: {head_dim}, hidden_size / heads")
-    rope = rotary(config.rope_parameters, head_dim, config.max_position_embeddings, partial=True)
     norm_each = NormStyle("layer", config.layer_norm_eps, bias=False) if config.qk_layernorm else None
     return decoder(
         config,
         NormStyle("layer", config.layer_norm_eps),
-        rotary=(rope,) * config.num_hidden_layers,
+        rotary=every_rope(config, partial=True),
         parallel=config.use_parallel_residual,
         shared_norm=config.use_parallel_residual,
         qkv_bias=config.use_qkv_bias,
