@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_ds.data.labelled.encoding import RowEncoder
 from megatron_ds.data.labelled.rows import RowParser
+from megatron_ds.data.labelled.table_classes import check_table_classes
 from megatron_ds.data.objective import Labelled
 from megatron_ds.data.readers.array_cache import cached_arrays
 from megatron_ds.data.readers.bad_rows import BAD_ARRAYS, BadRows
@@ -87,6 +88,7 @@ def cached_rows(
         DataError: the source is malformed, or `directory` cannot be written.
     """
     found = find_source(source, plain_text=False)
+    check_table_classes(found, objective)
     settings = (objective.problem, objective.of_words, objective.classes)
     content = f"{FORMAT_VERSION}\n{found.digest()}\n{tokenizer_digest}\n{encoder.identity}\n{settings}"
     key = hashlib.sha256(content.encode()).hexdigest()

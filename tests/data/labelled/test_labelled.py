@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -187,6 +188,26 @@ def test_file_kinds_and_names(opened: Any, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(array, other.sample(index)[name])
     (tmp_path / "d.csv").write_text('text,labels,tokens\ncall,"[""sky"", 0]",\n')
     assert opened(TOPICS, str(tmp_path / "d.csv")).sample(0)["label_scores"].tolist() == [1, 0, 1]
+
+
+def test_numbers_of_a_table_in_another_order(opened: Any, tmp_path: Path, caplog: Any) -> None:
+    """A table that names its numbers otherwise would have other classes in silence."""
+
+    def saved(name: str, names: list[str]) -> str:
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        table = datasets.Dataset.from_dict({"text": ["call", "me"], "label": [0, 1]}, features=features)
+        table.save_to_disk(str(tmp_path / name))
+        return str(tmp_path / name)
+
+    same = opened(SENTIMENT, saved("same", list(SENTIMENT.classes)))
+    assert [int(same.sample(index)["label"]) for index in (0, 1)] == [0, 1]
+    with pytest.raises(
+        DataError, match=r"are positive, neutral, negative, and those of the model negative, neutral, p"
+    ):
+        opened(SENTIMENT, saved("other", ["positive", "neutral", "negative"]))
+    with caplog.at_level(logging.INFO, logger="megatron_ds"):
+        opened(SENTIMENT, saved("named", ["neg", "neu", "pos"]))
+    assert "are neg, neu, pos, and are taken for negative, neutral, positive" in caplog.text
 
 
 @pytest.mark.parametrize(
