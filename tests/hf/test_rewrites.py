@@ -21,6 +21,7 @@ from megatron_ds.runtime import LoadedModel
 from megatron_ds.runtime.export import export_live
 from tests.hf.models import DTYPES, Tensors, hashes
 from tests.parity.cases import Recipe
+from tests.parity.label_head_cases import LABEL_HEAD_CASES
 from tests.parity.ours import Place, engine_on
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_alone, run_grid
@@ -131,5 +132,6 @@ def test_the_sample_comes_back(tmp_path: Path) -> None:
 @pytest.mark.sweep
 @pytest.mark.parametrize("model_type", sorted({config["model_type"] for config in ALL_CONFIGS.values()}))
 def test_every_case_comes_back(model_type: str, tmp_path: Path) -> None:
-    cases = {case: config for case, config in ALL_CONFIGS.items() if config["model_type"] == model_type}
+    labelled = {f"labels-{case}": config for case, config in LABEL_HEAD_CASES.items()}
+    cases = {case: one for case, one in {**ALL_CONFIGS, **labelled}.items() if one["model_type"] == model_type}
     assert run_alone(rewritten, cases, tmp_path, timeout_s=280.0) == {}
