@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
@@ -257,9 +257,15 @@ class SequentialModel(nn.Module):
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
-        self.order = [spec.build() for spec in specs]
+        self.order: list[nn.Module] = []
         self.columns = specs[0].columns
-        register_layers(self, specs, self.order)
+        register_layers(self, specs, self._built(specs))
+
+    def _built(self, specs: Sequence[LayerSpec]) -> Iterator[nn.Module]:
+        """Build one layer at a time: what it shares with an earlier one is released before the next is built."""
+        for spec in specs:
+            self.order.append(spec.build())
+            yield self.order[-1]
 
     def forward(self, batch: Mapping[str, Tensor], labels: Mapping[str, Tensor] | None = None) -> Tensor | Activations:
         """Run all layers on the batch's columns, each (B, ...); returns the result of `OutputHead.forward`."""
@@ -275,7 +281,7 @@ def input_activations(batch: Mapping[str, Tensor], columns: Iterable[str]) -> Ac
     return {name: column.to(torch.uint8) if column.dtype == torch.bool else column for name, column in found.items()}
 
 
-def register_layers(parent: nn.Module, specs: Sequence[LayerSpec], layers: Sequence[nn.Module]) -> dict[str, str]:
+def register_layers(parent: nn.Module, specs: Sequence[LayerSpec], layers: Iterable[nn.Module]) -> dict[str, str]:
     """Register layers under their names, share tied parameters where both layers are here, and give a head its
     declaration.
 

@@ -1,15 +1,18 @@
 """Blocks that share their parameters: what is built, counted and refused. Their training is in tests/parity."""
 
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.peft.adapters import read_adapters
 from megatron_ds.models.bert import EncoderConfig
-from megatron_ds.models.sequential import SequentialModel
+from megatron_ds.models.sequential import LayerSpec, SequentialModel
 from tests.parity.encoder_cases import ENCODER_CASES
 
 MODEL = read_model(ENCODER_CASES["albert-masked"])
@@ -49,6 +52,25 @@ def test_flops_count_each_block_and_parameters_one() -> None:
     assert num_params(each) - num_params(shared) == others * size
     flops = [core.flops_per_position(32, 0, num_params(core) - core.num_idle_params, 0) for core in (shared, each)]
     assert flops[1] - flops[0] == 6 * others * (size - shared.block_cost(0)) > 0
+
+
+def test_no_more_than_two_blocks_have_memory_at_a_time() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def build(spec: LayerSpec) -> nn.Module:
+        nonlocal most
+        layer = spec.build()
+        alive.extend(weakref.ref(parameter) for parameter in layer.parameters())
+        most = max(most, sum(parameter.numel() for parameter in (one() for one in alive) if parameter is not None))
+        return layer
+
+    core = replace(albert(), num_layers=8)
+    kept = num_params(core)
+    block = sum(parameter.numel() for parameter in built(core).get_submodule("blocks.0").parameters())
+    model = SequentialModel([replace(spec, build=partial(build, spec)) for spec in core.build_layers()])
+    assert sum(parameter.numel() for parameter in model.parameters()) == kept
+    assert most <= kept + block
 
 
 def test_blocks_that_differ_cannot_share() -> None:
