@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.carried_files import copy_carried_files
-from megatron_ds.hf.config import HFModel, config_json, generation_config, read_json
+from megatron_ds.hf.config import HFModel, generation_config, read_json
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.export_target import ExportTarget, removed_on_failure
 from megatron_ds.hf.family import Row
 from megatron_ds.hf.to_hf import ToHF

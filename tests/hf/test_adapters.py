@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.hf.peft import config as module
 from megatron_ds.hf.peft.adapters import read_adapters

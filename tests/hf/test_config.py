@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.relative_bias import RelativePositions
 from megatron_ds.layers.rotary import RotaryConfig

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.models.bert import EncoderConfig
 from tests.hf.hub_configs import HUB
 from tests.parity.encoder_cases import ENCODER_CASES

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from megatron_ds.engine.base import weights_of
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weight_files import TensorSource
 from megatron_ds.hf.weights import HFWeights

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, Exaone4Config
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import HFModel, config_json, read_model
+from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.reference import load_reference
 from megatron_ds.hf.special_floats import decode_floats, encode_floats
 from tests.hf.hub_configs import HUB

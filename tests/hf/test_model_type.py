@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.model_type import MISSING_PARTS
 from megatron_ds.hf.registry import FAMILIES

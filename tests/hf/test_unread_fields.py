@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf import fields_read as search
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.fields_read import fields_read
 from megatron_ds.hf.registry import FAMILIES

@@ -16,7 +16,8 @@ import transformers
 from transformers import AutoConfig
 
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.config import config_json, generation_config, read_model
+from megatron_ds.hf.config import generation_config, read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.hf.registry import FAMILIES

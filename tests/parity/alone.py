@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_ds.engine.base import weights_of
-from megatron_ds.hf.config import config_json, read_model
+from megatron_ds.hf.config import read_model
+from megatron_ds.hf.config_writing import config_json
 from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weights import HFWeights
