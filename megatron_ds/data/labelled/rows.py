@@ -24,6 +24,7 @@ _LABELS_OF = {
     "regression": ("score", "scores", "label"),
 }
 """What a model predicts -> the fields that may hold its labels, of which the first one that a row has is read."""
+_LARGEST = float(np.finfo(np.float32).max)
 _LABELS_OF_WORDS = ("tags",)
 FIELDS = (TEXT, PAIR, "label", "labels", "score", "scores", WORDS, *_LABELS_OF_WORDS)
 """Fields of a row."""
@@ -97,6 +98,12 @@ class RowParser:
         if found is not None:
             return found
         predicted = "a class of each word" if objective.of_words else objective.problem
+        empty = next((self._name(field) for field in fields if self._name(field) in located.names), None)
+        if empty is not None:
+            raise DataError(
+                f"data: {located.where}: {empty} is null, and this model ({predicted}) learns it; give it a value, or "
+                "remove the row"
+            )
         others = [name for name in FIELDS if name in located.columns and name not in (TEXT, PAIR, WORDS)]
         has = f"has {others[0]}" if others else f"has only {', '.join(sorted(located.names)) or 'an empty object'}"
         fix = (
@@ -123,8 +130,9 @@ class RowParser:
         return np.array([self._classes.find(one, place) for one in _list(value, place)], dtype=np.int64)
 
     def _several_classes(self, value: Any, place: str) -> np.ndarray:
-        numbers = [self._classes.find(one, place) for one in _list(value, place)]
-        if IGNORE_INDEX in numbers or len(set(numbers)) < len(numbers):
+        given = _list(value, place)
+        numbers = [self._classes.find(one, place) for one in given]
+        if IGNORE_INDEX in numbers or len(set(numbers)) < len(numbers) or any(isinstance(one, float) for one in given):
             raise DataError(
                 f"data: {place}={show(value)} names the classes of a row, each once; numbers such as [0.0, 1.0] for "
                 "all classes belong in scores"
@@ -158,6 +166,7 @@ def _number(value: Any, place: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"data: {place}={show(value)} is not a finite number")
+    if not abs(number) <= _LARGEST:
+        rule = "more than fp32 holds" if math.isfinite(number) else "not a finite number"
+        raise DataError(f"data: {place}={show(value)} is {rule}")
     return number
