@@ -78,6 +78,19 @@ def _seconds(value: Any) -> Any:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+def _label_names(value: Any) -> Any:
+    value = integral_float_to_int(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not is_number and not (isinstance(value, list) and value):
+        raise ConfigError(
+            f"model.head.labels={show(value)} is neither names nor a number of at least 1; write [a, b], or 2"
+        )
+    for name in value if isinstance(value, list) else ():
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"model.head.labels has {show(name)}, which is no name; write a text, in quotes")
+    return value
+
+
 class HeadSection(Section):
     """A new head for labels, in place of the model's own.
 
@@ -86,7 +99,7 @@ class HeadSection(Section):
     another. `pad_token_id`: the id of padding, for a model whose config.json has none.
     """
 
-    labels: Annotated[list[Text], Field(min_length=1)] | Count
+    labels: Annotated[list[Text] | Count, BeforeValidator(_label_names)]
     kind: Literal["sequence", "token"] = "sequence"
     problem: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     pad_token_id: CountOrZero | None = None
@@ -105,6 +118,11 @@ class HeadSection(Section):
         if self.problem == "single_label_classification" and len(names) == 1:
             raise ConfigError(
                 f"model.head.problem={self.problem} has nothing to choose with one label; nearest: regression"
+            )
+        if self.kind == "token" and len(names) == 1:
+            raise ConfigError(
+                f"model.head.labels={show(self.labels)} has nothing to choose with one label; model.head.kind=token "
+                "chooses one for each token; give at least 2"
             )
         return self
 

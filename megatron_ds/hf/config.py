@@ -241,10 +241,9 @@ def with_new_head(model: HFModel, head: HeadSection) -> HFModel:
     kind = "ForTokenClassification" if head.kind == "token" else "ForSequenceClassification"
     found = [name for name in label_classes(family) if name.endswith(kind)]
     if not found:
-        others = ", ".join(label_classes(family)) or "none"
-        raise ConfigError(
-            f"model.head.kind={head.kind}: there is no class {kind} of {family.model_type}; nearest: {others}"
-        )
+        others = ", ".join(label_classes(family))
+        fix = f"nearest: {others}" if others else "remove model.head, or choose another model"
+        raise ConfigError(f"model.head.kind={head.kind}: there is no class {kind} of {family.model_type}; {fix}")
     config = deepcopy(model.config)
     config.id2label = dict(enumerate(head.names))
     config.label2id = {name: index for index, name in config.id2label.items()}
@@ -254,6 +253,12 @@ def with_new_head(model: HFModel, head: HeadSection) -> HFModel:
             raise ConfigError(
                 f"model.head.pad_token_id={head.pad_token_id} must be below vocab_size={model.core.vocab_size}; "
                 f"nearest: {model.core.vocab_size - 1}"
+            )
+        own = config.pad_token_id
+        if own is not None and own != head.pad_token_id and 0 <= own < model.core.vocab_size:
+            raise ConfigError(
+                f"model.head.pad_token_id={head.pad_token_id} contradicts pad_token_id={own} in config.json, by which "
+                "the tokenizer pads; remove it, or change config.json"
             )
         config.pad_token_id = head.pad_token_id
     family, core = labelled(family, found[0], family.translate(config), config)

@@ -279,6 +279,10 @@ def test_what_a_new_head_keeps_is_read_from_the_directory(saved: Path, tmp_path:
     ("head", "words"),
     [
         ({"labels": []}, "model.head.labels"),
+        ({"labels": 0}, r"^model\.head\.labels=0 is neither names nor a number of at least 1; write \[a, b\], or 2$"),
+        ({"labels": "a"}, r"^model\.head\.labels=a is neither names nor a number"),
+        ({"labels": ["a", 1]}, r"^model\.head\.labels has 1, which is no name; write a text, in quotes$"),
+        ({"labels": 1, "kind": "token"}, r"^model\.head\.labels=1 has nothing to choose with one label"),
         ({"labels": ["a", "b", "a"]}, r"model\.head\.labels has 'a' twice; give each label a name of its own"),
         (
             {"labels": 2, "kind": "token", "problem": "regression"},
@@ -286,6 +290,7 @@ def test_what_a_new_head_keeps_is_read_from_the_directory(saved: Path, tmp_path:
         ),
         ({"labels": 1, "problem": "single_label_classification"}, "has nothing to choose with one label; nearest: reg"),
         ({"labels": 2, "pad_token_id": 131}, r"pad_token_id=131 must be below vocab_size=131; nearest: 130$"),
+        ({"labels": 2, "pad_token_id": 5}, r"^model\.head\.pad_token_id=5 contradicts pad_token_id=3 in config\.json"),
     ],
 )
 def test_heads_that_make_no_sense_are_refused(head: dict[str, Any], words: str, saved: Path) -> None:
