@@ -11,6 +11,7 @@ from megatron_ds.config import build_run
 from megatron_ds.hf.config import read_model
 from tests.ranks import preload
 from tests.training.test_labelled_runs import LAYOUTS, NAMES, lines, mapping, place
+from tests.training.tiny import MODEL
 
 __all__ = ["place"]  # a fixture
 
@@ -35,3 +36,16 @@ def test_a_new_head_is_resumed_and_exported(place: Path, tmp_path: Path, capsys:
     # the export is such a model itself, and so is a checkpoint: neither needs `model.head`
     for directory in (tmp_path / "out", max((tmp_path / "run" / "checkpoints").glob("step_*"))):
         assert read_model(directory).architecture == "LlamaForSequenceClassification"
+
+
+def test_padding_far_from_the_text_is_no_error_of_the_export(place: Path, tmp_path: Path) -> None:
+    """There a window of ModernBERT holds nothing but padding, for which transformers has other outputs than we."""
+    preload()
+    sizes = {"vocab_size": MODEL["vocab_size"], "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = {"model_type": "modernbert", **sizes, "num_attention_heads": 2, "local_attention": 4, "pad_token_id": 0}
+    content = mapping(place, tmp_path / "run", "words", config=config, tokenizer=str(place / "tokenizer"))
+    content["data"]["valid"], content["data"]["seq_length"] = [], 48
+    content |= {"parallel": {}, "train": {"steps": 1, "global_batch_size": 2}}
+    content["export"] = {"path": str(tmp_path / "hf"), "check": True}
+    mds.train(build_run(content))
+    assert read_model(tmp_path / "hf").architecture == "ModernBertForTokenClassification"
