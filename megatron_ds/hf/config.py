@@ -257,8 +257,8 @@ def with_new_head(model: HFModel, head: HeadSection) -> HFModel:
         own = config.pad_token_id
         if own is not None and own != head.pad_token_id and 0 <= own < model.core.vocab_size:
             raise ConfigError(
-                f"model.head.pad_token_id={head.pad_token_id} contradicts pad_token_id={own} in config.json, by which "
-                "the tokenizer pads; remove it, or change config.json"
+                f"model.head.pad_token_id={head.pad_token_id} contradicts pad_token_id={own} in config.json; remove "
+                "it, or change config.json"
             )
         config.pad_token_id = head.pad_token_id
     family, core = labelled(family, found[0], family.translate(config), config)

@@ -127,7 +127,10 @@ def check_same_model(run: HFModel, saved: HFModel, checkpoint: Path) -> None:
     Raises:
         CheckpointError: a field differs; the message names the first one.
     """
-    current, other = ({"model_type": model.family.model_type, **_fields(asdict(model.core))} for model in (run, saved))
+    current, other = (
+        {"model_type": model.family.model_type, **_fields(asdict(model.core)), **_label_names(model)}
+        for model in (run, saved)
+    )
     for name in sorted(
         {**current, **other}, key=lambda name: isinstance(current.get(name), list | tuple)
     ):  # numbers first
@@ -136,6 +139,12 @@ def check_same_model(run: HFModel, saved: HFModel, checkpoint: Path) -> None:
                 f"{checkpoint} has a different model: {name}={show(other.get(name))}, the run has "
                 f"{show(current.get(name))}; choose another output, or checkpoint.resume=never"
             )
+
+
+def _label_names(model: HFModel) -> dict[str, list[str]]:
+    return (
+        {} if model.core.labels is None else {"id2label": [name for _, name in sorted(model.config.id2label.items())]}
+    )
 
 
 def _fields(node: Any, prefix: str = "") -> dict[str, Any]:

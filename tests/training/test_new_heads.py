@@ -8,6 +8,7 @@ import pytest
 
 import megatron_ds as mds
 from megatron_ds.config import build_run
+from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import read_model
 from tests.ranks import preload
 from tests.training.test_labelled_runs import LAYOUTS, NAMES, lines, mapping, place
@@ -27,6 +28,9 @@ def test_a_new_head_is_resumed_and_exported(place: Path, tmp_path: Path, capsys:
     mds.train(build_run({**content, "train": {**content["train"], "steps": 2}}), LAYOUTS["classes"][0])
     other: dict[str, Any] = {"parallel": {"pipeline": 2}, "deepspeed": {"zero_optimization": {"stage": 1}}}
     mds.train(build_run({**content, **other, "export": export}), 2)
+    with pytest.raises(CheckpointError, match=r"has a different model: id2label=\[.sea., .land., .sky.\], the run has"):
+        swapped = {**content["model"], "head": {**content["model"]["head"], "labels": [*NAMES[:1], *NAMES[:0:-1]]}}
+        mds.train(build_run({**content, "model": swapped, "data": {**content["data"], "restart": True}}), 2)
     straight, resumed = ([line["loss"] for line in lines(tmp_path / one, "loss")] for one in ("whole", "run"))
     assert resumed == pytest.approx(straight, rel=2e-5) and straight[-1] < straight[0]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
