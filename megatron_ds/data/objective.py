@@ -94,6 +94,7 @@ class Labelled:
         of_words: whether each word has a class, instead of the sample.
         padding_id: the id that pads short samples.
         num_token_types: number of different `token_type_ids` of the model; samples have them if it is above 1.
+        reads_last: whether the head reads the last token that is not `padding_id`.
     """
 
     problem: Problem
@@ -101,6 +102,7 @@ class Labelled:
     of_words: bool = False
     padding_id: int = 0
     num_token_types: int = 1
+    reads_last: bool = False
 
     @property
     def token_types(self) -> bool:

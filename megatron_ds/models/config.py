@@ -74,8 +74,9 @@ class ModelConfig(ABC):
     def label_options(self, padding_id: int | None) -> dict[str, Any]:
         """Return the options of the task "labelled"; `padding_id` of the model, where its head reads none."""
         assert self.labels is not None
-        own = self.labels.pick_id if self.labels.pick == "last" else padding_id
-        return {"problem": self.labels.loss, "of_words": self.labels.pick == "each", "padding_id": own or 0}
+        pick, last = self.labels.pick, self.labels.pick == "last"
+        own = self.labels.pick_id if last else padding_id
+        return {"problem": self.labels.loss, "of_words": pick == "each", "padding_id": own or 0, "reads_last": last}
 
     @abstractmethod
     def shape(self) -> ModelShape:

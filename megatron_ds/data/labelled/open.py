@@ -18,6 +18,7 @@ def open_labelled(request: DatasetRequest) -> LabelledDataset:
     path, objective = request.tokenizer_path, request.objective
     assert path is not None and isinstance(objective, Labelled), (path, objective)
     tokenizer = load_tokenizer(path)
+    _check_padding(tokenizer.pad_token_id, objective, path)
     encoder = RowEncoder(tokenizer, path, request.seq_length, objective.of_words)
     digest = tokenizer_digest(tokenizer, -1)
     parts = [cached_rows(source, objective, encoder, digest, request.cache_dir) for source in request.inputs]
@@ -31,3 +32,12 @@ def open_labelled(request: DatasetRequest) -> LabelledDataset:
             f"{objective.num_token_types} ends at {objective.num_token_types - 1}; use the model's own tokenizer"
         )
     return LabelledDataset(parts, request.seq_length, objective)
+
+
+def _check_padding(pads_with: int | None, objective: Labelled, path: str) -> None:
+    """Refuse a tokenizer whose padding the head takes for text, as transformers would in batches."""
+    if objective.reads_last and pads_with not in (None, objective.padding_id):
+        raise DataError(
+            f"tokenizer {path}: pads with the id {pads_with}, but the model's pad_token_id={objective.padding_id} "
+            f"finds the last token; nearest: model.head.pad_token_id={pads_with}, or pad_token_id in config.json"
+        )

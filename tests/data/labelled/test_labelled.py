@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,16 @@ def test_blends_and_shares_have_scores_too(write_jsonl: Write, bert: str, tmp_pa
     assert found.shape == (8, 3) and found[:, 2].sum() == 4
     share = open_dataset(**options, held_out=HeldOut(0.25, True))
     assert collate(share, [0, 1, -1])["label_scores"].shape == (3, 3)
+
+
+def test_a_tokenizer_that_pads_with_another_id_than_the_head_skips_is_refused(
+    opened: Any, write_jsonl: Write, byte_level: str
+) -> None:
+    """transformers would read the head at the padding of a batch."""
+    path = write_jsonl([{"text": "call me", "label": 0}])
+    fits = Labelled("single_label_classification", ("a", "b"), padding_id=1, reads_last=True)
+    assert len(opened(fits, path, tokenizer=byte_level)) == 1
+    with pytest.raises(
+        DataError, match=r"pads with the id 1, but the model's pad_token_id=2 finds the last token; nea"
+    ):
+        opened(replace(fits, padding_id=2), path, tokenizer=byte_level)
