@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ class ClassNumbers:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._numbers = {name: number for number, name in enumerate(names)}
+        times = Counter(names)
+        self._numbers = {name: number for number, name in enumerate(names) if times[name] == 1}
 
     def find(self, value: Any, place: str) -> int:
         """Return the number of a class, or IGNORE_INDEX.
@@ -31,7 +33,7 @@ class ClassNumbers:
             place: of the value, such as `data.jsonl:7: label`, for errors.
 
         Raises:
-            DataError: the model has no such class.
+            DataError: the model has no such class, or several.
         """
         if isinstance(value, str) and value in self._numbers:
             return self._numbers[value]
@@ -49,6 +51,9 @@ class ClassNumbers:
             return (
                 f"is no number of a class: the model has {count}, 0 to {count - 1}, and {IGNORE_INDEX} is ignored{hint}"
             )
+        if value in self._names:
+            numbers = ", ".join(str(number) for number, name in enumerate(self._names) if name == value)
+            return f"is the name of several of the model's classes ({numbers}); write the number"
         if all(map(_UNNAMED.fullmatch, self._names)):
             return (
                 f"is a name, and the model's {count} classes have none: write numbers, or name them in "

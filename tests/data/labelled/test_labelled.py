@@ -241,6 +241,11 @@ def test_numbers_of_a_table_in_another_order(opened: Any, tmp_path: Path, caplog
             {"label": "good"},
             ":1: label=good is a name, and the model's 2 classes have none: write numbers, or name them in model.head",
         ),
+        (
+            Labelled("single_label_classification", ("a", "b", "a")),
+            {"label": "a"},
+            ":1: label=a is the name of several of the model's classes (0, 2); write the number",
+        ),
         (TOPICS, {"labels": "sea"}, ":1: labels=sea is no list"),
         (SENTIMENT, {"label": None}, ":1: label is null, and this model (single_label_classification) learns it; give"),
         (TOPICS, {"labels": ["sea", 0]}, "names the classes of a row, each once"),
