@@ -17,6 +17,7 @@ from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import read_json, read_model
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_weights
+from megatron_ds.hf.sentence_modules import describe
 from megatron_ds.hf.tensor_files import read_table
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.paths import expanded
@@ -51,6 +52,7 @@ class ModelFacts:
         dtypes: dtype as safetensors names it -> number of tensors, without those that pass through.
         files: the files of weights.
         passed_through: the tensors that pass through; None = all are the model's own.
+        pooling: a line on the vector of each text; None = the model has a head, or its directory no modules.json.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class ModelFacts:
     dtypes: dict[str, int]
     files: tuple[TensorFileFacts, ...]
     passed_through: PassedThroughFacts | None = None
+    pooling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,18 @@ def inspect_model(path: Path) -> ModelFacts:
     num_params = weights.num_params
     active = num_params - model.core.num_expert_params_idle
     others = _passed_through(weights) if passed else None
-    return ModelFacts(model.family.model_type, model.architecture, num_params, active, dict(dtypes), files, others)
+    return ModelFacts(
+        model.family.model_type, model.architecture, num_params, active, dict(dtypes), files, others, _pooling(weights)
+    )
+
+
+def _pooling(weights: HFWeights) -> str | None:
+    """Return a line on the vector of each text that a directory gives, or the reason why it is not computed here."""
+    try:
+        pooling = weights.with_pooling().model.core.pooling
+    except ConversionError as problem:
+        return f"not supported: {problem}"
+    return describe(pooling) if pooling is not None else None
 
 
 def _passed_through(weights: HFWeights) -> PassedThroughFacts:

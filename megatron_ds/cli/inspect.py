@@ -157,6 +157,8 @@ def _checkpoint(facts: CheckpointFacts) -> Iterator[Row]:
         yield ("weights", _describe_files(facts.model.files))
         if facts.model.passed_through is not None:
             yield ("", _describe_passed_through(facts.model.passed_through))
+        if facts.model.pooling is not None:
+            yield ("vectors", facts.model.pooling)
     if facts.adapters is not None:
         yield ("adapters", _describe_adapters(facts.adapters))
         yield ("base", facts.adapters.base)

@@ -28,6 +28,7 @@ from megatron_ds.hf.model_type import (
 from megatron_ds.hf.quantised import FIELDS as QUANTISED
 from megatron_ds.hf.quantised import Quantisation, find_quantisation
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.hf.sentence_modules import gives_vectors
 from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.log import log_once
 from megatron_ds.models.config import ModelConfig
@@ -124,7 +125,7 @@ def read_model(source: str | Path | Mapping[str, Any], key: str = "") -> HFModel
         return open_directory(directory).names if directory is not None and has_weights(directory) else ()
 
     try:
-        model = _translate(on_disk, tensors)
+        model = _translate(on_disk, tensors, directory)
         if directory is None or not (directory / "generation_config.json").is_file():
             generation_config(model.config, model.core, on_disk)  # refuse it now, not when a run writes it at its end
     except ConversionError as problem:
@@ -133,12 +134,13 @@ def read_model(source: str | Path | Mapping[str, Any], key: str = "") -> HFModel
     return model
 
 
-def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]]) -> HFModel:
+def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]], directory: Path | None) -> HFModel:
     """Translate the content of config.json.
 
     Args:
         on_disk: the content.
         tensors: reads the names of the tensors next to it, which decide if the config does not name its family.
+        directory: with config.json; None = it is in no directory.
     """
     raw = in_present_words(on_disk)
     family = find_family(raw, tensors)
@@ -153,6 +155,7 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]])
     family, core = with_heads(family, family.translate(config), raw.get("architectures"), config)
     _note_num_labels(known, core)
     family, core = _without_missing_head(family, core, raw.get("architectures") or [], tensors)
+    family, core = _without_unused_head(family, core, raw.get("architectures") or [], directory)
     _check_base_class(family, core, raw.get("architectures") or [])
     reworded = raw != on_disk or _without_odd_dtypes(known) != {} or quantisation is not None
     return HFModel(family, config, core, {name: raw[name] for name in unread}, quantisation, reworded, on_disk)
@@ -224,6 +227,22 @@ def _without_missing_head(
     if base not in present_classes(named) and any(name.startswith(family.prefix) for name in names):
         return family, core
     log_once(f"no {head} on disk, and tie_word_embeddings=False: the model is a {base}, without a head")
+    return headless(family, base, core)
+
+
+def _without_unused_head(
+    family: Family, core: ModelConfig, named: Sequence[str], directory: Path | None
+) -> tuple[Family, ModelConfig]:
+    """Return the base model of a decoder whose head is the embedding, if its directory is one of text vectors.
+
+    That is so if `architectures` names the base class, and modules.json has a pooling. A class with a head stays one.
+    """
+    base = base_class(family)
+    if base is None or base not in present_classes(named) or not core.tied or not core.generates:
+        return family, core
+    if core.has_cross_attention or directory is None or not gives_vectors(directory):
+        return family, core
+    log_once(f"architectures={list(named)!r}, and modules.json has a pooling: the model has no head")
     return headless(family, base, core)
 
 

@@ -19,6 +19,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.family import EMBEDDING, HEAD, Family, Part, Row
 from megatron_ds.hf.label_classes import OF_HEAD
+from megatron_ds.hf.sentence_modules import pooled
 from megatron_ds.hf.tensor_mapping import Reader, Sizes
 from megatron_ds.hf.tensor_names import (
     NamesError,
@@ -167,6 +168,14 @@ class HFWeights:
         if self.model.core.tied and not model.core.tied and self._head is not None:
             other._on_disk = {**self._on_disk, model.table[HEAD].names[0]: self._embedding}
         return other
+
+    def with_pooling(self) -> HFWeights:
+        """Return a reader of the same model with the pooling that its directory has, if the model has no head.
+
+        Raises:
+            ConversionError: see `read_pooling`.
+        """
+        return self.for_model(replace(self.model, core=pooled(self.model.core, self.directory)))
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:

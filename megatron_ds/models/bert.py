@@ -23,7 +23,7 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
-from megatron_ds.models.hidden_output import HiddenOutput, hidden_layer
+from megatron_ds.models.hidden_output import hidden_layer
 from megatron_ds.models.label_head import label_layer, probe_labels
 from megatron_ds.models.probe import (
     MOST_TOKENS,
@@ -183,6 +183,8 @@ class EncoderConfig(StackConfig, ModelConfig):
             labels = {"hidden_direction": torch.randn(batch, length, self.hidden_size, generator=generator)}
             if self.pooler:
                 labels["pooled_direction"] = torch.randn(batch, self.hidden_size, generator=generator)
+            if self.pooling is not None:
+                labels["embedding_direction"] = torch.randn(batch, self.hidden_size, generator=generator)
             return labels
         labels = {"targets": some_labels(random_ids(self.vocab_size, batch, length, seed=4), seen)}
         if self.next_sentence:
@@ -332,7 +334,8 @@ def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
     if config.labels is not None:
         return label_layer(config.labels, config.hidden_size, ctx, LayerSpec("", nn.Identity))
     if not config.masked_lm:
-        return hidden_layer(partial(_hidden_output, config, ctx), LayerSpec("", nn.Identity), pools=config.pooler)
+        pooler = partial(Pooler, config, ctx.tp) if config.pooler else None
+        return hidden_layer(ctx.tp, LayerSpec("", nn.Identity), pooler=pooler, pooling=config.pooling)
     labels = ("targets", "next_sentence_label") if config.next_sentence else ("targets",)
     return LayerSpec(
         "head",
@@ -341,10 +344,6 @@ def _head(config: EncoderConfig, ctx: BuildContext) -> LayerSpec:
         cost=float(config.embedding_size * (config.vocab_size + config.hidden_size)),
         tied={"weight": "embedding.weight"} if config.tied else {},
     )
-
-
-def _hidden_output(config: EncoderConfig, ctx: BuildContext) -> HiddenOutput:
-    return HiddenOutput(ctx.tp, Pooler(config, ctx.tp) if config.pooler else None)
 
 
 def _identity(parameter: Tensor) -> Tensor:

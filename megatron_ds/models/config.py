@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from megatron_ds.config import ModelShape
 from megatron_ds.models.context import BuildContext
+from megatron_ds.models.hidden_output import PoolingConfig
 from megatron_ds.models.label_head import LabelHeadConfig
 from megatron_ds.models.probe import Probe
 from megatron_ds.models.sequential import LayerSpec
@@ -29,12 +30,14 @@ class ModelConfig(ABC):
         vocab_size: V.
         tied: the head is the word embedding.
         labels: a head that predicts labels, in place of all others; None = no such head.
+        pooling: of the vector of each text that a model without a head returns; None = no such vector.
     """
 
     family: str
     vocab_size: int
     tied: bool
     labels: LabelHeadConfig | None = None
+    pooling: PoolingConfig | None = None
 
     @property
     def generates(self) -> bool:

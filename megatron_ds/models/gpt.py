@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ds.columns import DOCUMENT_BOUNDS
 from megatron_ds.config import ModelShape
@@ -19,17 +19,19 @@ from megatron_ds.models.block import BlockInputs, block_layers
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
-from megatron_ds.models.hidden_output import HiddenOutput, hidden_layer
+from megatron_ds.models.hidden_output import hidden_layer
 from megatron_ds.models.label_head import label_layer, label_probe
 from megatron_ds.models.probe import (
     MOST_TOKENS,
     RANDOM_LENGTH,
+    ROWS,
     Probe,
     beyond_edges,
     direction,
     fitting_length,
     next_ids,
     random_ids,
+    right_padded,
 )
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadSpec, LayerSpec
 from megatron_ds.models.stack import StackConfig
@@ -124,10 +126,12 @@ class DecoderConfig(StackConfig, ModelConfig):
         return replace(super().without_dropout(), embedding_dropout=0.0, labels=labels)
 
     def probes(self, multiple_of: int) -> tuple[list[Probe], str | None]:
-        """Random ids, and a sequence that is longer than the windows and stretched positions."""
+        """Random ids, and a sequence that is longer than the windows and stretched positions; before them rows behind
+        padding if the model returns a vector of each text."""
         longest = self.positions.max_positions if self.positions is not None else MOST_TOKENS
         length = fitting_length(min(RANDOM_LENGTH, longest), multiple_of, longest)
-        found = [self._probe("random", 2, length, with_gradients=True)]
+        found = [self._padded_probe(length)] if self.pooling is not None else []
+        found.append(self._probe("random", 2, length, with_gradients=not found))
         beyond, missed = beyond_edges(self.edges, length, longest)
         if beyond is not None:
             beyond = fitting_length(beyond, multiple_of, longest)
@@ -138,8 +142,21 @@ class DecoderConfig(StackConfig, ModelConfig):
         ids = random_ids(self.vocab_size, batch, length)
         if self.labels is not None:
             return label_probe(self.labels, name, ids, with_gradients)
-        labels = {"targets": next_ids(ids)} if self.head else {"hidden_direction": direction(batch, length, self.width)}
+        labels = {"targets": next_ids(ids)} if self.head else self._directions(batch, length)
         return Probe(name, {"input_ids": ids}, labels, with_gradients)
+
+    def _padded_probe(self, length: int) -> Probe:
+        """Return rows of different lengths, which a vector of each text depends on. Padding sees a token."""
+        narrowest = min((window for window in self.windows if window is not None), default=length)
+        columns = {
+            "input_ids": random_ids(self.vocab_size, ROWS, length),
+            "attention_mask": right_padded(ROWS, length, narrowest - 1),
+        }
+        return Probe("padded", columns, self._directions(ROWS, length), with_gradients=True)
+
+    def _directions(self, batch: int, length: int) -> dict[str, Tensor]:
+        vector = {"embedding_direction": direction(batch, self.width, seed=7)} if self.pooling is not None else {}
+        return {"hidden_direction": direction(batch, length, self.width), **vector}
 
 
 class DecoderEntry(nn.Module):
@@ -227,7 +244,7 @@ def _head(config: DecoderConfig, ctx: BuildContext) -> LayerSpec:
     if config.labels is not None:
         return label_layer(config.labels, width, ctx, LayerSpec("", nn.Identity))
     if not config.head:
-        return hidden_layer(partial(HiddenOutput, ctx.tp), LayerSpec("", nn.Identity))
+        return hidden_layer(ctx.tp, LayerSpec("", nn.Identity), pooling=config.pooling)
     finish = LogitFinish(config.logit_multiplier, config.logit_softcap)
     return LayerSpec(
         "head",

@@ -283,7 +283,12 @@ def picked_positions(config: LabelHeadConfig, ids: Tensor | None, ends: Tensor) 
         return ends
     assert ids is not None, "the head reads ids"
     wanted = ids != config.pick_id if config.pick == "last" else ids == config.pick_id
-    return (torch.arange(ids.shape[1], device=ids.device) * wanted).amax(1)
+    return last_marked(wanted)
+
+
+def last_marked(marked: Tensor) -> Tensor:
+    """Return the last position of each row that is marked: (B, S) bool -> (B,) int64; 0 if none is."""
+    return (torch.arange(marked.shape[1], device=marked.device) * marked).amax(1)
 
 
 def label_loss(logits: Tensor, labels: Tensor, problem: str) -> Tensor:

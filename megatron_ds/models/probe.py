@@ -103,6 +103,6 @@ def some_labels(ids: Tensor, seen: Tensor) -> Tensor:
     return ids.masked_fill(~chosen, IGNORE_INDEX)
 
 
-def direction(*shape: int) -> Tensor:
+def direction(*shape: int, seed: int = 3) -> Tensor:
     """Draw a direction in fp32, which takes the place of labels in a model that predicts nothing."""
-    return torch.randn(*shape, generator=seeded(3))
+    return torch.randn(*shape, generator=seeded(seed))

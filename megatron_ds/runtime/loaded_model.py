@@ -182,7 +182,7 @@ def open_model(
         )
     if section.init == "pretrained":
         assert section.path is not None
-        weights = HFWeights(section.path, hf)
+        weights = HFWeights(section.path, hf).with_pooling()
         hf = weights.model
         if hf.replaced is not None and checkpoint is None:
             _note_new_head(weights)

@@ -22,8 +22,9 @@ PREDICTED_BY = {
     "token_label": "logits",
     "hidden_direction": "hidden",
     "pooled_direction": "pooled",
+    "embedding_direction": "embedding",
 }
-DIRECTIONS = ("hidden_direction", "pooled_direction")
+DIRECTIONS = ("hidden_direction", "pooled_direction", "embedding_direction")
 
 
 @dataclass(frozen=True)

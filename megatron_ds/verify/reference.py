@@ -16,6 +16,7 @@ from megatron_ds.hf.reference import load_reference, predict
 from megatron_ds.models.probe import Probe
 from megatron_ds.verify.layer_names import blocks_paths, choice_of, entry_of
 from megatron_ds.verify.loss import ReferenceLoss, mean_loss, problem_of, reference_loss
+from megatron_ds.verify.sentence_vectors import sentence_vectors
 
 GRADIENTS = "gradients"
 
@@ -49,6 +50,9 @@ def run_reference(
         recording = hidden_states(reference, model), choices(reference, model)
         with torch.set_grad_enabled(probe.with_gradients), recording[0] as hidden, recording[1] as chosen:
             outputs = predict(reference, model, probe.columns)
+            if "embedding_direction" in probe.labels:
+                mask = probe.columns.get("attention_mask")
+                outputs["embedding"] = sentence_vectors(directory, outputs["hidden"], mask)
         # copies: the last block's output may be one of the outputs
         found = {**hidden, **chosen, **outputs}
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}

@@ -72,7 +72,7 @@ def verify_hf(
             f"torchrun, deepspeed or srun; {rank_source().start_alone()}"
         )
     directory = expanded(hf_dir)
-    weights = HFWeights(directory, read_model(directory))
+    weights = HFWeights(directory, read_model(directory)).with_pooling()
     if weights.model.unread:
         note(f"config.json: {unread_fields(weights.model)}")
     if weights.source.renaming:
