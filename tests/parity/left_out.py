@@ -85,7 +85,9 @@ def _without_fields(config: Any) -> dict[str, Any]:
         for option, default in LEFT_OUT.items()
         if getattr(config, option, default) != default and not (option == "windows" and set(config.windows) == {None})
     }
-    plain = tuple(rope and RotaryConfig(rope.dim, rope.theta, fp32=rope.fp32) for rope in config.rotary)
+    plain = tuple(
+        rope and RotaryConfig(rope.dim, rope.theta, fp32=rope.fp32, rounded=rope.rounded) for rope in config.rotary
+    )
     if plain != config.rotary:
         changed["scaling and pairs of rotary"] = replace(config, rotary=plain)
     if not any(config.windows):

@@ -118,8 +118,8 @@ def sums_of_one_rank() -> None:
     """Each data rank logs its own part of the metrics."""
     unpack = base.Losses.unpack.__func__  # type: ignore[attr-defined]
 
-    def own(cls: Any, packed: torch.Tensor, counts: Any, head: HeadSpec) -> Any:
-        losses = unpack(cls, packed, counts, head)
+    def own(cls: Any, *given: Any) -> Any:
+        losses = unpack(cls, *given)
         parts = {name: (total / 2, weight) for name, (total, weight) in losses.metric_sums.items()}
         return replace(losses, metric_sums=parts)
 
