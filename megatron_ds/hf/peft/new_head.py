@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_ds.config.run_config import HeadSection
-from megatron_ds.errors import ConversionError
+from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.config import HFModel, read_json, read_model, with_new_head
 from megatron_ds.hf.label_classes import OF_HEAD
 from megatron_ds.hf.peft.projections import in_memory
@@ -62,9 +62,10 @@ def read_base(directory: Path, base: str | Path) -> HFModel:
     model, file = read_model(base), directory / HEAD_FILE
     if not file.is_file():
         return model
+    fields = read_json(file)
     try:
-        head = HeadSection.model_validate(read_json(file))
-    except ValidationError as problem:
+        head = HeadSection.model_validate(fields)
+    except (ValidationError, ConfigError) as problem:
         raise ConversionError(
             f"{file}: is damaged: {' '.join(str(problem).split())}; try to export it again"
         ) from problem
