@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import activation, quotient, rotary
 from megatron_ds.hf.families.bert import encoder, masked_lm_classes
-from megatron_ds.hf.families.llama import RMS_FIELDS, biases
+from megatron_ds.hf.families.llama import BUFFERS, RMS_FIELDS, biases
 from megatron_ds.hf.families.llama import rows as llama_rows
 from megatron_ds.hf.family import HEAD, Family, Row
 from megatron_ds.hf.tensor_mapping import copy
@@ -61,7 +61,7 @@ EUROBERT = Family(
     fields=FIELDS,
     translate=translate,
     rows=rows,
-    ignored=(r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",),
+    ignored=BUFFERS,
     classes=masked_lm_classes("EuroBert"),
 )
 

@@ -22,6 +22,7 @@ from megatron_ds.layers.norm import NormStyle
 from megatron_ds.models.gpt import DecoderConfig
 
 NATIVE, THEIRS = "blocks.{n}", "model.layers.{n}"
+BUFFERS = (r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",)
 
 # Names of a block's norms by their place: `post_attention_layernorm` is before the MLP in some families, and at the end
 # of attention in others.
@@ -258,8 +259,7 @@ def family(
     table: Callable[[DecoderConfig], list[Row]] = rows,
 ) -> Family:
     """Return a family with Llama's prefix and buffers."""
-    ignored = (r"^(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",)
-    return Family(model_type, architecture, "model.", fields, translate, table, ignored)
+    return Family(model_type, architecture, "model.", fields, translate, table, BUFFERS)
 
 
 LLAMA = family("llama", "LlamaForCausalLM", translate_llama, FieldRules(RMS_FIELDS | {"attention_bias", "mlp_bias"}))

@@ -44,21 +44,35 @@ FIELDS = FieldRules(
 )
 
 
-def translate(config: Any) -> DecoderConfig:
-    """Translate an OPTConfig."""
-    bias = config.enable_bias
+def _decoder(config: Any, **options: Any) -> DecoderConfig:
+    """Translate the fields that both families have.
+
+    Args:
+        config: transformers' config object.
+        options: of `DecoderConfig`, from the family's other fields.
+    """
     return DecoderConfig(
-        family="opt",
+        family=config.model_type,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
         head_dim=quotient(config, "hidden_size", "num_attention_heads"),
+        padding_id=padding_id(config),
+        tied=config.tie_word_embeddings,
+        **options,
+    )
+
+
+def translate(config: Any) -> DecoderConfig:
+    """Translate an OPTConfig."""
+    bias = config.enable_bias
+    return _decoder(
+        config,
         ffn_size=config.ffn_dim,
         norm=NormStyle("layer", EPS, affine=config.layer_norm_elementwise_affine),
         embedding_size=config.word_embed_proj_dim,
-        padding_id=padding_id(config),
         positions=PositionTable(config.max_position_embeddings, offset=2, skips_padding=True),
         norm_place="input" if config.do_layer_norm_before else "sum",
         qkv_bias=bias,
@@ -66,7 +80,6 @@ def translate(config: Any) -> DecoderConfig:
         mlp_bias=bias,
         activation=activation("activation_function", config.activation_function),
         final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm,
-        tied=config.tie_word_embeddings,
         attention_dropout=config.attention_dropout,
         residual_dropout=config.dropout,
         init_std=config.init_std,
@@ -125,25 +138,17 @@ BIOGPT_FIELDS = FieldRules(
 
 
 def _biogpt(config: Any) -> DecoderConfig:
-    return DecoderConfig(
-        family="biogpt",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_attention_heads,
-        head_dim=quotient(config, "hidden_size", "num_attention_heads"),
+    return _decoder(
+        config,
         ffn_size=config.intermediate_size,
         norm=NormStyle("layer", EPS),
         embedding_size=config.hidden_size,
         embedding_multiplier=config.hidden_size**0.5 if config.scale_embedding else 1.0,
-        padding_id=padding_id(config),
         positions=PositionTable(config.max_position_embeddings, offset=2),  # transformers 4 skips padding in addition
         qkv_bias=True,
         attention_out_bias=True,
         mlp_bias=True,
         activation=activation("hidden_act", config.hidden_act),
-        tied=config.tie_word_embeddings,
         embedding_dropout=config.hidden_dropout_prob,
         attention_dropout=config.attention_probs_dropout_prob,
         residual_dropout=config.hidden_dropout_prob,
