@@ -15,8 +15,9 @@ from megatron_ds.data.chat.conversations import parse_conversation
 from megatron_ds.data.chat.plain import PlainTemplate
 from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.readers.array_cache import cached_arrays
-from megatron_ds.data.readers.bad_rows import BAD_ARRAYS, BadRows
+from megatron_ds.data.readers.bad_rows import BAD_ARRAYS
 from megatron_ds.data.readers.batched import batched
+from megatron_ds.data.readers.cached_rows import CachedRows
 from megatron_ds.data.readers.examples import Located, parse_examples
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.readers.sources import FoundSource, find_source
@@ -34,54 +35,23 @@ Renderer = ChatTemplate | PlainTemplate
 
 
 @dataclass(frozen=True)
-class Conversations:
-    """The conversations of one source as tokens, memory-mapped, one after the other.
+class Conversations(CachedRows):
+    """The conversations of one source.
 
     Attributes:
-        key: hash of their content.
-        source: the source that they were read from.
-        ids: (T,) int32.
         learned: (T,) bool: tokens with loss.
-        starts: (n + 1,) int64: start of each conversation, and the end of the last.
-        places: (n,) place of each in the source, such as `:7`; follows the source's name in errors.
         notes: (k,) what is given but has no effect, with `...` in place of a number of conversations.
         note_counts: (k,) int64: these numbers.
-        bad_count: (1,) int64: number of rows that were left out.
-        bad_first: place and reason of the first of them.
     """
 
-    key: str
-    source: Source
-    ids: np.ndarray
     learned: np.ndarray
-    starts: np.ndarray
-    places: np.ndarray
     notes: np.ndarray
     note_counts: np.ndarray
-    bad_count: np.ndarray | None = None
-    bad_first: np.ndarray | None = None
 
     @property
     def name(self) -> str:
         """The source, for messages."""
         return str(self.source)
-
-    @property
-    def bad_rows(self) -> BadRows:
-        """Account of the rows that were left out."""
-        return BadRows.of_arrays(self.bad_count, self.bad_first, self.source.prefix)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64, in tokens."""
-        return np.diff(self.starts)
-
-    def where(self, index: int) -> str:
-        """Return file and line of a conversation, for errors."""
-        return f"{self.source.prefix}{self.places[index]}"
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a conversation's ids (L,) int64, and which tokens carry loss (L,) bool."""

@@ -13,8 +13,9 @@ from megatron_ds.data.labelled.rows import RowParser
 from megatron_ds.data.labelled.table_classes import check_table_classes
 from megatron_ds.data.objective import Labelled
 from megatron_ds.data.readers.array_cache import cached_arrays
-from megatron_ds.data.readers.bad_rows import BAD_ARRAYS, BadRows
+from megatron_ds.data.readers.bad_rows import BAD_ARRAYS
 from megatron_ds.data.readers.batched import batched
+from megatron_ds.data.readers.cached_rows import CachedRows
 from megatron_ds.data.readers.examples import parse_examples
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.readers.sources import FoundSource, find_source
@@ -27,49 +28,18 @@ _ARRAYS = ("ids", "types", "labels", "starts", "full_lengths", "places")
 
 
 @dataclass(frozen=True)
-class EncodedRows:
-    """The rows of one source as tokens, memory-mapped, one after the other.
+class EncodedRows(CachedRows):
+    """The labelled rows of one source.
 
     Attributes:
-        key: hash of their content.
-        source: the source that they were read from.
-        ids: (T,) int32.
         types: (T,) uint8.
         labels: (n,) int64 classes, (n, L) float32 scores, or (T,) int64 classes of tokens.
-        starts: (n + 1,) int64: start of each row, and the end of the last.
         full_lengths: (n,) int64: tokens of each before it was cut.
-        places: (n,) place of each in the source, such as `:7`; follows the source's name in errors.
-        bad_count: (1,) int64: number of rows that were left out.
-        bad_first: place and reason of the first of them.
     """
 
-    key: str
-    source: Source
-    ids: np.ndarray
     types: np.ndarray
     labels: np.ndarray
-    starts: np.ndarray
     full_lengths: np.ndarray
-    places: np.ndarray
-    bad_count: np.ndarray | None = None
-    bad_first: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64, in tokens."""
-        return np.diff(self.starts)
-
-    @property
-    def bad_rows(self) -> BadRows:
-        """Account of the rows that were left out."""
-        return BadRows.of_arrays(self.bad_count, self.bad_first, self.source.prefix)
-
-    def where(self, index: int) -> str:
-        """Return file and line of a row, for errors."""
-        return f"{self.source.prefix}{self.places[index]}"
 
 
 def cached_rows(
