@@ -50,15 +50,14 @@ class PassedThrough:
         return [TensorHeader(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
 
     def put(self, directory: Path) -> FileRecord:
-        """Give a new checkpoint the file, through to the disk.
+        """Link, copy or write the file into the directory of a new checkpoint, and flush it to the disk.
 
         Raises:
             OSError: the disk is full, or the source has other tensors than when the run began.
         """
         former, place = self._former, directory / PASSED_THROUGH
-        for way in _WAYS if former is not None else ():
-            if former is not None and _made(way, former, place):
-                return former.record
+        if former is not None and any(_made(way, former, place) for way in _WAYS):
+            return former.record
         chunks = (TensorChunk(PASSED_THROUGH, name, tensor) for name, tensor in self._weights.passed_through())
         record = write_chunks(directory, {PASSED_THROUGH: self.headers}, chunks)[PASSED_THROUGH]
         if former is not None and record != former.record:

@@ -33,7 +33,7 @@ def sentence_vectors(directory: Path, states: Tensor, mask: Tensor | None) -> Te
 
 
 def _pool(config: dict[str, object], row: Tensor, seen: Tensor) -> Tensor:
-    """(S, H), (S,) -> (H,)."""
+    """Return the vector of one text from its states (S, H) and its mask (S,): (H,)."""
     mode = config.get("pooling_mode")
     positions = seen.nonzero().flatten()
     if mode in ("cls", ["cls"]) or (mode is None and config.get("pooling_mode_cls_token")):
