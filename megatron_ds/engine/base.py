@@ -299,8 +299,8 @@ class Engine(ABC):
         counts = torch.stack([self.head.count_labels(self.head.labels_in(batch)) for batch in batches]).sum(0)
         if counts.shape != (len(self.head.terms),):
             raise ValueError(f"count_labels returned {tuple(counts.shape)} for the terms {', '.join(self.head.terms)}")
-        if self.grid.loss.size > 1:
-            counts = all_reduce_(counts if self.grid.is_first_of_loss else torch.zeros_like(counts), self.grid.host)
+        if self.grid.batch.size > 1:
+            counts = all_reduce_(counts if self.grid.is_first_of_batch else torch.zeros_like(counts), self.grid.host)
         return tuple(counts.tolist())
 
     def _empty_sums(self) -> Tensor:

@@ -130,6 +130,7 @@ def build_engine(
     optimizer = _optimizer(module, options.optimizer, device, folded)
     largest = max(grid.shard.size, grid.expert_shard.size) if folded else grid.shard.size
     config = adapt_to_device(options.deepspeed, device.type, largest)
+    config["train_batch_size"] *= grid.context.size  # DeepSpeed takes context ranks for data ranks
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use while it sets bf16 up
         engine, *_ = deepspeed.initialize(
             model=module,

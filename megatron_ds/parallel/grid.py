@@ -1,12 +1,12 @@
 """The grid: the coordinates of each rank along the parallel axes, and the process groups along them.
 
 `Layout` holds the sizes of the axes and is arithmetic alone; it needs no process. `Grid` adds the process groups. In
-the default order, pipeline > data > tensor, tensor neighbours are adjacent ranks, because they communicate most and
-should share a node. An axis of size 1 has no group and never touches `torch.distributed`, so a model built with such
+the default order, pipeline > data > context > tensor, tensor neighbours are adjacent ranks, because they communicate
+most and should share a node; those that divide a sequence, `context`, come next. An axis of size 1 has no group and never touches `torch.distributed`, so a model built with such
 axes is its own single-process reference.
 
 Code below asks the grid for a *role*, not for an axis, wherever it means one of these. A role is the set of ranks that
-differ along some axes; today each is the data axis and shares its process group.
+differ along some axes. Roles along the same axes share a process group.
 
 | role      | its ranks                                       | used for                           | context |
 | --------- | ----------------------------------------------- | ---------------------------------- | ------- |
@@ -16,14 +16,17 @@ differ along some axes; today each is the data axis and shares its process group
 | `replica` | hold the same parameters; the first writes them | export, checkpoints                | yes     |
 | `random`  | draw different dropout masks                    | random streams                     | yes     |
 
-The last column states whether the ranks of an axis to come, `context`, which divides the sequence, will be part of the
-role.
+The last column states whether the ranks that divide the sequence are part of the role. Context ranks read the same
+samples, but compute different tokens of them with the same parameters, so that for DeepSpeed they are data ranks.
 
 The parameters of experts have ranks of their own. All ranks of a pipeline stage, in order, form groups of `expert`
 consecutive ranks, which divide the experts of a layer, whatever axes they differ along (Megatron's folding; Liu et al.
 2025). Ranks with the same place in these groups hold the same experts and are `shard` and `replica` of them. As tensor
 neighbours are consecutive, the experts of `expert` = tensor ranks lie on the tensor axis, and their replicas are the
-data axis.
+role `replica` of all other parameters.
+
+Context ranks exchange heads with `ulysses` neighbours (Jacobs et al. 2023), and keys and values with the ranks of
+`ring`, which have the same index among their neighbours; see `context.ContextParallel`.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from torch import Tensor
 
 from megatron_ds.parallel.neighbours import Neighbours, meet_neighbours
 
-AXES = ("pipeline", "data", "tensor")
+AXES = ("pipeline", "data", "context", "tensor")
 """The axes of a layout, slowest first: the order of the ranks."""
 
 MODEL_AXES = ("tensor",)
@@ -51,10 +54,10 @@ EXPERT = "expert"
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data",),
-    "loss": ("data",),
-    "shard": ("data",),
-    "replica": ("data",),
-    "random": ("data",),
+    "loss": ("data", "context"),
+    "shard": ("data", "context"),
+    "replica": ("data", "context"),
+    "random": ("data", "context"),
 }
 """Role -> the axes along which its ranks differ."""
 
@@ -74,6 +77,10 @@ class _ByAxis(Mapping[str, int]):
     @property
     def data(self) -> int:
         return self["data"]
+
+    @property
+    def context(self) -> int:
+        return self["context"]
 
     @property
     def tensor(self) -> int:
@@ -206,6 +213,8 @@ class Grid:
         random: the ranks that draw different dropout masks.
         expert: the ranks that divide the experts of a layer.
         expert_shard: the ranks that hold the same experts: the roles `shard` and `replica` of their parameters.
+        ulysses: the context ranks that exchange heads.
+        ring: the context ranks that exchange keys and values.
     """
 
     layout: Layout
@@ -220,10 +229,16 @@ class Grid:
     random: Axis
     expert: Axis
     expert_shard: Axis
+    ulysses: Axis
+    ring: Axis
 
     @property
     def tensor(self) -> Axis:
         return self.axes["tensor"]
+
+    @property
+    def context(self) -> Axis:
+        return self.axes["context"]
 
     @property
     def pipeline(self) -> Axis:
@@ -255,9 +270,9 @@ class Grid:
         return self.layout.coords(self.rank)
 
     @property
-    def is_first_of_loss(self) -> bool:
-        """True on one rank for each rank of `loss`: a sum over all ranks to which only these add is one over `loss`."""
-        return all(axis.rank == 0 for name, axis in self.axes.items() if name not in ROLES["loss"])
+    def is_first_of_batch(self) -> bool:
+        """True on one rank for each rank of `batch`: a sum over all ranks to which only these add is one over `batch`."""
+        return all(axis.rank == 0 for name, axis in self.axes.items() if name not in ROLES["batch"])
 
 
 def expert_groups(layout: Layout, expert: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -276,7 +291,23 @@ def expert_groups(layout: Layout, expert: int) -> tuple[list[tuple[int, ...]], l
     return divide, same
 
 
-def create_grid(layout: Layout, rank: int, expert: int | None = None) -> Grid:
+def context_groups(layout: Layout, ulysses: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return all sets of context ranks that exchange heads, and all that exchange keys and values.
+
+    Args:
+        layout: sizes of the axes.
+        ulysses: number of neighbouring context ranks that exchange heads; it divides the context axis.
+    """
+    exchange, ring = [], []
+    for ranks in layout.peers("context"):
+        groups = [ranks[start : start + ulysses] for start in range(0, len(ranks), ulysses)]
+        assert len(groups) * ulysses == len(ranks), (layout, ulysses)
+        exchange += groups
+        ring += list(zip(*groups))
+    return exchange, ring
+
+
+def create_grid(layout: Layout, rank: int, expert: int | None = None, ulysses: int | None = None) -> Grid:
     """Create the process groups of a layout. Collective over the world.
 
     Every rank calls it, in the same order as other group creations. Roles along the same axes share one group. A layout
@@ -286,6 +317,7 @@ def create_grid(layout: Layout, rank: int, expert: int | None = None) -> Grid:
         layout: sizes of the axes.
         rank: this global rank.
         expert: number of ranks that divide the experts of a layer; None = the tensor ranks do.
+        ulysses: number of neighbouring context ranks that exchange heads; None = all of them.
     """
     created: dict[tuple[tuple[int, ...], ...], Axis] = {}
 
@@ -303,7 +335,8 @@ def create_grid(layout: Layout, rank: int, expert: int | None = None) -> Grid:
     roles = {role: along(*names) for role, names in ROLES.items()}
     world = along(*layout)
     divide, same = expert_groups(layout, layout["tensor"] if expert is None else expert)
-    roles |= {"expert": over(divide), "expert_shard": over(same)}
+    exchange, ring = context_groups(layout, layout["context"] if ulysses is None else ulysses)
+    roles |= {"expert": over(divide), "expert_shard": over(same), "ulysses": over(exchange), "ring": over(ring)}
     return Grid(layout, rank, {name: along(name) for name in layout}, world, _on_host(world), **roles)
 
 

@@ -1,18 +1,20 @@
-"""The grid: rank order pipeline > data > tensor, groups that cover the world once, roles, and axes yet to come."""
+"""The grid: rank order pipeline > data > context > tensor, groups that cover the world once, roles, and axes yet to come."""
 
 from itertools import product
 
 import pytest
 
-from megatron_ds.parallel.grid import AXES, ROLES, Grid, Layout, create_grid
-from tests.ranks import run_grid
+from megatron_ds.parallel.grid import AXES, ROLES, Grid, Layout, context_groups, create_grid
+from megatron_ds.parallel.rank_info import RankInfo
+from tests.ranks import run_grid, run_ranks
 
-EXTRA = ("pipeline", "data", "extra", "tensor")  # an axis of no issue, between others
+EXTRA = ("pipeline", "data", "extra", "context", "tensor")  # an axis of no issue, between others
 
 
 @pytest.mark.parametrize(
     "layout",
     [Layout(tensor=t, pipeline=p, data=d) for t, p, d in product((1, 2, 3), repeat=3)]
+    + [Layout(tensor=2, pipeline=2, data=2, context=c) for c in (2, 3)]
     + [Layout(EXTRA, tensor=2, pipeline=2, data=3, extra=e) for e in (1, 2, 3)]
     + [Layout(("extra", *AXES), tensor=2, data=2, extra=2)],
     ids=str,
@@ -39,11 +41,11 @@ def test_tensor_neighbours_are_adjacent_ranks() -> None:
 
 def test_another_axis_stands_where_the_order_says() -> None:
     layout = Layout(EXTRA, tensor=2, pipeline=1, data=2, extra=3)
-    assert dict(layout) == {"pipeline": 1, "data": 2, "extra": 3, "tensor": 2} and [*layout] == [*EXTRA]
+    assert dict(layout) == {"pipeline": 1, "data": 2, "extra": 3, "context": 1, "tensor": 2} and [*layout] == [*EXTRA]
     assert layout.peers("extra") == [(0, 2, 4), (1, 3, 5), (6, 8, 10), (7, 9, 11)]
     assert layout.peers("data", "extra") == [(0, 2, 4, 6, 8, 10), (1, 3, 5, 7, 9, 11)]
     assert layout.rank_of(data=1, extra=2) == 10
-    assert dict(layout.coords(11)) == {"pipeline": 0, "data": 1, "extra": 2, "tensor": 1}
+    assert dict(layout.coords(11)) == {"pipeline": 0, "data": 1, "extra": 2, "context": 0, "tensor": 1}
 
 
 def test_layouts_are_equal_by_order_and_sizes() -> None:
@@ -66,7 +68,29 @@ def _axes(grid: Grid) -> dict[str, tuple[int, ...]]:
 
 def test_groups_on_ranks() -> None:
     seen = run_grid(_axes, Layout(tensor=2, pipeline=2, data=1))
-    assert seen[3] == {"tensor": (2, 3), "pipeline": (1, 3), "data": (3,), "world": (0, 1, 2, 3)}
+    assert seen[3] == {"tensor": (2, 3), "pipeline": (1, 3), "data": (3,), "context": (3,), "world": (0, 1, 2, 3)}
+
+
+def _context_axes(grid: Grid) -> tuple[tuple[int, ...], ...]:
+    axes = (grid.context, grid.ulysses, grid.ring, grid.batch, grid.shard, grid.loss, grid.replica, grid.random)
+    return tuple(axis.ranks for axis in axes)
+
+
+def test_context_ranks_share_samples_and_shards_but_no_tokens() -> None:
+    def on_grid(info: RankInfo) -> tuple[tuple[int, ...], ...]:
+        return _context_axes(create_grid(Layout(tensor=1, data=2, context=4), info.rank, ulysses=2))
+
+    everyone = tuple(range(8))
+    seen = run_ranks(on_grid, 8)
+    assert seen[5] == ((4, 5, 6, 7), (4, 5), (5, 7), (1, 5), everyone, everyone, everyone, everyone)
+    assert seen[2] == ((0, 1, 2, 3), (2, 3), (0, 2), (2, 6), everyone, everyone, everyone, everyone)
+
+
+def test_groups_of_heads_and_of_the_ring() -> None:
+    layout = Layout(tensor=2, context=4)
+    assert context_groups(layout, 2) == ([(0, 2), (4, 6), (1, 3), (5, 7)], [(0, 4), (2, 6), (1, 5), (3, 7)])
+    assert context_groups(layout, 4) == (layout.peers("context"), [(rank,) for rank in (0, 2, 4, 6, 1, 3, 5, 7)])
+    assert context_groups(layout, 1) == ([(rank,) for rank in (0, 2, 4, 6, 1, 3, 5, 7)], layout.peers("context"))
 
 
 def _groups_in_order(info: object, layout: Layout, rank_of_interest: int) -> list[tuple[int, ...]]:
@@ -88,8 +112,6 @@ def _groups_in_order(info: object, layout: Layout, rank_of_interest: int) -> lis
 
 def test_roles_share_the_groups_of_axes_which_are_created_in_a_fixed_order() -> None:
     """On the wire the order counts: gloo and NCCL match groups between ranks by it."""
-    from tests.ranks import run_ranks
-
     for created in run_ranks(_groups_in_order, 4, Layout(tensor=2, pipeline=1, data=2), 0):
         assert created == [(0, 1), (2, 3), (0, 2), (1, 3)]
     for created in run_ranks(_groups_in_order, 4, Layout(EXTRA, tensor=2, extra=2), 0):

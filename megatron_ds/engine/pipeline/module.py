@@ -49,7 +49,8 @@ class PipelinedModel(PipelineModule):
         self, specs: Sequence[LayerSpec], bounds: Sequence[int], layout: Layout, splits_sequence: bool
     ) -> None:
         self._bounds, self._specs, self._tied_groups = list(bounds), list(specs), list[tuple[nn.Parameter, Any]]()
-        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+        shards = layout.data * layout.context  # a fourth axis would leave context out of DeepSpeed's sums, and its norm
+        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=shards)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partition
             super().__init__([_DeepSpeedLayer(spec) for spec in specs], topology=topology)
         divisor = layout.tensor if splits_sequence else 1
