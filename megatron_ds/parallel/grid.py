@@ -2,8 +2,8 @@
 
 `Layout` holds the sizes of the axes and is arithmetic alone; it needs no process. `Grid` adds the process groups. In
 the default order, pipeline > data > context > tensor, tensor neighbours are adjacent ranks, because they communicate
-most and should share a node; those that divide a sequence, `context`, come next. An axis of size 1 has no group and never touches `torch.distributed`, so a model built with such
-axes is its own single-process reference.
+most and should share a node; those that divide a sequence, `context`, come next. An axis of size 1 has no group and
+never touches `torch.distributed`, so a model built with such axes is its own single-process reference.
 
 Code below asks the grid for a *role*, not for an axis, wherever it means one of these. A role is the set of ranks that
 differ along some axes. Roles along the same axes share a process group.
@@ -271,7 +271,7 @@ class Grid:
 
     @property
     def is_first_of_batch(self) -> bool:
-        """True on one rank for each rank of `batch`: a sum over all ranks to which only these add is one over `batch`."""
+        """True on one rank for each rank of `batch`: a sum over the world to which only these add is one over `batch`."""
         return all(axis.rank == 0 for name, axis in self.axes.items() if name not in ROLES["batch"])
 
 

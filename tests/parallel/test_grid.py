@@ -1,4 +1,4 @@
-"""The grid: rank order pipeline > data > context > tensor, groups that cover the world once, roles, and axes yet to come."""
+"""The grid: rank order pipeline > data > context > tensor, groups that cover the world once, roles, and other axes."""
 
 from itertools import product
 

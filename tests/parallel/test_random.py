@@ -40,13 +40,19 @@ def _masks(grid: Grid) -> dict[str, Any]:
 
 
 def test_masks_on_each_axis() -> None:
-    seen = {masks["place"]: masks for masks in run_grid(_masks, Layout(tensor=2, pipeline=1, data=2))}
+    for layout in (Layout(tensor=2, data=2), Layout(tensor=2, context=2)):
+        check_masks(layout)
+
+
+def check_masks(layout: Layout) -> None:
+    """Along the axis of 2 ranks that is not the tensor axis, masks differ."""
+    seen = {(0, max(place[1:3]), place[3]): masks for masks in run_grid(_masks, layout) for place in [masks["place"]]}
     for data in (0, 1):
         a, b = seen[0, data, 0], seen[0, data, 1]
         assert a["hidden"] == b["hidden"] and a["again"] == b["again"], "replicated activations need equal masks"
         assert a["split"] != b["split"], "parts of a sequence need masks of their own"
         assert a["hidden"] != a["again"], "the stream must advance"
-    assert seen[0, 0, 0]["hidden"] != seen[0, 1, 0]["hidden"], "data replicas need masks of their own"
+    assert seen[0, 0, 0]["hidden"] != seen[0, 1, 0]["hidden"], "ranks with other tokens need masks of their own"
     assert 0 < seen[0, 0, 0]["hidden"].count(0.0) < 64
 
 
