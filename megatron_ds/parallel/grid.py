@@ -271,7 +271,7 @@ class Grid:
 
     @property
     def is_first_of_batch(self) -> bool:
-        """True on one rank for each rank of `batch`: a sum over the world to which only these add is one over `batch`."""
+        """True on one rank for each of `batch`: a sum over the world to which only these add is one over `batch`."""
         return all(axis.rank == 0 for name, axis in self.axes.items() if name not in ROLES["batch"])
 
 
