@@ -8,6 +8,8 @@ from megatron_ds.config.checks import (
     check_run,
     check_target_length,
 )
+from megatron_ds.config.context_plan import ContextNames, ContextPlan, plan_context
+from megatron_ds.config.context_section import ContextSection
 from megatron_ds.config.data_section import DataSection, DataSource
 from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving
 from megatron_ds.config.deepspeed_json import (
@@ -33,6 +35,9 @@ from megatron_ds.config.run_config import (
 
 __all__ = [
     "CheckpointSection",
+    "ContextNames",
+    "ContextPlan",
+    "ContextSection",
     "DataSection",
     "DataSource",
     "DeepSpeedSummary",
@@ -62,5 +67,6 @@ __all__ = [
     "fill_deepspeed",
     "load_deepspeed",
     "load_run",
+    "plan_context",
     "summarize_deepspeed",
 ]

@@ -19,7 +19,9 @@ class ModelShape:
 
     `ffn_size` is the MLP's inner width, or a common divisor of several; 0 if no layer has one. `max_positions` is the
     length of a learned position table, None if positions are computed (rotary, relative). `num_experts` is the number
-    of experts in each layer that has some; `has_choice_bias`: their routers choose by scores with biases.
+    of experts in each layer that has some; `has_choice_bias`: their routers choose by scores with biases. `causal`: a
+    stack of its layers is. `score_options`: names of what its attention has, and no kernel that returns a log-sum-exp.
+    `length_ropes`: its scalings of rotary frequencies that depend on the length of the sequence.
     """
 
     num_layers: int
@@ -30,6 +32,9 @@ class ModelShape:
     max_positions: int | None
     num_experts: int = 0
     has_choice_bias: bool = False
+    causal: bool = True
+    score_options: tuple[str, ...] = ()
+    length_ropes: tuple[str, ...] = ()
 
 
 def check_run(run: RunConfig, shape: ModelShape, summary: DeepSpeedSummary, world_size: int, device_type: str) -> int:

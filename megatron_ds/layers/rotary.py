@@ -13,6 +13,9 @@ from megatron_ds.layers.kernels import Rotary, RotaryCall
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
+BY_LENGTH = frozenset({"dynamic", "longrope"})
+"""Scalings whose frequencies depend on the length of the sequence."""
+
 
 @dataclass(frozen=True)
 class RotaryConfig:

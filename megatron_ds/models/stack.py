@@ -14,7 +14,7 @@ from megatron_ds.layers.mlp import MLPShape
 from megatron_ds.layers.moe.shape import MoEShape, RouterShape
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.relative_bias import RelativePositions
-from megatron_ds.layers.rotary import RotaryConfig
+from megatron_ds.layers.rotary import BY_LENGTH, RotaryConfig
 from megatron_ds.monitor import model_flops_per_token
 
 NORM_PLACES = ("input", "output", "both", "sum")
@@ -266,7 +266,7 @@ class StackConfig:
         stretched = {
             rotary.original_max_positions
             for rotary in self.rotary
-            if rotary is not None and rotary.scaling in ("dynamic", "longrope")
+            if rotary is not None and rotary.scaling in BY_LENGTH
         }
         growing = {self.query_temperature.length} if self.query_temperature is not None else set()
         return windows | stretched | growing
@@ -315,7 +315,22 @@ class StackConfig:
             max_positions=positions.max_positions if positions is not None else None,
             num_experts=self.moe.router.num_experts if self.moe is not None else 0,
             has_choice_bias=self.moe is not None and self.moe.router.choice_bias,
+            causal=self.causal,
+            score_options=self.score_options,
+            length_ropes=tuple(sorted({one.scaling for one in self.rotary if one is not None} & BY_LENGTH)),
         )
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        """Names of what attention has beyond the softmax of plain scores, which kernels for a ring do not compute."""
+        options = {
+            "soft caps": self.attention_softcap is not None,
+            "ALiBi": self.alibi is not None,
+            "learned biases by distance": self.relative is not None,
+            "attention dropout": self.attention_dropout > 0.0,
+            "windows in every layer": bool(self.windows) and None not in self.windows,
+        }
+        return tuple(name for name, used in options.items() if used)
 
     def _dense_widths(self) -> list[int]:
         """Return the inner widths that the tensor axis divides: of dense layers and of shared experts."""

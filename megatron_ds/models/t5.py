@@ -90,7 +90,8 @@ class EncoderDecoderConfig(ModelConfig):
         return {"decoder_start_id": self.decoder_start_id, "padding_id": self.padding_id}
 
     def shape(self) -> ModelShape:
-        return self.encoder.model_shape(self.encoder.num_layers + self.decoder.num_layers, self.vocab_size, None)
+        shape = self.encoder.model_shape(self.encoder.num_layers + self.decoder.num_layers, self.vocab_size, None)
+        return replace(shape, causal=self.decoder.causal)
 
     def axis_sizes(self) -> dict[str, int]:
         labels = {"y": self.labels.num_labels} if self.labels is not None else {}

@@ -1,0 +1,135 @@
+"""`parallel.context`: its values and messages, and how the ranks of a sequence are divided by kind of exchange."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from megatron_ds.config import ContextPlan, ContextSection, ModelShape, build_section, plan_context
+from megatron_ds.config.context_section import context_mapping
+from megatron_ds.errors import ConfigError
+
+SHAPE = ModelShape(
+    num_layers=4, num_attention_heads=12, ffn_size=64, hidden_size=48, vocab_size=101, max_positions=None
+)
+CAPPED = replace(SHAPE, score_options=("soft caps",))
+ENCODER = replace(SHAPE, causal=False)
+
+
+@pytest.mark.parametrize(
+    "section, shape, tensor, expected",
+    [
+        ({"size": 1}, SHAPE, 1, (1, 1, "gather", False)),
+        ({"size": 4}, SHAPE, 1, (4, 1, "gather", False)),
+        ({"size": 4}, SHAPE, 2, (2, 2, "ring", True)),
+        ({"size": 8}, SHAPE, 1, (4, 2, "ring", True)),
+        ({"size": 5}, SHAPE, 1, (1, 5, "ring", True)),
+        ({"size": 8}, CAPPED, 1, (4, 2, "gather", True)),
+        ({"size": 8}, ENCODER, 1, (4, 2, "ring", False)),
+        ({"size": 4, "method": "ulysses"}, CAPPED, 1, (4, 1, "gather", False)),
+        ({"size": 4, "method": "ring"}, SHAPE, 1, (1, 4, "ring", True)),
+        ({"size": 4, "method": "ring"}, CAPPED, 1, (1, 4, "ring", True)),
+        ({"size": 4, "method": "gather"}, SHAPE, 1, (1, 4, "gather", True)),
+        ({"size": 8, "method": "gather", "ulysses": 2}, SHAPE, 2, (2, 4, "gather", True)),
+        ({"size": 8, "ulysses": 2}, SHAPE, 1, (2, 4, "ring", True)),
+        ({"size": 8, "ulysses": 2}, CAPPED, 1, (2, 4, "gather", True)),
+    ],
+)
+def test_ranks_are_divided(section: dict, shape: ModelShape, tensor: int, expected: tuple) -> None:
+    plan = plan_context(ContextSection(**section), shape, tensor)
+    assert (plan.ulysses, plan.ring, plan.method, plan.zigzag) == expected
+    assert plan.size == section["size"]
+
+
+@pytest.mark.parametrize(
+    "section, tensor, message",
+    [
+        (
+            {"size": 8, "method": "ulysses"},
+            1,
+            "parallel.context=8 with parallel.context.method=ulysses does not divide the 12 query heads of a tensor "
+            "rank (num_attention_heads=12); nearest: 6 or 12, or try parallel.context.method=auto",
+        ),
+        (
+            {"size": 8, "ulysses": 4},
+            2,
+            "parallel.context.ulysses=4 does not divide the 6 query heads of a tensor rank (num_attention_heads=12 / "
+            "parallel.tensor=2); nearest: 2",
+        ),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused(section: dict, tensor: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        plan_context(ContextSection(**section), SHAPE, tensor)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"size": 8, "ulysses": 3},
+            "parallel.context.ulysses=3 does not divide parallel.context.size=8; nearest: 2 or 4",
+        ),
+        ({"size": 8, "ulysses": 16}, "parallel.context.ulysses=16 does not divide parallel.context.size=8; nearest: 8"),
+        (
+            {"size": 8, "ulysses": 2, "method": "ulysses"},
+            "parallel.context.ulysses=2 leaves 4 parts of parallel.context.size=8 to another method than "
+            "parallel.context.method=ulysses; nearest: 8, or try method gather or ring",
+        ),
+        (
+            {"size": 8, "ulysses": 8, "method": "ring"},
+            "parallel.context.ulysses=8 of parallel.context.size=8 leaves no ranks for parallel.context.method=ring; "
+            "try method ulysses, or a smaller ulysses",
+        ),
+        ({"size": 0}, "parallel.context.size=0 must be at least 1; nearest: 1"),
+        (
+            {"size": 2, "method": "rings"},
+            "parallel.context.method=rings is not one of auto, ulysses, gather, ring; did you mean ring?",
+        ),
+        ({"size": 2, "ring": 2}, "parallel.context.ring: unknown key; legal here: method, size, ulysses"),
+    ],
+)
+def test_wrong_values_of_the_section(given: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        build_section(ContextSection, given, "parallel.context")
+
+
+@pytest.mark.parametrize("given", [True, "two", [2], 1.5])
+def test_context_is_a_number_or_a_mapping(given: object) -> None:
+    with pytest.raises(ConfigError, match=r"^parallel\.context=.* is neither a number of ranks nor a mapping; write 2"):
+        context_mapping(given)
+    with pytest.raises(ConfigError, match=r"^parallel\.context=0 is less than one rank; nearest: 1$"):
+        context_mapping(0)
+
+
+@pytest.mark.parametrize("given", [1, 8, {"size": 8, "method": "ring"}, {"size": 8, "ulysses": 2}])
+def test_the_section_is_written_as_it_was_given(given: int | dict) -> None:
+    assert ContextSection(**context_mapping(given)).plain == given
+
+
+@pytest.mark.parametrize(
+    "plan, parts, length",
+    [
+        (ContextPlan(4, 1), 1, 4),
+        (ContextPlan(4, 1), 2, 8),
+        (ContextPlan(1, 4, zigzag=True), 1, 8),
+        (ContextPlan(1, 4), 1, 4),
+        (ContextPlan(2, 2, zigzag=True), 1, 8),
+        (ContextPlan(1, 2, zigzag=True), 3, 12),
+    ],
+)
+def test_lengths_that_need_no_padding(plan: ContextPlan, parts: int, length: int) -> None:
+    assert plan.multiple_of(parts) == length
+
+
+def test_the_choice_is_stated_with_its_reason() -> None:
+    assert plan_context(ContextSection(size=8), CAPPED, 1).describe() == (
+        "8 = ulysses 4 x gather 2, zigzag: 4 is the largest divisor of 8 that divides the 12 query heads of a tensor "
+        "rank; no kernel with a log-sum-exp has soft caps, so keys and values are fetched"
+    )
+    assert plan_context(ContextSection(size=4), SHAPE, 1).describe() == (
+        "4 = ulysses 4: 4 divides the 12 query heads of a tensor rank"
+    )
+    assert plan_context(ContextSection(size=4, method="ring"), ENCODER, 1).describe() == (
+        "4 = ring 4: as the run file has it"
+    )
