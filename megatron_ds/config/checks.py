@@ -155,7 +155,7 @@ def check_target_length(parallel: ParallelSection, target_length: int | None) ->
         TopologyError: `target_length` is not divisible by the tensor size.
     """
     tensor = parallel.tensor
-    if parallel.sequence and target_length is not None and target_length % tensor:
+    if _must_divide(parallel) and target_length is not None and target_length % tensor:
         raise TopologyError(
             f"data.target_length={target_length} is not divisible by parallel.tensor={tensor}, which "
             f"parallel.sequence=true needs; nearest: {-(-target_length // tensor) * tensor}"
@@ -164,13 +164,18 @@ def check_target_length(parallel: ParallelSection, target_length: int | None) ->
 
 def _check_sequence(data: DataSection, parallel: ParallelSection, shape: ModelShape) -> None:
     tensor, seq_length = parallel.tensor, data.seq_length
-    if parallel.sequence and seq_length % tensor:
+    if _must_divide(parallel) and seq_length % tensor:
         lengths = _nearest_multiples(seq_length, tensor, at_most=shape.max_positions)
         fix = f"nearest: {_alternatives(lengths)}" if lengths else "try parallel.sequence=false"
         raise TopologyError(
             f"data.seq_length={seq_length} is not divisible by parallel.tensor={tensor}, "
             f"which parallel.sequence=true needs; {fix}"
         )
+
+
+def _must_divide(parallel: ParallelSection) -> bool:
+    """Return whether tensor ranks divide sequences as they are; those that context ranks divide too are padded."""
+    return parallel.sequence and parallel.context.size == 1
 
 
 def _check_precision(summary: DeepSpeedSummary, device_type: str) -> None:
@@ -228,18 +233,23 @@ def _check_stage_0(parallel: ParallelSection, summary: DeepSpeedSummary, stated:
 
 
 def _check_world(parallel: ParallelSection, shape: ModelShape, world_size: int) -> int:
-    tensor, pipeline = parallel.tensor, parallel.pipeline
-    ranks = tensor * pipeline
+    tensor, pipeline, context, ranks = parallel.tensor, parallel.pipeline, parallel.context.size, parallel.model_ranks
     if world_size % ranks == 0:
         return world_size // ranks
-    tensors = nearest(tensor, (t for t in _legal_tensors(shape) if world_size % (t * pipeline) == 0))
-    pipelines = nearest(pipeline, (p for p in range(1, shape.num_layers + 1) if world_size % (tensor * p) == 0))
-    choices = [f"parallel.tensor={_alternatives(tensors)}"] if tensors else []
-    choices += [f"parallel.pipeline={_alternatives(pipelines)}"] if pipelines else []
+    degrees = {
+        "tensor": (tensor, _legal_tensors(shape)),
+        "pipeline": (pipeline, range(1, shape.num_layers + 1)),
+        **({"context": (context, range(1, world_size + 1))} if context > 1 else {}),
+    }
+    choices = []
+    for name, (degree, legal) in degrees.items():
+        fitting = nearest(degree, (one for one in legal if world_size % (ranks // degree * one) == 0))
+        choices += [f"parallel.{name}={_alternatives(fitting)}"] if fitting else []
     with_these = f"; or, with {world_size}, {', or '.join(choices)}" if choices else ""
+    product = " * ".join(f"parallel.{name}={degree}" for name, (degree, _) in degrees.items())
     raise TopologyError(
-        f"parallel.tensor={tensor} * parallel.pipeline={pipeline} = {ranks} does not divide the number of ranks "
-        f"{world_size}; nearest: {_alternatives(_nearest_multiples(world_size, ranks))} ranks{with_these}"
+        f"{product} = {ranks} does not divide the number of ranks {world_size}; nearest: "
+        f"{_alternatives(_nearest_multiples(world_size, ranks))} ranks{with_these}"
     )
 
 
@@ -253,11 +263,12 @@ def _check_shared_memory(parallel: ParallelSection, world_size: int, device_type
             "parallel.shared_memory=true is for all-reduces, and parallel.sequence=true gathers and scatters instead; "
             "set one of them to false"
         )
+    others = {"pipeline": parallel.pipeline, "context": parallel.context.size}
     if parallel.tensor != world_size:
         raise ConfigError(
             f"parallel.shared_memory=true needs all {world_size} ranks to be one tensor group, and "
             f"parallel.tensor={parallel.tensor}; try false, or {parallel.tensor} ranks"
-            f"{' and parallel.pipeline=1' if parallel.pipeline > 1 else ''}"
+            f"{''.join(f' and parallel.{name}=1' for name, size in others.items() if size > 1)}"
         )
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from megatron_ds.config.schema_base import Count, Section
+from megatron_ds.config.schema_base import Count, Section, integral_float_to_int
 from megatron_ds.errors import ConfigError, TopologyError, show
 
 ContextMethod = Literal["auto", "ulysses", "gather", "ring"]
@@ -21,6 +21,22 @@ class ContextSection(Section):
     size: Count = 1
     method: ContextMethod = "auto"
     ulysses: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        """Return a number of ranks as the mapping that it stands for."""
+        if isinstance(value, ContextSection | dict):
+            return value
+        number = integral_float_to_int(value)
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ConfigError(
+                f"parallel.context={show(value)} is neither a number of ranks nor a mapping; write 2, or "
+                "{size: 2, method: ring}"
+            )
+        if number < 1:
+            raise TopologyError(f"parallel.context={number} is less than one rank; nearest: 1")
+        return {"size": number}
 
     @model_validator(mode="after")
     def _fits(self) -> "ContextSection":
@@ -51,18 +67,3 @@ class ContextSection(Section):
         """The section as it is written in a run file."""
         given = self.model_dump(exclude_defaults=True)
         return self.size if given.keys() <= {"size"} else {"size": self.size, **given}
-
-
-def context_mapping(value: Any) -> Any:
-    """Return a number of ranks as the mapping that it stands for, and mappings unchanged."""
-    if isinstance(value, ContextSection | dict):
-        return value
-    number = int(value) if isinstance(value, float) and value.is_integer() else value
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise ConfigError(
-            f"parallel.context={show(value)} is neither a number of ranks nor a mapping; write 2, or "
-            "{size: 2, method: ring}"
-        )
-    if number < 1:
-        raise TopologyError(f"parallel.context={number} is less than one rank; nearest: 1")
-    return {"size": number}

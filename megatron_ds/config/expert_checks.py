@@ -44,6 +44,7 @@ class ExpertNames:
 
     expert: str = "parallel.expert"
     tensor: str = "parallel.tensor"
+    context: str = "parallel.context"
 
 
 def check_expert_layout(
@@ -60,7 +61,8 @@ def check_expert_layout(
     Raises:
         TopologyError: the experts cannot be divided.
     """
-    size, num_experts, ranks = parallel.expert or parallel.tensor, shape.num_experts, parallel.tensor * data_size
+    size, num_experts = parallel.expert or parallel.tensor, shape.num_experts
+    ranks = parallel.tensor * parallel.context.size * data_size
     if num_experts % size == 0 and ranks % size == 0:
         return
     legal = nearest(size, (n for n in range(1, ranks + 1) if num_experts % n == 0 and ranks % n == 0))
@@ -69,9 +71,10 @@ def check_expert_layout(
         given = f"{names.expert}={size}" if parallel.expert else f"{names.tensor}={size}, which divides experts too,"
         raise TopologyError(f"{given} does not divide the model's {num_experts} experts; {fix}")
     of_stage = f"{ranks} rank{'s' if ranks > 1 else ''} of a pipeline stage"
+    context = f"{names.context}={parallel.context.size} * " if parallel.context.size > 1 else ""
     raise TopologyError(
-        f"{names.expert}={size} does not divide the {of_stage} ({names.tensor}={parallel.tensor} * "
-        f"{ranks // parallel.tensor} data ranks); {fix}"
+        f"{names.expert}={size} does not divide the {of_stage} ({names.tensor}={parallel.tensor} * {context}"
+        f"{data_size} data ranks); {fix}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
+from megatron_ds.config.context_section import ContextSection
 from megatron_ds.config.data_section import DataSection
 from megatron_ds.config.schema_base import (
     Beta,
@@ -171,24 +172,37 @@ class ModelSection(Section):
 
 
 class ParallelSection(Section):
-    """Degrees of model parallelism; the data degree is world / (tensor * pipeline).
+    """Degrees of model parallelism; the data degree is world / (tensor * pipeline * context).
 
-    `expert`: number of ranks that divide the experts of a layer, consecutive ranks of a pipeline stage; None: the
+    `context`: ranks that divide each sequence. `expert`: number of ranks that divide the experts of a layer, consecutive ranks of a pipeline stage; None: the
     tensor ranks. `shared_memory`: tensor ranks on the CPU of one machine all-reduce through shared memory instead of
     TCP.
     """
 
     tensor: Count = 1
     pipeline: Count = 1
+    context: ContextSection = ContextSection()
     expert: Count | None = None
     sequence: bool = False
     shared_memory: bool = False
 
+    @field_serializer("context")
+    def _plain_context(self, context: ContextSection) -> Any:
+        return context.plain
+
+    @property
+    def model_ranks(self) -> int:
+        """Number of ranks that compute a sample: tensor * pipeline * context."""
+        return self.tensor * self.pipeline * self.context.size
+
     @property
     def least_ranks(self) -> int:
-        """The smallest number of ranks with these degrees. Expert ranks take data ranks if tensor ranks are too few."""
+        """The smallest number of ranks with these degrees.
+
+        Expert ranks take data ranks if tensor and context ranks are too few.
+        """
         expert = self.expert or 1
-        return self.tensor * self.pipeline * (expert // math.gcd(expert, self.tensor))
+        return self.model_ranks * (expert // math.gcd(expert, self.tensor * self.context.size))
 
 
 class OptimizerSection(Section):

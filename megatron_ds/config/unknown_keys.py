@@ -18,6 +18,10 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "bf16": "deepspeed.bf16.enabled",
     "block_size": "data.seq_length",
     "clip_grad": "optimizer.grad_clip",
+    "context_parallel": "parallel.context",
+    "context_parallel_size": "parallel.context",
+    "cp": "parallel.context",
+    "cp_size": "parallel.context",
     "cutoff_len": "data.seq_length",
     "dataset": "data.train",
     "datasets": "data.train",
@@ -62,6 +66,7 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "sequence_len": "data.seq_length",
+    "sequence_parallel_size": "parallel.context",
     "tensor_parallel": "parallel.tensor",
     "tensor_parallel_size": "parallel.tensor",
     "tokenizer_name_or_path": "model.tokenizer",
@@ -69,13 +74,15 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "train_batch_size": "train.global_batch_size",
     "train_dataset": "data.train",
     "train_iters": "train.steps",
+    "ulysses_degree": "parallel.context",
+    "ulysses_size": "parallel.context",
     "val_set_size": "data.valid_share",
     "valid_dataset": "data.valid",
     "zero_stage": "deepspeed.zero_optimization.stage",
 }
 # Names that other trainers have for what is set in another way here.
 _PRECISION = "write deepspeed: {bf16: {enabled: true}}, or fp16; the default is float32"
-_DATA_PARALLEL = "it follows: ranks / (parallel.tensor * parallel.pipeline)"
+_DATA_PARALLEL = "it follows: ranks / (parallel.tensor * parallel.pipeline * parallel.context)"
 _EXPERTS = "it is the model's: write it under model.config, by its name in the model's config.json"
 _CAPACITY = "an expert takes all tokens that choose it; remove it"
 _BETAS = "write optimizer.betas: [0.9, 0.95]"
@@ -148,12 +155,21 @@ def dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def fits(field: FieldInfo, value: Any) -> bool:
-    """Return whether a field takes a value; a section takes every mapping."""
-    if _models_in(field.annotation):
-        return isinstance(value, dict) or (_is_list(field.annotation) and isinstance(value, str | list))
+    """Return whether a field takes a value; a section takes every mapping, and what stands for one."""
+    if models := _models_in(field.annotation):
+        is_entry = _is_list(field.annotation) and isinstance(value, str | list)
+        return isinstance(value, dict) or is_entry or _stands_for(value, models[0])
     kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     try:
         TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+    except (ValidationError, ConfigError):
+        return False
+    return True
+
+
+def _stands_for(value: Any, section: type[BaseModel]) -> bool:
+    try:
+        section.model_validate(value)
     except (ValidationError, ConfigError):
         return False
     return True

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_ds.config import ContextPlan, ContextSection, ModelShape, build_section, plan_context
-from megatron_ds.config.context_section import context_mapping
+from megatron_ds.config import ContextPlan, ContextSection, ModelShape, ParallelSection, build_section, plan_context
 from megatron_ds.errors import ConfigError
 
 SHAPE = ModelShape(
@@ -97,14 +96,14 @@ def test_wrong_values_of_the_section(given: dict, message: str) -> None:
 @pytest.mark.parametrize("given", [True, "two", [2], 1.5])
 def test_context_is_a_number_or_a_mapping(given: object) -> None:
     with pytest.raises(ConfigError, match=r"^parallel\.context=.* is neither a number of ranks nor a mapping; write 2"):
-        context_mapping(given)
+        ParallelSection(context=given)
     with pytest.raises(ConfigError, match=r"^parallel\.context=0 is less than one rank; nearest: 1$"):
-        context_mapping(0)
+        ParallelSection(context=0)
 
 
 @pytest.mark.parametrize("given", [1, 8, {"size": 8, "method": "ring"}, {"size": 8, "ulysses": 2}])
 def test_the_section_is_written_as_it_was_given(given: int | dict) -> None:
-    assert ContextSection(**context_mapping(given)).plain == given
+    assert ParallelSection(context=given).model_dump()["context"] == given
 
 
 @pytest.mark.parametrize(

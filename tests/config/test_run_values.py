@@ -51,7 +51,10 @@ REFUSALS = [
         "model.dtype=bfloat16",  # and not export.dtype
         "model.dtype: unknown key; write deepspeed: {bf16: {enabled: true}}, or fp16; the default is float32",
     ),
-    ("parallel.data=2", "parallel.data: unknown key; it follows: ranks / (parallel.tensor * parallel.pipeline)"),
+    (
+        "parallel.data=2",
+        "parallel.data: unknown key; it follows: ranks / (parallel.tensor * parallel.pipeline * parallel.context)",
+    ),
     ("val_set_size=0.05", "val_set_size: unknown key; did you mean data.valid_share?"),
     ("train.gradient_checkpointing=true", "train.gradient_checkpointing: unknown key; write train.recompute: full"),
     ("bf16=true", "bf16: unknown key; did you mean deepspeed.bf16.enabled?"),
