@@ -174,9 +174,9 @@ class ModelSection(Section):
 class ParallelSection(Section):
     """Degrees of model parallelism; the data degree is world / (tensor * pipeline * context).
 
-    `context`: ranks that divide each sequence. `expert`: number of ranks that divide the experts of a layer, consecutive ranks of a pipeline stage; None: the
-    tensor ranks. `shared_memory`: tensor ranks on the CPU of one machine all-reduce through shared memory instead of
-    TCP.
+    `context`: ranks that divide each sequence. `expert`: number of ranks that divide the experts of a layer,
+    consecutive ranks of a pipeline stage; None: the tensor ranks. `shared_memory`: tensor ranks on the CPU of one
+    machine all-reduce through shared memory instead of TCP.
     """
 
     tensor: Count = 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.config import (
+    ContextPlan,
     DeepSpeedSummary,
     OptimizerSection,
     adapt_to_device,
@@ -56,6 +57,7 @@ class EngineOptions:
         deepspeed: the filled DeepSpeed config.
         optimizer: the run file's section; None = a `GradientProbe` instead of an optimizer.
         sequence: Megatron's sequence parallelism.
+        context: the communication of the ranks that divide each sequence.
         recompute: "none", "selective" or "full".
         seed: of dropout, and of initialisation if no weights are read.
         frozen: names of parameters that are not trained.
@@ -70,6 +72,7 @@ class EngineOptions:
     sequence: bool
     recompute: str
     seed: int
+    context: ContextPlan = field(default_factory=ContextPlan)
     frozen: frozenset[str] = frozenset()
     compiled: bool = False
     kernels: Choice = AUTO

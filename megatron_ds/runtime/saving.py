@@ -50,7 +50,7 @@ def make_saver(
         world_size=layout.world_size,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
-        data=layout.data,
+        data=layout.data * layout.context,  # the division of sequences leaves no trace in a checkpoint
         expert=engine.grid.expert.size if model.hf.core.shape().num_experts else None,
         sequence=plan.config.parallel.sequence,
         zero_stage=plan.summary.zero_stage,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_ds.config import (
+    ContextPlan,
     DeepSpeedSummary,
     EngineConfig,
     check_engine,
@@ -15,6 +16,7 @@ from megatron_ds.config import (
     check_recomputation,
     fill_deepspeed,
     load_deepspeed,
+    plan_context,
     summarize_deepspeed,
 )
 from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory
@@ -33,12 +35,14 @@ class EnginePlan:
     Attributes:
         config: the engine config.
         layout: sizes of the parallel axes.
+        context: the division of the context ranks by their communication.
         deepspeed: the filled DeepSpeed config.
         summary: its ZeRO stage, precision and offload.
     """
 
     config: EngineConfig
     layout: Layout
+    context: ContextPlan
     deepspeed: dict[str, Any]
     summary: DeepSpeedSummary
 
@@ -70,8 +74,9 @@ def plan_engine(
     encoder_decoder = hf.family.model_type if hf.core.has_cross_attention else ""
     check_recomputation(config, mapping, trains_part=trains_part, encoder_decoder=encoder_decoder)
     parallel = config.parallel
-    layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, data=data_size)
-    return EnginePlan(config, layout, fill_deepspeed(mapping, config, data_size, shape.hidden_size), summary)
+    context = plan_context(parallel.context, shape, parallel.tensor)
+    layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, context=context.size, data=data_size)
+    return EnginePlan(config, layout, context, fill_deepspeed(mapping, config, data_size, shape.hidden_size), summary)
 
 
 def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device) -> Engine:
@@ -87,7 +92,8 @@ def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device)
         ConfigError: see `build_engine` and `enable_shared_memory`.
     """
     has_experts = model.hf.core.shape().num_experts > 0
-    grid = create_grid(plan.layout, rank, plan.config.parallel.expert if has_experts else None)
+    expert = plan.config.parallel.expert if has_experts else None
+    grid = create_grid(plan.layout, rank, expert, plan.context.ulysses)
     if plan.config.parallel.shared_memory and grid.tensor.size > 1:
         grid = enable_shared_memory(grid)
     elif plan.config.parallel.sequence and device.type == "cpu":
@@ -102,6 +108,7 @@ def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
         deepspeed=plan.deepspeed,
         optimizer=config.optimizer,
         sequence=config.parallel.sequence,
+        context=plan.context,
         recompute=config.recompute,
         seed=config.seed,
         frozen=model.frozen,
