@@ -45,6 +45,11 @@ class Column:
     ignored: int | float | None = None
     blank: int | float | bool | None = None
 
+    @property
+    def has_positions(self) -> bool:
+        """True if it has an entry for each position."""
+        return self.length in ("sequence", "target")
+
     def shape(self, seq_length: int, target_length: int | None, num_labels: int | None = None) -> tuple[int, ...]:
         """Return the shape of one sample's array; `target_length` None = S, `num_labels` None = the model has none."""
         if self.length == "sample":

@@ -24,6 +24,7 @@ from megatron_ds.layers.param_spec import ParamSpec, is_untrained, spec_of
 from megatron_ds.models.sequential import HeadSpec, OutputHead
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import gather_objects
+from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.grid import Axes, Grid
 from megatron_ds.parallel.random import RngStreams
 
@@ -133,6 +134,7 @@ class Engine(ABC):
         head: the declaration of the output head: the labels that it reads, the terms and metrics that it returns.
         steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
         kernels: names of the kernels in use that are not PyTorch's, for the log.
+        context: the ranks that divide each sequence.
         documents: the longest document of a step, which the layers read.
         gradient_sums: the fp32 gradients that products add to; None = autograd gets every gradient.
         routers: those of mixtures of experts; None = the model has none.
@@ -150,7 +152,9 @@ class Engine(ABC):
         deepspeed_engine: Any,
         head: HeadSpec,
         rng: RngStreams,
+        context: ContextParallel,
     ) -> None:
+        self.context = context
         self.grid, self.device, self.optimizer, self.deepspeed = grid, device, optimizer, deepspeed_engine
         self.head = head
         self.steps_begun = 0
@@ -225,9 +229,10 @@ class Engine(ABC):
             num_samples: number of this data rank's samples.
         """
         grid = self.grid
-        everyone = torch.zeros(grid.loss.size, num_samples, self.head.num_kept, device=self.device)
+        everyone = torch.zeros(grid.batch.size, num_samples, self.head.num_kept, device=self.device)
         for head in (one for one in self.deepspeed.module.modules() if isinstance(one, OutputHead)):
-            everyone[grid.loss.rank] = torch.cat(head.kept)
+            if grid.context.rank == 0:  # the others have no labels of samples
+                everyone[grid.batch.rank] = torch.cat(head.kept)
             head.kept.clear()
         gathered = all_reduce_(all_reduce_(everyone, grid.loss), grid.pipeline)
         return gathered.flatten(0, 1).cpu().numpy()
@@ -309,7 +314,7 @@ class Engine(ABC):
 
     def _to_device(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Return the columns on the device, with those that the head derives from them on the host."""
-        return [self._move(self.head.with_positions(batch)) for batch in batches]
+        return [self._move(self.head.with_own_labels(batch, self.context)) for batch in batches]
 
     def _move(self, batch: MicroBatch) -> MicroBatch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

@@ -43,6 +43,7 @@ from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec, SequentialModel, head_of
+from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.expert import ExpertParallel
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.random import RngStreams
@@ -104,7 +105,9 @@ def build_engine(
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
     by_onednn = device.type == "cpu" and summary.precision == "fp32" and onednn.faster_here()
-    tp, folded = TensorParallel(grid.tensor, options.sequence, eager_products=by_onednn), fold_experts(grid)
+    context = ContextParallel(grid.context, grid.ulysses, grid.ring, options.context.method, options.context.zigzag)
+    tp = TensorParallel(grid.tensor, options.sequence, eager_products=by_onednn, context=context)
+    folded = fold_experts(grid)
     kernels = select_kernels(options.kernels, device)
     ctx = BuildContext(
         tp=tp,
@@ -119,7 +122,7 @@ def build_engine(
     with _allocation(summary, options.deepspeed, mpu, device):
         if pipelined:
             bounds = partition(specs, grid.pipeline.size)
-            module: nn.Module = PipelinedModel(specs, bounds, grid.layout, ctx.tp.splits_sequence)
+            module: nn.Module = PipelinedModel(specs, bounds, grid.layout, tp.num_parts)
         else:
             module = SequentialModel(specs)
     if summary.zero_stage == 3:
@@ -148,10 +151,10 @@ def build_engine(
     made: Engine
     bucket = int(config["zero_optimization"]["reduce_bucket_size"])
     if pipelined:
-        made = PipelineEngine(grid, device, optimizer, engine, head_of(specs), rng, bucket=bucket)
+        made = PipelineEngine(grid, device, optimizer, engine, head_of(specs), rng, context, bucket=bucket)
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
-        made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, clip=clip, bucket=bucket)
+        made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, context, clip=clip, bucket=bucket)
     if summary.zero_stage > 0:
         read_norm_once(engine.optimizer, made.read_norm)
     made.kernels, made.documents = kernels.names, ctx.documents

@@ -55,10 +55,10 @@ class Routers:
     def begin_step(self, num_micro_batches: int, loss_scale: float) -> None:
         """Clear the sums, and scale the gradients of the losses as DeepSpeed scales that of the main loss.
 
-        DeepSpeed divides by the number of data ranks when it reduces gradients; by the number of micro-batches it
-        divides the main loss.
+        DeepSpeed divides by the number of data and context ranks when it reduces gradients, and the losses are sums
+        over context; by the number of micro-batches it divides the main loss.
         """
-        self._settings.gradient_scale = loss_scale / num_micro_batches
+        self._settings.gradient_scale = loss_scale / num_micro_batches * self._grid.context.size
         self._num_micro_batches = num_micro_batches
         for layer in self._layers.values():
             layer.load.clear()

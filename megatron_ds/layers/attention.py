@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import AdaptableWeight, IA3Spec, LoRASpec, Output
 from megatron_ds.layers.alibi import Alibi, HeadSlopes
+from megatron_ds.layers.attention_masks import Span, allowed_keys, allowed_keys_on_both_sides, without_blind_rows
+from megatron_ds.layers.context.fetch import fetch, plan_fetch, seen_by, union
+from megatron_ds.layers.context.ulysses import HeadExchange
 from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall
@@ -26,6 +30,7 @@ from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions
 from megatron_ds.layers.rotary import Angles, RotaryTable
+from megatron_ds.parallel.context import ContextParallel, index_of_runs
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -46,7 +51,7 @@ class QueryTemperature:
         assert self.length > 0, self
 
     def scale(self, q: Tensor, positions: Tensor | None) -> Tensor:
-        """Multiply queries (S, B, heads, D) by the factors of their positions (B, S); None = 0..S-1.
+        """Multiply queries (S, B, heads, D) by the factors of their positions (B or 1, S); None = 0..S-1.
 
         The factors are computed in fp32 and rounded to the dtype of the queries.
         """
@@ -133,6 +138,10 @@ class Attention(nn.Module):
     Each rank holds N/t query heads and the K/gcd(K, t) key and value heads that these read; where t does not divide K,
     neighbouring ranks hold the same key and value heads.
 
+    Context ranks each have their own positions, S/c, of queries, keys and values. Around the attention core they
+    exchange them for heads (`context.ulysses`), and the core gets the keys and values that its queries see
+    (`context.fetch`, `context.ring`).
+
     Args:
         shape: sizes and options.
         tp: the tensor axis; t divides N.
@@ -160,6 +169,7 @@ class Attention(nn.Module):
         self.rotary_kernel = kernels.rotary
         self._is_prepared = False
         self.shape, self.rotary, self.recompute, self.rng = shape, rotary, recompute, rng
+        self.context = tp.context
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.qkv = QKVLinear(
             *(shape.hidden_size, heads, kv_heads, dim, tp),
@@ -178,14 +188,17 @@ class Attention(nn.Module):
         elif shape.qk_norm is not None:
             self.q_norm = Norm(dim, shape.qk_norm, tp, tp.inside, kernels)
             self.k_norm = Norm(dim, shape.qk_norm, tp, tp.inside, kernels)
-        relative = shape.relative
-        self.relative = RelativeBias(relative, heads, tp, causal=shape.causal) if relative is not None else None
+        local = heads // tp.axis.size
+        held = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
+        kv_of_held = _kv_of_head(held, heads // kv_heads, kv_heads // self.qkv.num_shards[1])
+        self.exchange = HeadExchange(tp.context.ulysses, held, kv_of_held)
+        relative, share = shape.relative, self.exchange.share
+        self.relative = RelativeBias(relative, heads, tp, causal=shape.causal, share=share) if relative else None
         sinks = ParamSpec((heads,), over_tensor(0), std=shape.kv_std, decay=False)
         self.sinks = make_parameter(sinks, tp.axes) if shape.sinks else None
-        local = heads // tp.axis.size
-        self.heads = range(tp.axis.rank * local, (tp.axis.rank + 1) * local)
+        # of the attention core
+        self.heads, self.kv_of_head = self.exchange.heads, self.exchange.kv_of_head
         self.slopes = HeadSlopes(self.heads, heads)
-        self.kv_of_head = _kv_of_head(self.heads, heads // kv_heads, kv_heads // self.qkv.num_shards[1])
         # on the device, because an index of Python numbers would be copied there in each forward pass
         self.register_buffer("kv_index", torch.tensor(self.kv_of_head), persistent=False)
 
@@ -200,6 +213,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend to x itself, or to a `context` (C, B, H) that is split like x.
 
+        Masks and positions are those of whole rows on every context rank.
+
         Args:
             x: (S, B, H).
             key_mask: (B, S or C), nonzero where a position may be attended to; None = everywhere.
@@ -208,7 +223,7 @@ class Attention(nn.Module):
                 do not attend to one another. None = one document.
             bounds: (B, D + 1) positions where these documents begin, for kernels that read them; see
                 `with_document_bounds`.
-            angles: what `RotaryTable.cos_sin` returns for the full sequence; None = it is called here.
+            angles: what `RotaryTable.cos_sin` returns for x; None = it is called here.
         """
         q, kv = self.qkv(x, context)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
@@ -217,13 +232,22 @@ class Attention(nn.Module):
             q, k, v = self._adapted(x, x if context is None else context, q, k, v)
         if not self.shape.qk_norm_after_rotary:
             q, k = self._normed(q, k)
+        of_tokens = own_positions(positions, self.context, q)
         if self.rotary is not None:
-            q, k = self.rotary.rotate(q, k, positions, angles, self.rotary_kernel)
+            given = of_tokens if positions is not None else None
+            q, k = self.rotary.rotate(q, k, given, angles, self.rotary_kernel)
         if self.shape.qk_norm_after_rotary:
             q, k = self._normed(q, k)
         if self.shape.query_temperature is not None:
-            q = self.shape.query_temperature.scale(q, positions)
-        core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds)
+            q = self.shape.query_temperature.scale(q, of_tokens)
+        q, k, v = self.exchange.enter(q, k, v)
+        if self.context.ring.size == 1:
+            core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds)
+        elif context is None:
+            core = self._over_ring(q, k, v, key_mask, positions)
+        else:
+            core = self._across_ring(q, k, v, key_mask)
+        core = self.exchange.leave(core)
         if "out" not in self.adapters:
             return self.out(core)
         adapter: Any = self.adapters["out"]
@@ -255,6 +279,33 @@ class Attention(nn.Module):
                 found = adapter.adapted(x if name.startswith("q") else context, found)
         return found["q"], found["k"], found["v"]
 
+    def _over_ring(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Attend to the keys and values of all ranks of the ring: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
+        ring, shape = self.context.ring, self.shape
+        length = q.shape[0] * ring.size
+        held = tuple(self.context.ring_runs(length, rank) for rank in range(ring.size))
+        spans = [[seen_by(run, length, shape.causal, shape.window) for run in runs] for runs in held]
+        wanted = tuple(union([span.keys for span in one]) for one in spans)
+        plan = plan_fetch(held, wanted, ring.rank, q.device)
+        k, v = fetch(k, v, plan, ring)
+        parts = []
+        for span, queries in zip(spans[ring.rank], q.split([len(span.queries) for span in spans[ring.rank]])):
+            keys, core = plan.slice_of(span.keys), partial(self._core, span=span)
+            parts.append(self.recompute.run("selective", core, queries, k[keys], v[keys], key_mask, positions))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _across_ring(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Attend to another stack's states of all ranks of the ring: (S/r, B, heads, D) -> (S/r, B, heads * D).
+
+        Keys and values are (C/r, B, heads, D).
+        """
+        ring = self.context.ring
+        length = k.shape[0] * ring.size
+        held = tuple(self.context.ring_runs(length, rank) for rank in range(ring.size))
+        plan = plan_fetch(held, ((range(length),),) * ring.size, ring.rank, q.device)
+        k, v = fetch(k, v, plan, ring)
+        return self.recompute.run("selective", self._core, q, k, v, key_mask)
+
     def _core(
         self,
         q: Tensor,
@@ -263,15 +314,19 @@ class Attention(nn.Module):
         key_mask: Tensor | None,
         positions: Tensor | None = None,
         bounds: Tensor | None = None,
+        span: Span | None = None,
     ) -> Tensor:
-        """Compute the attention core: q (S, B, N/t, D), k and v (C, B, K/c, D) -> (S, B, N/t * D)."""
-        if self.kernels is not None and q.dtype != torch.float32 and q.shape[0] == k.shape[0]:
+        """Compute the attention core: q (S, B, N/t, D), k and v (C, B, K/c, D) -> (S, B, N/t * D).
+
+        With a `span` q, k and v are its queries and keys; the masks are of whole rows.
+        """
+        if self.kernels is not None and q.dtype != torch.float32 and q.shape[0] == k.shape[0] and span is None:
             call = self._call(q, key_mask, positions, bounds)
             kernel = self._kernel(q, k, v, call)
             if kernel is not None:
                 k, v = (self._in_groups(part) for part in (k, v))
                 return kernel(q, k, v, call).flatten(2)
-        return self._by_torch(q, k, v, key_mask, positions)
+        return self._by_torch(q, k, v, key_mask, positions, span)
 
     def prepare(self, x: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> None:
         """Have the kernel made and checked that a call needs, if it is made at its first call.
@@ -284,8 +339,9 @@ class Attention(nn.Module):
         if not isinstance(self.kernels, KernelsByCall) or self._is_prepared or x.dtype == torch.float32:
             return
         self._is_prepared = True
-        shape, tp, batch = self.shape, self.out.tp, x.shape[1]
-        length = x.shape[0] * (tp.axis.size if tp.splits_sequence else 1)
+        if self.context.ring.size > 1:
+            return
+        shape, batch, length = self.shape, x.shape[1], self.out.tp.full_length(x)
         q = x.new_empty(length, batch, len(self.heads), shape.head_dim)
         kv_heads = len(set(self.kv_of_head)) if self._is_grouped(len(set(self.kv_of_head))) else len(self.heads)
         kv = x.new_empty(length, batch, kv_heads, shape.head_dim)
@@ -322,8 +378,13 @@ class Attention(nn.Module):
             key_bias=key_bias,
             distance_bias=distance_bias,
             dropout=shape.dropout if self.training else 0.0,
-            sinks=self.sinks,
+            sinks=self._own_sinks,
         )
+
+    @property
+    def _own_sinks(self) -> Tensor | None:
+        """The sinks of the heads of the attention core."""
+        return self.sinks[self.exchange.share] if self.sinks is not None else None
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> AttentionKernel | None:
         """Return the kernel of a call; None = the layer's PyTorch code."""
@@ -331,11 +392,20 @@ class Attention(nn.Module):
             return self.kernels.find(q, k, v, call)
         return self.kernels if is_plain_attention(q, k, v, call) else None
 
-    def _by_torch(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _by_torch(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        span: Span | None = None,
+    ) -> Tensor:
         """Compute the attention core by torch alone: masks and biases are tensors of all pairs."""
         shape = self.shape
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-        mask = self._allowed(q.shape[2], key_mask, positions, q.device)
+        length = q.shape[2] if span is None else span.length
+        mask = self._allowed(length, key_mask, positions, q.device, span)
         has_bias = shape.alibi is not None or self.relative is not None
         by_scores = shape.softcap is not None or self.sinks is not None
         plain = mask is None and not has_bias and not by_scores
@@ -343,10 +413,10 @@ class Attention(nn.Module):
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if by_scores:
-                y = self._by_scores(q, k, v, self._bias(q, mask, key_mask, positions), dropout)
+                y = self._by_scores(q, k, v, self._bias(q, mask, key_mask, positions, span), dropout)
             elif has_bias:
                 y = F.scaled_dot_product_attention(
-                    *(q, k, v, self._bias(q, mask, key_mask, positions), dropout), scale=shape.scale
+                    *(q, k, v, self._bias(q, mask, key_mask, positions, span), dropout), scale=shape.scale
                 )
             else:
                 mask, blind = without_blind_rows(mask) if key_mask is not None and mask is not None else (mask, None)
@@ -368,32 +438,45 @@ class Attention(nn.Module):
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores + bias
-        if self.sinks is not None:
-            sinks = self.sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        if self._own_sinks is not None:
+            sinks = self._own_sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sinks], dim=-1)
         probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
         return F.dropout(probabilities, dropout) @ v
 
     def _allowed(
-        self, length: int, key_mask: Tensor | None, positions: Tensor | None, device: torch.device
+        self,
+        length: int,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        device: torch.device,
+        span: Span | None = None,
     ) -> Tensor | None:
         """Return the mask of the keys that each query sees; None if causality, or no mask at all, is enough."""
         if self.shape.causal:
-            return allowed_keys(length, self.shape.window, key_mask, device, positions)
+            return allowed_keys(length, self.shape.window, key_mask, device, positions, span)
         assert positions is None, "documents share a sequence of causal models only"
-        return allowed_keys_on_both_sides(length, self.shape.window, key_mask, device)
+        return allowed_keys_on_both_sides(length, self.shape.window, key_mask, device, span)
 
-    def _bias(self, q: Tensor, mask: Tensor | None, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _bias(
+        self,
+        q: Tensor,
+        mask: Tensor | None,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        span: Span | None = None,
+    ) -> Tensor:
         """Return the term added to the scores, (1 or B, 1 or N/t, S, C).
 
         It sums the biases by distance, and is the lowest number of the dtype at keys that are masked.
         """
-        length = q.shape[2]
+        length = q.shape[2] if span is None else span.length
         seen = q.new_zeros(())
         if self.shape.alibi is not None:
             seen = self._alibi(length, q, key_mask, positions)
+            seen = seen if span is None else span.of_keys(seen)
         if self.relative is not None:
-            seen = seen + self.relative(length)
+            seen = seen + self.relative(length, span)
         if mask is None and self.shape.causal:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
         return seen if mask is None else torch.where(mask, seen, torch.finfo(q.dtype).min)
@@ -426,6 +509,23 @@ class Attention(nn.Module):
         return part if kernel_repeats else part.repeat_interleave(len(self.kv_of_head) // part.shape[1], dim=1)
 
 
+@torch.compiler.disable
+def own_positions(positions: Tensor | None, context: ContextParallel, q: Tensor) -> Tensor | None:
+    """Return the positions of this rank's tokens, (B or 1, S/c); None = 0..S-1 in a single context rank.
+
+    Args:
+        positions: (B, S), of whole rows; None = 0..S-1.
+        context: the ranks that divide the rows.
+        q: (S/c, ...), a tensor of this rank's tokens.
+    """
+    if context.axis.size == 1:
+        return positions
+    length = q.shape[0] * context.axis.size
+    if positions is None:
+        return index_of_runs(context.runs(length), q.device)[None]
+    return positions[:, context.positions(length, q.device)]
+
+
 def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:
     """Return, for each of a rank's query heads, the local index of the key head that it reads.
 
@@ -435,54 +535,3 @@ def _kv_of_head(heads: range, group: int, kv_heads: int) -> tuple[int, ...]:
         kv_heads: the number of key heads that the rank holds; its first one is a multiple of this number.
     """
     return tuple(head // group % kv_heads for head in heads)
-
-
-def allowed_keys(
-    length: int, window: int | None, key_mask: Tensor | None, device: torch.device, positions: Tensor | None = None
-) -> Tensor | None:
-    """Return the mask of the keys that each query sees, (B or 1, 1, S, S) bool; None if plain causality is enough.
-
-    With `positions` (B, S), 0 where a document begins, a query sees keys of its own document only. With a key mask it
-    may see none; see `without_blind_rows`.
-    """
-    if key_mask is None and positions is None and (window is None or window >= length):
-        return None
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
-    if window is not None and window < length:
-        allowed = allowed.triu(1 - window)
-    if positions is not None:
-        documents = (positions == 0).cumsum(1)
-        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
-    if key_mask is not None:
-        allowed = allowed & key_mask.bool()[:, None, None, :]
-    return allowed
-
-
-def allowed_keys_on_both_sides(
-    length: int, window: int | None, key_mask: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Return the mask of the keys that each query sees without causality, (B or 1, 1, S or 1, S) bool; None = all.
-
-    With a key mask and a window a query may see none; see `without_blind_rows`.
-    """
-    allowed = key_mask.bool()[:, None, None, :] if key_mask is not None else None
-    if window is None or window >= length:
-        return allowed
-    near = torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window).tril(window - 1)[None, None]
-    return near if allowed is None else near & allowed
-
-
-def without_blind_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Let the queries that see no key see all, and return where they are, for their output to become zero.
-
-    Zero is torch's own result of a softmax over nothing, but some kernels return NaN, and keys and values carry it to
-    other queries.
-
-    Args:
-        mask: (B, 1, S or 1, C) bool, the keys that each query sees.
-
-    Returns:
-        a mask of the same shape without such a query; (B, 1, S or 1, 1), True where one was.
-    """
-    blind = ~mask.any(-1, keepdim=True)
-    return mask | blind, blind

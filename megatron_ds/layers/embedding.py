@@ -90,15 +90,22 @@ class LearnedPositions(nn.Module):
             positions: (B, S); None = 0..S-1, or the number of `counted` tokens before each.
         """
         table, weight = self.table, self.tp.between(self.weight)
-        local = self.tp.sequence_slice(_full_length(x, self.tp))
+        length = self.tp.full_length(x)
+        local = self.tp.positions(length, x.device)
         if positions is not None:
             return x + F.embedding(positions.t()[local] + table.offset, weight)
         if counted is None or not (table.skips_padding or table.skipped_id is not None):
-            return x + weight[table.offset :][local, None, :]
+            return x + self._rows(weight, length)[local, None, :]
         seen = counted.long()
         before_first = table.offset - 1
         rows = seen.cumsum(1) * seen + before_first  # others get the row before the first position's
         return x + F.embedding(rows.t()[local], weight, before_first if table.skipped_id is not None else None)
+
+    def _rows(self, weight: Tensor, length: int) -> Tensor:
+        """Return the rows of positions 0..S-1; padding that makes a row divisible may reach beyond the table."""
+        rows = weight[self.table.offset :]
+        missing = length - len(rows)
+        return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, -1)])
 
 
 class TokenTypes(nn.Module):
@@ -120,12 +127,7 @@ class TokenTypes(nn.Module):
         weight = self.tp.between(self.weight)
         if types is None:
             return x + weight[0]
-        return x + F.embedding(types.t()[self.tp.sequence_slice(_full_length(x, self.tp))], weight)
-
-
-def _full_length(x: Tensor, tp: TensorParallel) -> int:
-    """Return the length S of the full sequence of which this rank holds x."""
-    return x.shape[0] * (tp.axis.size if tp.splits_sequence else 1)
+        return x + F.embedding(types.t()[self.tp.positions(self.tp.full_length(x), x.device)], weight)
 
 
 def scaled(x: Tensor, factor: float, in_dtype: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.layers.attention_masks import Span
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -44,7 +45,7 @@ class RelativePositions:
 
 
 class RelativeBias(nn.Module):
-    """The biases of this rank's heads, (1, N/t, S, S). No communication.
+    """The biases of this rank's heads, (1, N/t, S, S); of a share of them among context ranks. No communication.
 
     The blocks of a stack share one table. Each block computes the biases when it needs them, so that no tensor of their
     size is kept or sent between pipeline stages. The table's gradient is summed over the stages that hold it.
@@ -54,17 +55,32 @@ class RelativeBias(nn.Module):
         num_heads: N.
         tp: the tensor axis, which divides the heads.
         causal: only distances to earlier keys count.
+        share: which of the tensor rank's heads; None = all.
     """
 
-    def __init__(self, positions: RelativePositions, num_heads: int, tp: TensorParallel, *, causal: bool) -> None:
+    def __init__(
+        self,
+        positions: RelativePositions,
+        num_heads: int,
+        tp: TensorParallel,
+        *,
+        causal: bool,
+        share: slice | None = None,
+    ) -> None:
         super().__init__()
-        self.positions, self.causal = positions, causal
+        self.positions, self.causal, self.share = positions, causal, share or slice(None)
         spec = ParamSpec((positions.num_buckets, num_heads), over_tensor(1), std=positions.std)
         self.weight = make_parameter(spec, tp.axes)
         self._buckets: Tensor | None = None  # (2S - 1,) for the last length, which micro-batches share
 
-    def forward(self, length: int) -> Tensor:
-        rows = self._by_offset(length).unfold(1, length, 1).to(self.weight.dtype)
+    def forward(self, length: int, span: Span | None = None) -> Tensor:
+        """Return the biases of all pairs of a row of S positions, or of those in a span."""
+        by_offset = self._by_offset(length)
+        if span is not None:  # its first key is nearest to its last query
+            first = span.keys.start - span.queries.stop + length
+            by_offset = by_offset[:, first : first + len(span.queries) + len(span.keys) - 1]
+        num_keys = length if span is None else len(span.keys)
+        rows = by_offset.unfold(1, num_keys, 1).to(self.weight.dtype)
         return rows.flip(1)[None]  # row q is offsets -q to S - 1 - q
 
     def by_distance(self, length: int) -> Tensor:
@@ -78,7 +94,7 @@ class RelativeBias(nn.Module):
 
     def _by_offset(self, length: int) -> Tensor:
         # in fp32: a distance's gradient is a sum over all pairs at that distance, for which bf16 is too coarse
-        return F.embedding(self._buckets_of(length), self.weight.float()).t()  # (N/t, 2S - 1)
+        return F.embedding(self._buckets_of(length), self.weight[:, self.share].float()).t()  # (heads, 2S - 1)
 
     def _buckets_of(self, length: int) -> Tensor:
         # computed on the CPU, whose rounding is the reference's, in 0.1 to 0.3 ms; cached, since a GPU would wait

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.layers.kernels import Rotary, RotaryCall
+from megatron_ds.parallel.context import ContextParallel
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -115,18 +116,23 @@ class RotaryConfig:
 
 
 Angles = tuple[Tensor, Tensor]
-"""cos and sin of all positions, each (S, 1, 1, dim), with a value per dim."""
+"""cos and sin of positions, each (positions, 1, 1, dim), with a value per dim."""
 
 
 class RotaryTable:
     """cos and sin of every position, cached per length, dtype and device, and shared by a stage's blocks.
 
     By default positions are 0..S-1 over the full sequence, which attention sees with and without sequence parallelism.
+    Of context ranks each has a part of them.
+
+    Args:
+        config: the frequencies.
+        context: the ranks that divide the sequence; None = one.
     """
 
-    def __init__(self, config: RotaryConfig) -> None:
-        self.config = config
-        self._tables: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+    def __init__(self, config: RotaryConfig, context: ContextParallel | None = None) -> None:
+        self.config, self.context = config, context or ContextParallel()
+        self._tables: dict[tuple[int, torch.dtype, torch.device, bool], tuple[Tensor, Tensor]] = {}
 
     def rotate(
         self,
@@ -140,11 +146,12 @@ class RotaryTable:
 
         Args:
             q, k: they may be overwritten.
-            positions: (B, S), below S; None = 0..S-1.
-            angles: what `cos_sin` returns for S, from outside of a compiled graph; None = it is called here.
+            positions: (B, S) of these tokens, below the length of the full sequence; None = those of this rank in it.
+            angles: what `cos_sin` returns, from outside of a compiled graph; None = it is called here.
             kernel: the kernel, used unless a compiler fuses the formula or products are fp32; None = PyTorch's formula.
         """
-        cos, sin = angles if angles is not None else self.cos_sin(q.shape[0], like=q)
+        length = q.shape[0] * self.context.axis.size
+        cos, sin = angles if angles is not None else self.cos_sin(length, like=q, every=positions is not None)
         adjacent = self.config.adjacent
         if kernel is not None and not self.config.fp32 and not torch.compiler.is_compiling():
             return kernel(q, k, RotaryCall(cos, sin, positions, adjacent))
@@ -153,16 +160,25 @@ class RotaryTable:
         return rotate(q, cos, sin, adjacent), rotate(k, cos, sin, adjacent)
 
     @torch.compiler.disable  # a miss and a hit of the cache would be two graphs: recomputation fails
-    def cos_sin(self, length: int, like: Tensor) -> Angles:
-        """Return cos and sin, each (S, 1, 1, dim), with a value per dim, on the device and in the dtype of `like`.
+    def cos_sin(self, length: int, like: Tensor, every: bool = True) -> Angles:
+        """Return cos and sin, each (positions, 1, 1, dim), with a value per dim, in the dtype and device of `like`.
 
         They are fp32 if the config says so.
+
+        Args:
+            length: S, of the full sequence.
+            like: a tensor of the wanted dtype and device.
+            every: of all positions; else of those of this context rank, in their order.
         """
         dtype = torch.float32 if self.config.fp32 else like.dtype
-        key = (length, like.dtype, like.device)
+        every = every or self.context.axis.size == 1
+        key = (length, like.dtype, like.device, every)
         if key not in self._tables:
             speeds = self.config.inverse_frequencies(length)
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), speeds)
+            positions = torch.arange(length, dtype=torch.float32)
+            if not every:
+                positions = positions[self.context.positions(length, positions.device)]
+            angles = torch.outer(positions, speeds)
             pairs = angles.repeat_interleave(2, dim=-1) if self.config.adjacent else torch.cat([angles, angles], dim=-1)
             pairs = pairs[:, None, None, :].to(like.device)
             first = like.dtype if self.config.rounded else dtype

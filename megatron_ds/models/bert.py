@@ -24,7 +24,7 @@ from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
 from megatron_ds.models.hidden_output import hidden_layer
-from megatron_ds.models.label_head import label_layer, probe_labels
+from megatron_ds.models.label_head import label_layer, probe_labels, state_at
 from megatron_ds.models.probe import (
     MOST_TOKENS,
     RANDOM_LENGTH,
@@ -39,7 +39,6 @@ from megatron_ds.models.probe import (
 )
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec
 from megatron_ds.models.stack import StackConfig
-from megatron_ds.parallel.collectives import reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 
 MASKS = ("attention_mask",)  # columns that decide which positions attend to which
@@ -237,10 +236,10 @@ class EncoderExit(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Projection of the first position's state to a vector a sequence: (S, B, H) -> (B, H), equal on all tensor ranks.
+    """Projection of the first position's state to a vector a sequence: (S, B, H) -> (B, H), equal on all ranks.
 
-    Under sequence parallelism the first of them has that position: forward all-reduce of (B, H) over the tensor axis,
-    backward nothing.
+    The first rank of those that divide the sequence has that position; see `TensorParallel.total` for what is
+    communicated, (B, H).
     """
 
     def __init__(self, config: EncoderConfig, tp: TensorParallel) -> None:
@@ -250,9 +249,7 @@ class Pooler(nn.Module):
         self.dense = ReplicatedLinear(size, size, tp, std=config.init_std, bias=True, enter=_identity)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        first = hidden[0]
-        if self.tp.splits_sequence:
-            first = reduce_from(first if self.tp.axis.rank == 0 else first * 0.0, self.tp.axis)
+        first = state_at(hidden, torch.zeros(hidden.shape[1], dtype=torch.int64, device=hidden.device), self.tp)
         return torch.tanh(self.dense(first))
 
 

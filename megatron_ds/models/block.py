@@ -112,18 +112,19 @@ class Block(nn.Module):
             mask, positions = (activations.get(name) for name in (self.inputs.mask, self.inputs.positions))
             self.attention.prepare(activations[HIDDEN], mask, positions)
         names = [name for name in self.inputs.names if name in activations]
-        run = partial(self._run, names, self._angles(activations[HIDDEN]))
+        run = partial(self._run, names, self._angles(activations[HIDDEN], self.inputs.positions in names))
         with profiled(BLOCK):
             return {
                 **activations,
                 HIDDEN: self.recompute.run("full", run, activations[HIDDEN], *(activations[name] for name in names)),
             }
 
-    def _angles(self, x: Tensor) -> Angles | None:
-        """Return the angles of the full sequence, an input of the compiled block: their cache cannot be compiled."""
-        if self.rotary is None:
-            return None
-        return self.rotary.cos_sin(x.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1), like=x)
+    def _angles(self, x: Tensor, every: bool) -> Angles | None:
+        """Return the angles, of every position or this context rank's own, as an input of the compiled block.
+
+        Their cache cannot be compiled.
+        """
+        return self.rotary.cos_sin(self.tp.full_length(x), like=x, every=every) if self.rotary is not None else None
 
     def _block(self, names: list[str], angles: Angles | None, x: Tensor, *others: Tensor) -> Tensor:
         given, inputs = dict(zip(names, others)), self.inputs
@@ -192,7 +193,7 @@ def block_layers(
         like: a spec with the hidden states and columns that the blocks take.
         inputs: names of the activations that they read.
     """
-    tables = {rotary: RotaryTable(rotary) for rotary in config.rotary if rotary is not None}
+    tables = {rotary: RotaryTable(rotary, ctx.tp.context) for rotary in config.rotary if rotary is not None}
     builds = []
     for layer in range(config.num_layers):
         rotary = config.rotary[layer] if config.rotary else None

@@ -18,7 +18,7 @@ from megatron_ds.parallel.regions import EMBEDDING, profiled
 
 
 class WordEmbedding(VocabParallelEmbedding):
-    """ids (B, S) -> hidden states (S, B, E), or (S/t, B, E) under sequence parallelism.
+    """ids (B, S) -> hidden states of this rank's tokens, (S/c, B, E), or (S/(c t), B, E) under sequence parallelism.
 
     Args:
         column: name of the ids among the activations.
@@ -32,8 +32,11 @@ class WordEmbedding(VocabParallelEmbedding):
 
     def forward(self, activations: Activations) -> Activations:  # type: ignore[override]
         kept = {name: tensor for name, tensor in activations.items() if name != self.column or self.keeps_ids}
+        ids = activations[self.column].t()
+        if self.tp.context.axis.size > 1:
+            ids = ids[self.tp.context.positions(len(ids), ids.device)]
         with profiled(EMBEDDING):
-            return {**kept, HIDDEN: super().forward(activations[self.column].t())}
+            return {**kept, HIDDEN: super().forward(ids)}
 
 
 class LanguageModelHead(OutputHead):
@@ -71,9 +74,10 @@ class LanguageModelHead(OutputHead):
         return HeadResult({"targets": head_loss(hidden, self.local(), labels["targets"].t(), positions)})
 
     def outputs(self, activations: Activations) -> Activations:
-        """Return `logits` (B, S, V), gathered over the tensor axis."""
+        """Return `logits` (B, S, V), gathered over tensor and context."""
         with torch.no_grad():
-            return {"logits": gather_logits(self.enter(activations[HIDDEN]), self.local()).transpose(0, 1)}
+            logits = gather_logits(self.enter(activations[HIDDEN]), self.local())
+            return {"logits": self.tp.gather_context(logits).transpose(0, 1)}
 
     def enter(self, hidden: Tensor) -> Tensor:
         """(S, B, H), or (S/t, B, H) under sequence parallelism -> (S, B, H).

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_ds.models.label_head import last_marked, mean_state, state_at
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec, OutputHead
-from megatron_ds.parallel.collectives import gather_sequence, reduce_from
+from megatron_ds.parallel.collectives import reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 
 PICKS = ("first", "last", "mean")
@@ -59,19 +59,19 @@ class HiddenOutput(OutputHead):
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
         """Inner products of each output with its direction: `hidden_direction` (B, S, H), and (B, H) of a vector."""
         hidden = activations[HIDDEN]
-        along = labels["hidden_direction"].transpose(0, 1)[self.tp.sequence_slice(self._length(hidden))]
+        length, is_first = self.tp.full_length(hidden), self.tp.context.axis.rank == 0
+        along = labels["hidden_direction"].transpose(0, 1)[self.tp.positions(length, hidden.device)]
         total = (hidden.float() * along).sum()
         if self.tp.splits_sequence:
             total = reduce_from(total, self.tp.axis)
         terms = {"hidden_direction": total}
         for name, vectors in self._vectors(activations).items():
-            terms[f"{name}_direction"] = (vectors.float() * labels[f"{name}_direction"]).sum()
+            terms[f"{name}_direction"] = (vectors.float() * labels[f"{name}_direction"] * is_first).sum()
         return HeadResult(terms)
 
     def outputs(self, activations: Activations) -> Activations:
         """Return `hidden` (B, S, H); with a pooler `pooled` (B, H), and with a pooling `embedding` (B, H), fp32."""
-        hidden = activations[HIDDEN]
-        whole = gather_sequence(hidden, self.tp.axis) if self.tp.splits_sequence else hidden
+        whole = self.tp.gather(activations[HIDDEN].detach())
         return {"hidden": whole.transpose(0, 1), **self._vectors(activations)}
 
     def _vectors(self, activations: Activations) -> dict[str, Tensor]:
@@ -82,15 +82,11 @@ class HiddenOutput(OutputHead):
             found["embedding"] = text_vectors(hidden, activations.get("attention_mask"), self.pooling, self.tp)
         return found
 
-    def _length(self, hidden: Tensor) -> int:
-        return hidden.shape[0] * (self.tp.axis.size if self.tp.splits_sequence else 1)
-
 
 def text_vectors(hidden: Tensor, mask: Tensor | None, pooling: PoolingConfig, tp: TensorParallel) -> Tensor:
-    """Return the vector of each text: (S, B, H), or (S/t, B, H) under sequence parallelism -> (B, H), fp32.
+    """Return the vector of each text: (S, B, H), or this rank's part of it -> (B, H), fp32.
 
-    It is equal on all tensor ranks. Under sequence parallelism: forward all-reduce of (B, H) over the tensor axis,
-    backward nothing.
+    It is equal on all ranks that divide the sequence; see `TensorParallel.total` for what is communicated, (B, H).
 
     Args:
         hidden: the states.
@@ -107,7 +103,7 @@ def text_vectors(hidden: Tensor, mask: Tensor | None, pooling: PoolingConfig, tp
 
 def _token_positions(hidden: Tensor, mask: Tensor | None, pick: str, tp: TensorParallel) -> Tensor:
     """Return the position of the first or the last token of each row, (B,) int64, in the full sequence."""
-    length = hidden.shape[0] * (tp.axis.size if tp.splits_sequence else 1)
+    length = tp.full_length(hidden)
     if mask is None:
         return torch.full((hidden.shape[1],), 0 if pick == "first" else length - 1, device=hidden.device)
     is_token = mask != 0

@@ -30,7 +30,7 @@ from megatron_ds.models.label_metrics import (
 )
 from megatron_ds.models.probe import Probe, right_padded, seeded, some_labels
 from megatron_ds.models.sequential import HIDDEN, Activations, HeadResult, HeadSpec, LayerSpec, OutputHead
-from megatron_ds.parallel.collectives import gather_sequence, reduce_from
+from megatron_ds.parallel.collectives import reduce_from
 from megatron_ds.parallel.tensor import TensorParallel
 
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = (
@@ -196,9 +196,9 @@ def probe_labels(config: LabelHeadConfig, seen: Tensor) -> dict[str, Tensor]:
 class LabelHead(OutputHead):
     """Scores of a text, (B, L), or of each token, (B, S, L), and their loss.
 
-    A picked state is equal on all tensor ranks, and so is all that follows. Under sequence parallelism one of them has
-    the position, or each has a part of a mean: forward all-reduce of (B, H) over the tensor axis, backward nothing.
-    Scores of each token are computed on the rank that has it.
+    A picked state is equal on all ranks that divide the sequence, and so is all that follows. One of them has the
+    position, or each has a part of a mean; see `TensorParallel.total` for what is communicated, (B, H). Scores of each
+    token are computed on the rank that has it.
 
     Args:
         config: of the head.
@@ -240,10 +240,7 @@ class LabelHead(OutputHead):
     def outputs(self, activations: Activations) -> Activations:
         """Return `logits`, (B, L), or (B, S, L) of each token."""
         logits = self._logits(activations)
-        if self.config.pick != "each":
-            return {"logits": logits}
-        whole = gather_sequence(logits, self.tp.axis) if self.tp.splits_sequence else logits
-        return {"logits": whole.transpose(0, 1)}
+        return {"logits": logits if self.config.pick != "each" else self.tp.gather(logits.detach()).transpose(0, 1)}
 
     def _logits(self, activations: Activations) -> Tensor:
         """Return the logits, (B, L); or (S, B, L), (S/t, B, L) under sequence parallelism, of each token."""
@@ -265,7 +262,7 @@ class LabelHead(OutputHead):
         """(S, B, H), or (S/t, B, H) under sequence parallelism -> (B, H), equal on all tensor ranks."""
         if self.config.pick == "mean":
             return mean_state(hidden, activations.get("attention_mask"), self.tp)
-        rows = torch.full((hidden.shape[1],), _full_length(hidden, self.tp) - 1, device=hidden.device)
+        rows = torch.full((hidden.shape[1],), self.tp.full_length(hidden) - 1, device=hidden.device)
         return state_at(hidden, picked_positions(self.config, activations.get("input_ids"), rows), self.tp)
 
 
@@ -308,46 +305,43 @@ def label_loss(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
 
 
 def state_at(hidden: Tensor, positions: Tensor, tp: TensorParallel) -> Tensor:
-    """Return one position's state of each row: (S, B, H), or (S/t, B, H) under sequence parallelism -> (B, H).
+    """Return one position's state of each row: (S, B, H), or this rank's part of it -> (B, H), equal on all ranks.
 
-    Under sequence parallelism: forward all-reduce of (B, H) over the tensor axis, backward nothing.
+    See `TensorParallel.total` for what is communicated where the sequence is divided, (B, H).
 
     Args:
         hidden: the states.
         positions: (B,), in the full sequence.
-        tp: the tensor axis.
+        tp: the ranks that divide the sequence.
     """
     rows = torch.arange(hidden.shape[1], device=hidden.device)
-    if not tp.splits_sequence:
+    if tp.num_parts == 1:
         return hidden[positions, rows]
-    local = positions - tp.axis.rank * hidden.shape[0]
-    is_here = (local >= 0) & (local < hidden.shape[0])
-    found = hidden[local.clamp(0, hidden.shape[0] - 1), rows]
-    return reduce_from(found.masked_fill(~is_here[:, None], 0.0), tp.axis)
+    length = tp.full_length(hidden)
+    own = torch.arange(length, device=hidden.device)[tp.positions(length, hidden.device)]
+    is_it = own[:, None] == positions
+    found = hidden[is_it.int().argmax(0), rows]
+    return tp.total(found.masked_fill(~is_it.any(0)[:, None], 0.0))
 
 
 def mean_state(hidden: Tensor, mask: Tensor | None, tp: TensorParallel) -> Tensor:
-    """Return the mean over the tokens of each row: (S, B, H), or (S/t, B, H) under sequence parallelism -> (B, H).
+    """Return the mean over the tokens of each row: (S, B, H), or this rank's part of it -> (B, H), equal on all ranks.
 
-    Under sequence parallelism: forward all-reduce of (B, H) over the tensor axis, backward nothing.
+    See `TensorParallel.total` for what is communicated where the sequence is divided, (B, H).
 
     Args:
         hidden: the states.
         mask: (B, S), nonzero where a token is; None = everywhere.
-        tp: the tensor axis.
+        tp: the ranks that divide the sequence.
     """
-    length = _full_length(hidden, tp)
+    length = tp.full_length(hidden)
     if mask is None:
         total, count = hidden.sum(0), torch.full((), length, device=hidden.device)
     else:
-        local = mask.t()[tp.sequence_slice(length)]
+        local = mask.t()[tp.positions(length, hidden.device)]
         total = (hidden * local[..., None]).sum(0)
         count = mask.sum(1, dtype=torch.int64)[:, None]
-    return (reduce_from(total, tp.axis) if tp.splits_sequence else total) / count
-
-
-def _full_length(hidden: Tensor, tp: TensorParallel) -> int:
-    return hidden.shape[0] * (tp.axis.size if tp.splits_sequence else 1)
+    return tp.total(total) / count
 
 
 def _identity(parameter: Tensor) -> Tensor:

@@ -19,12 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.columns import COLUMNS, find_column
+from megatron_ds.columns import COLUMNS, Column, find_column
 from megatron_ds.models.context import BuildContext
+from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.regions import HEAD, profiled
 
 Activations = dict[str, Tensor]
-"""Columns (B, ...) of integers; hidden states (S, B, H), or (S/t, B, H) under sequence parallelism."""
+"""Columns (B, ...) of integers, of whole rows; hidden states (S, B, H), or (S/t, B, H) under sequence parallelism.
+
+Of c context ranks each has the hidden states of S/c positions instead of S.
+"""
 
 HIDDEN = "hidden"
 
@@ -50,8 +54,23 @@ def _count(name: str, column: Tensor) -> int:
 
 
 def positions_of(column: str) -> str:
-    """Return the name under which a head finds where a column of labels has labels; see `HeadSpec.with_positions`."""
+    """Return the name under which a head finds where a column of labels has labels; see `HeadSpec.with_own_labels`."""
     return f"{column}.positions"
+
+
+def own_of(column: str) -> str:
+    """Return the name of a column of labels cut to a context rank's tokens; see `HeadSpec.with_own_labels`."""
+    return f"{column}.own"
+
+
+def _own_labels(labels: Tensor, column: Column, context: ContextParallel) -> Tensor:
+    """Return the labels of a context rank's tokens, or of samples on the first context rank."""
+    if context.axis.size == 1:
+        return labels
+    if column.has_positions:
+        return labels[:, context.positions(labels.shape[1], labels.device)].contiguous()
+    assert column.ignored is not None, f"labels {column.name} of a sample have no value that carries no loss"
+    return labels if context.axis.rank == 0 else torch.full_like(labels, column.ignored)
 
 
 @dataclass(frozen=True)
@@ -86,25 +105,31 @@ class HeadSpec:
         """Return the declaration of a head with one loss term for each label column, under the column's name."""
         return cls(columns, columns)
 
-    def with_positions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add to a micro-batch in host memory where its labels are, so that a head need not ask the device.
+    def with_own_labels(self, batch: Mapping[str, Tensor], context: ContextParallel) -> dict[str, Tensor]:
+        """Add to a micro-batch in host memory this rank's labels and where they are, so that a head need not ask.
 
         For each label column of an entry a position, (B, S), of which some carry no loss: `positions_of` it, int64
-        (labels,), the indices of those that do in the transposed column, (S, B), flattened.
+        (labels,), the indices of those that do in the transposed column, (S/c, B), flattened. Context ranks get, under
+        `own_of` its name, the labels of their tokens, (B, S/c). Labels of a sample carry loss on the first one alone.
+        Columns that are not declared stay as they are.
         """
         found = dict(batch)
         for name in self.label_columns:
             column = find_column(name) if name in COLUMNS else None
-            ignored = column.ignored if column is not None and column.length in ("sequence", "target") else None
-            if ignored is not None and batch[name].dim() == 2:
-                positions = (batch[name].t().flatten() != ignored).nonzero().squeeze(1)
+            if column is None:
+                continue
+            labels = _own_labels(batch[name], column, context)
+            if context.axis.size > 1:
+                found[own_of(name)] = labels
+            if column.has_positions and column.ignored is not None and labels.dim() == 2:
+                positions = (labels.t().flatten() != column.ignored).nonzero().squeeze(1)
                 found[positions_of(name)] = positions.pin_memory() if batch[name].is_pinned() else positions
         return found
 
     def labels_in(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the label columns of a micro-batch, and where their labels are if it has been added."""
-        names = (*self.label_columns, *map(positions_of, self.label_columns))
-        return {name: batch[name] for name in names if name in batch or name in self.label_columns}
+        """Return the label columns of a micro-batch, this rank's own if they have been added, and where labels are."""
+        own = {name: batch[own_of(name)] if own_of(name) in batch else batch[name] for name in self.label_columns}
+        return own | {name: batch[name] for name in map(positions_of, self.label_columns) if name in batch}
 
     @property
     def num_sums(self) -> int:

@@ -39,6 +39,11 @@ class ExpertParallel:
         return {EXPERT: self.axis}
 
     @property
+    def token_axes(self) -> tuple[Axis, ...]:
+        """The axes whose ranks route different tokens of one micro-batch."""
+        return self.tp.axis, self.tp.context.axis
+
+    @property
     def splits_tokens(self) -> bool:
         """All tensor ranks have all tokens, and divide them for the experts."""
         return self.tp.axis.size > 1 and not self.tp.splits_sequence

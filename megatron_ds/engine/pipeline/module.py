@@ -42,21 +42,18 @@ class PipelinedModel(PipelineModule):
         specs: all layers of the model.
         bounds: first layer of each pipeline stage, and the number of layers; see `pipeline.partition`.
         layout: sizes of the grid; DeepSpeed's topology has the same rank order.
-        splits_sequence: whether hidden states are divided along the sequence over the tensor ranks.
+        num_parts: number of parts that hidden states are divided into along the sequence.
     """
 
-    def __init__(
-        self, specs: Sequence[LayerSpec], bounds: Sequence[int], layout: Layout, splits_sequence: bool
-    ) -> None:
+    def __init__(self, specs: Sequence[LayerSpec], bounds: Sequence[int], layout: Layout, num_parts: int) -> None:
         self._bounds, self._specs, self._tied_groups = list(bounds), list(specs), list[tuple[nn.Parameter, Any]]()
         shards = layout.data * layout.context  # a fourth axis would leave context out of DeepSpeed's sums, and its norm
         topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=shards)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partition
             super().__init__([_DeepSpeedLayer(spec) for spec in specs], topology=topology)
-        divisor = layout.tensor if splits_sequence else 1
         start, stop = self._local_start, self._local_stop
-        self._entry = Boundary(specs[start], divisor)
-        self._exit = Boundary(specs[stop], divisor) if stop < len(specs) else None
+        self._entry = Boundary(specs[start], num_parts)
+        self._exit = Boundary(specs[stop], num_parts) if stop < len(specs) else None
         self.is_last = self._exit is None
         self.labels: deque[Mapping[str, Tensor] | None] = deque()
         self.shapes: dict[str, torch.Size] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,25 +72,28 @@ def with_loss(x: Tensor, loss: Tensor, settings: RouterSettings) -> Tensor:
     return _WithLoss.apply(x, loss, settings)
 
 
-def router_losses(routing: Routing, counts: Tensor, real: Tensor | None, axis: Axis) -> tuple[Tensor, Tensor]:
+def router_losses(routing: Routing, counts: Tensor, real: Tensor | None, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
     """Return this rank's parts of the load-balancing loss and of the z-loss of one layer and micro-batch.
 
-    Their sums over the tensor ranks are the losses. The first is E / (k T^2) sum_e c_e P_e, with c_e the number of
-    tokens that chose expert e and P_e the sum of their shares of it (Fedus et al. 2021): 1 if all are chosen alike.
-    The second is the mean of the squared logsumexp of the logits (Zoph et al. 2022). Communication: an all-reduce of
-    E + 1 numbers over tensor.
+    Their sums over the tensor and context ranks are the losses. The first is E / (k T^2) sum_e c_e P_e, with c_e the
+    number of tokens that chose expert e and P_e the sum of their shares of it (Fedus et al. 2021): 1 if all are chosen
+    alike. The second is the mean of the squared logsumexp of the logits (Zoph et al. 2022). Communication: all-reduces
+    of E + 1 numbers over tensor and context.
 
     Args:
         routing: of this rank's tokens.
         counts: (E,), the number of these that chose each expert, without those that are not real.
         real: (T,) bool, the tokens that are not padding; None = all.
-        axis: the tensor ranks, which route different tokens of one micro-batch.
+        axes: the tensor ranks and the context ranks, which route different tokens of one micro-batch.
     """
     shares, z = routing.shares, routing.logits.logsumexp(-1).square()
     count = torch.full((1,), len(shares), dtype=torch.float32, device=shares.device)
     if real is not None:
         shares, z, count = shares * real.unsqueeze(-1), z * real, real.sum(dtype=torch.float32).view(1)
-    global_counts, tokens = all_reduce_(torch.cat([counts.float(), count]), axis).split([len(counts), 1])
+    sums = torch.cat([counts.float(), count])
+    for axis in axes:
+        all_reduce_(sums, axis)
+    global_counts, tokens = sums.split([len(counts), 1])
     tokens = tokens.clamp(min=1.0).squeeze(0)
     factor = len(counts) / (routing.chosen.shape[1] * tokens.square())
     return (global_counts * shares.sum(0)).sum() * factor, z.sum() / tokens

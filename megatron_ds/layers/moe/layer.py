@@ -29,7 +29,8 @@ class MoE(nn.Module):
     (S, B, H) -> (S, B, H), or (S/t, B, H) -> (S/t, B, H) under sequence parallelism. Each tensor rank routes different
     tokens: those that it has, or its part of those that all have. Forward and backward, per micro-batch: 4 all-to-alls
     over the e expert ranks, of k T H (e-1)/e elements each for T tokens of a rank that are routed uniformly; an
-    all-to-all of E counts; over tensor, all-reduces of the router's gradient, EH elements, and of E + 1 sums; without
+    all-to-all of E counts; over tensor, all-reduces of the router's gradient, EH elements, and of E + 1 sums, which
+    context ranks sum too; without
     sequence parallelism also all-gathers of 2 SBH(t-1)/t elements; the traffic of an MLP for shared experts.
 
     Args:
@@ -108,7 +109,7 @@ class MoE(nn.Module):
         if mask is None:
             return None
         tp, by_position = self.parallel.tp, mask.t().bool()
-        real = by_position[tp.sequence_slice(len(by_position))].flatten()
+        real = by_position[tp.positions(len(by_position), mask.device)].flatten()
         return self.parallel.own_tokens(real)
 
     def _balanced(self, routing: Routing, dispatch: Dispatch, real: Tensor | None) -> Tensor:
@@ -123,7 +124,7 @@ class MoE(nn.Module):
             kept = routing.chosen.masked_fill(~real.unsqueeze(-1), experts).flatten().sort().values
             counts = count_per_expert(kept, experts)
         with torch.set_grad_enabled(is_differentiated):
-            balance, z = router_losses(routing, counts, real, self.parallel.tp.axis)
+            balance, z = router_losses(routing, counts, real, self.parallel.token_axes)
         if not is_replaying():
             self.load.add(counts, balance, z)
         if not is_differentiated:
