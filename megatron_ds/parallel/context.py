@@ -11,7 +11,6 @@ parts of its positions. Without causality, and with one group, every rank holds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -84,7 +83,7 @@ class ContextParallel:
         return as_index(self.runs(length), device)
 
     def order(self, length: int, device: torch.device) -> Tensor | None:
-        """Return the position of each token when the parts of all ranks are put together, (S,); None = 0..S-1."""
+        """Return the position of each token in the concatenation of all ranks' parts, (S,); None = 0..S-1."""
         runs = tuple(run for rank in range(self.axis.size) for run in self.runs(length, rank))
         return index_of_runs(runs, device) if self.zigzag and self.ring.size > 1 else None
 
@@ -117,7 +116,3 @@ def index_of_runs(runs: Runs, device: torch.device) -> Tensor:
     """Return positions, in order, int64 on a device; made once, because a copy to a GPU makes the host wait."""
     return torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(device)
 
-
-def all_positions(runs: Sequence[range]) -> list[int]:
-    """Return the positions of runs as a list."""
-    return [position for run in runs for position in run]

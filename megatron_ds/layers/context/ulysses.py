@@ -47,7 +47,7 @@ class HeadExchange:
 
     @cached_property
     def _wanted(self) -> list[list[int]]:
-        """For each rank the local indices of the key heads that it gets: as many for each."""
+        """The local indices of the key heads that each rank gets, as many for each."""
         size = len(self.held) // self.axis.size
         parts = [self.kv_of_held[start : start + size] for start in range(0, len(self.held), size)]
         wanted = [sorted(set(part)) for part in parts]
@@ -61,7 +61,7 @@ class HeadExchange:
 
     @cached_property
     def kv_of_head(self) -> tuple[int, ...]:
-        """For each head of `heads` the index of the key head that it reads, among those that this rank gets."""
+        """The index of the key head that each of `heads` reads, among those that this rank gets."""
         if self.axis.size == 1:
             return self.kv_of_held
         wanted = self._wanted[self.axis.rank]
