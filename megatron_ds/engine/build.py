@@ -100,7 +100,7 @@ def build_engine(
     Raises:
         ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
     """
-    summary = summarize_deepspeed(options.deepspeed)
+    options, summary = _counting_context(options, grid), summarize_deepspeed(options.deepspeed)
     rng, routers = RngStreams(options.seed, grid, device), replace(options.routers)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
@@ -136,7 +136,6 @@ def build_engine(
     optimizer = _optimizer(module, options.optimizer, device, folded)
     largest = max(grid.shard.size, grid.expert_shard.size) if folded else grid.shard.size
     config = adapt_to_device(options.deepspeed, device.type, largest)
-    config["train_batch_size"] *= grid.context.size  # DeepSpeed takes context ranks for data ranks
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use while it sets bf16 up
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -161,6 +160,12 @@ def build_engine(
     made.gradient_sums = find_gradient_sums(engine, device)
     made.routers = find_routers(module, grid, routers, options.bias_rate)
     return made
+
+
+def _counting_context(options: EngineOptions, grid: Grid) -> EngineOptions:
+    """Return options whose batch is what DeepSpeed expects, which takes context ranks for data ranks."""
+    batch = options.deepspeed["train_batch_size"] * grid.context.size
+    return replace(options, deepspeed={**options.deepspeed, "train_batch_size": batch})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.adapter_layers import AdaptableWeight, IA3Spec, LoRASpec, Output
-from megatron_ds.layers.alibi import Alibi, HeadSlopes
+from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output
+from megatron_ds.layers.alibi import HeadSlopes
 from megatron_ds.layers.attention_masks import Span, allowed_keys, allowed_keys_on_both_sides, without_blind_rows
+from megatron_ds.layers.attention_shape import AttentionShape
 from megatron_ds.layers.context.fetch import fetch, plan_fetch, seen_by, union
 from megatron_ds.layers.context.ulysses import HeadExchange
 from megatron_ds.layers.documents import DocumentLimit
@@ -25,111 +26,14 @@ from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall
 from megatron_ds.layers.kernels.reference import AttentionKernel, is_plain_attention
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
-from megatron_ds.layers.norm import AcrossHeadsNorm, EachHeadNorm, Norm, NormStyle
+from megatron_ds.layers.norm import AcrossHeadsNorm, EachHeadNorm, Norm
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
-from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions
+from megatron_ds.layers.relative_bias import RelativeBias
 from megatron_ds.layers.rotary import Angles, RotaryTable
 from megatron_ds.parallel.context import ContextParallel, index_of_runs
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
-
-
-@dataclass(frozen=True)
-class QueryTemperature:
-    """A factor of queries that grows with their positions p: 1 + beta * ln(1 + floor(p / length)) (Llama 4, 2025).
-
-    Attributes:
-        beta: the growth.
-        length: positions below it have the factor 1.
-    """
-
-    beta: float
-    length: int
-
-    def __post_init__(self) -> None:
-        assert self.length > 0, self
-
-    def scale(self, q: Tensor, positions: Tensor | None) -> Tensor:
-        """Multiply queries (S, B, heads, D) by the factors of their positions (B or 1, S); None = 0..S-1.
-
-        The factors are computed in fp32 and rounded to the dtype of the queries.
-        """
-        places = torch.arange(q.shape[0], device=q.device)[:, None] if positions is None else positions.t()
-        factors = 1.0 + self.beta * torch.log(1.0 + torch.floor(places / self.length))
-        return q * factors.to(q.dtype)[..., None, None]
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes and options of one attention layer.
-
-    Attributes:
-        hidden_size, num_heads, num_kv_heads, head_dim: H, N, K, D.
-        scale: factor of the scores.
-        causal: a query sees no later key; else it sees all.
-        qkv_bias, out_bias: which projections have a bias.
-        qk_norm: norm of queries and keys; None = no such norm. It is before the rotation, or `qk_norm_after_rotary`.
-        qk_norm_across_heads: this norm is over all heads of a token at once instead of over each head.
-        qk_norm_each_head: every head has a weight of its own; else all heads share one.
-        query_temperature: growth of the scores with the query's position, after rotation and norm; None = no growth.
-        window: a query sees the keys less than this far from it, its own included: with causality these are its last
-            ones, without it those on both sides; None = all.
-        softcap: scores s become softcap * tanh(s / softcap); None = they are unbounded.
-        alibi: fixed biases by distance; None = no such biases.
-        relative: learned biases by distance; None = no such biases.
-        sinks: each query head has a learned score that takes part in the softmax of every query, as of a further key
-            without a value (gpt-oss, 2025; Xiao et al. 2023).
-        dropout: the dropout probability of the attention probabilities.
-        q_std, kv_std, out_std: standard deviations of the projections' initialisation; sinks have that of keys.
-    """
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    causal: bool
-    qkv_bias: bool
-    out_bias: bool
-    qk_norm: NormStyle | None
-    qk_norm_across_heads: bool
-    window: int | None
-    softcap: float | None
-    alibi: Alibi | None
-    relative: RelativePositions | None
-    dropout: float
-    q_std: float
-    kv_std: float
-    out_std: float
-    sinks: bool = False
-    qk_norm_each_head: bool = False
-    qk_norm_after_rotary: bool = False
-    query_temperature: QueryTemperature | None = None
-
-    @property
-    def width(self) -> int:
-        """Number of features of all query heads, N * D."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_cost(self) -> int:
-        """Multiplications per position of the projections of keys and values."""
-        return 2 * self.hidden_size * self.num_kv_heads * self.head_dim
-
-    @property
-    def cost(self) -> int:
-        """Multiplications per position of all projections; those of queries with keys are not counted."""
-        return 2 * self.hidden_size * self.width + self.kv_cost
-
-    @property
-    def adaptable_weights(self) -> tuple[AdaptableWeight, ...]:
-        """The weights that adapters can change."""
-        return (
-            AdaptableWeight("qkv.q_weight", ("q",), is_column=True),
-            AdaptableWeight("qkv.kv_weight", ("k", "v"), is_column=True),
-            AdaptableWeight("out.weight", ("out",), is_column=False),
-        )
 
 
 class Attention(nn.Module):
@@ -320,13 +224,40 @@ class Attention(nn.Module):
 
         With a `span` q, k and v are its queries and keys; the masks are of whole rows.
         """
-        if self.kernels is not None and q.dtype != torch.float32 and q.shape[0] == k.shape[0] and span is None:
-            call = self._call(q, key_mask, positions, bounds)
+        call = self._call_of(q, k, key_mask, positions, bounds, span)
+        if call is not None:
             kernel = self._kernel(q, k, v, call)
             if kernel is not None:
                 k, v = (self._in_groups(part) for part in (k, v))
                 return kernel(q, k, v, call).flatten(2)
         return self._by_torch(q, k, v, key_mask, positions, span)
+
+    def _call_of(
+        self,
+        q: Tensor,
+        k: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        bounds: Tensor | None,
+        span: Span | None,
+    ) -> AttentionCall | None:
+        """Return the options of a call that kernels are asked for; None = it is PyTorch's.
+
+        Of the spans of a row it is those whose queries are the last ones of their keys, without masks and biases.
+        """
+        if self.kernels is None or q.dtype == torch.float32:
+            return None
+        if span is None:
+            return self._call(q, key_mask, positions, bounds) if q.shape[0] == k.shape[0] else None
+        masks = key_mask, positions, self.shape.alibi, self.relative
+        if not self.shape.causal or any(one is not None for one in masks):
+            return None
+        return replace(self._call(q, None, None, None), window=self._window(span.length))
+
+    def _window(self, length: int) -> int | None:
+        """Return the window in a row of a length; None = a query sees every position."""
+        window = self.shape.window
+        return window if window is not None and window < length else None
 
     def prepare(self, x: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> None:
         """Have the kernel made and checked that a call needs, if it is made at its first call.
@@ -368,7 +299,7 @@ class Attention(nn.Module):
             key_bias = self._alibi(length, q, key_mask, positions)[:, :, 0]
         return AttentionCall(
             shape.scale,
-            shape.window if shape.window is not None and shape.window < length else None,
+            self._window(length),
             shape.softcap,
             positions,
             causal=shape.causal,

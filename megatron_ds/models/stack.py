@@ -8,7 +8,7 @@ from typing import Self
 
 from megatron_ds.config import ModelShape
 from megatron_ds.layers.alibi import Alibi
-from megatron_ds.layers.attention import AttentionShape, QueryTemperature
+from megatron_ds.layers.attention_shape import AttentionShape, QueryTemperature
 from megatron_ds.layers.embedding import PositionTable
 from megatron_ds.layers.mlp import MLPShape
 from megatron_ds.layers.moe.shape import MoEShape, RouterShape

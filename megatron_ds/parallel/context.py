@@ -115,4 +115,3 @@ def as_index(runs: Runs, device: torch.device) -> slice | Tensor:
 def index_of_runs(runs: Runs, device: torch.device) -> Tensor:
     """Return positions, in order, int64 on a device; made once, because a copy to a GPU makes the host wait."""
     return torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(device)
-

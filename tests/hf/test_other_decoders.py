@@ -9,7 +9,7 @@ import torch
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.config_writing import config_json
-from megatron_ds.layers.attention import QueryTemperature
+from megatron_ds.layers.attention_shape import QueryTemperature
 from megatron_ds.models.gpt import DecoderConfig
 from tests.hf.hub_configs import HUB
 from tests.parity.case_fields import PLAIN_ROPE, YARN_ROPE

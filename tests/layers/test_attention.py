@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.layers.attention import Attention, AttentionShape, QueryTemperature
+from megatron_ds.layers.attention import Attention
+from megatron_ds.layers.attention_shape import AttentionShape, QueryTemperature
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.rotary import RotaryConfig, RotaryTable

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.layers.attention import Attention, AttentionShape, without_blind_rows
+from megatron_ds.layers.attention import Attention
+from megatron_ds.layers.attention_masks import without_blind_rows
+from megatron_ds.layers.attention_shape import AttentionShape
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.layers.sharded import B, H, S

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_ds.config import ParallelSection
-from megatron_ds.layers.attention import Attention, QueryTemperature
+from megatron_ds.layers.attention import Attention
+from megatron_ds.layers.attention_shape import QueryTemperature
 from megatron_ds.layers.norm import EachHeadNorm, Norm
 from megatron_ds.layers.xielu import XIELU
 from megatron_ds.models.block import Block

@@ -8,7 +8,7 @@ from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config_fields import FieldRules
 from megatron_ds.hf.config_translation import rotary
 from megatron_ds.hf.families.llama import RMS_FIELDS, decoder, family, one_window, rms
-from megatron_ds.layers.attention import QueryTemperature
+from megatron_ds.layers.attention_shape import QueryTemperature
 from megatron_ds.models.gpt import DecoderConfig
 
 BETA, LENGTH = "llama_4_scaling_beta", "original_max_position_embeddings"

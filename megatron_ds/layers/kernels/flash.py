@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_ds.layers.kernels.documents import by_documents
-from megatron_ds.layers.kernels.reference import AttentionCall, AttentionKernel, is_plain_attention
+from megatron_ds.layers.kernels.reference import AttentionCall, AttentionKernel, is_plain_of_last_queries
 from megatron_ds.layers.kernels.table import KERNELS, Candidate
 
 
 def flash_attention(module: str = "flash_attn", everything: int | None = -1) -> AttentionKernel:
     """Return flash-attn's attention: without a copy of its inputs, and for packed documents without an (S, S) mask.
+
+    It takes fewer queries than keys for the last ones (release 2.1 and later).
 
     Args:
         module: the Python module of the release.
@@ -55,12 +57,12 @@ def _output(result: Any) -> Tensor:
 
 def supports_3(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     """Return whether release 3 computes a call: on Hopper."""
-    return is_plain_attention(q, k, v, call) and _generation(q) in (None, 9)
+    return is_plain_of_last_queries(q, k, v, call) and _generation(q) in (None, 9)
 
 
 def supports_4(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     """Return whether release 4 computes a call: on Hopper and Blackwell; it has no backward pass of capped scores."""
-    return is_plain_attention(q, k, v, call) and call.softcap is None and _generation(q) in (None, 9, 10)
+    return is_plain_of_last_queries(q, k, v, call) and call.softcap is None and _generation(q) in (None, 9, 10)
 
 
 def _generation(q: Tensor) -> int | None:
@@ -73,6 +75,6 @@ FLASH_4 = partial(flash_attention, "flash_attn.cute", None)
 for name, one in {
     "flash3": Candidate("flash_attn_interface", FLASH_3, "flash-attn-3", supports=supports_3),
     "flash4": Candidate("flash_attn.cute", FLASH_4, "flash-attn-4", supports=supports_4),
-    "flash": Candidate("flash_attn", flash_attention, "flash-attn"),
+    "flash": Candidate("flash_attn", flash_attention, "flash-attn", supports=is_plain_of_last_queries),
 }.items():
     KERNELS["attention"].register(name, one)

@@ -176,7 +176,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     is_long = q.shape[0] >= (SHORTEST if learned is None else SHORTEST_LEARNED)
     options = (call.window, call.softcap, call.positions, call.key_bias, call.distance_bias, call.sinks)
     needs_pairs = any(one is not None for one in options) or (call.causal and call.key_mask is not None)
-    return fits and is_long and needs_pairs and call.dropout == 0.0
+    return fits and is_long and needs_pairs and call.dropout == 0.0 and q.shape[0] == k.shape[0]
 
 
 KERNELS["attention"].register("flex", Candidate("torch", flex_attention, "torch", supports=supports, deferred=True))

@@ -18,6 +18,8 @@ from torch import Tensor
 class AttentionCall:
     """The arguments of attention besides q (S, B, N, D), k and v (S, B, K, D), with N a multiple of K.
 
+    Kernels that support it take fewer queries than keys, which are then the last ones of S positions.
+
     Attributes:
         scale: factor of the scores.
         window: a query attends to keys less than this far from it: with causality to this many last ones, without it
@@ -146,7 +148,8 @@ def reference_rotary(q: Tensor, k: Tensor, call: RotaryCall) -> tuple[Tensor, Te
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Compute an `AttentionKernel` by its formula, step by step."""
-    length, heads = q.shape[0], q.shape[2]
+    length, heads = k.shape[0], q.shape[2]
+    queries = slice(length - q.shape[0], length)
     q, k, v = (part.permute(1, 2, 0, 3).float() for part in (q, k, v))
     k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
     scores = q @ k.transpose(-1, -2) * call.scale
@@ -155,8 +158,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) ->
     if call.key_bias is not None:
         scores = scores + call.key_bias.float()[:, :, None]
     if call.distance_bias is not None:
-        scores = scores + call.distance_bias.float().unfold(1, length, 1).flip(1)
-    seen = reference_mask(length, call, q.device)
+        scores = scores + call.distance_bias.float().unfold(1, length, 1).flip(1)[:, queries]
+    seen = reference_mask(length, call, q.device)[:, :, queries]
     sees_any = seen.any(-1, keepdim=True)
     scores = scores.masked_fill(~seen & sees_any, -torch.inf)
     if call.sinks is not None:
@@ -263,9 +266,20 @@ def sinks_input(random: Random) -> tuple[Any, ...]:
     return random(8, 2, 4, 64), random(8, 2, 2, 64), random(8, 2, 2, 64), call
 
 
+def last_queries_input(random: Random) -> tuple[Any, ...]:
+    """Return arguments of an `AttentionKernel` with the last queries alone, and a window."""
+    return random(5, 2, 4, 64), random(9, 2, 2, 64), random(9, 2, 2, 64), AttentionCall(0.3, window=6)
+
+
 def is_plain_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     """Return whether these are arguments that every `AttentionKernel` computes."""
-    return call.is_plain and q.dtype in (torch.float16, torch.bfloat16)
+    return is_plain_of_last_queries(q, k, v, call) and q.shape[0] == k.shape[0]
+
+
+def is_plain_of_last_queries(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
+    """Return whether these are arguments of plain attention of all queries, or of the last ones of one document."""
+    is_whole = q.shape[0] == k.shape[0]
+    return call.is_plain and q.dtype in (torch.float16, torch.bfloat16) and (is_whole or call.positions is None)
 
 
 def attention_variant(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[bool, ...]:

@@ -31,6 +31,7 @@ from megatron_ds.layers.kernels.reference import (
     gelu_tanh_gated_input,
     heads_norm_input,
     is_plain_attention,
+    last_queries_input,
     norm_input,
     reference_add_rms_norm,
     reference_attention,
@@ -152,7 +153,7 @@ KERNELS: Mapping[str, Operation] = {
     "attention": Operation(
         "attention",
         reference_attention,
-        (attention_input, documents_input, bounds_input, sinks_input),
+        (attention_input, documents_input, bounds_input, sinks_input, last_queries_input),
         supports=is_plain_attention,
         variant=attention_variant,
         smaller=smaller_attention,
