@@ -205,7 +205,8 @@ NAME_WIDTH = 12
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
     """Return the start-up summary as (name, value) pairs."""
     world = (
-        f"{summary.world_size} = tp {summary.tensor} x pp {summary.pipeline} x dp {summary.data}"
+        f"{summary.world_size} = tp {summary.tensor}{f' x cp {summary.context}' if summary.context > 1 else ''}"
+        f" x pp {summary.pipeline} x dp {summary.data}"
         f"{', sequence parallel' if summary.sequence else ''}"
     )
     tokens = summary.tokens_per_step * summary.steps
@@ -217,6 +218,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("model", f"{summary.model_name}, {params}"),
         *((("experts", summary.experts),) if summary.experts else ()),
         ("world", world),
+        *((("context", summary.context_plan),) if summary.context_plan else ()),
         ("deepspeed", f"ZeRO stage {summary.zero_stage}, {summary.precision}"),
         ("device", summary.device),
         ("steps", f"{summary.steps:,} of {summary.tokens_per_step:,} tokens ({format_count(tokens)} in total)"),

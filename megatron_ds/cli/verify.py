@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from megatron_ds.cli.plugins import Imports, load_plugins
 from megatron_ds.paths import expanded
 
 if TYPE_CHECKING:
+    from megatron_ds.config import ContextMethod
     from megatron_ds.verify import Report
     from megatron_ds.verify.compare import Difference
     from megatron_ds.verify.report import InputReport
@@ -26,6 +27,7 @@ Examples:
 \b
   megatron-ds verify path/to/hf_dir
   megatron-ds verify path/to/hf_dir --tp 2 --pp 2 --json report.json
+  megatron-ds verify path/to/hf_dir --cp 4 --cp-method ring
   megatron-ds verify path/to/mixture_of_experts --tp 2 --ep 4
 """
 
@@ -34,6 +36,10 @@ def verify(
     hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR", parser=expanded)],
     tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor ranks.")] = 1,
     pp: Annotated[int, typer.Option("--pp", metavar="N", help="Pipeline ranks.")] = 1,
+    cp: Annotated[int, typer.Option("--cp", metavar="N", help="Context ranks, which divide each sequence.")] = 1,
+    cp_method: Annotated[
+        str, typer.Option("--cp-method", metavar="METHOD", help="Theirs: auto, ulysses, gather or ring.")
+    ] = "auto",
     ep: Annotated[
         int | None, typer.Option("--ep", metavar="N", help="Ranks that divide the experts (default: the tensor ranks).")
     ] = None,
@@ -52,7 +58,9 @@ def verify(
         raise ConfigError(f"--json={json} is not a file in a directory that exists")
     if json is not None and json.exists() and hf_dir.resolve() in json.resolve().parents:
         raise ConfigError(f"--json={json} would replace a file of {hf_dir}, which is read; choose another file")
-    report = verify_hf(hf_dir, tp, pp, ep=ep, sequence=sequence, note=_note)
+    report = verify_hf(
+        hf_dir, tp, pp, cp=cp, cp_method=cast("ContextMethod", cp_method), ep=ep, sequence=sequence, note=_note
+    )
     if json is not None:
         report.save(json)
     for line in lines(report):
@@ -69,7 +77,8 @@ def lines(report: Report) -> list[str]:
     """Return the report as lines of text, one per result, the verdict last."""
     from megatron_ds.cli.display import format_count
 
-    ranks = f"{report.tp * report.pp * report.dp} = tp {report.tp} x pp {report.pp}"
+    context = f" x cp {report.cp}" if report.cp > 1 else ""
+    ranks = f"{report.tp * report.cp * report.pp * report.dp} = tp {report.tp}{context} x pp {report.pp}"
     ranks += f" x dp {report.dp}" if report.dp > 1 else ""
     ranks += f", ep {report.ep}" if report.ep is not None else ""
     ranks += ", sequence parallel" if report.sequence else ""

@@ -8,8 +8,8 @@ from megatron_ds.config.checks import (
     check_run,
     check_target_length,
 )
-from megatron_ds.config.context_plan import ContextNames, ContextPlan, plan_context
-from megatron_ds.config.context_section import ContextSection
+from megatron_ds.config.context_plan import ContextNames, ContextPlan, check_context_length, plan_context
+from megatron_ds.config.context_section import ContextMethod, ContextSection
 from megatron_ds.config.data_section import DataSection, DataSource
 from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving
 from megatron_ds.config.deepspeed_json import (
@@ -35,6 +35,7 @@ from megatron_ds.config.run_config import (
 
 __all__ = [
     "CheckpointSection",
+    "ContextMethod",
     "ContextNames",
     "ContextPlan",
     "ContextSection",
@@ -54,6 +55,7 @@ __all__ = [
     "adapt_to_device",
     "build_run",
     "build_section",
+    "check_context_length",
     "check_data",
     "check_engine",
     "check_expert_layout",

@@ -10,6 +10,8 @@ from typing import Literal
 
 from megatron_ds.config.checks import ModelShape, nearest
 from megatron_ds.config.context_section import ContextSection
+from megatron_ds.config.data_section import DataSection
+from megatron_ds.config.run_config import ParallelSection
 from megatron_ds.errors import TopologyError
 
 
@@ -96,6 +98,24 @@ def plan_context(
         why = f"no kernel with a log-sum-exp has {' and '.join(shape.score_options)}, so keys and values are fetched"
         return replace(plan, method="gather", reason=f"{plan.reason}; {why}")
     return replace(plan, method="ring", reason=f"{plan.reason}; kernels with a log-sum-exp compute every layer")
+
+
+def check_context_length(data: DataSection, parallel: ParallelSection, plan: ContextPlan, shape: ModelShape) -> None:
+    """Check that sequences that context ranks cannot divide may be padded.
+
+    Raises:
+        TopologyError: the model computes something else in a longer sequence.
+    """
+    multiple = plan.multiple_of(parallel.tensor if parallel.sequence else 1)
+    if plan.size == 1 or not shape.length_ropes or data.seq_length % multiple == 0:
+        return
+    below = data.seq_length // multiple * multiple
+    near = " or ".join(str(length) for length in (below, below + multiple) if length)
+    raise TopologyError(
+        f"data.seq_length={data.seq_length} is not divisible by {multiple}, which parallel.context={plan.size} needs "
+        f"here: it would be padded, and the model's rope type {shape.length_ropes[0]} depends on the length; nearest: "
+        f"{near}"
+    )
 
 
 def _ulysses_ranks(section: ContextSection, heads: int) -> int:

@@ -15,11 +15,13 @@ class RunSummary:
         num_params: parameters of the full model, over all ranks; tied ones counted once.
         num_active_params: those that one token uses; None = all.
         experts: the experts of a layer, and the ranks that divide them; empty without experts.
-        world_size: number of ranks, `tensor * pipeline * data`.
+        world_size: number of ranks, `tensor * context * pipeline * data`.
         tensor: Tensor-parallel size.
         pipeline: pipeline stages.
         data: Data-parallel size.
         sequence: whether sequence parallelism is on.
+        context: number of ranks that divide each sequence.
+        context_plan: their division by communication, and why; empty with one rank.
         zero_stage: ZeRO stage, 0-3.
         precision: precision of the computation, e.g. `bf16`.
         device: name of the device, e.g. `NVIDIA H100` or `cpu`.
@@ -50,6 +52,8 @@ class RunSummary:
     kept: str = ""
     num_active_params: int | None = None
     experts: str = ""
+    context: int = 1
+    context_plan: str = ""
 
 
 class Reporter(Protocol):

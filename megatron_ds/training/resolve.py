@@ -10,6 +10,7 @@ from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, reso
 from megatron_ds.config import (
     EngineConfig,
     RunConfig,
+    check_context_length,
     check_data,
     check_saving,
     load_deepspeed,
@@ -95,6 +96,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     )
     device_settings(run).check_precision(plan.summary.precision)
     check_data(run.data, run.parallel, hf.core.shape())
+    check_context_length(run.data, run.parallel, plan.context, hf.core.shape())
     _check_saving(run, plan)
     _check_paths(run)
     model = open_model(

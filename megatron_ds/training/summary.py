@@ -44,6 +44,8 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         pipeline=layout.pipeline,
         data=layout.data,
         sequence=run.parallel.sequence,
+        context=layout.context,
+        context_plan=resolved.plan.context.describe() if layout.context > 1 else "",
         zero_stage=resolved.plan.summary.zero_stage,
         precision=resolved.plan.summary.precision,
         device=_describe_device(resolved, engine.device),

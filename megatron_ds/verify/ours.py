@@ -56,7 +56,7 @@ def run_rank(
     session = Session(info, start_distributed(info))
     hf = replace(weights.model, core=weights.model.core.without_dropout())
     model = LoadedModel(hf, ModelSection(path=str(weights.directory)), weights)
-    samples, data = len(inputs[0].input_ids), info.world_size // (parallel.tensor * parallel.pipeline)
+    samples, data = len(inputs[0].input_ids), info.world_size // parallel.model_ranks
     config = EngineConfig(
         parallel=parallel,
         deepspeed={"zero_optimization": {"stage": 0}},  # in fp32 gradients stay where autograd leaves them

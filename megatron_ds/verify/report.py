@@ -90,7 +90,8 @@ class RoundTrip:
 class Report:
     """The verification of a directory at one layout.
 
-    `dp`: data ranks, which expert ranks may need; `ep`: expert ranks, None = the tensor ranks.
+    `dp`: data ranks, which expert ranks may need; `cp`: ranks that divide each sequence; `ep`: expert ranks, None = the
+    tensor ranks.
     """
 
     path: str
@@ -103,6 +104,7 @@ class Report:
     round_trip: RoundTrip
     not_reached: str | None
     dp: int = 1
+    cp: int = 1
     ep: int | None = None
 
     @property

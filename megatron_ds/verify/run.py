@@ -7,13 +7,23 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from megatron_ds.config import ExpertNames, ModelShape, ParallelSection, check_expert_layout, check_layout
+from megatron_ds.config import (
+    ContextMethod,
+    ContextNames,
+    ContextSection,
+    ExpertNames,
+    ModelShape,
+    ParallelSection,
+    check_expert_layout,
+    check_layout,
+    plan_context,
+)
 from megatron_ds.config.checks import nearest
-from megatron_ds.errors import ConfigError, ConversionError, TopologyError
+from megatron_ds.errors import ConfigError, ConversionError, TopologyError, not_one_of
 from megatron_ds.hf.config import read_model, unread_fields
 from megatron_ds.hf.convert import rewrite
 from megatron_ds.hf.weight_files import TensorSource, open_directory
@@ -34,7 +44,8 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 
 
-NAMES = ExpertNames("--ep", "--tp")
+NAMES = ExpertNames("--ep", "--tp", "--cp")
+CONTEXT_NAMES = ContextNames(size="--cp", method="--cp-method", tensor="--tp")
 
 
 def verify_hf(
@@ -42,13 +53,16 @@ def verify_hf(
     tp: int = 1,
     pp: int = 1,
     *,
+    cp: int = 1,
+    cp_method: ContextMethod = "auto",
     ep: int | None = None,
     sequence: bool = False,
     note: Note = lambda text: None,
 ) -> Report:
-    """Compare our model on tp * pp ranks with transformers, in fp32: outputs, loss, every gradient, and the round trip.
+    """Compare our model on tp * pp * cp ranks with transformers: outputs, loss, every gradient, and the round trip.
 
-    If the tensor ranks are too few for `ep`, there are as many data ranks as it needs, which all get the same samples.
+    All is computed in fp32. If the tensor and context ranks are too few for `ep`, there are as many data ranks as it
+    needs, which all get the same samples.
 
     It needs several times the memory of the model, its gradients and its activations, and disk space for two copies of
     the model in the temporary directory.
@@ -56,6 +70,7 @@ def verify_hf(
     Args:
         hf_dir: config.json and weights of a supported family.
         tp, pp: tensor and pipeline ranks, started on this machine.
+        cp: ranks that divide each sequence; `cp_method`: of their communication, see `ContextSection`.
         ep: ranks that divide the experts of a layer; None = the tensor ranks.
         sequence: Megatron's sequence parallelism over the tensor ranks.
         note: called with a line of text before each part.
@@ -79,8 +94,11 @@ def verify_hf(
         note(f"tensor names are read {weights.source.renaming}")
     core = weights.model.core
     check_layout(core.shape(), tp, pp, names=(NAMES.tensor, "--pp"))
-    parallel, data = _with_experts(ParallelSection(tensor=tp, pipeline=pp, sequence=sequence), ep, core.shape())
-    inputs, not_reached = core.probes(tp if sequence else 1)
+    section = _context_section(cp, cp_method)
+    parallel = ParallelSection(tensor=tp, pipeline=pp, context=section, sequence=sequence)
+    parallel, data = _with_experts(parallel, ep, core.shape())
+    context = plan_context(section, core.without_dropout().shape(), tp, CONTEXT_NAMES)
+    inputs, not_reached = core.probes(context.multiple_of(tp if sequence else 1))
     _preload()
     from megatron_ds.verify.ours import run_rank
 
@@ -91,7 +109,8 @@ def verify_hf(
         (losses,) = run_local(
             lambda info: run_reference(directory, weights.model, inputs, results, weights.state_dict()), 1
         )
-        note(f"megatron_ds on {world_size} ranks: outputs, loss and gradients")
+        ranks_of = f"{world_size} ranks{f', context {context.describe()}' if context.size > 1 else ''}"
+        note(f"megatron_ds on {ranks_of}: outputs, loss and gradients")
         ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), world_size)
         note("round trip: every tensor through the tables and back")
         (round_trip,) = run_local(lambda info: check_round_trip(weights, directory, results / "rewritten"), 1)
@@ -101,6 +120,7 @@ def verify_hf(
         num_params=weights.num_params,
         tp=tp,
         pp=pp,
+        cp=cp,
         sequence=sequence,
         dp=data,
         ep=ep,
@@ -108,6 +128,14 @@ def verify_hf(
         round_trip=round_trip,
         not_reached=not_reached,
     )
+
+
+def _context_section(size: int, method: ContextMethod) -> ContextSection:
+    if size < 1:
+        raise TopologyError(f"{CONTEXT_NAMES.size}={size} is less than one rank; nearest: 1")
+    if method not in get_args(ContextMethod):
+        raise ConfigError(f"{CONTEXT_NAMES.method}={method} {not_one_of(method, get_args(ContextMethod))}")
+    return ContextSection(size=size, method=method)
 
 
 def _with_experts(parallel: ParallelSection, ep: int | None, shape: ModelShape) -> tuple[ParallelSection, int]:
@@ -130,7 +158,7 @@ def _with_experts(parallel: ParallelSection, ep: int | None, shape: ModelShape) 
             f"nearest: {NAMES.expert}={' or '.join(map(str, legal))}"
         )
     parallel = parallel.model_copy(update={"expert": ep})
-    data = parallel.least_ranks // (parallel.tensor * parallel.pipeline)
+    data = parallel.least_ranks // parallel.model_ranks
     check_expert_layout(parallel, shape, data, NAMES)
     return parallel, data
 

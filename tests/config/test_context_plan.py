@@ -1,17 +1,36 @@
 """`parallel.context`: its values and messages, and how the ranks of a sequence are divided by kind of exchange."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from megatron_ds.config import ContextPlan, ContextSection, ModelShape, ParallelSection, build_section, plan_context
-from megatron_ds.errors import ConfigError
+from megatron_ds.config import (
+    ContextPlan,
+    ContextSection,
+    DeepSpeedSummary,
+    EngineConfig,
+    ModelShape,
+    ParallelSection,
+    RunConfig,
+    build_section,
+    check_context_length,
+    check_experts,
+    check_run,
+    dump_run,
+    load_deepspeed,
+    load_run,
+    plan_context,
+)
+from megatron_ds.errors import ConfigError, TopologyError
 
 SHAPE = ModelShape(
     num_layers=4, num_attention_heads=12, ffn_size=64, hidden_size=48, vocab_size=101, max_positions=None
 )
 CAPPED = replace(SHAPE, score_options=("soft caps",))
+ZERO_1 = DeepSpeedSummary(1, "fp32", False, False)
 ENCODER = replace(SHAPE, causal=False)
 
 
@@ -132,3 +151,73 @@ def test_the_choice_is_stated_with_its_reason() -> None:
     assert plan_context(ContextSection(size=4, method="ring"), ENCODER, 1).describe() == (
         "4 = ring 4: as the run file has it"
     )
+
+
+def test_ranks_and_batches_of_a_run(make_run: Callable[..., RunConfig]) -> None:
+    def data_ranks(world_size: int, context: int, **parallel: int) -> int:
+        run = make_run(parallel={"context": context, **parallel}, train={"global_batch_size": 6})
+        return check_run(run, SHAPE, ZERO_1, world_size, "cpu")
+
+    assert data_ranks(4, context=4) == 1 and data_ranks(24, context=2, tensor=2, pipeline=2) == 3
+    assert data_ranks(8, context=8, tensor=1) == 1, "samples are divided over data ranks alone"
+    with pytest.raises(TopologyError) as caught:
+        data_ranks(6, context=4)
+    assert str(caught.value) == (
+        "parallel.tensor=1 * parallel.pipeline=1 * parallel.context=4 = 4 does not divide the number of ranks 6; "
+        "nearest: 4 or 8 ranks; or, with 6, parallel.context=3 or 6"
+    )
+    parallel = make_run(parallel={"context": 2, "tensor": 2, "expert": 8}).parallel
+    assert (parallel.model_ranks, parallel.least_ranks) == (4, 8)
+
+
+def test_experts_are_divided_over_context_ranks_too() -> None:
+    config = EngineConfig(parallel=ParallelSection(tensor=2, context=ContextSection(size=2), expert=4))
+    check_experts(config, replace(SHAPE, num_experts=8), {}, data_size=1)
+    config = EngineConfig(parallel=ParallelSection(tensor=2, context=ContextSection(size=2), expert=8))
+    with pytest.raises(TopologyError) as caught:
+        check_experts(config, replace(SHAPE, num_experts=8), {}, data_size=1)
+    assert str(caught.value) == (
+        "parallel.expert=8 does not divide the 4 ranks of a pipeline stage (parallel.tensor=2 * parallel.context=2 * 1 "
+        "data ranks); nearest: parallel.expert=4"
+    )
+
+
+def test_shared_memory_is_for_tensor_ranks_alone(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(parallel={"tensor": 2, "context": 2, "shared_memory": True})
+    with pytest.raises(ConfigError, match=r"try false, or 2 ranks and parallel\.context=1$"):
+        check_run(run, SHAPE, ZERO_1, 4, "cpu")
+
+
+def test_lengths_are_padded_unless_the_rope_depends_on_them(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(parallel={"context": 4, "tensor": 2, "sequence": True}, data={"seq_length": 30})
+    plan = plan_context(run.parallel.context, SHAPE, 2)
+    check_run(run, SHAPE, ZERO_1, 8, "cpu")
+    check_context_length(run.data, run.parallel, plan, SHAPE)
+    with pytest.raises(TopologyError) as caught:
+        check_context_length(run.data, run.parallel, plan, replace(SHAPE, length_ropes=("dynamic",)))
+    assert str(caught.value) == (
+        "data.seq_length=30 is not divisible by 16, which parallel.context=4 needs here: it would be padded, and the "
+        "model's rope type dynamic depends on the length; nearest: 16 or 32"
+    )
+
+
+@pytest.mark.parametrize("key", ["sequence_parallel", "sequence_parallel_size"])
+def test_deepspeed_divides_no_sequences_itself(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_deepspeed({key: 2})
+    assert str(caught.value) == (
+        f"deepspeed.{key} (run file): megatron_ds does not run with it: set parallel.context in the run file"
+    )
+
+
+@pytest.mark.parametrize("name", ["cp", "context_parallel_size", "parallel.cp", "ulysses_size"])
+def test_other_trainers_names_are_known(run_file: Callable[..., Path], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: unknown key; did you mean parallel\.context\?$"):
+        load_run(run_file(), [f"{name}=2"])
+
+
+def test_the_run_file_is_written_with_its_context(run_file: Callable[..., Path]) -> None:
+    run = load_run(run_file(), ["parallel.context.size=4", "parallel.context.method=ring"])
+    assert load_run(run_file(dump_run(run))) == run
+    plain = load_run(run_file(), ["parallel.context=4"])
+    assert plain.parallel.context == ContextSection(size=4) and "context: 4" in dump_run(plain)

@@ -79,6 +79,16 @@ def test_exit_status_1_where_it_is_off(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--cp", "0"], "error: --cp=0 is less than one rank; nearest: 1"),
+        (
+            ["--cp", "2", "--cp-method", "rings"],
+            "error: --cp-method=rings is not one of auto, ulysses, gather, ring; did you mean ring?",
+        ),
+        (
+            ["--tp", "2", "--cp", "3", "--cp-method", "ulysses"],
+            "error: --cp=3 with --cp-method=ulysses does not divide the 4 query heads of a tensor rank "
+            "(num_attention_heads=8 / --tp=2); nearest: 2 or 4, or try --cp-method=auto",
+        ),
         (["--tp", "3"], "error: --tp=3 does not divide num_attention_heads=8; nearest: 2 or 4"),
         (["--pp", "5"], "error: --pp=5 is more than num_layers=4, and each stage needs a layer; nearest: 4"),
         (["--tp", "0"], "error: --tp=0 is less than one rank; nearest: 1"),
