@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from megatron_ds.config.context_section import ContextSection
 from megatron_ds.config.data_section import DataSection
+from megatron_ds.config.rope_section import RopeSection
 from megatron_ds.config.schema_base import (
     Beta,
     Count,
@@ -136,7 +137,8 @@ class HeadSection(Section):
 class ModelSection(Section):
     """The model: a directory (`path`), or Hugging Face config fields (`config`, random weights).
 
-    `head`: a new head for labels; None: the model's own.
+    `head`: a new head for labels; None: the model's own. `rope`: another rotation of positions, for longer texts; None:
+    the model's own.
     """
 
     path: PathText | None = None
@@ -144,6 +146,7 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     tokenizer: PathText | None = None
     head: HeadSection | None = None
+    rope: RopeSection | None = None
 
     @model_validator(mode="before")
     @classmethod

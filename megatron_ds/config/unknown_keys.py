@@ -61,6 +61,7 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "pipeline_parallel_size": "parallel.pipeline",
     "pp": "parallel.pipeline",
     "resume_from_checkpoint": "checkpoint.resume",
+    "rope_scaling": "model.rope",
     "router_aux_loss_coef": "train.moe_aux_loss",
     "sample_packing": "data.packing",
     "save_steps": "checkpoint.every",

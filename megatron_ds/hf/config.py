@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_ds.config.rope_section import RopeSection
 from megatron_ds.config.run_config import HeadSection
 from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.family import HEAD, Family, Row
@@ -49,6 +50,7 @@ class HFModel:
         passed_through: names on disk of the tensors that exports have byte for byte, in the order on disk; the weights
             show them.
         replaced: the model with the head that a new one takes the place of; None = the head is its own.
+        rope: the rotation of positions that the run file gives it in place of that on disk; None = its own.
     """
 
     family: Family
@@ -60,6 +62,7 @@ class HFModel:
     on_disk: Mapping[str, Any] = field(default_factory=dict)
     passed_through: tuple[str, ...] = ()
     replaced: HFModel | None = None
+    rope: RopeSection | None = None
 
     def with_tied(self, tied: bool) -> HFModel:
         """Return the same model with the head tied to the embedding, or not."""

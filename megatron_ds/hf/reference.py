@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -79,7 +80,8 @@ def _with_adapters(directory: Path, model: HFModel, dtype: Any) -> Any:
     from peft import PeftModel
 
     base = named_base(directory)
-    theirs = _load(str(base), model, dtype, not_there=new_head_tensors(model))
+    of_base = replace(model, reworded=model.reworded or model.rope is not None)
+    theirs = _load(str(base), of_base, dtype, not_there=new_head_tensors(model))
     if theirs.config.vocab_size != model.core.vocab_size:
         theirs.resize_token_embeddings(model.core.vocab_size, mean_resizing=False)  # the adapters have the new tables
     try:

@@ -10,6 +10,7 @@ from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.peft.adapters import Adapters, read_adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, find_weights
 from megatron_ds.hf.peft.reader import AdapterReader
+from megatron_ds.hf.peft.rope_file import ROPE_FILE, check_same_rope
 
 
 def open_adapters(
@@ -29,6 +30,8 @@ def open_adapters(
     """
     assert base_path is not None, "adapters need a model with weights"
     base = str(Path(base_path).resolve())
+    if isinstance(peft, str):
+        check_same_rope(Path(peft), model)
     adapters = read_adapters(peft, model, base)
     adapters.check_trainable()
     source: str | Path | None = peft if isinstance(peft, str) and find_weights(peft) is not None else None
@@ -58,7 +61,12 @@ def _check_same(adapters: Adapters, checkpoint: Path, model: HFModel, base: str)
         raise CheckpointError(
             f"{checkpoint} holds a full model, and the run trains adapters; choose another output, or remove peft"
         )
+    if model.rope is not None and not (checkpoint / ROPE_FILE).is_file():
+        raise CheckpointError(
+            f"{checkpoint} was trained without model.rope; remove it, or choose another output with peft={checkpoint}"
+        )
     try:
+        check_same_rope(checkpoint, model)
         saved = read_adapters(checkpoint, model, base)
     except ConversionError as problem:
         raise CheckpointError(f"{checkpoint}: {problem}") from problem

@@ -19,6 +19,7 @@ from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.reader import AdapterReader
+from megatron_ds.hf.rope import with_rope
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
 from megatron_ds.log import log_once
@@ -96,6 +97,7 @@ def load_model(
     init: str | None = None,
     tokenizer: str | None = None,
     head: Mapping[str, Any] | None = None,
+    rope: Mapping[str, Any] | None = None,
     peft: str | Mapping[str, Any] | None = None,
     freeze: Sequence[str] = (),
     seed: int = 1234,
@@ -108,6 +110,7 @@ def load_model(
         init: "pretrained" or "random"; None = "pretrained" for a directory.
         tokenizer: directory of the tokenizer that exports carry; None = that of `source`.
         head: a new head for labels, by the keys of `model.head`; None = the model's own head.
+        rope: another rotation of positions, by the keys of `model.rope`; None = the model's own.
         peft: fields of a peft config, or a directory with one; its adapters are trained instead of the model.
         freeze: patterns of Hugging Face tensor names that are not trained.
         seed: seed of randomly initialized parameters.
@@ -117,7 +120,8 @@ def load_model(
         ConversionError: the directory cannot be read, or its model is not supported.
     """
     fields = {"config": dict(source)} if isinstance(source, Mapping) else {"path": str(source)}
-    given = {**fields, "init": init, "tokenizer": tokenizer, "head": dict(head) if head is not None else None}
+    sections = {"head": dict(head) if head is not None else None, "rope": dict(rope) if rope is not None else None}
+    given = {**fields, "init": init, "tokenizer": tokenizer, **sections}
     section = name_checkpoints(build_section(ModelSection, given, "model"))
     plain = dict(peft) if isinstance(peft, Mapping) else expanded_text(peft) if peft is not None else None
     return open_model(read_model_section(section), section, peft=plain, freeze=freeze, seed=seed)
@@ -137,10 +141,11 @@ def read_model_section(section: ModelSection) -> HFModel:
     """Read the config that a `model` section names.
 
     Raises:
-        ConfigError: the path is a directory of adapters; or see `with_new_head`.
+        ConfigError: the path is a directory of adapters; or see `with_rope` and `with_new_head`.
         ConversionError: see `read_model`.
     """
     model = _read_own(section)
+    model = model if section.rope is None else with_rope(model, section.rope)
     return model if section.head is None else with_new_head(model, section.head)
 
 

@@ -135,9 +135,10 @@ def check_same_model(run: HFModel, saved: HFModel, checkpoint: Path) -> None:
         {**current, **other}, key=lambda name: isinstance(current.get(name), list | tuple)
     ):  # numbers first
         if current.get(name) != other.get(name) and "dropout" not in name:
+            back = "change model.rope back, " if name.rpartition(".")[2] == "rotary" else ""
             raise CheckpointError(
                 f"{checkpoint} has a different model: {name}={show(other.get(name))}, the run has "
-                f"{show(current.get(name))}; choose another output, or checkpoint.resume=never"
+                f"{show(current.get(name))}; {back}choose another output, or checkpoint.resume=never"
             )
 
 

@@ -215,6 +215,31 @@ REFUSALS = [
         "model={config: {hidden_size: 8}}",
         "model.config.model_type is missing; name the Hugging Face model type, for example llama",
     ),
+    # another rotation of positions
+    ("model.rope=yarn", "model.rope=yarn is not a mapping; write {key: value}"),
+    ("model.rope={factor: 4}", "model.rope.type is missing"),
+    (
+        "model.rope={type: ntk, factor: 4}",
+        "model.rope.type=ntk is not one of default, linear, dynamic, yarn, llama3, longrope",
+    ),
+    ("model.rope={type: yarn}", "model.rope.factor is missing, which model.rope.type=yarn needs; add it"),
+    ("model.rope={type: yarn, factor: 0.5}", "model.rope.factor=0.5 must be at least 1.0; nearest: 1.0"),
+    (
+        "model.rope={type: linear, factor: 4, beta_fast: 16}",
+        "model.rope.beta_fast=16.0 does nothing with model.rope.type=linear; legal with it: factor, rope_theta, "
+        "original_max_position_embeddings, max_position_embeddings",
+    ),
+    (
+        "model.rope={type: longrope, short_factor: [1.0], long_factor: [2.0]}",
+        "model.rope.factor is missing, and model.rope.max_position_embeddings too; add one",
+    ),
+    (
+        "model.rope={type: dynamic, factor: 4, max_position_embeddings: 64}",
+        "model.rope.max_position_embeddings=64 does nothing with model.rope.type=dynamic, which stretches positions "
+        "from the original length on; try model.rope.original_max_position_embeddings",
+    ),
+    ("model.rope.rope_type=yarn", "model.rope.rope_type: unknown key; did you mean model.rope.type?"),
+    ("rope_scaling={type: yarn, factor: 4}", "rope_scaling: unknown key; did you mean model.rope?"),
     # fields of data that contradict each other
     (
         "data.train=[a, {path: b, weight: 0.5}]",

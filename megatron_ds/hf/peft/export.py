@@ -22,6 +22,7 @@ from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.new_head import head_file
+from megatron_ds.hf.peft.rope_file import rope_file
 from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weight_files import json_text
 from megatron_ds.hf.weights import HFWeights
@@ -34,7 +35,8 @@ def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict
             copy_tokenizer(Path(tokenizer_path), Path(place))
         files = sorted(path for path in Path(place).rglob("*") if path.is_file())
         found = {str(path.relative_to(place)): path.read_bytes() for path in files}
-    return {ADAPTER_CONFIG: json_text(adapters.config).encode(), **head_file(adapters.model), **found}
+    of_base = {**head_file(adapters.model), **rope_file(adapters.model)}
+    return {ADAPTER_CONFIG: json_text(adapters.config).encode(), **of_base, **found}
 
 
 def export_adapters(

@@ -16,6 +16,7 @@ from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.config import HFModel, read_json, read_model, with_new_head
 from megatron_ds.hf.label_classes import OF_HEAD
 from megatron_ds.hf.peft.projections import in_memory
+from megatron_ds.hf.peft.rope_file import with_saved_rope
 from megatron_ds.hf.weight_files import json_text
 
 HEAD_FILE = "label_head.json"
@@ -50,16 +51,17 @@ def head_file(model: HFModel) -> dict[str, bytes]:
 
 
 def read_base(directory: Path, base: str | Path) -> HFModel:
-    """Read the base model of adapters, with the new head that they were trained with, if there is one.
+    """Read the base model of adapters, with the rotation and the new head that they were trained with.
 
     Args:
         directory: of the adapters.
         base: directory of their base model.
 
     Raises:
-        ConversionError: the file about the head is damaged; or see `read_model`.
+        ConversionError: the file about the head or the rotation is damaged; or see `read_model`.
+        ConfigError: see `with_rope`.
     """
-    model, file = read_model(base), directory / HEAD_FILE
+    model, file = with_saved_rope(directory, read_model(base)), directory / HEAD_FILE
     if not file.is_file():
         return model
     fields = read_json(file)
