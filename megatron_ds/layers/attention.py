@@ -136,7 +136,7 @@ class Attention(nn.Module):
             q, k, v = self._adapted(x, x if context is None else context, q, k, v)
         if not self.shape.qk_norm_after_rotary:
             q, k = self._normed(q, k)
-        of_tokens = own_positions(positions, self.context, q)
+        of_tokens = positions if self.context.axis.size == 1 else own_positions(positions, self.context, q)
         if self.rotary is not None:
             given = of_tokens if positions is not None else None
             q, k = self.rotary.rotate(q, k, given, angles, self.rotary_kernel)
@@ -441,16 +441,14 @@ class Attention(nn.Module):
 
 
 @torch.compiler.disable
-def own_positions(positions: Tensor | None, context: ContextParallel, q: Tensor) -> Tensor | None:
-    """Return the positions of this rank's tokens, (B or 1, S/c); None = 0..S-1 in a single context rank.
+def own_positions(positions: Tensor | None, context: ContextParallel, q: Tensor) -> Tensor:
+    """Return the positions of this rank's tokens, (B or 1, S/c).
 
     Args:
         positions: (B, S), of whole rows; None = 0..S-1.
         context: the ranks that divide the rows.
         q: (S/c, ...), a tensor of this rank's tokens.
     """
-    if context.axis.size == 1:
-        return positions
     length = q.shape[0] * context.axis.size
     if positions is None:
         return index_of_runs(context.runs(length), q.device)[None]
