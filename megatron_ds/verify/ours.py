@@ -20,9 +20,8 @@ from megatron_ds.hf.weights import HFWeights
 from megatron_ds.layers.moe.layer import MoE
 from megatron_ds.models.probe import Probe
 from megatron_ds.models.sequential import HIDDEN, Activations
-from megatron_ds.parallel.collectives import all_gather_dim0
-from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.parallel.tensor import TensorParallel
 from megatron_ds.runtime import LoadedModel, Session
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
 from megatron_ds.verify.layer_names import choice_of, position_names
@@ -66,21 +65,22 @@ def run_rank(
         moe_aux_loss=0.0 if hf.core.shape().num_experts else None,
     )
     engine = session.build_engine(model, config).engine
-    found = [
-        _run_probe(engine, probe, weights, parallel.sequence, results, index) for index, probe in enumerate(inputs)
-    ]
+    tp = TensorParallel(engine.grid.tensor, parallel.sequence, context=engine.context)
+    found = [_run_probe(engine, probe, weights, tp, results, index) for index, probe in enumerate(inputs)]
     stop_distributed()
     return found
 
 
-def _run_probe(engine: Engine, probe: Probe, weights: HFWeights, sequence: bool, results: Path, index: int) -> Findings:
+def _run_probe(
+    engine: Engine, probe: Probe, weights: HFWeights, tp: TensorParallel, results: Path, index: int
+) -> Findings:
     if probe.with_gradients:
         findings = Findings(engine.train_step([probe.batch], lr=0.0).loss)
         findings.gradients = _compare_gradients(engine, weights, open_directory(results / GRADIENTS))
     else:
         findings = Findings(engine.evaluate([probe.batch]).mean)
     positions = position_names(weights.model.core)
-    with _hidden_states(engine, positions, sequence) as hidden, _choices(engine, positions, sequence) as chosen:
+    with _hidden_states(engine, positions, tp) as hidden, _choices(engine, positions, tp) as chosen:
         outputs = engine.outputs(probe.columns) or {}
     if engine.grid.tensor.rank == 0:
         with safe_open(results / f"{index}.safetensors", framework="pt") as reference:
@@ -113,19 +113,16 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
 
 
 @contextmanager
-def _hidden_states(engine: Engine, layers: Sequence[str], sequence: bool) -> Iterator[dict[str, Tensor]]:
+def _hidden_states(engine: Engine, layers: Sequence[str], tp: TensorParallel) -> Iterator[dict[str, Tensor]]:
     """Record the (B, S, H) fp32 outputs of the `layers` that this rank has, in a dict in execution order.
 
-    With sequence parallelism each is gathered over tp.
+    Each is gathered over context, and over tensor under sequence parallelism.
     """
     states: dict[str, Tensor] = {}
-    grid: Grid = engine.grid
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Activations) -> None:
-            local = output[HIDDEN].detach()
-            full = all_gather_dim0(local, grid.tensor) if sequence else local
-            states[name] = full.transpose(0, 1).float().cpu()
+            states[name] = tp.gather(output[HIDDEN].detach()).transpose(0, 1).float().cpu()
 
         return hook
 
@@ -139,19 +136,18 @@ def _hidden_states(engine: Engine, layers: Sequence[str], sequence: bool) -> Ite
 
 
 @contextmanager
-def _choices(engine: Engine, blocks: Sequence[str], sequence: bool) -> Iterator[dict[str, Tensor]]:
+def _choices(engine: Engine, blocks: Sequence[str], tp: TensorParallel) -> Iterator[dict[str, Tensor]]:
     """Record the experts that each token chooses, (B, S, k), in the `blocks` that this rank has, by their names.
 
-    With sequence parallelism each is gathered over tp.
+    Each is gathered over context, and over tensor under sequence parallelism.
     """
     found: dict[str, Tensor] = {}
-    tensor = engine.grid.tensor
 
     def keep(name: str) -> Any:
         def hook(layer: MoE, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0]
             chosen = layer.router.route(layer.router(x.flatten(0, 1))).chosen.view(*x.shape[:2], -1)
-            found[name] = (all_gather_dim0(chosen, tensor) if sequence else chosen).transpose(0, 1).cpu()
+            found[name] = tp.gather(chosen).transpose(0, 1).cpu()
 
         return hook
 

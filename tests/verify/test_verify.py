@@ -38,6 +38,19 @@ def test_equal_at_every_layout(tp: int, pp: int, sequence: bool, directory_of: D
     assert report.inputs[0].gradients.keys() == report.round_trip.sha256.keys()
 
 
+@pytest.mark.parametrize(
+    ("cp", "method", "tp", "world"), [(2, "gather", 1, "2 = tp 1 x cp 2"), (2, "auto", 2, "4 = tp 2")]
+)
+def test_equal_on_context_ranks(cp: int, method: Any, tp: int, world: str, directory_of: Directories) -> None:
+    notes: list[str] = []
+    report = mds.verify_hf(directory_of(WINDOWED), tp, cp=cp, cp_method=method, sequence=tp > 1, note=notes.append)
+    shown = lines(report)
+    assert report.ok and len(report.inputs) == 2, shown
+    assert list(report.inputs[0].hidden) == ["entry", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert all(one.first_difference is None for one in report.inputs), "hidden states are gathered in order"
+    assert shown[1].startswith(f"world       {world}") and any("context 2 = " in note for note in notes)
+
+
 def test_the_hash_is_that_of_the_bytes(directory_of: Directories) -> None:
     directory = directory_of(CONFIGS["qwen3"])
     report = mds.verify_hf(directory)
