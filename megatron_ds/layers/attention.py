@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, EachHeadNorm, Norm
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
-from megatron_ds.layers.relative_bias import RelativeBias
+from megatron_ds.layers.relative_bias import RelativeBias, biases_of_pairs, rounded_biases
 from megatron_ds.layers.rotary import Angles, RotaryTable
 from megatron_ds.parallel.context import ContextParallel, index_of_runs
 from megatron_ds.parallel.random import RngStreams
@@ -145,10 +144,12 @@ class Attention(nn.Module):
         if self.shape.query_temperature is not None:
             q = self.shape.query_temperature.scale(q, of_tokens)
         q, k, v = self.exchange.enter(q, k, v)
+        # once on every rank: ZeRO-3 gathers the table at each call, collectively
+        distances = self.relative(q.shape[0] * self.context.ring.size) if self.relative is not None else None
         if self.context.ring.size == 1:
-            core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds)
+            core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds, distances)
         elif context is None:
-            core = self._over_ring(q, k, v, key_mask, positions)
+            core = self._over_ring(q, k, v, key_mask, positions, distances)
         else:
             core = self._across_ring(q, k, v, key_mask)
         core = self.exchange.leave(core)
@@ -183,7 +184,15 @@ class Attention(nn.Module):
                 found = adapter.adapted(x if name.startswith("q") else context, found)
         return found["q"], found["k"], found["v"]
 
-    def _over_ring(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _over_ring(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        distances: Tensor | None,
+    ) -> Tensor:
         """Attend to the keys and values of all ranks of the ring: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
         ring, shape = self.context.ring, self.shape
         length = q.shape[0] * ring.size
@@ -195,7 +204,8 @@ class Attention(nn.Module):
         parts = []
         for span, queries in zip(spans[ring.rank], q.split([len(span.queries) for span in spans[ring.rank]])):
             keys, core = plan.slice_of(span.keys), partial(self._core, span=span)
-            parts.append(self.recompute.run("selective", core, queries, k[keys], v[keys], key_mask, positions))
+            seen = k[keys], v[keys], key_mask, positions, None, distances
+            parts.append(self.recompute.run("selective", core, queries, *seen))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _across_ring(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -218,19 +228,20 @@ class Attention(nn.Module):
         key_mask: Tensor | None,
         positions: Tensor | None = None,
         bounds: Tensor | None = None,
+        distances: Tensor | None = None,
         span: Span | None = None,
     ) -> Tensor:
         """Compute the attention core: q (S, B, N/t, D), k and v (C, B, K/c, D) -> (S, B, N/t * D).
 
-        With a `span` q, k and v are its queries and keys; the masks are of whole rows.
+        With a `span` q, k and v are its queries and keys; masks and biases by distance are of whole rows.
         """
-        call = self._call_of(q, k, key_mask, positions, bounds, span)
+        call = self._call_of(q, k, key_mask, positions, bounds, distances, span)
         if call is not None:
             kernel = self._kernel(q, k, v, call)
             if kernel is not None:
                 k, v = (self._in_groups(part) for part in (k, v))
                 return kernel(q, k, v, call).flatten(2)
-        return self._by_torch(q, k, v, key_mask, positions, span)
+        return self._by_torch(q, k, v, key_mask, positions, distances, span)
 
     def _call_of(
         self,
@@ -239,6 +250,7 @@ class Attention(nn.Module):
         key_mask: Tensor | None,
         positions: Tensor | None,
         bounds: Tensor | None,
+        distances: Tensor | None,
         span: Span | None,
     ) -> AttentionCall | None:
         """Return the options of a call that kernels are asked for; None = it is PyTorch's.
@@ -248,11 +260,11 @@ class Attention(nn.Module):
         if self.kernels is None or q.dtype == torch.float32:
             return None
         if span is None:
-            return self._call(q, key_mask, positions, bounds) if q.shape[0] == k.shape[0] else None
-        masks = key_mask, positions, self.shape.alibi, self.relative
+            return self._call(q, key_mask, positions, bounds, distances) if q.shape[0] == k.shape[0] else None
+        masks = key_mask, positions, self.shape.alibi, distances
         if not self.shape.causal or any(one is not None for one in masks):
             return None
-        return replace(self._call(q, None, None, None), window=self._window(span.length))
+        return self._call(q, None, None, None, length=span.length)
 
     def _window(self, length: int) -> int | None:
         """Return the window in a row of a length; None = a query sees every position."""
@@ -276,10 +288,10 @@ class Attention(nn.Module):
         q = x.new_empty(length, batch, len(self.heads), shape.head_dim)
         kv_heads = len(set(self.kv_of_head)) if self._is_grouped(len(set(self.kv_of_head))) else len(self.heads)
         kv = x.new_empty(length, batch, kv_heads, shape.head_dim)
-        distance_bias = None
+        distances = None
         if self.relative is not None:
-            distance_bias = x.new_empty(len(self.heads), 2 * length - 1, dtype=torch.float32)
-        call = self._call(q, key_mask, positions, None, distance_bias)
+            distances = x.new_empty(len(self.heads), 2 * length - 1, dtype=torch.float32)
+        call = self._call(q, key_mask, positions, None, distances)
         self._kernel(q, kv, kv, call)
 
     def _call(
@@ -288,12 +300,18 @@ class Attention(nn.Module):
         key_mask: Tensor | None,
         positions: Tensor | None,
         bounds: Tensor | None,
-        distance_bias: Tensor | None = None,
+        distances: Tensor | None = None,
+        length: int | None = None,
     ) -> AttentionCall:
-        """Return the options of self-attention by queries (S, B, N/t, D), as kernels are asked for it."""
-        shape, length = self.shape, q.shape[0]
-        if distance_bias is None and self.relative is not None:
-            distance_bias = self.relative.by_distance(length)
+        """Return the options of self-attention as kernels are asked for it.
+
+        Args:
+            q: queries, (S, B, N/t, D).
+            key_mask, positions, bounds: as in `forward`.
+            distances: what `RelativeBias` returns.
+            length: of the row, if it has more positions than the queries.
+        """
+        shape, length = self.shape, q.shape[0] if length is None else length
         key_bias = None
         if shape.alibi is not None:
             key_bias = self._alibi(length, q, key_mask, positions)[:, :, 0]
@@ -307,7 +325,7 @@ class Attention(nn.Module):
             longest=self.documents.longest,
             key_mask=key_mask,
             key_bias=key_bias,
-            distance_bias=distance_bias,
+            distance_bias=rounded_biases(distances, q.dtype) if distances is not None else None,
             dropout=shape.dropout if self.training else 0.0,
             sinks=self._own_sinks,
         )
@@ -330,6 +348,7 @@ class Attention(nn.Module):
         v: Tensor,
         key_mask: Tensor | None,
         positions: Tensor | None,
+        distances: Tensor | None = None,
         span: Span | None = None,
     ) -> Tensor:
         """Compute the attention core by torch alone: masks and biases are tensors of all pairs."""
@@ -337,17 +356,17 @@ class Attention(nn.Module):
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         length = q.shape[2] if span is None else span.length
         mask = self._allowed(length, key_mask, positions, q.device, span)
-        has_bias = shape.alibi is not None or self.relative is not None
+        has_bias = shape.alibi is not None or distances is not None
         by_scores = shape.softcap is not None or self.sinks is not None
         plain = mask is None and not has_bias and not by_scores
         k, v = (self._for_each_head(part, kernel_repeats=plain) for part in (k, v))
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if by_scores:
-                y = self._by_scores(q, k, v, self._bias(q, mask, key_mask, positions, span), dropout)
+                y = self._by_scores(q, k, v, self._bias(q, mask, key_mask, positions, distances, span), dropout)
             elif has_bias:
                 y = F.scaled_dot_product_attention(
-                    *(q, k, v, self._bias(q, mask, key_mask, positions, span), dropout), scale=shape.scale
+                    *(q, k, v, self._bias(q, mask, key_mask, positions, distances, span), dropout), scale=shape.scale
                 )
             else:
                 mask, blind = without_blind_rows(mask) if key_mask is not None and mask is not None else (mask, None)
@@ -395,6 +414,7 @@ class Attention(nn.Module):
         mask: Tensor | None,
         key_mask: Tensor | None,
         positions: Tensor | None,
+        distances: Tensor | None = None,
         span: Span | None = None,
     ) -> Tensor:
         """Return the term added to the scores, (1 or B, 1 or N/t, S, C).
@@ -406,8 +426,8 @@ class Attention(nn.Module):
         if self.shape.alibi is not None:
             seen = self._alibi(length, q, key_mask, positions)
             seen = seen if span is None else span.of_keys(seen)
-        if self.relative is not None:
-            seen = seen + self.relative(length, span)
+        if distances is not None:
+            seen = seen + biases_of_pairs(distances, span or Span.of_row(length), q.dtype)
         if mask is None and self.shape.causal:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
         return seen if mask is None else torch.where(mask, seen, torch.finfo(q.dtype).min)

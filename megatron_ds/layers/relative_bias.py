@@ -45,10 +45,10 @@ class RelativePositions:
 
 
 class RelativeBias(nn.Module):
-    """The biases of this rank's heads, (1, N/t, S, S); of a share of them among context ranks. No communication.
+    """The biases of this rank's heads by distance, (N/t, 2S - 1); of a share of them among context ranks.
 
-    The blocks of a stack share one table. Each block computes the biases when it needs them, so that no tensor of their
-    size is kept or sent between pipeline stages. The table's gradient is summed over the stages that hold it.
+    No communication. The blocks of a stack share one table. Each block computes the biases when it needs them, so that
+    none are kept or sent between pipeline stages. The table's gradient is summed over the stages that hold it.
 
     Args:
         positions: the mapping from distances to buckets.
@@ -73,28 +73,10 @@ class RelativeBias(nn.Module):
         self.weight = make_parameter(spec, tp.axes)
         self._buckets: Tensor | None = None  # (2S - 1,) for the last length, which micro-batches share
 
-    def forward(self, length: int, span: Span | None = None) -> Tensor:
-        """Return the biases of all pairs of a row of S positions, or of those in a span."""
-        by_offset = self._by_offset(length)
-        if span is not None:  # its first key is nearest to its last query
-            first = span.keys.start - span.queries.stop + length
-            by_offset = by_offset[:, first : first + len(span.queries) + len(span.keys) - 1]
-        num_keys = length if span is None else len(span.keys)
-        rows = by_offset.unfold(1, num_keys, 1).to(self.weight.dtype)
-        return rows.flip(1)[None]  # row q is offsets -q to S - 1 - q
-
-    def by_distance(self, length: int) -> Tensor:
-        """Return the bias of each difference key - query from -(S - 1) to S - 1, (N/t, 2S - 1) fp32.
-
-        They are rounded as those of all pairs are, and their gradient, which is a sum over many pairs, is not.
-        """
-        by_offset = self._by_offset(length)
-        rounded = by_offset.detach().to(self.weight.dtype).float()
-        return by_offset + (rounded - by_offset.detach())
-
-    def _by_offset(self, length: int) -> Tensor:
+    def forward(self, length: int) -> Tensor:
+        """Return the bias of each difference key - query from -(S - 1) to S - 1, (heads, 2S - 1) fp32."""
         # in fp32: a distance's gradient is a sum over all pairs at that distance, for which bf16 is too coarse
-        return F.embedding(self._buckets_of(length), self.weight[:, self.share].float()).t()  # (heads, 2S - 1)
+        return F.embedding(self._buckets_of(length), self.weight[:, self.share].float()).t()
 
     def _buckets_of(self, length: int) -> Tensor:
         # computed on the CPU, whose rounding is the reference's, in 0.1 to 0.3 ms; cached, since a GPU would wait
@@ -102,3 +84,19 @@ class RelativeBias(nn.Module):
         if kept is None or len(kept) != 2 * length - 1 or kept.device != self.weight.device:
             kept = self._buckets = self.positions.buckets(length, self.causal).to(self.weight.device)
         return kept
+
+
+def rounded_biases(by_distance: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return biases by distance rounded to a dtype, in fp32.
+
+    So they are rounded as those of all pairs are, and their gradient, which is a sum over many pairs, is not.
+    """
+    rounded = by_distance.detach().to(dtype).float()
+    return by_distance + (rounded - by_distance.detach())
+
+
+def biases_of_pairs(by_distance: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
+    """Return the biases of all pairs in a span: (heads, 2S - 1) -> (1, heads, queries, keys) in a dtype."""
+    first = span.keys.start - span.queries.stop + span.length  # the first key and the last query
+    of_span = by_distance[:, first : first + len(span.queries) + len(span.keys) - 1]
+    return of_span.unfold(1, len(span.keys), 1).to(dtype).flip(1)[None]

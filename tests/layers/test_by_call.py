@@ -42,7 +42,8 @@ def chosen(layer: Attention, length: int, **given: Tensor | None) -> str | None:
     shape = layer.shape
     q = torch.empty(length, 2, shape.num_heads, shape.head_dim, dtype=torch.bfloat16, device=META)
     kv = torch.empty(length, 2, shape.num_kv_heads, shape.head_dim, dtype=torch.bfloat16, device=META)
-    call = layer._call(q, given.get("key_mask"), given.get("positions"), given.get("bounds"))
+    distances = layer.relative(length) if layer.relative is not None else None
+    call = layer._call(q, given.get("key_mask"), given.get("positions"), given.get("bounds"), distances)
     kernel = layer._kernel(q, kv, kv, call)
     return None if kernel is None else str(kernel(q, kv, kv, call))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions
+from megatron_ds.layers.attention_masks import Span
+from megatron_ds.layers.relative_bias import RelativeBias, RelativePositions, biases_of_pairs
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.ranks import run_alone, run_grid
@@ -36,7 +37,7 @@ def _biases(grid: Grid, length: int, causal: bool) -> Any:
     table = torch.arange(32.0).view(8, 4)
     local = 4 // grid.tensor.size
     bias.weight.data.copy_(table[:, grid.tensor.rank * local : (grid.tensor.rank + 1) * local])
-    found = bias(length)
+    found = biases_of_pairs(bias(length), Span.of_row(length), torch.float32)
     found.sum().backward()
     return found.detach(), bias.weight.grad
 
@@ -61,7 +62,8 @@ def _gradients(dtype: torch.dtype) -> torch.Tensor:
     bias = RelativeBias(RelativePositions(32, 128, std=1.0), 2, TensorParallel(), causal=False)
     bias.weight.data = torch.randn(32, 2).to(dtype)
     towards = torch.randn(1, 2, 512, 512) + 0.5  # sums that do not cancel
-    (bias(512).float() * towards.to(dtype).float()).sum().backward()
+    pairs = biases_of_pairs(bias(512), Span.of_row(512), dtype)
+    (pairs.float() * towards.to(dtype).float()).sum().backward()
     return bias.weight.grad.double()
 
 
@@ -69,3 +71,11 @@ def test_gradients_of_long_sequences_are_summed_in_fp32() -> None:
     """Of a distance there are as many pairs as positions: added up in bf16, their sum stops growing."""
     exact, rounded = (run_alone(_gradients, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert float((rounded - exact).norm() / exact.norm()) < 5e-3
+
+
+def test_biases_of_a_span_are_those_of_its_pairs() -> None:
+    by_distance = torch.arange(2.0 * 19).view(2, 19)
+    whole = biases_of_pairs(by_distance, Span.of_row(10), torch.float32)
+    for queries, keys in ((range(4, 6), range(6)), (range(3), range(10)), (range(7, 10), range(2, 5))):
+        part = biases_of_pairs(by_distance, Span(queries, keys, 10), torch.float32)
+        assert torch.equal(part, whole[:, :, queries.start : queries.stop, keys.start : keys.stop])
