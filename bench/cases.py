@@ -135,7 +135,22 @@ LARGE_VOCABULARY = replace(DECODER, model={**LLAMA, "vocab_size": 128_000})
 TWO_RANKS = {"tensor": 2}
 SHARED = Entry("ours", 2, {**TWO_RANKS, "shared_memory": True}, device="cpu")
 EXPERTS = Work(model=MIXTRAL)
+HALF_THE_LAYERS = replace(DECODER, model={**LLAMA, "num_hidden_layers": 4}, batch=1, seq_length=8192, recompute=True)
+THIRTY_TWO_K = replace(
+    HALF_THE_LAYERS,
+    model={**LLAMA, "num_hidden_layers": 1, "vocab_size": 8192, "max_position_embeddings": 32_768},
+    seq_length=32_768,
+)
 SMALL = replace(DECODER, model={**LLAMA, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 4096})
+
+DIVIDED_SEQUENCE = {
+    "ours, 1 process": Entry("ours"),
+    "DeepSpeed Ulysses": Entry("ulysses", 2),
+    "DeepSpeed Ulysses, tiled": Entry("ulysses", 2, {"tiled": True}),
+}
+ABOUT_ULYSSES = (
+    "DeepSpeed's is UlyssesSPAttentionHF in transformers' model; its tiles are those of the MLP and of the loss."
+)
 
 CASES: dict[str, Case] = {
     "one": Case(
@@ -211,9 +226,21 @@ CASES: dict[str, Case] = {
     ),
     "long8k": Case(
         "sequences of 8,192 tokens, recomputation, half the layers",
-        replace(DECODER, model={**LLAMA, "num_hidden_layers": 4}, batch=1, seq_length=8192, recompute=True),
+        HALF_THE_LAYERS,
         {"transformers": ALONE, "ours": Entry("ours")},
         (Target("ours", "transformers", 0.5, "memory"), Target("ours", "transformers", 1.0)),
+    ),
+    "context8k": Case(
+        "a sequence of 8,192 tokens on 2 ranks, recomputation, half the layers",
+        HALF_THE_LAYERS,
+        DIVIDED_SEQUENCE,
+        note=ABOUT_ULYSSES,
+    ),
+    "context32k": Case(
+        "a sequence of 32,768 tokens on 2 ranks, recomputation, one layer and a vocabulary of 8,192",
+        THIRTY_TWO_K,
+        DIVIDED_SEQUENCE,
+        note=ABOUT_ULYSSES,
     ),
     "bert": Case(
         "BERT",

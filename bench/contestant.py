@@ -31,6 +31,7 @@ RUNNERS = {
     "autotp": "bench.peers:autotp",
     "autoep": "bench.peers:autoep",
     "deepspeed": "bench.peers:deepspeed_zero",
+    "ulysses": "bench.ulysses:train",
     "ours": "bench.ours:train",
     "gemm": "bench.gemm:products",
     "cp": "bench.files:copy",

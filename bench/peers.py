@@ -17,33 +17,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def transformers_alone(spec: Spec) -> Step:
     """Train transformers' model in one process: autocast if requested, torch's AdamW."""
-    return plain_steps(_load(spec), spec)
+    return plain_steps(load(spec), spec)
 
 
 def transformers_tp(spec: Spec) -> Step:
     """Train with transformers' tensor parallelism and the model's own plan."""
     from transformers.distributed import DistributedConfig
 
-    model = _load(spec, distributed_config=DistributedConfig(tp_plan="auto", tp_size=spec.world))
+    model = load(spec, distributed_config=DistributedConfig(tp_plan="auto", tp_size=spec.world))
     return plain_steps(model, spec)
 
 
 def autotp(spec: Spec) -> Step:
     """Train transformers' model with DeepSpeed's tensor parallelism."""
     settings = {"autotp_size": spec.world, **spec.options.get("tensor_parallel", {})}
-    return deepspeed_steps(_load(spec), spec, zero=0, data=1, more={"tensor_parallel": settings})
+    return deepspeed_steps(load(spec), spec, zero=0, data=1, more={"tensor_parallel": settings})
 
 
 def deepspeed_zero(spec: Spec) -> Step:
     """Train transformers' model with DeepSpeed's ZeRO."""
-    return deepspeed_steps(_load(spec), spec, zero=spec.options["zero"], data=spec.world)
+    return deepspeed_steps(load(spec), spec, zero=spec.options["zero"], data=spec.world)
 
 
 def autoep(spec: Spec) -> Step:
     """Train transformers' model with DeepSpeed's expert parallelism, ZeRO-1 over the same ranks."""
     _let_autoep_read_the_registry()
     settings = {"enabled": True, "autoep_size": spec.world, **spec.options.get("expert_parallel", {})}
-    return deepspeed_steps(_load(spec), spec, zero=1, data=spec.world, more={"expert_parallel": settings})
+    return deepspeed_steps(load(spec), spec, zero=1, data=spec.world, more={"expert_parallel": settings})
 
 
 def _let_autoep_read_the_registry() -> None:
@@ -60,7 +60,7 @@ def _let_autoep_read_the_registry() -> None:
     output_capturing._CAN_RECORD_REGISTRY = Registry(output_capturing._CAN_RECORD_REGISTRY)
 
 
-def _load(spec: Spec, **options: Any) -> Any:
+def load(spec: Spec, **options: Any) -> Any:
     """Load the model; the option `experts` is transformers' implementation of a mixture's experts."""
     if "experts" in spec.options:
         options["experts_implementation"] = spec.options["experts"]
@@ -132,12 +132,36 @@ def deepspeed_steps(
         data: number of data ranks.
         more: other keys of DeepSpeed's config; with any, DeepSpeed makes the optimizer.
     """
-    import deepspeed
     import torch.distributed as dist
 
     work = spec.work
+    engine = deepspeed_engine(model, spec, zero, work.batch // data, more)
+    share = slice(dist.get_rank() * work.batch // data, (dist.get_rank() + 1) * work.batch // data)
+    batch = {name: column[share if data > 1 else slice(None)] for name, column in _batch(work, spec.device).items()}
+
+    def step() -> float:
+        loss = engine(**batch, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        return float(loss.detach())
+
+    return step
+
+
+def deepspeed_engine(
+    model: Any,
+    spec: Spec,
+    zero: int,
+    micro_batch: int,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    mpu: Any = None,
+) -> Any:
+    """Return DeepSpeed's engine of a model, with the optimizer; `mpu` says which ranks share a sequence, if any do."""
+    import deepspeed
+
+    work = spec.work
     config = {
-        "train_micro_batch_size_per_gpu": work.batch // data,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": work.grad_clip,
         "zero_optimization": {"stage": zero},
@@ -153,14 +177,7 @@ def deepspeed_steps(
             "type": "AdamW",
             "params": {"lr": work.lr, "weight_decay": 0.1, "torch_adam": True, "fused": True},
         }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    share = slice(dist.get_rank() * work.batch // data, (dist.get_rank() + 1) * work.batch // data)
-    batch = {name: column[share if data > 1 else slice(None)] for name, column in _batch(work, spec.device).items()}
-
-    def step() -> float:
-        loss = engine(**batch, use_cache=False).loss
-        engine.backward(loss)
-        engine.step()
-        return float(loss.detach())
-
-    return step
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
+    )
+    return engine

@@ -44,16 +44,20 @@ def test_a_tiny_case_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedContestant})
     monkeypatch.setattr(arena, "subprocess", forking)
     done = run_python(
-        "-m", "bench", "tp2", "convert", "--tiny", "--rounds", 2, "--no-alone", "--output", tmp_path, timeout=380
+        *("-m", "bench", "tp2", "context8k", "convert", "--tiny", "--rounds", 2, "--no-alone"),
+        *("--output", tmp_path),
+        timeout=380,
     )
     assert done.returncode == 0, done.stderr
     for words in ("tp2: tensor parallel on 2 ranks", "ours / DeepSpeed AutoTP, speed:", "RESULTS.md"):
         assert words in done.stdout, done.stdout
     assert max(map(len, done.stdout.splitlines()[:-2])) <= 120
-    trained, converted = json.loads((tmp_path / "results.json").read_text())["cases"]
-    assert {entry["label"] for entry in trained["entries"]} == set(CASES["tp2"].entries)
-    losses = [entry["loss"] for entry in trained["entries"]]
-    assert max(losses) - min(losses) < 1e-4 * losses[0], "tensor parallelism does not change what is computed"
+    trained, long, converted = json.loads((tmp_path / "results.json").read_text())["cases"]
+    for name, case in (("tp2", trained), ("context8k", long)):
+        assert {entry["label"] for entry in case["entries"]} == set(CASES[name].entries)
+        for figure in ("loss", "last_loss"):
+            losses = [entry[figure] for entry in case["entries"]]
+            assert max(losses) - min(losses) < 1e-4 * losses[0], "ranks do not change what is computed"
     assert trained["flops"] > 0 and trained["limit_flops"]["the limit"] > 0
     for entry in (*trained["entries"], *converted["entries"]):
         assert len(entry["seconds"]) == 2 and entry["peak_bytes"] > 1e6, entry
