@@ -147,7 +147,19 @@ DIVIDED_SEQUENCE = {
     "ours, 1 process": Entry("ours"),
     "DeepSpeed Ulysses": Entry("ulysses", 2),
     "DeepSpeed Ulysses, tiled": Entry("ulysses", 2, {"tiled": True}),
+    **{
+        f"ours, {method}": Entry("ours", 2, {"context": {"size": 2, "method": method}})
+        for method in ("ulysses", "gather", "ring")
+    },
 }
+DIVIDED_TARGETS = tuple(
+    target
+    for method in ("ulysses", "ring")
+    for target in (
+        Target(f"ours, {method}", "DeepSpeed Ulysses", 1.2),
+        Target(f"ours, {method}", "ours, 1 process", 0.6, "memory"),
+    )
+)
 ABOUT_ULYSSES = (
     "DeepSpeed's is UlyssesSPAttentionHF in transformers' model; its tiles are those of the MLP and of the loss."
 )
@@ -234,12 +246,14 @@ CASES: dict[str, Case] = {
         "a sequence of 8,192 tokens on 2 ranks, recomputation, half the layers",
         HALF_THE_LAYERS,
         DIVIDED_SEQUENCE,
+        DIVIDED_TARGETS,
         note=ABOUT_ULYSSES,
     ),
     "context32k": Case(
         "a sequence of 32,768 tokens on 2 ranks, recomputation, one layer and a vocabulary of 8,192",
         THIRTY_TWO_K,
         DIVIDED_SEQUENCE,
+        DIVIDED_TARGETS,
         note=ABOUT_ULYSSES,
     ),
     "bert": Case(

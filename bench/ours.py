@@ -17,7 +17,7 @@ from megatron_ds.runtime import Session, load_model
 def train(spec: Spec) -> Step:
     """Train with this package's engine.
 
-    Options: `tensor`, `pipeline`, `expert`, `sequence`, `shared_memory`, `zero`, `micro_batch`, `compile`.
+    Options: `tensor`, `pipeline`, `context`, `expert`, `sequence`, `shared_memory`, `zero`, `micro_batch`, `compile`.
     """
     rank = dist.get_rank()
     device = torch.device(spec.device, rank) if spec.device == "cuda" else torch.device(spec.device)
@@ -30,10 +30,11 @@ def train(spec: Spec) -> Step:
 def engine_fields(spec: Spec) -> dict[str, Any]:
     """Return the engine's settings as a user would write them: ZeRO-1, or ZeRO-0 in fp32 if nothing can be sharded."""
     work, options = spec.work, spec.options
-    degrees = ("tensor", "pipeline", "expert", "sequence", "shared_memory")
+    degrees = ("tensor", "pipeline", "context", "expert", "sequence", "shared_memory")
     parallel = {name: options[name] for name in degrees if name in options}
-    data = spec.world // parallel.get("tensor", 1) // parallel.get("pipeline", 1)
-    nothing_to_shard = parallel.get("pipeline", 1) == data == 1 and work.dtype == "fp32"
+    context = parallel.get("context", {"size": 1})["size"]
+    data = spec.world // parallel.get("tensor", 1) // parallel.get("pipeline", 1) // context
+    nothing_to_shard = parallel.get("pipeline", 1) == data == context == 1 and work.dtype == "fp32"
     return {
         "parallel": parallel,
         "deepspeed": {
