@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import FrozenLayer
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
-from megatron_ds.layers.products import add_product_, gradient_sum, linear, multiply, weight_gradient
+from megatron_ds.layers.products import (
+    add_product_,
+    gradient_sum,
+    linear,
+    linear_without_values,
+    multiply,
+    weight_gradient,
+)
 from megatron_ds.parallel.collectives import (
     all_gather_dim0,
     begin_all_gather_dim0,
     begin_all_reduce_,
     begin_reduce_scatter_dim0,
     reduce_from_,
+    scatter_without_values,
     sum_over_holders,
 )
 from megatron_ds.parallel.tensor import TensorParallel
@@ -274,6 +282,16 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _row_linear(x, self.tp, self.weight)
+        return y if self.bias is None else y + self.tp.between(self.bias)
+
+    def without_values(self, x: Tensor) -> Tensor:
+        """Return a tensor of the shape and the gradients of `forward(x)`, whose values mean nothing.
+
+        Forward: nothing. Backward: that of `forward`.
+        """
+        y = linear_without_values(x, self.weight)
+        if self.tp.splits_sequence:
+            y = scatter_without_values(y, self.tp.axis)
         return y if self.bias is None else y + self.tp.between(self.bias)
 
     def frozen(self) -> FrozenLayer:

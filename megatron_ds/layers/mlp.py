@@ -171,12 +171,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Apply the layer to every position, also those that the mask marks as padding."""
-        wide = self.up(x)
-        middle = self.dropout(self._adapted(x, wide) if self.adapters else self._middle(wide))
+        middle = self._before_down(x)
         if "down" not in self.adapters:
             return self.down(middle)
         adapter: Any = self.adapters["down"]
         return adapter.around(self.down, middle)
+
+    def _before_down(self, x: Tensor) -> Tensor:
+        wide = self.up(x)
+        return self.dropout(self._adapted(x, wide) if self.adapters else self._middle(wide))
 
     def _middle(self, wide: Tensor) -> Tensor:
         return self.gated_product(wide) if self.shape.gated else self._act(wide)

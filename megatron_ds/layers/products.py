@@ -77,6 +77,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, total: Tensor 
     return _Product.apply(_Operands.apply(x, weight, bias, total), *detached)
 
 
+def linear_without_values(x: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor of the shape and the gradients of `linear(x, weight)`, whose values mean nothing.
+
+    The weight's gradient is added to its `gradient_sum`, if it has one.
+    """
+    return _Operands.apply(x, weight, None, gradient_sum(weight))
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + b without a graph."""
     if not onednn.computes(x, weight.t()):
@@ -141,6 +149,11 @@ def keep_gradient_sum(parameter: Tensor, total: Tensor) -> None:
     """
     assert total.shape == parameter.shape and total.dtype == torch.float32, (total.shape, total.dtype)
     parameter.gradient_sum = total  # type: ignore[attr-defined]
+
+
+def release_gradient_sum(parameter: Tensor) -> None:
+    """Have autograd get a parameter's gradient again."""
+    del parameter.gradient_sum  # type: ignore[attr-defined]
 
 
 def gradient_sum(parameter: Tensor | None) -> Tensor | None:

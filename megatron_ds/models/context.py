@@ -25,6 +25,7 @@ class BuildContext:
         compiled: whether torch.compile fuses the operations of a block between its matrix products.
         kernels: implementations of norms, gated activations and attention.
         documents: the longest document of a step, where an engine sets it.
+        mlp_tile_tokens: tokens of a tile of dense feed-forward layers; None = they are computed whole.
         routers: the settings that the routers of all layers share.
     """
 
@@ -35,4 +36,5 @@ class BuildContext:
     kernels: Kernels = REFERENCE
     documents: DocumentLimit = field(default_factory=DocumentLimit)
     experts: ExpertParallel | None = None
+    mlp_tile_tokens: int | None = None
     routers: RouterSettings = field(default_factory=RouterSettings)

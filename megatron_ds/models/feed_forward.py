@@ -18,6 +18,7 @@ from torch import nn
 from megatron_ds.layers.mlp import MLP, MLPShape
 from megatron_ds.layers.moe.layer import MoE
 from megatron_ds.layers.moe.shape import MoEShape
+from megatron_ds.layers.tiled_mlp import TiledMLP
 from megatron_ds.models.context import BuildContext
 from megatron_ds.parallel.expert import ExpertParallel
 
@@ -39,6 +40,8 @@ def build_feed_forward(shape: object, ctx: BuildContext) -> nn.Module:
 @build_feed_forward.register
 def build_mlp(shape: MLPShape, ctx: BuildContext) -> MLP:
     """Build a dense feed-forward layer."""
+    if ctx.mlp_tile_tokens is not None:
+        return TiledMLP(shape, ctx.tp, ctx.rng, ctx.kernels, tile_tokens=ctx.mlp_tile_tokens)
     return MLP(shape, ctx.tp, ctx.rng, ctx.kernels)
 
 

@@ -228,6 +228,25 @@ def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
     return _ReduceScatterSequence.apply(x, axis) if axis.size > 1 else x
 
 
+class _OnlyGathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.new_empty(()).expand(x.shape[0] // axis.size, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_dim0(grads[0], ctx.axis), None
+
+
+def scatter_without_values(x: Tensor, axis: Axis) -> Tensor:
+    """Return a tensor of the shape and the gradient of `reduce_scatter_sequence(x)`, whose values mean nothing.
+
+    Forward nothing, backward all-gather.
+    """
+    return _OnlyGathered.apply(x, axis) if axis.size > 1 else x
+
+
 class _SplitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from megatron_ds.parallel.grid import Grid
 
+RngStates = tuple[Tensor, Tensor]
+"""States of the replicated and the sharded stream."""
+
 
 def derive_seed(*parts: object) -> int:
     """Derive a 63-bit seed from numbers and names; it is the same in all processes, platforms and versions."""
@@ -62,6 +65,24 @@ class RngStreams:
         finally:
             self._sharded_state = self._generator.get_state()
             self._generator.set_state(replicated_state)
+
+    def states(self) -> RngStates:
+        """Return the states of both streams."""
+        return self._generator.get_state(), self._sharded_state
+
+    @contextmanager
+    def returned_to(self, states: RngStates) -> Iterator[None]:
+        """Have both streams start from earlier states within the block; after it they are where they were before."""
+        now = self.states()
+        self._set(states)
+        try:
+            yield
+        finally:
+            self._set(now)
+
+    def _set(self, states: RngStates) -> None:
+        replicated, self._sharded_state = states
+        self._generator.set_state(replicated)
 
     def replayable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap `fn` so that every later call starts from the sharded stream of its first call and does not advance it.

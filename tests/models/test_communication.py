@@ -77,9 +77,9 @@ def shared_heads_bytes(config: DecoderConfig, t: int) -> Fraction:
     return ring(elements, t, 2)
 
 
-def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
+def _block(grid: Grid, case: str, sequence: bool, mode: str, tile: int | None = None) -> dict[str, Any]:
     config = read_model(CONFIGS[case]).core
-    at = BuildContext(TensorParallel(grid.tensor, sequence), recompute=Recompute(mode))
+    at = BuildContext(TensorParallel(grid.tensor, sequence), recompute=Recompute(mode), mlp_tile_tokens=tile)
     rotary = config.rotary[0] if config.rotary else None
     block = Block(config, 0, at, RotaryTable(rotary) if rotary is not None else None)
     for name, parameter in block.named_parameters():
@@ -89,7 +89,7 @@ def _block(grid: Grid, case: str, sequence: bool, mode: str) -> dict[str, Any]:
     x = torch.randn(length, B, config.hidden_size, requires_grad=True)
     with counting() as wire:
         block({"hidden": x})["hidden"].sum().backward()
-    return {"total": wire.total, "by_kind": wire.bytes}
+    return {"total": wire.total, "by_kind": wire.bytes, "calls": sum(wire.calls.values())}
 
 
 @pytest.mark.parametrize("t", [2, 4])
@@ -114,6 +114,19 @@ def test_a_layer_moves_what_the_papers_say(case: str, mode: str, sequence: bool,
             # only parameters' gradients are all-reduced; activations are gathered and scattered
             partial = sum(ring(size, t, 2) for size in partial_parameters(config, sequence))
             assert counted["by_kind"].get("all_reduce", 0) == partial
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tp", "sp"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_tiles_move_no_more_than_the_recomputation_of_their_layer(mode: str, sequence: bool) -> None:
+    """The tiles gather the MLP's input once more, if it is divided, and do not repeat its reduction."""
+    config = read_model(CONFIGS["llama"]).core
+    expected = block_bytes(config, 2, sequence, recomputed=mode == "full")
+    if mode == "none" and sequence:
+        expected += ring(B * S * config.hidden_size, 2)
+    whole, tiled = (run_grid(_block, Layout(tensor=2), "llama", sequence, mode, tile)[0] for tile in (None, 2 * B))
+    assert tiled["total"] == expected
+    assert tiled["calls"] > whole["calls"]
 
 
 def _cross_block(grid: Grid, sequence: bool) -> Fraction:
