@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from megatron_ds.layers.host_offload import HostOffload
 from megatron_ds.parallel.random import RngStreams
 
 _NON_REENTRANT = partial(torch_checkpoint, use_reentrant=False)
@@ -32,17 +34,21 @@ class Recompute:
         checkpoint: `checkpoint(fn, *tensors)`: torch's non-reentrant function, or DeepSpeed's, which can partition the
             saved activations over the tensor ranks or move them to the CPU.
         rng: the random streams to replay; None if nothing is random.
+        offload: where the first argument of what is recomputed is kept; None = on the device.
     """
 
     mode: str = "none"
     checkpoint: Callable[..., Any] = _NON_REENTRANT
     rng: RngStreams | None = None
+    offload: HostOffload | None = None
 
     def run(self, mode: str, fn: Callable[..., Any], *args: Any) -> Any:
         """Return `fn(*args)`; the backward pass recomputes it if `mode` is this object's and gradients are enabled."""
         if self.mode != mode or not torch.is_grad_enabled():
             return fn(*args)
-        return self.checkpoint(_marking_replays(self.rng.replayable(fn) if self.rng is not None else fn), *args)
+        kept = self.offload.keeping(args[0]) if self.offload is not None else nullcontext()
+        with kept:
+            return self.checkpoint(_marking_replays(self.rng.replayable(fn) if self.rng is not None else fn), *args)
 
 
 def _marking_replays(fn: Callable[..., Any]) -> Callable[..., Any]:
