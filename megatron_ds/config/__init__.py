@@ -1,5 +1,6 @@
 """Configuration of a run: the run file, the DeepSpeed JSON, and the checks of both against a model and its ranks."""
 
+from megatron_ds.config.activation_checks import check_activations
 from megatron_ds.config.checks import (
     ModelShape,
     check_data,
@@ -55,6 +56,7 @@ __all__ = [
     "adapt_to_device",
     "build_run",
     "build_section",
+    "check_activations",
     "check_context_length",
     "check_data",
     "check_engine",

@@ -108,7 +108,9 @@ OTHER_WAYS: Mapping[str, str] = {
     "gradient_accumulation_steps": (
         "set train.global_batch_size: it counts the samples of all ranks and micro batches of a step"
     ),
+    "activation_offloading": "write train.offload_activations: true",
     "gradient_checkpointing": "write train.recompute: full",
+    "tiled_mlp": "write train.mlp_tile_tokens, such as 4096",
     "assistant_only_loss": "write data.loss_on: assistant, the default, or all",
     "train_on_inputs": "write data.loss_on: all, or assistant, the default",
     "val_split": "write data.valid: {share: 0.01}",

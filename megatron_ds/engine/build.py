@@ -37,6 +37,7 @@ from megatron_ds.engine.router_load import find_routers
 from megatron_ds.engine.zero import ZeroEngine
 from megatron_ds.errors import ConfigError
 from megatron_ds.layers import onednn
+from megatron_ds.layers.host_offload import HostOffload
 from megatron_ds.layers.kernels.select import AUTO, Choice, select_kernels
 from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.param_spec import initial_shard, spec_of
@@ -60,6 +61,8 @@ class EngineOptions:
         sequence: Megatron's sequence parallelism.
         context: the communication of the ranks that divide each sequence.
         recompute: "none", "selective" or "full".
+        offload_activations: inputs of recomputed blocks are kept in host memory.
+        mlp_tile_tokens: see `BuildContext`.
         seed: of dropout, and of initialisation if no weights are read.
         frozen: names of parameters that are not trained.
         compiled: see `BuildContext`.
@@ -79,6 +82,8 @@ class EngineOptions:
     kernels: Choice = AUTO
     routers: RouterSettings = field(default_factory=RouterSettings)
     bias_rate: float = 0.0
+    offload_activations: bool = False
+    mlp_tile_tokens: int | None = None
 
 
 def build_engine(
@@ -112,11 +117,12 @@ def build_engine(
     ctx = BuildContext(
         tp=tp,
         rng=rng,
-        recompute=_recompute(options, mpu, rng),
+        recompute=_recompute(options, mpu, rng, device),
         compiled=options.compiled,
         kernels=kernels,
         experts=ExpertParallel(grid.expert, tp, folded.mark) if folded else ExpertParallel(grid.expert, tp),
         routers=routers,
+        mlp_tile_tokens=options.mlp_tile_tokens,
     )
     specs = layers(ctx)
     with _allocation(summary, options.deepspeed, mpu, device):
@@ -190,7 +196,10 @@ def _allocation(summary: DeepSpeedSummary, config: dict[str, Any], mpu: Mpu, dev
 
 
 def _gather_for_borrowers(module: nn.Module) -> None:
-    """Have ZeRO-3 gather parameters for modules that read those of others: DoRA's of the layers that they adapt."""
+    """Have ZeRO-3 gather parameters for modules that read those of others.
+
+    DoRA's adapters read those of the layers that they adapt, layers in tiles those of the layers inside.
+    """
     for borrower in module.modules():
         for parameter in getattr(borrower, "borrowed", ()):
             deepspeed.zero.register_external_parameter(borrower, parameter)
@@ -259,11 +268,13 @@ def _param_groups(module: nn.Module, section: OptimizerSection, folded: FoldedEx
     ]
 
 
-def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams) -> Recompute:
+def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams, device: torch.device) -> Recompute:
     """Return torch's activation checkpointing, or DeepSpeed's if the JSON has a section for it."""
     if options.recompute == "none":
         return Recompute()
     if "activation_checkpointing" not in options.deepspeed:
-        return Recompute(options.recompute, rng=rng)
+        return Recompute(
+            options.recompute, rng=rng, offload=HostOffload(device) if options.offload_activations else None
+        )
     deepspeed.checkpointing.configure(mpu, deepspeed_config=options.deepspeed)
     return Recompute(options.recompute, deepspeed.checkpointing.checkpoint, rng)

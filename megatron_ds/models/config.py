@@ -139,6 +139,11 @@ class ModelConfig(ABC):
         """
 
     @property
+    def has_dense_layers(self) -> bool:
+        """Some feed-forward layers are not mixtures of experts."""
+        return any(stack.dense_layers for stack in self.stacks.values())
+
+    @property
     def has_cross_attention(self) -> bool:
         """The hidden states of one stack are an input of all blocks of another."""
         return any(stack.cross_attention for stack in self.stacks.values())

@@ -11,6 +11,7 @@ from megatron_ds.config import (
     ContextPlan,
     DeepSpeedSummary,
     EngineConfig,
+    check_activations,
     check_engine,
     check_experts,
     check_recomputation,
@@ -73,6 +74,7 @@ def plan_engine(
     check_experts(config, shape, mapping, data_size)
     encoder_decoder = hf.family.model_type if hf.core.has_cross_attention else ""
     check_recomputation(config, mapping, trains_part=trains_part, encoder_decoder=encoder_decoder)
+    check_activations(config, mapping, has_dense_layers=hf.core.has_dense_layers)
     parallel = config.parallel
     context = plan_context(parallel.context, shape, parallel.tensor)
     layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, context=context.size, data=data_size)
@@ -110,6 +112,8 @@ def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
         sequence=config.parallel.sequence,
         context=plan.context,
         recompute=config.recompute,
+        offload_activations=config.offload_activations,
+        mlp_tile_tokens=config.mlp_tile_tokens,
         seed=config.seed,
         frozen=model.frozen,
         compiled=config.compile,

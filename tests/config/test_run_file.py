@@ -103,6 +103,8 @@ def test_defaults(run_file):
         "eval_every": 0,
         "log_every": 1,
         "recompute": "none",
+        "offload_activations": False,
+        "mlp_tile_tokens": None,
         "compile": False,
         "kernels": "auto",
         "moe_aux_loss": None,

@@ -57,6 +57,11 @@ REFUSALS = [
     ),
     ("val_set_size=0.05", "val_set_size: unknown key; did you mean data.valid_share?"),
     ("train.gradient_checkpointing=true", "train.gradient_checkpointing: unknown key; write train.recompute: full"),
+    (
+        "train.activation_offloading=true",
+        "train.activation_offloading: unknown key; write train.offload_activations: true",
+    ),
+    ("train.tiled_mlp=true", "train.tiled_mlp: unknown key; write train.mlp_tile_tokens, such as 4096"),
     ("bf16=true", "bf16: unknown key; did you mean deepspeed.bf16.enabled?"),
     ("lora={r: 8}", "lora: unknown key; did you mean peft?"),
     ("lora=8", f"lora: unknown key; legal here: {TOP}"),
@@ -173,6 +178,7 @@ REFUSALS = [
     # ranges
     ("parallel.tensor=0", "parallel.tensor=0 must be at least 1; nearest: 1"),
     ("parallel.pipeline=-1", "parallel.pipeline=-1 must be at least 1; nearest: 1"),
+    ("train.mlp_tile_tokens=0", "train.mlp_tile_tokens=0 must be at least 1; nearest: 1"),
     ("train.steps=0", "train.steps=0 must be at least 1; nearest: 1"),
     ("train.global_batch_size=0", "train.global_batch_size=0 must be at least 1; nearest: 1"),
     ("train.micro_batch_size=0", "train.micro_batch_size=0 must be at least 1; nearest: 1"),

@@ -19,7 +19,7 @@ from tests.ranks import rank_device, run_grid
 
 @dataclass(frozen=True)
 class Place:
-    """tp, pp, dp, zero, sp and the recomputation, as the issue writes them."""
+    """tp, pp, dp, zero, sp and the recomputation, as the issue writes them; `settings` are fields of the config."""
 
     tp: int = 1
     pp: int = 1
@@ -31,6 +31,7 @@ class Place:
     shared: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
     expert: int | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -73,6 +74,7 @@ def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
         "micro_batch_size": place.micro_batch(recipe),
         "recompute": place.recompute,
         "compile": place.compiled,
+        **dict(place.settings),
     }
     return EngineConfig(**{**fields, **changes})
 

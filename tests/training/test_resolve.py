@@ -209,6 +209,14 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
             },
             "activation_checkpoint_interval would recompute a second time",
         ),
+        (
+            {
+                "train": {"steps": 1, "global_batch_size": 1, "recompute": "full", "offload_activations": True},
+                "deepspeed": {"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True}},
+            },
+            "train.offload_activations=true and deepspeed.activation_checkpointing.cpu_checkpointing both decide how "
+            "the inputs of recomputed blocks are kept; remove one of them",
+        ),
     ],
 )
 def test_recomputation_said_twice_or_split_twice_is_refused(

@@ -1,0 +1,63 @@
+"""Settings for the memory of activations that would do nothing, or that two files decide, are refused in one line."""
+
+from typing import Any
+
+import pytest
+
+from megatron_ds.config import EngineConfig, check_activations
+from megatron_ds.errors import ConfigError
+
+FULL = {"recompute": "full", "offload_activations": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "section", "dense", "text"),
+    [
+        (
+            {"offload_activations": True},
+            {},
+            True,
+            "train.offload_activations=true moves the inputs of recomputed blocks, and train.recompute=none has none; "
+            "try train.recompute=full, or train.offload_activations=false",
+        ),
+        (
+            {"offload_activations": True, "recompute": "selective"},
+            {},
+            True,
+            "train.offload_activations=true moves the inputs of recomputed blocks, and train.recompute=selective has "
+            "none; try train.recompute=full, or train.offload_activations=false",
+        ),
+        (
+            FULL,
+            {"partition_activations": True, "cpu_checkpointing": True},
+            True,
+            "train.offload_activations=true and deepspeed.activation_checkpointing.cpu_checkpointing both decide how "
+            "the inputs of recomputed blocks are kept; remove one of them",
+        ),
+        (
+            FULL,
+            {"partition_activations": True},
+            True,
+            "train.offload_activations=true and deepspeed.activation_checkpointing.partition_activations both decide "
+            "how the inputs of recomputed blocks are kept; remove one of them",
+        ),
+        (
+            {"mlp_tile_tokens": 512},
+            {},
+            False,
+            "train.mlp_tile_tokens=512 divides dense feed-forward layers, and all of this model's are mixtures of "
+            "experts; remove it",
+        ),
+    ],
+)
+def test_refused(fields: dict[str, Any], section: dict[str, Any], dense: bool, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_activations(EngineConfig(**fields), {"activation_checkpointing": section}, has_dense_layers=dense)
+    assert str(caught.value) == text
+
+
+def test_not_refused() -> None:
+    both = EngineConfig(**FULL, mlp_tile_tokens=512)
+    check_activations(both, {}, has_dense_layers=True)
+    section = {"activation_checkpointing": {"partition_activations": True}}
+    check_activations(EngineConfig(recompute="full"), section, has_dense_layers=False)
