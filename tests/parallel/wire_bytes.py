@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 
 class Activations:
@@ -55,8 +56,10 @@ def counting() -> Iterator[Activations]:
             to_others = sum(splits) - splits[dist.get_rank(group)]
             wire.count("all_to_all", Fraction(to_others * _size(input[:1]) if to_others else 0))
 
-    def send(tensor: Any, dst: int, *args: Any, **kwargs: Any) -> None:
+    def send(tensor: Any, dst: int | None = None, *args: Any, **kwargs: Any) -> None:
         wire.count("send", Fraction(_size(tensor)))
+        if dst is None:  # in a batch, the receiver is a rank of the group
+            dst = dist.get_global_rank(kwargs["group"], kwargs["group_dst"])
         wire.sent_to[dst] = wire.sent_to.get(dst, Fraction(0)) + _size(tensor)
 
     counters: dict[str, Callable[..., None]] = {
@@ -80,10 +83,13 @@ def counting() -> Iterator[Activations]:
 
         return counted
 
-    for name in originals:
-        setattr(dist, name, wrap(name))
+    def replace(functions: dict[str, Callable[..., Any]]) -> None:
+        for name, function in functions.items():
+            setattr(dist, name, function)
+        c10d.isend = functions["isend"]  # which the messages of a batch are compared with
+
+    replace({name: wrap(name) for name in originals})
     try:
         yield wire
     finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+        replace(originals)

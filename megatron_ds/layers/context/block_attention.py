@@ -1,0 +1,210 @@
+"""Attention of one block, with the log-sum-exp of its scores, by which blocks are merged.
+
+The backward pass of a block is that of attention over all keys, restricted to the block's: with the output and the
+log-sum-exp over *all* keys, exp(scores - lse) are the probabilities of the full softmax (Dao et al. 2022, section
+3.1; Liu et al. 2023). Functions of torch that compute it are called by their operators, since the public function
+does not return the log-sum-exp, and autograd would not know its gradient.
+
+Dim legend: B batch, N query heads, K key and value heads, T queries and C keys of the block, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ds.layers.context.blocks import Block
+from megatron_ds.layers.kernels.reference import AttentionCall
+
+_ATEN = torch.ops.aten
+_MOST_DIMS = 256  # of a head, for flash attention on a GPU
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Parts of the results over all keys, for the queries of a block.
+
+    Attributes:
+        grad: gradient of the output, (B, N, T, D).
+        out: the output, (B, N, T, D).
+        lse: log-sum-exp of the scores, (B, N, T); 0 where a query sees no key.
+        delta: sum of the gradient times the output, (B, N, T).
+    """
+
+    grad: Tensor
+    out: Tensor
+    lse: Tensor
+    delta: Tensor | None
+
+    def of_queries(self, rows: slice) -> Whole:
+        """Return the parts for some of the queries."""
+        delta = None if self.delta is None else self.delta[..., rows]
+        return Whole(self.grad[:, :, rows], self.out[:, :, rows], self.lse[..., rows], delta)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Those of q, k, v, and of the block's part of `AttentionCall.distance_bias`, (N, T + C - 1)."""
+
+
+class BlockAttention(Protocol):
+    """Attention of q (B, N, T, D) to k and v (B, K, C, D); N is a multiple of K."""
+
+    @property
+    def keeps_scores(self) -> bool:
+        """It needs memory for all scores of a block, and the sums of gradients times outputs."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """Return the output, (B, N, T, D), and the log-sum-exp, (B, N, T): zero and -inf if a query sees no key."""
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
+        """Return the block's parts of the gradients."""
+
+
+def block_attention(q: Tensor, call: AttentionCall) -> BlockAttention:
+    """Return the implementation for a call: flash attention where torch's has all options, else the formula.
+
+    Args:
+        q: a tensor of the dtype, device and head dim (last) of the queries.
+        call: options of attention.
+    """
+    if call.softcap is not None or call.distance_bias is not None:
+        return WrittenOut(call)
+    if q.device.type == "cpu":
+        return FlashOnCPU(call.scale)
+    is_masked = any(one is not None for one in (call.positions, call.key_mask, call.key_bias))
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= _MOST_DIMS
+    if q.device.type == "cuda" and fits and not is_masked:
+        return FlashOnCUDA(call.scale)
+    return WrittenOut(call)
+
+
+@dataclass(frozen=True)
+class FlashOnCPU:
+    """torch's flash attention on CPU, which adds a term to the scores."""
+
+    scale: float
+    keeps_scores: bool = False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, block.causal, attn_mask=_term(block, q), scale=self.scale
+        )
+        # the operator's log-sum-exp of no key is 0
+        return out, lse if block.seen is None else lse.masked_fill_(~block.seen[:, None], -torch.inf)
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
+        dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(whole.grad, q, k, v, whole.out, whole.lse, 0.0, block.causal),
+            attn_mask=_term(block, q),
+            scale=self.scale,
+        )
+        return dq, dk, dv, None
+
+
+def _term(block: Block, q: Tensor) -> Tensor | None:
+    """Return the term of the scores, with -inf at the pairs that limits leave out."""
+    dtype = _score_dtype(q)
+    term = None if block.key_term is None else block.key_term.to(dtype)
+    if block.limits is None:
+        return term
+    return torch.where(block.inside(block.limits), q.new_zeros((), dtype=dtype) if term is None else term, -torch.inf)
+
+
+@dataclass(frozen=True)
+class FlashOnCUDA:
+    """torch's flash attention on CUDA, in 16 bits, for blocks without a term."""
+
+    scale: float
+    keeps_scores: bool = False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, block.causal, scale=self.scale)
+        return out, lse[..., : q.shape[2]]  # some releases round its length up
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
+        no_lengths, no_state = None, q.new_empty(0, dtype=torch.int64)  # of packed rows, and of dropout
+        dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
+            *(whole.grad, q, k, v, whole.out, whole.lse.contiguous(), no_lengths, no_lengths, q.shape[2], k.shape[2]),
+            *(0.0, block.causal, no_state, no_state),
+            scale=self.scale,
+        )
+        return dq, dk, dv, None
+
+
+@dataclass(frozen=True)
+class WrittenOut:
+    """The formula, with every option but dropout; scores and probabilities are (B, N, T, C) tensors in fp32."""
+
+    call: AttentionCall
+    keeps_scores: bool = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        scores = self._scores(_products(q, k), self._biases(block), block)
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # a row may be -inf throughout
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out = _times_values(weights.to(v.dtype), v) / total.clamp(min=1.0)  # it is 0, or the top's 1 and more
+        return out, (top + total.log()).squeeze(-1)
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
+        """Compute the gradients of `products` and of biases by autograd, given that of the scores."""
+        assert whole.delta is not None
+        with torch.enable_grad():
+            products = _products(q, k).requires_grad_()
+            biases = self._biases(block)
+            scores = self._scores(products, biases if biases is None else biases.requires_grad_(), block)
+        probabilities = (scores.detach() - whole.lse[..., None]).exp_()
+        dv = _by_keys(probabilities.to(v.dtype), whole.grad, v)
+        dscores = _products(whole.grad, v).to(scores.dtype).sub_(whole.delta[..., None]).mul_(probabilities)
+        leaves = [products] if biases is None else [products, biases]
+        dproducts, *dbiases = torch.autograd.grad(scores, leaves, dscores)
+        dproducts = dproducts.to(q.dtype)
+        return _times_values(dproducts, k), _by_keys(dproducts, q, k), dv, dbiases[0] if dbiases else None
+
+    def _biases(self, block: Block) -> Tensor | None:
+        """Return the block's part of the biases by distance, (N, T + C - 1)."""
+        biases = self.call.distance_bias
+        return None if biases is None else biases[:, block.distances].detach()
+
+    def _scores(self, products: Tensor, biases: Tensor | None, block: Block) -> Tensor:
+        """Return the scores of products of queries and keys, (B, N, T, C)."""
+        scores = products.to(_score_dtype(products)) * self.call.scale
+        if self.call.softcap is not None:
+            scores = torch.tanh(scores / self.call.softcap) * self.call.softcap
+        if block.key_term is not None:
+            scores = scores + block.key_term
+        if biases is not None:
+            scores = scores + biases.unfold(1, scores.shape[-1], 1).flip(1)  # the last query has the first distances
+        return scores if block.limits is None else scores.masked_fill(~block.inside(block.limits), -torch.inf)
+
+
+def _score_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _in_groups(x: Tensor, kv_heads: int) -> Tensor:
+    """Put the queries that read one key head after one another: (B, N, T, X) -> (B, K, N/K * T, X)."""
+    return x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _of_heads(x: Tensor, num_queries: int) -> Tensor:
+    """Undo `_in_groups`: (B, K, N/K * T, X) -> (B, N, T, X)."""
+    return x.unflatten(2, (-1, num_queries)).flatten(1, 2)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Multiply queries (B, N, T, D) with the keys (B, K, C, D) that they read -> (B, N, T, C)."""
+    return _of_heads(_in_groups(x, y.shape[1]) @ y.transpose(-1, -2), x.shape[2])
+
+
+def _times_values(weights: Tensor, y: Tensor) -> Tensor:
+    """Sum values (B, K, C, D) by the weights (B, N, T, C) of each query -> (B, N, T, D)."""
+    return _of_heads(_in_groups(weights, y.shape[1]) @ y, weights.shape[2])
+
+
+def _by_keys(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Sum queries (B, N, T, D) by their weights (B, N, T, C) for each key of y (B, K, C, D) -> (B, K, C, D)."""
+    return _in_groups(weights, y.shape[1]).transpose(-1, -2) @ _in_groups(x, y.shape[1])
