@@ -19,6 +19,7 @@ from megatron_ds.layers.alibi import HeadSlopes
 from megatron_ds.layers.attention_masks import Span, allowed_keys, allowed_keys_on_both_sides, without_blind_rows
 from megatron_ds.layers.attention_shape import AttentionShape
 from megatron_ds.layers.context.fetch import fetch, plan_fetch, seen_by, union
+from megatron_ds.layers.context.ring import ring_attention
 from megatron_ds.layers.context.ulysses import HeadExchange
 from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.dora import column_adapter, row_adapter
@@ -148,6 +149,8 @@ class Attention(nn.Module):
         distances = self.relative(q.shape[0] * self.context.ring.size) if self.relative is not None else None
         if self.context.ring.size == 1:
             core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds, distances)
+        elif context is None and self._passes_around(q.shape[0] * self.context.ring.size, key_mask):
+            core = self._around_ring(q, k, v, key_mask, positions, distances)
         elif context is None:
             core = self._over_ring(q, k, v, key_mask, positions, distances)
         else:
@@ -183,6 +186,34 @@ class Attention(nn.Module):
             if name != "out":
                 found = adapter.adapted(x if name.startswith("q") else context, found)
         return found["q"], found["k"], found["v"]
+
+    def _passes_around(self, length: int, key_mask: Tensor | None) -> bool:
+        """Return whether keys and values of a row pass around the ring; else each rank fetches those that it needs.
+
+        A window needs few of them, and the ring drops no probabilities. Where scores have a bias or a bound, a query
+        that sees no key attends to all (as transformers has it), which no part of a row can know.
+        """
+        shape = self.shape
+        drops = self.training and shape.dropout > 0.0
+        by_scores = (shape.alibi, self.relative, shape.softcap, self.sinks)
+        is_blind = key_mask is not None and any(one is not None for one in by_scores)
+        return self.context.method == "ring" and self._window(length) is None and not drops and not is_blind
+
+    def _around_ring(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        distances: Tensor | None,
+    ) -> Tensor:
+        """Attend to keys and values that pass by: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
+        ring = self.context.ring
+        length = q.shape[0] * ring.size
+        call = self._call(q, key_mask, positions, None, distances, length)
+        k, v = (self._in_groups(part) for part in (k, v))
+        return ring_attention(q, k, v, call, ring, partial(self.context.ring_runs, length)).flatten(2)
 
     def _over_ring(
         self,
