@@ -22,17 +22,17 @@ def batch_for(model_type: str, recipe: Recipe, step: int) -> dict[str, Tensor]:
     if model_type in ENCODER_DECODERS:
         return encoder_decoder_batch(recipe, step)
     if recipe.packed:
-        return unpacked(draw_rows(recipe.global_batch, step))
+        return unpacked(draw_rows(recipe.global_batch, step, recipe.length))
     return global_batch(recipe, step)
 
 
 def encoder_batch(recipe: Recipe, step: int, *, pairs: bool) -> dict[str, Tensor]:
     """Masked tokens: some rows have many, one has none. Where `pairs`, segments and whether the second follows."""
     generator = torch.Generator().manual_seed(2000 + step)
-    ids, mask = _padded(recipe.global_batch, SEQ, generator)
+    ids, mask = _padded(recipe.global_batch, recipe.length, generator)
     labels = ids.clone()
     for row in range(recipe.global_batch):
-        masked = torch.rand(SEQ, generator=generator) < 0.1 * (1 + row % 5)
+        masked = torch.rand(recipe.length, generator=generator) < 0.1 * (1 + row % 5)
         labels[row, ~masked] = -100
     labels[3] = -100
     labels[mask == 0] = -100
@@ -40,7 +40,7 @@ def encoder_batch(recipe: Recipe, step: int, *, pairs: bool) -> dict[str, Tensor
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if pairs:
         begins = torch.arange(recipe.global_batch)[:, None] * 2 + 5
-        batch["token_type_ids"] = (torch.arange(SEQ)[None] >= begins).long() * mask
+        batch["token_type_ids"] = (torch.arange(recipe.length)[None] >= begins).long() * mask
         batch["next_sentence_label"] = torch.randint(0, 2, (recipe.global_batch,), generator=generator)
         batch["next_sentence_label"][(step * 3 + 1) % recipe.global_batch] = -100
     return batch
@@ -49,10 +49,11 @@ def encoder_batch(recipe: Recipe, step: int, *, pairs: bool) -> dict[str, Tensor
 def encoder_decoder_batch(recipe: Recipe, step: int) -> dict[str, Tensor]:
     """Inputs of uneven length and targets of another; one row has no targets."""
     generator = torch.Generator().manual_seed(3000 + step)
-    ids, mask = _padded(recipe.global_batch, SEQ, generator)
-    labels = torch.randint(2, VOCAB, (recipe.global_batch, TARGETS), generator=generator)
+    ids, mask = _padded(recipe.global_batch, recipe.length, generator)
+    targets = TARGETS - SEQ + recipe.length
+    labels = torch.randint(2, VOCAB, (recipe.global_batch, targets), generator=generator)
     for row in range(recipe.global_batch):
-        labels[row, TARGETS - (row * 5 + step) % 17 :] = -100
+        labels[row, targets - (row * 5 + step) % 17 :] = -100
     labels[3] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 

@@ -93,22 +93,27 @@ class Recipe:
     attention_mask: bool = False
     packed: bool = False
     frozen: tuple[str, ...] = ()  # patterns of names that are not trained, which fit transformers' in memory too
+    length: int = SEQ
+    padding_step: int = 1  # tokens of left padding that a row has more than the one before; every fifth has none
+    labels_first: bool = True  # behind padding, the last token of it, which sees no token, predicts the first
 
 
 def global_batch(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
     """(G, S) ids and labels; some rows have few labels, one has none, so that a mean of means is visibly wrong."""
     generator = torch.Generator().manual_seed(1000 + step)
-    ids = torch.randint(0, VOCAB, (recipe.global_batch, SEQ), generator=generator)
+    ids = torch.randint(0, VOCAB, (recipe.global_batch, recipe.length), generator=generator)
     labels = ids.clone()
     for row in range(recipe.global_batch):
-        labels[row, : (row * 7 + step * 3) % (SEQ - 1)] = -100
+        labels[row, : (row * 7 + step * 3) % (recipe.length - 1)] = -100
     labels[3] = -100
     batch = {"input_ids": ids, "labels": labels}
     if recipe.attention_mask:  # left padding of uneven length: the case that a causal mask alone gets wrong
         mask = torch.ones_like(ids)
         for row in range(recipe.global_batch):
-            mask[row, : row % 5] = 0
+            mask[row, : row % 5 * recipe.padding_step] = 0
         labels[mask == 0] = -100
+        if not recipe.labels_first:
+            labels[:, 1:][mask[:, :-1] == 0] = -100
         batch["attention_mask"] = mask
     return batch
 

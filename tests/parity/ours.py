@@ -19,7 +19,13 @@ from tests.ranks import rank_device, run_grid
 
 @dataclass(frozen=True)
 class Place:
-    """tp, pp, dp, zero, sp and the recomputation, as the issue writes them; `settings` are fields of the config."""
+    """Sizes of the axes, the stage of ZeRO, sequence parallelism and recomputation of a run.
+
+    Attributes:
+        cp: ranks that divide a sequence; `method`: how they exchange it; `ulysses`: those of them that exchange heads,
+            None = as the method chooses.
+        settings: further fields of the config.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -32,10 +38,19 @@ class Place:
     extra: tuple[tuple[str, Any], ...] = ()
     expert: int | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+    cp: int = 1
+    method: str = "auto"
+    ulysses: int | None = None
 
     @property
     def layout(self) -> Layout:
-        return Layout(tensor=self.tp, pipeline=self.pp, data=self.dp)
+        return Layout(tensor=self.tp, pipeline=self.pp, data=self.dp, context=self.cp)
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """The section of the run file, without what is left to be chosen."""
+        chosen = {"ulysses": self.ulysses} if self.ulysses is not None else {}
+        return {"size": self.cp, "method": self.method, **chosen}
 
     def micro_batch(self, recipe: Recipe) -> int:
         """At least two micro-batches a step wherever the data ranks leave as many samples."""
@@ -44,7 +59,9 @@ class Place:
     def __str__(self) -> str:
         compiled = "-compiled" * self.compiled + "-shared" * self.shared
         expert = f"ep{self.expert}" if self.expert is not None else ""
-        return f"tp{self.tp}{expert}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}-{self.recompute}{compiled}"
+        context = f"cp{self.cp}{self.method}{self.ulysses or ''}" * (self.cp > 1)
+        axes = f"tp{self.tp}{context}{expert}pp{self.pp}dp{self.dp}z{self.zero}sp{int(self.sp)}"
+        return f"{axes}-{self.recompute}{compiled}"
 
 
 def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
@@ -61,6 +78,7 @@ def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
             expert=place.expert,
             sequence=place.sp,
             shared_memory=place.shared,
+            **({"context": place.context} if place.cp > 1 else {}),
         ),
         "deepspeed": deepspeed,
         "optimizer": OptimizerSection(
@@ -114,7 +132,7 @@ def micro_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """This data rank's share of a global batch."""
     if recipe.packed:
-        whole = packed(draw_rows(recipe.global_batch, step))
+        whole = packed(draw_rows(recipe.global_batch, step, recipe.length))
     else:
         whole = ours(model_type, batch_for(model_type, recipe, step))
     per_rank, size = recipe.global_batch // grid.batch.size, place.micro_batch(recipe)

@@ -16,24 +16,24 @@ class Rows:
     """What shares a sequence: for each row its documents, which leave some of it empty."""
 
     rows: tuple[tuple[Document, ...], ...]
+    length: int = SEQ
 
     @property
     def documents(self) -> list[Document]:
         return [document for row in self.rows for document in row]
 
 
-def draw_rows(count: int, seed: int) -> Rows:
+def draw_rows(count: int, seed: int, length: int = SEQ) -> Rows:
     """Rows of 1 to 8 documents; some have few labels, one has none, one has a single token."""
     generator = torch.Generator().manual_seed(4000 + seed)
     rows = []
     for row in range(count):
-        lengths, left = [], SEQ - row % 3
+        lengths, left = [], length - row % 3
         while left > 0:
-            length = min(left, int(torch.randint(1, 5 + 3 * (row % 5), (1,), generator=generator)))
-            lengths.append(length)
-            left -= length
-        rows.append(tuple(_document(length, len(rows) + number, generator) for number, length in enumerate(lengths)))
-    return Rows(tuple(rows))
+            lengths.append(min(left, int(torch.randint(1, 5 + 3 * (row % 5), (1,), generator=generator))))
+            left -= lengths[-1]
+        rows.append(tuple(_document(size, len(rows) + number, generator) for number, size in enumerate(lengths)))
+    return Rows(tuple(rows), length)
 
 
 def _document(length: int, number: int, generator: torch.Generator) -> Document:
@@ -45,27 +45,28 @@ def _document(length: int, number: int, generator: torch.Generator) -> Document:
 
 def unpacked(rows: Rows) -> dict[str, Tensor]:
     """(N, S): a document a row, in transformers' words."""
-    ids = torch.stack([_filled(ids, 0) for ids, _ in rows.documents])
-    return {"input_ids": ids, "labels": torch.stack([_filled(labels, -100) for _, labels in rows.documents])}
+    ids = torch.stack([_filled(ids, 0, rows.length) for ids, _ in rows.documents])
+    labels = torch.stack([_filled(labels, -100, rows.length) for _, labels in rows.documents])
+    return {"input_ids": ids, "labels": labels}
 
 
 def packed(rows: Rows) -> dict[str, Tensor]:
     """(G, S): ours, several documents a row."""
-    columns = [_packed_row(row) for row in rows.rows]
+    columns = [_packed_row(row, rows.length) for row in rows.rows]
     return {name: torch.stack([row[name] for row in columns]) for name in columns[0]}
 
 
-def _packed_row(row: tuple[Document, ...]) -> dict[str, Tensor]:
+def _packed_row(row: tuple[Document, ...], length: int) -> dict[str, Tensor]:
     ids = torch.cat([ids for ids, _ in row])
     targets = torch.cat([shifted(labels[None])[0] for _, labels in row])
     places = torch.cat([torch.arange(len(ids)) for ids, _ in row])
-    tail = torch.arange(SEQ - len(ids))
+    tail = torch.arange(length - len(ids))
     return {
-        "input_ids": _filled(ids, 0),
-        "targets": _filled(targets, -100),
+        "input_ids": _filled(ids, 0, length),
+        "targets": _filled(targets, -100, length),
         "position_ids": torch.cat([places, tail]),
     }
 
 
-def _filled(values: Tensor, filler: int) -> Tensor:
-    return torch.cat([values, values.new_full((SEQ - len(values),), filler)])
+def _filled(values: Tensor, filler: int, length: int) -> Tensor:
+    return torch.cat([values, values.new_full((length - len(values),), filler)])

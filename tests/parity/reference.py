@@ -43,9 +43,11 @@ def _from_config(config: Any, attention: str | None) -> Any:
 
     family = FAMILIES[config.model_type]
     named = (config.architectures or [family.architecture])[0]
-    attention = attention or family.reference_attention
+    kind = getattr(transformers, named)
+    # "sdpa" where transformers has it: not for biases by distance and bounded scores
+    attention = attention if attention and (attention != "sdpa" or kind._supports_sdpa) else family.reference_attention
     config._experts_implementation = "eager"  # others need widths of certain multiples
-    model = getattr(transformers, named)._from_config(config, attn_implementation=attention).float()
+    model = kind._from_config(config, attn_implementation=attention).float()
     if family.tied_by_bytes and not getattr(config, "scale_decoder_outputs", False) and hasattr(model, "lm_head"):
         # transformers 5 ties every T5 that it makes; those of v1.1 and later have a head of their own
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
