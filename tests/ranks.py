@@ -85,13 +85,14 @@ def run_grid(
     layout: Layout,
     *args: Any,
     expert: int | None = None,
+    ulysses: int | None = None,
     timeout_s: float = 120.0,
     staged: bool = False,
 ) -> list[Any]:
-    """Results of fn(Grid, *args) on each rank of a layout, of which `expert` ranks divide the experts."""
+    """Results of fn(Grid, *args) on each rank of a layout; see `create_grid` for `expert` and `ulysses`."""
 
     def on_grid(info: RankInfo, *rest: Any) -> Any:
-        grid: Grid = create_grid(layout, info.rank, expert)
+        grid: Grid = create_grid(layout, info.rank, expert, ulysses)
         return fn(grid, *rest)
 
     return run_ranks(on_grid, layout.world_size, *args, timeout_s=timeout_s, staged=staged)
