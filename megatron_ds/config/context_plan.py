@@ -25,6 +25,8 @@ class ContextPlan:
         method: of the groups to exchange keys and values.
         zigzag: the groups hold two chunks of a sequence each, so that causal work is even; else one.
         reason: of the choice, in words.
+        rope: the model's rope type that depends on the length of a sequence, so that none can be padded; None = no such
+            type.
     """
 
     ulysses: int = 1
@@ -32,6 +34,7 @@ class ContextPlan:
     method: Literal["gather", "ring"] = "gather"
     zigzag: bool = False
     reason: str = ""
+    rope: str | None = None
 
     @property
     def size(self) -> int:
@@ -89,7 +92,8 @@ def plan_context(
     if heads % ulysses:
         _refuse_heads(section, shape, tensor, names)
     ring = size // ulysses
-    plan = ContextPlan(ulysses, ring, zigzag=ring > 1 and shape.causal, reason=_reason(section, ulysses, heads))
+    rope, zigzag = next(iter(shape.length_ropes), None), ring > 1 and shape.causal
+    plan = ContextPlan(ulysses, ring, zigzag=zigzag, reason=_reason(section, ulysses, heads), rope=rope)
     if ring == 1:
         return plan
     if section.method in ("gather", "ring"):
@@ -100,20 +104,20 @@ def plan_context(
     return replace(plan, method="ring", reason=f"{plan.reason}; kernels with a log-sum-exp compute every layer")
 
 
-def check_context_length(data: DataSection, parallel: ParallelSection, plan: ContextPlan, shape: ModelShape) -> None:
+def check_context_length(data: DataSection, parallel: ParallelSection, plan: ContextPlan) -> None:
     """Check that sequences that context ranks cannot divide may be padded.
 
     Raises:
         TopologyError: the model computes something else in a longer sequence.
     """
     multiple = plan.multiple_of(parallel.tensor if parallel.sequence else 1)
-    if plan.size == 1 or not shape.length_ropes or data.seq_length % multiple == 0:
+    if plan.rope is None or data.seq_length % multiple == 0:
         return
     below = data.seq_length // multiple * multiple
     near = " or ".join(str(length) for length in (below, below + multiple) if length)
     raise TopologyError(
         f"data.seq_length={data.seq_length} is not divisible by {multiple}, which parallel.context={plan.size} needs "
-        f"here: it would be padded, and the model's rope type {shape.length_ropes[0]} depends on the length; nearest: "
+        f"here: it would be padded, and the model's rope type {plan.rope} depends on the length; nearest: "
         f"{near}"
     )
 

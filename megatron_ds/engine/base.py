@@ -18,6 +18,7 @@ from megatron_ds.engine.gathering import gather_part, send_to_rank_0
 from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.group_tables import read_group_tables, set_group_tables
 from megatron_ds.engine.optimizer import GuardedOptimizer
+from megatron_ds.engine.padding import RowPadding
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import ParamSpec, is_untrained, spec_of
@@ -135,6 +136,7 @@ class Engine(ABC):
         steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
         kernels: names of the kernels in use that are not PyTorch's, for the log.
         context: the ranks that divide each sequence.
+        padding: of rows whose length they cannot share.
         documents: the longest document of a step, which the layers read.
         gradient_sums: the fp32 gradients that products add to; None = autograd gets every gradient.
         routers: those of mixtures of experts; None = the model has none.
@@ -153,8 +155,9 @@ class Engine(ABC):
         head: HeadSpec,
         rng: RngStreams,
         context: ContextParallel,
+        padding: RowPadding,
     ) -> None:
-        self.context = context
+        self.context, self.padding = context, padding
         self.grid, self.device, self.optimizer, self.deepspeed = grid, device, optimizer, deepspeed_engine
         self.head = head
         self.steps_begun = 0
@@ -190,8 +193,8 @@ class Engine(ABC):
             self.routers.begin_step(len(batches), loss_scale_of(self.deepspeed))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batches = with_document_bounds(batches, self.documents)
         counts = self._count(batches)
+        batches = self._divisible(batches)
         # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the labels.
         parts = len(batches) * self.grid.shard.size
         scales = [parts / count if count else 0.0 for count in counts]
@@ -214,8 +217,8 @@ class Engine(ABC):
         Besides what `_evaluate` communicates: an all-reduce over loss, and over pipeline, of what the head keeps of all
         samples, if it keeps anything.
         """
-        batches = with_document_bounds(batches, self.documents)
         counts = self._count(batches)
+        batches = self._divisible(batches)
         sums = self._evaluate(self._to_device(batches)).tolist()
         num_samples = sum(len(next(iter(batch.values()))) for batch in batches)
         return Losses.unpack(sums, counts, self.head, self._gather_kept(num_samples) if self.head.num_kept else None)
@@ -242,9 +245,14 @@ class Engine(ABC):
         """True under fp16's dynamic loss scale, where a skipped step is normal."""
         return bool(getattr(getattr(self.deepspeed.optimizer, "loss_scaler", None), "dynamic", False))
 
-    @abstractmethod
     def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
         """Return the predictions by name, (B, ...) fp32 on CPU; None except on ranks of the last pipeline stage."""
+        found = self._outputs(self.padding.pad(batch))
+        return None if found is None else self.padding.cut(found, batch)
+
+    @abstractmethod
+    def _outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
+        """Return the predictions by name for a batch of lengths that the ranks can share."""
 
     @abstractmethod
     def _step(self, batches: Sequence[MicroBatch], scales: Sequence[float]) -> float:
@@ -307,6 +315,10 @@ class Engine(ABC):
         if self.grid.batch.size > 1:
             counts = all_reduce_(counts if self.grid.is_first_of_batch else torch.zeros_like(counts), self.grid.host)
         return tuple(counts.tolist())
+
+    def _divisible(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """Return micro-batches of lengths that the ranks can share, with where their documents begin."""
+        return with_document_bounds([self.padding.pad(batch) for batch in batches], self.documents)
 
     def _empty_sums(self) -> Tensor:
         """Return zeros of the shape of `HeadSpec.pack`, to add micro-batches to."""

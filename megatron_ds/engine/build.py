@@ -30,6 +30,7 @@ from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
+from megatron_ds.engine.padding import RowPadding
 from megatron_ds.engine.pipeline.engine import PipelinedModel, PipelineEngine
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.engine.probe import GradientProbe
@@ -154,12 +155,15 @@ def build_engine(
         for parameters in flat_parameters(engine):
             optimizer.create_state(parameters)
     made: Engine
+    head = head_of(specs)
+    padding = RowPadding(_multiple_of(tp), head, options.context.rope)
+    shared = (grid, device, optimizer, engine, head, rng, context, padding)
     bucket = int(config["zero_optimization"]["reduce_bucket_size"])
     if pipelined:
-        made = PipelineEngine(grid, device, optimizer, engine, head_of(specs), rng, context, bucket=bucket)
+        made = PipelineEngine(*shared, bucket=bucket)
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
-        made = ZeroEngine(grid, device, optimizer, engine, head_of(specs), rng, context, clip=clip, bucket=bucket)
+        made = ZeroEngine(*shared, clip=clip, bucket=bucket)
     if summary.zero_stage > 0:
         read_norm_once(engine.optimizer, made.read_norm)
     made.kernels, made.documents = kernels.names, ctx.documents
@@ -172,6 +176,13 @@ def _counting_context(options: EngineOptions, grid: Grid) -> EngineOptions:
     """Return options whose batch is what DeepSpeed expects, which takes context ranks for data ranks."""
     batch = options.deepspeed["train_batch_size"] * grid.context.size
     return replace(options, deepspeed={**options.deepspeed, "train_batch_size": batch})
+
+
+def _multiple_of(tp: TensorParallel) -> int:
+    """Return the divisor of lengths that context ranks can share, and tensor ranks under sequence parallelism."""
+    if tp.context.axis.size == 1:
+        return 1  # lengths that tensor ranks alone cannot share are refused
+    return tp.context.multiple_of * (tp.axis.size if tp.splits_sequence else 1)
 
 
 @contextmanager

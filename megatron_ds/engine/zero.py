@@ -92,7 +92,7 @@ class ZeroEngine(Engine):
         return all_reduce_(total, self.grid.loss)
 
     @torch.no_grad()
-    def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
+    def _outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
         self.deepspeed.eval()
         found = self.deepspeed(self._move(batch))
         self.deepspeed.train()

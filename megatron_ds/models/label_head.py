@@ -102,6 +102,13 @@ class LabelHeadConfig:
         """Names of the columns of the batch that it reads besides hidden states, where the batch has them."""
         return {"last": ("input_ids",), "last_eos": ("input_ids",), "mean": ("attention_mask",)}.get(self.pick, ())
 
+    @property
+    def padding_id(self) -> int | None:
+        """An id that the head passes over behind a text; None = it takes every id for text."""
+        if self.pick == "last":
+            return self.pick_id
+        return 1 if self.pick == "last_eos" and self.pick_id == 0 else 0
+
     def check_ids(self, batch: Mapping[str, Tensor]) -> None:
         """Refuse a micro-batch, in host memory, in which the picked position is not defined.
 
@@ -150,7 +157,7 @@ def label_layer(config: LabelHeadConfig, width: int, ctx: BuildContext, like: La
 def _declaration(config: LabelHeadConfig) -> HeadSpec:
     """Return the declaration of the head: its loss term, and the counts or predictions from which metrics follow."""
     column, count = config.label_column, config.num_labels
-    plain = HeadSpec((column,), (column,), check=config.check_ids)
+    plain = HeadSpec((column,), (column,), check=config.check_ids, padding_id=config.padding_id)
     if config.loss == REGRESSION:
         return replace(plain, num_kept=2 * count, summarize=regression_metrics)
     return replace(plain, num_tallies=num_tallies(count), summarize=classification_metrics)

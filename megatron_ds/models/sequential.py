@@ -89,6 +89,7 @@ class HeadSpec:
         num_kept: how many numbers of each sample validation keeps, for metrics that need all samples at once.
         summarize: (summed counts, kept numbers (samples, num_kept)) -> further metrics by name.
         check: refuses a micro-batch, in host memory, for which the head is not defined.
+        padding_id: an id that the head passes over behind a text; None = it takes every id for text.
     """
 
     label_columns: tuple[str, ...]
@@ -99,6 +100,7 @@ class HeadSpec:
     num_kept: int = 0
     summarize: Callable[[np.ndarray, np.ndarray], Mapping[str, float]] = lambda tallies, kept: {}
     check: Callable[[Mapping[str, Tensor]], None] = lambda batch: None
+    padding_id: int | None = 0
 
     @classmethod
     def per_column(cls, *columns: str) -> HeadSpec:

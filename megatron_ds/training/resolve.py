@@ -96,7 +96,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     )
     device_settings(run).check_precision(plan.summary.precision)
     check_data(run.data, run.parallel, hf.core.shape())
-    check_context_length(run.data, run.parallel, plan.context, hf.core.shape())
+    check_context_length(run.data, run.parallel, plan.context)
     _check_saving(run, plan)
     _check_paths(run)
     model = open_model(

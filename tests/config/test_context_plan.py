@@ -192,9 +192,10 @@ def test_lengths_are_padded_unless_the_rope_depends_on_them(make_run: Callable[.
     run = make_run(parallel={"context": 4, "tensor": 2, "sequence": True}, data={"seq_length": 30})
     plan = plan_context(run.parallel.context, SHAPE, 2)
     check_run(run, SHAPE, ZERO_1, 8, "cpu")
-    check_context_length(run.data, run.parallel, plan, SHAPE)
+    check_context_length(run.data, run.parallel, plan)
+    stretched = plan_context(run.parallel.context, replace(SHAPE, length_ropes=("dynamic",)), 2)
     with pytest.raises(TopologyError) as caught:
-        check_context_length(run.data, run.parallel, plan, replace(SHAPE, length_ropes=("dynamic",)))
+        check_context_length(run.data, run.parallel, stretched)
     assert str(caught.value) == (
         "data.seq_length=30 is not divisible by 16, which parallel.context=4 needs here: it would be padded, and the "
         "model's rope type dynamic depends on the length; nearest: 16 or 32"

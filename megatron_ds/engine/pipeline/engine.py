@@ -43,8 +43,7 @@ class PipelineEngine(Engine):
         self.deepspeed.module.train()
         return self._collect()
 
-    def outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
-        """Return the predictions by name, (B, ...) fp32 on CPU; None except on ranks of the last pipeline stage."""
+    def _outputs(self, batch: MicroBatch) -> dict[str, Tensor] | None:
         module: PipelinedModel = self.deepspeed.module
         self.deepspeed.total_loss = None  # DeepSpeed accumulates the module output as a loss; reset it
         self.deepspeed.eval_batch(
