@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     [("text", 32, ("ulysses", "gather", "pp2-cp2")), ("tokenized", 33, ("gather", "tp2-sp-cp2"))],
 )
 def test_losses_are_those_of_one_process(make_run: Make, format: str, length: int, names: tuple[str, ...]) -> None:
-    """Five steps in fp32, sums in another order: 2e-5 relative. 33 positions are padded; examples are ragged as well."""
+    """Five steps in fp32, sums in another order: 2e-5 relative. 33 positions are padded, and examples are ragged."""
     preload()
     alone = make_run("alone", format, data={"seq_length": length})
     mds.train(alone)
