@@ -299,9 +299,9 @@ def _all_see(block: Block, key_mask: Tensor | None, device: torch.device) -> Ten
     return torch.ones(1, block.queries.stop - block.queries.start, dtype=torch.bool)
 
 
-def _limits_off_by_one(*args: Any) -> Any:
-    limits = _limits(*args)
-    return limits and (limits[0], limits[1] + 1)
+def _limits_off_by_one(block: Block, *args: Any) -> Any:
+    limits = _limits(block, *args)
+    return limits and (limits[0], (limits[1] + 1).clamp(max=block.keys.stop - block.keys.start))
 
 
 def _lse_of_last_step(self: Any, rows: slice) -> Any:

@@ -76,10 +76,17 @@ def counting() -> Iterator[Activations]:
         name: getattr(dist, name) for name in counters if hasattr(dist, name)
     }  # torch before 2.13 has the older names
 
+    calling: list[str] = []
+
     def wrap(name: str) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            counters[name](*args, **kwargs)
-            return originals[name](*args, **kwargs)
+            if not calling:  # torch's own send calls isend
+                counters[name](*args, **kwargs)
+            calling.append(name)
+            try:
+                return originals[name](*args, **kwargs)
+            finally:
+                calling.pop()
 
         return counted
 
