@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_ds.config import RunConfig
     from megatron_ds.data.inspect.facts import IndexedFacts, RunDataFacts, TextFileFacts
     from megatron_ds.data.inspect.histogram import LengthHistogram
+    from megatron_ds.data.inspect.mix import BandUse
     from megatron_ds.data.inspect.rendering import RenderedDocument, RenderedSample
 
 BAR_CELLS = 30
@@ -121,6 +122,7 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts, statement: Map
             f"{facts.learned * size:,.0f} of a step's {size * positions:,}{exactly}",
         )
     yield from _class_rows(facts.classes)
+    yield from _mix_rows(facts.mix)
     yield from statement.items()
     yield from _bad_rows(facts)
     yield ("fingerprint", facts.fingerprint[:12])
@@ -179,6 +181,17 @@ def _class_rows(classes: Mapping[str, int]) -> Iterator[Row]:
         yield ("class", f"{name}: {number:,} ({number / total:.1%})")
     if len(counts) > MOST_CLASSES:
         yield ("", f"... and {len(counts) - MOST_CLASSES:,} more")
+
+
+def _mix_rows(mix: Sequence[BandUse]) -> Iterator[Row]:
+    """Yield a row for each band of document lengths."""
+    for band in mix:
+        yield (
+            "mix",
+            f"{band.share:.1%} from {band.name}: {band.documents:,} documents, {count(band.tokens)} tokens, "
+            f"{band.samples:,} samples ({band.whole:,} of one document); the run reads {band.taken:,}, "
+            f"{band.epochs:.2f} epochs",
+        )
 
 
 def _bad_rows(facts: RunDataFacts | TextFileFacts) -> Iterator[Row]:

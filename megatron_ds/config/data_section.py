@@ -5,7 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from megatron_ds.config.schema_base import Count, CountOrZero, NonNegative, PathText, Section, Text
+from megatron_ds.config.schema_base import (
+    Count,
+    CountOrZero,
+    NonNegative,
+    PathText,
+    Section,
+    Text,
+    integral_float_to_int,
+)
 from megatron_ds.errors import ConfigError, show
 
 DEFAULT_DATE = "2024-07-26"
@@ -36,6 +44,25 @@ def _begin(value: Any) -> Any:
 
 def _skip_for_drop(value: Any) -> Any:
     return "skip" if value == "drop" else value
+
+
+def _lengths_to_shares(value: Any) -> Any:
+    """Return a mapping from lengths to shares with integers as keys, the shortest first."""
+    if not isinstance(value, dict):
+        return value
+    shares = {_length(key): share for key, share in value.items()}
+    return dict(sorted(shares.items()))
+
+
+def _length(key: Any) -> int:
+    number = integral_float_to_int(key)
+    if isinstance(key, str):  # of an override, data.long_context.4096=0.7
+        number = int(key) if key.isascii() and key.isdigit() else key
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ConfigError(
+            f"data.long_context has the key {show(key)}, which is no length in tokens; write {{0: 0.3, 4096: 0.7}}"
+        )
+    return number
 
 
 class DataSource(Section):
@@ -75,9 +102,11 @@ class DataSection(Section):
     `mask_rate`, `mean_span` and `target_length` (None: chosen) for sequence-to-sequence models. `restart`: a
     resumed run accepts data that differ from the earlier ones, and starts at their beginning. `split`: fractions of
     each indexed corpus for training, validation and neither. `loss_on`, `loss_turns`, `date` (that chat templates
-    write as today's), `overlong` and `packing` are for conversations. `prefetch`: the number of batches that are
-    read ahead. `options`: keys of a format from another package. The names of formats, and the keys that each one
-    reads, are checked in `megatron_ds.data.formats`.
+    write as today's) and `overlong` are for conversations. `packing`: documents or conversations in a sample do not
+    attend to one another. `long_context`: least length of a document in tokens -> share of the samples that come from
+    documents of that length, up to the next. `prefetch`: the number of batches that are read ahead. `options`: keys of
+    a format from another package. The names of formats, and the keys that each one reads, are checked in
+    `megatron_ds.data.formats`.
     """
 
     format: Text = "text"
@@ -101,6 +130,7 @@ class DataSection(Section):
     date: Annotated[Text, BeforeValidator(_iso_date)] = DEFAULT_DATE
     overlong: Literal["refuse", "drop", "cut"] = "refuse"
     packing: bool = False
+    long_context: Annotated[dict[int, float], BeforeValidator(_lengths_to_shares), Field(min_length=1)] | None = None
     prefetch: CountOrZero = 2
     options: dict[str, Any] = {}
 
@@ -127,6 +157,7 @@ class DataSection(Section):
         _check_weights(self)
         _check_share(self)
         _check_split(self)
+        _check_shares(self)
         if self.loss_on == "all" and self.loss_turns == "last":
             raise ConfigError(
                 "data.loss_on=all puts loss on every token, data.loss_turns=last on the assistant's last turn; "
@@ -177,6 +208,22 @@ def _check_share(data: DataSection) -> None:
         raise ConfigError(f"{setting}, and data.valid names other data; keep one")
     if data.split is not None:
         raise ConfigError(f"{setting}, and data.split={show(data.split)} does too; keep one")
+
+
+def _check_shares(data: DataSection) -> None:
+    """Check that the shares of a mix of lengths are all of the samples."""
+    shares = data.long_context
+    if shares is None:
+        return
+    for least, share in shares.items():
+        if share <= 0:
+            raise ConfigError(f"data.long_context.{least}={share:g} must be more than 0; try without it")
+    total = sum(shares.values())
+    if abs(total - 1) > 1e-6:
+        scaled = ", ".join(f"{least}: {share / total:.4g}" for least, share in shares.items())
+        raise ConfigError(
+            f"data.long_context={show(shares)}: the shares add up to {total:.6g} instead of 1; nearest: {{{scaled}}}"
+        )
 
 
 def _check_split(data: DataSection) -> None:

@@ -413,6 +413,11 @@ def _check_epochs(run: RunConfig) -> None:
             f"train.epochs={run.train.epochs:g} is not defined for a blend: its sources are read at different rates; "
             "set train.steps"
         )
+    if run.data.long_context is not None:
+        raise ConfigError(
+            f"train.epochs={run.train.epochs:g} is not defined with data.long_context: documents of different lengths "
+            "are read at different rates; set train.steps"
+        )
 
 
 def _check_steps(run: RunConfig, steps: int, given: str) -> None:

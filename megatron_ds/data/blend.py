@@ -180,16 +180,23 @@ class Blend:
         return "blend of " + " and ".join(f"{weight:.3f} {name} ({one.describe()})" for weight, name, one in parts)
 
     def usage(self, num_samples: int) -> tuple[SourceUsage, ...]:
-        """Return the usage of each source after the first `num_samples` samples of the run."""
+        """Return the usage of each source after the first `num_samples` samples of the run.
+
+        The sources of a blend in the blend are named after both.
+        """
         passes, rest = divmod(num_samples, len(self))
         source = self._order["source"]
         counts = np.bincount(source[:rest], minlength=len(self._datasets))
         if passes:
             counts = counts + passes * np.bincount(source, minlength=len(self._datasets))
-        return tuple(
-            SourceUsage(name, weight, int(samples), int(samples) / _num_epoch_samples(one))
-            for name, weight, samples, one in zip(self._names, self.weights, counts, self._datasets)
-        )
+        found: list[SourceUsage] = []
+        for name, weight, samples, one in zip(self._names, self.weights, counts.tolist(), self._datasets):
+            if isinstance(one, Blend):
+                inner = one.usage(samples)
+                found += [replace(use, name=f"{name}: {use.name}", weight=weight * use.weight) for use in inner]
+            else:
+                found.append(SourceUsage(name, weight, samples, samples / _num_epoch_samples(one)))
+        return tuple(found)
 
 
 class ConcatDataset:

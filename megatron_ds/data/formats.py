@@ -22,9 +22,10 @@ from megatron_ds.data.chat.options import FIELDS as CHAT_FIELDS
 from megatron_ds.data.chat.options import ChatOptions
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.held_out import HeldOut
-from megatron_ds.data.indexed.open import open_indexed
+from megatron_ds.data.indexed.open import open_indexed, open_indexed_documents
 from megatron_ds.data.labelled.open import open_labelled
 from megatron_ds.data.labelled.rows import FIELDS as LABELLED_FIELDS
+from megatron_ds.data.long_context.open import LongContext, OpenDocuments
 from megatron_ds.data.objective import DataObjective, Labelled
 from megatron_ds.data.readers.examples import TEXT_COLUMN
 from megatron_ds.data.readers.placeholders import NO_PLACEHOLDERS, Placeholders
@@ -32,7 +33,7 @@ from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.sources import find_source
 from megatron_ds.data.request import DatasetRequest, Order, Split
 from megatron_ds.data.text.documents import TextSource
-from megatron_ds.data.text.open import open_text
+from megatron_ds.data.text.open import open_text, open_text_documents
 from megatron_ds.data.tokenized.open import open_tokenized
 from megatron_ds.data.tokenized.validation import FIELDS as TOKENIZED_FIELDS
 from megatron_ds.errors import ConfigError, DataError, not_one_of, show
@@ -60,6 +61,8 @@ class DataFormat:
         check_source: raises DataError where a source is missing. Called for every source of a blend before the first
             is opened, so that no time is lost; None = `open` checks.
         find: the same, called with all that is set for the source.
+        open_documents: returns the documents of a request's sources, for formats with `data.long_context`; None = the
+            format does not take that key.
     """
 
     open: Callable[[DatasetRequest], Dataset]
@@ -71,6 +74,7 @@ class DataFormat:
     fields: tuple[str, ...] | None = None
     check_source: Callable[[str], object] | None = None
     find: Callable[[Source], object] | None = None
+    open_documents: OpenDocuments | None = None
 
     def __post_init__(self) -> None:
         for key in self.keys:
@@ -83,11 +87,12 @@ FORMATS.register(
     "text",
     DataFormat(
         open_text,
-        keys=("bos",),
+        keys=("bos", "long_context"),
         needs_tokenizer=True,
         cuts_spans=True,
         fields=(TEXT_COLUMN,),
         find=TextSource,
+        open_documents=open_text_documents,
     ),
 )
 FORMATS.register(
@@ -104,7 +109,10 @@ FORMATS.register(
 FORMATS.register(
     "tokenized", DataFormat(open_tokenized, fields=TOKENIZED_FIELDS, find=partial(find_source, plain_text=False))
 )
-FORMATS.register("indexed", DataFormat(open_indexed, keys=("split",)))
+FORMATS.register(
+    "indexed",
+    DataFormat(open_indexed, keys=("split", "long_context"), open_documents=open_indexed_documents),
+)
 FORMATS.register(
     "labelled",
     DataFormat(
@@ -134,10 +142,11 @@ def check_format(data: DataSection, tokenizer_path: str | None) -> None:
             f"model.tokenizer is missing: data.format={data.format} with model.config needs one; "
             "give the directory of a tokenizer, or use data.format=tokenized"
         )
+    heeded = (*chosen.keys, *(("packing",) if data.long_context is not None else ()))
     for name, other in FORMATS.items():
         for key in other.keys:
             value = getattr(data, key)
-            if key not in chosen.keys and value != DataSection.model_fields[key].default:
+            if key not in heeded and value != DataSection.model_fields[key].default:
                 raise ConfigError(
                     f"data.{key}={show(value)} does nothing with data.format={data.format}; remove it, or use "
                     f"data.format={name}"
@@ -243,6 +252,7 @@ def open_dataset(
     options: Section | None = None,
     held_out: HeldOut | None = None,
     placeholders: Placeholders = NO_PLACEHOLDERS,
+    long_context: LongContext | None = None,
 ) -> Dataset:
     """Open the samples of `sources`, concatenated in the order given or blended, checked against the model.
 
@@ -255,6 +265,7 @@ def open_dataset(
         weights: of the sources in a blend, any positive numbers; None = one source after the other.
         options: None = the format's defaults.
         held_out: the part of the samples that is read where a share is held out for validation; None = all.
+        long_context: the mix of lengths; None = documents of all lengths as they come.
 
     Raises:
         ConfigError: no format of that name, or it does not fit the objective.
@@ -276,6 +287,9 @@ def open_dataset(
         inputs, objective, seq_length, vocab_size, tokenizer_path, directory, order, split, options, placeholders
     )
     open_one = chosen.open if held_out is None else partial(held_out.open, open_one=chosen.open)
+    if long_context is not None:
+        assert chosen.open_documents is not None, f"data.format={format} has no mix of lengths"
+        open_one = partial(long_context.open, open_documents=chosen.open_documents, held_out=held_out)
     try:
         if weights is None:
             return open_one(request)

@@ -91,6 +91,11 @@ class SampleSubset:
         self.fingerprint = hashlib.sha256(f"subset\n{data.fingerprint}\n{identity}".encode()).hexdigest()
 
     @property
+    def whole(self) -> Dataset:
+        """The dataset that the samples are a part of."""
+        return self._data
+
+    @property
     def ends(self) -> dict[int, str]:
         """Special ids that the dataset teaches as an end, with their texts."""
         return ends_of(self._data)

@@ -9,6 +9,7 @@ from megatron_ds import data as formats
 from megatron_ds.config import DataSection, build_section
 from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options, format_sources
 from megatron_ds.data.held_out import HeldOut
+from megatron_ds.data.long_context.open import LongContext
 from megatron_ds.data.readers.placeholders import Placeholders
 from megatron_ds.errors import ConfigError
 from megatron_ds.runtime.loaded_model import LoadedModel
@@ -42,6 +43,8 @@ def open_dataset(
     section = build_section(DataSection, {"train": sources, **fields}, "data")
     if num_samples is None and any(source.weight is not None for source in section.train):
         raise ConfigError("a blend needs num_samples: the total number of samples that the loop reads")
+    if num_samples is None and section.long_context is not None:
+        raise ConfigError("data.long_context needs num_samples: the total number of samples that the loop reads")
     check_format(section, model.section.tokenizer_path)
     found = find_objective(objective, model, section, seed)
     order = None if num_samples is None else Order(num_samples, seed, section.shuffle)
@@ -78,4 +81,5 @@ def open_part(
         options=format_options(data),
         held_out=HeldOut(share, validation, by_source=is_blend) if share is not None else None,
         placeholders=Placeholders(model.hf.placeholder_ids),
+        long_context=LongContext(tuple(mix.items()), data.packing) if (mix := data.long_context) is not None else None,
     )

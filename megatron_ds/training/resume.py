@@ -216,6 +216,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
         "data.train": [source.label for source in data.train],
         "data.train[*].weight": None if None in weights else weights,
         **{f"data.{name}": getattr(data, name) for name in (*plain, *more)},
+        "data.long_context": None if (mix := data.long_context) is None else {str(least): mix[least] for least in mix},
         "data.options": data.options,
         "model.tokenizer": run.model.tokenizer_path,
         "train.steps": run.train.num_steps,

@@ -117,6 +117,11 @@ class IndexedFile:
         start = int(self.pointers[sequence]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) of the file, of any sequences; a view of it."""
+        assert 0 <= start <= stop <= self.num_tokens, f"[{start}, {stop}) of {self.num_tokens} tokens"
+        return self._tokens[start:stop]
+
     def digest(self) -> str:
         """Return a hash of all of `.idx` and of evenly spaced blocks of `.bin`. Names and paths do not count.
 

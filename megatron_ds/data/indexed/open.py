@@ -7,7 +7,9 @@ from pathlib import Path
 from megatron_ds.data.blend import ConcatDataset, open_blend
 from megatron_ds.data.dataset import Dataset
 from megatron_ds.data.indexed.dataset import IndexedDataset, split_tokens
+from megatron_ds.data.indexed.documents import IndexedDocuments
 from megatron_ds.data.indexed.files import IndexedFile
+from megatron_ds.data.long_context.documents import ConcatDocuments, Documents
 from megatron_ds.data.objective import Causal
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.errors import DataError
@@ -28,14 +30,22 @@ def open_indexed(request: DatasetRequest) -> Dataset:
     return open_blend(request, weights, _open_corpus)
 
 
+def open_indexed_documents(request: DatasetRequest) -> Documents:
+    """Open the documents of indexed files, one file after the other.
+
+    Raises:
+        DataError: files are missing, damaged or do not fit the model.
+    """
+    files = [_open_file(source, request) for source in request.sources]
+    return ConcatDocuments(
+        [IndexedDocuments(file, request.vocab_size, request.split, request.placeholders) for file in files]
+    )
+
+
 def _open_corpus(request: DatasetRequest) -> IndexedDataset:
     (source,) = request.sources
-    if not isinstance(request.objective, Causal):
-        raise DataError("data.format=indexed is for causal models; for this one use data.format=text")
-    file = IndexedFile(source)
-    _check_largest_id(file, request.vocab_size)
     return IndexedDataset(
-        file,
+        _open_file(source, request),
         request.seq_length,
         request.vocab_size,
         request.order,
@@ -43,6 +53,14 @@ def _open_corpus(request: DatasetRequest) -> IndexedDataset:
         request.cache_dir,
         request.placeholders,
     )
+
+
+def _open_file(source: str, request: DatasetRequest) -> IndexedFile:
+    if not isinstance(request.objective, Causal):
+        raise DataError("data.format=indexed is for causal models; for this one use data.format=text")
+    file = IndexedFile(source)
+    _check_largest_id(file, request.vocab_size)
+    return file
 
 
 def _check_largest_id(file: IndexedFile, vocab_size: int) -> None:

@@ -20,6 +20,7 @@ from megatron_ds.data.dataset import Dataset, Sample
 from megatron_ds.data.indexed.files import IndexedFile, index_path, tokens_path
 from megatron_ds.data.inspect.histogram import LengthHistogram, length_histogram
 from megatron_ds.data.inspect.labelled import class_counts, guess_objective, is_labelled, render_labelled, render_row
+from megatron_ds.data.inspect.mix import BandUse, mix_lengths, mix_of
 from megatron_ds.data.inspect.rendering import (
     RenderedDocument,
     RenderedSample,
@@ -131,6 +132,7 @@ class RunDataFacts:
         shown: the first samples of the run, without repetition.
         label_column: the column that holds the labels.
         classes: of labelled data: name of each class -> number of rows or words that have it in the training data.
+        mix: bands of document lengths of the training data, with `data.long_context`.
     """
 
     training: str
@@ -148,6 +150,7 @@ class RunDataFacts:
     shown: tuple[RenderedSample, ...]
     label_column: str = TARGETS.name
     classes: Mapping[str, int] = field(default_factory=dict)
+    mix: tuple[BandUse, ...] = ()
 
 
 @runtime_checkable
@@ -182,7 +185,7 @@ def inspect_run_data(
     labels = objective.label_column.name if isinstance(objective, Labelled) else TARGETS.name
     indices = np.linspace(0, len(data) - 1, looked_at).astype(np.int64).tolist()
     learned, unpadded = _sample_facts(data, indices, labels)
-    lengths: LengthHistogram | None = None
+    lengths = mix_lengths(data)
     if isinstance(data, _HasLengths):
         lengths = length_histogram(_LENGTHS_OF.get(type(data), "documents"), data.lengths)
     elif unpadded.min() < data.seq_length:
@@ -207,6 +210,7 @@ def inspect_run_data(
         ),
         label_column=labels,
         classes=class_counts(data),
+        mix=mix_of(data),
     )
 
 
