@@ -99,6 +99,8 @@ class LearnedPositions(nn.Module):
         seen = counted.long()
         before_first = table.offset - 1
         rows = seen.cumsum(1) * seen + before_first  # others get the row before the first position's
+        if self.tp.context.axis.size > 1:  # padding that makes a row divisible may reach beyond the table
+            rows = rows.clamp_max(table.rows - 1)
         return x + F.embedding(rows.t()[local], weight, before_first if table.skipped_id is not None else None)
 
     def _rows(self, weight: Tensor, length: int) -> Tensor:

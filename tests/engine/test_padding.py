@@ -5,9 +5,13 @@ import torch
 
 from megatron_ds.engine.padding import RowPadding
 from megatron_ds.errors import DataError
+from megatron_ds.layers.embedding import LearnedPositions, PositionTable
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.label_head import LabelHeadConfig, label_layer
 from megatron_ds.models.sequential import HeadSpec, LayerSpec, head_of
+from megatron_ds.parallel.context import ContextParallel
+from megatron_ds.parallel.grid import Axis
+from megatron_ds.parallel.tensor import TensorParallel
 
 HEAD = HeadSpec.per_column("targets")
 IDS = torch.arange(10).view(2, 5)
@@ -90,3 +94,18 @@ def test_a_head_reads_no_padding(options: dict[str, object], padding: int) -> No
 def test_rows_that_cannot_be_padded(padding: RowPadding, column: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         padding.pad({"input_ids": IDS, column: IDS})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("counted", [True, False])
+def test_padding_may_reach_beyond_a_table_of_positions(rank: int, counted: bool) -> None:
+    """Seven positions, padded to eight: the last token of the second of two ranks is padding."""
+    axis = Axis(2, rank, (0, 1))
+    tp = TensorParallel(context=ContextParallel(axis, axis))
+    table = PositionTable(7, offset=2, skipped_id=1 if counted else None)
+    layer = LearnedPositions(table, 3, tp, std=1.0)
+    torch.nn.init.normal_(layer.weight)
+    seen = torch.ones(1, 8) if counted else None
+    found = layer(torch.zeros(4, 1, 3), seen)[:, 0]
+    rows = range(4 * rank, 4 * rank + 4)
+    assert torch.equal(found, layer.weight[[min(row, 6) + 2 for row in rows]])
