@@ -132,7 +132,7 @@ def _ulysses_ranks(section: ContextSection, heads: int) -> int:
 
 def _reason(section: ContextSection, ulysses: int, heads: int) -> str:
     if section.ulysses is not None or section.method != "auto":
-        return "as the run file has it"
+        return "as given"
     if ulysses == section.size:
         return f"{ulysses} divides the {heads} query heads of a tensor rank"
     return f"{ulysses} is the largest divisor of {section.size} that divides the {heads} query heads of a tensor rank"

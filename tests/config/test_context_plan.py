@@ -149,7 +149,7 @@ def test_the_choice_is_stated_with_its_reason() -> None:
         "4 = ulysses 4: 4 divides the 12 query heads of a tensor rank"
     )
     assert plan_context(ContextSection(size=4, method="ring"), ENCODER, 1).describe() == (
-        "4 = ring 4: as the run file has it"
+        "4 = ring 4: as given"
     )
 
 
