@@ -81,6 +81,14 @@ def draw_loss(metrics_path: Path | str, png_path: Path | str, title: str) -> boo
     curves = _read_curves(metrics_path)
     if curves.steps.size + curves.valid_steps.size == 0:
         return False
+    figure = new_figure()
+    _draw_panels(figure, curves, title)
+    save_figure(figure, png_path)
+    return True
+
+
+def new_figure() -> "Figure":
+    """Return an empty figure of 1200 x 750 pixels, which is drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -88,12 +96,15 @@ def draw_loss(metrics_path: Path | str, png_path: Path | str, title: str) -> boo
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
-    _draw_panels(figure, curves, title)
+    return figure
+
+
+def save_figure(figure: "Figure", png_path: Path | str) -> None:
+    """Write a figure as a PNG, whose directory is created if missing; an old picture is replaced atomically."""
     png_path = Path(png_path)
     png_path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(png_path) as temporary:
         figure.savefig(temporary, format="png")
-    return True
 
 
 def bin_curve(steps: Array, values: Array, max_bins: int = MAX_BINS) -> Bins:
@@ -160,7 +171,7 @@ def _draw_panels(figure: "Figure", curves: Curves, title: str) -> None:
     lr_axes.set_ylabel("learning\nrate" if between else "learning rate")
     lr_axes.set_xlabel("step")
     for axes in panels:
-        _style_axes(axes)
+        style_axes(axes)
         axes.tick_params(labelbottom=axes is lr_axes)
     loss_axes.legend(frameon=False, fontsize=9, loc="upper right")
     _style_steps(lr_axes)
@@ -261,7 +272,8 @@ def _mark_non_finite(axes: "Axes", curves: Curves) -> None:
     )
 
 
-def _style_axes(axes: "Axes") -> None:
+def style_axes(axes: "Axes") -> None:
+    """Give a panel a light grid and no frame."""
     axes.grid(color="#e3e6ea", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
