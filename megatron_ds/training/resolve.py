@@ -97,6 +97,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     device_settings(run).check_precision(plan.summary.precision)
     check_data(run.data, run.parallel, hf.core.shape())
     check_context_length(run.data, run.parallel, plan.context)
+    _check_rope_length(run, hf)
     _check_saving(run, plan)
     _check_paths(run)
     model = open_model(
@@ -145,6 +146,18 @@ def _resumed_checkpoint(run: RunConfig) -> Path | None:
     auto = run.checkpoint.resume == "auto"
     found = checkpoints_in(checkpoint_folder(run.output)) if auto else [resolve_checkpoint(run.checkpoint.resume)]
     return next((path for path in found if is_checkpoint(path)), None)
+
+
+def _check_rope_length(run: RunConfig, hf: HFModel) -> None:
+    """Refuse sequences that are longer than the stretched positions; "dynamic" stretches to any length."""
+    if run.model.rope is None or run.model.rope.type == "dynamic":
+        return
+    length, longest = run.data.seq_length, hf.config.max_position_embeddings
+    if length > longest:
+        raise ConfigError(
+            f"data.seq_length={length} is more than the {longest} positions that model.rope gives; nearest: {longest}, "
+            f"or a larger model.rope.factor, or model.rope.max_position_embeddings={length}"
+        )
 
 
 def _check_saving(run: RunConfig, plan: EnginePlan) -> None:

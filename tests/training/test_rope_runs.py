@@ -11,8 +11,9 @@ import torch
 import megatron_ds as mds
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.hf.config import read_model
+from megatron_ds.training.resolve import resolve_run
 from tests.ranks import preload, run_alone
 from tests.training.test_runs import losses
 from tests.training.tiny import MODEL, write_tokenizer
@@ -64,6 +65,26 @@ def test_stretched_resumed_and_exported(make: Callable[..., RunConfig], tmp_path
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     mds.train(make("run"))  # its model is read from the checkpoint, which is stretched already
     assert losses(str(tmp_path / "run"), "loss") == losses(str(tmp_path / "whole"), "loss")
+
+
+def test_sequences_beyond_the_stretched_positions_are_refused(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    model = {"path": str(tmp_path / "base")}
+
+    def resolved(rope: dict[str, Any]) -> int:
+        run = resolve_run(make("run", model={**model, "rope": rope}), 1, "cpu")
+        length: int = run.hf.config.max_position_embeddings
+        return length
+
+    with pytest.raises(ConfigError) as caught:
+        resolved({"type": "linear", "factor": 2})
+    assert str(caught.value) == (
+        "data.seq_length=32 is more than the 16 positions that model.rope gives; nearest: 16, or a larger "
+        "model.rope.factor, or model.rope.max_position_embeddings=32"
+    )
+    with pytest.raises(ConfigError, match=r"more than the 8 positions that model\.rope gives"):
+        resolved({"type": "default", "rope_theta": 5e5})
+    assert resolved({"type": "default", "rope_theta": 5e5, "max_position_embeddings": 32}) == 32
+    assert resolved({"type": "dynamic", "factor": 2}) == 8
 
 
 def test_adapters_of_a_stretched_model(
