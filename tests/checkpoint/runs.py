@@ -58,6 +58,15 @@ def resume_run(grid: Grid, checkpoint: Path, place: Place, recipe: Recipe) -> Cu
     return steps(engine, model, grid, place, recipe, CUT, recipe.steps)
 
 
+def save_again(grid: Grid, checkpoint: Path, place: Place, recipe: Recipe, folder: Path) -> None:
+    """Load a checkpoint at another layout and save it there, without a step between."""
+    engine, model = engine_on(grid, checkpoint, place, recipe)
+    load_state(engine, StateReader(checkpoint))
+    saver = Saver(engine, model, SaveOptions(folder), Origin())
+    assert saver.save(Progress(step=CUT, applied=CUT)) is None
+    assert saver.wait() is not None
+
+
 def saved_at(directory: Path, place: Place, recipe: Recipe, folder: Path, asynchronous: bool = True) -> Curve:
     return run_grid(save_run, place.layout, directory, place, recipe, folder, asynchronous)[0]
 

@@ -11,9 +11,11 @@ import pytest
 
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.reader import first_damage
-from tests.checkpoint.runs import CUT, Curve, apart, offloaded, resumed_at, saved_at
+from tests.checkpoint.runs import CUT, Curve, apart, offloaded, resumed_at, save_again, saved_at
 from tests.parity.cases import Recipe
+from tests.parity.context_cases import GATHER_2, RING_2X2, ULYSSES_2, with_axes
 from tests.parity.ours import Place
+from tests.ranks import run_grid
 
 RECIPE = Recipe()
 PLACES = {
@@ -33,6 +35,9 @@ PLACES = {
     "pp4": Place(1, 4, 1, 1),
     "pp2-dp2": Place(1, 2, 2, 1),
     "tp2-pp2-sp": Place(2, 2, 1, 1, True),
+    "cp2-tp2-sp": with_axes(GATHER_2, 2, 1, 1, 1, True),
+    "cp2-dp2-z3": with_axes(ULYSSES_2, 1, 1, 2, 3),
+    "cp4": RING_2X2,
     "dp2-z1-offload": offloaded(Place(1, 1, 2, 1)),
     "dp2-z3-offload": offloaded(Place(1, 1, 2, 3)),
 }
@@ -62,6 +67,10 @@ PAIRS = [
     ("dp4-z1", "tp2-sp"),
     ("dp2-z3-offload", "tp2-sp"),
     ("dp2-z3-offload", "dp2-z2"),
+    ("cp4", "alone"),
+    ("alone", "cp4"),
+    ("cp4", "cp2-dp2-z3"),
+    ("tp2-dp2-z3", "cp2-tp2-sp"),
 ]
 assert len(PAIRS) >= 20
 
@@ -91,11 +100,20 @@ def test_another_layout_goes_on_where_one_stopped(source: str, target: str, save
     assert loss < 2e-5 and norm < 1e-4, (loss, norm)
 
 
-@pytest.mark.parametrize("name", ["alone", "tp2-z0", "tp2-sp", "dp2-z3", "tp2-pp2-sp", "dp4-z1", "dp2-z3-offload"])
+@pytest.mark.parametrize(
+    "name", ["alone", "tp2-z0", "tp2-sp", "dp2-z3", "tp2-pp2-sp", "dp4-z1", "dp2-z3-offload", "cp4"]
+)
 def test_the_same_layout_goes_on_bit_for_bit(name: str, saved: Any) -> None:
     checkpoint, curve = saved(name)
     assert first_damage(checkpoint) is None
     assert resumed_at(checkpoint, PLACES[name], RECIPE) == curve[CUT:]
+
+
+def test_saved_by_one_rank_between_it_goes_on_bit_for_bit(saved: Any, tmp_path: Path) -> None:
+    """The parts of four context ranks and the whole of one have the same content, and the same way back."""
+    checkpoint, curve = saved("cp4")
+    run_grid(save_again, PLACES["alone"].layout, checkpoint, PLACES["alone"], RECIPE, tmp_path)
+    assert resumed_at(tmp_path / name_of(CUT), PLACES["cp4"], RECIPE) == curve[CUT:]
 
 
 @pytest.mark.sweep

@@ -25,7 +25,8 @@ from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.launch import LaunchError
 from megatron_ds.runtime import load_model, setup
 from tests.parity.batches import batch_for, ours, reference_loss
-from tests.parity.cases import Recipe
+from tests.parity.cases import SEQ, Recipe
+from tests.parity.context_cases import GATHER_2, RING_2, ULYSSES_2, with_axes
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, engine_config, session_of
 from tests.parity.reference import ALL_CONFIGS, make_model
@@ -133,6 +134,10 @@ PLACES = [
     Place(2, 1, 1, 1, expert=2),
     Place(2, 1, 1, 1, expert=1),
     Place(1, 2, 2, 1, expert=2),
+    # Context ranks have different tokens of one micro-batch.
+    replace(ULYSSES_2, expert=2),
+    replace(with_axes(RING_2, 2, 1, 1, 1, True), expert=4, recompute="full"),
+    replace(with_axes(GATHER_2, 1, 1, 2, 3), expert=2),
 ]
 
 
@@ -154,9 +159,17 @@ def test_losses_of_routers_give_one_update_at_every_layout(place: Place, once: A
     assert _apart(found, reference) < 1e-5, (found["metrics"], reference["metrics"])
 
 
-@pytest.mark.parametrize("place", [Place(2, 1, 1, 1, True), Place(2, 1, 2, 1, expert=4)], ids=str)
-def test_losses_of_routers_leave_padding_out(place: Place, once: Any) -> None:
-    recipe = replace(RECIPE, attention_mask=True)
+@pytest.mark.parametrize(
+    ("place", "length"),
+    [
+        (Place(2, 1, 1, 1, True), SEQ),
+        (Place(2, 1, 2, 1, expert=4), SEQ),
+        (replace(with_axes(GATHER_2, 2, 1, 1, 1), expert=2), 27),  # and so is what makes rows divisible
+    ],
+    ids=str,
+)
+def test_losses_of_routers_leave_padding_out(place: Place, length: int, once: Any) -> None:
+    recipe = replace(RECIPE, attention_mask=True, length=length)
     directory, reference = once(_train_theirs, recipe)
     found = train(directory, place, recipe)
     assert within_fp32(relative_errors(found, reference)), relative_errors(found, reference)
@@ -171,6 +184,21 @@ def losses_not_divided_by_micro_batches() -> None:
         self._settings.gradient_scale = loss_scale
 
     Routers.begin_step = unscaled  # type: ignore[method-assign]
+
+
+def losses_averaged_over_context() -> None:
+    """Each context rank has a part of the losses, which DeepSpeed's mean over them makes smaller."""
+    begin = Routers.begin_step
+
+    def averaged(self: Routers, num_micro_batches: int, loss_scale: float) -> None:
+        begin(self, num_micro_batches, loss_scale)
+        self._settings.gradient_scale /= self._grid.context.size
+
+    Routers.begin_step = averaged  # type: ignore[method-assign]
+
+
+def counts_of_one_context_rank() -> None:
+    ExpertParallel.token_axes = property(lambda self: (self.tp.axis,))  # type: ignore[assignment]
 
 
 def counts_of_one_tensor_rank() -> None:
@@ -190,6 +218,8 @@ def padding_counted() -> None:
     [
         (losses_not_divided_by_micro_batches, Place(1, 1, 1, 0)),
         (counts_of_one_tensor_rank, Place(2, 1, 1, 1, True)),
+        (losses_averaged_over_context, replace(ULYSSES_2, expert=2)),
+        (counts_of_one_context_rank, replace(ULYSSES_2, expert=2)),
         (tokens_counted_in_every_replay, Place(1, 1, 1, 1, recompute="full")),
         (padding_counted, Place(1, 1, 1, 1)),
     ],

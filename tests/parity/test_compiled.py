@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.parity.cases import Recipe
+from tests.parity.context_cases import GATHER_2, RING_2, ULYSSES_2, with_axes
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_ours
 
@@ -27,6 +28,11 @@ MORE = [
     ("hunyuan_v1_dense-alpha", Place(1, 2, 1, 1)),
     ("cohere-normed-two-kv-heads", Place(4, 1, 1, 1)),
     ("nemotron-bias", Place(1, 1, 2, 3)),
+    ("qwen3", ULYSSES_2),
+    ("gemma2-caps", GATHER_2),
+    ("llama", with_axes(RING_2, 2, 1, 1, 1, True)),
+    ("llama", replace(RING_2, recompute="full")),
+    ("t5-gated", RING_2),
 ]
 
 
