@@ -190,14 +190,19 @@ class Attention(nn.Module):
     def _passes_around(self, length: int, key_mask: Tensor | None) -> bool:
         """Return whether keys and values of a row pass around the ring; else each rank fetches those that it needs.
 
-        A window needs few of them, and the ring drops no probabilities. Where scores have a bias or a bound, a query
-        that sees no key attends to all (as transformers has it), which no part of a row can know.
+        A window needs few of them, and the ring drops no probabilities.
         """
-        shape = self.shape
-        drops = self.training and shape.dropout > 0.0
-        by_scores = (shape.alibi, self.relative, shape.softcap, self.sinks)
-        is_blind = key_mask is not None and any(one is not None for one in by_scores)
-        return self.context.method == "ring" and self._window(length) is None and not drops and not is_blind
+        drops = self.training and self.shape.dropout > 0.0
+        needs_all = self._may_attend_to_all(key_mask)
+        return self.context.method == "ring" and self._window(length) is None and not drops and not needs_all
+
+    def _may_attend_to_all(self, key_mask: Tensor | None) -> bool:
+        """Return whether a query that sees no key attends to all of the row, which no part of a row can know.
+
+        That is so where scores have a bias or a bound, as transformers has it.
+        """
+        by_scores = (self.shape.alibi, self.relative, self.shape.softcap, self.sinks)
+        return key_mask is not None and any(one is not None for one in by_scores)
 
     def _around_ring(
         self,
@@ -229,6 +234,8 @@ class Attention(nn.Module):
         length = q.shape[0] * ring.size
         held = tuple(self.context.ring_runs(length, rank) for rank in range(ring.size))
         spans = [[seen_by(run, length, shape.causal, shape.window) for run in runs] for runs in held]
+        if self._may_attend_to_all(key_mask):
+            spans = [[Span(run, range(length), length) for run in runs] for runs in held]
         wanted = tuple(union([span.keys for span in one]) for one in spans)
         plan = plan_fetch(held, wanted, ring.rank, q.device)
         k, v = fetch(k, v, plan, ring)

@@ -17,14 +17,14 @@ from megatron_ds.engine.pipeline import module as pipeline_module
 from megatron_ds.engine.zero import ZeroEngine
 from megatron_ds.layers import attention
 from megatron_ds.layers.attention_masks import Span
-from megatron_ds.layers.context import fetch
+from megatron_ds.layers.context import fetch, ring
 from megatron_ds.layers.context.ulysses import HeadExchange
 from megatron_ds.layers.rotary import RotaryTable
 from megatron_ds.models import sequential
 from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.grid import Grid
 from tests.parity.cases import Recipe
-from tests.parity.context_cases import GATHER_2, GATHER_4, PACKED, RECIPE, ULYSSES_2, with_axes
+from tests.parity.context_cases import GATHER_2, GATHER_4, PACKED, PADDED, RECIPE, RING_2, ULYSSES_2, with_axes
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_on
 from tests.ranks import run_grid
@@ -150,6 +150,35 @@ def key_heads_by_old_groups() -> None:
     )
 
 
+def merged_without_rescaling() -> None:
+    """What a query has seen so far keeps its weight when further keys are added."""
+    merge = ring.merge_
+
+    def merge_(total: Tensor, lse: Tensor, out: Tensor, part: Tensor) -> None:
+        before = total.clone()
+        share = torch.sigmoid(part - lse).masked_fill(part == -torch.inf, 0.0)
+        merge(total, lse, out, part)
+        total += before * share.permute(2, 0, 1)[..., None]
+
+    ring.merge_ = merge_
+
+
+def empty_rows_with_a_weight() -> None:
+    """A query that sees none of a block's keys has the log-sum-exp 0 there."""
+    merge = ring.merge_
+    ring.merge_ = lambda total, lse, out, part: merge(total, lse, out, part.masked_fill(part == -torch.inf, 0.0))
+
+
+def gradients_of_the_next_rank() -> None:
+    """The gradients of keys and values go one hop less than the full circle."""
+
+    def home(self: Any) -> Tensor:
+        self._arrived()
+        return self._free[-1]
+
+    ring._Circle.home = home  # type: ignore[method-assign]
+
+
 TRAPS: list[tuple[Callable[[], None], str, Place, Recipe]] = [
     (another_stripe, "llama", GATHER_2, RECIPE),
     (another_rank_of_the_ring, "llama", GATHER_4, RECIPE),
@@ -162,6 +191,10 @@ TRAPS: list[tuple[Callable[[], None], str, Place, Recipe]] = [
     (fourth_axis_of_deepspeed, "llama", with_axes(ULYSSES_2, 1, 2, 1, 1), RECIPE),
     (labels_of_rows_on_every_rank, "bert-pretraining", ULYSSES_2, RECIPE),
     (fetched_keys_learn_nothing, "llama", GATHER_2, RECIPE),
+    (another_stripe, "llama", RING_2, RECIPE),
+    (merged_without_rescaling, "llama", RING_2, RECIPE),
+    (empty_rows_with_a_weight, "llama", RING_2, PADDED),
+    (gradients_of_the_next_rank, "llama", RING_2, RECIPE),
     (first_heads_on_every_rank, "bloom-tied", ULYSSES_2, RECIPE),
     (key_heads_by_old_groups, "llama-uneven", with_axes(ULYSSES_2, 2, 1, 1, 1), RECIPE),
 ]
@@ -175,7 +208,9 @@ def _train_in_the_trap(
 
 
 @pytest.mark.parametrize(
-    ("trap", "case", "place", "recipe"), TRAPS, ids=[f"{trap.__name__}-{case}" for trap, case, _, _ in TRAPS]
+    ("trap", "case", "place", "recipe"),
+    TRAPS,
+    ids=[f"{trap.__name__}-{case}-{place}" for trap, case, place, _ in TRAPS],
 )
 def test_a_trap_turns_parity_red(
     trap: Callable[[], None], case: str, place: Place, recipe: Recipe, references: Any
