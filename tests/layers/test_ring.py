@@ -431,3 +431,30 @@ def test_strides_change_nothing() -> None:
     for strided, contiguous in run_ranks(_strided, 2):
         for one, other in zip(strided, contiguous, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["causal", "documents, left padding", "everything", "another sequence, cap"])
+def test_the_host_reads_nothing_from_a_device(name: str) -> None:
+    """On torch's meta device a value that is read raises, and so does a tensor on another device."""
+    tensors, call, grad = drawn(CASES[name])
+    call = rounded(tensors, call, torch.bfloat16)
+    masks = ("key_mask", "positions", "key_bias", "distance_bias", "sinks")
+    there = {one: getattr(call, one).to("meta") for one in masks if getattr(call, one) is not None}
+    inputs = [one.to("meta", torch.bfloat16) for one in tensors]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        key_runs = (lambda rank: (range(len(k)),)) if CASES[name].other else None
+        return ring_attention(q, k, v, call, Axis(), lambda rank: (range(S),), key_runs)
+
+    found = with_gradients(attend, inputs, replace(call, **there), grad.to("meta", torch.bfloat16))
+    assert [one.dtype for one in found[:4]] == [torch.bfloat16] * 4
+
+
+def test_flash_attention_on_cuda_has_these_arguments() -> None:
+    """Its operators' shapes, on the meta device; here there is no kernel."""
+    q, k = (torch.empty(S, B, heads, D, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3) for heads in (N, K))
+    flash, block = block_attention.FlashOnCUDA(0.4), Block(slice(0, S), slice(0, S), causal=True)
+    out, lse = flash.forward(q, k, k, block)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (B, N, S), torch.float32)
+    dq, dk, dv, _ = flash.backward(q, k, k, block, block_attention.Whole(out, out, lse, None))
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)

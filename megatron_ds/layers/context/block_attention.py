@@ -75,10 +75,13 @@ def block_attention(q: Tensor, call: AttentionCall) -> BlockAttention:
     if q.device.type == "cpu":
         return FlashOnCPU(call.scale)
     is_masked = any(one is not None for one in (call.positions, call.key_mask, call.key_bias))
+    return FlashOnCUDA(call.scale) if not is_masked and _has_flash(q) else WrittenOut(call)
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Return whether torch's flash attention on CUDA takes such queries: of 16 bits, on Ampere or newer."""
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= _MOST_DIMS
-    if q.device.type == "cuda" and fits and not is_masked:
-        return FlashOnCUDA(call.scale)
-    return WrittenOut(call)
+    return fits and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,10 @@ def _term(block: Block, q: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class FlashOnCUDA:
-    """torch's flash attention on CUDA, in 16 bits, for blocks without a term."""
+    """torch's flash attention on CUDA, in 16 bits, for blocks without a term. A causal one has as many queries as keys.
+
+    It has not been run on a GPU.
+    """
 
     scale: float
     keeps_scores: bool = False
@@ -125,9 +131,11 @@ class FlashOnCUDA:
         return out, lse[..., : q.shape[2]]  # some releases round its length up
 
     def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
-        no_lengths, no_state = None, q.new_empty(0, dtype=torch.int64)  # of packed rows, and of dropout
+        """Call the operator for rows without packed lengths and without dropout, whose state it does not read."""
+        no_lengths, no_state = None, q.new_empty(0, dtype=torch.int64)
+        lse = whole.lse.contiguous()  # the kernel reads it without strides
         dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
-            *(whole.grad, q, k, v, whole.out, whole.lse.contiguous(), no_lengths, no_lengths, q.shape[2], k.shape[2]),
+            *(whole.grad, q, k, v, whole.out, lse, no_lengths, no_lengths, q.shape[2], k.shape[2]),
             *(0.0, block.causal, no_state, no_state),
             scale=self.scale,
         )
@@ -167,7 +175,7 @@ class WrittenOut:
     def _biases(self, block: Block) -> Tensor | None:
         """Return the block's part of the biases by distance, (N, T + C - 1)."""
         biases = self.call.distance_bias
-        return None if biases is None else biases[:, block.distances].detach()
+        return None if biases is None else biases[:, block.distances].detach().to(_score_dtype(biases))
 
     def _scores(self, products: Tensor, biases: Tensor | None, block: Block) -> Tensor:
         """Return the scores of products of queries and keys, (B, N, T, C)."""

@@ -138,11 +138,11 @@ def merge_(total: Tensor, lse: Tensor, out: Tensor, part: Tensor) -> None:
 
 
 def _gradients(q: Tensor, kv: Tensor, whole: Whole, row: _Row) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of q, of this rank's kv, and of the biases by distance, in fp32 or more."""
+    """Return the gradients of q and of this rank's kv, in fp32 or more, and of the biases by distance."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
     distance_bias = row.call.distance_bias
-    ddistances = None if distance_bias is None else torch.zeros_like(distance_bias)
+    ddistances = None if distance_bias is None else torch.zeros_like(distance_bias, dtype=dtype)
     queries, into = _by_heads(q), _by_heads(dq)
     circle = _Circle(row.ring, kv, dtype)
     for keys, here in _passing(kv, row):
@@ -159,6 +159,8 @@ def _gradients(q: Tensor, kv: Tensor, whole: Whole, row: _Row) -> tuple[Tensor, 
             if ddistances is not None and by_distance is not None:
                 ddistances[:, block.distances] += by_distance
         circle.add(dkv)
+    if distance_bias is not None and ddistances is not None:
+        ddistances = ddistances.to(distance_bias.dtype)
     return dq, circle.home(), ddistances
 
 
