@@ -98,8 +98,7 @@ def test_plain_summary_without_sequence_parallelism_does_not_name_it() -> None:
     assert "world       8 = tp 2 x pp 2 x dp 2\n" in out.getvalue()
     reporter.start(replace(SUMMARY, world_size=16, context=2, context_plan="2 = ulysses 2: as given"))
     assert (
-        "world       16 = tp 2 x cp 2 x pp 2 x dp 2, sequence parallel\n"
-        "context     2 = ulysses 2: as given\n"
+        "world       16 = tp 2 x cp 2 x pp 2 x dp 2, sequence parallel\ncontext     2 = ulysses 2: as given\n"
     ) in out.getvalue()
 
 

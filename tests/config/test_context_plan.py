@@ -148,9 +148,7 @@ def test_the_choice_is_stated_with_its_reason() -> None:
     assert plan_context(ContextSection(size=4), SHAPE, 1).describe() == (
         "4 = ulysses 4: 4 divides the 12 query heads of a tensor rank"
     )
-    assert plan_context(ContextSection(size=4, method="ring"), ENCODER, 1).describe() == (
-        "4 = ring 4: as given"
-    )
+    assert plan_context(ContextSection(size=4, method="ring"), ENCODER, 1).describe() == ("4 = ring 4: as given")
 
 
 def test_ranks_and_batches_of_a_run(make_run: Callable[..., RunConfig]) -> None:

@@ -19,14 +19,14 @@ Make = Callable[..., RunConfig]
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "ulysses": (2, {"context": 2}, 1),
     "gather": (2, {"context": {"size": 2, "method": "gather"}}, 3),
-    "tp2-sp-cp2": (4, {"tensor": 2, "sequence": True, "context": {"size": 2, "method": "gather"}}, 1),
+    "tp2-sp-ring": (4, {"tensor": 2, "sequence": True, "context": {"size": 2, "method": "ring"}}, 1),
     "pp2-cp2": (4, {"pipeline": 2, "context": 2}, 1),
 }
 
 
 @pytest.mark.parametrize(
     ("format", "length", "names"),
-    [("text", 32, ("ulysses", "gather", "pp2-cp2")), ("tokenized", 33, ("gather", "tp2-sp-cp2"))],
+    [("text", 32, ("ulysses", "gather", "pp2-cp2")), ("tokenized", 33, ("gather", "tp2-sp-ring"))],
 )
 def test_losses_are_those_of_one_process(make_run: Make, format: str, length: int, names: tuple[str, ...]) -> None:
     """Five steps in fp32, sums in another order: 2e-5 relative. 33 positions are padded, and examples are ragged."""
