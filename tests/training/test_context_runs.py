@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 import megatron_ds as mds
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig
+from megatron_ds.monitor import read_metrics
 from tests.ranks import preload
 from tests.training.test_adapter_runs import base, make_lora  # noqa: F401
+from tests.training.test_expert_facts import MIXTRAL
 from tests.training.test_runs import losses
 
 Make = Callable[..., RunConfig]
@@ -40,6 +42,24 @@ def test_losses_are_those_of_one_process(make_run: Make, format: str, length: in
         mds.train(run, nproc=ranks)
         for field in ("loss", "valid_loss", "grad_norm", "tokens"):
             assert losses(run.output, field) == pytest.approx(losses(alone.output, field), rel=2e-5), (name, field)
+
+
+def test_padding_is_no_token_for_the_balance_of_experts(make_run: Make) -> None:
+    """The losses of routers have a share of the gradient norm, and of the metrics that are logged."""
+    preload()
+    seen = {}
+    for name, ranks, parallel in (
+        ("alone", 1, {}),
+        ("cp2", 2, {"context": {"size": 2, "method": "ring"}, "expert": 2}),
+    ):
+        train = {"steps": 3, "moe_aux_loss": 0.1, "moe_z_loss": 0.01}
+        run = make_run(name, model={"config": MIXTRAL}, parallel=parallel, data={"seq_length": 29}, train=train)
+        mds.train(run, nproc=ranks)
+        steps, _ = read_metrics(Path(run.output) / "metrics.jsonl")
+        seen[name] = [{"loss": one.loss, "norm": one.grad_norm, **one.metrics} for one in steps]
+    assert len(seen["alone"][0]) > 3, seen["alone"][0].keys()
+    for alone, divided in zip(seen["alone"], seen["cp2"], strict=True):
+        assert divided == pytest.approx(alone, rel=2e-5)
 
 
 def test_a_checkpoint_is_resumed_at_any_number_of_context_ranks(make_run: Make, tmp_path: Path) -> None:
