@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.config import ContextMethod, ContextSection, ParallelSection
+from megatron_ds.config import ParallelSection
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
@@ -60,7 +60,6 @@ COVERING = covering()
 EVERYTHING = [
     (case, place) for case in CASES for place in PLACES if fits(case, place) and (case, place) not in COVERING
 ]
-WHOLE_SEQUENCES = ContextSection()
 Prepared = tuple[Path, HFWeights, list[Probe], list[ReferenceLoss]]
 
 
@@ -90,15 +89,16 @@ def _save(config: dict[str, Any], directory: Path) -> None:
     make_model(config).save_pretrained(directory)
 
 
-def check(
-    case: str, place: Place, prepared: Callable[[str], Prepared], context: ContextSection = WHOLE_SEQUENCES
-) -> None:
-    results, weights, inputs, losses = prepared(case)
+def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
     tp, pp, sequence = place
-    has_experts = any(stack.moe is not None for stack in weights.model.core.stacks.values())
+    has_experts = any(stack.moe is not None for stack in prepared(case)[1].model.core.stacks.values())
     expert = tp if has_experts and pp == 1 else 1  # with a pipeline every tensor rank has all experts
-    parallel = ParallelSection(tensor=tp, pipeline=pp, context=context, sequence=sequence, expert=expert)
-    ranks = run_local_ranks(run_rank, parallel.model_ranks, weights, inputs, parallel, results)
+    check_at(case, ParallelSection(tensor=tp, pipeline=pp, sequence=sequence, expert=expert), prepared)
+
+
+def check_at(case: str, parallel: ParallelSection, prepared: Callable[[str], Prepared]) -> None:
+    results, weights, inputs, losses = prepared(case)
+    ranks = run_local_ranks(run_rank, parallel.least_ranks, weights, inputs, parallel, results)
     for probe, loss, found in zip(inputs, losses, zip(*ranks)):
         report = merge(probe, loss, found)
         assert report.ok, (report.name, report.outputs, report.loss, report.worst_gradient, report.first_difference)
@@ -136,14 +136,3 @@ def test_a_family_equals_transformers(case: str, place: Place, prepared: Callabl
 @pytest.mark.parametrize(("case", "place"), EVERYTHING, ids=ids)
 def test_every_family_at_every_layout(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
     check(case, place, prepared)
-
-
-METHODS: tuple[ContextMethod, ...] = ("ring", "gather", "ulysses")
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize(("index", "case"), enumerate(CASES), ids=str)
-def test_every_family_on_context_ranks(index: int, case: str, prepared: Callable[[str], Prepared]) -> None:
-    """One method after the other; heads that two ranks cannot divide are left whole."""
-    method = METHODS[index % 3] if fits(case, (2, 1, False)) else METHODS[index % 2]
-    check(case, (1, 1, False), prepared, ContextSection(size=2, method=method))
