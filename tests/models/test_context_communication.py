@@ -77,10 +77,16 @@ def wanted(context: ContextParallel, window: int | None) -> list[set[int]]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    ("case", "c", "t"),
-    [("llama", 2, 1), ("llama", 4, 1), ("llama", 4, 2), ("llama-1kv", 4, 1), ("qwen2-2kv", 4, 2), ("gpt2", 2, 2)],
+    ("case", "c", "t", "mode"),
+    [
+        ("llama", 2, 1, "none"),
+        ("llama", 4, 1, "full"),
+        ("llama", 4, 2, "none"),
+        ("llama-1kv", 4, 1, "selective"),
+        ("qwen2-2kv", 2, 2, "none"),
+        ("gpt2", 2, 2, "full"),
+    ],
 )
 def test_heads_are_exchanged_once_each_way(case: str, c: int, t: int, mode: str) -> None:
     layout = Layout(context=c, tensor=t)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ds.hf.config import read_model
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
-from tests.parity.batches import ours
+from tests.parity.batches import batch_for, ours
 from tests.parity.cases import SEQ, VOCAB, Recipe
 from tests.parity.context_cases import (
     DECODERS,
@@ -26,6 +26,7 @@ from tests.parity.context_cases import (
     RING_2X2,
     RING_4,
     TWO,
+    ULYSSES_2,
     ULYSSES_4,
     with_axes,
 )
@@ -36,6 +37,7 @@ from tests.ranks import run_grid
 
 Batch = dict[str, Tensor]
 ROWS = draw_rows(8, seed=0)
+CHANGED = [min(1, len(row) - 1) for row in ROWS.rows]  # of each row the number of a document
 ODD_LENGTH = 27
 SAMPLE = [
     ("llama", RING_2X2),
@@ -84,49 +86,55 @@ def borders(length: int = SEQ) -> list[int]:
 
 
 @pytest.mark.parametrize(("case", "place"), BOTH, ids=str)
-def test_a_token_changes_nothing_before_it(case: str, place: Place, once: Any) -> None:
-    """In a row for each position, another token there: to the bit."""
+def test_nothing_leaks(case: str, place: Place, once: Any) -> None:
+    """Other tokens change no logits before them, of no other document, and none if they are masked: to the bit."""
     directory, _ = once(_save, case)
-    at = torch.tensor(borders())
+    pairs = [_other_tokens(), _other_documents(), _other_padding()]
+    found = [each["logits"] for each in outputs(directory, place, *(batch for pair in pairs for batch in pair))]
+    tokens, documents, padding = ((a != b).any(-1) for a, b in zip(found[::2], found[1::2]))
+    at, positions = torch.tensor(borders())[:, None], torch.arange(SEQ)
+    assert not tokens[positions < at].any()
+    assert tokens[(positions >= at) & (positions < at + 6)].all()  # within all windows
+    assert torch.equal(documents, _of_changed_documents())
+    assert not padding[pairs[2][0]["attention_mask"]].any()
+
+
+def _other_tokens() -> tuple[Batch, Batch]:
+    """A row for each position in `borders`, and another token there."""
+    at = torch.tensor(borders())[:, None]
     ids = torch.randint(0, VOCAB, (1, SEQ), generator=torch.Generator().manual_seed(3)).repeat(len(at), 1)
-    other = ids.scatter(1, at[:, None], (ids.gather(1, at[:, None]) + 1) % VOCAB)
-    one, changed = (found["logits"] for found in outputs(directory, place, {"input_ids": ids}, {"input_ids": other}))
-    differs = (one != changed).any(-1)
-    positions = torch.arange(SEQ)
-    assert not differs[positions < at[:, None]].any()
-    assert differs[positions == at[:, None]].all()
-    behind = (positions > at[:, None]) & (positions < at[:, None] + 6)  # within all windows
-    assert differs[behind].all()
+    return {"input_ids": ids}, {"input_ids": ids.scatter(1, at, (ids.gather(1, at) + 1) % VOCAB)}
 
 
-@pytest.mark.parametrize(("case", "place"), BOTH, ids=str)
-def test_a_document_changes_no_other(case: str, place: Place, once: Any) -> None:
-    """Other tokens in one document of each row, whichever borders it crosses: to the bit."""
-    directory, _ = once(_save, case)
-    numbers = [1 if len(row) > 1 else 0 for row in ROWS.rows]
-    one, changed = (found["logits"] for found in outputs(directory, place, _inputs(ROWS), _inputs(_changed(numbers))))
-    differs = (one != changed).any(-1)
-    for row, (documents, number) in enumerate(zip(ROWS.rows, numbers)):
-        lengths = [len(ids) for ids, _ in documents]
-        start = sum(lengths[:number])
-        own = torch.zeros(SEQ, dtype=torch.bool)
-        own[start : start + lengths[number]] = True
-        assert torch.equal(differs[row], own)
+def _other_documents() -> tuple[Batch, Batch]:
+    """Rows of documents, and other tokens in one of each row, whichever borders it crosses."""
+    changed = []
+    for documents, number in zip(ROWS.rows, CHANGED):
+        ids, labels = documents[number]
+        changed.append((*documents[:number], ((ids + 1) % VOCAB, labels), *documents[number + 1 :]))
+    return _inputs(ROWS), _inputs(replace(ROWS, rows=tuple(changed)))
 
 
 def _inputs(rows: Rows) -> Batch:
     return {name: column for name, column in packed(rows).items() if name != "targets"}
 
 
-def _changed(numbers: list[int]) -> Rows:
-    """The rows with other tokens in the document of each number."""
-    found = []
-    for row, number in zip(ROWS.rows, numbers):
-        documents = list(row)
-        ids, labels = documents[number]
-        documents[number] = (ids + 1) % VOCAB, labels
-        found.append(tuple(documents))
-    return replace(ROWS, rows=tuple(found))
+def _of_changed_documents() -> Tensor:
+    """Where the tokens of the changed documents are, (rows, S) bool."""
+    own = torch.zeros(len(ROWS.rows), SEQ, dtype=torch.bool)
+    for row, (documents, number) in enumerate(zip(ROWS.rows, CHANGED)):
+        start = sum(len(ids) for ids, _ in documents[:number])
+        own[row, start : start + len(documents[number][0])] = True
+    return own
+
+
+def _other_padding() -> tuple[Batch, Batch]:
+    """Rows with padding on either side, longer than a rank's part, and other tokens under the mask."""
+    ids = torch.randint(0, VOCAB, (6, SEQ), generator=torch.Generator().manual_seed(4))
+    seen = torch.arange(SEQ)[None] >= torch.tensor([0, 3, 9, 18, 0, 0])[:, None]
+    seen &= torch.arange(SEQ)[None] < torch.tensor([SEQ, SEQ, SEQ, SEQ, 25, 12])[:, None]
+    other = torch.where(seen, ids, (ids + 1) % VOCAB)
+    return {"input_ids": ids, "attention_mask": seen}, {"input_ids": other, "attention_mask": seen}
 
 
 def test_the_documents_lie_across_the_borders() -> None:
@@ -139,25 +147,6 @@ def test_the_documents_lie_across_the_borders() -> None:
     assert {last - first for first, last in spans} >= {1} and {0, 1, 2} <= set(parts)
 
 
-@pytest.mark.parametrize(("case", "place"), BOTH, ids=str)
-def test_padding_changes_nothing(case: str, place: Place, once: Any) -> None:
-    """Other tokens under the mask, longer than a rank's part, on either side: to the bit."""
-    directory, _ = once(_save, case)
-    ids = torch.randint(0, VOCAB, (6, SEQ), generator=torch.Generator().manual_seed(4))
-    seen = torch.arange(SEQ)[None] >= torch.tensor([0, 3, 9, 18, 0, 0])[:, None]
-    seen &= torch.arange(SEQ)[None] < torch.tensor([SEQ, SEQ, SEQ, SEQ, 25, 12])[:, None]
-    one, changed = (
-        found["logits"]
-        for found in outputs(
-            directory,
-            place,
-            {"input_ids": ids, "attention_mask": seen},
-            {"input_ids": torch.where(seen, ids, (ids + 1) % VOCAB), "attention_mask": seen},
-        )
-    )
-    assert torch.equal(one[seen], changed[seen])
-
-
 def _losses(grid: Grid, directory: Path, place: Place, batches: list[Batch]) -> list[list[float]]:
     engine = _engine(grid, directory, place)
     found = [engine.evaluate([batch]) for batch in batches]
@@ -165,7 +154,7 @@ def _losses(grid: Grid, directory: Path, place: Place, batches: list[Batch]) -> 
 
 
 LABELLED = [
-    *(("llama", RING_2X2), ("gpt2", GATHER_4), ("bert-pretraining", ULYSSES_4), ("t5-gated", RING_4)),
+    *(("llama", RING_2X2), ("gpt2", GATHER_4), ("t5-gated", ULYSSES_2)),
     *(
         pytest.param(case, place, marks=pytest.mark.sweep)
         for case in FAMILIES
@@ -185,8 +174,6 @@ def test_a_single_label_counts_wherever_it_is(case: str, place: Place, once: Any
 
 
 def _with_one_label(case: str, position: int) -> Batch:
-    from tests.parity.batches import batch_for
-
     model_type = ALL_CONFIGS[case]["model_type"]
     batch = ours(model_type, batch_for(model_type, Recipe(global_batch=4), 0))
     targets = torch.full_like(batch["targets"], -100)
