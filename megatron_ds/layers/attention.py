@@ -150,7 +150,7 @@ class Attention(nn.Module):
         if self.context.ring.size == 1:
             core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds, distances)
         elif context is None and self._passes_around(q.shape[0] * self.context.ring.size, key_mask):
-            core = self._around_ring(q, k, v, key_mask, positions, distances)
+            core = self._around_ring(q, k, v, key_mask, positions, bounds, distances)
         elif context is None:
             core = self._over_ring(q, k, v, key_mask, positions, distances)
         else:
@@ -211,12 +211,13 @@ class Attention(nn.Module):
         v: Tensor,
         key_mask: Tensor | None,
         positions: Tensor | None,
+        bounds: Tensor | None,
         distances: Tensor | None,
     ) -> Tensor:
         """Attend to keys and values that pass by: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
         ring = self.context.ring
         length = q.shape[0] * ring.size
-        call = self._call(q, key_mask, positions, None, distances, length)
+        call = self._call(q, key_mask, positions, bounds, distances, length)
         k, v = (self._in_groups(part) for part in (k, v))
         return ring_attention(q, k, v, call, ring, partial(self.context.ring_runs, length)).flatten(2)
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ds.columns import DOCUMENT_BOUNDS, POSITION_IDS
 from megatron_ds.engine import device_type
 from megatron_ds.layers.context import block_attention, blocks, ring
 from megatron_ds.layers.context.blocks import Block, visible_blocks
 from megatron_ds.layers.context.ring import merge_, ring_attention
+from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.kernels import AttentionCall
 from megatron_ds.layers.kernels.reference import reference_mask
 from megatron_ds.parallel.context import ContextParallel, Runs, as_index
@@ -91,7 +93,7 @@ CASES = {
     "another sequence": Case({"causal": False}, other=36),
     "another sequence, cap": Case({"causal": False, "softcap": 0.9}, other=24),
 }
-FEW = ("causal", "left padding", "documents, left padding", "everything")
+FEW = ("causal", "left padding", "documents", "documents, left padding", "everything")
 Results = tuple[Tensor, ...]
 """Output, and the gradients of q, k, v, sinks and biases by distance, as far as a case has them."""
 
@@ -105,12 +107,16 @@ def drawn(case: Case) -> tuple[list[Tensor], AttentionCall, Tensor]:
 
     length = case.other or S
     tensors = [random(S, B, N, D), random(length, B, case.kv_heads, D), random(length, B, case.kv_heads, D)]
-    grad, bias = random(S, B, N, D), random(1, N, length)
+    grad, bias, limit, bounds = random(S, B, N, D), random(1, N, length), DocumentLimit(), None
+    if case.positions is not None:
+        bounds = with_document_bounds([{POSITION_IDS.name: case.positions}], limit)[0][DOCUMENT_BOUNDS]
     call = AttentionCall(
         0.4,
         **case.options,
         key_mask=case.key_mask,
         positions=case.positions,
+        bounds=bounds,
+        longest=limit.longest,
         key_bias=bias if case.has_bias else None,
         distance_bias=random(N, 2 * S - 1) if case.has_distances else None,
         sinks=random(N) if case.has_sinks else None,
@@ -129,7 +135,7 @@ def rounded(tensors: list[Tensor], call: AttentionCall, dtype: torch.dtype) -> A
 
 def on_device(call: AttentionCall, device: torch.device | str) -> AttentionCall:
     """The same call with its masks and biases on a device."""
-    names = ("key_mask", "positions", "key_bias", "distance_bias", "sinks")
+    names = ("key_mask", "positions", "bounds", "key_bias", "distance_bias", "sinks")
     found = {name: getattr(call, name) for name in names}
     return replace(call, **{name: one.to(device) for name, one in found.items() if one is not None})
 
@@ -462,11 +468,70 @@ def test_the_host_reads_nothing_from_a_device(name: str) -> None:
     assert [one.dtype for one in found[:4]] == [torch.bfloat16] * 4
 
 
+def _segments(cumulative: tuple[Tensor, Tensor], longest: tuple[int, int], causal: bool) -> list[tuple[slice, slice]]:
+    """Rows of the queries and keys of each document that has both."""
+    found = []
+    for a, b, c, d in zip(*(part for one in cumulative for part in (one.tolist(), one.tolist()[1:]))):
+        assert b - a <= longest[0] and d - c <= longest[1]
+        assert not causal or b - a == d - c
+        if a < b and c < d:
+            found.append((slice(a, b), slice(c, d)))
+    return found
+
+
+class Varlen:
+    """The operators of flash attention for documents, by that on CPU: (tokens, heads, D), lse (heads, tokens)."""
+
+    _aten = torch.ops.aten
+
+    def _flash_attention_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, *options: Any, scale: float
+    ) -> tuple[Tensor, ...]:
+        *longest, dropout, causal, _ = options
+        out, lse = torch.zeros_like(q), torch.full(q.shape[1::-1], torch.inf, dtype=q.dtype)
+        for at, those in _segments((queries, keys), longest, causal):
+            rows = (x.transpose(0, 1)[None] for x in (q[at], k[those], v[those]))
+            y, part = self._aten._scaled_dot_product_flash_attention_for_cpu(*rows, dropout, causal, scale=scale)
+            out[at], lse[:, at] = y[0].transpose(0, 1), part[0]
+        return out, lse, q, q, q
+
+    def _flash_attention_backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> Any:
+        out, lse, queries, keys, *longest, dropout, causal, _, _ = rest
+        found = [torch.zeros_like(x) for x in (q, k, v)]
+        for at, those in _segments((queries, keys), longest, causal):
+            rows = (x.transpose(0, 1)[None] for x in (grad[at], q[at], k[those], v[those], out[at]))
+            grads = self._aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *rows, lse[None, :, at], dropout, causal, scale=scale
+            )
+            for into, part, here in zip(found, grads, (at, those, those)):
+                into[here] = part[0].transpose(0, 1)
+        return found
+
+
+def _packed(info: RankInfo, size: int) -> Results:
+    block_attention._ATEN = Varlen()  # in this process alone
+    ring.block_attention = lambda q, call: block_attention.FlashOfDocuments(call.scale, call.longest)
+    return of_rank(ring_of(info, size, True), CASES["documents"], torch.float64)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_documents_by_their_lengths(size: int) -> None:
+    """Documents without a query, without a key, or without either in a block; several rows; keys of fewer heads."""
+    ranks = run_ranks(_packed, size, size)
+    assert max(errors(ranks, CASES["documents"], torch.float64, True)) <= TOLERANCE[torch.float64]
+
+
 def test_flash_attention_on_cuda_has_these_arguments() -> None:
     """Its operators' shapes, on the meta device; here there is no kernel."""
     q, k = (torch.empty(S, B, heads, D, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3) for heads in (N, K))
     flash, block = block_attention.FlashOnCUDA(0.4), Block(slice(0, S), slice(0, S), causal=True)
     out, lse = flash.forward(q, k, k, block)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (B, N, S), torch.float32)
+    dq, dk, dv, _ = flash.backward(q, k, k, block, block_attention.Whole(out, out, lse, None))
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
+    begins = torch.zeros(2 * B, dtype=torch.int32, device="meta")
+    flash, block = block_attention.FlashOfDocuments(0.4, None), replace(block, segments=(begins, begins))
+    out, lse = flash.forward(q, k, k, block)
+    assert (out.shape, out.dtype, lse.dtype) == (q.shape, q.dtype, torch.float32)
     dq, dk, dv, _ = flash.backward(q, k, k, block, block_attention.Whole(out, out, lse, None))
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)

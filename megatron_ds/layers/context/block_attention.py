@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_ds.layers.context.blocks import Block
+from megatron_ds.layers.context.blocks import Block, Form
 from megatron_ds.layers.kernels.reference import AttentionCall
 
 _ATEN = torch.ops.aten
@@ -53,8 +53,8 @@ class BlockAttention(Protocol):
     """Attention of q (B, N, T, D) to k and v (B, K, C, D); N is a multiple of K."""
 
     @property
-    def keeps_scores(self) -> bool:
-        """It needs memory for all scores of a block, and the sums of gradients times outputs."""
+    def form(self) -> Form:
+        """The blocks that it needs. One that keeps scores also needs the sums of gradients times outputs."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         """Return the output, (B, N, T, D), and the log-sum-exp, (B, N, T): zero and -inf if a query sees no key."""
@@ -74,11 +74,14 @@ def block_attention(q: Tensor, call: AttentionCall) -> BlockAttention:
         return WrittenOut(call)
     if q.device.type == "cpu":
         return FlashOnCPU(call.scale)
-    is_masked = any(one is not None for one in (call.positions, call.key_mask, call.key_bias))
-    return FlashOnCUDA(call.scale) if not is_masked and _has_flash(q) else WrittenOut(call)
+    if call.key_mask is not None or call.key_bias is not None or not has_flash(q):
+        return WrittenOut(call)
+    if call.positions is None:
+        return FlashOnCUDA(call.scale)
+    return WrittenOut(call) if call.bounds is None else FlashOfDocuments(call.scale, call.longest)
 
 
-def _has_flash(q: Tensor) -> bool:
+def has_flash(q: Tensor) -> bool:
     """Return whether torch's flash attention on CUDA takes such queries: of 16 bits, on Ampere or newer."""
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= _MOST_DIMS
     return fits and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -89,7 +92,7 @@ class FlashOnCPU:
     """torch's flash attention on CPU, which adds a term to the scores."""
 
     scale: float
-    keeps_scores: bool = False
+    form: Form = Form.WHOLE
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
@@ -124,7 +127,7 @@ class FlashOnCUDA:
     """
 
     scale: float
-    keeps_scores: bool = False
+    form: Form = Form.WHOLE
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, block.causal, scale=self.scale)
@@ -143,11 +146,63 @@ class FlashOnCUDA:
 
 
 @dataclass(frozen=True)
+class FlashOfDocuments:
+    """torch's flash attention on CUDA, in 16 bits, for documents of variable length. It has not been run on a GPU.
+
+    Attributes:
+        longest: bound of the length of documents, known to the host; None = the length of the row.
+    """
+
+    scale: float
+    longest: int | None
+    form: Form = Form.SEGMENTS
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _ATEN._flash_attention_forward(
+            *map(_tokens, (q, k, v)), *self._lengths(q, k, block), 0.0, block.causal, False, scale=self.scale
+        )
+        lse = lse.unflatten(1, (len(q), -1)).transpose(0, 1)
+        # releases differ in the infinity of a query without a key
+        return _of_rows(out, len(q)), lse.masked_fill(lse.isinf(), -torch.inf)
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
+        """Call the operator without dropout, whose state it does not read."""
+        no_state = q.new_empty(0, dtype=torch.int64)
+        grads = _ATEN._flash_attention_backward(
+            *map(_tokens, (whole.grad, q, k, v, whole.out)),
+            *(whole.lse.transpose(0, 1).flatten(1), *self._lengths(q, k, block), 0.0, block.causal),
+            *(no_state, no_state),
+            scale=self.scale,
+        )
+        dq, dk, dv = (_of_rows(grad, len(q)) for grad in grads)
+        return dq, dk, dv, None
+
+    def _lengths(self, q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor, int, int]:
+        """Return the segments of queries and keys, and bounds of the longest ones.
+
+        Those are at least 2, as the operator has another result for one query.
+        """
+        assert block.segments is not None
+        queries, keys = (max(2, min(self.longest or length, length)) for length in (q.shape[2], k.shape[2]))
+        return *block.segments, queries, keys
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, heads, L, D) -> (B * L, heads, D), which is a view if B is 1."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _of_rows(x: Tensor, batch: int) -> Tensor:
+    """Undo `_tokens`: (B * L, heads, D) -> (B, heads, L, D)."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
 class WrittenOut:
     """The formula, with every option but dropout; scores and probabilities are (B, N, T, C) tensors in fp32."""
 
     call: AttentionCall
-    keeps_scores: bool = True
+    form: Form = Form.TILES
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         scores = self._scores(_products(q, k), self._biases(block), block)

@@ -7,7 +7,8 @@ since both sides have the same order; all queries see the first chunk of an earl
 queries sees all keys of a later rank.
 
 Documents need masks. As their tokens are consecutive, a query sees an interval of the keys of a block, and a block is
-cut into tiles of queries, for which most keys are left out on a host that can read the intervals.
+cut into tiles of queries, for which most keys are left out on a host that can read the intervals. A kernel for packed
+documents needs neither: it is given how many tokens of each document are among the queries, and among the keys.
 
 Dim legend: B batch, N query heads, S positions of the full row, T queries and C keys of a block.
 """
@@ -15,12 +16,14 @@ Dim legend: B batch, N query heads, S positions of the full row, T queries and C
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ds.layers.documents import cumulative_lengths
 from megatron_ds.layers.kernels.reference import AttentionCall
 from megatron_ds.parallel.context import Runs, as_index
 
@@ -42,6 +45,8 @@ class Block:
             None = all.
         key_term: (B or 1, N or 1, 1, C) in fp32 or more, added to the scores: biases, and -inf at keys that are masked.
         seen: (B or 1, T) bool, the queries that see a key of the block; None = all do, or the kernel finds out.
+        segments: where documents begin among the queries of all rows, and among the keys, (B * documents,) int32 twice,
+            as `cumulative_lengths` has it; a document may have no token there. None = the kernel does not ask for them.
         distances: the part of `AttentionCall.distance_bias` that the block reads, which is (N, T + C - 1): that of the
             first key and the last query first.
     """
@@ -52,6 +57,7 @@ class Block:
     limits: tuple[Tensor, Tensor] | None = None
     key_term: Tensor | None = None
     seen: Tensor | None = None
+    segments: tuple[Tensor, Tensor] | None = None
     distances: slice | None = None
 
     def inside(self, limits: tuple[Tensor, Tensor]) -> Tensor:
@@ -59,6 +65,17 @@ class Block:
         low, high = (limit[:, None, :, None] for limit in limits)
         keys = torch.arange(_length(self.keys), device=low.device)
         return (low <= keys) & (keys < high)
+
+
+class Form(Enum):
+    """Blocks as a kernel needs them."""
+
+    WHOLE = auto()
+    """Blocks as large as can be, and tiles of queries only for documents."""
+    TILES = auto()
+    """Tiles of queries, as the kernel keeps all scores; it finds by itself which queries see no key."""
+    SEGMENTS = auto()
+    """Blocks as large as can be, with the segments of documents."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +87,7 @@ class RowBlocks:
         queries: positions of this rank's queries.
         batch, heads: B, N.
         device: of the queries.
-        tiled: the kernel keeps all scores of a block, so that blocks are cut into tiles of queries, and finds by itself
-            which queries see no key.
+        form: what the kernel needs.
     """
 
     call: AttentionCall
@@ -79,7 +95,7 @@ class RowBlocks:
     batch: int
     heads: int
     device: torch.device
-    tiled: bool
+    form: Form
 
     def with_keys(self, keys: Runs) -> Iterator[Block]:
         """Yield the blocks of all queries with the keys of one rank.
@@ -98,11 +114,15 @@ class RowBlocks:
             zero = torch.zeros((), device=self.device) if term is None else term
             term = torch.where(hidden, -torch.inf, zero)
         documents = None
-        if call.positions is not None:
+        if call.positions is not None and self.form is not Form.SEGMENTS:
             by_position = (call.positions == 0).cumsum(1)
             documents = self._of(by_position, self.queries), self._of(by_position, keys)
         for block in visible_blocks(self.queries, keys, call.causal, fused=call.distance_bias is None):
-            if not self.tiled and documents is None:
+            if self.form is Form.SEGMENTS:
+                segments = self._segments(block.queries, self.queries), self._segments(block.keys, keys)
+                yield replace(block, segments=segments)
+                continue
+            if self.form is Form.WHOLE and documents is None:
                 yield self._masked(block, term, key_mask)
                 continue
             limits = _limits(block, documents, self.device)
@@ -115,15 +135,14 @@ class RowBlocks:
     def _masked(self, block: Block, term: Tensor | None, key_mask: Tensor | None) -> Block:
         """Add the terms of keys, and find the queries that see none."""
         has_blind = key_mask is not None or block.limits is not None
-        seen = _sees_any(block, key_mask, self.device) if has_blind and not self.tiled else None
-        term = None if term is None else term[..., block.keys]
-        return Block(block.queries, block.keys, block.causal, block.limits, term, seen, block.distances)
+        seen = _sees_any(block, key_mask, self.device) if has_blind and self.form is Form.WHOLE else None
+        return replace(block, key_term=None if term is None else term[..., block.keys], seen=seen)
 
     def _tiles(self, block: Block, limits: tuple[Tensor, Tensor] | None) -> Iterator[Block]:
         """Cut a block into tiles of queries, without the keys that none of a tile sees, as far as the host knows."""
         num_queries, num_keys = _length(block.queries), _length(block.keys)
         kind = "cpu" if self.device.type == "cpu" else "cuda"
-        heads = self.heads if self.tiled or self.call.key_bias is not None else 1
+        heads = self.heads if self.form is Form.TILES or self.call.key_bias is not None else 1
         by_memory = _TILE_ELEMENTS[kind] // (self.batch * heads * num_keys)
         rows = min(max(by_memory, _LEAST_ROWS), _MOST_ROWS[kind])
         for begin in range(0, num_queries, rows):
@@ -148,7 +167,17 @@ class RowBlocks:
         first_key, last_key = (_position(keys, row) for row in (block.keys.start, block.keys.stop - 1))
         first, last = (_position(self.queries, row) for row in (block.queries.start, block.queries.stop - 1))
         distances = slice(zero + first_key - last, zero + last_key - first + 1)
-        return Block(block.queries, block.keys, limits=block.limits, distances=distances)
+        return replace(block, distances=distances)
+
+    def _segments(self, rows: slice, runs: Runs) -> Tensor:
+        """Return where documents begin among some rows of runs, for all rows of the batch."""
+        assert self.call.bounds is not None
+        counts, begin = torch.zeros_like(self.call.bounds), 0
+        for run in runs:  # of each, the number of positions before each document
+            part = run[max(rows.start - begin, 0) : max(rows.stop - begin, 0)]
+            counts += (self.call.bounds - part.start).clamp(0, len(part))
+            begin += len(run)
+        return cumulative_lengths(self.batch, _length(rows), counts, self.device)
 
 
 def visible_blocks(queries: Runs, keys: Runs, causal: bool, fused: bool = True) -> list[Block]:

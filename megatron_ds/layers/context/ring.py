@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ds.layers.context.block_attention import BlockAttention, Whole, block_attention
-from megatron_ds.layers.context.blocks import RowBlocks
+from megatron_ds.layers.context.blocks import Form, RowBlocks
 from megatron_ds.layers.kernels.reference import AttentionCall
 from megatron_ds.parallel.context import Runs
 from megatron_ds.parallel.grid import Axis
@@ -56,7 +56,7 @@ def ring_attention(
     across = (call.causal, call.positions is not None, call.distance_bias is not None)
     assert key_runs is None or not any(across), call
     attention = block_attention(q, call)
-    blocks = RowBlocks(call, runs(ring.rank), q.shape[1], q.shape[2], q.device, attention.keeps_scores)
+    blocks = RowBlocks(call, runs(ring.rank), q.shape[1], q.shape[2], q.device, attention.form)
     row = _Row(call, attention, blocks, ring, key_runs or runs)
     return _RingAttention.apply(q, k, v, call.sinks, call.distance_bias, row)
 
@@ -94,7 +94,7 @@ class _RingAttention(torch.autograd.Function):
         q, kv, out, lse, sinks = ctx.saved_tensors
         row: _Row = ctx.row
         grad, delta, dsinks = grads[0].contiguous(), None, None
-        if row.attention.keeps_scores or sinks is not None:
+        if row.attention.form is Form.TILES or sinks is not None:
             delta = (grad.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
         if sinks is not None:
             dsinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
