@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.layers.context.blocks import Block, Form
@@ -21,6 +22,8 @@ from megatron_ds.layers.kernels.reference import AttentionCall
 
 _ATEN = torch.ops.aten
 _MOST_DIMS = 256  # of a head, for flash attention on a GPU
+_LSE_MULTIPLE = 32  # the length of a log-sum-exp, for memory-efficient attention
+_TERM_MULTIPLE = 16  # the length of a row of its term
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class BlockAttention(Protocol):
 
 
 def block_attention(q: Tensor, call: AttentionCall) -> BlockAttention:
-    """Return the implementation for a call: flash attention where torch's has all options, else the formula.
+    """Return the implementation for a call: a kernel of torch where one has all options, else the formula.
 
     Args:
         q: a tensor of the dtype, device and head dim (last) of the queries.
@@ -74,17 +77,16 @@ def block_attention(q: Tensor, call: AttentionCall) -> BlockAttention:
         return WrittenOut(call)
     if q.device.type == "cpu":
         return FlashOnCPU(call.scale)
-    if call.key_mask is not None or call.key_bias is not None or not has_flash(q):
+    if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] % 8 != 0:
         return WrittenOut(call)
-    if call.positions is None:
-        return FlashOnCUDA(call.scale)
-    return WrittenOut(call) if call.bounds is None else FlashOfDocuments(call.scale, call.longest)
-
-
-def has_flash(q: Tensor) -> bool:
-    """Return whether torch's flash attention on CUDA takes such queries: of 16 bits, on Ampere or newer."""
-    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= _MOST_DIMS
-    return fits and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    has_flash = q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    is_masked = call.key_mask is not None or call.key_bias is not None
+    if has_flash and not is_masked and q.shape[-1] <= _MOST_DIMS:
+        if call.positions is None:
+            return FlashOnCUDA(call.scale)
+        if call.bounds is not None:
+            return FlashOfDocuments(call.scale, call.longest)
+    return EfficientOnCUDA(call.scale)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,54 @@ def _tokens(x: Tensor) -> Tensor:
 def _of_rows(x: Tensor, batch: int) -> Tensor:
     """Undo `_tokens`: (B * L, heads, D) -> (B, heads, L, D)."""
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class EfficientOnCUDA:
+    """torch's memory-efficient attention on CUDA, which adds a term to the scores. It has not been run on a GPU."""
+
+    scale: float
+    form: Form = Form.WHOLE
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        k, v = (_for_each_head(part, q.shape[1]) for part in (k, v))
+        out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(
+            q, k, v, _aligned_term(block, q, k), True, 0.0, block.causal, scale=self.scale
+        )
+        lse = lse[..., : q.shape[2]]  # its length is rounded up
+        return out, lse if block.seen is None else lse.masked_fill(~block.seen[:, None], -torch.inf)
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
+        """Call the operator with a contiguous output and a log-sum-exp of rounded length, as its forward makes them."""
+        out = whole.out.transpose(1, 2).contiguous().transpose(1, 2)
+        lse = F.pad(whole.lse, (0, -q.shape[2] % _LSE_MULTIPLE), value=torch.inf).contiguous()
+        keys, values = (_for_each_head(part, q.shape[1]) for part in (k, v))
+        no_state = q.new_empty(0, dtype=torch.int64)  # of dropout
+        dq, dk, dv, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
+            *(whole.grad, q, keys, values, _aligned_term(block, q, k), out, lse, no_state, no_state, 0.0),
+            *([True, True, True, False], block.causal),
+            scale=self.scale,
+        )
+        dk, dv = (part.unflatten(1, (k.shape[1], -1)).sum(2) for part in (dk, dv))
+        return dq, dk, dv, None
+
+
+def _for_each_head(x: Tensor, num_heads: int) -> Tensor:
+    """(B, K, C, D) -> (B, N, C, D): repeat the key heads for the query heads that read them."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def _aligned_term(block: Block, q: Tensor, k: Tensor) -> Tensor | None:
+    """Return the term of the scores, (B, N, T, C) in the dtype of q, in rows of aligned length.
+
+    It is finite, since a query whose scores are all -inf would be NaN.
+    """
+    term = _term(block, q)
+    if term is None:
+        return None
+    term = term.clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)
+    padded = F.pad(term, (0, -term.shape[-1] % _TERM_MULTIPLE))
+    return padded[..., : term.shape[-1]].expand(*q.shape[:3], k.shape[2])
 
 
 @dataclass(frozen=True)
