@@ -219,7 +219,8 @@ def _order(info: RankInfo, size: int) -> list[str]:
 
     recorded(ring, "_begin_hop", "begin")
     recorded(Messages, "wait", "wait")
-    for kind, name in product((block_attention.FlashOnCPU, block_attention.WrittenOut), ("forward", "backward")):
+    kinds = block_attention.FlashOnCPU, block_attention.EfficientOnCUDA  # of fp32
+    for kind, name in product(kinds, ("forward", "backward")):
         recorded(kind, name, "block")
     like = {"device": rank_device(), "requires_grad": True}
     q, k, v = (torch.randn(S // size, B, heads, D, **like) for heads in (N, K, K))
