@@ -17,7 +17,8 @@ from megatron_ds.runtime import Session, load_model
 def train(spec: Spec) -> Step:
     """Train with this package's engine.
 
-    Options: `tensor`, `pipeline`, `context`, `expert`, `sequence`, `shared_memory`, `zero`, `micro_batch`, `compile`.
+    Options: `tensor`, `pipeline`, `context`, `expert`, `sequence`, `shared_memory`, `zero`, `micro_batch`,
+    `keep_attention`, `compile`.
     """
     rank = dist.get_rank()
     device = torch.device(spec.device, rank) if spec.device == "cuda" else torch.device(spec.device)
@@ -51,6 +52,7 @@ def engine_fields(spec: Spec) -> dict[str, Any]:
         "global_batch_size": work.batch,
         "micro_batch_size": options.get("micro_batch", work.batch // data),
         "recompute": "full" if work.recompute else "none",
+        "keep_attention": options.get("keep_attention", False),
         "compile": options.get("compile", False),
     }
 

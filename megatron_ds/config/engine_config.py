@@ -30,8 +30,8 @@ class EngineConfig(Section):
         steps: the number of steps in such a block; None = it is not known yet, and none is allowed.
         global_batch_size, micro_batch_size: samples per optimizer step, and per forward pass on one rank.
         seed: of dropout and of random initialisation.
-        recompute, offload_activations, mlp_tile_tokens, compile, kernels, moe_aux_loss, moe_z_loss, moe_bias_rate: as
-            under `train` in the run file.
+        recompute, offload_activations, keep_attention, mlp_tile_tokens, compile, kernels, moe_aux_loss, moe_z_loss,
+            moe_bias_rate: as under `train` in the run file.
     """
 
     parallel: ParallelSection = ParallelSection()
@@ -44,6 +44,7 @@ class EngineConfig(Section):
     seed: Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0, lt=2**32)] = 1234
     recompute: Literal["none", "selective", "full"] = "none"
     offload_activations: bool = False
+    keep_attention: bool = False
     mlp_tile_tokens: Count | None = None
     compile: bool = False
     kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"
@@ -66,6 +67,7 @@ class EngineConfig(Section):
             seed=train.seed,
             recompute=train.recompute,
             offload_activations=train.offload_activations,
+            keep_attention=train.keep_attention,
             mlp_tile_tokens=train.mlp_tile_tokens,
             compile=train.compile,
             kernels=train.kernels,

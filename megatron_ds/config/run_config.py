@@ -260,8 +260,9 @@ class TrainSection(Section):
     run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
     this many seconds without progress (0: never). `start_timeout`: seconds that a launcher's ranks wait for each other
     (0: no limit). `freeze`: patterns of Hugging Face tensor names that are not trained. `offload_activations`: inputs
-    of recomputed blocks are kept in host memory. `mlp_tile_tokens`: tokens of a tile in which dense feed-forward layers
-    are computed, and recomputed in the backward pass (None: they are computed whole). `compile`: blocks are fused by
+    of recomputed blocks are kept in host memory. `keep_attention`: so are, on the device, the outputs of their
+    attention kernels, which then run once. `mlp_tile_tokens`: tokens of a tile in which dense feed-forward layers are
+    computed, and recomputed in the backward pass (None: they are computed whole). `compile`: blocks are fused by
     torch.compile. `kernels`: "auto" uses Triton kernels and installed libraries on CUDA, "torch" PyTorch alone, a
     mapping chooses per operation. `moe_aux_loss`, `moe_z_loss`: coefficients of the losses that balance the routers of
     mixtures of experts (None: the model's). `moe_bias_rate`: step of their biases of the choice. `deterministic`: on
@@ -279,6 +280,7 @@ class TrainSection(Section):
     log_every: Count = 1
     recompute: Literal["none", "selective", "full"] = "none"
     offload_activations: bool = False
+    keep_attention: bool = False
     mlp_tile_tokens: Count | None = None
     compile: bool = False
     kernels: Annotated[str | dict[str, Any], BeforeValidator(kernel_choice)] = "auto"

@@ -42,7 +42,7 @@ from megatron_ds.layers.host_offload import HostOffload
 from megatron_ds.layers.kernels.select import AUTO, Choice, select_kernels
 from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.param_spec import initial_shard, spec_of
-from megatron_ds.layers.recompute import Recompute
+from megatron_ds.layers.recompute import BLOCKS, BLOCKS_WITHOUT_ATTENTION, Recompute
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec, SequentialModel, head_of
 from megatron_ds.parallel.context import ContextParallel
@@ -63,6 +63,7 @@ class EngineOptions:
         context: the communication of the ranks that divide each sequence.
         recompute: "none", "selective" or "full".
         offload_activations: inputs of recomputed blocks are kept in host memory.
+        keep_attention: outputs of the attention kernels of recomputed blocks are kept.
         mlp_tile_tokens: see `BuildContext`.
         seed: of dropout, and of initialisation if no weights are read.
         frozen: names of parameters that are not trained.
@@ -84,6 +85,7 @@ class EngineOptions:
     routers: RouterSettings = field(default_factory=RouterSettings)
     bias_rate: float = 0.0
     offload_activations: bool = False
+    keep_attention: bool = False
     mlp_tile_tokens: int | None = None
 
 
@@ -284,8 +286,8 @@ def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams, device: torch.
     if options.recompute == "none":
         return Recompute()
     if "activation_checkpointing" not in options.deepspeed:
-        return Recompute(
-            options.recompute, rng=rng, offload=HostOffload(device) if options.offload_activations else None
-        )
+        checkpoint = BLOCKS_WITHOUT_ATTENTION if options.keep_attention else BLOCKS
+        offload = HostOffload(device) if options.offload_activations else None
+        return Recompute(options.recompute, checkpoint, rng, offload)
     deepspeed.checkpointing.configure(mpu, deepspeed_config=options.deepspeed)
     return Recompute(options.recompute, deepspeed.checkpointing.checkpoint, rng)

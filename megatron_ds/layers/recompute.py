@@ -10,12 +10,40 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megatron_ds.layers.host_offload import HostOffload
 from megatron_ds.parallel.random import RngStreams
 
-_NON_REENTRANT = partial(torch_checkpoint, use_reentrant=False)
+ATTENTION_OPERATORS = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+    }
+)
+"""Operators that compute the output of attention and its log-sum-exp, and need no more for their backward pass."""
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Return what torch's checkpoint does with the results of an operator."""
+    is_kept = operator.name() in ATTENTION_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+BLOCKS = partial(torch_checkpoint, use_reentrant=False)
+"""`checkpoint(fn, *tensors)`: keep the inputs of `fn`, and run it again in the backward pass."""
+
+BLOCKS_WITHOUT_ATTENTION = partial(
+    torch_checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy)
+)
+"""The same, but keep what `ATTENTION_OPERATORS` return too, which run once."""
+
 _REPLAYING: ContextVar[bool] = ContextVar("replaying", default=False)
 
 
@@ -38,7 +66,7 @@ class Recompute:
     """
 
     mode: str = "none"
-    checkpoint: Callable[..., Any] = _NON_REENTRANT
+    checkpoint: Callable[..., Any] = BLOCKS
     rng: RngStreams | None = None
     offload: HostOffload | None = None
 

@@ -113,6 +113,7 @@ def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
         context=plan.context,
         recompute=config.recompute,
         offload_activations=config.offload_activations,
+        keep_attention=config.keep_attention,
         mlp_tile_tokens=config.mlp_tile_tokens,
         seed=config.seed,
         frozen=model.frozen,

@@ -42,6 +42,27 @@ FULL = {"recompute": "full", "offload_activations": True}
             "how the inputs of recomputed blocks are kept; remove one of them",
         ),
         (
+            {"keep_attention": True},
+            {},
+            True,
+            "train.keep_attention=true spares recomputed blocks their attention, and train.recompute=none has none; "
+            "try train.recompute=full, or train.keep_attention=false",
+        ),
+        (
+            {"keep_attention": True, "recompute": "full", "compile": True},
+            {},
+            True,
+            "train.keep_attention=true keeps the results of single operators, which train.compile=true may fuse; try "
+            "train.compile=false",
+        ),
+        (
+            {"keep_attention": True, "recompute": "full"},
+            {"partition_activations": True},
+            True,
+            "train.keep_attention=true is of torch's checkpoints, and deepspeed.activation_checkpointing."
+            "partition_activations of DeepSpeed's; remove one of them",
+        ),
+        (
             {"mlp_tile_tokens": 512},
             {},
             False,

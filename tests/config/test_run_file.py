@@ -104,6 +104,7 @@ def test_defaults(run_file):
         "log_every": 1,
         "recompute": "none",
         "offload_activations": False,
+        "keep_attention": False,
         "mlp_tile_tokens": None,
         "compile": False,
         "kernels": "auto",

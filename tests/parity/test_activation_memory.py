@@ -20,6 +20,7 @@ from tests.ranks import run_grid
 TILED: tuple[tuple[str, Any], ...] = (("mlp_tile_tokens", 40),)
 OFFLOADED = (("offload_activations", True),)
 BOTH = TILED + OFFLOADED
+KEPT = (("keep_attention", True),)
 RECIPE = Recipe()
 DROPPED_RECOMPUTE = {"partition_activations": False}
 
@@ -27,9 +28,14 @@ COVERING = [
     ("gpt2", Place(2, 1, 1, 1, True, settings=TILED)),
     ("llama", Place(2, 1, 2, 3, recompute="full", settings=BOTH)),
     ("qwen3", Place(1, 2, 1, 1, recompute="full", settings=BOTH)),
+    ("llama", Place(2, 1, 1, 1, True, recompute="full", settings=BOTH + KEPT)),
 ]
 MORE = [
     ("llama", Place(1, 1, 1, 0, settings=TILED)),
+    ("llama", Place(1, 1, 2, 3, recompute="full", settings=KEPT)),
+    ("llama", Place(1, 2, 1, 1, recompute="full", settings=KEPT)),
+    ("gemma2-caps", Place(1, 1, 2, 1, recompute="full", settings=KEPT)),
+    ("t5-gated", Place(2, 1, 1, 1, True, recompute="full", settings=KEPT)),
     ("llama", Place(1, 1, 2, 0, recompute="full", settings=OFFLOADED)),
     ("llama", Place(2, 1, 2, 2, True, recompute="selective", settings=TILED)),
     ("llama", Place(1, 1, 2, 3, settings=TILED)),
