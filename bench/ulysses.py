@@ -22,9 +22,9 @@ LOGITS_BYTES = 2**30  # size of a tile of logits in fp32, as ArcticTraining choo
 
 
 def train(spec: Spec) -> Step:
-    """Train transformers' decoder with its sequence divided over all ranks, ZeRO-1 over the same ranks.
+    """Train transformers' decoder with its sequence divided over all ranks, and ZeRO over the same ranks.
 
-    Options: `tiled`, tiles of the MLP and of the loss.
+    Options: `zero`, the stage; `tiled`, tiles of the MLP and of the loss.
     """
     import torch.distributed as dist
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -36,7 +36,7 @@ def train(spec: Spec) -> Step:
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model, "sdpa", spec.world, work.batch, seq_length=work.seq_length, seq_length_is_variable=False
     )
-    engine = deepspeed_engine(model, spec, zero=1, micro_batch=work.batch, mpu=mpu)
+    engine = deepspeed_engine(model, spec, spec.options.get("zero", 1), micro_batch=work.batch, mpu=mpu)
     batch = {name: column.to(spec.device) for name, column in local_columns(work, dist.get_rank(), spec.world).items()}
     loss_of = _tiled_loss if spec.options.get("tiled", False) else _loss
     group = mpu.get_sequence_parallel_group()
