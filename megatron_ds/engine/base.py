@@ -318,7 +318,10 @@ class Engine(ABC):
 
     def _divisible(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """Return micro-batches of lengths that the ranks can share, with where their documents begin."""
-        return with_document_bounds([self.padding.pad(batch) for batch in batches], self.documents)
+        padded = [self.padding.pad(batch) for batch in batches]
+        for given, batch in zip(batches, padded):
+            self.head.check_parts(given, batch, self.context)
+        return with_document_bounds(padded, self.documents)
 
     def _empty_sums(self) -> Tensor:
         """Return zeros of the shape of `HeadSpec.pack`, to add micro-batches to."""

@@ -132,7 +132,7 @@ def hidden_layer(
         partial(_hidden_output, tp, pooler, pooling),
         hidden=like.hidden,
         columns=("attention_mask",) if pooling is not None else (),
-        head=HeadSpec(directions, directions, _count_numbers),
+        head=HeadSpec(directions, directions, _count_numbers, divides_labels=False),
     )
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.columns import COLUMNS, Column, find_column
+from megatron_ds.errors import ConfigError
 from megatron_ds.models.context import BuildContext
-from megatron_ds.parallel.context import ContextParallel
+from megatron_ds.parallel.context import ContextParallel, as_index
 from megatron_ds.parallel.regions import HEAD, profiled
 
 Activations = dict[str, Tensor]
@@ -63,14 +64,22 @@ def own_of(column: str) -> str:
     return f"{column}.own"
 
 
-def _own_labels(labels: Tensor, column: Column, context: ContextParallel) -> Tensor:
-    """Return the labels of a context rank's tokens, or of samples on the first context rank."""
+def _own_labels(labels: Tensor, column: Column, context: ContextParallel, rank: int) -> Tensor:
+    """Return the labels of a context rank's tokens, or of samples on the first context rank.
+
+    Raises:
+        ConfigError: labels of a sample have no value that carries no loss.
+    """
     if context.axis.size == 1:
         return labels
     if column.has_positions:
-        return labels[:, context.positions(labels.shape[1], labels.device)].contiguous()
-    assert column.ignored is not None, f"labels {column.name} of a sample have no value that carries no loss"
-    return labels if context.axis.rank == 0 else torch.full_like(labels, column.ignored)
+        return labels[:, as_index(context.runs(labels.shape[1], rank), labels.device)].contiguous()
+    if column.ignored is None:
+        raise ConfigError(
+            f"parallel.context={context.axis.size}: labels {column.name} carry loss on one context rank alone, and "
+            f"have no value that carries none; try Column({column.name!r}, ..., ignored=-1)"
+        )
+    return labels if rank == 0 else torch.full_like(labels, column.ignored)
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class HeadSpec:
         summarize: (summed counts, kept numbers (samples, num_kept)) -> further metrics by name.
         check: refuses a micro-batch, in host memory, for which the head is not defined.
         padding_id: an id that the head passes over behind a text; None = it takes every id for text.
+        divides_labels: context ranks get the labels of their tokens; else whole columns, of which the head takes its
+            own part.
     """
 
     label_columns: tuple[str, ...]
@@ -101,6 +112,7 @@ class HeadSpec:
     summarize: Callable[[np.ndarray, np.ndarray], Mapping[str, float]] = lambda tallies, kept: {}
     check: Callable[[Mapping[str, Tensor]], None] = lambda batch: None
     padding_id: int | None = 0
+    divides_labels: bool = True
 
     @classmethod
     def per_column(cls, *columns: str) -> HeadSpec:
@@ -116,17 +128,47 @@ class HeadSpec:
         Columns that are not declared stay as they are.
         """
         found = dict(batch)
-        for name in self.label_columns:
-            column = find_column(name) if name in COLUMNS else None
-            if column is None:
-                continue
-            labels = _own_labels(batch[name], column, context)
+        for name, labels in self._own_part(batch, context, context.axis.rank).items():
+            column = find_column(name)
             if context.axis.size > 1:
                 found[own_of(name)] = labels
             if column.has_positions and column.ignored is not None and labels.dim() == 2:
                 positions = (labels.t().flatten() != column.ignored).nonzero().squeeze(1)
                 found[positions_of(name)] = positions.pin_memory() if batch[name].is_pinned() else positions
         return found
+
+    def _own_part(self, batch: Mapping[str, Tensor], context: ContextParallel, rank: int) -> dict[str, Tensor]:
+        """Return a context rank's labels of each declared column."""
+        declared = [name for name in self.label_columns if name in COLUMNS and self.divides_labels]
+        return {name: _own_labels(batch[name], find_column(name), context, rank) for name in declared}
+
+    def check_parts(self, given: Mapping[str, Tensor], padded: Mapping[str, Tensor], context: ContextParallel) -> None:
+        """Refuse labels that are others in the parts of the context ranks than in whole rows, in host memory.
+
+        So are labels that depend on their place in a row, columns that are not declared, and counts of all positions
+        where some are padding.
+
+        Args:
+            given: a micro-batch as the data have it.
+            padded: the same with the positions that make its rows divisible.
+            context: the ranks that divide each sequence.
+
+        Raises:
+            ConfigError: the numbers of labels of the parts do not add up to that of the whole.
+        """
+        size = context.axis.size
+        if size == 1 or not self.divides_labels:
+            return
+        whole = self.count_labels(self.labels_in(given)).tolist()
+        parts = [{**self.labels_in(padded), **self._own_part(padded, context, rank)} for rank in range(size)]
+        found = torch.stack([self.count_labels(part) for part in parts]).sum(0).tolist()
+        if found != whole:
+            terms = ", ".join(self.terms)
+            raise ConfigError(
+                f"parallel.context={size}: the output head counts {whole} labels of {terms} in a batch, and {found} in "
+                "the parts of its rows that context ranks have; try parallel.context=1, or a head whose labels are of "
+                "declared columns and do not depend on their place in a row"
+            )
 
     def labels_in(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the label columns of a micro-batch, this rank's own if they have been added, and where labels are."""
