@@ -12,13 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ds.config import load_run
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.parallel.context import ContextParallel
+from megatron_ds.parallel.grid import Axis
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.training.launch import train
 from tests.forked_python import run_python
-from tests.ranks import run_local_ranks
+from tests.ranks import run_alone, run_local_ranks
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "extend"
@@ -124,3 +127,21 @@ def test_ranks_of_a_launcher_import_the_package_themselves(place: Path, monkeypa
 def test_wrong_names_are_refused_in_one_line(place: Path, override: str, line: str) -> None:
     shown = run_program(place, "train", run_file(place), "--nproc", "2", override, status=2)
     assert re.fullmatch(f"error: {line}\n", shown), shown
+
+
+def _kept_labels() -> tuple[list[int], list[int], int]:
+    """Labels with loss in rows of 32 positions: whole, on two context ranks that hold two chunks each, and counted."""
+    from examples.extend.my_extension.objective import SPEC, completed
+
+    targets, parts = {"targets": torch.arange(64).view(2, 32)}, []
+    for rank in range(2):
+        axis = Axis(2, rank, (0, 1))
+        context = ContextParallel(axis, Axis(), axis, zigzag=True)
+        parts.append(completed(SPEC.labels_in(SPEC.with_own_labels(targets, context)), context)["targets"].flatten())
+    found = [kept[kept >= 0].tolist() for kept in (completed(targets)["targets"].flatten(), torch.cat(parts))]
+    return found[0], sorted(found[1]), int(SPEC.count_labels(targets))
+
+
+def test_the_objective_keeps_the_same_labels_on_context_ranks() -> None:
+    whole, over_ranks, count = run_alone(_kept_labels)
+    assert over_ranks == whole and count == len(whole) == 2 * (32 - 7)

@@ -12,6 +12,7 @@ from megatron_ds.data import Causal
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.models.sequential import Activations, HeadResult, HeadSpec, count_entries, with_head
+from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.runtime.objective import OBJECTIVES, Objective
 
@@ -19,18 +20,24 @@ NUM_GIVEN = 8  # tokens
 IGNORED = -100
 
 
-def completed(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the loss off the first labels of each sample: targets (B, S) -> (B, S)."""
-    targets = labels["targets"].clone()
-    targets[:, : NUM_GIVEN - 1] = IGNORED  # the label of position t is token t + 1
-    return {"targets": targets}
+def completed(labels: Mapping[str, Tensor], context: ContextParallel | None = None) -> dict[str, Tensor]:
+    """Take the loss off the first labels of each sample: targets (B, S), or (B, S/c) of a context rank -> the same.
+
+    Args:
+        labels: of all positions, or of those that this context rank holds.
+        context: the ranks that divide each sample; None = one.
+    """
+    targets, context = labels["targets"], context or ContextParallel()
+    length = targets.shape[1] * context.axis.size
+    positions = torch.arange(length, device=targets.device)[context.positions(length, targets.device)]
+    return {"targets": targets.masked_fill(positions < NUM_GIVEN - 1, IGNORED)}  # position t's label is token t + 1
 
 
 class CompletionHead(LanguageModelHead):
     """The model's own head, on fewer labels; `labelled` is the part of the positions that carry loss."""
 
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
-        kept = completed(labels)
+        kept = completed(labels, self.tp.context)
         num_labelled = count_entries(kept)[0]
         labelled = num_labelled.float(), torch.tensor(float(kept["targets"].numel()))
         device = kept["targets"].device
