@@ -182,9 +182,7 @@ def _counting_context(options: EngineOptions, grid: Grid) -> EngineOptions:
 
 def _multiple_of(tp: TensorParallel) -> int:
     """Return the divisor of lengths that context ranks can share, and tensor ranks under sequence parallelism."""
-    if tp.context.axis.size == 1:
-        return 1  # lengths that tensor ranks alone cannot share are refused
-    return tp.context.multiple_of * (tp.axis.size if tp.splits_sequence else 1)
+    return tp.multiple_of if tp.context.axis.size > 1 else 1  # what tensor ranks alone cannot share is refused
 
 
 @contextmanager

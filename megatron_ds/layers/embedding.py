@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.errors import DataError
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -99,15 +100,30 @@ class LearnedPositions(nn.Module):
         seen = counted.long()
         before_first = table.offset - 1
         rows = seen.cumsum(1) * seen + before_first  # others get the row before the first position's
-        if self.tp.context.axis.size > 1:  # padding that makes a row divisible may reach beyond the table
+        if self._reaches_beyond(length):
             rows = rows.clamp_max(table.rows - 1)
         return x + F.embedding(rows.t()[local], weight, before_first if table.skipped_id is not None else None)
 
     def _rows(self, weight: Tensor, length: int) -> Tensor:
-        """Return the rows of positions 0..S-1; padding that makes a row divisible may reach beyond the table."""
+        """Return the rows of positions 0..S-1; padding beyond the table has the last position's."""
         rows = weight[self.table.offset :]
-        missing = length - len(rows)
-        return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, -1)])
+        if not self._reaches_beyond(length):
+            return rows
+        return torch.cat([rows, rows[-1:].expand(length - len(rows), -1)])
+
+    def _reaches_beyond(self, length: int) -> bool:
+        """Return whether the padding that makes a sequence divisible by context ranks reaches beyond the table.
+
+        Raises:
+            DataError: the sequence is longer than padding explains.
+        """
+        missing = length - self.table.max_positions
+        if missing >= self.tp.multiple_of:
+            raise DataError(
+                f"a sequence has {length} positions, and the model's table has {self.table.max_positions}; try shorter "
+                "sequences"
+            )
+        return missing > 0
 
 
 class TokenTypes(nn.Module):

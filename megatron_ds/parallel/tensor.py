@@ -83,6 +83,11 @@ class TensorParallel:
         """Number of parts that a sequence is divided into between the parallel regions."""
         return self.context.axis.size * (self.axis.size if self.splits_sequence else 1)
 
+    @property
+    def multiple_of(self) -> int:
+        """Divisor of the lengths of sequences that these ranks can divide."""
+        return self.context.multiple_of * (self.axis.size if self.splits_sequence else 1)
+
     def full_length(self, x: Tensor) -> int:
         """Return the length S of the sequence of which x (S/parts, ...) is this rank's part."""
         return x.shape[0] * self.num_parts

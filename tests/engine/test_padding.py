@@ -109,3 +109,11 @@ def test_padding_may_reach_beyond_a_table_of_positions(rank: int, counted: bool)
     found = layer(torch.zeros(4, 1, 3), seen)[:, 0]
     rows = range(4 * rank, 4 * rank + 4)
     assert torch.equal(found, layer.weight[[min(row, 6) + 2 for row in rows]])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sequence_longer_than_a_table_is_refused(ranks: int) -> None:
+    axis = Axis(ranks, 0, tuple(range(ranks)))
+    layer = LearnedPositions(PositionTable(7), 3, TensorParallel(context=ContextParallel(axis, axis)), std=1.0)
+    with pytest.raises(DataError, match=r"^a sequence has 10 positions, .* 7; try shorter sequences$"):
+        layer(torch.zeros(10 // ranks, 1, 3))
