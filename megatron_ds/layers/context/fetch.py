@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def union(ranges: Sequence[range]) -> Runs:
     return tuple(found)
 
 
-@cache
+@lru_cache(maxsize=64)  # of the last lengths, by the few kinds of layers
 def plan_fetch(held: tuple[Runs, ...], wanted: tuple[Runs, ...], rank: int, device: torch.device) -> FetchPlan:
     """Return the plan of a rank. All ranks have the same arguments but for the last two.
 
