@@ -221,6 +221,7 @@ class Attention(nn.Module):
         k, v = (self._in_groups(part) for part in (k, v))
         return ring_attention(q, k, v, call, ring, partial(self.context.ring_runs, length)).flatten(2)
 
+    @torch.compiler.disable  # the plan is kept, and a kernel may be made at its first call
     def _over_ring(
         self,
         q: Tensor,
@@ -247,6 +248,7 @@ class Attention(nn.Module):
             parts.append(self.recompute.run("selective", core, queries, *seen))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    @torch.compiler.disable  # the plan is kept
     def _across_ring(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Attend to another stack's states of all ranks of the ring: (S/r, B, heads, D) -> (S/r, B, heads * D).
 

@@ -30,8 +30,8 @@ class MoE(nn.Module):
     tokens: those that it has, or its part of those that all have. Forward and backward, per micro-batch: 4 all-to-alls
     over the e expert ranks, of k T H (e-1)/e elements each for T tokens of a rank that are routed uniformly; an
     all-to-all of E counts; over tensor, all-reduces of the router's gradient, EH elements, and of E + 1 sums, which
-    context ranks sum too; without
-    sequence parallelism also all-gathers of 2 SBH(t-1)/t elements; the traffic of an MLP for shared experts.
+    context ranks sum too; without sequence parallelism also all-gathers of 2 SBH(t-1)/t elements; the traffic of an MLP
+    for shared experts.
 
     Args:
         shape: sizes and options.
