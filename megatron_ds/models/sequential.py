@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_ds.columns import COLUMNS, Column, find_column
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.context import BuildContext
-from megatron_ds.parallel.context import ContextParallel, as_index
+from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.regions import HEAD, profiled
 
 Activations = dict[str, Tensor]
@@ -73,7 +73,8 @@ def _own_labels(labels: Tensor, column: Column, context: ContextParallel, rank: 
     if context.axis.size == 1:
         return labels
     if column.has_positions:
-        return labels[:, as_index(context.runs(labels.shape[1], rank), labels.device)].contiguous()
+        runs = context.runs(labels.shape[1], rank)
+        return torch.cat([labels[:, run.start : run.stop] for run in runs], dim=1)
     if column.ignored is None:
         raise ConfigError(
             f"parallel.context={context.axis.size}: labels {column.name} carry loss on one context rank alone, and "
@@ -131,7 +132,7 @@ class HeadSpec:
         for name, labels in self._own_part(batch, context, context.axis.rank).items():
             column = find_column(name)
             if context.axis.size > 1:
-                found[own_of(name)] = labels
+                found[own_of(name)] = labels.pin_memory() if batch[name].is_pinned() else labels
             if column.has_positions and column.ignored is not None and labels.dim() == 2:
                 positions = (labels.t().flatten() != column.ignored).nonzero().squeeze(1)
                 found[positions_of(name)] = positions.pin_memory() if batch[name].is_pinned() else positions

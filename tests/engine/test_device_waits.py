@@ -17,6 +17,7 @@ from megatron_ds.models.sequential import OutputHead
 from megatron_ds.parallel.grid import Grid
 from tests.engine.device_waits import NAME, DeviceWaits
 from tests.parity.cases import Recipe
+from tests.parity.context_cases import GATHER_2X2, RING_2
 from tests.parity.ours import Place, engine_on, micro_batches
 from tests.ranks import rank_device, run_alone, run_grid
 
@@ -80,6 +81,8 @@ CASES = [
     (Place(1, 1, 2, 1), RECIPE),
     (Place(2, 1, 1, 1, True), RECIPE),
     (Place(1, 2, 1, 1), BF16),
+    (GATHER_2X2, BF16),
+    (RING_2, BF16),
 ]
 
 
