@@ -18,6 +18,7 @@ from megatron_ds.layers.kernels import select_kernels
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.models.sequential import HIDDEN, HeadSpec
+from megatron_ds.parallel.context import ContextParallel
 
 PLAIN = "PyTorch, logits in fp32"
 
@@ -34,7 +35,9 @@ def measure(title: str, work: Work) -> None:
         head = LanguageModelHead(vocab, hidden, ctx, std=STD).to(torch.bfloat16)
     with torch.no_grad():
         head.weight.copy_(weight)
-    found = HeadSpec.per_column("targets").with_positions({"targets": targets.t().cpu()})  # as the engine does
+    found = HeadSpec.per_column("targets").with_own_labels(
+        {"targets": targets.t().cpu()}, ContextParallel()
+    )  # as the engine does
     labels = {name: column.to(device) for name, column in found.items()}
 
     def ours() -> None:
