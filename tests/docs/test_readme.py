@@ -38,7 +38,7 @@ NOT_THERE_IN_A_CLONE = (
 """Directories that examples make."""
 CHAINED = [
     f"examples/{name}/README.md"
-    for name in ("pretrain_blend", "finetune_chat", "finetune_lora", "pretrain_moe", "classify")
+    for name in ("pretrain_blend", "finetune_chat", "finetune_lora", "pretrain_moe", "classify", "long_context")
 ]
 """Pages all of whose commands `tests/examples` runs, one after the other."""
 CONVERTING = ("prepare", "inspect", "export", "import")

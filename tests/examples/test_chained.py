@@ -125,3 +125,23 @@ def test_classify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accuracy, *shown = told[4].splitlines()
     assert accuracy == f"{out}/hf: accuracy {last['accuracy']:.1%} ({round(rows * last['accuracy'])} of {rows})"
     assert len(shown) == 4 and all(f"{kind} " in shown[0] for kind in ("conversation", "novel", "speech"))
+
+
+@pytest.mark.usefixtures("_at_the_root")
+def test_long_context(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first example's model stretched, on texts of 512 tokens of which each rank has a half."""
+    short = [*SHORT, "train.eval_every=4", "train.global_batch_size=2", "train.micro_batch_size=1"]
+    first, extend, draw = commands("long_context")
+    run_command(first, place, capsys, short)
+    run_command(extend, place, capsys, [*short, "data.seq_length=512"])
+    out = place / "out" / "long_context"
+    loss = found(out / "run", "loss")
+    assert len(loss) == 4 and loss[-1] < loss[0]
+    config = json.loads((out / "hf" / "config.json").read_text())
+    assert (config["rope_parameters"]["rope_type"], config["max_position_embeddings"]) == ("yarn", 2048)
+    png = f"{out}/drawn.png"
+    lines = run_command([*draw, png, "1"], place, capsys).splitlines()
+    assert [line[:24].strip() for line in lines[1:-1]] == ["before", "stretched, not trained", "after"]
+    assert lines[-1] == f"drawn: {png}" and Path(png).read_bytes().startswith(b"\x89PNG")
+    before, stretched, after = ([float(word) for word in line[24:].split()] for line in lines[1:-1])
+    assert before != stretched and after[-1] < before[-1]  # four steps teach something

@@ -25,6 +25,7 @@ CHAINED = {
     "finetune_lora": 2,
     "pretrain_moe": 2,
     "classify": 2,
+    "long_context": 2,
 }  # run by `test_chained`
 OUTSIDE = {"extend": 2}  # run by `test_extend`
 PUNCTUATION = "examples/finetune_t5"
