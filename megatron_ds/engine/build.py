@@ -38,7 +38,7 @@ from megatron_ds.engine.router_load import find_routers
 from megatron_ds.engine.zero import ZeroEngine
 from megatron_ds.errors import ConfigError
 from megatron_ds.layers import onednn
-from megatron_ds.layers.host_offload import HostOffload
+from megatron_ds.layers.host_offload import HostOffload, copies_of
 from megatron_ds.layers.kernels.select import AUTO, Choice, select_kernels
 from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.param_spec import initial_shard, spec_of
@@ -285,7 +285,7 @@ def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams, device: torch.
         return Recompute()
     if "activation_checkpointing" not in options.deepspeed:
         checkpoint = BLOCKS_WITHOUT_ATTENTION if options.keep_attention else BLOCKS
-        offload = HostOffload(device) if options.offload_activations else None
+        offload = HostOffload(copies_of(device)) if options.offload_activations else None
         return Recompute(options.recompute, checkpoint, rng, offload)
     deepspeed.checkpointing.configure(mpu, deepspeed_config=options.deepspeed)
     return Recompute(options.recompute, deepspeed.checkpointing.checkpoint, rng)

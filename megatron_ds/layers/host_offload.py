@@ -79,6 +79,11 @@ class StreamCopies:
         self._backend.current_stream(self._device).wait_event(event)
 
 
+def copies_of(device: torch.device) -> Copies:
+    """Return the copies between a device and its host."""
+    return CPUCopies() if device.type == "cpu" else StreamCopies(device)
+
+
 @dataclass(eq=False)
 class _Kept:
     """A tensor that is kept in host memory.
@@ -105,13 +110,11 @@ class HostOffload:
     a pipeline, the last block's of all but the newest is fetched only when it is needed.
 
     Args:
-        device: of the activations.
-        copies: how tensors are copied; None = as the device needs.
+        copies: between the device of the activations and the host.
     """
 
-    def __init__(self, device: torch.device, copies: Copies | None = None) -> None:
-        by_device = CPUCopies() if device.type == "cpu" else StreamCopies(device)
-        self._copies: Copies = copies if copies is not None else by_device
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
         self._newest: weakref.ref[_Kept] | None = None
 
     @contextmanager

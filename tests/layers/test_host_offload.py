@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ds.layers.host_offload import HostOffload
+from megatron_ds.layers.host_offload import HostOffload, copies_of
 from megatron_ds.layers.recompute import Recompute
 from tests.ranks import run_alone
 
@@ -78,8 +78,8 @@ def _gradients(offload: HostOffload | None, log: list[str], requires_grad: bool 
 def _exact(requires_grad: bool) -> tuple[int, list[bool], list[str]]:
     copies = LateCopies()
     expected = _gradients(None, [], requires_grad)
-    found = _gradients(HostOffload(CPU, copies), copies.log, requires_grad)
-    on_cpu = _gradients(HostOffload(CPU), [], requires_grad)
+    found = _gradients(HostOffload(copies), copies.log, requires_grad)
+    on_cpu = _gradients(HostOffload(copies_of(CPU)), [], requires_grad)
     same = [torch.equal(one, other) for one, other in zip(expected * 2, found + on_cpu, strict=True)]
     return len(expected), same, copies.log
 
@@ -101,7 +101,7 @@ def _two_micro_batches() -> tuple[list[bool], list[str]]:
         copies = LateCopies()
         weights, x, mask = _inputs()
         found = []
-        for offload in (None, HostOffload(CPU, copies)):
+        for offload in (None, HostOffload(copies)):
             recompute = Recompute("full", offload=offload)
             outputs = [_forward(recompute, [], weights, x * scale, mask)[..., :-1].square().sum() for scale in (1, 2)]
             for one in order:
@@ -125,7 +125,7 @@ def test_micro_batches_on_their_way() -> None:
 def _alive() -> list[int]:
     """The number of block inputs on the device, after each block of the forward pass."""
     weights, x, mask = _inputs()
-    recompute, inputs, counts = Recompute("full", offload=HostOffload(CPU)), [], []
+    recompute, inputs, counts = Recompute("full", offload=HostOffload(copies_of(CPU))), [], []
     for weight in weights:
         inputs.append(weakref.ref(x.untyped_storage()))
         x = recompute.run("full", partial(_block, [], weight), x, mask)
