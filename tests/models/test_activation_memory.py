@@ -4,8 +4,8 @@ Counted on torch's meta device, where tensors have shapes and no values: the mos
 in a forward and backward pass, without parameters. Attention is torch's flash operation, as on a CPU, whose memory
 grows linearly. A sweep measures the same in the memory of a process.
 
-Seen, in MiB: 8k tokens 335 without any of it, 131 with recomputation; 64k tokens 1,028 with recomputation, 292 with
-tiles too, 228 with three of the four blocks' inputs in host memory. In a process: 8k 495, 64k 352.
+Seen, in MiB: 8k tokens 335 without any of it, 131 with recomputation; 64k tokens 1,028 with recomputation, 293 with
+tiles too, 262 with inputs of blocks in host memory too. With four times the width of the MLP: 3,338 and, in tiles, 331.
 """
 
 import weakref
@@ -137,8 +137,8 @@ def test_64k_tokens_take_less_than_8k_without_tiles() -> None:
     assert tiled < plain < recomputed
     # Inputs of the blocks, and what one block keeps of attention, norms and residual sums; one tile; gradients.
     assert tiled <= (LAYERS + 14) * tensor + 8 * MIB
-    assert tiled - offloaded == (LAYERS - 1) * tensor
-    assert tiled_wide - tiled < 20 * MIB, "the wide activations of all tokens would be 1,152 MiB more"
+    assert offloaded <= tiled - (LAYERS - 2) * tensor + MIB, "inputs of two blocks are on the device"
+    assert tiled_wide - tiled < 50 * MIB, "those of all tokens, not of a tile, are 2,309 MiB more"
 
 
 def _head_peak(length: int) -> int:

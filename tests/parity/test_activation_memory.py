@@ -29,6 +29,7 @@ COVERING = [
     ("llama", Place(2, 1, 2, 3, recompute="full", settings=BOTH)),
     ("qwen3", Place(1, 2, 1, 1, recompute="full", settings=BOTH)),
     ("llama", Place(2, 1, 1, 1, True, recompute="full", settings=BOTH + KEPT)),
+    ("llama", Place(cp=2, method="ring", recompute="full", settings=BOTH)),
 ]
 MORE = [
     ("llama", Place(1, 1, 1, 0, settings=TILED)),
@@ -45,6 +46,11 @@ MORE = [
         "llama",
         Place(2, 1, 1, 1, recompute="full", settings=TILED, extra=(("activation_checkpointing", DROPPED_RECOMPUTE),)),
     ),
+    ("llama", Place(2, 1, 1, 3, True, cp=2, recompute="full", settings=BOTH)),
+    ("gpt2", Place(1, 2, 1, 1, cp=2, method="gather", recompute="full", settings=BOTH)),
+    ("gemma2-caps", Place(1, 1, 2, 2, cp=2, recompute="selective", settings=TILED)),
+    ("t5-gated", Place(1, 1, 1, 3, cp=2, recompute="full", settings=BOTH)),
+    ("bert-pretraining", Place(cp=2, settings=TILED)),
     ("apertus-bias", Place(2, 1, 1, 1, True, recompute="full", settings=BOTH)),
     ("nemotron-bias", Place(1, 1, 2, 3, recompute="full", settings=BOTH)),
     ("gemma2-caps", Place(2, 2, 1, 1, True, recompute="full", settings=BOTH)),

@@ -130,6 +130,27 @@ def test_every_layout_equals_peft(name: str, place: Place, made: Any) -> None:
     assert within_fp32(errors), errors
 
 
+TILED = (("mlp_tile_tokens", 40), ("offload_activations", True))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("all", Place(2, 1, 2, 3, recompute="full", settings=TILED)),
+        ("all", Place(1, 1, 2, 1, settings=TILED[:1])),
+        ("dora", Place(2, 1, 1, 2, True, recompute="full", settings=TILED)),
+        ("scalings", Place(2, 1, 2, 3, True, recompute="full", settings=TILED)),
+        ("some-layers", Place(cp=2, zero=3, recompute="full", settings=TILED)),
+    ],
+    ids=str,
+)
+def test_tiles_and_inputs_in_host_memory_equal_peft(name: str, place: Place, made: Any) -> None:
+    directory, reference = made(name)
+    errors = relative_errors(train_ours(directory, place, RECIPE), reference)
+    assert within_fp32(errors), errors
+
+
 def _partial_a() -> None:
     """A is left with each rank's part of its gradient."""
     adapter.copy_to = lambda x, axis: x
