@@ -82,3 +82,9 @@ def test_not_refused() -> None:
     check_activations(both, {}, has_dense_layers=True)
     section = {"activation_checkpointing": {"partition_activations": True}}
     check_activations(EngineConfig(recompute="full"), section, has_dense_layers=False)
+
+
+def test_the_run_file_reaches_the_engine(make_run: Any) -> None:
+    train = {"steps": 1, "recompute": "full", "offload_activations": True, "mlp_tile_tokens": 512}
+    config = EngineConfig.of_run(make_run(train=train))
+    assert (config.offload_activations, config.mlp_tile_tokens) == (True, 512)

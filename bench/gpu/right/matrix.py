@@ -10,7 +10,7 @@ import math
 import sys
 from functools import partial
 
-from bench.gpu.record import DEVICE, guarded, record, wait_for_turn
+from bench.gpu.record import DEVICE, guarded, pick, record, wait_for_turn
 from bench.gpu.right.reference import STEPS, reference_losses
 from bench.gpu.right.small_runs import Setting, largest_difference, train
 from megatron_ds.engine import DeviceSettings
@@ -26,6 +26,7 @@ than a few such steps. TF32 rounds the factors of products by 2^-11. Seen on a C
 DETERMINISTIC = DeviceSettings(deterministic=True)
 OPTIMIZER_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 FULL_OFFLOAD = {**OPTIMIZER_OFFLOAD, "offload_param": {"device": "cpu"}}
+LONG_SEQUENCES = {"recompute": "full", "offload_activations": True, "mlp_tile_tokens": pick(96, 24)}
 
 
 def _settings(precision: str) -> dict[str, Setting]:
@@ -46,6 +47,8 @@ def _settings(precision: str) -> dict[str, Setting]:
     found["zero3 deterministic"] = Setting(precision, 3, devices=DETERMINISTIC)
     found["zero2 recompute full"] = Setting(precision, 2, engine={"recompute": "full"})
     found["zero3 recompute full"] = Setting(precision, 3, engine={"recompute": "full"})
+    found["zero1 tiles, inputs in host memory"] = Setting(precision, 1, engine=LONG_SEQUENCES)
+    found["zero3 tiles, inputs in host memory"] = Setting(precision, 3, engine=LONG_SEQUENCES)
     return found
 
 
