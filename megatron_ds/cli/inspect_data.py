@@ -207,6 +207,9 @@ def _length_rows(lengths: LengthHistogram) -> Iterator[Row]:
         f"of {lengths.what}: {lengths.shortest:,} to {lengths.longest:,} tokens, median "
         f"{f'{lengths.median:,.1f}'.removesuffix('.0')}, mean {lengths.total / lengths.count:,.1f}",
     )
+    if lengths.long:
+        held = ", ".join(f"{part:.1%} of {least:,} or more" for least, part in lengths.long)
+        yield ("long", f"all tokens by the length of their {lengths.what.removesuffix('s')}: {held}")
     if lengths.shortest < lengths.longest:
         yield from (("", line) for line in bars(lengths))
 

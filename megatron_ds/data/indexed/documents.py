@@ -38,8 +38,8 @@ class IndexedDocuments:
         self.begin_ids: Sequence[int] = ()
         self.ends: Mapping[int, str] = {}
         self._start, self._stop = split_bounds(len(file), split)
-        self._edges: np.ndarray | None = None  # first sequence of each document, where some have several
-        if file.num_documents != len(file):
+        self._edges: np.ndarray | None = None  # first sequence of each document; None = each has one
+        if (np.diff(file.document_indices) != 1).any():
             self._edges = np.unique(np.clip(file.document_indices, self._start, self._stop))
         content = f"indexed\n{file.digest()}\n{self._start}:{self._stop}"
         self.digest = hashlib.sha256(content.encode()).hexdigest()

@@ -36,6 +36,7 @@ from megatron_ds.data.objective import Causal, DataObjective, Labelled
 from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
 from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
 from megatron_ds.data.readers.file_kinds import DataFile
+from megatron_ds.data.readers.long_text import encode_documents
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.readers.sources import FoundSource, find_source
 from megatron_ds.data.readers.tokenizer import load_tokenizer
@@ -390,10 +391,9 @@ def _texts(
     bad = source.bad_rows()
     documents = TextSource(source).documents(bad)
     while batch := list(islice(documents, _BATCH)):
-        encoded: Sequence[list[int]] = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids in encoded:
+        for ids in encode_documents(tokenizer, batch):
             if len(shown) < num_shown:
-                tokens = np.asarray(ids, dtype=np.int64), np.zeros(len(ids), dtype=bool)
+                tokens = ids, np.zeros(len(ids), dtype=bool)
                 shown.append(_single(len(lengths), render(tokens, tokenizer, most=RENDERED_TOKENS)))
             lengths.append(len(ids))
     if not lengths:

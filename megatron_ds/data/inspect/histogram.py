@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_BARS = 10
+LONG = (4096, 16384, 65536, 262144, 1048576)
+"""Lengths from which on the tokens of long documents are counted."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class LengthHistogram:
         what: the things measured, such as `documents`.
         count, total, shortest, median, longest: of their lengths.
         bars: of the histogram, in order, empty ones included.
+        long: (length, part of all tokens that is in what has this length or more) for each of LONG up to the longest.
     """
 
     what: str
@@ -33,6 +36,7 @@ class LengthHistogram:
     median: float
     longest: int
     bars: tuple[Bar, ...]
+    long: tuple[tuple[int, float], ...] = ()
 
 
 def length_histogram(what: str, lengths: np.ndarray) -> LengthHistogram:
@@ -42,7 +46,10 @@ def length_histogram(what: str, lengths: np.ndarray) -> LengthHistogram:
     counts, _ = np.histogram(lengths, bins=edges)
     bars = tuple(Bar(first, stop - 1, int(count)) for first, stop, count in zip(edges, edges[1:], counts))
     median = float(np.median(lengths))
-    return LengthHistogram(what, len(lengths), int(lengths.sum(dtype=np.int64)), shortest, median, longest, bars)
+    total = int(lengths.sum(dtype=np.int64))
+    reached = [least for least in LONG if least <= longest]
+    long = tuple((least, int(lengths[lengths >= least].sum(dtype=np.int64)) / total) for least in reached)
+    return LengthHistogram(what, len(lengths), total, shortest, median, longest, bars, long)
 
 
 def _edges(shortest: int, longest: int) -> list[int]:

@@ -111,7 +111,12 @@ def prepare(
             log(f"continuing after {state.documents:,} documents, {state.bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB")
         progress(state, total)
         left = chunks[state.chunks :]
-        with closing(encode_all(left, tokenizer, encoding, options.workers)) as results:
+
+        def report(done: float) -> None:
+            size = chunks[state.chunks].bytes
+            progress(replace(state, bytes=state.bytes + int(done * size)), total)
+
+        with closing(encode_all(left, tokenizer, encoding, options.workers, report)) as results:
             for chunk, encoded in zip(left, results, strict=True):
                 journal.add(chunk, encoded)
                 progress(state, total)

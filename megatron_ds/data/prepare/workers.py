@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -16,9 +17,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.prepare.chunks import Chunk, Reader
+from megatron_ds.data.readers.long_text import encode_long, is_long
 from megatron_ds.errors import DataError, LaunchError
 
 AHEAD = 3  # chunks per worker that are read, tokenized or waiting to be written
+_TOKEN = "<u4"  # until all ids of a chunk are known
 _GIVEN = 2  # chunks that a worker holds: the one that it tokenizes, and the next
 
 
@@ -58,24 +61,53 @@ class Encoded:
     bad: list[tuple[int | str, str]]
 
 
-def encode_chunk(reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk) -> Encoded:
-    """Read and tokenize one chunk, without special tokens except those around it."""
-    texts, num_lines = [], 1
+Report = Callable[[float], None]
+"""Called with the part of a chunk that is done."""
+
+
+def encode_chunk(
+    reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk, report: Report
+) -> Encoded:
+    """Read and tokenize one chunk, without special tokens except those around it.
+
+    Documents of a megabyte and more are tokenized by themselves, in pieces: an encoding takes 500 bytes per token.
+    """
+    num_lines = 1
+    texts: list[str] = []
+    ids: list[np.ndarray] = []
     bad: list[tuple[int | str, str]] = []
     for document in reader.documents(chunk):
-        if document.text is not None:
+        if document.text is not None and is_long(document.text):
+            ids += [*_arrays(tokenizer, texts), _encode_one(tokenizer, document.text, report)]
+            texts = []
+        elif document.text is not None:
             texts.append(document.text)
         elif document.problem:
             bad.append((document.line, document.problem))
         elif isinstance(document.line, int):
             num_lines = document.line
+    ids += _arrays(tokenizer, texts)
+    frame = len(encoding.begin_ids) + (encoding.end_id is not None)
+    lengths = np.asarray([len(one) + frame for one in ids], dtype=np.int32)
     end = [] if encoding.end_id is None else [encoding.end_id]
-    documents = [
-        np.asarray([*encoding.begin_ids, *ids, *end], dtype=np.int64) for ids in encode_texts(tokenizer, texts)
-    ]
-    tokens = np.concatenate([np.empty(0, dtype=np.int64), *documents])
-    lengths = np.asarray([len(one) for one in documents], dtype=np.int32)
-    return Encoded(tokens.astype(encoding.dtype).tobytes(), lengths, int(tokens.max(initial=-1)), num_lines, bad)
+    parts = (part for one in ids for part in (encoding.begin_ids, one, end))
+    tokens = np.concatenate([np.empty(0, dtype=_TOKEN), *(np.asarray(part, dtype=_TOKEN) for part in parts)])
+    return Encoded(
+        tokens.astype(encoding.dtype).tobytes(), lengths, int(tokens.max()) if len(tokens) else -1, num_lines, bad
+    )
+
+
+def _arrays(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.asarray(one, dtype=_TOKEN) for one in encode_texts(tokenizer, texts)]
+
+
+def _encode_one(tokenizer: PreTrainedTokenizerBase, text: str, report: Report) -> np.ndarray:
+    """Return the ids of a long document, (T,) uint32, and report its progress."""
+    pieces = []
+    for piece, done in encode_long(tokenizer, text):
+        pieces.append(piece.astype(_TOKEN))
+        report(done)
+    return np.concatenate(pieces)
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -89,7 +121,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def encode_all(
-    chunks: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, num_workers: int
+    chunks: Sequence[Chunk],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    num_workers: int,
+    report: Report = lambda done: None,
 ) -> Generator[Encoded, None, None]:
     """Yield every chunk, in order, tokenized by worker processes. Closing the generator ends them.
 
@@ -98,6 +134,7 @@ def encode_all(
         tokenizer: inherited by forked workers; must not have been used before, as its threads do not survive a fork.
         encoding: settings.
         num_workers: number of processes.
+        report: called with the part of the chunk that is to be yielded next, while that is a long document.
 
     Raises:
         DataError: a chunk cannot be read.
@@ -107,7 +144,7 @@ def encode_all(
     try:
         for number in range(min(num_workers, len(chunks))):
             workers.append(_start(number, encoding, tokenizer, workers))
-        yield from _in_order(chunks, workers)
+        yield from _in_order(chunks, workers, report)
     finally:
         for worker in workers:
             worker.process.terminate()
@@ -141,7 +178,7 @@ def _start(number: int, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, 
     return _Worker(process, ours)
 
 
-def _in_order(chunks: Sequence[Chunk], workers: Sequence[_Worker]) -> Iterator[Encoded]:
+def _in_order(chunks: Sequence[Chunk], workers: Sequence[_Worker], report: Report) -> Iterator[Encoded]:
     waiting: dict[int, Encoded] = {}
     given, room = 0, AHEAD * max(1, len(workers))
     for number in range(len(chunks)):
@@ -152,6 +189,10 @@ def _in_order(chunks: Sequence[Chunk], workers: Sequence[_Worker]) -> Iterator[E
                     given += 1
             for worker in _ready(workers):
                 found, result = _receive(worker)
+                if isinstance(result, float):
+                    if found == number:
+                        report(result)
+                    continue
                 if isinstance(result, DataError):
                     raise result
                 if isinstance(result, str):
@@ -178,7 +219,8 @@ def _receive(worker: _Worker) -> tuple[int, Any]:
         result = worker.pipe.recv()
     except (EOFError, OSError):  # possibly in the middle of a message
         raise _ended(worker) from None
-    worker.num_given -= 1
+    if not isinstance(result[1], float):
+        worker.num_given -= 1
     return result
 
 
@@ -204,14 +246,19 @@ def _work(
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has ended
         while True:
             number, chunk = pipe.recv()
-            pipe.send((number, _result(reader, tokenizer, encoding, chunk)))
+            report = partial(_send_progress, pipe, number)
+            pipe.send((number, _result(reader, tokenizer, encoding, chunk, report)))
+
+
+def _send_progress(pipe: Connection, number: int, done: float) -> None:
+    pipe.send((number, done))
 
 
 def _result(
-    reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk
+    reader: Reader, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, chunk: Chunk, report: Report
 ) -> Encoded | DataError | str:
     try:
-        return encode_chunk(reader, tokenizer, encoding, chunk)
+        return encode_chunk(reader, tokenizer, encoding, chunk, report)
     except DataError as problem:
         return problem
     except OSError as problem:

@@ -20,13 +20,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.data.readers.bad_rows import BadRows
+from megatron_ds.data.readers.long_text import encode_documents
 from megatron_ds.data.readers.tokenizer import largest_token_id, tokenizer_digest
 from megatron_ds.data.text.documents import TextSource
 from megatron_ds.errors import DataError
 from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
-_BATCH_CHARACTERS = 1 << 21  # bounds memory; a longer document is still encoded in one piece
+_BATCH_CHARACTERS = 1 << 21  # bounds memory
 _BATCH_DOCUMENTS = 4096
 _LENGTH = "<i8"  # dtype of a document's length
 
@@ -185,9 +186,9 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, batch: list[str], frame: _Frame) -> list[np.ndarray]:
-    """Return the ids of each document in its frame: (T,) int64. Fast tokenizers use every core."""
-    encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [np.asarray([*frame.begin_ids, *ids, frame.end_id], dtype=np.int64) for ids in encoded]
+    """Return the ids of each document in its frame: (T,) int64."""
+    begin, end = (np.asarray(ids, dtype=np.int64) for ids in (frame.begin_ids, [frame.end_id]))
+    return [np.concatenate([begin, ids, end]) for ids in encode_documents(tokenizer, batch)]
 
 
 def _map(path: Path, dtype: str, size: int) -> np.ndarray:

@@ -123,6 +123,12 @@ def test_bars_are_drawn_to_scale_and_none_is_lost() -> None:
     ]
 
 
+def test_the_part_of_the_tokens_in_long_documents() -> None:
+    found = length_histogram("documents", np.asarray([1000, 4095, 4096, 20_000]))
+    assert found.long == ((4096, 24_096 / 29_191), (16_384, 20_000 / 29_191))
+    assert length_histogram("documents", np.asarray([7, 4095])).long == ()
+
+
 # ---- indexed files ---------------------------------------------------------------------------------------------------
 
 
