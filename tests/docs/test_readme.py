@@ -34,6 +34,7 @@ NOT_THERE_IN_A_CLONE = (
     "out/moe/dense_hf",
     "out/moe/upcycled",
     "out/bert/hf",
+    "out/long_context/short/hf",
 )
 """Directories that examples make."""
 CHAINED = [
