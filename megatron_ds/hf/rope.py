@@ -92,8 +92,8 @@ def _is(rope: RopeSection, current: Mapping[str, Any], config: Any) -> bool:
     lengths = {ORIGINAL: current.get(ORIGINAL), LONGEST: config.max_position_embeddings}
     there = {**lengths, "rope_theta": current["rope_theta"]}
     named = {key: value for key, value in rope.given.items() if key in there}
-    stretched = {key: value for key, value in current.items() if key not in (*KEPT, "type", ORIGINAL)}
-    return stretched == rope.parameters and all(there[key] == value for key, value in named.items())
+    own = {key: value for key, value in current.items() if key not in (*KEPT, "type", ORIGINAL) and value is not None}
+    return own == rope.parameters and all(there[key] == value for key, value in named.items())
 
 
 def _lengths(rope: RopeSection, current: Mapping[str, Any], config: Any) -> tuple[int, int]:

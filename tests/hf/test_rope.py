@@ -185,6 +185,9 @@ def test_layers_with_windows_keep_the_rotation_of_their_kind() -> None:
 def test_a_stretched_model_is_not_stretched_again_in_silence() -> None:
     stretched = with_rope(read_model(SHORT), section("yarn"))
     assert with_rope(stretched, section("yarn")).core == stretched.core
+    said = {**stretched.config.rope_parameters, "type": "yarn", "mscale": None}
+    also = read_model({**SHORT, "max_position_embeddings": 64, "rope_parameters": said})
+    assert with_rope(also, section("yarn")).core == also.core == stretched.core
     with pytest.raises(
         ConfigError,
         match=r"^model\.rope\.type=linear would take the place of the model's own rope_type=yarn, factor=4\.0; if so, "
