@@ -79,6 +79,7 @@ def test_defaults(run_file):
         "date": "2024-07-26",
         "overlong": "refuse",
         "packing": False,
+        "long_context": None,
         "prefetch": 2,
         "options": {},
     }
