@@ -48,6 +48,36 @@ BESIDE = ((2, 1, 1, 1, True), (1, 2, 1, 1), (1, 1, 2, 3), (2, 1, 2, 2, True))
 """The other axes that two context ranks are combined with: tp, pp, dp, zero, sp."""
 
 PLACES = (*TWO, *FOUR, *(with_axes(place, *axes) for axes in BESIDE for place in TWO))
+RING_3 = Place(cp=3, method="ring", ulysses=1)
+RING_8 = Place(cp=8, method="ring", ulysses=2)
+
+
+def offloading(place: Place, *parts: str) -> Place:
+    section = {"stage": place.zero, **{f"offload_{part}": {"device": "cpu"} for part in parts}}
+    return replace(place, extra=(("zero_optimization", section),))
+
+
+_SPLIT = (("activation_checkpointing", {"partition_activations": True, "cpu_checkpointing": True}),)
+_TILES = (("mlp_tile_tokens", 3), ("offload_activations", True))
+# Numbers of ranks that are no powers of two, more than heads, chosen by the model; windows on both sides, sinks; and
+# what else keeps, moves or divides activations and states.
+UNUSUAL = (
+    *((case, RING_3, RECIPE) for case in ("llama", "t5-gated", "bert-pretraining")),
+    ("llama", replace(RING_3, method="gather"), PACKED),
+    ("llama-uneven", Place(cp=6, method="ring", ulysses=3), RECIPE),
+    ("llama-uneven", Place(tp=2, cp=4), RECIPE),
+    *(("llama", place, ODD_PACKED) for place in (RING_8, Place(cp=8))),
+    ("gemma2-caps", replace(RING_8, method="gather"), PADDED),
+    *(("modernbert-masked", place, ODD) for place in (GATHER_4, RING_4)),
+    *(("gpt_oss-yarn", place, PACKED) for place in (RING_4, ULYSSES_2)),
+    ("llama", replace(with_axes(RING_2, 2, 1, 1, 1), recompute="full", extra=_SPLIT), RECIPE),
+    ("qwen2", offloading(RING_2, "optimizer"), RECIPE),
+    ("qwen2", offloading(with_axes(ULYSSES_2, 1, 1, 2, 3), "optimizer", "param"), RECIPE),
+    ("llama", replace(RING_2, recompute="full", settings=_TILES), RECIPE),
+    ("t5-gated", replace(with_axes(GATHER_2, 1, 2, 1, 1), recompute="full", settings=_TILES), ODD),
+    (EXPERTS, replace(with_axes(RING_2, 1, 2, 1, 1), expert=2), PACKED),
+)
+
 EXPERT_PLACES = tuple(
     replace(with_axes(place, *axes), expert=expert)
     for axes, expert in (((1, 1, 1, 1), 2), ((2, 1, 1, 1, True), 2), ((1, 1, 2, 3), 2), ((2, 1, 2, 2, True), 4))

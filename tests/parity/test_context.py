@@ -34,10 +34,12 @@ from tests.parity.context_cases import (
     TWO,
     ULYSSES_2,
     ULYSSES_4,
+    UNUSUAL,
     with_axes,
 )
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_ours
+from tests.parity.test_layouts import BF16_BOUNDS
 
 Run = tuple[str, Place, Recipe]
 MODES = ("none", "selective", "full")
@@ -85,7 +87,7 @@ def everything() -> list[Run]:
     ]
     found += [("qwen3", place, replace(SCALE, grad_clip=0.0)) for place in PLACES]
     found += [("llama", with_axes(place, 1, 1, 1, zero), SCALE) for place in (*TWO, *FOUR) for zero in (0, 2, 3)]
-    return found
+    return [*found, *UNUSUAL]
 
 
 def names(runs: Iterable[Run]) -> list[Any]:
@@ -118,6 +120,28 @@ def test_five_steps_equal_transformers(case: str, place: Place, recipe: Recipe, 
 @pytest.mark.parametrize(("case", "place", "recipe"), names(run for run in everything() if run not in SAMPLE))
 def test_every_combination_equals_transformers(case: str, place: Place, recipe: Recipe, references: Any) -> None:
     check(case, place, recipe, references)
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        ("llama", RING_2X2),
+        *(
+            pytest.param("llama", place, marks=pytest.mark.sweep)
+            for place in (
+                *(*TWO, GATHER_2X2, with_axes(GATHER_2, 2, 1, 1, 2, True)),
+                *(with_axes(RING_2, 1, 1, 1, 3), with_axes(RING_2, 1, 2, 1, 1)),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_bf16_stays_near_a_bf16_reference(case: str, place: Place, references: Any) -> None:
+    """What a rank gets for other ranks' queries is summed in fp32. Seen: loss 3e-4, norm 1.4e-2, weights 1e-2."""
+    recipe = replace(RECIPE, precision="bf16")
+    directory, reference = references(case, recipe)
+    errors = relative_errors(train_ours(directory, place, recipe), reference)
+    assert all(errors[name] < bound for name, bound in BF16_BOUNDS.items()), errors
 
 
 def test_the_sample_covers_families_methods_and_axes() -> None:
