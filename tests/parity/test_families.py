@@ -68,8 +68,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepar
     return prepare(CASES, tmp_path_factory)
 
 
-def prepare(cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory) -> Callable[[str], Prepared]:
-    """Case -> what transformers computes for it: made once."""
+def prepare(
+    cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory, multiple_of: int = 4
+) -> Callable[[str], Prepared]:
+    """Case -> what transformers computes for it, for rows of multiples of a length: made once."""
     made: dict[str, Prepared] = {}
 
     def get(case: str) -> Prepared:
@@ -77,7 +79,7 @@ def prepare(cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory) -
             directory, results = folders.mktemp("model"), folders.mktemp("results")
             run_alone(_save, cases[case], directory)
             weights = HFWeights(directory, read_model(directory))
-            inputs, _ = weights.model.core.probes(4)
+            inputs, _ = weights.model.core.probes(multiple_of)
             losses = run_alone(run_reference, directory, weights.model, inputs, results)
             made[case] = results, weights, inputs, losses
         return made[case]
