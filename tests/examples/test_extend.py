@@ -131,15 +131,17 @@ def test_wrong_names_are_refused_in_one_line(place: Path, override: str, line: s
 
 def _kept_labels() -> tuple[list[int], list[int], int]:
     """Labels with loss in rows of 32 positions: whole, on two context ranks that hold two chunks each, and counted."""
-    from examples.extend.my_extension.objective import SPEC, completed
+    from examples.extend.my_extension.objective import SPEC, completed, own_part
 
-    targets, parts = {"targets": torch.arange(64).view(2, 32)}, []
+    batch, parts = {"targets": torch.arange(64).view(2, 32)}, []
     for rank in range(2):
         axis = Axis(2, rank, (0, 1))
         context = ContextParallel(axis, Axis(), axis, zigzag=True)
-        parts.append(completed(SPEC.labels_in(SPEC.with_own_labels(targets, context)), context)["targets"].flatten())
-    found = [kept[kept >= 0].tolist() for kept in (completed(targets)["targets"].flatten(), torch.cat(parts))]
-    return found[0], sorted(found[1]), int(SPEC.count_labels(targets))
+        SPEC.check_parts(batch, batch, context)
+        labels = SPEC.labels_in(SPEC.with_own_labels(batch, context))
+        parts.append(own_part(completed(labels), context)["targets"])
+    found = [kept[kept >= 0].tolist() for kept in (completed(batch)["targets"], torch.cat(parts))]
+    return found[0], sorted(found[1]), int(SPEC.count_labels(batch))
 
 
 def test_the_objective_keeps_the_same_labels_on_context_ranks() -> None:

@@ -20,24 +20,24 @@ NUM_GIVEN = 8  # tokens
 IGNORED = -100
 
 
-def completed(labels: Mapping[str, Tensor], context: ContextParallel | None = None) -> dict[str, Tensor]:
-    """Take the loss off the first labels of each sample: targets (B, S), or (B, S/c) of a context rank -> the same.
+def completed(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the loss off the first labels of each sample: targets (B, S) -> (B, S)."""
+    targets = labels["targets"].clone()
+    targets[:, : NUM_GIVEN - 1] = IGNORED  # the label of position t is token t + 1
+    return {"targets": targets}
 
-    Args:
-        labels: of all positions, or of those that this context rank holds.
-        context: the ranks that divide each sample; None = one.
-    """
-    targets, context = labels["targets"], context or ContextParallel()
-    length = targets.shape[1] * context.axis.size
-    positions = torch.arange(length, device=targets.device)[context.positions(length, targets.device)]
-    return {"targets": targets.masked_fill(positions < NUM_GIVEN - 1, IGNORED)}  # position t's label is token t + 1
+
+def own_part(labels: Mapping[str, Tensor], context: ContextParallel) -> dict[str, Tensor]:
+    """Take the labels of a context rank's tokens out of those of full rows: targets (B, S) -> (B, S/c)."""
+    targets = labels["targets"]
+    return {"targets": targets[:, context.positions(targets.shape[1], targets.device)]}
 
 
 class CompletionHead(LanguageModelHead):
     """The model's own head, on fewer labels; `labelled` is the part of the positions that carry loss."""
 
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
-        kept = completed(labels, self.tp.context)
+        kept = own_part(completed(labels), self.tp.context)
         num_labelled = count_entries(kept)[0]
         labelled = num_labelled.float(), torch.tensor(float(kept["targets"].numel()))
         device = kept["targets"].device
@@ -45,7 +45,13 @@ class CompletionHead(LanguageModelHead):
         return HeadResult(super().losses(activations, kept).terms, metrics)
 
 
-SPEC = HeadSpec(("targets",), ("targets",), lambda labels: count_entries(completed(labels)), ("labelled",))
+SPEC = HeadSpec(
+    ("targets",),
+    ("targets",),
+    lambda labels: count_entries(completed(labels)),
+    metrics=("labelled",),
+    divides_labels=False,  # which labels carry loss depends on their place in the full row
+)
 
 
 @OBJECTIVES.register("completion")
