@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output
 from megatron_ds.layers.alibi import HeadSlopes
-from megatron_ds.layers.attention_masks import Span, allowed_keys, allowed_keys_on_both_sides, without_blind_rows
+from megatron_ds.layers.attention_masks import Row, Span, allowed_keys, allowed_keys_on_both_sides, without_blind_rows
 from megatron_ds.layers.attention_shape import AttentionShape
 from megatron_ds.layers.context.fetch import fetch, plan_fetch, seen_by, union
 from megatron_ds.layers.context.ring import ring_attention
@@ -147,14 +147,15 @@ class Attention(nn.Module):
         q, k, v = self.exchange.enter(q, k, v)
         # once on every rank: ZeRO-3 gathers the table at each call, collectively
         distances = self.relative(q.shape[0] * self.context.ring.size) if self.relative is not None else None
+        row = Row(key_mask, positions, bounds, distances)
         if self.context.ring.size == 1:
-            core = self.recompute.run("selective", self._core, q, k, v, key_mask, positions, bounds, distances)
-        elif context is None and self._passes_around(q.shape[0] * self.context.ring.size, key_mask):
-            core = self._around_ring(q, k, v, key_mask, positions, bounds, distances)
-        elif context is None:
-            core = self._over_ring(q, k, v, key_mask, positions, distances)
+            core = self.recompute.run("selective", self._core, q, k, v, *row)
+        elif context is not None:
+            core = self._across_ring(q, k, v, row)
+        elif self._passes_around(q.shape[0] * self.context.ring.size, key_mask):
+            core = self._around_ring(q, k, v, row)
         else:
-            core = self._across_ring(q, k, v, key_mask)
+            core = self._over_ring(q, k, v, row)
         core = self.exchange.leave(core)
         if "out" not in self.adapters:
             return self.out(core)
@@ -204,39 +205,22 @@ class Attention(nn.Module):
         by_scores = (self.shape.alibi, self.relative, self.shape.softcap, self.sinks)
         return key_mask is not None and any(one is not None for one in by_scores)
 
-    def _around_ring(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        bounds: Tensor | None,
-        distances: Tensor | None,
-    ) -> Tensor:
+    def _around_ring(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
         """Attend to keys and values that pass by: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
         ring = self.context.ring
         length = q.shape[0] * ring.size
-        call = self._call(q, key_mask, positions, bounds, distances, length)
+        call = self._call(q, row, length)
         k, v = (self._in_groups(part) for part in (k, v))
         return ring_attention(q, k, v, call, ring, partial(self.context.ring_runs, length)).flatten(2)
 
     @torch.compiler.disable  # the plan is kept, and a kernel may be made at its first call
-    def _over_ring(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        distances: Tensor | None,
-    ) -> Tensor:
+    def _over_ring(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
         """Attend to the keys and values of all ranks of the ring: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
         ring, shape = self.context.ring, self.shape
         length = q.shape[0] * ring.size
         held = tuple(self.context.ring_runs(length, rank) for rank in range(ring.size))
         spans = [[seen_by(run, length, shape.causal, shape.window) for run in runs] for runs in held]
-        if self._may_attend_to_all(key_mask):
+        if self._may_attend_to_all(row.key_mask):
             spans = [[Span(run, range(length), length) for run in runs] for runs in held]
         wanted = tuple(union([span.keys for span in one]) for one in spans)
         plan = plan_fetch(held, wanted, ring.rank, q.device)
@@ -244,12 +228,11 @@ class Attention(nn.Module):
         parts = []
         for span, queries in zip(spans[ring.rank], q.split([len(span.queries) for span in spans[ring.rank]])):
             keys, core = plan.slice_of(span.keys), partial(self._core, span=span)
-            seen = k[keys], v[keys], key_mask, positions, None, distances
-            parts.append(self.recompute.run("selective", core, queries, *seen))
+            parts.append(self.recompute.run("selective", core, queries, k[keys], v[keys], *row))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @torch.compiler.disable  # the plan is kept
-    def _across_ring(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    def _across_ring(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
         """Attend to another stack's states of all ranks of the ring: (S/r, B, heads, D) -> (S/r, B, heads * D).
 
         Keys and values are (C/r, B, heads, D).
@@ -259,41 +242,25 @@ class Attention(nn.Module):
         held = tuple(self.context.ring_runs(length, rank) for rank in range(ring.size))
         plan = plan_fetch(held, ((range(length),),) * ring.size, ring.rank, q.device)
         k, v = fetch(k, v, plan, ring)
-        return self.recompute.run("selective", self._core, q, k, v, key_mask)
+        return self.recompute.run("selective", self._core, q, k, v, *row)
 
-    def _core(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        positions: Tensor | None = None,
-        bounds: Tensor | None = None,
-        distances: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, *of_row: Tensor | None, span: Span | None = None) -> Tensor:
         """Compute the attention core: q (S, B, N/t, D), k and v (C, B, K/c, D) -> (S, B, N/t * D).
 
-        With a `span` q, k and v are its queries and keys; masks and biases by distance are of whole rows.
+        Args:
+            q, k, v: queries, keys and values.
+            of_row: the tensors of a `Row`, since recomputation follows the gradients of tensors alone.
+            span: the positions of q, k and v, if they are a part of the row; None = all of it.
         """
-        call = self._call_of(q, k, key_mask, positions, bounds, distances, span)
-        if call is not None:
-            kernel = self._kernel(q, k, v, call)
-            if kernel is not None:
-                k, v = (self._in_groups(part) for part in (k, v))
-                return kernel(q, k, v, call).flatten(2)
-        return self._by_torch(q, k, v, key_mask, positions, distances, span)
+        row = Row(*of_row)
+        call = self._call_of(q, k, row, span)
+        kernel = self._kernel(q, k, v, call) if call is not None else None
+        if call is None or kernel is None:
+            return self._by_torch(q, k, v, row, span)
+        k, v = (self._in_groups(part) for part in (k, v))
+        return kernel(q, k, v, call).flatten(2)
 
-    def _call_of(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        bounds: Tensor | None,
-        distances: Tensor | None,
-        span: Span | None,
-    ) -> AttentionCall | None:
+    def _call_of(self, q: Tensor, k: Tensor, row: Row, span: Span | None) -> AttentionCall | None:
         """Return the options of a call that kernels are asked for; None = it is PyTorch's.
 
         Of the spans of a row it is those whose queries are the last ones of their keys, without masks and biases.
@@ -301,11 +268,11 @@ class Attention(nn.Module):
         if self.kernels is None or q.dtype == torch.float32:
             return None
         if span is None:
-            return self._call(q, key_mask, positions, bounds, distances) if q.shape[0] == k.shape[0] else None
-        masks = key_mask, positions, self.shape.alibi, distances
+            return self._call(q, row) if q.shape[0] == k.shape[0] else None
+        masks = row.key_mask, row.positions, row.distances, self.shape.alibi
         if not self.shape.causal or any(one is not None for one in masks):
             return None
-        return self._call(q, None, None, None, length=span.length)
+        return self._call(q, Row(), span.length)
 
     def _window(self, length: int) -> int | None:
         """Return the window in a row of a length; None = a query sees every position."""
@@ -332,41 +299,29 @@ class Attention(nn.Module):
         distances = None
         if self.relative is not None:
             distances = x.new_empty(len(self.heads), 2 * length - 1, dtype=torch.float32)
-        call = self._call(q, key_mask, positions, None, distances)
-        self._kernel(q, kv, kv, call)
+        self._kernel(q, kv, kv, self._call(q, Row(key_mask, positions, None, distances)))
 
-    def _call(
-        self,
-        q: Tensor,
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        bounds: Tensor | None,
-        distances: Tensor | None = None,
-        length: int | None = None,
-    ) -> AttentionCall:
-        """Return the options of self-attention as kernels are asked for it.
+    def _call(self, q: Tensor, row: Row, length: int | None = None) -> AttentionCall:
+        """Return the options of self-attention by queries (S, B, N/t, D), as kernels are asked for it.
 
         Args:
-            q: queries, (S, B, N/t, D).
-            key_mask, positions, bounds: as in `forward`.
-            distances: what `RelativeBias` returns.
+            q: the queries.
+            row: masks and biases.
             length: of the row, if it has more positions than the queries.
         """
         shape, length = self.shape, q.shape[0] if length is None else length
-        key_bias = None
-        if shape.alibi is not None:
-            key_bias = self._alibi(length, q, key_mask, positions)[:, :, 0]
+        key_bias = self._alibi(length, q, row)[:, :, 0] if shape.alibi is not None else None
         return AttentionCall(
             shape.scale,
             self._window(length),
             shape.softcap,
-            positions,
+            row.positions,
             causal=shape.causal,
-            bounds=bounds,
+            bounds=row.bounds,
             longest=self.documents.longest,
-            key_mask=key_mask,
+            key_mask=row.key_mask,
             key_bias=key_bias,
-            distance_bias=rounded_biases(distances, q.dtype) if distances is not None else None,
+            distance_bias=rounded_biases(row.distances, q.dtype) if row.distances is not None else None,
             dropout=shape.dropout if self.training else 0.0,
             sinks=self._own_sinks,
         )
@@ -382,35 +337,27 @@ class Attention(nn.Module):
             return self.kernels.find(q, k, v, call)
         return self.kernels if is_plain_attention(q, k, v, call) else None
 
-    def _by_torch(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        distances: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+    def _by_torch(self, q: Tensor, k: Tensor, v: Tensor, row: Row, span: Span | None = None) -> Tensor:
         """Compute the attention core by torch alone: masks and biases are tensors of all pairs."""
         shape = self.shape
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-        length = q.shape[2] if span is None else span.length
-        mask = self._allowed(length, key_mask, positions, q.device, span)
-        has_bias = shape.alibi is not None or distances is not None
+        mask = self._allowed(q, row, span)
+        has_bias = shape.alibi is not None or row.distances is not None
         by_scores = shape.softcap is not None or self.sinks is not None
         plain = mask is None and not has_bias and not by_scores
         k, v = (self._for_each_head(part, kernel_repeats=plain) for part in (k, v))
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if by_scores:
-                y = self._by_scores(q, k, v, self._bias(q, mask, key_mask, positions, distances, span), dropout)
+                y = self._by_scores(q, k, v, self._bias(q, mask, row, span), dropout)
             elif has_bias:
                 y = F.scaled_dot_product_attention(
-                    *(q, k, v, self._bias(q, mask, key_mask, positions, distances, span), dropout), scale=shape.scale
+                    *(q, k, v, self._bias(q, mask, row, span), dropout), scale=shape.scale
                 )
             else:
-                mask, blind = without_blind_rows(mask) if key_mask is not None and mask is not None else (mask, None)
+                blind = None
+                if row.key_mask is not None and mask is not None:
+                    mask, blind = without_blind_rows(mask)
                 y = F.scaled_dot_product_attention(
                     *(q, k, v, mask, dropout),
                     is_causal=plain and shape.causal,
@@ -435,29 +382,15 @@ class Attention(nn.Module):
         probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
         return F.dropout(probabilities, dropout) @ v
 
-    def _allowed(
-        self,
-        length: int,
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        device: torch.device,
-        span: Span | None = None,
-    ) -> Tensor | None:
+    def _allowed(self, q: Tensor, row: Row, span: Span | None) -> Tensor | None:
         """Return the mask of the keys that each query sees; None if causality, or no mask at all, is enough."""
+        length = q.shape[2] if span is None else span.length
         if self.shape.causal:
-            return allowed_keys(length, self.shape.window, key_mask, device, positions, span)
-        assert positions is None, "documents share a sequence of causal models only"
-        return allowed_keys_on_both_sides(length, self.shape.window, key_mask, device, span)
+            return allowed_keys(length, self.shape.window, row.key_mask, q.device, row.positions, span)
+        assert row.positions is None, "documents share a sequence of causal models only"
+        return allowed_keys_on_both_sides(length, self.shape.window, row.key_mask, q.device, span)
 
-    def _bias(
-        self,
-        q: Tensor,
-        mask: Tensor | None,
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        distances: Tensor | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
+    def _bias(self, q: Tensor, mask: Tensor | None, row: Row, span: Span | None) -> Tensor:
         """Return the term added to the scores, (1 or B, 1 or N/t, S, C).
 
         It sums the biases by distance, and is the lowest number of the dtype at keys that are masked.
@@ -465,19 +398,19 @@ class Attention(nn.Module):
         length = q.shape[2] if span is None else span.length
         seen = q.new_zeros(())
         if self.shape.alibi is not None:
-            seen = self._alibi(length, q, key_mask, positions)
+            seen = self._alibi(length, q, row)
             seen = seen if span is None else span.of_keys(seen)
-        if distances is not None:
-            seen = seen + biases_of_pairs(distances, span or Span.of_row(length), q.dtype)
+        if row.distances is not None:
+            seen = seen + biases_of_pairs(row.distances, span or Span.of_row(length), q.dtype)
         if mask is None and self.shape.causal:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
         return seen if mask is None else torch.where(mask, seen, torch.finfo(q.dtype).min)
 
-    def _alibi(self, length: int, like: Tensor, key_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _alibi(self, length: int, like: Tensor, row: Row) -> Tensor:
         """Return the biases of the keys, (B or 1, N/t, 1, S)."""
         assert self.shape.alibi is not None
-        slopes = self.slopes.on(like.device)
-        return self.shape.alibi.bias(length, self.heads, self.shape.num_heads, like, key_mask, positions, slopes)
+        given = length, self.heads, self.shape.num_heads, like, row.key_mask, row.positions
+        return self.shape.alibi.bias(*given, self.slopes.on(like.device))
 
     def _in_groups(self, part: Tensor) -> Tensor:
         """Repeat key or value heads (S, B, K/c, D) if groups of neighbouring query heads do not share them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,23 @@ class Span:
     def of_keys(self, by_position: Tensor) -> Tensor:
         """Cut the last dim, of all positions of the row, to the keys."""
         return by_position[..., self.keys.start : self.keys.stop]
+
+
+class Row(NamedTuple):
+    """The tensors that attention reads besides queries, keys and values: those of whole rows on every context rank.
+
+    Attributes:
+        key_mask: (B, S or C), nonzero where a position may be attended to; None = everywhere.
+        positions: (B, S) positions within the documents of a packed sequence, 0 where a document begins; None = one
+            document.
+        bounds: (B, D + 1) positions where these documents begin, for kernels that read them.
+        distances: (heads, 2S - 1), what `RelativeBias` returns; None = no such biases.
+    """
+
+    key_mask: Tensor | None = None
+    positions: Tensor | None = None
+    bounds: Tensor | None = None
+    distances: Tensor | None = None
 
 
 def allowed_keys(

@@ -11,6 +11,7 @@ from torch.nn.attention import flex_attention as library
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.attention import Attention
+from megatron_ds.layers.attention_masks import Row
 from megatron_ds.layers.kernels import KERNELS, AttentionCall, Candidate, Kernels, KernelsByCall, Operation, flex
 from megatron_ds.layers.kernels.by_call import Deferred, Entry
 from megatron_ds.layers.kernels.reference import reference_attention
@@ -43,7 +44,8 @@ def chosen(layer: Attention, length: int, **given: Tensor | None) -> str | None:
     q = torch.empty(length, 2, shape.num_heads, shape.head_dim, dtype=torch.bfloat16, device=META)
     kv = torch.empty(length, 2, shape.num_kv_heads, shape.head_dim, dtype=torch.bfloat16, device=META)
     distances = layer.relative(length) if layer.relative is not None else None
-    call = layer._call(q, given.get("key_mask"), given.get("positions"), given.get("bounds"), distances)
+    row = Row(given.get("key_mask"), given.get("positions"), given.get("bounds"), distances)
+    call = layer._call(q, row)
     kernel = layer._kernel(q, kv, kv, call)
     return None if kernel is None else str(kernel(q, kv, kv, call))
 
@@ -141,7 +143,7 @@ def test_a_kernel_from_outside_computes_plain_calls() -> None:
             replace(PLAIN, causal=False), TensorParallel(), None, Recompute(), None, Kernels(attention=mine)
         )
     q = torch.empty(8, 1, 4, 16, dtype=torch.bfloat16, device=META)
-    assert layer._kernel(q, q, q, layer._call(q, None, None, None)) is None
+    assert layer._kernel(q, q, q, layer._call(q, Row())) is None
     assert layer._kernel(q, q, q, AttentionCall(1.0)) is mine
 
 
