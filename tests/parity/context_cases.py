@@ -59,8 +59,8 @@ def offloading(place: Place, *parts: str) -> Place:
 
 _SPLIT = (("activation_checkpointing", {"partition_activations": True, "cpu_checkpointing": True}),)
 _TILES = (("mlp_tile_tokens", 3), ("offload_activations", True))
-# Numbers of ranks that are no powers of two, more than heads, chosen by the model; windows on both sides, sinks; and
-# what else keeps, moves or divides activations and states.
+# Numbers of ranks that are no powers of two, more than heads, chosen by the model; all axes; windows on both sides,
+# sinks; and what else keeps, moves or divides activations and states.
 UNUSUAL = (
     *((case, RING_3, RECIPE) for case in ("llama", "t5-gated", "bert-pretraining")),
     ("llama", replace(RING_3, method="gather"), PACKED),
@@ -68,9 +68,17 @@ UNUSUAL = (
     ("llama-uneven", Place(tp=2, cp=4), RECIPE),
     *(("llama", place, ODD_PACKED) for place in (RING_8, Place(cp=8))),
     ("gemma2-caps", replace(RING_8, method="gather"), PADDED),
+    ("llama", with_axes(RING_2, 2, 2, 1, 1, True), ODD_PACKED),
+    ("gemma2-caps", with_axes(ULYSSES_2, 2, 2, 1, 1, True), PADDED),
+    ("t5-gated", with_axes(GATHER_2, 2, 2, 1, 1, True), ODD),
+    ("gpt2", with_axes(RING_2, 1, 2, 2, 1), SCALE),
+    ("qwen3", with_axes(RING_2, 1, 4, 1, 1), SCALE),
     *(("modernbert-masked", place, ODD) for place in (GATHER_4, RING_4)),
     *(("gpt_oss-yarn", place, PACKED) for place in (RING_4, ULYSSES_2)),
     ("llama", replace(with_axes(RING_2, 2, 1, 1, 1), recompute="full", extra=_SPLIT), RECIPE),
+    *(("t5-gated", replace(GATHER_4, zero=3, recompute=mode), RECIPE) for mode in ("selective", "full")),
+    *(("llama", replace(RING_4, zero=3, recompute=mode), PADDED) for mode in ("selective", "full")),
+    (EXPERTS, replace(with_axes(RING_2, 1, 1, 2, 3), expert=4, recompute="full"), SCALE),
     ("qwen2", offloading(RING_2, "optimizer"), RECIPE),
     ("qwen2", offloading(with_axes(ULYSSES_2, 1, 1, 2, 3), "optimizer", "param"), RECIPE),
     ("llama", replace(RING_2, recompute="full", settings=_TILES), RECIPE),
