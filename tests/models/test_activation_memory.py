@@ -6,6 +6,7 @@ grows linearly. A sweep measures the same in the memory of a process.
 
 Seen, in MiB: 8k tokens 335 without any of it, 131 with recomputation; 64k tokens 1,028 with recomputation, 293 with
 tiles too, 262 with inputs of blocks in host memory too. With four times the width of the MLP: 3,338 and, in tiles, 331.
+The process of the sweep grows by 1,029 with 8k tokens, and by 585 with 64k and tiles.
 """
 
 import weakref
