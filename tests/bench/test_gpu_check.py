@@ -45,14 +45,17 @@ def _axes(folder: Path) -> tuple[set[tuple[str, int]], set[tuple[str, int]], int
     from bench.gpu.right.matrix import SETTINGS
 
     settings = [one for group in SETTINGS.values() for one in group.values()]
-    parallel = {axis for one in LAYOUTS.values() for axis in one.engine.get("parallel", {}).items()}
+    axes = [axis for one in LAYOUTS.values() for axis in one.engine.get("parallel", {}).items()]
+    parallel = {(name, size["size"] if isinstance(size, dict) else size) for name, size in axes}
     return {(one.precision, one.zero) for one in settings}, parallel, max(one.ranks for one in LAYOUTS.values())
 
 
 def test_the_matrix_has_every_stage_and_precision_and_the_layouts_every_axis(tmp_path: Path) -> None:
     settings, parallel, ranks = run_alone(_axes, tmp_path)
     assert settings >= {(precision, zero) for precision in ("fp32", "bf16", "fp16") for zero in (1, 2, 3)}
-    assert parallel >= {("tensor", 2), ("tensor", 4), ("pipeline", 2), ("sequence", True)} and ranks == 4
+    assert (
+        parallel >= {("tensor", 2), ("tensor", 4), ("context", 2), ("pipeline", 2), ("sequence", True)} and ranks == 4
+    )
 
 
 def _kernels(folder: Path) -> Any:

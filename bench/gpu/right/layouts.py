@@ -21,6 +21,7 @@ TWO = DeviceSettings(tensor=2)  # the order of kernels that the overlap of reduc
 TENSOR = {"parallel": {"tensor": 2}}
 SEQUENCE = {"parallel": {"tensor": 2, "sequence": True}}
 PIPELINE = {"parallel": {"pipeline": 2}}
+ULYSSES, GATHER, RING = ({"parallel": {"context": {"size": 2, "method": one}}} for one in ("ulysses", "gather", "ring"))
 
 LAYOUTS = {
     "tp2": Setting(engine=TENSOR, ranks=2, devices=TWO),
@@ -36,6 +37,11 @@ LAYOUTS = {
     "dp2 zero3": Setting(zero=3, ranks=2),
     "dp2 zero3 bf16 offload": Setting("bf16", 3, FULL_OFFLOAD, ranks=2),
     "dp2 zero2 fp16": Setting("fp16", 2, ranks=2),
+    "cp2 ulysses bf16 packed": Setting("bf16", engine=ULYSSES, packed=True, ranks=2),
+    "cp2 gather bf16": Setting("bf16", engine=GATHER, ranks=2),
+    "cp2 ring bf16 keep attention": Setting(
+        "bf16", engine={**RING, "recompute": "full", "keep_attention": True}, ranks=2
+    ),
     "tp2 pp2 sequence": Setting(engine={"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}, ranks=4),
     "tp4 sequence": Setting(engine={"parallel": {"tensor": 4, "sequence": True}}, ranks=4),
     "tp2 dp2 zero3": Setting(engine=TENSOR, zero=3, ranks=4),

@@ -43,6 +43,8 @@ def _settings(precision: str) -> dict[str, Setting]:
     found["zero3 offload"] = Setting(precision, 3, FULL_OFFLOAD)
     found["zero1 overlap"] = Setting(precision, 1, {"overlap_comm": True})
     found["zero1 recompute full"] = Setting(precision, 1, engine={"recompute": "full"})
+    kept = {"recompute": "full", "keep_attention": True}
+    found["zero1 recompute full keep attention"] = Setting(precision, 1, engine=kept)
     found["zero1 recompute selective"] = Setting(precision, 1, engine={"recompute": "selective"})
     found["zero3 deterministic"] = Setting(precision, 3, devices=DETERMINISTIC)
     found["zero2 recompute full"] = Setting(precision, 2, engine={"recompute": "full"})
