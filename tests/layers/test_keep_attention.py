@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_ds.layers.context.block_attention import FlashOnCPU
+from megatron_ds.layers.context.blocks import Block
 from megatron_ds.layers.recompute import ATTENTION_OPERATORS, BLOCKS, BLOCKS_WITHOUT_ATTENTION, Recompute
 from tests.ranks import run_alone
 
@@ -48,6 +50,29 @@ def test_the_kernel_of_a_block(checkpoint: Any, again: int) -> None:
     found, forward, backward = run_alone(_two_blocks, checkpoint)
     expected, *_ = run_alone(_two_blocks, BLOCKS)
     assert (forward, backward) == (2, again)
+    assert all(map(torch.equal, found, expected))
+
+
+def _part_of_a_row(checkpoint: Any) -> list[Tensor]:
+    """Attention to a part of a row of which the first query sees nothing, and its gradient."""
+    torch.manual_seed(3)
+    x, seen = torch.randn(1, 2, 4, 8, requires_grad=True), torch.tensor([[False, True, True, True]])
+    hidden = torch.tensor([-torch.inf, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+    block = Block(slice(0, 4), slice(0, 4), causal=True, key_term=hidden, seen=seen)
+
+    def attend(given: Tensor) -> Tensor:
+        out, lse = FlashOnCPU(0.3).forward(given, given, given, block)
+        return out * lse.exp()[..., None]
+
+    y = Recompute("full", checkpoint).run("full", attend, x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad]
+
+
+def test_what_is_kept_of_a_part_of_a_row_stays_as_it_is() -> None:
+    """Between context ranks queries that see no key of a part are left out of the kernel's log-sum-exp."""
+    found, expected = (run_alone(_part_of_a_row, checkpoint) for checkpoint in (BLOCKS_WITHOUT_ATTENTION, BLOCKS))
     assert all(map(torch.equal, found, expected))
 
 

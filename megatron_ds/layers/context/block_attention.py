@@ -101,7 +101,7 @@ class FlashOnCPU:
             q, k, v, 0.0, block.causal, attn_mask=_term(block, q), scale=self.scale
         )
         # the operator's log-sum-exp of no key is 0
-        return out, lse if block.seen is None else lse.masked_fill_(~block.seen[:, None], -torch.inf)
+        return out, lse if block.seen is None else lse.masked_fill(~block.seen[:, None], -torch.inf)
 
     def backward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, whole: Whole) -> Gradients:
         dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
