@@ -18,7 +18,7 @@ from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output
 from megatron_ds.layers.alibi import HeadSlopes
 from megatron_ds.layers.attention_masks import Row, Span, allowed_keys, allowed_keys_on_both_sides, without_blind_rows
 from megatron_ds.layers.attention_shape import AttentionShape
-from megatron_ds.layers.context.fetch import fetch, plan_fetch, seen_by, union
+from megatron_ds.layers.context.fetch import FetchPlan, fetch, plan_fetch, seen_by, union
 from megatron_ds.layers.context.ring import ring_attention
 from megatron_ds.layers.context.ulysses import HeadExchange
 from megatron_ds.layers.documents import DocumentLimit
@@ -31,7 +31,7 @@ from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.relative_bias import RelativeBias, biases_of_pairs, rounded_biases
 from megatron_ds.layers.rotary import Angles, RotaryTable
-from megatron_ds.parallel.context import ContextParallel, index_of_runs
+from megatron_ds.parallel.context import ContextParallel, Runs, index_of_runs
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 
@@ -110,30 +110,30 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         key_mask: Tensor | None = None,
-        context: Tensor | None = None,
+        source: Tensor | None = None,
         positions: Tensor | None = None,
         bounds: Tensor | None = None,
         angles: Angles | None = None,
     ) -> Tensor:
-        """Attend to x itself, or to a `context` (C, B, H) that is split like x.
+        """Attend to x itself, or to a `source` (C, B, H) that is divided like x.
 
         Masks and positions are those of whole rows on every context rank.
 
         Args:
             x: (S, B, H).
             key_mask: (B, S or C), nonzero where a position may be attended to; None = everywhere.
-            context: the source of keys and values; None = x.
+            source: of keys and values; None = x.
             positions: (B, S) positions within the documents of a packed sequence, 0 where a document begins; documents
                 do not attend to one another. None = one document.
             bounds: (B, D + 1) positions where these documents begin, for kernels that read them; see
                 `with_document_bounds`.
             angles: what `RotaryTable.cos_sin` returns for x; None = it is called here.
         """
-        q, kv = self.qkv(x, context)
+        q, kv = self.qkv(x, source)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
         k, v = kv.unflatten(-1, (-1, 2, self.shape.head_dim)).unbind(-2)
         if self.adapters:
-            q, k, v = self._adapted(x, x if context is None else context, q, k, v)
+            q, k, v = self._adapted(x, x if source is None else source, q, k, v)
         if not self.shape.qk_norm_after_rotary:
             q, k = self._normed(q, k)
         of_tokens = positions if self.context.axis.size == 1 else own_positions(positions, self.context, q)
@@ -150,12 +150,12 @@ class Attention(nn.Module):
         row = Row(key_mask, positions, bounds, distances)
         if self.context.ring.size == 1:
             core = self.recompute.run("selective", self._core, q, k, v, *row)
-        elif context is not None:
-            core = self._across_ring(q, k, v, row)
+        elif source is not None:
+            core = self._with_fetched_source(q, k, v, row)
         elif self._passes_around(q.shape[0] * self.context.ring.size, key_mask):
-            core = self._around_ring(q, k, v, row)
+            core = self._by_ring(q, k, v, row)
         else:
-            core = self._over_ring(q, k, v, row)
+            core = self._with_fetched_keys(q, k, v, row)
         core = self.exchange.leave(core)
         if "out" not in self.adapters:
             return self.out(core)
@@ -179,13 +179,13 @@ class Attention(nn.Module):
         layer = self.qkv.frozen(shape.head_dim)
         self.adapters["_".join(outputs)] = column_adapter(hidden, wanted, adapter, self.out.tp, rng, layer)
 
-    def _adapted(self, x: Tensor, context: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply the adapters to the queries, which project x, and to keys and values, which project the context."""
+    def _adapted(self, x: Tensor, source: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the adapters to the queries, which project x, and to keys and values, which project the source."""
         found = {"q": q, "k": k, "v": v}
         adapter: Any
         for name, adapter in self.adapters.items():
             if name != "out":
-                found = adapter.adapted(x if name.startswith("q") else context, found)
+                found = adapter.adapted(x if name.startswith("q") else source, found)
         return found["q"], found["k"], found["v"]
 
     def _passes_around(self, length: int, key_mask: Tensor | None) -> bool:
@@ -205,7 +205,7 @@ class Attention(nn.Module):
         by_scores = (self.shape.alibi, self.relative, self.shape.softcap, self.sinks)
         return key_mask is not None and any(one is not None for one in by_scores)
 
-    def _around_ring(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+    def _by_ring(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
         """Attend to keys and values that pass by: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
         ring = self.context.ring
         length = q.shape[0] * ring.size
@@ -214,17 +214,15 @@ class Attention(nn.Module):
         return ring_attention(q, k, v, call, ring, partial(self.context.ring_runs, length)).flatten(2)
 
     @torch.compiler.disable  # the plan is kept, and a kernel may be made at its first call
-    def _over_ring(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
-        """Attend to the keys and values of all ranks of the ring: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
+    def _with_fetched_keys(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        """Attend to the keys and values that the queries see: (S/r, B, heads, D) each -> (S/r, B, heads * D)."""
         ring, shape = self.context.ring, self.shape
         length = q.shape[0] * ring.size
-        held = tuple(self.context.ring_runs(length, rank) for rank in range(ring.size))
-        spans = [[seen_by(run, length, shape.causal, shape.window) for run in runs] for runs in held]
+        of_ranks = [self.context.ring_runs(length, rank) for rank in range(ring.size)]
+        spans = [[seen_by(run, length, shape.causal, shape.window) for run in runs] for runs in of_ranks]
         if self._may_attend_to_all(row.key_mask):
-            spans = [[Span(run, range(length), length) for run in runs] for runs in held]
-        wanted = tuple(union([span.keys for span in one]) for one in spans)
-        plan = plan_fetch(held, wanted, ring.rank, q.device)
-        k, v = fetch(k, v, plan, ring)
+            spans = [[Span(run, range(length), length) for run in runs] for runs in of_ranks]
+        k, v, plan = self._fetch(k, v, tuple(union([span.keys for span in one]) for one in spans))
         parts = []
         for span, queries in zip(spans[ring.rank], q.split([len(span.queries) for span in spans[ring.rank]])):
             keys, core = plan.slice_of(span.keys), partial(self._core, span=span)
@@ -232,17 +230,26 @@ class Attention(nn.Module):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @torch.compiler.disable  # the plan is kept
-    def _across_ring(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
-        """Attend to another stack's states of all ranks of the ring: (S/r, B, heads, D) -> (S/r, B, heads * D).
+    def _with_fetched_source(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        """Attend to all states of another stack: (S/r, B, heads, D) -> (S/r, B, heads * D).
 
         Keys and values are (C/r, B, heads, D).
         """
-        ring = self.context.ring
-        length = k.shape[0] * ring.size
-        held = tuple(self.context.ring_runs(length, rank) for rank in range(ring.size))
-        plan = plan_fetch(held, ((range(length),),) * ring.size, ring.rank, q.device)
-        k, v = fetch(k, v, plan, ring)
+        size = self.context.ring.size
+        k, v, _ = self._fetch(k, v, ((range(k.shape[0] * size),),) * size)
         return self.recompute.run("selective", self._core, q, k, v, *row)
+
+    def _fetch(self, k: Tensor, v: Tensor, wanted: tuple[Runs, ...]) -> tuple[Tensor, Tensor, FetchPlan]:
+        """Return the keys and values at the positions that this rank wants, and where each is.
+
+        Args:
+            k, v: this rank's, (S/r, B, heads, D).
+            wanted: positions of each rank.
+        """
+        ring = self.context.ring
+        held = tuple(self.context.ring_runs(k.shape[0] * ring.size, rank) for rank in range(ring.size))
+        plan = plan_fetch(held, wanted, ring.rank, k.device)
+        return *fetch(k, v, plan, ring), plan
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, *of_row: Tensor | None, span: Span | None = None) -> Tensor:
         """Compute the attention core: q (S, B, N/t, D), k and v (C, B, K/c, D) -> (S, B, N/t * D).

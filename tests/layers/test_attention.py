@@ -130,7 +130,7 @@ class Called(nn.Module):
             self.register_parameter(name, own)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.layer[0](x, context=context, **self.given)
+        return self.layer[0](x, source=context, **self.given)
 
 
 def case(shape: AttentionShape, rotates: bool = False, context: bool = False, **given: Tensor) -> Case:
