@@ -11,19 +11,16 @@ import pytest
 
 from megatron_ds.config import ParallelSection
 from tests.parity import test_families
-from tests.parity.context_cases import GATHER_2, RING_2X2, TWO, ULYSSES_2, with_axes
+from tests.parity.context_cases import GATHER_2, RING_2X2, TWO, with_axes
 from tests.parity.ours import Place
 from tests.parity.test_families import CASES, Prepared, fits, prepare
 
-# Sinks and windows; growing queries; biases by distance and no window; gated encoders with windows on both sides;
-# positions that skip padding; two towers of experts.
+# Sinks and windows; growing queries; biases by distance; windows on both sides.
 SAMPLE = [
     ("gpt_oss-yarn", RING_2X2),
     ("ministral3-yarn", GATHER_2),
     ("falcon-40b-alibi-one-group", RING_2X2),
     ("modernbert-masked", GATHER_2),
-    ("opt-before", ULYSSES_2),
-    ("roberta-masked", RING_2X2),
 ]
 EVERYTHING = [
     (case, place)
