@@ -59,6 +59,7 @@ def offloading(place: Place, *parts: str) -> Place:
 
 _SPLIT = (("activation_checkpointing", {"partition_activations": True, "cpu_checkpointing": True}),)
 _TILES = (("mlp_tile_tokens", 3), ("offload_activations", True))
+_KEPT = (("keep_attention", True),)
 # Numbers of ranks that are no powers of two, more than heads, chosen by the model; all axes; windows on both sides,
 # sinks; and what else keeps, moves or divides activations and states.
 UNUSUAL = (
@@ -82,6 +83,8 @@ UNUSUAL = (
     ("qwen2", offloading(RING_2, "optimizer"), RECIPE),
     ("qwen2", offloading(with_axes(ULYSSES_2, 1, 1, 2, 3), "optimizer", "param"), RECIPE),
     ("llama", replace(RING_2, recompute="full", settings=_TILES), RECIPE),
+    *(("llama", replace(place, recompute="full", settings=_KEPT), PADDED) for place in (RING_2, GATHER_2, ULYSSES_2)),
+    ("gpt2", replace(RING_2X2, recompute="full", settings=_KEPT), ODD_PACKED),
     ("t5-gated", replace(with_axes(GATHER_2, 1, 2, 1, 1), recompute="full", settings=_TILES), ODD),
     (EXPERTS, replace(with_axes(RING_2, 1, 2, 1, 1), expert=2), PACKED),
 )
