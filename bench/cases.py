@@ -145,6 +145,7 @@ THIRTY_TWO_K = replace(
 SMALL = replace(DECODER, model={**LLAMA, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 4096})
 
 DIVIDED_SEQUENCE = {
+    "transformers, 1 process": ALONE,
     "ours, 1 process": Entry("ours", options={"keep_attention": True}),
     "DeepSpeed Ulysses": Entry("ulysses", 2),
     "DeepSpeed Ulysses, tiled": Entry("ulysses", 2, {"tiled": True}),
@@ -158,7 +159,7 @@ DIVIDED_TARGETS = tuple(
     for method in ("ulysses", "ring")
     for target in (
         Target(f"ours, {method}", "DeepSpeed Ulysses", 1.2),
-        Target(f"ours, {method}", "ours, 1 process", 0.6, "memory"),
+        Target(f"ours, {method}", "transformers, 1 process", 0.6, "memory"),
     )
 )
 ABOUT_ULYSSES = (
