@@ -5,6 +5,7 @@ The config that results is one that transformers reads: checkpoints and exports 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -56,10 +57,16 @@ def with_rope(model: HFModel, rope: RopeSection) -> HFModel:
     try:
         core = _translated(model, model.family.transformers_config(config.to_dict()))  # it checks values first
     except ConversionError as problem:
-        raise ConfigError(f"model.rope: {problem}") from problem
+        raise ConfigError(_in_words_of_the_run_file(problem)) from problem
     stretched = f", {original} positions to {longest}" if longest != original else ""
     log_once(f"model.rope: {rope.type}{stretched}; config.json of checkpoints and exports has it")
     return replace(model, config=config, core=core, rope=rope)
+
+
+def _in_words_of_the_run_file(problem: ConversionError) -> str:
+    """Return an error that names `model.rope.factor` where it has `rope_parameters.factor`."""
+    fields = re.sub(rf"\brope_parameters\.({FULL}\.)?", "model.rope.", str(problem))
+    return fields if fields.startswith("model.rope.") else f"model.rope: {fields}"
 
 
 def _parameters(model: HFModel) -> Mapping[str, Any]:

@@ -211,10 +211,10 @@ def test_the_original_length_of_phi_3_is_the_one_that_transformers_reads() -> No
 
 
 def test_values_that_do_not_fit_the_model() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^model\.rope: rope_parameters\.short_factor has 3 numbers; it must have 4$"
-    ):
+    with pytest.raises(ConfigError, match=r"^model\.rope\.short_factor has 3 numbers; it must have 4$"):
         with_rope(read_model(SHORT), section("longrope", short_factor=[1.0, 1.0, 1.0]))
+    with pytest.raises(ConfigError, match=r"^model\.rope\.high_freq_factor=1\.0 must be above low_freq_factor=4\.0$"):
+        with_rope(read_model(FIRSTS["gemma3_text"]), section("llama3", low_freq_factor=4, high_freq_factor=1))
     with pytest.raises(ConfigError, match=r"^model\.rope\.max_position_embeddings=8 is less than the 16 positions of"):
         with_rope(read_model(SHORT), section("yarn", max_position_embeddings=8))
 
