@@ -26,7 +26,15 @@ class ContextSection(Section):
     @classmethod
     def _mapping(cls, value: Any) -> Any:
         """Return a number of ranks as the mapping that it stands for."""
-        if isinstance(value, ContextSection | dict):
+        if isinstance(value, ContextSection):
+            return value
+        if isinstance(value, dict):
+            if value and "size" not in value:
+                key = next(iter(value))
+                raise ConfigError(
+                    f"parallel.context.size is missing, without which parallel.context.{key}={show(value[key])} does "
+                    "nothing; add it, as in {size: 2, method: ring}"
+                )
             return value
         number = integral_float_to_int(value)
         if isinstance(number, bool) or not isinstance(number, int):

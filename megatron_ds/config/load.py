@@ -4,7 +4,7 @@ Any problem raises a `ConfigError` of one line. Paths in the file are relative t
 """
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,8 +134,8 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts[:-1], start=1):
         place = ".".join(parts[:depth])
         inner = node.get(part)
-        if place == "deepspeed":
-            inner = _deepspeed_mapping(inner)
+        if place in _SHORT_FORMS:
+            inner = _SHORT_FORMS[place](inner)
         if inner is None:
             inner = {}
         if isinstance(inner, list):
@@ -159,3 +159,15 @@ def _deepspeed_mapping(given: Any) -> Any:
     if not given:
         return {"zero_optimization": {"stage": DEFAULT_STAGE}}
     return read_deepspeed_file(expanded_text(given, f"deepspeed={given}")) if isinstance(given, str) else given
+
+
+def _context_mapping(given: Any) -> Any:
+    """Return the mapping that an override changes where a run file has a number of context ranks alone."""
+    return {"size": given} if isinstance(given, int) and not isinstance(given, bool) else given
+
+
+_SHORT_FORMS: Mapping[str, Callable[[Any], Any]] = {
+    "deepspeed": _deepspeed_mapping,
+    "parallel.context": _context_mapping,
+}
+"""Section -> the mapping that another value in the section's place stands for."""

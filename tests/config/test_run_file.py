@@ -187,6 +187,17 @@ def test_overrides_reach_every_depth(run_file, tmp_path):
     assert (run.schedule.name, run.schedule.warmup_steps) == ("linear", 7)
 
 
+@pytest.mark.parametrize("given", ["4", "{size: 4}"])
+def test_overrides_reach_a_number_of_context_ranks_as_its_mapping(run_file, given):
+    path, context = run_file(), f"parallel.context={given}"
+    section = load_run(path, [context, "parallel.context.method=ring", "parallel.context.ulysses=2"]).parallel.context
+    assert (section.size, section.method, section.ulysses) == (4, "ring", 2)
+    assert load_run(path, [context, "parallel.context.size=1"]).parallel.context.size == 1
+    assert refusal(path, "parallel.context=true", "parallel.context.size=1") == (
+        "override parallel.context.size: parallel.context=true is not a mapping, so nothing can be set in it"
+    )
+
+
 def test_override_into_a_deepspeed_file_reads_it_first(run_file, tmp_path):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}))
