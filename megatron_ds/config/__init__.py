@@ -9,7 +9,13 @@ from megatron_ds.config.checks import (
     check_run,
     check_target_length,
 )
-from megatron_ds.config.context_plan import ContextNames, ContextPlan, check_context_length, plan_context
+from megatron_ds.config.context_plan import (
+    ContextNames,
+    ContextPlan,
+    check_context_length,
+    describe_context,
+    plan_context,
+)
 from megatron_ds.config.context_section import ContextMethod, ContextSection
 from megatron_ds.config.data_section import DataSection, DataSource
 from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving
@@ -67,6 +73,7 @@ __all__ = [
     "check_run",
     "check_saving",
     "check_target_length",
+    "describe_context",
     "dump_run",
     "fill_deepspeed",
     "load_deepspeed",

@@ -104,13 +104,21 @@ def plan_context(
     return replace(plan, method="ring", reason=f"{plan.reason}; kernels with a log-sum-exp compute every layer")
 
 
+def describe_context(data: DataSection, parallel: ParallelSection, plan: ContextPlan) -> str:
+    """Return the division of the context ranks in words, and the length to which sequences are padded for them."""
+    whole = data.seq_length + -data.seq_length % _multiple(parallel, plan)
+    if whole == data.seq_length:
+        return plan.describe()
+    return f"{plan.describe()}; sequences of {data.seq_length:,} positions are padded to {whole:,}"
+
+
 def check_context_length(data: DataSection, parallel: ParallelSection, plan: ContextPlan) -> None:
     """Check that sequences that context ranks cannot divide may be padded.
 
     Raises:
         TopologyError: the model computes something else in a longer sequence.
     """
-    multiple = plan.multiple_of(parallel.tensor if parallel.sequence else 1)
+    multiple = _multiple(parallel, plan)
     if plan.rope is None or data.seq_length % multiple == 0:
         return
     below = data.seq_length // multiple * multiple
@@ -120,6 +128,10 @@ def check_context_length(data: DataSection, parallel: ParallelSection, plan: Con
         f"here: it would be padded, and the model's rope type {plan.rope} depends on the length; nearest: "
         f"{near}"
     )
+
+
+def _multiple(parallel: ParallelSection, plan: ContextPlan) -> int:
+    return plan.multiple_of(parallel.tensor if parallel.sequence else 1)
 
 
 def _ulysses_ranks(section: ContextSection, heads: int) -> int:

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from megatron_ds.config import EngineConfig
+from megatron_ds.config import EngineConfig, describe_context
 from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
@@ -45,7 +45,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         data=layout.data,
         sequence=run.parallel.sequence,
         context=layout.context,
-        context_plan=resolved.plan.context.describe() if layout.context > 1 else "",
+        context_plan=describe_context(run.data, run.parallel, resolved.plan.context) if layout.context > 1 else "",
         zero_stage=resolved.plan.summary.zero_stage,
         precision=resolved.plan.summary.precision,
         device=_describe_device(resolved, engine.device),

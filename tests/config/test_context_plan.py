@@ -19,6 +19,7 @@ from megatron_ds.config import (
     check_context_length,
     check_experts,
     check_run,
+    describe_context,
     dump_run,
     load_deepspeed,
     load_run,
@@ -105,6 +106,11 @@ def test_heads_that_do_not_divide_are_refused(section: dict, tensor: int, messag
             "parallel.context.method=rings is not one of auto, ulysses, gather, ring; did you mean ring?",
         ),
         ({"size": 2, "ring": 2}, "parallel.context.ring: unknown key; legal here: method, size, ulysses"),
+        (
+            {"method": "ring"},
+            "parallel.context.size is missing, without which parallel.context.method=ring does nothing; add it, as in "
+            "{size: 2, method: ring}",
+        ),
     ],
 )
 def test_wrong_values_of_the_section(given: dict, message: str) -> None:
@@ -191,6 +197,9 @@ def test_lengths_are_padded_unless_the_rope_depends_on_them(make_run: Callable[.
     plan = plan_context(run.parallel.context, SHAPE, 2)
     check_run(run, SHAPE, ZERO_1, 8, "cpu")
     check_context_length(run.data, run.parallel, plan)
+    assert describe_context(run.data, run.parallel, plan).endswith("; sequences of 30 positions are padded to 32")
+    even = run.data.model_copy(update={"seq_length": 32})
+    assert describe_context(even, run.parallel, plan) == plan.describe()
     stretched = plan_context(run.parallel.context, replace(SHAPE, length_ropes=("dynamic",)), 2)
     with pytest.raises(TopologyError) as caught:
         check_context_length(run.data, run.parallel, stretched)
