@@ -147,6 +147,8 @@ def _reason(section: ContextSection, ulysses: int, heads: int) -> str:
         return "as given"
     if ulysses == section.size:
         return f"{ulysses} divides the {heads} query heads of a tensor rank"
+    if ulysses == 1:
+        return f"no divisor of {section.size} divides the {heads} query heads of a tensor rank"
     return f"{ulysses} is the largest divisor of {section.size} that divides the {heads} query heads of a tensor rank"
 
 

@@ -151,6 +151,9 @@ def test_the_choice_is_stated_with_its_reason() -> None:
         "8 = ulysses 4 x gather 2, zigzag: 4 is the largest divisor of 8 that divides the 12 query heads of a tensor "
         "rank; no kernel with a log-sum-exp has soft caps, so keys and values are fetched"
     )
+    assert plan_context(ContextSection(size=5), SHAPE, 1).reason.startswith(
+        "no divisor of 5 divides the 12 query heads"
+    )
     assert plan_context(ContextSection(size=4), SHAPE, 1).describe() == (
         "4 = ulysses 4: 4 divides the 12 query heads of a tensor rank"
     )
