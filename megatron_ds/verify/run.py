@@ -135,6 +135,10 @@ def _context_section(size: int, method: ContextMethod) -> ContextSection:
         raise TopologyError(f"{CONTEXT_NAMES.size}={size} is less than one rank; nearest: 1")
     if method not in get_args(ContextMethod):
         raise ConfigError(f"{CONTEXT_NAMES.method}={method} {not_one_of(method, get_args(ContextMethod))}")
+    if size == 1 and method != "auto":
+        raise ConfigError(
+            f"{CONTEXT_NAMES.method}={method} does nothing with {CONTEXT_NAMES.size}=1; try {CONTEXT_NAMES.size}=2"
+        )
     return ContextSection(size=size, method=method)
 
 

@@ -93,6 +93,7 @@ def test_exit_status_1_where_it_is_off(
     ("arguments", "message"),
     [
         (["--cp", "0"], "error: --cp=0 is less than one rank; nearest: 1"),
+        (["--cp-method", "ring"], "error: --cp-method=ring does nothing with --cp=1; try --cp=2"),
         (
             ["--cp", "2", "--cp-method", "rings"],
             "error: --cp-method=rings is not one of auto, ulysses, gather, ring; did you mean ring?",
