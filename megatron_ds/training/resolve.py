@@ -149,15 +149,24 @@ def _resumed_checkpoint(run: RunConfig) -> Path | None:
 
 
 def _check_rope_length(run: RunConfig, hf: HFModel) -> None:
-    """Refuse sequences that are longer than the stretched positions; "dynamic" stretches to any length."""
-    if run.model.rope is None or run.model.rope.type == "dynamic":
+    """Refuse sequences that are longer than the stretched positions; "dynamic" stretches to any length.
+
+    Without `model.rope` they are noted: if it was forgotten, nothing but the loss would show it.
+    """
+    length, longest = run.data.seq_length, getattr(hf.config, "max_position_embeddings", None)
+    rotates = any(any(stack.rotary) for stack in hf.core.stacks.values())
+    if longest is None or length <= longest or not rotates or "dynamic" in hf.core.shape().length_ropes:
         return
-    length, longest = run.data.seq_length, hf.config.max_position_embeddings
-    if length > longest:
-        raise ConfigError(
-            f"data.seq_length={length} is more than the {longest} positions that model.rope gives; nearest: {longest}, "
-            f"or a larger model.rope.factor, or model.rope.max_position_embeddings={length}"
+    if run.model.rope is None:
+        log_once(
+            f"data.seq_length={length} is more than max_position_embeddings={longest} of config.json, which exports "
+            "keep; model.rope stretches the model to longer texts"
         )
+        return
+    raise ConfigError(
+        f"data.seq_length={length} is more than the {longest} positions that model.rope gives; nearest: {longest}, "
+        f"or a larger model.rope.factor, or model.rope.max_position_embeddings={length}"
+    )
 
 
 def _check_saving(run: RunConfig, plan: EnginePlan) -> None:

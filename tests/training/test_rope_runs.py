@@ -87,6 +87,20 @@ def test_sequences_beyond_the_stretched_positions_are_refused(make: Callable[...
     assert resolved({"type": "dynamic", "factor": 2}) == 8
 
 
+def test_sequences_beyond_the_positions_of_a_model_without_stretching_are_noted(
+    make: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("megatron_ds.training.resolve.log_once", notes.append)
+    resolve_run(make("run"), 1, "cpu")
+    assert notes == []
+    resolve_run(make("run", model={"path": str(tmp_path / "base")}), 1, "cpu")
+    assert notes == [
+        "data.seq_length=32 is more than max_position_embeddings=8 of config.json, which exports keep; model.rope "
+        "stretches the model to longer texts"
+    ]
+
+
 def test_adapters_of_a_stretched_model(
     make: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
