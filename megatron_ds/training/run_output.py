@@ -144,5 +144,5 @@ class RunOutput:
 
 
 def describe_usage(usage: Sequence[SourceUsage]) -> str:
-    """Return a line such as `data: a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples ...`."""
+    """Return a line such as `data: a: 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b: 3,880 samples ...`."""
     return f"data: {describe_sources(usage)}"

@@ -44,12 +44,12 @@ def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str
 
 
 def describe_sources(usage: Sequence[SourceUsage]) -> str:
-    """Return text such as `a 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b 3,880 samples ...`."""
+    """Return text such as `a: 6,120 samples (0.61, wanted 0.60), 0.43 epochs; b: 3,880 samples ...`."""
     total = max(1, sum(source.samples for source in usage))
     parts = []
     for source in usage:
         fraction = f" ({source.samples / total:.2f}, wanted {source.weight:.2f})" if len(usage) > 1 else ""
-        parts.append(f"{source.name} {source.samples:,} samples{fraction}, {source.epochs:.2f} epochs")
+        parts.append(f"{source.name}: {source.samples:,} samples{fraction}, {source.epochs:.2f} epochs")
     return "; ".join(parts)
 
 

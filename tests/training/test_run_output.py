@@ -56,8 +56,8 @@ def test_the_account_is_written_whole_and_told_at_last(
     assert [path.name for path in file.parent.iterdir() if "data" in path.name] == ["data.json"]
     (note,) = listener.notes
     assert note == (
-        f"data: {tmp_path / 'a'} 24 samples (0.60, wanted 0.60), 0.77 epochs; "
-        f"{tmp_path / 'b'} 16 samples (0.40, wanted 0.40), 1.07 epochs"
+        f"data: {tmp_path / 'a'}: 24 samples (0.60, wanted 0.60), 0.77 epochs; "
+        f"{tmp_path / 'b'}: 16 samples (0.40, wanted 0.40), 1.07 epochs"
     )
     with RunOutput(run, listener, is_first=True) as output:
         output.start(SUMMARY, continue_after=1)
@@ -79,7 +79,7 @@ def test_other_ranks_write_nothing_and_so_do_data_without_an_account(
 
 
 def test_one_corpus_has_no_share_to_tell() -> None:
-    assert describe_usage([SourceUsage("corpus", 1.0, 6120, 0.431)]) == "data: corpus 6,120 samples, 0.43 epochs"
+    assert describe_usage([SourceUsage("corpus", 1.0, 6120, 0.431)]) == "data: corpus: 6,120 samples, 0.43 epochs"
 
 
 def test_a_run_accounts_at_each_save_and_at_its_end(

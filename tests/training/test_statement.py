@@ -65,7 +65,7 @@ def test_epochs_have_few_digits(epochs: float, says: str) -> None:
 
 def test_sources_are_counted_one_by_one() -> None:
     usage = [SourceUsage("a", 0.6, 6, 0.5), SourceUsage("b", 0.4, 4, 2.0)]
-    text = "a 6 samples (0.60, wanted 0.60), 0.50 epochs; b 4 samples (0.40, wanted 0.40), 2.00 epochs"
+    text = "a: 6 samples (0.60, wanted 0.60), 0.50 epochs; b: 4 samples (0.40, wanted 0.40), 2.00 epochs"
     assert describe_sources(usage) == text
 
 
