@@ -18,10 +18,10 @@ from megatron_ds.engine.gathering import gather_part, send_to_rank_0
 from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.group_tables import read_group_tables, set_group_tables
 from megatron_ds.engine.optimizer import GuardedOptimizer
-from megatron_ds.engine.padding import RowPadding
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import ParamSpec, is_untrained, spec_of
+from megatron_ds.models.row_padding import RowPadding
 from megatron_ds.models.sequential import HeadSpec, OutputHead
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import gather_objects

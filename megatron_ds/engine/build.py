@@ -30,7 +30,6 @@ from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
-from megatron_ds.engine.padding import RowPadding
 from megatron_ds.engine.pipeline.engine import PipelinedModel, PipelineEngine
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.engine.probe import GradientProbe
@@ -44,6 +43,7 @@ from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.layers.param_spec import initial_shard, spec_of
 from megatron_ds.layers.recompute import BLOCKS, BLOCKS_WITHOUT_ATTENTION, Recompute
 from megatron_ds.models.context import BuildContext
+from megatron_ds.models.row_padding import RowPadding
 from megatron_ds.models.sequential import LayerSpec, SequentialModel, head_of
 from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.expert import ExpertParallel

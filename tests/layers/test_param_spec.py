@@ -16,7 +16,7 @@ from megatron_ds.parallel.grid import Axes, Grid, Layout
 from tests.parallel.axes import ALONE, axes_at
 from tests.ranks import run_grid
 
-EXTRA = ("pipeline", "data", "extra", "tensor")  # an axis that no layer knows
+EXTRA = ("pipeline", "data", "extra", "context", "tensor")  # an axis that no layer knows
 
 
 def places(**sizes: int) -> Iterator[dict[str, tuple[int, int]]]:

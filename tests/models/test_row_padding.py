@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megatron_ds.engine.padding import RowPadding
 from megatron_ds.errors import DataError
 from megatron_ds.layers.embedding import LearnedPositions, PositionTable
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.label_head import LabelHeadConfig, label_layer
+from megatron_ds.models.row_padding import RowPadding
 from megatron_ds.models.sequential import HeadSpec, LayerSpec, head_of
 from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.grid import Axis
