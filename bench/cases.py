@@ -164,7 +164,8 @@ DIVIDED_TARGETS = tuple(
 )
 ABOUT_ULYSSES = (
     "DeepSpeed's is UlyssesSPAttentionHF in transformers' model; its tiles are those of the MLP and of the loss. Ours "
-    "keeps what attention kernels return (`train.keep_attention`) and recomputes all else."
+    "keeps what attention kernels return (`train.keep_attention`) and recomputes all else. The limit counts all pairs "
+    "of positions, of which causal kernels compute half, so a fraction of it can exceed 100 %."
 )
 
 CASES: dict[str, Case] = {
