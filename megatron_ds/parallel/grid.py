@@ -275,36 +275,39 @@ class Grid:
         return all(axis.rank == 0 for name, axis in self.axes.items() if name not in ROLES["batch"])
 
 
-def expert_groups(layout: Layout, expert: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Return all sets of ranks that divide the experts, and all that hold the same ones. A rank is in one of each.
+Groups = list[tuple[int, ...]]
+"""Sets of ranks, of which every rank is in one."""
+
+
+def expert_groups(layout: Layout, expert: int) -> tuple[Groups, Groups]:
+    """Return all sets of ranks that divide the experts, and all that hold the same ones.
 
     Args:
         layout: sizes of the axes.
         expert: number of ranks that divide the experts of a layer; it divides the ranks of a pipeline stage.
     """
-    divide, same = [], []
-    for stage in layout.peers(*(axis for axis in layout if axis != "pipeline")):
-        groups = [stage[start : start + expert] for start in range(0, len(stage), expert)]
-        assert len(groups) * expert == len(stage), (layout, expert)
-        divide += groups
-        same += list(zip(*groups))
-    return divide, same
+    return _in_groups_of(expert, layout.peers(*(axis for axis in layout if axis != "pipeline")))
 
 
-def context_groups(layout: Layout, ulysses: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def context_groups(layout: Layout, ulysses: int) -> tuple[Groups, Groups]:
     """Return all sets of context ranks that exchange heads, and all that exchange keys and values.
 
     Args:
         layout: sizes of the axes.
         ulysses: number of neighbouring context ranks that exchange heads; it divides the context axis.
     """
-    exchange, ring = [], []
-    for ranks in layout.peers("context"):
-        groups = [ranks[start : start + ulysses] for start in range(0, len(ranks), ulysses)]
-        assert len(groups) * ulysses == len(ranks), (layout, ulysses)
-        exchange += groups
-        ring += list(zip(*groups))
-    return exchange, ring
+    return _in_groups_of(ulysses, layout.peers("context"))
+
+
+def _in_groups_of(size: int, sets: Groups) -> tuple[Groups, Groups]:
+    """Return groups of `size` consecutive ranks of each set, and the ranks with the same place in these groups."""
+    consecutive, across = [], []
+    for ranks in sets:
+        groups = [ranks[start : start + size] for start in range(0, len(ranks), size)]
+        assert len(groups) * size == len(ranks), (ranks, size)
+        consecutive += groups
+        across += list(zip(*groups))
+    return consecutive, across
 
 
 def create_grid(layout: Layout, rank: int, expert: int | None = None, ulysses: int | None = None) -> Grid:
