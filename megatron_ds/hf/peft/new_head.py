@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from megatron_ds.config.run_config import HeadSection
-from megatron_ds.errors import ConfigError, ConversionError
-from megatron_ds.hf.config import HFModel, read_json, read_model, with_new_head
+from megatron_ds.hf.config import HFModel, read_model, with_new_head
 from megatron_ds.hf.label_classes import OF_HEAD
 from megatron_ds.hf.peft.projections import in_memory
 from megatron_ds.hf.peft.rope_file import with_saved_rope
+from megatron_ds.hf.peft.run_sections import read_section
 from megatron_ds.hf.weight_files import json_text
 
 HEAD_FILE = "label_head.json"
@@ -61,17 +59,9 @@ def read_base(directory: Path, base: str | Path) -> HFModel:
         ConversionError: the file about the head or the rotation is damaged; or see `read_model`.
         ConfigError: see `with_rope`.
     """
-    model, file = with_saved_rope(directory, read_model(base)), directory / HEAD_FILE
-    if not file.is_file():
-        return model
-    fields = read_json(file)
-    try:
-        head = HeadSection.model_validate(fields)
-    except (ValidationError, ConfigError) as problem:
-        raise ConversionError(
-            f"{file}: is damaged: {' '.join(str(problem).split())}; try to export it again"
-        ) from problem
-    return with_new_head(model, head)
+    model = with_saved_rope(directory, read_model(base))
+    head = read_section(directory / HEAD_FILE, HeadSection)
+    return model if head is None else with_new_head(model, head)
 
 
 def new_head_tensors(model: HFModel) -> Sequence[str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from megatron_ds.config.rope_section import RopeSection
 from megatron_ds.errors import ConfigError, ConversionError
-from megatron_ds.hf.config import HFModel, read_json
+from megatron_ds.hf.config import HFModel
+from megatron_ds.hf.peft.run_sections import read_section
 from megatron_ds.hf.rope import with_rope
 from megatron_ds.hf.weight_files import json_text
 
@@ -37,17 +36,8 @@ def with_saved_rope(directory: Path, base: HFModel) -> HFModel:
         ConversionError: the file about the rotation is damaged.
         ConfigError: see `with_rope`.
     """
-    file = directory / ROPE_FILE
-    if not file.is_file():
-        return base
-    fields = read_json(file)
-    try:
-        rope = RopeSection.model_validate(fields)
-    except (ValidationError, ConfigError) as problem:
-        raise ConversionError(
-            f"{file}: is damaged: {' '.join(str(problem).split())}; try to export it again"
-        ) from problem
-    return with_rope(base, rope)
+    rope = read_section(directory / ROPE_FILE, RopeSection)
+    return base if rope is None else with_rope(base, rope)
 
 
 def check_same_rope(directory: Path, model: HFModel) -> None:
