@@ -112,10 +112,10 @@ def build_engine(
     rng, routers = RngStreams(options.seed, grid, device), replace(options.routers)
     pipelined = grid.pipeline.size > 1
     mpu = Mpu(grid)
-    by_onednn = device.type == "cpu" and summary.precision == "fp32" and onednn.faster_here()
-    context = ContextParallel(grid.context, grid.ulysses, grid.ring, options.context.method, options.context.zigzag)
-    tp = TensorParallel(grid.tensor, options.sequence, eager_products=by_onednn, context=context)
-    folded = fold_experts(grid)
+    tp, folded = (
+        _tensor_parallel(options, grid, eager_products=_multiplies_by_onednn(summary, device)),
+        fold_experts(grid),
+    )
     kernels = select_kernels(options.kernels, device)
     ctx = BuildContext(
         tp=tp,
@@ -159,7 +159,7 @@ def build_engine(
     made: Engine
     head = head_of(specs)
     padding = RowPadding(_multiple_of(tp), head, options.context.rope)
-    shared = (grid, device, optimizer, engine, head, rng, context, padding)
+    shared = (grid, device, optimizer, engine, head, rng, tp.context, padding)
     bucket = int(config["zero_optimization"]["reduce_bucket_size"])
     if pipelined:
         made = PipelineEngine(*shared, bucket=bucket)
@@ -178,6 +178,18 @@ def _counting_context(options: EngineOptions, grid: Grid) -> EngineOptions:
     """Return options whose batch is what DeepSpeed expects, which takes context ranks for data ranks."""
     batch = options.deepspeed["train_batch_size"] * grid.context.size
     return replace(options, deepspeed={**options.deepspeed, "train_batch_size": batch})
+
+
+def _multiplies_by_onednn(summary: DeepSpeedSummary, device: torch.device) -> bool:
+    """Return whether products are computed by oneDNN, which a compiler would replace by slower ones."""
+    return device.type == "cpu" and summary.precision == "fp32" and onednn.faster_here()
+
+
+def _tensor_parallel(options: EngineOptions, grid: Grid, eager_products: bool) -> TensorParallel:
+    """Return the ranks that divide the layers, and each sequence before them."""
+    plan = options.context
+    context = ContextParallel(grid.context, grid.ulysses, grid.ring, plan.method, plan.zigzag)
+    return TensorParallel(grid.tensor, options.sequence, eager_products, context)
 
 
 def _multiple_of(tp: TensorParallel) -> int:
