@@ -45,7 +45,7 @@ class HiddenOutput(OutputHead):
     product, by which any gradient of the model can be checked.
 
     Args:
-        tp: the tensor axis.
+        tp: the ranks that divide the sequence.
         pooler: (S, B, H), or (S/t, B, H) under sequence parallelism -> (B, H); None = it returns no such vector.
         pooling: of the vector of each text; None = it returns no such vector.
     """
@@ -92,7 +92,7 @@ def text_vectors(hidden: Tensor, mask: Tensor | None, pooling: PoolingConfig, tp
         hidden: the states.
         mask: (B, S), nonzero where a token is, at least once in each row; None = everywhere.
         pooling: of the vector.
-        tp: the tensor axis.
+        tp: the ranks that divide the sequence.
     """
     if pooling.pick == "mean":
         vectors = mean_state(hidden.float(), mask, tp)
@@ -120,7 +120,7 @@ def hidden_layer(
     """Return the spec of the output of a model without a head.
 
     Args:
-        tp: the tensor axis.
+        tp: the ranks that divide the sequence.
         like: a spec with the hidden states that it takes.
         pooler: makes its pooler; None = it has none.
         pooling: see `HiddenOutput`.
