@@ -158,7 +158,7 @@ def build_engine(
             optimizer.create_state(parameters)
     made: Engine
     head = head_of(specs)
-    padding = RowPadding(_multiple_of(tp), head, options.context.rope)
+    padding = RowPadding(tp.padded_to, head, options.context.rope)
     shared = (grid, device, optimizer, engine, head, rng, tp.context, padding)
     bucket = int(config["zero_optimization"]["reduce_bucket_size"])
     if pipelined:
@@ -190,11 +190,6 @@ def _tensor_parallel(options: EngineOptions, grid: Grid, eager_products: bool) -
     plan = options.context
     context = ContextParallel(grid.context, grid.ulysses, grid.ring, plan.method, plan.zigzag)
     return TensorParallel(grid.tensor, options.sequence, eager_products, context)
-
-
-def _multiple_of(tp: TensorParallel) -> int:
-    """Return the divisor of lengths that context ranks can share, and tensor ranks under sequence parallelism."""
-    return tp.multiple_of if tp.context.axis.size > 1 else 1  # what tensor ranks alone cannot share is refused
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class LearnedPositions(nn.Module):
             DataError: the sequence is longer than padding explains.
         """
         missing = length - self.table.max_positions
-        if missing >= self.tp.multiple_of:
+        if missing >= self.tp.padded_to:
             raise DataError(
                 f"a sequence has {length} positions, and the model's table has {self.table.max_positions}; try shorter "
                 "sequences"

@@ -84,8 +84,13 @@ class TensorParallel:
         return self.context.axis.size * (self.axis.size if self.splits_sequence else 1)
 
     @property
-    def multiple_of(self) -> int:
-        """Divisor of the lengths of sequences that these ranks can divide."""
+    def padded_to(self) -> int:
+        """Divisor of the lengths that sequences are padded to; 1 without context ranks.
+
+        Lengths that tensor ranks alone cannot divide are refused.
+        """
+        if self.context.axis.size == 1:
+            return 1
         return self.context.multiple_of * (self.axis.size if self.splits_sequence else 1)
 
     def full_length(self, x: Tensor) -> int:
