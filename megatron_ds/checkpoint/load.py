@@ -7,10 +7,11 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader
-from megatron_ds.checkpoint.state import OptimizerShard, optimizer_shards, refresh_weights, set_loss_scale
+from megatron_ds.checkpoint.state import refresh_weights, set_loss_scale, slices
 from megatron_ds.checkpoint.state_keys import KINDS
 from megatron_ds.checkpoint.tensor_slices import TensorSlice
 from megatron_ds.engine import Engine
+from megatron_ds.engine.optimizer_shards import OptimizerShard, optimizer_shards
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def load_state(engine: Engine, reader: StateReader) -> Progress:
     for shard in optimizer_shards(engine):
         if shard.name not in trained:
             continue
-        for part, views in shard.slices(axes):
+        for part, views in slices(shard, axes):
             for kind in KINDS:
                 _read_into(reader, kind, shard, part, views[kind])
         known = steps.get(id(shard.steps), (shard.steps, 0.0))[1]

@@ -26,10 +26,11 @@ from megatron_ds.checkpoint.passed_through import PASSED_THROUGH
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import RankFiles, plan_snapshot, take_snapshot
 from megatron_ds.checkpoint.snapshot_memory import HostMemory, copies_for
-from megatron_ds.checkpoint.state import differing_master, loss_scale, optimizer_shards
+from megatron_ds.checkpoint.state import differing_master, loss_scale
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.checkpoint.wide_weights import WeightSource
 from megatron_ds.engine import Engine
+from megatron_ds.engine.optimizer_shards import optimizer_shards
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.end_tokens import files_with_end_ids

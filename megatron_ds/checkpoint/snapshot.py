@@ -11,11 +11,12 @@ from torch import Tensor
 from megatron_ds.checkpoint.directory import STATE
 from megatron_ds.checkpoint.files import TensorChunk, TensorHeader
 from megatron_ds.checkpoint.snapshot_memory import HostMemory
-from megatron_ds.checkpoint.state import OptimizerShard, owned_shards
+from megatron_ds.checkpoint.state import owned_shards, slices
 from megatron_ds.checkpoint.state_keys import STEPS, key_of
 from megatron_ds.checkpoint.tensor_slices import TensorSlice
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
+from megatron_ds.engine.optimizer_shards import OptimizerShard
 from megatron_ds.parallel.grid import Axes
 
 
@@ -92,7 +93,7 @@ def take_snapshot(engine: Engine, weights: ModelWriter | AdapterWriter, memory: 
 def _state_tensors(shards: Sequence[OptimizerShard], axes: Axes) -> Iterator[tuple[str, Tensor]]:
     """Yield names and live views. The rank with a parameter's first element writes its number of steps."""
     for shard in shards:
-        for part, views in shard.slices(axes):
+        for part, views in slices(shard, axes):
             for kind, view in views.items():
                 yield key_of(kind, shard.name, part), view
             if not any(part.start):

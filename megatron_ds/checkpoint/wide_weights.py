@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.checkpoint.state import master_shard
 from megatron_ds.engine import Engine
+from megatron_ds.engine.optimizer_shards import master_shard
 from megatron_ds.hf.family import Part
 from megatron_ds.hf.weights import HFWeights
 

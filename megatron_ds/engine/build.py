@@ -30,6 +30,7 @@ from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
+from megatron_ds.engine.param_groups import param_groups
 from megatron_ds.engine.pipeline.engine import PipelinedModel, PipelineEngine
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.engine.probe import GradientProbe
@@ -263,27 +264,7 @@ def _optimizer(
     if section is None:
         return GradientProbe(module.parameters())
     kind = OPTIMIZERS.get(section.name, "optimizer.name")
-    return kind.from_section(_param_groups(module, section, folded), section, device, **section.options)
-
-
-def _param_groups(module: nn.Module, section: OptimizerSection, folded: FoldedExperts | None) -> list[dict[str, Any]]:
-    """Return groups of the parameters that are not frozen, with weight decay on matrices only, unless `decay_all`.
-
-    The declaration of a parameter decides about its decay, not its shape, which ZeRO-3 has already flattened. Experts
-    that DeepSpeed reduces apart are in groups of their own.
-    """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
-        decays = section.decay_all or spec_of(parameter).decay
-        apart = folded is not None and spec_of(parameter).is_of_experts
-        groups.setdefault((section.weight_decay if decays else 0.0, apart), []).append(parameter)
-    options = folded.group_options if folded is not None else {}
-    return [
-        {"params": parameters, "weight_decay": decay, **(options if apart else {})}
-        for (decay, apart), parameters in groups.items()
-    ]
+    return kind.from_section(param_groups(module, section, folded), section, device, **section.options)
 
 
 def _recompute(options: EngineOptions, mpu: Mpu, rng: RngStreams, device: torch.device) -> Recompute:

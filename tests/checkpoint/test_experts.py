@@ -23,8 +23,9 @@ from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
-from megatron_ds.checkpoint.state import optimizer_shards, owned_shards
+from megatron_ds.checkpoint.state import owned_shards, slices
 from megatron_ds.checkpoint.state_keys import KINDS
+from megatron_ds.engine.optimizer_shards import optimizer_shards
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.to_hf import ToHF
@@ -106,7 +107,7 @@ def _save_again(grid: Grid, checkpoints: list[Path], place: Place, recipe: Recip
     engine, model = _engine(grid, checkpoints[0], place, recipe)
     for number, checkpoint in enumerate(checkpoints):
         for shard in optimizer_shards(engine):
-            for vector in shard.vectors.values():
+            for vector in (shard.master, *shard.moments.values()):
                 vector.fill_(float("nan"))
         progress = load_state(engine, StateReader(checkpoint))
         saver = Saver(engine, model, SaveOptions(folder / str(number), asynchronous=number % 2 == 0), Origin())
@@ -114,7 +115,7 @@ def _save_again(grid: Grid, checkpoints: list[Path], place: Place, recipe: Recip
         saver.wait()
     owned = Counter[str]()
     for shard in owned_shards(engine):
-        owned[shard.name] += sum(part.numel for part, _ in shard.slices(engine.grid.model_axes))
+        owned[shard.name] += sum(part.numel for part, _ in slices(shard, engine.grid.model_axes))
     return owned
 
 

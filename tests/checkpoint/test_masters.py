@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import megatron_ds as mds
-from megatron_ds.checkpoint import saver, state
+from megatron_ds.checkpoint import saver
 from megatron_ds.checkpoint.convert import export_hf
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.inspect import inspect
@@ -19,8 +19,9 @@ from megatron_ds.checkpoint.masters import check_masters, rounds_to
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
-from megatron_ds.checkpoint.state import optimizer_shards
 from megatron_ds.checkpoint.state_keys import KINDS
+from megatron_ds.engine import optimizer_shards as optimizer_shards_module
+from megatron_ds.engine.optimizer_shards import optimizer_shards
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights
@@ -90,7 +91,7 @@ def _save_after(grid: Grid, directory: Path, place: Place, recipe: Recipe, folde
     writer = Saver(engine, model, SaveOptions(folder, asynchronous=False), Origin())
     for shard in optimizer_shards(engine):
         if shard.name == name and grid.rank == grid.layout.world_size - 1:
-            shard.vectors["master"][at] += 0.25
+            shard.master[at] += 0.25
     with pytest.raises(CheckpointError) as refused:
         writer.save(Progress(step=1))
     return str(refused.value)
@@ -118,7 +119,7 @@ def test_a_master_of_something_else_is_not_saved(
 def permuted(references: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint whose masters are other parameters', as a version without this check wrote it."""
     directory, _ = references("qwen2-tied", Recipe())
-    monkeypatch.setattr(state, "_positions_in_flat_vectors", lambda optimizer: {})
+    monkeypatch.setattr(optimizer_shards_module, "_positions_in_flat_vectors", lambda optimizer: {})
     monkeypatch.setattr(saver, "differing_master", lambda engine: None)
     saved_at(directory, _zero(2, **ROUND_ROBIN), BF16, tmp_path / "checkpoints")
     return tmp_path / "checkpoints" / name_of(CUT)

@@ -103,7 +103,7 @@ def decay_by_shape() -> None:
             {"params": [p for p in module.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ]
 
-    build._param_groups = by_shape
+    build.param_groups = by_shape
 
 
 def window_off_by_one() -> None:
