@@ -5,9 +5,10 @@ offload); with several they become DeepSpeed's PipelineModule (1F1B, ZeRO-1). Bo
 """
 
 from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShardReader, StepResult
-from megatron_ds.engine.build import EngineOptions, build_engine
+from megatron_ds.engine.build import build_engine
 from megatron_ds.engine.device_settings import DEFAULT_SETTINGS, DeviceSettings
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
+from megatron_ds.engine.module import BuiltModule, EngineOptions, build_module
 from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
 from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.engine.shared_memory import enable_shared_memory
@@ -15,6 +16,7 @@ from megatron_ds.engine.shared_memory import enable_shared_memory
 __all__ = [
     "DEFAULT_SETTINGS",
     "OPTIMIZERS",
+    "BuiltModule",
     "DeviceSettings",
     "Engine",
     "EngineOptions",
@@ -25,6 +27,7 @@ __all__ = [
     "ShardReader",
     "StepResult",
     "build_engine",
+    "build_module",
     "device_count",
     "device_type",
     "enable_shared_memory",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.engine import build, data_sum, zero
+from megatron_ds.engine import build, data_sum, module, zero
 from megatron_ds.engine.experts import FoldedExperts, _Marker
 from megatron_ds.engine.router_load import Routers
 from megatron_ds.hf.to_hf import ToHF
@@ -238,7 +238,7 @@ def test_a_trap_of_the_losses_turns_them_red(trap: Trap, place: Place, once: Any
 
 def experts_not_set_apart() -> None:
     """Different experts are averaged as if they were replicas."""
-    build.fold_experts = lambda grid: None
+    module.fold_experts = lambda grid: None
 
 
 def _without(*names: str) -> None:

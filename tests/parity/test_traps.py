@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ds.engine import base, build
+from megatron_ds.engine import base, build, module
 from megatron_ds.engine.pipeline.boundary import Boundary
 from megatron_ds.engine.pipeline.engine import PipelinedModel
 from megatron_ds.layers import attention, cross_entropy, linear, rotary
@@ -45,7 +45,7 @@ def tied_gradients_not_summed() -> None:
 
 def flags_lost() -> None:
     """Shards without `tensor_model_parallel` are counted once a tensor group in the gradient norm."""
-    fill = build._fill
+    fill = module._fill
 
     def losing(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         fill(module, *args, **kwargs)
@@ -53,7 +53,7 @@ def flags_lost() -> None:
             if hasattr(parameter, "tensor_model_parallel"):
                 del parameter.tensor_model_parallel
 
-    build._fill = losing
+    module._fill = losing
 
 
 def mean_of_means() -> None:
