@@ -29,6 +29,7 @@ from megatron_ds.config.deepspeed_json import (
 from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.config.expert_checks import ExpertNames, check_expert_layout, check_experts
 from megatron_ds.config.load import build_run, build_section, dump_run, load_run
+from megatron_ds.config.optimizer_groups import OptimizerGroup
 from megatron_ds.config.run_config import (
     CheckpointSection,
     ExportSection,
@@ -54,6 +55,7 @@ __all__ = [
     "ExportSection",
     "ModelSection",
     "ModelShape",
+    "OptimizerGroup",
     "OptimizerSection",
     "ParallelSection",
     "RunConfig",

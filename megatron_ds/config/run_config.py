@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from megatron_ds.config.context_section import ContextSection
 from megatron_ds.config.data_section import DataSection
+from megatron_ds.config.optimizer_groups import OptimizerGroup
 from megatron_ds.config.rope_section import RopeSection
 from megatron_ds.config.schema_base import (
     Beta,
@@ -211,7 +212,8 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     """The optimizer. `grad_clip: 0` turns clipping off; `decay_all` decays biases and norms too.
 
-    `options`: options of an optimizer that another package registers.
+    `groups`: other learning rates and weight decay by patterns of names; the first match counts. `options`: options of
+    an optimizer that another package registers.
     """
 
     name: Text = "adamw"
@@ -221,7 +223,24 @@ class OptimizerSection(Section):
     weight_decay: NonNegative = 0.1
     grad_clip: NonNegative = 1.0
     decay_all: bool = False
+    groups: list[OptimizerGroup] = []
     options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _factors_exist(self) -> "OptimizerSection":
+        given = next((group for group in self.groups if group.lr is not None and self.lr == 0), None)
+        if given is not None:
+            raise ConfigError(
+                f"optimizer.groups: lr={given.lr:g} of {given.label} follows the schedule in proportion to "
+                "optimizer.lr=0; try a positive optimizer.lr, and lr_factor: 0 for all that it is not for"
+            )
+        return self
+
+    @property
+    def group_lrs(self) -> dict[str, float]:
+        """Label of each group with a learning rate of its own -> its factor of the run's."""
+        factors = {group.label: group.factor(self.lr) for group in self.groups}
+        return {label: factor for label, factor in factors.items() if factor != 1.0}
 
 
 class ScheduleSection(Section):

@@ -18,6 +18,7 @@ from megatron_ds.engine.gathering import gather_part, send_to_rank_0
 from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.group_tables import read_group_tables, set_group_tables
 from megatron_ds.engine.optimizer import GuardedOptimizer
+from megatron_ds.engine.param_groups import LR_FACTOR
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import ParamSpec, is_untrained, spec_of
@@ -131,7 +132,7 @@ class Engine(ABC):
     Attributes:
         grid: the axes and roles of this rank.
         device: the device of its tensors.
-        optimizer: the torch optimizer inside DeepSpeed's; `train_step` sets its `lr`.
+        optimizer: the torch optimizer inside DeepSpeed's; `train_step` sets its `lr` in each group.
         head: the declaration of the output head: the labels that it reads, the terms and metrics that it returns.
         steps_begun: number of calls of `train_step`, skipped steps included; a resumed run sets it.
         kernels: names of the kernels in use that are not PyTorch's, for the log.
@@ -181,6 +182,10 @@ class Engine(ABC):
         term, and one on the device of fp32 numbers, a loss sum per term and a sum and a weight per metric. Experts add
         one over all ranks, of E + 2 fp64 numbers per layer that has some. The host waits for the device once, for these
         numbers and the gradient norm.
+
+        Args:
+            batches: this data rank's micro-batches.
+            lr: the learning rate; parameters of `optimizer.groups` get their multiple of it.
         """
         set_group_tables(self._group_tables)
         self._rng.begin_step(self.steps_begun)
@@ -192,7 +197,7 @@ class Engine(ABC):
         if self.routers is not None:
             self.routers.begin_step(len(batches), loss_scale_of(self.deepspeed))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_FACTOR, 1.0)
         counts = self._count(batches)
         batches = self._divisible(batches)
         # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the labels.

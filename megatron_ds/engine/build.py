@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.config import OptimizerSection, adapt_to_device, summarize_deepspeed
+from megatron_ds.config import adapt_to_device, summarize_deepspeed
 from megatron_ds.engine.base import Engine, ShardReader, weights_of
 from megatron_ds.engine.experts import FoldedExperts, declare_experts
 from megatron_ds.engine.gradient_norm import read_norm_once
@@ -59,7 +59,7 @@ def build_engine(
     module, folded = built.module, built.folded
     _freeze(module, options.frozen)
     declare_experts(module, folded)
-    optimizer = _optimizer(module, options.optimizer, device, folded)
+    optimizer = _optimizer(module, options, device, folded)
     largest = max(grid.shard.size, grid.expert_shard.size) if folded else grid.shard.size
     config = adapt_to_device(options.deepspeed, device.type, largest)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use while it sets bf16 up
@@ -118,9 +118,11 @@ def flat_parameters(deepspeed_engine: Any) -> list[Tensor]:
 
 
 def _optimizer(
-    module: nn.Module, section: OptimizerSection | None, device: torch.device, folded: FoldedExperts | None
+    module: nn.Module, options: EngineOptions, device: torch.device, folded: FoldedExperts | None
 ) -> torch.optim.Optimizer:
+    section = options.optimizer
     if section is None:
         return GradientProbe(module.parameters())
     kind = OPTIMIZERS.get(section.name, "optimizer.name")
-    return kind.from_section(param_groups(module, section, folded), section, device, **section.options)
+    groups = param_groups(module, section, folded, options.groups)
+    return kind.from_section(groups, section, device, **section.options)

@@ -5,7 +5,7 @@ Choose the implementations, allocate the parameters, load the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,6 +51,7 @@ class EngineOptions:
         mlp_tile_tokens: see `BuildContext`.
         seed: of dropout, and of initialisation if no weights are read.
         frozen: names of parameters that are not trained.
+        groups: name of a parameter -> index of its entry in `optimizer.groups`.
         compiled: see `BuildContext`.
         routers: coefficients of the losses of mixtures of experts.
         bias_rate: see `Routers`.
@@ -64,6 +65,7 @@ class EngineOptions:
     seed: int
     context: ContextPlan = field(default_factory=ContextPlan)
     frozen: frozenset[str] = frozenset()
+    groups: Mapping[str, int] = field(default_factory=dict)
     compiled: bool = False
     kernels: Choice = AUTO
     routers: RouterSettings = field(default_factory=RouterSettings)

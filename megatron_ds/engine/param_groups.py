@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -10,22 +11,65 @@ from megatron_ds.config import OptimizerSection
 from megatron_ds.engine.experts import FoldedExperts
 from megatron_ds.layers.param_spec import spec_of
 
+LR_FACTOR = "lr_factor"
+"""Key of a parameter group: its learning rate divided by that of the run."""
 
-def param_groups(module: nn.Module, section: OptimizerSection, folded: FoldedExperts | None) -> list[dict[str, Any]]:
-    """Return groups of the parameters that are not frozen, with weight decay on matrices only, unless `decay_all`.
 
-    The declaration of a parameter decides about its decay, not its shape, which ZeRO-3 has already flattened. Experts
-    that DeepSpeed reduces apart are in groups of their own.
+class GroupKey(NamedTuple):
+    """The properties that the parameters of one group share.
+
+    Attributes:
+        lr_factor: the learning rate divided by that of the run.
+        weight_decay: the weight decay.
+        apart: DeepSpeed reduces and shards them over other ranks than all others: they are of experts.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
-        decays = section.decay_all or spec_of(parameter).decay
-        apart = folded is not None and spec_of(parameter).is_of_experts
-        groups.setdefault((section.weight_decay if decays else 0.0, apart), []).append(parameter)
+
+    lr_factor: float
+    weight_decay: float
+    apart: bool
+
+
+def param_groups(
+    module: nn.Module, section: OptimizerSection, folded: FoldedExperts | None, entries: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return groups of the parameters that are not frozen, one for each `GroupKey`.
+
+    Weight decay is on matrices only, unless `decay_all` or an entry of `optimizer.groups` says otherwise. The
+    declaration of a parameter decides, not its shape, which ZeRO-3 has already flattened. Pipeline stages may have
+    different groups.
+
+    Args:
+        module: this rank's part of the model.
+        section: the run file's section.
+        folded: groups of the ranks with the same experts, if DeepSpeed reduces experts apart.
+        entries: name of a parameter in the full model -> index of its entry in `section.groups`.
+    """
+    renamed: dict[str, str] = getattr(module, "renamed", {})
+    groups: dict[GroupKey, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = _group_key(parameter, section, folded, entries.get(renamed.get(name, name)))
+            groups.setdefault(key, []).append(parameter)
     options = folded.group_options if folded is not None else {}
     return [
-        {"params": parameters, "weight_decay": decay, **(options if apart else {})}
-        for (decay, apart), parameters in groups.items()
+        {
+            "params": parameters,
+            "weight_decay": key.weight_decay,
+            LR_FACTOR: key.lr_factor,
+            **(options if key.apart else {}),
+        }
+        for key, parameters in groups.items()
     ]
+
+
+def _group_key(
+    parameter: nn.Parameter, section: OptimizerSection, folded: FoldedExperts | None, entry: int | None
+) -> GroupKey:
+    spec = spec_of(parameter)
+    decay = section.weight_decay if section.decay_all or spec.decay else 0.0
+    factor = 1.0
+    if entry is not None:
+        group = section.groups[entry]
+        factor = group.factor(section.lr)
+        decay = decay if group.weight_decay is None else group.weight_decay
+    return GroupKey(factor, decay, folded is not None and spec.is_of_experts)

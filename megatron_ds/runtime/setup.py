@@ -27,6 +27,7 @@ from megatron_ds.layers.moe.balance import RouterSettings
 from megatron_ds.parallel.grid import Layout, create_grid, with_neighbours
 from megatron_ds.registry import check_options
 from megatron_ds.runtime.loaded_model import LoadedModel
+from megatron_ds.runtime.optimizer_groups import grouped_parameters
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,11 @@ def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device)
 
 
 def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
-    """Return the options of the engine that a plan describes for a model."""
+    """Return the options of the engine that a plan describes for a model.
+
+    Raises:
+        ConfigError: see `grouped_parameters`.
+    """
     config = plan.config
     return EngineOptions(
         deepspeed=plan.deepspeed,
@@ -117,6 +122,7 @@ def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
         mlp_tile_tokens=config.mlp_tile_tokens,
         seed=config.seed,
         frozen=model.frozen,
+        groups=grouped_parameters(model, config.optimizer),
         compiled=config.compile,
         kernels=config.kernels,
         routers=RouterSettings(config.moe_aux_loss, config.moe_z_loss),

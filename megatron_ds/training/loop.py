@@ -261,6 +261,7 @@ class TrainingLoop:
             mfu=rates.mfu,
             peak_memory_bytes=memory.used_bytes if memory is not None else None,
             reserved_memory_bytes=memory.reserved_bytes if memory is not None else None,
+            lrs={label: lr * factor for label, factor in self._run.optimizer.group_lrs.items()},
             terms=result.terms if len(result.terms) > 1 else {},
             metrics=result.metrics,
         )

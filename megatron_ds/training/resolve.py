@@ -35,6 +35,7 @@ from megatron_ds.runtime.loaded_model import (
     read_model_section,
 )
 from megatron_ds.runtime.objective import Objective, find_objective, new_parameters
+from megatron_ds.runtime.optimizer_groups import grouped_parameters
 from megatron_ds.runtime.setup import EnginePlan, plan_engine
 from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resume import check_same_model, checkpoint_folder
@@ -106,6 +107,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     if checkpoint is not None and model.adapters is None:
         assert model.weights is not None
         check_same_model(model.hf, model.weights.model, checkpoint)
+    grouped_parameters(model, run.optimizer)
     objective = find_objective(run.train.objective, model, run.data, run.train.seed)
     _check_new_parameters(run, model.hf, objective)
     return ResolvedRun(run, replace(model, change_layers=objective.layers), plan, objective)

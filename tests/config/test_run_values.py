@@ -110,6 +110,20 @@ REFUSALS = [
     ("train.recompute=null", "train.recompute is empty; give it a value, or remove the key"),
     ("train.freeze=null", "train.freeze is empty; give it a list, or remove the key"),
     ("optimizer.lr=fast", "optimizer.lr=fast is not a number"),
+    (
+        "optimizer.groups=[{match: a.*}]",
+        "optimizer.groups: a.* changes nothing; give lr, lr_factor or weight_decay",
+    ),
+    (
+        "optimizer.groups=[{match: [a, b], lr: 1e-4, lr_factor: 2}]",
+        "optimizer.groups: a, b has lr=0.0001 and lr_factor=2, which both set its learning rate; keep one",
+    ),
+    (
+        "optimizer={lr: 0, groups: [{match: a, lr: 1e-4}]}",
+        "optimizer.groups: lr=0.0001 of a follows the schedule in proportion to optimizer.lr=0; try a positive "
+        "optimizer.lr, and lr_factor: 0 for all that it is not for",
+    ),
+    ("optimizer.groups=[{match: a, lr: -1}]", "optimizer.groups[0].lr=-1 must be at least 0.0; nearest: 0.0"),
     ("optimizer.lr='3e-4'", "optimizer.lr=3e-4 is text, not a number; remove the quotes"),
     ("optimizer.lr='.5'", "optimizer.lr=.5 is text, not a number; remove the quotes"),
     ("optimizer.lr='-1'", "optimizer.lr=-1 is text, not a number; remove the quotes"),

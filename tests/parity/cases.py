@@ -93,6 +93,7 @@ class Recipe:
     attention_mask: bool = False
     packed: bool = False
     frozen: tuple[str, ...] = ()  # patterns of names that are not trained, which fit transformers' in memory too
+    groups: tuple[tuple[str, float, float | None], ...] = ()  # pattern of names, factor of lr, weight decay
     length: int = SEQ
     padding_step: int = 1  # tokens of left padding that a row has more than the one before; every fifth has none
     labels_first: bool = True  # behind padding, the last token of it, which sees no token, predicts the first

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_ds.config import EngineConfig, OptimizerSection, ParallelSection
+from megatron_ds.config import EngineConfig, OptimizerGroup, OptimizerSection, ParallelSection
 from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.parallel.rank_info import RankInfo
@@ -87,6 +87,10 @@ def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
             grad_clip=recipe.grad_clip,
+            groups=[
+                OptimizerGroup(match=[pattern], lr_factor=factor, weight_decay=decay)
+                for pattern, factor, decay in recipe.groups
+            ],
         ),
         "global_batch_size": recipe.global_batch,
         "micro_batch_size": place.micro_batch(recipe),

@@ -69,10 +69,13 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
     masters = [parameter.detach().float().clone().requires_grad_() for parameter in trained.values()]
     # those of all experts are one tensor, and so are norms of each head: a bias or a norm may have two dims
     decays = [master.dim() >= 2 and not name.endswith(NOT_DECAYED) for name, master in zip(trained, masters)]
-    groups = [
-        {"params": [m for m, decay in zip(masters, decays) if decay], "weight_decay": recipe.weight_decay},
-        {"params": [m for m, decay in zip(masters, decays) if not decay], "weight_decay": 0.0},
-    ]
+    groups = []
+    for name, master, decay in zip(trained, masters, decays):
+        own = next((one for one in recipe.groups if fnmatch(name, one[0])), ("", 1.0, None))
+        of_kind = recipe.weight_decay if decay else 0.0
+        groups.append(
+            {"params": [master], "lr": recipe.lr * own[1], "weight_decay": of_kind if own[2] is None else own[2]}
+        )
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
     losses, norms = [], []
     for step in range(recipe.steps):
