@@ -31,10 +31,6 @@ from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils import groups
 from torch import Tensor
 
-_MOST_GROUPS = 4
-"""Parameter groups that a pipeline stage may train: with weight decay or without, of experts or not. A stage of dense
-layers alone, or with frozen parameters, has fewer, and all stages reduce sums of the same shape."""
-
 ReadNorm = Callable[[Tensor], Tensor]
 """The norm on the device, a scalar -> the same on the host. Called on all ranks, so it may communicate."""
 
@@ -60,27 +56,28 @@ def read_norm_once(zero: Any, read: ReadNorm) -> None:
 def _norm_of_stages_1_and_2(zero: Any, read: ReadNorm) -> Tensor:
     if zero.cpu_offload:  # the gradients are in host memory; DeepSpeed would reduce a norm for each parameter group
         return read(zero.complete_grad_norm_calculation_for_cpu_offload(list(chain(*zero.params_in_partition))))
-    return read(torch.linalg.vector_norm(_norms(zero, zero.params_in_partition, torch.float32)))
+    return read(_norm(zero, zero.params_in_partition, torch.float32))
 
 
 def _norms_of_stage_3(zero: Any, of_offloaded: Callable[[], list[Tensor]], read: ReadNorm) -> list[Tensor]:
     if zero.offload_optimizer:  # a norm that is not finite is -1 there
         return [read(combine_grad_norm_groups(of_offloaded()))]
-    return [read(torch.linalg.vector_norm(_norms(zero, zero.fp16_groups, get_norm_dtype())))]
+    return [read(_norm(zero, zero.fp16_groups, get_norm_dtype()))]
 
 
-def _norms(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
-    """Return the L2 norm of the gradients of each parameter group, as DeepSpeed counts them, and zeros: (groups,).
+def _norm(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
+    """Return the L2 norm of the gradients of all parameter groups, as DeepSpeed counts them: a scalar.
 
     Of what several tensor ranks hold, the first rank counts, and the first pipeline stage of what several stages hold.
-    One all-reduce over shard, and one over the model-parallel ranks.
+    Groups are summed before ranks, because pipeline stages may have different numbers of them. One all-reduce over
+    shard, and one over the model-parallel ranks.
 
     Args:
         zero: the optimizer, with the gradients of this rank's partition.
         parameter_groups: the parameters of each group in this rank's partition.
-        dtype: the dtype of the sums of squares that are reduced.
+        dtype: the dtype of the sum of squares that is reduced.
     """
-    sums = []
+    total = torch.zeros((), dtype=get_norm_dtype(), device=get_accelerator().current_device_name())
     for index, parameters in enumerate(parameter_groups):
         gradients = [one for one in zero.averaged_gradients[index] if not getattr(one, "_zero_padding", False)]
         counted = [
@@ -89,12 +86,11 @@ def _norms(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch
             if not getattr(parameter, "ds_pipe_replicated", False)
             and (is_model_parallel_parameter(parameter) or zero.model_parallel_rank == 0)
         ]
-        sums.append(_sum_of_squares(counted, get_norm_dtype()))
-    sums += [torch.zeros_like(sums[0])] * (_MOST_GROUPS - len(sums))
-    by_group = torch.stack(sums).to(dtype)
+        total += _sum_of_squares(counted, get_norm_dtype())
+    total = total.to(dtype)
     for group in (zero.dp_process_group, zero.model_parallel_group):
-        _sum_over(by_group, group)
-    return by_group.sqrt()
+        _sum_over(total, group)
+    return total.sqrt()
 
 
 def _sum_over(x: Tensor, group: Any) -> None:
