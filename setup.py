@@ -1,9 +1,27 @@
 """The package, its dependency ranges and its command. `requirements.txt` pins what was tested."""
 
+import shutil
 from pathlib import Path
 from runpy import run_path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+SHIPPED = run_path(str(ROOT / "megatron_ds" / "shipped.py"))
+
+
+class BuildWithShippedFiles(build_py):
+    """Copy ds_configs/ and examples/ into the package, where `megatron_ds/shipped.py` finds them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # the clone has them
+        for folder in SHIPPED["FOLDERS"]:
+            target = Path(self.build_lib, "megatron_ds", SHIPPED["SHARE"], folder)
+            shutil.copytree(ROOT / folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
 
 # Packages that a run, a command or `make docs` needs only if it asks for them. A message about a missing one names the
 # extra: pip install 'megatron-ds[wandb]'.
@@ -21,11 +39,34 @@ DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
 
 setup(
     name="megatron-ds",
-    version=run_path(str(Path(__file__).with_name("megatron_ds") / "version.py"))["__version__"],
+    version=run_path(str(ROOT / "megatron_ds" / "version.py"))["__version__"],
     description="Megatron's tensor and pipeline parallelism on DeepSpeed's engine, Hugging Face checkpoints in and out",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "deepspeed",
+        "megatron",
+        "transformers",
+        "tensor parallelism",
+        "pipeline parallelism",
+        "pretraining",
+        "LLM",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ds", "megatron_ds.*"]),
     package_data={"megatron_ds": ["py.typed", "hf/proof.json"]},
@@ -48,5 +89,6 @@ setup(
         "matplotlib>=3.11,<4",
     ],
     extras_require={**EXTRAS, "all": [line for extra in EXTRAS.values() for line in extra], "docs": DOCS},
+    cmdclass={"build_py": BuildWithShippedFiles},
     entry_points={"console_scripts": ["megatron-ds = megatron_ds.cli.main:main"]},
 )

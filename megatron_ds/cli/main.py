@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 from megatron_ds.cache import use_writable_caches
+from megatron_ds.cli.examples import HELP as EXAMPLES_HELP
+from megatron_ds.cli.examples import examples
 from megatron_ds.cli.export import HELP as EXPORT_HELP
 from megatron_ds.cli.export import export
 from megatron_ds.cli.families import HELP as FAMILIES_HELP
@@ -62,6 +64,7 @@ app.command("import", help=IMPORT_HELP)(import_hf)
 app.command(help=VERIFY_HELP)(verify)
 app.command(help=INSPECT_HELP)(inspect)
 app.command(help=FAMILIES_HELP)(families)
+app.command(help=EXAMPLES_HELP)(examples)
 
 
 @app.callback()

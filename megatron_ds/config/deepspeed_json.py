@@ -29,6 +29,7 @@ from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
 from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, show, suggest
 from megatron_ds.paths import expanded_text
+from megatron_ds.shipped import existing_or_shipped
 
 DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
 BUCKET_ELEMENTS = 50_000_000  # gradients that data ranks reduce at a time: larger messages are no faster
@@ -79,11 +80,13 @@ def _expand_paths(mapping: dict[str, Any], place: Place) -> None:
 def read_deepspeed_file(path: str) -> dict[str, Any]:
     """Return the mapping in a JSON file, its keys unchecked.
 
+    A file of the user's has precedence over the shipped one of the same name, `ds_configs/NAME`.
+
     Raises:
         ConfigError: the file is missing or is not a JSON mapping; with the line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = existing_or_shipped(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"deepspeed={path}: no such file (looked from {Path.cwd()})") from None
     except UnicodeDecodeError:

@@ -401,6 +401,19 @@ def test_facts_of_offload():
     assert summarize_deepspeed({"zero_optimization": {"stage": 2, "cpu_offload": True}}).offload_optimizer
 
 
+def test_shipped_files_are_found_from_anywhere_and_a_file_of_the_users_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in SHIPPED:
+        assert load_deepspeed(f"ds_configs/{path.name}") == json.loads(path.read_text(encoding="utf-8"))
+    mine = tmp_path / "ds_configs" / "zero1_bf16.json"
+    mine.parent.mkdir()
+    mine.write_text('{"zero_optimization": {"stage": 2}}')
+    assert load_deepspeed("ds_configs/zero1_bf16.json") == {"zero_optimization": {"stage": 2}}
+    for absent in ("ds_configs/none.json", "zero1_bf16.json", "other/zero1_bf16.json", f"{tmp_path}/zero1_bf16.json"):
+        with pytest.raises(ConfigError, match=rf"^deepspeed={absent}: no such file"):
+            load_deepspeed(absent)
+
+
 def test_unreadable_files(ds_file, tmp_path):
     with pytest.raises(ConfigError, match=r"^deepspeed=none\.json: no such file \(looked from /"):
         load_deepspeed("none.json")

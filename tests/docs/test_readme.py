@@ -124,6 +124,8 @@ def test_command_is_right(
         assert {word for word in words[3:] if word.startswith("--")} <= options_of(bench)
     elif words[:3] == ["python", "-m", "bench.combine"]:
         assert {word for word in words[3:] if word.startswith("--")} <= options_of(combine)
+    elif words[:3] == ["python", "-m", "build"] or words[:2] == ["pip", "install"]:
+        assert page == "docs/install.md"  # run by `tests/test_packages.py`
     elif words[0] == "megatron-ds" and page.startswith("examples/") and words[1] in CONVERTING:
         assert page in CHAINED, f"{page}: {command}: no test runs this command"
     elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
@@ -133,7 +135,7 @@ def test_command_is_right(
         arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
         assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word
         assert "no config.json here" in capsys.readouterr().err
-    elif words[:2] == ["megatron-ds", "families"]:
+    elif words[:2] in (["megatron-ds", "families"], ["megatron-ds", "examples"]):
         assert _run(words[1:]) == 0, capsys.readouterr().err
     elif words[0] == "megatron-ds":
         run, ranks = run_of(words[1:])
