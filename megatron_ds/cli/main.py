@@ -16,6 +16,8 @@ import typer
 from megatron_ds.cache import use_writable_caches
 from megatron_ds.cli.examples import HELP as EXAMPLES_HELP
 from megatron_ds.cli.examples import examples
+from megatron_ds.cli.doctor import HELP as DOCTOR_HELP
+from megatron_ds.cli.doctor import doctor
 from megatron_ds.cli.export import HELP as EXPORT_HELP
 from megatron_ds.cli.export import export
 from megatron_ds.cli.families import HELP as FAMILIES_HELP
@@ -46,6 +48,7 @@ Examples:
   megatron-ds inspect out/run
   megatron-ds export out/run out/hf
   megatron-ds verify out/hf --tp 2
+  megatron-ds doctor
 """
 PRINT_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to print
 
@@ -65,6 +68,7 @@ app.command(help=VERIFY_HELP)(verify)
 app.command(help=INSPECT_HELP)(inspect)
 app.command(help=FAMILIES_HELP)(families)
 app.command(help=EXAMPLES_HELP)(examples)
+app.command(help=DOCTOR_HELP)(doctor)
 
 
 @app.callback()
@@ -86,7 +90,7 @@ def main() -> None:
     """Run the command line and exit: 0 done; 2 a user error, in one line; 130 interrupted; 1 any other error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenizers would switch itself off in forked ranks
     arguments = sys.argv[1:]
-    only_shows = _command(arguments) in ("", "inspect", "families") or "--help" in arguments
+    only_shows = _command(arguments) in ("", "inspect", "families", "doctor") or "--help" in arguments
     streams = StandardStreams(announces=not only_shows)
     streams.install()
     status = _run(arguments)
@@ -145,7 +149,7 @@ def _prepare_surroundings(arguments: Sequence[str]) -> None:
 
 def _rank(arguments: Sequence[str]) -> str:
     """Return the rank that this process has in a run; other commands have no ranks."""
-    if _command(arguments) != "train":
+    if _command(arguments) not in ("train", "doctor"):
         return "0"
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID")) or "0"  # empty: left over in the shell
 

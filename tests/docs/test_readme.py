@@ -13,6 +13,7 @@ import yaml
 from bench.__main__ import main as bench
 from bench.cases import CASES
 from bench.combine import main as combine
+from megatron_ds.cli.doctor import doctor
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError, MegatronDSError
@@ -137,6 +138,8 @@ def test_command_is_right(
         assert "no config.json here" in capsys.readouterr().err
     elif words[:2] in (["megatron-ds", "families"], ["megatron-ds", "examples"]):
         assert _run(words[1:]) == 0, capsys.readouterr().err
+    elif "doctor" in words:
+        assert {word for word in words[words.index("doctor") :] if word.startswith("--")} <= options_of(doctor)
     elif words[0] == "megatron-ds":
         run, ranks = run_of(words[1:])
         check_fits(run, ranks or 1)
