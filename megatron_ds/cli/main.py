@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 
 from megatron_ds.cache import use_writable_caches
-from megatron_ds.cli.examples import HELP as EXAMPLES_HELP
-from megatron_ds.cli.examples import examples
 from megatron_ds.cli.doctor import HELP as DOCTOR_HELP
 from megatron_ds.cli.doctor import doctor
+from megatron_ds.cli.examples import HELP as EXAMPLES_HELP
+from megatron_ds.cli.examples import examples
 from megatron_ds.cli.export import HELP as EXPORT_HELP
 from megatron_ds.cli.export import export
 from megatron_ds.cli.families import HELP as FAMILIES_HELP
