@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.state import refresh_weights, set_loss_scale, slices
-from megatron_ds.checkpoint.state_keys import KINDS
+from megatron_ds.checkpoint.state_keys import MASTER
 from megatron_ds.checkpoint.tensor_slices import TensorSlice
-from megatron_ds.engine import Engine
+from megatron_ds.engine import OPTIMIZERS, Engine
 from megatron_ds.engine.optimizer_shards import OptimizerShard, optimizer_shards
+from megatron_ds.errors import CheckpointError
+
+
+def continues_optimizer(reader: StateReader, kinds: Collection[str] | None, name: str, *, resets: bool) -> bool:
+    """Return whether a run continues the optimizer state of a checkpoint; else it takes the masters alone.
+
+    Args:
+        reader: of the checkpoint.
+        kinds: `state_kinds` of the run's optimizer.
+        name: its name in the run file.
+        resets: whether an optimizer of other state may begin with an empty one: `checkpoint.optimizer: reset`.
+
+    Raises:
+        CheckpointError: the optimizers keep different state, and `resets` is false.
+    """
+    then = reader.optimizer_kinds
+    if not reader.progress.trained or then == frozenset(kinds or ()):
+        return True
+    if resets:
+        return False
+    same = [known for known, kind in OPTIMIZERS.items() if frozenset(kind.state_kinds or ()) == then]
+    fix = f"optimizer.name={same[0]}, or " if same and same[0] != name else ""
+    raise CheckpointError(
+        f"optimizer.name={name} keeps {_listed(kinds or ())}, and {reader.directory} has the state of another "
+        f"optimizer: {_listed(then)}; try {fix}checkpoint.optimizer=reset, which begins with an empty state"
+    )
+
+
+def _listed(kinds: Collection[str]) -> str:
+    return ", ".join(sorted(kinds)) or "no state"
 
 
 @torch.no_grad()
-def load_state(engine: Engine, reader: StateReader) -> Progress:
-    """Load the masters, moments and steps of a checkpoint into a fresh engine. Collective over the world.
+def load_state(engine: Engine, reader: StateReader, *, resets_optimizer: bool = False) -> Progress:
+    """Load the masters, optimizer state and steps of a checkpoint into a fresh engine. Collective over the world.
 
-    A parameter that was not trained then, and is now, keeps the weights that the engine was filled with, without
-    moments.
+    A parameter that was not trained then, and is now, keeps the weights that the engine was filled with, and an empty
+    state.
+
+    Args:
+        engine: the engine, which has the weights of the checkpoint.
+        reader: of the checkpoint.
+        resets_optimizer: see `continues_optimizer`.
 
     Raises:
-        CheckpointError: an element is missing.
+        CheckpointError: an element is missing; the checkpoint has the state of another optimizer.
     """
+    optimizer = engine.optimizer
+    name = next((known for known, kind in OPTIMIZERS.items() if kind is type(optimizer)), type(optimizer).__name__)
+    kinds = getattr(optimizer, "state_kinds", None)
+    continues = continues_optimizer(reader, kinds, name, resets=resets_optimizer)
     trained, axes = set(reader.progress.trained), engine.grid.model_axes
     steps: dict[int, tuple[Tensor, float]] = {}
     for shard in optimizer_shards(engine):
         if shard.name not in trained:
             continue
         for part, views in slices(shard, axes):
-            for kind in KINDS:
-                _read_into(reader, kind, shard, part, views[kind])
-        known = steps.get(id(shard.steps), (shard.steps, 0.0))[1]
-        steps[id(shard.steps)] = shard.steps, max(known, reader.steps(shard.name))
+            for kind, view in views.items():
+                if continues or kind == MASTER:
+                    _read_into(reader, kind, shard, part, view)
+        if continues and shard.steps is not None:
+            known = steps.get(id(shard.steps), (shard.steps, 0.0))[1]
+            steps[id(shard.steps)] = shard.steps, max(known, reader.steps(shard.name))
     for counter, value in steps.values():
         counter.fill_(value)
     refresh_weights(engine)

@@ -96,5 +96,5 @@ def _state_tensors(shards: Sequence[OptimizerShard], axes: Axes) -> Iterator[tup
         for part, views in slices(shard, axes):
             for kind, view in views.items():
                 yield key_of(kind, shard.name, part), view
-            if not any(part.start):
+            if shard.steps is not None and not any(part.start):
                 yield key_of(STEPS, shard.name, TensorSlice((), ())), shard.steps

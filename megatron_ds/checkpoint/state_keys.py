@@ -5,8 +5,7 @@ from __future__ import annotations
 from megatron_ds.checkpoint.tensor_slices import TensorSlice
 
 MASTER, STEPS = "master", "step"
-KINDS = (MASTER, "exp_avg", "exp_avg_sq")
-"""The state of every trained element: the weight in fp32 and AdamW's two moments (Kingma and Ba 2015)."""
+"""The weights in fp32, and the number of updates of a parameter. All other kinds are the optimizer's own names."""
 
 
 def key_of(kind: str, name: str, part: TensorSlice) -> str:

@@ -339,13 +339,15 @@ class CheckpointSection(Section):
     """Checkpoints. `every: 0` never saves; `keep` is the number of checkpoints that are kept.
 
     `resume`: "auto" resumes from the newest intact checkpoint under `output`, "never" starts a new run, anything else
-    is the checkpoint to resume from. `asynchronous`: training continues while files are written.
+    is the checkpoint to resume from. `asynchronous`: training continues while files are written. `optimizer`: "reset"
+    lets an optimizer that keeps other state than the checkpoint's begin with an empty one; "resume" refuses it.
     """
 
     every: CountOrZero = 0
     keep: Count = 3
     resume: Annotated[PathText, BeforeValidator(_resume_source)] = "auto"
     asynchronous: bool = True
+    optimizer: Literal["resume", "reset"] = "resume"
 
 
 class ExportSection(Section):

@@ -9,11 +9,12 @@ from megatron_ds.engine.build import build_engine
 from megatron_ds.engine.device_settings import DEFAULT_SETTINGS, DeviceSettings
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
 from megatron_ds.engine.module import BuiltModule, EngineOptions, build_module
-from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
+from megatron_ds.engine.optimizers import ADAM_STATE, OPTIMIZERS, GuardedOptimizer, state_kinds_of
 from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.engine.shared_memory import enable_shared_memory
 
 __all__ = [
+    "ADAM_STATE",
     "DEFAULT_SETTINGS",
     "OPTIMIZERS",
     "BuiltModule",
@@ -33,5 +34,6 @@ __all__ = [
     "enable_shared_memory",
     "preload",
     "start_distributed",
+    "state_kinds_of",
     "stop_distributed",
 ]

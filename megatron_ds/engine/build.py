@@ -21,7 +21,7 @@ from megatron_ds.engine.experts import FoldedExperts, declare_experts
 from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
 from megatron_ds.engine.module import EngineOptions, build_module
-from megatron_ds.engine.optimizer import OPTIMIZERS, GuardedOptimizer
+from megatron_ds.engine.optimizers import GuardedOptimizer, make_optimizer
 from megatron_ds.engine.param_groups import param_groups
 from megatron_ds.engine.pipeline.engine import PipelineEngine
 from megatron_ds.engine.probe import GradientProbe
@@ -71,8 +71,8 @@ def build_engine(
             dist_init_required=False,
         )
     if isinstance(optimizer, GuardedOptimizer):
-        for parameters in flat_parameters(engine):
-            optimizer.create_state(parameters)
+        for flat, group in flat_parameters(engine):
+            optimizer.create_state(flat, group)
     made: Engine
     head, ctx = head_of(built.specs), built.context
     padding = RowPadding(ctx.tp.padded_to, head, options.context.rope)
@@ -107,14 +107,16 @@ def _freeze(module: nn.Module, frozen: frozenset[str]) -> None:
         raise ConfigError("train.freeze leaves nothing to train in a pipeline stage; try parallel.pipeline=1")
 
 
-def flat_parameters(deepspeed_engine: Any) -> list[Tensor]:
-    """Return the tensors that DeepSpeed's inner optimizer updates on this rank.
+def flat_parameters(deepspeed_engine: Any) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Return the tensors that DeepSpeed's inner optimizer updates on this rank, each with its parameter group.
 
     They are flat fp32 partitions, (n,), under ZeRO, and the parameters without it.
     """
-    if hasattr(deepspeed_engine.optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3 empties param_groups between steps
-        return list(deepspeed_engine.optimizer.fp32_partitioned_groups_flat)
-    return [one for group in deepspeed_engine.basic_optimizer.param_groups for one in group["params"]]
+    zero, groups = deepspeed_engine.optimizer, deepspeed_engine.basic_optimizer.param_groups
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 empties param_groups between steps
+        flat = zero.fp32_partitioned_groups_flat
+        return [(one, groups[zero.sub_group_to_group_id[number]]) for number, one in enumerate(flat)]
+    return [(one, group) for group in groups for one in group["params"]]
 
 
 def _optimizer(
@@ -123,6 +125,4 @@ def _optimizer(
     section = options.optimizer
     if section is None:
         return GradientProbe(module.parameters())
-    kind = OPTIMIZERS.get(section.name, "optimizer.name")
-    groups = param_groups(module, section, folded, options.groups)
-    return kind.from_section(groups, section, device, **section.options)
+    return make_optimizer(param_groups(module, section, folded, options.groups), section, device)

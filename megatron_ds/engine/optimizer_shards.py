@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine
+from megatron_ds.engine.optimizers import STEPS
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.parallel.collectives import all_reduce_
-
-STEPS = "step"
-"""The optimizers' name of the number of updates of a vector; all else that they keep is state of its elements."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class OptimizerShard:
         start: where the state begins in the flattened shard.
         master: (n,) fp32, the weights, live; elements beyond the shard's end are left out.
         moments: name in the optimizer's state -> (n,) fp32, live, such as AdamW's `exp_avg` and `exp_avg_sq`.
-        steps: () the number of times the optimizer has updated it, live; shared by all parameters in one vector.
+        steps: () the number of times the optimizer has updated it, live; shared by all parameters in one vector. None =
+            the optimizer does not count them.
     """
 
     name: str
@@ -45,7 +44,7 @@ class OptimizerShard:
     start: int
     master: Tensor
     moments: Mapping[str, Tensor]
-    steps: Tensor
+    steps: Tensor | None
 
 
 def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
@@ -58,7 +57,7 @@ def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
                 state = engine.optimizer.state[found.flat]
                 here = slice(found.offset, found.offset + found.length)
                 moments = {kind: one.view(-1)[here] for kind, one in state.items() if kind != STEPS}
-                master, steps = found.flat.data.view(-1)[here], state[STEPS]
+                master, steps = found.flat.data.view(-1)[here], state.get(STEPS)
                 yield OptimizerShard(
                     name, spec_of(parameter), parameter, found.shape, found.start, master, moments, steps
                 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from megatron_ds.config import RunConfig
-from megatron_ds.engine import OPTIMIZERS
+from megatron_ds.engine import OPTIMIZERS, state_kinds_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.monitor import SINKS
 from megatron_ds.registry import check_options
@@ -15,24 +15,25 @@ from megatron_ds.training.lr_schedule import SCHEDULES
 
 
 def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
-    """Check the schedule, the metric sinks and the callbacks of a run, and that checkpoints can hold its optimizer.
+    """Check schedule, optimizer, metric sinks and callbacks of a run, and that checkpoints can hold its optimizer.
 
     Args:
         run: the run file.
         resumes: whether the run reads the training state of a checkpoint.
 
     Raises:
-        ConfigError: a name is not registered, an option is unknown or missing, or the optimizer has other state than
-            checkpoints hold.
+        ConfigError: a name is not registered, an option is unknown, missing or wrong, or nothing says which state the
+            optimizer has.
     """
     schedule = SCHEDULES.get(run.schedule.name, "schedule.name")
     check_options(schedule, 1, run.schedule.options, "schedule.options")
     optimizer = OPTIMIZERS.get(run.optimizer.name, "optimizer.name")
-    if not optimizer.has_adam_state and (run.checkpoint.every or resumes):
+    check_options(optimizer.from_section, 3, run.optimizer.options, "optimizer.options")
+    if state_kinds_of(run.optimizer) is None and (run.checkpoint.every or resumes):
         fix = "checkpoint.every=0" if run.checkpoint.every else "checkpoint.resume=never"
         raise ConfigError(
-            f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: checkpoints hold AdamW's moments "
-            f"and no other state; try {fix}"
+            f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: its class does not list its state "
+            f"in state_kinds; try {fix}"
         )
     for number, entry in enumerate(run.monitor):
         field = f"monitor[{number}]"

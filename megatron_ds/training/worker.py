@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ds.checkpoint.load import load_state
+from megatron_ds.checkpoint.load import continues_optimizer, load_state
 from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import ResumePoint, StateReader
@@ -18,6 +18,7 @@ from megatron_ds.engine import (
     Engine,
     device_type,
     start_distributed,
+    state_kinds_of,
     stop_distributed,
 )
 from megatron_ds.hf.end_tokens import known_end_ids
@@ -79,7 +80,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
         check_same_data(prepared.train_data, resolved.run)
         engine = build(resolved.model, resolved.plan, info.rank, device)
         if prepared.reader is not None:
-            load_state(engine, prepared.reader)
+            load_state(engine, prepared.reader, resets_optimizer=run.checkpoint.optimizer == "reset")
         output_lock, notes = run_on_all_ranks(
             lambda: prepare_output(run, found, existing_lock) if info.rank == 0 else (None, ())
         )
@@ -99,6 +100,7 @@ class _Prepared:
     valid_data: Dataset | None
     begin: Progress
     reader: StateReader | None
+    is_reset: bool
     ends: Mapping[int, str]
     callbacks: Sequence[tuple[str, Callback]]
 
@@ -109,6 +111,12 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     resolved, train_data, valid_data = open_data(resolve_run(run, info.world_size, device_type(), found.path))
     run = run.model_copy(update={"train": resolved.run.train})  # paths stay as the user wrote them
     reader = StateReader(found.path) if found.path is not None else None
+    is_reset = reader is not None and not continues_optimizer(
+        reader,
+        state_kinds_of(run.optimizer),
+        run.optimizer.name,
+        resets=run.checkpoint.optimizer == "reset",
+    )
     if info.rank == 0 and reader is not None:
         check_masters(reader, sampled=True)
     start = initial_progress(run, reader.progress if reader is not None else None, train_data, found.path)
@@ -116,7 +124,9 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     if info.rank == 0 and reader is not None and metrics.is_file():
         read_metrics(metrics)  # refuses malformed lines now, before anything is written
     named = [*make_callbacks(run), *((type(one).__name__, one) for one in callbacks)]
-    return _Prepared(resolved, train_data, valid_data, start, reader, taught_ends(resolved, train_data), named)
+    return _Prepared(
+        resolved, train_data, valid_data, start, reader, is_reset, taught_ends(resolved, train_data), named
+    )
 
 
 def _train(
@@ -197,6 +207,8 @@ def _resume_notes(prepared: _Prepared) -> Iterator[str]:
     jump = describe_jump(prepared.reader.progress, prepared.resolved.run)
     if jump is not None:
         yield jump
+    if prepared.is_reset:
+        yield "checkpoint.optimizer=reset: the checkpoint has the state of another optimizer; this one begins without"
     if now.data.samples == 0 and prepared.reader.progress.data.samples:
         yield "data.restart=true: data position reset"
 

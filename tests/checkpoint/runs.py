@@ -14,6 +14,7 @@ from tests.parity.ours import Place, engine_on, micro_batches
 from tests.ranks import run_grid
 
 CUT = 2  # steps before the save
+KINDS = ("master", "exp_avg", "exp_avg_sq")  # AdamW's state of every trained element
 
 Curve = list[tuple[float, float]]
 """(loss, gradient norm) of each step."""

@@ -24,7 +24,6 @@ from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import StateReader, first_damage
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.checkpoint.state import owned_shards, slices
-from megatron_ds.checkpoint.state_keys import KINDS
 from megatron_ds.engine.optimizer_shards import optimizer_shards
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.config import read_model
@@ -32,7 +31,7 @@ from megatron_ds.hf.to_hf import ToHF
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
-from tests.checkpoint.runs import CUT, Curve, apart, offloaded, steps
+from tests.checkpoint.runs import CUT, KINDS, Curve, apart, offloaded, steps
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, session_of
 from tests.ranks import run_grid

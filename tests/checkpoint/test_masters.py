@@ -19,7 +19,6 @@ from megatron_ds.checkpoint.masters import check_masters, rounds_to
 from megatron_ds.checkpoint.progress import Origin, Progress
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
-from megatron_ds.checkpoint.state_keys import KINDS
 from megatron_ds.engine import optimizer_shards as optimizer_shards_module
 from megatron_ds.engine.optimizer_shards import optimizer_shards
 from megatron_ds.errors import CheckpointError
@@ -27,7 +26,7 @@ from megatron_ds.hf.config import read_model
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
-from tests.checkpoint.runs import CUT, apart, resumed_at, saved_at
+from tests.checkpoint.runs import CUT, KINDS, apart, resumed_at, saved_at
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, engine_on, session_of
 from tests.ranks import run_grid

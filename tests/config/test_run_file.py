@@ -121,7 +121,13 @@ def test_defaults(run_file):
         "start_timeout": 300.0,
         "freeze": [],
     }
-    assert run.checkpoint.model_dump() == {"every": 0, "keep": 3, "resume": "auto", "asynchronous": True}
+    assert run.checkpoint.model_dump() == {
+        "every": 0,
+        "keep": 3,
+        "resume": "auto",
+        "asynchronous": True,
+        "optimizer": "resume",
+    }
     assert run.export is None
     assert (run.monitor, run.callbacks, run.imports) == ([], [], [])
 

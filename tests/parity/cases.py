@@ -87,6 +87,8 @@ class Recipe:
     lr: float = 3e-3
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+    optimizer: str = "adamw"
+    options: tuple[tuple[str, Any], ...] = ()  # of the optimizer
     eps: float = 1e-6  # a key bias without rotation has gradient 0: Adam must not blow its rounding noise up to lr
     grad_clip: float = 0.5
     precision: str = "fp32"

@@ -82,6 +82,8 @@ def engine_config(place: Place, recipe: Recipe, **changes: Any) -> EngineConfig:
         ),
         "deepspeed": deepspeed,
         "optimizer": OptimizerSection(
+            name=recipe.optimizer,
+            options=dict(recipe.options),
             lr=recipe.lr,
             betas=recipe.betas,
             eps=recipe.eps,

@@ -13,6 +13,7 @@ from tests.parity.batches import batch_for, reference_loss
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
+from tests.parity.optimizers import REFERENCES
 
 ALL_CONFIGS = {**CONFIGS, **FAMILY_CASES, **ENCODER_CASES}
 # The last parts of names of buffers that are weights: of routers' choices, and the constants of xIELU.
@@ -76,7 +77,7 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
         groups.append(
             {"params": [master], "lr": recipe.lr * own[1], "weight_decay": of_kind if own[2] is None else own[2]}
         )
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+    optimizer = REFERENCES[recipe.optimizer](groups, recipe)
     losses, norms = [], []
     for step in range(recipe.steps):
         loss = reference_loss(model, batch_for(model.config.model_type, recipe, step))

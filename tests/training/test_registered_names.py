@@ -88,8 +88,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"schedule": {"options": {"every": 3}}}, "schedule.options.every: unknown option; it takes none"),
     (
-        {"optimizer": {"name": "lion"}},
-        "optimizer.name=lion is not one of adamw, sgd, slow_adamw",
+        {"optimizer": {"name": "lyon"}},
+        "optimizer.name=lyon is not one of adamw, lion, sgd, slow_adamw; did you mean lion?",
     ),
     ({"optimizer": {"options": {"momentum": 0.9}}}, "optimizer.options.momentum: unknown option; it takes none"),
     (
@@ -98,7 +98,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"optimizer": {"name": "sgd"}, "checkpoint": {"every": 2}},
-        "optimizer.name=sgd can be neither saved nor resumed: checkpoints hold AdamW's moments and no other state; "
+        "optimizer.name=sgd can be neither saved nor resumed: its class does not list its state in state_kinds; "
         "try checkpoint.every=0",
     ),
     (

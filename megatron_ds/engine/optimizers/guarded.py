@@ -1,0 +1,113 @@
+"""The base class of optimizers under DeepSpeed, and their registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_ds.config import OptimizerSection
+from megatron_ds.registry import Registry
+
+STEPS = "step"
+"""The name in an optimizer's state of the number of updates of a tensor, (); all else is state of its elements."""
+
+ADAM_STATE = (STEPS, "exp_avg", "exp_avg_sq")
+"""Adam's state: the number of steps, and the averages of gradients and of their squares (Kingma and Ba 2015)."""
+
+
+class GuardedOptimizer(torch.optim.Optimizer):
+    """An optimizer that can skip a step. Derive from it first and from a torch optimizer second.
+
+    DeepSpeed calls `step` once for each tensor that it puts into `param_groups`, when all gradients are reduced. Under
+    ZeRO these are flat fp32 partitions, (n,), of many parameters: the update must be elementwise, or at least
+    independent of a parameter's shape. DeepSpeed itself skips a step whose gradient norm is not finite, except with
+    ZeRO-0; it does not look at the loss.
+
+    Attributes:
+        state_kinds: names in `state` of what it keeps of each tensor, such as `ADAM_STATE`: `STEPS`, and fp32 tensors
+            of one number for each element, which begin at 0. Checkpoints hold them besides the fp32 weights, for any
+            layout. A class sets it, or an instance if it depends on options. None = it does not say; runs that save or
+            resume are refused.
+        has_adam_state: the same as `state_kinds = ADAM_STATE`.
+        should_step: called at the first tensor of every step; its answer must be the same on all ranks. It may
+            communicate: DeepSpeed reaches this point on all ranks or on none.
+    """
+
+    state_kinds: tuple[str, ...] | None = None
+    has_adam_state: ClassVar[bool] = False
+    should_step: Callable[[], bool] | None = None
+    _answer: bool | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.has_adam_state and cls.state_kinds is None:
+            cls.state_kinds = ADAM_STATE
+
+    @classmethod
+    def from_section(cls, *args: Any, **options: Any) -> GuardedOptimizer:
+        """Return the optimizer of a run: `from_section(groups, section, device, **options)`.
+
+        Args:
+            groups: list of parameter groups, each `{"params": [...], "weight_decay": ...}`.
+            section: the run file's `OptimizerSection`; the engine sets `lr` in `param_groups` before each step.
+            device: the device of the parameters.
+            options: the section's `options`; the signature of the override declares them.
+
+        Raises:
+            ConfigError: the options exclude one another.
+        """
+        raise NotImplementedError(f"{cls.__qualname__} has no from_section")
+
+    @property
+    def skipped(self) -> bool:
+        """True if `should_step` refused this step."""
+        return self._answer is False
+
+    def begin_step(self) -> None:
+        """Let the next call of `step` ask `should_step` again."""
+        self._answer = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters in `param_groups`, unless this step is to be skipped."""
+        if self._answer is None:
+            self._answer = self.should_step() if self.should_step is not None else True
+        return super().step(closure) if self._answer else None
+
+    def create_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Create the state of a tensor as zeros if it is missing, so that a checkpoint can be read into it.
+
+        Args:
+            parameter: a tensor that DeepSpeed puts into `param_groups`, (n,) or a parameter's own shape.
+            group: its parameter group.
+        """
+        if self.state[parameter]:
+            return
+        on_device = group.get("fused") or group.get("capturable")
+        device = parameter.device if on_device else torch.device("cpu")
+        for kind in self.state_kinds or ():
+            self.state[parameter][kind] = (
+                torch.zeros((), dtype=torch.float32, device=device)
+                if kind == STEPS
+                else torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            )
+
+
+OPTIMIZERS: Registry[type[GuardedOptimizer]] = Registry("optimizer")
+
+
+def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection, device: torch.device) -> GuardedOptimizer:
+    """Return the optimizer of a run; see `GuardedOptimizer.from_section`."""
+    return OPTIMIZERS.get(section.name, "optimizer.name").from_section(groups, section, device, **section.options)
+
+
+def state_kinds_of(section: OptimizerSection) -> tuple[str, ...] | None:
+    """Return the `state_kinds` of the optimizer of a run, before there are parameters.
+
+    Raises:
+        ConfigError: its options exclude one another.
+    """
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}]
+    return make_optimizer(groups, section, torch.device("cpu")).state_kinds
