@@ -30,6 +30,7 @@ from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.config.expert_checks import ExpertNames, check_expert_layout, check_experts
 from megatron_ds.config.load import build_run, build_section, dump_run, load_run
 from megatron_ds.config.optimizer_groups import OptimizerGroup
+from megatron_ds.config.option_values import check_option_values
 from megatron_ds.config.run_config import (
     CheckpointSection,
     ExportSection,
@@ -71,6 +72,7 @@ __all__ = [
     "check_expert_layout",
     "check_experts",
     "check_layout",
+    "check_option_values",
     "check_recomputation",
     "check_run",
     "check_saving",

@@ -170,6 +170,7 @@ _RULES: Mapping[str, _Rule] = {
     "greater_than": lambda ctx, value: f"must be more than {ctx['gt']}",
     "greater_than_equal": lambda ctx, value: f"must be at least {ctx['ge']}; nearest: {ctx['ge']}",
     "less_than": lambda ctx, value: f"must be less than {ctx['lt']}",
+    "less_than_equal": lambda ctx, value: f"must be at most {ctx['le']}; nearest: {ctx['le']}",
     "too_short": lambda ctx, value: "is empty; give at least one",
     "string_too_short": lambda ctx, value: "is empty",
     "string_pattern_mismatch": lambda ctx, value: "is not a size; write for example 5GB or 500MB",

@@ -38,6 +38,7 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "logging_steps": "train.log_every",
     "lora": "peft",
     "lr_scheduler": "schedule.name",
+    "lr_scheduler_kwargs": "schedule.options",
     "lr_scheduler_type": "schedule.name",
     "lr_warmup_steps": "schedule.warmup_steps",
     "max_grad_norm": "optimizer.grad_clip",

@@ -1,73 +1,18 @@
 """The learning rate: a function of the number of optimizer steps applied so far.
 
-A custom schedule is a function of a `SchedulePoint`, registered in `SCHEDULES`. It has no state: a resumed run calls
-it for its current step.
+A custom schedule is a function of a `SchedulePoint`, registered in `SCHEDULES` (`training.schedules`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.config import OptimizerSection, RunConfig, ScheduleSection
-from megatron_ds.registry import Registry
+from megatron_ds.training.schedules import SCHEDULES, SchedulePoint
+
+__all__ = ["SCHEDULES", "SchedulePoint", "check_schedule", "describe_jump", "learning_rate"]
 
 LARGEST_CHANGE = 0.01
 """Relative difference of two learning rates up to which a schedule continues."""
-
-
-@dataclass(frozen=True)
-class SchedulePoint:
-    """The arguments of a schedule: a step after the warm-up.
-
-    Attributes:
-        step: number of the step, from 1; skipped steps are not counted.
-        steps: number of steps of the run.
-        warmup_steps: steps of the linear warm-up, which ends at `peak_lr`.
-        peak_lr: `optimizer.lr`.
-        min_lr: `schedule.min_lr`.
-    """
-
-    step: int
-    steps: int
-    warmup_steps: int
-    peak_lr: float
-    min_lr: float
-
-    @property
-    def progress(self) -> float:
-        """The completed fraction of the steps after the warm-up, with this step: 1 on the last one."""
-        return min(1.0, (self.step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-
-    def between(self, fraction: float) -> float:
-        """Return the learning rate at a fraction of the way from `min_lr` up to `peak_lr`."""
-        return self.min_lr + (self.peak_lr - self.min_lr) * fraction
-
-
-Schedule = Callable[..., float]
-"""(point, **schedule.options) -> learning rate; the same on every rank."""
-
-SCHEDULES: Registry[Schedule] = Registry("schedule")
-
-
-@SCHEDULES.register("constant")
-def constant(point: SchedulePoint) -> float:
-    """Keep the peak learning rate."""
-    return point.peak_lr
-
-
-@SCHEDULES.register("linear")
-def linear(point: SchedulePoint) -> float:
-    """Decay linearly to `min_lr`."""
-    return point.between(1.0 - point.progress)
-
-
-@SCHEDULES.register("cosine")
-def cosine(point: SchedulePoint) -> float:
-    """Decay to `min_lr` along half a cosine (Loshchilov and Hutter 2017)."""
-    return point.between(0.5 * (1.0 + math.cos(math.pi * point.progress)))
 
 
 def learning_rate(applied: int, steps: int, optimizer: OptimizerSection, schedule: ScheduleSection) -> float:
@@ -91,6 +36,17 @@ def learning_rate(applied: int, steps: int, optimizer: OptimizerSection, schedul
         return optimizer.lr * step / schedule.warmup_steps
     point = SchedulePoint(step, steps, schedule.warmup_steps, optimizer.lr, schedule.min_lr)
     return SCHEDULES.get(schedule.name, "schedule.name")(point, **schedule.options)
+
+
+def check_schedule(run: RunConfig) -> None:
+    """Check the options of a schedule against the steps of a run, whose number is known.
+
+    Raises:
+        ConfigError: the schedule does not fit the run.
+    """
+    steps, warmup = run.train.num_steps, run.schedule.warmup_steps
+    if steps > warmup:
+        learning_rate(warmup, steps, run.optimizer, run.schedule)
 
 
 def describe_jump(saved: Progress, run: RunConfig) -> str | None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import RunConfig, check_option_values
 from megatron_ds.engine import OPTIMIZERS, state_kinds_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.monitor import SINKS
@@ -27,6 +27,7 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
     """
     schedule = SCHEDULES.get(run.schedule.name, "schedule.name")
     check_options(schedule, 1, run.schedule.options, "schedule.options")
+    check_option_values(schedule, run.schedule.options, "schedule.options")
     optimizer = OPTIMIZERS.get(run.optimizer.name, "optimizer.name")
     check_options(optimizer.from_section, 3, run.optimizer.options, "optimizer.options")
     if state_kinds_of(run.optimizer) is None and (run.checkpoint.every or resumes):

@@ -33,7 +33,7 @@ from megatron_ds.training.callbacks import Callback, CallbackList, RunState, mak
 from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
-from megatron_ds.training.lr_schedule import describe_jump
+from megatron_ds.training.lr_schedule import check_schedule, describe_jump
 from megatron_ds.training.resolve import ResolvedRun, device_settings, export_target, resolve_run
 from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
@@ -109,6 +109,7 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     """Check the run against its model, world, checkpoint and data; all that can be refused is refused here."""
     check_resume_point(run, found)
     resolved, train_data, valid_data = open_data(resolve_run(run, info.world_size, device_type(), found.path))
+    check_schedule(resolved.run)
     run = run.model_copy(update={"train": resolved.run.train})  # paths stay as the user wrote them
     reader = StateReader(found.path) if found.path is not None else None
     is_reset = reader is not None and not continues_optimizer(

@@ -80,13 +80,26 @@ def run_with(make_run: MakeRun, corpus: Path, output: Path, **top: Any) -> RunCo
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"schedule": {"name": "cosin"}},
-        "schedule.name=cosin is not one of constant, linear, cosine, halves; did you mean cosine?",
+        "schedule.name=cosin is not one of constant, linear, cosine, polynomial, inverse_sqrt, cosine_with_restarts, "
+        "wsd, halves; did you mean cosine?",
     ),
     (
         {"schedule": {"name": "halves", "options": {"evry": 3}}},
         "schedule.options.evry: unknown option; did you mean schedule.options.every?",
     ),
     ({"schedule": {"options": {"every": 3}}}, "schedule.options.every: unknown option; it takes none"),
+    (
+        {"schedule": {"name": "halves", "options": {"every": "3"}}},
+        "schedule.options.every=3 is text, not an integer; remove the quotes",
+    ),
+    (
+        {"schedule": {"name": "wsd", "options": {"decay": "sqrt"}}},
+        "schedule.options.decay=sqrt is not one of linear, 1-sqrt, cosine, exponential",
+    ),
+    (
+        {"schedule": {"name": "wsd", "options": {"decay_share": 1.5}}},
+        "schedule.options.decay_share=1.5 must be at most 1.0; nearest: 1.0",
+    ),
     (
         {"optimizer": {"name": "lyon"}},
         "optimizer.name=lyon is not one of adamw, lion, sgd, slow_adamw; did you mean lion?",
