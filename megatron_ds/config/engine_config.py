@@ -26,6 +26,7 @@ class EngineConfig(Section):
         parallel: sizes of the parallel axes.
         deepspeed: path of a DeepSpeed JSON, or its content; "auto" values are filled from the other fields.
         optimizer: None = gradients are computed and kept, and weights never change.
+        trains: False = the engine only evaluates, and holds weights alone.
         schedule: settings that a `scheduler` block of the DeepSpeed JSON must agree with; None = no block is allowed.
         steps: the number of steps in such a block; None = it is not known yet, and none is allowed.
         global_batch_size, micro_batch_size: samples per optimizer step, and per forward pass on one rank.
@@ -37,6 +38,7 @@ class EngineConfig(Section):
     parallel: ParallelSection = ParallelSection()
     deepspeed: Annotated[PathOrMapping, BeforeValidator(path_or_mapping)] = {}
     optimizer: OptimizerSection | None = OptimizerSection()
+    trains: bool = True
     schedule: ScheduleSection | None = None
     steps: Count | None = None
     global_batch_size: Count = 8

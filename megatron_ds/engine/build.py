@@ -57,7 +57,7 @@ def build_engine(
     pipelined = grid.pipeline.size > 1
     built = build_module(layers, grid, device, options, read_shard)
     module, folded = built.module, built.folded
-    _freeze(module, options.frozen)
+    _freeze(module, options.frozen, options.trains)
     declare_experts(module, folded)
     optimizer = _optimizer(module, options, device, folded)
     largest = max(grid.shard.size, grid.expert_shard.size) if folded else grid.shard.size
@@ -65,7 +65,7 @@ def build_engine(
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use while it sets bf16 up
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=optimizer if options.trains else None,
             config=config,
             mpu=None if pipelined else built.mpu,  # a PipelineModule has its own
             dist_init_required=False,
@@ -83,7 +83,7 @@ def build_engine(
     else:
         clip = float(options.deepspeed.get("gradient_clipping", 0.0))
         made = ZeroEngine(*shared, clip=clip, bucket=bucket)
-    if summary.zero_stage > 0:
+    if summary.zero_stage > 0 and options.trains:
         read_norm_once(engine.optimizer, made.read_norm)
     made.kernels, made.documents = ctx.kernels.names, ctx.documents
     made.gradient_sums = find_gradient_sums(engine, device)
@@ -97,13 +97,13 @@ def _counting_context(options: EngineOptions, grid: Grid) -> EngineOptions:
     return replace(options, deepspeed={**options.deepspeed, "train_batch_size": batch})
 
 
-def _freeze(module: nn.Module, frozen: frozenset[str]) -> None:
+def _freeze(module: nn.Module, frozen: frozenset[str], trains: bool) -> None:
     renamed: dict[str, str] = getattr(module, "renamed", {})
     for name, weight in weights_of(module):
         if renamed.get(name, name) in frozen:
             weight.requires_grad_(False)
             weight.is_frozen = True
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    if trains and not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigError("train.freeze leaves nothing to train in a pipeline stage; try parallel.pipeline=1")
 
 

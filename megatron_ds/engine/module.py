@@ -43,6 +43,7 @@ class EngineOptions:
     Attributes:
         deepspeed: the filled DeepSpeed config.
         optimizer: the run file's section; None = a `GradientProbe` instead of an optimizer.
+        trains: False = the engine only evaluates, and holds nothing but weights: DeepSpeed gets no optimizer.
         sequence: Megatron's sequence parallelism.
         context: the communication of the ranks that divide each sequence.
         recompute: "none", "selective" or "full".
@@ -73,6 +74,7 @@ class EngineOptions:
     offload_activations: bool = False
     keep_attention: bool = False
     mlp_tile_tokens: int | None = None
+    trains: bool = True
 
 
 @dataclass(frozen=True)

@@ -127,4 +127,5 @@ def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
         kernels=config.kernels,
         routers=RouterSettings(config.moe_aux_loss, config.moe_z_loss),
         bias_rate=config.moe_bias_rate,
+        trains=config.trains,
     )
