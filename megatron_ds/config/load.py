@@ -40,17 +40,22 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is empty; a run file needs at least model, data.train, train.steps and output")
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path} is not a mapping of sections; it holds {show(mapping)}")
-    for override in overrides:
-        _apply_override(mapping, override)
-    return build_run(mapping)
+    return build_run(mapping, overrides)
 
 
-def build_run(mapping: dict[str, Any]) -> RunConfig:
+def build_run(mapping: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Build the run that a plain mapping with the run file's keys describes.
+
+    Args:
+        mapping: by sections; it is not changed.
+        overrides: see `load_run`.
 
     Raises:
         ConfigError: an unknown key, a missing or a wrong value, or a module that cannot be imported, in one line.
     """
+    mapping = copy.deepcopy(mapping) if overrides else mapping
+    for override in overrides:
+        _apply_override(mapping, override)
     _import_outside(mapping.get("imports"))
     given = {key: copy.deepcopy(v) for key, v in mapping.items() if v is not None or key not in RunConfig.model_fields}
     for section in ("model", "data", "train"):  # so that errors name the missing key instead of its section

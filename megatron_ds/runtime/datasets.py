@@ -12,6 +12,7 @@ from megatron_ds.data.held_out import HeldOut
 from megatron_ds.data.long_context.open import LongContext
 from megatron_ds.data.readers.placeholders import Placeholders
 from megatron_ds.errors import ConfigError
+from megatron_ds.hf.config import HFModel
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.objective import find_objective
 
@@ -83,3 +84,24 @@ def open_part(
         placeholders=Placeholders(model.hf.placeholder_ids),
         long_context=LongContext(tuple(mix.items()), data.packing) if (mix := data.long_context) is not None else None,
     )
+
+
+def check_columns(data: Dataset, columns: Sequence[str], objective: str, format: str, model: HFModel) -> None:
+    """Check that samples have the label columns that an objective's loss reads.
+
+    Args:
+        data: the samples.
+        columns: label columns of the head.
+        objective, format: names of the objective and of the data format.
+        model: the model.
+
+    Raises:
+        ConfigError: a column is missing.
+    """
+    missing = [name for name in columns if name not in data.columns]
+    if missing:
+        raise ConfigError(
+            f"train.objective={objective} reads the label column {missing[0]}, which samples of "
+            f"data.format={format} do not have for a {model.family.model_type} model; they have "
+            f"{', '.join(data.columns)}"
+        )

@@ -11,9 +11,9 @@ from megatron_ds.data.chat.ends import control_tokens
 from megatron_ds.data.labels import require_labels, sampled_ends
 from megatron_ds.data.parts import ends_of
 from megatron_ds.data.readers.tokenizer import load_tokenizer
-from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.errors import DataError
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
-from megatron_ds.runtime.datasets import open_part
+from megatron_ds.runtime.datasets import check_columns, open_part
 from megatron_ds.training.resolve import ResolvedRun
 
 _FIXES = {
@@ -56,7 +56,8 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
 def _checked(resolved: ResolvedRun, data: Dataset, split: str) -> Dataset:
     """Return the data of a split, which fit the run."""
     check_target_length(resolved.run.parallel, data.target_length)
-    _check_columns(resolved, data)
+    run = resolved.run
+    check_columns(data, resolved.label_columns, run.train.objective, run.data.format, resolved.hf)
     _check_labels(resolved, data, split)
     return data
 
@@ -73,17 +74,6 @@ def open_epochs(resolved: ResolvedRun) -> tuple[ResolvedRun, Dataset]:
     data = open_part(resolved.model, resolved.run.data, resolved.objective.data, None)
     counted = replace(resolved, run=resolved.run.with_steps(len(data)))
     return counted, open_split(counted, "train") if data.ordered else _checked(counted, data, "train")
-
-
-def _check_columns(resolved: ResolvedRun, data: Dataset) -> None:
-    missing = [name for name in resolved.label_columns if name not in data.columns]
-    if missing:
-        run = resolved.run
-        raise ConfigError(
-            f"train.objective={run.train.objective} reads the label column {missing[0]}, which samples of "
-            f"data.format={run.data.format} do not have for a {resolved.hf.family.model_type} model; they have "
-            f"{', '.join(data.columns)}"
-        )
 
 
 def _check_labels(resolved: ResolvedRun, data: Dataset, split: str) -> None:
