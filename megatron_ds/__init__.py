@@ -3,6 +3,7 @@
 import megatron_ds as mds
 result = mds.train(mds.load_run("run.yaml"))
 mds.import_hf(hf_dir, checkpoint); mds.export_hf(checkpoint, hf_dir); mds.verify_hf(hf_dir, tp=2, pp=2)
+mds.evaluate(hf_dir, ["text.txt"], tp=2)
 
 with mds.session() as ranks:
     engine = ranks.build_engine(mds.load_model(hf_dir), parallel={"tensor": 2}, optimizer={"lr": 3e-4})
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_ds.checkpoint.convert import export_hf, import_hf
     from megatron_ds.config import build_run, load_run
     from megatron_ds.engine import DeviceSettings
+    from megatron_ds.evaluation.run import evaluate
     from megatron_ds.runtime import load_model, open_dataset, session
     from megatron_ds.training.launch import train
     from megatron_ds.verify.run import verify_hf
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "DeviceSettings": "megatron_ds.engine",
     "build_run": "megatron_ds.config",
+    "evaluate": "megatron_ds.evaluation.run",
     "export_hf": "megatron_ds.checkpoint.convert",
     "import_hf": "megatron_ds.checkpoint.convert",
     "load_model": "megatron_ds.runtime",
@@ -41,6 +44,7 @@ __all__ = [
     "DeviceSettings",
     "__version__",
     "build_run",
+    "evaluate",
     "export_hf",
     "import_hf",
     "load_model",

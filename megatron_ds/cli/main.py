@@ -16,6 +16,8 @@ import typer
 from megatron_ds.cache import use_writable_caches
 from megatron_ds.cli.doctor import HELP as DOCTOR_HELP
 from megatron_ds.cli.doctor import doctor
+from megatron_ds.cli.evaluate import HELP as EVALUATE_HELP
+from megatron_ds.cli.evaluate import evaluate
 from megatron_ds.cli.examples import HELP as EXAMPLES_HELP
 from megatron_ds.cli.examples import examples
 from megatron_ds.cli.export import HELP as EXPORT_HELP
@@ -46,10 +48,13 @@ Examples:
   megatron-ds prepare corpus.jsonl --tokenizer hf_dir --output data/corpus
   megatron-ds train run.yaml --nproc 2
   megatron-ds inspect out/run
+  megatron-ds evaluate out/run
   megatron-ds export out/run out/hf
   megatron-ds verify out/hf --tp 2
   megatron-ds doctor
 """
+LAUNCHED = ("train", "evaluate", "doctor")
+"""Commands that a launcher may start on several ranks."""
 PRINT_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to print
 
 app = typer.Typer(
@@ -65,6 +70,7 @@ app.command(help=PREPARE_HELP)(prepare)
 app.command(help=EXPORT_HELP)(export)
 app.command("import", help=IMPORT_HELP)(import_hf)
 app.command(help=VERIFY_HELP)(verify)
+app.command(help=EVALUATE_HELP)(evaluate)
 app.command(help=INSPECT_HELP)(inspect)
 app.command(help=FAMILIES_HELP)(families)
 app.command(help=EXAMPLES_HELP)(examples)
@@ -148,8 +154,8 @@ def _prepare_surroundings(arguments: Sequence[str]) -> None:
 
 
 def _rank(arguments: Sequence[str]) -> str:
-    """Return the rank that this process has in a run; other commands have no ranks."""
-    if _command(arguments) not in ("train", "doctor"):
+    """Return the rank that this process has where a launcher starts several; other commands have no ranks."""
+    if _command(arguments) not in LAUNCHED:
         return "0"
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID")) or "0"  # empty: left over in the shell
 

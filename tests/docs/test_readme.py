@@ -132,6 +132,11 @@ def test_command_is_right(
     elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
         request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("a_run"))
         assert _run(words[1:]) == 0, capsys.readouterr().err
+    elif words[:2] == ["megatron-ds", "evaluate"]:
+        place = request.getfixturevalue("a_run")
+        request.getfixturevalue("monkeypatch").chdir(place)
+        (place / "corpus.txt").write_text("w1 w2 w3 w4 w5 " * 20)
+        assert _run(words[1:]) == 0, capsys.readouterr().err
     elif words[:2] == ["megatron-ds", "verify"]:
         arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
         assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word
