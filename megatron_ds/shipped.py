@@ -21,6 +21,6 @@ def shipped(folder: str) -> Path:
 def existing_or_shipped(path: str) -> Path:
     """Return the file of a path, or the shipped file where `ds_configs/NAME` does not exist."""
     file = Path(path)
-    if not file.exists() and len(file.parts) == 2 and file.parts[0] in FOLDERS:
-        return shipped(file.parts[0]) / file.name
+    if not file.exists() and file.parts[:-1] == ("ds_configs",):
+        return shipped("ds_configs") / file.name
     return file
