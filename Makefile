@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test sweep soak bench gpu-check gpu-bench gpu-wheels check tables clean
+.PHONY: help setup demo quick test sweep soak bench gpu-check gpu-bench gpu-wheels check docs tables clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ check: $(STAMP)  ## check lint, formatting, types and the import order
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(wildcard tests/test_floors.py),$(BIN)/python -m pytest tests/test_floors.py)
+
+docs: $(EXTRAS)  ## build the site of the documentation in out/site, with every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open out/site/index.html, or read it with its search: $(BIN)/mkdocs serve"
 
 tables: $(STAMP)  ## update the table of families from the registry and the cases of the tests
 	$(BIN)/python -m tests.proof

@@ -31,8 +31,8 @@ class EngineConfig(Section):
         steps: the number of steps in such a block; None = it is not known yet, and none is allowed.
         global_batch_size, micro_batch_size: samples per optimizer step, and per forward pass on one rank.
         seed: of dropout and of random initialisation.
-        recompute, offload_activations, keep_attention, mlp_tile_tokens, compile, kernels, moe_aux_loss, moe_z_loss,
-            moe_bias_rate: as under `train` in the run file.
+        recompute, offload_activations, keep_attention, mlp_tile_tokens: as under `train` in the run file.
+        compile, kernels, moe_aux_loss, moe_z_loss, moe_bias_rate: as under `train` in the run file.
     """
 
     parallel: ParallelSection = ParallelSection()
