@@ -179,6 +179,13 @@ def test_table_of_families_is_the_registry() -> None:
     assert MODELS.keys() == set(FAMILIES)
 
 
+def test_measured_rows_are_those_of_the_bench() -> None:
+    rows = (ROOT / "docs" / "why.md").read_text(encoding="utf-8").partition("## Measured")[2].partition("## ")[0]
+    results = set((ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8").splitlines())
+    measured = [line for line in rows.splitlines() if line.startswith("|")]
+    assert len(measured) > 3 and not set(measured) - results, "copy the rows of bench/RESULTS.md to docs/why.md"
+
+
 def test_run_file_of_the_readme_is_a_run() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
