@@ -26,6 +26,8 @@ from megatron_ds.cli.families import HELP as FAMILIES_HELP
 from megatron_ds.cli.families import families
 from megatron_ds.cli.import_hf import HELP as IMPORT_HELP
 from megatron_ds.cli.import_hf import import_hf
+from megatron_ds.cli.init import HELP as INIT_HELP
+from megatron_ds.cli.init import init
 from megatron_ds.cli.inspect import HELP as INSPECT_HELP
 from megatron_ds.cli.inspect import inspect
 from megatron_ds.cli.prepare import HELP as PREPARE_HELP
@@ -45,6 +47,7 @@ ROOT_HELP = """Train and fine-tune transformers with Megatron's model parallelis
 Examples:
 
 \b
+  megatron-ds init run.yaml --model hf_dir --data corpus.jsonl --gpus 8
   megatron-ds prepare corpus.jsonl --tokenizer hf_dir --output data/corpus
   megatron-ds train run.yaml --nproc 2
   megatron-ds inspect out/run
@@ -75,6 +78,7 @@ app.command(help=INSPECT_HELP)(inspect)
 app.command(help=FAMILIES_HELP)(families)
 app.command(help=EXAMPLES_HELP)(examples)
 app.command(help=DOCTOR_HELP)(doctor)
+app.command(help=INIT_HELP)(init)
 
 
 @app.callback()

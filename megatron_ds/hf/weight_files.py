@@ -181,8 +181,12 @@ _ENTRY_BYTES = 160  # limit of a header entry without its name: keys, dtype, fou
 _ALIGNMENT = 64
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, field: str = "max_shard_size") -> int:
     """Parse a size into bytes: "5GB" in powers of 1000, as in transformers, "5GiB" in powers of 1024.
+
+    Args:
+        text: the size.
+        field: where the user wrote it.
 
     Raises:
         ConversionError: not a number with a unit, or less than one byte.
@@ -193,7 +197,7 @@ def parse_size(text: str) -> int:
         size_bytes = int(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])
         if size_bytes > 0:
             return size_bytes
-    raise ConversionError(f"max_shard_size={text!r} is not a size; write for example 5GB or 500MB")
+    raise ConversionError(f"{field}={text!r} is not a size; write for example 5GB or 500MB")
 
 
 class ShardWriter:

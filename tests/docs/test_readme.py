@@ -143,6 +143,9 @@ def test_command_is_right(
         assert "no config.json here" in capsys.readouterr().err
     elif words[:2] in (["megatron-ds", "families"], ["megatron-ds", "examples"]):
         assert _run(words[1:]) == 0, capsys.readouterr().err
+    elif words[:2] == ["megatron-ds", "init"]:
+        assert _run([word.replace("path/to/hf_dir", "no/such") for word in words[1:]]) == 2
+        assert "--model=no/such does not exist" in capsys.readouterr().err
     elif "doctor" in words:
         assert {word for word in words[words.index("doctor") :] if word.startswith("--")} <= options_of(doctor)
     elif words[0] == "megatron-ds":
