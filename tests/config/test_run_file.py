@@ -91,7 +91,9 @@ def test_defaults(run_file):
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "decay_all": False,
-        "options": {},
+        "options": {
+        "groups": [],
+    },
     }
     assert run.schedule.model_dump() == {"name": "cosine", "warmup_steps": 0, "min_lr": 0.0, "options": {}}
     assert run.train.model_dump() == {
