@@ -91,9 +91,8 @@ def test_defaults(run_file):
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "decay_all": False,
-        "options": {
         "groups": [],
-    },
+        "options": {},
     }
     assert run.schedule.model_dump() == {"name": "cosine", "warmup_steps": 0, "min_lr": 0.0, "options": {}}
     assert run.train.model_dump() == {
