@@ -74,6 +74,7 @@ setup(
         "torch>=2.11,<2.15",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.23,<6",
+        "huggingface_hub>=2.4,<3",
         "datasets>=5.2,<6",
         "safetensors>=0.8,<1",
         "sentencepiece>=0.2",

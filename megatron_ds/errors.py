@@ -29,6 +29,10 @@ class ConversionError(MegatronDSError):
     """A Hugging Face directory cannot be read or written without changing its meaning."""
 
 
+class HubError(ConversionError):
+    """A repository on the Hugging Face hub cannot be read or written."""
+
+
 class CheckpointError(MegatronDSError):
     """A checkpoint is missing, damaged or belongs to another run."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_ds import hub
 from megatron_ds.checkpoint.directory import (
     MANIFEST,
     PROGRESS,
@@ -42,7 +43,7 @@ from megatron_ds.hf.peft.new_head import read_base
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.upcycle import UpcycledWeights, Upcycling
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.paths import expanded
+from megatron_ds.paths import expanded, expanded_text
 
 
 def import_hf(
@@ -64,14 +65,14 @@ def import_hf(
             mixture of experts computes what the model computes.
         CheckpointError: the target is a checkpoint, or cannot be written.
     """
-    source, target = expanded(source), expanded(target)
+    source, target = _model_directory(source), expanded(target)
     _refuse_checkpoint(target)
     place = conversion_target(source, target, overwrite)
 
     def add_state(directory: Path) -> None:
         (directory / STATE).mkdir()
         mixture = f", as {upcycling.num_experts} experts" if upcycling is not None else ""
-        origin = Origin(written_at=timestamp(), source=f"import of {source}{mixture}")
+        origin = Origin(written_at=timestamp(), source=f"import of {hub.name_of(str(source))}{mixture}")
         write_bytes(directory / PROGRESS, encode(Progress(), origin).encode())
         files = sorted(path for path in directory.rglob("*") if path.is_file())
         write_manifest(directory, {str(path.relative_to(directory)): record_file(path) for path in files})
@@ -124,8 +125,8 @@ def export_hf(
         CheckpointError: a file of the checkpoint is missing or damaged, or the target cannot be written.
         ConversionError: the weights do not fit into the dtype; the target must not be replaced.
     """
-    source, target = resolve_checkpoint(expanded(checkpoint)), expanded(target)
-    base = expanded(base) if base is not None else None
+    source, target = resolve_checkpoint(_model_directory(checkpoint)), expanded(target)
+    base = _model_directory(base, "--base=") if base is not None else None
     place = conversion_target(source, target, overwrite, _read_by_its_run(source))
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
@@ -155,6 +156,12 @@ def export_hf(
     return weights.model
 
 
+def _model_directory(path: str | Path, prefix: str = "") -> Path:
+    """Return the directory that a path, or an id of a model on the hub, names."""
+    text = expanded_text(str(path))
+    return Path(hub.local_directory(text, prefix + text))
+
+
 def _export_adapters(
     source: Path,
     target: ExportTarget,
@@ -164,7 +171,7 @@ def _export_adapters(
     merge: bool,
 ) -> HFModel:
     """Export adapters for peft, or merged. The fp32 masters are rounded, if there are any."""
-    named = base or named_base(source)
+    named = base or hub.local_directory(str(named_base(source) or ""), f"{source}: its base")
     if not named or not Path(named).is_dir():
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
     target = replace(target, kept={**target.kept, f"{named}, the base of {source}": Path(named)})

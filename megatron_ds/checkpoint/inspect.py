@@ -9,6 +9,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+from megatron_ds import hub
 from megatron_ds.checkpoint.directory import LATEST, PROGRESS, STATE, checkpoints_in, read_manifest, step_of
 from megatron_ds.checkpoint.files import FileRecord, damage
 from megatron_ds.checkpoint.masters import check_masters
@@ -20,7 +21,7 @@ from megatron_ds.hf.peft.config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_wei
 from megatron_ds.hf.sentence_modules import describe
 from megatron_ds.hf.tensor_files import read_table
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.paths import expanded
+from megatron_ds.paths import expanded_text
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
     Raises:
         CheckpointError: the directory is something else.
     """
-    path = expanded(path)
+    path = Path(hub.local_directory(expanded_text(str(path))))
     for folder in (path, path / "checkpoints"):
         if checkpoints_in(folder):
             latest = folder / LATEST
@@ -143,10 +144,10 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
         return _checkpoint(path, fast)
     if (path / ADAPTER_CONFIG).is_file():
         found = inspect_adapters(path)
-        return CheckpointFacts(str(path), None, bytes=found.file.bytes, adapters=found)
+        return CheckpointFacts(hub.name_of(str(path)), None, bytes=found.file.bytes, adapters=found)
     if (path / "config.json").is_file():  # an export may have any name
         model = inspect_model(path)
-        return CheckpointFacts(str(path), model, bytes=sum(file.bytes for file in model.files))
+        return CheckpointFacts(hub.name_of(str(path)), model, bytes=sum(file.bytes for file in model.files))
     if path.is_dir() and step_of(path) >= 0:
         return _checkpoint(path, fast)
     what = "is no checkpoint, folder of checkpoints, run output or Hugging Face directory"
@@ -168,7 +169,7 @@ def inspect_model(path: Path) -> ModelFacts:
         raise CheckpointError(str(problem)) from problem
     model, passed = weights.model, frozenset(weights.model.passed_through)
     dtypes = Counter(one.dtype for table in tables.values() for name, one in table.items() if name not in passed)
-    files = tuple(TensorFileFacts(file.name, file.stat().st_size, len(table)) for file, table in tables.items())
+    files = tuple(TensorFileFacts(file.name, hub.size_of(file), len(table)) for file, table in tables.items())
     num_params = weights.num_params
     active = num_params - model.core.num_expert_params_idle
     others = _passed_through(weights) if passed else None
@@ -188,9 +189,7 @@ def _pooling(weights: HFWeights) -> str | None:
 
 def _passed_through(weights: HFWeights) -> PassedThroughFacts:
     names, source = weights.model.passed_through, weights.source
-    return PassedThroughFacts(
-        len(names), sum(source.tensor(name).nbytes for name in names), dict(Counter(map(source.dtype, names)))
-    )
+    return PassedThroughFacts(len(names), sum(map(source.nbytes, names)), dict(Counter(map(source.dtype, names))))
 
 
 def inspect_adapters(path: Path) -> AdapterFacts:

@@ -36,6 +36,9 @@ MicroBatch = Mapping[str, Tensor]
 ShardReader = Callable[[str, ParamSpec, Axes], Tensor]
 """(name, declaration, the axes that may divide it) -> this rank's shard of a parameter's value, padding included."""
 
+PrepareReading = Callable[[Collection[str]], None]
+"""Takes the names of the parameters that this rank is going to read; called on every rank, so it may communicate."""
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.config import adapt_to_device, summarize_deepspeed
-from megatron_ds.engine.base import Engine, ShardReader, weights_of
+from megatron_ds.engine.base import Engine, PrepareReading, ShardReader, weights_of
 from megatron_ds.engine.experts import FoldedExperts, declare_experts
 from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
@@ -40,6 +40,7 @@ def build_engine(
     device: torch.device,
     options: EngineOptions,
     read_shard: ShardReader | None = None,
+    prepare: PrepareReading | None = None,
 ) -> Engine:
     """Build this rank's part of a model, load its weights, and initialise DeepSpeed with it. Collective over the world.
 
@@ -49,13 +50,14 @@ def build_engine(
         device: the device of its tensors.
         options: everything else that the engine is built from.
         read_shard: the source of the weights; None = random initialisation from the seed, the same at every layout.
+        prepare: called on every rank with the names of the parameters that it reads, before the first is read.
 
     Raises:
         ConfigError: a pipeline stage would have nothing to train; a library's kernel computes something else.
     """
     options, summary = _counting_context(options, grid), summarize_deepspeed(options.deepspeed)
     pipelined = grid.pipeline.size > 1
-    built = build_module(layers, grid, device, options, read_shard)
+    built = build_module(layers, grid, device, options, read_shard, prepare)
     module, folded = built.module, built.folded
     _freeze(module, options.frozen, options.trains)
     declare_experts(module, folded)

@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_ds.config import ContextPlan, DeepSpeedSummary, OptimizerSection, summarize_deepspeed
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
-from megatron_ds.engine.base import ShardReader, weights_of
+from megatron_ds.engine.base import PrepareReading, ShardReader, weights_of
 from megatron_ds.engine.experts import FoldedExperts, fold_experts
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.pipeline.module import PipelinedModel
@@ -104,11 +104,12 @@ def build_module(
     device: torch.device,
     options: EngineOptions,
     read_shard: ShardReader | None = None,
+    prepare: PrepareReading | None = None,
 ) -> BuiltModule:
     """Build this rank's part of a model and load its weights. Collective over the world.
 
     Args:
-        layers, grid, device, read_shard: see `build_engine`.
+        layers, grid, device, read_shard, prepare: see `build_engine`.
         options: see `build_engine`; of the DeepSpeed config the precision, the ZeRO stage and the section of
             recomputation are read.
 
@@ -138,6 +139,8 @@ def build_module(
             module = SequentialModel(specs)
     if summary.zero_stage == 3:
         _gather_for_borrowers(module)
+    if prepare is not None:
+        prepare(_read_here(module, grid))
     _fill(module, grid, read_shard or (lambda name, spec, axes: initial_shard(name, spec, options.seed, axes)))
     if isinstance(module, PipelinedModel):
         module.equalize_copies()
@@ -185,6 +188,16 @@ def _gather_for_borrowers(module: nn.Module) -> None:
     for borrower in module.modules():
         for parameter in getattr(borrower, "borrowed", ()):
             deepspeed.zero.register_external_parameter(borrower, parameter)
+
+
+def _read_here(module: nn.Module, grid: Grid) -> list[str]:
+    """Return the names of the parameters that this rank reads in `_fill`."""
+    renamed: dict[str, str] = getattr(module, "renamed", {})
+    return [
+        renamed.get(name, name)
+        for name, parameter in weights_of(module)
+        if not hasattr(parameter, "ds_id") or grid.shard_of(spec_of(parameter)).rank == 0
+    ]
 
 
 @torch.no_grad()

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ds import hub
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.hf.peft.new_head import new_head_tensors
+from megatron_ds.hf.weight_files import open_directory
 
 
 def load_reference(
@@ -48,6 +50,8 @@ def _load(
     not_there: Sequence[str] = (),
 ) -> Any:
     """Load a model; `not_there`: names of tensors that the directory lacks, or has for another head."""
+    if state is None:
+        hub.fetch(open_directory(directory).files)
     by_config = model.reworded or state is not None or bool(not_there)
     try:
         with _without_progress_bars():
@@ -79,9 +83,9 @@ def _with_adapters(directory: Path, model: HFModel, dtype: Any) -> Any:
     """Load the base model that the adapters name, and peft's model on top of it."""
     from peft import PeftModel
 
-    base = named_base(directory)
+    base = hub.local_directory(str(named_base(directory)), f"{directory}: its base")
     of_base = replace(model, reworded=model.reworded or model.rope is not None)
-    theirs = _load(str(base), of_base, dtype, not_there=new_head_tensors(model))
+    theirs = _load(base, of_base, dtype, not_there=new_head_tensors(model))
     if theirs.config.vocab_size != model.core.vocab_size:
         theirs.resize_token_embeddings(model.core.vocab_size, mean_resizing=False)  # the adapters have the new tables
     try:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ds import hub
 from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 
@@ -39,6 +40,11 @@ _READABLE = {  # also parts of quantised weights, and buffers of modules whose t
 }
 _CODES = {dtype: code for code, dtype in _READABLE.items()}
 _POPULATE_READ = 22  # from Linux 5.14 on; the module mmap has no name for it
+
+
+def itemsize_of(code: str) -> int:
+    """Return the bytes of an element by safetensors' name of its dtype."""
+    return _READABLE[code].itemsize
 
 
 def code_of(dtype: torch.dtype) -> str:
@@ -89,12 +95,41 @@ class StoredTensor:
         return flat.as_strided(self.shape, self.stride)
 
 
+@dataclass(frozen=True)
+class RemoteTensor(StoredTensor):
+    """A tensor in a file of the hub that was not here when its header was read; the file is downloaded on access.
+
+    Attributes:
+        name: its name in the file.
+    """
+
+    name: str = ""
+
+    def view(self, file: Path, *, ahead: bool = False, rows: slice = slice(None)) -> Tensor:
+        """Download the file if it is not here, and map the tensor, or some rows."""
+        return _downloaded_table(file)[self.name].view(file, ahead=ahead, rows=rows)
+
+
+@cache
+def _downloaded_table(file: Path) -> dict[str, StoredTensor]:
+    """Download a file and read its header; once a process."""
+    hub.fetch([file])
+    return _read_safetensors(file)
+
+
 def read_table(file: Path) -> dict[str, StoredTensor]:
-    """Read the header of a file: name -> tensor.
+    """Read the header of a file: name -> tensor. Of a safetensors file on the hub only the header is downloaded.
 
     Raises:
         ConversionError: the file is damaged, or holds anything but tensors.
+        HubError: it is on the hub, and cannot be downloaded.
     """
+    if not file.is_file() and hub.exists(file):
+        if file.suffix != ".bin":
+            content = hub.read_header(file)
+            stored = _table_of(file, content[8:], len(content))
+            return {name: RemoteTensor(one.dtype, one.shape, name=name) for name, one in stored.items()}
+        hub.fetch([file])
     try:
         return _read_bin(file) if file.suffix == ".bin" else _read_safetensors(file)
     except OSError as problem:
@@ -108,13 +143,21 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{file}: damaged, or not safetensors ({problem})") from problem
     with open(file, "rb") as handle:
         header_bytes = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(header_bytes), object_pairs_hook=partial(_without_repeats, file))
-    header.pop("__metadata__", None)
-    table = {}
-    for name, entry in header.items():
-        shape = tuple(entry["shape"])
-        offset = 8 + header_bytes + entry["data_offsets"][0]
-        table[name] = StoredTensor(entry["dtype"], shape, _contiguous(shape), offset)
+        return _table_of(file, handle.read(header_bytes), 8 + header_bytes)
+
+
+def _table_of(file: Path, header: bytes, data_start: int) -> dict[str, StoredTensor]:
+    """Return the tensors that the header of a safetensors file lists; data begin at byte `data_start`."""
+    try:
+        entries = json.loads(header, object_pairs_hook=partial(_without_repeats, file))
+        entries.pop("__metadata__", None)
+        table = {}
+        for name, entry in entries.items():
+            shape = tuple(entry["shape"])
+            offset = data_start + entry["data_offsets"][0]
+            table[name] = StoredTensor(entry["dtype"], shape, _contiguous(shape), offset)
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ConversionError(f"{file}: damaged, or not safetensors ({problem})") from problem
     return table
 
 

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds import hub
 from megatron_ds.atomic import replacing
 from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
-from megatron_ds.hf.quantised import Quantisation, Stored, dequantised
-from megatron_ds.hf.tensor_files import StoredTensor, code_of, read_table
+from megatron_ds.hf.quantised import BlockScaled, Packed4, Quantisation, Stored, dequantised
+from megatron_ds.hf.tensor_files import StoredTensor, code_of, itemsize_of, read_table
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -101,6 +102,14 @@ class TensorSource:
         file, stored = self._found[name]
         return stored.view(file, ahead=ahead, rows=rows)
 
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of a tensor, without reading data."""
+        return prod(self.shape(name)) * itemsize_of(self.dtype(name))
+
+    def files_of(self, names: Iterable[str]) -> list[Path]:
+        """Return the files that these tensors, and what they are decoded from, lie in."""
+        return list(dict.fromkeys(file for name in names for file in _files_of(*self._found[name])))
+
     def is_decoded(self, name: str) -> bool:
         """Test whether a tensor is quantised on disk, and decoded when it is read."""
         return not isinstance(self._found[name][1], StoredTensor)
@@ -121,18 +130,20 @@ class TensorSource:
 
 def has_weights(directory: Path) -> bool:
     """Test whether a directory has weights that `open_directory` finds."""
-    return any((directory / name).is_file() for one in (SAFETENSORS, BIN) for name in (one, f"{one}.index.json"))
+    return any(hub.exists(directory / name) for one in (SAFETENSORS, BIN) for name in (one, f"{one}.index.json"))
 
 
 def open_directory(directory: str | Path) -> TensorSource:
     """Open a directory's weights: safetensors before .bin, one file before an index, as transformers does.
+
+    Files of the hub that are not here are downloaded when their tensors are read; a .bin file is when it is opened.
 
     Raises:
         ConversionError: no weights, a file missing from an index or outside the directory, a damaged file.
     """
     directory = Path(directory)
     for single in (SAFETENSORS, BIN):
-        if (directory / single).is_file():
+        if hub.exists(directory / single):
             return TensorSource(directory, {directory / single: read_table(directory / single)})
         index = directory / f"{single}.index.json"
         if index.is_file():
@@ -142,6 +153,7 @@ def open_directory(directory: str | Path) -> TensorSource:
 
 def _open_indexed(index: Path) -> TensorSource:
     file_of = _read_index(index)
+    hub.read_headers(set(file_of.values()))
     tables = {file: read_table(file) for file in dict.fromkeys(file_of.values())}
     for name, file in file_of.items():
         if name not in tables[file]:
@@ -167,9 +179,15 @@ def _read_index(index: Path) -> dict[str, Path]:
     for name, file in entries.items():
         if not _PLAIN_NAME.fullmatch(file):
             raise ConversionError(f"{index}: {name} points outside the directory, to {file!r}")
-        if not (index.parent / file).is_file():
+        if not hub.exists(index.parent / file):
             raise ConversionError(f"{index}: {name} is in {file}, which is missing")
     return {name: index.parent / file for name, file in entries.items()}
+
+
+def _files_of(file: Path, stored: Stored) -> tuple[Path, ...]:
+    if isinstance(stored, BlockScaled):
+        return stored.weight[0], stored.scale[0]
+    return (stored.blocks[0], stored.exponents[0]) if isinstance(stored, Packed4) else (file,)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

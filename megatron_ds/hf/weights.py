@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import reduce
@@ -215,6 +215,11 @@ class HFWeights:
     def files(self) -> list[Path]:
         """Files with the weights."""
         return self._source.files
+
+    def files_of(self, names: Iterable[str]) -> list[Path]:
+        """Return the files that these native parameters are read from."""
+        rows = [row for name in names if (row := self._on_disk_rows.get(name)) is not None]
+        return self._source.files_of(self._on_disk[theirs] for row in rows for theirs in row.names)
 
     @property
     def num_params(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -45,6 +46,20 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
         if error is not None:
             sys.exit(2)
     return result
+
+
+def run_long_on_all_ranks(step: Callable[[], T], ask_every_s: float = 10.0) -> T:
+    """Do as `run_on_all_ranks` for a step that may take longer than a collective may: a download. Collective over the
+    world.
+
+    `step` runs in a thread of its own, while the ranks ask one another from time to time whether all are done.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(step)
+        while True:
+            wait([future], ask_every_s)
+            if all(gather_objects(future.done())):
+                return run_on_all_ranks(future.result)
 
 
 def gather_objects(local: T, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from megatron_ds.hf.peft.initial import InitialValues
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.rope import with_rope
 from megatron_ds.hf.weights import HFWeights
+from megatron_ds.hub import fetch, local_directory
 from megatron_ds.layers.param_spec import ParamSpec, initial_shard
 from megatron_ds.log import log_once
 from megatron_ds.models.adapters import with_adapters
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import ChangeLayers, LayerSpec, own_layers
+from megatron_ds.parallel.consensus import run_long_on_all_ranks
 from megatron_ds.parallel.grid import Axes
 from megatron_ds.paths import expanded_text
 from megatron_ds.runtime.adapters import open_adapters, refuse_adapters
@@ -80,6 +82,17 @@ class LoadedModel:
         """The reader of parameter values for `build_engine`; None = random initialization."""
         return self._read_shard if self.weights is not None else None
 
+    def prepare(self, names: Collection[str]) -> None:
+        """Download the files of a model on the hub that hold these parameters. Collective over the world.
+
+        All are, if weights are read again when the model is saved: those that are not trained.
+        """
+        if self.weights is None:
+            return
+        saves_unread = self.hf.passed_through or (self.frozen and self.adapters is None)
+        files = self.weights.files if saves_unread else self.weights.files_of(names)
+        run_long_on_all_ranks(lambda: fetch(files))
+
     def _read_shard(self, name: str, spec: ParamSpec, axes: Axes) -> Tensor:
         if self.adapter_weights is not None and name in self.adapter_weights.adapters.table:
             return self.adapter_weights.shard(name, spec, axes)
@@ -105,32 +118,48 @@ def load_model(
     """Open a model: read its config and the headers of its weight files. Called on every rank; does not communicate.
 
     Args:
-        source: a Hugging Face directory, a checkpoint or a folder of checkpoints, of which the latest is used; or the
-            fields of a Hugging Face config, for a model with random weights.
+        source: a Hugging Face directory; the id of a model on the hub, `org/name` or `org/name@revision`; a checkpoint
+            or a folder of checkpoints, of which the latest is used; or the fields of a Hugging Face config, for a model
+            with random weights.
         init: "pretrained" or "random"; None = "pretrained" for a directory.
-        tokenizer: directory of the tokenizer that exports carry; None = that of `source`.
+        tokenizer: directory or id of the tokenizer that exports carry; None = that of `source`.
         head: a new head for labels, by the keys of `model.head`; None = the model's own head.
         rope: another rotation of positions, by the keys of `model.rope`; None = the model's own.
-        peft: fields of a peft config, or a directory with one; its adapters are trained instead of the model.
+        peft: fields of a peft config, or a directory or an id with one; its adapters are trained instead of the model.
         freeze: patterns of Hugging Face tensor names that are not trained.
         seed: seed of randomly initialized parameters.
 
     Raises:
         ConfigError: `init`, `freeze` or `source` is invalid.
         ConversionError: the directory cannot be read, or its model is not supported.
+        HubError: a model on the hub cannot be downloaded.
     """
     fields = {"config": dict(source)} if isinstance(source, Mapping) else {"path": str(source)}
     sections = {"head": dict(head) if head is not None else None, "rope": dict(rope) if rope is not None else None}
     given = {**fields, "init": init, "tokenizer": tokenizer, **sections}
-    section = name_checkpoints(build_section(ModelSection, given, "model"))
-    plain = dict(peft) if isinstance(peft, Mapping) else expanded_text(peft) if peft is not None else None
+    section = name_directories(build_section(ModelSection, given, "model"))
+    plain = dict(peft) if isinstance(peft, Mapping) else peft
+    if isinstance(plain, str):
+        plain = name_directory("peft", expanded_text(plain))
     return open_model(read_model_section(section), section, peft=plain, freeze=freeze, seed=seed)
 
 
-def name_checkpoints(section: ModelSection) -> ModelSection:
-    """Replace a folder of checkpoints, or a run's output, by the latest checkpoint in it."""
+def name_directory(field: str, path: str) -> str:
+    """Return the directory that a key of the run file names.
+
+    That of an id is the snapshot of the model on the hub in the client's cache, which then has all files but weights;
+    that of a folder of checkpoints, or of a run's output, the latest checkpoint in it.
+
+    Raises:
+        HubError: see `local_directory`.
+    """
+    return str(resolve_checkpoint(local_directory(path, f"{field}={path}")))
+
+
+def name_directories(section: ModelSection) -> ModelSection:
+    """Replace the paths of a section; see `name_directory`."""
     named = {
-        field: str(resolve_checkpoint(path))
+        field: name_directory(f"model.{field}", path)
         for field, path in (("path", section.path), ("tokenizer", section.tokenizer))
         if path is not None
     }

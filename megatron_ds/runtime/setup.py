@@ -101,7 +101,7 @@ def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device)
         grid = enable_shared_memory(grid)
     elif plan.config.parallel.sequence and device.type == "cpu":
         grid = with_neighbours(grid)
-    return build_engine(model.layers, grid, device, engine_options(model, plan), model.read_shard)
+    return build_engine(model.layers, grid, device, engine_options(model, plan), model.read_shard, model.prepare)
 
 
 def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:

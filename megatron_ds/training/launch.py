@@ -108,9 +108,11 @@ def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Resta
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
 
     from megatron_ds.engine import device_count, device_type, preload
+    from megatron_ds.training.model_paths import with_pinned_models
     from megatron_ds.training.resolve import resolve_run
 
     check_devices(ranks, device_type(), device_count())
+    run = with_pinned_models(run)
     resolve_run(run, ranks, device_type())
     preload(run.train.compile)
     resumed = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})

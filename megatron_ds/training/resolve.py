@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, resolve_checkpoint
+from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
 from megatron_ds.config import (
     EngineConfig,
     RunConfig,
@@ -30,13 +30,13 @@ from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
 from megatron_ds.runtime.loaded_model import (
     LoadedModel,
-    name_checkpoints,
     open_model,
     read_model_section,
 )
 from megatron_ds.runtime.objective import Objective, find_objective, new_parameters
 from megatron_ds.runtime.optimizer_groups import grouped_parameters
 from megatron_ds.runtime.setup import EnginePlan, plan_engine
+from megatron_ds.training.model_paths import with_directories
 from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resume import check_same_model, checkpoint_folder
 from megatron_ds.training.run_output import DATA_USAGE, LOSS_PLOT, RUN_FILE
@@ -50,7 +50,7 @@ class ResolvedRun:
     """A run that was checked against its model and world.
 
     Attributes:
-        run: the run file, with folders of checkpoints replaced by the latest checkpoint in them.
+        run: the run file, with the directories that its paths and ids of models name; see `with_directories`.
         model: the model and its weights, with the objective's head.
         plan: the plan of its engine.
         objective: the training objective.
@@ -86,7 +86,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     """
     check_format(run.data, run.model.tokenizer_path)
     check_registered_names(run, resumes=checkpoint is not None)
-    run = _from_checkpoint_alone(_with_named_checkpoints(run), checkpoint)
+    run = with_directories(run, checkpoint)
     hf = read_model_section(run.model)
     plan = plan_engine(
         EngineConfig.of_run(run),
@@ -121,33 +121,6 @@ def device_settings(run: RunConfig) -> DeviceSettings:
     """
     stage = summarize_deepspeed(load_deepspeed(run.deepspeed)).zero_stage
     return DeviceSettings(run.parallel.tensor, stage, run.train.deterministic, run.train.tf32)
-
-
-def _with_named_checkpoints(run: RunConfig) -> RunConfig:
-    """Replace folders of checkpoints, or a run's output, by the latest checkpoint in them."""
-    peft = str(resolve_checkpoint(run.peft)) if isinstance(run.peft, str) else run.peft
-    return run.model_copy(update={"model": name_checkpoints(run.model), "peft": peft})
-
-
-def _from_checkpoint_alone(run: RunConfig, checkpoint: Path | None) -> RunConfig:
-    """Have a resumed run read everything from its checkpoint if `model.path` is gone; adapters need it, their base."""
-    path = run.model.path
-    if path is None or Path(path).exists() or run.peft is not None:
-        return run
-    found = checkpoint or _resumed_checkpoint(run)
-    if found is None:
-        return run
-    log_once(f"model.path={path} is gone; the model's config and other files are read from {found}")
-    return run.model_copy(update={"model": run.model.model_copy(update={"path": str(found)})})
-
-
-def _resumed_checkpoint(run: RunConfig) -> Path | None:
-    """Return the checkpoint that a run is going to resume if it is intact; None = it starts."""
-    if run.checkpoint.resume == "never":
-        return None
-    auto = run.checkpoint.resume == "auto"
-    found = checkpoints_in(checkpoint_folder(run.output)) if auto else [resolve_checkpoint(run.checkpoint.resume)]
-    return next((path for path in found if is_checkpoint(path)), None)
 
 
 def _check_rope_length(run: RunConfig, hf: HFModel) -> None:

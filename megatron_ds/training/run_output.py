@@ -24,6 +24,7 @@ from megatron_ds.monitor import (
     draw_loss,
     open_sinks,
 )
+from megatron_ds.training.model_paths import with_hub_names
 from megatron_ds.training.statement import describe_sources
 
 RUN_FILE = "config.yaml"
@@ -57,7 +58,7 @@ class RunOutput:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         with replacing(self._directory / RUN_FILE) as temporary:  # a link there is replaced, not what it leads to
-            temporary.write_text(dump_run(self._run), encoding="utf-8")
+            temporary.write_text(dump_run(with_hub_names(self._run)), encoding="utf-8")
         if continue_after is None:
             (self._directory / DATA_USAGE).unlink(missing_ok=True)  # of an earlier run
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)

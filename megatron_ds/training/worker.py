@@ -23,7 +23,7 @@ from megatron_ds.engine import (
 )
 from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
-from megatron_ds.parallel.consensus import run_on_all_ranks
+from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rendezvous import meet
 from megatron_ds.runtime.export import check_export, export_live
@@ -34,6 +34,7 @@ from megatron_ds.training.datasets import check_same_data, open_data, taught_end
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import check_schedule, describe_jump
+from megatron_ds.training.model_paths import with_pinned_models
 from megatron_ds.training.resolve import ResolvedRun, device_settings, export_target, resolve_run
 from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
@@ -74,10 +75,13 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
         timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)
         device = start_distributed(info, timeout_s, group, device_settings(run))
         existing_lock = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
+        run = gather_objects(run_on_all_ranks(lambda: with_pinned_models(run) if info.rank == 0 else run))[0]
         found = find_resume_point(run, info)
         prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
         resolved = prepared.resolved
         check_same_data(prepared.train_data, resolved.run)
+        if resolved.run.export is not None and resolved.run.export.merge:
+            resolved.model.prepare(resolved.hf.table if info.rank == 0 else ())  # the base is read again at the end
         engine = build(resolved.model, resolved.plan, info.rank, device)
         if prepared.reader is not None:
             load_state(engine, prepared.reader, resets_optimizer=run.checkpoint.optimizer == "reset")

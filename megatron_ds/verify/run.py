@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from megatron_ds import hub
 from megatron_ds.config import (
     ContextMethod,
     ContextNames,
@@ -32,7 +33,7 @@ from megatron_ds.log import quiet_libraries
 from megatron_ds.models.probe import Probe
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import rank_from_environment, rank_source
-from megatron_ds.paths import expanded
+from megatron_ds.paths import expanded_text
 from megatron_ds.verify.compare import Difference, relative_error
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference
@@ -86,7 +87,7 @@ def verify_hf(
             f"verify starts its own ranks, and {settings} in the environment make it a launcher's; run it without "
             f"torchrun, deepspeed or srun; {rank_source().start_alone()}"
         )
-    directory = expanded(hf_dir)
+    directory = Path(hub.local_directory(expanded_text(str(hf_dir))))
     weights = HFWeights(directory, read_model(directory)).with_pooling()
     if weights.model.unread:
         note(f"config.json: {unread_fields(weights.model)}")

@@ -1,4 +1,4 @@
-"""Tokenizers: loading from a local directory, required special tokens, and a hash of their behaviour."""
+"""Tokenizers: loading from a directory or the hub, required special tokens, and a hash of their behaviour."""
 
 import hashlib
 import json
@@ -9,13 +9,14 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sentencepiece_file
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, HubError
+from megatron_ds.hub import hub_id, local_directory
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer saved in the directory `path`, without network access and without running code found there.
+    """Load the tokenizer of a directory, or of a model on the hub, without running code found there.
 
     A SentencePiece model without tokenizer.json is converted; see `load_sentencepiece`.
 
@@ -25,7 +26,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     directory = Path(path).expanduser()
     remedy = "point model.tokenizer at a directory written by a tokenizer's save_pretrained"
     if not directory.is_dir():
-        raise DataError(f"tokenizer {path}: {_why_no_directory(directory, remedy)}")
+        directory = _download(path, remedy)
     try:
         file = sentencepiece_file(directory)
         if file is not None:
@@ -41,6 +42,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 1:
         raise DataError(f"tokenizer {path}: the directory holds no vocabulary, only special tokens; {remedy}")
     return tokenizer
+
+
+def _download(path: str, remedy: str) -> Path:
+    """Return the directory of a tokenizer on the hub.
+
+    Raises:
+        DataError: the hub has no such one, or cannot be read.
+    """
+    missing = f"tokenizer {path}: {_why_no_directory(Path(path).expanduser(), remedy)}"
+    if hub_id(path) is None:
+        raise DataError(missing)
+    try:
+        return Path(local_directory(path, "it"))
+    except HubError as problem:
+        raise DataError(f"{missing}; {problem}") from problem
 
 
 def _why_no_directory(path: Path, remedy: str) -> str:

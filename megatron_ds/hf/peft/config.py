@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.hf.missing_config import ADAPTER_CONFIG, why_missing
 from megatron_ds.hf.peft.field_kinds import check_kinds, meant_field
 from megatron_ds.hf.peft.model_names import ModelNames
+from megatron_ds.hub import hub_id, snapshot_of
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec
 from megatron_ds.log import get_logger
 
@@ -271,6 +272,9 @@ class AdapterConfig:
         if content.get("task_type") is None:
             content["task_type"] = model.core.task_type
         content.update(peft_type=self.kind, base_model_name_or_path=base, inference_mode=True)
+        snapshot = snapshot_of(Path(base))
+        if snapshot is not None:  # another machine has another cache
+            content.update(base_model_name_or_path=snapshot.id.repo, revision=snapshot.commit)
         return {name: sorted(value) if isinstance(value, set) else value for name, value in content.items()}
 
 
@@ -283,10 +287,16 @@ def find_weights(directory: str | Path) -> Path | None:
 def named_base(directory: Path) -> Any:
     """Return the base model that the config of a directory of adapters names; None if it names none.
 
+    An id has the revision that the config names.
+
     Raises:
         ConversionError: see `read_json`.
     """
-    return read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    content = read_json(directory / ADAPTER_CONFIG)
+    base, revision = content.get("base_model_name_or_path"), content.get("revision")
+    if not isinstance(base, str) or not isinstance(revision, str) or (place := hub_id(base)) is None:
+        return base
+    return str(replace(place, revision=revision))
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import hub_server
-from tests.hub_server import LOG, TOKEN, Repo
-
-__all__ = ["TOKEN", "Request", "TestHub", "running_hub"]
+from tests.hub import server
+from tests.hub.server import LOG, Repo
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class TestHub:
+class LocalHub:
     """The address and the folder of a running hub, and the cache of its clients."""
-
-    __test__ = False
 
     address: str
     root: Path
@@ -86,7 +82,7 @@ class TestHub:
 
     @staticmethod
     def _is_small(one: Request) -> bool:
-        return "/resolve/" in one.path and not one.name.endswith(hub_server.LARGE)
+        return "/resolve/" in one.path and not one.name.endswith(server.LARGE)
 
     def forget_requests(self) -> None:
         (self.root / LOG).unlink(missing_ok=True)
@@ -98,23 +94,23 @@ class TestHub:
 
 
 @contextmanager
-def running_hub(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[TestHub]:
+def running_hub(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     """Start a hub, and have this process and its children use it, with an empty cache and no token.
 
     The clients have read their variables when they were imported, so what they made of them is replaced too.
     """
     root, cache = folder / "hub", folder / "hf_home" / "hub"
     root.mkdir()
-    server = subprocess.Popen([sys.executable, hub_server.__file__, str(root)], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    address = server.stdout.readline().strip()
+    process = subprocess.Popen([sys.executable, server.__file__, str(root)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
     use_hub(address, cache.parent, patch)
     try:
-        yield TestHub(address, root, cache, server)
+        yield LocalHub(address, root, cache, process)
     finally:
-        server.kill()
-        server.wait()
-        server.stdout.close()
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def use_hub(address: str, home: Path, patch: pytest.MonkeyPatch) -> None:
@@ -123,6 +119,7 @@ def use_hub(address: str, home: Path, patch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import close_session
 
     environ = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environ["XDG_CACHE_HOME"] = str(home.parent / "cache")
     for name, value in environ.items():
         patch.setenv(name, value)
     for name in [one for one in os.environ if one.startswith("HF_TOKEN")]:

@@ -1,7 +1,7 @@
 """A stand-in of the Hugging Face hub on one machine: the HTTP calls that huggingface_hub makes, on files in a folder.
 
-`python hub_server.py FOLDER` serves `FOLDER/models/ORG/NAME` and `FOLDER/datasets/ORG/NAME`. Each repository has a
-folder `commits/SHA` for each commit, and `repo.json`: the branches, and faults to play. Tests start it by `tests.hub`.
+`python server.py FOLDER` serves `FOLDER/models/ORG/NAME` and `FOLDER/datasets/ORG/NAME`. Each repository has a
+folder `commits/SHA` for each commit, and `repo.json`: the branches, and faults to play. `local_hub.py` starts it.
 
 Calls: information, listings of files, HEAD and GET with ranges and ETags (large files through a redirect, as from a
 content delivery network), creation, and commits with large files uploaded first (git LFS, in one part). There is no

@@ -1,6 +1,5 @@
 """The local hub answers huggingface_hub, transformers and datasets as the real one does; nothing of ours is used."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub import TestHub, go_offline, running_hub
-from tests.hub_server import STRANGER, TOKEN
+from tests.hub.local_hub import LocalHub, go_offline
+from tests.hub.server import STRANGER, TOKEN
 
 SMALL = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "sub/notes.txt": b"text"}
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestHub]:
-    with running_hub(tmp_path, monkeypatch) as found:
-        yield found
-
-
-def test_a_snapshot_is_downloaded_once_and_read_without_the_net(hub: TestHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_is_downloaded_once_and_read_without_the_net(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = hub.publish(SMALL, "org/name")
     place = Path(snapshot_download("org/name"))
     assert place == hub.cache / "models--org--name" / "snapshots" / commit
@@ -44,7 +37,7 @@ def test_a_snapshot_is_downloaded_once_and_read_without_the_net(hub: TestHub, mo
         HfApi().model_info("org/name")
 
 
-def test_branches_and_commits_are_revisions(hub: TestHub) -> None:
+def test_branches_and_commits_are_revisions(hub: LocalHub) -> None:
     first = hub.publish(SMALL, "org/name")
     second = hub.publish({"config.json": b'{"a": 1}'}, "org/name")
     assert first != second
@@ -57,7 +50,7 @@ def test_branches_and_commits_are_revisions(hub: TestHub) -> None:
         hf_hub_download("org/name", "no.json")
 
 
-def test_who_may_read(hub: TestHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_may_read(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.publish(SMALL, "org/private", private=True)
     hub.publish(SMALL, "org/gated", gated=True)
     for name, problem in {"org/private": RepositoryNotFoundError, "org/gated": GatedRepoError}.items():
@@ -70,7 +63,7 @@ def test_who_may_read(hub: TestHub, monkeypatch: pytest.MonkeyPatch) -> None:
         HfApi().model_info("org/private")
 
 
-def test_a_download_that_breaks_off_is_begun_again(hub: TestHub) -> None:
+def test_a_download_that_breaks_off_is_begun_again(hub: LocalHub) -> None:
     hub.publish(SMALL, "org/name")
     repo = hub.repo("org/name")
     repo.cut["model.safetensors"] = 1
@@ -80,7 +73,7 @@ def test_a_download_that_breaks_off_is_begun_again(hub: TestHub) -> None:
     assert hub.downloads() == ["model.safetensors"] * 2
 
 
-def test_a_folder_is_uploaded(hub: TestHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_uploaded(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     source = tmp_path / "source"
     (source / "sub").mkdir(parents=True)
@@ -97,7 +90,7 @@ def test_a_folder_is_uploaded(hub: TestHub, tmp_path: Path, monkeypatch: pytest.
     assert puts == 1 == sum(one.method == "PUT" for one in hub.requests)  # what is there is not sent again
 
 
-def test_transformers_and_datasets_read_from_it(hub: TestHub, tmp_path: Path) -> None:
+def test_transformers_and_datasets_read_from_it(hub: LocalHub, tmp_path: Path) -> None:
     import datasets
     from transformers import AutoConfig
 

@@ -1,0 +1,22 @@
+"""Models on the Hugging Face hub: their ids, the download of what is read of them, and the upload of exports.
+
+Everything goes through huggingface_hub: its cache, `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` count.
+"""
+
+from megatron_ds.hub.ids import HubId, hub_id, name_of, parse_id, snapshot_of
+from megatron_ds.hub.snapshot import exists, fetch, local_directory, pinned, read_header, read_headers, size_of
+
+__all__ = [
+    "HubId",
+    "exists",
+    "fetch",
+    "hub_id",
+    "local_directory",
+    "name_of",
+    "parse_id",
+    "pinned",
+    "read_header",
+    "read_headers",
+    "size_of",
+    "snapshot_of",
+]

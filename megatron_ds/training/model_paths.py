@@ -1,0 +1,89 @@
+"""Directories of the models that a run reads: its paths, snapshots of models on the hub, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, resolve_checkpoint
+from megatron_ds.config import RunConfig
+from megatron_ds.errors import HubError
+from megatron_ds.hub import hub_id, name_of, pinned
+from megatron_ds.log import log_once
+from megatron_ds.runtime.loaded_model import name_directory
+from megatron_ds.training.resume import checkpoint_folder
+
+
+def with_pinned_models(run: RunConfig) -> RunConfig:
+    """Return the run with the commits of the models on the hub that it reads, so that all ranks read the same.
+
+    An id whose commit cannot be found out stays; reading it says why.
+    """
+
+    def pin(field: str, path: str) -> str:
+        try:
+            return pinned(path, f"{field}={path}")
+        except HubError:
+            return path
+
+    return _with_models(run, pin)
+
+
+def with_directories(run: RunConfig, checkpoint: Path | None) -> RunConfig:
+    """Return the run with the directories that its paths and ids of models name; see `name_directory`.
+
+    A resumed run reads everything from its checkpoint if `model.path` is gone, or is on a hub that cannot be read.
+    Adapters need it, their base.
+
+    Args:
+        run: the run file.
+        checkpoint: the checkpoint that it resumes; None = it starts, or has not been looked for.
+
+    Raises:
+        HubError: a model on the hub cannot be read, and there is no such checkpoint.
+    """
+    problem = None
+    try:
+        run = _with_models(run, name_directory)
+    except HubError as error:
+        problem = error
+    path = run.model.path
+    if problem is None and (path is None or Path(path).exists()):
+        return run
+    found = None if run.peft is not None or path is None else checkpoint or _resumed_checkpoint(run)
+    if found is None:
+        if problem is not None:
+            raise problem
+        return run
+    reason = f"model.path={path} is gone" if problem is None else str(problem)
+    log_once(f"{reason}; the model's config and other files are read from {found}")
+    tokenizer = run.model.tokenizer
+    if tokenizer is not None and hub_id(tokenizer) is not None:
+        tokenizer = None  # the checkpoint has it
+    return run.model_copy(update={"model": run.model.model_copy(update={"path": str(found), "tokenizer": tokenizer})})
+
+
+def with_hub_names(run: RunConfig) -> RunConfig:
+    """Return the run with ids, commits included, for directories in the cache of the hub's client."""
+    return _with_models(run, lambda field, path: name_of(path))
+
+
+def _with_models(run: RunConfig, change: Callable[[str, str], str]) -> RunConfig:
+    """Return the run with other paths of models.
+
+    Args:
+        change: (key of the run file, path) -> path.
+    """
+    given = {"path": run.model.path, "tokenizer": run.model.tokenizer}
+    changed = {name: change(f"model.{name}", path) for name, path in given.items() if path is not None}
+    peft = change("peft", run.peft) if isinstance(run.peft, str) else run.peft
+    return run.model_copy(update={"model": run.model.model_copy(update=changed), "peft": peft})
+
+
+def _resumed_checkpoint(run: RunConfig) -> Path | None:
+    """Return the checkpoint that a run is going to resume if it is intact; None = it starts."""
+    if run.checkpoint.resume == "never":
+        return None
+    auto = run.checkpoint.resume == "auto"
+    found = checkpoints_in(checkpoint_folder(run.output)) if auto else [resolve_checkpoint(run.checkpoint.resume)]
+    return next((path for path in found if is_checkpoint(path)), None)
