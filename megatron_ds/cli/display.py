@@ -27,9 +27,14 @@ WINDOW_REPORTS = 100  # number of logged steps over which the pace is measured
 
 
 def print_error(message: str, prefix: str = "") -> None:
-    """Print `error: <message>` to stderr as exactly one line, without markup."""
+    """Print `error: <message>` to stderr as exactly one line, in colour on a terminal unless NO_COLOR is set."""
     lines = (line.strip() for line in message.splitlines())
-    print(f"{prefix}error:", " ".join(line for line in lines if line), file=sys.stderr, flush=True)
+    text = " ".join(line for line in lines if line)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if console.is_terminal:
+        console.print(Text(prefix).append("error:", style="bold red").append(f" {text}"))
+    else:
+        print(f"{prefix}error: {text}", file=sys.stderr, flush=True)
 
 
 class TerminalReporter(Reporter):

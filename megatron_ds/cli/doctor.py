@@ -36,7 +36,7 @@ def doctor(
     nproc: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=0, help="Ranks that communicate (default: one for each device, at least 2; 0: none)."
+            metavar="N", min=0, help="Ranks that communicate (default: one for each device, or 2 on a CPU; 0: none)."
         ),
     ] = None,
     path: Annotated[

@@ -19,9 +19,10 @@ and not chosen for your data.
 Examples:
 
 \b
-  megatron-ds init run.yaml --model path/to/hf_dir --data corpus.jsonl --gpus 8
-  megatron-ds init lora.yaml --model path/to/hf_dir --data chat.jsonl --gpus 1 --gpu-memory 24GB --lora
-  megatron-ds init small.yaml --model path/to/hf_dir --data corpus.txt --random
+  megatron-ds init run.yaml --model hf_dir --data corpus.jsonl --gpus 8
+  megatron-ds init lora.yaml --model hf_dir --data chat.jsonl --lora
+  megatron-ds init small.yaml --model hf_dir --data corpus.txt --random
+  megatron-ds init a.yaml --model hf_dir --data a.txt --gpu-memory 24GB
 """
 
 

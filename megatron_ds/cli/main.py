@@ -64,21 +64,22 @@ app = typer.Typer(
     name=PROGRAM,
     help=ROOT_HELP,
     invoke_without_command=True,
-    add_completion=False,
+    add_completion=True,
+    context_settings={"max_content_width": 110},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command(help=TRAIN_HELP)(train)
-app.command(help=PREPARE_HELP)(prepare)
-app.command(help=EXPORT_HELP)(export)
-app.command("import", help=IMPORT_HELP)(import_hf)
-app.command(help=VERIFY_HELP)(verify)
-app.command(help=EVALUATE_HELP)(evaluate)
-app.command(help=INSPECT_HELP)(inspect)
-app.command(help=FAMILIES_HELP)(families)
-app.command(help=EXAMPLES_HELP)(examples)
-app.command(help=DOCTOR_HELP)(doctor)
-app.command(help=INIT_HELP)(init)
+app.command(help=TRAIN_HELP, short_help="Pretrain or fine-tune a model from a run file.")(train)
+app.command(help=PREPARE_HELP, short_help="Tokenize text once, into Megatron's .bin and .idx files.")(prepare)
+app.command(help=EXPORT_HELP, short_help="Write a checkpoint as a Hugging Face directory.")(export)
+app.command("import", help=IMPORT_HELP, short_help="Read a Hugging Face directory into a checkpoint.")(import_hf)
+app.command(help=VERIFY_HELP, short_help="Compare our model with transformers, number by number.")(verify)
+app.command(help=EVALUATE_HELP, short_help="Compute a model's loss and perplexity on data.")(evaluate)
+app.command(help=INSPECT_HELP, short_help="Show what a checkpoint, a model or data hold.")(inspect)
+app.command(help=FAMILIES_HELP, short_help="Show the supported families of models.")(families)
+app.command(help=EXAMPLES_HELP, short_help="List the examples, or copy one.")(examples)
+app.command(help=DOCTOR_HELP, short_help="Examine this machine, and what a run needs.")(doctor)
+app.command(help=INIT_HELP, short_help="Write a first run file for a model and data.")(init)
 
 
 @app.callback()

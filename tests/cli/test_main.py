@@ -1,5 +1,6 @@
 """The command line before anything is run: help, speed, exit statuses, one line for a mistake."""
 
+import os
 import subprocess
 import sys
 import time
@@ -86,3 +87,35 @@ def test_commands_that_are_no_ranks_ignore_left_over_variables(fork: Fork, run_f
     began = time.monotonic()
     out, err = fork("-m", "megatron_ds", "inspect", "nothing", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").communicate()
     assert out == "" and err.startswith("error: nothing") and time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"), [("megatron-ds ver", "verify"), ("megatron-ds train --np", "--nproc"), ("megatron-ds no", "")]
+)
+def test_shells_complete_commands_and_options(words: str, offered: str) -> None:
+    environment = {
+        **os.environ,
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+        "_MEGATRON_DS_COMPLETE": "complete_bash",
+    }
+    done = subprocess.run([sys.executable, "-m", "megatron_ds"], capture_output=True, text=True, env=environment)
+    assert (done.stdout.strip(), done.stderr) == (offered, "")
+
+
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_errors_are_red_on_a_terminal_unless_colours_are_refused(
+    fork: Fork, variables: dict[str, str], coloured: bool
+) -> None:
+    window, terminal = os.openpty()
+    process = fork(
+        *("-m", "megatron_ds", "train", "nope.yaml"),
+        streams=(0, terminal, terminal),
+        **{"TERM": "xterm", "NO_COLOR": "", **variables},
+    )
+    assert process.wait(60) == 2
+    os.close(terminal)
+    shown = os.read(window, 4096).decode()
+    os.close(window)
+    assert "error:" in shown and "run file nope.yaml does not exist" in shown
+    assert ("31m" in shown) == coloured, shown
