@@ -297,6 +297,7 @@ class TrainSection(Section):
     seed: Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0, lt=2**32)] = 1234
     eval_every: CountOrZero = 0
     log_every: Count = 1
+    log_system: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     offload_activations: bool = False
     keep_attention: bool = False

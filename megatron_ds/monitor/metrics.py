@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ds.atomic import replacing
 from megatron_ds.errors import DataError
@@ -44,6 +44,7 @@ class StepMetrics:
         reserved_memory_bytes: the same of what torch's allocator held; None = not on a GPU.
         terms: the loss terms by name if there are several; else empty.
         metrics: the objective's metrics by name, averaged over the global batch, and those of mixtures of experts.
+        system: readings of rank 0's machine by name, see `system.SystemMeter`; empty = not read.
     """
 
     step: int
@@ -61,6 +62,7 @@ class StepMetrics:
     lrs: Mapping[str, float] = field(default_factory=dict)
     terms: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    system: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def expert_loads(self) -> tuple[float, float] | None:
@@ -88,10 +90,32 @@ class ValidMetrics:
 
 Metrics = StepMetrics | ValidMetrics
 _INT_FIELDS = frozenset({"step", "tokens", "peak_memory_bytes", "reserved_memory_bytes"})
-_MAPPINGS = ("lrs", "terms", "metrics")
+_MAPPINGS = ("lrs", "terms", "metrics", "system")
 """Fields that are written only if they are not empty."""
 _OPTIONAL = frozenset({"data_s", "mfu", "peak_memory_bytes", "reserved_memory_bytes"})
 """Numbers that files of earlier versions lack, or that are unknown on the run's device."""
+
+
+class LastSteps(NamedTuple):
+    """Numbers of the last steps of which a file has the results; 0 = it has none.
+
+    Attributes:
+        step: the last training step.
+        valid: the step of the last validation.
+    """
+
+    step: int = 0
+    valid: int = 0
+
+    def includes(self, metrics: Metrics) -> bool:
+        """Return whether the file has results of this kind of this step, or of a later one."""
+        return metrics.step <= (self.step if isinstance(metrics, StepMetrics) else self.valid)
+
+    def after(self, metrics: Metrics) -> "LastSteps":
+        """Return the last steps when these results have been added."""
+        if isinstance(metrics, StepMetrics):
+            return self._replace(step=max(self.step, metrics.step))
+        return self._replace(valid=max(self.valid, metrics.step))
 
 
 class MetricsWriter:
@@ -105,18 +129,21 @@ class MetricsWriter:
         continue_after: the step that the run resumes from; None for a new run. Lines of later steps, which will be run
             again, and a line torn by a crash are removed; the former file is then kept as `metrics.<n>.jsonl`.
 
+    Attributes:
+        found: the last steps that the file had before lines were removed.
+
     Raises:
         DataError: `continue_after` is given and the file holds a line that is not metrics.
     """
 
     def __init__(self, path: Path | str, continue_after: int | None = None) -> None:
-        self.path = Path(path)
+        self.path, self.found = Path(path), LastSteps()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and self.path.stat().st_size > 0:
             if continue_after is None:
-                self.path.rename(_next_archive(self.path))
+                self.path.rename(archive_name(self.path))
             else:
-                _cut_after(self.path, continue_after)
+                self.found = _cut_after(self.path, continue_after)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, metrics: Metrics) -> None:
@@ -222,20 +249,28 @@ def _read_lines(path: Path) -> Iterator[str]:
                 yield line
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Keep only the complete lines up to `step`; the former file is kept under another name if it differs."""
-    lines = list(_read_lines(path))
-    kept = [line for number, line in enumerate(lines, start=1) if _decode(line, path, number).step <= step]
+def _cut_after(path: Path, step: int) -> LastSteps:
+    """Keep only the complete lines up to `step`; the former file is kept under another name if it differs.
+
+    Returns:
+        the last steps of the former file.
+    """
+    kept, last = [], LastSteps()
+    for number, line in enumerate(_read_lines(path), start=1):
+        metrics = _decode(line, path, number)
+        last = last.after(metrics)
+        if metrics.step <= step:
+            kept.append(line)
     text = "".join(kept).encode()
-    if len(text) == path.stat().st_size:
-        return
-    with replacing(path) as temporary:
-        temporary.write_bytes(text)
-        shutil.copyfile(path, _next_archive(path))  # a copy, so that the file itself always exists
+    if len(text) != path.stat().st_size:
+        with replacing(path) as temporary:
+            temporary.write_bytes(text)
+            shutil.copyfile(path, archive_name(path))  # a copy, so that the file itself always exists
+    return last
 
 
-def _next_archive(path: Path) -> Path:
-    """Return `metrics.<n>.jsonl` with n one above the largest in use, so that the numbers follow the order of runs."""
+def archive_name(path: Path) -> Path:
+    """Return such as `metrics.<n>.jsonl`, n one above the largest in use, so that numbers follow the order of runs."""
     prefix, suffix = f"{path.stem}.", path.suffix
     names = (other.name for other in path.parent.iterdir())
     middles = (name[len(prefix) : -len(suffix) or None] for name in names if name.startswith(prefix))

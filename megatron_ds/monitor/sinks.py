@@ -1,17 +1,17 @@
 """Metric sinks: further destinations of the lines of `metrics.jsonl`.
 
-A sink is named under `monitor` in the run file and opened on rank 0 alone.
+A sink is named under `monitor` in the run file and opened on rank 0 alone. `trackers/` has those that are built in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from megatron_ds.config import RunConfig
-from megatron_ds.monitor.metrics import Metrics
+from megatron_ds.monitor.metrics import LastSteps, Metrics
 from megatron_ds.registry import Registry
 
 
@@ -24,11 +24,20 @@ class SinkInfo:
         output: the run's directory, which exists.
         continue_after: the step that a resumed run continues after; None for a new run. Steps after it may have been
             written before.
+        written: the last steps that were written before the run was resumed, and may be after `continue_after`.
+        number: index of the sink under `monitor`.
     """
 
     run: RunConfig
     output: Path
     continue_after: int | None
+    written: LastSteps = field(default_factory=LastSteps)
+    number: int = 0
+
+    @property
+    def entry(self) -> str:
+        """The run file's entry with its name, such as `monitor[0]=wandb`."""
+        return f"monitor[{self.number}]={self.run.monitor[self.number].name}"
 
 
 class MetricSink(Protocol):
@@ -43,15 +52,3 @@ class MetricSink(Protocol):
 
 SINKS: Registry[Callable[..., MetricSink]] = Registry("metric sink")
 """Name -> a class or function, called as (SinkInfo, **options)."""
-
-
-def open_sinks(info: SinkInfo) -> list[MetricSink]:
-    """Return the sinks that the run file names.
-
-    Raises:
-        ConfigError: no sink of such a name is registered.
-    """
-    return [
-        SINKS.get(entry.name, f"monitor[{number}]")(info, **entry.options)
-        for number, entry in enumerate(info.run.monitor)
-    ]

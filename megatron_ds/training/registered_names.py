@@ -8,7 +8,7 @@ from __future__ import annotations
 from megatron_ds.config import RunConfig, check_option_values
 from megatron_ds.engine import OPTIMIZERS, state_kinds_of
 from megatron_ds.errors import ConfigError
-from megatron_ds.monitor import SINKS
+from megatron_ds.monitor import check_sinks
 from megatron_ds.registry import check_options
 from megatron_ds.training.callbacks import CALLBACKS
 from megatron_ds.training.lr_schedule import SCHEDULES
@@ -22,8 +22,8 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
         resumes: whether the run reads the training state of a checkpoint.
 
     Raises:
-        ConfigError: a name is not registered, an option is unknown, missing or wrong, or nothing says which state the
-            optimizer has.
+        ConfigError: a name is not registered, an option is unknown, missing or wrong, nothing says which state the
+            optimizer has, or a tracker's package is not installed.
     """
     schedule = SCHEDULES.get(run.schedule.name, "schedule.name")
     check_options(schedule, 1, run.schedule.options, "schedule.options")
@@ -36,9 +36,7 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
             f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: its class does not list its state "
             f"in state_kinds; try {fix}"
         )
-    for number, entry in enumerate(run.monitor):
-        field = f"monitor[{number}]"
-        check_options(SINKS.get(entry.name, field), 1, entry.options, field)
+    check_sinks(run)
     for number, entry in enumerate(run.callbacks):
         field = f"callbacks[{number}]"
         check_options(CALLBACKS.get(entry.name, field), 0, entry.options, field)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +20,8 @@ from megatron_ds.monitor import (
     RunSummary,
     SinkInfo,
     StepMetrics,
+    SystemMeter,
+    Tracker,
     ValidMetrics,
     draw_loss,
     open_sinks,
@@ -46,6 +48,7 @@ class RunOutput:
         self._directory = Path(run.output)
         self._writer: MetricsWriter | None = None
         self._sinks: list[MetricSink] = []
+        self._system: SystemMeter | None = None
 
     def start(self, summary: RunSummary, continue_after: int | None = None) -> None:
         """Make the directory, write `config.yaml`, open `metrics.jsonl` and other sinks, show the summary.
@@ -62,11 +65,15 @@ class RunOutput:
         if continue_after is None:
             (self._directory / DATA_USAGE).unlink(missing_ok=True)  # of an earlier run
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
-        self._sinks = open_sinks(SinkInfo(self._run, self._directory, continue_after))
+        self._sinks = open_sinks(SinkInfo(self._run, self._directory, continue_after, self._writer.found))
+        if self._run.monitor or self._run.train.log_system:
+            self._system = SystemMeter()
         self._reporter.start(summary)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write and show a logged step."""
+        """Write and show a logged step, with readings of the machine."""
+        if self._system is not None:
+            metrics = replace(metrics, system=self._system.take())
         self._write(metrics)
         if self._is_first:
             self._reporter.step(metrics, self._run.train.num_steps)
@@ -128,20 +135,29 @@ class RunOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self._close(failed=error is not None)
 
-    def _close(self) -> None:
+    def _close(self, *, failed: bool = False) -> None:
         """Close all sinks that are still open."""
         if self._writer is not None:
             self._writer.close()
         while self._sinks:
-            self._sinks.pop().close()
+            sink = self._sinks.pop()
+            if isinstance(sink, Tracker):
+                sink.failed = failed
+            sink.close()
 
     def _write(self, metrics: StepMetrics | ValidMetrics) -> None:
         if self._writer is not None:
-            self._writer.write(metrics)
+            self._writer.write(self._without_system(metrics))
         for sink in self._sinks:
             sink.write(metrics)
+
+    def _without_system(self, metrics: StepMetrics | ValidMetrics) -> StepMetrics | ValidMetrics:
+        """Return the metrics without the machine's readings, unless the run file asks for them."""
+        if isinstance(metrics, StepMetrics) and not self._run.train.log_system:
+            return replace(metrics, system={})
+        return metrics
 
 
 def describe_usage(usage: Sequence[SourceUsage]) -> str:

@@ -150,7 +150,8 @@ def _train(
     resolved, run, begin = prepared.resolved, prepared.resolved.run, prepared.begin
     summary = summarize(resolved, engine, prepared.train_data, prepared.valid_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
-        output.start(summary, continue_after=begin.step if prepared.reader is not None else None)
+        continue_after = begin.step if prepared.reader is not None else None
+        run_on_all_ranks(lambda: output.start(summary, continue_after))  # a tracker may refuse
         for note in (*notes, *_notes(prepared, engine), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)

@@ -104,6 +104,7 @@ def test_defaults(run_file):
         "seed": 1234,
         "eval_every": 0,
         "log_every": 1,
+        "log_system": False,
         "recompute": "none",
         "offload_activations": False,
         "keep_attention": False,

@@ -118,7 +118,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"optimizer": {"name": "sgd"}, "deepspeed": {"optimizer": {"type": "AdamW"}}},
         "optimizer.name=sgd (run file) and deepspeed.optimizer.type=AdamW (run file) disagree",
     ),
-    ({"monitor": ["tensorbord"]}, "monitor[0]=tensorbord is not one of lines"),
+    (
+        {"monitor": ["tensorbord"]},
+        "monitor[0]=tensorbord is not one of csv, mlflow, tensorboard, trackio, wandb, lines; did you mean "
+        "tensorboard?",
+    ),
     (
         {"monitor": ["lines", {"name": "lines", "flie": "x"}]},
         "monitor[1].flie: unknown option; did you mean monitor[1].file?",
@@ -145,7 +149,7 @@ def test_refused_in_one_line(corpus: Path, tmp_path: Path, top: dict[str, Any], 
 def test_without_sinks_an_unknown_one_names_imports(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(SINKS._entries, "lines")
+    monkeypatch.setattr(SINKS, "_entries", {})
     with pytest.raises(ConfigError) as caught:
         resolve_run(build_run({**run_mapping(corpus, tmp_path / "out"), "monitor": ["tensorboard"]}), 1, "cpu")
     assert str(caught.value) == (

@@ -1,0 +1,75 @@
+"""`trackers.json` in a run's output: its runs in trackers, with which a resumed run continues them.
+
+An entry has the id of the tracker's run, and the last steps that it may have had. They are kept here because
+`metrics.jsonl` loses those after the checkpoint each time that the run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_ds.atomic import replacing
+from megatron_ds.monitor.metrics import LastSteps
+from megatron_ds.monitor.sinks import SinkInfo
+
+FILE = "trackers.json"
+
+
+def update_entries(info: SinkInfo) -> None:
+    """Note which steps the trackers of a resumed run may have had. A new run forgets those of an earlier one."""
+    if info.continue_after is None:
+        (info.output / FILE).unlink(missing_ok=True)
+        return
+    entries = _read(info.output)
+    if entries:
+        _write(info.output, {key: _entry(one["id"], _later(_steps(one), info.written)) for key, one in entries.items()})
+
+
+def known_id(info: SinkInfo) -> str | None:
+    """Return the id of the tracker's run that a resumed run continues; None = it starts a new one there."""
+    entry = _read(info.output).get(_key(info))
+    return entry["id"] if entry is not None else None
+
+
+def save_id(info: SinkInfo, run_id: str) -> LastSteps:
+    """Keep the id of the tracker's run.
+
+    Returns:
+        the last steps that this run of the tracker may have had.
+    """
+    entries = _read(info.output)
+    before = entries.get(_key(info), {})
+    last = _steps(before) if before.get("id") == run_id else LastSteps()
+    _write(info.output, entries | {_key(info): _entry(run_id, last)})
+    return last
+
+
+def _entry(run_id: str, last: LastSteps) -> dict[str, Any]:
+    return {"id": run_id, **last._asdict()}
+
+
+def _steps(entry: dict[str, Any]) -> LastSteps:
+    return LastSteps(entry["step"], entry["valid"])
+
+
+def _later(one: LastSteps, other: LastSteps) -> LastSteps:
+    return LastSteps(*map(max, one, other))
+
+
+def _read(output: Path) -> dict[str, Any]:
+    path = output / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write(output: Path, entries: dict[str, Any]) -> None:
+    with replacing(output / FILE) as temporary:
+        temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _key(info: SinkInfo) -> str:
+    """Return the tracker's name, numbered from the second of that name on."""
+    names = [entry.name for entry in info.run.monitor[: info.number + 1]]
+    count = names.count(names[-1])
+    return names[-1] if count == 1 else f"{names[-1]}_{count}"
