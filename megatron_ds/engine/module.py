@@ -90,12 +90,22 @@ class BuiltModule:
         folded: the ranks of experts that DeepSpeed must know; None = it need not.
     """
 
-    module: nn.Module
+    module: SequentialModel | PipelinedModel
     specs: Sequence[LayerSpec]
     context: BuildContext
     rng: RngStreams
     mpu: Mpu
     folded: FoldedExperts | None
+
+    @property
+    def first(self) -> int:
+        """Index of this rank's first layer among `specs`."""
+        return self.module._local_start if isinstance(self.module, PipelinedModel) else 0
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """This rank's layers in order."""
+        return list(self.module.forward_funcs if isinstance(self.module, PipelinedModel) else self.module.order)
 
 
 def build_module(
@@ -134,7 +144,7 @@ def build_module(
     with _allocation(summary, options.deepspeed, mpu, device):
         if grid.pipeline.size > 1:
             bounds = partition(specs, grid.pipeline.size)
-            module: nn.Module = PipelinedModel(specs, bounds, grid.layout, tp.num_parts)
+            module: SequentialModel | PipelinedModel = PipelinedModel(specs, bounds, grid.layout, tp.num_parts)
         else:
             module = SequentialModel(specs)
     if summary.zero_stage == 3:

@@ -25,12 +25,13 @@ from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.dora import column_adapter, row_adapter
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall
 from megatron_ds.layers.kernels.reference import AttentionKernel, is_plain_attention
+from megatron_ds.layers.key_value_cache import KeyValueCache, SourceCache
 from megatron_ds.layers.linear import QKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import AcrossHeadsNorm, EachHeadNorm, Norm
 from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.relative_bias import RelativeBias, biases_of_pairs, rounded_biases
-from megatron_ds.layers.rotary import Angles, RotaryTable
+from megatron_ds.layers.rotary import BY_LENGTH, Angles, RotaryTable
 from megatron_ds.parallel.context import ContextParallel, Runs, index_of_runs
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -54,9 +55,13 @@ class Attention(nn.Module):
         rng: random streams of the dropout; its masks differ between tensor ranks, which hold different heads.
         kernels: the kernels of attention, of rotations and of norms over heads.
         documents: the longest document of a step, where an engine sets it.
+
+    Attributes:
+        cache: keys and values of earlier positions, or of a source, while rows are continued; None = rows are whole.
     """
 
     kv_index: Tensor
+    cache: KeyValueCache | SourceCache | None = None
 
     def __init__(
         self,
@@ -129,6 +134,8 @@ class Attention(nn.Module):
                 `with_document_bounds`.
             angles: what `RotaryTable.cos_sin` returns for x; None = it is called here.
         """
+        if isinstance(self.cache, SourceCache) and self.cache.held is not None:
+            return self._left(self._by_torch(self._queries(x), *self.cache.held, Row(key_mask)))
         q, kv = self.qkv(x, source)
         q = q.unflatten(-1, (-1, self.shape.head_dim))
         k, v = kv.unflatten(-1, (-1, 2, self.shape.head_dim)).unbind(-2)
@@ -136,6 +143,8 @@ class Attention(nn.Module):
             q, k, v = self._adapted(x, x if source is None else source, q, k, v)
         if not self.shape.qk_norm_after_rotary:
             q, k = self._normed(q, k)
+        if self.cache is not None:
+            return self._left(self._continued(q, k, v, key_mask))
         of_tokens = positions if self.context.axis.size == 1 else own_positions(positions, self.context, q)
         if self.rotary is not None:
             given = of_tokens if positions is not None else None
@@ -161,6 +170,48 @@ class Attention(nn.Module):
             return self.out(core)
         adapter: Any = self.adapters["out"]
         return adapter.around(self.out, core)
+
+    def _left(self, core: Tensor) -> Tensor:
+        """Project the output of the attention core, (S, B, N/t * D), with its adapter."""
+        if "out" not in self.adapters:
+            return self.out(core)
+        adapter: Any = self.adapters["out"]
+        return adapter.around(self.out, core)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """Return the queries alone, with their adapters and norms: (S, B, heads, D)."""
+        q = self.qkv.queries(x).unflatten(-1, (-1, self.shape.head_dim))
+        if "q" in self.adapters:
+            adapter: Any = self.adapters["q"]
+            q = adapter.adapted(x, {"q": q})["q"]
+        return q if self.q_norm is None or self.shape.qk_norm_after_rotary else self.q_norm(q)
+
+    def _continued(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Attend to kept keys and values: (S, B, heads, D) of new positions -> (S, B, N/t * D). Not differentiable.
+
+        The keys and values of a source, whose mask is `key_mask`, are kept for the next call.
+        """
+        assert self.context.axis.size == 1, "rows of context ranks are not continued"
+        cache, shape = self.cache, self.shape
+        if isinstance(cache, SourceCache):
+            cache.held = k, v
+            return self._by_torch(q, k, v, Row(key_mask))
+        assert cache is not None and shape.causal, cache
+        rows, count = cache.rows, len(q)
+        positions = rows.new_positions(count, q.shape[1], q.device)
+        if self.rotary is not None:
+            length = rows.num_past + count if self.rotary.config.scaling in BY_LENGTH else rows.capacity
+            q, k = self.rotary.rotate(q, k, positions, self.rotary.cos_sin(length, like=q), self.rotary_kernel)
+        if shape.qk_norm_after_rotary:
+            q, k = self._normed(q, k)
+        if shape.query_temperature is not None:
+            q = shape.query_temperature.scale(q, positions)
+        k, v, span = cache.extend(k, v)
+        distances = self.relative(count if span is None else rows.capacity) if self.relative is not None else None
+        if span is None:
+            documents = positions if rows.positions is not None else None
+            return self._core(q, k, v, *Row(None, documents, None, distances))
+        return self._by_torch(q, k, v, Row(None, rows.positions, None, distances), span)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, (S, B, heads, D), where the layer has norms of them."""

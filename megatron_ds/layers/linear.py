@@ -239,9 +239,14 @@ class QKVLinear(nn.Module):
             parameters = (self.q_weight, self.kv_weight, self.q_bias, self.kv_bias)
             q, kv = _column_linears(x, self.tp, self.num_shards, *parameters)
             return q, kv
-        (q,) = _column_linears(x, self.tp, self.num_shards[:1], self.q_weight, self.q_bias)
+        q = self.queries(x)
         (kv,) = _column_linears(context, self.tp, self.num_shards[1:], self.kv_weight, self.kv_bias)
         return q, kv
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Project queries from x alone."""
+        (q,) = _column_linears(x, self.tp, self.num_shards[:1], self.q_weight, self.q_bias)
+        return q
 
     def frozen(self, head_dim: int) -> FrozenLayer:
         """Return this layer for an adapter, with the projections q, k and v."""

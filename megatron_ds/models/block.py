@@ -108,11 +108,13 @@ class Block(nn.Module):
 
     def forward(self, activations: Activations) -> Activations:
         """Replace the hidden states (S, B, H); all other activations pass through."""
-        if self.is_compiled:
+        continues = self.attention.cache is not None  # it has the angles of its positions, and lengths that change
+        if self.is_compiled and not continues:
             mask, positions = (activations.get(name) for name in (self.inputs.mask, self.inputs.positions))
             self.attention.prepare(activations[HIDDEN], mask, positions)
         names = [name for name in self.inputs.names if name in activations]
-        run = partial(self._run, names, self._angles(activations[HIDDEN], self.inputs.positions in names))
+        angles = None if continues else self._angles(activations[HIDDEN], self.inputs.positions in names)
+        run = partial(self._block if continues else self._run, names, angles)
         with profiled(BLOCK):
             return {
                 **activations,

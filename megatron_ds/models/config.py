@@ -21,6 +21,21 @@ from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.models.stack import StackConfig
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """The part of a model that runs for each token of a generated text.
+
+    Attributes:
+        column: the column of ids that grows.
+        first_layer: name of the first layer that these ids run through; the layers before it run once.
+        start_id: the first of these ids, where the text that is read is in another column; None = it begins them.
+    """
+
+    column: str
+    first_layer: str
+    start_id: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ABC):
     """A model, and the answers that depend on its kind. Whoever handles models asks here and never tests for a kind.
@@ -55,6 +70,11 @@ class ModelConfig(ABC):
     def decodes(self) -> bool:
         """A stack is causal, so that transformers' model may keep keys and values of earlier positions."""
         return any(stack.causal for stack in self.stacks.values())
+
+    @property
+    def decoding(self) -> Decoding | None:
+        """The part of the model that generates text token by token; None = it does not generate text."""
+        return None
 
     @property
     @abstractmethod

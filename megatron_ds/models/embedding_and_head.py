@@ -49,7 +49,12 @@ class LanguageModelHead(OutputHead):
         std: standard deviation of the weight's initialisation.
         bias: whether the logits have one.
         finish: multiplier and bound of the logits; None = neither.
+
+    Attributes:
+        picked: index of the only position whose logits `outputs` returns; None = those of all positions.
     """
+
+    picked: int | None = None
 
     def __init__(
         self,
@@ -74,9 +79,13 @@ class LanguageModelHead(OutputHead):
         return HeadResult({"targets": head_loss(hidden, self.local(), labels["targets"].t(), positions)})
 
     def outputs(self, activations: Activations) -> Activations:
-        """Return `logits` (B, S, V), gathered over tensor and context."""
+        """Return `logits` (B, S, V), gathered over tensor and context; of one position (B, 1, V)."""
         with torch.no_grad():
-            logits = gather_logits(self.enter(activations[HIDDEN]), self.local())
+            hidden = self.enter(activations[HIDDEN])
+            if self.picked is not None:
+                one = self.tp.gather_context(hidden)[self.picked][None]
+                return {"logits": gather_logits(one, self.local()).transpose(0, 1)}
+            logits = gather_logits(hidden, self.local())
             return {"logits": self.tp.gather_context(logits).transpose(0, 1)}
 
     def enter(self, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from megatron_ds.layers.embedding import LearnedPositions, PositionTable, scaled
 from megatron_ds.layers.linear import ReplicatedLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import ModelConfig
+from megatron_ds.models.config import Decoding, ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
 from megatron_ds.models.hidden_output import hidden_layer
@@ -80,6 +80,10 @@ class DecoderConfig(StackConfig, ModelConfig):
     @property
     def generates(self) -> bool:
         return self.head and self.labels is None
+
+    @property
+    def decoding(self) -> Decoding | None:
+        return Decoding("input_ids", "embedding") if self.generates and self.causal else None
 
     @property
     def task_type(self) -> str | None:

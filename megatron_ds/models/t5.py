@@ -18,7 +18,7 @@ from megatron_ds.layers.cross_entropy import LogitFinish
 from megatron_ds.layers.dropout import HiddenDropout
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.block import BlockInputs, block_layers
-from megatron_ds.models.config import ModelConfig
+from megatron_ds.models.config import Decoding, ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead, WordEmbedding
 from megatron_ds.models.label_head import label_layer, probe_labels
@@ -74,6 +74,12 @@ class EncoderDecoderConfig(ModelConfig):
     @property
     def stacks(self) -> dict[str, StackConfig]:
         return {"encoder.blocks": self.encoder, "decoder.blocks": self.decoder}
+
+    @property
+    def decoding(self) -> Decoding | None:
+        if self.labels is not None:
+            return None
+        return Decoding("decoder_input_ids", "decoder.embedding", self.decoder_start_id)
 
     @property
     def task_type(self) -> str | None:
