@@ -4,6 +4,7 @@ import megatron_ds as mds
 result = mds.train(mds.load_run("run.yaml"))
 mds.import_hf(hf_dir, checkpoint); mds.export_hf(checkpoint, hf_dir); mds.verify_hf(hf_dir, tp=2, pp=2)
 mds.evaluate(hf_dir, ["text.txt"], tp=2)
+texts = [one.text for one in mds.generate(hf_dir, ["Once upon a time"], tp=2)]
 
 with mds.session() as ranks:
     engine = ranks.build_engine(mds.load_model(hf_dir), parallel={"tensor": 2}, optimizer={"lr": 3e-4})
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_ds.config import build_run, load_run
     from megatron_ds.engine import DeviceSettings
     from megatron_ds.evaluation.run import evaluate
+    from megatron_ds.generation.run import generate
     from megatron_ds.runtime import load_model, open_dataset, session
     from megatron_ds.training.launch import train
     from megatron_ds.verify.run import verify_hf
@@ -32,6 +34,7 @@ _PUBLIC = {
     "evaluate": "megatron_ds.evaluation.run",
     "export_hf": "megatron_ds.checkpoint.convert",
     "import_hf": "megatron_ds.checkpoint.convert",
+    "generate": "megatron_ds.generation.run",
     "load_model": "megatron_ds.runtime",
     "load_run": "megatron_ds.config",
     "open_dataset": "megatron_ds.runtime",
@@ -46,6 +49,7 @@ __all__ = [
     "build_run",
     "evaluate",
     "export_hf",
+    "generate",
     "import_hf",
     "load_model",
     "load_run",

@@ -24,6 +24,8 @@ from megatron_ds.cli.export import HELP as EXPORT_HELP
 from megatron_ds.cli.export import export
 from megatron_ds.cli.families import HELP as FAMILIES_HELP
 from megatron_ds.cli.families import families
+from megatron_ds.cli.generate import HELP as GENERATE_HELP
+from megatron_ds.cli.generate import generate
 from megatron_ds.cli.import_hf import HELP as IMPORT_HELP
 from megatron_ds.cli.import_hf import import_hf
 from megatron_ds.cli.init import HELP as INIT_HELP
@@ -55,6 +57,7 @@ Examples:
   megatron-ds export out/run out/hf
   megatron-ds verify out/hf --tp 2
   megatron-ds doctor
+  megatron-ds generate out/hf --prompt "Once upon a time"
 """
 LAUNCHED = ("train", "evaluate", "doctor")
 """Commands that a launcher may start on several ranks."""
@@ -75,6 +78,7 @@ app.command(help=EXPORT_HELP, short_help="Write a checkpoint as a Hugging Face d
 app.command("import", help=IMPORT_HELP, short_help="Read a Hugging Face directory into a checkpoint.")(import_hf)
 app.command(help=VERIFY_HELP, short_help="Compare our model with transformers, number by number.")(verify)
 app.command(help=EVALUATE_HELP, short_help="Compute a model's loss and perplexity on data.")(evaluate)
+app.command(help=GENERATE_HELP, short_help="Continue prompts by a model.")(generate)
 app.command(help=INSPECT_HELP, short_help="Show what a checkpoint, a model or data hold.")(inspect)
 app.command(help=FAMILIES_HELP, short_help="Show the supported families of models.")(families)
 app.command(help=EXAMPLES_HELP, short_help="List the examples, or copy one.")(examples)
