@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,10 +14,10 @@ from megatron_ds.paths import expanded, expanded_text
 if TYPE_CHECKING:
     from megatron_ds.evaluation import DataResult, Evaluation
 
-HELP = """Compute the loss, the perplexity and the metrics of a model on data. Nothing is trained or changed.
+HELP = """Compute the loss of a model on data, or its scores on tasks of lm-eval. Nothing is trained or changed.
 
 PATH is a run file or the output of a run, of which the latest checkpoint is evaluated, on its validation data unless
---data names others; or a checkpoint, or a Hugging Face directory.
+--data names others; or a checkpoint, or a Hugging Face directory. Tasks need the package lm-eval.
 
 Examples:
 
@@ -26,6 +26,7 @@ Examples:
   megatron-ds evaluate run.yaml --data a.txt --data b.txt --json found.json
   megatron-ds evaluate path/to/hf_dir --data a.txt data.seq_length=2048
   megatron-ds evaluate path/to/hf_dir --data a.txt --tp 2 --pp 2 --nproc 8
+  megatron-ds evaluate path/to/hf_dir --tasks lambada_openai,arc_easy --tp 2
   torchrun --nproc-per-node 8 -m megatron_ds evaluate out/run --tp 8
 """
 
@@ -44,6 +45,21 @@ def evaluate(
         list[str] | None,
         typer.Option("--data", metavar="SOURCE", help="A file, directory, hub id or prefix; may be repeated."),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks, groups or tags of lm-eval, instead of data.")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=expanded, help="Folder with YAML files of further tasks.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Examples before each question (default: the task's).")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(metavar="N", help="Questions of each task, or a share of them below 1.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Write questions by the tokenizer's chat template.")
+    ] = False,
     tp: Annotated[
         int | None, typer.Option("--tp", metavar="N", help="Tensor ranks (default: the run's, or 1).")
     ] = None,
@@ -65,13 +81,19 @@ def evaluate(
     """Run the command; see HELP."""
     load_plugins(imports)
     from megatron_ds.errors import ConfigError
+    from megatron_ds.evaluation import Tasks
     from megatron_ds.evaluation import evaluate as start
 
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise ConfigError(f"--json={json} is not a file in a directory that exists")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    for option, value in (("--tasks-dir", tasks_dir), ("--num-fewshot", num_fewshot), ("--limit", limit)):
+        if value is not None and not names:
+            raise ConfigError(f"{option}={value} does nothing without --tasks; try --tasks NAME")
     found = start(
         path,
         [expanded_text(one, f"--data={one}") for one in data or []],
+        tasks=Tasks(names, tasks_dir, num_fewshot, limit, chat_template) if names else None,
         overrides=overrides or [],
         tp=tp,
         pp=pp,
@@ -100,6 +122,22 @@ def lines(found: Evaluation) -> Iterator[str]:
     for one in found.data:
         yield f"{'data':<12}{one.name}: {one.tokens:,} tokens in {one.samples:,} samples"
         yield f"{'':<12}{', '.join(f'{name} {value:.4f}' for name, value in _numbers(one))}"
+    if found.tasks is not None:
+        yield from _task_lines(found.tasks)
+
+
+def _task_lines(tasks: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the metrics of each task or group, with their standard errors where lm-eval computes them."""
+    for name, found in tasks["results"].items():
+        shots = tasks["n-shot"].get(name)
+        yield f"{'task':<12}{found.get('alias', name).strip()}" + (f", {shots}-shot" if shots is not None else "")
+        for key, value in found.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not kind:
+                continue
+            error = found.get(f"{metric}_stderr,{kind}")
+            spread = f" +- {error:.4f}" if isinstance(error, float) else ""
+            yield f"{'':<12}{metric.replace('_', ' ')}{'' if kind == 'none' else f' ({kind})'} {value:.4f}{spread}"
 
 
 def _numbers(one: DataResult) -> Iterator[tuple[str, float]]:

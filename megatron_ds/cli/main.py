@@ -79,6 +79,7 @@ app.command("import", help=IMPORT_HELP, short_help="Read a Hugging Face director
 app.command(help=VERIFY_HELP, short_help="Compare our model with transformers, number by number.")(verify)
 app.command(help=EVALUATE_HELP, short_help="Compute a model's loss and perplexity on data.")(evaluate)
 app.command(help=GENERATE_HELP, short_help="Continue prompts by a model.")(generate)
+app.command(help=EVALUATE_HELP, short_help="Compute a model's loss on data, or its scores on tasks.")(evaluate)
 app.command(help=INSPECT_HELP, short_help="Show what a checkpoint, a model or data hold.")(inspect)
 app.command(help=FAMILIES_HELP, short_help="Show the supported families of models.")(families)
 app.command(help=EXAMPLES_HELP, short_help="List the examples, or copy one.")(examples)

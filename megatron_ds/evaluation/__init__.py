@@ -2,5 +2,6 @@
 
 from megatron_ds.evaluation.report import DataResult, Evaluation
 from megatron_ds.evaluation.run import evaluate
+from megatron_ds.evaluation.task_choice import Tasks
 
-__all__ = ["DataResult", "Evaluation", "evaluate"]
+__all__ = ["DataResult", "Evaluation", "Tasks", "evaluate"]

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_ds.engine import Losses
 from megatron_ds.hf.weight_files import write_json
+
+if TYPE_CHECKING:
+    from megatron_ds.engine import Losses
 
 
 @dataclass(frozen=True)

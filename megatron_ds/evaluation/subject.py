@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ class Subject:
     def weights(self) -> str:
         """The directory that the weights are read from, of adapters theirs."""
         return self.run.peft if isinstance(self.run.peft, str) else str(self.run.model.path)
+
+    def without_sequence(self) -> Subject:
+        """Return the same without sequence parallelism, which divides rows of certain lengths alone."""
+        parallel = self.run.parallel.model_copy(update={"sequence": False})
+        return replace(self, run=self.run.model_copy(update={"parallel": parallel}))
 
     def data_sets(self, sources: Sequence[Source]) -> list[DataSet]:
         """Return the data sets to evaluate on: those named, or the validation data of the run.

@@ -72,3 +72,18 @@ def gather_objects(local: T, group: dist.ProcessGroup | None = None) -> list[T]:
     everyone = [local] * dist.get_world_size(group)
     dist.all_gather_object(everyone, local, group=group)
     return everyone
+
+
+def share_object(value: T) -> T:
+    """Return rank 0's small picklable object on every rank. Collective over the world.
+
+    Without a process group, or with one rank, nothing is communicated.
+
+    Args:
+        value: the object, on rank 0; the others' is ignored.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

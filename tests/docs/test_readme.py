@@ -1,8 +1,10 @@
 """What the README and the pages under docs/ and examples/ claim, held against the code."""
 
 import itertools
+import json
 import re
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +67,18 @@ def a_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     preload()
     train(build_run(mapping))
     return place
+
+
+def write_task(place: Path) -> None:
+    """corpus.txt, and tasks/endings.yaml of docs/evaluate.md with its documents."""
+    (place / "corpus.txt").write_text("w1 w2 w3 w4 w5 " * 20)
+    documents = [{"question": f"w{number} w2", "ending": "w3"} for number in range(4)]
+    (place / "docs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+    (task,) = re.findall(r"  ```yaml\n(.*?)```", (ROOT / "docs/evaluate.md").read_text(encoding="utf-8"), re.DOTALL)
+    fields = yaml.safe_load(textwrap.dedent(task))
+    fields["dataset_kwargs"]["cache_dir"] = str(place / "cache")
+    (place / "tasks").mkdir(exist_ok=True)
+    (place / "tasks" / "endings.yaml").write_text(yaml.safe_dump(fields))
 
 
 def commands() -> list[tuple[str, str]]:
@@ -135,7 +149,7 @@ def test_command_is_right(
     elif words[:2] == ["megatron-ds", "evaluate"]:
         place = request.getfixturevalue("a_run")
         request.getfixturevalue("monkeypatch").chdir(place)
-        (place / "corpus.txt").write_text("w1 w2 w3 w4 w5 " * 20)
+        write_task(place)
         assert _run(words[1:]) == 0, capsys.readouterr().err
     elif words[:2] == ["megatron-ds", "verify"]:
         arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
