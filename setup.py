@@ -27,7 +27,7 @@ class BuildWithShippedFiles(build_py):
 # extra: pip install 'megatron-ds[wandb]'.
 EXTRAS = {
     "tensorboard": ["tensorboard>=2.20"],
-    "wandb": ["wandb>=0.28"],
+    "wandb": ["wandb>=0.31"],
     "mlflow": ["mlflow-skinny>=3.10"],
     "trackio": ["trackio>=0.40"],
     "remote": ["fsspec>=2026.2", "s3fs>=2026.2", "gcsfs>=2026.2"],

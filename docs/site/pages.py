@@ -3,6 +3,7 @@
 The pages keep their paths in the repository, so that links between them work on the site as they do in a clone.
 """
 
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,6 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_ds"
 PAGES = ("*.md", "docs/*.md", "docs/images/*", "bench/*.md", "bench/*.png", "examples/**/*.md")
-PACKAGES = "api/"
-"""The entry of `nav` that stands for the pages of all packages."""
 
 
 class ListsOfTwoSpaces(Extension):
@@ -28,15 +27,14 @@ class ListsOfTwoSpaces(Extension):
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.markdown_extensions.insert(0, ListsOfTwoSpaces())  # type: ignore[arg-type]
-    config.nav = [_with_packages(entry) for entry in config.nav or []]
+    config.nav = _with_stars(config.nav, _pages() - set(_leaves(config.nav)))
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for pattern in PAGES:
         for path in sorted(ROOT.glob(pattern)):
-            name = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+            files.append(File.generated(config, _name(path), abs_src_path=str(path)))
     files.append(File.generated(config, "api/interface.md", content=_interface()))
     for package, modules in _packages():
         introduction = f"::: {package}\n    options: {{heading_level: 1, members: false}}"
@@ -45,17 +43,43 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def _with_packages(entry: Any) -> Any:
-    """Return an entry of `nav` in which the pages of all packages stand for `PACKAGES`."""
-    if isinstance(entry, list):
-        return [_with_packages(one) for one in entry]
+def _pages() -> set[str]:
+    paths = {_name(path) for pattern in PAGES for path in ROOT.glob(pattern)}
+    return paths | {_page(package) for package, _ in _packages()}
+
+
+def _leaves(entry: Any) -> Iterator[str]:
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for inner in entry.values() if isinstance(entry, dict) else entry:
+            yield from _leaves(inner)
+
+
+def _with_stars(entry: Any, unlisted: set[str]) -> Any:
+    """Return an entry of `nav` in which the unlisted pages that match a pattern stand in its place."""
     if isinstance(entry, dict):
-        return {title: _with_packages(inner) for title, inner in entry.items()}
-    return (
-        [{package.removeprefix("megatron_ds."): _page(package)} for package, _ in _packages()]
-        if entry == PACKAGES
-        else entry
-    )
+        return {title: _with_stars(inner, unlisted) for title, inner in entry.items()}
+    if isinstance(entry, str):
+        return entry
+    found: list[Any] = []
+    for one in entry:
+        if isinstance(one, str) and "*" in one:
+            found += [_titled(page) for page in fnmatch.filter(sorted(unlisted), one)]
+        else:
+            found.append(_with_stars(one, unlisted))
+    return found
+
+
+def _titled(page: str) -> Any:
+    """Return the entry of a page, with a short title if it is that of a package in the package."""
+    _, inside, package = page.removesuffix(".md").partition("megatron_ds.")
+    return {package: page} if inside else page
+
+
+def _name(path: Path) -> str:
+    """Return the path of a page in the repository, which is its path on the site too."""
+    return path.relative_to(ROOT).as_posix()
 
 
 def _page(package: str) -> str:
