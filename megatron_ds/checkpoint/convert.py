@@ -27,7 +27,7 @@ from megatron_ds.checkpoint.files import flush, record_file, write_bytes
 from megatron_ds.checkpoint.masters import compare_with_master
 from megatron_ds.checkpoint.progress import Origin, Progress, decode, encode, timestamp
 from megatron_ds.checkpoint.reader import StateReader, first_damage
-from megatron_ds.checkpoint.state_keys import MASTER
+from megatron_ds.checkpoint.state_keys import EMA, MASTER
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import CheckpointError, ConfigError, ConversionError
@@ -101,6 +101,7 @@ def export_hf(
     *,
     merge: bool = False,
     base: str | Path | None = None,
+    ema: bool = False,
     overwrite: bool = False,
 ) -> HFModel:
     """Convert a checkpoint to a Hugging Face directory without training state.
@@ -116,13 +117,15 @@ def export_hf(
         max_shard_size: upper bound on the size of a file, such as "5GB".
         merge: for adapters, write the base model with the adapters merged instead of a directory that peft loads.
         base: for adapters, the directory of their base model; None = the one that their config names.
+        ema: write the average of the weights in place of those that were trained.
         overwrite: replace any other directory too, except what is read, checkpoints and outputs of runs.
 
     Returns:
         The exported model, or the base model of the adapters.
 
     Raises:
-        CheckpointError: a file of the checkpoint is missing or damaged, or the target cannot be written.
+        CheckpointError: a file of the checkpoint is missing or damaged, it has no average of the weights, or the target
+            cannot be written.
         ConversionError: the weights do not fit into the dtype; the target must not be replaced.
     """
     source, target = resolve_checkpoint(_model_directory(checkpoint)), expanded(target)
@@ -131,8 +134,14 @@ def export_hf(
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConversionError(f"--dtype={dtype} is not one of {', '.join(EXPORT_DTYPES)}")
     reader = _open_intact(source) if (source / STATE).is_dir() else None
+    if ema and (reader is None or not reader.has_average):
+        raise CheckpointError(
+            f"{source} has no average of the weights, which --ema would write; remove --ema, or train with "
+            "train.ema.decay=0.999"
+        )
+    kind = EMA if ema else MASTER
     if (source / ADAPTER_CONFIG).is_file():
-        return _export_adapters(source, place, reader, base, (dtype, max_shard_size), merge)
+        return _export_adapters(source, place, reader, base, (dtype, max_shard_size), merge, kind)
     if merge or base is not None:
         raise ConversionError(f"{source} holds no adapters; remove {'--merge' if merge else '--base'}")
     weights = HFWeights(source, read_model(source))
@@ -140,6 +149,8 @@ def export_hf(
     stored, table = weights.dtypes, weights.model.table
 
     def best(part: Part, full: Tensor) -> Tensor:
+        if reader is not None and ema and reader.has(EMA, part.name):
+            return reader.read_part(EMA, part, tuple(full.shape))
         if reader is None or dtype is None or not reader.has(MASTER, part.name):
             return full
         names = table[part.name].of(part.expert).names
@@ -169,8 +180,9 @@ def _export_adapters(
     base: str | Path | None,
     form: tuple[str | None, str],
     merge: bool,
+    kind: str,
 ) -> HFModel:
-    """Export adapters for peft, or merged. The fp32 masters are rounded, if there are any."""
+    """Export adapters for peft, or merged. The fp32 masters, or averages, are rounded, if there are any."""
     named = base or hub.local_directory(str(named_base(source) or ""), f"{source}: its base")
     if not named or not Path(named).is_dir():
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
@@ -182,6 +194,9 @@ def _export_adapters(
 
     def read(name: str) -> Tensor:
         full = stored.full(name)
+        if kind == EMA and reader is not None and reader.has(EMA, name):
+            average = reader.read_full(EMA, name, tuple(full.shape))
+            return average if merge or dtype is not None else average.to(full.dtype)
         copied = not merge and (dtype is None or full.dtype == EXPORT_DTYPES[dtype])
         if copied or reader is None or not reader.has(MASTER, name):
             return full

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.state import refresh_weights, set_loss_scale, slices
-from megatron_ds.checkpoint.state_keys import MASTER
+from megatron_ds.checkpoint.state_keys import EMA, MASTER
 from megatron_ds.checkpoint.tensor_slices import TensorSlice
 from megatron_ds.engine import OPTIMIZERS, Engine
 from megatron_ds.engine.optimizer_shards import OptimizerShard, optimizer_shards
@@ -51,7 +51,7 @@ def load_state(engine: Engine, reader: StateReader, *, resets_optimizer: bool = 
     """Load the masters, optimizer state and steps of a checkpoint into a fresh engine. Collective over the world.
 
     A parameter that was not trained then, and is now, keeps the weights that the engine was filled with, and an empty
-    state.
+    state. An average of the weights that the checkpoint does not have begins with them.
 
     Args:
         engine: the engine, which has the weights of the checkpoint.
@@ -72,7 +72,9 @@ def load_state(engine: Engine, reader: StateReader, *, resets_optimizer: bool = 
             continue
         for part, views in slices(shard, axes):
             for kind, view in views.items():
-                if continues or kind == MASTER:
+                if kind == EMA and not reader.has(EMA, shard.name):
+                    view.copy_(views[MASTER])
+                elif continues or kind in (MASTER, EMA):
                     _read_into(reader, kind, shard, part, view)
         if continues and shard.steps is not None:
             known = steps.get(id(shard.steps), (shard.steps, 0.0))[1]

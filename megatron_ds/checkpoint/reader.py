@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ds.checkpoint.directory import PROGRESS, STATE, checkpoints_in, is_checkpoint, read_manifest
 from megatron_ds.checkpoint.files import FileRecord, damage
 from megatron_ds.checkpoint.progress import decode
-from megatron_ds.checkpoint.state_keys import MASTER, STEPS, parse_key
+from megatron_ds.checkpoint.state_keys import EMA, MASTER, STEPS, parse_key
 from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.family import Part
@@ -112,7 +112,12 @@ class StateReader:
     @property
     def optimizer_kinds(self) -> frozenset[str]:
         """The kinds of state that its optimizer kept; see `GuardedOptimizer.state_kinds`."""
-        return frozenset(kind for kind, _ in self._slices if kind != MASTER)
+        return frozenset(kind for kind, _ in self._slices if kind not in (MASTER, EMA))
+
+    @property
+    def has_average(self) -> bool:
+        """True if it has an average of the weights."""
+        return any(kind == EMA for kind, _ in self._slices)
 
     def has(self, kind: str, name: str) -> bool:
         """Return whether there is state of a kind for a parameter."""
@@ -154,7 +159,7 @@ class StateReader:
 
     def elements_by_kind(self) -> dict[str, int]:
         """Return the number of elements of each kind, the masters first."""
-        found = dict.fromkeys((MASTER, *sorted(self.optimizer_kinds - {STEPS})), 0)
+        found = dict.fromkeys((MASTER, *sorted({kind for kind, _ in self._slices} - {MASTER, STEPS})), 0)
         for (kind, _), stored in self._slices.items():
             if kind in found:
                 found[kind] += sum(part.numel for part, _, _ in stored)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from megatron_ds.checkpoint.tensor_slices import TensorSlice
 
-MASTER, STEPS = "master", "step"
-"""The weights in fp32, and the number of updates of a parameter. All other kinds are the optimizer's own names."""
+MASTER, STEPS, EMA = "master", "step", "ema"
+"""The weights in fp32, the number of updates of a parameter, and an average of the weights. All other kinds are the
+optimizer's own names of its state."""
 
 
 def key_of(kind: str, name: str, part: TensorSlice) -> str:

@@ -25,6 +25,7 @@ Examples:
   megatron-ds export out/run out/hf
   megatron-ds export out/run/checkpoints/step_00000200 out/hf --dtype float32
   megatron-ds export out/lora out/hf --merge
+  megatron-ds export out/run out/averaged --ema
 """
 
 
@@ -38,6 +39,7 @@ def export(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
     merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the base weights.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Write the average of the weights that train.ema keeps.")] = False,
     base: Annotated[
         Path | None,
         typer.Option(metavar="DIR", parser=expanded, help="Base model of adapters (default: from their config)."),
@@ -55,7 +57,7 @@ def export(
     from megatron_ds.log import setup_logging
 
     setup_logging(rank=0)
-    model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base, overwrite=overwrite)
+    model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base, ema=ema, overwrite=overwrite)
     if (hf_dir / "adapter_config.json").is_file():
         print(f"exported {hf_dir}: {model.family.model_type} adapters for peft")
     else:

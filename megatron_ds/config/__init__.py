@@ -33,6 +33,7 @@ from megatron_ds.config.optimizer_groups import OptimizerGroup
 from megatron_ds.config.option_values import check_option_values
 from megatron_ds.config.run_config import (
     CheckpointSection,
+    EmaSection,
     ExportSection,
     ModelSection,
     OptimizerSection,
@@ -51,6 +52,7 @@ __all__ = [
     "DataSection",
     "DataSource",
     "DeepSpeedSummary",
+    "EmaSection",
     "EngineConfig",
     "ExpertNames",
     "ExportSection",

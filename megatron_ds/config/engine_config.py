@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from megatron_ds.config.run_config import (
+    EmaSection,
     OptimizerSection,
     ParallelSection,
     RunConfig,
@@ -32,7 +33,7 @@ class EngineConfig(Section):
         global_batch_size, micro_batch_size: samples per optimizer step, and per forward pass on one rank.
         seed: of dropout and of random initialisation.
         recompute, offload_activations, keep_attention, mlp_tile_tokens: as under `train` in the run file.
-        compile, kernels, moe_aux_loss, moe_z_loss, moe_bias_rate: as under `train` in the run file.
+        compile, kernels, moe_aux_loss, moe_z_loss, moe_bias_rate, ema: as under `train` in the run file.
     """
 
     parallel: ParallelSection = ParallelSection()
@@ -53,6 +54,7 @@ class EngineConfig(Section):
     moe_aux_loss: NonNegative | None = None
     moe_z_loss: NonNegative = 0.0
     moe_bias_rate: NonNegative = 0.0
+    ema: EmaSection | None = None
 
     @classmethod
     def of_run(cls, run: RunConfig) -> "EngineConfig":
@@ -76,6 +78,7 @@ class EngineConfig(Section):
             moe_aux_loss=train.moe_aux_loss,
             moe_z_loss=train.moe_z_loss,
             moe_bias_rate=train.moe_bias_rate,
+            ema=train.ema,
         )
 
     @property

@@ -269,6 +269,16 @@ class ProfileSection(Section):
     steps: Annotated[tuple[Count, Count], BeforeValidator(_first_and_last)]
 
 
+class EmaSection(Section):
+    """An exponential moving average of the weights, `decay` times itself plus the rest times the weights after a step.
+
+    `start_step`: it begins with the weights after this step; 0: with those of the run's start.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    start_step: CountOrZero = 0
+
+
 class TrainSection(Section):
     """Length of the run, batch sizes, and how steps are computed.
 
@@ -286,7 +296,7 @@ class TrainSection(Section):
     mapping chooses per operation. `moe_aux_loss`, `moe_z_loss`: coefficients of the losses that balance the routers of
     mixtures of experts (None: the model's). `moe_bias_rate`: step of their biases of the choice. `deterministic`: on
     CUDA the same operations give the same bits again. `tf32`: on CUDA products in fp32 are rounded to TF32. `profile`:
-    the steps that are profiled.
+    the steps that are profiled. `ema`: an average of the weights is kept.
     """
 
     steps: Count | None = None
@@ -310,6 +320,7 @@ class TrainSection(Section):
     deterministic: bool = False
     tf32: bool = False
     profile: ProfileSection | None = None
+    ema: EmaSection | None = None
     max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10
     step_timeout: NonNegative = 1800.0
@@ -356,15 +367,16 @@ class ExportSection(Section):
 
     `overwrite`: replace a directory that is not an unchanged export; models that the run reads, checkpoints and outputs
     of runs are never replaced. `merge`: with adapters, write the base model with the adapters merged instead of a peft
-    directory. `dtype: None` keeps the model's dtype. `check` loads the directory with transformers on a rank of the
-    last pipeline stage and compares its logits with the live model's; the model must fit there, and the rank must see
-    the path.
+    directory. `ema`: write the average of the weights. `dtype: None` keeps the model's dtype. `check` loads the
+    directory with transformers on a rank of the last pipeline stage and compares its logits with the live model's; the
+    model must fit there, and the rank must see the path.
     """
 
     path: PathText
     overwrite: bool = False
     check: bool = False
     merge: bool = False
+    ema: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B$")] = "5GB"
 
@@ -409,6 +421,7 @@ class RunConfig(Section):
         if self.train.epochs is not None:
             _check_epochs(self)
         _check_peft(self)
+        _check_ema(self)
         return self
 
     def with_steps(self, num_samples: int) -> "RunConfig":
@@ -429,6 +442,14 @@ class RunConfig(Section):
         steps = math.ceil(samples / self.train.global_batch_size)
         _check_steps(self, steps, f"train.steps={steps}, which train.epochs={epochs:g} gives")
         return self.model_copy(update={"train": self.train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def _check_ema(run: RunConfig) -> None:
+    if run.export is not None and run.export.ema and run.train.ema is None:
+        raise ConfigError(
+            "export.ema=true needs an average of the weights, which is not kept; try train.ema.decay=0.999, or "
+            "export.ema=false"
+        )
 
 
 def _check_epochs(run: RunConfig) -> None:

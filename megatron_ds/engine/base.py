@@ -194,7 +194,7 @@ class Engine(ABC):
         self._rng.begin_step(self.steps_begun)
         self.steps_begun += 1
         if isinstance(self.optimizer, GuardedOptimizer):
-            self.optimizer.begin_step()
+            self.optimizer.begin_step(self.steps_begun)
         if self.gradient_sums is not None:
             self.gradient_sums.begin_step()
         if self.routers is not None:

@@ -21,7 +21,7 @@ from megatron_ds.engine.experts import FoldedExperts, declare_experts
 from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
 from megatron_ds.engine.module import EngineOptions, build_module
-from megatron_ds.engine.optimizers import GuardedOptimizer, make_optimizer
+from megatron_ds.engine.optimizers import GuardedOptimizer, WeightAverage, begin_average, make_optimizer
 from megatron_ds.engine.param_groups import param_groups
 from megatron_ds.engine.pipeline.engine import PipelineEngine
 from megatron_ds.engine.probe import GradientProbe
@@ -75,6 +75,9 @@ def build_engine(
     if isinstance(optimizer, GuardedOptimizer):
         for flat, group in flat_parameters(engine):
             optimizer.create_state(flat, group)
+        if options.ema is not None:
+            begin_average(optimizer, [flat for flat, _ in flat_parameters(engine)])
+            optimizer.average = WeightAverage(options.ema.decay, options.ema.start_step)
     made: Engine
     head, ctx = head_of(built.specs), built.context
     padding = RowPadding(ctx.tp.padded_to, head, options.context.rope)

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from megatron_ds.config import ContextPlan, DeepSpeedSummary, OptimizerSection, summarize_deepspeed
+from megatron_ds.config import ContextPlan, DeepSpeedSummary, EmaSection, OptimizerSection, summarize_deepspeed
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
 from megatron_ds.engine.base import PrepareReading, ShardReader, weights_of
 from megatron_ds.engine.experts import FoldedExperts, fold_experts
@@ -53,6 +53,7 @@ class EngineOptions:
         seed: of dropout, and of initialisation if no weights are read.
         frozen: names of parameters that are not trained.
         groups: name of a parameter -> index of its entry in `optimizer.groups`.
+        ema: settings of an average of the weights; None = the weights are not averaged.
         compiled: see `BuildContext`.
         routers: coefficients of the losses of mixtures of experts.
         bias_rate: see `Routers`.
@@ -67,6 +68,7 @@ class EngineOptions:
     context: ContextPlan = field(default_factory=ContextPlan)
     frozen: frozenset[str] = frozenset()
     groups: Mapping[str, int] = field(default_factory=dict)
+    ema: EmaSection | None = None
     compiled: bool = False
     kernels: Choice = AUTO
     routers: RouterSettings = field(default_factory=RouterSettings)

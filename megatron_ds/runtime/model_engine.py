@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_ds.errors import CheckpointError, DataError
 from megatron_ds.hf.export_target import ExportTarget
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.paths import expanded
+from megatron_ds.runtime.averaged_weights import averaged_weights
 from megatron_ds.runtime.export import export_live
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.saving import make_saver
@@ -170,7 +172,13 @@ class ModelEngine:
         return self.progress
 
     def export_hf(
-        self, path: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False
+        self,
+        path: str | Path,
+        *,
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        ema: bool = False,
+        overwrite: bool = False,
     ) -> None:
         """Write a Hugging Face directory from the live weights, gathered one parameter at a time on rank 0.
 
@@ -179,6 +187,7 @@ class ModelEngine:
             dtype: "float32", "bfloat16" or "float16"; None = the training dtype, or the source's where that is wider in
                 a source of several dtypes.
             max_shard_size: largest size of a weight file, such as "5GB".
+            ema: write the average of the weights, which an engine with `EngineConfig.ema` has.
             overwrite: replace any other directory too, except models that were read, checkpoints and outputs of runs.
 
         Raises:
@@ -188,4 +197,5 @@ class ModelEngine:
         fields = {"path": str(path), "dtype": dtype, "max_shard_size": max_shard_size, "overwrite": overwrite}
         target = ExportTarget(expanded(path), overwrite=overwrite, option="overwrite=True", kept=self.model.places)
         section = build_section(ExportSection, fields)
-        export_live(self.engine, self.model, section, self.plan.summary.precision, target)
+        with averaged_weights(self.engine) if ema else nullcontext():
+            export_live(self.engine, self.model, section, self.plan.summary.precision, target)

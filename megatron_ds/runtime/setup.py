@@ -128,4 +128,5 @@ def engine_options(model: LoadedModel, plan: EnginePlan) -> EngineOptions:
         routers=RouterSettings(config.moe_aux_loss, config.moe_z_loss),
         bias_rate=config.moe_bias_rate,
         trains=config.trains,
+        ema=config.ema,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rendezvous import meet
+from megatron_ds.runtime.averaged_weights import averaged_weights
 from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
@@ -213,6 +215,10 @@ def _resume_notes(prepared: _Prepared) -> Iterator[str]:
     jump = describe_jump(prepared.reader.progress, prepared.resolved.run)
     if jump is not None:
         yield jump
+    if prepared.reader.has_average and prepared.resolved.run.train.ema is None:
+        yield "the checkpoint's average of the weights is not continued: train.ema is not set"
+    elif not prepared.reader.has_average and prepared.resolved.run.train.ema is not None:
+        yield f"train.ema: the average of the weights begins at step {now.step}; the checkpoint has none"
     if prepared.is_reset:
         yield "checkpoint.optimizer=reset: the checkpoint has the state of another optimizer; this one begins without"
     if now.data.samples == 0 and prepared.reader.progress.data.samples:
@@ -246,11 +252,13 @@ def _export(prepared: _Prepared, engine: Engine, output: RunOutput) -> None:
     if section is None:
         return
     precision = resolved.plan.summary.precision
-    export_live(engine, resolved.model, section, precision, export_target(resolved.run), _end_ids(prepared))
     is_adapters = resolved.model.adapters is not None and not section.merge
     kind = "a PEFT adapter directory" if is_adapters else "a Hugging Face directory"
-    output.note(f"exported {kind}: {section.path}")
-    if section.check:
-        batch = collate(prepared.train_data, range(resolved.run.train.micro_batch_size))
-        error = check_export(engine, resolved.hf, section, precision, batch)
-        output.note(f"its predictions in transformers equal those in training: relative error {error:.1e}")
+    averaged = " of the averaged weights" if section.ema else ""
+    with averaged_weights(engine) if section.ema else nullcontext():
+        export_live(engine, resolved.model, section, precision, export_target(resolved.run), _end_ids(prepared))
+        output.note(f"exported {kind}{averaged}: {section.path}")
+        if section.check:
+            batch = collate(prepared.train_data, range(resolved.run.train.micro_batch_size))
+            error = check_export(engine, resolved.hf, section, precision, batch)
+            output.note(f"its predictions in transformers equal those in training: relative error {error:.1e}")

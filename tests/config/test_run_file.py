@@ -117,6 +117,7 @@ def test_defaults(run_file):
         "deterministic": False,
         "tf32": False,
         "profile": None,
+        "ema": None,
         "max_time": None,
         "max_bad_steps": 10,
         "step_timeout": 1800.0,

@@ -61,7 +61,7 @@ def a_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with the output of a run, out/run, and a Hugging Face directory, path/to/hf_dir."""
     place = tmp_path_factory.mktemp("place")
     mapping = run_mapping(corpus, place / "out" / "run")
-    mapping["train"].update(steps=200, global_batch_size=2, eval_every=0)
+    mapping["train"].update(steps=200, global_batch_size=2, eval_every=0, ema={})
     mapping["checkpoint"] = {"every": 100}
     mapping["export"] = {"path": str(place / "path" / "to" / "hf_dir")}
     preload()

@@ -9,13 +9,17 @@ from megatron_ds.engine.optimizers.guarded import (
     make_optimizer,
     state_kinds_of,
 )
+from megatron_ds.engine.optimizers.weight_average import EMA, WeightAverage, begin_average
 
 __all__ = [
     "ADAM_STATE",
+    "EMA",
     "OPTIMIZERS",
     "STEPS",
     "GuardedOptimizer",
+    "WeightAverage",
     "adamw",
+    "begin_average",
     "lion",
     "make_optimizer",
     "sgd",

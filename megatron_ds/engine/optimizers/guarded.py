@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.config import OptimizerSection
+from megatron_ds.engine.optimizers.weight_average import WeightAverage
 from megatron_ds.registry import Registry
 
 STEPS = "step"
@@ -34,12 +35,16 @@ class GuardedOptimizer(torch.optim.Optimizer):
         has_adam_state: the same as `state_kinds = ADAM_STATE`.
         should_step: called at the first tensor of every step; its answer must be the same on all ranks. It may
             communicate: DeepSpeed reaches this point on all ranks or on none.
+        average: the average of the weights, updated after each step that is not skipped; None = the weights are not
+            averaged.
     """
 
     state_kinds: tuple[str, ...] | None = None
     has_adam_state: ClassVar[bool] = False
     should_step: Callable[[], bool] | None = None
+    average: WeightAverage | None = None
     _answer: bool | None = None
+    _number = 0
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -66,15 +71,24 @@ class GuardedOptimizer(torch.optim.Optimizer):
         """True if `should_step` refused this step."""
         return self._answer is False
 
-    def begin_step(self) -> None:
-        """Let the next call of `step` ask `should_step` again."""
-        self._answer = None
+    def begin_step(self, number: int) -> None:
+        """Let the next call of `step` ask `should_step` again.
+
+        Args:
+            number: of the step in the run, from 1, skipped ones counted.
+        """
+        self._answer, self._number = None, number
 
     def step(self, closure: Any = None) -> Any:
         """Update the parameters in `param_groups`, unless this step is to be skipped."""
         if self._answer is None:
             self._answer = self.should_step() if self.should_step is not None else True
-        return super().step(closure) if self._answer else None
+        if not self._answer:
+            return None
+        result = super().step(closure)
+        if self.average is not None:
+            self.average.update(self, self._number)
+        return result
 
     def create_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Create the state of a tensor as zeros if it is missing, so that a checkpoint can be read into it.
