@@ -11,10 +11,10 @@ from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import StateReader
 from megatron_ds.checkpoint.state import refresh_weights, set_loss_scale, slices
 from megatron_ds.checkpoint.state_keys import EMA, MASTER
-from megatron_ds.checkpoint.tensor_slices import TensorSlice
 from megatron_ds.engine import OPTIMIZERS, Engine
 from megatron_ds.engine.optimizer_shards import OptimizerShard, optimizer_shards
 from megatron_ds.errors import CheckpointError
+from megatron_ds.layers.tensor_slices import TensorSlice
 
 
 def continues_optimizer(reader: StateReader, kinds: Collection[str] | None, name: str, *, resets: bool) -> bool:

@@ -14,10 +14,10 @@ from megatron_ds.checkpoint.directory import PROGRESS, STATE, checkpoints_in, is
 from megatron_ds.checkpoint.files import FileRecord, damage
 from megatron_ds.checkpoint.progress import decode
 from megatron_ds.checkpoint.state_keys import EMA, MASTER, STEPS, parse_key
-from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.family import Part
 from megatron_ds.hf.tensor_files import StoredTensor, read_table
+from megatron_ds.layers.tensor_slices import TensorSlice, full_slice
 from megatron_ds.parallel.consensus import gather_objects
 
 # ---- find the newest intact one --------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from megatron_ds.checkpoint.files import TensorChunk, TensorHeader
 from megatron_ds.checkpoint.snapshot_memory import HostMemory
 from megatron_ds.checkpoint.state import owned_shards, slices
 from megatron_ds.checkpoint.state_keys import STEPS, key_of
-from megatron_ds.checkpoint.tensor_slices import TensorSlice
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
 from megatron_ds.engine.optimizer_shards import OptimizerShard
+from megatron_ds.layers.tensor_slices import TensorSlice
 from megatron_ds.parallel.grid import Axes
 
 

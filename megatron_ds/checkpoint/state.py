@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_ds.checkpoint.masters import rounds_to
 from megatron_ds.checkpoint.state_keys import MASTER
-from megatron_ds.checkpoint.tensor_slices import TensorSlice, in_full_tensor, slices_of_range
 from megatron_ds.engine import Engine
 from megatron_ds.engine.optimizer_shards import OptimizerShard, optimizer_shards
+from megatron_ds.layers.tensor_slices import TensorSlice, in_full_tensor, slices_of_range
 from megatron_ds.parallel.grid import Axes
 
 _ENDS = 64  # elements compared at each end of a rank's part of a parameter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_ds.checkpoint.tensor_slices import TensorSlice
+from megatron_ds.layers.tensor_slices import TensorSlice
 
 MASTER, STEPS, EMA = "master", "step", "ema"
 """The weights in fp32, the number of updates of a parameter, and an average of the weights. All other kinds are the

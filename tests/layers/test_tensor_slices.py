@@ -6,8 +6,8 @@ from math import prod
 import pytest
 import torch
 
-from megatron_ds.checkpoint.tensor_slices import TensorSlice, full_slice, in_full_tensor, slices_of_range
 from megatron_ds.layers.param_spec import AxisSplit, ParamSpec, over_tensor
+from megatron_ds.layers.tensor_slices import TensorSlice, full_slice, in_full_tensor, slices_of_range
 from tests.layers.test_param_spec import places
 from tests.parallel.axes import axes_at
 
