@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from megatron_ds.layers.dropout import HiddenDropout
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
+from megatron_ds.layers.param_spec import AxisSplit, Matrices, ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.products import linear
 from megatron_ds.parallel.collectives import copy_to, gather_sequence
 from megatron_ds.parallel.random import RngStreams
@@ -57,6 +57,15 @@ class LoRASpec:
         """The settings that distinguish it from other adapters, as text for errors."""
         others = (", DoRA" if self.dora else "", f", {self.init}" if self.changes_base else "")
         return f"r {self.rank}, scale {self.scale}{''.join(others)}"
+
+    def a_spec(self, in_features: int, splits: tuple[AxisSplit, ...] = (), experts: tuple[int, ...] = ()) -> ParamSpec:
+        """Return the declaration of A: (r, in), or one for each of `experts`."""
+        shape = (*experts, self.rank, in_features)
+        return ParamSpec(shape, splits, std=self.a_std, bound=self.a_bound, matrices=Matrices())
+
+    def b_spec(self, out_features: int, splits: tuple[AxisSplit, ...] = (), experts: tuple[int, ...] = ()) -> ParamSpec:
+        """Return the declaration of B: (out, r), or one for each of `experts`."""
+        return ParamSpec((*experts, out_features, self.rank), splits, bound=self.b_bound, matrices=Matrices())
 
 
 @dataclass(frozen=True)
@@ -155,10 +164,10 @@ class ColumnAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.low, self.tp = low, tp
-        self.a = make_parameter(ParamSpec((low.rank, in_features), std=low.a_std, bound=low.a_bound), tp.axes)
+        self.a = make_parameter(low.a_spec(in_features), tp.axes)
         self.num_shards = {}
         for name, output in outputs.items():
-            spec = ParamSpec((output.size, low.rank), over_tensor(0, output.units), bound=low.b_bound)
+            spec = low.b_spec(output.size, over_tensor(0, output.units))
             # not in a child module: ZeRO-3 gathers a module's own parameters only
             self.register_parameter(f"b_{name}", make_parameter(spec, tp.axes))
             self.num_shards[name] = spec.num_shards("tensor", tp.axis.size)
@@ -243,9 +252,8 @@ class RowAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.low, self.tp = low, tp
-        a_spec = ParamSpec((low.rank, in_features), over_tensor(1), std=low.a_std, bound=low.a_bound)
-        self.a = make_parameter(a_spec, tp.axes)
-        self.b = make_parameter(ParamSpec((out_features, low.rank), bound=low.b_bound), tp.axes)
+        self.a = make_parameter(low.a_spec(in_features, over_tensor(1)), tp.axes)
+        self.b = make_parameter(low.b_spec(out_features), tp.axes)
         self.dropout = HiddenDropout(low.dropout, rng, differs=tp.axis.size > 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -285,8 +293,8 @@ class ReplicatedAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.low, self.enter = low, enter or tp.between
-        self.a = make_parameter(ParamSpec((low.rank, in_features), std=low.a_std, bound=low.a_bound), tp.axes)
-        self.b = make_parameter(ParamSpec((out_features, low.rank), bound=low.b_bound), tp.axes)
+        self.a = make_parameter(low.a_spec(in_features), tp.axes)
+        self.b = make_parameter(low.b_spec(out_features), tp.axes)
         self.dropout = HiddenDropout(low.dropout, rng, differs=tp.splits_sequence)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import FrozenLayer
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
+from megatron_ds.layers.param_spec import Matrices, ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.products import (
     add_product_,
     gradient_sum,
@@ -169,7 +169,8 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         assert out_shape[split_dim] % tp.axis.size == 0, (out_shape, split_dim, tp.axis.size)
         self.tp = tp
-        self.weight = make_parameter(ParamSpec((*out_shape, in_features), over_tensor(split_dim), std=std), tp.axes)
+        spec = ParamSpec((*out_shape, in_features), over_tensor(split_dim), std=std, matrices=Matrices())
+        self.weight = make_parameter(spec, tp.axes)
         self.bias = make_parameter(ParamSpec(out_shape, over_tensor(split_dim), decay=False), tp.axes) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,9 +226,11 @@ class QKVLinear(nn.Module):
         assert num_heads % tp.axis.size == 0, (num_heads, tp.axis.size)
         q, kv = num_heads * head_dim, num_kv_heads * 2 * head_dim
         self.tp = tp
-        kv_spec = ParamSpec((kv, in_features), over_tensor(0, num_kv_heads), std=kv_std)
+        keys_and_values = Matrices(alternating=2, block_rows=head_dim)
+        kv_spec = ParamSpec((kv, in_features), over_tensor(0, num_kv_heads), std=kv_std, matrices=keys_and_values)
+        q_spec = ParamSpec((q, in_features), over_tensor(0), std=q_std, matrices=Matrices())
         self.num_shards = (tp.axis.size, kv_spec.num_shards("tensor", tp.axis.size))  # of queries; of keys and values
-        self.q_weight = make_parameter(ParamSpec((q, in_features), over_tensor(0), std=q_std), tp.axes)
+        self.q_weight = make_parameter(q_spec, tp.axes)
         self.kv_weight = make_parameter(kv_spec, tp.axes)
         self.q_bias = make_parameter(ParamSpec((q,), over_tensor(0), decay=False), tp.axes) if bias else None
         kv_bias_spec = ParamSpec((kv,), over_tensor(0, num_kv_heads), decay=False)
@@ -282,7 +285,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         assert in_features % tp.axis.size == 0, (in_features, tp.axis.size)
         self.tp = tp
-        self.weight = make_parameter(ParamSpec((out_features, in_features), over_tensor(1), std=std), tp.axes)
+        spec = ParamSpec((out_features, in_features), over_tensor(1), std=std, matrices=Matrices())
+        self.weight = make_parameter(spec, tp.axes)
         self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axes) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -318,6 +322,7 @@ class ReplicatedLinear(nn.Module):
         bias: whether there is a bias.
         enter: how the parameters enter the graph: `tp.between` (the default) for hidden states; the identity for inputs
             that are equal on all tensor ranks, such as one vector per sequence.
+        is_output: it is the last layer of a head.
     """
 
     def __init__(
@@ -329,10 +334,12 @@ class ReplicatedLinear(nn.Module):
         std: float,
         bias: bool = False,
         enter: Callable[[Tensor], Tensor] | None = None,
+        is_output: bool = False,
     ) -> None:
         super().__init__()
         self.enter = enter or tp.between
-        self.weight = make_parameter(ParamSpec((out_features, in_features), std=std), tp.axes)
+        matrices = None if is_output else Matrices()
+        self.weight = make_parameter(ParamSpec((out_features, in_features), std=std, matrices=matrices), tp.axes)
         self.bias = make_parameter(ParamSpec((out_features,), decay=False), tp.axes) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

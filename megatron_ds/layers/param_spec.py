@@ -69,6 +69,47 @@ def over_experts() -> tuple[AxisSplit, ...]:
     return (AxisSplit(0, EXPERT),)
 
 
+Range = tuple[int, int]
+"""[start, stop)."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices, each of a linear map, that a parameter of shape (..., R, C) consists of.
+
+    There is one (R, C) matrix for each index of the leading dims; or the rows of several alternate in blocks, as those
+    of the keys and values of each head do. An optimizer that updates matrices as a whole needs this; see
+    `engine.optimizers.muon`.
+
+    Attributes:
+        alternating: number of matrices whose rows alternate; then there are no leading dims.
+        block_rows: rows of one of them in each block; 0 = rows do not alternate.
+    """
+
+    alternating: int = 1
+    block_rows: int = 0
+
+    def view_ranges(self, ranges: Sequence[Range], shape: Sequence[int]) -> tuple[Range, Range, Range, Range]:
+        """Translate the ranges of a shard into those of a view with four dims: blocks, matrices, rows, columns.
+
+        The rows of one matrix are the first and the third dim. A shard is contiguous in the view as in the parameter.
+
+        Args:
+            ranges: for each dim, the [start, stop) of the parameter.
+            shape: of the full parameter.
+        """
+        *leading, rows, columns = ranges
+        if self.alternating > 1:
+            block = self.alternating * self.block_rows
+            assert not leading and rows[0] % block == rows[1] % block == 0, (self, ranges)
+            return (rows[0] // block, rows[1] // block), (0, self.alternating), (0, self.block_rows), columns
+        first, count = 0, 1
+        for (start, stop), length in zip(leading, shape):
+            assert count == 1 or stop - start == length, (self, ranges, shape)
+            first, count = first * length + start, count * (stop - start)
+        return (0, 1), (first, first + count), rows, columns
+
+
 @dataclass(frozen=True)
 class ParamSpec:
     """The declaration of a parameter; it does not depend on the layout.
@@ -80,6 +121,8 @@ class ParamSpec:
         bound: it is initialised uniformly within ±bound, if `std` is None.
         fill: the constant that it is initialised with if both are None.
         decay: whether Adam's weight decay applies (not to biases and norms).
+        matrices: the matrices of linear maps that it consists of; None = it is no such map: an embedding, an output
+            head, a norm, a bias.
     """
 
     shape: tuple[int, ...]
@@ -88,6 +131,7 @@ class ParamSpec:
     fill: float = 0.0
     decay: bool = True
     bound: float | None = None
+    matrices: Matrices | None = None
 
     def __post_init__(self) -> None:
         dims = [split.dim for split in self.splits]
@@ -98,6 +142,19 @@ class ParamSpec:
     def numel(self) -> int:
         """The number of elements of the full parameter."""
         return prod(self.shape)
+
+    @property
+    def full_ranges(self) -> tuple[Range, ...]:
+        """The range of every dim."""
+        return tuple((0, length) for length in self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int] | None:
+        """Rows and columns of each of its `matrices`; None if there are none, or vectors."""
+        if self.matrices is None:
+            return None
+        (_, blocks), _, (_, rows), (_, columns) = self.matrices.view_ranges(self.full_ranges, self.shape)
+        return (blocks * rows, columns) if min(blocks * rows, columns) > 1 else None
 
     def split_over(self, axis: str) -> AxisSplit | None:
         """Return the split over an axis; None if the axis holds copies."""
@@ -132,13 +189,13 @@ class ParamSpec:
             shape[split.dim] = -(-shape[split.dim] // split.num_shards(axes[split.axis].size))
         return tuple(shape)
 
-    def local_ranges(self, axes: Axes) -> tuple[tuple[int, int], ...]:
+    def local_ranges(self, axes: Axes) -> tuple[Range, ...]:
         """Return, for each dim, the [start, stop) of the full parameter that this rank holds.
 
         Shards are rounded up in length, so that the last ones may be shorter without their padding, or all padding:
         then start = stop.
         """
-        ranges, padded = [(0, length) for length in self.shape], self.local_shape(axes)
+        ranges, padded = list(self.full_ranges), self.local_shape(axes)
         for split in self.splits:
             index, full = split.shard_index(axes[split.axis]), self.shape[split.dim]
             start, stop = index * padded[split.dim], (index + 1) * padded[split.dim]

@@ -259,7 +259,8 @@ class NextSentenceHead(nn.Module):
     def __init__(self, config: EncoderConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.pooler = Pooler(config, tp)
-        self.out = ReplicatedLinear(config.hidden_size, 2, tp, std=config.init_std, bias=True, enter=_identity)
+        std = config.init_std
+        self.out = ReplicatedLinear(config.hidden_size, 2, tp, std=std, bias=True, enter=_identity, is_output=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.out(self.pooler(hidden))

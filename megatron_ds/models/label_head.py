@@ -225,7 +225,9 @@ class LabelHead(OutputHead):
             self.activation = torch.tanh if config.activation == "tanh" else ACTIVATIONS[config.activation]
         self.norm = Norm(width, config.norm, ctx.tp, enter) if config.norm is not None else None
         self.dropout = HiddenDropout(config.dropout, ctx.rng, differs)
-        self.out = ReplicatedLinear(width, config.num_labels, ctx.tp, std=config.std, bias=config.bias, enter=enter)
+        self.out = ReplicatedLinear(
+            width, config.num_labels, ctx.tp, std=config.std, bias=config.bias, enter=enter, is_output=True
+        )
 
     def losses(self, activations: Activations, labels: Mapping[str, Tensor]) -> HeadResult:
         """One term, the sum over the labels that carry loss; fp32. With it what its metrics follow from."""

@@ -14,7 +14,7 @@ from megatron_ds.layers.mlp import ACTIVATIONS, gated_kernel, gated_product
 from megatron_ds.layers.moe import padding
 from megatron_ds.layers.moe.grouped import Groups, grouped_linear
 from megatron_ds.layers.moe.shape import MoEShape
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_experts
+from megatron_ds.layers.param_spec import Matrices, ParamSpec, make_parameter, over_experts
 from megatron_ds.parallel.expert import ExpertParallel
 
 
@@ -36,7 +36,10 @@ class Experts(nn.Module):
         assert experts % parallel.axis.size == 0, (experts, parallel.axis.size)
 
         def parameter(*dims: int, std: float | None = None) -> nn.Parameter:
-            return _make(ParamSpec((experts, *dims), over_experts(), std=std, decay=std is not None), parallel)
+            is_weight = std is not None
+            matrices = Matrices() if is_weight else None
+            spec = ParamSpec((experts, *dims), over_experts(), std=std, decay=is_weight, matrices=matrices)
+            return _make(spec, parallel)
 
         self.up_weight = parameter(2, ffn, hidden, std=shape.std)
         self.down_weight = parameter(hidden, ffn, std=shape.out_std)
@@ -107,11 +110,10 @@ class ExpertAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.low, self._letters, (in_features, out_features) = low, letters, sizes
-        shape = experts, low.rank, in_features
-        self.a = _make(ParamSpec(shape, over_experts(), std=low.a_std, bound=low.a_bound), parallel)
+        split = over_experts()
+        self.a = _make(low.a_spec(in_features, split, (experts,)), parallel)
         for letter in letters:
-            spec = ParamSpec((experts, out_features, low.rank), over_experts(), bound=low.b_bound)
-            self.register_parameter(letter, _make(spec, parallel))
+            self.register_parameter(letter, _make(low.b_spec(out_features, split, (experts,)), parallel))
 
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
         """Return the adapter terms of rows that are sorted by expert; see `Experts.forward`."""

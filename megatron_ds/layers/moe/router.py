@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.layers.moe.shape import RouterShape
-from megatron_ds.layers.param_spec import ParamSpec, make_parameter
+from megatron_ds.layers.param_spec import Matrices, ParamSpec, make_parameter
 from megatron_ds.layers.products import linear
 from megatron_ds.parallel.expert import ExpertParallel
 
@@ -54,7 +54,7 @@ class Router(nn.Module):
         super().__init__()
         self.shape, self.parallel = shape, parallel
         axes, experts = parallel.tp.axes, shape.num_experts
-        self.weight = make_parameter(ParamSpec((experts, hidden_size), std=std), axes)
+        self.weight = make_parameter(ParamSpec((experts, hidden_size), std=std, matrices=Matrices()), axes)
         self.bias = make_parameter(ParamSpec((experts,), decay=False), axes) if shape.bias else None
         self.choice_bias: Tensor | None = None
         if shape.choice_bias:
