@@ -368,6 +368,15 @@ def _create_axis(layout: Layout, rank: int, groups: Sequence[tuple[int, ...]]) -
     return own
 
 
+def stage_ranks(grid: Grid) -> Axis:
+    """Return all ranks of this pipeline stage. Collective over the world, if no axis or role has them yet."""
+    others = tuple(axis for axis in grid.layout if axis != "pipeline")
+    ranks = grid.layout.peers_of(grid.rank, *others)
+    known = (grid.world, *grid.axes.values(), grid.shard, grid.expert, grid.expert_shard)
+    same = next((axis for axis in known if axis.ranks == ranks), None)
+    return same or _create_axis(grid.layout, grid.rank, grid.layout.peers(*others))
+
+
 def with_neighbours(grid: Grid) -> Grid:
     """Return the grid with a tensor axis that exchanges through memory, if its ranks are all on one Linux machine.
 
