@@ -30,16 +30,21 @@ def continues_optimizer(reader: StateReader, kinds: Collection[str] | None, name
         CheckpointError: the optimizers keep different state, and `resets` is false.
     """
     then = reader.optimizer_kinds
-    if not reader.progress.trained or then == frozenset(kinds or ()):
+    optional = OPTIMIZERS[name].optional_kinds if name in OPTIMIZERS else ()
+    if not reader.progress.trained or _fits(then, kinds, optional):
         return True
     if resets:
         return False
-    same = [known for known, kind in OPTIMIZERS.items() if frozenset(kind.state_kinds or ()) == then]
+    same = [known for known, kind in OPTIMIZERS.items() if _fits(then, kind.state_kinds, kind.optional_kinds)]
     fix = f"optimizer.name={same[0]}, or " if same and same[0] != name else ""
     raise CheckpointError(
         f"optimizer.name={name} keeps {_listed(kinds or ())}, and {reader.directory} has the state of another "
         f"optimizer: {_listed(then)}; try {fix}checkpoint.optimizer=reset, which begins with an empty state"
     )
+
+
+def _fits(then: Collection[str], kinds: Collection[str] | None, optional: Collection[str]) -> bool:
+    return frozenset(kinds or ()) - frozenset(optional) <= frozenset(then) <= frozenset(kinds or ())
 
 
 def _listed(kinds: Collection[str]) -> str:

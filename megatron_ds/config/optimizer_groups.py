@@ -31,7 +31,7 @@ class OptimizerGroup(Section):
                 f"optimizer.groups: {self.label} has lr={self.lr:g} and lr_factor={self.lr_factor:g}, which both set "
                 "its learning rate; keep one"
             )
-        if self.lr is None and self.lr_factor is None and self.weight_decay is None:
+        if not self.sets_lr and self.weight_decay is None:
             raise ConfigError(f"optimizer.groups: {self.label} changes nothing; give lr, lr_factor or weight_decay")
         return self
 
@@ -39,6 +39,11 @@ class OptimizerGroup(Section):
     def label(self) -> str:
         """The patterns as one text, which names the group in messages and metrics."""
         return ", ".join(self.match)
+
+    @property
+    def sets_lr(self) -> bool:
+        """It has a learning rate of its own."""
+        return self.lr is not None or self.lr_factor is not None
 
     def factor(self, peak_lr: float) -> float:
         """Return the group's learning rate divided by that of the run.

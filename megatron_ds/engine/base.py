@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from megatron_ds.engine.gathering import gather_part, send_to_rank_0
 from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.group_tables import read_group_tables, set_group_tables
-from megatron_ds.engine.optimizers import GuardedOptimizer
-from megatron_ds.engine.param_groups import LR_FACTOR
+from megatron_ds.engine.optimizers import LR_FACTOR, GuardedOptimizer
 from megatron_ds.engine.router_load import Routers, loss_scale_of
 from megatron_ds.layers.documents import DocumentLimit, with_document_bounds
 from megatron_ds.layers.param_spec import ParamSpec, is_untrained, spec_of

@@ -49,18 +49,22 @@ class OptimizerShard:
 
 def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
     """Yield this rank's shards of all trained parameters. Without ZeRO all ranks of a replica group yield the same."""
+    for name, parameter, found in master_ranges(engine):
+        state = engine.optimizer.state[found.flat]
+        here = slice(found.offset, found.offset + found.length)
+        moments = {kind: one.view(-1)[here] for kind, one in state.items() if kind != STEPS}
+        master, steps = found.flat.data.view(-1)[here], state.get(STEPS)
+        yield OptimizerShard(name, spec_of(parameter), parameter, found.shape, found.start, master, moments, steps)
+
+
+def master_ranges(engine: Engine) -> Iterator[tuple[str, nn.Parameter, MasterRange]]:
+    """Yield name, parameter and place of the master of each trained parameter that this rank has a part of."""
     positions = _positions_in_flat_vectors(engine.deepspeed.optimizer)
     for name, parameter in engine.local_parameters():
         if parameter.requires_grad:
             found = _locate(engine, parameter, positions.get(id(parameter)))
             if found is not None:
-                state = engine.optimizer.state[found.flat]
-                here = slice(found.offset, found.offset + found.length)
-                moments = {kind: one.view(-1)[here] for kind, one in state.items() if kind != STEPS}
-                master, steps = found.flat.data.view(-1)[here], state.get(STEPS)
-                yield OptimizerShard(
-                    name, spec_of(parameter), parameter, found.shape, found.start, master, moments, steps
-                )
+                yield name, parameter, found
 
 
 def _positions_in_flat_vectors(optimizer: Any) -> dict[int, tuple[int, int]]:
@@ -78,10 +82,11 @@ def _positions_in_flat_vectors(optimizer: Any) -> dict[int, tuple[int, int]]:
     }
 
 
-class _Range(NamedTuple):
+class MasterRange(NamedTuple):
     """The fp32 master of a parameter on this rank: `length` elements of `flat` from `offset` on.
 
-    They are those of the flattened local shard from `start` on, which has the shape `shape`.
+    They are those of the flattened local shard from `start` on, which has the shape `shape`. `flat` is the tensor that
+    the optimizer updates.
     """
 
     shape: tuple[int, ...]
@@ -91,7 +96,7 @@ class _Range(NamedTuple):
     length: int
 
 
-def _locate(engine: Engine, parameter: Any, position: tuple[int, int] | None) -> _Range | None:
+def _locate(engine: Engine, parameter: Any, position: tuple[int, int] | None) -> MasterRange | None:
     """Return the place of a parameter's master; None if this rank has none of it.
 
     Args:
@@ -106,7 +111,7 @@ def _locate(engine: Engine, parameter: Any, position: tuple[int, int] | None) ->
         start = shard_rank * length
         length = min(length, parameter.ds_numel - start)
         flat = optimizer.fp32_partitioned_groups_flat[group]
-        return _Range(tuple(parameter.ds_shape), start, flat, offset, length) if length > 0 else None
+        return MasterRange(tuple(parameter.ds_shape), start, flat, offset, length) if length > 0 else None
     shape = tuple(parameter.shape)
     if position is not None:  # ZeRO-1 and 2: each rank has an equal part of a group's flat vector
         group, begin = position
@@ -114,15 +119,15 @@ def _locate(engine: Engine, parameter: Any, position: tuple[int, int] | None) ->
         first = shard_rank * part
         start, stop = max(0, first - begin), min(parameter.numel(), first + part - begin)
         flat = inner.param_groups[group]["params"][0]
-        return _Range(shape, start, flat, begin + start - first, stop - start) if start < stop else None
+        return MasterRange(shape, start, flat, begin + start - first, stop - start) if start < stop else None
     if hasattr(parameter, "_hp_mapping"):  # the same in DeepSpeed's optimizer for bf16 at ZeRO-1
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         flat = inner.param_groups[mapping.param_group_index]["params"][0]
         start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        return _Range(shape, start, flat, mapping.hp_fragment_address.start, length)
-    return _Range(shape, 0, parameter, 0, parameter.numel())
+        return MasterRange(shape, start, flat, mapping.hp_fragment_address.start, length)
+    return MasterRange(shape, 0, parameter, 0, parameter.numel())
 
 
 @torch.no_grad()

@@ -9,10 +9,8 @@ from torch import nn
 
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine.experts import FoldedExperts
+from megatron_ds.engine.optimizers import LR_FACTOR, OPTIMIZERS
 from megatron_ds.layers.param_spec import spec_of
-
-LR_FACTOR = "lr_factor"
-"""Key of a parameter group: its learning rate divided by that of the run."""
 
 
 class GroupKey(NamedTuple):
@@ -22,11 +20,13 @@ class GroupKey(NamedTuple):
         lr_factor: the learning rate divided by that of the run.
         weight_decay: the weight decay.
         apart: DeepSpeed reduces and shards them over other ranks than all others: they are of experts.
+        options: further keys of the group, by the optimizer; see `GuardedOptimizer.group_options`.
     """
 
     lr_factor: float
     weight_decay: float
     apart: bool
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 def param_groups(
@@ -56,6 +56,7 @@ def param_groups(
             "params": parameters,
             "weight_decay": key.weight_decay,
             LR_FACTOR: key.lr_factor,
+            **dict(key.options),
             **(options if key.apart else {}),
         }
         for key, parameters in groups.items()
@@ -67,9 +68,10 @@ def _group_key(
 ) -> GroupKey:
     spec = spec_of(parameter)
     decay = section.weight_decay if section.decay_all or spec.decay else 0.0
-    factor = 1.0
+    own = dict(OPTIMIZERS.get(section.name, "optimizer.name").group_options(spec, section))
+    factor = own.pop(LR_FACTOR, 1.0)
     if entry is not None:
         group = section.groups[entry]
-        factor = group.factor(section.lr)
+        factor = group.factor(section.lr) if group.sets_lr else factor
         decay = decay if group.weight_decay is None else group.weight_decay
-    return GroupKey(factor, decay, folded is not None and spec.is_of_experts)
+    return GroupKey(factor, decay, folded is not None and spec.is_of_experts, tuple(own.items()))

@@ -20,7 +20,7 @@ from megatron_ds.config import (
     plan_context,
     summarize_deepspeed,
 )
-from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory
+from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory, state_kinds_of
 from megatron_ds.hf.config import HFModel
 from megatron_ds.layers.kernels import check_choice
 from megatron_ds.layers.moe.balance import RouterSettings
@@ -69,6 +69,7 @@ def plan_engine(
     if config.optimizer is not None:
         optimizer = OPTIMIZERS.get(config.optimizer.name, "optimizer.name")
         check_options(optimizer.from_section, 3, config.optimizer.options, "optimizer.options")
+        state_kinds_of(config.optimizer)  # checks the values of the options
     shape, mapping = hf.core.shape(), load_deepspeed(config.deepspeed)
     summary = summarize_deepspeed(mapping)
     data_size = check_engine(config, shape, summary, world_size, device_type)

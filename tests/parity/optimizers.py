@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tests.parity.cases import Recipe
+from tests.parity.muon import MuonAndAdamW
 
 Groups = list[dict[str, Any]]
 
@@ -28,8 +29,9 @@ class PlainLion(torch.optim.Optimizer):
                 self.momentum[theta] = beta2 * m + (1 - beta2) * theta.grad
 
 
-REFERENCES: Mapping[str, Callable[[Groups, Recipe], torch.optim.Optimizer]] = {
+REFERENCES: Mapping[str, Callable[[Groups, Recipe], Any]] = {
     "adamw": lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps),
     "lion": lambda groups, recipe: PlainLion(groups, recipe.lr, recipe.betas),
+    "muon": MuonAndAdamW,
     "sgd": lambda groups, recipe: torch.optim.SGD(groups, lr=recipe.lr, **dict(recipe.options)),
 }

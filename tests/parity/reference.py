@@ -74,9 +74,8 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
     for name, master, decay in zip(trained, masters, decays):
         own = next((one for one in recipe.groups if fnmatch(name, one[0])), ("", 1.0, None))
         of_kind = recipe.weight_decay if decay else 0.0
-        groups.append(
-            {"params": [master], "lr": recipe.lr * own[1], "weight_decay": of_kind if own[2] is None else own[2]}
-        )
+        decay = of_kind if own[2] is None else own[2]
+        groups.append({"name": name, "params": [master], "lr": recipe.lr * own[1], "weight_decay": decay})
     optimizer = REFERENCES[recipe.optimizer](groups, recipe)
     losses, norms = [], []
     for step in range(recipe.steps):

@@ -1,8 +1,9 @@
 """Optimizers under DeepSpeed, one file each, registered by name."""
 
-from megatron_ds.engine.optimizers import adamw, lion, sgd
+from megatron_ds.engine.optimizers import adamw, lion, muon, sgd
 from megatron_ds.engine.optimizers.guarded import (
     ADAM_STATE,
+    LR_FACTOR,
     OPTIMIZERS,
     STEPS,
     GuardedOptimizer,
@@ -14,6 +15,7 @@ from megatron_ds.engine.optimizers.weight_average import EMA, WeightAverage, beg
 __all__ = [
     "ADAM_STATE",
     "EMA",
+    "LR_FACTOR",
     "OPTIMIZERS",
     "STEPS",
     "GuardedOptimizer",
@@ -22,6 +24,7 @@ __all__ = [
     "begin_average",
     "lion",
     "make_optimizer",
+    "muon",
     "sgd",
     "state_kinds_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine.optimizers.weight_average import WeightAverage
+from megatron_ds.layers.param_spec import ParamSpec
 from megatron_ds.registry import Registry
 
 STEPS = "step"
@@ -17,6 +18,10 @@ STEPS = "step"
 
 ADAM_STATE = (STEPS, "exp_avg", "exp_avg_sq")
 """Adam's state: the number of steps, and the averages of gradients and of their squares (Kingma and Ba 2015)."""
+
+
+LR_FACTOR = "lr_factor"
+"""Key of a parameter group: its learning rate divided by that of the run."""
 
 
 class GuardedOptimizer(torch.optim.Optimizer):
@@ -32,6 +37,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
             of one number for each element, which begin at 0. Checkpoints hold them besides the fp32 weights, for any
             layout. A class sets it, or an instance if it depends on options. None = it does not say; runs that save or
             resume are refused.
+        optional_kinds: those of `state_kinds` that only some parameters have.
         has_adam_state: the same as `state_kinds = ADAM_STATE`.
         should_step: called at the first tensor of every step; its answer must be the same on all ranks. It may
             communicate: DeepSpeed reaches this point on all ranks or on none.
@@ -40,6 +46,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
     """
 
     state_kinds: tuple[str, ...] | None = None
+    optional_kinds: ClassVar[tuple[str, ...]] = ()
     has_adam_state: ClassVar[bool] = False
     should_step: Callable[[], bool] | None = None
     average: WeightAverage | None = None
@@ -66,6 +73,18 @@ class GuardedOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError(f"{cls.__qualname__} has no from_section")
 
+    @classmethod
+    def group_options(cls, spec: ParamSpec, section: OptimizerSection) -> Mapping[str, Any]:
+        """Return keys of the parameter group of a parameter, by which parameters are in different groups.
+
+        `LR_FACTOR` counts unless `optimizer.groups` sets a learning rate.
+
+        Args:
+            spec: the parameter's declaration.
+            section: the run file's section.
+        """
+        return {}
+
     @property
     def skipped(self) -> bool:
         """True if `should_step` refused this step."""
@@ -90,6 +109,10 @@ class GuardedOptimizer(torch.optim.Optimizer):
             self.average.update(self, self._number)
         return result
 
+    def kinds_in(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return those of `state_kinds` that the tensors of a parameter group have."""
+        return self.state_kinds or ()
+
     def create_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Create the state of a tensor as zeros if it is missing, so that a checkpoint can be read into it.
 
@@ -101,7 +124,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
             return
         on_device = group.get("fused") or group.get("capturable")
         device = parameter.device if on_device else torch.device("cpu")
-        for kind in self.state_kinds or ():
+        for kind in self.kinds_in(group):
             self.state[parameter][kind] = (
                 torch.zeros((), dtype=torch.float32, device=device)
                 if kind == STEPS
