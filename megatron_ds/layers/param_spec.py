@@ -150,7 +150,7 @@ class ParamSpec:
 
     @property
     def matrix_shape(self) -> tuple[int, int] | None:
-        """Rows and columns of each of its `matrices`; None if there are none, or vectors."""
+        """Rows and columns of each of its `matrices`; None if it has no matrices, or vectors instead."""
         if self.matrices is None:
             return None
         (_, blocks), _, (_, rows), (_, columns) = self.matrices.view_ranges(self.full_ranges, self.shape)
