@@ -199,7 +199,7 @@ class MatrixExchange:
         write: Callable[[Transfer, Tensor], None],
         dtype: torch.dtype,
     ) -> None:
-        """Send the matrices to their owners, replace them, and return the pieces to all ranks. Collective over the stage.
+        """Send the matrices to their owners, replace them, and return the pieces to all. Collective over the stage.
 
         Two all-to-alls a round. In total ranks send each element that its owner does not hold to the owner once, and
         owners send each element once to every other rank that holds it.
