@@ -57,7 +57,7 @@ class TerminalReporter(Reporter):
 
     def start(self, summary: RunSummary) -> None:
         """Show the summary and, on a terminal, an empty bar."""
-        self._total_steps = summary.steps
+        self._total_steps, self._pace = summary.steps, Pace(summary.full_batches)
         rows = summary_rows(summary)
         if not self._console.is_interactive:
             for name, value in rows:
@@ -191,17 +191,25 @@ class TerminalReporter(Reporter):
 class Pace:
     """Estimate of the time left, from the wall-clock time of the latest logged steps; validation and saving count."""
 
-    def __init__(self) -> None:
-        self._reports: deque[tuple[int, float]] = deque(maxlen=WINDOW_REPORTS)
+    def __init__(self, full_batches: Callable[[int], float] = float) -> None:
+        """Begin without reports.
+
+        Args:
+            full_batches: number of steps -> how many full batches they are, to which their time is proportional.
+        """
+        self._full_batches = full_batches
+        self._reports: deque[tuple[float, float]] = deque(maxlen=WINDOW_REPORTS)
 
     def time_left_s(self, metrics: StepMetrics, total_steps: int, now_s: float) -> float:
         """Return the seconds to the last step. `metrics.step` ended at `now_s`; the first estimate uses `step_s`."""
-        self._reports.append((metrics.step, now_s))
-        first_step, first_s = self._reports[0]
-        step_s = metrics.step_s
-        if metrics.step > first_step:
-            step_s = (now_s - first_s) / (metrics.step - first_step)
-        return max(0, total_steps - metrics.step) * step_s
+        done = self._full_batches(metrics.step)
+        self._reports.append((done, now_s))
+        first, first_s = self._reports[0]
+        if done > first:
+            batch_s = (now_s - first_s) / (done - first)
+        else:
+            batch_s = metrics.step_s / (done - self._full_batches(metrics.step - 1))
+        return max(0.0, self._full_batches(total_steps) - done) * batch_s
 
 
 NAME_WIDTH = 12
@@ -214,7 +222,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         f" x pp {summary.pipeline} x dp {summary.data}"
         f"{', sequence parallel' if summary.sequence else ''}"
     )
-    tokens = summary.tokens_per_step * summary.steps
+    tokens = round(summary.tokens_per_step * summary.full_batches(summary.steps))
     statement = (("learned", summary.learned), ("validated", summary.validated), ("kept", summary.kept))
     params = f"{format_count(summary.num_params)} parameters ({summary.num_params:,})"
     if summary.num_active_params not in (None, summary.num_params):
@@ -226,11 +234,20 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         *((("context", summary.context_plan),) if summary.context_plan else ()),
         ("deepspeed", f"ZeRO stage {summary.zero_stage}, {summary.precision}"),
         ("device", summary.device),
-        ("steps", f"{summary.steps:,} of {summary.tokens_per_step:,} tokens ({format_count(tokens)} in total)"),
+        ("steps", f"{summary.steps:,} of {_step_tokens(summary)} tokens ({format_count(tokens)} in total)"),
         ("data", summary.data_description),
         *((name, text) for name, text in statement if text),
         ("output", summary.output),
     ]
+
+
+def _step_tokens(summary: RunSummary) -> str:
+    """Return the tokens of a step, such as `65,536`, or `8,192 (step 1) to 65,536 (step 70 on)` of a batch ramp."""
+    if summary.batch_sizes is None:
+        return f"{summary.tokens_per_step:,}"
+    first, last = summary.batch_sizes.stages[0], summary.batch_sizes.stages[-1]
+    least = summary.tokens_per_step * first.size // last.size
+    return f"{least:,} (step 1) to {summary.tokens_per_step:,} (step {last.first_step:,} on)"
 
 
 def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:

@@ -109,9 +109,10 @@ def _run_rows(path: Path, config: RunConfig, facts: RunDataFacts, statement: Map
     yield ("data", f"{config.data.format}: {facts.training}")
     yield ("valid", facts.validation or "none")
     yield ("columns", ", ".join(facts.columns))
-    steps, epochs = config.train.num_steps, config.train.num_steps * size / facts.samples
+    steps, epochs = config.train.num_steps, config.train.num_samples / facts.samples
     order = "shuffled" if config.data.shuffle else "in order"
-    yield ("order", f"{order}; {steps:,} steps of {size:,} read {epochs:,.2f} times {facts.samples:,} samples")
+    sizes = f"{config.train.batch_sizes.at(1):,} to {size:,}" if config.train.batch_ramp is not None else f"{size:,}"
+    yield ("order", f"{order}; {steps:,} steps of {sizes} read {epochs:,.2f} times {facts.samples:,} samples")
     exactly = "" if facts.looked_at == facts.samples else f", measured on {facts.looked_at:,} samples"
     if facts.label_column in OF_SAMPLES:
         yield ("loss", f"on {facts.learned * size:,.1f} labels of a step's {size:,} samples{exactly}")

@@ -1,6 +1,7 @@
 """Configuration of a run: the run file, the DeepSpeed JSON, and the checks of both against a model and its ranks."""
 
 from megatron_ds.config.activation_checks import check_activations
+from megatron_ds.config.batch_ramp import BatchSizes
 from megatron_ds.config.checks import (
     ModelShape,
     check_data,
@@ -44,6 +45,7 @@ from megatron_ds.config.run_config import (
 )
 
 __all__ = [
+    "BatchSizes",
     "CheckpointSection",
     "ContextMethod",
     "ContextNames",

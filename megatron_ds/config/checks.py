@@ -53,7 +53,25 @@ def check_run(run: RunConfig, shape: ModelShape, summary: DeepSpeedSummary, worl
     """
     check_layout(shape, run.parallel.tensor, run.parallel.pipeline)
     check_data(run.data, run.parallel, shape)
-    return check_engine(EngineConfig.of_run(run), shape, summary, world_size, device_type)
+    data_size = check_engine(EngineConfig.of_run(run), shape, summary, world_size, device_type)
+    check_ramped_batches(run, data_size)
+    return data_size
+
+
+def check_ramped_batches(run: RunConfig, data_size: int) -> None:
+    """Check that data ranks can share every batch of `train.batch_ramp`.
+
+    Raises:
+        TopologyError: a batch is not divisible by the samples that they process at a time.
+    """
+    ramp, micro = run.train.batch_ramp, run.train.micro_batch_size
+    for name in ("start", "increment") if ramp is not None else ():
+        value, at_once = getattr(ramp, name), micro * data_size
+        if value % at_once:
+            raise TopologyError(
+                f"train.batch_ramp.{name}={value} is not divisible by train.micro_batch_size={micro} * {data_size} "
+                f"data ranks = {at_once}; nearest: {_alternatives(_nearest_multiples(value, at_once))}"
+            )
 
 
 def check_data(data: DataSection, parallel: ParallelSection, shape: ModelShape) -> None:

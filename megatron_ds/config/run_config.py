@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
+from megatron_ds.config.batch_ramp import BatchRamp, BatchSizes, batch_sizes, check_batch_ramp
 from megatron_ds.config.context_section import ContextSection
 from megatron_ds.config.data_section import DataSection
 from megatron_ds.config.optimizer_groups import OptimizerGroup
@@ -284,6 +285,7 @@ class TrainSection(Section):
 
     `steps` or `epochs`: the length in optimizer steps, or in passes over the training data, from which the steps follow
     when the data are open (`RunConfig.with_steps`).
+    `batch_ramp`: smaller batches in the first steps (None: all steps have `global_batch_size` samples).
     `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0`
     validates once, after the last step. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the
     run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
@@ -303,6 +305,7 @@ class TrainSection(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     objective: Text = "auto"
     global_batch_size: Count = 8
+    batch_ramp: BatchRamp | None = None
     micro_batch_size: Count = 1
     seed: Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0, lt=2**32)] = 1234
     eval_every: CountOrZero = 0
@@ -340,11 +343,27 @@ class TrainSection(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ramp_fits(self) -> "TrainSection":
+        if self.batch_ramp is not None:
+            check_batch_ramp(self.global_batch_size, self.batch_ramp)
+        return self
+
     @property
     def num_steps(self) -> int:
         """Number of optimizer steps of a run whose data are open."""
         assert self.steps is not None, f"epochs={self.epochs} are not yet steps"
         return self.steps
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The number of samples of every step."""
+        return batch_sizes(self.global_batch_size, self.batch_ramp)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples that all steps read, for a run whose data are open."""
+        return self.batch_sizes.samples_before(self.num_steps + 1)
 
 
 class CheckpointSection(Section):
@@ -439,7 +458,7 @@ class RunConfig(Section):
         if epochs is None:
             return self
         samples = Fraction(str(epochs)) * num_samples  # exact: 0.07 * 100 is more than 7 in floats
-        steps = math.ceil(samples / self.train.global_batch_size)
+        steps = self.train.batch_sizes.steps_for(math.ceil(samples))
         _check_steps(self, steps, f"train.steps={steps}, which train.epochs={epochs:g} gives")
         return self.model_copy(update={"train": self.train.model_copy(update={"steps": steps, "epochs": None})})
 

@@ -42,10 +42,15 @@ class GlobalBatches:
         """Return the samples of 0-based `step`, counted from the start of the stream; see `indices_from`."""
         return self.indices_from(step * self.global_batch_size)
 
-    def indices_from(self, position: int) -> np.ndarray:
-        """Return the samples of the batch that begins at a position: (G,) int64, e * n + i for sample i of epoch e."""
+    def indices_from(self, position: int, size: int | None = None) -> np.ndarray:
+        """Return the samples of the batch that begins at a position: (size,) int64, e * n + i for sample i of epoch e.
+
+        Args:
+            position: in the stream.
+            size: number of samples; None = G.
+        """
         assert position >= 0, f"position {position}"
-        positions = position + np.arange(self.global_batch_size, dtype=np.int64)
+        positions = position + np.arange(self.global_batch_size if size is None else size, dtype=np.int64)
         if not self.shuffle:
             return positions
         epochs, offsets = np.divmod(positions, self.num_samples)

@@ -186,7 +186,7 @@ class Engine(ABC):
         numbers and the gradient norm.
 
         Args:
-            batches: this data rank's micro-batches.
+            batches: this data rank's micro-batches; their number may change from step to step.
             lr: the learning rate; parameters of `optimizer.groups` get their multiple of it.
         """
         set_group_tables(self._group_tables)
@@ -200,6 +200,7 @@ class Engine(ABC):
             self.routers.begin_step(len(batches), loss_scale_of(self.deepspeed))
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get(LR_FACTOR, 1.0)
+        self._set_accumulation(len(batches))
         counts = self._count(batches)
         batches = self._divisible(batches)
         # DeepSpeed averages over micro-batches and over data ranks; undo both, then divide by the labels.
@@ -217,6 +218,20 @@ class Engine(ABC):
             if applied:
                 self.routers.update_biases()
         return StepResult(losses.mean, grad_norm, counts[0], applied, losses.terms, metrics)
+
+    def _set_accumulation(self, num_micro_batches: int) -> None:
+        """Have DeepSpeed step after a number of micro-batches, which it counts from now on.
+
+        Its optimizer for ZeRO-1 and 2 keeps the number that it was built with, by which it chooses the offloaded
+        gradients whose norm it takes.
+        """
+        engine = self.deepspeed
+        if num_micro_batches == engine.gradient_accumulation_steps():
+            return
+        engine.set_train_batch_size(num_micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+        engine.micro_steps = 0
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+            engine.optimizer.gradient_accumulation_steps = num_micro_batches
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> Losses:
         """Compute the losses and metrics of all data ranks' micro-batches, without gradients.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_ds.config import BatchSizes
 from megatron_ds.monitor.metrics import StepMetrics, ValidMetrics
 
 
@@ -22,10 +23,11 @@ class RunSummary:
         sequence: whether sequence parallelism is on.
         context: number of ranks that divide each sequence.
         context_plan: their division by communication, and why; empty with one rank.
+        batch_sizes: samples of each step; None = all steps have as many.
         zero_stage: ZeRO stage, 0-3.
         precision: precision of the computation, e.g. `bf16`.
         device: name of the device, e.g. `NVIDIA H100` or `cpu`.
-        tokens_per_step: tokens per global batch.
+        tokens_per_step: tokens per global batch, at the end of its ramp.
         steps: optimizer steps of the complete run, including those before it was resumed.
         data_description: A short description of the data.
         output: the run's directory.
@@ -54,6 +56,13 @@ class RunSummary:
     experts: str = ""
     context: int = 1
     context_plan: str = ""
+    batch_sizes: BatchSizes | None = None
+
+    def full_batches(self, steps: int) -> float:
+        """Return the samples of the first steps, in batches of full size; without a ramp it is the number of steps."""
+        if self.batch_sizes is None:
+            return steps
+        return self.batch_sizes.samples_before(steps + 1) / self.batch_sizes.stages[-1].size
 
 
 class Reporter(Protocol):

@@ -48,7 +48,7 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
         DataError: no label of the data carries loss.
     """
     data, train = resolved.run.data, resolved.run.train
-    order = Order(train.num_steps * train.global_batch_size, train.seed, data.shuffle) if split == "train" else None
+    order = Order(train.num_samples, train.seed, data.shuffle) if split == "train" else None
     found = open_part(resolved.model, data, resolved.objective.data, order, validation=split == "valid")
     return _checked(resolved, found, split)
 

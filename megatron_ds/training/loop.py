@@ -35,6 +35,7 @@ from megatron_ds.training.result import LossHistory, TrainResult
 from megatron_ds.training.resume import checkpoint_folder
 from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.step_profile import StepProfile
+from megatron_ds.training.step_shape import StepSamples, StepShapes
 from megatron_ds.training.summary import positions_of
 from megatron_ds.training.watchdog import Heartbeat
 
@@ -78,6 +79,7 @@ class TrainingLoop:
         self._train_data, self._valid_data, self._saver = train_data, valid_data, saver
         shuffle = run.data.shuffle and not train_data.ordered
         self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, shuffle)
+        self._shapes = StepShapes(run.train.batch_sizes)
         self._ahead, self._data_wait = run.data.prefetch, DataWait(run.data.prefetch)
         self._coming: Iterator[Batches] = iter(())
         self._now, self._saved_step, self._heartbeat = begin, begin.step, heartbeat
@@ -141,7 +143,8 @@ class TrainingLoop:
         """
         steps = self._run.train.num_steps
         self._callbacks.run_start(self._now.step)
-        with Prefetch(self._read_train, self._positions(), self._ahead) as self._coming:
+        remaining = self._shapes.remaining(self._now.step, self._now.data.samples, steps)
+        with Prefetch(self._read_train, remaining, self._ahead) as self._coming:
             while self._now.step < steps:
                 with self._profile.around(self._now.step + 1):
                     self._step(self._now.step + 1)
@@ -171,18 +174,15 @@ class TrainingLoop:
         found = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self._valid_metrics.items())
         return f"; last validation: loss {self._valid_losses.last:.4f}, {found}" if found else ""
 
-    def _positions(self) -> range:
-        """Return the positions in the stream of samples at which the remaining steps' global batches begin."""
-        begin, size = self._now.data.samples, self._run.train.global_batch_size
-        return range(begin, begin + size * (self._run.train.num_steps - self._now.step), size)
-
-    def _read_train(self, position: int) -> Batches:
-        return self._micro_batches(self._train_data, self._batches.indices_from(position))
+    def _read_train(self, samples: StepSamples) -> Batches:
+        return self._micro_batches(self._train_data, self._batches.indices_from(*samples))
 
     def _step(self, step: int) -> None:
         """Do one optimizer step; its time includes the wait for its data."""
         began_s = time.perf_counter()
-        train, now = self._run.train, self._now
+        train, now, size = self._run.train, self._now, self._shapes.sizes.at(step)
+        if (change := self._shapes.describe_change(step)) is not None:
+            self._output.note(change)
         lr = learning_rate(now.applied, train.num_steps, self._run.optimizer, self._run.schedule)
         self._heartbeat(f"step {step}: reading data")
         with profiled(DATA):
@@ -193,7 +193,7 @@ class TrainingLoop:
         self._losses.add(result.loss)
         bad = not result.applied and (not self._engine.can_overflow or not math.isfinite(result.loss))
         self._now = replace(
-            now.with_data(samples=now.data.samples + train.global_batch_size),
+            now.with_data(samples=now.data.samples + size),
             step=step,
             applied=now.applied + result.applied,
             lr=lr if result.applied else now.lr,
@@ -244,7 +244,8 @@ class TrainingLoop:
     def _metrics(
         self, step: int, lr: float, result: StepResult, step_s: float, data_s: float, *, measures_memory: bool
     ) -> StepMetrics:
-        positions = self._run.train.global_batch_size * positions_of(self._train_data)
+        size = self._shapes.sizes.at(step)
+        positions = size * positions_of(self._train_data)
         rates = self._throughput.rates(positions, step_s)
         memory = self._memory.take() if measures_memory else None
         self._mfus += [rates.mfu] if rates.mfu is not None else []
@@ -261,6 +262,7 @@ class TrainingLoop:
             mfu=rates.mfu,
             peak_memory_bytes=memory.used_bytes if memory is not None else None,
             reserved_memory_bytes=memory.reserved_bytes if memory is not None else None,
+            samples=None if self._shapes.sizes.are_equal else size,
             lrs={label: lr * factor for label, factor in self._run.optimizer.group_lrs.items()},
             terms=result.terms if len(result.terms) > 1 else {},
             metrics=result.metrics,

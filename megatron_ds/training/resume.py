@@ -202,7 +202,7 @@ class _Change(NamedTuple):
     fix: str = "change it back"
 
 
-_SIZE = ("train.steps", "train.global_batch_size")
+_SIZE = ("train.steps", "train.global_batch_size", "train.batch_ramp")
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
@@ -221,6 +221,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
         "model.tokenizer": run.model.tokenizer_path,
         "train.steps": run.train.num_steps,
         "train.global_batch_size": run.train.global_batch_size,
+        "train.batch_ramp": None if (ramp := run.train.batch_ramp) is None else ramp.model_dump(),
     }
 
 
@@ -248,8 +249,9 @@ def _first_change(then: DataPosition, here: DataPosition, data: Dataset) -> _Cha
             "set data.bos=false to resume as before",
         )
     if data.ordered and changed:
-        sizes = " x ".join(f"{field}={here.settings[field]}" for field in _SIZE)
-        before = " x ".join(str(then.settings[field]) for field in _SIZE)
+        known = [field for field in _SIZE if here.settings[field] or then.settings.get(field)]
+        sizes = " x ".join(f"{field}={here.settings[field]}" for field in known)
+        before = " x ".join(str(then.settings.get(field)) for field in known)
         return _Change(
             f"the order of {here.description}, which depends on the number of epochs in {sizes},",
             f"{then.description}, with {before}",

@@ -31,7 +31,7 @@ def describe_learning(run: RunConfig, data: Dataset, label_columns: Sequence[str
         data: the training data.
         label_columns: columns that the loss reads; the labels with loss in them are counted in a part of the samples.
     """
-    number = run.train.num_steps * run.train.global_batch_size
+    number = run.train.num_samples
     labels, is_exact = mean_labels(data, label_columns)
     usage = source_usage(data, number)
     read = describe_sources(usage) if usage else f"{format_epochs(number / len(data))} of {len(data):,} samples"

@@ -50,6 +50,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         precision=resolved.plan.summary.precision,
         device=_describe_device(resolved, engine.device),
         tokens_per_step=run.train.global_batch_size * positions_of(data),
+        batch_sizes=run.train.batch_sizes if run.train.batch_ramp is not None else None,
         steps=run.train.num_steps,
         data_description=data.describe(),
         output=run.output,

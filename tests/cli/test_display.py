@@ -19,7 +19,10 @@ from megatron_ds.cli.display import (
     format_number,
     format_rate,
     print_error,
+    summary_rows,
 )
+from megatron_ds.config import BatchSizes
+from megatron_ds.config.batch_ramp import BatchStage
 from megatron_ds.monitor import RunSummary, StepMetrics, ValidMetrics
 
 SUMMARY = RunSummary(
@@ -307,6 +310,15 @@ def test_time_left_counts_what_lies_between_steps_and_forgets_the_start() -> Non
         left_s = pace.time_left_s(replace(STEP, step=step), 1000, now_s=100.0 + step)
     assert left_s == pytest.approx(1000 - 299)
     assert pace.time_left_s(replace(STEP, step=1001), 1000, now_s=2000.0) == 0
+
+
+def test_time_left_of_growing_batches_goes_by_their_samples() -> None:
+    sizes = BatchSizes((BatchStage(1, 0, 2), BatchStage(2, 2, 4), BatchStage(3, 6, 6), BatchStage(4, 12, 8)))
+    summary = replace(SUMMARY, steps=10, tokens_per_step=800, batch_sizes=sizes)
+    assert dict(summary_rows(summary))["steps"] == "10 of 200 (step 1) to 800 (step 4 on) tokens (6.8K in total)"
+    pace = Pace(summary.full_batches)
+    assert pace.time_left_s(replace(STEP, step=1, step_s=2.0), 10, now_s=0.0) == pytest.approx(66 * 1.0)
+    assert pace.time_left_s(replace(STEP, step=3), 10, now_s=30.0) == pytest.approx(56 * 3.0)
 
 
 def test_numbers() -> None:

@@ -100,6 +100,7 @@ def test_defaults(run_file):
         "epochs": None,
         "objective": "auto",
         "global_batch_size": 8,
+        "batch_ramp": None,
         "micro_batch_size": 1,
         "seed": 1234,
         "eval_every": 0,

@@ -1,6 +1,6 @@
 """Small models of each family, and batches with uneven labels, for parity with transformers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Recipe:
 
     steps: int = 5
     global_batch: int = 8
+    batches: tuple[int, ...] = ()  # samples of each step, if they differ
     micro_batch: int = 4
     lr: float = 3e-3
     weight_decay: float = 0.1
@@ -99,6 +100,10 @@ class Recipe:
     length: int = SEQ
     padding_step: int = 1  # tokens of left padding that a row has more than the one before; every fifth has none
     labels_first: bool = True  # behind padding, the last token of it, which sees no token, predicts the first
+
+    def at(self, step: int) -> "Recipe":
+        """The recipe with the batch of one step."""
+        return replace(self, global_batch=self.batches[step]) if self.batches else self
 
 
 def global_batch(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:

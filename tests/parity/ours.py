@@ -137,11 +137,12 @@ def micro_batches(
     grid: Grid, place: Place, recipe: Recipe, step: int, model_type: str = "llama"
 ) -> list[dict[str, torch.Tensor]]:
     """This data rank's share of a global batch."""
+    size, recipe = place.micro_batch(recipe), recipe.at(step)
     if recipe.packed:
         whole = packed(draw_rows(recipe.global_batch, step, recipe.length))
     else:
         whole = ours(model_type, batch_for(model_type, recipe, step))
-    per_rank, size = recipe.global_batch // grid.batch.size, place.micro_batch(recipe)
+    per_rank = recipe.global_batch // grid.batch.size
     mine = slice(grid.batch.rank * per_rank, (grid.batch.rank + 1) * per_rank)
     return [
         {name: tensor[mine][begin : begin + size] for name, tensor in whole.items()}

@@ -79,7 +79,7 @@ def train_reference(case: str, recipe: Recipe, directory: Path) -> dict[str, Any
     optimizer = REFERENCES[recipe.optimizer](groups, recipe)
     losses, norms = [], []
     for step in range(recipe.steps):
-        loss = reference_loss(model, batch_for(model.config.model_type, recipe, step))
+        loss = reference_loss(model, batch_for(model.config.model_type, recipe.at(step), step))
         loss.backward()
         for master, parameter in zip(masters, trained.values()):
             master.grad = parameter.grad.float() if parameter.grad is not None else torch.zeros_like(master)

@@ -23,8 +23,15 @@ GROUPS = (
 )
 RECIPE = Recipe(groups=GROUPS)
 EXPERTS = Recipe(groups=(("*.mlp.experts.*", 0.2, 0.0), ("*.mlp.gate.*", 4.0, None)))
-PLACES = [Place(1, 1, 1, 0), Place(2, 1, 2, 2, True), Place(2, 1, 2, 3), Place(2, 2, 1, 1, True)]
-SWEPT = [Place(1, 1, 2, 1), Place(2, 1, 1, 0), Place(1, 4, 1, 1), Place(1, 1, 4, 3), Place(2, 2, 2, 1, True)]
+PLACES = [Place(1, 1, 1, 0), Place(2, 1, 2, 3), Place(2, 2, 1, 1, True)]
+SWEPT = [
+    Place(2, 1, 2, 2, True),
+    Place(1, 1, 2, 1),
+    Place(2, 1, 1, 0),
+    Place(1, 4, 1, 1),
+    Place(1, 1, 4, 3),
+    Place(2, 2, 2, 1, True),
+]
 
 
 @pytest.mark.parametrize("place", [*PLACES, *(pytest.param(one, marks=pytest.mark.sweep) for one in SWEPT)], ids=str)

@@ -335,6 +335,35 @@ def test_a_run_that_is_cut_goes_on_with_the_samples_it_would_have_had(
     assert before + after == whole and len(before) == 3
 
 
+RAMP = {"global_batch_size": 8, "batch_ramp": {"start": 2, "increment": 2, "samples": 12}}
+
+
+def test_a_batch_ramp_reads_every_sample_once_and_notes_each_size(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run(train={"steps": 7, **RAMP}, data={"shuffle": False})
+    engine = CountingEngine()
+    done, lines, notes, _ = drive(run, engine)
+    sizes = [2, 2, 4, 6, 8, 8, 8]
+    assert done == 7 and [line["samples"] for line in lines] == sizes
+    begins = [sum(sizes[:step]) for step in range(7)]
+    labels = [sum(index % 20 + 1 for index in range(begin, begin + size)) for begin, size in zip(begins, sizes)]
+    assert [line["tokens"] for line in lines] == labels
+    positions = [line["tflops_per_rank"] * line["step_s"] / (1e9 / 2 / 1e12) for line in lines]
+    assert positions == pytest.approx([size * 32 for size in sizes])
+    assert notes == [
+        f"step {step}: global batches of {size} samples" for step, size in ((1, 2), (3, 4), (4, 6), (5, 8))
+    ]
+
+
+@pytest.mark.parametrize("cut", range(1, 7))
+def test_a_ramp_that_is_cut_goes_on_with_its_sizes_and_samples(make_run: Callable[..., RunConfig], cut: int) -> None:
+    run = make_run(train={"steps": 7, **RAMP}, checkpoint={"every": cut})
+    whole, saved, _ = travel(run, CountingEngine())
+    assert [len(seen) for seen in whole] == [2, 2, 4, 6, 8, 8, 8]
+    assert saved[0].data.samples == sum(len(seen) for seen in whole[:cut])
+    after, _, _ = travel(run, CountingEngine(), saved[0])
+    assert after == whole[cut:]
+
+
 def test_a_step_hides_the_reading_of_the_next(make_run: Callable[..., RunConfig]) -> None:
     waits = {}
     for ahead in (0, 2):
