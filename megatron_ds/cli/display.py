@@ -234,7 +234,10 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
         *((("context", summary.context_plan),) if summary.context_plan else ()),
         ("deepspeed", f"ZeRO stage {summary.zero_stage}, {summary.precision}"),
         ("device", summary.device),
-        ("steps", f"{summary.steps:,} of {_step_tokens(summary)} tokens ({format_count(tokens)} in total)"),
+        (
+            "steps",
+            f"{summary.steps:,} of {_step_tokens(summary)} tokens ({format_count(tokens)} in total){_rows(summary)}",
+        ),
         ("data", summary.data_description),
         *((name, text) for name, text in statement if text),
         ("output", summary.output),
@@ -248,6 +251,14 @@ def _step_tokens(summary: RunSummary) -> str:
     first, last = summary.batch_sizes.stages[0], summary.batch_sizes.stages[-1]
     least = summary.tokens_per_step * first.size // last.size
     return f"{least:,} (step 1) to {summary.tokens_per_step:,} (step {last.first_step:,} on)"
+
+
+def _rows(summary: RunSummary) -> str:
+    """Return text about the rows of a length ramp, such as `, in rows of 64 (step 1) to 512 (step 1,001 on)`."""
+    if len(summary.row_lengths) < 2:
+        return ""
+    first, last = summary.row_lengths[0], summary.row_lengths[-1]
+    return f", in rows of {first.length:,} (step 1) to {last.length:,} (step {last.first_step:,} on)"
 
 
 def bar_status(metrics: StepMetrics, left_s: float, width: int) -> str:

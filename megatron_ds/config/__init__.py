@@ -29,6 +29,8 @@ from megatron_ds.config.deepspeed_json import (
 )
 from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.config.expert_checks import ExpertNames, check_expert_layout, check_experts
+from megatron_ds.config.length_checks import check_ramped_lengths
+from megatron_ds.config.length_ramp import LengthStage, length_stages
 from megatron_ds.config.load import build_run, build_section, dump_run, load_run
 from megatron_ds.config.optimizer_groups import OptimizerGroup
 from megatron_ds.config.option_values import check_option_values
@@ -58,6 +60,7 @@ __all__ = [
     "EngineConfig",
     "ExpertNames",
     "ExportSection",
+    "LengthStage",
     "ModelSection",
     "ModelShape",
     "OptimizerGroup",
@@ -77,6 +80,7 @@ __all__ = [
     "check_experts",
     "check_layout",
     "check_option_values",
+    "check_ramped_lengths",
     "check_recomputation",
     "check_run",
     "check_saving",
@@ -84,6 +88,7 @@ __all__ = [
     "describe_context",
     "dump_run",
     "fill_deepspeed",
+    "length_stages",
     "load_deepspeed",
     "load_run",
     "plan_context",

@@ -62,7 +62,7 @@ TOP_LEVEL_KEYS: tuple[str, ...] = (
 REMOVED_KEYS: Mapping[str, str] = {
     "amp": "use bf16 or fp16",
     "compression_training": "remove it",
-    "curriculum_learning": "remove it",
+    "curriculum_learning": "remove it; train.length_ramp in the run file begins with shorter rows",
     "eigenvalue": "remove it",
     "elasticity": "remove it; a run may be resumed at any number of ranks",
     "graph_harvesting": "remove it",

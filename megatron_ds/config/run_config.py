@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, field_serializer, model_validator
 from megatron_ds.config.batch_ramp import BatchRamp, BatchSizes, batch_sizes, check_batch_ramp
 from megatron_ds.config.context_section import ContextSection
 from megatron_ds.config.data_section import DataSection
+from megatron_ds.config.length_ramp import LengthRamp, check_length_ramp
 from megatron_ds.config.optimizer_groups import OptimizerGroup
 from megatron_ds.config.rope_section import RopeSection
 from megatron_ds.config.schema_base import (
@@ -285,7 +286,8 @@ class TrainSection(Section):
 
     `steps` or `epochs`: the length in optimizer steps, or in passes over the training data, from which the steps follow
     when the data are open (`RunConfig.with_steps`).
-    `batch_ramp`: smaller batches in the first steps (None: all steps have `global_batch_size` samples).
+    `batch_ramp`: smaller batches in the first steps (None: all steps have `global_batch_size` samples). `length_ramp`:
+    shorter rows in the first steps (None: all have `data.seq_length` tokens).
     `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0`
     validates once, after the last step. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the
     run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
@@ -306,6 +308,7 @@ class TrainSection(Section):
     objective: Text = "auto"
     global_batch_size: Count = 8
     batch_ramp: BatchRamp | None = None
+    length_ramp: LengthRamp | None = None
     micro_batch_size: Count = 1
     seed: Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0, lt=2**32)] = 1234
     eval_every: CountOrZero = 0
@@ -439,6 +442,8 @@ class RunConfig(Section):
             _check_steps(self, self.train.steps, f"train.steps={self.train.steps}")
         if self.train.epochs is not None:
             _check_epochs(self)
+        if self.train.length_ramp is not None:
+            check_length_ramp(self.data.seq_length, self.train.length_ramp)
         _check_peft(self)
         _check_ema(self)
         return self

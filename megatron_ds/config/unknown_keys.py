@@ -109,6 +109,7 @@ OTHER_WAYS: Mapping[str, str] = {
     "gradient_accumulation_steps": (
         "set train.global_batch_size: it counts the samples of all ranks and micro batches of a step"
     ),
+    "curriculum_learning": "write train.length_ramp: {start: 64, steps: 10000}",
     "rampup_batch_size": "write train.batch_ramp: {start: 32, increment: 32, samples: 100000}",
     "activation_offloading": "write train.offload_activations: true",
     "gradient_checkpointing": "write train.recompute: full",

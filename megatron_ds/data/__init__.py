@@ -2,7 +2,7 @@
 
 from megatron_ds.columns import IGNORE_INDEX
 from megatron_ds.data.chat.options import ChatOptions
-from megatron_ds.data.collate import NO_SAMPLE, collate
+from megatron_ds.data.collate import NO_SAMPLE, collate, cut_rows
 from megatron_ds.data.dataset import Dataset, Sample, blank_sample
 from megatron_ds.data.formats import (
     FORMATS,
@@ -40,6 +40,7 @@ __all__ = [
     "check_format",
     "check_labels",
     "collate",
+    "cut_rows",
     "default_cache_dir",
     "for_data_rank",
     "format_options",

@@ -1,6 +1,6 @@
 """Samples -> the tensors of one micro-batch. Shape suffixes: `B` samples, `S` and `T` positions as in `dataset`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,16 @@ def collate(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> dict[str, 
     for sample in samples:
         assert set(sample) == set(dataset.columns), f"{sorted(sample)} in a dataset of {sorted(dataset.columns)}"
     return {name: torch.from_numpy(_stack(dataset, name, samples)) for name in dataset.columns}
+
+
+def cut_rows(batch: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Cut each row into equal shorter ones, in their order: (B, S) -> (B * S / length, length). The memory is shared.
+
+    Args:
+        batch: columns of `S` positions.
+        length: a divisor of S.
+    """
+    return {name: column.reshape(-1, length) for name, column in batch.items()}
 
 
 def _stack(dataset: Dataset, name: str, samples: Sequence[Sample]) -> np.ndarray:

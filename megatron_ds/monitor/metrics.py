@@ -32,7 +32,8 @@ class StepMetrics:
         loss: mean loss per labelled token of the global batch, in nats.
         grad_norm: global L2 norm of the gradients before clipping.
         lr: learning rate of the step.
-        samples: of the global batch; None = all steps have as many.
+        samples: number of samples of the global batch; None = all steps have as many.
+        seq_length: tokens of the rows that samples are cut into; None = they are never cut.
         lrs: those of `optimizer.groups` that have one of their own, by their patterns.
         tokens: number of labelled tokens in the global batch.
         step_s: Wall-clock seconds of the step.
@@ -61,6 +62,7 @@ class StepMetrics:
     peak_memory_bytes: int | None = None
     reserved_memory_bytes: int | None = None
     samples: int | None = None
+    seq_length: int | None = None
     lrs: Mapping[str, float] = field(default_factory=dict)
     terms: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -91,10 +93,10 @@ class ValidMetrics:
 
 
 Metrics = StepMetrics | ValidMetrics
-_INT_FIELDS = frozenset({"step", "tokens", "samples", "peak_memory_bytes", "reserved_memory_bytes"})
+_INT_FIELDS = frozenset({"step", "tokens", "samples", "seq_length", "peak_memory_bytes", "reserved_memory_bytes"})
 _MAPPINGS = ("lrs", "terms", "metrics", "system")
 """Fields that are written only if they are not empty."""
-_OPTIONAL = frozenset({"data_s", "mfu", "peak_memory_bytes", "reserved_memory_bytes", "samples"})
+_OPTIONAL = frozenset({"data_s", "mfu", "peak_memory_bytes", "reserved_memory_bytes", "samples", "seq_length"})
 """Numbers that files of earlier versions lack, that are unknown on the run's device, or equal in all steps."""
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_ds.config import BatchSizes
+from megatron_ds.config import BatchSizes, LengthStage
 from megatron_ds.monitor.metrics import StepMetrics, ValidMetrics
 
 
@@ -23,6 +23,7 @@ class RunSummary:
         sequence: whether sequence parallelism is on.
         context: number of ranks that divide each sequence.
         context_plan: their division by communication, and why; empty with one rank.
+        row_lengths: lengths of the rows that samples are cut into; one = they stay as they are.
         batch_sizes: samples of each step; None = all steps have as many.
         zero_stage: ZeRO stage, 0-3.
         precision: precision of the computation, e.g. `bf16`.
@@ -56,6 +57,7 @@ class RunSummary:
     experts: str = ""
     context: int = 1
     context_plan: str = ""
+    row_lengths: tuple[LengthStage, ...] = ()
     batch_sizes: BatchSizes | None = None
 
     def full_batches(self, steps: int) -> float:

@@ -4,7 +4,8 @@ Model FLOPs count the matrix products of one forward and one backward pass (Chow
 Recomputation is not counted, so it lowers the model FLOP/s.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -54,15 +55,26 @@ class Throughput:
         flops_per_token: see `model_flops_per_token`.
         world_size: number of ranks that divide the work.
         peak_flops: FLOP/s of one rank's device, see `peak_flops`; None = unknown.
+        flops_of_length: length of rows -> FLOPs of one token in them, for rows that are shorter in the first steps.
     """
 
     flops_per_token: float
     world_size: int
     peak_flops: float | None = None
+    flops_of_length: Mapping[int, float] = field(default_factory=dict)
 
-    def rates(self, tokens: int, seconds: float) -> Rates:
-        """Return the rates of `tokens` tokens, counted over all ranks, in `seconds` seconds of wall-clock time."""
+    def rates(self, tokens: int, seconds: float, length: int | None = None) -> Rates:
+        """Return the rates of `tokens` tokens, counted over all ranks, in `seconds` seconds of wall-clock time.
+
+        Args:
+            tokens: their number.
+            seconds: their time.
+            length: of the rows; None, or a length that is not in `flops_of_length` = that of `flops_per_token`.
+        """
         assert seconds > 0, f"seconds={seconds}"
         tokens_per_s = tokens / seconds
-        flops = tokens_per_s * self.flops_per_token / self.world_size
+        flops_per_token = (
+            self.flops_per_token if length is None else self.flops_of_length.get(length, self.flops_per_token)
+        )
+        flops = tokens_per_s * flops_per_token / self.world_size
         return Rates(tokens_per_s, flops / 1e12, flops / self.peak_flops if self.peak_flops is not None else None)

@@ -20,7 +20,7 @@ from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.saver import Saved, Saver
 from megatron_ds.config import RunConfig
-from megatron_ds.data import Dataset, GlobalBatches, collate, for_data_rank, ordered_pass
+from megatron_ds.data import Dataset, GlobalBatches, collate, cut_rows, for_data_rank, ordered_pass
 from megatron_ds.data.prefetch import DataWait, Prefetch, pinned
 from megatron_ds.engine import Engine, StepResult
 from megatron_ds.errors import TrainingError
@@ -79,7 +79,7 @@ class TrainingLoop:
         self._train_data, self._valid_data, self._saver = train_data, valid_data, saver
         shuffle = run.data.shuffle and not train_data.ordered
         self._batches = GlobalBatches(len(train_data), run.train.global_batch_size, run.train.seed, shuffle)
-        self._shapes = StepShapes(run.train.batch_sizes)
+        self._shapes = StepShapes.of_run(run)
         self._ahead, self._data_wait = run.data.prefetch, DataWait(run.data.prefetch)
         self._coming: Iterator[Batches] = iter(())
         self._now, self._saved_step, self._heartbeat = begin, begin.step, heartbeat
@@ -175,7 +175,8 @@ class TrainingLoop:
         return f"; last validation: loss {self._valid_losses.last:.4f}, {found}" if found else ""
 
     def _read_train(self, samples: StepSamples) -> Batches:
-        return self._micro_batches(self._train_data, self._batches.indices_from(*samples))
+        indices = self._batches.indices_from(samples.position, samples.size)
+        return self._micro_batches(self._train_data, indices, samples.length)
 
     def _step(self, step: int) -> None:
         """Do one optimizer step; its time includes the wait for its data."""
@@ -244,9 +245,8 @@ class TrainingLoop:
     def _metrics(
         self, step: int, lr: float, result: StepResult, step_s: float, data_s: float, *, measures_memory: bool
     ) -> StepMetrics:
-        size = self._shapes.sizes.at(step)
-        positions = size * positions_of(self._train_data)
-        rates = self._throughput.rates(positions, step_s)
+        shape, positions = self._shapes.logged(step), self._shapes.sizes.at(step) * positions_of(self._train_data)
+        rates = self._throughput.rates(positions, step_s, self._shapes.length_at(step))
         memory = self._memory.take() if measures_memory else None
         self._mfus += [rates.mfu] if rates.mfu is not None else []
         return StepMetrics(
@@ -262,7 +262,8 @@ class TrainingLoop:
             mfu=rates.mfu,
             peak_memory_bytes=memory.used_bytes if memory is not None else None,
             reserved_memory_bytes=memory.reserved_bytes if memory is not None else None,
-            samples=None if self._shapes.sizes.are_equal else size,
+            samples=shape.get("samples"),
+            seq_length=shape.get("seq_length"),
             lrs={label: lr * factor for label, factor in self._run.optimizer.group_lrs.items()},
             terms=result.terms if len(result.terms) > 1 else {},
             metrics=result.metrics,
@@ -303,10 +304,13 @@ class TrainingLoop:
         self._callbacks.validation_end(valid)
         return bool(self._callbacks) and self._combine_requests(interrupt)
 
-    def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray) -> Batches:
+    def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray, length: int | None = None) -> Batches:
+        """Return this data rank's micro-batches, with rows cut to a length; None = they stay as they are."""
         axis = self._engine.grid.batch
         parts = for_data_rank(indices, axis.rank, axis.size, self._run.train.micro_batch_size)
         batches = [collate(data, part) for part in parts]
+        if length not in (None, data.seq_length):
+            batches = [cut_rows(batch, length) for batch in batches]
         return pinned(batches, self._engine.device) if self._ahead else batches
 
     def _combine_requests(self, interrupt: GracefulStop) -> bool:

@@ -12,12 +12,14 @@ from megatron_ds.config import (
     RunConfig,
     check_context_length,
     check_data,
+    check_ramped_lengths,
     check_saving,
     load_deepspeed,
     summarize_deepspeed,
 )
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.data import check_format
+from megatron_ds.data.objective import Causal
 from megatron_ds.engine import DeviceSettings
 from megatron_ds.errors import ConfigError, ConversionError
 from megatron_ds.hf.config import HFModel
@@ -109,6 +111,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
         check_same_model(model.hf, model.weights.model, checkpoint)
     grouped_parameters(model, run.optimizer)
     objective = find_objective(run.train.objective, model, run.data, run.train.seed)
+    check_ramped_lengths(run, plan.context, is_causal=isinstance(objective.data, Causal))
     _check_new_parameters(run, model.hf, objective)
     return ResolvedRun(run, replace(model, change_layers=objective.layers), plan, objective)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_ds.config import BatchSizes
+from megatron_ds.config import BatchSizes, LengthStage, RunConfig, length_stages
 
 
 class StepSamples(NamedTuple):
@@ -15,10 +16,12 @@ class StepSamples(NamedTuple):
     Attributes:
         position: where they begin in the stream of samples.
         size: their number.
+        length: tokens of the rows that they are cut into.
     """
 
     position: int
     size: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,20 @@ class StepShapes:
 
     Attributes:
         sizes: of their batches.
+        lengths: of the rows that samples are cut into.
     """
 
     sizes: BatchSizes
+    lengths: tuple[LengthStage, ...]
+
+    @classmethod
+    def of_run(cls, run: RunConfig) -> StepShapes:
+        """Return the shapes of the steps of a run file."""
+        return cls(run.train.batch_sizes, length_stages(run.data.seq_length, run.train.length_ramp))
+
+    def length_at(self, step: int) -> int:
+        """Return the length of the rows of a step, counted from 1."""
+        return self.lengths[bisect_right(self.lengths, step, key=lambda stage: stage.first_step) - 1].length
 
     def remaining(self, done: int, position: int, steps: int) -> Iterator[StepSamples]:
         """Yield the samples of each step that is left.
@@ -41,12 +55,17 @@ class StepShapes:
         """
         for step in range(done + 1, steps + 1):
             size = self.sizes.at(step)
-            yield StepSamples(position, size)
+            yield StepSamples(position, size, self.length_at(step))
             position += size
 
+    def logged(self, step: int) -> dict[str, int]:
+        """Return what metrics say about the shape of a step: of what a ramp changes, the present size."""
+        size = {} if self.sizes.are_equal else {"samples": self.sizes.at(step)}
+        return size | ({} if len(self.lengths) == 1 else {"seq_length": self.length_at(step)})
+
     def describe_change(self, step: int) -> str | None:
-        """Return a line about a step whose batch has another size than the one before; None = the same."""
-        size = self.sizes.at(step)
-        if step > 1 and size == self.sizes.at(step - 1):
-            return None
-        return f"step {step}: global batches of {size:,} samples" if not self.sizes.are_equal else None
+        """Return a line about a step whose shape is another than that of the step before; None = it is the same."""
+        before, now = self.logged(step - 1) if step > 1 else {}, self.logged(step)
+        texts = {"samples": "global batches of {:,} samples", "seq_length": "rows of {:,} tokens"}
+        changed = [texts[name].format(value) for name, value in now.items() if before.get(name) != value]
+        return f"step {step}: {', '.join(changed)}" if changed else None

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from megatron_ds.config import EngineConfig, describe_context
+from megatron_ds.config import EngineConfig, describe_context, length_stages
 from megatron_ds.data import Dataset
 from megatron_ds.engine import Engine
 from megatron_ds.hf.family import EMBEDDING
@@ -50,6 +50,7 @@ def summarize(resolved: ResolvedRun, engine: Engine, data: Dataset, valid: Datas
         precision=resolved.plan.summary.precision,
         device=_describe_device(resolved, engine.device),
         tokens_per_step=run.train.global_batch_size * positions_of(data),
+        row_lengths=length_stages(run.data.seq_length, run.train.length_ramp),
         batch_sizes=run.train.batch_sizes if run.train.batch_ramp is not None else None,
         steps=run.train.num_steps,
         data_description=data.describe(),
@@ -116,13 +117,20 @@ def positions_of(data: Dataset) -> int:
     return data.seq_length + (data.target_length or 0)
 
 
-def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset) -> float:
-    """Return the average FLOPs of one position; see `model_flops_per_token`. Embedding lookups cost none."""
+def flops_per_position(resolved: ResolvedRun, num_params: int, data: Dataset, length: int | None = None) -> float:
+    """Return the average FLOPs of one position; see `model_flops_per_token`. Embedding lookups cost none.
+
+    Args:
+        resolved: the run.
+        num_params: of its model.
+        data: the training data.
+        length: of the rows that samples are cut into; None = they are complete.
+    """
     core, frozen = resolved.hf.core, resolved.model.frozen
     looked_up = core.num_idle_params - core.num_expert_params_idle
     num_frozen = _count(resolved.hf, frozen, core.expert_share) - (looked_up if EMBEDDING in frozen else 0)
     active = num_active_params(resolved, num_params) - looked_up
-    return core.flops_per_position(data.seq_length, data.target_length or 0, active, max(0, num_frozen))
+    return core.flops_per_position(length or data.seq_length, data.target_length or 0, active, max(0, num_frozen))
 
 
 def device_peak(resolved: ResolvedRun, device: torch.device) -> float | None:

@@ -158,7 +158,11 @@ def _train(
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
         peak = device_peak(resolved, engine.device)
-        throughput = Throughput(flops, resolved.plan.layout.world_size, peak)
+        shorter = {
+            stage.length: flops_per_position(resolved, summary.num_params, prepared.train_data, stage.length)
+            for stage in summary.row_lengths
+        }
+        throughput = Throughput(flops, resolved.plan.layout.world_size, peak, shorter)
         saver = _saver(prepared, engine)
         state = RunState(run, engine, can_save=saver is not None, can_validate=prepared.valid_data is not None)
         callbacks = CallbackList(state, prepared.callbacks)

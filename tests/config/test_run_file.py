@@ -101,6 +101,7 @@ def test_defaults(run_file):
         "objective": "auto",
         "global_batch_size": 8,
         "batch_ramp": None,
+        "length_ramp": None,
         "micro_batch_size": 1,
         "seed": 1234,
         "eval_every": 0,
