@@ -6,9 +6,10 @@ offload); with several they become DeepSpeed's PipelineModule (1F1B, ZeRO-1). Bo
 
 from megatron_ds.engine.base import Engine, Losses, MicroBatch, ShardReader, StepResult
 from megatron_ds.engine.build import build_engine
+from megatron_ds.engine.built_module import BuiltModule
 from megatron_ds.engine.device_settings import DEFAULT_SETTINGS, DeviceSettings
 from megatron_ds.engine.distributed import device_count, device_type, preload, start_distributed, stop_distributed
-from megatron_ds.engine.module import BuiltModule, EngineOptions, build_module
+from megatron_ds.engine.module import EngineOptions, build_module
 from megatron_ds.engine.optimizers import ADAM_STATE, OPTIMIZERS, GuardedOptimizer, state_kinds_of
 from megatron_ds.engine.probe import GradientProbe
 from megatron_ds.engine.shared_memory import enable_shared_memory

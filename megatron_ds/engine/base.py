@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.engine.built_module import BuiltModule
 from megatron_ds.engine.gathering import gather_part, send_to_rank_0
 from megatron_ds.engine.gradient_sums import GradientSums
 from megatron_ds.engine.group_tables import read_group_tables, set_group_tables
@@ -143,8 +144,10 @@ class Engine(ABC):
         documents: the longest document of a step, which the layers read.
         gradient_sums: the fp32 gradients that products add to; None = autograd gets every gradient.
         routers: those of mixtures of experts; None = the model has none.
+        built: this rank's module, and what it was built with.
     """
 
+    built: BuiltModule
     kernels: tuple[str, ...] = ()
     gradient_sums: GradientSums | None = None
     routers: Routers | None = None

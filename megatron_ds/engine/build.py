@@ -94,6 +94,7 @@ def build_engine(
         read_norm_once(engine.optimizer, made.read_norm)
     if isinstance(optimizer, Muon):
         optimizer.updates = matrix_updates(made, flat_parameters(engine))
+    made.built = built
     made.kernels, made.documents = ctx.kernels.names, ctx.documents
     made.gradient_sums = find_gradient_sums(engine, device)
     made.routers = find_routers(module, grid, ctx.routers, options.bias_rate)

@@ -5,7 +5,7 @@ Choose the implementations, allocate the parameters, load the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,8 @@ from torch import nn
 from megatron_ds.config import ContextPlan, DeepSpeedSummary, EmaSection, OptimizerSection, summarize_deepspeed
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
 from megatron_ds.engine.base import PrepareReading, ShardReader, weights_of
-from megatron_ds.engine.experts import FoldedExperts, fold_experts
+from megatron_ds.engine.built_module import BuiltModule
+from megatron_ds.engine.experts import fold_experts
 from megatron_ds.engine.mpu import Mpu
 from megatron_ds.engine.pipeline.module import PipelinedModel
 from megatron_ds.engine.pipeline.partition import partition
@@ -77,37 +78,6 @@ class EngineOptions:
     keep_attention: bool = False
     mlp_tile_tokens: int | None = None
     trains: bool = True
-
-
-@dataclass(frozen=True)
-class BuiltModule:
-    """A rank's part of a model, with its weights.
-
-    Attributes:
-        module: a `SequentialModel`, or a `PipelinedModel` if there are several pipeline stages.
-        specs: the specs of all layers of the model.
-        context: the build context of these.
-        rng: its random streams.
-        mpu: the groups of ranks as DeepSpeed asks for them.
-        folded: the ranks of experts that DeepSpeed must know; None = it need not.
-    """
-
-    module: SequentialModel | PipelinedModel
-    specs: Sequence[LayerSpec]
-    context: BuildContext
-    rng: RngStreams
-    mpu: Mpu
-    folded: FoldedExperts | None
-
-    @property
-    def first(self) -> int:
-        """Index of this rank's first layer among `specs`."""
-        return self.module._local_start if isinstance(self.module, PipelinedModel) else 0
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """This rank's layers in order."""
-        return list(self.module.forward_funcs if isinstance(self.module, PipelinedModel) else self.module.order)
 
 
 def build_module(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.engine import BuiltModule
-from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.errors import ConfigError, DataError, TopologyError
 from megatron_ds.generation.sampling import GREEDY, Sampling
 from megatron_ds.generation.stage import Stage
 from megatron_ds.layers.rotary import BY_LENGTH
@@ -46,19 +46,23 @@ class Row:
 class Generator:
     """A model that continues token ids. Every rank has one, and calls its methods with the same arguments.
 
+    Data ranks may have other prompts, unless they divide experts with each other.
+
     Args:
-        built: this rank's module.
+        built: this rank's module, or that of an engine, `Engine.built`.
         core: the model.
-        grid: the place of this rank; there are tensor and pipeline ranks, and no others.
+        grid: the place of this rank.
         device: of its tensors.
 
     Raises:
         ConfigError: the model does not generate text.
+        TopologyError: ranks divide sequences, or ZeRO-3 divides the weights.
     """
 
     def __init__(self, built: BuiltModule, core: ModelConfig, grid: Grid, device: torch.device) -> None:
         self._built, self._core, self._grid, self._device = built, core, grid, device
         self._decoding = decoding_of(core)
+        _check_layout(built, grid)
         self._stage = Stage(built, self._decoding, grid, core.axis_sizes()["h"])
         ropes = [rope for stack in core.stacks.values() for rope in stack.rotary if rope is not None]
         # longrope rotates all keys by other frequencies from here on; "dynamic" ones stay as they were
@@ -160,14 +164,30 @@ class Generator:
         return columns, [0] * len(batch)
 
     def _agreed(self, chosen: Tensor | None, count: int) -> list[int]:
-        """Return the tokens that the first tensor rank of the last stage has chosen. Collective over the world."""
-        if self._grid.layout.world_size > 1:
-            source = self._grid.layout.rank_of(pipeline=self._grid.pipeline.size - 1)
-            if chosen is None:
-                chosen = torch.empty(count, dtype=torch.int64, device=self._device)
-            dist.broadcast(chosen, source)
-        assert chosen is not None
-        return chosen.tolist()
+        """Return the tokens that the first tensor rank of the last stage has chosen.
+
+        Collective over tensor on the last stage, and over pipeline.
+        """
+        if chosen is None:
+            chosen = torch.empty(count, dtype=torch.int64, device=self._device)
+        tensor, pipeline = self._grid.tensor, self._grid.pipeline
+        if tensor.size > 1 and self._stage.is_last:
+            dist.broadcast(chosen, tensor.ranks[0], group=tensor.group)
+        if pipeline.size > 1:
+            dist.broadcast(chosen, pipeline.ranks[-1], group=pipeline.group)
+        return [int(token) for token in chosen.tolist()]
+
+
+def _check_layout(built: BuiltModule, grid: Grid) -> None:
+    tp = built.context.tp
+    if tp.splits_sequence or grid.context.size > 1:
+        name = "sequence" if tp.splits_sequence else "context"
+        raise TopologyError(
+            f"parallel.{name} divides sequences, and a sequence of one token cannot be divided; try tensor and "
+            "pipeline ranks alone"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in built.module.parameters()):
+        raise TopologyError("ZeRO-3 divides the weights, which would be gathered for each token; try ZeRO-1")
 
 
 def decoding_of(core: ModelConfig) -> Decoding:
