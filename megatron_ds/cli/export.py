@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_ds.cli.plugins import Imports, load_plugins
 from megatron_ds.paths import expanded
+
+if TYPE_CHECKING:
+    from megatron_ds.hf.config import HFModel
 
 HELP = """Write the model of a checkpoint as a Hugging Face directory that transformers loads.
 
@@ -26,6 +30,7 @@ Examples:
   megatron-ds export out/run/checkpoints/step_00000200 out/hf --dtype float32
   megatron-ds export out/lora out/hf --merge
   megatron-ds export out/run out/averaged --ema
+  megatron-ds export out/run out/hf --push-to org/name
 """
 
 
@@ -47,6 +52,11 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a directory that is not an unchanged export.")
     ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Upload it to this repository on the Hugging Face hub, made if need be."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everyone sees a repository that is made.")] = False,
     imports: Imports = None,
 ) -> None:
     """Run the command; see HELP."""
@@ -57,8 +67,33 @@ def export(
     from megatron_ds.log import setup_logging
 
     setup_logging(rank=0)
+    send = _prepare_push(push_to, hf_dir, public) if push_to is not None else None
     model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base, ema=ema, overwrite=overwrite)
     if (hf_dir / "adapter_config.json").is_file():
         print(f"exported {hf_dir}: {model.family.model_type} adapters for peft")
     else:
         print(f"exported {describe_written(hf_dir)}")
+    if send is not None:
+        print(f"uploaded to the hub: {send(model)}")
+
+
+def _prepare_push(repository: str, hf_dir: Path, public: bool) -> Callable[[HFModel], str]:
+    """Check that a repository can be written; returns the function that uploads the directory."""
+    from megatron_ds.errors import ConfigError
+    from megatron_ds.hf.export_mark import MARK
+    from megatron_ds.hf.model_card import model_card
+    from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
+    from megatron_ds.hub import parse_id, prepare_push, push
+
+    target, named = parse_id(repository), f"--push-to={repository}"
+    if target is None:
+        raise ConfigError(f"{named} is no repository on the hub; write org/name, or org/name@branch")
+    prepare_push(target, named, private=not public)
+
+    def send(model: HFModel) -> str:
+        is_adapter = (hf_dir / ADAPTER_CONFIG).is_file()
+        base = parse_id(str(named_base(hf_dir))) if is_adapter else None
+        card = model_card(target.repo.partition("/")[2], model, base, {}, is_adapter=is_adapter)
+        return push(hf_dir, target, named, card, {MARK})
+
+    return send

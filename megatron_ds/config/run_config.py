@@ -31,6 +31,7 @@ from megatron_ds.config.schema_base import (
     integral_float_to_int,
 )
 from megatron_ds.errors import ConfigError, show
+from megatron_ds.hub import parse_id
 
 
 def _betas_pair(value: Any) -> Any:
@@ -384,6 +385,14 @@ class CheckpointSection(Section):
     optimizer: Literal["resume", "reset"] = "resume"
 
 
+def _repository(value: Any) -> Any:
+    if value is not None and (not isinstance(value, str) or parse_id(value) is None):
+        raise ConfigError(
+            f"export.push_to={show(value)} is no repository on the hub; write org/name, or org/name@branch"
+        )
+    return value
+
+
 class ExportSection(Section):
     """A Hugging Face directory written at the end.
 
@@ -391,7 +400,8 @@ class ExportSection(Section):
     of runs are never replaced. `merge`: with adapters, write the base model with the adapters merged instead of a peft
     directory. `ema`: write the average of the weights. `dtype: None` keeps the model's dtype. `check` loads the
     directory with transformers on a rank of the last pipeline stage and compares its logits with the live model's; the
-    model must fit there, and the rank must see the path.
+    model must fit there, and the rank must see the path. `push_to`: the repository on
+    the hub that the complete directory is uploaded to; one that is made for it is `private` or not.
     """
 
     path: PathText
@@ -401,6 +411,8 @@ class ExportSection(Section):
     ema: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?\s*([KMGT]i?)?B$")] = "5GB"
+    push_to: Annotated[str | None, BeforeValidator(_repository)] = None
+    private: bool = True
 
 
 class RunConfig(Section):

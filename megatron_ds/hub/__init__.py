@@ -4,6 +4,7 @@ Everything goes through huggingface_hub: its cache, `HF_HOME`, `HF_TOKEN`, `HF_E
 """
 
 from megatron_ds.hub.ids import HubId, hub_id, name_of, parse_id, snapshot_of
+from megatron_ds.hub.push import prepare_push, push
 from megatron_ds.hub.snapshot import exists, fetch, local_directory, pinned, read_header, read_headers, size_of
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "name_of",
     "parse_id",
     "pinned",
+    "prepare_push",
+    "push",
     "read_header",
     "read_headers",
     "size_of",

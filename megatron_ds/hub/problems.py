@@ -28,6 +28,48 @@ def explained(place: HubId, named: str) -> Iterator[None]:
         raise HubError(f"{named} {_reason(problem, place)}") from problem
 
 
+@contextmanager
+def explained_upload(named: str, fix: str) -> Iterator[None]:
+    """Turn what the client raises while it writes into a `HubError`.
+
+    Args:
+        named: the beginning of the line, such as "export.push_to=org/name".
+        fix: how it is done later; a token that may not write is fixed by another one.
+    """
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except Exception as problem:  # the client wraps those of uploads in a RuntimeError
+        if isinstance(problem, HubError) or not (_status(problem) or may_pass(problem)):
+            raise
+        if _status(problem) in (401, 403):
+            reason = "cannot be written with your token"
+            fix = f"try `hf auth login` with one that may write there; {fix}"
+        elif (status := _status(problem)) is not None:
+            reason = f"cannot be written: the hub answers with status {status}"
+        else:
+            reason = f"cannot be written: the hub at {constants.ENDPOINT} cannot be reached"
+        raise HubError(f"{named} {reason} ({first_line(problem)}); {fix}") from problem
+
+
+def may_pass(problem: BaseException) -> bool:
+    """Test whether an error may be gone at the next try: no connection, or a hub that is down or busy."""
+    from httpx2 import TransportError
+
+    status = _status(problem)
+    if status is not None:
+        return status in (408, 409, 412, 429) or status >= 500
+    return any(isinstance(one, TransportError | ConnectionError) for one in _causes(problem))
+
+
+def _status(problem: BaseException) -> int | None:
+    """Return the status of the hub's answer that an error is about; None = it is about something else."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next((one.response.status_code for one in _causes(problem) if isinstance(one, HfHubHTTPError)), None)
+
+
 def _reason(problem: Exception, place: HubId) -> str:
     from httpx2 import TransportError
     from huggingface_hub import constants, errors, get_token
@@ -47,10 +89,10 @@ def _reason(problem: Exception, place: HubId) -> str:
     if has(errors.RevisionNotFoundError):
         return f"is on the hub, but not its revision {place.revision}; see the branches and tags on {page}/tree/main"
     if has(errors.RemoteEntryNotFoundError):
-        return f"is on the hub without that file ({_first_line(problem)}); see {page}/tree/main"
-    status = next((one.response.status_code for one in chain if isinstance(one, errors.HfHubHTTPError)), None)
+        return f"is on the hub without that file ({first_line(problem)}); see {page}/tree/main"
+    status = _status(problem)
     if status in (401, 403):
-        return f"cannot be read: the hub refuses your token ({_first_line(problem)}); try `hf auth login`"
+        return f"cannot be read: the hub refuses your token ({first_line(problem)}); try `hf auth login`"
     lacks = f"and not all of it is in the cache {constants.HF_HUB_CACHE}"
     download = f"try `{place.download_command}` where there is a net"
     if constants.is_offline_mode():
@@ -59,7 +101,7 @@ def _reason(problem: Exception, place: HubId) -> str:
     if has(*away) or status is not None:
         why = f"answers with status {status}" if status else "cannot be reached"
         return f"does not exist here, the hub at {constants.ENDPOINT} {why}, {lacks}; {download}{_near(place)}"
-    return f"cannot be downloaded ({_first_line(problem)}); try `{place.download_command}`"
+    return f"cannot be downloaded ({first_line(problem)}); try `{place.download_command}`"
 
 
 def _causes(problem: BaseException | None) -> Iterator[BaseException]:
@@ -68,7 +110,8 @@ def _causes(problem: BaseException | None) -> Iterator[BaseException]:
         problem = problem.__cause__ or problem.__context__
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: BaseException) -> str:
+    """Return the first line of an error."""
     lines = str(problem).strip().splitlines()
     return lines[0] if lines else type(problem).__name__
 

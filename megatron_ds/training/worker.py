@@ -37,6 +37,7 @@ from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import check_schedule, describe_jump
 from megatron_ds.training.model_paths import with_pinned_models
+from megatron_ds.training.pushing import prepare_upload, upload
 from megatron_ds.training.resolve import ResolvedRun, device_settings, export_target, resolve_run
 from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
@@ -114,7 +115,10 @@ class _Prepared:
 def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequence[Callback]) -> _Prepared:
     """Check the run against its model, world, checkpoint and data; all that can be refused is refused here."""
     check_resume_point(run, found)
-    resolved, train_data, valid_data = open_data(resolve_run(run, info.world_size, device_type(), found.path))
+    resolved = resolve_run(run, info.world_size, device_type(), found.path)
+    if info.rank == 0:
+        prepare_upload(run.export)
+    resolved, train_data, valid_data = open_data(resolved)
     check_schedule(resolved.run)
     run = run.model_copy(update={"train": resolved.run.train})  # paths stay as the user wrote them
     reader = StateReader(found.path) if found.path is not None else None
@@ -266,3 +270,6 @@ def _export(prepared: _Prepared, engine: Engine, output: RunOutput) -> None:
             batch = collate(prepared.train_data, range(resolved.run.train.micro_batch_size))
             error = check_export(engine, resolved.hf, section, precision, batch)
             output.note(f"its predictions in transformers equal those in training: relative error {error:.1e}")
+    address = upload(resolved, engine.grid.rank)
+    if address is not None:
+        output.note(f"uploaded to the hub: {address}")

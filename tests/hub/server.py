@@ -329,6 +329,18 @@ class Call(BaseHTTPRequestHandler):
             answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.reply(200, {"files": answers, "commitOid": found.branches["main"]})
 
+    def auth_check(self, kind: str, repo: str) -> None:
+        self.repo(kind, repo, for_writing=True)
+        self.reply(200, {})
+
+    def branch(self, kind: str, repo: str, revision: str) -> None:
+        found = self.repo(kind, repo, for_writing=True)
+        if revision in found.branches:
+            raise _Refused(409, "", "The branch exists")
+        found.branches[revision] = found.branches["main"]
+        found.write()
+        self.reply(200, {})
+
     def batch(self, repo: str, kind: str = "models") -> None:
         self.repo(kind.rstrip("/"), repo, for_writing=True)
         objects = []
@@ -361,6 +373,8 @@ class Call(BaseHTTPRequestHandler):
 
     def commits(self, kind: str, repo: str, revision: str) -> None:
         found = self.repo(kind, repo, for_writing=True)
+        if found.play("failing", "commit"):
+            raise _Refused(503, "", "Service Unavailable")
         new, deleted = dict[str, bytes | Path](), set[str]()
         for line in self.body.splitlines():
             entry = json.loads(line)
@@ -388,6 +402,8 @@ ROUTES: list[tuple[tuple[str, ...], str, Any]] = [
     (("POST",), r"/api/repos/create", Call.create),
     (("POST",), r"/api/validate-yaml", Call.validate_yaml),
     (("POST",), rf"/api/{_KIND}/{_REPO}/preupload/{_REVISION}", Call.preupload),
+    (("GET",), rf"/api/{_KIND}/{_REPO}/auth-check/write", Call.auth_check),
+    (("POST",), rf"/api/{_KIND}/{_REPO}/branch/{_REVISION}", Call.branch),
     (("POST",), rf"/(?P<kind>datasets/)?{_REPO}\.git/info/lfs/objects/batch", Call.batch),
     (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", Call.upload),
     (("POST",), r"/lfs/(?P<oid>[0-9a-f]{64})/verify", Call.verify),
