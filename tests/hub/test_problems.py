@@ -1,16 +1,18 @@
 """What cannot be read from the hub is one line: the id, the reason, and what to do."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, snapshot_download
 
 from megatron_ds import load_model
-from megatron_ds.errors import HubError
+from megatron_ds.errors import ConversionError, HubError
 from megatron_ds.hub import hub_id, parse_id
 from megatron_ds.parallel.consensus import run_long_on_all_ranks
 from tests.hub.local_hub import LocalHub, go_offline
+from tests.hub.models import FIRST, SECOND, write_model
 from tests.hub.server import STRANGER
 from tests.ranks import run_ranks
 
@@ -107,17 +109,14 @@ def test_without_a_net(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused_config(name: str) -> Exception:
-    from megatron_ds.errors import ConversionError
-
     with pytest.raises(ConversionError) as refused:
         load_model(name)
     assert not isinstance(refused.value, HubError)
     return refused.value
 
 
-def test_a_weight_file_that_cannot_be_fetched(hub: LocalHub, tmp_path: Path) -> None:
-    from tests.hub.models import FIRST, SECOND, write_model
-
+def test_a_weight_file_that_cannot_be_fetched(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's tries
     hub.publish(write_model(tmp_path / "model"), "org/name")
     loaded = load_model("org/name")
     assert loaded.weights is not None
@@ -139,8 +138,6 @@ def test_ranks_wait_for_a_long_step_of_one() -> None:
 
 
 def waits(info: object) -> str:
-    import time
-
     rank: int = info.rank  # type: ignore[attr-defined]
 
     def step() -> str:
