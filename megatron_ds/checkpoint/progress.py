@@ -25,6 +25,8 @@ class DataPosition:
         seq_length: the length of a sample in tokens.
         shuffle: whether each epoch has its own order.
         description: a readable description of the data.
+        phases: (first sample, weights of the sources) of each phase of a blend whose weights change; empty if they do
+            not.
         settings: the data section of the run file, to name what has changed if the fingerprint differs; empty in
             checkpoints of earlier versions.
     """
@@ -35,6 +37,7 @@ class DataPosition:
     seq_length: int = 0
     shuffle: bool = True
     description: str = ""
+    phases: tuple[tuple[int, tuple[float, ...]], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -112,7 +115,9 @@ def decode(path: Path) -> tuple[Progress, Origin]:
                 f"{path}: format_version={version} is newer than this version's {FORMAT_VERSION}; upgrade megatron-ds"
             )
         fields = dict(content["progress"])
-        data = DataPosition(**fields.pop("data"))
+        position = dict(fields.pop("data"))
+        phases = tuple((first, tuple(weights)) for first, weights in position.pop("phases", ()))
+        data = DataPosition(**position, phases=phases)
         trained, end_ids = tuple(fields.pop("trained")), tuple(fields.pop("end_ids", ()))
         progress = Progress(**fields, data=data, trained=trained, end_ids=end_ids)
         return progress, Origin(**content["origin"])

@@ -32,6 +32,7 @@ from megatron_ds.config.expert_checks import ExpertNames, check_expert_layout, c
 from megatron_ds.config.length_checks import check_ramped_lengths
 from megatron_ds.config.length_ramp import LengthStage, length_stages
 from megatron_ds.config.load import build_run, build_section, dump_run, load_run
+from megatron_ds.config.mixture_start import MixtureStart, parse_start
 from megatron_ds.config.optimizer_groups import OptimizerGroup
 from megatron_ds.config.option_values import check_option_values
 from megatron_ds.config.run_config import (
@@ -61,6 +62,7 @@ __all__ = [
     "ExpertNames",
     "ExportSection",
     "LengthStage",
+    "MixtureStart",
     "ModelSection",
     "ModelShape",
     "OptimizerGroup",
@@ -91,6 +93,7 @@ __all__ = [
     "length_stages",
     "load_deepspeed",
     "load_run",
+    "parse_start",
     "plan_context",
     "summarize_deepspeed",
 ]

@@ -3,9 +3,11 @@
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, model_validator
 
+from megatron_ds.config.mixture_start import MixtureStart, parse_start
 from megatron_ds.config.schema_base import (
+    VARIANT,
     Count,
     CountOrZero,
     NonNegative,
@@ -65,18 +67,37 @@ def _length(key: Any) -> int:
     return number
 
 
+_FIRST = (MixtureStart(0), MixtureStart(None, 0))
+
+
+def _changing_weight(value: Any) -> Any:
+    """Return a weight; one that changes with the keys as numbers of steps, or as texts of numbers of tokens."""
+    if not isinstance(value, dict):
+        return value
+    starts = {key: parse_start(key) for key in value}
+    return {start.step if start.step is not None else key: value[key] for key, start in starts.items()}
+
+
+Weight = Annotated[
+    Annotated[float, Field(gt=0), Tag(f"{VARIANT}number")]
+    | Annotated[dict[int | str, NonNegative], Field(min_length=1), Tag(f"{VARIANT}mapping")],
+    Discriminator(lambda value: f"{VARIANT}{'mapping' if isinstance(value, dict) else 'number'}"),
+]
+
+
 class DataSource(Section):
     """One file, directory, pattern, hub id or prefix.
 
     `name`: the configuration of a data set on the hub. `split`: of a data set, as `datasets` takes it. `column`: the
-    field that holds the text, the messages or the token ids. `weight`: the relative weight in a blend.
+    field that holds the text, the messages or the token ids. `weight`: the relative weight in a blend, or its weights
+    from certain numbers of steps or tokens on.
     """
 
     path: PathText
     name: Text | None = None
     split: Text | None = None
     column: Text | None = None
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: Annotated[Weight | None, BeforeValidator(_changing_weight)] = None
 
     @property
     def label(self) -> str:
@@ -192,12 +213,25 @@ def _check_weights(data: DataSection) -> None:
         raise ConfigError(
             f"data.train[{without[0]}].weight is missing, and other sources have one; give all of them one, or none"
         )
+    for number, source in enumerate(data.train):
+        _check_changing_weight(source.weight, f"data.train[{number}].weight")
     for number, source in enumerate(data.valid):
         if source.weight is not None:
             raise ConfigError(
                 f"data.valid[{number}].weight={show(source.weight)} does nothing: validation reads every sample once; "
                 "remove it"
             )
+
+
+def _check_changing_weight(weight: float | dict[int | str, float] | None, field: str) -> None:
+    """Check that a weight that changes has one from the first sample on, and is not 0 throughout."""
+    if not isinstance(weight, dict):
+        return
+    if not any(parse_start(key) in _FIRST for key in weight):
+        given = ", ".join(f"{key}: {value:g}" for key, value in weight.items())
+        raise ConfigError(f"{field}={show(weight)} has no weight for the first steps; try {{0: 0, {given}}}")
+    if not any(weight.values()):
+        raise ConfigError(f"{field}={show(weight)} is always 0; leave the source out")
 
 
 def _check_share(data: DataSection) -> None:

@@ -34,6 +34,10 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_text)]
 PathOrMapping = Annotated[str | dict[str, Any], AfterValidator(expand_text)]
 
 
+VARIANT = "variant of "
+"""Begin of the tags of values that may have several types; pydantic puts them into the places of errors."""
+
+
 class Section(BaseModel):
     """Base of every section: frozen, strict, no unknown keys, no infinities."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_ds.config.schema_base import VARIANT
 from megatron_ds.errors import ConfigError, nearest_names
 
 # Names that other trainers have for our keys.
@@ -156,6 +157,8 @@ def dotted(loc: tuple[int | str, ...]) -> str:
     """Return `data.train[0].path` for a location."""
     text = ""
     for part in loc:
+        if str(part).startswith(VARIANT):
+            continue
         text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else part)
     return text
 

@@ -1,8 +1,8 @@
 """Several datasets as one: mixed in proportion to weights, or concatenated.
 
-Blends follow Megatron: sample i is taken from the dataset that is furthest behind its weight, argmax of
-w_d max(i, 1) - n_d with n_d the samples taken from it so far; ties go to the first. So the first samples of a longer
-blend are those of a shorter one.
+In each phase of its mixture a blend follows Megatron: sample i is taken from the dataset that is furthest behind its
+weight, argmax of w_d max(i, 1) - n_d with n_d the samples taken from it so far; ties go to the first. So the first
+samples of a longer blend are those of a shorter one.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from megatron_ds.data.dataset import Dataset, Sample
+from megatron_ds.data.mixture import Mixture, Phase, Weights
 from megatron_ds.data.noise.seeded_random import SeededRandom
 from megatron_ds.data.readers.array_cache import cached_arrays
 from megatron_ds.data.readers.bad_rows import BadRows, total_bad_rows
@@ -115,10 +116,12 @@ class OrderedDataset:
 class Blend:
     """Datasets mixed in proportion to weights; `blend_order` decides the source of each sample of a run.
 
+    The fingerprint is that of a run that stays in its first phase; `phases` has the others.
+
     Args:
         datasets: each in its own order.
         names: of their sources.
-        weights: one each, more than 0; their sum does not matter.
+        weights: of the sources.
         num_samples: of the run.
         cache_dir: directory in which the order is kept.
 
@@ -132,20 +135,22 @@ class Blend:
         self,
         datasets: Sequence[Dataset],
         names: Sequence[str],
-        weights: Sequence[float],
+        weights: Weights,
         num_samples: int,
         cache_dir: Path,
     ) -> None:
         first = datasets[0]
         require_same_columns(datasets, names)
         self._datasets, self._names = list(datasets), list(names)
-        self.weights = normalized(weights)
+        self.mixture = mixture = Mixture.of(weights)
+        self.weights = normalized(mixture.phases[0].weights)
         self.seq_length, self.target_length, self.columns = first.seq_length, first.target_length, first.columns
-        key = hashlib.sha256(repr((FORMAT_VERSION, self.weights, num_samples)).encode()).hexdigest()
+        later = [(phase.first, normalized(phase.weights)) for phase in mixture.phases[1:]]
+        of_order = (FORMAT_VERSION, self.weights, num_samples, *([later] if later else []))
+        key = hashlib.sha256(repr(of_order).encode()).hexdigest()
 
         def make() -> dict[str, np.ndarray]:
-            # Megatron normalizes weights twice; what that does to their last bits decides ties
-            source, place = blend_order(normalized(self.weights), num_samples)
+            source, place = mixture_order(mixture, num_samples)
             return {"source": source, "place": place}
 
         self._order = cached_arrays(cache_dir, f"{key}.blend", ("source", "place"), make)
@@ -177,7 +182,12 @@ class Blend:
     def describe(self) -> str:
         """Return a line such as `blend of 0.700 a (1.2 B tokens, ...) and 0.300 b (...)`."""
         parts = zip(self.weights, self._names, self._datasets)
-        return "blend of " + " and ".join(f"{weight:.3f} {name} ({one.describe()})" for weight, name, one in parts)
+        first = "blend of " + " and ".join(f"{weight:.3f} {name} ({one.describe()})" for weight, name, one in parts)
+        return "; ".join([first, *(self._describe_phase(phase) for phase in self.mixture.phases[1:])])
+
+    def _describe_phase(self, phase: Phase) -> str:
+        weights = zip(normalized(phase.weights), self._names)
+        return f"from sample {phase.first:,} on {' and '.join(f'{weight:.3f} {name}' for weight, name in weights)}"
 
     def usage(self, num_samples: int) -> tuple[SourceUsage, ...]:
         """Return the usage of each source after the first `num_samples` samples of the run.
@@ -190,13 +200,22 @@ class Blend:
         if passes:
             counts = counts + passes * np.bincount(source, minlength=len(self._datasets))
         found: list[SourceUsage] = []
-        for name, weight, samples, one in zip(self._names, self.weights, counts.tolist(), self._datasets):
+        weights = self._mean_weights(num_samples)
+        for name, weight, samples, one in zip(self._names, weights, counts.tolist(), self._datasets):
             if isinstance(one, Blend):
                 inner = one.usage(samples)
                 found += [replace(use, name=f"{name}: {use.name}", weight=weight * use.weight) for use in inner]
             else:
                 found.append(SourceUsage(name, weight, samples, samples / _num_epoch_samples(one)))
         return tuple(found)
+
+    def _mean_weights(self, num_samples: int) -> list[float]:
+        """Return the fractions of the sources in the first samples, by the weights of their phases."""
+        if len(self.mixture.phases) == 1 or num_samples == 0:
+            return self.weights
+        parts = zip(self.mixture.lengths(num_samples), self.mixture.phases)
+        totals = sum(length * np.array(normalized(phase.weights)) for length, phase in parts)
+        return normalized(totals.tolist())  # type: ignore[union-attr]
 
 
 class ConcatDataset:
@@ -248,14 +267,12 @@ class ConcatDataset:
         return "; ".join(one.describe() for one in self._datasets)
 
 
-def open_blend(
-    request: DatasetRequest, weights: Sequence[float], open_one: Callable[[DatasetRequest], Dataset]
-) -> Blend:
+def open_blend(request: DatasetRequest, weights: Weights, open_one: Callable[[DatasetRequest], Dataset]) -> Blend:
     """Open each source of a request as a dataset of its own and mix them.
 
     Args:
         request: its sources, and the order of the run.
-        weights: one for each source.
+        weights: of the sources.
         open_one: opens the dataset of a request with one source, such as `DataFormat.open`.
 
     Raises:
@@ -286,9 +303,29 @@ def normalized(weights: Sequence[float]) -> list[float]:
     return (array / array.sum()).tolist()
 
 
-def samples_per_source(weights: Sequence[float], num_samples: int) -> list[int]:
-    """Return how many samples are requested from each dataset of a blend."""
-    return [math.ceil(math.ceil(num_samples * weight) * (1 + SURPLUS)) for weight in normalized(weights)]
+def samples_per_source(weights: Weights, num_samples: int) -> list[int]:
+    """Return how many samples are requested from each dataset of a blend, at least one."""
+    mixture = Mixture.of(weights)
+    requested = [0] * len(mixture.phases[0].weights)
+    for length, phase in zip(mixture.lengths(num_samples), mixture.phases):
+        of_phase = [math.ceil(length * weight) for weight in normalized(phase.weights)]
+        requested = [before + more for before, more in zip(requested, of_phase)]
+    return [max(1, math.ceil(one * (1 + SURPLUS))) for one in requested]
+
+
+def mixture_order(mixture: Mixture, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the dataset of each sample of a run, (n,) int16, and its place in that dataset, (n,) int64."""
+    sources, places = [], []
+    taken = np.zeros(len(mixture.phases[0].weights), dtype=np.int64)
+    for length, phase in zip(mixture.lengths(num_samples), mixture.phases):
+        used = np.flatnonzero(phase.weights)  # a tie may fall to a source whose weight is 0
+        # Megatron normalizes weights twice; what that does to their last bits decides ties
+        source, place = blend_order(normalized(normalized([phase.weights[one] for one in used])), length)
+        source = used.astype(np.int16)[source]
+        sources.append(source)
+        places.append(place + taken[source])
+        taken += np.bincount(source, minlength=len(taken))
+    return np.concatenate(sources), np.concatenate(places)
 
 
 def blend_order(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:

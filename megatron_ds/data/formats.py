@@ -26,6 +26,7 @@ from megatron_ds.data.indexed.open import open_indexed, open_indexed_documents
 from megatron_ds.data.labelled.open import open_labelled
 from megatron_ds.data.labelled.rows import FIELDS as LABELLED_FIELDS
 from megatron_ds.data.long_context.open import LongContext, OpenDocuments
+from megatron_ds.data.mixture import Weights
 from megatron_ds.data.objective import DataObjective, Labelled
 from megatron_ds.data.readers.examples import TEXT_COLUMN
 from megatron_ds.data.readers.placeholders import NO_PLACEHOLDERS, Placeholders
@@ -246,7 +247,7 @@ def open_dataset(
     tokenizer_path: str | None = None,
     cache_dir: str | None = None,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Weights | None = None,
     order: Order | None = None,
     split: Split | None = None,
     options: Section | None = None,
@@ -262,7 +263,7 @@ def open_dataset(
         format: a name in FORMATS.
         sources: a text is the path of a source.
         cache_dir: directory for tokens and orders that are computed once; None = `default_cache_dir()`.
-        weights: of the sources in a blend, any positive numbers; None = one source after the other.
+        weights: of the sources in a blend; None = one source after the other.
         options: None = the format's defaults.
         held_out: the part of the samples that is read where a share is held out for validation; None = all.
         long_context: the mix of lengths; None = documents of all lengths as they come.

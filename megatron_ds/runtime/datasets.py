@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_ds import data as formats
@@ -10,6 +10,7 @@ from megatron_ds.config import DataSection, build_section
 from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options, format_sources
 from megatron_ds.data.held_out import HeldOut
 from megatron_ds.data.long_context.open import LongContext
+from megatron_ds.data.mixture import plan_mixture
 from megatron_ds.data.readers.placeholders import Placeholders
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel
@@ -49,11 +50,26 @@ def open_dataset(
     check_format(section, model.section.tokenizer_path)
     found = find_objective(objective, model, section, seed)
     order = None if num_samples is None else Order(num_samples, seed, section.shuffle)
-    return open_part(model, section, found.data, order)
+    return open_part(model, section, found.data, order, samples_before=_no_steps)
+
+
+def _no_steps(step: int) -> int:
+    if step == 0:
+        return 0
+    raise ConfigError(
+        f"data.train: a weight from step {step} on needs a run with steps; write numbers of tokens, such as "
+        "{0: 0.7, 2B tokens: 0.3}"
+    )
 
 
 def open_part(
-    model: LoadedModel, data: DataSection, objective: DataObjective, order: Order | None, *, validation: bool = False
+    model: LoadedModel,
+    data: DataSection,
+    objective: DataObjective,
+    order: Order | None,
+    *,
+    validation: bool = False,
+    samples_before: Callable[[int], int] | None = None,
 ) -> Dataset:
     """Open the training or the validation part of a `data` section.
 
@@ -63,11 +79,16 @@ def open_part(
         objective: the columns of a sample, and the noise that hides tokens.
         order: the order in which a run reads the samples; None = every sample once, in order.
         validation: True opens the validation part, False the training part.
+        samples_before: number of steps -> number of samples of all these steps, for weights that change; None = a blend
+            cannot be opened.
     """
     share = data.valid_share
     sources = data.valid if validation and data.split is None and share is None else data.train
     is_blend = any(source.weight is not None for source in sources)
-    weighted = order is not None and is_blend
+    mixture = None
+    if order is not None and is_blend:
+        assert samples_before is not None
+        mixture = plan_mixture([source.weight or 0.0 for source in sources], samples_before, data.seq_length)
     return formats.open_dataset(
         data.format,
         objective,
@@ -76,7 +97,7 @@ def open_part(
         model.hf.core.vocab_size,
         model.section.tokenizer_path,
         data.cache_dir,
-        weights=[source.weight or 0.0 for source in sources] if weighted else None,
+        weights=mixture,
         order=order,
         split=Split(tuple(data.split), int(validation)) if data.split is not None else None,
         options=format_options(data),

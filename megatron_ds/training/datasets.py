@@ -49,7 +49,11 @@ def open_split(resolved: ResolvedRun, split: str) -> Dataset:
     """
     data, train = resolved.run.data, resolved.run.train
     order = Order(train.num_samples, train.seed, data.shuffle) if split == "train" else None
-    found = open_part(resolved.model, data, resolved.objective.data, order, validation=split == "valid")
+    found = open_part(
+        *(resolved.model, data, resolved.objective.data, order),
+        validation=split == "valid",
+        samples_before=lambda steps: train.batch_sizes.samples_before(steps + 1),
+    )
     return _checked(resolved, found, split)
 
 

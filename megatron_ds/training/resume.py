@@ -14,6 +14,7 @@ from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import ResumePoint, first_damage, newest_intact
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset
+from megatron_ds.data.blend import Blend
 from megatron_ds.data.parts import begins_documents
 from megatron_ds.errors import CheckpointError, show
 from megatron_ds.hf.config import HFModel
@@ -173,6 +174,7 @@ def initial_progress(run: RunConfig, saved: Progress | None, data: Dataset, wher
         seq_length=data.seq_length,
         shuffle=run.data.shuffle,
         description=data.describe(),
+        phases=_phases(data),
         settings=_settings(run),
     )
     if saved is None:
@@ -194,6 +196,19 @@ def initial_progress(run: RunConfig, saved: Progress | None, data: Dataset, wher
     )
 
 
+def _phases(data: Dataset) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    """Return the phases of a blend whose weights change."""
+    phases = data.mixture.phases if isinstance(data, Blend) else ()
+    return tuple((phase.first, phase.weights) for phase in phases) if len(phases) > 1 else ()
+
+
+def _begun(
+    phases: tuple[tuple[int, tuple[float, ...]], ...], num_samples: int
+) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    """Return the phases after the first of which a run has read samples; the fingerprint has the first one."""
+    return tuple(phase for phase in phases[1:] if phase[0] < num_samples)
+
+
 class _Change(NamedTuple):
     """A data setting that differs from the checkpoint's, as text: `now` in the run, `then` in the checkpoint."""
 
@@ -208,7 +223,7 @@ _SIZE = ("train.steps", "train.global_batch_size", "train.batch_ramp")
 def _settings(run: RunConfig) -> dict[str, Any]:
     """Return the settings that determine the samples, apart from the data's content; the most changed ones last."""
     data = run.data
-    weights = [source.weight for source in data.train]
+    weights = [_plain_weight(source.weight) for source in data.train]
     plain = ("columns", "bad_rows", "bos", "split", "valid_share", "loss_on", "loss_turns", "date")
     more = ("overlong", "packing", "mask_rate", "whole_words", "mean_span", "target_length")
     return {
@@ -225,6 +240,11 @@ def _settings(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def _plain_weight(weight: float | dict[int | str, float] | None) -> float | dict[str, float] | None:
+    """Return a weight as JSON has it, whose keys are text."""
+    return {str(start): value for start, value in weight.items()} if isinstance(weight, dict) else weight
+
+
 def _first_change(then: DataPosition, here: DataPosition, data: Dataset) -> _Change | None:
     """Return the first difference that changes the samples or their order; None if the samples are the same."""
     for field, old, new in (
@@ -234,7 +254,8 @@ def _first_change(then: DataPosition, here: DataPosition, data: Dataset) -> _Cha
     ):
         if old != new:
             return _Change(f"{field}={show(new)}", show(old))
-    if then.fingerprint == here.fingerprint:
+    begun = [_begun(position.phases, then.samples) for position in (then, here)]
+    if then.fingerprint == here.fingerprint and begun[0] == begun[1]:
         return None
     changed = [field for field, new in here.settings.items() if field in then.settings and then.settings[field] != new]
     for field in changed:

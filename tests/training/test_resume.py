@@ -178,3 +178,24 @@ def test_a_checkpoint_of_an_earlier_version_tells_by_its_description(make_run: M
     other.write_text("w5 " * 100)
     with pytest.raises(CheckpointError, match=r"^data.train \(101 tokens, .* was trained on: 2,501 tokens, 78 samples"):
         began(make_run(data={"train": [str(other)]}), old)
+
+
+def test_weights_of_the_past_must_stay_and_those_of_the_future_may_change(
+    make_run: MakeRun, tmp_path: Path, corpus: Path
+) -> None:
+    def run(output: str, *weights: Any) -> RunConfig:
+        files = [str(corpus / name) for name in ("train.txt", "valid.txt")]
+        sources = [{"path": path, "weight": weight} for path, weight in zip(files, weights)]
+        return make_run(output, data={"train": sources, "valid": []})
+
+    saved = after_two_steps(run("out", {0: 0.7, 1: 0.2}, 0.3), tmp_path)
+    assert [first for first, _ in saved.data.phases] == [0, 8]
+    for later in ({0: 0.7, 1: 0.2, 2: 0.9}, {0: 0.7, 1: 0.2, 100: 0.0}, {0: 0.7, 1: 0.2}):
+        assert began(run("other", later, 0.3), saved).data.samples == 16
+    for other in (0.7, {0: 0.7, 1: 0.3}, {0: 0.6, 1: 0.2}):
+        with pytest.raises(CheckpointError, match=r"^data.train\[\*\].weight=.* is not what .* was trained on: "):
+            began(run("other", other, 0.3), saved)
+    constant = after_two_steps(run("out", 0.7, 0.3), tmp_path)
+    assert began(run("other", {0: 0.7, 2: 0.1}, 0.3), constant).data.samples == 16
+    with pytest.raises(CheckpointError, match=r"^data.train\[\*\].weight="):
+        began(run("other", {0: 0.7, 1: 0.1}, 0.3), constant)
