@@ -210,12 +210,16 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _homes(name: str, value: Any, model: type[BaseModel]) -> list[str]:
-    """Return the keys of this name in other sections, or under our name, that take the value."""
+    """Return the keys of this name in other sections, or under our name, that take the value.
+
+    A key of a section in a section is meant only if no section has it.
+    """
     found = [
         f"{section.name}.{name}"
         for section in _sections(model)
         if section.name and not section.in_list and name in section.fields and fits(section.fields[name], value)
     ]
+    found = [one for one in found if one.count(".") == min(other.count(".") for other in found)]
     section_name, _, key = FOREIGN_NAMES.get(name, "").partition(".")
     field = model.model_fields.get(section_name)
     if field is None:

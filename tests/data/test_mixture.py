@@ -30,7 +30,9 @@ def test_starts_as_a_user_writes_them() -> None:
     tokens = {"5 tokens": 5, "2B tokens": 2 * 10**9, "1.5e3 token": 1500, "1_000 K tokens": 10**6}
     assert {key: parse_start(key).tokens for key in tokens} == tokens
     for key in (-1, True, 1.5, "2B", "tokens", "x"):
-        with pytest.raises(ConfigError, match="which is neither a number of steps nor of tokens; write {0: 0.7, 1000"):
+        with pytest.raises(
+            ConfigError, match=r"which is neither a number of steps nor of tokens; write \{0: 0.7, 1000"
+        ):
             parse_start(key)
 
 
