@@ -17,6 +17,7 @@ from megatron_ds.config.data_section import DataSection
 from megatron_ds.config.length_ramp import LengthRamp, check_length_ramp
 from megatron_ds.config.optimizer_groups import OptimizerGroup
 from megatron_ds.config.rope_section import RopeSection
+from megatron_ds.config.samples_section import EVAL, SamplesSection
 from megatron_ds.config.schema_base import (
     Beta,
     Count,
@@ -327,6 +328,7 @@ class TrainSection(Section):
     deterministic: bool = False
     tf32: bool = False
     profile: ProfileSection | None = None
+    samples: SamplesSection | None = None
     ema: EmaSection | None = None
     max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None
     max_bad_steps: Count = 10
@@ -456,6 +458,7 @@ class RunConfig(Section):
             _check_epochs(self)
         if self.train.length_ramp is not None:
             check_length_ramp(self.data.seq_length, self.train.length_ramp)
+        _check_samples(self)
         _check_peft(self)
         _check_ema(self)
         return self
@@ -485,6 +488,15 @@ def _check_ema(run: RunConfig) -> None:
         raise ConfigError(
             "export.ema=true needs an average of the weights, which is not kept; try train.ema.decay=0.999, or "
             "export.ema=false"
+        )
+
+
+def _check_samples(run: RunConfig) -> None:
+    samples = run.train.samples
+    if samples is not None and samples.every == EVAL and not run.data.valid and run.data.valid_share is None:
+        raise ConfigError(
+            "train.samples.every=eval draws samples after validations, and data.valid is empty; try "
+            "train.samples.every=100"
         )
 
 

@@ -4,10 +4,11 @@
 `TextGenerator` puts a tokenizer around it. transformers' greedy search is the reference, token for token.
 """
 
-from megatron_ds.generation.generator import Generator, Row
+from megatron_ds.generation.generator import Generator, Row, check_prompts
 from megatron_ds.generation.loading import open_generator
-from megatron_ds.generation.prompts import Completion, Prompt, TextGenerator, read_prompts
+from megatron_ds.generation.prompts import Completion, Prompt, TextGenerator, encode_prompts, read_prompts
 from megatron_ds.generation.sampling import Sampling
+from megatron_ds.generation.whole_rows import generate_by_rows
 
 __all__ = [
     "Completion",
@@ -16,6 +17,9 @@ __all__ = [
     "Row",
     "Sampling",
     "TextGenerator",
+    "check_prompts",
+    "encode_prompts",
+    "generate_by_rows",
     "open_generator",
     "read_prompts",
 ]

@@ -110,7 +110,7 @@ class Generator:
                 for row, token in zip(batch, chosen):
                     if not row.stopped_by:
                         row.ids.append(token)
-                        row.stopped_by = _end_of(row, end_ids, is_stop, max_new_tokens)
+                        row.stopped_by = end_of(row, end_ids, is_stop, max_new_tokens)
                         if on_token is not None:
                             on_token(row.number, token)
         return rows
@@ -240,7 +240,7 @@ def _positions(padding: Sequence[int], capacity: int, device: torch.device) -> T
     return torch.where(places < starts, places, places - starts)
 
 
-def _end_of(row: Row, end_ids: Sequence[int], is_stop: IsStop | None, max_new_tokens: int) -> str:
+def end_of(row: Row, end_ids: Sequence[int], is_stop: IsStop | None, max_new_tokens: int) -> str:
     """Return what ends a row after its last token; empty = it has not ended."""
     if row.ids[-1] in end_ids:
         return "end"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ds.layers.key_value_cache import Continuation, KeyValueCache, SourceCache
 from megatron_ds.models.block import Block
@@ -41,8 +41,8 @@ def continuing(module: nn.Module, capacity: int) -> Iterator[Continuation]:
 
 
 @contextmanager
-def predicting(module: nn.Module, position: int) -> Iterator[None]:
-    """Have a module's head return the logits of one position alone, within the block."""
+def predicting(module: nn.Module, position: int | Tensor) -> Iterator[None]:
+    """Have a module's head return the logits of one position alone, or of one of each row, (B,), within the block."""
     heads = [part for part in module.modules() if isinstance(part, LanguageModelHead)]
     for head in heads:
         head.picked = position

@@ -51,10 +51,11 @@ class LanguageModelHead(OutputHead):
         finish: multiplier and bound of the logits; None = neither.
 
     Attributes:
-        picked: index of the only position whose logits `outputs` returns; None = those of all positions.
+        picked: index of the only position whose logits `outputs` returns, or of that of each row, (B,); None = those of
+            all positions.
     """
 
-    picked: int | None = None
+    picked: int | Tensor | None = None
 
     def __init__(
         self,
@@ -83,8 +84,9 @@ class LanguageModelHead(OutputHead):
         with torch.no_grad():
             hidden = self.enter(activations[HIDDEN])
             if self.picked is not None:
-                one = self.tp.gather_context(hidden)[self.picked][None]
-                return {"logits": gather_logits(one, self.local()).transpose(0, 1)}
+                whole, rows = self.tp.gather_context(hidden), torch.arange(hidden.shape[1], device=hidden.device)
+                one = whole[self.picked] if isinstance(self.picked, int) else whole[self.picked, rows]
+                return {"logits": gather_logits(one[None], self.local()).transpose(0, 1)}
             logits = gather_logits(hidden, self.local())
             return {"logits": self.tp.gather_context(logits).transpose(0, 1)}
 

@@ -1,7 +1,14 @@
 """A run's metrics and where they go: the metrics file, other sinks, the loss curve, and the reporter."""
 
 from megatron_ds.monitor.memory import MemoryMeter
-from megatron_ds.monitor.metrics import MetricsWriter, StepMetrics, ValidMetrics, iter_metrics, read_metrics
+from megatron_ds.monitor.metrics import (
+    MetricsWriter,
+    StepMetrics,
+    ValidMetrics,
+    archive_name,
+    iter_metrics,
+    read_metrics,
+)
 from megatron_ds.monitor.open_sinks import check_sinks, open_sinks
 from megatron_ds.monitor.peak_flops import peak_flops
 from megatron_ds.monitor.plot import draw_loss
@@ -25,6 +32,7 @@ __all__ = [
     "Throughput",
     "Tracker",
     "ValidMetrics",
+    "archive_name",
     "check_sinks",
     "draw_loss",
     "iter_metrics",

@@ -49,6 +49,7 @@ from megatron_ds.training.resume import (
     prepare_output,
 )
 from megatron_ds.training.run_output import RunOutput
+from megatron_ds.training.samples import SamplePrompts, SampleWriter, prepare_samples
 from megatron_ds.training.statement import describe_ends
 from megatron_ds.training.summary import device_peak, flops_per_position, summarize
 from megatron_ds.training.watchdog import Watchdog, rank_status_store
@@ -110,6 +111,7 @@ class _Prepared:
     is_reset: bool
     ends: Mapping[int, str]
     callbacks: Sequence[tuple[str, Callback]]
+    samples: SamplePrompts | None
 
 
 def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequence[Callback]) -> _Prepared:
@@ -135,9 +137,9 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     if info.rank == 0 and reader is not None and metrics.is_file():
         read_metrics(metrics)  # refuses malformed lines now, before anything is written
     named = [*make_callbacks(run), *((type(one).__name__, one) for one in callbacks)]
-    return _Prepared(
-        resolved, train_data, valid_data, start, reader, is_reset, taught_ends(resolved, train_data), named
-    )
+    ends = taught_ends(resolved, train_data)
+    samples = prepare_samples(resolved.run, resolved.model, list(ends))
+    return _Prepared(resolved, train_data, valid_data, start, reader, is_reset, ends, named, samples)
 
 
 def _train(
@@ -169,7 +171,7 @@ def _train(
         throughput = Throughput(flops, resolved.plan.layout.world_size, peak, shorter)
         saver = _saver(prepared, engine)
         state = RunState(run, engine, can_save=saver is not None, can_validate=prepared.valid_data is not None)
-        callbacks = CallbackList(state, prepared.callbacks)
+        callbacks = CallbackList(state, [*prepared.callbacks, *_samples(prepared, output, watchdog)])
         loop = TrainingLoop(
             run,
             engine,
@@ -195,6 +197,15 @@ def _train(
         done_text = f"done: {run.train.num_steps} steps; metrics and loss.png are in {run.output}"
         output.finish(f"{done_text}; {loop.describe_use()}{loop.describe_validation()}")
         return loop.result(exported=run.export.path if run.export is not None else None), False
+
+
+def _samples(prepared: _Prepared, output: RunOutput, watchdog: Watchdog) -> list[tuple[str, Callback]]:
+    """Return the callback that draws samples, if the run has prompts."""
+    if prepared.samples is None:
+        return []
+    after = prepared.begin.step if prepared.reader is not None else None
+    writer = SampleWriter(prepared.resolved.run, prepared.samples, output.note, watchdog.heartbeat, after)
+    return [("train.samples", writer)]
 
 
 def _notes(prepared: _Prepared, engine: Engine) -> Iterator[str]:

@@ -1,0 +1,146 @@
+"""Samples of what a model writes while it is trained: `train.samples`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_ds.atomic import replacing
+from megatron_ds.config import RunConfig
+from megatron_ds.data.readers.tokenizer import load_tokenizer
+from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.generation import Prompt, Sampling, check_prompts, encode_prompts, generate_by_rows
+from megatron_ds.hf.end_tokens import known_end_ids
+from megatron_ds.models.config import ModelConfig
+from megatron_ds.models.context import BuildContext
+from megatron_ds.models.embedding_and_head import LanguageModelHead
+from megatron_ds.monitor import archive_name
+from megatron_ds.runtime import LoadedModel
+from megatron_ds.training.callbacks import Callback, RunState
+from megatron_ds.training.watchdog import Heartbeat
+
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class SamplePrompts:
+    """The prompts of a run as ids.
+
+    Attributes:
+        core: the model.
+        tokenizer: decodes what it writes.
+        texts, ids: of each prompt.
+        end_ids: ids at which a text ends.
+    """
+
+    core: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[str]
+    ids: Sequence[Sequence[int]]
+    end_ids: Sequence[int]
+
+
+def prepare_samples(run: RunConfig, model: LoadedModel, taught_ends: Sequence[int]) -> SamplePrompts | None:
+    """Read the prompts of a run, and refuse those that its model cannot continue; None = the run has none.
+
+    Args:
+        run: the run file.
+        model: its model.
+        taught_ends: ids that its training data teach as an end.
+
+    Raises:
+        ConfigError: the model does not generate text, or there is no tokenizer or no validation.
+        DataError: a prompt is too long, or the tokenizer has no chat template for it.
+    """
+    section, path = run.train.samples, run.model.tokenizer_path
+    if section is None:
+        return None
+    build = model.layers(BuildContext())[-1].build
+    has_head = isinstance(build, partial) and isinstance(build.func, type) and issubclass(build.func, LanguageModelHead)
+    if model.hf.core.decoding is None or not has_head:
+        raise ConfigError(
+            f"train.samples continues texts, which this {model.hf.family.model_type} is not trained for; remove it"
+        )
+    if path is None:
+        raise ConfigError("train.samples needs a tokenizer, and there is none; set model.tokenizer")
+    tokenizer = load_tokenizer(path)
+    prompts = [Prompt.of_user(text) if section.chat else Prompt(text) for text in section.prompts]
+    try:
+        ids = encode_prompts(tokenizer, prompts, path)
+        check_prompts(model.hf.core, ids, section.max_new_tokens)
+    except DataError as problem:
+        raise DataError(f"train.samples: {problem}") from problem
+    ends = dict.fromkeys([*known_end_ids(model.hf, run.model.path), *taught_ends])
+    return SamplePrompts(model.hf.core, tokenizer, section.prompts, ids, list(ends))
+
+
+class SampleWriter(Callback):
+    """A callback that lets the model continue the prompts, and shows and writes what it writes.
+
+    Args:
+        run: the run file.
+        prompts: of the run.
+        note: shows a line of text.
+        heartbeat: called before samples are drawn, since they may take long.
+        continue_after: the last step before a resumed run; None for a new run.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        prompts: SamplePrompts,
+        note: Callable[[str], None],
+        heartbeat: Heartbeat,
+        continue_after: int | None,
+    ) -> None:
+        assert run.train.samples is not None
+        self._section, self._prompts, self._note, self._heartbeat = run.train.samples, prompts, note, heartbeat
+        self._file, self._continue_after = Path(run.output) / SAMPLES, continue_after
+        self._sampling = Sampling(run.train.samples.temperature, seed=run.train.seed)
+
+    def on_run_start(self, state: RunState) -> None:
+        """Put the file of an earlier run aside, or remove the samples of steps that will be done again."""
+        if state.rank != 0 or not self._file.is_file():
+            return
+        if self._continue_after is None:
+            self._file.rename(archive_name(self._file))
+            return
+        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._continue_after]
+        if kept != lines:
+            with replacing(self._file) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
+
+    def on_step_end(self, state: RunState) -> None:
+        if isinstance(self._section.every, int) and state.step % self._section.every == 0:
+            self._sample(state)
+
+    def on_validation_end(self, state: RunState) -> None:
+        if not isinstance(self._section.every, int):
+            self._sample(state)
+
+    def _sample(self, state: RunState) -> None:
+        self._heartbeat(f"samples after step {state.step}", may_take_long=True)
+        given = self._prompts
+        rows = generate_by_rows(
+            state.engine,
+            given.core,
+            given.ids,
+            self._section.max_new_tokens,
+            sampling=self._sampling,
+            end_ids=given.end_ids,
+        )
+        if state.rank != 0:
+            return
+        texts = [str(given.tokenizer.decode(row.ids, skip_special_tokens=True)) for row in rows]
+        with self._file.open("a", encoding="utf-8") as file:
+            for prompt, text, row in zip(given.texts, texts, rows):
+                found = {"step": state.step, "prompt": prompt, "text": text, "stopped_by": row.stopped_by}
+                file.write(json.dumps(found, ensure_ascii=False) + "\n")
+        for prompt, text in zip(given.texts, texts):
+            self._note(f"sample {json.dumps(prompt, ensure_ascii=False)}: {json.dumps(text, ensure_ascii=False)}")
