@@ -302,7 +302,8 @@ class TrainSection(Section):
     mapping chooses per operation. `moe_aux_loss`, `moe_z_loss`: coefficients of the losses that balance the routers of
     mixtures of experts (None: the model's). `moe_bias_rate`: step of their biases of the choice. `deterministic`: on
     CUDA the same operations give the same bits again. `tf32`: on CUDA products in fp32 are rounded to TF32. `profile`:
-    the steps that are profiled. `ema`: an average of the weights is kept.
+    the steps that are profiled. `ema`: an average of the weights is kept. `samples`:
+    prompts that the model continues meanwhile.
     """
 
     steps: Count | None = None

@@ -67,7 +67,7 @@ def prepare_samples(run: RunConfig, model: LoadedModel, taught_ends: Sequence[in
             f"train.samples continues texts, which this {model.hf.family.model_type} is not trained for; remove it"
         )
     if path is None:
-        raise ConfigError("train.samples needs a tokenizer, and there is none; set model.tokenizer")
+        raise ConfigError("train.samples needs a tokenizer, and model.config brings none; set model.tokenizer")
     tokenizer = load_tokenizer(path)
     prompts = [Prompt.of_user(text) if section.chat else Prompt(text) for text in section.prompts]
     try:

@@ -119,6 +119,7 @@ def test_defaults(run_file):
         "deterministic": False,
         "tf32": False,
         "profile": None,
+        "samples": None,
         "ema": None,
         "max_time": None,
         "max_bad_steps": 10,

@@ -104,6 +104,13 @@ def run_of(words: list[str]) -> tuple[RunConfig, int | None]:
     return load_run(rest[0], rest[1:]), ranks
 
 
+def write_prompts(place: Path) -> None:
+    """Write prompts.jsonl, and a chat template into the Hugging Face directory."""
+    (place / "prompts.jsonl").write_text('{"prompt": "w1 w2"}\n{"messages": [{"role": "user", "content": "w3"}]}\n')
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (place / "path/to/hf_dir/chat_template.jinja").write_text(template)
+
+
 def options_of(command: Callable[..., None]) -> set[str]:
     """The options of a function that is a command."""
     app = typer.Typer()
@@ -153,6 +160,11 @@ def test_command_is_right(
         request.getfixturevalue("monkeypatch").chdir(place)
         write_task(place)
         assert _run(words[1:]) == 0, capsys.readouterr().err
+    elif words[:2] == ["megatron-ds", "generate"]:
+        place = request.getfixturevalue("a_run")
+        request.getfixturevalue("monkeypatch").chdir(place)
+        write_prompts(place)
+        assert _run([*words[1:], *([] if "--max-new-tokens" in words else ["--max-new-tokens", "4"])]) == 0
     elif words[:2] == ["megatron-ds", "verify"]:
         arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
         assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word
