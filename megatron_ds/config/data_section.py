@@ -90,7 +90,8 @@ class DataSource(Section):
 
     `name`: the configuration of a data set on the hub. `split`: of a data set, as `datasets` takes it. `column`: the
     field that holds the text, the messages or the token ids. `weight`: the relative weight in a blend, or its weights
-    from certain numbers of steps or tokens on.
+    from certain numbers of steps or tokens on. `streaming`: a data set on the hub is read as a
+    stream while it is tokenized, and not kept on the disk.
     """
 
     path: PathText
@@ -98,6 +99,7 @@ class DataSource(Section):
     split: Text | None = None
     column: Text | None = None
     weight: Annotated[Weight | None, BeforeValidator(_changing_weight)] = None
+    streaming: bool = False
 
     @property
     def label(self) -> str:
@@ -108,7 +110,7 @@ class DataSource(Section):
     @property
     def plain(self) -> str | dict[str, Any]:
         """The source as it is written in a run file."""
-        given = self.model_dump(exclude_none=True)
+        given = self.model_dump(exclude_defaults=True)
         return given if len(given) > 1 else self.path
 
 

@@ -52,6 +52,7 @@ class DataFormat:
         options: keys that the format takes under `data.options`; None = none. Those that are also in `keys` are taken
             from the `data` section itself.
         needs_tokenizer: whether `tokenizer_path` must be set.
+        streams: whether it reads each row once, so that data sets on the hub can be streamed.
         cuts_spans: whether it cuts spans out of text for sequence-to-sequence models, with the objective's `mask_rate`
             and `mean_span`; otherwise these keys are refused for such models.
         has_labels: whether its samples have the labels of models with a label head, for which other formats are
@@ -70,6 +71,7 @@ class DataFormat:
     keys: tuple[str, ...] = ()
     options: type[Section] | None = None
     needs_tokenizer: bool = False
+    streams: bool = False
     cuts_spans: bool = False
     has_labels: bool = False
     fields: tuple[str, ...] | None = None
@@ -90,6 +92,7 @@ FORMATS.register(
         open_text,
         keys=("bos", "long_context"),
         needs_tokenizer=True,
+        streams=True,
         cuts_spans=True,
         fields=(TEXT_COLUMN,),
         find=TextSource,
@@ -187,6 +190,13 @@ def _check_reading(data: DataSection, chosen: DataFormat) -> None:
                 f"{field}={show(value)} does nothing with data.format={data.format}, which has no fields; remove it, "
                 f"or use data.format={others}"
             )
+    for place, one in places:
+        if one.streaming and not chosen.streams:
+            readers = " or ".join(name for name, other in FORMATS.items() if other.streams)
+            raise ConfigError(
+                f"{place}.streaming=true is not for data.format={data.format}, which reads its rows again; remove it, "
+                f"or use data.format={readers}"
+            )
     for name in data.columns:
         if chosen.fields and name not in chosen.fields:
             theirs = data.columns[name]
@@ -211,6 +221,7 @@ def format_sources(data: DataSection, sources: Sequence[DataSource]) -> list[Sou
             one.split,
             tuple(sorted({**data.columns, **({fields[0]: one.column} if one.column is not None else {})}.items())),
             data.bad_rows == "skip",
+            one.streaming,
         )
         for one in sources
     ]

@@ -5,7 +5,16 @@ Everything goes through huggingface_hub: its cache, `HF_HOME`, `HF_TOKEN`, `HF_E
 
 from megatron_ds.hub.ids import HubId, hub_id, name_of, parse_id, snapshot_of
 from megatron_ds.hub.push import prepare_push, push
-from megatron_ds.hub.snapshot import exists, fetch, local_directory, pinned, read_header, read_headers, size_of
+from megatron_ds.hub.snapshot import (
+    exists,
+    fetch,
+    local_directory,
+    pinned,
+    pinned_dataset,
+    read_header,
+    read_headers,
+    size_of,
+)
 
 __all__ = [
     "HubId",
@@ -16,6 +25,7 @@ __all__ = [
     "name_of",
     "parse_id",
     "pinned",
+    "pinned_dataset",
     "prepare_push",
     "push",
     "read_header",

@@ -12,12 +12,13 @@ from megatron_ds.hub.ids import HubId
 
 
 @contextmanager
-def explained(place: HubId, named: str) -> Iterator[None]:
+def explained(place: HubId, named: str, kind: str = "model") -> Iterator[None]:
     """Turn what the client raises into a `HubError`.
 
     Args:
         place: the repository.
         named: the beginning of the line, such as "model.path=org/name".
+        kind: of the repository, "model" or "dataset".
     """
     from httpx2 import HTTPError
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError, RevisionResolutionError
@@ -25,7 +26,7 @@ def explained(place: HubId, named: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, RevisionResolutionError, CachedRepoTreeNotFoundError, HTTPError, OSError) as problem:
-        raise HubError(f"{named} {_reason(problem, place)}") from problem
+        raise HubError(f"{named} {_reason(problem, place, kind)}") from problem
 
 
 @contextmanager
@@ -70,22 +71,22 @@ def _status(problem: BaseException) -> int | None:
     return next((one.response.status_code for one in _causes(problem) if isinstance(one, HfHubHTTPError)), None)
 
 
-def _reason(problem: Exception, place: HubId) -> str:
+def _reason(problem: Exception, place: HubId, kind: str) -> str:
     from httpx2 import TransportError
     from huggingface_hub import constants, errors, get_token
 
     chain = list(_causes(problem))
-    page = f"{constants.ENDPOINT}/{place.repo}"
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{place.repo}"
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
     if has(errors.GatedRepoError):
         token = "the account of your token has none" if get_token() else "no token is set"
-        return f"is a model whose files need permission, and {token}; ask for it on {page}, then try `hf auth login`"
+        return f"is a {kind} whose files need permission, and {token}; ask for it on {page}, then try `hf auth login`"
     if has(errors.RepositoryNotFoundError):
         login = "the account of your token may not see it" if get_token() else "it is private: then try `hf auth login`"
-        return f"does not exist here, and on the hub there is no such model, or {login}{_near(place)}"
+        return f"does not exist here, and on the hub there is no such {kind}, or {login}{_near(place)}"
     if has(errors.RevisionNotFoundError):
         return f"is on the hub, but not its revision {place.revision}; see the branches and tags on {page}/tree/main"
     if has(errors.RemoteEntryNotFoundError):
@@ -94,14 +95,15 @@ def _reason(problem: Exception, place: HubId) -> str:
     if status in (401, 403):
         return f"cannot be read: the hub refuses your token ({first_line(problem)}); try `hf auth login`"
     lacks = f"and not all of it is in the cache {constants.HF_HUB_CACHE}"
-    download = f"try `{place.download_command}` where there is a net"
+    command = place.download_command + (" --repo-type dataset" if kind == "dataset" else "")
+    download = f"try `{command}` where there is a net"
     if constants.is_offline_mode():
         return f"does not exist here, HF_HUB_OFFLINE=1 forbids to download it, {lacks}; {download}{_near(place)}"
     away = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, ConnectionError, TransportError)
     if has(*away) or status is not None:
         why = f"answers with status {status}" if status else "cannot be reached"
         return f"does not exist here, the hub at {constants.ENDPOINT} {why}, {lacks}; {download}{_near(place)}"
-    return f"cannot be downloaded ({first_line(problem)}); try `{place.download_command}`"
+    return f"cannot be downloaded ({first_line(problem)}); try `{command}`"
 
 
 def _causes(problem: BaseException | None) -> Iterator[BaseException]:

@@ -70,6 +70,18 @@ def pinned(text: str, named: str = "") -> str:
         return str(HubId(place.repo, HfApi().resolve_revision(place.repo, revision=place.revision).resolved))
 
 
+def pinned_dataset(place: HubId, named: str) -> str:
+    """Return the commit that the revision of a data set is now; without a net the cached one.
+
+    Raises:
+        HubError: the hub does not know it, or cannot be reached, and the cache does not know it either.
+    """
+    from huggingface_hub import HfApi
+
+    with explained(place, named, "dataset"):
+        return HfApi().resolve_revision(place.repo, revision=place.revision, repo_type="dataset").resolved
+
+
 def exists(file: Path) -> bool:
     """Test whether a file is here, or can be fetched."""
     return file.is_file() or (snapshot_of(file.parent) is not None and file.name in _listed(file.parent))

@@ -30,7 +30,10 @@ REFUSALS = [
     ("train.tokenizer=x", "train.tokenizer: unknown key; did you mean model.tokenizer?"),
     ("train.path=x", f"train.path: unknown key; legal here: {TRAIN}"),
     ("train.name=x", f"train.name: unknown key; legal here: {TRAIN}"),
-    ("data.train=[{path: x, lr: 1}]", "data.train[0].lr: unknown key; legal here: column, name, path, split, weight"),
+    (
+        "data.train=[{path: x, lr: 1}]",
+        "data.train[0].lr: unknown key; legal here: column, name, path, split, streaming, weight",
+    ),
     ("learning_rate=1e-4", "learning_rate: unknown key; did you mean optimizer.lr?"),
     ("train.save_steps=10", "train.save_steps: unknown key; did you mean checkpoint.every?"),
     ("train.save_steps=x", f"train.save_steps: unknown key; legal here: {TRAIN}"),

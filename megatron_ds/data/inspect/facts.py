@@ -38,7 +38,7 @@ from megatron_ds.data.readers.examples import TEXT_COLUMN, parse_examples
 from megatron_ds.data.readers.file_kinds import DataFile
 from megatron_ds.data.readers.long_text import encode_documents
 from megatron_ds.data.readers.source import Source
-from megatron_ds.data.readers.sources import FoundSource, find_source
+from megatron_ds.data.readers.sources import FoundSource, Table, find_source
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.data.sampler import GlobalBatches
@@ -288,9 +288,8 @@ def inspect_file(path: str, tokenizer_path: str, num_shown: int, *, skip_bad: bo
     """
     source = Source(path, skip_bad=skip_bad)
     found = find_source(source, plain_text=True)
-    size = sum(
-        part.path.stat().st_size if isinstance(part, DataFile) else part.table.data.nbytes for part in found.parts
-    )
+    size = sum(part.path.stat().st_size for part in found.parts if isinstance(part, DataFile))
+    size += sum(part.table.data.nbytes for part in found.parts if isinstance(part, Table))
     format = _format_of(found)
     if format == "labelled":
         return _labelled_file(found, tokenizer_path, num_shown, size)

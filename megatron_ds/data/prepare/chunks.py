@@ -91,6 +91,7 @@ def _cut(source: Source, numbers: Iterator[int]) -> Iterator[Chunk]:
             table = Chunk(number, own, part.name, TABLE, 0, len(part.table), part.table.data.nbytes)
             yield from _ranges(table, CHUNK_ROWS)
             continue
+        assert isinstance(part, DataFile), "sources of prepare are not streamed"
         kind, path = _kind(part, source), part.path
         size, own = path.stat().st_size, replace(source, path=str(path))
         if kind == TEXT:

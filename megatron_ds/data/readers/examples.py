@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.file_kinds import DataFile, naming_damage
+from megatron_ds.data.readers.hub_stream import Stream
 from megatron_ds.data.readers.json_rows import is_document, json_rows, lines, parse_json_line
 from megatron_ds.data.readers.row import Row
 from megatron_ds.data.readers.row_cache import StoredRows, stored_rows
@@ -126,6 +127,7 @@ def open_examples(
 
     opened: list[ExampleFile] = []
     for part in found.parts:
+        assert not isinstance(part, Stream), "its rows are read once"
         if isinstance(part, Table):
             opened.append(_TableExamples(part, source, accept))
         elif part.content == "json" and not part.compression and not is_document(part, _data_names(source)):
@@ -141,6 +143,9 @@ def part_rows(part: Part, source: Source, only: Collection[str] | None) -> Itera
     wanted = None if only is None else {name for ours in only for name in source.names_of(ours)}
     if isinstance(part, Table):
         yield from dataset_rows(part.table, part.name, wanted)
+        return
+    if isinstance(part, Stream):
+        yield from part.rows(wanted)
         return
     with naming_damage(part.path, part.compression or ("" if part.content in ("text", "json") else part.content)):
         match part.content:
@@ -170,7 +175,7 @@ def locate(row: Row, source: Source, part: Part) -> Located:
     columns = source.rename(given)
     if isinstance(part, DataFile) and part.content == "csv":
         columns = {name: _structure(value) if name in _STRUCTURES else value for name, value in columns.items()}
-    fills_nulls = isinstance(part, Table) or part.content in ("parquet", "arrow")
+    fills_nulls = not isinstance(part, DataFile) or part.content in ("parquet", "arrow")
     return Located(columns, row.where, given.keys(), fills_nulls)
 
 

@@ -21,6 +21,7 @@ class Source:
         split: as `datasets` takes it, such as `train[:10%]`; None = `train` on the hub, and everything elsewhere.
         columns: (our name, name in the data) of each field that is named otherwise in the data.
         skip_bad: leave out rows that hold no usable example, instead of refusing the source.
+        streaming: a data set on the hub is read as a stream, and not kept on the disk.
     """
 
     path: str
@@ -28,6 +29,7 @@ class Source:
     split: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
     skip_bad: bool = False
+    streaming: bool = False
 
     def __str__(self) -> str:
         """Return the source as text, for messages."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_ds.data.readers.file_kinds import DataFile, file_endings, has_compressed_name, has_data_name, identify
+from megatron_ds.data.readers.hub_stream import Stream, open_stream
 from megatron_ds.data.readers.source import Source
 from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError, nearest_names
@@ -22,7 +23,7 @@ from megatron_ds.errors import DataError, nearest_names
 if TYPE_CHECKING:
     import datasets
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w][\w./-]*)?")
 _SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -42,7 +43,7 @@ class Table:
     identity: ClassVar[str] = "table"
 
 
-Part = DataFile | Table
+Part = DataFile | Table | Stream
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class FoundSource:
         """Return the SHA-256 of the content: bytes of files, columns of rows. Names, paths and times do not count."""
         digest = hashlib.sha256(self.source.identity.encode())
         for part in self.parts:
-            if isinstance(part, Table):
+            if isinstance(part, Stream):
+                digest.update(part.identity.encode())
+            elif isinstance(part, Table):
                 for batch in part.table.iter(_BATCH):
                     digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
             else:
@@ -79,6 +82,8 @@ def find_source(source: Source, plain_text: bool) -> FoundSource:
 
 
 def _find_parts(source: Source, plain_text: bool) -> list[Part]:
+    if source.streaming:
+        return [open_stream(source)]
     path = Path(source.path).expanduser()
     if path.is_file():
         return [_file(source, path, plain_text)]
@@ -286,16 +291,29 @@ def _nearest(path: str) -> str:
     return f"; nearest: {Path(path).parent / close[0]}" if close else ""
 
 
+def _without_net(error: Exception, path: str) -> str:
+    """Return the fix where the hub cannot be reached; empty if the error is another one."""
+    if not isinstance(error, ConnectionError) or "on the Hub" not in str(error):
+        return ""
+    folder = path.rpartition("/")[2]
+    return (
+        f"; try `hf download {path} --repo-type dataset --local-dir {folder}` where there is a net, and the path of "
+        "that directory here"
+    )
+
+
 def _load(source: Source, path: str, failure: str) -> "datasets.Dataset":
     import datasets
 
     configuration: dict[str, Any] = {} if source.name is None else {"name": source.name}
+    if not Path(path).exists() and "@" in path:
+        path, _, configuration["revision"] = path.partition("@")
     split = source.split or "train"
     try:
         table = datasets.load_dataset(path, split=split, **configuration)
     except Exception as error:  # the hub client raises types of several libraries; all are chained
         raise DataError(
             f"data: {source.path}: {failure} a {split!r} split that can be loaded "
-            f"({type(error).__name__}: {' '.join(str(error).split())}){_nearest(path)}"
+            f"({type(error).__name__}: {' '.join(str(error).split())}){_nearest(path)}{_without_net(error, path)}"
         ) from error
     return table.with_format(None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.examples import TEXT_COLUMN, Located, parse_examples
 from megatron_ds.data.readers.file_kinds import DataFile
+from megatron_ds.data.readers.hub_stream import Stream
 from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.sources import Table, find_source
 from megatron_ds.data.readers.text_field import require_text
@@ -50,8 +51,13 @@ class TextSource:
         )
 
     def digest(self) -> str:
-        """Return the SHA-256 of the content: bytes of files, texts of rows. Names, paths and times do not count."""
+        """Return the SHA-256 of the content: bytes of files, texts of rows, the commit of a stream.
+
+        Names of files, paths and times do not count.
+        """
         digest = hashlib.sha256(self._source.identity.encode())
+        if any(isinstance(part, Stream) for part in self._found.parts):
+            return self._found.digest()
         files = [part for part in self._found.parts if isinstance(part, DataFile)]
         if len(files) == len(self._found.parts):
             for file in files:
