@@ -30,6 +30,7 @@ from megatron_ds.hf.weight_files import parse_size
 from megatron_ds.log import log_once
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import head_of
+from megatron_ds.monitor.report import REPORT
 from megatron_ds.runtime.loaded_model import (
     LoadedModel,
     open_model,
@@ -44,7 +45,7 @@ from megatron_ds.training.resume import check_same_model, checkpoint_folder
 from megatron_ds.training.run_output import DATA_USAGE, LOSS_PLOT, RUN_FILE
 
 MODEL_PARTS = ("config.json", ADAPTER_CONFIG, TRAINING_STATE, MARK)  # of models, adapters, checkpoints and exports
-REPLACED = (RUN_FILE, DATA_USAGE, LOSS_PLOT)  # in an output; earlier metrics and checkpoints are kept
+REPLACED = (RUN_FILE, DATA_USAGE, LOSS_PLOT, REPORT)  # in an output; earlier metrics and checkpoints are kept
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Output of a run: the files `config.yaml`, `metrics.jsonl`, `data.json` and `loss.png`, and a reporter."""
+"""Output of a run: `config.yaml`, `metrics.jsonl`, `data.json`, `loss.png`, `report.html`, and a reporter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from megatron_ds.checkpoint.saver import Saved
 from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.data import Dataset
 from megatron_ds.data.blend import SourceUsage, source_usage
+from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
 from megatron_ds.monitor import (
     MetricSink,
     MetricsWriter,
@@ -26,12 +28,14 @@ from megatron_ds.monitor import (
     draw_loss,
     open_sinks,
 )
+from megatron_ds.monitor.report import REPORT, write_end, write_report, write_start
 from megatron_ds.training.model_paths import with_hub_names
 from megatron_ds.training.statement import describe_sources
 
 RUN_FILE = "config.yaml"
 DATA_USAGE = "data.json"
 LOSS_PLOT = "loss.png"
+LONGEST_REASON = 500  # characters of an error in the report
 
 
 class RunOutput:
@@ -49,6 +53,7 @@ class RunOutput:
         self._writer: MetricsWriter | None = None
         self._sinks: list[MetricSink] = []
         self._system: SystemMeter | None = None
+        self._last_step = 0
 
     def start(self, summary: RunSummary, continue_after: int | None = None) -> None:
         """Make the directory, write `config.yaml`, open `metrics.jsonl` and other sinks, show the summary.
@@ -68,6 +73,7 @@ class RunOutput:
         self._sinks = open_sinks(SinkInfo(self._run, self._directory, continue_after, self._writer.found))
         if self._run.monitor or self._run.train.log_system:
             self._system = SystemMeter()
+        write_start(self._directory, summary, continue_after)
         self._reporter.start(summary)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -75,6 +81,7 @@ class RunOutput:
         if self._system is not None:
             metrics = replace(metrics, system=self._system.take())
         self._write(metrics)
+        self._last_step = metrics.step
         if self._is_first:
             self._reporter.step(metrics, self._run.train.num_steps)
 
@@ -118,14 +125,23 @@ class RunOutput:
         if self._is_first:
             self._reporter.note(text)
 
-    def close(self, title: str) -> None:
-        """Close `metrics.jsonl` and other sinks, and draw `loss.png`."""
+    def close(self, title: str, step: int, stopped_by: str | None = None) -> None:
+        """Close `metrics.jsonl` and other sinks, draw `loss.png`, and record the end of the training.
+
+        Args:
+            title: of the picture.
+            step: the last step.
+            stopped_by: what stopped the run before its last step; None = it did all steps.
+        """
         if self._writer is not None:
             self._close()
             draw_loss(self._writer.path, self._directory / LOSS_PLOT, f"{title}: {self._directory}")
+            write_end(self._directory, step, "done" if stopped_by is None else f"stopped by {stopped_by}")
 
     def finish(self, text: str) -> None:
-        """Report the outcome of the run."""
+        """Write `report.html`, and report the outcome of the run."""
+        if self._writer is not None:
+            write_report(self._directory)
         if self._is_first:
             self._reporter.finish(text)
 
@@ -136,6 +152,17 @@ class RunOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close(failed=error is not None)
+        if error is not None and self._writer is not None:
+            self._report_failure(error)
+
+    def _report_failure(self, error: BaseException) -> None:
+        """Write the report of a run that an error ended. A further error, as of a full disk, must not replace it."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        try:
+            write_end(self._directory, self._last_step, f"failed: {reason[:LONGEST_REASON]}")
+            write_report(self._directory)
+        except (OSError, DataError) as problem:
+            get_logger().warning("%s could not be written (%s)", self._directory / REPORT, problem)
 
     def _close(self, *, failed: bool = False) -> None:
         """Close all sinks that are still open."""

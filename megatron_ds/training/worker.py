@@ -185,8 +185,9 @@ def _train(
             callbacks,
         )
         done = loop.run(interrupt)
-        output.close(resolved.hf.family.model_type)
-        if done < run.train.num_steps:
+        is_stopped = done < run.train.num_steps
+        output.close(resolved.hf.family.model_type, done, loop.stopped_by if is_stopped else None)
+        if is_stopped:
             callbacks.run_end(stopped_by=loop.stopped_by)
             output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.num_steps}{loop.resume_hint}")
             return loop.result(exported=None), loop.was_interrupted

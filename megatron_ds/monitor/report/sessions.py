@@ -1,0 +1,116 @@
+"""`sessions.jsonl` in a run's output: when and where the run was started and resumed, and how it ended each time.
+
+A line is `{"event": "start", ...}` or `{"event": "end", ...}`. The file grows: a new run in the same output adds to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_ds.monitor.reporter import RunSummary
+from megatron_ds.monitor.summary_text import summary_rows
+from megatron_ds.version import __version__
+
+SESSIONS = "sessions.jsonl"
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "triton", "flash-attn")
+
+
+@dataclass
+class Session:
+    """One start of a run, and its end.
+
+    Attributes:
+        started: its time, as ISO 8601 with the offset of the time zone.
+        resumed_after: the step that it continues after; None = it starts the run.
+        facts: the start-up summary, as names and texts.
+        environment: versions and the machine, by name.
+        ended: the time of its end; empty = it is still running, or was killed.
+        step: the last step; 0 = unknown.
+        outcome: `done`, or what stopped it.
+    """
+
+    started: str
+    resumed_after: int | None
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ended: str = ""
+    step: int = 0
+    outcome: str = ""
+
+
+def write_start(output: Path, summary: RunSummary, continue_after: int | None) -> None:
+    """Append the start of a session.
+
+    Args:
+        output: the run's directory, which exists.
+        summary: facts about the run.
+        continue_after: the last step before a resumed run; None for a new run.
+    """
+    facts = {"resumed_after": continue_after, "facts": summary_rows(summary), "environment": environment()}
+    _append(output, {"event": "start", "time": _now(), **facts})
+
+
+def write_end(output: Path, step: int, outcome: str) -> None:
+    """Append the end of a session, after `step` steps; a later end of the same session replaces it."""
+    _append(output, {"event": "end", "time": _now(), "step": step, "outcome": outcome})
+
+
+def read_sessions(output: Path) -> list[Session]:
+    """Return the sessions of the newest run in an output, in their order; none if an earlier version wrote it."""
+    path = output / SESSIONS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    sessions: list[Session] = []
+    for record in _records(lines):
+        if record["event"] == "start":
+            after = record["resumed_after"]
+            sessions = sessions if after is not None else []
+            facts = [(name, text) for name, text in record["facts"]]
+            sessions.append(Session(record["time"], after, facts, record["environment"]))
+        elif sessions:
+            last = sessions[-1]
+            last.ended, last.step, last.outcome = record["time"], record["step"], record["outcome"]
+    return sessions
+
+
+def environment() -> dict[str, str]:
+    """Return versions and facts about this machine."""
+    import torch
+
+    found = {"megatron-ds": __version__, "Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["CUDA of torch"] = torch.version.cuda
+    return {
+        **found,
+        "system": platform.platform(),
+        "host": platform.node(),
+        "processors": f"{os.cpu_count()} {platform.machine()}",
+        "command": " ".join(sys.argv),
+    }
+
+
+def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    """Yield the complete lines; one torn by a crash is left out."""
+    return (json.loads(line) for line in lines if line.endswith("\n"))
+
+
+def _append(output: Path, record: Mapping[str, Any]) -> None:
+    with (output / SESSIONS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
