@@ -34,6 +34,8 @@ from megatron_ds.cli.inspect import HELP as INSPECT_HELP
 from megatron_ds.cli.inspect import inspect
 from megatron_ds.cli.prepare import HELP as PREPARE_HELP
 from megatron_ds.cli.prepare import prepare
+from megatron_ds.cli.report import HELP as REPORT_HELP
+from megatron_ds.cli.report import report
 from megatron_ds.cli.streams import StandardStreams
 from megatron_ds.cli.train import HELP as TRAIN_HELP
 from megatron_ds.cli.train import train
@@ -81,6 +83,7 @@ app.command(help=EVALUATE_HELP, short_help="Compute a model's loss and perplexit
 app.command(help=GENERATE_HELP, short_help="Continue prompts by a model.")(generate)
 app.command(help=EVALUATE_HELP, short_help="Compute a model's loss on data, or its scores on tasks.")(evaluate)
 app.command(help=INSPECT_HELP, short_help="Show what a checkpoint, a model or data hold.")(inspect)
+app.command(help=REPORT_HELP, short_help="Write report.html about a run.")(report)
 app.command(help=FAMILIES_HELP, short_help="Show the supported families of models.")(families)
 app.command(help=EXAMPLES_HELP, short_help="List the examples, or copy one.")(examples)
 app.command(help=DOCTOR_HELP, short_help="Examine this machine, and what a run needs.")(doctor)

@@ -125,18 +125,17 @@ class RunOutput:
         if self._is_first:
             self._reporter.note(text)
 
-    def close(self, title: str, step: int, stopped_by: str | None = None) -> None:
+    def close(self, title: str, outcome: str = "done") -> None:
         """Close `metrics.jsonl` and other sinks, draw `loss.png`, and record the end of the training.
 
         Args:
             title: of the picture.
-            step: the last step.
-            stopped_by: what stopped the run before its last step; None = it did all steps.
+            outcome: `done`, or `stopped by ...`.
         """
         if self._writer is not None:
             self._close()
             draw_loss(self._writer.path, self._directory / LOSS_PLOT, f"{title}: {self._directory}")
-            write_end(self._directory, step, "done" if stopped_by is None else f"stopped by {stopped_by}")
+            write_end(self._directory, outcome)
 
     def finish(self, text: str) -> None:
         """Write `report.html`, and report the outcome of the run."""
@@ -159,7 +158,7 @@ class RunOutput:
         """Write the report of a run that an error ended. A further error, as of a full disk, must not replace it."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         try:
-            write_end(self._directory, self._last_step, f"failed: {reason[:LONGEST_REASON]}")
+            write_end(self._directory, f"failed after step {self._last_step}: {reason[:LONGEST_REASON]}")
             write_report(self._directory)
         except (OSError, DataError) as problem:
             get_logger().warning("%s could not be written (%s)", self._directory / REPORT, problem)

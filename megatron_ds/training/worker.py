@@ -186,7 +186,8 @@ def _train(
         )
         done = loop.run(interrupt)
         is_stopped = done < run.train.num_steps
-        output.close(resolved.hf.family.model_type, done, loop.stopped_by if is_stopped else None)
+        outcome = f"stopped by {loop.stopped_by} after step {done}" if is_stopped else f"done after step {done}"
+        output.close(resolved.hf.family.model_type, outcome)
         if is_stopped:
             callbacks.run_end(stopped_by=loop.stopped_by)
             output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.num_steps}{loop.resume_hint}")

@@ -152,7 +152,7 @@ def test_command_is_right(
         assert page == "docs/install.md"  # `tests/test_repository_files.py` reads the Dockerfile
     elif words[0] == "megatron-ds" and page.startswith("examples/") and words[1] in CONVERTING:
         assert page in CHAINED, f"{page}: {command}: no test runs this command"
-    elif words[0] == "megatron-ds" and words[1] in ("inspect", "export", "import"):
+    elif words[0] == "megatron-ds" and words[1] in ("inspect", "report", "export", "import"):
         request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("a_run"))
         assert _run(words[1:]) == 0, capsys.readouterr().err
     elif words[:2] == ["megatron-ds", "evaluate"]:

@@ -52,6 +52,7 @@ def output(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[P
         run = build_run({**mapping, "checkpoint": {"every": 2}, "monitor": [named.get(one, one) for one in TRACKERS]})
         with pytest.raises(LaunchError, match="caught fire"):
             mds.train(run, callbacks=[FailAt5()])
+        (folder / "out" / "report.html").rename(folder / "failed.html")
         (folder / "status").write_text(run_alone(mlflow_status, folder))
         mds.train(run)
         yield folder / "out"
@@ -189,6 +190,22 @@ def test_csv_has_the_rows_of_the_metrics_file(output: Path) -> None:
     assert {int(row["step"]): float(row["valid/loss"]) for row in rows if row["valid/loss"]} == lines_of(
         output, "valid_loss"
     )
+
+
+def test_a_report_is_written_of_a_failed_and_of_a_resumed_run(output: Path) -> None:
+    failed, whole = (output.parent / "failed.html").read_text(), (output / "report.html").read_text()
+    assert "failed after step 5: RuntimeError: the disk has caught fire" in failed and 'class="status failed"' in failed
+    for part in (
+        'class="status done"',
+        "failed after step 5: RuntimeError: the disk has caught fire",
+        "resumed after step 4",
+        "done after step 6",
+        ">1 = tp 1 x pp 1 x dp 1<",
+        " saved, the last of ",
+        "warmup_steps: 2",
+        'aria-label="Memory of the host over the steps"',
+    ):
+        assert part in whole, part
 
 
 def test_the_metrics_file_has_readings_of_the_machine_if_asked(output: Path) -> None:

@@ -20,6 +20,7 @@ from megatron_ds.monitor.report.columns import Array, Column
 WIDTH, HEIGHT = 560, 230  # of the view box
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 24  # margins around the panel
 MAX_BINS, MIN_BINS = 240, 60  # of a curve: a chart of many curves has fewer of each
+MAX_DECADES = 300.0  # around 1 on a logarithmic scale, so that its ends are floats
 MAX_DOTS = 40  # fewer points than this have dots
 NUM_COLORS = 8
 MAX_BANDS = 3  # curves; of more, only the means are drawn
@@ -72,7 +73,7 @@ def draw_chart(
     """
     steps = np.concatenate([curve.column.steps for curve in curves])
     values = np.concatenate([curve.column.values for curve in curves])
-    is_log = is_log and bool((values[np.isfinite(values)] > 0).all())
+    is_log = is_log and _spans_decades(values)
     x = Scale(*_span(steps), LEFT, WIDTH - RIGHT)
     y = Scale(*_limits(values, is_log), HEIGHT - BOTTOM, TOP, is_log)
     parts = [*_grid(x, y, show), *(_resumption(x, step) for step in resumed if x.low <= step <= x.high)]
@@ -94,6 +95,12 @@ def draw_chart(
     )
 
 
+def _spans_decades(values: Array) -> bool:
+    """Return whether all finite values are positive, and the largest is more than ten times the least."""
+    finite = values[np.isfinite(values)]
+    return bool(finite.size) and bool(finite.min() > 0) and bool(finite.max() / 10 > finite.min())
+
+
 def _span(steps: Array) -> tuple[float, float]:
     low, high = float(steps.min()), float(steps.max())
     return (low, high) if high > low else (low - 1, high + 1)
@@ -108,7 +115,9 @@ def _limits(values: Array, is_log: bool) -> tuple[float, float]:
     if is_log:
         low, high = math.log10(low), math.log10(high)
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return (max(0.0, low - room) if low >= 0 and not is_log else low - room), high + room
+    if is_log:
+        return max(low - room, -MAX_DECADES), min(high + room, MAX_DECADES)
+    return (max(0.0, low - room) if low >= 0 else low - room), high + room
 
 
 def _grid(x: Scale, y: Scale, show: Format) -> list[str]:

@@ -29,7 +29,7 @@ class Column:
 
     @property
     def last(self) -> float:
-        """The last finite value; NaN if there is none."""
+        """The last finite value; NaN without one."""
         finite = self.values[np.isfinite(self.values)]
         return float(finite[-1]) if finite.size else math.nan
 

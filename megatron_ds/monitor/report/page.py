@@ -86,7 +86,7 @@ def _status(output: Path, sessions: Sequence[Session]) -> str:
     if not last.outcome:
         text, kind = "no end is recorded: the run is still training, or was killed", ""
     else:
-        text, kind = f"{last.outcome}, {_time(last.ended)}", last.outcome.partition(":")[0]
+        text, kind = f"{last.outcome}, {_time(last.ended)}", last.outcome.split()[0]
     return f'<p class="sub"><span class="status {escape(kind)}">{escape(text)}</span>{place}</p>'
 
 
@@ -161,7 +161,7 @@ def _sessions(sessions: Sequence[Session]) -> str:
     rows = "".join(
         f"<tr><td>{escape(_time(one.started))}</td><td>{_beginning(one)}</td><td>{escape(_time(one.ended))}</td>"
         f'<td class="n">{format_duration(_duration_s(one)) if one.ended else ""}</td>'
-        f"<td>{escape(one.outcome) or 'not recorded'}{f', after step {one.step:,}' if one.step else ''}</td></tr>"
+        f"<td>{escape(one.outcome) or 'not recorded'}</td></tr>"
         for one in sessions
     )
     head = '<tr><th>started</th><th>at</th><th>ended</th><th class="n">time</th><th>outcome</th></tr>'

@@ -1,4 +1,4 @@
-"""The charts of a report: which columns are drawn together, in which unit."""
+"""The charts of a report: which columns each of them draws, and in which unit."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ class Session:
         facts: the start-up summary, as names and texts.
         environment: versions and the machine, by name.
         ended: the time of its end; empty = it is still running, or was killed.
-        step: the last step; 0 = unknown.
-        outcome: `done`, or what stopped it.
+        outcome: its first word is `done`, `stopped` or `failed`.
     """
 
     started: str
@@ -43,7 +42,6 @@ class Session:
     facts: list[tuple[str, str]] = field(default_factory=list)
     environment: Mapping[str, str] = field(default_factory=dict)
     ended: str = ""
-    step: int = 0
     outcome: str = ""
 
 
@@ -59,9 +57,9 @@ def write_start(output: Path, summary: RunSummary, continue_after: int | None) -
     _append(output, {"event": "start", "time": _now(), **facts})
 
 
-def write_end(output: Path, step: int, outcome: str) -> None:
-    """Append the end of a session, after `step` steps; a later end of the same session replaces it."""
-    _append(output, {"event": "end", "time": _now(), "step": step, "outcome": outcome})
+def write_end(output: Path, outcome: str) -> None:
+    """Append the end of a session, see `Session`; a later end of the same session replaces it."""
+    _append(output, {"event": "end", "time": _now(), "outcome": outcome})
 
 
 def read_sessions(output: Path) -> list[Session]:
@@ -76,8 +74,7 @@ def read_sessions(output: Path) -> list[Session]:
             facts = [(name, text) for name, text in record["facts"]]
             sessions.append(Session(record["time"], after, facts, record["environment"]))
         elif sessions:
-            last = sessions[-1]
-            last.ended, last.step, last.outcome = record["time"], record["step"], record["outcome"]
+            sessions[-1].ended, sessions[-1].outcome = record["time"], record["outcome"]
     return sessions
 
 
