@@ -27,9 +27,9 @@ from megatron_ds.config.deepspeed_keys import (
 )
 from megatron_ds.config.deepspeed_source import AUTO, Place, equal, is_unset
 from megatron_ds.config.engine_config import EngineConfig
-from megatron_ds.errors import ConfigError, show, suggest
+from megatron_ds.errors import ConfigError, nearest_names, show, suggest
 from megatron_ds.paths import expanded_text
-from megatron_ds.shipped import existing_or_shipped
+from megatron_ds.shipped import existing_or_shipped, shipped
 
 DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
 BUCKET_ELEMENTS = 50_000_000  # gradients that data ranks reduce at a time: larger messages are no faster
@@ -88,7 +88,9 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     try:
         text = existing_or_shipped(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"deepspeed={path}: no such file (looked from {Path.cwd()})") from None
+        near = nearest_names(path, [f"ds_configs/{file.name}" for file in shipped("ds_configs").glob("*.json")])
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ConfigError(f"deepspeed={path}: no such file (looked from {Path.cwd()}){hint}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"deepspeed={path} is not UTF-8 text") from None
     except OSError as error:

@@ -412,6 +412,8 @@ def test_shipped_files_are_found_from_anywhere_and_a_file_of_the_users_comes_fir
     for absent in ("ds_configs/none.json", "zero1_bf16.json", "other/zero1_bf16.json", f"{tmp_path}/zero1_bf16.json"):
         with pytest.raises(ConfigError, match=rf"^deepspeed={absent}: no such file"):
             load_deepspeed(absent)
+    with pytest.raises(ConfigError, match=r"\(looked from .*\); nearest: ds_configs/zero3_bf16\.json$"):
+        load_deepspeed("zero3_bf16.json")
 
 
 def test_unreadable_files(ds_file, tmp_path):
