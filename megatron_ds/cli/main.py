@@ -79,7 +79,6 @@ app.command(help=PREPARE_HELP, short_help="Tokenize text once, into Megatron's .
 app.command(help=EXPORT_HELP, short_help="Write a checkpoint as a Hugging Face directory.")(export)
 app.command("import", help=IMPORT_HELP, short_help="Read a Hugging Face directory into a checkpoint.")(import_hf)
 app.command(help=VERIFY_HELP, short_help="Compare our model with transformers, number by number.")(verify)
-app.command(help=EVALUATE_HELP, short_help="Compute a model's loss and perplexity on data.")(evaluate)
 app.command(help=GENERATE_HELP, short_help="Continue prompts by a model.")(generate)
 app.command(help=EVALUATE_HELP, short_help="Compute a model's loss on data, or its scores on tasks.")(evaluate)
 app.command(help=INSPECT_HELP, short_help="Show what a checkpoint, a model or data hold.")(inspect)
