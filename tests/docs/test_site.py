@@ -10,13 +10,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from tests.browser import browse, needs_browser
 from tests.docs.test_readme import PAGES as PAGES_OF_TASKS
+
+if TYPE_CHECKING:
+    import griffe
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({*PAGES_OF_TASKS, *ROOT.glob("*.md"), *ROOT.glob("bench/*.md")})
@@ -58,6 +61,31 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_links_lead_to_a_heading(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)]*)\)", page.read_text(encoding="utf-8")):
         assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def test_docstrings_are_read_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A warning would end `make docs`, which reads them by the same library with the same options."""
+    import griffe
+
+    (plugin,) = (one["mkdocstrings"] for one in settings()["plugins"] if isinstance(one, dict))
+    options = plugin["handlers"]["python"]["options"]
+    package = griffe.load("megatron_ds", search_paths=[ROOT])
+    with caplog.at_level("WARNING", logger="griffe"):
+        read = [
+            one.docstring.parse(options["docstring_style"], **options["docstring_options"])
+            for one in documented(package)
+        ]
+    assert len(read) > 1000
+    assert not caplog.messages
+
+
+def documented(one: "griffe.Object") -> Iterator["griffe.Object"]:
+    """Yield an object and what is in it, of what has a docstring and is shown."""
+    if one.docstring:
+        yield one
+    for name, member in one.members.items():
+        if not member.is_alias and not name.startswith("_"):
+            yield from documented(member)
 
 
 @pytest.fixture(scope="module")
