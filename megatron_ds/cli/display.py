@@ -90,7 +90,8 @@ class TerminalReporter(Reporter):
     def valid(self, metrics: ValidMetrics) -> None:
         """Print a line, above the bar if there is one."""
         loss = self._padded("loss", format_number(metrics.valid_loss, 4))
-        columns = (f"valid {self._count(metrics.step)}", f"loss {loss}", *self._averages(metrics.metrics))
+        of_sets = [f"{name} {format_number(value, 4)}" for name, value in metrics.valid_losses.items()]
+        columns = (f"valid {self._count(metrics.step)}", f"loss {loss}", *of_sets, *self._averages(metrics.metrics))
         self._line("  ".join(columns))
 
     def note(self, text: str) -> None:

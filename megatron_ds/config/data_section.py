@@ -90,8 +90,8 @@ class DataSource(Section):
 
     `name`: the configuration of a data set on the hub. `split`: of a data set, as `datasets` takes it. `column`: the
     field that holds the text, the messages or the token ids. `weight`: the relative weight in a blend, or its weights
-    from certain numbers of steps or tokens on. `streaming`: a data set on the hub is read as a
-    stream while it is tokenized, and not kept on the disk.
+    from certain numbers of steps or tokens on. `streaming`: a data set on the hub is read as a stream while it is
+    tokenized, and not kept on the disk. `set`: the name of the validation set that it belongs to.
     """
 
     path: PathText
@@ -100,6 +100,7 @@ class DataSource(Section):
     column: Text | None = None
     weight: Annotated[Weight | None, BeforeValidator(_changing_weight)] = None
     streaming: bool = False
+    set: Text | None = None
 
     @property
     def label(self) -> str:
@@ -165,6 +166,8 @@ class DataSection(Section):
         if isinstance(valid, list) and len(valid) == 1 and isinstance(valid[0], dict) and "share" in valid[0]:
             share = show(valid[0]["share"])
             raise ConfigError(f"data.valid[0].share={share} is in a list; write data.valid={{share: {share}}}")
+        if isinstance(valid, dict) and not valid.keys() & {"share", *DataSource.model_fields}:
+            return {**data, "valid": _named_sources(valid)}
         if not isinstance(valid, dict) or "share" not in valid:
             return data
         others = [key for key in valid if key != "share"]
@@ -178,6 +181,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _check_consistency(self) -> "DataSection":
         _check_weights(self)
+        _check_sets(self)
         _check_share(self)
         _check_split(self)
         _check_shares(self)
@@ -188,9 +192,27 @@ class DataSection(Section):
             )
         return self
 
+    @property
+    def valid_sets(self) -> dict[str, list[DataSource]]:
+        """The validation sources by the name of their set; without names all are in one set with an empty name."""
+        found: dict[str, list[DataSource]] = {}
+        for source in self.valid:
+            found.setdefault(source.set or "", []).append(source)
+        return found
+
     @field_serializer("train", "valid")
     def _plain_sources(self, sources: list[DataSource]) -> list[Any]:
         return [source.plain for source in sources]
+
+
+def _named_sources(sets: dict[Any, Any]) -> list[Any]:
+    """Return the sources of named validation sets, each with the name of its set."""
+    found = []
+    for name, sources in sets.items():
+        if sources in (None, []):
+            raise ConfigError(f"data.valid.{name} is empty; give it at least one source, or remove it")
+        found += [{**source, "set": str(name)} for source in _list_of_sources(sources) if isinstance(source, dict)]
+    return found
 
 
 def _check_valid_is_no_number(valid: Any) -> None:
@@ -223,6 +245,20 @@ def _check_weights(data: DataSection) -> None:
                 f"data.valid[{number}].weight={show(source.weight)} does nothing: validation reads every sample once; "
                 "remove it"
             )
+
+
+def _check_sets(data: DataSection) -> None:
+    """Check that either all validation sources are in named sets or none is, and that no training source is."""
+    for number, source in enumerate(data.train):
+        if source.set is not None:
+            raise ConfigError(
+                f"data.train[{number}].set={show(source.set)} does nothing: sets are for data.valid; remove it"
+            )
+    unnamed = [number for number, source in enumerate(data.valid) if source.set is None]
+    if unnamed and len(unnamed) < len(data.valid):
+        raise ConfigError(
+            f"data.valid[{unnamed[0]}].set is missing, and other sources have one; give all of them one, or none"
+        )
 
 
 def _check_changing_weight(weight: float | dict[int | str, float] | None, field: str) -> None:

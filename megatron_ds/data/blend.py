@@ -7,7 +7,7 @@ samples of a longer blend are those of a shorter one.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -265,6 +265,30 @@ class ConcatDataset:
     def describe(self) -> str:
         """Return the descriptions of all datasets."""
         return "; ".join(one.describe() for one in self._datasets)
+
+
+class NamedSets(ConcatDataset):
+    """Validation sets with names, one after the other.
+
+    Args:
+        sets: name -> its samples; at least one.
+
+    Raises:
+        DataError: the sets have different columns.
+    """
+
+    def __init__(self, sets: Mapping[str, Dataset]) -> None:
+        super().__init__(list(sets.values()), list(sets))
+        self.sets = dict(sets)
+
+    def describe(self) -> str:
+        """Return the descriptions of all sets with their names."""
+        return "; ".join(f"{name}: {one.describe()}" for name, one in self.sets.items())
+
+
+def validation_sets(data: Dataset) -> Mapping[str, Dataset]:
+    """Return validation sets by name; data without names are one set with an empty name."""
+    return data.sets if isinstance(data, NamedSets) else {"": data}
 
 
 def open_blend(request: DatasetRequest, weights: Weights, open_one: Callable[[DatasetRequest], Dataset]) -> Blend:

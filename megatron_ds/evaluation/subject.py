@@ -68,7 +68,7 @@ class Subject:
         """
         section = self.run.data
         if not sources:
-            return [self._validation()]
+            return self._validation()
         alone: dict[str, Any] = {"valid": [], "valid_share": None, "split": None, "long_context": None}
         found = []
         for source in sources:
@@ -77,14 +77,18 @@ class Subject:
             found.append(DataSet(one.label, section.model_copy(update={**alone, "train": [one]})))
         return found
 
-    def _validation(self) -> DataSet:
+    def _validation(self) -> list[DataSet]:
+        """Return the validation data of the run, one data set for each named set."""
         section = self.run.data
         split = section.split is not None and len(section.split) > 1 and section.split[1] > 0
         if not self.is_run:
             raise ConfigError(f"{self.path} names a model without data; try --data FILE, or --tasks NAME")
         if not (section.valid or section.valid_share is not None or split):
             raise ConfigError(f"{self.path} has no validation data (data.valid); try --data FILE")
-        return DataSet("data.valid", section, validation=True)
+        sets = section.valid_sets if section.valid and "" not in section.valid_sets else {}
+        named = {name: section.model_copy(update={"valid": sources}) for name, sources in sets.items()}
+        found = [DataSet(f"data.valid.{name}", one, validation=True) for name, one in named.items()]
+        return found or [DataSet("data.valid", section, validation=True)]
 
 
 def find_subject(path: str | Path, overrides: Sequence[str] = ()) -> Subject:

@@ -84,17 +84,20 @@ class ValidMetrics:
     Attributes:
         step: number of optimizer steps so far.
         valid_loss: mean loss per labelled token, in nats.
-        metrics: the objective's metrics by name, averaged over the validation data.
+        metrics: the objective's metrics by name, averaged over the validation data; those of a named set are called
+            `set/metric`.
+        valid_losses: the loss on each named set.
     """
 
     step: int
     valid_loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    valid_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 Metrics = StepMetrics | ValidMetrics
 _INT_FIELDS = frozenset({"step", "tokens", "samples", "seq_length", "peak_memory_bytes", "reserved_memory_bytes"})
-_MAPPINGS = ("lrs", "terms", "metrics", "system")
+_MAPPINGS = ("lrs", "terms", "metrics", "system", "valid_losses")
 """Fields that are written only if they are not empty."""
 _OPTIONAL = frozenset({"data_s", "mfu", "peak_memory_bytes", "reserved_memory_bytes", "samples", "seq_length"})
 """Numbers that files of earlier versions lack, that are unknown on the run's device, or equal in all steps."""

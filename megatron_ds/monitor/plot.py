@@ -33,14 +33,16 @@ TRAIN_COLOR, VALID_COLOR, LR_COLOR, BAD_COLOR = "#1f5fa8", "#d9660d", "#5b6470",
 BUSIEST_COLOR, LEAST_COLOR = "#7b3fa0", "#2a8f74"
 SCORE_COLORS = {"accuracy": "#2a8f74", "macro_f1": "#7b3fa0", "spearman": "#a0522d"}
 """Metrics of validations that are drawn, all of them at most 1."""
+SET_COLORS = ("#2a8f74", "#7b3fa0", "#a0522d", "#b8860b", "#4a90a4", "#8b1a4a")
+"""Colors of the named validation sets, in the order of their names, used again from the seventh on."""
 
 
 @dataclass(frozen=True)
 class Curves:
     """The columns of a metrics file that are drawn, each as float64; values that are not finite are NaN.
 
-    `least` and `busiest`: see `StepMetrics.expert_loads`; NaN without experts. `scores`: those of `SCORE_COLORS` that
-    the validations have, by name.
+    `sets`: the losses on named validation sets. `least` and `busiest`: see `StepMetrics.expert_loads`; NaN without
+    experts. `scores`: those of `SCORE_COLORS` that the validations have, by name.
     """
 
     steps: Array
@@ -50,6 +52,7 @@ class Curves:
     busiest: Array
     valid_steps: Array
     valid_loss: Array
+    sets: Mapping[str, Array]
     scores: Mapping[str, Array]
 
 
@@ -136,6 +139,7 @@ def _read_curves(path: Path | str) -> Curves:
     columns = {name: array("d") for name in names}
     steps, loss, lr, least, busiest, valid_steps, valid_loss = columns.values()
     scores = {name: array("d") for name in SCORE_COLORS}
+    sets: dict[str, array[float]] = {}
     for metrics in iter_metrics(path):
         if isinstance(metrics, StepMetrics):
             steps.append(metrics.step)
@@ -148,9 +152,16 @@ def _read_curves(path: Path | str) -> Curves:
             valid_loss.append(metrics.valid_loss)
             for name, column in scores.items():
                 column.append(metrics.metrics.get(name, math.nan))
+            for name in metrics.valid_losses.keys() - sets.keys():  # a set that a resumed run has added
+                sets[name] = array("d", [math.nan] * (len(valid_steps) - 1))
+            for name, column in sets.items():
+                column.append(metrics.valid_losses.get(name, math.nan))
     found = {name: np.array(column, dtype=np.float64) for name, column in scores.items()}
     found = {name: values for name, values in found.items() if np.isfinite(values).any()}
-    return Curves(scores=found, **{name: np.array(column, dtype=np.float64) for name, column in columns.items()})
+    of_sets = {name: np.array(column, dtype=np.float64) for name, column in sorted(sets.items())}
+    return Curves(
+        scores=found, sets=of_sets, **{name: np.array(column, dtype=np.float64) for name, column in columns.items()}
+    )
 
 
 def _draw_panels(figure: "Figure", curves: Curves, title: str) -> None:
@@ -166,6 +177,7 @@ def _draw_panels(figure: "Figure", curves: Curves, title: str) -> None:
         draw(axes, curves)
     if curves.valid_steps.size:
         _draw_validation(loss_axes, curves)
+        _draw_sets(loss_axes, curves)
     _mark_non_finite(loss_axes, curves)
     loss_axes.set_ylabel("loss" if curves.scores else "loss (nats per token)")
     lr_axes.set_ylabel("learning\nrate" if between else "learning rate")
@@ -210,6 +222,15 @@ def _draw_validation(axes: "Axes", curves: Curves) -> None:
         label=f"validation{_last_value(curves.valid_loss)}",
         zorder=4,
     )
+
+
+def _draw_sets(axes: "Axes", curves: Curves) -> None:
+    """Draw the losses on named validation sets."""
+    marker = "o" if curves.valid_steps.size <= MIN_SMOOTHED else None
+    for number, (name, values) in enumerate(curves.sets.items()):
+        color = SET_COLORS[number % len(SET_COLORS)]
+        label = f"{name}{_last_value(values)}"
+        axes.plot(curves.valid_steps, values, color=color, linewidth=1.0, marker=marker, markersize=3.5, label=label)
 
 
 def _draw_lr(axes: "Axes", curves: Curves) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_ds import data as formats
-from megatron_ds.config import DataSection, build_section
+from megatron_ds.config import DataSection, DataSource, build_section
 from megatron_ds.data import DataObjective, Dataset, Order, Split, check_format, format_options, format_sources
+from megatron_ds.data.blend import NamedSets
 from megatron_ds.data.held_out import HeldOut
 from megatron_ds.data.long_context.open import LongContext
 from megatron_ds.data.mixture import plan_mixture
@@ -82,6 +83,9 @@ def open_part(
         samples_before: number of steps -> number of samples of all these steps, for weights that change; None = a blend
             cannot be opened.
     """
+    if validation and len(sets := data.valid_sets) >= 1 and "" not in sets:
+        alone = {name: data.model_copy(update={"valid": [*map(_without_set, found)]}) for name, found in sets.items()}
+        return NamedSets({name: open_part(model, one, objective, None, validation=True) for name, one in alone.items()})
     share = data.valid_share
     sources = data.valid if validation and data.split is None and share is None else data.train
     is_blend = any(source.weight is not None for source in sources)
@@ -105,6 +109,10 @@ def open_part(
         placeholders=Placeholders(model.hf.placeholder_ids),
         long_context=LongContext(tuple(mix.items()), data.packing) if (mix := data.long_context) is not None else None,
     )
+
+
+def _without_set(source: DataSource) -> DataSource:
+    return source.model_copy(update={"set": None})
 
 
 def check_columns(data: Dataset, columns: Sequence[str], objective: str, format: str, model: HFModel) -> None:

@@ -21,8 +21,9 @@ from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.saver import Saved, Saver
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, GlobalBatches, collate, cut_rows, for_data_rank, ordered_pass
+from megatron_ds.data.blend import validation_sets
 from megatron_ds.data.prefetch import DataWait, Prefetch, pinned
-from megatron_ds.engine import Engine, StepResult
+from megatron_ds.engine import Engine, Losses, StepResult
 from megatron_ds.errors import TrainingError
 from megatron_ds.monitor import MemoryMeter, StepMetrics, Throughput, ValidMetrics
 from megatron_ds.parallel.collectives import all_reduce_
@@ -279,30 +280,43 @@ class TrainingLoop:
         return every > 0 and step % every == 0
 
     def _validate(self, step: int, interrupt: GracefulStop) -> bool:
-        """Compute the loss of the full validation set; the last batch is padded with samples without labels.
+        """Compute the loss of each validation set, and of all; the last batch of a set is padded without labels.
 
         On a stop request the remaining batches are skipped and nothing is logged, because time may be short.
 
         Returns:
             True if the run has to stop.
         """
-        data, size = self._valid_data, self._run.train.global_batch_size
-        assert data is not None
-        parts = []
-        count = -(-len(data) // size)
-        with Prefetch(partial(self._micro_batches, data), ordered_pass(len(data), size), self._ahead) as batches:
-            for number in range(1, count + 1):
-                self._heartbeat(f"validation after step {step}, batch {number}")
-                parts.append(self._engine.evaluate(next(batches)))
-                if self._combine_requests(interrupt):
-                    return True
-        losses = reduce(operator.add, parts)
-        self._valid_losses.add(losses.mean)
-        self._valid_metrics = losses.metrics
-        valid = ValidMetrics(step, losses.mean, self._valid_metrics)
+        assert self._valid_data is not None
+        sets = validation_sets(self._valid_data)
+        found: dict[str, Losses] = {}
+        for name, data in sets.items():
+            losses = self._losses_on(data, f"validation{f' on {name}' if name else ''} after step {step}", interrupt)
+            if losses is None:
+                return True
+            found[name] = losses
+        total = reduce(operator.add, found.values())
+        self._valid_losses.add(total.mean)
+        named = {name: losses for name, losses in found.items() if name}
+        of_sets = {f"{name}/{key}": value for name, one in named.items() for key, value in one.metrics.items()}
+        self._valid_metrics = {**total.metrics, **of_sets}
+        valid = ValidMetrics(
+            step, total.mean, self._valid_metrics, {name: losses.mean for name, losses in named.items()}
+        )
         self._output.valid(valid)
         self._callbacks.validation_end(valid)
         return bool(self._callbacks) and self._combine_requests(interrupt)
+
+    def _losses_on(self, data: Dataset, phase: str, interrupt: GracefulStop) -> Losses | None:
+        """Return the losses of all samples of a validation set; None if the run has to stop."""
+        size, parts = self._run.train.global_batch_size, []
+        with Prefetch(partial(self._micro_batches, data), ordered_pass(len(data), size), self._ahead) as batches:
+            for number in range(1, -(-len(data) // size) + 1):
+                self._heartbeat(f"{phase}, batch {number}")
+                parts.append(self._engine.evaluate(next(batches)))
+                if self._combine_requests(interrupt):
+                    return None
+        return reduce(operator.add, parts)
 
     def _micro_batches(self, data: Dataset, indices: Sequence[int] | np.ndarray, length: int | None = None) -> Batches:
         """Return this data rank's micro-batches, with rows cut to a length; None = they stay as they are."""

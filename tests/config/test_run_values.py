@@ -32,7 +32,7 @@ REFUSALS = [
     ("train.name=x", f"train.name: unknown key; legal here: {TRAIN}"),
     (
         "data.train=[{path: x, lr: 1}]",
-        "data.train[0].lr: unknown key; legal here: column, name, path, split, streaming, weight",
+        "data.train[0].lr: unknown key; legal here: column, name, path, set, split, streaming, weight",
     ),
     ("learning_rate=1e-4", "learning_rate: unknown key; did you mean optimizer.lr?"),
     ("train.save_steps=10", "train.save_steps: unknown key; did you mean checkpoint.every?"),

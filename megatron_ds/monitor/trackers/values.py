@@ -13,7 +13,7 @@ from megatron_ds.monitor.sinks import SinkInfo
 
 Setting = str | bool | int | float
 
-_PREFIXES = {"metrics": "", "system": "system/"}
+_PREFIXES = {"valid_losses": "loss/", "metrics": "", "system": "system/"}
 """Prefixes of the names in a mapping of metrics; another mapping's is its own name."""
 
 
