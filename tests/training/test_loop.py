@@ -335,6 +335,14 @@ def test_a_run_that_is_cut_goes_on_with_the_samples_it_would_have_had(
     assert before + after == whole and len(before) == 3
 
 
+def test_groups_with_a_rate_of_their_own_are_logged_by_their_patterns(make_run: Callable[..., RunConfig]) -> None:
+    groups = [{"match": "a.*", "lr": 3e-4}, {"match": ["b", "c"], "lr_factor": 2}, {"match": "d", "weight_decay": 0.0}]
+    run = make_run(train={"steps": 4}, optimizer={"lr": 3e-3, "groups": groups})
+    _, lines, _, lrs = drive(run, CountingEngine())
+    for line, lr in zip(lines, lrs, strict=True):
+        assert line["lr"] == lr and line["lrs"] == pytest.approx({"a.*": 0.1 * lr, "b, c": 2 * lr}, rel=1e-12)
+
+
 RAMP = {"global_batch_size": 8, "batch_ramp": {"start": 2, "increment": 2, "samples": 12}}
 
 

@@ -192,6 +192,13 @@ def test_a_rate_that_continues_is_not_said(make_run: Callable[..., RunConfig], n
     assert describe_jump(saved_by(make_run(schedule={"name": "constant"}, train={"steps": 10}), step), longer) is None
 
 
+@pytest.mark.parametrize(("step", "jumps"), [(50, False), (90, False), (95, True)])
+def test_wsd_is_prolonged_from_before_its_decay(make_run: Callable[..., RunConfig], step: int, jumps: bool) -> None:
+    schedule = {"name": "wsd", "warmup_steps": 2, "min_lr": 0.0, "options": {"decay_steps": 10}}
+    short, long = (make_run(schedule=schedule, train={"steps": steps}) for steps in (100, 300))
+    assert (describe_jump(saved_by(short, step), long) is not None) == jumps
+
+
 def test_a_checkpoint_of_an_earlier_version_knows_its_steps(make_run: Callable[..., RunConfig]) -> None:
     longer = make_run(**BEFORE, train={"steps": 20})
     old = Progress(step=10, applied=10, data=DataPosition(settings={"train.steps": 10}))
