@@ -16,9 +16,15 @@ from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_grid
 
 
-def train_peft(case: str, config: dict[str, Any], recipe: Recipe, directory: Path) -> dict[str, Any]:
-    """Save the base to `directory/base` and the initial adapter to `directory/adapter`, and train."""
+def train_peft(
+    case: str, config: dict[str, Any], recipe: Recipe, directory: Path, plus: float | None = None
+) -> dict[str, Any]:
+    """Save the base to `directory/base` and the initial adapter to `directory/adapter`, and train.
+
+    `plus`: the ratio of learning rates of peft's optimizer for LoRA+; None = one rate.
+    """
     from peft import get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
 
     base = make_model(ALL_CONFIGS[case])
     base.save_pretrained(directory / "base")
@@ -26,9 +32,12 @@ def train_peft(case: str, config: dict[str, Any], recipe: Recipe, directory: Pat
     model = get_peft_model(base, random_config(config), autocast_adapter_dtype=False)
     model.save_pretrained(directory / "adapter")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
-    )
+    options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+    if plus is None:
+        optimizer = torch.optim.AdamW(trained, weight_decay=recipe.weight_decay, **options)
+    else:
+        options |= {"loraplus_lr_ratio": plus, "loraplus_weight_decay": recipe.weight_decay}
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **options)
     losses, norms = [], []
     for step in range(recipe.steps):
         loss = reference_loss(model, batch_for(base.config.model_type, recipe, step))

@@ -1,14 +1,19 @@
 """`optimizer.groups`: five steps with learning rates and decay by pattern equal AdamW with the same groups."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.config import OptimizerGroup, OptimizerSection
 from megatron_ds.engine import base
 from megatron_ds.errors import ConfigError
 from megatron_ds.runtime import load_model
 from megatron_ds.runtime.optimizer_groups import grouped_parameters
+from tests.checkpoint.runs import CUT, apart, resumed_at, saved_at
+from tests.made_once import MakeOnce
+from tests.parity import adapter_cases
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_on, train_ours
@@ -56,6 +61,20 @@ def test_experts_and_routers_in_groups_of_their_own(place: Place, references: An
     assert within_fp32(errors), errors
 
 
+@pytest.mark.parametrize(
+    "other", [Place(1, 2, 1, 1), pytest.param(Place(1, 1, 2, 3), marks=pytest.mark.sweep)], ids=str
+)
+def test_checkpoints_do_not_depend_on_the_groups(other: Place, references: Any, tmp_path: Path) -> None:
+    """Saved at one layout; resumed there bit for bit, and at another, whose stages have other groups."""
+    directory, _ = references("llama", RECIPE)
+    place = Place(2, 1, 2, 2, True)
+    curve = saved_at(directory, place, RECIPE, tmp_path)
+    checkpoint = tmp_path / name_of(CUT)
+    assert resumed_at(checkpoint, place, RECIPE) == curve[CUT:]
+    loss, norm = apart(resumed_at(checkpoint, other, RECIPE), curve[CUT:])
+    assert loss < 2e-5 and norm < 1e-4
+
+
 def _without_factors(grid: Any, directory: Any, place: Place) -> dict[str, Any]:
     base.LR_FACTOR = "ignored"
     return train_on(grid, directory, place, RECIPE)
@@ -65,6 +84,23 @@ def test_one_rate_for_all_groups_is_seen(references: Any) -> None:
     directory, reference = references("llama", RECIPE)
     errors = relative_errors(run_grid(_without_factors, PLACES[0].layout, directory, PLACES[0])[0], reference)
     assert errors["weights"] > 1e-2, errors
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+PLUS = Recipe(groups=(("*.lora_B.*", 16.0, None),))
+
+
+def _train_plus(directory: Path) -> dict[str, Any]:
+    return adapter_cases.train_peft("llama", LORA, PLUS, directory, plus=16.0)
+
+
+@pytest.mark.parametrize(
+    "place", [Place(2, 2, 1, 1, True), *(pytest.param(one, marks=pytest.mark.sweep) for one in (PLACES[0], PLACES[1]))]
+)
+def test_five_steps_of_lora_plus_equal_pefts(place: Place, once: MakeOnce) -> None:
+    directory, reference = once(_train_plus)
+    errors = relative_errors(adapter_cases.train_ours(directory, place, PLUS), reference)
+    assert within_fp32(errors), errors
 
 
 def test_names_of_adapters(references: Any) -> None:
