@@ -362,7 +362,7 @@ def test_a_batch_ramp_reads_every_sample_once_and_notes_each_size(make_run: Call
     ]
 
 
-@pytest.mark.parametrize("cut", range(1, 7))
+@pytest.mark.parametrize("cut", [1, 3, 4])
 def test_a_ramp_that_is_cut_goes_on_with_its_sizes_and_samples(make_run: Callable[..., RunConfig], cut: int) -> None:
     run = make_run(train={"steps": 7, **RAMP}, checkpoint={"every": cut})
     whole, saved, _ = travel(run, CountingEngine())
