@@ -31,7 +31,9 @@ Examples:
 
 
 def import_hf(
-    hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR", parser=expanded)],
+    hf_dir: Annotated[
+        Path, typer.Argument(help="config.json and weights; or an id on the hub.", metavar="HF_DIR", parser=expanded)
+    ],
     checkpoint: Annotated[Path, typer.Argument(help="The directory to write.", metavar="CHECKPOINT", parser=expanded)],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a directory that is not an unchanged export.")

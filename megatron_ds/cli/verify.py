@@ -33,7 +33,9 @@ Examples:
 
 
 def verify(
-    hf_dir: Annotated[Path, typer.Argument(help="config.json and weights.", metavar="HF_DIR", parser=expanded)],
+    hf_dir: Annotated[
+        Path, typer.Argument(help="config.json and weights; or an id on the hub.", metavar="HF_DIR", parser=expanded)
+    ],
     tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor ranks.")] = 1,
     pp: Annotated[int, typer.Option("--pp", metavar="N", help="Pipeline ranks.")] = 1,
     cp: Annotated[int, typer.Option("--cp", metavar="N", help="Context ranks, which divide each sequence.")] = 1,

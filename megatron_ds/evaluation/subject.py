@@ -11,7 +11,9 @@ from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
 from megatron_ds.config import DataSection, DataSource, ModelSection, RunConfig, build_run, build_section, load_run
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
-from megatron_ds.paths import expanded
+from megatron_ds.hub import local_directory, name_of
+from megatron_ds.paths import expanded_text
+from megatron_ds.runtime.loaded_model import name_directories, name_directory
 
 RUN_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -52,8 +54,8 @@ class Subject:
 
     @property
     def weights(self) -> str:
-        """The directory that the weights are read from, of adapters theirs."""
-        return self.run.peft if isinstance(self.run.peft, str) else str(self.run.model.path)
+        """The directory that the weights are read from, of adapters theirs; an id if they are on the hub."""
+        return name_of(self.run.peft if isinstance(self.run.peft, str) else str(self.run.model.path))
 
     def without_sequence(self) -> Subject:
         """Return the same without sequence parallelism, which divides rows of certain lengths alone."""
@@ -95,15 +97,15 @@ def find_subject(path: str | Path, overrides: Sequence[str] = ()) -> Subject:
     """Find the model that a path names, and the run that describes it.
 
     Args:
-        path: a run file, the output of a run, a checkpoint, a folder of checkpoints, a Hugging Face directory, or a
-            directory of adapters. Of a run the latest checkpoint is evaluated; before the first one, the model that it
-            starts from.
+        path: a run file, the output of a run, a checkpoint, a folder of checkpoints, a Hugging Face directory, a
+            directory of adapters, or the id of a model or of adapters on the hub. Of a run the latest checkpoint is
+            evaluated; before the first one, the model that it starts from.
         overrides: `key.sub=value` with the keys of a run file.
 
     Raises:
         ConfigError: there is nothing to evaluate at the path, or an override is wrong.
     """
-    place = expanded(path)
+    place = Path(local_directory(expanded_text(str(path))))
     if place.is_file():
         run = load_run(place, overrides)
         return _of_run(str(path), run, Path(run.output))
@@ -123,8 +125,7 @@ def _of_run(path: str, run: RunConfig, output: Path) -> Subject:
             raise ConfigError(
                 f"{path} starts from random weights, and {output} has no checkpoint; try megatron-ds train"
             )
-        named = {key: str(resolve_checkpoint(one)) for key in ("path", "tokenizer") if (one := getattr(model, key))}
-        model, peft = model.model_copy(update=named), str(resolve_checkpoint(peft)) if isinstance(peft, str) else peft
+        model, peft = name_directories(model), name_directory("peft", peft) if isinstance(peft, str) else peft
     elif peft is not None:
         peft = str(found)
     else:
@@ -141,6 +142,6 @@ def _run_of_directory(directory: Path, overrides: Sequence[str]) -> RunConfig:
             raise ConfigError(
                 f"{directory} holds adapters and names no base model; name a run file with its model.path"
             )
-        mapping = {"model": {"path": base}, "peft": str(directory)}
+        mapping = {"model": {"path": name_directory("model.path", base)}, "peft": str(directory)}
     required = {"data": {"train": [str(directory)]}, "train": {"steps": 1}, "output": str(directory)}
     return build_run({**mapping, **required}, overrides)

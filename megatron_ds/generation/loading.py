@@ -68,5 +68,5 @@ def open_generator(
         recompute="none",
         seed=model.seed,
     )
-    built = build_module(model.layers, grid, device, options, model.read_shard)
+    built = build_module(model.layers, grid, device, options, model.read_shard, model.prepare)
     return Generator(built, model.hf.core, grid, device)

@@ -108,3 +108,17 @@ def run(fork: Fork, *arguments: object) -> tuple[str, str]:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, (out, err)
     return out, err
+
+
+def test_generation_and_evaluation(hub: LocalHub, model: Path, tmp_path: Path, fork: Fork) -> None:
+    commit = hub.publish(model, "org/name")
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 " * 20)
+    of_hub = run(fork, "generate", "org/name", "--prompt", "w1 w2", "--max-new-tokens", "4", "--json")[0]
+    local = run(fork, "generate", model, "--prompt", "w1 w2", "--max-new-tokens", "4", "--json")[0]
+    assert json.loads(of_hub)["text"] == json.loads(local)["text"]
+    evaluate = ("--data", "text.txt", "data.seq_length=16", "--json")
+    run(fork, "evaluate", "org/name", *evaluate, "hub.json")
+    run(fork, "evaluate", model, *evaluate, "local.json")
+    reports = [json.loads((tmp_path / name).read_text()) for name in ("hub.json", "local.json")]
+    assert reports[0]["weights"] == f"org/name@{commit}"
+    assert reports[0] == reports[1] | {name: reports[0][name] for name in ("path", "weights")}
