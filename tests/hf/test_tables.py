@@ -1,7 +1,7 @@
 """The tables name exactly the parameters of our models and the tensors of transformers', with their shapes."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_ds.engine.base import weights_of
+from megatron_ds.engine.matrix_exchange import Holding, pieces
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hf.family import Family, Row, renamed
 from megatron_ds.hf.registry import FAMILIES
@@ -174,3 +175,35 @@ def test_tied_model_has_no_head_and_knows_it_again() -> None:
     assert model.core.tied and "head.weight" not in model.table
     untied = model.with_tied(False)
     assert "head.weight" in untied.table and "head.weight" not in model.table
+
+
+# Tensors of several dims that are no linear maps inside of a model: tables, output layers, and numbers of each head.
+NO_MATRICES = re.compile(
+    r"embed_tokens|embed_in|embed_positions|embeddings?\.|wte|wpe|shared\.weight|relative_attention_bias"
+    r"|lm_head(?!\.dense)|embed_out|decoder\.weight|classifier|score|seq_relationship|bias|norm"
+)
+
+
+@pytest.mark.parametrize("case", sampled(OPTIONS))
+def test_matrices_are_those_of_transformers_linear_layers(case: str) -> None:
+    """Each is one tensor of transformers, a piece of one, or an expert of either; no element of another is in it."""
+    model = read_model(OPTIONS[case])
+    with torch.device("meta"):
+        ours = dict(SequentialModel(model.core.build_layers()).named_parameters())
+    for name, row in ((name, row) for name, row in model.table.items() if name in ours):
+        spec: Any = ours[name].spec
+        if spec.matrix_shape is None:
+            assert spec.numel == max(spec.shape) or all(map(NO_MATRICES.search, row.names)), row.names
+            continue
+        assert not any(map(NO_MATRICES.search, row.names)), row.names
+        native = torch.arange(spec.numel).view(spec.shape)
+        found = defaultdict(set)
+        for piece in pieces(spec, Holding(0, spec.full_ranges, 0, spec.numel)):
+            found[piece.matrix].update(piece.of(native.view(-1)).flatten().tolist())
+        expected = []
+        for part in row.parts:
+            op, own = row.of(part.expert).op, native if part.expert is None else native[part.expert]
+            for source in range(len(op.sources)):
+                slot = op.slot(source, own, model.axis_sizes)
+                expected += slot.unbind(op._order.index("x")) if op is row.op and row.split == "x" else [slot]
+        assert sorted(map(sorted, found.values())) == sorted(sorted(one.flatten().tolist()) for one in expected), name
