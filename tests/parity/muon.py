@@ -10,13 +10,16 @@ from torch import Tensor
 
 from tests.parity.cases import Recipe
 
-# Parts of names of embeddings, heads, norms and biases, which are no matrices even where they have two dims
-OTHERS = r"embed|wte|wpe|lm_head|shared\.weight|relative_attention_bias|classifier|score|norm|bias|decoder\.weight$"
+# Tensors of several dims that are no linear maps inside of a model: tables, output layers, and numbers of each head.
+NO_MATRICES = (
+    r"embed_tokens|embed_in|embed_positions|embeddings?\.|wte|wpe|shared\.weight|relative_attention_bias"
+    r"|lm_head(?!\.dense)|embed_out|output_projection|decoder\.weight|classifier|score|seq_relationship|bias|norm"
+)
 
 
 def matrices_of(name: str, tensor: Tensor) -> list[Tensor]:
     """Views (out, in) of the matrices in a parameter of transformers; none if it is AdamW's."""
-    if tensor.dim() < 2 or re.search(OTHERS, name) or min(tensor.shape) == 1:
+    if tensor.dim() < 2 or re.search(NO_MATRICES, name) or min(tensor.shape) == 1:
         return []
     if name.endswith("c_attn.weight"):  # GPT-2 stores (in, out), and queries, keys and values in one tensor
         return [one.t() for one in tensor.chunk(3, dim=1)]

@@ -72,9 +72,11 @@ SAMPLE = [
     (EXPERTS, "match", "ep2-dp2-z1"),
 ]
 CASES = (LLAMA, GPT2, EXPERTS, "llama-1kv", "llama-uneven")
+OTHER_MODELS = ("bert-pretraining", "albert-masked", "t5-gated", "opt-after-narrow", "qwen2_moe-all")
 EVERYTHING = [
     *((case, recipe, place) for case in CASES for recipe in RECIPES for place in PLACES),
     *((EXPERTS, recipe, place) for recipe in RECIPES for place in FOLDED),
+    *((case, "match", place) for case in OTHER_MODELS for place in ("z0", "tp2-sp-z2", "z3", "pp2")),
 ]
 
 
