@@ -11,6 +11,7 @@ from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
 from tests.parity.batches import batch_for, reference_loss
 from tests.parity.cases import Recipe
+from tests.parity.optimizers import REFERENCES
 from tests.parity.ours import Place, engine_config, micro_batches, session_of
 from tests.parity.reference import ALL_CONFIGS, make_model
 from tests.ranks import run_grid
@@ -31,11 +32,14 @@ def train_peft(
     torch.manual_seed(11)
     model = get_peft_model(base, random_config(config), autocast_adapter_dtype=False)
     model.save_pretrained(directory / "adapter")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = list(named.values())
     if plus is None:
-        optimizer = torch.optim.AdamW(trained, weight_decay=recipe.weight_decay, **options)
+        settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        groups = [{"name": name, "params": [parameter], **settings} for name, parameter in named.items()]
+        optimizer = REFERENCES[recipe.optimizer](groups, recipe)
     else:
+        options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
         options |= {"loraplus_lr_ratio": plus, "loraplus_weight_decay": recipe.weight_decay}
         optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **options)
     losses, norms = [], []
@@ -44,7 +48,7 @@ def train_peft(
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, recipe.grad_clip or float("inf"))))
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         losses.append(float(loss.detach()))
     model.save_pretrained(directory / "trained")
     weights = load_file(directory / "trained" / "adapter_model.safetensors")

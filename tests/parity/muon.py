@@ -38,29 +38,30 @@ class MuonAndAdamW:
     """
 
     def __init__(self, groups: list[dict[str, Any]], recipe: Recipe) -> None:
-        options = dict(recipe.options)
-        self.in_fp32 = options.pop("ns_dtype", "bf16") == "fp32"
-        rest, own, self.pairs = [], [], list[tuple[Tensor, Tensor, Any]]()
+        options = {"adjust_lr": "match_rms_adamw", "ns_dtype": "bf16", "adamw_lr": None, **dict(recipe.options)}
+        self.in_fp32, adamw_lr = options.pop("ns_dtype") == "fp32", options.pop("adamw_lr")
+        options["adjust_lr_fn"] = options.pop("adjust_lr")
+        self.named: list[tuple[str, Tensor, list[Tensor]]] = []
+        of_muon, of_adamw = [], []
         for group in groups:
-            (master,) = group["params"]
-            parts = [torch.nn.Parameter(part) for part in matrices_of(group["name"], master.detach())]
-            self.pairs += [(part, master, index) for index, part in enumerate(parts)]
+            name, (master,) = group["name"], group["params"]
+            parts: list[Tensor] = [torch.nn.Parameter(part) for part in matrices_of(name, master.detach())]
+            self.named.append((name, master, parts))
             settings = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
             if parts:
-                own.append({"params": parts, **settings})
+                of_muon.append({"params": parts, **settings})
             else:
-                adamw_lr = options.get("adamw_lr")
-                rest.append({"params": [master], **settings, **({} if adamw_lr is None else {"lr": adamw_lr})})
-            self._named = getattr(self, "_named", {}) | {id(master): group["name"]}
-        options.pop("adamw_lr", None)
-        adjust = options.pop("adjust_lr", "match_rms_adamw")
-        self.muon = torch.optim.Muon(own, lr=recipe.lr, adjust_lr_fn=adjust, **options)
-        self.adamw = torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+                of_adamw.append({"params": [master], **settings, **({} if adamw_lr is None else {"lr": adamw_lr})})
+        self.optimizers: list[Any] = [torch.optim.Muon(of_muon, **options)] if of_muon else []
+        if of_adamw:
+            self.optimizers.append(torch.optim.AdamW(of_adamw, betas=recipe.betas, eps=recipe.eps))
 
     def step(self) -> None:
-        for part, master, index in self.pairs:
-            part.grad = matrices_of(self._named[id(master)], master.grad)[index]
+        for name, master, parts in self.named:
+            assert master.grad is not None
+            for part, gradient in zip(parts, matrices_of(name, master.grad)):
+                part.grad = gradient
         in_fp32 = mock.patch.object(Tensor, "bfloat16", Tensor.clone) if self.in_fp32 else nullcontext()
         with in_fp32:
-            self.muon.step()
-        self.adamw.step()
+            for optimizer in self.optimizers:
+                optimizer.step()

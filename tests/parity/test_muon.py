@@ -7,6 +7,7 @@ Llama and the experts, and 7e-6 with GPT-2, whose gradients have small singular 
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,15 @@ from megatron_ds.engine.optimizers import muon
 from megatron_ds.layers import linear
 from megatron_ds.layers.param_spec import Matrices
 from tests.checkpoint.runs import offloaded
+from tests.engine.test_bad_steps import BAD
+from tests.engine.test_bad_steps import _run as run_with_bad_step
+from tests.parity.adapter_cases import train_ours as train_adapter
+from tests.parity.adapter_cases import train_peft
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors
 from tests.parity.ours import Place, train_ours
+from tests.parity.test_layouts import BF16_BOUNDS
+from tests.ranks import run_alone, run_grid
 
 MATCH = Recipe(optimizer="muon", options=(("ns_dtype", "fp32"),))
 ORIGINAL = replace(
@@ -103,6 +110,39 @@ def test_five_steps_equal_torch(case: str, recipe: str, place: str, references: 
 @pytest.mark.parametrize(("case", "recipe", "place"), [one for one in EVERYTHING if one not in SAMPLE])
 def test_five_steps_equal_torch_everywhere(case: str, recipe: str, place: str, references: Any) -> None:
     check(case, recipe, place, references)
+
+
+ADAPTER = {"r": 4, "target_modules": "all-linear"}  # its A and B are matrices
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["tp2-sp-z2", *(pytest.param(one, marks=pytest.mark.sweep) for one in ("z0", "z3", "tp4-z1", "pp2-dp2", "cp2-z1"))],
+)
+def test_adapters_equal_torch(place: str, tmp_path: Path) -> None:
+    reference = run_alone(train_peft, "llama-1kv", ADAPTER, MATCH, tmp_path)
+    errors = relative_errors(train_adapter(tmp_path, PLACES[place], MATCH), reference)
+    assert within(errors), errors
+
+
+@pytest.mark.parametrize("place", ["z1", *(pytest.param(one, marks=pytest.mark.sweep) for one in ("z2", "z3", "pp2"))])
+def test_bf16_runs_stay_near_a_bf16_reference(place: str, references: Any) -> None:
+    """Bounds are those of AdamW in `test_layouts.py`."""
+    errors = errors_of(LLAMA, Recipe(optimizer="muon", precision="bf16"), PLACES[place], references)
+    assert all(errors[name] < bound for name, bound in BF16_BOUNDS.items()), errors
+
+
+@pytest.mark.parametrize(
+    "place",
+    [PLACES["z3"], *(pytest.param(PLACES[one], marks=pytest.mark.sweep) for one in ("z0", "z2", "pp2"))],
+    ids=str,
+)
+def test_a_bad_step_leaves_no_trace(place: Place, references: Any) -> None:
+    directory, _ = references(LLAMA, MATCH)
+    recipe = replace(MATCH, steps=4)
+    good, bad = (run_grid(run_with_bad_step, place.layout, directory, place, recipe, kind) for kind in ("none", "loss"))
+    for with_it, without in zip(bad, good):
+        assert with_it[BAD] == (False, False) and with_it[:BAD] + with_it[BAD + 1 :] == without
 
 
 # ---- mistakes that must be seen --------------------------------------------------------------------------------------
