@@ -158,6 +158,7 @@ class MatrixExchange:
         round_elements: see `ROUND_ELEMENTS`.
 
     Attributes:
+        specs: the declarations.
         shapes: rows and columns of each matrix.
         owners: the rank that works on it.
         transfers: what is sent in each round.
@@ -171,7 +172,7 @@ class MatrixExchange:
         device: torch.device,
         round_elements: int = ROUND_ELEMENTS,
     ) -> None:
-        self.stage, self.device = stage, device
+        self.specs, self.stage, self.device = specs, stage, device
         holders: dict[MatrixKey, dict[tuple[Holding, Piece], list[int]]] = defaultdict(lambda: defaultdict(list))
         for rank, own in enumerate(holdings):
             for holding in own:

@@ -14,7 +14,7 @@ from megatron_ds.engine.optimizers.newton_schulz import COEFFICIENTS, orthogonal
 from megatron_ds.engine.param_groups import param_groups
 from megatron_ds.errors import ConfigError
 from megatron_ds.layers.linear import QKVLinear, ReplicatedLinear
-from megatron_ds.layers.param_spec import Matrices, ParamSpec
+from megatron_ds.layers.param_spec import Matrices, ParamSpec, over_experts
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.parallel.axes import ALONE
@@ -24,7 +24,7 @@ SPECS = {
     0: ParamSpec((24, 16), matrices=Matrices()),
     1: ParamSpec((2, 40, 24), matrices=Matrices()),
     2: ParamSpec((48, 20), matrices=Matrices(alternating=2, block_rows=8)),
-    3: ParamSpec((3, 16, 40), matrices=Matrices()),
+    3: ParamSpec((3, 16, 40), over_experts(), matrices=Matrices()),
 }
 
 

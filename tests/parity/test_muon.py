@@ -163,9 +163,9 @@ def _fused_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
 def _each_shard_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks that each hold half of the rows orthogonalise them on their own."""
 
-    def alone(self: Any, matrices: dict[Any, Any], real: Any = muon.Muon._orthogonalize) -> dict[Any, Any]:
+    def alone(self: Any, specs: Any, matrices: Any, real: Any = muon.Muon._orthogonalize) -> dict[Any, Any]:
         halves = {key: [half.contiguous() for half in matrix.chunk(2)] for key, matrix in matrices.items()}
-        first, second = (real(self, {key: half[index] for key, half in halves.items()}) for index in range(2))
+        first, second = (real(self, specs, {key: half[index] for key, half in halves.items()}) for index in range(2))
         return {key: torch.cat([first[key], second[key]]) for key in matrices}
 
     monkeypatch.setattr(muon.Muon, "_orthogonalize", alone)

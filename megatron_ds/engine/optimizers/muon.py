@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -142,11 +143,25 @@ class Muon(torch.optim.AdamW):
             lr = group["lr"] * self.adjust(*exchange.shapes[transfer.key])
             transfer.piece.of(place.of(place.tensor.data)).add_(elements.to(place.tensor.device), alpha=-lr)
 
-        exchange.run(read, self._orthogonalize, write, self.newton_schulz.dtype)
+        exchange.run(read, partial(self._orthogonalize, exchange.specs), write, self.newton_schulz.dtype)
 
-    def _orthogonalize(self, matrices: dict[MatrixKey, Tensor]) -> dict[MatrixKey, Tensor]:
+    def _orthogonalize(
+        self, specs: Mapping[int, ParamSpec], matrices: Mapping[MatrixKey, Tensor]
+    ) -> dict[MatrixKey, Tensor]:
+        """Return the matrices orthogonalised, (out, in) each. Those of experts share kernels, because they are small.
+
+        Others do not: copies of a matrix in several pipeline stages stay equal, whatever else their owners have.
+        """
+        stacks: dict[Any, list[MatrixKey]] = {}
+        for key in matrices:
+            stacks.setdefault(key.parameter if specs[key.parameter].is_of_experts else key, []).append(key)
         steps, coefficients, _ = self.newton_schulz
-        return {key: orthogonalize(matrix, steps, coefficients) for key, matrix in matrices.items()}
+        found = dict[MatrixKey, Tensor]()
+        for keys in stacks.values():
+            stack = torch.stack([matrices[key] for key in keys]) if len(keys) > 1 else matrices[keys[0]]
+            new = orthogonalize(stack, steps, coefficients)
+            found |= dict(zip(keys, new.unbind() if len(keys) > 1 else (new,), strict=True))
+        return found
 
 
 @OPTIMIZERS.register("muon")
