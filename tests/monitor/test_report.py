@@ -162,5 +162,7 @@ def test_it_looks_right_in_a_browser(browsing: Any) -> None:
     figure = page.locator("figure").first
     box = figure.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert re.fullmatch(r"step 4\d\d: training 2\.\d+, validation 2\.5", figure.locator("output").inner_text())
+    assert re.fullmatch(
+        r"step 4\d\d: training 2\.\d+, validation 2\.5 \(step 900\)", figure.locator("output").inner_text()
+    )
     assert page.locator("tr", has_text="wiki").inner_text().split() == ["wiki", "30", "50.0%", "50.0%", "0.50"]

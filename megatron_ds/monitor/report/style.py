@@ -63,7 +63,9 @@ for (const figure of document.querySelectorAll("figure[data-points]")) {
     const found = curves.filter(curve => curve.length > 1).map(([label, ...points]) => [label, ...near(points)]);
     if (!found.length) return;
     const at = found.reduce((best, one) => Math.abs(one[1] - step) < Math.abs(best[1] - step) ? one : best)[1];
-    shown.textContent = `step ${at.toLocaleString("en")}: ` + found.map(one => `${one[0]} ${one[2]}`).join(", ");
+    const text = number => number.toLocaleString("en");
+    const other = one => one[1] === at ? "" : ` (step ${text(one[1])})`;
+    shown.textContent = `step ${text(at)}: ` + found.map(one => `${one[0]} ${one[2]}${other(one)}`).join(", ");
     const drawn = begin + (at - low) / (high - low) * (end - begin);
     cursor.setAttribute("d", `M${drawn} 10V${svg.viewBox.baseVal.height - 24}`);
   });

@@ -34,7 +34,7 @@ def line_of(metrics: Metrics) -> Line:
     for name in type(metrics).__dataclass_fields__:
         value = getattr(metrics, name)
         if isinstance(value, Mapping):
-            prefix = _PREFIXES.get(name, f"{name}/")
+            prefix = _PREFIXES.get(name, f"{name.removeprefix('valid_')}/")
             group = prefix if name == "system" else f"{kind}{prefix}"
             values |= {f"{group}{key}": float(one) for key, one in value.items()}
         elif value is not None and name != "step":
