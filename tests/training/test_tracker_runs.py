@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import megatron_ds as mds
 from megatron_ds.config import build_run
 from megatron_ds.errors import ConfigError, LaunchError
+from megatron_ds.monitor import SinkInfo, open_sinks
 from megatron_ds.training.callbacks import Callback
 from tests.ranks import preload, run_alone
 from tests.training.tiny import run_mapping
@@ -232,3 +234,26 @@ def test_a_tracker_that_needs_a_key_is_refused_before_the_first_step_on_all_rank
         "monitor[1]=wandb: no API key is configured; try wandb login, or its option mode: offline"
     )
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+
+
+def open_mlflow_away(folder: Path) -> tuple[str, float]:
+    """Message and seconds of the refusal of a server that is not there."""
+    run = build_run(
+        {
+            "model": {"config": {"model_type": "llama"}},
+            "data": {"format": "text", "train": ["a.txt"]},
+            "train": {"steps": 1},
+            "output": str(folder),
+            "monitor": [{"name": "mlflow", "tracking_uri": "http://127.0.0.1:9"}],
+        }
+    )
+    began_s = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        open_sinks(SinkInfo(run, folder, None))
+    return str(caught.value), time.monotonic() - began_s
+
+
+def test_a_server_that_is_away_is_refused_in_seconds(tmp_path: Path) -> None:
+    message, seconds = run_alone(open_mlflow_away, tmp_path)
+    assert message.startswith("monitor[0]=mlflow cannot be opened (MlflowException: API request to http://127.0.0.1:9")
+    assert "\n" not in message and seconds < 30

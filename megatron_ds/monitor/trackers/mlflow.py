@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import ClassVar
 
@@ -16,6 +18,7 @@ from megatron_ds.monitor.trackers.values import Line, flat_settings, name_of_run
 
 MAX_PARAMS = 100  # of one request
 MAX_PARAM_CHARACTERS = 6000
+TRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _UNUSABLE = re.compile(r"[^\w\-. :/]")  # in names of metrics and parameters, such as of the patterns of groups
 
 
@@ -47,9 +50,10 @@ class MLflow(Tracker):
 
         self._client = MlflowClient(tracking_uri)
         before = known_id(info)
-        if before is not None:
-            self._client.update_run(before, status="RUNNING")
-        self._id = before or self._start(info, experiment, name_of_run(info, run_name), tags)
+        with _few_tries():
+            if before is not None:
+                self._client.update_run(before, status="RUNNING")
+            self._id = before or self._start(info, experiment, name_of_run(info, run_name), tags)
         get_logger().info("%s: run %s, %s", info.entry, self._id, self._client.tracking_uri)
         super().__init__(info, self._id)
 
@@ -80,3 +84,16 @@ class MLflow(Tracker):
     def finish(self) -> None:
         """Mark the run as finished or failed."""
         self._client.set_terminated(self._id, "FAILED" if self.failed else "FINISHED")
+
+
+@contextmanager
+def _few_tries() -> Iterator[None]:
+    """Have requests fail within seconds if the server is away, and not after four minutes, unless the user set it."""
+    if TRIES in os.environ:
+        yield
+        return
+    os.environ[TRIES] = "2"
+    try:
+        yield
+    finally:
+        del os.environ[TRIES]
