@@ -60,6 +60,9 @@ def evaluate(
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Write questions by the tokenizer's chat template.")
     ] = False,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Write every question and answer to the file of --json.")
+    ] = False,
     tp: Annotated[
         int | None, typer.Option("--tp", metavar="N", help="Tensor ranks (default: the run's, or 1).")
     ] = None,
@@ -93,7 +96,7 @@ def evaluate(
     found = start(
         path,
         [expanded_text(one, f"--data={one}") for one in data or []],
-        tasks=Tasks(names, tasks_dir, num_fewshot, limit, chat_template) if names else None,
+        tasks=Tasks(names, tasks_dir, num_fewshot, limit, chat_template, log_samples) if names else None,
         overrides=overrides or [],
         tp=tp,
         pp=pp,

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.evaluation.continuation import Continuer
 from megatron_ds.evaluation.scorer import Request, Scorer
+from megatron_ds.generation import Sampling
+
+MAX_NEW_TOKENS = 256  # as in lm-eval's `hf` model, where a task does not say
+_NO_EFFECT: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1, "use_cache": True}
+"""Further options of generation, and the values with which they change nothing."""
 
 
 class MegatronLM(TemplateLM):
     """A model whose likelihoods all ranks compute. Texts become ids as in lm-eval's `hf` model.
 
     Args:
-        scorer: on rank 0.
+        scorer, continuer: on rank 0.
         tokenizer: that of the model.
         max_length: number of ids that a row may have.
         has_decoder: the model is an encoder-decoder, whose encoder gets the context.
     """
 
     def __init__(
-        self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, max_length: int, *, has_decoder: bool
+        self,
+        scorer: Scorer,
+        continuer: Continuer,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        has_decoder: bool,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.max_length, self._scorer = tokenizer, max_length, scorer
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._scorer, self._continuer = scorer, continuer
         self.backend = "seq2seq" if has_decoder else "causal"
 
     @property
@@ -94,9 +113,55 @@ class MegatronLM(TemplateLM):
         return [make_disjoint_window(one) for one in rolling]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Refuse: text is not generated yet.
+        """Return what the model writes after each context, up to the texts that end it.
 
         Raises:
-            ConfigError: always.
+            ConfigError: a task asks for another way of choosing tokens than greedy or a draw.
         """
-        raise ConfigError("--tasks: tasks that generate text (generate_until) are not supported; choose others")
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        found = [""] * len(requests)
+        for indices in groups.values():
+            contexts = [str(requests[index].args[0]) for index in indices]
+            for index, text in zip(indices, self._generate(contexts, requests[indices[0]].args[1])):
+                found[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return found
+
+    def _generate(self, contexts: Sequence[str], wanted: dict[str, Any]) -> list[str]:
+        """Return the texts after some contexts, for which a task wants the same."""
+        options = normalize_gen_kwargs(wanted, MAX_NEW_TOKENS)
+        end = str(self.tokenizer.decode(self.eot_token_id))
+        stop = handle_stop_sequences(options.pop("until", None), eos=end)
+        max_new_tokens = int(options.pop("max_gen_toks"))
+        sampling = _sampling(dict(options))
+        room = self.max_length if self.backend == "seq2seq" else self.max_length - max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"--tasks: a task asks for {max_new_tokens} new tokens, and the model has {self.max_length} positions; "
+                "choose another task"
+            )
+        prompts = [self._prompt(context)[-room:] for context in contexts]
+        texts = self._continuer.texts(prompts, max_new_tokens, [one for one in stop if one], sampling)
+        return [postprocess_generated_text(text, stop, None) for text in texts]
+
+    def _prompt(self, text: str) -> list[int]:
+        """Return the ids of a text that is continued, unless it has its first special token already."""
+        begins = self.backend == "causal" and has_bos_prefix(text, self.tokenizer.bos_token)
+        return list(self.tokenizer.encode(text, **({"add_special_tokens": False} if begins else {})))
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """Return the choice of tokens that a task asks for, in transformers' words.
+
+    Raises:
+        ConfigError: an option has no counterpart here.
+    """
+    draws = bool(options.pop("do_sample", False))
+    temperature = float(options.pop("temperature", 1.0) or 1.0)
+    top_k, top_p = options.pop("top_k", None), options.pop("top_p", None)
+    for name, value in options.items():
+        if _NO_EFFECT.get(name) != value:
+            raise ConfigError(f"--tasks: a task asks for {name}={value}, which is not supported; choose another task")
+    return Sampling(temperature, top_k or None, top_p) if draws else Sampling()

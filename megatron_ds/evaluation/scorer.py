@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_ds.columns import ATTENTION_MASK, DECODER_INPUT_IDS, IGNORE_INDEX, INPUT_IDS, TARGETS
 from megatron_ds.engine import Engine
+from megatron_ds.evaluation.shared_calls import SharedCalls
 from megatron_ds.hf.config import HFModel
-from megatron_ds.parallel.consensus import share_object
 
 NOTE_EVERY_S = 30.0
+CALL = "likelihoods"
 
 
 class Request(NamedTuple):
@@ -43,7 +44,7 @@ class Likelihood(NamedTuple):
 
 
 class Scorer:
-    """A model with a `LikelihoodHead` on all ranks. Rank 0 calls `score`, the others `serve`.
+    """A model with a `LikelihoodHead` on all ranks.
 
     Args:
         engine: this rank's part of the model.
@@ -51,45 +52,36 @@ class Scorer:
         max_length: number of ids that a row may have; longer contexts are cut on the left.
         batch_size: rows of a forward pass on one rank.
         note: called with a line of text once in a while.
+        calls: what rank 0 calls this by.
     """
 
     def __init__(
-        self, engine: Engine, model: HFModel, max_length: int, batch_size: int, note: Callable[[str], None]
+        self,
+        engine: Engine,
+        model: HFModel,
+        max_length: int,
+        batch_size: int,
+        note: Callable[[str], None],
+        calls: SharedCalls,
     ) -> None:
         self._engine, self._max_length, self._batch_size, self._note = engine, max_length, batch_size, note
         self._has_decoder = model.core.has_cross_attention
         self._start_id = int(getattr(model.config, "decoder_start_token_id", None) or 0)
         self._pads = not model.core.shape().length_ropes  # positions that depend on a row's length are not padded
-        self._is_computing = False
+        self._calls = calls
+        calls.add(CALL, self._run)
 
     def score(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """Return the likelihoods of the continuations, in their order. Called on rank 0, while the others serve."""
+        """Return the likelihoods of the continuations, in their order. Called on rank 0."""
         found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)
         noted_s, done = time.monotonic(), 0
         for batch in self._batches(requests):
-            for index, one in zip(batch, self._compute([requests[index] for index in batch])):
+            for index, one in zip(batch, self._calls.call(CALL, [requests[index] for index in batch])):
                 found[index] = one
             done += len(batch)
             if time.monotonic() - noted_s > NOTE_EVERY_S:
                 noted_s = time.monotonic()
                 self._note(f"{done:,} of {len(requests):,} requests")
-        return found
-
-    def serve(self) -> None:
-        """Compute what rank 0 scores, until it stops. Called on the other ranks."""
-        while (batch := share_object(None)) is not None:
-            self._run(batch)
-
-    def stop(self) -> None:
-        """End `serve` on the other ranks, unless an error has left them in the middle of a batch."""
-        if not self._is_computing:
-            share_object(None)
-
-    def _compute(self, batch: list[Request]) -> list[Likelihood]:
-        self._is_computing = True
-        share_object(batch)
-        found = self._run(batch)
-        self._is_computing = False
         return found
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:

@@ -24,6 +24,7 @@ class Tasks:
         num_fewshot: examples before each question; None = as each task says.
         limit: number of questions of each task, a share of them below 1; None = all.
         chat: questions are written by the tokenizer's chat template.
+        log_samples: the result has every question, with what the model answered.
     """
 
     names: Sequence[str]
@@ -31,6 +32,7 @@ class Tasks:
     num_fewshot: int | None = None
     limit: float | None = None
     chat: bool = False
+    log_samples: bool = False
 
     def manager(self) -> TaskManager:
         """Find the tasks.

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 from megatron_ds.data import load_tokenizer
 from megatron_ds.engine import Engine
 from megatron_ds.errors import ConfigError
+from megatron_ds.evaluation.continuation import Continuer
 from megatron_ds.evaluation.scorer import Scorer
+from megatron_ds.evaluation.shared_calls import SharedCalls
 from megatron_ds.evaluation.task_choice import Tasks
 from megatron_ds.runtime.loaded_model import LoadedModel
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-KEPT = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-samples")
+KEPT = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-samples", "samples")
 """What is kept of lm-eval's results; the rest describes tasks, the environment, and times."""
 
 
@@ -46,16 +48,18 @@ def run_tasks(
     assert path is not None, "checked by `check_model`"
     tokenizer = load_tokenizer(path)
     max_length = resolve_max_length(model.hf.config, tokenizer)
-    scorer = Scorer(engine, model.hf, max_length, batch_size, note)
+    calls = SharedCalls()
+    scorer = Scorer(engine, model.hf, max_length, batch_size, note, calls)
+    continuer = Continuer(engine, model.hf, model.section.path, tokenizer, batch_size, calls)
     if engine.grid.rank != 0:
-        scorer.serve()
+        calls.serve()
         return None
     assert manager is not None, "rank 0 has found the tasks"
     from lm_eval import simple_evaluate
 
     from megatron_ds.evaluation.lm_backend import MegatronLM
 
-    backend = MegatronLM(scorer, tokenizer, max_length, has_decoder=model.hf.core.has_cross_attention)
+    backend = MegatronLM(scorer, continuer, tokenizer, max_length, has_decoder=model.hf.core.has_cross_attention)
     limit = int(tasks.limit) if tasks.limit is not None and tasks.limit >= 1 else tasks.limit
     try:
         found = simple_evaluate(
@@ -65,10 +69,10 @@ def run_tasks(
             limit=limit,
             task_manager=manager,
             apply_chat_template=tasks.chat,
-            log_samples=False,
+            log_samples=tasks.log_samples,
         )
     finally:
-        scorer.stop()
+        calls.stop()
     return {key: _plain(found[key]) for key in KEPT if key in found}
 
 

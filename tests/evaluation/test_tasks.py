@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ TASKS: dict[str, dict[str, Any]] = {
             {"metric": "acc", "aggregation": "mean"},
         ],
     },
+    "written": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{ending}}",
+        "generation_kwargs": {"until": [">", "eiei"], "max_gen_toks": 9, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
     "texts": {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -48,6 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "bits_per_byte"}, {"metric": "word_perplexity"}],
     },
 }
+Expected = tuple[dict[str, Any], dict[str, list[Any]]]
 BOUND = 1e-5  # relative: fp32 log-likelihoods of up to 200 tokens
 
 
@@ -87,8 +95,13 @@ def _save(config: dict[str, Any], directory: Path) -> None:
     make_model(config).save_pretrained(directory)
 
 
-def by_transformers(place: Path) -> dict[str, Any]:
-    """The results of lm-eval's own backend, in a process that is no rank."""
+def answers(samples: list[dict[str, Any]]) -> list[Any]:
+    """What a model answered to the questions of a task, in their order."""
+    return [one["resps"] for one in sorted(samples, key=lambda one: one["doc_id"])]
+
+
+def by_transformers(place: Path) -> Expected:
+    """The results and answers of lm-eval's own backend, in a process that is no rank."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     from lm_eval import simple_evaluate
@@ -97,17 +110,19 @@ def by_transformers(place: Path) -> dict[str, Any]:
 
     manager = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
     model = HFLM(pretrained=str(place / "hf"), device="cpu", batch_size=4)
-    found = simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, log_samples=False)
-    return {name: dict(one) for name, one in found["results"].items()}
+    found = simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, log_samples=True)
+    results = {name: dict(one) for name, one in found["results"].items()}
+    return results, {name: answers(one) for name, one in found["samples"].items()}
 
 
 @pytest.fixture(scope="module")
-def expected(place: Path) -> dict[str, Any]:
-    return run_alone(by_transformers, place)
+def expected(place: Path) -> Expected:
+    found: Expected = run_alone(by_transformers, place)
+    return found
 
 
-def evaluated(place: Path, **options: Any) -> Evaluation:
-    found = mds.evaluate(place / "hf", tasks=Tasks(tuple(TASKS), place / "tasks"), **options)
+def evaluated(place: Path, names: Iterable[str] = TASKS, **options: Any) -> Evaluation:
+    found = mds.evaluate(place / "hf", tasks=Tasks(tuple(names), place / "tasks", log_samples=True), **options)
     assert found is not None and found.tasks is not None
     return found
 
@@ -121,27 +136,47 @@ def numbers(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Compare lists in lists: numbers to rounding."""
+    if isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs):
+            assert_same(one, other)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=BOUND)
+    else:
+        assert ours == theirs
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"tp": 2, "batch_size": 3, "overrides": ["parallel.sequence=true"]},
         {"pp": 2, "nproc": 4, "batch_size": 2},
         pytest.param({"batch_size": 1}, marks=pytest.mark.sweep),
-        pytest.param({"nproc": 2, "overrides": ["parallel.context=2"]}, marks=pytest.mark.sweep),
+        pytest.param(
+            {"nproc": 2, "overrides": ["parallel.context=2"], "names": set(TASKS) - {"written"}},
+            marks=pytest.mark.sweep,
+        ),
     ],
     ids=["tp2", "pp2-dp2", "alone", "cp2"],
 )
-def test_equal_to_the_transformers_backend(options: dict[str, Any], place: Path, expected: dict[str, Any]) -> None:
+def test_equal_to_the_transformers_backend(options: dict[str, Any], place: Path, expected: Expected) -> None:
     found = evaluated(place, **options)
-    ours, theirs = numbers(found.tasks["results"]), numbers(expected)
+    results, samples = found.tasks["results"], found.tasks["samples"]
+    ours, theirs = numbers(results), numbers({name: expected[0][name] for name in results})
     assert len(theirs) > 6 and ours.keys() == theirs.keys()
     assert ours == pytest.approx(theirs, rel=BOUND)
+    for name, answered in samples.items():
+        assert_same(answers(answered), expected[1][name])
+    texts = {row[0][0] for row in answers(samples.get("written", []))}
+    assert not texts or ("" in texts and len(texts) > 5), "some end at once, others do not"
     shown = list(lines(found))
     assert f"            bits per byte {theirs['texts bits_per_byte,none']:.4f}" in shown
     assert "task        choices, 1-shot" in shown
 
 
-def test_the_command(place: Path, expected: dict[str, Any], tmp_path: Path, fork: Fork) -> None:  # noqa: F811
+def test_the_command(place: Path, expected: Expected, tmp_path: Path, fork: Fork) -> None:  # noqa: F811
     words = ["--tasks", "endings,text*", "--tasks-dir", place / "tasks", "--limit", 11, "--json", "found.json"]
     command = fork("-m", "megatron_ds", "evaluate", place / "hf", *words)
     shown, errors = command.communicate()
@@ -149,9 +184,9 @@ def test_the_command(place: Path, expected: dict[str, Any], tmp_path: Path, fork
     written = json.loads((tmp_path / "found.json").read_text())["tasks"]
     assert written["results"].keys() == {"endings", "texts"} and written["n-samples"]["texts"]["effective"] == 11
     assert written["results"]["endings"]["perplexity,none"] == pytest.approx(
-        expected["endings"]["perplexity,none"], rel=BOUND
+        expected[0]["endings"]["perplexity,none"], rel=BOUND
     )
-    assert f"word perplexity {expected['texts']['word_perplexity,none']:.4f}"[:20] in shown
+    assert f"word perplexity {expected[0]['texts']['word_perplexity,none']:.4f}"[:20] in shown
 
 
 @pytest.mark.parametrize(
@@ -169,6 +204,12 @@ def test_what_is_refused(options: dict[str, Any], said: str, place: Path) -> Non
     tasks = tasks if isinstance(tasks, Tasks) else Tasks(tasks, place / "tasks")
     with pytest.raises(ConfigError, match=said):
         mds.evaluate(place / "hf", **{**options, "tasks": tasks})
+
+
+@pytest.mark.sweep
+def test_context_ranks_do_not_generate(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"parallel.context divides sequences"):
+        evaluated(place, ["written"], overrides=["parallel.context=2"])
 
 
 def test_without_lm_eval_its_name_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
