@@ -30,6 +30,7 @@ Examples:
   megatron-ds generate path/to/hf_dir --prompt "Once upon a time"
   megatron-ds generate out/run --prompt "What is 2 + 2?" --chat --tp 2
   megatron-ds generate path/to/hf_dir --prompts prompts.jsonl --json
+  torchrun --nproc-per-node 2 -m megatron_ds generate hf_dir --prompt A --tp 2
 """
 
 
@@ -86,6 +87,7 @@ def generate(
     load_plugins(imports)
     from megatron_ds.generation import Prompt, Sampling, read_prompts
     from megatron_ds.generation.run import Request, run
+    from megatron_ds.parallel.rank_info import rank_from_environment
 
     given = [Prompt.of_user(text) if chat else Prompt(text) for text in prompt or []]
     if prompts is not None:
@@ -100,11 +102,12 @@ def generate(
         batch_size=batch_size,
     )
     shows_at_once = len(given) == 1 and not json
+    found = run(request, on_text=_Shown(given[0]) if shows_at_once else None)
+    info = rank_from_environment()
+    if info is not None and info.rank > 0:
+        return
     if shows_at_once:
-        _show(_quoted(given[0]))
-    found = run(request, on_text=(lambda number, text: _show(text)) if shows_at_once else None)
-    if shows_at_once:
-        print()
+        print("" if found.completions[0].text else _quoted(given[0]))
     for one in [] if shows_at_once else found.completions:
         print(_as_json(one) if json else f"{_quoted(one.prompt)}{one.text}\n")
     tokens = found.num_tokens
@@ -112,13 +115,20 @@ def generate(
     print(rate, file=sys.stderr)
 
 
+class _Shown:
+    """Shows a prompt, and the text after it as it is written."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._prompt: Prompt | None = prompt
+
+    def __call__(self, number: int, text: str) -> None:
+        before, self._prompt = "" if self._prompt is None else _quoted(self._prompt), None
+        print(f"{before}{text}", end="", flush=True)
+
+
 def _quoted(prompt: Prompt) -> str:
     """Return what is shown of a prompt: a text is continued on its line, an answer has its own."""
     return prompt.text if prompt.messages is None else f"> {prompt.text}\n"
-
-
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def _as_json(one: Completion) -> str:

@@ -61,7 +61,7 @@ Examples:
   megatron-ds doctor
   megatron-ds generate out/hf --prompt "Once upon a time"
 """
-LAUNCHED = ("train", "evaluate", "doctor")
+LAUNCHED = ("train", "evaluate", "generate", "doctor")
 """Commands that a launcher may start on several ranks."""
 PRINT_WAIT_S = 5.0  # torchrun and `deepspeed` end all ranks when one exits: leave rank 0 time to print
 
@@ -79,8 +79,8 @@ app.command(help=PREPARE_HELP, short_help="Tokenize text once, into Megatron's .
 app.command(help=EXPORT_HELP, short_help="Write a checkpoint as a Hugging Face directory.")(export)
 app.command("import", help=IMPORT_HELP, short_help="Read a Hugging Face directory into a checkpoint.")(import_hf)
 app.command(help=VERIFY_HELP, short_help="Compare our model with transformers, number by number.")(verify)
-app.command(help=GENERATE_HELP, short_help="Continue prompts by a model.")(generate)
 app.command(help=EVALUATE_HELP, short_help="Compute a model's loss on data, or its scores on tasks.")(evaluate)
+app.command(help=GENERATE_HELP, short_help="Continue prompts by a model on several ranks.")(generate)
 app.command(help=INSPECT_HELP, short_help="Show what a checkpoint, a model or data hold.")(inspect)
 app.command(help=REPORT_HELP, short_help="Write report.html about a run.")(report)
 app.command(help=FAMILIES_HELP, short_help="Show the supported families of models.")(families)

@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from megatron_ds.checkpoint.directory import resolve_checkpoint
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.engine import device_count, device_type, preload, start_distributed, stop_distributed
-from megatron_ds.errors import DataError, TopologyError
+from megatron_ds.errors import ConversionError, DataError, TopologyError
 from megatron_ds.generation.generator import check_prompts
 from megatron_ds.generation.loading import AUTO_DTYPE, check_model, open_generator
 from megatron_ds.generation.prompts import Completion, OnText, Prompt, TextGenerator, encode_prompts
 from megatron_ds.generation.sampling import GREEDY, Sampling
 from megatron_ds.hf.end_tokens import known_end_ids
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.log import quiet_libraries
+from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment, rank_source
-from megatron_ds.runtime import LoadedModel, load_model
+from megatron_ds.runtime import LoadedModel, load_model, session
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Request:
     Attributes:
         source: a Hugging Face directory, a checkpoint, or a run's output, of which the latest checkpoint is used.
         prompts: texts and conversations.
-        tp, pp: tensor and pipeline ranks, started on this machine.
+        tp, pp: tensor and pipeline ranks, started on this machine unless a launcher has started them.
         dtype: of the weights; see `open_generator`.
         peft: a directory of adapters on top of the source; None = none.
         tokenizer: its directory; None = that of the source.
@@ -50,6 +54,10 @@ class Request:
     sampling: Sampling = GREEDY
     stop: Sequence[str] = ()
     batch_size: int = 8
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,10 @@ def generate(
     stop: Sequence[str] = (),
     batch_size: int = 8,
 ) -> list[Completion]:
-    """Continue prompts by a model on tp * pp ranks of this machine.
+    """Continue prompts by a model on tp * pp ranks.
+
+    Under torchrun, the `deepspeed` launcher or srun this process is one of these ranks; alone it starts them on this
+    machine.
 
     Args:
         source: a Hugging Face directory, a checkpoint, or a run's output, of which the latest checkpoint is used.
@@ -122,45 +133,92 @@ def generate(
 
 
 def run(request: Request, on_text: OnText | None = None) -> Generated:
-    """Start the ranks of a request, and return what they generate.
+    """Start the ranks of a request, or be one of a launcher's, and return what they generate.
 
     Args:
         request: the request.
-        on_text: see `TextGenerator.generate`; called on rank 0, which is another process.
+        on_text: see `TextGenerator.generate`; called on rank 0, which is another process unless a launcher started it.
 
     Raises:
         MegatronDSError, LaunchError: see `generate`.
     """
     quiet_libraries()
-    if rank_from_environment() is not None:
-        settings = " and ".join(rank_source().settings)
-        raise TopologyError(
-            f"generate starts its own ranks, and {settings} in the environment make it a launcher's; run it without "
-            f"torchrun, deepspeed or srun; {rank_source().start_alone()}"
-        )
     request.sampling.check()
     if not request.prompts:
         raise DataError("there is no prompt; try --prompt TEXT, or --prompts FILE")
+    info = rank_from_environment()
+    if info is not None:
+        return _run_launched(request, info, on_text)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
-    model = load_model(request.source, tokenizer=request.tokenizer, peft=request.peft)
-    check_model(model, request.tp, request.pp, request.dtype)
-    size, here = request.tp * request.pp, device_count()
-    if device_type() != "cpu" and size > here:
+    model = _open(request)
+    here = device_count()
+    if device_type() != "cpu" and request.num_ranks > here:
         raise TopologyError(
-            f"--tp * --pp = {size} is more than the {here} {device_type()} devices here; nearest: {here}"
+            f"--tp * --pp = {request.num_ranks} is more than the {here} {device_type()} devices here; nearest: {here}"
         )
     preload()
-    return run_local(lambda info: _run_rank(info, model, request, on_text if info.rank == 0 else None), size)[0]
+    return run_local(lambda info: _run_local_rank(info, model, request, on_text), request.num_ranks)[0]
 
 
-def _run_rank(info: RankInfo, model: LoadedModel, request: Request, on_text: OnText | None) -> Generated:
-    """Generate as one rank. Collective over the world."""
+def _open(request: Request) -> LoadedModel:
+    model = open_source(request.source, request.peft, request.tokenizer)
+    check_model(model, request.tp, request.pp, request.dtype)
+    return model
+
+
+def _run_launched(request: Request, info: RankInfo, on_text: OnText | None) -> Generated:
+    """Generate as one of a launcher's ranks."""
+    if info.world_size != request.num_ranks:
+        raise TopologyError(
+            f"--tp * --pp = {request.num_ranks} is not the launcher's number of ranks, {info.world_size}; try --tp "
+            f"{info.world_size}; {rank_source().start_alone()}"
+        )
+    with session() as ranks:
+        model = run_on_all_ranks(lambda: _open(request))
+        return _run(ranks.info, ranks.device, model, request, on_text)
+
+
+def _run_local_rank(info: RankInfo, model: LoadedModel, request: Request, on_text: OnText | None) -> Generated:
+    """Generate as one of the ranks that this machine has started."""
     torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
+    found = _run(info, start_distributed(info), model, request, on_text)
+    stop_distributed()
+    return found
+
+
+def open_source(source: str, peft: str | None = None, tokenizer: str | None = None) -> LoadedModel:
+    """Open a model by its directory, its adapters on it, or the directory of its adapters alone.
+
+    Args:
+        source, peft, tokenizer: see `Request`. Adapters name the directory of their base model.
+
+    Raises:
+        ConversionError: see `load_model`; or adapters name no base model.
+    """
+    directory = resolve_checkpoint(source)
+    if peft is None and (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file():
+        base = named_base(directory)
+        if not base:
+            raise ConversionError(
+                f"{source} holds adapters and names no base model; try the base model with --peft {source}"
+            )
+        return load_model(base, peft=str(directory), tokenizer=tokenizer)
+    return load_model(source, peft=peft, tokenizer=tokenizer)
+
+
+def _run(
+    info: RankInfo, device: torch.device, model: LoadedModel, request: Request, on_text: OnText | None
+) -> Generated:
+    """Generate as one rank. Collective over the world."""
     path = model.section.tokenizer or model.section.path
     assert path is not None
-    tokenizer = load_tokenizer(path)
-    check_prompts(model.hf.core, encode_prompts(tokenizer, request.prompts, path), request.max_new_tokens)
-    device = start_distributed(info)
+
+    def read() -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(path)
+        check_prompts(model.hf.core, encode_prompts(tokenizer, request.prompts, path), request.max_new_tokens)
+        return tokenizer
+
+    tokenizer = run_on_all_ranks(read)
     generator = open_generator(model, info.rank, device, tp=request.tp, pp=request.pp, dtype=request.dtype)
     texts = TextGenerator(generator, tokenizer, path, known_end_ids(model.hf, model.section.path))
     began = time.perf_counter()
@@ -169,9 +227,7 @@ def _run_rank(info: RankInfo, model: LoadedModel, request: Request, on_text: OnT
         request.max_new_tokens,
         sampling=request.sampling,
         stop=request.stop,
-        on_text=on_text,
+        on_text=on_text if info.rank == 0 else None,
         batch_size=request.batch_size,
     )
-    seconds = time.perf_counter() - began
-    stop_distributed()
-    return Generated(completions, seconds)
+    return Generated(completions, time.perf_counter() - began)

@@ -46,18 +46,21 @@ def save_model(directory: Path, case: str) -> Any:
 
 
 def continue_by_transformers(case: str, directory: Path) -> list[list[int]]:
-    """The new ids of each prompt, by greedy search without an end."""
-    model = save_model(directory, case)
+    """Save a model; return what transformers generates with it."""
+    return greedy(save_model(directory, case))
+
+
+def greedy(model: Any) -> list[list[int]]:
+    """The new ids of each prompt, by greedy search without an end, one prompt after the other."""
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     found = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
         with torch.no_grad():
             whole = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), eos_token_id=None, pad_token_id=0, **settings
             )
-        start = 1 if model.config.is_encoder_decoder else len(prompt)
-        found.append(whole[0, start:].tolist())
+        found.append(whole[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist())
     return found
 
 

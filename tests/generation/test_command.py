@@ -100,3 +100,15 @@ def test_a_value_is_refused(settings: dict[str, Any], message: str, speaking: tu
 def test_a_prompt_is_refused(prompts: list[Any], speaking: tuple[Path, list[str]]) -> None:
     with pytest.raises(DataError, match=r"no prompt|has no tokens|must be a list of messages"):
         mds.generate(speaking[0], prompts)
+
+
+@pytest.mark.sweep
+def test_a_launcher_starts_the_ranks(speaking: tuple[Path, list[str]], start: Start) -> None:  # noqa: F811
+    directory, expected = speaking
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "megatron_ds", "generate")
+    shown, errors = start(
+        *launch, directory, "--prompt", TEXTS[0], "--tp", 2, "--max-new-tokens", NEW_OF_TEXTS
+    ).communicate()
+    assert shown == f"{TEXTS[0]}{expected[0]}\n", errors
+    other, errors = start(*launch, directory, "--prompt", TEXTS[0]).communicate()
+    assert "--tp * --pp = 1 is not the launcher's number of ranks, 2; try --tp 2" in errors and not other
