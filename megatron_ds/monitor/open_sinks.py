@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_ds.config import RunConfig, check_option_values
 from megatron_ds.errors import ConfigError
@@ -17,8 +20,8 @@ def check_sinks(run: RunConfig) -> None:
     """Check names and options of a run's sinks, and that the packages of the built-in ones are installed.
 
     Raises:
-        ConfigError: a name is not registered, an option is unknown, missing or of another type, or a package is not
-            installed.
+        ConfigError: a name is not registered, an option is unknown, missing, of another type or a secret, or a package
+            is not installed.
     """
     for number, entry in enumerate(run.monitor):
         field = f"monitor[{number}]"
@@ -26,7 +29,19 @@ def check_sinks(run: RunConfig) -> None:
         check_options(sink, 1, entry.options, field)
         if isinstance(sink, type) and issubclass(sink, Tracker):
             check_option_values(sink, entry.options, field)
+            _check_no_secret(sink, entry.options, field)
             _check_installed(sink, f"{field}={entry.name}")
+
+
+def _check_no_secret(tracker: type[Tracker], options: Mapping[str, Any], field: str) -> None:
+    """Refuse addresses with a password or a token: the run file is sent to trackers, and the report shows it."""
+    for name, value in options.items():
+        address = urlsplit(value) if isinstance(value, str) and "://" in value else None
+        if address is not None and (address.password is not None or "token" in address.query):
+            raise ConfigError(
+                f"{field}.{name} has a password or a token in its address, which config.yaml and report.html would "
+                f"show; try {tracker.secret}"
+            )
 
 
 def _check_installed(tracker: type[Tracker], entry: str) -> None:

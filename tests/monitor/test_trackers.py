@@ -166,6 +166,29 @@ def test_options_have_types() -> None:
     check_sinks(run_with({"name": "mlflow", "tags": {"size": "small"}}))
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"name": "trackio", "server_url": "http://host:7860?write_token=x"},
+            "monitor[0].server_url has a password or a token in its address, which config.yaml and report.html would "
+            "show; try TRACKIO_WRITE_TOKEN",
+        ),
+        (
+            {"name": "mlflow", "tracking_uri": "https://me:secret@host/x"},
+            "monitor[0].tracking_uri has a password or a token in its address, which config.yaml and report.html would "
+            "show; try MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        ),
+    ],
+)
+def test_a_secret_in_the_run_file_is_refused(entry: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_sinks(run_with(entry))
+    assert str(caught.value) == message
+    key = "server_url" if entry["name"] == "trackio" else "tracking_uri"
+    check_sinks(run_with({**entry, key: "https://host:5000/x?y=1"}))
+
+
 def test_a_tracker_that_cannot_be_opened_is_refused_and_others_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,10 +2,15 @@
 
 import csv
 import json
+import logging
 import math
+import os
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,12 @@ import pytest
 import megatron_ds as mds
 from megatron_ds.config import build_run
 from megatron_ds.errors import ConfigError, LaunchError
-from megatron_ds.monitor import SinkInfo, open_sinks
+from megatron_ds.monitor import SinkInfo, Tracker, open_sinks
+from megatron_ds.monitor.metrics import LastSteps
 from megatron_ds.training.callbacks import Callback
+from tests.monitor.test_metrics import STEP
 from tests.ranks import preload, run_alone
+from tests.training.mlflow_server import serve_mlflow
 from tests.training.tiny import run_mapping
 
 STEPS = [*range(1, 7)]
@@ -236,20 +244,17 @@ def test_a_tracker_that_needs_a_key_is_refused_before_the_first_step_on_all_rank
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
 
 
+def run_with(folder: Path, **entry: Any) -> SinkInfo:
+    mapping = {"model": {"config": {"model_type": "llama"}}, "data": {"format": "text", "train": ["a.txt"]}}
+    run = build_run({**mapping, "train": {"steps": 9}, "output": str(folder), "monitor": [entry]})
+    return SinkInfo(run, folder, None)
+
+
 def open_mlflow_away(folder: Path) -> tuple[str, float]:
     """Message and seconds of the refusal of a server that is not there."""
-    run = build_run(
-        {
-            "model": {"config": {"model_type": "llama"}},
-            "data": {"format": "text", "train": ["a.txt"]},
-            "train": {"steps": 1},
-            "output": str(folder),
-            "monitor": [{"name": "mlflow", "tracking_uri": "http://127.0.0.1:9"}],
-        }
-    )
     began_s = time.monotonic()
     with pytest.raises(ConfigError) as caught:
-        open_sinks(SinkInfo(run, folder, None))
+        open_sinks(run_with(folder, name="mlflow", tracking_uri="http://127.0.0.1:9"))
     return str(caught.value), time.monotonic() - began_s
 
 
@@ -257,3 +262,79 @@ def test_a_server_that_is_away_is_refused_in_seconds(tmp_path: Path) -> None:
     message, seconds = run_alone(open_mlflow_away, tmp_path)
     assert message.startswith("monitor[0]=mlflow cannot be opened (MlflowException: API request to http://127.0.0.1:9")
     assert "\n" not in message and seconds < 30
+
+
+def log_to_a_server_that_goes_away(folder: Path) -> tuple[list[tuple[str, Any]], list[str]]:
+    """What the server has got of steps 1 to 4, and the lines of the log; it was away during step 3."""
+    logged: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_ds").addHandler(handler)
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    with serve_mlflow() as (server, address):
+        (sink,) = open_sinks(run_with(folder, name="mlflow", tracking_uri=address, experiment="new"))
+        assert isinstance(sink, Tracker)
+        for step in range(1, 5):
+            server.is_away = step == 3
+            sink.write(replace(STEP, step=step))
+            sink._waiting.join()
+        sink.close()
+        return server.calls, logged
+
+
+def test_a_server_that_goes_away_loses_lines_and_ends_no_run(tmp_path: Path) -> None:
+    calls, logged = run_alone(log_to_a_server_that_goes_away, tmp_path)
+    assert [path for path, _ in calls[:3]] == ["experiments/get-by-name", "experiments/create", "runs/create"]
+    batches = [content for path, content in calls if path == "runs/log-batch"]
+    params = {one["key"]: one["value"] for batch in batches for one in batch.get("params", [])}
+    assert params["train.steps"] == "9" and params["optimizer.name"] == "adamw"
+    metrics = [{one["key"]: (one["step"], one["value"]) for one in batch.get("metrics", [])} for batch in batches]
+    losses = [batch["train/loss"] for batch in metrics if batch]
+    assert [int(step) for step, _ in losses] == [1, 2, 4] and {value for _, value in losses} == {STEP.loss}
+    assert calls[-1][0] == "runs/update" and calls[-1][1]["status"] == "FINISHED"
+    assert len(logged) == 2 and logged[0].startswith("monitor[0]=mlflow takes no lines (MlflowException: ")
+    assert logged[1] == "monitor[0]=mlflow has lost 1 of 4 lines; metrics.jsonl has all of them"
+
+
+SERVE_TRACKIO = """
+import pathlib, sys, time, trackio
+full_url = trackio.show(open_browser=False, block_thread=False, share=False)[3]
+pathlib.Path(sys.argv[1]).write_text(full_url)
+time.sleep(100)
+"""
+
+
+def log_to_trackio(folder: Path, address: str) -> None:
+    for continue_after, steps in ((None, (1, 2, 3)), (2, (3, 4))):
+        info = run_with(folder, name="trackio", project="served", server_url=address)
+        (sink,) = open_sinks(replace(info, continue_after=continue_after, written=LastSteps(step=3)))
+        for step in steps:
+            sink.write(replace(STEP, step=step))
+        sink.close()
+
+
+def trackio_steps() -> list[list[int]]:
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    runs = trackio.Api().runs("served")
+    return [[row["step"] for row in SQLiteStorage.get_logs("served", run.name, run_id=run.id)] for run in runs]
+
+
+@pytest.mark.sweep
+def test_trackios_own_server_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "served"))
+    server = subprocess.Popen([sys.executable, "-c", SERVE_TRACKIO, str(tmp_path / "url.part")])
+    try:
+        while not (tmp_path / "url.part").is_file() or not (tmp_path / "url.part").read_text():
+            assert server.poll() is None
+            time.sleep(0.1)
+        address, _, token = (tmp_path / "url.part").read_text().partition("?write_token=")
+        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "client"))
+        monkeypatch.setenv("TRACKIO_WRITE_TOKEN", token)
+        run_alone(log_to_trackio, tmp_path, address)
+        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "served"))
+        assert run_alone(trackio_steps) == [[1, 2, 3, 4]]
+    finally:
+        server.terminate()
+        server.wait(20)

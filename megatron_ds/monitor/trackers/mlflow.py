@@ -36,6 +36,7 @@ class MLflow(Tracker):
 
     package: ClassVar[str | None] = "mlflow"
     extra: ClassVar[str] = "mlflow"
+    secret: ClassVar[str] = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
     def __init__(
         self,

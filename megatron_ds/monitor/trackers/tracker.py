@@ -36,12 +36,14 @@ class Tracker(ABC):
     Attributes:
         package: the module that has to be installed; None = the standard library is enough.
         extra: the extra of this package that installs it.
+        secret: the environment variables that have its key or password.
         rewinds: True if the subclass removes the steps after a resumed run's checkpoint from the tracker.
         failed: set before `close` if an error ended the run.
     """
 
     package: ClassVar[str | None] = None
     extra: ClassVar[str] = ""
+    secret: ClassVar[str] = "an environment variable"
     rewinds: ClassVar[bool] = False
 
     def __init__(self, info: SinkInfo, run_id: str) -> None:
@@ -91,6 +93,7 @@ class Tracker(ABC):
     def _work(self) -> None:
         while (line := self._waiting.get()) is not None:
             self._num_lost += not self._succeeds(self.log, line)
+            self._waiting.task_done()
         self._succeeds(self.finish)
 
     def _succeeds(self, action: Callable[..., None], *arguments: Line) -> bool:

@@ -32,6 +32,7 @@ class Trackio(Tracker):
 
     package: ClassVar[str | None] = "trackio"
     extra: ClassVar[str] = "trackio"
+    secret: ClassVar[str] = "TRACKIO_WRITE_TOKEN"
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class Wandb(Tracker):
 
     package: ClassVar[str | None] = "wandb"
     extra: ClassVar[str] = "wandb"
+    secret: ClassVar[str] = "WANDB_API_KEY"
 
     def __init__(
         self,
