@@ -81,6 +81,8 @@ def load_state(engine: Engine, reader: StateReader, *, resets_optimizer: bool = 
                     view.copy_(views[MASTER])
                 elif continues or kind in (MASTER, EMA):
                     _read_into(reader, kind, shard, part, view)
+        for kind, full in shard.whole.items() if continues else ():
+            full.copy_(reader.read_full(kind, shard.name, tuple(full.shape)))
         if continues and shard.steps is not None:
             known = steps.get(id(shard.steps), (shard.steps, 0.0))[1]
             steps[id(shard.steps)] = shard.steps, max(known, reader.steps(shard.name))

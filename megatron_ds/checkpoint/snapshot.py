@@ -16,7 +16,7 @@ from megatron_ds.checkpoint.state_keys import STEPS, key_of
 from megatron_ds.checkpoint.weights import AdapterWriter, ModelWriter
 from megatron_ds.engine import Engine
 from megatron_ds.engine.optimizer_shards import OptimizerShard
-from megatron_ds.layers.tensor_slices import TensorSlice
+from megatron_ds.layers.tensor_slices import full_slice
 from megatron_ds.parallel.grid import Axes
 
 
@@ -91,10 +91,12 @@ def take_snapshot(engine: Engine, weights: ModelWriter | AdapterWriter, memory: 
 
 
 def _state_tensors(shards: Sequence[OptimizerShard], axes: Axes) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and live views. The rank with a parameter's first element writes its number of steps."""
+    """Yield names and live views. The rank with a parameter's first element writes steps and state of the whole."""
     for shard in shards:
         for part, views in slices(shard, axes):
             for kind, view in views.items():
                 yield key_of(kind, shard.name, part), view
-            if shard.steps is not None and not any(part.start):
-                yield key_of(STEPS, shard.name, TensorSlice((), ())), shard.steps
+            if any(part.start):
+                continue
+            for kind, full in (shard.whole if shard.steps is None else {STEPS: shard.steps, **shard.whole}).items():
+                yield key_of(kind, shard.name, full_slice(tuple(full.shape))), full

@@ -20,10 +20,9 @@ from megatron_ds.engine.base import Engine, PrepareReading, ShardReader, weights
 from megatron_ds.engine.experts import FoldedExperts, declare_experts
 from megatron_ds.engine.gradient_norm import read_norm_once
 from megatron_ds.engine.gradient_sums import find_gradient_sums
-from megatron_ds.engine.matrix_updates import matrix_updates
+from megatron_ds.engine.matrix_updates import plan_updates
 from megatron_ds.engine.module import EngineOptions, build_module
 from megatron_ds.engine.optimizers import GuardedOptimizer, WeightAverage, begin_average, make_optimizer
-from megatron_ds.engine.optimizers.muon import Muon
 from megatron_ds.engine.param_groups import param_groups
 from megatron_ds.engine.pipeline.engine import PipelineEngine
 from megatron_ds.engine.probe import GradientProbe
@@ -92,8 +91,8 @@ def build_engine(
         made = ZeroEngine(*shared, clip=clip, bucket=bucket)
     if summary.zero_stage > 0 and options.trains:
         read_norm_once(engine.optimizer, made.read_norm)
-    if isinstance(optimizer, Muon):
-        optimizer.updates = matrix_updates(made, flat_parameters(engine))
+    if isinstance(optimizer, GuardedOptimizer):
+        plan_updates(made, flat_parameters(engine))
     made.built = built
     made.kernels, made.documents = ctx.kernels.names, ctx.documents
     made.gradient_sums = find_gradient_sums(engine, device)

@@ -1,48 +1,62 @@
-"""The plans by which Muon updates the matrices of an engine: where their elements lie on all ranks of the stage."""
+"""The plans by which optimizers update matrices as a whole, whose elements lie on many ranks of the stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_ds.engine.base import Engine
+from megatron_ds.engine.group_holdings import group_holdings
 from megatron_ds.engine.matrix_exchange import Holding, MatrixExchange
-from megatron_ds.engine.optimizer_shards import master_ranges
-from megatron_ds.engine.optimizers.muon import MATRICES, MatrixUpdate, Place
-from megatron_ds.layers.param_spec import spec_of
-from megatron_ds.parallel.consensus import gather_objects
-from megatron_ds.parallel.grid import stage_ranks
+from megatron_ds.engine.optimizers.adafactor import FACTORED, Adafactor, AdafactorPlan, Factors
+from megatron_ds.engine.optimizers.muon import MATRICES, MatrixUpdate, Muon
+from megatron_ds.engine.tensor_sums import TensorSums, as_matrices
+from megatron_ds.layers.param_spec import ParamSpec, spec_of
+
+FlatTensors = Sequence[tuple[Tensor, Mapping[str, Any]]]
+"""The tensors that an optimizer updates, each with its parameter group."""
 
 
-def matrix_updates(engine: Engine, flat: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> dict[int, MatrixUpdate]:
-    """Return the plans of an engine's optimizer; see `Muon.updates`. Collective over the world.
+def plan_updates(engine: Engine, flat: FlatTensors) -> None:
+    """Give an engine's optimizer the plans of its updates, if it needs any. Collective over the world."""
+    if isinstance(engine.optimizer, Muon):
+        engine.optimizer.updates = _of_muon(engine, flat)
+    elif isinstance(engine.optimizer, Adafactor):
+        _plan_adafactor(engine, engine.optimizer, flat)
 
-    Under ZeRO each flat vector has a plan of its own, because DeepSpeed updates them one after the other; without it
-    each parameter group has one.
 
-    Args:
-        engine: the engine.
-        flat: the tensors that its optimizer updates, each with its parameter group.
-    """
-    stage = stage_ranks(engine.grid)
-    of_matrices = [(tensor, group["params"]) for tensor, group in flat if group.get(MATRICES)]
-    first_of = {id(tensor): id(together[0] if together else tensor) for tensor, together in of_matrices}
-    firsts = list(dict.fromkeys(first_of.values()))
-    specs, places = dict(enumerate(spec_of(one) for _, one in engine.local_parameters())), dict[int, Place]()
-    own: list[tuple[int, Holding]] = []
-    numbers = {id(parameter): number for number, (_, parameter) in enumerate(engine.local_parameters())}
-    for _, parameter, found in master_ranges(engine):
-        if id(found.flat) in first_of:
-            number, ranges = numbers[id(parameter)], specs[numbers[id(parameter)]].local_ranges(engine.grid.model_axes)
-            assert found.shape == tuple(stop - start for start, stop in ranges), (found.shape, ranges)
-            holding = Holding(number, ranges, found.start, found.start + found.length)
-            own.append((firsts.index(first_of[id(found.flat)]), holding))
-            places[number] = Place(found.flat, found.offset, found.offset + found.length)
-    everyone = gather_objects(own, stage.group) if stage.size > 1 else [own]
-    updates = {}
-    for index, first in enumerate(firsts):
-        holdings = [[holding for at, holding in one if at == index] for one in everyone]
-        updates[first] = MatrixUpdate(MatrixExchange(specs, holdings, stage, engine.device), places)
-    return updates
+def _of_muon(engine: Engine, flat: FlatTensors) -> dict[int, MatrixUpdate]:
+    found, specs = group_holdings(engine, [one for one in flat if one[1].get(MATRICES)]), _specs(engine)
+    return {
+        first: MatrixUpdate(MatrixExchange(specs, holdings, found.stage, engine.device), found.places)
+        for first, holdings in found.holdings.items()
+    }
+
+
+def _plan_adafactor(engine: Engine, optimizer: Adafactor, flat: FlatTensors) -> None:
+    parameters = [parameter for _, parameter in engine.local_parameters()]
+    for is_vector in (False, True):
+        found = group_holdings(engine, [one for one in flat if bool(one[1].get(FACTORED)) != is_vector])
+        specs = {number: as_matrices(spec, is_vector=is_vector) for number, spec in _specs(engine).items()}
+        for first, holdings in found.holdings.items():
+            known = [[_with_dims(holding, specs) for holding in one] for one in holdings]
+            sums, factors = TensorSums(specs, known, found.stage, engine.device), dict[int, Factors]()
+            for number in () if is_vector else dict.fromkeys(part.parameter for part in sums.parts):
+                shape, device = sums.shapes[number], found.places[number].tensor.device
+                rows, columns = torch.zeros(shape[:3]), torch.zeros(shape.matrices, shape.columns)
+                factors[number] = Factors(rows.to(device), columns.to(device))
+                optimizer.factors[id(parameters[number])] = factors[number]
+            optimizer.plans[first] = AdafactorPlan(sums, found.places, factors)
+
+
+def _with_dims(holding: Holding, specs: Mapping[int, ParamSpec]) -> Holding:
+    """Return a holding with a range for each dim that its declaration has more."""
+    more = len(specs[holding.parameter].shape) - len(holding.ranges)
+    return holding._replace(ranges=(*holding.ranges, *((0, 1),) * more))
+
+
+def _specs(engine: Engine) -> dict[int, ParamSpec]:
+    return {number: spec_of(parameter) for number, (_, parameter) in enumerate(engine.local_parameters())}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine
-from megatron_ds.engine.optimizers import STEPS
+from megatron_ds.engine.optimizers import STEPS, GuardedOptimizer
 from megatron_ds.layers.param_spec import ParamSpec, spec_of
 from megatron_ds.parallel.collectives import all_reduce_
 
@@ -35,6 +35,7 @@ class OptimizerShard:
         moments: name in the optimizer's state -> (n,) fp32, live, such as AdamW's `exp_avg` and `exp_avg_sq`.
         steps: () the number of times the optimizer has updated it, live; shared by all parameters in one vector. None =
             the optimizer does not count them.
+        whole: name -> state of the full parameter, fp32, live; see `GuardedOptimizer.whole_state`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class OptimizerShard:
     master: Tensor
     moments: Mapping[str, Tensor]
     steps: Tensor | None
+    whole: Mapping[str, Tensor]
 
 
 def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
@@ -54,7 +56,9 @@ def optimizer_shards(engine: Engine) -> Iterator[OptimizerShard]:
         here = slice(found.offset, found.offset + found.length)
         moments = {kind: one.view(-1)[here] for kind, one in state.items() if kind != STEPS}
         master, steps = found.flat.data.view(-1)[here], state.get(STEPS)
-        yield OptimizerShard(name, spec_of(parameter), parameter, found.shape, found.start, master, moments, steps)
+        whole = engine.optimizer.whole_state(parameter) if isinstance(engine.optimizer, GuardedOptimizer) else {}
+        spec = spec_of(parameter)
+        yield OptimizerShard(name, spec, parameter, found.shape, found.start, master, moments, steps, whole)
 
 
 def master_ranges(engine: Engine) -> Iterator[tuple[str, nn.Parameter, MasterRange]]:

@@ -233,7 +233,7 @@ class QKVLinear(nn.Module):
         self.q_weight = make_parameter(q_spec, tp.axes)
         self.kv_weight = make_parameter(kv_spec, tp.axes)
         self.q_bias = make_parameter(ParamSpec((q,), over_tensor(0), decay=False), tp.axes) if bias else None
-        kv_bias_spec = ParamSpec((kv,), over_tensor(0, num_kv_heads), decay=False)
+        kv_bias_spec = ParamSpec((kv,), over_tensor(0, num_kv_heads), decay=False, matrices=keys_and_values)
         self.kv_bias = make_parameter(kv_bias_spec, tp.axes) if bias else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

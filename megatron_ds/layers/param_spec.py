@@ -121,8 +121,8 @@ class ParamSpec:
         bound: it is initialised uniformly within ±bound, if `std` is None.
         fill: the constant that it is initialised with if both are None.
         decay: whether Adam's weight decay applies (not to biases and norms).
-        matrices: the matrices of linear maps that it consists of; None = it is no such map: an embedding, an output
-            head, a norm, a bias.
+        matrices: the matrices of linear maps that it consists of, or the vectors that are added to what these return;
+            None = it is no such map: an embedding, an output head, a norm, another bias.
     """
 
     shape: tuple[int, ...]
@@ -151,7 +151,7 @@ class ParamSpec:
     @property
     def matrix_shape(self) -> tuple[int, int] | None:
         """Rows and columns of each of its `matrices`; None if it has no matrices, or vectors instead."""
-        if self.matrices is None:
+        if self.matrices is None or len(self.shape) < 2:
             return None
         (_, blocks), _, (_, rows), (_, columns) = self.matrices.view_ranges(self.full_ranges, self.shape)
         return (blocks * rows, columns) if min(blocks * rows, columns) > 1 else None

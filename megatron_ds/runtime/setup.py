@@ -14,6 +14,7 @@ from megatron_ds.config import (
     check_activations,
     check_engine,
     check_experts,
+    check_option_values,
     check_recomputation,
     fill_deepspeed,
     load_deepspeed,
@@ -69,6 +70,7 @@ def plan_engine(
     if config.optimizer is not None:
         optimizer = OPTIMIZERS.get(config.optimizer.name, "optimizer.name")
         check_options(optimizer.from_section, 3, config.optimizer.options, "optimizer.options")
+        check_option_values(optimizer.from_section, config.optimizer.options, "optimizer.options")
         state_kinds_of(config.optimizer)  # checks the values of the options
     shape, mapping = hf.core.shape(), load_deepspeed(config.deepspeed)
     summary = summarize_deepspeed(mapping)

@@ -30,6 +30,7 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
     check_option_values(schedule, run.schedule.options, "schedule.options")
     optimizer = OPTIMIZERS.get(run.optimizer.name, "optimizer.name")
     check_options(optimizer.from_section, 3, run.optimizer.options, "optimizer.options")
+    check_option_values(optimizer.from_section, run.optimizer.options, "optimizer.options")
     if state_kinds_of(run.optimizer) is None and (run.checkpoint.every or resumes):
         fix = "checkpoint.every=0" if run.checkpoint.every else "checkpoint.resume=never"
         raise ConfigError(

@@ -14,7 +14,7 @@ from megatron_ds.parallel.grid import Grid
 from tests.checkpoint.runs import CUT, Curve, apart, offloaded, resumed_at, save_again, saved_at, steps
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_on
-from tests.parity.test_optimizers import CASE, RECIPES
+from tests.parity.test_optimizers import CASES, RECIPES
 from tests.ranks import run_grid
 
 ALONE = Place(1, 1, 1, 1)
@@ -27,9 +27,16 @@ PLACES = {
     "pp2-dp2": Place(1, 2, 2, 1),
     "dp2-z3-offload": offloaded(Place(1, 1, 2, 3)),
 }
-SAMPLE = [("lion", "tp2-sp", "tp2-dp2-z3"), ("sgd", "tp2-dp2-z3", "pp2-dp2")]
+SAMPLE = [("lion", "tp2-sp", "tp2-dp2-z3"), ("sgd", "tp2-dp2-z3", "pp2-dp2"), ("adafactor", "tp2-dp2-z3", "tp2-sp")]
+SAMPLE += [("adafactor-momentum", "pp2-dp2", "alone")]
 EVERYTHING = [(name, one, other) for name in RECIPES for one in PLACES for other in PLACES if one != other]
-KINDS = {"lion": {"exp_avg"}, "sgd": {"momentum_buffer"}, "sgd-plain": set[str]()}
+KINDS = {
+    "lion": {"exp_avg"},
+    "sgd": {"momentum_buffer"},
+    "sgd-plain": set[str](),
+    "adafactor": {"step", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"},
+    "adafactor-momentum": {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def saved(references: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(name: str, place: str) -> tuple[Path, Curve]:
         if (name, place) not in made:
-            directory, _ = references(CASE, RECIPES[name])
+            directory, _ = references(CASES[name], RECIPES[name])
             folder = tmp_path_factory.mktemp(f"{name}-{place}")
             curve = saved_at(directory, PLACES[place], RECIPES[name], folder)
             made[name, place] = folder / name_of(CUT), curve
@@ -52,7 +59,7 @@ def check(name: str, source: str, target: str, saved: Any, references: Any) -> N
     checkpoint, curve = saved(name, source)
     assert StateReader(checkpoint).optimizer_kinds == KINDS[name]
     assert resumed_at(checkpoint, PLACES[source], RECIPES[name]) == curve[CUT:], "bit for bit at the same layout"
-    _, reference = references(CASE, RECIPES[name])
+    _, reference = references(CASES[name], RECIPES[name])
     expected = list(zip(reference["losses"], reference["norms"]))[CUT:]
     loss, norm = apart(resumed_at(checkpoint, PLACES[target], RECIPES[name]), expected)
     assert loss < 2e-5 and norm < 1e-4, (loss, norm)

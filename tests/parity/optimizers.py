@@ -29,9 +29,16 @@ class PlainLion(torch.optim.Optimizer):
                 self.momentum[theta] = beta2 * m + (1 - beta2) * theta.grad
 
 
+def _adafactor(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=recipe.lr, relative_step=False, **dict(recipe.options))
+
+
 REFERENCES: Mapping[str, Callable[[Groups, Recipe], Any]] = {
     "adamw": lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps),
     "lion": lambda groups, recipe: PlainLion(groups, recipe.lr, recipe.betas),
     "muon": MuonAndAdamW,
+    "adafactor": _adafactor,
     "sgd": lambda groups, recipe: torch.optim.SGD(groups, lr=recipe.lr, **dict(recipe.options)),
 }

@@ -80,7 +80,7 @@ def test_another_optimizer_is_refused_and_then_begins_empty(make_run: MakeRun) -
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"optimizer": {"name": "sgd", "options": {"momentum": 1.5}}},
-        "optimizer.options.momentum=1.5 is not a number from 0 to below 1; try 0.9",
+        "optimizer.options.momentum=1.5 must be less than 1.0",
     ),
     (
         {"optimizer": {"name": "sgd", "options": {"momentum": 0.0, "nesterov": True}}},
@@ -88,8 +88,13 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"optimizer": {"name": "sgd", "options": {"nesterov": 1}}},
-        "optimizer.options.nesterov=1 is not true or false",
+        "optimizer.options.nesterov=1 is not true or false; nearest: true",
     ),
+    (
+        {"optimizer": {"name": "adafactor", "options": {"decay_rate": 0.8}}},
+        "optimizer.options.decay_rate=0.8 must be less",
+    ),
+    ({"optimizer": {"name": "adafactor", "options": {"beta": 0.8}}}, "optimizer.options.beta: unknown option"),
     (
         {
             "train": {"ema": {}},

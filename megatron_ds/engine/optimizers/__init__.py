@@ -1,12 +1,16 @@
 """Optimizers under DeepSpeed, one file each, registered by name."""
 
-from megatron_ds.engine.optimizers import adamw, lion, muon, sgd
+from megatron_ds.engine.optimizers import adamw  # the default, which messages name first
+
+# isort: split
+from megatron_ds.engine.optimizers import adafactor, lion, muon, sgd
 from megatron_ds.engine.optimizers.guarded import (
     ADAM_STATE,
     LR_FACTOR,
     OPTIMIZERS,
     STEPS,
     GuardedOptimizer,
+    Place,
     make_optimizer,
     state_kinds_of,
 )
@@ -19,7 +23,9 @@ __all__ = [
     "OPTIMIZERS",
     "STEPS",
     "GuardedOptimizer",
+    "Place",
     "WeightAverage",
+    "adafactor",
     "adamw",
     "begin_average",
     "lion",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ LR_FACTOR = "lr_factor"
 """Key of a parameter group: its learning rate divided by that of the run."""
 
 
+class Place(NamedTuple):
+    """The elements of a parameter in a tensor that DeepSpeed puts into `param_groups`.
+
+    Attributes:
+        tensor: the tensor.
+        start, stop: its elements.
+    """
+
+    tensor: Tensor
+    start: int
+    stop: int
+
+    def of(self, values: Tensor | None) -> Tensor:
+        """View the parameter's elements in a tensor of the shape of `tensor`."""
+        assert values is not None
+        return values.view(-1)[self.start : self.stop]
+
+
 class GuardedOptimizer(torch.optim.Optimizer):
     """An optimizer that can skip a step. Derive from it first and from a torch optimizer second.
 
@@ -33,10 +51,10 @@ class GuardedOptimizer(torch.optim.Optimizer):
     ZeRO-0; it does not look at the loss.
 
     Attributes:
-        state_kinds: names in `state` of what it keeps of each tensor, such as `ADAM_STATE`: `STEPS`, and fp32 tensors
-            of one number for each element, which begin at 0. Checkpoints hold them besides the fp32 weights, for any
-            layout. A class sets it, or an instance if it depends on options. None = it does not say; runs that save or
-            resume are refused.
+        state_kinds: names of what it keeps, such as `ADAM_STATE`: in `state` of each tensor `STEPS`, and fp32 tensors
+            of one number for each element, which begin at 0; and what is in `whole_state`. Checkpoints hold them
+            besides the fp32 weights, for any layout. A class sets it, or an instance if it depends on options. None =
+            it does not say; runs that save or resume are refused.
         optional_kinds: those of `state_kinds` that only some parameters have.
         has_adam_state: the same as `state_kinds = ADAM_STATE`.
         should_step: called at the first tensor of every step; its answer must be the same on all ranks. It may
@@ -112,6 +130,13 @@ class GuardedOptimizer(torch.optim.Optimizer):
     def kinds_in(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Return those of `state_kinds` that the tensors of a parameter group have."""
         return self.state_kinds or ()
+
+    def whole_state(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        """Return those of `state_kinds` of a parameter of the model that have no number for each element.
+
+        They are fp32, live, and the same on all ranks that hold some of its elements, at every layout.
+        """
+        return {}
 
     def create_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Create the state of a tensor as zeros if it is missing, so that a checkpoint can be read into it.

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine.matrix_exchange import MatrixExchange, MatrixKey, Transfer
 from megatron_ds.engine.optimizers.adamw import FUSED
-from megatron_ds.engine.optimizers.guarded import ADAM_STATE, LR_FACTOR, OPTIMIZERS, STEPS, GuardedOptimizer
+from megatron_ds.engine.optimizers.guarded import ADAM_STATE, LR_FACTOR, OPTIMIZERS, STEPS, GuardedOptimizer, Place
 from megatron_ds.engine.optimizers.newton_schulz import COEFFICIENTS, orthogonalize
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.layers.param_spec import ParamSpec
@@ -42,24 +42,6 @@ LR_ADJUSTMENTS: Mapping[str, Callable[[int, int], float]] = {
 """
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class Place(NamedTuple):
-    """The elements of a parameter in a tensor that DeepSpeed puts into `param_groups`.
-
-    Attributes:
-        tensor: the tensor.
-        start, stop: its elements.
-    """
-
-    tensor: Tensor
-    start: int
-    stop: int
-
-    def of(self, values: Tensor | None) -> Tensor:
-        """View the parameter's elements in a tensor of the shape of `tensor`."""
-        assert values is not None
-        return values.view(-1)[self.start : self.stop]
 
 
 class MatrixUpdate(NamedTuple):

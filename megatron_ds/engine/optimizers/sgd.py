@@ -6,14 +6,15 @@ al. 2013). Weight decay is added to the gradient, so that it passes through the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine.optimizers.adamw import FUSED
 from megatron_ds.engine.optimizers.guarded import OPTIMIZERS, GuardedOptimizer
-from megatron_ds.errors import ConfigError, show
+from megatron_ds.errors import ConfigError
 
 
 @OPTIMIZERS.register("sgd")
@@ -29,14 +30,10 @@ class GuardedSGD(GuardedOptimizer, torch.optim.SGD):
         section: OptimizerSection,
         device: torch.device,
         *,
-        momentum: float = 0.9,
+        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         nesterov: bool = False,
     ) -> GuardedSGD:
         """Return torch's SGD, fused if the device supports it."""
-        if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
-            raise ConfigError(f"optimizer.options.momentum={show(momentum)} is not a number from 0 to below 1; try 0.9")
-        if not isinstance(nesterov, bool):
-            raise ConfigError(f"optimizer.options.nesterov={show(nesterov)} is not true or false")
         if nesterov and not momentum:
             raise ConfigError("optimizer.options.nesterov=true needs a momentum; try optimizer.options.momentum=0.9")
         fused = device.type in FUSED
