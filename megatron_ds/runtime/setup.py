@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megatron_ds.config import (
     summarize_deepspeed,
 )
 from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory, state_kinds_of
+from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.layers.kernels import check_choice
 from megatron_ds.layers.moe.balance import RouterSettings
@@ -74,6 +76,7 @@ def plan_engine(
         state_kinds_of(config.optimizer)  # checks the values of the options
     shape, mapping = hf.core.shape(), load_deepspeed(config.deepspeed)
     summary = summarize_deepspeed(mapping)
+    _check_optimizer(config, summary, device_type)
     data_size = check_engine(config, shape, summary, world_size, device_type)
     check_experts(config, shape, mapping, data_size)
     encoder_decoder = hf.family.model_type if hf.core.has_cross_attention else ""
@@ -83,6 +86,24 @@ def plan_engine(
     context = plan_context(parallel.context, shape, parallel.tensor)
     layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, context=context.size, data=data_size)
     return EnginePlan(config, layout, context, fill_deepspeed(mapping, config, data_size, shape.hidden_size), summary)
+
+
+def _check_optimizer(config: EngineConfig, summary: DeepSpeedSummary, device_type: str) -> None:
+    """Refuse an optimizer whose kernels do not run here."""
+    if config.optimizer is None or not config.trains:
+        return
+    name, optimizer = config.optimizer.name, OPTIMIZERS.get(config.optimizer.name)
+    here = "cpu" if summary.offload_optimizer else device_type
+    if optimizer.device_type not in (None, here):
+        offload = ", to which zero_optimization.offload_optimizer moves it" if here != device_type else ""
+        raise ConfigError(
+            f"optimizer.name={name} runs on {optimizer.device_type} alone, not on {here}{offload}; nearest: adamw"
+        )
+    if optimizer.package is not None and find_spec(optimizer.package) is None:
+        raise ConfigError(
+            f"optimizer.name={name} needs {optimizer.package}; try pip install {optimizer.package}, or "
+            "optimizer.name=adamw"
+        )
 
 
 def build(model: LoadedModel, plan: EnginePlan, rank: int, device: torch.device) -> Engine:

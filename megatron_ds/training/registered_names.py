@@ -34,8 +34,7 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
     if state_kinds_of(run.optimizer) is None and (run.checkpoint.every or resumes):
         fix = "checkpoint.every=0" if run.checkpoint.every else "checkpoint.resume=never"
         raise ConfigError(
-            f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: its class does not list its state "
-            f"in state_kinds; try {fix}"
+            f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: {optimizer.why_unsaved}; try {fix}"
         )
     check_sinks(run)
     for number, entry in enumerate(run.callbacks):

@@ -29,7 +29,8 @@ PLACES = {
 }
 SAMPLE = [("lion", "tp2-sp", "tp2-dp2-z3"), ("sgd", "tp2-dp2-z3", "pp2-dp2"), ("adafactor", "tp2-dp2-z3", "tp2-sp")]
 SAMPLE += [("adafactor-momentum", "pp2-dp2", "alone")]
-EVERYTHING = [(name, one, other) for name in RECIPES for one in PLACES for other in PLACES if one != other]
+NEXT = dict(zip(PLACES, [*list(PLACES)[1:], "alone"]))  # every layout is saved at once, and resumed at once
+EVERYTHING = [(name, one, other) for name in RECIPES for one, other in NEXT.items()]
 KINDS = {
     "lion": {"exp_avg"},
     "sgd": {"momentum_buffer"},
@@ -72,9 +73,7 @@ def test_another_layout_goes_on(name: str, source: str, target: str, saved: Any,
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("name", "source", "target"), [one for one in EVERYTHING if one not in SAMPLE])
-def test_every_layout_goes_on_from_every_other(
-    name: str, source: str, target: str, saved: Any, references: Any
-) -> None:
+def test_every_layout_goes_on_from_another(name: str, source: str, target: str, saved: Any, references: Any) -> None:
     check(name, source, target, saved, references)
 
 

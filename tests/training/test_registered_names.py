@@ -102,7 +102,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"optimizer": {"name": "lyon"}},
-        "optimizer.name=lyon is not one of adamw, adafactor, lion, muon, sgd, slow_adamw; did you mean lion?",
+        "optimizer.name=lyon is not one of adamw, adafactor, adamw8bit, lion, muon, sgd, slow_adamw; "
+        "did you mean lion?",
     ),
     ({"optimizer": {"options": {"momentum": 0.9}}}, "optimizer.options.momentum: unknown option; it takes none"),
     (

@@ -3,7 +3,7 @@
 from megatron_ds.engine.optimizers import adamw  # the default, which messages name first
 
 # isort: split
-from megatron_ds.engine.optimizers import adafactor, lion, muon, sgd
+from megatron_ds.engine.optimizers import adafactor, adamw8bit, lion, muon, sgd
 from megatron_ds.engine.optimizers.guarded import (
     ADAM_STATE,
     LR_FACTOR,
@@ -27,6 +27,7 @@ __all__ = [
     "WeightAverage",
     "adafactor",
     "adamw",
+    "adamw8bit",
     "begin_average",
     "lion",
     "make_optimizer",

@@ -56,6 +56,9 @@ class GuardedOptimizer(torch.optim.Optimizer):
             besides the fp32 weights, for any layout. A class sets it, or an instance if it depends on options. None =
             it does not say; runs that save or resume are refused.
         optional_kinds: those of `state_kinds` that only some parameters have.
+        why_unsaved: the reason, if `state_kinds` is None.
+        device_type: the only type of device that it runs on; None = it runs on all.
+        package: a package that it needs; None = it needs no more than is installed.
         has_adam_state: the same as `state_kinds = ADAM_STATE`.
         should_step: called at the first tensor of every step; its answer must be the same on all ranks. It may
             communicate: DeepSpeed reaches this point on all ranks or on none.
@@ -65,6 +68,9 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
     state_kinds: tuple[str, ...] | None = None
     optional_kinds: ClassVar[tuple[str, ...]] = ()
+    why_unsaved: ClassVar[str] = "its class does not list its state in state_kinds"
+    device_type: ClassVar[str | None] = None
+    package: ClassVar[str | None] = None
     has_adam_state: ClassVar[bool] = False
     should_step: Callable[[], bool] | None = None
     average: WeightAverage | None = None
