@@ -1,4 +1,4 @@
-"""The parameters that DeepSpeed updates together, with the elements of them that each rank of the stage holds."""
+"""The parameters that DeepSpeed updates in one call of `step`, and the elements that each rank of the stage holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_ds.parallel.grid import Axis, stage_ranks
 
 
 class GroupHoldings(NamedTuple):
-    """What ranks hold. Parameters are known by their index in `Engine.local_parameters`.
+    """Elements by the ranks that hold them. Parameters are known by their index in `Engine.local_parameters`.
 
     Attributes:
         stage: the ranks of the pipeline stage.

@@ -59,7 +59,7 @@ class SummedPart:
 
 
 class TensorSums:
-    """The sums of the parameters that are updated together. Every rank of a pipeline stage has the same ones.
+    """The sums of the parameters that one call of `step` updates. Every rank of a pipeline stage has the same ones.
 
     Args:
         specs: index of a parameter -> its declaration, from `as_matrices`.

@@ -128,7 +128,10 @@ def test_the_average_is_the_formulas_between_all_layouts(
     check(source, target, references, expected, tmp_path)
 
 
-@pytest.mark.parametrize("trap", ["average of the last weights", "begins too early", "not saved"])
+TRAPS = [pytest.param("average of the last weights", marks=pytest.mark.sweep), "begins too early", "not saved"]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
 def test_traps_are_seen(
     trap: str, references: Any, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
