@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import cache, partial
 
 from bench.gpu.record import DEVICE, guarded, pick, record, wait_for_turn
-from bench.gpu.right.matrix import FULL_OFFLOAD
-from bench.gpu.right.small_runs import Outcome, Setting, largest_difference, train
+from bench.gpu.right.matrix import FULL_OFFLOAD, OPTIMIZER_OFFLOAD
+from bench.gpu.right.small_runs import LR, Outcome, Setting, largest_difference, train
 from megatron_ds.engine import DeviceSettings
 
 STEPS = pick(5, 3)
@@ -22,6 +22,9 @@ TENSOR = {"parallel": {"tensor": 2}}
 SEQUENCE = {"parallel": {"tensor": 2, "sequence": True}}
 PIPELINE = {"parallel": {"pipeline": 2}}
 ULYSSES, GATHER, RING = ({"parallel": {"context": {"size": 2, "method": one}}} for one in ("ulysses", "gather", "ring"))
+
+# In fp32, because in bf16 the iterations of Muon enlarge what sums in another order differ by
+MUON = {"optimizer": {"name": "muon", "lr": LR, "options": {"ns_dtype": "fp32"}}}
 
 LAYOUTS = {
     "tp2": Setting(engine=TENSOR, ranks=2, devices=TWO),
@@ -45,6 +48,9 @@ LAYOUTS = {
     "tp2 pp2 sequence": Setting(engine={"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}, ranks=4),
     "tp4 sequence": Setting(engine={"parallel": {"tensor": 4, "sequence": True}}, ranks=4),
     "tp2 dp2 zero3": Setting(engine=TENSOR, zero=3, ranks=4),
+    "tp2 sequence muon": Setting(engine={**SEQUENCE, **MUON}, ranks=2),
+    "dp2 zero3 muon": Setting(engine=MUON, zero=3, ranks=2),
+    "dp2 zero2 offload muon": Setting(zero=2, deepspeed=OPTIMIZER_OFFLOAD, engine=MUON, ranks=2),
     "tp2 sequence compiled": Setting(engine={**SEQUENCE, "compile": True}, ranks=2),
 }
 """The last one compiles, which takes longest."""
@@ -52,11 +58,18 @@ LAYOUTS = {
 
 def main(*names: str) -> None:
     """Train at the named layouts, each in ranks of its own; none = all."""
-    alone = {packed: train(Setting(packed=packed), STEPS) for packed in (False, True)}
-    record("layouts", "one rank", None, loss=round(alone[False].losses[-1], 5), ms=alone[False].ms)
+    plain = _alone(False, False)
+    record("layouts", "one rank", None, loss=round(plain.losses[-1], 5), ms=plain.ms)
     for name in names or LAYOUTS:
         setting = LAYOUTS[name]
-        guarded("layouts", name, partial(compare, name, setting, alone[setting.packed]))
+        alone = _alone(setting.packed, MUON.keys() <= setting.engine.keys())
+        guarded("layouts", name, partial(compare, name, setting, alone))
+
+
+@cache
+def _alone(packed: bool, muon: bool) -> Outcome:
+    """Train with one rank."""
+    return train(Setting(packed=packed, engine=MUON if muon else {}), STEPS)
 
 
 def compare(name: str, setting: Setting, alone: Outcome) -> None:
