@@ -19,7 +19,7 @@ from megatron_ds.config.context_plan import (
 )
 from megatron_ds.config.context_section import ContextMethod, ContextSection
 from megatron_ds.config.data_section import DataSection, DataSource
-from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving
+from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving, check_state_in_memory
 from megatron_ds.config.deepspeed_json import (
     DeepSpeedSummary,
     adapt_to_device,
@@ -86,6 +86,7 @@ __all__ = [
     "check_recomputation",
     "check_run",
     "check_saving",
+    "check_state_in_memory",
     "check_target_length",
     "describe_context",
     "dump_run",

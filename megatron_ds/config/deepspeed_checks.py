@@ -75,3 +75,17 @@ def check_saving(checkpoint: CheckpointSection, ema: EmaSection | None, mapping:
                 raise ConfigError(f"{on_nvme} cannot be saved yet; try cpu, or checkpoint.every=0")
             if ema is not None:
                 raise ConfigError(f"{on_nvme} cannot be averaged by train.ema yet; try cpu, or no train.ema")
+
+
+def check_state_in_memory(optimizer: str, mapping: Mapping[str, Any]) -> None:
+    """Check that the DeepSpeed JSON does not keep the state of an optimizer on NVMe that must be in memory.
+
+    Raises:
+        ConfigError: it does.
+    """
+    zero = mapping.get("zero_optimization") or {}
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise ConfigError(
+            "deepspeed.zero_optimization.offload_optimizer.device=nvme has not been tried with "
+            f"optimizer.name={optimizer}, whose ranks exchange state; try cpu, or optimizer.name=adamw"
+        )

@@ -63,6 +63,8 @@ def build_engine(
     _freeze(module, options.frozen, options.trains)
     declare_experts(module, folded)
     optimizer = _optimizer(module, options, device, folded)
+    if isinstance(optimizer, GuardedOptimizer):
+        optimizer.check_groups(grid)
     largest = max(grid.shard.size, grid.expert_shard.size) if folded else grid.shard.size
     config = adapt_to_device(options.deepspeed, device.type, largest)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use while it sets bf16 up

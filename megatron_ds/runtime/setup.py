@@ -17,6 +17,7 @@ from megatron_ds.config import (
     check_experts,
     check_option_values,
     check_recomputation,
+    check_state_in_memory,
     fill_deepspeed,
     load_deepspeed,
     plan_context,
@@ -74,6 +75,8 @@ def plan_engine(
         check_options(optimizer.from_section, 3, config.optimizer.options, "optimizer.options")
         check_option_values(optimizer.from_section, config.optimizer.options, "optimizer.options")
         state_kinds_of(config.optimizer)  # checks the values of the options
+        if not optimizer.works_on_nvme:
+            check_state_in_memory(config.optimizer.name, load_deepspeed(config.deepspeed))
     shape, mapping = hf.core.shape(), load_deepspeed(config.deepspeed)
     summary = summarize_deepspeed(mapping)
     _check_optimizer(config, summary, device_type)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_ds.engine.optimizers import muon
+from megatron_ds.errors import ConfigError
 from megatron_ds.layers import linear
 from megatron_ds.layers.param_spec import Matrices
 from tests.checkpoint.runs import offloaded
@@ -42,6 +43,11 @@ ORIGINAL = replace(
 RECIPES = {"match": MATCH, "original": ORIGINAL}
 TORCH_BF16 = Recipe(optimizer="muon", lr=1e-4)
 
+
+def _with_zero(**settings: Any) -> Place:
+    return Place(1, 1, 2, settings["stage"], extra=(("zero_optimization", settings),))
+
+
 LLAMA, GPT2, EXPERTS = "llama", "gpt2", "mixtral-four-experts"
 PLACES = {
     "z0": Place(1, 1, 2, 0),
@@ -57,6 +63,8 @@ PLACES = {
     "pp2-dp2": Place(1, 2, 2, 1),
     "tp2-pp2-dp2": Place(2, 2, 2, 1, True),
     "cp2-z1": Place(1, 1, 2, 1, cp=2),
+    "z2-round-robin": _with_zero(stage=2, round_robin_gradients=True),
+    "z3-sub-groups": _with_zero(stage=3, sub_group_size=3000),
     "offload": offloaded(Place(1, 1, 2, 2)),
     "offload-z3": offloaded(Place(1, 1, 2, 3)),
 }
@@ -123,6 +131,12 @@ def test_adapters_equal_torch(place: str, tmp_path: Path) -> None:
     reference = run_alone(train_peft, "llama-1kv", ADAPTER, MATCH, tmp_path)
     errors = relative_errors(train_adapter(tmp_path, PLACES[place], MATCH), reference)
     assert within(errors), errors
+
+
+def test_without_matrices_it_is_refused(references: Any) -> None:
+    directory, _ = references(LLAMA, MATCH)
+    with pytest.raises(ConfigError, match=r"updates matrices, and none is trained here; try optimizer\.name=adamw"):
+        train_ours(directory, Place(), replace(MATCH, frozen=("*proj*",)))
 
 
 @pytest.mark.parametrize("place", ["z1", *(pytest.param(one, marks=pytest.mark.sweep) for one in ("z2", "z3", "pp2"))])

@@ -79,6 +79,15 @@ def test_another_optimizer_is_refused_and_then_begins_empty(make_run: MakeRun) -
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
+        {
+            "optimizer": {"name": "muon"},
+            "checkpoint": {"every": 0},
+            "deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}},
+        },
+        "deepspeed.zero_optimization.offload_optimizer.device=nvme has not been tried with optimizer.name=muon, whose "
+        "ranks exchange state; try cpu, or optimizer.name=adamw",
+    ),
+    (
         {"optimizer": {"name": "sgd", "options": {"momentum": 1.5}}},
         "optimizer.options.momentum=1.5 must be less than 1.0",
     ),

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_ds.config import OptimizerSection
 from megatron_ds.engine.optimizers.weight_average import WeightAverage
 from megatron_ds.layers.param_spec import ParamSpec
+from megatron_ds.parallel.grid import Grid
 from megatron_ds.registry import Registry
 
 STEPS = "step"
@@ -59,6 +60,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         why_unsaved: the reason, if `state_kinds` is None.
         device_type: the only type of device that it runs on; None = it runs on all.
         package: a package that it needs; None = it needs no more than is installed.
+        works_on_nvme: DeepSpeed may keep its state on NVMe.
         has_adam_state: the same as `state_kinds = ADAM_STATE`.
         should_step: called at the first tensor of every step; its answer must be the same on all ranks. It may
             communicate: DeepSpeed reaches this point on all ranks or on none.
@@ -71,6 +73,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
     why_unsaved: ClassVar[str] = "its class does not list its state in state_kinds"
     device_type: ClassVar[str | None] = None
     package: ClassVar[str | None] = None
+    works_on_nvme: ClassVar[bool] = True
     has_adam_state: ClassVar[bool] = False
     should_step: Callable[[], bool] | None = None
     average: WeightAverage | None = None
@@ -108,6 +111,13 @@ class GuardedOptimizer(torch.optim.Optimizer):
             section: the run file's section.
         """
         return {}
+
+    def check_groups(self, grid: Grid) -> None:
+        """Check that the parameters of all pipeline stages suit the optimizer. May be collective over the world.
+
+        Raises:
+            ConfigError: they do not.
+        """
 
     @property
     def skipped(self) -> bool:

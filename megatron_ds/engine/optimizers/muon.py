@@ -25,6 +25,8 @@ from megatron_ds.engine.optimizers.guarded import ADAM_STATE, LR_FACTOR, OPTIMIZ
 from megatron_ds.engine.optimizers.newton_schulz import COEFFICIENTS, orthogonalize
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.layers.param_spec import ParamSpec
+from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.parallel.grid import Grid
 
 MATRICES = "matrices"
 """Key of a parameter group: its parameters consist of matrices that are orthogonalised."""
@@ -152,6 +154,7 @@ class GuardedMuon(GuardedOptimizer, Muon):
 
     state_kinds = (*ADAM_STATE, MOMENTUM)
     optional_kinds = ("exp_avg", "exp_avg_sq")
+    works_on_nvme = False
 
     @classmethod
     def from_section(
@@ -194,6 +197,14 @@ class GuardedMuon(GuardedOptimizer, Muon):
             return {MATRICES: True}
         lr = section.options.get("adamw_lr")
         return {} if lr is None else {LR_FACTOR: lr / section.lr}
+
+    def check_groups(self, grid: Grid) -> None:
+        """Check that some pipeline stage trains matrices. Collective over the world; see `GuardedOptimizer`."""
+        count = sum(len(group["params"]) for group in self.param_groups if group.get(MATRICES))
+        if not all_reduce_(torch.tensor(count), grid.host):
+            raise ConfigError(
+                "optimizer.name=muon updates matrices, and none is trained here; try optimizer.name=adamw"
+            )
 
     def kinds_in(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kinds of state of matrices, or those of AdamW."""
