@@ -148,7 +148,10 @@ def open_directory(directory: str | Path) -> TensorSource:
         index = directory / f"{single}.index.json"
         if index.is_file():
             return _open_indexed(index)
-    raise ConversionError(f"{directory}: no weights here; expected {SAFETENSORS}, {BIN}, or one of their indexes")
+    raise ConversionError(
+        f"{directory}: no weights here; expected {SAFETENSORS}, {BIN}, or one of their indexes"
+        f"{hub.download_hint(directory)}"
+    )
 
 
 def _open_indexed(index: Path) -> TensorSource:
@@ -180,7 +183,7 @@ def _read_index(index: Path) -> dict[str, Path]:
         if not _PLAIN_NAME.fullmatch(file):
             raise ConversionError(f"{index}: {name} points outside the directory, to {file!r}")
         if not hub.exists(index.parent / file):
-            raise ConversionError(f"{index}: {name} is in {file}, which is missing")
+            raise ConversionError(f"{index}: {name} is in {file}, which is missing{hub.download_hint(index.parent)}")
     return {name: index.parent / file for name, file in entries.items()}
 
 

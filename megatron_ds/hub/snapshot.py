@@ -9,7 +9,7 @@ header only.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +19,7 @@ from megatron_ds.atomic import replacing
 from megatron_ds.cache import cache_folder
 from megatron_ds.hub.ids import HubId, Snapshot, hub_id, snapshot_of
 from megatron_ds.hub.problems import explained
+from megatron_ds.log import get_logger
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _SMALL = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template, index of the weights
@@ -48,11 +49,23 @@ def local_directory(text: str, named: str = "") -> str:
 
     with explained(place, named or text):
         revision = HfApi().resolve_revision(place.repo, revision=place.revision)
+        if place.revision == revision.resolved and not _directory_of(place).is_dir():
+            # Nothing was asked yet. Without a net this fails at once; the listing of files is tried for half a minute.
+            HfApi().model_info(place.repo, revision=place.revision)
         directory = Path(snapshot_download(place.repo, revision=revision, allow_patterns=list(_CONFIGS)))
         missing = [name for name in _at_once(_listed(directory)) if not (directory / name).is_file()]
         if missing:
             snapshot_download(place.repo, revision=revision, allow_patterns=missing)
     return str(directory)
+
+
+def _directory_of(place: HubId) -> Path:
+    """Return the directory of a snapshot, whose commit is the revision."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=place.repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE, folder, "snapshots", str(place.revision))
 
 
 def pinned(text: str, named: str = "") -> str:
@@ -92,8 +105,12 @@ def size_of(file: Path) -> int:
     return file.stat().st_size if file.is_file() else _listed(file.parent)[file.name]
 
 
-def fetch(files: Iterable[Path]) -> None:
+def fetch(files: Iterable[Path], note: Callable[[str], object] | None = None) -> None:
     """Download those of these files that are not here; if another process of this machine does, wait for it.
+
+    Args:
+        files: any files.
+        note: gets a line on what is downloaded; None = the log does.
 
     Raises:
         HubError: the download fails.
@@ -102,7 +119,17 @@ def fetch(files: Iterable[Path]) -> None:
     for directory in dict.fromkeys(file.parent for file in missing):
         snapshot = snapshot_of(directory)
         assert snapshot is not None, directory
-        _fetch(snapshot, [file.name for file in missing if file.parent == directory])
+        own = [file for file in missing if file.parent == directory]
+        what = own[0].name if len(own) == 1 else f"{len(own)} files"
+        size = sum(map(size_of, own)) / 1e9
+        (note or get_logger().info)(f"downloading {what} of {snapshot.id.repo}, {size:,.1f} GB")
+        _fetch(snapshot, [file.name for file in own])
+
+
+def download_hint(directory: Path) -> str:
+    """Return the command that downloads what a snapshot lacks, to end a message; empty for another directory."""
+    snapshot = snapshot_of(directory)
+    return "" if snapshot is None else f"; try `{snapshot.id.download_command}`"
 
 
 def _fetch(snapshot: Snapshot, names: list[str]) -> None:

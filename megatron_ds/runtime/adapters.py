@@ -8,9 +8,10 @@ from typing import Any
 from megatron_ds.errors import CheckpointError, ConversionError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.peft.adapters import Adapters, read_adapters
-from megatron_ds.hf.peft.config import ADAPTER_CONFIG, find_weights
+from megatron_ds.hf.peft.config import ADAPTER_CONFIG, find_weights, named_base
 from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.peft.rope_file import ROPE_FILE, check_same_rope
+from megatron_ds.hub import name_of, parse_id
 
 
 def open_adapters(
@@ -70,6 +71,7 @@ def _check_same(adapters: Adapters, checkpoint: Path, model: HFModel, base: str)
         saved = read_adapters(checkpoint, model, base)
     except ConversionError as problem:
         raise CheckpointError(f"{checkpoint}: {problem}") from problem
+    _check_same_base(base, checkpoint)
     for native in sorted(adapters.saved ^ saved.saved):
         has = "trains" if native in adapters.saved else "does not train"
         raise CheckpointError(
@@ -84,3 +86,14 @@ def _check_same(adapters: Adapters, checkpoint: Path, model: HFModel, base: str)
                 f"peft: the adapter of {module} is {texts[0]}, and {checkpoint} has {texts[1]}; change it back, or "
                 "choose another output"
             )
+
+
+def _check_same_base(base: str, checkpoint: Path) -> None:
+    """Refuse another commit of the base on the hub than that on which the adapters were trained."""
+    now, then = parse_id(name_of(base)), parse_id(str(named_base(checkpoint)))
+    if now is None or then is None or now.repo != then.repo or then.revision in (None, now.revision):
+        return
+    raise CheckpointError(
+        f"model.path={now} is another commit than that on which {checkpoint} was trained; try model.path={then}, or "
+        "another output"
+    )

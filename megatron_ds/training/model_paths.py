@@ -7,26 +7,48 @@ from pathlib import Path
 
 from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, resolve_checkpoint
 from megatron_ds.config import RunConfig
-from megatron_ds.errors import HubError
-from megatron_ds.hub import hub_id, name_of, pinned
+from megatron_ds.config.yaml_text import parse_yaml
+from megatron_ds.errors import ConfigError, HubError
+from megatron_ds.hub import HubId, hub_id, name_of, parse_id, pinned
 from megatron_ds.log import log_once
 from megatron_ds.runtime.loaded_model import name_directory
-from megatron_ds.training.resume import checkpoint_folder
+from megatron_ds.training.resume import RUN_FILE, checkpoint_folder
 
 
 def with_pinned_models(run: RunConfig) -> RunConfig:
     """Return the run with the commits of the models on the hub that it reads, so that all ranks read the same.
 
-    An id whose commit cannot be found out stays; reading it says why.
+    A run that is resumed reads those with which it began, where the run file names no revision. An id whose commit
+    cannot be found out stays; reading it says why.
     """
+    before = _ids_before(run)
 
     def pin(field: str, path: str) -> str:
+        place, former = hub_id(path), before.get(field)
+        if place is not None and place.revision is None and former is not None and former.repo == place.repo:
+            return str(former)
         try:
             return pinned(path, f"{field}={path}")
         except HubError:
             return path
 
     return _with_models(run, pin)
+
+
+def _ids_before(run: RunConfig) -> dict[str, HubId]:
+    """Return the ids with commits of the run whose checkpoints are in the output and are resumed, by key."""
+    file = Path(run.output) / RUN_FILE
+    if run.checkpoint.resume != "auto" or not checkpoints_in(checkpoint_folder(run.output)):
+        return {}
+    try:
+        content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return {}  # it is gone, or refused later on
+    content = content if isinstance(content, dict) else {}
+    model = content["model"] if isinstance(content.get("model"), dict) else {}
+    given = {"model.path": model.get("path"), "model.tokenizer": model.get("tokenizer"), "peft": content.get("peft")}
+    found = {key: parse_id(text) for key, text in given.items() if isinstance(text, str)}
+    return {key: one for key, one in found.items() if one is not None and one.revision is not None}
 
 
 def with_directories(run: RunConfig, checkpoint: Path | None) -> RunConfig:

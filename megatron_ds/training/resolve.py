@@ -41,8 +41,8 @@ from megatron_ds.runtime.optimizer_groups import grouped_parameters
 from megatron_ds.runtime.setup import EnginePlan, plan_engine
 from megatron_ds.training.model_paths import with_directories
 from megatron_ds.training.registered_names import check_registered_names
-from megatron_ds.training.resume import check_same_model, checkpoint_folder
-from megatron_ds.training.run_output import DATA_USAGE, LOSS_PLOT, RUN_FILE
+from megatron_ds.training.resume import RUN_FILE, check_same_model, checkpoint_folder
+from megatron_ds.training.run_output import DATA_USAGE, LOSS_PLOT
 
 MODEL_PARTS = ("config.json", ADAPTER_CONFIG, TRAINING_STATE, MARK)  # of models, adapters, checkpoints and exports
 REPLACED = (RUN_FILE, DATA_USAGE, LOSS_PLOT, REPORT)  # in an output; earlier metrics and checkpoints are kept

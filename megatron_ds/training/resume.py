@@ -20,6 +20,9 @@ from megatron_ds.errors import CheckpointError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.parallel.rank_info import RankInfo
 
+RUN_FILE = "config.yaml"
+"""The run file in a run's output, with everything that was chosen."""
+
 
 def checkpoint_folder(output: str) -> Path:
     """Return the directory of a run's checkpoints."""

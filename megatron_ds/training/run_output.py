@@ -30,9 +30,9 @@ from megatron_ds.monitor import (
 )
 from megatron_ds.monitor.report import REPORT, write_end, write_report, write_start
 from megatron_ds.training.model_paths import with_hub_names
+from megatron_ds.training.resume import RUN_FILE
 from megatron_ds.training.statement import describe_sources
 
-RUN_FILE = "config.yaml"
 DATA_USAGE = "data.json"
 LOSS_PLOT = "loss.png"
 LONGEST_REASON = 500  # characters of an error in the report

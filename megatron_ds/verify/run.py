@@ -100,6 +100,7 @@ def verify_hf(
     parallel, data = _with_experts(parallel, ep, core.shape())
     context = plan_context(section, core.without_dropout().shape(), tp, CONTEXT_NAMES)
     inputs, not_reached = core.probes(context.multiple_of(tp if sequence else 1))
+    hub.fetch(weights.files, note)
     _preload()
     from megatron_ds.verify.ours import run_rank
 

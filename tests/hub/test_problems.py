@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from megatron_ds import load_model
 from megatron_ds.errors import ConversionError, HubError
@@ -145,3 +145,21 @@ def waits(info: object) -> str:
         return f"done {rank}"
 
     return run_long_on_all_ranks(step, ask_every_s=0.05)
+
+
+def test_a_cache_that_other_clients_have_filled(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers downloads files one by one, and keeps no list of those that there are."""
+    model = write_model(tmp_path / "model")
+    commit = hub.publish(model, "org/name")
+    files = [name for name in hub.files("org/name") if name not in ("README.md", SECOND)]
+    for name in files:
+        hf_hub_download("org/name", name)
+    go_offline(monkeypatch)
+    hint = f"; try `hf download org/name --revision {commit}`"
+    assert str(refused_config("org/name")).endswith(f"is in {SECOND}, which is missing{hint}")
+    (hub.cache / "models--org--name" / "snapshots" / commit / "model.safetensors.index.json").unlink()
+    assert str(refused_config("org/name")).endswith(f"or one of their indexes{hint}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    load_model("org/name")
+    hub.stop()
+    load_model("org/name")

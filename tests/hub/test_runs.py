@@ -67,7 +67,7 @@ def test_adapters_name_their_base_by_its_id(
     commit = hub.publish(model, "org/name")
     adapters, merged = tmp_path / "adapters", tmp_path / "merged"
     mapping = run_mapping(corpus, tmp_path / "out") | {"model": {"path": "org/name"}, "export": {"path": str(adapters)}}
-    mapping["peft"] = {"r": 2, "target_modules": ["q_proj"]}
+    mapping["peft"], mapping["checkpoint"] = {"r": 2, "target_modules": ["q_proj"]}, {"every": 2}
     mapping["train"] |= {"steps": 2}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(mapping))
     process = fork("-m", "megatron_ds", "train", "run.yaml")
@@ -76,11 +76,18 @@ def test_adapters_name_their_base_by_its_id(
     config = json.loads((adapters / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", commit)
     hub.publish(adapters, "org/lora")
-    hub.publish({"config.json": b"{}"}, "org/name")  # main is another commit now
+    other = hub.publish({"notes.txt": b"the same weights"}, "org/name")  # main is another commit now
     shutil.rmtree(adapters)
     process = fork("-m", "megatron_ds", "export", "org/lora", merged, "--merge")
     output = process.communicate(timeout=120)
     assert process.returncode == 0, output
+    assert "resuming from step 2" in "".join(run(fork, "train", "run.yaml", "train.steps=3", "export=null"))
+    process = fork(
+        "-m", "megatron_ds", "train", "run.yaml", "train.steps=4", f"model.path=org/name@{other}", "export=null"
+    )
+    refused = process.communicate(timeout=60)[1]
+    assert f"model.path=org/name@{other} is another commit than that on which" in refused
+    assert f"try model.path=org/name@{commit}, or another output" in refused
     changed = load_file(merged / "model.safetensors")
     before = all_weights(model)
     assert changed.keys() == before.keys()
@@ -99,7 +106,9 @@ def test_commands(hub: LocalHub, model: Path, tmp_path: Path, fork: Fork) -> Non
     assert (tmp_path / "corpus.idx").is_file() and hub.downloads().count(FIRST) == 0
     run(fork, "import", "org/name", "checkpoint")
     assert all_weights(tmp_path / "checkpoint").keys() == all_weights(model).keys()
+    (hub.cache / "models--org--name" / "snapshots" / commit / SECOND).unlink()
     out, err = run(fork, "verify", "org/name@main")
+    assert out.splitlines()[0] == f"downloading {SECOND} of org/name, 0.0 GB"
     assert out.splitlines()[-1] == "verdict     equal to transformers: org/name@main"
 
 
