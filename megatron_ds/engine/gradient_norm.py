@@ -31,12 +31,16 @@ from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils import groups
 from torch import Tensor
 
+_LEAST_GROUPS = 4
+"""The least number of parameter groups that a norm is computed of, with zeros for those that are missing: with weight
+decay or without, of experts or not. Sums of other shapes are rounded otherwise, and this keeps the bits of runs."""
+
 ReadNorm = Callable[[Tensor], Tensor]
 """The norm on the device, a scalar -> the same on the host. Called on all ranks, so it may communicate."""
 
 
 def read_norm_once(zero: Any, read: ReadNorm) -> None:
-    """Make DeepSpeed's optimizer take its gradient norm from the host.
+    """Make DeepSpeed's optimizer take its gradient norm from the host. Collective over the model-parallel ranks.
 
     Args:
         zero: the optimizer of stage 1, 2 or 3.
@@ -46,38 +50,47 @@ def read_norm_once(zero: Any, read: ReadNorm) -> None:
         zero.step = partial(_step_of_bf16, zero, read)
         return
     zero.has_overflow = lambda partition_gradients=True: False
+    most = _most_groups(zero)
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        zero._get_norm_groups = partial(_norms_of_stage_3, zero, zero._get_norm_groups, read)
+        zero._get_norm_groups = partial(_norms_of_stage_3, zero, zero._get_norm_groups, read, most)
     else:
         assert isinstance(zero, DeepSpeedZeroOptimizer), type(zero)
-        zero.scaled_global_norm = partial(_norm_of_stages_1_and_2, zero, read)
+        zero.scaled_global_norm = partial(_norm_of_stages_1_and_2, zero, read, most)
 
 
-def _norm_of_stages_1_and_2(zero: Any, read: ReadNorm) -> Tensor:
+def _most_groups(zero: Any) -> int:
+    """Return the number of parameter groups of the stage that has most of them. Collective over the model's ranks."""
+    most = torch.tensor(max(len(zero.optimizer.param_groups), _LEAST_GROUPS), device=_device())
+    _reduce_over(most, zero.model_parallel_group, dist.ReduceOp.MAX)
+    return int(most)
+
+
+def _norm_of_stages_1_and_2(zero: Any, read: ReadNorm, most: int) -> Tensor:
     if zero.cpu_offload:  # the gradients are in host memory; DeepSpeed would reduce a norm for each parameter group
         return read(zero.complete_grad_norm_calculation_for_cpu_offload(list(chain(*zero.params_in_partition))))
-    return read(_norm(zero, zero.params_in_partition, torch.float32))
+    return read(torch.linalg.vector_norm(_norms(zero, zero.params_in_partition, torch.float32, most)))
 
 
-def _norms_of_stage_3(zero: Any, of_offloaded: Callable[[], list[Tensor]], read: ReadNorm) -> list[Tensor]:
+def _norms_of_stage_3(zero: Any, of_offloaded: Callable[[], list[Tensor]], read: ReadNorm, most: int) -> list[Tensor]:
     if zero.offload_optimizer:  # a norm that is not finite is -1 there
         return [read(combine_grad_norm_groups(of_offloaded()))]
-    return [read(_norm(zero, zero.fp16_groups, get_norm_dtype()))]
+    return [read(torch.linalg.vector_norm(_norms(zero, zero.fp16_groups, get_norm_dtype(), most)))]
 
 
-def _norm(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
-    """Return the L2 norm of the gradients of all parameter groups, as DeepSpeed counts them: a scalar.
+def _norms(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, most: int) -> Tensor:
+    """Return the L2 norm of the gradients of each parameter group, as DeepSpeed counts them, and zeros: (most,).
 
     Of what several tensor ranks hold, the first rank counts, and the first pipeline stage of what several stages hold.
-    Groups are summed before ranks, because pipeline stages may have different numbers of them. One all-reduce over
-    shard, and one over the model-parallel ranks.
+    One all-reduce over shard, and one over the model-parallel ranks. Stages whose groups are different ones add norms
+    of different groups, which does not change the norm of all.
 
     Args:
         zero: the optimizer, with the gradients of this rank's partition.
         parameter_groups: the parameters of each group in this rank's partition.
-        dtype: the dtype of the sum of squares that is reduced.
+        dtype: the dtype of the sums of squares that are reduced.
+        most: see `_most_groups`.
     """
-    total = torch.zeros((), dtype=get_norm_dtype(), device=get_accelerator().current_device_name())
+    sums = []
     for index, parameters in enumerate(parameter_groups):
         gradients = [one for one in zero.averaged_gradients[index] if not getattr(one, "_zero_padding", False)]
         counted = [
@@ -86,23 +99,28 @@ def _norm(zero: Any, parameter_groups: Sequence[Sequence[Tensor]], dtype: torch.
             if not getattr(parameter, "ds_pipe_replicated", False)
             and (is_model_parallel_parameter(parameter) or zero.model_parallel_rank == 0)
         ]
-        total += _sum_of_squares(counted, get_norm_dtype())
-    total = total.to(dtype)
+        sums.append(_sum_of_squares(counted, get_norm_dtype()))
+    sums += [torch.zeros_like(sums[0])] * (most - len(sums))
+    by_group = torch.stack(sums).to(dtype)
     for group in (zero.dp_process_group, zero.model_parallel_group):
-        _sum_over(total, group)
-    return total.sqrt()
+        _reduce_over(by_group, group)
+    return by_group.sqrt()
 
 
-def _sum_over(x: Tensor, group: Any) -> None:
-    """Sum in place over a group of DeepSpeed's, which may be None or hold this rank alone."""
+def _reduce_over(x: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce in place over a group of DeepSpeed's, which may be None or hold this rank alone."""
     if group is not None and dist.get_world_size(group=group) > 1:
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x, op=op, group=group)
+
+
+def _device() -> str:
+    return str(get_accelerator().current_device_name())
 
 
 def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the sum of the squares of all elements, a scalar of `dtype`. One kernel reads many tensors."""
     if not tensors:
-        return torch.zeros((), dtype=dtype, device=get_accelerator().current_device_name())
+        return torch.zeros((), dtype=dtype, device=_device())
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).square().sum()
 
 
@@ -117,9 +135,9 @@ def _step_of_bf16(zero: Any, read: ReadNorm) -> None:
     if zero.has_moe_layers:  # after their sum every rank of a stage has it, and one of its tensor ranks adds it
         for name in zero.expert_gradients:
             of_stage = _sum_of_squares(of_experts.get(name, []), torch.float32)
-            _sum_over(of_stage, groups._get_expert_parallel_group(name))
+            _reduce_over(of_stage, groups._get_expert_parallel_group(name))
             squares += of_stage if bwc_tensor_model_parallel_rank(zero.mpu) == 0 else 0.0
-    _sum_over(squares, zero.mpu.get_model_parallel_group())
+    _reduce_over(squares, zero.mpu.get_model_parallel_group())
     norm = read(squares.sqrt())
     zero.overflow = not bool(norm.isfinite())
     if zero.overflow:
