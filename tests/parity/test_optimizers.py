@@ -22,6 +22,7 @@ from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, engine_on, micro_batches, train_ours
 from tests.ranks import run_grid
 
+EXPERTS = "mixtral-four-experts"
 LLAMA, QWEN2 = "llama", "qwen2-tied"  # the latter has biases, a tied embedding, and a vocabulary that is padded
 RECIPES = {
     "lion": Recipe(optimizer="lion", lr=3e-4, betas=(0.9, 0.99), weight_decay=1.0),
@@ -116,6 +117,30 @@ def test_traps_in_adafactor_are_seen(trap: Any, references: Any, monkeypatch: py
     directory, reference = references(QWEN2, RECIPES["adafactor"])
     trap(monkeypatch)
     assert not within_fp32(relative_errors(train_ours(directory, PLACES["tp2-sp"], RECIPES["adafactor"]), reference))
+
+
+OF_EXPERTS = [
+    Place(2, 1, 2, 2, True, expert=4),
+    *(
+        pytest.param(place, marks=pytest.mark.sweep)
+        for place in (
+            Place(1, 1, 2, 0, expert=2),
+            Place(1, 1, 2, 1, expert=2),
+            Place(1, 1, 2, 3, expert=2),
+            Place(1, 2, 2, 1, expert=2),
+            Place(2, 1, 1, 1, True, expert=1),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("place", OF_EXPERTS, ids=str)
+def test_experts_are_updated_alike_at_every_layout(place: Place, references: Any) -> None:
+    """Each expert has means of its own; transformers has them over all experts of a layer."""
+    directory, _ = references(EXPERTS, RECIPES["adafactor"])
+    alone, ours = (train_ours(directory, one, RECIPES["adafactor"]) for one in (Place(1, 1, 1, 0), place))
+    errors = relative_errors(ours, alone)
+    assert within_fp32(errors), errors
 
 
 def _copies_of_the_tied_embedding(grid: Grid, directory: Path) -> tuple[Tensor, list[Tensor]]:
