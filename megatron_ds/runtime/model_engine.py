@@ -151,16 +151,17 @@ class ModelEngine:
         assert saved is not None
         return Path(saved.path)
 
-    def load(self, checkpoint: str | Path) -> Progress:
-        """Restore masters, optimizer moments and step counts of a checkpoint of any layout.
+    def load(self, checkpoint: str | Path, *, resets_optimizer: bool = False) -> Progress:
+        """Restore masters, optimizer state and step counts of a checkpoint of any layout.
 
         Weights are read by `load_model`: give it the same checkpoint.
 
         Args:
             checkpoint: a checkpoint, or a folder of checkpoints, of which the latest is used.
+            resets_optimizer: an optimizer that keeps other state than the checkpoint has begins with an empty one.
 
         Raises:
-            CheckpointError: it is damaged, or has a different model.
+            CheckpointError: it is damaged, or has a different model, or the state of another optimizer.
         """
         path = resolve_checkpoint(expanded(checkpoint)).resolve()
         problem = first_damage(path, self.grid.world.rank, self.grid.world.size)
@@ -168,7 +169,7 @@ class ModelEngine:
             raise CheckpointError(problem)
         reader = StateReader(path)
         check_masters(reader, sampled=True)
-        self.progress = load_state(self.engine, reader)
+        self.progress = load_state(self.engine, reader, resets_optimizer=resets_optimizer)
         return self.progress
 
     def export_hf(
