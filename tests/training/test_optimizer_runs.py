@@ -77,6 +77,7 @@ def test_another_optimizer_is_refused_and_then_begins_empty(make_run: MakeRun) -
     assert [line["step"] for line in lines_of(run) if "lr" in line] == list(range(1, 9))
 
 
+ON_NVME = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}}
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {
@@ -105,10 +106,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"optimizer": {"name": "adafactor", "options": {"beta": 0.8}}}, "optimizer.options.beta: unknown option"),
     (
-        {
-            "train": {"ema": {}},
-            "deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}},
-        },
+        {"optimizer": {"name": "adafactor"}, "deepspeed": ON_NVME},
+        "deepspeed.zero_optimization.offload_optimizer.device=nvme has not been tried with optimizer.name=adafactor",
+    ),
+    (
+        {"train": {"ema": {}}, "deepspeed": ON_NVME},
         "deepspeed.zero_optimization.offload_optimizer.device=nvme cannot be averaged by train.ema yet; try cpu",
     ),
 ]

@@ -176,6 +176,7 @@ class GuardedAdafactor(GuardedOptimizer, Adafactor):
 
     state_kinds = (STEPS, SQUARES, ROWS, COLUMNS)
     optional_kinds = (SQUARES, ROWS, COLUMNS)
+    works_on_nvme = False
 
     @classmethod
     def from_section(
