@@ -211,7 +211,21 @@ class Attention(nn.Module):
         if span is None:
             documents = positions if rows.positions is not None else None
             return self._core(q, k, v, *Row(None, documents, None, distances))
-        return self._by_torch(q, k, v, Row(None, rows.positions, None, distances), span)
+        row = Row(None, rows.positions, None, distances)
+        by_products = all(one is None for one in (shape.alibi, distances, shape.softcap, self.sinks))
+        if count == 1 and by_products and self._is_grouped(k.shape[2]):
+            return self._by_one_query(q, k, v, row, span)
+        return self._by_torch(q, k, v, row, span)
+
+    def _by_one_query(self, q: Tensor, k: Tensor, v: Tensor, row: Row, span: Span) -> Tensor:
+        """Attend by one query of each head, without repeating keys: q (1, B, N/t, D) -> (1, B, N/t * D).
+
+        The query heads that share a key head are its queries. Keys and values are (C, B, K/c, D).
+        """
+        k, v = (part.permute(1, 2, 0, 3) for part in (k, v))
+        queries = q[0].unflatten(1, (k.shape[1], -1))
+        mask = self._allowed(q.permute(1, 2, 0, 3), row, span)
+        return F.scaled_dot_product_attention(queries, k, v, mask, scale=self.shape.scale).flatten(1)[None]
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, (S, B, heads, D), where the layer has norms of them."""
