@@ -17,6 +17,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.evaluation import Evaluation, Tasks
 from tests.cli.conftest import Fork, fork, start  # noqa: F401
 from tests.parity.cases import CONFIGS
+from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.reference import make_model
 from tests.ranks import preload, run_alone
 
@@ -83,9 +84,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTo
     """A directory with hf, a model and its tokenizer, and tasks."""
     place = tmp_path_factory.mktemp("tasks")
     preload()
-    config = {**CONFIGS["llama"], "vocab_size": 267, "max_position_embeddings": LENGTH}
-    run_alone(_save, config, place / "hf")
-    byte_tokenizer.save_pretrained(str(place / "hf"))
+    end = byte_tokenizer.convert_tokens_to_ids("7")
+    decoder = {**CONFIGS["llama"], "max_position_embeddings": LENGTH, "eos_token_id": end}
+    for name, config in (("hf", decoder), ("t5", ENCODER_CASES["t5-tied-relu"])):
+        run_alone(_save, {**config, "vocab_size": 267}, place / name)
+        byte_tokenizer.save_pretrained(str(place / name))
     (place / "tasks").mkdir()
     write_tasks(place / "tasks")
     return place
@@ -100,7 +103,7 @@ def answers(samples: list[dict[str, Any]]) -> list[Any]:
     return [one["resps"] for one in sorted(samples, key=lambda one: one["doc_id"])]
 
 
-def by_transformers(place: Path) -> Expected:
+def by_transformers(place: Path, model_name: str) -> Expected:
     """The results and answers of lm-eval's own backend, in a process that is no rank."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
@@ -109,7 +112,7 @@ def by_transformers(place: Path) -> Expected:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
-    model = HFLM(pretrained=str(place / "hf"), device="cpu", batch_size=4)
+    model = HFLM(pretrained=str(place / model_name), device="cpu", batch_size=4)
     found = simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, log_samples=True)
     results = {name: dict(one) for name, one in found["results"].items()}
     return results, {name: answers(one) for name, one in found["samples"].items()}
@@ -117,12 +120,12 @@ def by_transformers(place: Path) -> Expected:
 
 @pytest.fixture(scope="module")
 def expected(place: Path) -> Expected:
-    found: Expected = run_alone(by_transformers, place)
+    found: Expected = run_alone(by_transformers, place, "hf")
     return found
 
 
-def evaluated(place: Path, names: Iterable[str] = TASKS, **options: Any) -> Evaluation:
-    found = mds.evaluate(place / "hf", tasks=Tasks(tuple(names), place / "tasks", log_samples=True), **options)
+def evaluated(place: Path, names: Iterable[str] = TASKS, model_name: str = "hf", **options: Any) -> Evaluation:
+    found = mds.evaluate(place / model_name, tasks=Tasks(tuple(names), place / "tasks", log_samples=True), **options)
     assert found is not None and found.tasks is not None
     return found
 
@@ -204,6 +207,17 @@ def test_what_is_refused(options: dict[str, Any], said: str, place: Path) -> Non
     tasks = tasks if isinstance(tasks, Tasks) else Tasks(tasks, place / "tasks")
     with pytest.raises(ConfigError, match=said):
         mds.evaluate(place / "hf", **{**options, "tasks": tasks})
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("options", [{"tp": 2}, {"pp": 2, "nproc": 4, "batch_size": 3}], ids=["tp2", "pp2-dp2"])
+def test_an_encoder_decoder(options: dict[str, Any], place: Path) -> None:
+    found, (_, samples) = evaluated(place, model_name="t5", **options), run_alone(by_transformers, place, "t5")
+    for name in set(TASKS) - {"written"}:
+        assert_same(answers(found.tasks["samples"][name]), samples[name])
+    # the other backend adds the length of the longest context to the number of new tokens
+    for (ours,), (theirs,) in zip(answers(found.tasks["samples"]["written"]), samples["written"]):
+        assert theirs[0].startswith(ours[0])
 
 
 @pytest.mark.sweep
