@@ -29,7 +29,7 @@ Examples:
 def init(
     run: Annotated[Path, typer.Argument(help="The file to write.", metavar="RUN.yaml", parser=expanded)],
     model: Annotated[
-        str, typer.Option(metavar="HF_DIR", parser=expanded_text, help="Hugging Face directory, or a checkpoint.")
+        str, typer.Option(metavar="HF_DIR", parser=expanded_text, help="Hugging Face directory, id or checkpoint.")
     ],
     data: Annotated[
         str,

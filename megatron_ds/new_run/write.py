@@ -13,6 +13,7 @@ from megatron_ds.atomic import replacing
 from megatron_ds.config import load_run
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel, read_model
+from megatron_ds.hub import local_directory
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
@@ -31,7 +32,7 @@ class NewRun:
     """The answers that a run file is written from.
 
     Attributes:
-        model: a Hugging Face directory, or a checkpoint.
+        model: a Hugging Face directory, the id of a model on the hub, or a checkpoint.
         data: training data.
         valid: validation data; None = 1 % of the training data.
         output: the run's directory; metrics, checkpoints and the export are written there.
@@ -69,7 +70,7 @@ def write_run(new: NewRun, path: Path, *, overwrite: bool = False) -> ChosenLayo
         raise ConfigError(f"RUN.yaml={path} exists; choose another name, or try --overwrite")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"RUN.yaml={path} is not in a directory that exists; try mkdir -p {path.absolute().parent}")
-    hf = read_model(new.model, "--model")
+    hf = read_model(local_directory(new.model, f"--model={new.model}"), "--model")
     found = find_format(new.data, has_label_head=hf.core.labels is not None)
     sizes = _sizes(hf, new)
     layout = choose_layout(sizes, new.num_gpus, new.gpu_bytes) if new.num_gpus else ChosenLayout(1, 1, "none")

@@ -104,6 +104,9 @@ def test_commands(hub: LocalHub, model: Path, tmp_path: Path, fork: Fork) -> Non
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     run(fork, "prepare", "text.jsonl", "--output", "corpus", "--tokenizer", "org/name")
     assert (tmp_path / "corpus.idx").is_file() and hub.downloads().count(FIRST) == 0
+    run(fork, "init", "new.yaml", "--model", "org/name", "--data", "text.jsonl", "--gpus", "0")
+    assert yaml.safe_load((tmp_path / "new.yaml").read_text())["model"]["path"] == "org/name"
+    assert hub.downloads().count(FIRST) == 0
     run(fork, "import", "org/name", "checkpoint")
     assert all_weights(tmp_path / "checkpoint").keys() == all_weights(model).keys()
     (hub.cache / "models--org--name" / "snapshots" / commit / SECOND).unlink()
