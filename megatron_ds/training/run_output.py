@@ -53,7 +53,7 @@ class RunOutput:
         self._writer: MetricsWriter | None = None
         self._sinks: list[MetricSink] = []
         self._system: SystemMeter | None = None
-        self._last_step = 0
+        self._last_step: int | None = None  # None = the run has not started
 
     def start(self, summary: RunSummary, continue_after: int | None = None) -> None:
         """Make the directory, write `config.yaml`, open `metrics.jsonl` and other sinks, show the summary.
@@ -74,6 +74,7 @@ class RunOutput:
         if self._run.monitor or self._run.train.log_system:
             self._system = SystemMeter()
         write_start(self._directory, summary, continue_after)
+        self._last_step = continue_after or 0
         self._reporter.start(summary)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -151,7 +152,7 @@ class RunOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close(failed=error is not None)
-        if error is not None and self._writer is not None:
+        if error is not None and self._last_step is not None:
             self._report_failure(error)
 
     def _report_failure(self, error: BaseException) -> None:

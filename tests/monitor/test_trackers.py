@@ -136,7 +136,8 @@ def test_what_lines_are_called() -> None:
         "train/terms/aux": 2.0,
         "system/gpu0_power_watts": 300.0,
     }
-    assert line_of(ValidMetrics(4, 2.0, {"macro_f1": 0.5})) == (4, {"valid/loss": 2.0, "valid/macro_f1": 0.5})
+    valid = ValidMetrics(4, 2.0, {"macro_f1": 0.5}, {"wiki": 3.0})
+    assert line_of(valid) == (4, {"valid/loss": 2.0, "valid/macro_f1": 0.5, "valid/losses/wiki": 3.0})
 
 
 def test_settings_have_dotted_keys(tmp_path: Path) -> None:

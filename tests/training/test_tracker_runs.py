@@ -242,6 +242,7 @@ def test_a_tracker_that_needs_a_key_is_refused_before_the_first_step_on_all_rank
         "monitor[1]=wandb: no API key is configured; try wandb login, or its option mode: offline"
     )
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+    assert not {"report.html", "sessions.jsonl"} & {path.name for path in (tmp_path / "out").iterdir()}, "not started"
 
 
 def run_with(folder: Path, **entry: Any) -> SinkInfo:

@@ -13,8 +13,11 @@ from megatron_ds.monitor.sinks import SinkInfo
 
 Setting = str | bool | int | float
 
-_PREFIXES = {"valid_losses": "loss/", "metrics": "", "system": "system/"}
-"""Prefixes of the names in a mapping of metrics; another mapping's is its own name."""
+_PREFIXES = {"valid_losses": "losses/", "metrics": "", "system": "system/"}
+"""Prefixes of the names in a mapping of metrics; another mapping's is its own name.
+
+No prefix is the name of a number: in MLflow's directories `valid/loss` is a file, and can have nothing below it.
+"""
 
 
 class Line(NamedTuple):
@@ -34,7 +37,7 @@ def line_of(metrics: Metrics) -> Line:
     for name in type(metrics).__dataclass_fields__:
         value = getattr(metrics, name)
         if isinstance(value, Mapping):
-            prefix = _PREFIXES.get(name, f"{name.removeprefix('valid_')}/")
+            prefix = _PREFIXES.get(name, f"{name}/")
             group = prefix if name == "system" else f"{kind}{prefix}"
             values |= {f"{group}{key}": float(one) for key, one in value.items()}
         elif value is not None and name != "step":
