@@ -33,6 +33,7 @@ EXTRAS = {
     "remote": ["fsspec>=2026.2", "s3fs>=2026.2", "gcsfs>=2026.2"],
     "eval": ["lm-eval>=0.4.11,<0.5"],
     "gguf": ["gguf>=0.17"],
+    "bitsandbytes": ["bitsandbytes>=0.50"],
     "nvml": ["nvidia-ml-py>=13"],
 }
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]

@@ -39,7 +39,7 @@ def test_tested_versions_are_in_the_ranges_of_setup_py(arguments: dict[str, Any]
 
 
 # What only a GPU can run, or its driver answers.
-UNTESTED = {"nvidia-ml-py"}
+UNTESTED = {"bitsandbytes", "nvidia-ml-py"}
 
 
 def test_all_has_every_extra_but_that_of_the_documentation(arguments: dict[str, Any]) -> None:
