@@ -45,6 +45,10 @@ class TrainingError(MegatronDSError):
     """A run cannot continue: its loss or gradient is not finite."""
 
 
+class RemoteError(MegatronDSError):
+    """Files on an object store or a web server cannot be read or written."""
+
+
 class LaunchError(MegatronDSError):
     """A rank died, hung or could not be started."""
 

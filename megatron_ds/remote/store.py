@@ -1,0 +1,159 @@
+"""The files under a URL, read and written by `worker`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ds.errors import RemoteError
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a store.
+
+    Attributes:
+        name: relative to the URL of the store; empty if that is the file.
+        size: in bytes; None = the server does not say.
+        version: a text that changes with its content, such as its ETag; empty = unknown.
+        path: where a pattern found it; empty = under the URL of the store, by its name.
+    """
+
+    name: str
+    size: int | None
+    version: str
+    path: str = ""
+
+
+class Store:
+    """The files under a URL. A method returns when the work is done, or when it has failed several times.
+
+    Args:
+        url: of a directory, a file, or for `list` a pattern.
+        field: the key that names the URL, for messages.
+    """
+
+    def __init__(self, url: str, field: str) -> None:
+        self.url, self.field = url.rstrip("/"), field
+
+    def list(self) -> list[RemoteFile]:
+        """Return all files, in the order of their names; empty if there are none.
+
+        Raises:
+            RemoteError: the store cannot be read.
+        """
+        return [RemoteFile(**one) for one in self._ask("list")]
+
+    def read_text(self, name: str) -> str | None:
+        """Return the text of a small file; None = there is no such file."""
+        answer = self._start("read", {"name": name}).answer()
+        return None if answer.get("kind") == "missing" else self._result(answer)
+
+    def download(self, files: Mapping[str, Path], found: Sequence[RemoteFile] = ()) -> None:
+        """Download files by name to paths; a path holds a complete file or none.
+
+        Args:
+            files: name -> local path.
+            found: what `list` has returned of them, to compare sizes.
+
+        Raises:
+            RemoteError: a file cannot be read.
+        """
+        about = {one.name: one for one in found}
+        self._ask("download", {"files": [_wanted(name, to, about.get(name)) for name, to in files.items()]})
+
+    def begin_upload(self, files: Mapping[str, Path], last: Sequence[str] = ()) -> Transfer:
+        """Begin to upload local files under names; those of `last` follow when all others are there."""
+        sources = [{"name": name, "from": str(path)} for name, path in files.items()]
+        return self._start("upload", {"files": sources, "last": list(last)})
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file."""
+        self._ask("write", {"name": name, "text": text})
+
+    def remove(self, names: Sequence[str], first: Sequence[str] = ()) -> None:
+        """Remove files, those of `first` before all others."""
+        if names:
+            self._ask("remove", {"names": list(names), "first": list(first)})
+
+    def _ask(self, action: str, more: Mapping[str, Any] | None = None) -> Any:
+        return self._result(self._start(action, more or {}).answer())
+
+    def _start(self, action: str, more: Mapping[str, Any]) -> Transfer:
+        return Transfer(self, {"action": action, "url": self.url, **more})
+
+    def _result(self, answer: Mapping[str, Any]) -> Any:
+        if "error" not in answer:
+            return answer["result"]
+        raise RemoteError(f"{self.field}={self.url} {_reason(answer)}")
+
+
+class Transfer:
+    """A request to a store that is being answered by a process of its own."""
+
+    def __init__(self, store: Store, request: Mapping[str, Any]) -> None:
+        self._store = store
+        variables = {"PYTHONPATH": os.pathsep.join(one for one in sys.path if one), "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_ds.remote.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **variables},
+            start_new_session=True,  # a Ctrl-C is for the run, which finishes its upload
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request))
+        self._process.stdin.close()
+        self._process.stdin = None
+
+    @property
+    def is_done(self) -> bool:
+        """True if the work has ended, well or not."""
+        return self._process.poll() is not None
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the end and return the answer."""
+        out, err = self._process.communicate()
+        try:
+            return dict(json.loads(out))
+        except ValueError:
+            last = err.strip().splitlines()[-1:] or [f"its process ended with status {self._process.returncode}"]
+            return {"error": last[0], "kind": ""}
+
+    def result(self) -> Any:
+        """Wait for the end and return the result.
+
+        Raises:
+            RemoteError: it has failed.
+        """
+        return self._store._result(self.answer())
+
+    def stop(self) -> None:
+        """End the process; what it had not finished is left out."""
+        if not self.is_done:
+            self._process.kill()
+        self._process.communicate()
+
+
+def _wanted(name: str, to: Path, about: RemoteFile | None) -> dict[str, Any]:
+    known = {"size": about.size, "path": about.path} if about is not None else {}
+    return {"name": name, "to": str(to), **known}
+
+
+def _reason(answer: Mapping[str, Any]) -> str:
+    kind, words = answer["kind"], str(answer["error"])[:300]
+    if kind == "missing":
+        return "does not exist; check the name, and list it with `fsspec` or the tool of your store"
+    if kind == "denied":
+        return f"cannot be used with your credentials ({words}); check them and the permissions of the bucket"
+    if kind == "away":
+        return f"cannot be reached, also after more tries ({words}); check the net, and try again later"
+    return f"has failed ({words})"

@@ -1,0 +1,58 @@
+"""Addresses of remote files, and the packages that read them."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+
+from megatron_ds.errors import ConfigError
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+")
+_CLIENTS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+}
+"""Scheme -> the package with its client, beside fsspec."""
+_IN_EXTRA = ("s3fs", "gcsfs", "aiohttp")
+READ_ONLY = ("http", "https")
+
+
+def scheme_of(text: str) -> str | None:
+    """Return the scheme of a URL; None = it is a path."""
+    match = _URL.fullmatch(text)
+    return match[1] if match is not None and match[1] != "file" else None
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is the address of remote files."""
+    return scheme_of(text) is not None
+
+
+def require_client(url: str, field: str, *, writes: bool = False) -> None:
+    """Check that the packages are installed that read, or write, a URL.
+
+    Args:
+        url: the URL.
+        field: the key that names it, for messages.
+        writes: whether it is written.
+
+    Raises:
+        ConfigError: a package is missing, the scheme is unknown, or it cannot be written.
+    """
+    scheme = scheme_of(url)
+    if scheme not in _CLIENTS:
+        raise ConfigError(f"{field}={url}: {scheme}:// is not one of {', '.join(f'{one}://' for one in _CLIENTS)}")
+    if writes and scheme in READ_ONLY:
+        raise ConfigError(f"{field}={url}: a web server cannot be written to; try s3://BUCKET/NAME or gs://BUCKET/NAME")
+    client = _CLIENTS[scheme]
+    for package in ("fsspec", client):
+        if find_spec(package) is None:
+            fix = "'megatron-ds[remote]'" if package == "fsspec" or client in _IN_EXTRA else package
+            raise ConfigError(f"{field}={url} needs the package {package}; try pip install {fix}")

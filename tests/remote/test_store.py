@@ -1,0 +1,87 @@
+"""Files on an S3 server and on a web server: listed, read, written, with further tries, and errors in one line."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ds.errors import ConfigError, RemoteError
+from megatron_ds.remote import Store, is_url, local_data, require_client
+from tests.remote.conftest import WebServer
+
+
+def test_urls_and_the_packages_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [is_url(text) for text in ("s3://b/c", "gs://b", "https://a/b", "a/b", "/a", "file:///a", "s3:/a")] == [
+        *(True, True, True),
+        *(False,) * 4,
+    ]
+    require_client("s3://bucket/data", "data.train[0]")
+    with pytest.raises(ConfigError, match=r"^x=ftpx://a/b: ftpx:// is not one of s3://, s3a://, gs://"):
+        require_client("ftpx://a/b", "x")
+    with pytest.raises(ConfigError, match=r"^x=http://a/b: a web server cannot be written to; try s3://BUCKET/NAME"):
+        require_client("http://a/b", "x", writes=True)
+    monkeypatch.setattr("megatron_ds.remote.urls.find_spec", lambda name: None if name == "s3fs" else name)
+    with pytest.raises(ConfigError, match=r"needs the package s3fs; try pip install 'megatron-ds\[remote\]'$"):
+        require_client("s3://a/b", "x")
+
+
+def test_an_object_store(s3: str, tmp_path: Path) -> None:
+    store = Store(s3, "checkpoint.copy_to")
+    assert store.list() == [] and store.read_text("latest") is None
+    for name in ("a", "b/c", "manifest"):
+        path = tmp_path / "here" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}")
+    files = {name: tmp_path / "here" / name for name in ("a", "b/c", "manifest")}
+    store.begin_upload(files, last=["manifest"]).result()
+    store.write_text("latest", "b\n")
+    found = store.list()
+    assert [(one.name, one.size) for one in found] == [("a", 12), ("b/c", 14), ("latest", 2), ("manifest", 19)]
+    assert all(one.version for one in found) and store.read_text("latest") == "b\n"
+    store.download({"b/c": tmp_path / "got" / "c"}, found)
+    assert (tmp_path / "got" / "c").read_text() == "content of b/c" and len([*(tmp_path / "got").iterdir()]) == 1
+    store.remove(["a", "manifest", "latest"], first=["manifest"])
+    assert [one.name for one in store.list()] == ["b/c"]
+
+
+def test_copies_of_files_directories_and_patterns(s3: str, tmp_path: Path) -> None:
+    for name in ("data/a.txt", "data/b.txt", "data/deep/c.txt", "other.txt"):
+        Store(s3, "x").write_text(name, name)
+    assert local_data(f"{s3}/other.txt", "data.train[0]").read_text() == "other.txt"
+    folder = local_data(f"{s3}/data", "data.train[0]")
+    assert sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*.txt")) == [
+        "a.txt",
+        "b.txt",
+        "deep/c.txt",
+    ]
+    some = local_data(f"{s3}/data/*.txt", "data.train[0]")
+    assert sorted(one.name for one in some.iterdir()) == ["a.txt", "b.txt"]
+    Store(s3, "x").write_text("other.txt", "changed")
+    assert local_data(f"{s3}/other.txt", "data.train[0]").read_text() == "other.txt", "one version a run"
+    local_data.cache_clear()
+    assert local_data(f"{s3}/other.txt", "data.train[0]").read_text() == "changed"
+    with pytest.raises(RemoteError, match=r"^data.train\[1\]=s3://.*/none does not exist, or holds no file; check"):
+        local_data(f"{s3}/none", "data.train[1]")
+
+
+def test_a_web_server_that_fails_for_a_while(web: WebServer, tmp_path: Path) -> None:
+    (tmp_path / "web" / "corpus.txt").write_text("some text")
+    web.failures = 2
+    copy = local_data(f"{web.url}/corpus.txt", "data.train[0]")
+    assert copy.name == "corpus.txt" and copy.read_text() == "some text"
+    before = len(web.requests)
+    local_data.cache_clear()
+    assert local_data(f"{web.url}/corpus.txt", "data.train[0]") == copy
+    assert len(web.requests) - before <= 2, "its size and version are asked for, and nothing is downloaded"
+
+
+def test_a_server_that_is_away(web: WebServer, tmp_path: Path) -> None:
+    (tmp_path / "web" / "corpus.txt").write_text("some text")
+    web.failures = 100
+    with pytest.raises(RemoteError, match=r"^data.train\[0\]=http://.*/corpus.txt cannot be reached, also after more "):
+        local_data(f"{web.url}/corpus.txt", "data.train[0]")
+    web.close()
+    began = time.monotonic()
+    with pytest.raises(RemoteError, match="cannot be reached, also after more tries"):
+        local_data(f"{web.url}/other.txt", "data.train[0]")
+    assert time.monotonic() - began < 30
