@@ -54,7 +54,9 @@ def export(
     ] = False,
     push_to: Annotated[
         str | None,
-        typer.Option(metavar="ORG/NAME", help="Upload it to this repository on the Hugging Face hub, made if need be."),
+        typer.Option(
+            metavar="TARGET", help="Upload it to ORG/NAME on the Hugging Face hub, made if need be, or to a URL."
+        ),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Everyone sees a repository that is made.")] = False,
     imports: Imports = None,
@@ -74,7 +76,7 @@ def export(
     else:
         print(f"exported {describe_written(hf_dir)}")
     if send is not None:
-        print(f"uploaded to the hub: {send(model)}")
+        print(f"uploaded: {send(model)}")
 
 
 def _prepare_push(repository: str, hf_dir: Path, public: bool) -> Callable[[HFModel], str]:
@@ -84,10 +86,15 @@ def _prepare_push(repository: str, hf_dir: Path, public: bool) -> Callable[[HFMo
     from megatron_ds.hf.model_card import model_card
     from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
     from megatron_ds.hub import parse_id, prepare_push, push
+    from megatron_ds.remote import as_url, prepare_upload_to, upload_model
 
-    target, named = parse_id(repository), f"--push-to={repository}"
+    named = f"--push-to={repository}"
+    if (url := as_url(repository)) is not None:
+        prepare_upload_to(url, named)
+        return lambda model: upload_model(hf_dir, url, named, {MARK})
+    target = parse_id(repository)
     if target is None:
-        raise ConfigError(f"{named} is no repository on the hub; write org/name, or org/name@branch")
+        raise ConfigError(f"{named} is neither a repository on the hub nor a URL; write org/name or s3://bucket/name")
     prepare_push(target, named, private=not public)
 
     def send(model: HFModel) -> str:

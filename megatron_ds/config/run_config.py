@@ -33,6 +33,7 @@ from megatron_ds.config.schema_base import (
 )
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hub import parse_id
+from megatron_ds.remote import as_url, require_client
 
 
 def _betas_pair(value: Any) -> Any:
@@ -373,12 +374,22 @@ class TrainSection(Section):
         return self.batch_sizes.samples_before(self.num_steps + 1)
 
 
+def _url(value: Any) -> Any:
+    if value is not None and (not isinstance(value, str) or as_url(value) is None):
+        raise ConfigError(f"checkpoint.copy_to={show(value)} is no URL; write s3://bucket/name")
+    if value is not None:
+        require_client(value, f"checkpoint.copy_to={value}", writes=True)
+    return value
+
+
 class CheckpointSection(Section):
     """Checkpoints. `every: 0` never saves; `keep` is the number of checkpoints that are kept.
 
     `resume`: "auto" resumes from the newest intact checkpoint under `output`, "never" starts a new run, anything else
     is the checkpoint to resume from. `asynchronous`: training continues while files are written. `optimizer`: "reset"
     lets an optimizer that keeps other state than the checkpoint's begin with an empty one; "resume" refuses it.
+    `copy_to`: the URL to which each complete checkpoint is copied, and from which "auto" resumes where there is a newer
+    one than under `output`.
     """
 
     every: CountOrZero = 0
@@ -386,12 +397,14 @@ class CheckpointSection(Section):
     resume: Annotated[PathText, BeforeValidator(_resume_source)] = "auto"
     asynchronous: bool = True
     optimizer: Literal["resume", "reset"] = "resume"
+    copy_to: Annotated[str | None, BeforeValidator(_url)] = None
 
 
 def _repository(value: Any) -> Any:
-    if value is not None and (not isinstance(value, str) or parse_id(value) is None):
+    if value is not None and (not isinstance(value, str) or (parse_id(value) is None and as_url(value) is None)):
         raise ConfigError(
-            f"export.push_to={show(value)} is no repository on the hub; write org/name, or org/name@branch"
+            f"export.push_to={show(value)} is neither a repository on the hub nor a URL; write org/name, "
+            "org/name@branch or s3://bucket/name"
         )
     return value
 
@@ -404,7 +417,7 @@ class ExportSection(Section):
     directory. `ema`: write the average of the weights. `dtype: None` keeps the model's dtype. `check` loads the
     directory with transformers on a rank of the last pipeline stage and compares its logits with the live model's; the
     model must fit there, and the rank must see the path. `push_to`: the repository on
-    the hub that the complete directory is uploaded to; one that is made for it is `private` or not.
+    the hub, or the URL, that the complete directory is uploaded to; a repository that is made is `private` or not.
     """
 
     path: PathText

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ds.remote import address_of
+
 _NAME = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w][\w./-]*))?")
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
@@ -79,6 +81,6 @@ def snapshot_of(directory: Path) -> Snapshot | None:
 
 
 def name_of(path: str) -> str:
-    """Return the id with its commit if a path is the directory of a snapshot, and otherwise the path."""
+    """Return the id with its commit if a path is the directory of a snapshot, the URL of a copy, or else the path."""
     found = snapshot_of(Path(path))
-    return path if found is None else str(found.id)
+    return address_of(path) if found is None else str(found.id)

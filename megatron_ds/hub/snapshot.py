@@ -20,6 +20,7 @@ from megatron_ds.cache import cache_folder
 from megatron_ds.hub.ids import HubId, Snapshot, hub_id, snapshot_of
 from megatron_ds.hub.problems import explained
 from megatron_ds.log import get_logger
+from megatron_ds.remote import as_url, local_model
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _SMALL = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template, index of the weights
@@ -29,8 +30,8 @@ _MOST_AT_ONCE = 8
 _FIRST_BYTES = 2**17  # of a safetensors file: nearly every header is shorter
 
 
-def local_directory(text: str, named: str = "") -> str:
-    """Return the directory that a text names: itself if it is a path, or the snapshot of a model on the hub.
+def local_directory(text: str, named: str = "", *, with_state: bool = True) -> str:
+    """Return the directory that a text names: itself if it is a path, or a copy of a model on the hub or at a URL.
 
     Config, tokenizer and the index of the weights are downloaded if they are not in the cache; without a net the cache
     must have them.
@@ -38,10 +39,14 @@ def local_directory(text: str, named: str = "") -> str:
     Args:
         text: a path or an id; a directory of that name wins.
         named: the beginning of errors, such as "model.path=org/name"; "" = the id.
+        with_state: whether the training state of a checkpoint at a URL is copied too.
 
     Raises:
         HubError: it is an id, and what it names cannot be read.
+        RemoteError: it is a URL, and what it names cannot be read.
     """
+    if (url := as_url(text)) is not None:
+        return local_model(url, named or url, with_state=with_state)
     place = hub_id(text)
     if place is None:
         return text

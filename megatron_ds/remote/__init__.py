@@ -4,8 +4,24 @@ A store is read and written by a process of its own (`worker`), because the clie
 threads cannot be forked into ranks.
 """
 
-from megatron_ds.remote.copies import local_data, local_files
+from megatron_ds.remote.copies import address_of, local_data, local_files
+from megatron_ds.remote.models import local_model, newest_checkpoint
 from megatron_ds.remote.store import RemoteFile, Store, Transfer
-from megatron_ds.remote.urls import is_url, require_client
+from megatron_ds.remote.uploads import prepare_upload_to, upload_model
+from megatron_ds.remote.urls import as_url, is_url, require_client
 
-__all__ = ["RemoteFile", "Store", "Transfer", "is_url", "local_data", "local_files", "require_client"]
+__all__ = [
+    "RemoteFile",
+    "Store",
+    "Transfer",
+    "address_of",
+    "as_url",
+    "is_url",
+    "local_data",
+    "local_files",
+    "local_model",
+    "newest_checkpoint",
+    "prepare_upload_to",
+    "require_client",
+    "upload_model",
+]

@@ -17,23 +17,26 @@ from megatron_ds.errors import RemoteError
 from megatron_ds.remote.store import RemoteFile, Store
 from megatron_ds.remote.urls import require_client
 
+_ADDRESS = ".url"
+
 
 @cache  # a run reads one version of its data; ranks that are forked know it from their parent
-def local_data(url: str, field: str, *, prefix: bool = False) -> Path:
+def local_data(url: str, named: str, *, prefix: bool = False) -> Path:
     """Return a local copy of a file, of all files of a directory, or of those of a pattern.
 
     Args:
         url: of the file, directory or pattern; or with `prefix` of indexed files without .bin and .idx.
-        field: the key that names it, for messages.
+        named: the beginning of errors.
         prefix: the URL is a prefix.
 
     Raises:
         ConfigError: the package for such URLs is missing.
         RemoteError: there is nothing of that name, or it cannot be read.
     """
-    require_client(url, field)
+    require_client(url, named)
     if prefix:
-        copies = [_copy(f"{url}{ending}", field) for ending in (".bin", ".idx")]
+        stem = url.removesuffix(".bin").removesuffix(".idx")
+        copies = [_copy(f"{stem}{ending}", named) for ending in (".bin", ".idx")]
         folder = _folder(url, [])
         for ending, copy in zip((".bin", ".idx"), copies):
             folder.mkdir(parents=True, exist_ok=True)
@@ -41,21 +44,37 @@ def local_data(url: str, field: str, *, prefix: bool = False) -> Path:
             link.unlink(missing_ok=True)
             link.symlink_to(copy)
         return folder / "data"
-    return _copy(url, field)
+    return _copy(url, named)
 
 
-def local_files(url: str, field: str, files: Sequence[RemoteFile]) -> Path:
-    """Return a directory with local copies of some files of a store, under their names."""
+def local_files(url: str, named: str, files: Sequence[RemoteFile]) -> Path:
+    """Return a directory with local copies of some files of a store, under their names.
+
+    Args:
+        url: of the directory of the files.
+        named: the beginning of errors.
+        files: what `Store.list` has returned of them.
+
+    Raises:
+        RemoteError: a file cannot be read.
+    """
     folder = _folder(url, files)
-    _fetch(Store(url, field), folder, files)
+    _fetch(Store(url, named), folder, files)
+    folder.with_name(f"{folder.name}{_ADDRESS}").write_text(url)
     return folder
 
 
-def _copy(url: str, field: str) -> Path:
-    store = Store(url, field)
+def address_of(path: str) -> str:
+    """Return the URL that a directory from `local_files` is a copy of, and any other path unchanged."""
+    note = Path(f"{path}{_ADDRESS}")
+    return note.read_text() if note.parent == cache_folder("remote") and note.is_file() else path
+
+
+def _copy(url: str, named: str) -> Path:
+    store = Store(url, named)
     found = store.list()
     if not found:
-        raise RemoteError(f"{field}={url} does not exist, or holds no file; check the name")
+        raise RemoteError(f"{named} does not exist, or holds no file; check the name")
     folder = _folder(url, found)
     if found[0].name == "":
         name = PurePosixPath(url.partition("?")[0]).name

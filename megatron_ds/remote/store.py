@@ -36,11 +36,11 @@ class Store:
 
     Args:
         url: of a directory, a file, or for `list` a pattern.
-        field: the key that names the URL, for messages.
+        named: the beginning of errors, such as "model.path=s3://bucket/model".
     """
 
-    def __init__(self, url: str, field: str) -> None:
-        self.url, self.field = url.rstrip("/"), field
+    def __init__(self, url: str, named: str) -> None:
+        self.url, self.named = url.rstrip("/"), named
 
     def list(self) -> list[RemoteFile]:
         """Return all files, in the order of their names; empty if there are none.
@@ -91,7 +91,7 @@ class Store:
     def _result(self, answer: Mapping[str, Any]) -> Any:
         if "error" not in answer:
             return answer["result"]
-        raise RemoteError(f"{self.field}={self.url} {_reason(answer)}")
+        raise RemoteError(f"{self.named} {_reason(answer)}")
 
 
 class Transfer:

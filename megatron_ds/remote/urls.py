@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from megatron_ds.errors import ConfigError
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+")
+_URL = re.compile(r"([a-z][a-z0-9+.-]*):(//?)(.+)")
 _CLIENTS = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -24,23 +24,33 @@ _IN_EXTRA = ("s3fs", "gcsfs", "aiohttp")
 READ_ONLY = ("http", "https")
 
 
-def scheme_of(text: str) -> str | None:
-    """Return the scheme of a URL; None = it is a path."""
+def as_url(text: str) -> str | None:
+    """Return the address of remote files that a text is; None = it is a path.
+
+    That of a `Path` has lost one of its slashes.
+    """
     match = _URL.fullmatch(text)
-    return match[1] if match is not None and match[1] != "file" else None
+    if match is None or match[1] == "file" or (match[2] == "/" and match[1] not in _CLIENTS):
+        return None
+    return f"{match[1]}://{match[3]}"
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme of a URL."""
+    return url.partition(":")[0]
 
 
 def is_url(text: str) -> bool:
     """Return whether a text is the address of remote files."""
-    return scheme_of(text) is not None
+    return as_url(text) is not None
 
 
-def require_client(url: str, field: str, *, writes: bool = False) -> None:
+def require_client(url: str, named: str, *, writes: bool = False) -> None:
     """Check that the packages are installed that read, or write, a URL.
 
     Args:
         url: the URL.
-        field: the key that names it, for messages.
+        named: the beginning of errors, such as "model.path=s3://bucket/model".
         writes: whether it is written.
 
     Raises:
@@ -48,11 +58,11 @@ def require_client(url: str, field: str, *, writes: bool = False) -> None:
     """
     scheme = scheme_of(url)
     if scheme not in _CLIENTS:
-        raise ConfigError(f"{field}={url}: {scheme}:// is not one of {', '.join(f'{one}://' for one in _CLIENTS)}")
+        raise ConfigError(f"{named}: {scheme}:// is not one of {', '.join(f'{one}://' for one in _CLIENTS)}")
     if writes and scheme in READ_ONLY:
-        raise ConfigError(f"{field}={url}: a web server cannot be written to; try s3://BUCKET/NAME or gs://BUCKET/NAME")
+        raise ConfigError(f"{named}: a web server cannot be written to; try s3://BUCKET/NAME or gs://BUCKET/NAME")
     client = _CLIENTS[scheme]
     for package in ("fsspec", client):
         if find_spec(package) is None:
             fix = "'megatron-ds[remote]'" if package == "fsspec" or client in _IN_EXTRA else package
-            raise ConfigError(f"{field}={url} needs the package {package}; try pip install {fix}")
+            raise ConfigError(f"{named} needs the package {package}; try pip install {fix}")

@@ -153,7 +153,7 @@ def name_directory(field: str, path: str) -> str:
     Raises:
         HubError: see `local_directory`.
     """
-    return str(resolve_checkpoint(local_directory(path, f"{field}={path}")))
+    return str(resolve_checkpoint(local_directory(path, f"{field}={path}", with_state=False)))
 
 
 def name_directories(section: ModelSection) -> ModelSection:

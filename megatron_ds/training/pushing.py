@@ -9,6 +9,7 @@ from megatron_ds.hf.export_mark import MARK
 from megatron_ds.hf.model_card import model_card
 from megatron_ds.hub import HubId, hub_id, name_of, parse_id, prepare_push, push
 from megatron_ds.parallel.consensus import run_long_on_all_ranks
+from megatron_ds.remote import as_url, prepare_upload_to, upload_model
 from megatron_ds.training.resolve import ResolvedRun
 
 
@@ -16,9 +17,14 @@ def prepare_upload(section: ExportSection | None) -> None:
     """Check that the repository of `export.push_to` can be written; it is made if need be. Rank 0 only.
 
     Raises:
-        HubError: it cannot be written.
+        HubError, RemoteError: it cannot be written.
     """
-    if section is not None and section.push_to is not None:
+    if section is None or section.push_to is None:
+        return
+    named = f"export.push_to={section.push_to}"
+    if (url := as_url(section.push_to)) is not None:
+        prepare_upload_to(url, named)
+    else:
         prepare_push(_target(section), f"export.push_to={section.push_to}", private=section.private)
 
 
@@ -26,18 +32,22 @@ def upload(resolved: ResolvedRun, rank: int) -> str | None:
     """Upload the export from rank 0. Collective over the world.
 
     Returns:
-        the address of the commit, on rank 0; None on other ranks, or if the run does not upload it.
+        the address of the commit, or the URL, on rank 0; None on other ranks, or if the run does not upload it.
 
     Raises:
-        HubError: the upload fails, also after some more tries.
+        HubError, RemoteError: the upload fails, also after some more tries.
     """
     section = resolved.run.export
     if section is None or section.push_to is None:
         return None
-    target, named = _target(section), f"export.push_to={section.push_to}"
+    named, url = f"export.push_to={section.push_to}", as_url(section.push_to)
 
     def send() -> str | None:
-        return push(Path(section.path), target, named, run_card(resolved), {MARK}) if rank == 0 else None
+        if rank > 0:
+            return None
+        if url is not None:
+            return upload_model(Path(section.path), url, named, {MARK})
+        return push(Path(section.path), _target(section), named, run_card(resolved), {MARK})
 
     return run_long_on_all_ranks(send)
 

@@ -15,10 +15,10 @@ def test_urls_and_the_packages_that_they_need(monkeypatch: pytest.MonkeyPatch) -
         *(True, True, True),
         *(False,) * 4,
     ]
-    require_client("s3://bucket/data", "data.train[0]")
-    with pytest.raises(ConfigError, match=r"^x=ftpx://a/b: ftpx:// is not one of s3://, s3a://, gs://"):
+    require_client("s3://bucket/data", "data: URL")
+    with pytest.raises(ConfigError, match=r"^x: ftpx:// is not one of s3://, s3a://, gs://"):
         require_client("ftpx://a/b", "x")
-    with pytest.raises(ConfigError, match=r"^x=http://a/b: a web server cannot be written to; try s3://BUCKET/NAME"):
+    with pytest.raises(ConfigError, match=r"^x: a web server cannot be written to; try s3://BUCKET/NAME"):
         require_client("http://a/b", "x", writes=True)
     monkeypatch.setattr("megatron_ds.remote.urls.find_spec", lambda name: None if name == "s3fs" else name)
     with pytest.raises(ConfigError, match=r"needs the package s3fs; try pip install 'megatron-ds\[remote\]'$"):
@@ -47,41 +47,41 @@ def test_an_object_store(s3: str, tmp_path: Path) -> None:
 def test_copies_of_files_directories_and_patterns(s3: str, tmp_path: Path) -> None:
     for name in ("data/a.txt", "data/b.txt", "data/deep/c.txt", "other.txt"):
         Store(s3, "x").write_text(name, name)
-    assert local_data(f"{s3}/other.txt", "data.train[0]").read_text() == "other.txt"
-    folder = local_data(f"{s3}/data", "data.train[0]")
+    assert local_data(f"{s3}/other.txt", "data: URL").read_text() == "other.txt"
+    folder = local_data(f"{s3}/data", "data: URL")
     assert sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*.txt")) == [
         "a.txt",
         "b.txt",
         "deep/c.txt",
     ]
-    some = local_data(f"{s3}/data/*.txt", "data.train[0]")
+    some = local_data(f"{s3}/data/*.txt", "data: URL")
     assert sorted(one.name for one in some.iterdir()) == ["a.txt", "b.txt"]
     Store(s3, "x").write_text("other.txt", "changed")
-    assert local_data(f"{s3}/other.txt", "data.train[0]").read_text() == "other.txt", "one version a run"
+    assert local_data(f"{s3}/other.txt", "data: URL").read_text() == "other.txt", "one version a run"
     local_data.cache_clear()
-    assert local_data(f"{s3}/other.txt", "data.train[0]").read_text() == "changed"
-    with pytest.raises(RemoteError, match=r"^data.train\[1\]=s3://.*/none does not exist, or holds no file; check"):
-        local_data(f"{s3}/none", "data.train[1]")
+    assert local_data(f"{s3}/other.txt", "data: URL").read_text() == "changed"
+    with pytest.raises(RemoteError, match=r"^data: URL does not exist, or holds no file; check"):
+        local_data(f"{s3}/none", "data: URL")
 
 
 def test_a_web_server_that_fails_for_a_while(web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "web" / "corpus.txt").write_text("some text")
     web.failures = 2
-    copy = local_data(f"{web.url}/corpus.txt", "data.train[0]")
+    copy = local_data(f"{web.url}/corpus.txt", "data: URL")
     assert copy.name == "corpus.txt" and copy.read_text() == "some text"
     before = len(web.requests)
     local_data.cache_clear()
-    assert local_data(f"{web.url}/corpus.txt", "data.train[0]") == copy
+    assert local_data(f"{web.url}/corpus.txt", "data: URL") == copy
     assert len(web.requests) - before <= 2, "its size and version are asked for, and nothing is downloaded"
 
 
 def test_a_server_that_is_away(web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "web" / "corpus.txt").write_text("some text")
     web.failures = 100
-    with pytest.raises(RemoteError, match=r"^data.train\[0\]=http://.*/corpus.txt cannot be reached, also after more "):
-        local_data(f"{web.url}/corpus.txt", "data.train[0]")
+    with pytest.raises(RemoteError, match=r"^data: URL cannot be reached, also after more "):
+        local_data(f"{web.url}/corpus.txt", "data: URL")
     web.close()
     began = time.monotonic()
     with pytest.raises(RemoteError, match="cannot be reached, also after more tries"):
-        local_data(f"{web.url}/other.txt", "data.train[0]")
+        local_data(f"{web.url}/other.txt", "data: URL")
     assert time.monotonic() - began < 30

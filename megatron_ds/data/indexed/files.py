@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from megatron_ds.errors import DataError
+from megatron_ds.remote import is_url, local_data
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -53,6 +54,8 @@ def tokens_path(prefix: str) -> Path:
 
 def prefix_of(source: str) -> str:
     """Return the prefix of a source: a prefix, a `.bin` or an `.idx`."""
+    if is_url(source):
+        return str(local_data(source, f"data: {source}", prefix=True))
     expanded = os.path.expanduser(source)
     if not index_path(expanded).exists():
         for suffix in (".bin", ".idx"):

@@ -19,6 +19,7 @@ from megatron_ds.data.readers.hub_stream import Stream, open_stream
 from megatron_ds.data.readers.source import Source
 from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError, nearest_names
+from megatron_ds.remote import is_url, local_data
 
 if TYPE_CHECKING:
     import datasets
@@ -85,6 +86,8 @@ def _find_parts(source: Source, plain_text: bool) -> list[Part]:
     if source.streaming:
         return [open_stream(source)]
     path = Path(source.path).expanduser()
+    if is_url(source.path):
+        path = local_data(source.path, f"data: {source.path}")
     if path.is_file():
         return [_file(source, path, plain_text)]
     if path.is_dir():
