@@ -148,8 +148,17 @@ def fetch_newest(url: str, folder: Path, after: int) -> int | None:
     return steps[0]
 
 
-def prepare_copies(url: str, after: int) -> list[str]:
-    """Check that a URL can be written, and set copies of later steps than `after` aside, as on the disk.
+def check_copies(url: str) -> None:
+    """Check that a URL can be written.
+
+    Raises:
+        ConfigError, RemoteError: it cannot.
+    """
+    prepare_upload_to(url, f"checkpoint.copy_to={url}")
+
+
+def set_copies_aside(url: str, after: int) -> list[str]:
+    """Set copies of later steps than `after` aside, as on the disk.
 
     They belong to a continuation that was abandoned: a later run must not resume from them.
 
@@ -160,7 +169,6 @@ def prepare_copies(url: str, after: int) -> list[str]:
         RemoteError: the URL cannot be written.
     """
     named = f"checkpoint.copy_to={url}"
-    prepare_upload_to(url, named)
     store = Store(url, named)
     later = [step for step in complete_steps([one.name for one in store.list()]) if step > after]
     for step in later:

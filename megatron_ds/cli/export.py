@@ -67,6 +67,7 @@ def export(
     from megatron_ds.checkpoint.convert import export_hf
     from megatron_ds.cli.inspect import describe_written
     from megatron_ds.log import setup_logging
+    from megatron_ds.remote import as_url
 
     setup_logging(rank=0)
     send = _prepare_push(push_to, hf_dir, public) if push_to is not None else None
@@ -76,7 +77,7 @@ def export(
     else:
         print(f"exported {describe_written(hf_dir)}")
     if send is not None:
-        print(f"uploaded: {send(model)}")
+        print(f"uploaded to {'' if as_url(push_to or '') else 'the hub: '}{send(model)}")
 
 
 def _prepare_push(repository: str, hf_dir: Path, public: bool) -> Callable[[HFModel], str]:
@@ -94,7 +95,7 @@ def _prepare_push(repository: str, hf_dir: Path, public: bool) -> Callable[[HFMo
         return lambda model: upload_model(hf_dir, url, named, {MARK})
     target = parse_id(repository)
     if target is None:
-        raise ConfigError(f"{named} is neither a repository on the hub nor a URL; write org/name or s3://bucket/name")
+        raise ConfigError(f"{named} is no repository on the hub, nor a URL; write org/name or s3://bucket/name")
     prepare_push(target, named, private=not public)
 
     def send(model: HFModel) -> str:

@@ -403,8 +403,8 @@ class CheckpointSection(Section):
 def _repository(value: Any) -> Any:
     if value is not None and (not isinstance(value, str) or (parse_id(value) is None and as_url(value) is None)):
         raise ConfigError(
-            f"export.push_to={show(value)} is neither a repository on the hub nor a URL; write org/name, "
-            "org/name@branch or s3://bucket/name"
+            f"export.push_to={show(value)} is no repository on the hub, nor a URL; write org/name, "
+            "org/name@branch, or s3://bucket/name"
         )
     return value
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +44,7 @@ class Store:
 
     def __init__(self, url: str, named: str) -> None:
         self.url, self.named = url.rstrip("/"), named
+        self._worker: _Worker | None = None
 
     def list(self) -> list[RemoteFile]:
         """Return all files, in the order of their names; empty if there are none.
@@ -86,7 +90,11 @@ class Store:
         return self._result(self._start(action, more or {}).answer())
 
     def _start(self, action: str, more: Mapping[str, Any]) -> Transfer:
-        return Transfer(self, {"action": action, "url": self.url, **more})
+        """Send a request to this store's process, which serves one at a time."""
+        if self._worker is None:
+            self._worker = _Worker()
+        self._worker.send({"action": action, "url": self.url, **more})
+        return Transfer(self, self._worker)
 
     def _result(self, answer: Mapping[str, Any]) -> Any:
         if "error" not in answer:
@@ -95,52 +103,72 @@ class Store:
 
 
 class Transfer:
-    """A request to a store that is being answered by a process of its own."""
+    """A request that a store's process is answering. Until it has, the store takes no other."""
 
-    def __init__(self, store: Store, request: Mapping[str, Any]) -> None:
-        self._store = store
-        variables = {"PYTHONPATH": os.pathsep.join(one for one in sys.path if one), "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_ds.remote.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **variables},
-            start_new_session=True,  # a Ctrl-C is for the run, which finishes its upload
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request))
-        self._process.stdin.close()
-        self._process.stdin = None
+    def __init__(self, store: Store, worker: _Worker) -> None:
+        self._store, self._worker = store, worker
 
     @property
     def is_done(self) -> bool:
-        """True if the work has ended, well or not."""
-        return self._process.poll() is not None
+        """True if the answer is here, or the process has died."""
+        return self._worker.has_answer
 
     def answer(self) -> dict[str, Any]:
-        """Wait for the end and return the answer."""
-        out, err = self._process.communicate()
-        try:
-            return dict(json.loads(out))
-        except ValueError:
-            last = err.strip().splitlines()[-1:] or [f"its process ended with status {self._process.returncode}"]
-            return {"error": last[0], "kind": ""}
+        """Wait for the answer and return it."""
+        return self._worker.receive()
 
     def result(self) -> Any:
-        """Wait for the end and return the result.
+        """Wait for the answer and return the result.
 
         Raises:
             RemoteError: it has failed.
         """
         return self._store._result(self.answer())
 
-    def stop(self) -> None:
-        """End the process; what it had not finished is left out."""
-        if not self.is_done:
-            self._process.kill()
-        self._process.communicate()
+
+class _Worker:
+    """A process of `worker`; it ends with the object."""
+
+    def __init__(self) -> None:
+        variables = {"PYTHONPATH": os.pathsep.join(one for one in sys.path if one), "TOKENIZERS_PARALLELISM": "false"}
+        self._owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_ds.remote.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **variables},
+            start_new_session=True,  # a Ctrl-C is for the run, which finishes its upload
+        )
+        self._ending = weakref.finalize(self, _end, self._process, self._owner)
+
+    @property
+    def has_answer(self) -> bool:
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `receive` says that it has died
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            return {"error": f"its process ended with status {self._process.wait()}", "kind": ""}
+        return dict(json.loads(line))
+
+
+def _end(process: subprocess.Popen[str], owner: int) -> None:
+    """End a process that waits for requests; one that was forked from its owner leaves it alone."""
+    if os.getpid() == owner and process.stdin is not None and process.stdout is not None:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def _wanted(name: str, to: Path, about: RemoteFile | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The process that reads and writes a store: one request in JSON on stdin, one answer in JSON on stdout.
+"""The process that reads and writes a store: requests on stdin, answers on stdout, each a line of JSON.
 
 It is started as `python -m megatron_ds.remote.worker`. Every action is tried several times if its failure may pass.
 """
@@ -25,14 +25,16 @@ _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modi
 
 
 def main() -> None:
-    """Answer the request on stdin."""
-    request = json.load(sys.stdin)
+    """Answer requests until stdin ends."""
     waits_s = [float(one) for one in os.environ.get(WAITS_VARIABLE, "").split()] or list(WAITS_S)
-    try:
-        answer = {"result": _ACTIONS[request["action"]](_Files(request["url"], waits_s), request)}
-    except Exception as problem:
-        answer = {"error": _words(problem), "kind": _kind(problem)}
-    json.dump(answer, sys.stdout)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": _ACTIONS[request["action"]](_Files(request["url"], waits_s), request)}
+        except Exception as problem:
+            answer = {"error": _words(problem), "kind": _kind(problem)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 class _Files:
@@ -42,6 +44,7 @@ class _Files:
         import fsspec
 
         self.system, root = fsspec.core.url_to_fs(url)
+        self.system.invalidate_cache()
         self.root, self.waits_s = root.rstrip("/"), waits_s
 
     def path(self, name: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, resolve_checkpoint
+from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint
 from megatron_ds.config import RunConfig
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.errors import ConfigError, HubError
 from megatron_ds.hub import HubId, hub_id, name_of, parse_id, pinned
 from megatron_ds.log import log_once
 from megatron_ds.runtime.loaded_model import name_directory
-from megatron_ds.training.resume import RUN_FILE, checkpoint_folder
+from megatron_ds.training.resume import RUN_FILE, checkpoint_folder, named_checkpoint
 
 
 def with_pinned_models(run: RunConfig) -> RunConfig:
@@ -107,5 +107,5 @@ def _resumed_checkpoint(run: RunConfig) -> Path | None:
     if run.checkpoint.resume == "never":
         return None
     auto = run.checkpoint.resume == "auto"
-    found = checkpoints_in(checkpoint_folder(run.output)) if auto else [resolve_checkpoint(run.checkpoint.resume)]
+    found = checkpoints_in(checkpoint_folder(run.output)) if auto else [named_checkpoint(run.checkpoint.resume)]
     return next((path for path in found if is_checkpoint(path)), None)

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 from megatron_ds.checkpoint.directory import lock, point_to, remove_leftovers, resolve_checkpoint, set_aside, step_of
 from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import ResumePoint, first_damage, newest_intact
+from megatron_ds.checkpoint.remote_copies import set_copies_aside
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset
 from megatron_ds.data.blend import Blend
 from megatron_ds.data.parts import begins_documents
 from megatron_ds.errors import CheckpointError, show
 from megatron_ds.hf.config import HFModel
+from megatron_ds.hub import local_directory
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.training.checkpoint_copies import fetch_newer_checkpoint
 
 RUN_FILE = "config.yaml"
 """The run file in a run's output, with everything that was chosen."""
@@ -35,10 +38,21 @@ def find_resume_point(run: RunConfig, info: RankInfo) -> ResumePoint:
     if resume == "never":
         return ResumePoint()
     if resume == "auto":
-        return newest_intact(checkpoint_folder(run.output).resolve(), info.rank, info.world_size)
-    path = resolve_checkpoint(resume).resolve()
+        folder = checkpoint_folder(run.output).resolve()
+        fetch_newer_checkpoint(run, folder, info)
+        return newest_intact(folder, info.rank, info.world_size)
+    path = named_checkpoint(resume)
     problem = first_damage(path, info.rank, info.world_size)
     return ResumePoint(path) if problem is None else ResumePoint(None, (problem,))
+
+
+def named_checkpoint(resume: str) -> Path:
+    """Return the checkpoint that `checkpoint.resume` names; of a URL a copy on this machine.
+
+    Raises:
+        RemoteError: a URL cannot be read.
+    """
+    return resolve_checkpoint(local_directory(resume, f"checkpoint.resume={resume}")).resolve()
 
 
 def check_resume_point(run: RunConfig, found: ResumePoint) -> None:
@@ -92,6 +106,9 @@ def prepare_output(run: RunConfig, found: ResumePoint, output_lock: object) -> t
     """
     output, folder = Path(run.output), checkpoint_folder(run.output)
     notes = [f"skipped damaged checkpoint: {problem}" for problem in found.damaged]
+    if run.checkpoint.copy_to is not None and run.checkpoint.every:
+        resumed = step_of(found.path) if found.path is not None else -1
+        notes += set_copies_aside(run.checkpoint.copy_to, resumed)
     with _write_errors(folder):
         output.mkdir(parents=True, exist_ok=True)
         output_lock = output_lock if output_lock is not None else lock(output)

@@ -12,6 +12,7 @@ from megatron_ds.checkpoint.load import continues_optimizer, load_state
 from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import ResumePoint, StateReader
+from megatron_ds.checkpoint.remote_copies import check_copies
 from megatron_ds.checkpoint.saver import Saver
 from megatron_ds.config import RunConfig
 from megatron_ds.data import Dataset, collate
@@ -32,6 +33,7 @@ from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
+from megatron_ds.training.checkpoint_copies import CheckpointCopier
 from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.loop import TrainingLoop
@@ -120,6 +122,8 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     resolved = resolve_run(run, info.world_size, device_type(), found.path)
     if info.rank == 0:
         prepare_upload(run.export)
+        if run.checkpoint.copy_to is not None and run.checkpoint.every:
+            check_copies(run.checkpoint.copy_to)
     resolved, train_data, valid_data = open_data(resolved)
     check_schedule(resolved.run)
     run = run.model_copy(update={"train": resolved.run.train})  # paths stay as the user wrote them
@@ -171,7 +175,8 @@ def _train(
         throughput = Throughput(flops, resolved.plan.layout.world_size, peak, shorter)
         saver = _saver(prepared, engine)
         state = RunState(run, engine, can_save=saver is not None, can_validate=prepared.valid_data is not None)
-        callbacks = CallbackList(state, [*prepared.callbacks, *_samples(prepared, output, watchdog)])
+        own = [*_samples(prepared, output, watchdog), *_copies(resolved, output, watchdog)]
+        callbacks = CallbackList(state, [*prepared.callbacks, *own])
         loop = TrainingLoop(
             run,
             engine,
@@ -208,6 +213,15 @@ def _samples(prepared: _Prepared, output: RunOutput, watchdog: Watchdog) -> list
     after = prepared.begin.step if prepared.reader is not None else None
     writer = SampleWriter(prepared.resolved.run, prepared.samples, output.note, watchdog.heartbeat, after)
     return [("train.samples", writer)]
+
+
+def _copies(resolved: ResolvedRun, output: RunOutput, watchdog: Watchdog) -> list[tuple[str, Callback]]:
+    """Return the callback that copies checkpoints, if the run has a place for them."""
+    run = resolved.run
+    if run.checkpoint.copy_to is None or not run.checkpoint.every:
+        return []
+    folder = checkpoint_folder(run.output)
+    return [("checkpoint.copy_to", CheckpointCopier(run, folder, output.note, watchdog.heartbeat))]
 
 
 def _notes(prepared: _Prepared, engine: Engine) -> Iterator[str]:

@@ -133,6 +133,7 @@ def test_defaults(run_file):
         "resume": "auto",
         "asynchronous": True,
         "optimizer": "resume",
+        "copy_to": None,
     }
     assert run.export is None
     assert (run.monitor, run.callbacks, run.imports) == ([], [], [])

@@ -98,7 +98,9 @@ def test_what_is_refused_at_the_start(hub: LocalHub, monkeypatch: pytest.MonkeyP
     go_offline(monkeypatch)
     assert refused().startswith(f"{NAMED} needs a net, and HF_HUB_OFFLINE=1 forbids to use it; try `hf upload")
     for wrong in ("name", "a/b/c", 3):
-        with pytest.raises(ConfigError, match=r"export\.push_to=.* is no repository on the hub; write org/name"):
+        with pytest.raises(
+            ConfigError, match=r"export\.push_to=.* is no repository on the hub, nor a URL; write org/name"
+        ):
             build_section(ExportSection, {"path": "out", "push_to": wrong})
 
 
