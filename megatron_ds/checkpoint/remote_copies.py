@@ -125,7 +125,7 @@ def fetch_newest(url: str, folder: Path, after: int) -> int | None:
     Args:
         url: the value of `checkpoint.copy_to`.
         folder: of the checkpoints on the disk.
-        after: the step of the newest one there; -1 = there is none.
+        after: the step of the newest one there; -1 = the folder has no checkpoint.
 
     Returns:
         its step; None = there is no later one.

@@ -1,6 +1,6 @@
 """Local copies of remote files, in a cache: one process of a machine downloads, and the others wait for it.
 
-A copy is found again by the URL and the version of each file, so that a file that has changed is downloaded anew.
+A copy is found again by the URL and the version of each file, so that a file that has changed is downloaded again.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Store:
         self._worker: _Worker | None = None
 
     def list(self) -> list[RemoteFile]:
-        """Return all files, in the order of their names; empty if there are none.
+        """Return all files, in the order of their names; empty if the URL has no file.
 
         Raises:
             RemoteError: the store cannot be read.

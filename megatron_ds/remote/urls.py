@@ -19,7 +19,7 @@ _CLIENTS = {
     "https": "aiohttp",
     "hf": "huggingface_hub",
 }
-"""Scheme -> the package with its client, beside fsspec."""
+"""Scheme -> the package with its client, in addition to fsspec."""
 _IN_EXTRA = ("s3fs", "gcsfs", "aiohttp")
 READ_ONLY = ("http", "https")
 

@@ -1,4 +1,4 @@
-"""Copies of a run's checkpoints at a URL, beside its steps: `checkpoint.copy_to`."""
+"""Copies of a run's checkpoints at a URL, made while it trains: `checkpoint.copy_to`."""
 
 from __future__ import annotations
 

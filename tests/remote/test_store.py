@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.errors import ConfigError, RemoteError
-from megatron_ds.remote import Store, is_url, local_data, require_client
+from megatron_ds.remote import Store, as_url, is_url, local_data, require_client
 from tests.remote.conftest import WebServer
 
 
 def test_urls_and_the_packages_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [is_url(text) for text in ("s3://b/c", "gs://b", "https://a/b", "a/b", "/a", "file:///a", "s3:/a")] == [
-        *(True, True, True),
-        *(False,) * 4,
-    ]
+    assert all(map(is_url, ("s3://b/c", "gs://b", "https://a/b", "s3:/b/c")))
+    assert not any(map(is_url, ("a/b", "/a", "file:///a", "c:/a", "C:/a/b")))
+    assert as_url("s3:/b/c") == "s3://b/c", "what a Path makes of it"
     require_client("s3://bucket/data", "data: URL")
     with pytest.raises(ConfigError, match=r"^x: ftpx:// is not one of s3://, s3a://, gs://"):
         require_client("ftpx://a/b", "x")
