@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from megatron_ds.cache import use_writable_caches
 from megatron_ds.errors import ConfigError, TopologyError
-from megatron_ds.evaluation.subject import Source, find_subject
 from megatron_ds.evaluation.task_choice import Tasks
 from megatron_ds.log import quiet_libraries
 from megatron_ds.parallel.rank_info import rank_from_environment, rank_source
 
 if TYPE_CHECKING:
     from megatron_ds.evaluation.report import Evaluation
+    from megatron_ds.evaluation.subject import Source
 
 Note = Callable[[str], None]
 
@@ -61,6 +61,7 @@ def evaluate(
     use_writable_caches()
     from megatron_ds.evaluation.job import Job, run_launched, start_local  # not before `quiet_libraries`
     from megatron_ds.evaluation.setup import Settings
+    from megatron_ds.evaluation.subject import find_subject
 
     degrees = {"tensor": tp, "pipeline": pp}
     given = [f"parallel.{name}={degree}" for name, degree in degrees.items() if degree is not None]

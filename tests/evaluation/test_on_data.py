@@ -5,6 +5,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,14 @@ def test_what_is_refused(
         options = {**options, "data": corpus / options["data"]}
     with pytest.raises(problem, match=said):
         evaluated(trained[0] / "checkpoints" / "step_00000005", **options)
+
+
+def test_deepspeed_is_imported_after_it_is_silenced(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['megatron-ds', 'evaluate', 'nowhere']; from megatron_ds.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: nowhere does not exist")
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
