@@ -31,12 +31,24 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
     optimizer = OPTIMIZERS.get(run.optimizer.name, "optimizer.name")
     check_options(optimizer.from_section, 3, run.optimizer.options, "optimizer.options")
     check_option_values(optimizer.from_section, run.optimizer.options, "optimizer.options")
-    if state_kinds_of(run.optimizer) is None and (run.checkpoint.every or resumes):
-        fix = "checkpoint.every=0" if run.checkpoint.every else "checkpoint.resume=never"
-        raise ConfigError(
-            f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: {optimizer.why_unsaved}; try {fix}"
-        )
+    if state_kinds_of(run.optimizer) is None:
+        _refuse_state(run, optimizer.why_unsaved, resumes=resumes)
     check_sinks(run)
     for number, entry in enumerate(run.callbacks):
         field = f"callbacks[{number}]"
         check_options(CALLBACKS.get(entry.name, field), 0, entry.options, field)
+
+
+def _refuse_state(run: RunConfig, why: str, *, resumes: bool) -> None:
+    """Refuse what needs to know the state of an optimizer that does not list it.
+
+    Args:
+        run: the run file.
+        why: `why_unsaved` of the optimizer.
+        resumes: whether the run resumes.
+    """
+    if run.checkpoint.every or resumes:
+        fix = "checkpoint.every=0" if run.checkpoint.every else "checkpoint.resume=never"
+        raise ConfigError(f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: {why}; try {fix}")
+    if run.train.ema is not None:  # the average lies in the optimizer's state, next to what is listed
+        raise ConfigError(f"train.ema: optimizer.name={run.optimizer.name} has no place for it: {why}; remove it")

@@ -16,6 +16,7 @@ from megatron_ds.layers.kernels import KERNELS
 from megatron_ds.monitor import SINKS, SinkInfo, StepMetrics
 from megatron_ds.training.callbacks import CALLBACKS, Callback
 from megatron_ds.training.lr_schedule import SCHEDULES, SchedulePoint
+from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resolve import resolve_run
 from tests.ranks import preload
 from tests.training.tiny import run_mapping
@@ -114,6 +115,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         {"optimizer": {"name": "sgd"}, "checkpoint": {"every": 2}},
         "optimizer.name=sgd can be neither saved nor resumed: its class does not list its state in state_kinds; "
         "try checkpoint.every=0",
+    ),
+    (
+        {"optimizer": {"name": "sgd"}, "train": {"steps": 2, "ema": {"decay": 0.9}}},
+        "train.ema: optimizer.name=sgd has no place for it: its class does not list its state in state_kinds; remove "
+        "it",
     ),
     (
         {"optimizer": {"name": "sgd"}, "deepspeed": {"optimizer": {"type": "AdamW"}}},
@@ -223,6 +229,22 @@ def test_an_optimizer_with_other_state_trains_and_resumes_nothing(make_run: Make
     assert losses[1][:2] == losses[2][:2] and losses[1][3] != losses[2][3]
     with pytest.raises(ConfigError, match=r"^optimizer.name=sgd can be neither saved nor resumed.*=never$"):
         resolve_run(run, 1, "cpu", tmp_path)
+
+
+def test_options_may_have_annotations_that_only_type_checkers_know(make_run: MakeRun) -> None:
+    def steps(point: SchedulePoint, *, bounds: tuple[float, ...] = (), of: Any = 0) -> float:
+        return 1.0
+
+    steps.__annotations__["of"] = "NameOfAnImportForTypeCheckers"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCHEDULES._entries, "steps", steps)
+        check_registered_names(
+            make_run("steps", schedule={"name": "steps", "options": {"bounds": [0.1, 2], "of": "any"}}), resumes=False
+        )
+        wrong = make_run("wrong", schedule={"name": "steps", "options": {"bounds": ["a"]}})
+        with pytest.raises(ConfigError, match=r"^schedule.options.bounds\[0\]=a is not a number"):
+            check_registered_names(wrong, resumes=False)
 
 
 def test_the_instances_are_what_the_package_has() -> None:
