@@ -1,4 +1,7 @@
-"""Continuations of texts: rank 0 is asked for them, and all ranks generate them, data ranks those of other prompts."""
+"""Continuations of texts: rank 0 is asked for them, and all ranks generate them.
+
+Data ranks continue other prompts, or all of them together if experts are divided over them.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +65,10 @@ class Continuer:
         self, prompts: list[list[int]], max_new_tokens: int, stop: list[str], sampling: Sampling
     ) -> list[list[int]]:
         """Generate new ids for all prompts. Collective over the world."""
-        axis = self._engine.grid.batch
-        mine = range(axis.rank, len(prompts), axis.size)
+        grid = self._engine.grid
+        mine = range(grid.batch.rank, len(prompts), grid.batch.size)
+        if grid.experts_span_data:
+            mine = range(len(prompts))
         rows = self._generator.generate(
             [prompts[index] for index in mine],
             max_new_tokens,

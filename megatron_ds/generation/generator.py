@@ -46,7 +46,7 @@ class Row:
 class Generator:
     """A model that continues token ids. Every rank has one, and calls its methods with the same arguments.
 
-    Data ranks may have other prompts, unless they divide experts with each other.
+    Data ranks may have other prompts, unless experts are divided over them; then all have the same.
 
     Args:
         built: this rank's module, or that of an engine, `Engine.built`.
@@ -166,15 +166,18 @@ class Generator:
     def _agreed(self, chosen: Tensor | None, count: int) -> list[int]:
         """Return the tokens that the first tensor rank of the last stage has chosen.
 
-        Collective over tensor on the last stage, and over pipeline.
+        Collective over tensor on the last stage, and over pipeline; over the world if experts span data ranks.
         """
         if chosen is None:
             chosen = torch.empty(count, dtype=torch.int64, device=self._device)
-        tensor, pipeline = self._grid.tensor, self._grid.pipeline
-        if tensor.size > 1 and self._stage.is_last:
-            dist.broadcast(chosen, tensor.ranks[0], group=tensor.group)
-        if pipeline.size > 1:
-            dist.broadcast(chosen, pipeline.ranks[-1], group=pipeline.group)
+        grid = self._grid
+        if grid.experts_span_data:
+            dist.broadcast(chosen, grid.layout.rank_of(pipeline=grid.pipeline.size - 1))
+            return [int(token) for token in chosen.tolist()]
+        if grid.tensor.size > 1 and self._stage.is_last:
+            dist.broadcast(chosen, grid.tensor.ranks[0], group=grid.tensor.group)
+        if grid.pipeline.size > 1:
+            dist.broadcast(chosen, grid.pipeline.ranks[-1], group=grid.pipeline.group)
         return [int(token) for token in chosen.tolist()]
 
 

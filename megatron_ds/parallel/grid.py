@@ -266,6 +266,11 @@ class Grid:
         return self.expert.ranks != self.tensor.ranks
 
     @property
+    def experts_span_data(self) -> bool:
+        """The experts are divided over data ranks, whose forward passes are then collective over them."""
+        return self.tensor.size * self.context.size % self.expert.size != 0
+
+    @property
     def coords(self) -> Coords:
         return self.layout.coords(self.rank)
 

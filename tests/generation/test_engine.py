@@ -1,12 +1,14 @@
 """Generation by the module of a live engine: at layouts, after a training step, with other prompts on data ranks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from megatron_ds.errors import TopologyError
-from megatron_ds.generation import Generator
+from megatron_ds.evaluation.continuation import Continuer
+from megatron_ds.evaluation.shared_calls import SharedCalls
+from megatron_ds.generation import Generator, Sampling
 from megatron_ds.parallel.grid import Grid
 from tests.generation.models import KINDS, NEW_TOKENS, PROMPTS, continue_by_transformers
 from tests.parity.cases import Recipe
@@ -38,6 +40,26 @@ def test_an_engine_generates_and_trains_on(place: Place, once: Any) -> None:
     for rank, (ids, loss) in enumerate(found):
         data = place.layout.coords(rank).data
         assert ids == expected[data :: place.dp] and loss == losses[rank]
+
+
+def continue_together(grid: Grid, directory: Path, place: Place) -> list[list[int]]:
+    """What `Continuer` returns for three prompts one by one, of which one data rank would have two."""
+    engine, model = engine_on(grid, directory, place, RECIPE)
+    continuer = Continuer(engine, model, None, cast(Any, NoTokenizer()), 1, SharedCalls())
+    return continuer._run(PROMPTS[:3], NEW_TOKENS, [], Sampling())
+
+
+class NoTokenizer:
+    """Texts of which no stop text is a part."""
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("place", [Place(dp=2, expert=2), Place(dp=2)], ids=str)
+def test_experts_over_data_ranks_continue_the_same_prompts(place: Place, once: Any) -> None:
+    directory, expected = once(continue_by_transformers, KINDS["experts"])
+    assert all(found == expected[:3] for found in run_grid(continue_together, place.layout, directory, place))
 
 
 def refuse(grid: Grid, directory: Path, place: Place) -> str:
