@@ -1,6 +1,6 @@
 """Continuations of texts: rank 0 is asked for them, and all ranks generate them.
 
-Data ranks continue other prompts, or all of them together if experts are divided over them.
+Data ranks continue different prompts; if experts are divided over them, every rank continues all prompts.
 """
 
 from __future__ import annotations

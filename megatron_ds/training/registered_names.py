@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from megatron_ds.config import RunConfig, check_option_values
-from megatron_ds.engine import OPTIMIZERS, state_kinds_of
+from megatron_ds.engine import OPTIMIZERS, GuardedOptimizer, state_kinds_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.monitor import check_sinks
 from megatron_ds.registry import check_options
@@ -32,23 +32,22 @@ def check_registered_names(run: RunConfig, *, resumes: bool) -> None:
     check_options(optimizer.from_section, 3, run.optimizer.options, "optimizer.options")
     check_option_values(optimizer.from_section, run.optimizer.options, "optimizer.options")
     if state_kinds_of(run.optimizer) is None:
-        _refuse_state(run, optimizer.why_unsaved, resumes=resumes)
+        _refuse_state(run, optimizer, resumes=resumes)
     check_sinks(run)
     for number, entry in enumerate(run.callbacks):
         field = f"callbacks[{number}]"
         check_options(CALLBACKS.get(entry.name, field), 0, entry.options, field)
 
 
-def _refuse_state(run: RunConfig, why: str, *, resumes: bool) -> None:
-    """Refuse what needs to know the state of an optimizer that does not list it.
-
-    Args:
-        run: the run file.
-        why: `why_unsaved` of the optimizer.
-        resumes: whether the run resumes.
-    """
+def _refuse_state(run: RunConfig, optimizer: type[GuardedOptimizer], *, resumes: bool) -> None:
+    """Refuse what needs to know the state of an optimizer that does not list it."""
     if run.checkpoint.every or resumes:
         fix = "checkpoint.every=0" if run.checkpoint.every else "checkpoint.resume=never"
-        raise ConfigError(f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: {why}; try {fix}")
-    if run.train.ema is not None:  # the average lies in the optimizer's state, next to what is listed
-        raise ConfigError(f"train.ema: optimizer.name={run.optimizer.name} has no place for it: {why}; remove it")
+        raise ConfigError(
+            f"optimizer.name={run.optimizer.name} can be neither saved nor resumed: {optimizer.why_unsaved}; try {fix}"
+        )
+    creates_state = optimizer.kinds_in is not GuardedOptimizer.kinds_in
+    if run.train.ema is not None and not creates_state:  # torch's optimizers take a state with an average for theirs
+        raise ConfigError(
+            f"train.ema: optimizer.name={run.optimizer.name} has no place for it: {optimizer.why_unsaved}; remove it"
+        )
