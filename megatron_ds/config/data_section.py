@@ -75,6 +75,10 @@ def _changing_weight(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     starts = {key: parse_start(key) for key in value}
+    twice = [key for key, start in starts.items() if list(starts.values()).count(start) > 1]
+    if twice:
+        both = " and ".join(map(show, twice[:2]))
+        raise ConfigError(f"data.train: weight has the keys {both}, which are the same time; keep one")
     return {start.step if start.step is not None else key: value[key] for key, start in starts.items()}
 
 

@@ -68,18 +68,24 @@ def plan_mixture(
         seq_length: tokens of a sample.
 
     Raises:
-        ConfigError: all weights are 0 from some step on.
+        ConfigError: all weights are 0 from some step on, or a source has two weights from one sample on.
     """
 
     def sample_of(start: MixtureStart) -> int:
         return samples_before(start.step) if start.step is not None else math.ceil(start.tokens / seq_length)
 
-    of_sources = [
-        {0: float(one)}
-        if not isinstance(one, Mapping)
-        else {sample_of(parse_start(key)): value for key, value in sorted(one.items(), key=lambda item: str(item[0]))}
-        for one in weights
-    ]
+    def by_sample(given: Mapping[int | str, float]) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for key, value in given.items():
+            sample = sample_of(parse_start(key))
+            if found.setdefault(sample, value) != value:
+                raise ConfigError(
+                    f"data.train: weight has two values, {found[sample]:g} and {value:g}, from sample {sample:,} on: "
+                    "the steps and the tokens among its keys meet there; remove one"
+                )
+        return found
+
+    of_sources = [by_sample(one) if isinstance(one, Mapping) else {0: float(one)} for one in weights]
     phases: list[Phase] = []
     for first in sorted({first for one in of_sources for first in one}):
         now = tuple(one[max(start for start in one if start <= first)] for one in of_sources)

@@ -75,6 +75,7 @@ def test_a_blend_of_phases(tmp_path: Path) -> None:
         ({10: 1.0}, 'data.train[0].weight={"10": 1.0} has no weight for the first steps; try {0: 0, 10: 1}'),
         ({0: 0.0}, 'data.train[0].weight={"0": 0.0} is always 0; leave the source out'),
         ({0: -1.0}, "data.train[0].weight[0]=-1.0 must be at least 0.0; nearest: 0.0"),
+        ({0: 1.0, "0": 2.0}, "data.train: weight has the keys 0 and 0, which are the same time; keep one"),
         ({"2B": 1.0}, "data.train: weight has the key 2B, which is neither a number of steps nor of tokens; write "),
     ],
 )
@@ -89,3 +90,5 @@ def test_a_moment_without_any_source_is_refused() -> None:
         ConfigError, match=r"data\.train: all weights are 0 from sample 80 on; give one source a weight"
     ):
         plan_mixture([{0: 1.0, 10: 0.0}, {0: 1.0, 20: 0.0}], lambda step: 4 * step, 8)
+    with pytest.raises(ConfigError, match=r"^data.train: weight has two values, 2 and 3, from sample 40 on"):
+        plan_mixture([{0: 1.0, 10: 2.0, "320 tokens": 3.0}], lambda step: 4 * step, 8)
