@@ -32,7 +32,8 @@ def generate_by_rows(
     """Continue prompts in one batch, by a forward pass of all positions for each token; return them in order.
 
     Collective over the world, and all ranks have the same prompts. Positions behind the text are computed too, which
-    causal attention does not see. Frequencies of rotations that depend on the length are those of the longest row.
+    causal attention does not see. Frequencies of rotations that depend on the length are those of the longest row. Rows
+    end earlier where their ranks cannot divide all positions that the model has.
 
     Args:
         engine: the model under DeepSpeed, which is not changed.
@@ -49,20 +50,24 @@ def generate_by_rows(
         columns = _source(prompts, divisor, getattr(core, "padding_id", 0))
         starts = [1] * len(rows)
     length = -(-(max(starts) + max_new_tokens) // divisor) * divisor
+    limit = core.shape().max_positions
+    if limit is not None:
+        length = min(length, limit // divisor * divisor)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     for row, line in zip(rows, ids):
         first = row.prompt if decoding.start_id is None else [decoding.start_id]
         line[: len(first)] = torch.tensor(first)
     while not all(row.stopped_by for row in rows):
-        ends = torch.tensor([start + len(row.ids) for start, row in zip(starts, rows)])
+        ends = torch.tensor([start + len(row.ids) for start, row in zip(starts, rows)]).clamp(max=length)
         with predicting(engine.built.module, (ends - 1).to(engine.device)):
             found = engine.outputs({**columns, decoding.column: ids.clone()})
         chosen = sampling.choose(found["logits"][:, 0].float(), streams) if found is not None else None
         for row, end, token in zip(rows, ends.tolist(), _agreed(engine, chosen, len(rows))):
             if not row.stopped_by:
                 row.ids.append(token)
-                row.stopped_by = end_of(row, end_ids, None, max_new_tokens)
-                ids[row.number, end] = token
+                row.stopped_by = end_of(row, end_ids, None, min(max_new_tokens, length + 1 - starts[row.number]))
+                if not row.stopped_by:
+                    ids[row.number, end] = token
     return rows
 
 

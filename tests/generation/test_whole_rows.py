@@ -10,6 +10,7 @@ from megatron_ds.parallel.grid import Grid
 from tests.generation.models import KINDS, NEW_TOKENS, PROMPTS, continue_by_transformers
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_on
+from tests.parity.reference import ALL_CONFIGS
 from tests.ranks import run_grid
 
 SEQUENCE, ZERO_3, STAGES, CONTEXT = Place(tp=2, sp=True), Place(dp=2, zero=3), Place(pp=2), Place(cp=2)
@@ -40,4 +41,13 @@ def generate(grid: Grid, directory: Path, place: Place) -> list[list[int]]:
 def test_equals_transformers(case: str, place: Place, once: Any) -> None:
     directory, expected = once(continue_by_transformers, case)
     for found in run_grid(generate, place.layout, directory, place):
+        assert found == expected
+
+
+def test_a_table_of_positions_that_ranks_cannot_divide_is_used_to_its_end(once: Any) -> None:
+    length = max(map(len, PROMPTS)) + NEW_TOKENS
+    assert length % SEQUENCE.tp
+    ALL_CONFIGS["odd-table"] = {**ALL_CONFIGS[KINDS["learned positions"]], "n_positions": length}
+    directory, expected = once(continue_by_transformers, "odd-table")
+    for found in run_grid(generate, SEQUENCE.layout, directory, SEQUENCE):
         assert found == expected
