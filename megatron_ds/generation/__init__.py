@@ -6,7 +6,7 @@
 
 from megatron_ds.generation.generator import Generator, Row, check_prompts
 from megatron_ds.generation.loading import open_generator
-from megatron_ds.generation.prompts import Completion, Prompt, TextGenerator, encode_prompts, read_prompts
+from megatron_ds.generation.prompts import Completion, Prompt, TextGenerator, added_text, encode_prompts, read_prompts
 from megatron_ds.generation.sampling import Sampling
 from megatron_ds.generation.whole_rows import generate_by_rows
 
@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "Sampling",
     "TextGenerator",
+    "added_text",
     "check_prompts",
     "encode_prompts",
     "generate_by_rows",

@@ -69,6 +69,11 @@ class Generator:
         self._read_again = {rope.original_max_positions + 1 for rope in ropes if rope.scaling == "longrope"}
         self._by_length = any(rope.scaling in BY_LENGTH for rope in ropes)
 
+    @property
+    def has_encoder(self) -> bool:
+        """The model reads a prompt apart from what it writes, instead of continuing it."""
+        return self._decoding.start_id is not None
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -21,6 +21,7 @@ OnText = Callable[[int, str], None]
 """(number of the prompt from 0, the text that was added to it)."""
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the tokenizer's text for the first bytes of a character
+_NEAR = 8  # ids of a prompt that are decoded with those that follow
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,23 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     return found
 
 
+def added_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """Return the text that ids add to others, without special tokens.
+
+    Ids alone are decoded as the beginning of a text, where some tokenizers drop a space.
+
+    Args:
+        tokenizer: decodes them.
+        before: the ids that they follow; the last few are read.
+        ids: the new ones.
+    """
+    near = list(before[-_NEAR:])
+    alone, start, whole = (
+        str(tokenizer.decode(part, skip_special_tokens=True)) for part in (list(ids), near, [*near, *ids])
+    )
+    return whole.removeprefix(start) if start and whole.startswith(start) else alone
+
+
 class TextGenerator:
     """A generator with its tokenizer. Every rank has one, and calls it with the same arguments.
 
@@ -167,7 +185,14 @@ class TextGenerator:
         Raises:
             ConfigError, DataError: see `encode_prompts` and `Generator.generate`.
         """
-        texts = [_NewText(self._tokenizer, self._end_ids, stop) for _ in prompts]
+        encoded = encode_prompts(self._tokenizer, prompts, self._path)
+        is_extended = not self._generator.has_encoder
+        texts = [
+            _NewText(
+                self._tokenizer, self._end_ids, stop, before=ids if is_extended and prompt.messages is None else ()
+            )
+            for prompt, ids in zip(prompts, encoded)
+        ]
 
         def show(number: int, token: int) -> None:
             texts[number].ids.append(token)
@@ -176,7 +201,7 @@ class TextGenerator:
                 on_text(number, piece)
 
         rows = self._generator.generate(
-            encode_prompts(self._tokenizer, prompts, self._path),
+            encoded,
             max_new_tokens,
             sampling=sampling,
             end_ids=self._end_ids,
@@ -202,19 +227,25 @@ class _NewText:
         end_ids: ids that are no text.
         stop: texts before which it ends.
         ids: the ids so far.
+        before: those of the text that they continue.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], stop: Sequence[str], ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Sequence[int],
+        stop: Sequence[str],
+        ids: Sequence[int] = (),
+        before: Sequence[int] = (),
     ) -> None:
-        self._tokenizer, self._end_ids, self._stop = tokenizer, end_ids, stop
+        self._tokenizer, self._end_ids, self._stop, self._before = tokenizer, end_ids, stop, before
         self.ids = list(ids)
         self._taken = 0
 
     @property
     def _decoded(self) -> str:
         ids = self.ids[:-1] if self.ids and self.ids[-1] in self._end_ids else self.ids
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return added_text(self._tokenizer, self._before, ids)
 
     @property
     def is_stopped(self) -> bool:

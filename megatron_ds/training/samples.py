@@ -14,7 +14,7 @@ from megatron_ds.atomic import replacing
 from megatron_ds.config import RunConfig
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
-from megatron_ds.generation import Prompt, Sampling, check_prompts, encode_prompts, generate_by_rows
+from megatron_ds.generation import Prompt, Sampling, added_text, check_prompts, encode_prompts, generate_by_rows
 from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
@@ -137,7 +137,8 @@ class SampleWriter(Callback):
         )
         if state.rank != 0:
             return
-        texts = [str(given.tokenizer.decode(row.ids, skip_special_tokens=True)) for row in rows]
+        continues = not self._section.chat and given.core.decoding is not None and given.core.decoding.start_id is None
+        texts = [added_text(given.tokenizer, row.prompt if continues else (), row.ids) for row in rows]
         with self._file.open("a", encoding="utf-8") as file:
             for prompt, text, row in zip(given.texts, texts, rows):
                 found = {"step": state.step, "prompt": prompt, "text": text, "stopped_by": row.stopped_by}
