@@ -67,9 +67,10 @@ def export(
     from megatron_ds.checkpoint.convert import export_hf
     from megatron_ds.cli.inspect import describe_written
     from megatron_ds.log import setup_logging
-    from megatron_ds.remote import as_url
+    from megatron_ds.remote import as_url, require_local
 
     setup_logging(rank=0)
+    require_local(str(hf_dir), "HF_DIR", "--push-to uploads to a URL")
     send = _prepare_push(push_to, hf_dir, public) if push_to is not None else None
     model = export_hf(checkpoint, hf_dir, dtype, max_shard_size, merge=merge, base=base, ema=ema, overwrite=overwrite)
     if (hf_dir / "adapter_config.json").is_file():

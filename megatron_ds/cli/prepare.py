@@ -71,7 +71,9 @@ def prepare(
     from megatron_ds.data.prepare import prepare as run
     from megatron_ds.data.prepare.run import usable_cores
     from megatron_ds.data.readers.source import Source
+    from megatron_ds.remote import require_local
 
+    require_local(output, "--output", "upload the files with the tool of your store")
     options = PrepareOptions(
         [Source(path, name, split) for path in inputs],
         tokenizer,

@@ -33,7 +33,7 @@ from megatron_ds.config.schema_base import (
 )
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.hub import parse_id
-from megatron_ds.remote import as_url, require_client
+from megatron_ds.remote import as_url, require_client, require_local
 
 
 def _betas_pair(value: Any) -> Any:
@@ -464,6 +464,7 @@ class RunConfig(Section):
                 f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; "
                 f"nearest: {self.optimizer.lr}"
             )
+        _check_local_paths(self)
         if self.train.profile is not None:
             _check_profile_order(*self.train.profile.steps)
         if self.train.steps is not None:
@@ -495,6 +496,19 @@ class RunConfig(Section):
         steps = self.train.batch_sizes.steps_for(math.ceil(samples))
         _check_steps(self, steps, f"train.steps={steps}, which train.epochs={epochs:g} gives")
         return self.model_copy(update={"train": self.train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def _check_local_paths(run: RunConfig) -> None:
+    """Check that what is written, and the DeepSpeed JSON, are on a disk."""
+    local = {
+        "output": (run.output, "checkpoint.copy_to copies checkpoints to a URL"),
+        "data.cache_dir": (run.data.cache_dir, "try one that all machines can read"),
+        "export.path": (run.export.path if run.export else None, "export.push_to uploads the export to a URL"),
+        "deepspeed": (run.deepspeed if isinstance(run.deepspeed, str) else None, "try a copy of it"),
+    }
+    for field, (path, fix) in local.items():
+        if path is not None:
+            require_local(path, field, fix)
 
 
 def _check_ema(run: RunConfig) -> None:

@@ -8,7 +8,7 @@ from megatron_ds.remote.copies import address_of, local_data, local_files
 from megatron_ds.remote.models import local_model, newest_checkpoint
 from megatron_ds.remote.store import RemoteFile, Store, Transfer
 from megatron_ds.remote.uploads import prepare_upload_to, upload_model
-from megatron_ds.remote.urls import as_url, is_url, require_client
+from megatron_ds.remote.urls import as_url, is_url, require_client, require_local
 
 __all__ = [
     "RemoteFile",
@@ -23,5 +23,6 @@ __all__ = [
     "newest_checkpoint",
     "prepare_upload_to",
     "require_client",
+    "require_local",
     "upload_model",
 ]

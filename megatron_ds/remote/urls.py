@@ -45,6 +45,21 @@ def is_url(text: str) -> bool:
     return as_url(text) is not None
 
 
+def require_local(path: str, named: str, fix: str) -> None:
+    """Check that a path is that of a disk.
+
+    Args:
+        path: the path.
+        named: the field or option.
+        fix: the end of the error.
+
+    Raises:
+        ConfigError: it is a URL.
+    """
+    if (url := as_url(path)) is not None:
+        raise ConfigError(f"{named}={url} is a URL, and must be a path on a disk; {fix}")
+
+
 def require_client(url: str, named: str, *, writes: bool = False) -> None:
     """Check that the packages are installed that read, or write, a URL.
 

@@ -101,7 +101,9 @@ def test_a_copy_without_its_manifest_does_not_count(s3: str, tmp_path: Path, mon
     assert remote_copies.complete_steps(["step_00000003/config.json"]) == []
 
 
-def test_what_is_refused_before_anything_is_spent(corpus: Path, tmp_path: Path) -> None:
+def test_what_is_refused_before_anything_is_spent(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for wrong, message in (
         ("copies", "checkpoint.copy_to=copies is no URL; write s3://bucket/name"),
         ("https://a/b", "checkpoint.copy_to=https://a/b: a web server cannot be written to; try s3://BUCKET/NAME"),
@@ -109,3 +111,16 @@ def test_what_is_refused_before_anything_is_spent(corpus: Path, tmp_path: Path) 
         with pytest.raises(ConfigError) as refused:
             make_run(corpus, tmp_path / "out", checkpoint={"every": 2, "copy_to": wrong})
         assert str(refused.value).startswith(message)
+    assert _run(["export", str(tmp_path), "s3://a/b"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: HF_DIR=s3://a/b is a URL, and must be a path on a disk; --push-to uploads to a URL\n"
+    inputs = [str(corpus / "train.txt"), "--tokenizer", "bytes", "--output", "gs://a/b"]
+    assert _run(["prepare", *inputs]) == 2 and "--output=gs://a/b is a URL, and must" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["output", "data.cache_dir", "export.path", "deepspeed"])
+def test_what_is_on_a_disk_cannot_be_a_url(field: str, corpus: Path, tmp_path: Path) -> None:
+    mapping, (section, _, key) = run_mapping(corpus, tmp_path), field.partition(".")
+    mapping[section] = {**mapping.get(section, {}), key: "s3://a/b"} if key else "s3://a/b"
+    with pytest.raises(ConfigError, match=rf"^{field}=s3://a/b is a URL, and must be a path on a disk; "):
+        build_run(mapping)
