@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -37,12 +38,11 @@ def local_data(url: str, named: str, *, prefix: bool = False) -> Path:
     if prefix:
         stem = url.removesuffix(".bin").removesuffix(".idx")
         copies = [_copy(f"{stem}{ending}", named) for ending in (".bin", ".idx")]
-        folder = _folder(url, [])
+        folder = _folder("\n".join(map(str, copies)), [])  # others may read other versions
+        folder.mkdir(parents=True, exist_ok=True)
         for ending, copy in zip((".bin", ".idx"), copies):
-            folder.mkdir(parents=True, exist_ok=True)
-            link = folder / f"data{ending}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(copy)
+            with suppress(FileExistsError):  # another rank has made it
+                (folder / f"data{ending}").symlink_to(copy)
         return folder / "data"
     return _copy(url, named)
 

@@ -91,7 +91,7 @@ class Store:
 
     def _start(self, action: str, more: Mapping[str, Any]) -> Transfer:
         """Send a request to this store's process, which serves one at a time."""
-        if self._worker is None:
+        if self._worker is None or self._worker.is_dead:
             self._worker = _Worker()
         self._worker.send({"action": action, "url": self.url, **more})
         return Transfer(self, self._worker)
@@ -127,11 +127,15 @@ class Transfer:
 
 
 class _Worker:
-    """A process of `worker`; it ends with the object."""
+    """A process of `worker`; it ends with the object.
+
+    Attributes:
+        is_dead: True if it has ended before an answer.
+    """
 
     def __init__(self) -> None:
         variables = {"PYTHONPATH": os.pathsep.join(one for one in sys.path if one), "TOKENIZERS_PARALLELISM": "false"}
-        self._owner = os.getpid()
+        self.is_dead = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_ds.remote.worker"],
             stdin=subprocess.PIPE,
@@ -141,7 +145,7 @@ class _Worker:
             env={**os.environ, **variables},
             start_new_session=True,  # a Ctrl-C is for the run, which finishes its upload
         )
-        self._ending = weakref.finalize(self, _end, self._process, self._owner)
+        self._ending = weakref.finalize(self, _end, self._process, os.getpid())
 
     @property
     def has_answer(self) -> bool:
@@ -157,7 +161,8 @@ class _Worker:
     def receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):
+            self.is_dead = True
             return {"error": f"its process ended with status {self._process.wait()}", "kind": ""}
         return dict(json.loads(line))
 
@@ -180,6 +185,8 @@ def _reason(answer: Mapping[str, Any]) -> str:
     kind, words = answer["kind"], str(answer["error"])[:300]
     if kind == "missing":
         return "does not exist; check the name, and list it with `fsspec` or the tool of your store"
+    if kind == "disk":
+        return f"has failed on this machine's disk ({words})"
     if kind == "denied":
         return f"cannot be used with your credentials ({words}); check them and the permissions of the bucket"
     if kind == "away":

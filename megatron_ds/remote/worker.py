@@ -6,6 +6,7 @@ It is started as `python -m megatron_ds.remote.worker`. Every action is tried se
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import sys
@@ -21,20 +22,22 @@ WAITS_S = (0.5, 3.0, 15.0)
 WAITS_VARIABLE = "MEGATRON_DS_REMOTE_WAITS_S"
 """Environment variable with other ones, separated by blanks."""
 THREADS = 8
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "updated")
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
     waits_s = [float(one) for one in os.environ.get(WAITS_VARIABLE, "").split()] or list(WAITS_S)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a client prints is no answer
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = {"result": _ACTIONS[request["action"]](_Files(request["url"], waits_s), request)}
         except Exception as problem:
             answer = {"error": _words(problem), "kind": _kind(problem)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 class _Files:
@@ -147,7 +150,9 @@ def _remove(files: _Files, request: dict[str, Any]) -> None:
 
 
 def _kind(problem: BaseException) -> str:
-    """Return whether something is missing, is denied, or is away, which may pass; or "" for all else."""
+    """Return whether something is missing, denied, of the disk here, or away, which may pass; or "" for all else."""
+    if isinstance(problem, OSError) and (problem.errno in _FULL or os.path.isabs(str(problem.filename or ""))):
+        return "disk"
     if isinstance(problem, FileNotFoundError):  # fsspec's of web servers, whatever the cause is
         cause = problem.__cause__
         return "missing" if cause is None or getattr(cause, "status", None) in (404, 410) else _kind(cause)

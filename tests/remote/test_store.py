@@ -84,3 +84,39 @@ def test_a_server_that_is_away(web: WebServer, tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match="cannot be reached, also after more tries"):
         local_data(f"{web.url}/other.txt", "data: URL")
     assert time.monotonic() - began < 30
+
+
+def test_a_process_that_dies_is_named_and_replaced(web: WebServer, tmp_path: Path) -> None:
+    (tmp_path / "web" / "corpus.txt").write_text("some text")
+    store = Store(f"{web.url}/corpus.txt", "data: URL")
+    assert store.list()[0].size == 9
+    worker = store._worker
+    assert worker is not None
+    worker._process.kill()
+    with pytest.raises(RemoteError, match="^data: URL has failed .its process ended with status -9"):
+        store.list()
+    assert store.list()[0].size == 9
+
+
+def test_a_disk_that_cannot_be_written_is_no_problem_of_the_store(web: WebServer, tmp_path: Path) -> None:
+    (tmp_path / "web" / "corpus.txt").write_text("some text")
+    (tmp_path / "file").touch()
+    before = len(web.requests)
+    with pytest.raises(RemoteError, match=r"^x has failed on this machine's disk \(.*Not a directory.*/file/deep"):
+        Store(web.url, "x").download({"corpus.txt": tmp_path / "file" / "deep" / "copy"})
+    assert len(web.requests) == before, "further tries do not help"
+
+
+def test_ranks_that_link_indexed_files_at_once(web: WebServer, tmp_path: Path) -> None:
+    for ending in (".bin", ".idx"):
+        (tmp_path / "web" / f"corpus{ending}").write_text(ending)
+    url = f"{web.url}/corpus"
+    path = local_data(url, "data: URL", prefix=True)
+    before = path.with_suffix(".bin").lstat().st_ino
+    local_data.cache_clear()
+    assert local_data(url, "data: URL", prefix=True) == path
+    assert path.with_suffix(".bin").lstat().st_ino == before, "another rank may be opening it"
+    (tmp_path / "web" / "corpus.bin").write_text("changed")
+    local_data.cache_clear()
+    changed = local_data(url, "data: URL", prefix=True)
+    assert changed.with_suffix(".bin").read_text() == "changed" and path.with_suffix(".bin").read_text() == ".bin"
