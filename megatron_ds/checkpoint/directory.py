@@ -37,7 +37,9 @@ MANIFEST = f"{STATE}/manifest.json"
 PROGRESS = f"{STATE}/progress.json"
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(r"\.step_\d{8,}\.(tmp|old)")
+COPYING = ".copying"
+"""The directory with links to the files of checkpoints that are being copied elsewhere."""
+_LEFTOVER = re.compile(rf"\.step_\d{{8,}}\.(tmp|old)|{re.escape(COPYING)}")
 
 
 def name_of(step: int) -> str:
@@ -159,7 +161,7 @@ def lock(folder: Path) -> filelock.BaseFileLock:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the leftovers of checkpoints whose writing or removal a crash interrupted."""
+    """Remove the leftovers of checkpoints whose writing, copying or removal a crash interrupted."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

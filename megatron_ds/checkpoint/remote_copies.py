@@ -18,13 +18,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ds.checkpoint.directory import LATEST, MANIFEST, flush, name_of, step_of
+from megatron_ds.checkpoint.directory import COPYING, LATEST, MANIFEST, flush, name_of, step_of
 from megatron_ds.errors import RemoteError
 from megatron_ds.remote import Store, Transfer, prepare_upload_to
 
 _COMPLETE = re.compile(rf"(step_\d{{8,}})/{re.escape(MANIFEST)}")
 _ASIDE = f"{MANIFEST}.aside"
-_LINKS = ".copying"
 
 
 class RemoteCopies:
@@ -42,6 +41,7 @@ class RemoteCopies:
         self._store, self._folder, self._keep, self._note = Store(url, self._named), folder, keep, note
         self._running: tuple[str, Transfer] | None = None
         self._next: str | None = None
+        self._unlinked: tuple[str, OSError] | None = None
 
     def begin(self, checkpoint: Path) -> None:
         """Begin to copy a complete checkpoint, or have it copied next."""
@@ -49,8 +49,14 @@ class RemoteCopies:
         if self._next is not None:
             shutil.rmtree(self._links(self._next), ignore_errors=True)
             self._note(f"{self._named}: {self._next} is not copied, because {checkpoint.name} is complete already")
-        self._link(checkpoint)
-        self._next = checkpoint.name
+        self._next = self._unlinked = None
+        try:
+            self._link(checkpoint)
+            self._next = checkpoint.name
+        except OSError as problem:  # must not end a run whose checkpoint is complete
+            self._unlinked = checkpoint.name, problem
+            shutil.rmtree(self._links(checkpoint.name), ignore_errors=True)
+            self._note(f"{checkpoint.name} is not copied: {problem}; the next checkpoint is")
         self.poll()
 
     def poll(self) -> None:
@@ -71,8 +77,11 @@ class RemoteCopies:
             RemoteError: the last one has failed; the checkpoint itself is complete.
         """
         while self._running is not None:
-            self._end(raises=self._next is None)
+            self._end(raises=self._next is None and self._unlinked is None)
             self.poll()
+        if self._unlinked is not None:
+            name, problem = self._unlinked
+            raise RemoteError(f"{self._named}: {problem}; {self._folder / name} is complete") from problem
 
     def _end(self, *, raises: bool) -> None:
         assert self._running is not None
@@ -81,22 +90,29 @@ class RemoteCopies:
             num_bytes = transfer.result()
             self._store.write_text(LATEST, f"{name}\n")
             self._note(f"copied {name} to {self._store.url} ({num_bytes / 1e6:,.1f} MB)")
-            self._remove_old()
         except RemoteError as problem:
             if raises:
                 raise RemoteError(f"{problem}; {self._folder / name} is complete") from problem
             self._note(f"{name} is not copied: {problem}; the next checkpoint is")
+        else:
+            self._remove_old()
         finally:
             shutil.rmtree(self._links(name), ignore_errors=True)
 
     def _remove_old(self) -> None:
+        try:
+            self._remove_all_but_newest()
+        except RemoteError as problem:
+            self._note(f"older copies stay: {problem}")
+
+    def _remove_all_but_newest(self) -> None:
         files = [one.name for one in self._store.list()]
         for step in complete_steps(files)[self._keep :]:
             own = [name for name in files if name.startswith(f"{name_of(step)}/")]
             self._store.remove(own, first=[f"{name_of(step)}/{MANIFEST}"])
 
     def _links(self, name: str) -> Path:
-        return self._folder / _LINKS / name
+        return self._folder / COPYING / name
 
     def _link(self, checkpoint: Path) -> None:
         """Link the files of a checkpoint, which may be removed before they are copied."""
@@ -143,6 +159,7 @@ def fetch_newest(url: str, folder: Path, after: int) -> int | None:
     shutil.rmtree(temporary, ignore_errors=True)
     own = [one for one in found if one.name.startswith(f"{name}/") and not one.name.endswith(_ASIDE)]
     store.download({one.name: temporary / one.name[len(name) + 1 :] for one in own}, own)
+    shutil.rmtree(folder / name, ignore_errors=True)  # without a manifest, or the step would be `after`
     os.replace(temporary, folder / name)
     flush(folder)
     return steps[0]

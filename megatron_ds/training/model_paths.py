@@ -8,9 +8,10 @@ from pathlib import Path
 from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint
 from megatron_ds.config import RunConfig
 from megatron_ds.config.yaml_text import parse_yaml
-from megatron_ds.errors import ConfigError, HubError
+from megatron_ds.errors import ConfigError, HubError, RemoteError
 from megatron_ds.hub import HubId, hub_id, name_of, parse_id, pinned
 from megatron_ds.log import log_once
+from megatron_ds.remote import is_url
 from megatron_ds.runtime.loaded_model import name_directory
 from megatron_ds.training.resume import RUN_FILE, checkpoint_folder, named_checkpoint
 
@@ -54,20 +55,20 @@ def _ids_before(run: RunConfig) -> dict[str, HubId]:
 def with_directories(run: RunConfig, checkpoint: Path | None) -> RunConfig:
     """Return the run with the directories that its paths and ids of models name; see `name_directory`.
 
-    A resumed run reads everything from its checkpoint if `model.path` is gone, or is on a hub that cannot be read.
-    Adapters need it, their base.
+    A resumed run reads everything from its checkpoint if `model.path` is gone, or is on a hub or a store that cannot be
+    read. Adapters need it, their base.
 
     Args:
         run: the run file.
         checkpoint: the checkpoint that it resumes; None = it starts, or has not been looked for.
 
     Raises:
-        HubError: a model on the hub cannot be read, and there is no such checkpoint.
+        HubError, RemoteError: a model cannot be read, and there is no such checkpoint.
     """
-    problem = None
+    problem: HubError | RemoteError | None = None
     try:
         run = _with_models(run, name_directory)
-    except HubError as error:
+    except (HubError, RemoteError) as error:
         problem = error
     path = run.model.path
     if problem is None and (path is None or Path(path).exists()):
@@ -80,7 +81,7 @@ def with_directories(run: RunConfig, checkpoint: Path | None) -> RunConfig:
     reason = f"model.path={path} is gone" if problem is None else str(problem)
     log_once(f"{reason}; the model's config and other files are read from {found}")
     tokenizer = run.model.tokenizer
-    if tokenizer is not None and hub_id(tokenizer) is not None:
+    if tokenizer is not None and (hub_id(tokenizer) is not None or is_url(tokenizer)):
         tokenizer = None  # the checkpoint has it
     return run.model_copy(update={"model": run.model.model_copy(update={"path": str(found), "tokenizer": tokenizer})})
 

@@ -20,7 +20,9 @@ from megatron_ds.data.parts import begins_documents
 from megatron_ds.errors import CheckpointError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hub import local_directory
+from megatron_ds.parallel.consensus import run_long_on_all_ranks
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.remote import address_of, as_url
 from megatron_ds.training.checkpoint_copies import fetch_newer_checkpoint
 
 RUN_FILE = "config.yaml"
@@ -41,7 +43,7 @@ def find_resume_point(run: RunConfig, info: RankInfo) -> ResumePoint:
         folder = checkpoint_folder(run.output).resolve()
         fetch_newer_checkpoint(run, folder, info)
         return newest_intact(folder, info.rank, info.world_size)
-    path = named_checkpoint(resume)
+    path = run_long_on_all_ranks(lambda: named_checkpoint(resume))
     problem = first_damage(path, info.rank, info.world_size)
     return ResumePoint(path) if problem is None else ResumePoint(None, (problem,))
 
@@ -106,9 +108,6 @@ def prepare_output(run: RunConfig, found: ResumePoint, output_lock: object) -> t
     """
     output, folder = Path(run.output), checkpoint_folder(run.output)
     notes = [f"skipped damaged checkpoint: {problem}" for problem in found.damaged]
-    if run.checkpoint.copy_to is not None and run.checkpoint.every:
-        resumed = step_of(found.path) if found.path is not None else -1
-        notes += set_copies_aside(run.checkpoint.copy_to, resumed)
     with _write_errors(folder):
         output.mkdir(parents=True, exist_ok=True)
         output_lock = output_lock if output_lock is not None else lock(output)
@@ -130,7 +129,25 @@ def prepare_output(run: RunConfig, found: ResumePoint, output_lock: object) -> t
             point_to(folder, own.name if own is not None else None)
     if aside is not None:
         notes.append(f"moved checkpoints that this run does not continue to {aside}")
+    if run.checkpoint.copy_to is not None and run.checkpoint.every:
+        notes += set_copies_aside(run.checkpoint.copy_to, abandoned_copies(run, found.path))
     return output_lock, tuple(notes)
+
+
+def abandoned_copies(run: RunConfig, resumed: Path | None) -> int:
+    """Return the step after which copies at `checkpoint.copy_to` are of a run that is not continued; -1 = all are.
+
+    Args:
+        run: the run file.
+        resumed: the checkpoint that it resumes: one of its own, the copy of one, or another run's.
+    """
+    if resumed is None:
+        return -1
+    place = as_url(address_of(str(resumed)))
+    if place is not None:
+        folder, _, name = place.rpartition("/")
+        return step_of(Path(name)) if folder == (run.checkpoint.copy_to or "").rstrip("/") else -1
+    return step_of(resumed) if resumed.parent == checkpoint_folder(run.output).resolve() else -1
 
 
 @contextmanager

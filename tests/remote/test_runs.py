@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 
 from megatron_ds.checkpoint import remote_copies
+from megatron_ds.checkpoint.directory import remove_leftovers
 from megatron_ds.checkpoint.remote_copies import RemoteCopies, complete_steps, fetch_newest, set_copies_aside
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run
 from megatron_ds.errors import ConfigError, RemoteError
 from megatron_ds.remote import Store, local_data
+from megatron_ds.remote.models import local_model
 from megatron_ds.training.launch import train
+from megatron_ds.training.model_paths import with_directories
+from megatron_ds.training.resume import abandoned_copies
 from tests.ranks import preload
 from tests.training.tiny import run_mapping
 
@@ -124,3 +128,63 @@ def test_what_is_on_a_disk_cannot_be_a_url(field: str, corpus: Path, tmp_path: P
     mapping[section] = {**mapping.get(section, {}), key: "s3://a/b"} if key else "s3://a/b"
     with pytest.raises(ConfigError, match=rf"^{field}=s3://a/b is a URL, and must be a path on a disk; "):
         build_run(mapping)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    path = folder / f"step_{step:08d}"
+    (path / "training_state").mkdir(parents=True)
+    (path / "training_state/manifest.json").write_text(f"{step}")
+    return path
+
+
+def test_a_copy_that_cannot_begin_is_noted_and_fails_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    notes: list[str] = []
+    copies = RemoteCopies("s3://bucket/run", tmp_path, 3, notes.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        copies.begin(checkpoint_of(tmp_path, 1))
+    (tmp_path / ".copying/step_00000001").mkdir(parents=True)  # as after a crash
+    remove_leftovers(tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["step_00000001"]
+    assert notes == ["step_00000001 is not copied: [Errno 28] No space left on device; the next checkpoint is"]
+    with pytest.raises(
+        RemoteError, match=r"^checkpoint.copy_to=s3://bucket/run: .*No space left.*00000001 is complete"
+    ):
+        copies.finish()
+
+
+def test_a_copy_whose_predecessors_stay_is_complete(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*arguments: Any, **more: Any) -> None:
+        raise RemoteError("no permission")
+
+    notes: list[str] = []
+    copies = RemoteCopies(s3, tmp_path, 1, notes.append)
+    monkeypatch.setattr(Store, "remove", denied)
+    for step in (1, 2):
+        copies.begin(checkpoint_of(tmp_path, step))
+        copies.finish()
+    assert notes[-1] == "older copies stay: no permission" and notes[-2].startswith("copied step_00000002 to ")
+
+
+def test_copies_of_another_run_are_set_aside(s3: str, corpus: Path, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        Store(s3, "x").write_text(f"step_{step:08d}/training_state/manifest.json", f"{step}")
+    run = make_run(corpus, tmp_path / "out", checkpoint={"every": 2, "copy_to": s3})
+    other = checkpoint_of(tmp_path / "other", 2)
+    assert abandoned_copies(run, other) == -1, "all copies are of another run"
+    assert abandoned_copies(run, checkpoint_of(tmp_path / "out/checkpoints", 2)) == 2
+    copy = local_model(s3, "x", with_state=True)
+    assert abandoned_copies(run, Path(copy)) == 3, "the run goes on from this copy"
+
+
+def test_a_run_resumes_without_the_model_at_a_url_that_is_gone(corpus: Path, tmp_path: Path, web: Any) -> None:
+    model = {"config": None, "path": f"{web.url}/gone", "init": "pretrained"}
+    run = make_run(corpus, tmp_path / "out", model=model)
+    with pytest.raises(RemoteError, match=r"^model.path=http://.*/gone has no config.json"):
+        with_directories(run, None)
+    checkpoint = checkpoint_of(tmp_path, 1)
+    found = with_directories(run, checkpoint)
+    assert found.model.path == str(checkpoint)

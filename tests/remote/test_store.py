@@ -93,7 +93,7 @@ def test_a_process_that_dies_is_named_and_replaced(web: WebServer, tmp_path: Pat
     worker = store._worker
     assert worker is not None
     worker._process.kill()
-    with pytest.raises(RemoteError, match="^data: URL has failed .its process ended with status -9"):
+    with pytest.raises(RemoteError, match=r"^data: URL has failed .its process ended with status -9"):
         store.list()
     assert store.list()[0].size == 9
 
