@@ -66,8 +66,9 @@ def export(
     load_plugins(imports)
     from megatron_ds.checkpoint.convert import export_hf
     from megatron_ds.cli.inspect import describe_written
+    from megatron_ds.hub import describe_upload
     from megatron_ds.log import setup_logging
-    from megatron_ds.remote import as_url, require_local
+    from megatron_ds.remote import require_local
 
     setup_logging(rank=0)
     require_local(str(hf_dir), "HF_DIR", "--push-to uploads to a URL")
@@ -78,7 +79,7 @@ def export(
     else:
         print(f"exported {describe_written(hf_dir)}")
     if send is not None:
-        print(f"uploaded to {'' if as_url(push_to or '') else 'the hub: '}{send(model)}")
+        print(describe_upload(push_to or "", send(model)))
 
 
 def _prepare_push(repository: str, hf_dir: Path, public: bool) -> Callable[[HFModel], str]:

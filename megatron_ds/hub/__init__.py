@@ -4,7 +4,7 @@ Everything goes through huggingface_hub: its cache, `HF_HOME`, `HF_TOKEN`, `HF_E
 """
 
 from megatron_ds.hub.ids import HubId, hub_id, name_of, parse_id, snapshot_of
-from megatron_ds.hub.push import prepare_push, push
+from megatron_ds.hub.push import describe_upload, prepare_push, push
 from megatron_ds.hub.snapshot import (
     download_hint,
     exists,
@@ -19,6 +19,7 @@ from megatron_ds.hub.snapshot import (
 
 __all__ = [
     "HubId",
+    "describe_upload",
     "download_hint",
     "exists",
     "fetch",

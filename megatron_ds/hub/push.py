@@ -11,11 +11,10 @@ from megatron_ds.errors import HubError
 from megatron_ds.hub.ids import HubId
 from megatron_ds.hub.problems import explained_upload, first_line, may_pass
 from megatron_ds.log import get_logger
+from megatron_ds.remote import WEIGHTS, is_url
 
 CARD = "README.md"
 _MESSAGE = "Upload a model exported by megatron-ds"
-# Files of weights. Those of an earlier push under other names would make two models of the repository.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _WAITS_S = (2.0, 15.0, 60.0)  # before further tries; files that were sent are not sent again
 
 
@@ -75,13 +74,23 @@ def push(directory: Path, target: HubId, named: str, card: str, leave_out: Colle
         return _push(directory, target, card, leave_out)
 
 
+def describe_upload(target: str, address: str) -> str:
+    """Return the line that says that an export was uploaded.
+
+    Args:
+        target: a repository or a URL, as the user wrote it.
+        address: the page of the commit, or the URL.
+    """
+    return f"uploaded to {'' if is_url(target) else 'the hub: '}{address}"
+
+
 def _push(directory: Path, target: HubId, card: str, leave_out: Collection[str]) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
     files = {one.relative_to(directory).as_posix(): one for one in sorted(directory.rglob("*")) if one.is_file()}
     there = api.list_repo_files(target.repo, revision=target.revision)
-    former = [name for name in there if name not in files and any(fnmatch(name, one) for one in _WEIGHTS)]
+    former = [name for name in there if name not in files and any(fnmatch(name, one) for one in WEIGHTS)]
     operations = [CommitOperationAdd(name, file) for name, file in files.items() if name not in leave_out]
     if CARD not in files and CARD not in there:
         operations.append(CommitOperationAdd(CARD, card.encode()))

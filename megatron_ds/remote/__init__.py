@@ -7,10 +7,11 @@ threads cannot be forked into ranks.
 from megatron_ds.remote.copies import address_of, local_data, local_files
 from megatron_ds.remote.models import local_model, newest_checkpoint
 from megatron_ds.remote.store import RemoteFile, Store, Transfer
-from megatron_ds.remote.uploads import prepare_upload_to, upload_model
+from megatron_ds.remote.uploads import WEIGHTS, prepare_upload_to, upload_model
 from megatron_ds.remote.urls import as_url, is_url, require_client, require_local
 
 __all__ = [
+    "WEIGHTS",
     "RemoteFile",
     "Store",
     "Transfer",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
+from megatron_ds.errors import RemoteError
 from megatron_ds.remote.store import Store
 from megatron_ds.remote.urls import require_client
 
 PROBE = ".megatron_ds_can_write"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Patterns of files of weights. Those of an earlier upload under other names would make two models of one place."""
 _LAST = ("adapter_config.json", "config.json")
 """The files without which the others are no model."""
 
@@ -47,10 +49,18 @@ def upload_model(directory: Path, url: str, named: str, leave_out: Collection[st
     """
     files = {one.relative_to(directory).as_posix(): one for one in sorted(directory.rglob("*")) if one.is_file()}
     files = {name: path for name, path in files.items() if name not in leave_out}
-    store = Store(url, named)
+    try:
+        _upload(Store(url, named), files)
+    except RemoteError as problem:
+        raise RemoteError(
+            f"{problem}; {directory} is complete: try to copy it with the tool of your store"
+        ) from problem
+    return url
+
+
+def _upload(store: Store, files: Mapping[str, Path]) -> None:
     there = [one.name for one in store.list()]
     last = [name for name in _LAST if name in files]
     store.remove([name for name in last if name in there])
     store.begin_upload(files, last=last).result()
-    store.remove([one for one in there if one not in files and any(fnmatch(one, kind) for kind in _WEIGHTS)])
-    return url
+    store.remove([one for one in there if one not in files and any(fnmatch(one, kind) for kind in WEIGHTS)])

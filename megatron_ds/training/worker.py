@@ -24,6 +24,7 @@ from megatron_ds.engine import (
     stop_distributed,
 )
 from megatron_ds.hf.end_tokens import known_end_ids
+from megatron_ds.hub import describe_upload
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
@@ -192,6 +193,7 @@ def _train(
         done = loop.run(interrupt)
         is_stopped = done < run.train.num_steps
         outcome = f"stopped by {loop.stopped_by} after step {done}" if is_stopped else f"done after step {done}"
+        watchdog.heartbeat("closing metrics", may_take_long=True)  # trackers send what waits
         output.close(resolved.hf.family.model_type, outcome)
         if is_stopped:
             callbacks.run_end(stopped_by=loop.stopped_by)
@@ -299,4 +301,4 @@ def _export(prepared: _Prepared, engine: Engine, output: RunOutput) -> None:
             output.note(f"its predictions in transformers equal those in training: relative error {error:.1e}")
     address = upload(resolved, engine.grid.rank)
     if address is not None:
-        output.note(f"uploaded to the hub: {address}")
+        output.note(describe_upload(section.push_to or "", address))

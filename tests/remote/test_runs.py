@@ -12,7 +12,8 @@ from megatron_ds.checkpoint.remote_copies import RemoteCopies, complete_steps, f
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run
 from megatron_ds.errors import ConfigError, RemoteError
-from megatron_ds.remote import Store, local_data
+from megatron_ds.hub import describe_upload
+from megatron_ds.remote import Store, local_data, upload_model
 from megatron_ds.remote.models import local_model
 from megatron_ds.training.launch import train
 from megatron_ds.training.model_paths import with_directories
@@ -188,3 +189,17 @@ def test_a_run_resumes_without_the_model_at_a_url_that_is_gone(corpus: Path, tmp
     checkpoint = checkpoint_of(tmp_path, 1)
     found = with_directories(run, checkpoint)
     assert found.model.path == str(checkpoint)
+
+
+def test_lines_on_uploads() -> None:
+    assert describe_upload("s3://a/b", "s3://a/b") == "uploaded to s3://a/b"
+    assert describe_upload("org/name", "https://hub/commit") == "uploaded to the hub: https://hub/commit"
+
+
+def test_an_upload_that_fails_says_where_the_model_is(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hf").mkdir()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("MEGATRON_DS_REMOTE_WAITS_S", "0.05")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(RemoteError, match=rf"^export.push_to=URL cannot be reached.*; {tmp_path}/hf is complete: try "):
+        upload_model(tmp_path / "hf", s3, "export.push_to=URL")
