@@ -7,6 +7,7 @@ from megatron_ds.config.checks import (
     check_data,
     check_engine,
     check_layout,
+    check_ramped_batches,
     check_run,
     check_target_length,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "check_experts",
     "check_layout",
     "check_option_values",
+    "check_ramped_batches",
     "check_ramped_lengths",
     "check_recomputation",
     "check_run",

@@ -12,6 +12,7 @@ from megatron_ds.config import (
     RunConfig,
     check_context_length,
     check_data,
+    check_ramped_batches,
     check_ramped_lengths,
     check_saving,
     load_deepspeed,
@@ -98,6 +99,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
         device_type,
         trains_part=run.peft is not None or bool(run.train.freeze),
     )
+    check_ramped_batches(run, plan.layout.data)
     device_settings(run).check_precision(plan.summary.precision)
     check_data(run.data, run.parallel, hf.core.shape())
     check_context_length(run.data, run.parallel, plan.context)

@@ -9,7 +9,7 @@ import pytest
 
 import megatron_ds as mds
 from megatron_ds.config import RunConfig, build_run
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, TopologyError
 from megatron_ds.training.resolve import resolve_run
 from tests.ranks import preload
 from tests.training.tiny import run_mapping
@@ -126,3 +126,14 @@ def test_refused_before_the_data_are_opened(make_run: MakeRun, sections: dict[st
     run = run.model_copy(update={"data": run.data.model_copy(update=sections["data"])})
     with pytest.raises(ConfigError, match=says):
         resolve_run(run, 1, "cpu")
+
+
+def test_a_batch_that_data_ranks_cannot_share_is_refused_before_the_run(corpus: Path, tmp_path: Path) -> None:
+    ramp = {"start": 2, "increment": 2, "samples": 16}
+    mapping = run_mapping(corpus, tmp_path / "out")
+    run = build_run({**mapping, "train": {**mapping["train"], "batch_ramp": ramp}})
+    with pytest.raises(
+        TopologyError, match=r"^train\.batch_ramp\.start=2 is not divisible by train\.micro_batch_size=2 \* 2 "
+    ):
+        resolve_run(run, 2, "cpu")
+    resolve_run(run, 1, "cpu")
