@@ -215,7 +215,12 @@ def _named_sources(sets: dict[Any, Any]) -> list[Any]:
     for name, sources in sets.items():
         if sources in (None, []):
             raise ConfigError(f"data.valid.{name} is empty; give it at least one source, or remove it")
-        found += [{**source, "set": str(name)} for source in _list_of_sources(sources) if isinstance(source, dict)]
+        for source in _list_of_sources(sources):
+            fields = source.model_dump(exclude_defaults=True) if isinstance(source, DataSource) else source
+            own = fields.get("set", str(name))
+            if own != str(name):
+                raise ConfigError(f"data.valid.{name} has a source with set={show(own)}; remove its set")
+            found.append({**fields, "set": str(name)})
     return found
 
 

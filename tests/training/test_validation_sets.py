@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.cli.main import _run
-from megatron_ds.config import DataSection, RunConfig, build_section
+from megatron_ds.config import DataSection, DataSource, RunConfig, build_section
 from megatron_ds.errors import ConfigError
 from megatron_ds.monitor import read_metrics
 from megatron_ds.monitor.plot import _read_curves
@@ -30,6 +30,7 @@ def test_sets_as_a_user_writes_them() -> None:
     }
     assert section(found.model_dump()["valid"]) == found, "as config.yaml has it"
     assert [*section({"path": "b", "split": "test"}).valid_sets] == [""], "a source, no sets"
+    assert section({"web": DataSource(path="b")}).valid_sets == section({"web": "b"}).valid_sets
     assert section([]).valid_sets == {}
 
 
@@ -45,6 +46,7 @@ def test_sets_as_a_user_writes_them() -> None:
             {"train": [{"path": "a", "set": "web"}]},
             "data.train[0].set=web does nothing: sets are for data.valid; remove",
         ),
+        ({"valid": {"web": {"path": "b", "set": "code"}}}, "data.valid.web has a source with set=code; remove its set"),
         ({"valid": {"web": 0.1}}, "data.valid.web=0.1 names no data; to hold out a share of data.train, write"),
     ],
 )
