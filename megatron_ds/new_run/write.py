@@ -70,7 +70,7 @@ def write_run(new: NewRun, path: Path, *, overwrite: bool = False) -> ChosenLayo
         raise ConfigError(f"RUN.yaml={path} exists; choose another name, or try --overwrite")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"RUN.yaml={path} is not in a directory that exists; try mkdir -p {path.absolute().parent}")
-    hf = read_model(local_directory(new.model, f"--model={new.model}"), "--model")
+    hf = read_model(local_directory(new.model, f"--model={new.model}", with_state=False), "--model")
     found = find_format(new.data, has_label_head=hf.core.labels is not None)
     sizes = _sizes(hf, new)
     layout = choose_layout(sizes, new.num_gpus, new.gpu_bytes) if new.num_gpus else ChosenLayout(1, 1, "none")

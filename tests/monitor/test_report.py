@@ -166,3 +166,13 @@ def test_it_looks_right_in_a_browser(browsing: Any) -> None:
         r"step 4\d\d: training 2\.\d+, validation 2\.5 \(step 900\)", figure.locator("output").inner_text()
     )
     assert page.locator("tr", has_text="wiki").inner_text().split() == ["wiki", "30", "50.0%", "50.0%", "0.50"]
+
+
+def test_a_line_of_sessions_that_a_crash_has_torn(tmp_path: Path) -> None:
+    (tmp_path / SESSIONS).write_text('{"event": "start", "ti')
+    write_end(tmp_path, "done")
+    assert read_sessions(tmp_path) == []
+    with (tmp_path / SESSIONS).open("a") as file:
+        file.write(json.dumps({"event": "start", "time": "t", "resumed_after": None, "facts": [], "environment": {}}))
+    write_end(tmp_path, "done after step 2")
+    assert [one.outcome for one in read_sessions(tmp_path)] == ["done after step 2"]

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -100,12 +101,17 @@ def environment() -> dict[str, str]:
 
 
 def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    """Yield the complete lines; one torn by a crash is left out."""
-    return (json.loads(line) for line in lines if line.endswith("\n"))
+    """Yield the complete lines; those torn by a crash are left out."""
+    for line in lines:
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def _append(output: Path, record: Mapping[str, Any]) -> None:
-    with (output / SESSIONS).open("a", encoding="utf-8") as file:
+    path = output / SESSIONS
+    before = path.read_bytes() if path.is_file() else b""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" if before and not before.endswith(b"\n") else "")  # after a line that a crash has torn
         file.write(json.dumps(record) + "\n")
 
 
