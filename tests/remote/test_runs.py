@@ -11,6 +11,7 @@ from megatron_ds.checkpoint.directory import remove_leftovers
 from megatron_ds.checkpoint.remote_copies import RemoteCopies, complete_steps, fetch_newest, set_copies_aside
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig, build_run
+from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.errors import ConfigError, RemoteError
 from megatron_ds.hub import describe_upload
 from megatron_ds.remote import Store, local_data, upload_model
@@ -203,3 +204,14 @@ def test_an_upload_that_fails_says_where_the_model_is(s3: str, tmp_path: Path, m
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(RemoteError, match=rf"^export.push_to=URL cannot be reached.*; {tmp_path}/hf is complete: try "):
         upload_model(tmp_path / "hf", s3, "export.push_to=URL")
+
+
+def test_a_tokenizer_at_a_url(s3: str, tmp_path: Path, corpus: Path) -> None:
+    for name in ("model/step_00000001/config.json", "model/step_00000001/training_state/manifest.json"):
+        Store(s3, "x").write_text(name, "{}")
+    files = {f"model/step_00000001/{one.name}": one for one in (corpus / "tokenizer").iterdir() if one.is_file()}
+    Store(s3, "x").begin_upload(files).result()
+    assert len(load_tokenizer(f"{s3}/model")) == len(load_tokenizer(str(corpus / "tokenizer")))
+    assert not [*(tmp_path / "cache").rglob("manifest.json")], "a tokenizer needs no training state"
+    with pytest.raises(RemoteError, match=r"^tokenizer=s3://bucket/.*/none has no config.json"):
+        load_tokenizer(f"{s3}/none")

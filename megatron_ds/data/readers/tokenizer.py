@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sentencepiece_file
 from megatron_ds.errors import DataError, HubError
 from megatron_ds.hub import hub_id, local_directory
+from megatron_ds.remote import is_url
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
 
@@ -45,11 +46,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def _download(path: str, remedy: str) -> Path:
-    """Return the directory of a tokenizer on the hub.
+    """Return the directory of a tokenizer on the hub, or at a URL.
 
     Raises:
         DataError: the hub has no such one, or cannot be read.
+        RemoteError: the URL has no such one, or cannot be read.
     """
+    if is_url(path):
+        return Path(local_directory(path, f"tokenizer={path}", with_state=False))
     missing = f"tokenizer {path}: {_why_no_directory(Path(path).expanduser(), remedy)}"
     if hub_id(path) is None:
         raise DataError(missing)
