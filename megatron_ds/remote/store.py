@@ -150,7 +150,9 @@ class _Worker:
     @property
     def has_answer(self) -> bool:
         assert self._process.stdout is not None
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+        poll = select.poll()  # not `select`, which takes no descriptor above 1023
+        poll.register(self._process.stdout, select.POLLIN)
+        return bool(poll.poll(0))
 
     def send(self, request: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None

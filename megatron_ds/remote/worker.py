@@ -66,10 +66,14 @@ class _Files:
         return act()
 
     def each(self, names: list[str], act: Callable[[str], None]) -> None:
-        """Do an action with every file, several at a time."""
+        """Do an action with every file, several at a time; after a failure no further one begins."""
         with ThreadPoolExecutor(THREADS) as pool:
-            for future in [pool.submit(self.tried, partial(act, name)) for name in names]:
-                future.result()
+            futures = [pool.submit(self.tried, partial(act, name)) for name in names]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _list(files: _Files, request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -120,3 +120,11 @@ def test_ranks_that_link_indexed_files_at_once(web: WebServer, tmp_path: Path) -
     local_data.cache_clear()
     changed = local_data(url, "data: URL", prefix=True)
     assert changed.with_suffix(".bin").read_text() == "changed" and path.with_suffix(".bin").read_text() == ".bin"
+
+
+def test_a_server_that_is_away_is_not_asked_for_every_file(web: WebServer, tmp_path: Path) -> None:
+    web.failures = 10_000
+    files = {f"{number}.txt": tmp_path / f"{number}.txt" for number in range(100)}
+    with pytest.raises(RemoteError, match="cannot be reached, also after more tries"):
+        Store(web.url, "x").download(files)
+    assert len(web.requests) < 200, "with four tries of each it would be 400"
