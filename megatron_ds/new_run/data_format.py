@@ -19,6 +19,7 @@ _FORMAT_OF_FIELD = {
     "conversation": "chat",
     "input_ids": "tokenized",
 }
+_CHAT_PAIRS = (("prompt", "completion"), ("instruction", "output"))
 _LABELS = ("label", "labels", "score", "scores", "tags")
 
 
@@ -65,6 +66,14 @@ def _format_of_row(path: str, row: Mapping[str, Any], has_label_head: bool) -> F
     for field, name in _FORMAT_OF_FIELD.items():
         if field in row:
             return FoundFormat(name, None, f"the field {field}")
+    for pair in _CHAT_PAIRS:
+        if row.keys() >= set(pair):
+            return FoundFormat("chat", None, f"the fields {' and '.join(pair)}")
+    if row.keys() >= {"chosen", "rejected"}:
+        raise DataError(
+            f"--data={path}: its rows are pairs for preference training, chosen and rejected, which no format reads; "
+            "to learn the chosen reply, try rows with prompt and completion"
+        )
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
     if TEXT_COLUMN in texts:
         return FoundFormat("text", None, f"the field {TEXT_COLUMN}")

@@ -49,6 +49,8 @@ def test_a_run_file_that_starts_as_it_is(place: Path, capsys: pytest.CaptureFixt
         ({"id": "1", "content": "a longer text"}, "text", "content"),
         ({"messages": [{"role": "user", "content": "a"}]}, "chat", None),
         ({"conversations": [{"from": "human", "value": "a"}]}, "chat", None),
+        ({"prompt": "a question", "completion": "b"}, "chat", None),
+        ({"instruction": "a question", "input": "", "output": "b"}, "chat", None),
         ({"input_ids": [1, 2]}, "tokenized", None),
         ({"number": 1}, None, None),
     ],
@@ -67,6 +69,13 @@ def test_the_format_is_told_by_the_first_row(
     assert init("--data", "data.jsonl", "--gpus", "0") == 0, capsys.readouterr().err
     data = load_run("run.yaml").data
     assert (data.format, data.train[0].column) == (format, column)
+
+
+def test_pairs_for_preference_training_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "a long one"}) + "\n")
+    assert init("--data", "data.jsonl", "--gpus", "0") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: --data=data.jsonl: its rows are pairs for preference training, chosen and rejected")
 
 
 def test_gpus_and_adapters(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
