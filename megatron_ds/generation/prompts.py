@@ -94,7 +94,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
     text, messages = row.get("prompt"), row.get("messages")
     if (text is None) == (messages is None):
-        raise DataError(f"{where}: has {'both' if text is not None else 'neither'} of prompt and messages; keep one")
+        if text is not None:
+            raise DataError(f"{where}: has both of prompt and messages; keep one")
+        raise DataError(f"{where}: has neither prompt nor messages; rename its field with the text to prompt")
     if messages is not None:
         return Prompt.of_messages(messages, where)
     if not isinstance(text, str):
