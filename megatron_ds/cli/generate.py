@@ -85,6 +85,9 @@ def generate(
 ) -> None:
     """Run the command; see HELP."""
     load_plugins(imports)
+    from megatron_ds.log import quiet_libraries
+
+    quiet_libraries()  # before DeepSpeed says that it finds no GPU
     from megatron_ds.generation import Prompt, Sampling, read_prompts
     from megatron_ds.generation.run import Request, run
     from megatron_ds.parallel.rank_info import rank_from_environment

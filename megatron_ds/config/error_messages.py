@@ -16,6 +16,9 @@ _EXAMPLES: Mapping[str, str] = {
     "train.steps": "train: {steps: 1000}",
     "output": "output: out/run",
     "export.path": "export: {path: out/hf}",
+    "train.ema": "train: {ema: {decay: 0.999}}",
+    "train.batch_ramp": "train: {batch_ramp: {start: 32, increment: 32, samples: 100000}}",
+    "train.length_ramp": "train: {length_ramp: {start: 64, steps: 10000}}",
 }
 _MAIN_KEYS: Mapping[str, str] = {
     "model": "path",
@@ -154,7 +157,7 @@ def _not_a_mapping(place: str, value: Any) -> str:
         return f"is not a mapping; write {place}: {{{_MAIN_KEYS[place]}: ...}}"
     if isinstance(value, str) and place in _MAIN_KEYS:
         return f"is not a mapping; write {place}: {{{_MAIN_KEYS[place]}: {value}}}"
-    return "is not a mapping; write {key: value}"
+    return f"is not a mapping; write {_EXAMPLES.get(place, '{key: value}')}"
 
 
 _Rule = Callable[[Mapping[str, Any], Any], str]

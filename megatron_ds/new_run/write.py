@@ -24,7 +24,6 @@ from megatron_ds.training.resolve import resolve_run
 LONGEST_SEQUENCE = 4096
 """Of a first run; `data.seq_length` may be larger."""
 SAMPLES_PER_STEP = 32
-WARMUP_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ def _text(new: NewRun, hf: HFModel, found: FoundFormat, layout: ChosenLayout, nu
     lines += [
         *_row(f"optimizer: {{lr: {lr:.1e}, weight_decay: {0.0 if new.lora else 0.1}, grad_clip: 1.0}}", "AdamW"),
         *_row(
-            f"schedule: {{name: cosine, warmup_steps: {WARMUP_STEPS}, min_lr: {lr / 10:.1e}}}", "warm-up, then decay"
+            f"schedule: {{name: cosine, warmup_steps: 0, min_lr: {lr / 10:.1e}}}",
+            "a long run warms up, such as 100 steps",
         ),
         "train:",
         *_row("  epochs: 1", "passes over the data; or steps: N"),

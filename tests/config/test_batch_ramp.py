@@ -71,7 +71,8 @@ def test_the_samples_of_a_run_and_the_steps_of_epochs(make_run) -> None:
         ),
         (
             ["train.batch_ramp=[16, 16, 100]"],
-            "train.batch_ramp=[16, 16, 100] is not a mapping; write {key: value}",
+            "train.batch_ramp=[16, 16, 100] is not a mapping; write train: {batch_ramp: {start: 32, increment: 32, "
+            "samples: 100000}}",
         ),
         (
             ["train.rampup_batch_size=[16, 8, 100]"],

@@ -28,6 +28,7 @@ REFUSALS = [
     ("path=x", "path: unknown key; did you mean model.path or export.path?"),
     ("tokenizer=x", "tokenizer: unknown key; did you mean model.tokenizer?"),  # and not optimizer
     ("train.tokenizer=x", "train.tokenizer: unknown key; did you mean model.tokenizer?"),
+    ("train.ema=0.99", "train.ema=0.99 is not a mapping; write train: {ema: {decay: 0.999}}"),
     ("train.path=x", f"train.path: unknown key; legal here: {TRAIN}"),
     ("train.name=x", f"train.name: unknown key; legal here: {TRAIN}"),
     (
