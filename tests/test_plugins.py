@@ -92,7 +92,7 @@ def test_what_fails_is_refused_with_its_place(module: Any, tmp_path: Path) -> No
     )
     assert refusal(["outside_taken"]).startswith(
         "imports[0]=outside_taken raised ConfigError: schedule cosine is already registered, by "
-        "megatron_ds.training.lr_schedule.cosine; rename one ("
+        "megatron_ds.training.schedules.cosine; rename one ("
     )
 
 

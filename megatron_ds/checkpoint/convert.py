@@ -183,7 +183,8 @@ def _export_adapters(
     kind: str,
 ) -> HFModel:
     """Export adapters for peft, or merged. The fp32 masters, or averages, are rounded, if there are any."""
-    named = base or hub.local_directory(str(named_base(source) or ""), f"{source}: its base")
+    given = str(named_base(source) or "")
+    named = base or hub.local_directory(given, f"{source}: its base {given}")
     if not named or not Path(named).is_dir():
         raise ConversionError(f"{source}: its base {named} is no directory here; give it as --base DIR")
     target = replace(target, kept={**target.kept, f"{named}, the base of {source}": Path(named)})

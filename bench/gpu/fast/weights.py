@@ -6,7 +6,7 @@ Reading 1.2 B parameters from files, or drawing them on a CPU, would take longer
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class DrawnWeights:
 
     directory = Path("drawn")
     new = frozenset[str]()  # parameters of a new head, which these models do not have
+    files: Sequence[Path] = ()
 
     def __init__(self, model: HFModel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.model, self._device, self._dtype = model, device, dtype
@@ -83,6 +84,10 @@ class DrawnWeights:
         full = self.full(name)
         assert full.shape == spec.shape, (name, full.shape, spec.shape)
         return full
+
+    def files_of(self, names: Iterable[str]) -> list[Path]:
+        """Return the files that native parameters are read from: an empty list."""
+        return []
 
     def full(self, name: str) -> Tensor:
         """Return a full native parameter."""

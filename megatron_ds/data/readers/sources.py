@@ -273,10 +273,6 @@ def _stop(stop: int | None, table: "datasets.Dataset") -> int:
 
 def _load_from_hub(source: Source) -> "datasets.Dataset":
     path = source.path
-    if "://" in path:
-        raise DataError(
-            f"data: {path}: is a URL, and only files and data sets on the hub are read; try its path after a download"
-        )
     if Path(path).is_symlink():
         raise DataError(f"data: {path}: is a link to {Path(path).readlink()}, which does not exist")
     if not _HUB_ID.fullmatch(path) or has_data_name(Path(path), plain_text=True) or has_compressed_name(Path(path)):

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.text.documents import TextSource
-from megatron_ds.errors import DataError
+from megatron_ds.errors import ConfigError, DataError
 from tests.data.readers.files import COMPRESSIONS, FORMS, json_lines
 from tests.data.readers.rows import ID_ROWS, TEXT_ROWS, TEXTS, ids_of, prepared
 
@@ -172,8 +172,8 @@ def test_paths_are_no_data_sets_of_the_hub(path: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match=r"no (such file or directory|file of examples .*) \(looked in"):
         TextSource(path)
-    with pytest.raises(DataError, match="is a URL, and only files and data sets on the hub are read; try its path"):
-        TextSource("https://example.com/a.jsonl")
+    with pytest.raises(ConfigError, match="ftp://example.com/a.jsonl: ftp:// is not one of s3://"):
+        TextSource("ftp://example.com/a.jsonl")
 
 
 def test_a_path_that_does_not_exist_has_a_near_one(write: Any, tmp_path: Path) -> None:
