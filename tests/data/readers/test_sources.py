@@ -172,7 +172,7 @@ def test_paths_are_no_data_sets_of_the_hub(path: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match=r"no (such file or directory|file of examples .*) \(looked in"):
         TextSource(path)
-    with pytest.raises(ConfigError, match="ftp://example.com/a.jsonl: ftp:// is not one of s3://"):
+    with pytest.raises(ConfigError, match=r"ftp://example\.com/a\.jsonl: ftp:// is not one of s3://"):
         TextSource("ftp://example.com/a.jsonl")
 
 
