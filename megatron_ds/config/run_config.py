@@ -473,6 +473,11 @@ class RunConfig(Section):
             _check_epochs(self)
         if self.train.length_ramp is not None:
             check_length_ramp(self.data.seq_length, self.train.length_ramp)
+        if self.checkpoint.copy_to is not None and not self.checkpoint.every:
+            raise ConfigError(
+                f"checkpoint.copy_to={self.checkpoint.copy_to} copies checkpoints, and checkpoint.every=0 writes none; "
+                "try checkpoint.every=100"
+            )
         _check_samples(self)
         _check_peft(self)
         _check_ema(self)

@@ -129,7 +129,7 @@ def prepare_output(run: RunConfig, found: ResumePoint, output_lock: object) -> t
             point_to(folder, own.name if own is not None else None)
     if aside is not None:
         notes.append(f"moved checkpoints that this run does not continue to {aside}")
-    if run.checkpoint.copy_to is not None and run.checkpoint.every:
+    if run.checkpoint.copy_to is not None:
         notes += set_copies_aside(run.checkpoint.copy_to, abandoned_copies(run, found.path))
     return output_lock, tuple(notes)
 

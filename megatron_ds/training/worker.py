@@ -123,7 +123,7 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     resolved = resolve_run(run, info.world_size, device_type(), found.path)
     if info.rank == 0:
         prepare_upload(run.export)
-        if run.checkpoint.copy_to is not None and run.checkpoint.every:
+        if run.checkpoint.copy_to is not None:
             check_copies(run.checkpoint.copy_to)
     resolved, train_data, valid_data = open_data(resolved)
     check_schedule(resolved.run)
@@ -220,7 +220,7 @@ def _samples(prepared: _Prepared, output: RunOutput, watchdog: Watchdog) -> list
 def _copies(resolved: ResolvedRun, output: RunOutput, watchdog: Watchdog) -> list[tuple[str, Callback]]:
     """Return the callback that copies checkpoints, if the run has a place for them."""
     run = resolved.run
-    if run.checkpoint.copy_to is None or not run.checkpoint.every:
+    if run.checkpoint.copy_to is None:
         return []
     folder = checkpoint_folder(run.output)
     return [("checkpoint.copy_to", CheckpointCopier(run, folder, output.note, watchdog.heartbeat))]

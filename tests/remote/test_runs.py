@@ -117,6 +117,8 @@ def test_what_is_refused_before_anything_is_spent(
         with pytest.raises(ConfigError) as refused:
             make_run(corpus, tmp_path / "out", checkpoint={"every": 2, "copy_to": wrong})
         assert str(refused.value).startswith(message)
+    with pytest.raises(ConfigError, match=r"copies checkpoints, and checkpoint\.every=0 writes none; try checkpoint"):
+        make_run(corpus, tmp_path / "out", checkpoint={"every": 0, "copy_to": "s3://bucket/run"})
     assert _run(["export", str(tmp_path), "s3://a/b"]) == 2
     error = capsys.readouterr().err
     assert error == "error: HF_DIR=s3://a/b is a URL, and must be a path on a disk; --push-to uploads to a URL\n"
