@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_ds.cli.json_file import check_json_file
 from megatron_ds.cli.plugins import Imports, load_plugins
 from megatron_ds.paths import expanded, expanded_text
 
@@ -87,8 +88,7 @@ def evaluate(
     from megatron_ds.evaluation import Tasks
     from megatron_ds.evaluation import evaluate as start
 
-    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise ConfigError(f"--json={json} is not a file in a directory that exists")
+    check_json_file(json)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     for option, value in (("--tasks-dir", tasks_dir), ("--num-fewshot", num_fewshot), ("--limit", limit)):
         if value is not None and not names:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from megatron_ds.cli.json_file import check_json_file
 from megatron_ds.cli.plugins import Imports, load_plugins
 from megatron_ds.paths import expanded
 
@@ -53,13 +54,9 @@ def verify(
 ) -> None:
     """Run the command; see HELP."""
     load_plugins(imports)
-    from megatron_ds.errors import ConfigError
     from megatron_ds.verify import verify_hf
 
-    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise ConfigError(f"--json={json} is not a file in a directory that exists")
-    if json is not None and json.exists() and hf_dir.resolve() in json.resolve().parents:
-        raise ConfigError(f"--json={json} would replace a file of {hf_dir}, which is read; choose another file")
+    check_json_file(json, read=hf_dir)
     report = verify_hf(
         hf_dir, tp, pp, cp=cp, cp_method=cast("ContextMethod", cp_method), ep=ep, sequence=sequence, note=_note
     )
