@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -136,14 +135,12 @@ def test_the_board_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Like the one in a folder: notes are read by all, one rank claims."""
 
     def two_boards(info: Any) -> Any:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        server = dist.TCPStore("127.0.0.1", port, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
-        first, second = TorchStoreStatusStore("127.0.0.1", port), TorchStoreStatusStore("127.0.0.1", port)
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20), wait_for_workers=False)
+        first, second = (TorchStoreStatusStore("127.0.0.1", server.port) for _ in range(2))
         first.put(1, RankStatus(3, 2, "step 1", "here"))
+        assert first.read(1).number == 3  # a set has no answer, so another connection may be served before it
         found = second.read(1), second.read(0), first.claim(), second.claim()
-        after_a_restart = TorchStoreStatusStore("127.0.0.1", port, "1")
+        after_a_restart = TorchStoreStatusStore("127.0.0.1", server.port, "1")
         assert after_a_restart.read(1) == RankStatus() and after_a_restart.claim()
         del server
         return found
