@@ -305,7 +305,8 @@ def _environment(info: RankInfo, folder: Path) -> dict[str, str]:
         RENDEZVOUS_FILE: str(folder / "rendezvous"),
     }
     if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # no port is open to other machines
+            environment[name] = os.environ.get(name, "lo")
     return environment
 
 

@@ -125,9 +125,17 @@ class _Wait:
 
 
 def _host(wait: _Wait) -> dist.Store:
-    """Start the store on this machine."""
+    """Start the store on this machine; if all ranks are on it, the store listens on its loopback interface alone."""
+    listener = _loopback_listener(wait.host, wait.port)
     try:
-        return dist.TCPStore("127.0.0.1", wait.port, is_master=True, wait_for_workers=False, multi_tenant=True)
+        return dist.TCPStore(
+            "127.0.0.1",
+            wait.port,
+            is_master=True,
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=listener.detach() if listener is not None else None,
+        )
     except dist.DistNetworkError as problem:
         found = re.search(r"message: (.*)", str(problem))
         why = found.group(1) if found else str(problem).partition("\n")[0]
@@ -135,6 +143,28 @@ def _host(wait: _Wait) -> dist.Store:
             f"MASTER_PORT={wait.port} in the environment: rank 0 cannot listen there ({why}); nearest: "
             f"{_free_port_above(wait.port)}, the same on every rank"
         ) from None
+
+
+def _loopback_listener(host: str, port: int) -> socket.socket | None:
+    """Return a socket that listens on the loopback interface; None if the host is not this machine's 127.0.0.1.
+
+    None also if the port cannot be listened at: an earlier group of this process may have its store there, which torch
+    shares, and otherwise torch says why.
+    """
+    try:
+        if socket.gethostbyname(host) != "127.0.0.1":
+            return None
+        listener = socket.socket()
+    except (OSError, UnicodeError):  # an unknown name, which the other ranks report
+        return None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError:
+        listener.close()
+        return None
+    return listener
 
 
 def _free_port_above(port: int) -> int:
