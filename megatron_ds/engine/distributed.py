@@ -7,7 +7,10 @@ import logging
 import os
 import re
 import socket
+import threading
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -167,4 +170,32 @@ def _connect(
 def stop_distributed() -> None:
     """Leave the process group, so that no rank waits for this one at exit."""
     if dist.is_initialized():
+        if RENDEZVOUS_FILE not in os.environ:  # ranks that `run_local` forked end without ending their interpreter
+            _let_threads_settle()
         dist.destroy_process_group()
+
+
+def _let_threads_settle(limit_s: float = 2.0) -> None:
+    """Wait until every other thread of this process sleeps, or until the time limit.
+
+    A thread of gloo releases the tensors of a collective after the caller has gone on, and needs Python's global lock
+    for it. If the interpreter ends first, Python ends the thread in the middle of a destructor, and C++ aborts the
+    process: "terminate called without an active exception". gloo's groups have no call that ends their threads, so this
+    gives up the lock and looks at the threads' states.
+    """
+    threads, own = Path("/proc/self/task"), str(threading.get_native_id())
+    until = time.monotonic() + limit_s
+    while threads.is_dir() and time.monotonic() < until:
+        time.sleep(0.01)  # without the lock
+        others = [thread for thread in threads.iterdir() if thread.name != own]
+        if all(_is_asleep(thread) for thread in others):
+            return
+
+
+def _is_asleep(thread: Path) -> bool:
+    """Return whether a thread, a directory of /proc, sleeps or has ended."""
+    try:
+        state = (thread / "stat").read_text().rpartition(") ")[2][:1]  # after the name, which may have parentheses
+    except OSError:
+        return True
+    return state in "SDZXI"
