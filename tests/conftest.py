@@ -47,7 +47,7 @@ LONGEST = (
     "tests/parity/test_families_alone.py",
     "tests/training/test_adapter_runs.py",
     "tests/checkpoint/test_faults.py",
-    "tests/training/test_watchdog.py",
+    "tests/parallel/test_watchdog.py",
 )
 
 

@@ -11,8 +11,8 @@ from megatron_ds.config import RunConfig
 from megatron_ds.log import log_once
 from megatron_ds.parallel.consensus import run_long_on_all_ranks
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.parallel.watchdog import Heartbeat
 from megatron_ds.training.callbacks import Callback, RunState
-from megatron_ds.training.watchdog import Heartbeat
 
 
 def fetch_newer_checkpoint(run: RunConfig, folder: Path, info: RankInfo) -> None:

@@ -29,6 +29,7 @@ from megatron_ds.monitor import MemoryMeter, StepMetrics, Throughput, ValidMetri
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.regions import DATA, profiled
+from megatron_ds.parallel.watchdog import Heartbeat
 from megatron_ds.training.callbacks import SAVE, VALIDATE, CallbackList, RunState
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.lr_schedule import learning_rate
@@ -38,7 +39,6 @@ from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.step_profile import StepProfile
 from megatron_ds.training.step_shape import StepSamples, StepShapes
 from megatron_ds.training.summary import positions_of
-from megatron_ds.training.watchdog import Heartbeat
 
 Batches = list[dict[str, torch.Tensor]]
 """The micro-batches of one data rank, out of a global batch."""

@@ -20,9 +20,9 @@ from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.monitor import archive_name
+from megatron_ds.parallel.watchdog import Heartbeat
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.training.callbacks import Callback, RunState
-from megatron_ds.training.watchdog import Heartbeat
 
 SAMPLES = "samples.jsonl"
 

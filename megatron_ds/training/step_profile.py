@@ -18,7 +18,7 @@ from megatron_ds.log import flush_streams
 from megatron_ds.monitor.profile import PartTimes, table, time_by_part
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.regions import STEP
-from megatron_ds.training.watchdog import Heartbeat
+from megatron_ds.parallel.watchdog import Heartbeat
 
 FOLDER = "profile"
 

@@ -28,7 +28,9 @@ from megatron_ds.hub import describe_upload
 from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
+from megatron_ds.parallel.rank_status import rank_status_store
 from megatron_ds.parallel.rendezvous import meet
+from megatron_ds.parallel.watchdog import Watchdog
 from megatron_ds.runtime.averaged_weights import averaged_weights
 from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
@@ -55,7 +57,6 @@ from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.samples import SamplePrompts, SampleWriter, prepare_samples
 from megatron_ds.training.statement import describe_ends
 from megatron_ds.training.summary import device_peak, flops_per_position, summarize
-from megatron_ds.training.watchdog import Watchdog, rank_status_store
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # at least; longer than the watchdog's timeout, whose report says more
 

@@ -15,14 +15,8 @@ import torch.distributed as dist
 from megatron_ds.errors import LaunchError
 from megatron_ds.parallel import launch
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.training.watchdog import (
-    FileStatusStore,
-    RankStatus,
-    TorchStoreStatusStore,
-    Watchdog,
-    diagnose,
-    rank_status_store,
-)
+from megatron_ds.parallel.rank_status import FileStatusStore, RankStatus, TorchStoreStatusStore, rank_status_store
+from megatron_ds.parallel.watchdog import Watchdog, diagnose
 from tests.ranks import run_ranks
 
 TIMEOUT_S = 2.0
@@ -99,7 +93,7 @@ def test_what_may_take_long_is_no_hang_and_neither_is_a_job_that_was_stopped() -
 
 def test_a_board_that_does_not_answer_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a launcher the first rank keeps it, and may be the one that hangs."""
-    from megatron_ds.training import watchdog as module
+    from megatron_ds.parallel import watchdog as module
 
     monkeypatch.setattr(module, "STORE_TIMEOUT_S", 1.0)
 
