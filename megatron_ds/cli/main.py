@@ -43,6 +43,7 @@ from megatron_ds.cli.verify import HELP as VERIFY_HELP
 from megatron_ds.cli.verify import verify
 from megatron_ds.errors import ConfigError, LaunchError, MegatronDSError
 from megatron_ds.log import flush_streams
+from megatron_ds.parallel.launcher_process import end_with_launcher
 from megatron_ds.version import __version__
 
 PROGRAM = "megatron-ds"
@@ -126,6 +127,8 @@ def _command(arguments: Sequence[str]) -> str:
 def _run(arguments: list[str]) -> int:
     try:
         _prepare_surroundings(arguments)
+        if _command(arguments) in LAUNCHED:
+            end_with_launcher(_rank(arguments))  # importing torch takes seconds
         status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except LaunchError as problem:
         print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank

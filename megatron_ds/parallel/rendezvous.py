@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_ds.errors import TopologyError
 from megatron_ds.log import get_logger
+from megatron_ds.parallel.launcher_process import end_with_launcher
 from megatron_ds.parallel.rank_info import LAST_PORT, RankInfo, RankSource, rank_source
 
 START_TIMEOUT_S = 300.0  # the default of train.start_timeout
@@ -52,7 +53,8 @@ class RankGroup:
 def meet(info: RankInfo, timeout_s: float = START_TIMEOUT_S, environ: Mapping[str, str] = os.environ) -> RankGroup:
     """Wait at MASTER_ADDR and MASTER_PORT until every rank has come. Collective over the world.
 
-    Every rank logs for whom it waits, first after `FIRST_MESSAGE_S`, then at growing intervals.
+    Every rank logs for whom it waits, first after `FIRST_MESSAGE_S`, then at growing intervals. From here on it ends if
+    its launcher does.
 
     Args:
         info: this rank, from `rank_from_environment`.
@@ -62,6 +64,7 @@ def meet(info: RankInfo, timeout_s: float = START_TIMEOUT_S, environ: Mapping[st
     Raises:
         TopologyError: the port is in use, the host name is unknown, or a rank is missing after the time limit.
     """
+    end_with_launcher(info.rank, environ)
     wait = _Wait(info, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout_s, rank_source(environ))
     is_hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun's agent
     while True:

@@ -1,0 +1,137 @@
+"""The launcher process that started this rank, and the end of ranks whose launcher has died.
+
+A launcher that is killed cannot end its ranks. They would continue to train, hold the lock of the output and occupy the
+devices, in the way of those that a new launcher starts. Therefore each rank watches the process that started it:
+torchrun's agent, Slurm's slurmstepd or DeepSpeed's launch.py on its own machine.
+
+PR_SET_PDEATHSIG is not used: the kernel sends that signal when the *thread* that forked a process ends, and not at all
+if a shell stands between launcher and rank.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ds.errors import LaunchError
+from megatron_ds.log import flush_streams, get_logger
+from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE
+
+POLL_S = 1.0
+_THREAD = "launcher-watch"
+_LAUNCHERS = {
+    "TORCHELASTIC_RUN_ID": "torchrun",
+    "CROSS_RANK": "deepspeed",
+    "SLURM_PROCID": "srun",
+}
+"""Environment variables that a launcher sets for its ranks alone, innermost launcher first."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class LauncherProcess:
+    """A process that has started ranks.
+
+    Attributes:
+        name: of the launcher.
+        pid: its process id.
+        start_ticks: the time at which it started, in clock ticks since the boot; 0 = unknown. A later process that has
+            the same id started later.
+    """
+
+    name: str
+    pid: int
+    start_ticks: int
+
+    @property
+    def is_alive(self) -> bool:
+        """True until it has ended, even if nothing has read its exit status."""
+        if not self.start_ticks:
+            return os.getppid() == self.pid
+        status = _read_status(self.pid)
+        return status is not None and status.start_ticks == self.start_ticks and status.state not in "ZX"
+
+    @property
+    def identity(self) -> str:
+        """A text that no other process has, on any machine."""
+        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else ""
+        return f"{self.name} {socket.gethostname()} {boot} {self.pid} {self.start_ticks}"
+
+
+def find_launcher(environ: Mapping[str, str] = os.environ) -> LauncherProcess | None:
+    """Return the launcher that started this rank; None without one, or if its variables were set by hand.
+
+    A Slurm step of one task counts as no launcher, as in `rank_from_environment`.
+
+    It is the nearest ancestor whose own environment lacks the variable that it has set for this rank. So a shell or
+    another wrapper between both does not count. An ancestor of another user is a launcher: Slurm's runs as root.
+    """
+    found = next((variable for variable in _LAUNCHERS if variable in environ), None)
+    if found is None or RENDEZVOUS_FILE in environ:  # `run_local` ends its ranks itself
+        return None
+    if found == "SLURM_PROCID" and environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return None
+    pid = os.getppid()
+    while pid > 1 and _has(pid, f"{found}={environ[found]}"):
+        status = _read_status(pid)
+        if status is None:
+            break
+        pid = status.parent
+    status = _read_status(pid)
+    return LauncherProcess(_LAUNCHERS[found], pid, status.start_ticks if status is not None else 0)
+
+
+def end_with_launcher(rank: int | str, environ: Mapping[str, str] = os.environ) -> None:
+    """End this process within seconds after its launcher has ended. Returns at once; one thread watches.
+
+    The process ends without saving: its peers may have lost their launchers too, and a run that saved and left with
+    status 0 would look as if it had been asked to stop.
+
+    Args:
+        rank: of this process, for the message.
+        environ: has the launcher's variables.
+    """
+    launcher = find_launcher(environ)
+    if launcher is not None and not any(thread.name == _THREAD for thread in threading.enumerate()):
+        threading.Thread(target=_watch, args=(rank, launcher), name=_THREAD, daemon=True).start()
+
+
+def _watch(rank: int | str, launcher: LauncherProcess) -> None:
+    while launcher.is_alive:
+        time.sleep(POLL_S)
+    try:
+        problem = LaunchError(f"{launcher.name} (process {launcher.pid}), which started rank {rank}, has ended")
+        get_logger().error("error: %s; this rank ends too", problem)
+    finally:
+        flush_streams()
+        os._exit(1)
+
+
+@dataclass(frozen=True)
+class _Status:
+    state: str
+    parent: int
+    start_ticks: int
+
+
+def _read_status(pid: int) -> _Status | None:
+    """Read /proc/PID/stat; None if there is no such process or no such file."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may have blanks and parentheses
+    return _Status(state=fields[0], parent=int(fields[1]), start_ticks=int(fields[19]))
+
+
+def _has(pid: int, setting: str) -> bool:
+    """Return whether a process began with a setting in its environment; False if that is not readable."""
+    try:
+        return setting.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
