@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test sweep soak bench gpu-check gpu-bench gpu-wheels check docs tables clean
+.PHONY: help setup demo quick test sweep cluster soak bench gpu-check gpu-bench gpu-wheels check docs tables clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,11 +41,14 @@ quick: $(STAMP)  ## run a sample of the tests in under 2 minutes (tests/quick.tx
 	$(PYTEST) @tests/quick.txt
 
 test: $(WEIGHTS) $(EXTRAS)  ## run the test suite, without the sweep; where there is a GPU, also tests/gpu.txt on it
-	$(PYTEST) -m "not sweep and not soak"
-	$(if $(wildcard /dev/nvidia0),DS_ACCELERATOR=cuda $(PYTEST) -m "not sweep and not soak" @tests/gpu.txt)
+	$(PYTEST) -m "not sweep and not soak and not cluster"
+	$(if $(wildcard /dev/nvidia0),DS_ACCELERATOR=cuda $(PYTEST) -m "not sweep and not soak and not cluster" @tests/gpu.txt)
 
 sweep: $(WEIGHTS) $(EXTRAS)  ## run all tests, including the sweep over every combination
-	$(PYTEST) -m "not soak"
+	$(PYTEST) -m "not soak and not cluster"
+
+cluster: $(STAMP)  ## run the tests on several machines, which are namespaces of this one (docs/launching.md)
+	$(BIN)/python -m tests.cluster $(PARTS)
 
 soak: $(STAMP)  ## run long fault injection (kills, faults, full disks) and print the counts
 	$(BIN)/python -m pytest -m soak -s

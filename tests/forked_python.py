@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import transformers
@@ -48,6 +48,7 @@ class ForkedPython:
         environ: Mapping[str, str],
         streams: tuple[int, int, int] | None = None,
         parents: tuple[int, ...] = (),
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         """Start it.
 
@@ -58,6 +59,7 @@ class ForkedPython:
             streams: file descriptors of its stdin, stdout and stderr; None = nothing to read, and files that
                 `communicate` reads.
             parents: file descriptors that it must not hold, such as the other ends of pipes.
+            prepare: called in it before the rest, such as to enter a namespace.
         """
         preload()
         self.returncode: int | None = None
@@ -70,7 +72,7 @@ class ForkedPython:
                 os.close(descriptor)
             with open(os.devnull) as nothing:
                 own = (nothing.fileno(), *(file.fileno() for file in self._files))
-                _become(list(map(str, arguments)), cwd, environ, streams or own)
+                _become(list(map(str, arguments)), cwd, environ, streams or own, prepare)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -143,11 +145,19 @@ def can_fork(environ: Mapping[str, str]) -> bool:
     return environ.get("DS_ACCELERATOR") == os.environ.get("DS_ACCELERATOR")
 
 
-def _become(arguments: Sequence[str], cwd: Path, environ: Mapping[str, str], streams: tuple[int, ...]) -> None:
+def _become(
+    arguments: Sequence[str],
+    cwd: Path,
+    environ: Mapping[str, str],
+    streams: tuple[int, ...],
+    prepare: Callable[[], None] | None,
+) -> None:
     """Be the command and end as it does; never returns."""
     status = 1
     try:
         os.setsid()
+        if prepare is not None:
+            prepare()
         os.chdir(cwd)
         environ = dict(environ)  # it may be os.environ
         os.environ.clear()
