@@ -126,13 +126,15 @@ def start_fork(machine: Machine, name: str, arguments: Sequence[object], folder:
     return Command(name, machine, log, process, time.monotonic())
 
 
-def start_cold(machine: Machine, name: str, arguments: Sequence[object], folder: Path, **environ: str) -> Command:
-    """Start any command on a machine."""
+def start_cold(
+    machine: Machine, name: str, arguments: Sequence[object], cwd: Path, folder: Path, **environ: str
+) -> Command:
+    """Start any command on a machine, in a directory; its log and its home are in another."""
     log = _new_log(folder, name)
 
     def enter() -> None:
         machine.enter()
-        os.chdir(folder)
+        os.chdir(cwd)
 
     with open(log, "w") as file:
         process = subprocess.Popen(

@@ -14,6 +14,7 @@ from megatron_ds.config.yaml_text import format_yaml
 from tests.cluster.__main__ import SANDBOX
 from tests.cluster.commands import Command, Job, losses, start_cold, start_fork
 from tests.cluster.machines import Machine, make_machines
+from tests.cluster.services import Slurm, start_sshd
 from tests.forked_python import run_python
 from tests.training.tiny import run_mapping, write_corpus
 
@@ -136,7 +137,8 @@ class Cluster:
         rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"node1:{self.port()}")
         command = ("torchrun", "--nnodes", 2, "--nproc-per-node", per_machine, *rendezvous, *options)
         words = (*command, "-m", "megatron_ds", "train", run_file, *arguments)
-        return self.job([start_cold(machine, "torchrun", words, self.folder) for machine in self.machines[:2]])
+        machines = self.machines[:2]
+        return self.job([start_cold(machine, "torchrun", words, self.folder, self.folder) for machine in machines])
 
     def end(self) -> list[str]:
         """Kill what is left on the machines; return the command lines of what the jobs, which have ended, had left."""
@@ -162,6 +164,18 @@ def cluster(
     made = Cluster(machines, tiny_corpus, folder)
     yield made
     made.end()
+
+
+@pytest.fixture(scope="session")
+def slurm(machines: list[Machine], shared: Path) -> Slurm:
+    """Slurm on the machines, the third of which is its head."""
+    *nodes, head = machines
+    return Slurm(head, nodes, shared / "slurm")
+
+
+@pytest.fixture(scope="session")
+def sshd(machines: list[Machine], shared: Path) -> None:
+    start_sshd(machines, shared / "ssh")
 
 
 Alone = Callable[[Sections], dict[str, float]]

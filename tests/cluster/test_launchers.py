@@ -1,0 +1,58 @@
+"""The scripts of examples/multi_node under real launchers over two machines, each started cold.
+
+torchrun is started on each machine, `deepspeed` connects by ssh, and Slurm is that of Debian's packages.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.cluster.commands import Job, difference, losses, start_cold
+from tests.cluster.conftest import ROOT, Alone, Cluster
+from tests.cluster.services import Slurm, why_no_slurm, why_no_sshd
+from tests.cluster.test_layouts import BOUND
+
+Seen = Callable[[object], None]
+SCRIPTS = ROOT / "examples/multi_node"
+START_S = 150.0  # two cold ranks and their launchers on two busy cores
+
+
+def _check(job: Job, cluster: Cluster, alone: Alone, seen: Seen) -> None:
+    statuses = job.wait(START_S)
+    assert set(statuses) == {0}, job.text
+    found = difference(losses(cluster.folder / "run"), alone({}))
+    seen(f"status {statuses}, {found:.0e} from one process's")
+    assert found <= BOUND
+
+
+def test_torchrun(cluster: Cluster, alone: Alone, seen: Seen) -> None:
+    run_file = cluster.write_run({"parallel": {"tensor": 2, "sequence": True}})
+    environ = {"HEAD": "node1", "NODES": "2", "RANKS_PER_NODE": "1", "PORT": str(cluster.port())}
+    command = (SCRIPTS / "torchrun.sh", run_file)
+    commands = [
+        start_cold(machine, "torchrun", command, ROOT, cluster.folder, **environ) for machine in cluster.machines[:2]
+    ]
+    _check(cluster.job(commands), cluster, alone, seen)
+
+
+@pytest.mark.skipif(why_no_sshd() is not None, reason=str(why_no_sshd()))
+@pytest.mark.usefixtures("sshd")
+def test_deepspeed_over_ssh(cluster: Cluster, alone: Alone, seen: Seen) -> None:
+    run_file = cluster.write_run({})
+    hostfile = cluster.folder / "hostfile"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
+    command = (SCRIPTS / "deepspeed.sh", run_file)
+    environ = {"HOSTFILE": str(hostfile), "MASTER_PORT": str(cluster.port())}
+    started = start_cold(cluster.machines[0], "deepspeed", command, ROOT, cluster.folder, **environ)
+    _check(cluster.job([started]), cluster, alone, seen)
+
+
+@pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
+def test_slurm(cluster: Cluster, slurm: Slurm, alone: Alone, seen: Seen) -> None:
+    """The script needs no GPUs where none is asked for; all else is as it stands there."""
+    run_file = cluster.write_run({"parallel": {"pipeline": 2}})
+    options = ("--wait", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--open-mode=append")
+    output = f"--output={cluster.folder / 'slurm.log'}"
+    command = ("sbatch", *options, output, SCRIPTS / "slurm.sbatch", run_file)
+    started = start_cold(slurm.head, "sbatch", command, ROOT, cluster.folder, **slurm.environ)
+    _check(cluster.job([started]), cluster, alone, seen)
