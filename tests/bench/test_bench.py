@@ -40,29 +40,28 @@ class ForkedContestant(ForkedPython):
 
 
 @pytest.mark.timeout(400)
-def test_a_tiny_case_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [("tp2",), pytest.param(("context8k", "convert"), marks=pytest.mark.sweep)])
+def test_tiny_cases_by_the_command(names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedContestant})
     monkeypatch.setattr(arena, "subprocess", forking)
-    done = run_python(
-        *("-m", "bench", "tp2", "context8k", "convert", "--tiny", "--rounds", 2, "--no-alone"),
-        *("--output", tmp_path),
-        timeout=380,
-    )
+    options = ("--tiny", "--rounds", 2, "--no-alone", "--output", tmp_path)
+    done = run_python("-m", "bench", *names, *options, timeout=380)
     assert done.returncode == 0, done.stderr
-    for words in ("tp2: tensor parallel on 2 ranks", "ours / DeepSpeed AutoTP, speed:", "RESULTS.md"):
-        assert words in done.stdout, done.stdout
+    assert f"{names[0]}: {CASES[names[0]].title}" in done.stdout and "RESULTS.md" in done.stdout, done.stdout
     assert max(map(len, done.stdout.splitlines()[:-2])) <= 120
-    trained, long, converted = json.loads((tmp_path / "results.json").read_text())["cases"]
-    for name, case in (("tp2", trained), ("context8k", long)):
-        assert {entry["label"] for entry in case["entries"]} == set(CASES[name].entries)
-        for figure in ("loss", "last_loss"):
-            losses = [entry[figure] for entry in case["entries"]]
-            assert max(losses) - min(losses) < 1e-4 * losses[0], "ranks do not change what is computed"
-    assert trained["flops"] > 0 and trained["limit_flops"]["the limit"] > 0
-    for entry in (*trained["entries"], *converted["entries"]):
-        assert len(entry["seconds"]) == 2 and entry["peak_bytes"] > 1e6, entry
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "| DeepSpeed AutoTP | 2 |" in page and "## convert" in page
+    for name, case in zip(names, json.loads((tmp_path / "results.json").read_text())["cases"], strict=True):
+        assert f"## {name}" in page
+        assert {entry["label"] for entry in case["entries"]} == set(CASES[name].entries)
+        if name != "convert":
+            for figure in ("loss", "last_loss"):
+                losses = [entry[figure] for entry in case["entries"]]
+                assert max(losses) - min(losses) < 1e-4 * losses[0], "ranks do not change what is computed"
+        for entry in case["entries"]:
+            assert len(entry["seconds"]) == 2 and entry["peak_bytes"] > 1e6, entry
+        if name == "tp2":
+            assert case["flops"] > 0 and case["limit_flops"]["the limit"] > 0
+            assert "| DeepSpeed AutoTP | 2 |" in page and "ours / DeepSpeed AutoTP, speed:" in done.stdout
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 

@@ -93,6 +93,7 @@ def test_the_clock_ends_a_run_well(fork: Fork, corpus: Path, tmp_path: Path) -> 
     assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
 
 
+@pytest.mark.sweep
 def test_a_ranks_own_signal_counts_for_all_under_torchrun(start: Start, corpus: Path, tmp_path: Path) -> None:
     """As a scheduler warns one task."""
     file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
@@ -189,6 +190,7 @@ def test_restarts_go_on_with_the_ranks_that_are_left(fork: Fork, corpus: Path, t
     assert len(losses(output)) == 40 and "world       2 = tp 1 x pp 1 x dp 2" in out
 
 
+@pytest.mark.sweep
 def test_a_rank_that_hangs_is_named_and_the_group_starts_again(fork: Fork, corpus: Path, tmp_path: Path) -> None:
     file, output = write_run(corpus, tmp_path, steps=60), tmp_path / "out"
     command = ("-m", "megatron_ds", "train", file, "--nproc", 2, "--max-restarts", 1, "train.step_timeout=4")

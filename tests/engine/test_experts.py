@@ -386,6 +386,7 @@ def test_ranks_whose_experts_get_no_token_take_part(place: Place, part: int, une
     assert fewest == [one["moe_tokens_min"] for one in expected["metrics"]] and (min(fewest) == 0) == (part == 4)
 
 
+@pytest.mark.sweep
 def test_a_rank_that_skips_its_experts_hangs_until_its_time_is_up(unevenly: Any) -> None:
     with pytest.raises(LaunchError, match="timed out"):
         unevenly(Place(1, 1, 2, 3, expert=2), 2, skip=True, timeout_s=12)

@@ -10,12 +10,11 @@ from tests.parity.context_cases import GATHER_2, RING_2, ULYSSES_2, with_axes
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.ours import Place, train_ours
 
-COMPILED = [
+COMPILED = [("gpt2", Place(2, 1, 1, 1, True))]
+MORE = [
+    ("gpt2", Place(1, 2, 1, 1)),
     ("qwen3", Place(2, 1, 1, 1, True)),
     ("gemma3_text-two-ropes", Place(1, 1, 2, 2, recompute="full")),
-    ("gpt2", Place(1, 2, 1, 1)),
-]
-MORE = [
     ("llama", Place(1, 1, 1, 0)),
     ("gemma2-caps", Place(2, 1, 1, 1, recompute="selective")),
     ("falcon-7b-alibi", Place(1, 1, 2, 1)),
