@@ -116,13 +116,26 @@ def environment(changes: Mapping[str, str], home: Path) -> dict[str, str]:
     return {**clean, **fixed, "DS_ACCELERATOR": "cpu", "PYTHONDONTWRITEBYTECODE": "1", **changes}
 
 
-def start_fork(machine: Machine, name: str, arguments: Sequence[object], folder: Path, **environ: str) -> Command:
-    """Start `python ARGUMENTS` on a machine, as a fork of this process."""
+def start_fork(
+    machine: Machine,
+    name: str,
+    arguments: Sequence[object],
+    folder: Path,
+    prepare: Callable[[], None] | None = None,
+    **environ: str,
+) -> Command:
+    """Start `python ARGUMENTS` on a machine, as a fork of this process in which `prepare` has been called."""
     log = _new_log(folder, name)
+
+    def begin() -> None:
+        machine.enter()
+        if prepare is not None:
+            prepare()
+
     with open(log, "w") as file, open(os.devnull) as nothing:
         streams = (nothing.fileno(), file.fileno(), file.fileno())
         full = environment(environ, folder)
-        process = ForkedPython(arguments, folder, full, streams, prepare=machine.enter)
+        process = ForkedPython(arguments, folder, full, streams, prepare=begin)
     return Command(name, machine, log, process, time.monotonic())
 
 

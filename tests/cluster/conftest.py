@@ -2,9 +2,10 @@
 
 import os
 import random
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_ds.config.yaml_text import format_yaml
 from tests.cluster.__main__ import SANDBOX
 from tests.cluster.commands import Command, Job, losses, start_cold, start_fork
 from tests.cluster.machines import Machine, make_machines
+from tests.cluster.pauses import Pause
 from tests.cluster.services import Slurm, start_sshd
 from tests.forked_python import run_python
 from tests.training.tiny import run_mapping, write_corpus
@@ -24,7 +26,9 @@ Sections = Mapping[str, Mapping[str, Any]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+    for item in items:  # of all folders
+        if Path(__file__).parent not in item.path.parents:
+            continue
         item.add_marker(pytest.mark.cluster)
         if SANDBOX not in os.environ:
             item.add_marker(pytest.mark.skip(reason="run by `make cluster`, in a sandbox"))
@@ -32,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print a line for each test with what it saw, and the counts of each file."""
+    if SANDBOX not in os.environ:
+        return
     counts: dict[str, Counter[str]] = {}
     write = terminalreporter.write_line
     for outcome in ("passed", "failed", "skipped", "error"):
@@ -105,6 +111,7 @@ class Cluster:
         environ: Mapping[str, str] | None = None,
         ranks: Sequence[int] | None = None,
         port: int | None = None,
+        pause: Pause | None = None,
     ) -> Job:
         """Start `megatron-ds train` on every rank, with the variables that launchers set.
 
@@ -118,6 +125,7 @@ class Cluster:
             environ: more variables.
             ranks: those that are started; None = all.
             port: MASTER_PORT; None = a new one.
+            pause: at which the ranks pause.
         """
         world, port = num_machines * per_machine, port or self.port()
         commands = []
@@ -127,7 +135,8 @@ class Cluster:
             given = {**place, "MASTER_ADDR": master, "MASTER_PORT": port, **(environ or {})}
             words = ("-m", "megatron_ds", "train", run_file, *arguments, *(on or {}).get(machine.name, ()))
             variables = {name: str(value) for name, value in given.items()}
-            commands.append(start_fork(machine, f"rank{rank}", words, self.folder, **variables))
+            prepare = partial(pause.install, rank) if pause is not None else None
+            commands.append(start_fork(machine, f"rank{rank}", words, self.folder, prepare, **variables))
         return self.job(commands)
 
     def start_torchrun(
@@ -140,30 +149,34 @@ class Cluster:
         machines = self.machines[:2]
         return self.job([start_cold(machine, "torchrun", words, self.folder, self.folder) for machine in machines])
 
-    def end(self) -> list[str]:
-        """Kill what is left on the machines; return the command lines of what the jobs, which have ended, had left."""
+    def end(self) -> None:
+        """Kill what still runs of its jobs."""
         for job in self._jobs:
             job.end()
-        left = [(pid, machine) for machine in self.machines for pid in machine.processes()]
-        words = []
-        for pid, _ in left:
-            try:
-                words.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                continue
-        return words
+
+
+@contextmanager
+def _cluster(machines: list[Machine], corpus: Path, shared: Path) -> Iterator[Cluster]:
+    folder = shared / f"test{len(list(shared.glob('test*')))}"
+    folder.mkdir()
+    made = Cluster(machines, corpus, folder)
+    try:
+        yield made
+    finally:
+        made.end()
 
 
 @pytest.fixture
-def cluster(
-    machines: list[Machine], tiny_corpus: Path, shared: Path, request: pytest.FixtureRequest
-) -> Iterator[Cluster]:
-    folder = shared / f"test{len(list(shared.glob('test*')))}"
-    folder.mkdir()
-    made = Cluster(machines, tiny_corpus, folder)
-    yield made
-    made.end()
+def cluster(machines: list[Machine], tiny_corpus: Path, shared: Path) -> Iterator[Cluster]:
+    with _cluster(machines, tiny_corpus, shared) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def module_cluster(machines: list[Machine], tiny_corpus: Path, shared: Path) -> Iterator[Cluster]:
+    """For jobs that several tests of a module look at."""
+    with _cluster(machines, tiny_corpus, shared) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
