@@ -97,11 +97,11 @@ def _show(finding: Finding) -> None:
     from rich.text import Text
 
     line = Text(f"  {finding.level:<9}", style=_STYLES[finding.level])
-    line.append(f"{finding.name:<15}", style="default").append(finding.value, style="default")
+    line.append(f"{finding.name:<16}", style="default").append(finding.value, style="default")
     console = Console(soft_wrap=True, highlight=False)
     console.print(line)
     if finding.fix:
-        console.print(Text(f"{'':<26}try {finding.fix}"))
+        console.print(Text(f"{'':<27}try {finding.fix}"))
 
 
 def _plain(finding: Finding) -> dict[str, str]:
