@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,10 +304,15 @@ def _environment(info: RankInfo, folder: Path) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(info.world_size),
         RENDEZVOUS_FILE: str(folder / "rendezvous"),
     }
-    if sys.platform == "linux":
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # no port is open to other machines
-            environment[name] = os.environ.get(name, "lo")
+    environment |= loopback_interfaces()
     return environment
+
+
+def loopback_interfaces(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables with which gloo and NCCL open no port to other machines, unless `environ` sets them."""
+    if sys.platform != "linux":
+        return {}
+    return {name: environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
 
 
 def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:

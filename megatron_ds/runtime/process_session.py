@@ -15,6 +15,7 @@ import torch
 from megatron_ds.config import EngineConfig, build_section
 from megatron_ds.engine import DEFAULT_SETTINGS, DeviceSettings, start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries, setup_logging
+from megatron_ds.parallel.launch import loopback_interfaces
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
 from megatron_ds.parallel.rendezvous import meet
 from megatron_ds.runtime.loaded_model import LoadedModel
@@ -87,7 +88,7 @@ def session(timeout_s: float = 1800.0, settings: DeviceSettings = DEFAULT_SETTIN
         stop_distributed()
         return
     with tempfile.TemporaryDirectory(prefix="megatron_ds-") as folder:
-        os.environ[RENDEZVOUS_FILE] = str(Path(folder) / "rendezvous")
+        os.environ |= {RENDEZVOUS_FILE: str(Path(folder) / "rendezvous"), **loopback_interfaces()}
         try:
             device = start_distributed(RankInfo(), timeout_s, settings=settings)
         finally:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from megatron_ds.engine import distributed
 from megatron_ds.errors import TopologyError
 from megatron_ds.parallel.rank_info import RankInfo
+from tests.listening import listening_addresses
+from tests.ranks import run_ranks
 
 CODE = """
 import sys, torch
@@ -53,3 +55,11 @@ def test_the_process_group_is_given_the_device(monkeypatch: pytest.MonkeyPatch) 
     device = torch.device("cuda", 1)
     distributed._connect("nccl", RankInfo(1, 2, 1), timedelta(seconds=5), None, device)
     assert given["device_id"] == device and given["backend"] == "nccl" and given["world_size"] == 2
+
+
+def test_ranks_of_one_machine_open_no_port_to_others() -> None:
+    def addresses(info: RankInfo) -> set[str]:
+        dist.new_group(backend="gloo")
+        return listening_addresses()
+
+    assert run_ranks(addresses, 2) == [{"127.0.0.1"}] * 2
