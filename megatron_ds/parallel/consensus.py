@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -70,8 +72,27 @@ def gather_objects(local: T, group: dist.ProcessGroup | None = None) -> list[T]:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [local]
     everyone = [local] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, local, group=group)
+    with _waiting():
+        dist.all_gather_object(everyone, local, group=group)
     return everyone
+
+
+_WAITING: set[int] = set()
+
+
+def num_waiting() -> int:
+    """Return the number of threads of this process that wait for objects of other ranks."""
+    return len(_WAITING)
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Count this thread among those that wait."""
+    _WAITING.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _WAITING.discard(threading.get_ident())
 
 
 def share_object(value: T) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -25,12 +26,18 @@ class RankStatus:
         heartbeats: number of phases that the rank has entered; equal on ranks that have made the same progress.
         phase: the current phase, such as "step 12: reading data".
         stack: stacks of the rank's threads when it detected a hang; empty before.
+        host: the name of its machine.
+        is_waiting: whether it waits for objects of other ranks.
+        has_finished: whether it has left regularly, and publishes no more.
     """
 
     number: int = 0
     heartbeats: int = 0
     phase: str = ""
     stack: str = ""
+    host: str = ""
+    is_waiting: bool = False
+    has_finished: bool = False
 
 
 class RankStatusStore(Protocol):
@@ -41,6 +48,12 @@ class RankStatusStore(Protocol):
 
     def read(self, rank: int) -> RankStatus:
         """Return the last status of a rank; a default `RankStatus` if it has published none."""
+
+    def sign_of_life(self, rank: int) -> int:
+        """Return a number that changes whenever a rank publishes its status; 0 = it has not done so."""
+
+    def add_work(self, amount: int) -> int:
+        """Add to the work of all ranks, and return its amount: constant cost at any number of ranks."""
 
     def claim(self) -> bool:
         """Return True for the first caller: the rank that reports the hang."""
@@ -53,14 +66,28 @@ class FileStatusStore:
         self._folder = folder
 
     def put(self, rank: int, status: RankStatus) -> None:
-        with replacing(self._folder / f"{rank}.note") as temporary:
+        note, alive = self._folder / f"{rank}.note", self._folder / f"{rank}.alive"
+        with contextlib.suppress(OSError), replacing(note) as temporary:  # a full disk
             temporary.write_text(json.dumps(asdict(status)))
+        alive.touch()  # needs no space where it exists
 
     def read(self, rank: int) -> RankStatus:
         try:
             return RankStatus(**json.loads((self._folder / f"{rank}.note").read_text()))
         except FileNotFoundError:
             return RankStatus()
+
+    def sign_of_life(self, rank: int) -> int:
+        try:
+            return (self._folder / f"{rank}.alive").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def add_work(self, amount: int) -> int:
+        file = self._folder / "work"
+        if amount:
+            file.touch()
+        return file.stat().st_mtime_ns if file.exists() else 0
 
     def claim(self) -> bool:
         try:
@@ -89,6 +116,12 @@ class TorchStoreStatusStore:
     def read(self, rank: int) -> RankStatus:
         key = f"note/{rank}"
         return RankStatus(**json.loads(self._store.get(key))) if self._store.check([key]) else RankStatus()
+
+    def sign_of_life(self, rank: int) -> int:
+        return self.read(rank).number
+
+    def add_work(self, amount: int) -> int:
+        return self._store.add("work", amount)
 
     def claim(self) -> bool:
         return self._store.add("claimed", 1) == 1

@@ -2,7 +2,8 @@
 
 The rank that notices a hang is rarely its cause: it waits in a collective for the rank that hangs. So each rank's
 watchdog publishes the rank's status in a store that all ranks read. When its rank has made no progress for `timeout_s`,
-it reads the statuses of the others and reports the ranks that are behind.
+it reads the statuses of the others and reports the ranks that are behind. It also looks at the life of its neighbour,
+and so finds a stopped process, a dead machine and a cut link in any phase, also where a phase may take long.
 """
 
 from __future__ import annotations
@@ -10,59 +11,105 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import flush_streams, get_logger
+from megatron_ds.parallel.consensus import num_waiting
 from megatron_ds.parallel.failure import write_failure
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rank_status import RankStatus, RankStatusStore
+from megatron_ds.parallel.rendezvous import name_ranks
+from megatron_ds.parallel.section_limits import MovedBytes, SectionLimits
 
 PUBLISH_S = 1.0  # interval between two status updates of a rank
 STORE_TIMEOUT_S = 10.0  # the store counts as unreachable after this
+SHORTEST_SILENCE_S = 10.0  # a busy machine may keep a process from publishing for seconds
+LEAVE_S = 2.0  # time for the last status
 
 
 class Heartbeat(Protocol):
     """Function that is called with each phase that a rank enters, such as "step 12: reading data"."""
 
     def __call__(self, phase: str, *, may_take_long: bool = False) -> None:
-        """Enter a phase. `may_take_long`: the phase has no time limit, such as saving, which depends on the storage."""
+        """Enter a phase.
+
+        Args:
+            phase: shown in a report.
+            may_take_long: its limit is that of a section without progress on any rank, such as saving, which depends on
+                the storage; see `SectionLimits`.
+        """
+
+
+@dataclass(frozen=True)
+class _Hang:
+    """A hang that this rank has noticed: `no progress for 30 s (train.step_timeout=30)`."""
+
+    text: str
+    timeout_s: float
+    is_cut_off: bool = False
 
 
 class Watchdog:
-    """Context manager that ends the process with a report if `heartbeat` is not called for `timeout_s` seconds.
+    """Context manager that ends the process with a report if the job hangs.
 
-    It has two threads, one that publishes the status and one that checks the time, because the store may be what hangs.
+    These are hangs: a phase of this rank takes longer than `timeout_s`; in a section that may take long no rank has
+    made progress for the time that `SectionLimits` gives it; another rank has not published its status for `timeout_s`,
+    or the store is out of reach for so long. Each rank looks at the next one, so that the cost is the same at any
+    number of ranks. A job that is suspended as a whole continues.
+
+    It has two threads, one that exchanges statuses and one that checks the time, because the store may be what hangs.
 
     Args:
         info: rank and world size of this process.
         timeout_s: time limit of a phase in seconds; 0 = no limit.
         store: from `rank_status_store`.
+        setting: the name of the time limit, for messages.
     """
 
-    def __init__(self, info: RankInfo, timeout_s: float, store: RankStatusStore) -> None:
-        self._info, self._timeout_s, self._store = info, timeout_s, store
+    def __init__(
+        self, info: RankInfo, timeout_s: float, store: RankStatusStore, setting: str = "train.step_timeout"
+    ) -> None:
+        self._info, self._timeout_s, self._store, self._setting = info, timeout_s, store, setting
         self._publish_s = min(PUBLISH_S, timeout_s / 4)
-        self._status, self._heartbeat_at_s, self._is_limited = RankStatus(phase="starting"), time.monotonic(), True
-        self._ended, self._stack = threading.Event(), ""
+        self._silence_s = max(timeout_s, SHORTEST_SILENCE_S)
+        self._status = RankStatus(phase="starting", host=socket.gethostname())
+        self._may_take_long, self._sections, self._moved = False, SectionLimits(timeout_s), MovedBytes()
+        self._is_limited = True  # False in a section of code that is not ours
+        self._neighbour, self._sign, self._work = (info.rank + 1) % info.world_size, 0, 0
+        self._clocks = dict.fromkeys(("phase", "work", "neighbour", "store"), 0.0)
+        self._ended, self._is_due, self._stack = threading.Event(), threading.Event(), ""
         self._threads = [
             threading.Thread(target=act, name=f"watchdog-{act.__name__}", daemon=True)
-            for act in (self._publish, self._watch)
+            for act in (self._exchange, self._watch)
         ]
 
     def heartbeat(self, phase: str, *, may_take_long: bool = False) -> None:
         """Enter a phase; see `Heartbeat`."""
-        self._status = RankStatus(self._status.number, self._status.heartbeats + 1, phase)
-        self._is_limited, self._heartbeat_at_s = not may_take_long, time.monotonic()
+        now, before = time.monotonic(), self._status
+        if self._may_take_long:
+            self._sections.took(before.phase, now - self._clocks["phase"])
+        self._clocks["phase"] = now
+        self._status = replace(before, heartbeats=before.heartbeats + 1, phase=phase)
+        self._may_take_long, self._is_limited = may_take_long, True
+        if may_take_long:
+            self._is_due.set()
+
+    def enter_foreign_code(self, phase: str) -> None:
+        """Enter a phase whose duration is not known: code of the user's. Only ranks that do not respond are a hang."""
+        self.heartbeat(phase)
+        self._is_limited = False
 
     def __enter__(self) -> Watchdog:
-        self._heartbeat_at_s = time.monotonic()
+        self._clocks = dict.fromkeys(self._clocks, time.monotonic())
         if self._timeout_s > 0:
             self._store.put(self._info.rank, self._status)
             for thread in self._threads:
@@ -72,56 +119,102 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self._status = replace(self._status, has_finished=True)
         self._ended.set()
+        self._is_due.set()
+        if self._threads[0].is_alive():
+            self._threads[0].join(LEAVE_S)
 
-    def _publish(self) -> None:
-        number = 0
-        with contextlib.suppress(RuntimeError, OSError):  # the store is gone: the job is ending
-            while not self._ended.wait(self._publish_s):
-                number += 1
-                status = RankStatus(number, self._status.heartbeats, self._status.phase, self._stack)
+    def _exchange(self) -> None:
+        """Publish the status of this rank, and look at the others, until the context is left."""
+        number, is_over = 0, False
+        while not is_over:
+            self._is_due.wait(self._publish_s)
+            self._is_due.clear()
+            is_over = self._ended.is_set()
+            number += 1
+            with contextlib.suppress(RuntimeError, OSError):  # the store is out of reach: `_find_hang` sees it
+                waits = num_waiting() > 0
+                status = replace(self._status, number=number, stack=self._stack, is_waiting=waits)
                 self._store.put(self._info.rank, status)
+                if not is_over:
+                    self._look_at_others(status)
+
+    def _look_at_others(self, own: RankStatus) -> None:
+        units = self._moved.take()
+        work, sign = self._store.add_work(int(units > 0)), self._store.sign_of_life(self._neighbour)
+        now = time.monotonic()
+        if work != self._work:
+            self._work, self._clocks["work"] = work, now
+        if sign != self._sign or self._neighbour == self._info.rank:
+            self._sign, self._clocks["neighbour"] = sign, now
+        elif now - self._clocks["neighbour"] > self._silence_s / 2 and self._store.read(self._neighbour).has_finished:
+            self._clocks["neighbour"] = now
+        self._clocks["store"] = now
 
     def _watch(self) -> None:
         checked_s = time.monotonic()
         while not self._ended.wait(self._publish_s):
             now = time.monotonic()
-            if now - checked_s > 2 * self._publish_s + 1:  # this process was suspended, perhaps with its job
-                self._heartbeat_at_s += now - checked_s
+            pause_s = now - checked_s
+            if pause_s > 2 * self._publish_s + 1:  # this process was suspended, perhaps with its job
+                for name, began_s in self._clocks.items():
+                    self._clocks[name] = min(now, began_s + pause_s)
             checked_s = now
-            if self._is_limited and now - self._heartbeat_at_s > self._timeout_s:
-                self._end()
+            hang = self._find_hang(now)
+            if hang is not None:
+                self._end(hang)
 
-    def _end(self) -> None:
+    def _find_hang(self, now: float) -> _Hang | None:
+        elapsed_s = {name: now - began_s for name, began_s in self._clocks.items()}
+        phase, setting = self._status.phase, f"{self._setting}={self._timeout_s:g}"
+        if elapsed_s["store"] > self._silence_s + STORE_TIMEOUT_S:
+            return _Hang(f"no answer of rank 0 for {elapsed_s['store']:.0f} s ({setting})", self._timeout_s, True)
+        if elapsed_s["neighbour"] > self._silence_s:
+            silent = name_ranks([self._neighbour])
+            return _Hang(f"no sign of {silent} for {self._silence_s:g} s ({setting})", self._timeout_s)
+        if self._is_limited and not self._may_take_long and elapsed_s["phase"] > self._timeout_s:
+            return _Hang(f"no progress for {self._timeout_s:g} s ({setting})", self._timeout_s)
+        limit_s = self._sections.limit_s(phase)
+        if self._may_take_long and self._moved.is_known and min(elapsed_s["phase"], elapsed_s["work"]) > limit_s:
+            reason = f"the limit of this phase: {setting}, and {self._sections.reason(phase)}"
+            return _Hang(f"no progress for {limit_s:g} s ({reason})", self._timeout_s)
+        return None
+
+    def _end(self, hang: _Hang) -> None:
         """Report the hang, if this rank notices it first, and end the process even if the store does not respond."""
         try:
             self._stack = _own_stack()
-            report = threading.Thread(target=self._report, name="watchdog-report", daemon=True)
-            report.start()
-            report.join(3 * self._publish_s + STORE_TIMEOUT_S)
-            if report.is_alive():  # the process with the store does not respond
-                timeout = f"no progress for {self._timeout_s:g} s (train.step_timeout={self._timeout_s:g})"
+            report = threading.Thread(target=self._report, args=(hang,), name="watchdog-report", daemon=True)
+            if not hang.is_cut_off:
+                report.start()
+                report.join(3 * self._publish_s + STORE_TIMEOUT_S)
+            if hang.is_cut_off or report.is_alive():  # the process with the store does not respond
                 self._write(
                     LaunchError(
-                        f"{timeout}; rank 0 or its machine does not respond; this rank's phase: {self._status.phase}"
+                        f"{hang.text}; rank 0 or its machine does not respond; this rank's phase: {self._status.phase}"
                     )
                 )
         finally:
             flush_streams()
             os._exit(1)
 
-    def _report(self) -> None:
+    def _report(self, hang: _Hang) -> None:
         if not self._store.claim():
             time.sleep(
                 3 * self._publish_s + STORE_TIMEOUT_S / 2
             )  # the reporter sees that this rank is alive, and ends it
             os._exit(1)
         ranks = range(self._info.world_size)
-        before = [self._store.read(rank) for rank in ranks]
+        before = [self._store.sign_of_life(rank) for rank in ranks]
         time.sleep(3 * self._publish_s)
-        after = [self._store.read(rank) for rank in ranks]
-        alive = [rank == self._info.rank or after[rank].number > before[rank].number for rank in ranks]
-        self._write(LaunchError(diagnose(after, alive, self._timeout_s)))
+        after = [self._store.sign_of_life(rank) for rank in ranks]
+        statuses = [self._store.read(rank) for rank in ranks]
+        alive = [
+            rank == self._info.rank or after[rank] != before[rank] or statuses[rank].has_finished for rank in ranks
+        ]
+        self._write(LaunchError(diagnose(statuses, alive, hang.timeout_s, hang.text)))
 
     def _write(self, problem: LaunchError) -> None:
         if RENDEZVOUS_FILE in os.environ:
@@ -131,26 +224,31 @@ class Watchdog:
             get_logger().error("error: %s", problem)
 
 
-def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: float) -> str:
+def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: float, hang: str = "") -> str:
     """Return a report that names the ranks that hang, their phases and stacks, and the phases of the others.
 
     Args:
         statuses: the status of every rank.
         alive: for every rank, whether its process still publishes.
         timeout_s: the time limit, for the message.
+        hang: how the hang was noticed; empty = a step took longer than the time limit.
     """
     slowest = min(status.heartbeats for status in statuses)
-    if not all(alive):
-        suspects = [rank for rank, is_alive in enumerate(alive) if not is_alive]
-        verdict = "does not respond: its process or machine is stopped or dead"
-    elif all(status.heartbeats == slowest for status in statuses):
-        suspects = []
-        verdict = ""
-    else:
+    suspects = [rank for rank, is_alive in enumerate(alive) if not is_alive]
+    verdict = "does not respond: its process or machine is stopped or dead"
+    if not suspects:
         suspects = [rank for rank, status in enumerate(statuses) if status.heartbeats == slowest]
         verdict = "is behind the others"
-    lines = [f"no progress for {timeout_s:g} s (train.step_timeout={timeout_s:g})"]
-    lines += [f"rank {rank} {verdict}; last phase: {statuses[rank].phase}" for rank in suspects]
+    if len(suspects) == len(statuses):
+        suspects = [rank for rank, status in enumerate(statuses) if not status.is_waiting]
+        verdict = "is waited for by the others"
+    if len(suspects) == len(statuses):
+        suspects = []
+    lines = [hang or f"no progress for {timeout_s:g} s (train.step_timeout={timeout_s:g})"]
+    hosts = {status.host for status in statuses if status.host}
+    for rank in suspects:
+        host = f" on {statuses[rank].host}" if len(hosts) > 1 and statuses[rank].host else ""
+        lines.append(f"rank {rank}{host} {verdict}; last phase: {statuses[rank].phase}")
     others = [rank for rank in range(len(statuses)) if rank not in suspects]
     for phase in dict.fromkeys(statuses[rank].phase for rank in others):
         same = [str(rank) for rank in others if statuses[rank].phase == phase]

@@ -31,6 +31,22 @@ def counting_time() -> Iterator[None]:
         del os.environ[STARTED_AT]
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let a Ctrl-C end the process at once, as other signals do by default, even while it waits in a collective.
+
+    Python's own handler for SIGINT runs only when such a wait has ended. To be used where nothing is lost: before the
+    first step. Only the main thread can set handlers.
+    """
+    waits = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if waits else None
+    try:
+        yield
+    finally:
+        if waits:
+            signal.signal(signal.SIGINT, before)
+
+
 class GracefulStop:
     """Context manager in which a signal of `STOP_SIGNALS` sets `requested`, which the loop reads after each step.
 

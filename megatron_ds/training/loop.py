@@ -84,7 +84,7 @@ class TrainingLoop:
         self._ahead, self._data_wait = run.data.prefetch, DataWait(run.data.prefetch)
         self._coming: Iterator[Batches] = iter(())
         self._now, self._saved_step, self._heartbeat = begin, begin.step, heartbeat
-        self._stop_code = 0
+        self._stop_code, self._is_first_step = 0, True
         self._callbacks = callbacks if callbacks is not None else CallbackList(RunState(run, engine))
         self._losses, self._valid_losses = LossHistory(), LossHistory()
         self._valid_metrics: Mapping[str, float] = {}
@@ -190,7 +190,9 @@ class TrainingLoop:
         with profiled(DATA):
             batches = next(self._coming)
         data_s = time.perf_counter() - began_s
-        self._heartbeat(f"step {step}: forward and backward pass, optimizer")
+        is_new = change is not None or self._is_first_step  # kernels are compiled, connections made
+        self._is_first_step = False
+        self._heartbeat(f"step {step}: forward and backward pass, optimizer", may_take_long=is_new)
         result = self._engine.train_step(batches, lr)
         self._losses.add(result.loss)
         bad = not result.applied and (not self._engine.can_overflow or not math.isfinite(result.loss))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from megatron_ds.monitor import Reporter, Throughput, read_metrics
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rank_status import rank_status_store
-from megatron_ds.parallel.rendezvous import meet
-from megatron_ds.parallel.watchdog import Watchdog
+from megatron_ds.parallel.rendezvous import RankGroup, meet
+from megatron_ds.parallel.watchdog import Heartbeat, Watchdog
 from megatron_ds.runtime.averaged_weights import averaged_weights
 from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
@@ -38,7 +38,7 @@ from megatron_ds.runtime.setup import build
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
 from megatron_ds.training.checkpoint_copies import CheckpointCopier
 from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
-from megatron_ds.training.graceful_stop import GracefulStop
+from megatron_ds.training.graceful_stop import GracefulStop, ending_at_once
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import check_schedule, describe_jump
 from megatron_ds.training.model_paths import with_pinned_models
@@ -78,31 +78,61 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
             rank raises it.
         KeyboardInterrupt: after SIGINT, once every rank has finished its step, saved, and closed its files.
     """
-    group = None if RENDEZVOUS_FILE in os.environ else meet(info, run.train.start_timeout)
-    with GracefulStop(run.train.max_time) as interrupt:
-        timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)
-        device = start_distributed(info, timeout_s, group, device_settings(run))
-        existing_lock = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
-        run = gather_objects(run_on_all_ranks(lambda: with_pinned_models(run) if info.rank == 0 else run))[0]
-        found = find_resume_point(run, info)
-        prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
-        resolved = prepared.resolved
-        check_same_data(prepared.train_data, resolved.run)
-        if resolved.run.export is not None and resolved.run.export.merge:
-            resolved.model.prepare(resolved.hf.table if info.rank == 0 else ())  # the base is read again at the end
-        engine = build(resolved.model, resolved.plan, info.rank, device)
-        if prepared.reader is not None:
-            load_state(engine, prepared.reader, resets_optimizer=run.checkpoint.optimizer == "reset")
-        output_lock, notes = run_on_all_ranks(
-            lambda: prepare_output(run, found, existing_lock) if info.rank == 0 else (None, ())
-        )
-        with Watchdog(info, run.train.step_timeout, rank_status_store(group)) as watchdog:
-            result, was_interrupted = _train(prepared, engine, reporter, interrupt, watchdog, notes)
+    interrupt = GracefulStop(run.train.max_time)
+    with ending_at_once():
+        group = None if RENDEZVOUS_FILE in os.environ else meet(info, run.train.start_timeout)
+    watchdog = Watchdog(info, run.train.step_timeout, rank_status_store(group))
+    with ExitStack() as context:
+        context.enter_context(watchdog)
+        with ending_at_once():
+            started = _start(run, info, group, watchdog.heartbeat, callbacks)
+        context.enter_context(interrupt)
+        result, was_interrupted = _train(started, reporter, interrupt, watchdog)
+        watchdog.heartbeat("leaving the process group", may_take_long=True)
         stop_distributed()
-        del output_lock  # until here no other run can write to the output
+        del started  # until here it holds the lock of the output, so that no other run can write to it
     if was_interrupted:
         raise KeyboardInterrupt
     return result
+
+
+@dataclass(frozen=True)
+class _Started:
+    prepared: _Prepared
+    engine: Engine
+    output_lock: object
+    notes: Sequence[str]
+
+
+def _start(
+    run: RunConfig, info: RankInfo, group: RankGroup | None, heartbeat: Heartbeat, callbacks: Sequence[Callback]
+) -> _Started:
+    """Join the process group, check the run, open data, build the model, resume. Collective over the world."""
+    heartbeat("joining the process group", may_take_long=True)
+    timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)
+    device = start_distributed(info, timeout_s, group, device_settings(run))
+    heartbeat("locking the output", may_take_long=True)
+    existing_lock = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
+    heartbeat("looking up models on the hub", may_take_long=True)
+    run = gather_objects(run_on_all_ranks(lambda: with_pinned_models(run) if info.rank == 0 else run))[0]
+    heartbeat("looking for a checkpoint to resume", may_take_long=True)
+    found = find_resume_point(run, info)
+    heartbeat("reading model and data", may_take_long=True)
+    prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
+    resolved = prepared.resolved
+    check_same_data(prepared.train_data, resolved.run)
+    heartbeat("building the model", may_take_long=True)
+    if resolved.run.export is not None and resolved.run.export.merge:
+        resolved.model.prepare(resolved.hf.table if info.rank == 0 else ())  # the base is read again at the end
+    engine = build(resolved.model, resolved.plan, info.rank, device)
+    if prepared.reader is not None:
+        heartbeat("reading the checkpoint", may_take_long=True)
+        load_state(engine, prepared.reader, resets_optimizer=run.checkpoint.optimizer == "reset")
+    heartbeat("preparing the output", may_take_long=True)
+    output_lock, notes = run_on_all_ranks(
+        lambda: prepare_output(run, found, existing_lock) if info.rank == 0 else (None, ())
+    )
+    return _Started(prepared, engine, output_lock, notes)
 
 
 @dataclass(frozen=True)
@@ -149,24 +179,20 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
 
 
 def _train(
-    prepared: _Prepared,
-    engine: Engine,
-    reporter: Reporter,
-    interrupt: GracefulStop,
-    watchdog: Watchdog,
-    notes: Sequence[str],
+    started: _Started, reporter: Reporter, interrupt: GracefulStop, watchdog: Watchdog
 ) -> tuple[TrainResult, bool]:
     """Train and export, or save and return when a stop is requested.
 
     Returns:
         the result, and whether Ctrl-C ended the run; the same on every rank.
     """
+    prepared, engine = started.prepared, started.engine
     resolved, run, begin = prepared.resolved, prepared.resolved.run, prepared.begin
     summary = summarize(resolved, engine, prepared.train_data, prepared.valid_data)
     with RunOutput(run, reporter, is_first=engine.grid.rank == 0) as output:
         continue_after = begin.step if prepared.reader is not None else None
         run_on_all_ranks(lambda: output.start(summary, continue_after))  # a tracker may refuse
-        for note in (*notes, *_notes(prepared, engine), *(f"kernel of {name}" for name in engine.kernels)):
+        for note in (*started.notes, *_notes(prepared, engine), *(f"kernel of {name}" for name in engine.kernels)):
             output.note(note)
         flops = flops_per_position(resolved, summary.num_params, prepared.train_data)
         peak = device_peak(resolved, engine.device)
@@ -197,12 +223,13 @@ def _train(
         watchdog.heartbeat("closing metrics", may_take_long=True)  # trackers send what waits
         output.close(resolved.hf.family.model_type, outcome)
         if is_stopped:
+            watchdog.enter_foreign_code("callbacks at the run's end")
             callbacks.run_end(stopped_by=loop.stopped_by)
             output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.num_steps}{loop.resume_hint}")
             return loop.result(exported=None), loop.was_interrupted
         watchdog.heartbeat("exporting", may_take_long=True)
         _export(prepared, engine, output)
-        watchdog.heartbeat("callbacks at the run's end", may_take_long=True)
+        watchdog.enter_foreign_code("callbacks at the run's end")
         callbacks.run_end(exported=run.export.path if run.export is not None else None)
         done_text = f"done: {run.train.num_steps} steps; metrics and loss.png are in {run.output}"
         output.finish(f"{done_text}; {loop.describe_use()}{loop.describe_validation()}")

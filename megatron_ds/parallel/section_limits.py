@@ -1,0 +1,70 @@
+"""Time limits of sections that may take long, such as a save or an export: learned from the earlier ones of their kind.
+
+The limit is one without progress, not one of the whole section: a slow save that writes is no hang. Progress is what a
+process reads and writes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+FIRST_S = 600.0  # of a section without an earlier one of its kind: storage may be slow, kernels may be compiled
+SHORTEST_S = 20.0  # storage may be slow once
+SLOWER = 10  # a section that takes so many times the slowest before it is a hang
+MOVED_BYTES = 2**22  # per unit of work; a status that is published is far smaller
+_IO_COUNTERS = Path("/proc/self/io")
+_MOVED = re.compile(r"^(?:rchar|wchar|read_bytes): (\d+)$", re.MULTILINE)
+
+
+class SectionLimits:
+    """The time limits of the sections of one rank.
+
+    Args:
+        least_s: no limit is below it.
+    """
+
+    def __init__(self, least_s: float) -> None:
+        self._least_s = least_s
+        self._slowest_s: dict[str, float] = {}
+
+    def limit_s(self, phase: str) -> float:
+        """Return the time limit of a phase, in seconds without progress."""
+        slowest_s = self._slowest_s.get(_kind(phase))
+        return max(self._least_s, FIRST_S if slowest_s is None else max(SLOWER * slowest_s, SHORTEST_S))
+
+    def reason(self, phase: str) -> str:
+        """Return the reason of the limit of a phase, for a message."""
+        slowest_s = self._slowest_s.get(_kind(phase))
+        return "it is the first" if slowest_s is None else f"the slowest before it took {slowest_s:.1f} s"
+
+    def took(self, phase: str, seconds: float) -> None:
+        """Learn from a section that has ended."""
+        kind = _kind(phase)
+        self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
+
+
+def _kind(phase: str) -> str:
+    """Return a phase without its numbers: `saving after step #`."""
+    return re.sub(r"\d+", "#", phase)
+
+
+class MovedBytes:
+    """A counter of the bytes that this process has read and written, in units of `MOVED_BYTES`.
+
+    Attributes:
+        is_known: False where the system does not count them; then sections have no time limit.
+    """
+
+    def __init__(self) -> None:
+        self.is_known = _IO_COUNTERS.is_file()
+        self._counted = self._read()
+
+    def take(self) -> int:
+        """Return the number of units since the last call; a rest is carried over."""
+        units = (self._read() - self._counted) // MOVED_BYTES
+        self._counted += units * MOVED_BYTES
+        return units
+
+    def _read(self) -> int:
+        return sum(map(int, _MOVED.findall(_IO_COUNTERS.read_text()))) if self.is_known else 0
