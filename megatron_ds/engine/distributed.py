@@ -178,8 +178,8 @@ def stop_distributed() -> None:
 def _let_threads_settle(limit_s: float = 2.0) -> None:
     """Wait until every other thread of this process sleeps, or until the time limit.
 
-    A thread of gloo releases the tensors of a collective after the caller has gone on, and needs Python's global lock
-    for it. If the interpreter ends first, Python ends the thread in the middle of a destructor, and C++ aborts the
+    After a collective has returned, a thread of gloo still releases its tensors, and needs Python's interpreter lock
+    for that. If the interpreter ends first, Python ends the thread in the middle of a destructor, and C++ aborts the
     process: "terminate called without an active exception". gloo's groups have no call that ends their threads, so this
     gives up the lock and looks at the threads' states.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from megatron_ds.errors import ConfigError
 
@@ -69,9 +70,14 @@ def require_client(url: str, named: str, *, writes: bool = False) -> None:
         writes: whether it is written.
 
     Raises:
-        ConfigError: a package is missing, the scheme is unknown, or it cannot be written.
+        ConfigError: a package is missing, the scheme is unknown, it cannot be written, or it has a password.
     """
     scheme = scheme_of(url)
+    if urlsplit(url).password is not None:
+        raise ConfigError(
+            f"{named.partition('=')[0]}: a URL has a password, which config.yaml and report.html would show; leave it "
+            "out, and give it to the client's library by the environment (docs/remote.md)"
+        )
     if scheme not in _CLIENTS:
         raise ConfigError(f"{named}: {scheme}:// is not one of {', '.join(f'{one}://' for one in _CLIENTS)}")
     if writes and scheme in READ_ONLY:

@@ -19,6 +19,9 @@ def test_urls_and_the_packages_that_they_need(monkeypatch: pytest.MonkeyPatch) -
         require_client("ftpx://a/b", "x")
     with pytest.raises(ConfigError, match=r"^x: a web server cannot be written to; try s3://BUCKET/NAME"):
         require_client("http://a/b", "x", writes=True)
+    with pytest.raises(ConfigError, match=r"^data.train\[0\]: a URL has a password.*leave it out") as refused:
+        require_client("https://me:secret@a/b.txt", "data.train[0]=https://me:secret@a/b.txt")
+    assert "secret" not in str(refused.value)
     monkeypatch.setattr("megatron_ds.remote.urls.find_spec", lambda name: None if name == "s3fs" else name)
     with pytest.raises(ConfigError, match=r"needs the package s3fs; try pip install 'megatron-ds\[remote\]'$"):
         require_client("s3://a/b", "x")
