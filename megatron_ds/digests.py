@@ -1,11 +1,16 @@
 """Hashes of files. XXH3 detects any change at the speed of memory, and is no signature; SHA-256 names caches."""
 
 import hashlib
+import stat
+import time
+from functools import lru_cache
 from pathlib import Path
 
 import xxhash
 
 _READ_BYTES = 2**18  # stays in the cache of a core
+_SETTLED_NS = 2 * 10**9
+"""Age from which a change of a file would show in its times; clocks of file systems may be as coarse as that."""
 
 
 def file_sha256(path: Path) -> str:
@@ -16,6 +21,26 @@ def file_sha256(path: Path) -> str:
 def file_xxh3(path: Path) -> str:
     """Return the 128-bit xxh3 of a file's bytes, in hex: the checksum in manifests, much faster than SHA-256."""
     return _hexdigest(path, xxhash.xxh3_128())
+
+
+def known_xxh3(path: Path) -> str:
+    """Return `file_xxh3`, read once in a process while the file's inode, size and times stay the same.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED_NS:
+        return file_xxh3(path)
+    return _xxh3_of(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _xxh3_of(path: Path, identity: tuple[int, ...]) -> str:
+    return file_xxh3(path)
 
 
 def _hexdigest(path: Path, digest: "hashlib._Hash | xxhash.xxh3_128") -> str:

@@ -26,6 +26,7 @@ from megatron_ds.errors import DataError
 SURPLUS = 0.005
 """Extra fraction of samples requested from each dataset, as in Megatron: the counts of a blend are not exact."""
 FORMAT_VERSION = 1
+_ARRAYS = {"source": "i2 1", "place": "i8 1"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Blend:
             source, place = mixture_order(mixture, num_samples)
             return {"source": source, "place": place}
 
-        self._order = cached_arrays(cache_dir, f"{key}.blend", ("source", "place"), make)
+        self._order = cached_arrays(cache_dir, f"{key}.blend", _ARRAYS, make)
         content = ["blend", *(f"{one.fingerprint} {weight!r}" for one, weight in zip(datasets, self.weights))]
         self.fingerprint = hashlib.sha256("\n".join(content).encode()).hexdigest()
 

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from megatron_ds.data.chat.rendering import ChatTemplate, Rendered
 from megatron_ds.data.readers.array_cache import cached_arrays
 from megatron_ds.data.readers.bad_rows import BAD_ARRAYS
 from megatron_ds.data.readers.batched import batched
-from megatron_ds.data.readers.cached_rows import CachedRows
+from megatron_ds.data.readers.cached_rows import CachedRows, check_rows
 from megatron_ds.data.readers.examples import Located, parse_examples
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.readers.sources import FoundSource, find_source
@@ -27,7 +28,14 @@ from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
 _BATCH = 512
-_ARRAYS = ("ids", "learned", "starts", "places", "notes", "note_counts")
+_ARRAYS = {
+    "ids": "i4 1",
+    "learned": "b1 1",
+    "starts": "i8 1",
+    "places": "U 1",
+    "notes": "U 1",
+    "note_counts": "i8 1",
+}
 _MASKS = "-3"
 """Version of the masks, in the names of cache entries. The key is that of a run's data, which must stay resumable."""
 
@@ -72,7 +80,12 @@ def cached_conversations(
     content = f"{FORMAT_VERSION}\n{found.digest()}\n{tokenizer_digest(tokenizer, -1)}\n{template.identity}"
     key = hashlib.sha256(content.encode()).hexdigest()
     arrays = cached_arrays(
-        directory, f"{key}{_MASKS}.chat", _ARRAYS, lambda: _make(found, backend, template), BAD_ARRAYS
+        directory,
+        f"{key}{_MASKS}.chat",
+        _ARRAYS,
+        lambda: _make(found, backend, template),
+        BAD_ARRAYS,
+        partial(check_rows, of_tokens=("learned",)),
     )
     conversations = Conversations(key, source, **arrays)
     conversations.bad_rows.require_skip(source.skip_bad)

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megatron_ds.data.request import Order, Split
 from megatron_ds.errors import DataError
 
 FORMAT_VERSION = 1
+_ARRAYS = {"documents": "i4 1", "bounds": "i4 2, i8 2", "shuffle": "u4 1, i8 1"}
 
 
 class IndexedDataset:
@@ -153,8 +153,7 @@ class IndexedDataset:
         def make() -> dict[str, np.ndarray]:
             return vars(build_indices(lengths, self._start, self._stop, self.seq_length, epochs, seed))
 
-        names = [field.name for field in fields(Indices)]
-        return Indices(**cached_arrays(cache_dir, f"{digest.hexdigest()}.indices", names, make))
+        return Indices(**cached_arrays(cache_dir, f"{digest.hexdigest()}.indices", _ARRAYS, make))
 
 
 def split_tokens(file: IndexedFile, split: Split | None) -> int:

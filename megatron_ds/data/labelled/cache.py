@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from megatron_ds.data.objective import Labelled
 from megatron_ds.data.readers.array_cache import cached_arrays
 from megatron_ds.data.readers.bad_rows import BAD_ARRAYS
 from megatron_ds.data.readers.batched import batched
-from megatron_ds.data.readers.cached_rows import CachedRows
+from megatron_ds.data.readers.cached_rows import CachedRows, check_rows
 from megatron_ds.data.readers.examples import parse_examples
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.readers.sources import FoundSource, find_source
@@ -24,7 +25,14 @@ from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
 _BATCH = 1024
-_ARRAYS = ("ids", "types", "labels", "starts", "full_lengths", "places")
+_ARRAYS = {
+    "ids": "i4 1",
+    "types": "u1 1",
+    "labels": "i8 1, f4 2",
+    "starts": "i8 1",
+    "full_lengths": "i8 1",
+    "places": "U 1",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,16 @@ def cached_rows(
     settings = (objective.problem, objective.of_words, objective.classes)
     content = f"{FORMAT_VERSION}\n{found.digest()}\n{tokenizer_digest}\n{encoder.identity}\n{settings}"
     key = hashlib.sha256(content.encode()).hexdigest()
-    arrays = cached_arrays(directory, f"{key}.labelled", _ARRAYS, lambda: _make(found, objective, encoder), BAD_ARRAYS)
+    arrays = cached_arrays(
+        directory,
+        f"{key}.labelled",
+        _ARRAYS,
+        lambda: _make(found, objective, encoder),
+        BAD_ARRAYS,
+        partial(
+            check_rows, of_tokens=("types", *(["labels"] if objective.of_words else [])), of_rows=("full_lengths",)
+        ),
+    )
     rows = EncodedRows(key, source, **arrays)
     rows.bad_rows.require_skip(source.skip_bad)
     return rows

@@ -40,8 +40,8 @@ class BandDataset:
         self.begin_ids, self.ends, self.bad_rows = documents.begin_ids, documents.ends, documents.bad_rows
         decides = (FORMAT_VERSION, documents.digest, band.least, band.below, seq_length)
         key = hashlib.sha256(repr(decides).encode()).hexdigest()
-        names = [field.name for field in fields(Rows)]
-        self._rows = Rows(**cached_arrays(cache_dir, f"{key}.rows", names, self._cut))
+        kinds = {field.name: "i8 1" for field in fields(Rows)}
+        self._rows = Rows(**cached_arrays(cache_dir, f"{key}.rows", kinds, self._cut))
         self._count = self._rows.count(seq_length)
         self._require_sample()
         content = ["long_context", documents.digest, f"{band.least}:{band.below}", str(seq_length), str(packing)]

@@ -12,7 +12,7 @@ from megatron_ds.log import get_logger
 MOST_NAMED = 10
 """Number of bad rows that are named; more are only counted."""
 
-BAD_ARRAYS = ("bad_count", "bad_first")
+BAD_ARRAYS = {"bad_count": "i8 1", "bad_first": "U 1"}
 """Names of the arrays of an account in a cache; a source without bad rows has none."""
 
 

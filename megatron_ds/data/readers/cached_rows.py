@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_ds.data.readers.array_files import check_starts
 from megatron_ds.data.readers.bad_rows import BadRows
 from megatron_ds.data.readers.source import Source
 
@@ -48,3 +50,22 @@ class CachedRows:
     def where(self, index: int) -> str:
         """Return file and line of a row, for errors."""
         return f"{self.source.prefix}{self.places[index]}"
+
+
+def check_rows(arrays: Mapping[str, np.ndarray], of_tokens: Sequence[str], of_rows: Sequence[str] = ()) -> None:
+    """Check that the arrays of `CachedRows` fit one another.
+
+    Args:
+        arrays: the arrays, by name.
+        of_tokens: names of those with an entry for each token, besides `ids`.
+        of_rows: names of those with an entry for each row, besides `places`.
+
+    Raises:
+        ValueError: they do not.
+    """
+    starts, ids = arrays["starts"], arrays["ids"]
+    check_starts(starts, len(ids), "starts")
+    sizes = {**dict.fromkeys(of_tokens, len(ids)), **dict.fromkeys(("places", *of_rows), len(starts) - 1)}
+    for name, size in sizes.items():
+        if len(arrays[name]) != size:
+            raise ValueError(f"{name} has {len(arrays[name])} entries, not {size}")

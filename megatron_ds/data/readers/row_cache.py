@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ds.data.readers.array_cache import cached_entry
+from megatron_ds.data.readers.array_cache import EntryFiles, cached_entry
+from megatron_ds.data.readers.array_files import check_starts, map_array
 from megatron_ds.data.readers.file_kinds import DataFile
 from megatron_ds.data.readers.row import Row
 from megatron_ds.digests import file_sha256
@@ -60,16 +61,27 @@ def stored_rows(
     """
     content = f"rows {FORMAT_VERSION}\n{file.identity}\n{file_sha256(file.path)}\n{sorted(columns)}"
     key = hashlib.sha256(content.encode()).hexdigest()
-    raw, offsets = cached_entry(directory, f"{key}.rows", _read, partial(_write, str(file.path), read))
+    files = EntryFiles(_read, partial(_write, str(file.path), read), _check)
+    raw, offsets = cached_entry(directory, f"{key}.rows", files)
     return StoredRows(str(file.path), raw, offsets)
 
 
 def _read(entry: Path) -> tuple[np.ndarray, np.ndarray]:
-    offsets = np.load(entry / "offsets.npy", mmap_mode="r")
-    if (entry / "rows.jsonl").stat().st_size != offsets[-1]:
-        raise ValueError(f"{entry} is damaged")
-    empty = np.empty(0, dtype=np.uint8)
-    return np.memmap(entry / "rows.jsonl", dtype=np.uint8, mode="r") if offsets[-1] else empty, offsets
+    offsets, rows = map_array(entry / "offsets.npy", "i8 1"), entry / "rows.jsonl"
+    is_empty = rows.stat().st_size == 0  # an empty file cannot be mapped
+    return np.empty(0, dtype=np.uint8) if is_empty else np.memmap(rows, dtype=np.uint8, mode="r"), offsets
+
+
+def _check(found: tuple[np.ndarray, np.ndarray]) -> None:
+    """Check that each row of an entry is one that `_write` writes."""
+    raw, offsets = found
+    check_starts(offsets, len(raw), "offsets.npy")
+    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
+        row = json.loads(raw[start:stop].tobytes())
+        if not (
+            isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and isinstance(row[1], dict | None)
+        ):
+            raise ValueError(f"a row at byte {start} of rows.jsonl is damaged")
 
 
 def _write(name: str, read: Callable[[], Iterator[Row]], entry: Path) -> None:

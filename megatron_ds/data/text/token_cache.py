@@ -1,16 +1,16 @@
 """Token cache: texts are tokenized once, and the ids kept under a hash of the text and of the tokenizer.
 
 Every rank calls this at start-up, without communication. A file lock lets one rank tokenize while the others of its
-machine wait. `<key>.bin` holds the ids, `<key>.lengths` the number of them in each document (earlier versions did not
-write it), `<key>.json` their number and dtype; each gets its name when it is complete. Moving or touching a text keeps
-its key, changing a byte changes it.
+machine wait. `<key>.bin` holds the ids, `<key>.lengths` the number of them in each document, `<key>.json` their number
+and dtype, `<key>.checksums` the checksums of all three; each gets its name when it is complete. Earlier versions wrote
+neither lengths nor checksums. Moving or touching a text keeps its key, changing a byte changes it. Damaged tokens are
+made again, which is logged.
 """
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,15 @@ import filelock
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_ds.atomic import replacing
+from megatron_ds.data.readers.array_cache import note_earlier
 from megatron_ds.data.readers.bad_rows import BadRows
+from megatron_ds.data.readers.cache_checksums import (
+    DamagedEntry,
+    compare_checksums,
+    refuse_strangers,
+    write_checksums,
+)
 from megatron_ds.data.readers.long_text import encode_documents
 from megatron_ds.data.readers.tokenizer import largest_token_id, tokenizer_digest
 from megatron_ds.data.text.documents import TextSource
@@ -30,6 +38,7 @@ FORMAT_VERSION = 1
 _BATCH_CHARACTERS = 1 << 21  # bounds memory
 _BATCH_DOCUMENTS = 4096
 _LENGTH = "<i8"  # dtype of a document's length
+_DTYPES = ("<u2", "<u4")  # of ids below 2^16, and of others
 
 
 @dataclass(frozen=True)
@@ -94,22 +103,30 @@ def cached_tokens(
         content += f"\nbegin={list(begin_ids)}"
     key = hashlib.sha256(content.encode()).hexdigest()
     frame = _Frame(tuple(begin_ids), end_id)
-    info = _read_info(directory, key, with_lengths)
-    if info is None:
-        try:
+    damage = ""
+    try:
+        info, _ = _read_info(directory, key, with_lengths)
+        if info is None:
             directory.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(directory / f"{key}.lock"):
-                info = _read_info(
-                    directory, key, with_lengths
-                )  # another rank may have written it while this one waited
+                # another rank may have written it while this one waited
+                info, damage = _read_info(directory, key, with_lengths)
                 if info is None:
+                    if damage:
+                        get_logger("data").warning(
+                            "the tokens of %s in the cache %s are damaged (%s): tokenizing again",
+                            source.name,
+                            directory,
+                            damage,
+                        )
                     get_logger("data").info("tokenizing %s", source.name)
                     info = _write_tokens(source, tokenizer, frame, directory, key)
-        except OSError as error:
-            raise DataError(
-                f"data: the token cache {directory} cannot be written ({error}); "
-                "set data.cache_dir to a writable directory with enough space"
-            ) from error
+    except OSError as error:
+        problem = f"{error}{damage and f'; its tokens are damaged: {damage}'}"
+        raise DataError(
+            f"data: the token cache {directory} cannot be written ({problem}); "
+            "set data.cache_dir to a writable directory with enough space"
+        ) from error
     bad = source.bad_rows()
     bad.count, bad.first = info.num_bad, [source.prefix + one for one in info.bad]
     bad.require_skip(bad.skip)
@@ -117,56 +134,85 @@ def cached_tokens(
     return CachedTokens(key, _map(directory / f"{key}.bin", info.dtype, info.num_tokens), info, bad, lengths)
 
 
-def _read_info(directory: Path, key: str, with_lengths: bool) -> TokenInfo | None:
-    """Return the sidecar, or None where it or a file that is needed is missing, damaged or of the wrong size."""
+def _read_info(directory: Path, key: str, with_lengths: bool) -> tuple[TokenInfo | None, str]:
+    """Return the sidecar, and the damage: None and an empty text where files that are needed were never written."""
+    endings = ("bin", "json", *(["lengths"] if with_lengths else []))
+    files, checksums = {ending: directory / f"{key}.{ending}" for ending in endings}, directory / f"{key}.checksums"
     try:
-        info = TokenInfo(**json.loads((directory / f"{key}.json").read_text(encoding="utf-8")))
-        size = (directory / f"{key}.bin").stat().st_size
-        intact = size == info.num_tokens * np.dtype(info.dtype).itemsize
-        if with_lengths:
-            size = (directory / f"{key}.lengths").stat().st_size
-            intact = intact and size == info.num_documents * np.dtype(_LENGTH).itemsize
-    except (OSError, ValueError, TypeError):
-        return None
-    return info if intact and info.format_version == FORMAT_VERSION else None
+        refuse_strangers(directory, files.values())
+        has_checksums = compare_checksums(checksums, files)
+        info = _parse_info(files["json"].read_text(encoding="utf-8"))
+        sizes = {"bin": (info.num_tokens, info.dtype), "lengths": (info.num_documents, _LENGTH)}
+        for name in files.keys() & sizes.keys():
+            count, dtype = sizes[name]
+            if files[name].stat().st_size != count * np.dtype(dtype).itemsize:
+                raise DamagedEntry(f"{name} has not the size that json says")
+    except FileNotFoundError:
+        return None, ""
+    except (ValueError, TypeError, RecursionError) as problem:
+        is_known = all(file.exists() for file in files.values())
+        return None, (" ".join(str(problem).split()) or type(problem).__name__) if is_known else ""
+    if not has_checksums:
+        note_earlier(files["bin"])
+        with suppress(OSError):  # a cache that cannot be written
+            _write_checksums(directory, key)
+    return info, ""
+
+
+def _parse_info(text: str) -> TokenInfo:
+    """Read the content of a sidecar.
+
+    Raises:
+        ValueError, TypeError: it is damaged.
+    """
+    info = TokenInfo(**json.loads(text))
+    counts = (info.format_version, info.num_tokens, info.num_documents, info.largest_id, info.num_bad)
+    is_typed = all(type(one) is int for one in counts) and all(isinstance(one, str) for one in info.bad)
+    if not is_typed or info.format_version != FORMAT_VERSION or info.dtype not in _DTYPES:
+        raise ValueError("json holds other values than are written")
+    return info
 
 
 def _write_tokens(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, frame: _Frame, directory: Path, key: str
 ) -> TokenInfo:
-    """Write `<key>.lengths`, `<key>.bin`, then `<key>.json`, each under a temporary name. The caller holds the lock."""
-    dtype = np.dtype("<u2" if max(largest_token_id(tokenizer), frame.end_id) < 1 << 16 else "<u4")
+    """Write the files of an entry, each under a temporary name, `<key>.json` as the last. The caller holds the lock.
+
+    The lock may not hold across machines on a shared disk: all of them write the same.
+    """
+    dtype = np.dtype(_DTYPES[max(largest_token_id(tokenizer), frame.end_id) >= 1 << 16])
     num_tokens = num_documents = 0
     largest_id = -1
-    # The lock may not hold across machines on a shared disk: their temporary names differ, and both write the same.
-    temporary = directory / f"{key}.{socket.gethostname()}.tmp"
-    lengths = temporary.with_suffix(".lengths.tmp")
     bad = source.bad_rows()
-    try:
-        with temporary.open("wb") as file, lengths.open("wb") as lengths_file:
+    with ExitStack() as stack:
+        ids_file, lengths_file = (
+            stack.enter_context(replacing(directory / f"{key}.{ending}", durable=True)) for ending in ("bin", "lengths")
+        )
+        with ids_file.open("wb") as file, lengths_file.open("wb") as lengths:
             for batch in _batches(source.documents(bad)):
                 documents = _encode(tokenizer, batch, frame)
                 ids = np.concatenate(documents)
                 file.write(ids.astype(dtype).tobytes())
-                lengths_file.write(np.asarray([len(one) for one in documents], dtype=_LENGTH).tobytes())
+                lengths.write(np.asarray([len(one) for one in documents], dtype=_LENGTH).tobytes())
                 num_tokens += len(ids)
                 num_documents += len(batch)
                 largest_id = max(largest_id, int(ids.max()))
-            for written in (file, lengths_file):
-                written.flush()
-                os.fsync(written.fileno())
         if not num_documents:
             bad.refuse_all(source.name)
-        named = [one.removeprefix(source.prefix) for one in bad.first]
-        info = TokenInfo(FORMAT_VERSION, dtype.str, num_tokens, num_documents, largest_id, bad.count, named)
-        lengths.replace(directory / f"{key}.lengths")
-        temporary.replace(directory / f"{key}.bin")
+    named = [one.removeprefix(source.prefix) for one in bad.first]
+    info = TokenInfo(FORMAT_VERSION, dtype.str, num_tokens, num_documents, largest_id, bad.count, named)
+    with replacing(directory / f"{key}.json") as temporary:
         temporary.write_text(json.dumps(asdict(info)) + "\n", encoding="utf-8")
-        temporary.replace(directory / f"{key}.json")
-    finally:
-        temporary.unlink(missing_ok=True)
-        lengths.unlink(missing_ok=True)
+        _write_checksums(directory, key, temporary)
     return info
+
+
+def _write_checksums(directory: Path, key: str, info: Path | None = None) -> None:
+    """Write the checksums of an entry's files; `info` is the sidecar before it gets its name."""
+    files = {ending: directory / f"{key}.{ending}" for ending in ("bin", "lengths", "json")}
+    files["json"] = info or files["json"]
+    found = {name: file for name, file in files.items() if file.exists()}
+    write_checksums(directory / f"{key}.checksums", found)
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

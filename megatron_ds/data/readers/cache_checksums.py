@@ -1,0 +1,104 @@
+"""Checksums of cache entries: every file of an entry is read in full and compared before the entry is used.
+
+Reading costs less than the hash of the source, which names the entry. A file is read once in a process. The checksums
+show damage by disks and copies. They are no signatures: whoever may write a cache decides what its runs are trained on.
+So entries of strangers are refused in a directory that everyone may write.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron_ds.atomic import replacing
+from megatron_ds.digests import known_xxh3
+from megatron_ds.errors import DataError
+
+FORMAT_VERSION = 1
+_LARGEST_BYTES = 2**16  # of the file with the checksums
+
+
+class DamagedEntry(ValueError):
+    """An entry that must not be used; the text says why, in a few words."""
+
+
+def write_checksums(path: Path, files: Mapping[str, Path]) -> None:
+    """Write the checksums of an entry's files.
+
+    Args:
+        path: the file with the checksums.
+        files: name in it -> file.
+    """
+    content = {"format_version": FORMAT_VERSION, "xxh3_128": {name: known_xxh3(file) for name, file in files.items()}}
+    with replacing(path, durable=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def compare_checksums(path: Path, files: Mapping[str, Path], *, all_listed: bool = False) -> bool:
+    """Compare an entry's files with their checksums; return False if it has none, as those of earlier versions.
+
+    Args:
+        path: the file with the checksums.
+        files: name in it -> file, of those that are used.
+        all_listed: whether every name in it must be in `files`.
+
+    Raises:
+        DamagedEntry: a file differs, has no checksum or is missing.
+        OSError: a file cannot be read.
+    """
+    try:
+        sums = _read(path)
+    except FileNotFoundError:
+        return False
+    for name in files.keys() - sums.keys():
+        raise DamagedEntry(f"{name} has no checksum")
+    for name in sums.keys() - files.keys() if all_listed else ():
+        raise DamagedEntry(f"{name} is missing")
+    for name, file in files.items():
+        try:
+            found = known_xxh3(file)
+        except FileNotFoundError:
+            raise DamagedEntry(f"{name} is missing") from None
+        except ValueError as problem:
+            raise DamagedEntry(str(problem)) from problem
+        if found != sums[name]:
+            raise DamagedEntry(f"{name} differs from its checksum")
+    return True
+
+
+def _read(path: Path) -> dict[str, str]:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_BYTES:
+        raise DamagedEntry(f"{path.name} is no list of checksums")
+    try:
+        content = json.loads(path.read_bytes())
+        sums = content["xxh3_128"] if content["format_version"] == FORMAT_VERSION else None
+    except (ValueError, LookupError, TypeError, RecursionError) as problem:
+        raise DamagedEntry(f"{path.name} is damaged") from problem
+    if not isinstance(sums, dict) or not all(isinstance(one, str) for one in sums.values()):
+        raise DamagedEntry(f"{path.name} is damaged")
+    return sums
+
+
+def refuse_strangers(directory: Path, files: Iterable[Path]) -> None:
+    """Refuse files of other users in a directory that everyone may write, such as /tmp.
+
+    Those of this user, of root and of the directory's owner are used. Where only an owner or a group may write, they
+    are trusted.
+
+    Raises:
+        DataError: a file belongs to someone else.
+        OSError: a file cannot be looked at.
+    """
+    place = directory.stat()
+    if not place.st_mode & stat.S_IWOTH:
+        return
+    trusted = {os.getuid(), 0, place.st_uid}
+    for file in files:
+        owner = file.lstat().st_uid
+        if owner not in trusted:
+            raise DataError(
+                f"data: the cache {directory}: {file.name} belongs to user {owner}, and everyone may write there; set "
+                "data.cache_dir to a directory that only you or your group may write"
+            )
