@@ -56,13 +56,13 @@ def check(case: str, dtype: str, folder: Path) -> None:
 
 
 def covering() -> list[tuple[str, str]]:
-    """Each case of families tested in full once; of each family one type after the other."""
+    """Of each family tested in full one case in each type."""
     seen, chosen = Counter[str](), []
     for case in CASES:
-        if CASES[case]["model_type"] not in IN_FULL:
-            continue
-        chosen.append((case, list(DTYPES)[seen[family_of_case(case)] % len(DTYPES)]))
-        seen[family_of_case(case)] += 1
+        family = family_of_case(case)
+        if CASES[case]["model_type"] in IN_FULL and seen[family] < len(DTYPES):
+            chosen.append((case, list(DTYPES)[seen[family]]))
+            seen[family] += 1
     return chosen
 
 
