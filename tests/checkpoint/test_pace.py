@@ -91,7 +91,8 @@ def _rounds(grid: Grid, place: Place, folder: Path) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("place", [Place(1, 1, 1, 1), pytest.param(Place(1, 1, 2, 1), marks=pytest.mark.soak)], ids=str)
+@pytest.mark.soak
+@pytest.mark.parametrize("place", [Place(1, 1, 1, 1), Place(1, 1, 2, 1)], ids=str)
 def test_saving_keeps_pace(place: Place, tmp_path: Path) -> None:
     """Half of torch.save's throughput at least; asynchronously training stands still for under a fifth of the time.
 

@@ -133,6 +133,7 @@ def test_torchrun(start: Start, run_file: Path) -> None:
     assert "world       2 = tp 1 x pp 1 x dp 2" in out
 
 
+@pytest.mark.sweep
 def test_a_mistake_under_torchrun_is_told_once(start: Start, run_file: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
     status, out, err = finish(start(*torchrun, "-m", "megatron_ds", "train", run_file, "parallel.tensor=3"))

@@ -74,8 +74,8 @@ def test_every_command_of_the_page(place: Path) -> None:
     assert all(0.0 < line["metrics"]["labelled"] < 0.9 for line in lines), "of the objective"
     lowest = [line["metrics"].get("best_valid_loss") for line in steps]
     assert lowest == [None, None, valid[0]["valid_loss"], None, valid[1]["valid_loss"], None], "of the callback"
-    assert "verdict     equal to transformers" in run_program(place, *verify, cold=True)
-    assert "paragraphs of up to 64 tokens" in run_program(place, *inspect, cold=True)
+    assert "verdict     equal to transformers" in run_program(place, *verify)
+    assert "paragraphs of up to 64 tokens" in run_program(place, *inspect)
 
 
 def test_the_callback_stops_a_run_that_learns_nothing(place: Path) -> None:

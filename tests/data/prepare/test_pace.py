@@ -96,6 +96,7 @@ def test_twice_as_fast_as_a_loop(book: Path, tokenizer_path: str, tmp_path: Path
     assert found["ours"][0] > 2 * found["loop"][0] and found["ours"][0] > found["map"][0]
 
 
+@pytest.mark.sweep
 def test_the_comparison_runs(book: Path, tokenizer_path: str, tmp_path: Path) -> None:
     found = compare(book, tokenizer_path, tmp_path, 200_000, rounds=1)
     assert all(rate > 0 for rate, _ in found.values())
