@@ -20,6 +20,7 @@ from megatron_ds.engine.device_settings import DEFAULT_SETTINGS, DeviceSettings
 from megatron_ds.engine.host_memory import keep_freed_memory
 from megatron_ds.errors import TopologyError
 from megatron_ds.parallel.failure import lost_peer
+from megatron_ds.parallel.interfaces import GLOO, NCCL, choose_interfaces
 from megatron_ds.parallel.launch import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rendezvous import RankGroup
 
@@ -144,6 +145,8 @@ def _connect(
     limit = timedelta(seconds=group.timeout_s) if group is not None and group.timeout_s else timeout
     if group is not None:
         group.store.set_timeout(timeout)
+        if info.world_size > 1:
+            choose_interfaces(info, group, (GLOO, NCCL) if backend == "nccl" else (GLOO,))
     try:
         dist.init_process_group(
             backend=backend,

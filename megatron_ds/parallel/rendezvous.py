@@ -85,7 +85,7 @@ class _Wait:
 
     def __init__(self, info: RankInfo, host: str, port: int, timeout_s: float, source: RankSource) -> None:
         self.host, self.port, self.timeout_s = host, port, timeout_s
-        self._world_size, self._source = info.world_size, source
+        self._info, self._world_size, self._source = info, info.world_size, source
         self._began_s = time.monotonic()
         self._next_message_s = FIRST_MESSAGE_S
 
@@ -100,6 +100,25 @@ class _Wait:
     def of_all(self, ranks: str) -> str:
         """Return `rank 1 of 2` from `rank 1`."""
         return f"{ranks} of {self._world_size}"
+
+    def _describe_host(self) -> str:
+        """Return the way in which MASTER_ADDR cannot be rank 0's machine; empty if nothing speaks against it."""
+        try:
+            address = socket.gethostbyname(self.host)
+        except OSError as problem:
+            unknown = f"MASTER_ADDR={self.host} is not known here: {problem.strerror}"
+            return unknown if self._info.rank == 0 else ""  # the others do not get so far
+        except UnicodeError:
+            return ""
+        if self._info.rank == 0 and not _is_own_address(address):
+            named = f"MASTER_ADDR={self.host}" + (f", {address}," if address != self.host else "")
+            return f"{named} is no address of this machine, rank 0's; try its own"
+        if self._info.rank != self._info.local_rank and address.startswith("127."):
+            return (
+                f"MASTER_ADDR={self.host} is {address} here, which is this machine itself; if rank 0 is on another "
+                "one, set it to an address by which all machines reach that"
+            )
+        return ""
 
     def pause(self, missing: str | Callable[[], str], reason: str = "") -> None:
         """Sleep until the next poll.
@@ -116,6 +135,7 @@ class _Wait:
         if is_over or elapsed_s >= self._next_message_s:
             who = missing if isinstance(missing, str) else missing()
             place = f"{who} at {self.host}:{self.port}"
+            reason = "; ".join(one for one in (reason, self._describe_host()) if one)
             why = f" ({reason})" if reason else ""
             origin = self._source.describe()
             if is_over:
@@ -195,6 +215,16 @@ def _connect(wait: _Wait, is_hosted: bool) -> dist.Store:
                 return attempt.store
             reason = attempt.reason
         wait.pause(missing, reason)
+
+
+def _is_own_address(address: str) -> bool:
+    """Return whether an IPv4 address is one of this machine's."""
+    with socket.socket() as listener:
+        try:
+            listener.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def _reason_unreachable(wait: _Wait) -> str:
