@@ -305,6 +305,7 @@ class TrainSection(Section):
     CUDA the same operations give the same bits again. `tf32`: on CUDA products in fp32 are rounded to TF32. `profile`:
     the steps that are profiled. `ema`: an average of the weights is kept. `samples`:
     prompts that the model continues meanwhile.
+    `max_no_progress_restarts`: the run ends after this many restarts in a row without a new step (None: no limit).
     """
 
     steps: Count | None = None
@@ -336,6 +337,7 @@ class TrainSection(Section):
     max_bad_steps: Count = 10
     step_timeout: NonNegative = 1800.0
     start_timeout: NonNegative = 300.0
+    max_no_progress_restarts: Count | None = 3
     freeze: list[Text] = []
 
     @model_validator(mode="after")

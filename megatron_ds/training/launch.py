@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_ds.cache import use_writable_caches
@@ -21,6 +22,8 @@ from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment, rank
 from megatron_ds.parallel.restart import run_with_restarts
 from megatron_ds.training.graceful_stop import counting_time
 from megatron_ds.training.result import TrainResult
+from megatron_ds.training.start_log import logging_failure
+from megatron_ds.training.supervisor import supervising_local_ranks
 
 if TYPE_CHECKING:
     from megatron_ds.training.callbacks import Callback
@@ -120,7 +123,8 @@ def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Resta
     results: list[TrainResult] = []
 
     def start(count: int, is_restart: bool) -> None:
-        results[:] = run_local(lambda info: as_rank(resumed if is_restart else run, info), count)
+        with logging_failure(Path(run.output)):
+            results[:] = run_local(lambda info: as_rank(run, info), count)
 
     def misfit(count: int) -> str | None:
         """Return why the run does not fit a number of ranks; None = it fits."""
@@ -140,7 +144,7 @@ def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Resta
             f"--min-nproc={restarts.min_ranks}: the run fits none of {restarts.min_ranks} to {ranks - 1} ranks (with "
             f"{restarts.min_ranks}: {misfit(restarts.min_ranks)}); try --min-nproc={ranks}"
         )
-    with counting_time():
+    with counting_time(), supervising_local_ranks() if restarts.at_most else nullcontext():
         run_with_restarts(start, ranks, restarts.at_most, fewer if restarts.min_ranks is not None else None)
     return results[0]
 

@@ -83,7 +83,7 @@ def lock_output(run: RunConfig) -> object:
     output = Path(run.output)
     if not output.is_dir():
         return None
-    with _write_errors(output):
+    with write_errors(output):
         output_lock = lock(output)
         remove_leftovers(checkpoint_folder(run.output))
     return output_lock
@@ -108,7 +108,7 @@ def prepare_output(run: RunConfig, found: ResumePoint, output_lock: object) -> t
     """
     output, folder = Path(run.output), checkpoint_folder(run.output)
     notes = [f"skipped damaged checkpoint: {problem}" for problem in found.damaged]
-    with _write_errors(folder):
+    with write_errors(folder):
         output.mkdir(parents=True, exist_ok=True)
         output_lock = output_lock if output_lock is not None else lock(output)
         if run.checkpoint.every:
@@ -151,7 +151,7 @@ def abandoned_copies(run: RunConfig, resumed: Path | None) -> int:
 
 
 @contextmanager
-def _write_errors(place: Path) -> Iterator[None]:
+def write_errors(place: Path) -> Iterator[None]:
     """Turn an OSError into a CheckpointError that names `place`."""
     try:
         yield

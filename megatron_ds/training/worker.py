@@ -44,6 +44,7 @@ from megatron_ds.training.lr_schedule import check_schedule, describe_jump
 from megatron_ds.training.model_paths import with_pinned_models
 from megatron_ds.training.pushing import prepare_upload, upload
 from megatron_ds.training.resolve import ResolvedRun, device_settings, export_target, resolve_run
+from megatron_ds.training.restarts import SupervisedStart, begin_start
 from megatron_ds.training.result import TrainResult
 from megatron_ds.training.resume import (
     check_resume_point,
@@ -55,6 +56,7 @@ from megatron_ds.training.resume import (
 )
 from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.samples import SamplePrompts, SampleWriter, prepare_samples
+from megatron_ds.training.start_log import logging_failure
 from megatron_ds.training.statement import describe_ends
 from megatron_ds.training.summary import device_peak, flops_per_position, summarize
 
@@ -84,10 +86,12 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
     watchdog = Watchdog(info, run.train.step_timeout, rank_status_store(group))
     with ExitStack() as context:
         context.enter_context(watchdog)
+        context.enter_context(logging_failure(Path(run.output), info.rank))
         with ending_at_once():
             started = _start(run, info, group, watchdog.heartbeat, callbacks)
         context.enter_context(interrupt)
         result, was_interrupted = _train(started, reporter, interrupt, watchdog)
+        started.restart.record("ended")
         watchdog.heartbeat("leaving the process group", may_take_long=True)
         stop_distributed()
         del started  # until here it holds the lock of the output, so that no other run can write to it
@@ -100,6 +104,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
 class _Started:
     prepared: _Prepared
     engine: Engine
+    restart: SupervisedStart
     output_lock: object
     notes: Sequence[str]
 
@@ -113,6 +118,8 @@ def _start(
     device = start_distributed(info, timeout_s, group, device_settings(run))
     heartbeat("locking the output", may_take_long=True)
     existing_lock = run_on_all_ranks(lambda: lock_output(run) if info.rank == 0 else None)
+    restart = begin_start(run, info)
+    run = restart.resume(run)
     heartbeat("looking up models on the hub", may_take_long=True)
     run = gather_objects(run_on_all_ranks(lambda: with_pinned_models(run) if info.rank == 0 else run))[0]
     heartbeat("looking for a checkpoint to resume", may_take_long=True)
@@ -121,6 +128,7 @@ def _start(
     prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
     resolved = prepared.resolved
     check_same_data(prepared.train_data, resolved.run)
+    held_lock = run_on_all_ranks(lambda: restart.make_output(existing_lock) if info.rank == 0 else None)
     heartbeat("building the model", may_take_long=True)
     if resolved.run.export is not None and resolved.run.export.merge:
         resolved.model.prepare(resolved.hf.table if info.rank == 0 else ())  # the base is read again at the end
@@ -130,9 +138,10 @@ def _start(
         load_state(engine, prepared.reader, resets_optimizer=run.checkpoint.optimizer == "reset")
     heartbeat("preparing the output", may_take_long=True)
     output_lock, notes = run_on_all_ranks(
-        lambda: prepare_output(run, found, existing_lock) if info.rank == 0 else (None, ())
+        lambda: prepare_output(run, found, held_lock) if info.rank == 0 else (None, ())
     )
-    return _Started(prepared, engine, output_lock, notes)
+    restart.record("prepared")
+    return _Started(prepared, engine, restart, output_lock, (*restart.notes(), *notes))
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,7 @@ def _train(
         saver = _saver(prepared, engine)
         state = RunState(run, engine, can_save=saver is not None, can_validate=prepared.valid_data is not None)
         own = [*_samples(prepared, output, watchdog), *_copies(resolved, output, watchdog)]
-        callbacks = CallbackList(state, [*prepared.callbacks, *own])
+        callbacks = CallbackList(state, [*started.restart.callbacks(), *prepared.callbacks, *own])
         loop = TrainingLoop(
             run,
             engine,

@@ -125,6 +125,7 @@ def test_defaults(run_file):
         "max_bad_steps": 10,
         "step_timeout": 1800.0,
         "start_timeout": 300.0,
+        "max_no_progress_restarts": 3,
         "freeze": [],
     }
     assert run.checkpoint.model_dump() == {
