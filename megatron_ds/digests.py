@@ -11,6 +11,7 @@ import xxhash
 _READ_BYTES = 2**18  # stays in the cache of a core
 _SETTLED_NS = 2 * 10**9
 """Age from which a change of a file would show in its times; clocks of file systems may be as coarse as that."""
+_SAMPLED_BYTES, _BLOCK_BYTES, _NUM_BLOCKS = 2**18, 2**13, 16
 
 
 def file_sha256(path: Path) -> str:
@@ -41,6 +42,24 @@ def known_xxh3(path: Path) -> str:
 @lru_cache(maxsize=1024)
 def _xxh3_of(path: Path, identity: tuple[int, ...]) -> str:
     return file_xxh3(path)
+
+
+def sampled_xxh3(path: Path) -> str:
+    """Return the 128-bit xxh3 of a file's size and of blocks that are spread evenly over it, in hex.
+
+    Files up to `_SAMPLED_BYTES` are read completely. Of a longer one, the first and the last block are among those that
+    are read, so that two files with different headers, lengths or ends differ.
+    """
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128(str(size).encode())
+    with path.open("rb", buffering=0) as file:
+        if size <= _SAMPLED_BYTES:
+            digest.update(file.read(_SAMPLED_BYTES))
+        else:
+            for number in range(_NUM_BLOCKS):
+                file.seek((size - _BLOCK_BYTES) * number // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _hexdigest(path: Path, digest: "hashlib._Hash | xxhash.xxh3_128") -> str:

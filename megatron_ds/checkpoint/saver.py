@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -37,7 +38,9 @@ from megatron_ds.hf.end_tokens import files_with_end_ids
 from megatron_ds.hf.peft.adapters import Adapters
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.consensus import gather_objects
+from megatron_ds.parallel.shared_directory import wait_for_text
 
+TOKEN = ".token"  # in a directory that is being written
 SLOWEST_S = 7200.0  # the time that ranks wait for the one with the slowest storage
 
 
@@ -243,20 +246,30 @@ class _Writing:
             self._thread.join()
 
     def make_directory(self) -> None:
-        """Create an empty directory with a temporary name, seen by all ranks. Collective over the world."""
+        """Create an empty directory with a temporary name, seen by all ranks. Collective over the world.
 
-        def make() -> None:
+        Rank 0 writes a fresh token there: on a machine whose disk is not shared, a directory of an earlier run may
+        have the same name.
+        """
+        file = self._directory / TOKEN
+
+        def make() -> str:
+            token = uuid.uuid4().hex
             if self._is_first:
                 shutil.rmtree(self._directory, ignore_errors=True)
                 (self._directory / STATE).mkdir(parents=True)
+                file.write_text(token, encoding="utf-8")
+            return token
 
         def look() -> None:
-            if not (self._directory / STATE).is_dir():
+            if not wait_for_text(file, token):
                 raise FileNotFoundError(f"{self._folder} is not on a disk that all machines share")
 
-        self._on_all_ranks(make)
+        token = self._on_all_ranks(make)[0]
         if not self._problems:
             self._on_all_ranks(look)
+        if not self._problems and self._is_first:
+            file.unlink(missing_ok=True)
         self._refuse()
 
     def start(self, files: RankFiles, in_thread: bool) -> None:

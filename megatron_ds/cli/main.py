@@ -134,7 +134,7 @@ def _run(arguments: list[str]) -> int:
         print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank
         return 1
     except MegatronDSError as problem:
-        _print_error(str(problem), arguments)
+        _fail(str(problem), arguments)
         if "RANK" in os.environ:  # a launcher's rank: destroying the process group could wait for its peers
             flush_streams()
             os._exit(2)
@@ -144,10 +144,13 @@ def _run(arguments: list[str]) -> int:
         option = getattr(problem, "option_name", None) or ""
         if "." in option:  # a key of the run file
             hint = f"write {option.lstrip('-')}=VALUE, without dashes"
-        _print_error(f"{problem.format_message().rstrip('.')}; {hint}", arguments)
+        _fail(f"{problem.format_message().rstrip('.')}; {hint}", arguments)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as problem:  # a defect, or a package that only this machine lacks
+        _tell_peers(f"{type(problem).__name__}: {problem}", arguments)
+        raise
     return status if isinstance(status, int) else 0  # the code of typer.Exit, or the value that a command returned
 
 
@@ -173,6 +176,24 @@ def _rank(arguments: Sequence[str]) -> str:
     if _command(arguments) not in LAUNCHED:
         return "0"
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID")) or "0"  # empty: left over in the shell
+
+
+def _fail(message: str, arguments: Sequence[str]) -> None:
+    """Print an error, and tell it to the other ranks if they wait for this one. Rank 0 prints first."""
+    if _rank(arguments) == "0":
+        _print_error(message, arguments)
+        _tell_peers(message, arguments)
+    else:
+        _tell_peers(message, arguments)
+        _print_error(message, arguments)
+
+
+def _tell_peers(message: str, arguments: Sequence[str]) -> None:
+    if _command(arguments) not in LAUNCHED:
+        return
+    from megatron_ds.parallel.early_errors import tell_peers
+
+    tell_peers(" ".join(message.split()))
 
 
 def _print_error(message: str, arguments: Sequence[str]) -> None:

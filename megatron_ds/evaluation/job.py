@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +19,13 @@ from megatron_ds.evaluation.subject import DataSet, Subject
 from megatron_ds.evaluation.task_choice import Tasks
 from megatron_ds.evaluation.tasks import check_model, run_tasks
 from megatron_ds.log import setup_logging
+from megatron_ds.parallel.agreement import Facts
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import session
+from megatron_ds.runtime.file_facts import flatten
+from megatron_ds.runtime.rank_facts import run_facts, section_facts
 from megatron_ds.runtime.setup import build
 
 if TYPE_CHECKING:
@@ -85,9 +88,17 @@ def _run_local_rank(job: Job, info: RankInfo) -> Evaluation:
 
 def run_launched(job: Job) -> Evaluation | None:
     """Evaluate as one of a launcher's ranks; the first returns the result. Collective over the world."""
-    with session(settings=device_settings(job.subject, job.settings)) as ranks:
+    with session(settings=device_settings(job.subject, job.settings), facts=lambda: _facts(job)) as ranks:
         found = _run(job, ranks.info, ranks.device)
     return found if ranks.rank == 0 else None
+
+
+def _facts(job: Job) -> Facts:
+    """Return what must be the same on every rank of a launcher."""
+    tasks = None if job.tasks is None else asdict(job.tasks)
+    command = {"--data": [one.name for one in job.sets], "--tasks": tasks, **asdict(job.settings)}
+    data = {name: value for one in job.sets for name, value in section_facts(one.section).items()}
+    return {**run_facts(job.subject.run, None), "command": dict(flatten("", command)), "data": data}
 
 
 def _run(job: Job, info: RankInfo, device: torch.device) -> Evaluation:

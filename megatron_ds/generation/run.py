@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from megatron_ds.generation.sampling import GREEDY, Sampling
 from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.hf.peft.config import ADAPTER_CONFIG, named_base
 from megatron_ds.log import quiet_libraries
+from megatron_ds.parallel.agreement import Facts
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment, rank_source
 from megatron_ds.runtime import LoadedModel, load_model, session
+from megatron_ds.runtime.file_facts import flatten, model_facts
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,16 @@ def _run_launched(request: Request, info: RankInfo, on_text: OnText | None) -> G
             f"--tp * --pp = {request.num_ranks} is not the launcher's number of ranks, {info.world_size}; try --tp "
             f"{info.world_size}; {rank_source().start_alone()}"
         )
-    with session() as ranks:
+    with session(facts=lambda: _facts(request)) as ranks:
         model = run_on_all_ranks(lambda: _open(request))
         return _run(ranks.info, ranks.device, model, request, on_text)
+
+
+def _facts(request: Request) -> Facts:
+    """Return what must be the same on every rank of a launcher."""
+    paths = {"the model": request.source, "--peft": request.peft, "--tokenizer": request.tokenizer}
+    files = {name: value for field, path in paths.items() for name, value in model_facts(field, path).items()}
+    return {"command": dict(flatten("", asdict(request))), "model": files}
 
 
 def _run_local_rank(info: RankInfo, model: LoadedModel, request: Request, on_text: OnText | None) -> Generated:

@@ -4,6 +4,9 @@ Rank 0 hosts a TCP store there; under torchrun its agent does. torch's own rende
 stack traces of C++, so this one tries the address first and polls. A store may outlive a group of ranks, as torchrun's
 does when it restarts them. Therefore rank 0 issues an invitation, a new name, and every rank answers the newest one.
 The name is the group's prefix in the store, where nothing is left of an earlier group.
+
+A rank that cannot take part, because it cannot read its run file or was given another number of ranks, says so in the
+store. Rank 0 then calls the meeting off: every rank that has come, or comes within `TELL_S`, ends with that problem.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_ds.errors import TopologyError
+from megatron_ds.errors import ConfigError, TopologyError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.launcher_process import end_with_launcher
 from megatron_ds.parallel.rank_info import LAST_PORT, RankInfo, RankSource, rank_source
@@ -33,6 +38,11 @@ LONGEST_SILENCE_S = 60.0
 CONNECT_S = 3.0  # time limit of one try
 MAX_POLL_S = 0.5
 MAX_NAMED_RANKS = 8
+TELL_S = 30.0  # time in which ranks may still come to learn that a meeting is called off
+OTHER_SIZE_S = 5.0  # a rank of an earlier group, which is being ended, may find the invitation of the next one
+UNKNOWN_S = 2.0  # instead of `TELL_S` where it is not known how many ranks there are
+POLL_TOLD_S = 0.05
+_HAS_BEGUN: ContextVar[bool] = ContextVar("has begun to meet", default=False)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,17 @@ class RankGroup:
     timeout_s: float
 
 
-def meet(info: RankInfo, timeout_s: float = START_TIMEOUT_S, environ: Mapping[str, str] = os.environ) -> RankGroup:
+def has_begun_to_meet() -> bool:
+    """Return whether this process has called `meet`, so that its peers do not wait for it without a message."""
+    return _HAS_BEGUN.get()
+
+
+def meet(
+    info: RankInfo,
+    timeout_s: float = START_TIMEOUT_S,
+    environ: Mapping[str, str] = os.environ,
+    problem: str = "",
+) -> RankGroup:
     """Wait at MASTER_ADDR and MASTER_PORT until every rank has come. Collective over the world.
 
     Every rank logs for whom it waits, first after `FIRST_MESSAGE_S`, then at growing intervals. From here on it ends if
@@ -60,18 +80,21 @@ def meet(info: RankInfo, timeout_s: float = START_TIMEOUT_S, environ: Mapping[st
         info: this rank, from `rank_from_environment`.
         timeout_s: time limit in seconds; 0 = none.
         environ: has MASTER_ADDR and MASTER_PORT.
+        problem: the reason why this rank cannot take part, if there is one; the others raise it too.
 
     Raises:
         TopologyError: the port is in use, the host name is unknown, or a rank is missing after the time limit.
+        ConfigError: a rank cannot take part.
     """
     end_with_launcher(info.rank, environ)
+    _HAS_BEGUN.set(True)
     wait = _Wait(info, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout_s, rank_source(environ))
     is_hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun's agent
     while True:
         store = _host(wait) if info.rank == 0 and not is_hosted else _connect(wait, is_hosted)
         keys = dist.PrefixStore("megatron_ds", store)
         try:
-            name = _invite(keys, info, wait) if info.rank == 0 else _answer(keys, info, wait)
+            name = _invite(keys, info, wait, problem) if info.rank == 0 else _answer(keys, info, wait, problem)
         except dist.DistNetworkError:
             wait.pause(wait.of_all("rank 0"), "the connection was lost")
             continue
@@ -276,40 +299,92 @@ class _Attempt:
             self.reason = str(problem).partition("\n")[0]
 
 
-def _invite(store: dist.Store, info: RankInfo, wait: _Wait) -> str:
+def _invite(store: dist.Store, info: RankInfo, wait: _Wait, problem: str) -> str:
     """Invite the other ranks, wait for their answers, and publish the members. Rank 0 only."""
     name = uuid.uuid4().hex
     answers = {rank: f"{name}/{rank}" for rank in range(1, info.world_size)}
     store.set("invitation", json.dumps([name, info.world_size]))
+    if problem:
+        _call_off(store, name, answers, problem, TELL_S)
     while answers and not store.check(list(answers.values())):
+        _look_for_problem(store, name, answers)
         wait.pause(lambda: wait.of_all(name_ranks([rank for rank, key in answers.items() if not store.check([key])])))
+    _look_for_problem(store, name, answers)
     members = [store.get(key).decode() for key in answers.values()]
-    store.set(f"{name}/members", json.dumps(members))
+    store.set(f"{name}/members", json.dumps(["", *members]))
     return name
 
 
-def _answer(store: dist.Store, info: RankInfo, wait: _Wait) -> str:
+def _look_for_problem(store: dist.Store, name: str, answers: Mapping[int, str]) -> None:
+    """Call the meeting off if a rank cannot take part. Rank 0 only."""
+    for key, patience_s in (("problem", TELL_S), ("other size", UNKNOWN_S)):
+        if store.check([f"{name}/{key}"]):
+            _call_off(store, name, answers, store.get(f"{name}/{key}").decode(), patience_s)
+
+
+def _call_off(store: dist.Store, name: str, answers: Mapping[int, str], problem: str, patience_s: float) -> NoReturn:
+    """Publish a problem instead of the members until all ranks know it, or the time is over. Rank 0 only.
+
+    Raises:
+        ConfigError: the problem.
+    """
+    until, told = time.monotonic() + patience_s, 0
+    come: dict[str, str] = {}  # the first process of each rank: a second one belongs to the next group
+    while told < len(answers) and time.monotonic() < until:
+        new = [key for key in answers.values() if key not in come and store.check([key])]
+        come |= {key: store.get(key).decode() for key in new}
+        store.set(f"{name}/members", json.dumps([problem, *come.values()]))
+        time.sleep(POLL_TOLD_S)
+        told = store.add(f"{name}/told", 0)
+    raise ConfigError(problem)
+
+
+def _answer(store: dist.Store, info: RankInfo, wait: _Wait, problem: str) -> str:
     """Answer the newest invitation until its members include this process.
 
     An invitation of an earlier group can be found before rank 0 issues a new one; its members are other processes.
     """
     process, answered, reason = uuid.uuid4().hex, "", ""
+    other_size_since: dict[str, float] = {}  # invitation -> the time when it was found
     while True:
         if store.check(["invitation"]):
             name, world_size = json.loads(store.get("invitation"))
             reason = "" if world_size == info.world_size else f"its WORLD_SIZE is {world_size}, not {info.world_size}"
+            if reason and wait.elapsed_s - other_size_since.setdefault(name, wait.elapsed_s) >= OTHER_SIZE_S:
+                _refuse_size(store, name, world_size, info)
             if not reason and name != answered:
+                if problem:  # before the answer, so that rank 0 finds both
+                    store.set(f"{name}/problem", problem)
                 store.set(f"{name}/{info.rank}", process)
                 answered = name
         members = f"{answered}/members"
-        if answered and store.check([members]) and process in json.loads(store.get(members)):
-            return answered
+        if answered and store.check([members]):
+            called_off, *processes = json.loads(store.get(members))
+            if process in processes:
+                if not called_off:
+                    return answered
+                store.add(f"{answered}/told", 1)
+                raise ConfigError(called_off)
         try:
             wait.pause(wait.of_all("rank 0" if reason or not answered else "other ranks"), reason)
         except TopologyError:
             if answered:
                 store.delete_key(f"{answered}/{info.rank}")  # rank 0 may wait longer than this one
             raise
+
+
+def _refuse_size(store: dist.Store, name: str, world_size: int, info: RankInfo) -> NoReturn:
+    problem = (
+        f"WORLD_SIZE is {world_size} on rank 0 and {info.world_size} on {name_place(info)}; start the same number of "
+        "ranks on every machine"
+    )
+    store.set(f"{name}/other size", problem)
+    raise ConfigError(problem)
+
+
+def name_place(info: RankInfo) -> str:
+    """Return `rank 1 on node2` of this process."""
+    return f"rank {info.rank} on {socket.gethostname()}"
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

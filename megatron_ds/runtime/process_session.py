@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ import torch
 from megatron_ds.config import EngineConfig, build_section
 from megatron_ds.engine import DEFAULT_SETTINGS, DeviceSettings, start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries, setup_logging
+from megatron_ds.parallel.agreement import Council, Facts, agree
 from megatron_ds.parallel.launch import loopback_interfaces
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
 from megatron_ds.parallel.rendezvous import meet
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.model_engine import ModelEngine
+from megatron_ds.runtime.rank_facts import FIXES, in_order, process_facts
 from megatron_ds.runtime.setup import build, plan_engine
 
 
@@ -64,7 +66,11 @@ class Session:
 
 
 @contextmanager
-def session(timeout_s: float = 1800.0, settings: DeviceSettings = DEFAULT_SETTINGS) -> Iterator[Session]:
+def session(
+    timeout_s: float = 1800.0,
+    settings: DeviceSettings = DEFAULT_SETTINGS,
+    facts: Callable[[], Facts] = dict,
+) -> Iterator[Session]:
     """Join the ranks that a launcher started, or be the only rank.
 
     Under torchrun, the `deepspeed` launcher or srun the process takes its rank from the environment. Started alone, it
@@ -75,16 +81,22 @@ def session(timeout_s: float = 1800.0, settings: DeviceSettings = DEFAULT_SETTIN
         timeout_s: time limit of a collective, in seconds.
         settings: of the devices, such as `DeviceSettings(tensor=2, deterministic=True)`. They take effect if the
             process has not used CUDA yet.
+        facts: what else than the versions of packages and the environment must be the same on every rank of a
+            launcher: kinds of `rank_facts.FIXES`, with names and values.
 
     Raises:
-        ConfigError: see `DeviceSettings.set_environment`.
+        ConfigError: see `DeviceSettings.set_environment`; or ranks of a launcher differ.
         TopologyError: a launcher's environment variables are incomplete, or a rank does not come.
     """
     quiet_libraries()
     info = rank_from_environment()
     setup_logging(info.rank if info is not None else 0)
     if info is not None:
-        yield Session(info, start_distributed(info, timeout_s, meet(info), settings))
+        group = meet(info)
+        if info.world_size > 1:
+            gather = lambda: in_order({**process_facts(), **facts()})  # noqa: E731
+            agree(Council(info, group), "what they run", gather, FIXES)
+        yield Session(info, start_distributed(info, timeout_s, group, settings))
         stop_distributed()
         return
     with tempfile.TemporaryDirectory(prefix="megatron_ds-") as folder:

@@ -35,6 +35,7 @@ from megatron_ds.runtime.averaged_weights import averaged_weights
 from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
+from megatron_ds.training.agreement import check_same_run
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
 from megatron_ds.training.checkpoint_copies import CheckpointCopier
 from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
@@ -83,6 +84,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
     interrupt = GracefulStop(run.train.max_time)
     with ending_at_once():
         group = None if RENDEZVOUS_FILE in os.environ else meet(info, run.train.start_timeout)
+        check_same_run(run, info, group)
     watchdog = Watchdog(info, run.train.step_timeout, rank_status_store(group))
     with ExitStack() as context:
         context.enter_context(watchdog)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_ds.errors import TopologyError
+from megatron_ds.errors import ConfigError
 from megatron_ds.parallel import rendezvous
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo
@@ -49,7 +49,7 @@ def try_to_meet(rank: int, environ: dict[str, str], timeout_s: float) -> tuple[s
     lines = record_lines()
     try:
         meet(RankInfo(rank, int(environ["WORLD_SIZE"]), rank), timeout_s, environ)
-    except TopologyError as problem:
+    except ConfigError as problem:
         return str(problem), lines
     return "", lines
 
@@ -211,13 +211,45 @@ def test_a_port_of_another_program_is_not_waited_for_in_silence() -> None:
     assert why in error and why in lines[0]
 
 
-def test_ranks_that_disagree_on_their_number() -> None:
+def test_ranks_that_disagree_on_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait, because the invitation may be of an earlier group, and then all end with both numbers."""
+    monkeypatch.setattr(rendezvous, "OTHER_SIZE_S", 0.4)
+    monkeypatch.setattr(rendezvous, "UNKNOWN_S", 0.2)
     port = free_port()
-    (zero, _), (one, _) = run_local(
-        lambda info: try_to_meet(info.rank, environment(info.rank, 3 - info.rank, port), 1.0 - info.rank / 2), 2, 30.0
+    (zero, said), (one, other) = run_local(
+        lambda info: try_to_meet(info.rank, environment(info.rank, 3 - info.rank, port), 10.0), 2, 30.0
     )
-    assert zero.startswith("no sign of ranks 1, 2 of 3 at ")
-    assert "(its WORLD_SIZE is 3, not 2)" in one
+    assert said[0].startswith("waiting for ranks 1, 2 of 3 at ") and "(its WORLD_SIZE is 3, not 2)" in other[0]
+    here = f"rank 1 on {socket.gethostname()}"
+    assert zero == one == f"WORLD_SIZE is 3 on rank 0 and 2 on {here}; start the same number of ranks on every machine"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_take_part_ends_the_others_at_once(failing: int) -> None:
+    """Also those that come later; and a group of the same store that comes after them meets."""
+    port = free_port()
+
+    def rank(info: RankInfo) -> tuple[list[str], float]:
+        if info.rank == 3:
+            store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+            while store.add("done", 0) < 3:
+                time.sleep(0.02)
+            return [], 0.0
+        found, began_s = [], time.monotonic()
+        for attempt in range(2):
+            time.sleep(0.3 * info.rank)
+            environ = environment(info.rank, 3, port, TORCHELASTIC_USE_AGENT_STORE="True")
+            problem = "no run file" if info.rank == failing and attempt == 0 else ""
+            try:
+                found.append(f"met {len(meet(RankInfo(info.rank, 3, info.rank), 20, environ, problem).name)}")
+            except ConfigError as error:
+                found.append(str(error))
+        dist.TCPStore("127.0.0.1", port, is_master=False).add("done", 1)
+        return found, time.monotonic() - began_s
+
+    *ranks, _ = run_local(rank, 4, 40.0)
+    assert [found for found, _ in ranks] == [["no run file", "met 32"]] * 3
+    assert max(seconds for _, seconds in ranks) < 10
 
 
 def test_names_of_ranks() -> None:
