@@ -54,11 +54,18 @@ class LaunchError(MegatronDSError):
 
 
 def show(value: Any) -> str:
-    """Return a value as in YAML or JSON, on one line, shortened."""
+    """Return a value as in YAML or JSON, on one line, shortened and without characters that terminals act on."""
     if isinstance(value, str):
-        text = value if value.strip() == value and value else json.dumps(value)
+        start = value[: _LONGEST_VALUE + 1]
+        is_plain = value.strip() == value and value and start.replace("\n", "").isprintable()
+        text = start if is_plain else json.dumps(start)
     elif value is None or isinstance(value, bool | list | tuple | dict):
-        text = json.dumps(value, default=str)
+        try:
+            text = json.dumps(value, default=str)
+        except (TypeError, ValueError):  # a key that JSON does not have, an integer of thousands of digits
+            text = type(value).__name__
+    elif isinstance(value, int) and value.bit_length() > 4 * _LONGEST_VALUE:
+        text = f"{value:#x}"
     else:
         text = str(value)
     text = text.replace("\n", "\\n")

@@ -30,6 +30,8 @@ from megatron_ds.config.engine_config import EngineConfig
 from megatron_ds.errors import ConfigError, nearest_names, show, suggest
 from megatron_ds.paths import expanded_text
 from megatron_ds.shipped import existing_or_shipped, shipped
+from megatron_ds.untrusted import is_missing, parse_json, read_text
+from megatron_ds.untrusted.limits import DEEPSPEED_SETTINGS
 
 DEFAULT_STAGE = 1  # of ZeRO, where there is no DeepSpeed JSON
 BUCKET_ELEMENTS = 50_000_000  # gradients that data ranks reduce at a time: larger messages are no faster
@@ -86,28 +88,20 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         ConfigError: the file is missing or is not a JSON mapping; with the line.
     """
     try:
-        text = existing_or_shipped(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = nearest_names(path, [f"ds_configs/{file.name}" for file in shipped("ds_configs").glob("*.json")])
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ConfigError(f"deepspeed={path}: no such file (looked from {Path.cwd()}){hint}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"deepspeed={path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ConfigError(f"deepspeed={path} cannot be read: {error.strerror}") from None
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ConfigError(f"{path}: key {twice} is given twice in one mapping; keep one")
-        return mapping
-
+        text = read_text(existing_or_shipped(path), DEEPSPEED_SETTINGS, ConfigError)
+    except ConfigError as problem:
+        if is_missing(problem):
+            near = nearest_names(path, [f"ds_configs/{file.name}" for file in shipped("ds_configs").glob("*.json")])
+            hint = f"; nearest: {near[0]}" if near else ""
+            raise ConfigError(f"deepspeed={path}: no such file (looked from {Path.cwd()}){hint}") from None
+        raise ConfigError(f"deepspeed={problem}") from None
     try:
-        mapping = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} line {error.lineno} column {error.colno}: not valid JSON: {error.msg}") from None
+        mapping = parse_json(text, path, DEEPSPEED_SETTINGS, ConfigError)
+    except ConfigError as problem:
+        if isinstance(error := problem.__cause__, json.JSONDecodeError):
+            place = f"{path} line {error.lineno} column {error.colno}"
+            raise ConfigError(f"{place}: not valid JSON: {error.msg}") from None
+        raise
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path} is not a mapping; it holds {show(mapping)}")
     return mapping

@@ -19,6 +19,8 @@ from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.paths import expanded, expanded_text
 from megatron_ds.plugins import import_modules, load_entry_points
+from megatron_ds.untrusted import is_missing, read_text
+from megatron_ds.untrusted.limits import RUN_FILE
 
 S = TypeVar("S", bound=Section)
 
@@ -113,18 +115,18 @@ def dump_run(run: RunConfig) -> str:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"run file {path} does not exist (looked from {Path.cwd()})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"run file {path} is not UTF-8 text") from None
-    except IsADirectoryError:
+    if path.is_dir():
         found = sorted(path.glob("*.yaml"))
         hint = f", such as {found[0]}" if found else ""
-        raise ConfigError(f"run file {path} is a directory; name a YAML file{hint}") from None
-    except OSError as error:
-        raise ConfigError(f"run file {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"run file {path} is a directory; name a YAML file{hint}")
+    try:
+        return read_text(path, RUN_FILE, ConfigError)
+    except ConfigError as problem:
+        if isinstance(problem.__cause__, UnicodeDecodeError):
+            raise ConfigError(f"run file {path} is not UTF-8 text") from None
+        if is_missing(problem):
+            raise ConfigError(f"run file {path} does not exist (looked from {Path.cwd()})") from None
+        raise ConfigError(f"run file {problem}") from None
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> None:

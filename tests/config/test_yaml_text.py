@@ -1,6 +1,7 @@
 """Plain text of YAML means what its readers take it for, and what is written is read back as it was."""
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_numbers_are_written_so_that_they_stay() -> None:
         ),
         ("a: 1\n---\nb: 2", "x line 2: not valid YAML: but found another document; keep one document"),
         ("a: \0", "x: character 3 is not text; is it a YAML file?"),
-        ("a: " + "[" * 5000, "x: not valid YAML: maximum recursion depth exceeded"),
+        ("a: " + "[" * 5000, "x line 1: not valid YAML: nested deeper than 64 levels"),
     ],
 )
 def test_mistakes_are_named(text: str, message: str) -> None:
@@ -135,3 +136,52 @@ def test_a_comma_with_a_space_is_none_of_a_number() -> None:
     assert parse_yaml("{a: 3, 0: x, 4: y}", "x") == {"a": 3, 0: "x", 4: "y"}
     assert parse_yaml("{a: 3,4: x}", "x") == {"a": 3, 4: "x"}
     assert parse_yaml("[0,9, 0,95]", "x") == [0, 9, 0, 95]
+
+
+def laughs(values: int) -> str:
+    """Return lines of which each repeats the one before ten times; written out they are 10^values texts."""
+    lines = [f"z{i}: &z{i} [{','.join([f'*z{i - 1}'] * 10)}]" for i in range(1, values)]
+    return "\n".join(["z0: &z0 [text]", *lines])
+
+
+def merges(values: int) -> str:
+    lines = [f"z{i}: &z{i} {{<<: [{','.join([f'*z{i - 1}'] * 10)}], k{i}: 1}}" for i in range(1, values)]
+    return "\n".join(["z0: &z0 {a: 1}", *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (laughs(10), "with its aliases written out it has more than 50,000 values"),
+        (merges(10), "with its aliases written out it has more than 50,000 values"),
+        (f"a: &a {'x' * 9_000}\nb: [{','.join(['*a'] * 200)}]", "1,048,576 characters"),
+        ("\n".join(["z0: &z0 1", *(f"z{i}: &z{i} [*z{i - 1}]" for i in range(1, 3000))]), "or 64 levels"),
+        ("a: &a [*a]", "an alias repeats the value that it is in"),
+        ("a: &a {b: *a}", "an alias repeats the value that it is in"),
+        ("a: &a {<<: *a}", "an alias repeats the value that it is in"),
+        ("{a: " * 2000, "nested deeper than 64 levels"),
+        ("- " * 2000, "nested deeper than 64 levels"),
+        (f"[{'1,' * 60_000}]", "more than 50,000 values"),
+        (f"a: 0x{'f' * 10**5}", "is larger than an integer may be"),
+        (f"a: {'9' * 10**5}", "is larger than an integer may be"),
+        ("a: !!bool maybe", "maybe is neither true nor false"),
+        ("a: !!timestamp x", "could not determine a constructor"),
+        ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("!!binary a: 1", "could not determine a constructor"),
+        ("a: !!int ''", "not valid YAML"),
+    ],
+    ids=range(17),
+)
+def test_no_text_takes_more_than_the_limits(text: str, rule: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as refused:
+        parse_yaml(text, "x")
+    assert rule in str(refused.value) and len(str(refused.value)) < 400, str(refused.value)
+    assert time.monotonic() - start < 15
+
+
+def test_aliases_and_merges_within_the_limits() -> None:
+    text = "base: &base {a: 1, b: [2, 3]}\nmore: {<<: *base, c: *base}\n" + laughs(4).replace("z", "y")
+    found = parse_yaml(text, "x")
+    assert found["more"] == {"a": 1, "b": [2, 3], "c": {"a": 1, "b": [2, 3]}}
+    assert len(found["y3"]) == 10
