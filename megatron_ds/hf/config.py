@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_ds import untrusted
 from megatron_ds.config.rope_section import RopeSection
 from megatron_ds.config.run_config import HeadSection
 from megatron_ds.errors import ConfigError, ConversionError
@@ -33,6 +33,8 @@ from megatron_ds.hf.sentence_modules import gives_vectors
 from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.log import log_once
 from megatron_ds.models.config import ModelConfig
+from megatron_ds.untrusted import is_missing
+from megatron_ds.untrusted.limits import MODEL_SETTINGS, Limits
 
 
 @dataclass(frozen=True)
@@ -347,24 +349,23 @@ def generation_config(config: Any, core: ModelConfig, raw: Mapping[str, Any]) ->
         logging.set_verbosity(verbosity)
 
 
-def read_json(path: Path, key: str = "") -> dict[str, Any]:
+def read_json(path: Path, key: str = "", limits: Limits = MODEL_SETTINGS) -> dict[str, Any]:
     """Read a JSON object from a file of a Hugging Face directory.
 
     Args:
         path: the file.
         key: the key of the run file that names the directory, for messages.
+        limits: of the kind of file.
 
     Raises:
         ConversionError: no such file, one that cannot be read, or not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConversionError(why_missing(path, key)) from None
-    except OSError as problem:
-        raise ConversionError(f"{path} cannot be read: {problem.strerror}; try `ls -l {path}`") from problem
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise ConversionError(f"{path}: not JSON ({problem})") from problem
+        content = untrusted.read_json(path, limits, ConversionError)
+    except ConversionError as problem:
+        if is_missing(problem):
+            raise ConversionError(why_missing(path, key)) from None
+        raise
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: expected a JSON object, not {type(content).__name__}")
     return content

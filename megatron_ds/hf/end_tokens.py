@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ds.errors import ConversionError, show
 from megatron_ds.hf.config import HFModel, read_json
 from megatron_ds.hf.weight_files import json_text
+from megatron_ds.untrusted import parse_json, read_text
+from megatron_ds.untrusted.limits import MODEL_SETTINGS
 
 GENERATION_CONFIG = "generation_config.json"
 _FROM_CONFIG = "_from_model_config"  # where it is true, transformers may read the settings from config.json again
@@ -30,7 +32,9 @@ def known_end_ids(model: HFModel, model_path: str | Path | None) -> list[int]:
 
 def with_end_ids(content: str, end_ids: Iterable[int]) -> str:
     """Return the text of generation_config.json with more ids in `eos_token_id`; unchanged if it has all of them."""
-    settings = json.loads(content)
+    settings = parse_json(content, GENERATION_CONFIG, MODEL_SETTINGS, ConversionError)
+    if not isinstance(settings, dict):
+        raise ConversionError(f"{GENERATION_CONFIG}: expected a JSON object, not {type(settings).__name__}")
     known = _as_list(settings.get("eos_token_id"))
     every = list(dict.fromkeys([*known, *end_ids]))
     if every == known:
@@ -43,7 +47,8 @@ def add_end_ids(directory: Path, end_ids: Sequence[int]) -> None:
     """Add ids to `eos_token_id` of a directory's generation_config.json, if it has that file."""
     file = directory / GENERATION_CONFIG
     if file.is_file():
-        file.write_text(with_end_ids(file.read_text(encoding="utf-8"), end_ids), encoding="utf-8")
+        content = read_text(file, MODEL_SETTINGS, ConversionError)
+        file.write_text(with_end_ids(content, end_ids), encoding="utf-8")
 
 
 def files_with_end_ids(files: Mapping[str, bytes], end_ids: Sequence[int]) -> dict[str, bytes]:
@@ -56,4 +61,7 @@ def files_with_end_ids(files: Mapping[str, bytes], end_ids: Sequence[int]) -> di
 
 def _as_list(value: Any) -> list[int]:
     """Return an id, several or none as a list."""
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    ids = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(one, int) for one in ids):
+        raise ConversionError(f"eos_token_id={show(value)} must be an id, or a list of ids")
+    return ids

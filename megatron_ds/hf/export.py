@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds import untrusted
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.carried_files import copy_carried_files
@@ -27,6 +27,7 @@ from megatron_ds.hf.tokenizer_config import for_both_versions, merge_lists
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import get_logger
+from megatron_ds.untrusted.limits import TOKENIZER, TOKENIZER_SETTINGS
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -249,8 +250,8 @@ def _add_converted(source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
         tokenizer.save_pretrained(place)
         shutil.copyfile(Path(place) / "tokenizer.json", target / "tokenizer.json")
-        made = read_json(Path(place) / TOKENIZER_CONFIG)
-    given = read_json(target / TOKENIZER_CONFIG) if (target / TOKENIZER_CONFIG).is_file() else {}
+        made = read_json(Path(place) / TOKENIZER_CONFIG, limits=TOKENIZER_SETTINGS)
+    given = _read_object(target / TOKENIZER_CONFIG)
     about_loading = ("backend", "is_local", "local_files_only")
     kept = {name: value for name, value in made.items() if name not in about_loading}
     write_json(target / TOKENIZER_CONFIG, {**kept, **given})
@@ -269,10 +270,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     """Return the content of a JSON file of a tokenizer; empty if it is missing."""
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise ConversionError(f"tokenizer: {file.name} is not JSON ({problem})") from problem
+    content = untrusted.read_json(file, TOKENIZER, ConversionError)
     if not isinstance(content, dict):
         raise ConversionError(f"tokenizer: {file.name} holds a {type(content).__name__}, not a JSON object")
     return content

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from megatron_ds.errors import ConversionError
 from megatron_ds.hf.registry import FAMILIES
+from megatron_ds.untrusted import read_json, read_text
+from megatron_ds.untrusted.limits import MODEL_SETTINGS, SHORT_TEXT
+from megatron_ds.untrusted.names import is_inside_name
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -88,8 +90,8 @@ def _of_file(place: Path, named: Callable[[object], str]) -> str:
     if place.name == CONFIG:
         return f"; try {named(place.parent)}"
     if place.name == "latest":
-        name = place.read_text(encoding="utf-8", errors="replace").strip()
-        if (place.parent / name / CONFIG).is_file():
+        name = _short_text(place)
+        if is_inside_name(name) and (place.parent / name / CONFIG).is_file():
             return f": it names the newest checkpoint of {place.parent}; try {named(place.parent / name)}"
         return f": it names the newest checkpoint of {place.parent}, which was {name!r} and is not there"
     kind = next((kind for pattern, kind in _FORMATS.items() if place.match(pattern)), None)
@@ -121,10 +123,18 @@ def _base_of_adapters(place: Path) -> str | None:
     if not (place / ADAPTER_CONFIG).is_file():
         return None
     try:
-        content: Any = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError:
+        content = read_json(place / ADAPTER_CONFIG, MODEL_SETTINGS, ConversionError)
+    except ConversionError:
         return ""
     return str(content.get("base_model_name_or_path") or "") if isinstance(content, dict) else ""
+
+
+def _short_text(file: Path) -> str:
+    """Return a text of one line for a message; empty if there is no such text."""
+    try:
+        return read_text(file, SHORT_TEXT, ConversionError).strip()
+    except ConversionError:
+        return ""
 
 
 def _nested(place: Path) -> list[Path]:

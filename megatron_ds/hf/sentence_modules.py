@@ -7,16 +7,17 @@ are carried unchanged (`carried_files.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.errors import ConversionError
+from megatron_ds.errors import ConversionError, show
 from megatron_ds.hf.carried_files import MODULES
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.hidden_output import PoolingConfig
+from megatron_ds.untrusted import file_inside, read_json
+from megatron_ds.untrusted.limits import MODEL_SETTINGS
 
 PACKAGE = "sentence_transformers"
 KINDS = ("Transformer", "Pooling", "Normalize")  # in this order; the last one may be absent
@@ -114,7 +115,11 @@ def _modules(directory: Path) -> Sequence[Module]:
     content = _json(path)
     if not isinstance(content, list) or not all(isinstance(one, Mapping) and "type" in one for one in content):
         raise ConversionError(f"{path}: expected a list of modules, each with a type; try a copy without {MODULES}")
-    return [Module(str(one.get("path", "")), str(one["type"])) for one in content]
+    modules = [Module(str(one.get("path", "")), str(one["type"])) for one in content]
+    for one in modules:
+        if one.path:
+            file_inside(directory, one.path, f"{path}: a module", ConversionError)
+    return modules
 
 
 def _unsupported(directory: Path, module: Module) -> str:
@@ -154,7 +159,7 @@ def _check_defaults(place: Path, supported: Mapping[str, str]) -> None:
     fields = _object(place) if place.is_file() else {}
     for name, value in supported.items():
         if fields.get(name, value) != value:
-            raise ConversionError(f"{place}: {name}={fields[name]!r} is not supported; nearest: {value}")
+            raise ConversionError(f"{place}: {name}={show(fields[name])} is not supported; nearest: {value}")
 
 
 def _object(path: Path) -> Mapping[str, Any]:
@@ -165,9 +170,4 @@ def _object(path: Path) -> Mapping[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ConversionError(f"{path} cannot be read: {problem.strerror}; try `ls -l {path}`") from problem
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise ConversionError(f"{path}: not JSON ({problem})") from problem
+    return read_json(path, MODEL_SETTINGS, ConversionError)

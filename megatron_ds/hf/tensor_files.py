@@ -6,26 +6,28 @@ and torch check the files; no code in a pickle is run.
 
 from __future__ import annotations
 
-import json
 import mmap
 import sys
 import zipfile
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ds import hub
 from megatron_ds.dtypes import DTYPE_OF_CODE
-from megatron_ds.errors import ConversionError
+from megatron_ds.errors import ConversionError, show
+from megatron_ds.untrusted import check_record, parse_json, require_regular
+from megatron_ds.untrusted.limits import TENSOR_HEADER
+from megatron_ds.untrusted.records import Record
 
 _READABLE = {  # also parts of quantised weights, and buffers of modules whose tensors are passed through
     **DTYPE_OF_CODE,
@@ -39,6 +41,8 @@ _READABLE = {  # also parts of quantised weights, and buffers of modules whose t
     "I64": torch.int64,
 }
 _CODES = {dtype: code for code, dtype in _READABLE.items()}
+_MOST_DIMS = 64  # of a tensor of torch
+_MOST_BYTES_OF_AN_ORDER = 16
 _POPULATE_READ = 22  # from Linux 5.14 on; the module mmap has no name for it
 
 
@@ -137,6 +141,7 @@ def read_table(file: Path) -> dict[str, StoredTensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
+    require_regular(file, ConversionError)
     try:
         safe_open(file, framework="pt")  # refuses truncated, overlapping and gapped data, and oversized headers
     except SafetensorError as problem:
@@ -148,26 +153,29 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 def _table_of(file: Path, header: bytes, data_start: int) -> dict[str, StoredTensor]:
     """Return the tensors that the header of a safetensors file lists; data begin at byte `data_start`."""
-    try:
-        entries = json.loads(header, object_pairs_hook=partial(_without_repeats, file))
-        entries.pop("__metadata__", None)
-        table = {}
-        for name, entry in entries.items():
-            shape = tuple(entry["shape"])
-            offset = data_start + entry["data_offsets"][0]
-            table[name] = StoredTensor(entry["dtype"], shape, _contiguous(shape), offset)
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    try:  # a repeated name, which safetensors accepts, is refused: the last entry would win
+        entries = parse_json(header.decode("utf-8"), "its header", TENSOR_HEADER, ConversionError)
+        if isinstance(entries, dict):
+            entries.pop("__metadata__", None)
+        found = check_record(entries, "its header", dict[str, _Entry], TENSOR_HEADER, ConversionError)
+        return {name: entry.stored(name, data_start) for name, entry in found.items()}
+    except (UnicodeDecodeError, ConversionError) as problem:
         raise ConversionError(f"{file}: damaged, or not safetensors ({problem})") from problem
-    return table
 
 
-def _without_repeats(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a repeated name, which safetensors accepts: the last entry would win."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        repeated = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ConversionError(f"{file}: damaged, or not safetensors ({repeated} appears twice in its header)")
-    return found
+class _Entry(Record):
+    """A tensor in the header of a safetensors file; offsets are bytes from the end of the header."""
+
+    dtype: str
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=_MOST_DIMS)]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+    def stored(self, name: str, data_start: int) -> StoredTensor:
+        """Return the tensor of a file whose data begin at byte `data_start`."""
+        (start, end), shape = self.data_offsets, tuple(self.shape)
+        if self.dtype in _READABLE and prod(shape) * itemsize_of(self.dtype) != end - start:
+            raise ConversionError(f"{show(name)} has {end - start} bytes, which are not those of {self.dtype} {shape}")
+        return StoredTensor(self.dtype, shape, _contiguous(shape), data_start + start)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,6 +184,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _read_bin(file: Path) -> dict[str, StoredTensor]:
     """Read a file of torch.save. Its tensors are mapped, except in the format before torch 1.6, which is loaded."""
+    require_regular(file, ConversionError)
     try:
         in_place = _can_be_mapped(file)
         state = torch.load(file, map_location="meta" if in_place else "cpu", weights_only=True)
@@ -198,7 +207,8 @@ def _can_be_mapped(file: Path) -> bool:
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
-        orders = {archive.read(name).decode() for name in archive.namelist() if name.endswith("/byteorder")}
+        found = [entry for entry in archive.infolist() if entry.filename.endswith("/byteorder")]
+        orders = {archive.read(entry).decode() for entry in found if entry.file_size <= _MOST_BYTES_OF_AN_ORDER}
         return orders <= {sys.byteorder} and all(not entry.compress_type for entry in archive.infolist())
 
 

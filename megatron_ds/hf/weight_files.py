@@ -24,11 +24,12 @@ from megatron_ds.dtypes import DTYPE_OF_CODE
 from megatron_ds.errors import ConversionError
 from megatron_ds.hf.quantised import BlockScaled, Packed4, Quantisation, Stored, dequantised
 from megatron_ds.hf.tensor_files import StoredTensor, code_of, itemsize_of, read_table
+from megatron_ds.untrusted import file_inside, read_json
+from megatron_ds.untrusted.limits import WEIGHT_INDEX
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 _SAME_BYTES_CHUNK = 2**24
-_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]+")  # of a file in the directory itself
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -172,19 +173,19 @@ def _open_indexed(index: Path) -> TensorSource:
 
 def _read_index(index: Path) -> dict[str, Path]:
     """Read an index: name -> file. Its other content is ignored, as in transformers."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise ConversionError(f"{index}: not JSON ({problem})") from problem
-    except (KeyError, TypeError, AttributeError) as problem:
-        raise ConversionError(f"{index}: has no weight_map from tensors to files") from problem
-    for name, file in entries.items():
-        if not _PLAIN_NAME.fullmatch(file):
-            raise ConversionError(f"{index}: {name} points outside the directory, to {file!r}")
+    content = read_json(index, WEIGHT_INDEX, ConversionError)
+    entries = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+        raise ConversionError(f"{index}: has no weight_map from tensors to files")
+    names = {file: name for name, file in entries.items()}
+    for file, name in names.items():
+        if "/" in file:
+            raise ConversionError(f"{index}: {name} points outside the directory, to {file!r:.200}")
+        file_inside(index.parent, file, f"{index}: {name}", ConversionError)
         if not hub.exists(index.parent / file):
             raise ConversionError(f"{index}: {name} is in {file}, which is missing{hub.download_hint(index.parent)}")
-    return {name: index.parent / file for name, file in entries.items()}
+    paths = {file: index.parent / file for file in names}
+    return {name: paths[file] for name, file in entries.items()}
 
 
 def _files_of(file: Path, stored: Stored) -> tuple[Path, ...]:

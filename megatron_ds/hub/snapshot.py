@@ -17,10 +17,12 @@ import filelock
 
 from megatron_ds.atomic import replacing
 from megatron_ds.cache import cache_folder
+from megatron_ds.errors import HubError
 from megatron_ds.hub.ids import HubId, Snapshot, hub_id, snapshot_of
 from megatron_ds.hub.problems import explained
 from megatron_ds.log import get_logger
 from megatron_ds.remote import as_url, local_model
+from megatron_ds.untrusted.limits import TENSOR_HEADER
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _SMALL = (".json", ".jinja", ".txt", ".model")  # config, tokenizer, chat template, index of the weights
@@ -184,6 +186,8 @@ def read_header(file: Path) -> bytes:
 def _download_header(snapshot: Snapshot, name: str) -> bytes:
     start = _download_range(snapshot, name, 0, _FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
+    if end > 8 + TENSOR_HEADER.max_bytes:
+        raise HubError(f"{snapshot.id}: {name}: damaged, or not safetensors (its header has {end - 8:,} bytes)")
     return start[:end] if end <= len(start) else start + _download_range(snapshot, name, len(start), end)
 
 

@@ -136,8 +136,8 @@ def _activation(config: Any) -> str:
 def _id(config: Any, name: str, default: int) -> int:
     value = getattr(config, name, None)
     value = default if value is None else value
-    if not 0 <= value < config.vocab_size:
-        raise ConversionError(f"{name}={value} must be at least 0 and below vocab_size={config.vocab_size}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < config.vocab_size:
+        raise ConversionError(f"{name}={value!r} must be at least 0 and below vocab_size={config.vocab_size}")
     return int(value)
 
 

@@ -25,6 +25,8 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "use_dora": _SWITCH,
     "use_rslora": _SWITCH,
 }
+_ITEM: Mapping[str, type] = {"layers_to_transform": int}
+"""Field -> the type of the items of its list; the others are texts."""
 _OTHER_NAMES: Mapping[str, str] = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
@@ -49,6 +51,10 @@ def check_kinds(where: str, fields: Mapping[str, Any]) -> None:
             continue
         if not _is_kind(name, value):
             raise ConversionError(f"{where}.{name}={show(value)} is {_text(value)}not {_KINDS[name][1]}{_fix(value)}")
+        for number, one in enumerate(value if isinstance(value, list) else ()):
+            if not isinstance(one, wanted := _ITEM.get(name, str)) or isinstance(one, bool):
+                kind = "a name" if wanted is str else "an integer"
+                raise ConversionError(f"{where}.{name}[{number}]={show(one)} is not {kind}")
         if _KINDS[name] is _MAPPING:
             for key, one in value.items():
                 if isinstance(one, bool) or not isinstance(one, int | float):
