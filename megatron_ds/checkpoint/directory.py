@@ -31,6 +31,10 @@ from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint.files import FileRecord, flush, write_bytes
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.export_target import TRAINING_STATE
+from megatron_ds.untrusted import file_inside, is_missing, read_record, read_text
+from megatron_ds.untrusted.limits import CHECKPOINT_RECORD, SHORT_TEXT
+from megatron_ds.untrusted.names import is_inside_name
+from megatron_ds.untrusted.records import Record
 
 STATE = TRAINING_STATE
 MANIFEST = f"{STATE}/manifest.json"
@@ -74,10 +78,19 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     for folder in (path, path / "checkpoints"):
         if (folder / LATEST).is_file():
-            named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+            named = folder / newest_name(folder)
             newest = next((one for one in checkpoints_in(folder) if is_checkpoint(one)), named)
             return named if step_of(named) >= 0 and is_checkpoint(named) else newest
     return path
+
+
+def newest_name(folder: Path) -> str:
+    """Return the name in `latest`; empty if it is damaged, because names alone decide then."""
+    try:
+        name = read_text(folder / LATEST, SHORT_TEXT, CheckpointError).strip()
+    except CheckpointError:
+        return ""
+    return name if is_inside_name(name) else ""
 
 
 def temporary_for(folder: Path, step: int) -> Path:
@@ -99,12 +112,18 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     """
     path = directory / MANIFEST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {name: FileRecord(int(record["bytes"]), str(record["xxh3_128"])) for name, record in files.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"{path} is damaged ({problem})") from problem
+        files = read_record(path, _Manifest, CHECKPOINT_RECORD, CheckpointError).files
+        for name in files:
+            file_inside(directory, name, name, CheckpointError)
+    except CheckpointError as problem:
+        if is_missing(problem):
+            raise
+        raise CheckpointError(f"{path} is damaged ({str(problem).removeprefix(f'{path}: ')})") from problem
+    return files
+
+
+class _Manifest(Record):
+    files: dict[str, FileRecord]
 
 
 def put_in_place(folder: Path, step: int) -> Path:

@@ -10,7 +10,15 @@ from math import prod
 from pathlib import Path
 
 from megatron_ds import hub
-from megatron_ds.checkpoint.directory import LATEST, PROGRESS, STATE, checkpoints_in, read_manifest, step_of
+from megatron_ds.checkpoint.directory import (
+    LATEST,
+    PROGRESS,
+    STATE,
+    checkpoints_in,
+    newest_name,
+    read_manifest,
+    step_of,
+)
 from megatron_ds.checkpoint.files import FileRecord, damage
 from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Origin, Progress, decode
@@ -138,7 +146,7 @@ def inspect(path: str | Path, *, fast: bool = False) -> CheckpointFacts | Folder
     for folder in (path, path / "checkpoints"):
         if checkpoints_in(folder):
             latest = folder / LATEST
-            name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
+            name = (newest_name(folder) or "no checkpoint") if latest.is_file() else None
             return FolderFacts(str(folder), name, tuple(_checkpoint(one, fast) for one in checkpoints_in(folder)))
     if (path / STATE).is_dir():
         return _checkpoint(path, fast)

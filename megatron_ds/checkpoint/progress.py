@@ -7,11 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field
 
 from megatron_ds.errors import CheckpointError
+from megatron_ds.untrusted import read_record
+from megatron_ds.untrusted.limits import CHECKPOINT_RECORD
+from megatron_ds.untrusted.records import Record
 
 FORMAT_VERSION = 1
+_WITHOUT_OTHER_FIELDS = ConfigDict(extra="forbid", strict=True)
+
+
+_Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,9 @@ class DataPosition:
             checkpoints of earlier versions.
     """
 
-    samples: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = _WITHOUT_OTHER_FIELDS
+
+    samples: _Count = 0
     fingerprint: str = ""
     seed: int = 0
     seq_length: int = 0
@@ -56,9 +67,11 @@ class Progress:
         end_ids: the ids that the data taught as an end and exports add to the generation settings.
     """
 
-    step: int = 0
-    applied: int = 0
-    bad_steps: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = _WITHOUT_OTHER_FIELDS
+
+    step: _Count = 0
+    applied: _Count = 0
+    bad_steps: _Count = 0
     data: DataPosition = DataPosition()
     loss_scale: Mapping[str, float] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
@@ -76,6 +89,8 @@ class Origin:
 
     `expert` is the number of ranks that divided the experts; None = the model has no experts.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _WITHOUT_OTHER_FIELDS
 
     world_size: int = 1
     tensor: int = 1
@@ -108,18 +123,22 @@ def decode(path: Path) -> tuple[Progress, Origin]:
         CheckpointError: the file is damaged, or of a newer version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format_version"]
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: format_version={version} is newer than this version's {FORMAT_VERSION}; upgrade megatron-ds"
-            )
-        fields = dict(content["progress"])
-        position = dict(fields.pop("data"))
-        phases = tuple((first, tuple(weights)) for first, weights in position.pop("phases", ()))
-        data = DataPosition(**position, phases=phases)
-        trained, end_ids = tuple(fields.pop("trained")), tuple(fields.pop("end_ids", ()))
-        progress = Progress(**fields, data=data, trained=trained, end_ids=end_ids)
-        return progress, Origin(**content["origin"])
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise CheckpointError(f"{path}: is not the state of a checkpoint ({problem})") from problem
+        version = read_record(path, _Version, CHECKPOINT_RECORD, CheckpointError).format_version
+        content = read_record(path, _Content, CHECKPOINT_RECORD, CheckpointError) if version <= FORMAT_VERSION else None
+    except CheckpointError as problem:
+        reason = str(problem).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: is not the state of a checkpoint ({reason})") from problem
+    if content is None:
+        raise CheckpointError(
+            f"{path}: format_version={version} is newer than this version's {FORMAT_VERSION}; upgrade megatron-ds"
+        )
+    return content.progress, content.origin
+
+
+class _Version(Record):
+    format_version: int
+
+
+class _Content(_Version):
+    progress: Progress
+    origin: Origin

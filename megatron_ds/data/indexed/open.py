@@ -1,6 +1,5 @@
 """Opening `data.format: indexed`: one corpus, or several in proportion to their tokens."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from megatron_ds.data.long_context.documents import ConcatDocuments, Documents
 from megatron_ds.data.objective import Causal
 from megatron_ds.data.request import DatasetRequest
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted import read_json
+from megatron_ds.untrusted.limits import DATA_RECORD
 
 
 def open_indexed(request: DatasetRequest) -> Dataset:
@@ -67,9 +68,10 @@ def _check_largest_id(file: IndexedFile, vocab_size: int) -> None:
     """Check the largest id in the manifest of `prepare`, if there is one: a wrong tokenizer is found at once."""
     manifest = Path(f"{file.prefix}.json")
     try:
-        largest = json.loads(manifest.read_text(encoding="utf-8")).get("largest_id")
-    except (OSError, ValueError, AttributeError):
+        content = read_json(manifest, DATA_RECORD, DataError)
+    except DataError:
         return
+    largest = content.get("largest_id") if isinstance(content, dict) else None
     if isinstance(largest, int) and largest >= vocab_size:
         raise DataError(
             f"data: {file.prefix}: holds ids up to {largest}, but the model's vocab_size={vocab_size} ends at "

@@ -1,6 +1,5 @@
 """Facts about data: indexed files, files of text, chats or labelled rows, and the data of a run in its order."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,6 +44,8 @@ from megatron_ds.data.sampler import GlobalBatches
 from megatron_ds.data.text.documents import TextSource
 from megatron_ds.digests import file_xxh3
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted import read_json
+from megatron_ds.untrusted.limits import DATA_RECORD
 
 NUM_SAMPLED = 1024
 """Number of samples, evenly spaced, from which the fraction of tokens with loss is estimated."""
@@ -333,8 +334,8 @@ def _labelled_file(found: FoundSource, tokenizer_path: str, num_shown: int, size
 def _manifest(prefix: str) -> Mapping[str, Any] | None:
     """Return the manifest that `prepare` wrote; None if it is missing, or another file has its name."""
     try:
-        content = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(Path(f"{prefix}.json"), DATA_RECORD, DataError)
+    except DataError:
         return None
     return content if isinstance(content, dict) and CHECKSUMS in content else None
 

@@ -19,10 +19,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 import numpy as np
+from pydantic import Field
 
 from megatron_ds.atomic import replacing
 from megatron_ds.data.indexed.files import index_path, tokens_path, write_index
@@ -30,10 +31,13 @@ from megatron_ds.data.prepare.chunks import Chunk
 from megatron_ds.data.prepare.workers import Encoded
 from megatron_ds.digests import file_xxh3
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted import read_record
+from megatron_ds.untrusted.limits import DATA_RECORD
 
 MOST_BAD = 1000
 """Number of bad lines whose places are kept; more are only counted."""
 _EVERY_S = 2.0
+_Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass
@@ -50,16 +54,16 @@ class State:
     """
 
     key: str
-    chunks: int = 0
-    tokens_bytes: int = 0
-    documents: int = 0
-    tokens: int = 0
+    chunks: _Count = 0
+    tokens_bytes: _Count = 0
+    documents: _Count = 0
+    tokens: _Count = 0
     largest_id: int = -1
-    longest: int = 0
-    bytes: int = 0
+    longest: _Count = 0
+    bytes: _Count = 0
     file: int = -1
-    lines: int = 0
-    num_bad: int = 0
+    lines: _Count = 0
+    num_bad: _Count = 0
     bad: list[str] = field(default_factory=list)
 
 
@@ -193,9 +197,9 @@ class Journal:
     def _read(self) -> State | None:
         """Return the state in the journal, if both files have at least the sizes in it."""
         try:
-            state = State(**json.loads((self._directory / "journal.json").read_text(encoding="utf-8")))
+            state = read_record(self._directory / "journal.json", State, DATA_RECORD, DataError)
             sizes = [(self._directory / name).stat().st_size for name in ("tokens.bin", "lengths.bin")]
-        except (OSError, ValueError, TypeError):
+        except (OSError, DataError):
             return None
         return state if sizes[0] >= state.tokens_bytes and sizes[1] >= 4 * state.documents else None
 

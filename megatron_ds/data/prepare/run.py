@@ -23,6 +23,8 @@ from megatron_ds.data.readers.examples import TEXT_COLUMN
 from megatron_ds.data.readers.source import Source, as_source
 from megatron_ds.data.readers.tokenizer import largest_token_id, load_tokenizer, tokenizer_digest
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted import read_json
+from megatron_ds.untrusted.limits import DATA_RECORD
 from megatron_ds.version import __version__
 
 FORMAT_VERSION = 1
@@ -193,8 +195,8 @@ def _keep_others(options: PrepareOptions, chunks: Sequence[Chunk]) -> None:
 
 def _is_manifest(file: Path) -> bool:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(file, DATA_RECORD, DataError)
+    except DataError:
         return False
     return isinstance(content, dict) and {"key", "format_version"} <= content.keys()
 
@@ -214,10 +216,10 @@ def _existing_manifest(options: PrepareOptions, key: str, begin_ids: Sequence[in
     if not existing:
         return None
     try:
-        manifest = json.loads(files[2].read_text(encoding="utf-8"))
+        manifest = read_json(files[2], DATA_RECORD, DataError)
         same = manifest["key"] == key and (options.skip_bad or not manifest["bad_lines"]["count"])
         IndexedFile(prefix)
-    except (OSError, ValueError, KeyError, TypeError, DataError):  # missing or damaged
+    except (KeyError, TypeError, DataError):  # missing or damaged
         manifest, same = {}, False
     if same and len(existing) == len(files) and not options.restart:
         return manifest

@@ -20,6 +20,9 @@ from megatron_ds.data.readers.source import Source
 from megatron_ds.digests import file_sha256
 from megatron_ds.errors import DataError, nearest_names
 from megatron_ds.remote import is_url, local_data
+from megatron_ds.untrusted import read_record
+from megatron_ds.untrusted.limits import DATA_RECORD
+from megatron_ds.untrusted.records import Record
 
 if TYPE_CHECKING:
     import datasets
@@ -237,10 +240,14 @@ def _only_split(source: Source) -> str:
     return name.group() if name else "train"
 
 
+class _SavedSplits(Record):
+    splits: list[str]
+
+
 def _saved_splits(source: Source, path: Path) -> list[str]:
     try:
-        return [str(split) for split in json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return read_record(path / "dataset_dict.json", _SavedSplits, DATA_RECORD, DataError).splits
+    except DataError as error:
         raise DataError(
             f"data: {source.path}: dataset_dict.json there is damaged; save the DatasetDict again"
         ) from error

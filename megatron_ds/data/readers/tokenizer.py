@@ -1,7 +1,6 @@
 """Tokenizers: loading from a directory or the hub, required special tokens, and a hash of their behaviour."""
 
 import hashlib
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -12,6 +11,8 @@ from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sen
 from megatron_ds.errors import DataError, HubError
 from megatron_ds.hub import hub_id, local_directory
 from megatron_ds.remote import is_url
+from megatron_ds.untrusted import read_json
+from megatron_ds.untrusted.limits import TOKENIZER_SETTINGS
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
 
@@ -139,7 +140,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
 def _declared_class(directory: Path) -> str | None:
     """Return `tokenizer_class` of a directory's tokenizer_config.json; None = it has none."""
     file = directory / "tokenizer_config.json"
-    name = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    content = read_json(file, TOKENIZER_SETTINGS, DataError) if file.is_file() else None
+    name = content.get("tokenizer_class") if isinstance(content, dict) else None
     return str(name) if name else None
 
 
