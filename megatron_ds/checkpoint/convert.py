@@ -44,6 +44,8 @@ from megatron_ds.hf.peft.reader import AdapterReader
 from megatron_ds.hf.upcycle import UpcycledWeights, Upcycling
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.paths import expanded, expanded_text
+from megatron_ds.untrusted import read_text
+from megatron_ds.untrusted.limits import RUN_FILE
 
 
 def import_hf(
@@ -228,8 +230,8 @@ def _read_by_its_run(checkpoint: Path) -> dict[str, Path]:
     folder = checkpoint.resolve().parent
     file = folder.with_name("config.yaml")
     try:
-        run = parse_yaml(file.read_text(encoding="utf-8"), str(file)) if step_of(checkpoint) >= 0 else {}
-    except (OSError, UnicodeDecodeError, ConfigError):
+        run = parse_yaml(read_text(file, RUN_FILE, ConfigError), str(file)) if step_of(checkpoint) >= 0 else {}
+    except ConfigError:
         return {}
     run = run if isinstance(run, dict) else {}
     model = run["model"] if isinstance(run.get("model"), dict) else {}

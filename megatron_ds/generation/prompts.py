@@ -80,7 +80,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     found = []
     try:
         with path.open("rb") as stream:
-            for line in lines(stream):
+            for line in lines(stream, str(path)):
                 where = f"{path}:{line.number}"
                 row = parse_json_line(line.raw, where)
                 found.append(_prompt_of(row, where))

@@ -11,6 +11,10 @@ from pathlib import Path
 import xxhash
 
 from megatron_ds.digests import file_xxh3
+from megatron_ds.errors import ConversionError
+from megatron_ds.untrusted import is_missing, read_record
+from megatron_ds.untrusted.limits import RUN_RECORD
+from megatron_ds.untrusted.records import Record
 from megatron_ds.version import __version__
 
 MARK = ".megatron_ds_export.json"
@@ -55,9 +59,9 @@ def first_change(directory: Path, target: Path, *, thorough: bool) -> str | None
         a text that follows the name of the directory in a message.
     """
     try:
-        mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
-        expected = {name: MarkedFile(**record) for name, record in mark["files"].items()}
-        if mark["target"] != path_digest(target):
+        mark = read_record(directory / MARK, _Mark, RUN_RECORD, ConversionError)
+        expected = mark.files
+        if mark.target != path_digest(target):
             return "is a moved or copied export"
         found = {name: entry for name, entry in _files(directory) if name != MARK}
         for name in sorted(found.keys() | expected.keys()):
@@ -67,13 +71,20 @@ def first_change(directory: Path, target: Path, *, thorough: bool) -> str | None
                 return f"lacks {name}, which was removed after the export"
             if not _is_unchanged(found[name], expected[name], thorough):
                 return f"holds {name}, which was changed after the export"
-    except FileNotFoundError:
-        return f"has no mark of an export (earlier versions wrote no {MARK})"
+    except ConversionError as problem:
+        if is_missing(problem):
+            return f"has no mark of an export (earlier versions wrote no {MARK})"
+        if isinstance(problem.__cause__, OSError):
+            return f"cannot be compared with its mark ({problem.__cause__.strerror or problem})"
+        return f"holds a damaged {MARK}"
     except OSError as problem:
         return f"cannot be compared with its mark ({problem.strerror or problem})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"holds a damaged {MARK}"
     return None
+
+
+class _Mark(Record):
+    target: str
+    files: dict[str, MarkedFile]
 
 
 def _is_unchanged(entry: os.DirEntry[str], expected: MarkedFile, thorough: bool) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from megatron_ds.atomic import replacing
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted import is_missing, parse_json, read_lines
+from megatron_ds.untrusted.limits import RUN_LINE
 
 MOE = "moe_"
 """Prefix of the metrics of mixtures of experts; see `engine.router_load`."""
@@ -218,7 +220,7 @@ def _encode(metrics: Metrics) -> str:
 
 def _decode(line: str, path: Path, number: int) -> Metrics:
     try:
-        record = json.loads(line)
+        record = parse_json(line, "", RUN_LINE, DataError)
         kind = ValidMetrics if "valid_loss" in record else StepMetrics
         values: dict[str, Any] = {
             name: _number(name, record[name])
@@ -229,7 +231,7 @@ def _decode(line: str, path: Path, number: int) -> Metrics:
             if name in record and name in kind.__dataclass_fields__:
                 values[name] = {key: _float(value) for key, value in record[name].items()}
         return kind(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}, line {number} is no line of metrics: {line.strip()[:80]!r}") from error
 
 
@@ -239,21 +241,36 @@ def _number_fields(kind: type[Metrics]) -> list[str]:
 
 def _number(name: str, value: float | None) -> float:
     if name in _INT_FIELDS:
-        return int(value)  # type: ignore[arg-type]  # a null here is refused by the caller
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(name)
+        return value
     return _float(value)
 
 
 def _float(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    if value is None:
+        return math.nan
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; a run writes it as OUTPUT/metrics.jsonl")
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield line
+    try:
+        for number, line in enumerate(read_lines(path, RUN_LINE, DataError), start=1):
+            if line.endswith(b"\n"):
+                yield _text(line, path, number)
+    except DataError as problem:
+        if is_missing(problem):
+            raise DataError(f"{path} does not exist; a run writes it as OUTPUT/metrics.jsonl") from None
+        raise
+
+
+def _text(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number} is no line of metrics: {line[:80]!r}") from error
 
 
 def _cut_after(path: Path, step: int) -> LastSteps:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.errors import RemoteError
+from megatron_ds.untrusted.names import is_inside_name
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ class Store:
         """Return all files, in the order of their names; empty if the URL has no file.
 
         Raises:
-            RemoteError: the store cannot be read.
+            RemoteError: the store cannot be read, or has a name that would lead out of a directory here.
         """
-        return [RemoteFile(**one) for one in self._ask("list")]
+        found = [RemoteFile(**one) for one in self._ask("list")]
+        for one in found:
+            if one.name and not is_inside_name(one.name):
+                raise RemoteError(f"{self.named} has a file named {one.name!r:.200}, which leads out of a directory")
+        return found
 
     def read_text(self, name: str) -> str | None:
         """Return the text of a small file; None = there is no such file."""

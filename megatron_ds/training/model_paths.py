@@ -14,6 +14,8 @@ from megatron_ds.log import log_once
 from megatron_ds.remote import is_url
 from megatron_ds.runtime.loaded_model import name_directory
 from megatron_ds.training.resume import RUN_FILE, checkpoint_folder, named_checkpoint
+from megatron_ds.untrusted import read_text
+from megatron_ds.untrusted.limits import RUN_FILE as RUN_LIMITS
 
 
 def with_pinned_models(run: RunConfig) -> RunConfig:
@@ -42,8 +44,8 @@ def _ids_before(run: RunConfig) -> dict[str, HubId]:
     if run.checkpoint.resume != "auto" or not checkpoints_in(checkpoint_folder(run.output)):
         return {}
     try:
-        content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError, ConfigError):
+        content = parse_yaml(read_text(file, RUN_LIMITS, ConfigError), str(file))
+    except ConfigError:
         return {}  # it is gone, or refused later on
     content = content if isinstance(content, dict) else {}
     model = content["model"] if isinstance(content.get("model"), dict) else {}

@@ -44,6 +44,8 @@ from megatron_ds.training.model_paths import with_directories
 from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resume import RUN_FILE, check_same_model, checkpoint_folder
 from megatron_ds.training.run_output import DATA_USAGE, LOSS_PLOT
+from megatron_ds.untrusted import read_text
+from megatron_ds.untrusted.limits import RUN_FILE as RUN_LIMITS
 
 MODEL_PARTS = ("config.json", ADAPTER_CONFIG, TRAINING_STATE, MARK)  # of models, adapters, checkpoints and exports
 REPLACED = (RUN_FILE, DATA_USAGE, LOSS_PLOT, REPORT)  # in an output; earlier metrics and checkpoints are kept
@@ -238,8 +240,8 @@ def _check_output(run: RunConfig) -> None:
 
 def _is_run_file(path: Path) -> bool:
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError):
+        content = parse_yaml(read_text(path, RUN_LIMITS, ConfigError), str(path))
+    except ConfigError:
         return False
     return isinstance(content, dict) and {"model", "data", "output"} <= content.keys()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from megatron_ds.monitor import archive_name
 from megatron_ds.parallel.watchdog import Heartbeat
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.training.callbacks import Callback, RunState
+from megatron_ds.untrusted import parse_record, read_lines
+from megatron_ds.untrusted.limits import RUN_LINE
+from megatron_ds.untrusted.records import Record
 
 SAMPLES = "samples.jsonl"
 
@@ -110,11 +114,11 @@ class SampleWriter(Callback):
         if self._continue_after is None:
             self._file.rename(archive_name(self._file))
             return
-        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._continue_after]
+        lines = list(read_lines(self._file, RUN_LINE, DataError))
+        kept = [line for line in lines if _step_of(line) <= self._continue_after]
         if kept != lines:
             with replacing(self._file) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+                temporary.write_bytes(b"".join(kept))
 
     def on_step_end(self, state: RunState) -> None:
         if isinstance(self._section.every, int) and state.step % self._section.every == 0:
@@ -145,3 +149,17 @@ class SampleWriter(Callback):
                 file.write(json.dumps(found, ensure_ascii=False) + "\n")
         for prompt, text in zip(given.texts, texts):
             self._note(f"sample {json.dumps(prompt, ensure_ascii=False)}: {json.dumps(text, ensure_ascii=False)}")
+
+
+class _SampleLine(Record):
+    step: int
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line of the file; infinity if it is torn or damaged, so that it is not kept."""
+    if not line.endswith(b"\n"):
+        return math.inf
+    try:
+        return parse_record(line.decode("utf-8"), SAMPLES, _SampleLine, RUN_LINE, DataError).step
+    except (UnicodeDecodeError, DataError):
+        return math.inf

@@ -10,7 +10,7 @@ from megatron_ds.untrusted.files import is_missing, read_bytes, read_lines, read
 from megatron_ds.untrusted.json_text import parse_json, read_json
 from megatron_ds.untrusted.limits import Limits
 from megatron_ds.untrusted.names import file_inside
-from megatron_ds.untrusted.records import check_record, parse_record, read_record
+from megatron_ds.untrusted.records import check_record, parse_record, read_complete_lines, read_record
 
 __all__ = [
     "Limits",
@@ -20,6 +20,7 @@ __all__ = [
     "parse_json",
     "parse_record",
     "read_bytes",
+    "read_complete_lines",
     "read_json",
     "read_lines",
     "read_record",

@@ -40,10 +40,15 @@ def read_json(path: Path, limits: Limits, error: ErrorType) -> Any:
 
 def read_json_text(path: Path, limits: Limits, error: ErrorType) -> str:
     """Return the text of a file that should be JSON, which is UTF-8."""
+    return json_text(read_bytes(path, limits, error), str(path), error)
+
+
+def json_text(content: bytes, place: str, error: ErrorType) -> str:
+    """Return bytes that should be JSON as text."""
     try:
-        return read_bytes(path, limits, error).decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: not JSON ({problem})") from problem
+        raise error(f"{place}: not JSON ({problem})") from problem
 
 
 def parse_json(text: str, place: str, limits: Limits, error: ErrorType) -> Any:

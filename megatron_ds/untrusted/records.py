@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_ds.errors import show
-from megatron_ds.untrusted.files import ErrorType
-from megatron_ds.untrusted.json_text import parse_json, read_json_text
+from megatron_ds.untrusted.files import ErrorType, read_lines
+from megatron_ds.untrusted.json_text import json_text, parse_json, read_json_text
 from megatron_ds.untrusted.limits import Limits
 
 T = TypeVar("T")
@@ -53,6 +53,26 @@ def parse_record(text: str, place: str, model: type[T], limits: Limits, error: E
         return _adapter(model).validate_json(text, strict=True)
     except ValidationError as problem:
         raise error(f"{place}: {explain_first(problem)}; {limits.fix}") from problem
+
+
+def read_complete_lines(path: Path, model: type[T], limits: Limits, error: ErrorType) -> tuple[list[T], int]:
+    """Return the objects in the lines of a file, and the number of lines that hold none.
+
+    A last line without an end was torn by a crash, or is being written: it is neither.
+
+    Raises:
+        error: the file cannot be read, or a line is too long (`read_lines`).
+    """
+    found: list[T] = []
+    num_damaged = 0
+    for number, line in enumerate(read_lines(path, limits, error), 1):
+        if line.endswith(b"\n"):
+            try:
+                place = f"{path}, line {number}"
+                found.append(parse_record(json_text(line, place, error), place, model, limits, error))
+            except error:
+                num_damaged += 1
+    return found, num_damaged
 
 
 def check_record(value: Any, place: str, model: type[T], limits: Limits, error: ErrorType) -> T:

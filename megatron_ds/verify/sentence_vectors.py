@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megatron_ds.errors import ConversionError
+from megatron_ds.untrusted import file_inside, read_json
+from megatron_ds.untrusted.limits import MODEL_SETTINGS
 
 
 def sentence_vectors(directory: Path, states: Tensor, mask: Tensor | None) -> Tensor:
@@ -20,12 +23,13 @@ def sentence_vectors(directory: Path, states: Tensor, mask: Tensor | None) -> Te
     Returns:
         (B, H).
     """
-    modules = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
+    modules = read_json(directory / "modules.json", MODEL_SETTINGS, ConversionError)
     tokens = torch.ones(states.shape[:2]) if mask is None else mask.ne(0).float()
     vectors = states
     for module in modules[1:]:
         if module["type"].endswith("Pooling"):
-            config = json.loads((directory / module["path"] / "config.json").read_text(encoding="utf-8"))
+            place = file_inside(directory, f"{module['path']}/config.json", "modules.json", ConversionError)
+            config = read_json(place, MODEL_SETTINGS, ConversionError)
             vectors = torch.stack([_pool(config, row, seen) for row, seen in zip(states, tokens)])
         else:
             vectors = vectors / vectors.square().sum(1, keepdim=True).sqrt()

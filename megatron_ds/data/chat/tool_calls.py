@@ -67,7 +67,7 @@ def parse_json(text: str, place: str) -> Any:
     """
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"data: {place} is not JSON ({error})") from error
 
 

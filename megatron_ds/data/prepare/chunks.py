@@ -25,6 +25,7 @@ from megatron_ds.data.readers.row import Row
 from megatron_ds.data.readers.source import Source, as_source, find_field
 from megatron_ds.data.readers.sources import Table, find_source
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted.limits import ROW
 
 if TYPE_CHECKING:
     import datasets
@@ -185,7 +186,9 @@ class Reader:
             if chunk.start:
                 file.readline()  # belongs to the chunk before, unless a line ends exactly here
             line = 0
-            while file.tell() < chunk.stop and (raw := file.readline()):
+            while file.tell() < chunk.stop and (raw := file.readline(ROW.max_bytes + 1)):
+                if len(raw) > ROW.max_bytes:
+                    raise DataError(f"data: {chunk.path}: a line has more than {ROW.max_bytes:,} bytes; {ROW.fix}")
                 if raw.strip():
                     yield self._of_json(raw, line)
                 line += 1

@@ -207,7 +207,7 @@ class _JsonLinesFile:
         self._file, self._source = file, source
         index = []
         with file.open() as stream:
-            for line in lines(stream):
+            for line in lines(stream, str(file.path)):
                 where = f"{file.path}:{line.number}"
                 if accept(Row(where, partial(parse_json_line, line.raw, where)), file):
                     index.append((line.number, line.offset, len(line.raw)))

@@ -12,6 +12,7 @@ from json import JSONDecodeError
 from typing import IO, Any, NamedTuple
 
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted.limits import ROW
 
 WRAPPERS = ("data", "rows", "examples", "items", "records", "instances", "samples", "train")
 """Names under which an object holds the list of rows."""
@@ -91,6 +92,8 @@ class _Text:
                     raise self.error(error.msg if left > 0 else "the document is cut off") from error
             except RecursionError as error:
                 raise self.error("it is nested too deeply") from error
+            except ValueError as error:  # of a number of thousands of digits
+                raise self.error(str(error)) from error
             else:
                 if end < len(self._text) or self._ended:  # else a number may go on
                     found = Value(self.line, value)
@@ -108,6 +111,8 @@ class _Text:
 
     def _read(self) -> None:
         """Read at least as much as is unparsed, so that a long value is not parsed again too often."""
+        if len(self._text) - self._at > ROW.max_bytes:
+            raise self.error(f"a value of more than {ROW.max_bytes:,} characters")
         raw = self._stream.read(max(_BLOCK_BYTES, len(self._text) - self._at))
         try:
             more = self._decoder.decode(raw, final=not raw)

@@ -11,6 +11,7 @@ from megatron_ds.data.readers.file_kinds import BOM, DataFile
 from megatron_ds.data.readers.json_document import WRAPPERS, document_rows
 from megatron_ds.data.readers.row import Row
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted.limits import ROW
 
 _SCALAR = r'\s*("(?:[^"\\]|\\.)*"|[\w.+-]+)\s*'
 _WRAPPED = re.compile(rf'\{{(\s*"[^"]*"\s*:{_SCALAR},)*\s*"(?P<list>{"|".join(WRAPPERS)})"\s*:\s*\[\s*[{{\]]')
@@ -24,10 +25,20 @@ class Line(NamedTuple):
     raw: bytes
 
 
-def lines(stream: IO[bytes]) -> Iterator[Line]:
-    """Yield every line of a stream that is not blank, with one line in memory at a time."""
+def lines(stream: IO[bytes], name: str) -> Iterator[Line]:
+    """Yield every line of a stream that is not blank, with one line in memory at a time.
+
+    Args:
+        stream: the lines.
+        name: of the file, for errors.
+
+    Raises:
+        DataError: a line is longer than a row may be.
+    """
     offset = 0
-    for number, raw in enumerate(stream, 1):
+    for number, raw in enumerate(iter(partial(stream.readline, ROW.max_bytes + 1), b""), 1):
+        if len(raw) > ROW.max_bytes:
+            raise DataError(f"data: {name}:{number}: longer than {ROW.max_bytes:,} bytes; {ROW.fix}")
         if not raw.isspace():
             yield Line(number, offset, raw)
         offset += len(raw)
@@ -59,7 +70,7 @@ def json_rows(file: DataFile, columns: Collection[str]) -> Iterator[Row]:
                 where = f"{file.path}:{line} (row {number})"
                 yield Row(where, partial(_require_object, value, where))
         else:
-            for one in lines(stream):
+            for one in lines(stream, str(file.path)):
                 where = f"{file.path}:{one.number}"
                 yield Row(where, partial(parse_json_line, one.raw, where))
 
@@ -96,7 +107,7 @@ def _is_json(raw: bytes) -> bool:
 
 def _has_one_line(file: DataFile) -> bool:
     with file.open() as stream:
-        return sum(1 for _ in islice(lines(stream), 2)) == 1
+        return sum(1 for _ in islice(lines(stream, str(file.path)), 2)) == 1
 
 
 def _require_object(value: Any, where: str) -> dict[str, Any]:

@@ -6,22 +6,24 @@ contains all that it shows: it opens without a network, on light and on dark scr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_ds.atomic import replacing
 from megatron_ds.config.yaml_text import parse_yaml
+from megatron_ds.errors import DataError
 from megatron_ds.monitor.report.columns import Columns, read_columns
 from megatron_ds.monitor.report.panels import draw_panels
 from megatron_ds.monitor.report.sessions import Session, read_sessions
 from megatron_ds.monitor.report.style import SCRIPT, STYLE
 from megatron_ds.monitor.summary_text import format_duration
+from megatron_ds.untrusted import read_complete_lines, read_record, read_text
+from megatron_ds.untrusted.limits import RUN_FILE, RUN_LINE, RUN_RECORD
+from megatron_ds.untrusted.records import Record
 
 REPORT = "report.html"
 
@@ -126,17 +128,33 @@ def _num_steps(config: str) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
+class _SourceUsage(Record):
+    name: str
+    samples: int
+    weight: float
+    epochs: float
+
+
+class _DataUsage(Record):
+    sources: list[_SourceUsage]
+
+
+class _Save(Record):
+    bytes: int
+    paused_s: float
+
+
 def _data(path: Path) -> str:
     """Return the samples that each corpus gave."""
     if not path.is_file():
         return ""
-    sources: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["sources"]
-    total, weights = sum(one["samples"] for one in sources) or 1, sum(one["weight"] for one in sources) or 1
+    sources = read_record(path, _DataUsage, RUN_RECORD, DataError).sources
+    total, weights = sum(one.samples for one in sources) or 1, sum(one.weight for one in sources) or 1
     rows = "".join(
-        f'<tr><td class="path">{escape(str(one["name"]))}</td><td class="n">{one["samples"]:,}</td>'
-        f'<td class="n">{one["samples"] / total:.1%}</td><td class="n">{one["weight"] / weights:.1%}</td>'
-        f'<td><span class="bar"><i style="width:{one["samples"] / total:.1%}"></i></span></td>'
-        f'<td class="n">{one["epochs"]:.2f}</td></tr>'
+        f'<tr><td class="path">{escape(one.name)}</td><td class="n">{one.samples:,}</td>'
+        f'<td class="n">{one.samples / total:.1%}</td><td class="n">{one.weight / weights:.1%}</td>'
+        f'<td><span class="bar"><i style="width:{one.samples / total:.1%}"></i></span></td>'
+        f'<td class="n">{one.epochs:.2f}</td></tr>'
         for one in sources
     )
     head = (
@@ -148,13 +166,12 @@ def _data(path: Path) -> str:
 
 def _saves(path: Path) -> list[tuple[str, str]]:
     """Return a row about the checkpoints; none without any."""
-    lines = [json.loads(line) for line in _text(path).splitlines(keepends=True) if line.endswith("\n")]
-    if not lines:
+    saves, num_damaged = read_complete_lines(path, _Save, RUN_LINE, DataError) if path.is_file() else ([], 0)
+    if not saves:
         return []
-    size, paused_s = lines[-1]["bytes"] / 1e9, sum(one["paused_s"] for one in lines)
-    return [
-        ("checkpoints", f"{len(lines)} saved, the last of {size:,.2f} GB; training paused {paused_s:,.1f} s for all")
-    ]
+    size, paused_s = saves[-1].bytes / 1e9, sum(one.paused_s for one in saves)
+    text = f"{len(saves)} saved, the last of {size:,.2f} GB; training paused {paused_s:,.1f} s for all"
+    return [("checkpoints", f"{text}; {num_damaged} more lines of {path.name} are damaged" if num_damaged else text)]
 
 
 def _sessions(sessions: Sequence[Session]) -> str:
@@ -190,4 +207,4 @@ def _time(text: str) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path, RUN_FILE, DataError) if path.is_file() else ""

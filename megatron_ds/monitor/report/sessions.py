@@ -9,16 +9,21 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field
+
+from megatron_ds.errors import DataError
 from megatron_ds.monitor.reporter import RunSummary
 from megatron_ds.monitor.summary_text import summary_rows
+from megatron_ds.untrusted import read_complete_lines
+from megatron_ds.untrusted.limits import RUN_LINE
+from megatron_ds.untrusted.records import Record
 from megatron_ds.version import __version__
 
 SESSIONS = "sessions.jsonl"
@@ -66,17 +71,33 @@ def write_end(output: Path, outcome: str) -> None:
 def read_sessions(output: Path) -> list[Session]:
     """Return the sessions of the newest run in an output, in their order; none if an earlier version wrote it."""
     path = output / SESSIONS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    events, _ = read_complete_lines(path, _Event, RUN_LINE, DataError) if path.is_file() else ([], 0)
     sessions: list[Session] = []
-    for record in _records(lines):
-        if record["event"] == "start":
-            after = record["resumed_after"]
-            sessions = sessions if after is not None else []
-            facts = [(name, text) for name, text in record["facts"]]
-            sessions.append(Session(record["time"], after, facts, record["environment"]))
+    for one in events:
+        if one.event == "start":
+            sessions = sessions if one.resumed_after is not None else []
+            sessions.append(Session(one.time, one.resumed_after, one.facts, one.environment))
         elif sessions:
-            sessions[-1].ended, sessions[-1].outcome = record["time"], record["outcome"]
+            sessions[-1].ended, sessions[-1].outcome = one.time, one.outcome
     return sessions
+
+
+def _checked_time(text: str) -> str:
+    """Return a time in ISO 8601 that has the offset of its zone."""
+    if datetime.fromisoformat(text).utcoffset() is None:
+        raise ValueError("a time without the offset of its zone")
+    return text
+
+
+class _Event(Record):
+    """A line of the file, which may be of a later version with other keys."""
+
+    event: Literal["start", "end"]
+    time: Annotated[str, AfterValidator(_checked_time)]
+    resumed_after: int | None = None
+    facts: list[tuple[str, str]] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
+    outcome: str = ""
 
 
 def environment() -> dict[str, str]:
@@ -98,13 +119,6 @@ def environment() -> dict[str, str]:
         "processors": f"{os.cpu_count()} {platform.machine()}",
         "command": " ".join(sys.argv),
     }
-
-
-def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    """Yield the complete lines; those torn by a crash are left out."""
-    for line in lines:
-        with suppress(json.JSONDecodeError):
-            yield json.loads(line)
 
 
 def _append(output: Path, record: Mapping[str, Any]) -> None:

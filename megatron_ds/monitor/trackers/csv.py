@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_ds.atomic import replacing
+from megatron_ds.errors import DataError
 from megatron_ds.monitor.metrics import archive_name
 from megatron_ds.monitor.sinks import SINKS, SinkInfo
 from megatron_ds.monitor.trackers.tracker import Tracker
 from megatron_ds.monitor.trackers.values import Line
+from megatron_ds.untrusted import read_lines
+from megatron_ds.untrusted.limits import RUN_LINE
 
 STEP = "step"
 
@@ -66,8 +69,10 @@ class Csv(Tracker):
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the names of the columns and the complete rows; a row torn by a crash is left out."""
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(complete.splitlines())
-    rows = list(reader)
+    try:
+        lines = [line.decode("utf-8") for line in read_lines(path, RUN_LINE, DataError) if line.endswith(b"\n")]
+        reader = csv.DictReader("".join(lines).splitlines())
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise DataError(f"{path} is no table of a run ({problem}); move it away") from problem
     return list(reader.fieldnames or [STEP]), rows

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.atomic import replacing
+from megatron_ds.errors import DataError
 from megatron_ds.monitor.metrics import LastSteps
 from megatron_ds.monitor.sinks import SinkInfo
+from megatron_ds.untrusted import read_record
+from megatron_ds.untrusted.limits import RUN_RECORD
+from megatron_ds.untrusted.records import Record
 
 FILE = "trackers.json"
 
@@ -60,7 +64,16 @@ def _later(one: LastSteps, other: LastSteps) -> LastSteps:
 
 def _read(output: Path) -> dict[str, Any]:
     path = output / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    found = read_record(path, dict[str, _Entry], RUN_RECORD, DataError)
+    return {name: entry.model_dump() for name, entry in found.items()}
+
+
+class _Entry(Record):
+    id: str
+    step: int
+    valid: int
 
 
 def _write(output: Path, entries: dict[str, Any]) -> None:
