@@ -7,14 +7,27 @@ before the closest value that is allowed, `try` before an action.
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 _LONGEST_VALUE = 80
+_LONGEST_MESSAGE = 1600
+_ODD = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that end a line, that terminals act on, or that no stream can write."""
 
 
 class MegatronDSError(Exception):
-    """Base of all errors that a user can cause and fix."""
+    """Base of all errors that a user can cause and fix.
+
+    The text is one line of limited length, whatever a file holds that it names.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST_MESSAGE:
+            text = f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 4 :]}"
+        return text if text.isprintable() else _ODD.sub(lambda odd: odd[0].encode("unicode_escape").decode(), text)
 
 
 class ConfigError(MegatronDSError):
@@ -50,7 +63,10 @@ class RemoteError(MegatronDSError):
 
 
 class LaunchError(MegatronDSError):
-    """A rank died, hung or could not be started."""
+    """A rank died, hung or could not be started. The text may have the lines of a traceback."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 def show(value: Any) -> str:

@@ -21,11 +21,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import filelock
+import xxhash
 
 from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint.files import FileRecord, flush, write_bytes
@@ -101,7 +102,14 @@ def temporary_for(folder: Path, step: int) -> Path:
 def write_manifest(directory: Path, records: dict[str, FileRecord]) -> None:
     """Write the manifest, the last file of a checkpoint."""
     files = {name: asdict(records[name]) for name in sorted(records)}
-    write_bytes(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
+    content = {"files": files, "files_xxh3_128": _digest(records)}
+    write_bytes(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _digest(records: Mapping[str, FileRecord]) -> str:
+    """Return the checksum of a manifest's own content; earlier versions wrote none."""
+    lines = (f"{name}\n{records[name].bytes}\n{records[name].xxh3_128}\n" for name in sorted(records))
+    return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:
@@ -112,7 +120,10 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     """
     path = directory / MANIFEST
     try:
-        files = read_record(path, _Manifest, CHECKPOINT_RECORD, CheckpointError).files
+        manifest = read_record(path, _Manifest, CHECKPOINT_RECORD, CheckpointError)
+        files = manifest.files
+        if manifest.files_xxh3_128 not in (None, _digest(files)):
+            raise CheckpointError(f"{path}: files_xxh3_128 is not the checksum of its files")
         for name in files:
             file_inside(directory, name, name, CheckpointError)
     except CheckpointError as problem:
@@ -124,6 +135,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 
 class _Manifest(Record):
     files: dict[str, FileRecord]
+    files_xxh3_128: str | None = None
 
 
 def put_in_place(folder: Path, step: int) -> Path:

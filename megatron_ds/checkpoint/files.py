@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -163,7 +164,10 @@ def record_file(path: Path) -> FileRecord:
 def damage(path: Path, expected: FileRecord) -> str | None:
     """Return the damage of a file as a short text; None if it is intact."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "is no regular file"
+        size = status.st_size
         if size != expected.bytes:
             return f"has {size} bytes instead of {expected.bytes}"
         return None if record_file(path) == expected else "does not match its checksum"

@@ -193,7 +193,7 @@ def _rope_of(config: Any, kind: str, head_dim: int) -> RotaryConfig:
 
 
 def _check_rope_fields(parameters: Mapping[str, Any], kind: str, path: str) -> None:
-    if kind not in _ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
         raise ConversionError(f"{path}.rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_NEEDS)}")
     known = {*_ROPE_ALWAYS, *_ROPE_NEEDS[kind], *_ROPE_MAY_HAVE.get(kind, ())}
     for name, value in parameters.items():

@@ -144,7 +144,7 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
     require_regular(file, ConversionError)
     try:
         safe_open(file, framework="pt")  # refuses truncated, overlapping and gapped data, and oversized headers
-    except SafetensorError as problem:
+    except (SafetensorError, MemoryError) as problem:  # a MemoryError: it is too large to be mapped
         raise ConversionError(f"{file}: damaged, or not safetensors ({problem})") from problem
     with open(file, "rb") as handle:
         header_bytes = int.from_bytes(handle.read(8), "little")

@@ -150,8 +150,12 @@ def part_rows(part: Part, source: Source, only: Collection[str] | None) -> Itera
     with naming_damage(part.path, part.compression or ("" if part.content in ("text", "json") else part.content)):
         match part.content:
             case "text":
-                with part.open() as stream:
-                    raw = stream.read()
+                try:
+                    with part.open() as stream:
+                        raw = stream.read()
+                except MemoryError:
+                    fix = "try JSON lines, with a document on each"
+                    raise DataError(f"data: {part.path}: does not fit into memory as one document; {fix}") from None
                 yield Row(str(part.path), partial(_text_fields, raw, part.path))
             case "json":
                 yield from json_rows(part, _data_names(source))

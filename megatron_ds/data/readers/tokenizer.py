@@ -1,9 +1,11 @@
 """Tokenizers: loading from a directory or the hub, required special tokens, and a hash of their behaviour."""
 
 import hashlib
+import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -11,8 +13,9 @@ from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sen
 from megatron_ds.errors import DataError, HubError
 from megatron_ds.hub import hub_id, local_directory
 from megatron_ds.remote import is_url
-from megatron_ds.untrusted import read_json
+from megatron_ds.untrusted import read_json, read_record
 from megatron_ds.untrusted.limits import TOKENIZER_SETTINGS
+from megatron_ds.untrusted.records import Record
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
 
@@ -29,6 +32,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     remedy = "point model.tokenizer at a directory written by a tokenizer's save_pretrained"
     if not directory.is_dir():
         directory = _download(path, remedy)
+    _check_settings(directory / "tokenizer_config.json")
     try:
         file = sentencepiece_file(directory)
         if file is not None:
@@ -135,6 +139,26 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
             if file.is_file():
                 digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+class _Settings(Record):
+    """Fields of tokenizer_config.json of which transformers does not check the types."""
+
+    model_max_length: int | float | None = None
+    padding_side: Literal["left", "right"] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    tokenizer_class: str | None = None
+    model_input_names: list[str] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    clean_up_tokenization_spaces: bool | None = None
+
+
+def _check_settings(file: Path) -> None:
+    """Refuse settings of a wrong type, which would fail later in the code of transformers."""
+    if os.path.lexists(file):
+        read_record(file, _Settings, TOKENIZER_SETTINGS, DataError)
 
 
 def _declared_class(directory: Path) -> str | None:
