@@ -195,10 +195,11 @@ def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _duration_s(session: Session) -> float:
-    """Return how long a session has lasted; 0 if its end is not recorded."""
-    if not session.ended:
+    """Return how long a session has lasted; 0 if its end is not recorded, or a time is damaged."""
+    try:
+        return (datetime.fromisoformat(session.ended) - datetime.fromisoformat(session.started)).total_seconds()
+    except (ValueError, TypeError):  # a TypeError: one of them has no time zone
         return 0.0
-    return (datetime.fromisoformat(session.ended) - datetime.fromisoformat(session.started)).total_seconds()
 
 
 def _time(text: str) -> str:

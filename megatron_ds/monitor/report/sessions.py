@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from megatron_ds.errors import DataError
 from megatron_ds.monitor.reporter import RunSummary
@@ -82,18 +82,11 @@ def read_sessions(output: Path) -> list[Session]:
     return sessions
 
 
-def _checked_time(text: str) -> str:
-    """Return a time in ISO 8601 that has the offset of its zone."""
-    if datetime.fromisoformat(text).utcoffset() is None:
-        raise ValueError("a time without the offset of its zone")
-    return text
-
-
 class _Event(Record):
     """A line of the file, which may be of a later version with other keys."""
 
     event: Literal["start", "end"]
-    time: Annotated[str, AfterValidator(_checked_time)]
+    time: str
     resumed_after: int | None = None
     facts: list[tuple[str, str]] = Field(default_factory=list)
     environment: dict[str, str] = Field(default_factory=dict)
