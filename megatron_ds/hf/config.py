@@ -30,6 +30,7 @@ from megatron_ds.hf.quantised import FIELDS as QUANTISED
 from megatron_ds.hf.quantised import Quantisation, find_quantisation
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.sentence_modules import gives_vectors
+from megatron_ds.hf.size_limits import check_parameters, check_sizes
 from megatron_ds.hf.weight_files import has_weights, open_directory
 from megatron_ds.log import log_once
 from megatron_ds.models.config import ModelConfig
@@ -148,6 +149,7 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]],
         directory: with config.json; None = it is in no directory.
     """
     raw = in_present_words(on_disk)
+    check_sizes(raw)
     family = find_family(raw, tensors)
     _check_class_names(family, raw.get("architectures"))  # first: another class may read other fields
     raw = family.complete_fields(raw)
@@ -158,6 +160,7 @@ def _translate(on_disk: Mapping[str, Any], tensors: Callable[[], Sequence[str]],
     for part, its_config in family.parts_of_config(known, config):
         _refuse_contradictions(part, its_config)
     family, core = with_heads(family, family.translate(config), raw.get("architectures"), config)
+    check_parameters(family, core)
     _note_num_labels(known, core)
     family, core = _without_missing_head(family, core, raw.get("architectures") or [], tensors)
     family, core = _without_unused_head(family, core, raw.get("architectures") or [], directory)

@@ -58,6 +58,12 @@ class HFWeights:
 
     def __init__(self, directory: str | Path, model: HFModel) -> None:
         source, problems = open_directory(directory), list[NamesError]()
+        blocks = sum(stack.num_stored_blocks for stack in model.core.stacks.values())
+        if blocks > len(source.names):  # before tables of that many names are made
+            raise ConversionError(
+                f"{directory}: {len(source.names)} tensors cannot be those of the {blocks:,} layers that config.json "
+                "has; try the config.json of these weights"
+            )
         if model.quantisation is not None:
             source = source.dequantised(model.quantisation)
         # what is passed through keeps its names, so the others must have theirs too
