@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -59,6 +60,25 @@ class Command:
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
 
+    def descendants(self) -> list[int]:
+        """Pids of the processes that it has started, and that these have started, while it runs."""
+        found, waiting = [], [self.process.pid]
+        while waiting:
+            pid = waiting.pop()
+            try:
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            except OSError:
+                continue
+            waiting += map(int, children)
+            found += map(int, children)
+        return found
+
+    def kill_all(self) -> None:
+        """Kill it and what it has started, the parents first, so that none can respond to the end of another."""
+        for pid in (self.process.pid, *self.descendants()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
 
 class Job:
     """Commands that make one job."""
@@ -100,10 +120,9 @@ class Job:
             time.sleep(_POLL_S)
 
     def end(self) -> None:
-        """Kill what still runs of it on its machines."""
+        """Kill what still runs of it."""
         for one in self.commands:
-            one.kill(signal.SIGCONT)
-            one.kill()
+            one.kill_all()
             one.process.wait()
 
 
@@ -160,6 +179,18 @@ def start_cold(
             start_new_session=True,
         )
     return Command(name, machine, log, process, time.monotonic())
+
+
+def rank_pid(machine: Machine, variable: str) -> int | None:
+    """Return the pid of the rank on a machine whose environment has a variable, such as `RANK=1`; None if none runs."""
+    found = []
+    for pid in machine.processes():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if words[1:4] in ([b"-m", b"megatron_ds", b"train"], [b"-u", b"-m", b"megatron_ds"]):
+                found += [pid] if variable.encode() in variables else []
+    return min(found, default=None)
 
 
 def _new_log(folder: Path, name: str) -> Path:

@@ -139,15 +139,16 @@ class Cluster:
             commands.append(start_fork(machine, f"rank{rank}", words, self.folder, prepare, **variables))
         return self.job(commands)
 
-    def start_torchrun(
-        self, run_file: Path, *arguments: object, options: Sequence[str] = (), per_machine: int = 1
-    ) -> Job:
-        """Start torchrun on the first two machines."""
-        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"node1:{self.port()}")
-        command = ("torchrun", "--nnodes", 2, "--nproc-per-node", per_machine, *rendezvous, *options)
-        words = (*command, "-m", "megatron_ds", "train", run_file, *arguments)
-        machines = self.machines[:2]
-        return self.job([start_cold(machine, "torchrun", words, self.folder, self.folder) for machine in machines])
+    def start_torchrun(self, run_file: Path, port: int, options: Sequence[str] = ()) -> Job:
+        """Start torchrun, each with one rank, on the first two machines."""
+        return self.job([self.torchrun_on(machine, run_file, port, options) for machine in self.machines[:2]])
+
+    def torchrun_on(self, machine: Machine, run_file: Path, port: int, options: Sequence[str]) -> Command:
+        """Start torchrun on one of two machines, with the rendezvous on the first."""
+        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"node1:{port}")
+        command = ("torchrun", "--nnodes", 2, "--nproc-per-node", 1, *rendezvous, *options)
+        words = (*command, "-m", "megatron_ds", "train", run_file)
+        return start_cold(machine, f"torchrun-{machine.name}", words, self.folder, self.folder)
 
     def end(self) -> None:
         """Kill what still runs of its jobs."""

@@ -84,12 +84,6 @@ class Machine:
                 continue  # it has ended, or is a zombie
         return found
 
-    def kill(self) -> None:
-        """Kill all its processes at once, as if its power failed, except that connections are closed."""
-        while left := self.processes():
-            for pid in left:
-                _signal(pid, signal.SIGKILL)
-
 
 def make_machines(names: Sequence[str], folder: Path, network: int, visible: Sequence[Path]) -> list[Machine]:
     """Make machines that are joined by a bridge. They end with this process.
@@ -178,10 +172,3 @@ def _call(name: str, *arguments: object) -> None:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
