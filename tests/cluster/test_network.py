@@ -33,11 +33,9 @@ def wide_link(machines: list[Machine]) -> Iterator[str]:
         process.kill()
 
 
-@pytest.mark.parametrize("interface", [{"GLOO_SOCKET_IFNAME": WIDE}], ids=["named"])
-def test_200_ms_and_1_percent_loss(
-    interface: dict[str, str], wide_link: str, cluster: Cluster, alone: Alone, seen: Seen
-) -> None:
-    job = cluster.start_ranks(cluster.write_run({}), master=wide_link, environ=interface)
+@pytest.mark.timeout(200)
+def test_200_ms_and_1_percent_loss(wide_link: str, cluster: Cluster, alone: Alone, seen: Seen) -> None:
+    job = cluster.start_ranks(cluster.write_run({}), master=wide_link)
     statuses = job.wait(120)
     assert set(statuses) == {0}, job.text
     found = difference(losses(cluster.folder / "run"), alone({}))
@@ -112,3 +110,26 @@ def test_sigterm_while_waiting(rank: int, cluster: Cluster, seen: Seen) -> None:
     seen(f"status {status} after {time.monotonic() - since:.1f} s")
     assert status in (143, -signal.SIGTERM)
     assert not (cluster.folder / "run").exists()
+
+
+@pytest.fixture
+def own_name_is_loopback(machines: list[Machine]) -> Iterator[None]:
+    """/etc/hosts as Debian's and Ubuntu's installers write it: the own name is 127.0.1.1."""
+    lines = [f"{machine.address} {machine.name}" for machine in machines]
+    for machine in machines:
+        others = [line for line in lines if not line.endswith(machine.name)]
+        machine.write_hosts([f"127.0.1.1 {machine.name}", *others])
+    yield
+    for machine in machines:
+        machine.write_hosts(lines)
+
+
+@pytest.mark.usefixtures("own_name_is_loopback")
+@pytest.mark.parametrize("master", ["address", "name"])
+def test_own_name_is_loopback(master: str, cluster: Cluster, alone: Alone, seen: Seen) -> None:
+    """Gloo would listen at 127.0.1.1, where no other machine finds it; it takes the interface to the master."""
+    job = cluster.start_ranks(cluster.write_run({}), master=getattr(cluster.machines[0], master))
+    assert set(job.wait(60)) == {0}, job.text
+    found = difference(losses(cluster.folder / "run"), alone({}))
+    seen(f"{found:.0e} from one process's")
+    assert found <= BOUND
