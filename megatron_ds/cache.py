@@ -16,6 +16,8 @@ _CACHE = "XDG_CACHE_HOME"
 # Variables that name directories of libraries -> the directory without them.
 _DEFAULTS = {_CACHE: "~/.cache", "MPLCONFIGDIR": "~/.config/matplotlib", "TRITON_HOME": "~"}
 _HUGGING_FACE = "HF_HOME"
+_MORE_TEMPORARY = ("/dev/shm", "/var/tmp")
+_SCRATCH_BYTES, _SCRATCH_FILES = 2**26, 100
 _HUGGING_FACE_PARTS = {"HF_DATASETS_CACHE": "datasets", "HF_MODULES_CACHE": "modules"}
 
 
@@ -88,6 +90,26 @@ def _temporary_cache() -> Path:
     if not is_ours:
         raise ConfigError(f"{folder} belongs to another user, and caches need a directory; set {_CACHE} to one")
     return folder
+
+
+def scratch_directory() -> Path:
+    """Return a directory for small temporary files: the usual one, or another of this machine if that is almost full.
+
+    Raises:
+        ConfigError: none can be written.
+    """
+    usual = temporary_directory()
+    places = (usual, *map(Path, _MORE_TEMPORARY))
+    return next((place for place in places if _has_room(place)), usual)
+
+
+def _has_room(place: Path) -> bool:
+    try:
+        found = os.statvfs(place)
+    except OSError:
+        return False
+    has_files = found.f_files == 0 or found.f_favail >= _SCRATCH_FILES  # some file systems do not count them
+    return os.access(place, os.W_OK | os.X_OK) and has_files and found.f_bavail * found.f_frsize >= _SCRATCH_BYTES
 
 
 def temporary_directory() -> Path:

@@ -4,10 +4,13 @@ import getpass
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megatron_ds.cache import cache_folder, temporary_directory, use_writable_caches
+from megatron_ds import cache
+from megatron_ds.cache import cache_folder, scratch_directory, temporary_directory, use_writable_caches
 from megatron_ds.errors import ConfigError
 
 NAMES = ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME", "HF_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE")
@@ -112,3 +115,24 @@ def test_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", NOWHERE)
     with pytest.raises(ConfigError, match=rf"TMPDIR={NOWHERE}: neither it nor /tmp can be written; set TMPDIR"):
         temporary_directory()
+
+
+def test_a_full_temporary_directory_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, other, real = tmp_path / "usual", tmp_path / "other", os.statvfs
+    usual.mkdir()
+    other.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(usual))
+    monkeypatch.setattr(cache, "_MORE_TEMPORARY", (NOWHERE, str(other)))
+    assert scratch_directory() == usual
+    room = {usual: 4096}
+
+    def statvfs(place: Path) -> Any:
+        found = real(place)
+        return SimpleNamespace(
+            f_files=found.f_files, f_favail=found.f_favail, f_frsize=1, f_bavail=room.get(place, 2**30)
+        )
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert scratch_directory() == other
+    room[other] = 4096
+    assert scratch_directory() == usual, "whatever is written there then says that it is full"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds import untrusted
+from megatron_ds.cache import scratch_directory
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.errors import ConversionError, DataError
 from megatron_ds.hf.carried_files import copy_carried_files
@@ -190,7 +191,7 @@ def small_files(
     model: HFModel, dtype: str, model_path: str | Path | None, tokenizer_path: str | Path | None
 ) -> dict[str, bytes]:
     """Return the files that `write_small_files` writes: path in the directory -> content."""
-    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-", dir=scratch_directory()) as place:
         write_small_files(Path(place), model, dtype, model_path, tokenizer_path)
         files = sorted(path for path in Path(place).rglob("*") if path.is_file())
         return {str(path.relative_to(place)): path.read_bytes() for path in files}
@@ -247,7 +248,7 @@ def _add_converted(source: Path, target: Path) -> None:
     except DataError as problem:  # the weights can be exported all the same
         get_logger().warning("%s; its files are copied as they are", problem)
         return
-    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-", dir=scratch_directory()) as place:
         tokenizer.save_pretrained(place)
         shutil.copyfile(Path(place) / "tokenizer.json", target / "tokenizer.json")
         made = read_json(Path(place) / TOKENIZER_CONFIG, limits=TOKENIZER_SETTINGS)

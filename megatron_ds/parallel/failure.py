@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -64,7 +65,7 @@ def lost_peer(problem: BaseException) -> bool:
 
 
 def write_failure(file: Path, rank: int, problem: BaseException) -> None:
-    """Record the exception being handled, in the rank that it ends."""
+    """Record the exception being handled, in the rank that it ends; if that is not possible it is shown on stderr."""
     text = "".join(traceback.format_exception(problem)).rstrip()
     error = problem if isinstance(problem, MegatronDSError) else None
     failure = Failure(rank, time.time(), error, text, lost_peer(problem))
@@ -73,12 +74,18 @@ def write_failure(file: Path, rank: int, problem: BaseException) -> None:
         pickle.loads(content)
     except Exception:  # the exception cannot be pickled, its text can
         content = pickle.dumps(Failure(rank, failure.at_s, None, text, failure.is_echo))
-    file.write_bytes(content)
+    try:
+        file.write_bytes(content)
+    except OSError as problem:  # the cause of the rank's end must not be lost
+        sys.stderr.write(f"rank {rank} failed:\n{text}\n({file} cannot be written: {problem.strerror or problem})\n")
 
 
-def read_failure(file: Path) -> Failure:
-    """Read the file of `write_failure`."""
-    failure = pickle.loads(file.read_bytes())
+def read_failure(file: Path) -> Failure | None:
+    """Read the file of `write_failure`; None if it is empty, or cut off by a full disk."""
+    try:
+        failure = pickle.loads(file.read_bytes())
+    except (EOFError, pickle.UnpicklingError):
+        return None
     assert isinstance(failure, Failure), type(failure)
     return failure
 

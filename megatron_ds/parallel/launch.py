@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.cache import temporary_directory
+from megatron_ds.cache import scratch_directory
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import flush_streams, get_logger
 from megatron_ds.parallel.failure import INTERRUPTED, GroupError, find_cause, read_failure, write_failure
+from megatron_ds.parallel.rank_files import FAILURE_FILE, RankFiles
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 
 __all__ = ["RENDEZVOUS_FILE", "RankInfo", "run_local"]
@@ -49,6 +50,7 @@ class _Rank:
 
     index: int
     pid: int
+    files: RankFiles
     status: int | None = None
 
     @property
@@ -83,18 +85,20 @@ def run_local(fn: Callable[[RankInfo], Any], world_size: int, timeout_s: float |
         SystemExit: after another signal, if its handler, which is called once more, lets this process live.
     """
     _check_forkable()
-    folder = Path(tempfile.mkdtemp(prefix="megatron_ds-", dir=temporary_directory()))
+    folder = Path(tempfile.mkdtemp(prefix="megatron_ds-", dir=scratch_directory()))
     ranks: list[_Rank] = []
     received: list[int] = []
     try:
         with _passing_on(ranks, received):
             _fork_all(fn, world_size, folder, ranks)
-            _supervise(ranks, folder, timeout_s, received)
-        return [_result(folder / f"{rank}.result") for rank in range(world_size)]
+            _supervise(ranks, timeout_s, received)
+        return [_result(rank.files.result) for rank in ranks]
     except _Ended as problem:
         ended_by = problem.number
     finally:
         _end(ranks)
+        for rank in ranks:
+            rank.files.close()
         shutil.rmtree(folder, ignore_errors=True)
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
@@ -138,7 +142,8 @@ def _used_cuda(cause: str) -> LaunchError:
 
 def _result(file: Path) -> Any:
     """Read the result of a rank; None if it left by sys.exit(0)."""
-    return pickle.loads(file.read_bytes()) if file.is_file() else None
+    content = file.read_bytes()
+    return pickle.loads(content) if content else None
 
 
 # ---- the parent ------------------------------------------------------------------------------------------------------
@@ -176,12 +181,13 @@ def _fork_all(fn: Callable[[RankInfo], Any], world_size: int, folder: Path, rank
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         for index in range(world_size):
-            ranks.append(_Rank(index, _fork(fn, RankInfo(index, world_size, index), folder, mask)))
+            info, files = RankInfo(index, world_size, index), RankFiles(folder, index)
+            ranks.append(_Rank(index, _fork(fn, info, folder, files, mask), files))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, received: Sequence[int]) -> None:
+def _supervise(ranks: Sequence[_Rank], timeout_s: float | None, received: Sequence[int]) -> None:
     """Wait until every rank has ended.
 
     Raises:
@@ -201,13 +207,13 @@ def _supervise(ranks: Sequence[_Rank], folder: Path, timeout_s: float | None, re
         if settled is None and deadline is not None and now > deadline:
             hung = [rank for rank in ranks if rank.running]
             names = ", ".join(str(rank.index) for rank in hung)
-            raise LaunchError(f"timed out after {timeout_s:g} s; ranks still running: {names}\n{_stacks(hung, folder)}")
+            raise LaunchError(f"timed out after {timeout_s:g} s; ranks still running: {names}\n{_stacks(hung)}")
         time.sleep(POLL_S)
     if not any(rank.failed for rank in ranks):
         return
     if any(rank.status == -number for rank in ranks for number in received):
         raise _Ended(received[0])  # no rank handled it
-    cause = _cause(ranks, folder)
+    cause = _cause(ranks)
     if isinstance(cause, GroupError):
         cause.is_stopping = bool(received)
     raise cause
@@ -223,23 +229,21 @@ def _reap(ranks: Sequence[_Rank]) -> None:
                 _signal_group(rank.pid, signal.SIGKILL)
 
 
-def _cause(ranks: Sequence[_Rank], folder: Path) -> BaseException:
+def _cause(ranks: Sequence[_Rank]) -> BaseException:
     statuses = {rank.index: rank.status for rank in ranks if rank.status}
-    files = [folder / f"{rank.index}.error" for rank in ranks]
-    ended = [rank.index for rank in ranks if rank.status == 0]
-    left_early = [index for index in ended if not (folder / f"{index}.result").is_file()]
-    return find_cause(statuses, [read_failure(file) for file in files if file.is_file()], left_early)
+    failures = [read_failure(rank.files.failure) for rank in ranks]
+    left_early = [rank.index for rank in ranks if rank.status == 0 and not rank.files.result.read_bytes()]
+    return find_cause(statuses, [failure for failure in failures if failure is not None], left_early)
 
 
-def _stacks(ranks: Sequence[_Rank], folder: Path) -> str:
+def _stacks(ranks: Sequence[_Rank]) -> str:
     """Return the Python stacks of some ranks, as faulthandler writes them."""
     for rank in ranks:
         os.kill(rank.pid, signal.SIGUSR2)
     time.sleep(0.5)
     texts = []
     for rank in ranks:
-        file = folder / f"{rank.index}.stacks"
-        text = file.read_text().rstrip() if file.is_file() else ""
+        text = rank.files.stacks.read_text().rstrip()
         texts.append(f"stack of rank {rank.index}:\n{text or '  (no response)'}")
     return "\n".join(texts)
 
@@ -264,7 +268,7 @@ def _signal_group(pid: int, number: int) -> None:
 # ---- the child -------------------------------------------------------------------------------------------------------
 
 
-def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:
+def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, files: RankFiles, mask: set[Any]) -> int:
     """Fork a rank that leads its own process group, and return its pid."""
     flush_streams()
     parent = os.getpid()
@@ -281,8 +285,8 @@ def _fork(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        os.environ.update(_environment(info, folder))
-        status = _call(fn, info, folder, mask)
+        os.environ.update(_environment(info, folder, files))
+        status = _call(fn, info, files, mask)
     finally:
         flush_streams()
         os._exit(status)
@@ -296,13 +300,14 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _environment(info: RankInfo, folder: Path) -> dict[str, str]:
+def _environment(info: RankInfo, folder: Path, files: RankFiles) -> dict[str, str]:
     environment = {
         "RANK": str(info.rank),
         "WORLD_SIZE": str(info.world_size),
         "LOCAL_RANK": str(info.local_rank),
         "LOCAL_WORLD_SIZE": str(info.world_size),
         RENDEZVOUS_FILE: str(folder / "rendezvous"),
+        FAILURE_FILE: str(files.failure),
     }
     environment |= loopback_interfaces()
     return environment
@@ -315,9 +320,9 @@ def loopback_interfaces(environ: Mapping[str, str] = os.environ) -> dict[str, st
     return {name: environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
 
 
-def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set[Any]) -> int:
-    """Call `fn`, write its result or failure to `folder`, and return the exit status."""
-    with open(folder / f"{info.rank}.stacks", "w") as stacks:
+def _call(fn: Callable[[RankInfo], Any], info: RankInfo, files: RankFiles, mask: set[Any]) -> int:
+    """Call `fn`, write its result or failure, and return the exit status."""
+    with open(files.stacks, "w") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -330,7 +335,7 @@ def _call(fn: Callable[[RankInfo], Any], info: RankInfo, folder: Path, mask: set
         except BaseException as problem:
             if _FORK_AFTER_CUDA in str(problem):
                 problem = _used_cuda("this process has asked CUDA for GPUs")
-            write_failure(folder / f"{info.rank}.error", info.rank, problem)
+            write_failure(files.failure, info.rank, problem)
             return INTERRUPTED if isinstance(problem, KeyboardInterrupt) else 1
-        (folder / f"{info.rank}.result").write_bytes(result)
+        files.result.write_bytes(result)
         return 0

@@ -12,7 +12,6 @@ import contextlib
 import faulthandler
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ from megatron_ds.errors import LaunchError
 from megatron_ds.log import flush_streams, get_logger
 from megatron_ds.parallel.consensus import num_waiting
 from megatron_ds.parallel.failure import write_failure
-from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
+from megatron_ds.parallel.rank_files import FAILURE_FILE, unnamed_file
+from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.rank_status import RankStatus, RankStatusStore
 from megatron_ds.parallel.rendezvous import name_ranks
 from megatron_ds.parallel.section_limits import MovedBytes, SectionLimits
@@ -217,9 +217,8 @@ class Watchdog:
         self._write(LaunchError(diagnose(statuses, alive, hang.timeout_s, hang.text)))
 
     def _write(self, problem: LaunchError) -> None:
-        if RENDEZVOUS_FILE in os.environ:
-            folder = Path(os.environ[RENDEZVOUS_FILE]).parent
-            write_failure(folder / f"{self._info.rank}.error", self._info.rank, problem)
+        if FAILURE_FILE in os.environ:
+            write_failure(Path(os.environ[FAILURE_FILE]), self._info.rank, problem)
         else:
             get_logger().error("error: %s", problem)
 
@@ -261,7 +260,7 @@ def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: f
 
 def _own_stack() -> str:
     """Return the stacks of all threads of this process."""
-    with tempfile.TemporaryFile("w+") as file:
+    with unnamed_file() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read().rstrip()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_ds.cache import scratch_directory
 from megatron_ds.config import EngineConfig, build_section
 from megatron_ds.engine import DEFAULT_SETTINGS, DeviceSettings, start_distributed, stop_distributed
 from megatron_ds.log import quiet_libraries, setup_logging
@@ -99,7 +100,7 @@ def session(
         yield Session(info, start_distributed(info, timeout_s, group, settings))
         stop_distributed()
         return
-    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as folder:
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-", dir=scratch_directory()) as folder:
         os.environ |= {RENDEZVOUS_FILE: str(Path(folder) / "rendezvous"), **loopback_interfaces()}
         try:
             device = start_distributed(RankInfo(), timeout_s, settings=settings)

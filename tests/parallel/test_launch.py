@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,3 +304,46 @@ def test_a_second_interrupt_ends_ranks_that_do_not_finish(tmp_path: Path) -> Non
         assert parent.wait(10) == 130
         for pid in pids:
             assert_gone(pid)
+
+
+# ---- a full temporary directory --------------------------------------------------------------------------------------
+
+
+def lose_the_folder() -> None:
+    """Leave the directory of the ranks' files as useless as a full disk does."""
+    shutil.rmtree(Path(os.environ[launch.RENDEZVOUS_FILE]).parent)
+
+
+def test_a_result_needs_no_room_in_the_temporary_directory() -> None:
+    def fn(info: RankInfo) -> int:
+        lose_the_folder()
+        return 7 + info.rank
+
+    assert run_local(fn, 1) == [7]
+
+
+def test_a_failure_needs_no_room_in_the_temporary_directory() -> None:
+    def fn(info: RankInfo) -> None:
+        lose_the_folder()
+        raise ValueError("broken on purpose")
+
+    with pytest.raises(LaunchError, match=r"(?s)^rank 0 failed:\nTraceback .*ValueError: broken on purpose$"):
+        run_local(fn, 1)
+
+
+def test_a_failure_that_cannot_be_written_anywhere_is_shown() -> None:
+    read, write = os.pipe()  # the length of a file is limited too
+
+    def fn(info: RankInfo) -> None:
+        sys.stderr = os.fdopen(write, "w")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+        raise ValueError("broken on purpose")
+
+    with pytest.raises(LaunchError, match=r"^rank 0 ended with exit code 1$"):
+        run_local(fn, 1)
+    os.close(write)
+    with os.fdopen(read) as shown:
+        text = shown.read()
+    assert (
+        "rank 0 failed:\nTraceback" in text and "ValueError: broken on purpose\n" in text and "File too large" in text
+    )

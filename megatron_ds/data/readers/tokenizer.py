@@ -9,6 +9,7 @@ from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_ds.cache import scratch_directory
 from megatron_ds.data.readers.sentencepiece_model import load_sentencepiece, sentencepiece_file
 from megatron_ds.errors import DataError, HubError
 from megatron_ds.hub import hub_id, local_directory
@@ -133,7 +134,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, end_id: int) -> str:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         return digest.hexdigest()
     digest.update(type(tokenizer).__name__.encode())
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=scratch_directory()) as directory:
         tokenizer.save_pretrained(directory)
         for file in sorted(Path(directory).rglob("*")):
             if file.is_file():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_ds.cache import scratch_directory
 from megatron_ds.dtypes import EXPORT_DTYPES
 from megatron_ds.hf.end_tokens import add_end_ids
 from megatron_ds.hf.export import check_fits, copy_tokenizer, exporting
@@ -30,7 +31,7 @@ from megatron_ds.hf.weights import HFWeights
 
 def adapter_files(adapters: Adapters, tokenizer_path: str | Path | None) -> dict[str, bytes]:
     """Return all files but the weights: path in the directory -> content."""
-    with tempfile.TemporaryDirectory(prefix="megatron_ds-") as place:
+    with tempfile.TemporaryDirectory(prefix="megatron_ds-", dir=scratch_directory()) as place:
         if tokenizer_path is not None:
             copy_tokenizer(Path(tokenizer_path), Path(place))
         files = sorted(path for path in Path(place).rglob("*") if path.is_file())
