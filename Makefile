@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 WEIGHTS := $(VENV)/.weights
 EXTRAS := $(VENV)/.extras
 WORKERS ?= 2
+KILLS ?= 1000
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -50,8 +51,9 @@ sweep: $(WEIGHTS) $(EXTRAS)  ## run all tests, including the sweep over every co
 cluster: $(STAMP)  ## run the tests on several machines, which are namespaces of this one (docs/launching.md)
 	$(BIN)/python -m tests.cluster $(PARTS)
 
-soak: $(STAMP)  ## run long fault injection (kills, faults, full disks) and print the counts
+soak: $(STAMP)  ## run long fault injection (faults, full disks, KILLS=1000 kills) and print the counts
 	$(BIN)/python -m pytest -m soak -s
+	$(BIN)/python -m tests.soak --kills $(KILLS)
 
 bench: $(STAMP)  ## compare speed and memory with transformers and DeepSpeed; CASES="one tp2" selects cases
 	$(BIN)/python -m bench $(CASES)
