@@ -23,6 +23,7 @@ from megatron_ds.parallel.agreement import Facts
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.parallel.watchdog import PEER_TIMEOUT_S, watch_peers
 from megatron_ds.runtime import session
 from megatron_ds.runtime.file_facts import flatten
 from megatron_ds.runtime.rank_facts import run_facts, section_facts
@@ -80,15 +81,17 @@ def start_local(job: Job, nproc: int | None) -> Evaluation:
 def _run_local_rank(job: Job, info: RankInfo) -> Evaluation:
     setup_logging(info.rank)
     torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
-    device = start_distributed(info, settings=device_settings(job.subject, job.settings))
-    found = _run(job, info, device)
-    stop_distributed()
+    with watch_peers(info):
+        device = start_distributed(info, settings=device_settings(job.subject, job.settings))
+        found = _run(job, info, device)
+        stop_distributed()
     return found
 
 
 def run_launched(job: Job) -> Evaluation | None:
     """Evaluate as one of a launcher's ranks; the first returns the result. Collective over the world."""
-    with session(settings=device_settings(job.subject, job.settings), facts=lambda: _facts(job)) as ranks:
+    settings = device_settings(job.subject, job.settings)
+    with session(settings=settings, facts=lambda: _facts(job), peer_timeout_s=PEER_TIMEOUT_S) as ranks:
         found = _run(job, ranks.info, ranks.device)
     return found if ranks.rank == 0 else None
 

@@ -27,6 +27,7 @@ from megatron_ds.parallel.agreement import Facts
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo, rank_from_environment, rank_source
+from megatron_ds.parallel.watchdog import PEER_TIMEOUT_S, watch_peers
 from megatron_ds.runtime import LoadedModel, load_model, session
 from megatron_ds.runtime.file_facts import flatten, model_facts
 
@@ -175,7 +176,7 @@ def _run_launched(request: Request, info: RankInfo, on_text: OnText | None) -> G
             f"--tp * --pp = {request.num_ranks} is not the launcher's number of ranks, {info.world_size}; try --tp "
             f"{info.world_size}; {rank_source().start_alone()}"
         )
-    with session(facts=lambda: _facts(request)) as ranks:
+    with session(facts=lambda: _facts(request), peer_timeout_s=PEER_TIMEOUT_S) as ranks:
         model = run_on_all_ranks(lambda: _open(request))
         return _run(ranks.info, ranks.device, model, request, on_text)
 
@@ -190,8 +191,9 @@ def _facts(request: Request) -> Facts:
 def _run_local_rank(info: RankInfo, model: LoadedModel, request: Request, on_text: OnText | None) -> Generated:
     """Generate as one of the ranks that this machine has started."""
     torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
-    found = _run(info, start_distributed(info), model, request, on_text)
-    stop_distributed()
+    with watch_peers(info):
+        found = _run(info, start_distributed(info), model, request, on_text)
+        stop_distributed()
     return found
 
 

@@ -201,7 +201,8 @@ def _supervise(ranks: Sequence[_Rank], timeout_s: float | None, received: Sequen
         if len(received) > 1:
             raise _Ended(received[-1])
         if settled is None and any(rank.failed for rank in ranks):
-            settled = now + (INTERRUPT_GRACE_S if received else GRACE_S)
+            is_finishing = received and not any(rank.status == -number for rank in ranks for number in received)
+            settled = now + (INTERRUPT_GRACE_S if is_finishing else GRACE_S)
         if settled is not None and now > settled:
             break
         if settled is None and deadline is not None and now > deadline:

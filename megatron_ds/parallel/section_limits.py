@@ -36,7 +36,7 @@ class SectionLimits:
     def reason(self, phase: str) -> str:
         """Return the reason of the limit of a phase, for a message."""
         slowest_s = self._slowest_s.get(_kind(phase))
-        return "it is the first" if slowest_s is None else f"the slowest before it took {slowest_s:.1f} s"
+        return "the first such phase" if slowest_s is None else f"the slowest such phase so far took {slowest_s:.1f} s"
 
     def took(self, phase: str, seconds: float) -> None:
         """Learn from a section that has ended."""

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -26,13 +27,15 @@ from megatron_ds.parallel.consensus import num_waiting
 from megatron_ds.parallel.failure import write_failure
 from megatron_ds.parallel.rank_files import FAILURE_FILE, unnamed_file
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.parallel.rank_status import RankStatus, RankStatusStore
-from megatron_ds.parallel.rendezvous import name_ranks
+from megatron_ds.parallel.rank_status import RankStatus, RankStatusStore, rank_status_store
+from megatron_ds.parallel.rendezvous import RankGroup, name_ranks
 from megatron_ds.parallel.section_limits import MovedBytes, SectionLimits
 
 PUBLISH_S = 1.0  # interval between two status updates of a rank
 STORE_TIMEOUT_S = 10.0  # the store counts as unreachable after this
 SHORTEST_SILENCE_S = 10.0  # a busy machine may keep a process from publishing for seconds
+PEER_TIMEOUT_S = 120.0  # of commands whose phases have no limit; a process that reads a large file may be silent
+SHORTEST_LOOK_S = 1.0  # a rank that publishes nothing for so long, while a hang is examined, does not respond
 LEAVE_S = 2.0  # time for the last status
 
 
@@ -72,7 +75,7 @@ class Watchdog:
         info: rank and world size of this process.
         timeout_s: time limit of a phase in seconds; 0 = no limit.
         store: from `rank_status_store`.
-        setting: the name of the time limit, for messages.
+        setting: the name of the time limit, for messages; empty = it has none.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Watchdog:
     ) -> None:
         self._info, self._timeout_s, self._store, self._setting = info, timeout_s, store, setting
         self._publish_s = min(PUBLISH_S, timeout_s / 4)
+        self._look_s = max(3 * self._publish_s, SHORTEST_LOOK_S)
         self._silence_s = max(timeout_s, SHORTEST_SILENCE_S)
         self._status = RankStatus(phase="starting", host=socket.gethostname())
         self._may_take_long, self._sections, self._moved = False, SectionLimits(timeout_s), MovedBytes()
@@ -87,6 +91,7 @@ class Watchdog:
         self._neighbour, self._sign, self._work = (info.rank + 1) % info.world_size, 0, 0
         self._clocks = dict.fromkeys(("phase", "work", "neighbour", "store"), 0.0)
         self._ended, self._is_due, self._stack = threading.Event(), threading.Event(), ""
+        self._has_reported = False
         self._threads = [
             threading.Thread(target=act, name=f"watchdog-{act.__name__}", daemon=True)
             for act in (self._exchange, self._watch)
@@ -139,9 +144,9 @@ class Watchdog:
                 status = replace(self._status, number=number, stack=self._stack, is_waiting=waits)
                 self._store.put(self._info.rank, status)
                 if not is_over:
-                    self._look_at_others(status)
+                    self._look_at_others()
 
-    def _look_at_others(self, own: RankStatus) -> None:
+    def _look_at_others(self) -> None:
         units = self._moved.take()
         work, sign = self._store.add_work(int(units > 0)), self._store.sign_of_life(self._neighbour)
         now = time.monotonic()
@@ -168,18 +173,20 @@ class Watchdog:
 
     def _find_hang(self, now: float) -> _Hang | None:
         elapsed_s = {name: now - began_s for name, began_s in self._clocks.items()}
-        phase, setting = self._status.phase, f"{self._setting}={self._timeout_s:g}"
+        elapsed_s["neighbour"] = self._clocks["store"] - self._clocks["neighbour"]  # as it was seen last
+        setting = f"{self._setting}={self._timeout_s:g}" if self._setting else ""
+        shown = f" ({setting})" if setting else ""
         if elapsed_s["store"] > self._silence_s + STORE_TIMEOUT_S:
-            return _Hang(f"no answer of rank 0 for {elapsed_s['store']:.0f} s ({setting})", self._timeout_s, True)
+            return _Hang(f"no answer of rank 0 for {elapsed_s['store']:.0f} s{shown}", self._timeout_s, True)
         if elapsed_s["neighbour"] > self._silence_s:
             silent = name_ranks([self._neighbour])
-            return _Hang(f"no sign of {silent} for {self._silence_s:g} s ({setting})", self._timeout_s)
+            return _Hang(f"no sign of {silent} for {self._silence_s:g} s{shown}", self._timeout_s)
         if self._is_limited and not self._may_take_long and elapsed_s["phase"] > self._timeout_s:
-            return _Hang(f"no progress for {self._timeout_s:g} s ({setting})", self._timeout_s)
-        limit_s = self._sections.limit_s(phase)
+            return _Hang(f"no progress for {self._timeout_s:g} s{shown}", self._timeout_s)
+        limit_s = self._sections.limit_s(self._status.phase)
         if self._may_take_long and self._moved.is_known and min(elapsed_s["phase"], elapsed_s["work"]) > limit_s:
-            reason = f"the limit of this phase: {setting}, and {self._sections.reason(phase)}"
-            return _Hang(f"no progress for {limit_s:g} s ({reason})", self._timeout_s)
+            reason = self._sections.reason(self._status.phase)
+            return _Hang(f"no progress of any rank for {round(limit_s, 1):g} s ({setting}; {reason})", self._timeout_s)
         return None
 
     def _end(self, hang: _Hang) -> None:
@@ -189,8 +196,8 @@ class Watchdog:
             report = threading.Thread(target=self._report, args=(hang,), name="watchdog-report", daemon=True)
             if not hang.is_cut_off:
                 report.start()
-                report.join(3 * self._publish_s + STORE_TIMEOUT_S)
-            if hang.is_cut_off or report.is_alive():  # the process with the store does not respond
+                report.join(self._look_s + STORE_TIMEOUT_S)
+            if not self._has_reported:  # the process with the store does not respond
                 self._write(
                     LaunchError(
                         f"{hang.text}; rank 0 or its machine does not respond; this rank's phase: {self._status.phase}"
@@ -202,25 +209,42 @@ class Watchdog:
 
     def _report(self, hang: _Hang) -> None:
         if not self._store.claim():
-            time.sleep(
-                3 * self._publish_s + STORE_TIMEOUT_S / 2
-            )  # the reporter sees that this rank is alive, and ends it
+            time.sleep(self._look_s + STORE_TIMEOUT_S / 2)  # the reporter sees that this rank is alive, and ends it
             os._exit(1)
         ranks = range(self._info.world_size)
         before = [self._store.sign_of_life(rank) for rank in ranks]
-        time.sleep(3 * self._publish_s)
+        time.sleep(self._look_s)
         after = [self._store.sign_of_life(rank) for rank in ranks]
         statuses = [self._store.read(rank) for rank in ranks]
         alive = [
             rank == self._info.rank or after[rank] != before[rank] or statuses[rank].has_finished for rank in ranks
         ]
         self._write(LaunchError(diagnose(statuses, alive, hang.timeout_s, hang.text)))
+        self._has_reported = True
 
     def _write(self, problem: LaunchError) -> None:
         if FAILURE_FILE in os.environ:
             write_failure(Path(os.environ[FAILURE_FILE]), self._info.rank, problem)
         else:
             get_logger().error("error: %s", problem)
+
+
+def watch_peers(
+    info: RankInfo, group: RankGroup | None = None, timeout_s: float = PEER_TIMEOUT_S, setting: str = ""
+) -> AbstractContextManager[object]:
+    """Return a watchdog for code whose phases are not known: it only looks for ranks that do not respond.
+
+    Args:
+        info: rank and world size of this process.
+        group: a launcher's ranks; None for those that `run_local` started.
+        timeout_s: a rank that has not published its status for so long counts as stopped or dead.
+        setting: the name of the time limit, for messages; empty = it has none.
+    """
+    if info.world_size == 1:
+        return nullcontext()
+    watchdog = Watchdog(info, timeout_s, rank_status_store(group), setting)
+    watchdog.enter_foreign_code("running")
+    return watchdog
 
 
 def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: float, hang: str = "") -> str:

@@ -20,6 +20,7 @@ from megatron_ds.parallel.agreement import Council, Facts, agree
 from megatron_ds.parallel.launch import loopback_interfaces
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo, rank_from_environment
 from megatron_ds.parallel.rendezvous import meet
+from megatron_ds.parallel.watchdog import watch_peers
 from megatron_ds.runtime.loaded_model import LoadedModel
 from megatron_ds.runtime.model_engine import ModelEngine
 from megatron_ds.runtime.rank_facts import FIXES, in_order, process_facts
@@ -71,6 +72,7 @@ def session(
     timeout_s: float = 1800.0,
     settings: DeviceSettings = DEFAULT_SETTINGS,
     facts: Callable[[], Facts] = dict,
+    peer_timeout_s: float | None = None,
 ) -> Iterator[Session]:
     """Join the ranks that a launcher started, or be the only rank.
 
@@ -84,6 +86,8 @@ def session(
             process has not used CUDA yet.
         facts: what else than the versions of packages and the environment must be the same on every rank of a
             launcher: kinds of `rank_facts.FIXES`, with names and values.
+        peer_timeout_s: the process ends with a message if another rank's process or machine does not respond for so
+            long, in seconds; None = `timeout_s`, 0 = no limit.
 
     Raises:
         ConfigError: see `DeviceSettings.set_environment`; or ranks of a launcher differ.
@@ -93,12 +97,13 @@ def session(
     info = rank_from_environment()
     setup_logging(info.rank if info is not None else 0)
     if info is not None:
-        group = meet(info)
-        if info.world_size > 1:
-            gather = lambda: in_order({**process_facts(), **facts()})  # noqa: E731
-            agree(Council(info, group), "what they run", gather, FIXES)
-        yield Session(info, start_distributed(info, timeout_s, group, settings))
-        stop_distributed()
+        group, setting = meet(info), "timeout_s" if peer_timeout_s is None else ""
+        with watch_peers(info, group, timeout_s if peer_timeout_s is None else peer_timeout_s, setting):
+            if info.world_size > 1:
+                gather = lambda: in_order({**process_facts(), **facts()})  # noqa: E731
+                agree(Council(info, group), "what they run", gather, FIXES)
+            yield Session(info, start_distributed(info, timeout_s, group, settings))
+            stop_distributed()
         return
     with tempfile.TemporaryDirectory(prefix="megatron_ds-", dir=scratch_directory()) as folder:
         os.environ |= {RENDEZVOUS_FILE: str(Path(folder) / "rendezvous"), **loopback_interfaces()}

@@ -22,6 +22,7 @@ from megatron_ds.models.probe import Probe
 from megatron_ds.models.sequential import HIDDEN, Activations
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.tensor import TensorParallel
+from megatron_ds.parallel.watchdog import watch_peers
 from megatron_ds.runtime import LoadedModel, Session
 from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
 from megatron_ds.verify.layer_names import choice_of, position_names
@@ -51,6 +52,13 @@ def run_rank(
     info: RankInfo, weights: HFWeights, inputs: Sequence[Probe], parallel: ParallelSection, results: Path
 ) -> list[Findings]:
     """Run all inputs on one rank and compare with the reference's results in `results`. Collective over the world."""
+    with watch_peers(info):
+        return _run_rank(info, weights, inputs, parallel, results)
+
+
+def _run_rank(
+    info: RankInfo, weights: HFWeights, inputs: Sequence[Probe], parallel: ParallelSection, results: Path
+) -> list[Findings]:
     torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
     session = Session(info, start_distributed(info))
     hf = replace(weights.model, core=weights.model.core.without_dropout())

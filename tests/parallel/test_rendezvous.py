@@ -44,11 +44,13 @@ def record_lines() -> list[str]:
     return lines
 
 
-def try_to_meet(rank: int, environ: dict[str, str], timeout_s: float) -> tuple[str, list[str]]:
+def try_to_meet(
+    rank: int, environ: dict[str, str], timeout_s: float, local_rank: int | None = None
+) -> tuple[str, list[str]]:
     """The error of a rank whose job is incomplete, and what it logged; in a process of its own."""
-    lines = record_lines()
+    lines, local_rank = record_lines(), rank if local_rank is None else local_rank
     try:
-        meet(RankInfo(rank, int(environ["WORLD_SIZE"]), rank), timeout_s, environ)
+        meet(RankInfo(rank, int(environ["WORLD_SIZE"]), local_rank), timeout_s, environ)
     except ConfigError as problem:
         return str(problem), lines
     return "", lines

@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds.errors import LaunchError
-from megatron_ds.parallel import launch
+from megatron_ds.parallel import launch, section_limits
+from megatron_ds.parallel import watchdog as watchdog_module
+from megatron_ds.parallel.consensus import gather_objects
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.rank_status import FileStatusStore, RankStatus, TorchStoreStatusStore, rank_status_store
-from megatron_ds.parallel.watchdog import Watchdog, diagnose
+from megatron_ds.parallel.section_limits import SectionLimits
+from megatron_ds.parallel.watchdog import Watchdog, diagnose, watch_peers
 from tests.ranks import run_ranks
 
 TIMEOUT_S = 2.0
@@ -154,3 +157,134 @@ def test_of_one_rank_the_place_is_told() -> None:
     first, rest = said.split("\n", 1)
     assert first == "no progress for 30 s (train.step_timeout=30); rank 0 is in: step 2: reading data"
     assert rest == "stack of rank 0:\na stack"
+
+
+# ---- phases that may take long ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of about a second, for ranks that are forked from here."""
+    for module, name, seconds in (
+        (launch, "GRACE_S", 0.5),
+        (section_limits, "FIRST_S", 3.0),
+        (section_limits, "SHORTEST_S", 0.8),
+        (watchdog_module, "SHORTEST_SILENCE_S", 1.2),
+        (watchdog_module, "STORE_TIMEOUT_S", 1.0),
+    ):
+        monkeypatch.setattr(module, name, seconds)
+
+
+def _long_phases(info: RankInfo, at: str, file: str) -> str:
+    """Two saves and an export; rank 1 stands still in one of them, or writes slowly."""
+    with Watchdog(info, 0.4, rank_status_store()) as watchdog:
+        for number in (1, 2):
+            watchdog.heartbeat(f"saving after step {number}", may_take_long=True)
+            if info.rank == 1 and at == f"asleep in save {number}":
+                time.sleep(60)
+            if info.rank == 1 and at == "slow but writing":
+                with open(file, "wb", buffering=0) as place:
+                    for _ in range(16):
+                        place.write(bytes(2 * section_limits.MOVED_BYTES))
+                        place.seek(0)
+                        time.sleep(0.25)
+            time.sleep(0.05)
+            gather_objects(info.rank)
+        watchdog.heartbeat("exporting", may_take_long=True)
+        if info.rank == 1 and at == "stopped":
+            time.sleep(0.5)  # its status is published
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.all_reduce(torch.ones(1))
+        if at == "one leaves early" and info.rank == 0:
+            time.sleep(2.0)
+    dist.barrier()
+    return "done"
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (
+            "asleep in save 1",
+            r"no progress of any rank for 3 s \(train.step_timeout=0.4; the first such phase\); rank 1 is waited for "
+            r"by the others; last phase: saving after step 1; ranks 0, 2 are waiting in: saving after step 1\nstack of",
+        ),
+        (
+            "asleep in save 2",
+            r"no progress of any rank for \S+ s \(train.step_timeout=0.4; the slowest such phase so far took \S+ s\); "
+            r"rank 1 is waited for by the others; last phase: saving after step 2; ranks 0, 2 are waiting in: saving",
+        ),
+        (
+            "stopped",
+            r"no sign of rank 1 for 1.2 s \(train.step_timeout=0.4\); rank 1 does not respond: .*; last phase: exp"
+            r"orting; ranks 0, 2 are waiting in: exporting",
+        ),
+    ],
+)
+def test_a_hang_in_a_phase_that_may_take_long_is_named(at: str, message: str, impatient: None, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=f"^{message}"):
+        run_ranks(_long_phases, 3, at, str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("at", ["slow but writing", "one leaves early"])
+def test_progress_of_one_rank_is_progress_of_all(at: str, impatient: None, tmp_path: Path) -> None:
+    assert run_ranks(_long_phases, 2, at, str(tmp_path / "file")) == ["done", "done"]
+
+
+def test_a_job_that_is_suspended_in_a_long_phase_continues(impatient: None) -> None:
+    def suspended(info: RankInfo) -> str:
+        with Watchdog(info, 0.4, rank_status_store()) as watchdog:
+            watchdog.heartbeat("saving after step 1", may_take_long=True)
+            if os.fork() == 0:
+                time.sleep(3.5)
+                os.kill(os.getppid(), signal.SIGCONT)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.5)
+        return "done"
+
+    assert run_ranks(suspended, 2) == ["done", "done"]
+
+
+def test_only_ranks_that_do_not_respond_are_a_hang_in_code_of_the_users(impatient: None) -> None:
+    def own_code(info: RankInfo, at: str) -> str:
+        with watch_peers(info, timeout_s=0.4):
+            time.sleep(2.0)
+            if at == "stopped" and info.rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            dist.barrier()
+        return "done"
+
+    assert run_ranks(own_code, 2, "slow") == ["done", "done"]
+    with pytest.raises(LaunchError, match=r"^no sign of rank 1 for 1.2 s; rank 1 does not respond: .* last phase: run"):
+        run_ranks(own_code, 2, "stopped")
+
+
+def test_a_store_that_is_gone_is_rank_0_that_is_gone(impatient: None, tmp_path: Path) -> None:
+    class Gone(FileStatusStore):
+        def sign_of_life(self, rank: int) -> int:
+            raise RuntimeError("connection reset")
+
+    def waits(info: RankInfo) -> None:
+        with Watchdog(info, 0.4, Gone(tmp_path)) as watchdog:
+            watchdog.heartbeat("exporting", may_take_long=True)
+            time.sleep(60)
+
+    with pytest.raises(LaunchError, match=r"^no answer of rank 0 for 2 s .*rank 0 or its machine does not respond; "):
+        run_ranks(waits, 1)
+
+
+def test_limits_are_learned_from_phases_of_the_same_kind() -> None:
+    limits = SectionLimits(30.0)
+    limits.took("saving after step 10", 7.0)
+    limits.took("saving after step 20", 6.0)
+    assert limits.limit_s("saving after step 30") == 70.0
+    assert limits.limit_s("exporting") == section_limits.FIRST_S
+    limits.took("exporting", 0.1)
+    assert limits.limit_s("exporting") == 30.0, "never below the limit of a step"
+    assert SectionLimits(4.0).limit_s("exporting") == section_limits.FIRST_S
+
+
+def test_machines_are_named_where_there_are_several() -> None:
+    statuses = [RankStatus(9, 4, "saving", host="node1"), RankStatus(9, 4, "saving", host="node2")]
+    assert "; rank 1 on node2 does not respond: " in diagnose(statuses, [True, False], 30.0)
