@@ -162,7 +162,7 @@ def _choose(
 
 
 def _without_bridges(interfaces: Mapping[str, Sequence[str]], names: Sequence[str]) -> str:
-    """Return a value of NCCL's variable that excludes bridges and tunnels other than `names`; empty if there are none.
+    """Return a value of NCCL's variable that excludes bridges and tunnels other than `names`; empty without any.
 
     NCCL excludes loopback and Docker's by itself, but not where the variable is set.
     """

@@ -1,6 +1,7 @@
 """Over several machines ranks take the interface by which the master is reached, and refuse others."""
 
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -36,8 +37,8 @@ def choose(
         except TopologyError as problem:
             return str(problem)
         group.store.add("done", 1)
-        while group.store.add("done", 0) < 2 and info.rank == 0:
-            pass  # it hosts the store
+        while info.rank == 0 and group.store.add("done", 0) < 2:
+            time.sleep(0.01)  # it hosts the store
         return environ.get(GLOO), environ.get(NCCL)
 
     return run_local(rank, 2, 30.0)

@@ -13,13 +13,14 @@ import pytest
 from _pytest.monkeypatch import MonkeyPatch
 
 from megatron_ds.checkpoint import saver
-from megatron_ds.config import RunConfig
+from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.engine import Engine
 from megatron_ds.errors import LaunchError
 from megatron_ds.parallel import launch, section_limits
 from megatron_ds.parallel import watchdog as watchdog_module
 from megatron_ds.training import worker
 from megatron_ds.training.launch import train
+from tests.forked_python import ForkedPython
 from tests.ranks import preload
 
 TIMEOUT_S = 0.5
@@ -66,11 +67,11 @@ def run_with(make_run: Callable[..., RunConfig], tmp_path: Path, **train_section
 @pytest.mark.parametrize(
     ("owner", "name", "phase"),
     [
-        (worker, "start_distributed", "joining the process group"),
+        pytest.param(worker, "start_distributed", "joining the process group", marks=pytest.mark.sweep),
         (worker, "open_data", "reading model and data"),
-        (worker, "build", "building the model"),
-        (Engine, "evaluate", "validation after step 4, batch 1"),
-        (saver._Writing, "make_directory", "saving after step 2"),
+        pytest.param(worker, "build", "building the model", marks=pytest.mark.sweep),
+        pytest.param(Engine, "evaluate", "validation after step 4, batch 1", marks=pytest.mark.sweep),
+        pytest.param(saver._Writing, "make_directory", "saving after step 2", marks=pytest.mark.sweep),
         (saver, "write_chunks", "saving after step 2"),
         (worker, "export_live", "exporting"),
     ],
@@ -116,3 +117,48 @@ def test_slow_storage_and_a_slow_first_step_do_not_end_a_run(
     monkeypatch.setattr(os, "fsync", slow_flush)
     monkeypatch.setattr(Engine, "train_step", slow_start)
     assert train(run_with(make_run, tmp_path), 2).steps == 4
+
+
+# ---- signals before the first step -----------------------------------------------------------------------------------
+
+
+def _sleep_while_opening_data() -> None:
+    """Have the second rank stop, and the others wait for it."""
+
+    def open_data(resolved: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            Path(os.environ["TMPDIR"], "stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return before(resolved)
+
+    before, worker.open_data = worker.open_data, open_data
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, -signal.SIGTERM),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.sweep),
+        pytest.param(signal.SIGUSR1, -signal.SIGUSR1, marks=pytest.mark.sweep),
+    ],
+)
+def test_one_signal_ends_a_run_that_waits_for_a_rank_at_its_start(
+    number: int, status: int, make_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_run(make_run()))
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    arguments = ("-m", "megatron_ds", "train", file, "--nproc", 2)
+    command = ForkedPython(arguments, tmp_path, environ, prepare=_sleep_while_opening_data)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "stopped").exists():
+            assert time.monotonic() < until and command.poll() is None, command.communicate(5)
+            time.sleep(0.05)
+        time.sleep(0.5)  # the others wait in their collective
+        command.send_signal(number)
+        began = time.monotonic()
+        assert command.wait(20) == status
+        assert time.monotonic() - began < launch.INTERRUPT_GRACE_S / 4
+    finally:
+        command.kill()
