@@ -88,7 +88,7 @@ def addresses_of_interfaces() -> dict[str, list[str]]:
 
 
 def _unknown(variable: str, environ: Mapping[str, str], interfaces: Mapping[str, Sequence[str]]) -> str:
-    """Return the problem of a variable that names no interface of this machine; empty if there is none.
+    """Return the problem of a variable that names no interface of this machine; empty without any.
 
     gloo takes exact names; NCCL takes beginnings of names, exact ones after `=`, and excluded ones after `^`.
     """
@@ -143,7 +143,7 @@ def _choose(
     names: Sequence[str],
     master: tuple[str, int],
 ) -> str:
-    """Set the variables that are unset, and return the problem of one that is set; empty if there is none."""
+    """Set the variables that are unset, and return the problem of one that is set; empty without any."""
     for variable in variables:
         given = environ.get(variable, "")
         if not given:
