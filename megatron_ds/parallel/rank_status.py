@@ -16,6 +16,8 @@ from megatron_ds.atomic import replacing
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE
 from megatron_ds.parallel.rendezvous import RankGroup
 
+CONNECT_S = 20.0
+
 
 @dataclass(frozen=True)
 class RankStatus:
@@ -41,7 +43,13 @@ class RankStatus:
 
 
 class RankStatusStore(Protocol):
-    """Store in which ranks publish their statuses."""
+    """Store in which ranks publish their statuses.
+
+    Attributes:
+        ends_with_rank_0: whether it is out of reach once rank 0 has ended.
+    """
+
+    ends_with_rank_0: bool
 
     def put(self, rank: int, status: RankStatus) -> None:
         """Publish a rank's status; it replaces the previous one."""
@@ -61,6 +69,8 @@ class RankStatusStore(Protocol):
 
 class FileStatusStore:
     """Status store in a directory, for ranks of one machine."""
+
+    ends_with_rank_0 = False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -105,10 +115,12 @@ class TorchStoreStatusStore:
         group: name of the group of ranks; a launcher that restarts its ranks starts several, one after the other.
     """
 
+    ends_with_rank_0 = True
+
     def __init__(self, host: str, port: int, group: str = "0") -> None:
-        self._store = dist.PrefixStore(
-            f"megatron_ds/{group}", dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
-        )
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=CONNECT_S))
+        store.set_timeout(timedelta(days=1))  # a link may be down for minutes; after a time-out a store is useless
+        self._store = dist.PrefixStore(f"megatron_ds/{group}", store)
 
     def put(self, rank: int, status: RankStatus) -> None:
         self._store.set(f"note/{rank}", json.dumps(asdict(status)))

@@ -6,6 +6,8 @@ process reads and writes.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +15,7 @@ FIRST_S = 600.0  # of a section without an earlier one of its kind: storage may 
 SHORTEST_S = 20.0  # storage may be slow once
 SLOWER = 10  # a section that takes so many times the slowest before it is a hang
 MOVED_BYTES = 2**22  # per unit of work; a status that is published is far smaller
-_IO_COUNTERS = Path("/proc/self/io")
+_PROCESS = Path("/proc/self")
 _MOVED = re.compile(r"^(?:rchar|wchar|read_bytes): (\d+)$", re.MULTILINE)
 
 
@@ -50,21 +52,40 @@ def _kind(phase: str) -> str:
 
 
 class MovedBytes:
-    """A counter of the bytes that this process has read and written, in units of `MOVED_BYTES`.
+    """A counter of the bytes that this process and its children have read and written, in units of `MOVED_BYTES`.
+
+    Children are counted because uploads and some trackers run in processes of their own.
 
     Attributes:
         is_known: False where the system does not count them; then sections have no time limit.
     """
 
     def __init__(self) -> None:
-        self.is_known = _IO_COUNTERS.is_file()
-        self._counted = self._read()
+        self.is_known = os.access(_PROCESS / "io", os.R_OK)
+        self._seen: dict[str, int] = {}
+        self._rest = 0
+        self.take()
 
     def take(self) -> int:
         """Return the number of units since the last call; a rest is carried over."""
-        units = (self._read() - self._counted) // MOVED_BYTES
-        self._counted += units * MOVED_BYTES
+        counts = {pid: count for pid in ("self", *_children()) if (count := _moved_by(pid))} if self.is_known else {}
+        moved = sum(max(0, count - self._seen.get(pid, 0)) for pid, count in counts.items())
+        self._seen = counts
+        units, self._rest = divmod(self._rest + moved, MOVED_BYTES)
         return units
 
-    def _read(self) -> int:
-        return sum(map(int, _MOVED.findall(_IO_COUNTERS.read_text()))) if self.is_known else 0
+
+def _children() -> list[str]:
+    """Return the ids of this process's children."""
+    found = []
+    for thread in _PROCESS.glob("task/*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += thread.read_text().split()
+    return found
+
+
+def _moved_by(pid: str) -> int:
+    """Return the bytes that a process has moved, those of children that it has waited for included; 0 if it ended."""
+    with contextlib.suppress(OSError):
+        return sum(map(int, _MOVED.findall((_PROCESS.parent / pid / "io").read_text())))
+    return 0

@@ -36,7 +36,7 @@ STORE_TIMEOUT_S = 10.0  # the store counts as unreachable after this
 SHORTEST_SILENCE_S = 10.0  # a busy machine may keep a process from publishing for seconds
 PEER_TIMEOUT_S = 120.0  # of commands whose phases have no limit; a process that reads a large file may be silent
 SHORTEST_LOOK_S = 1.0  # a rank that publishes nothing for so long, while a hang is examined, does not respond
-LEAVE_S = 2.0  # time for the last status
+LEAVE_S = 3.0  # time for the last statuses
 
 
 class Heartbeat(Protocol):
@@ -130,6 +130,16 @@ class Watchdog:
         self._is_due.set()
         if self._threads[0].is_alive():
             self._threads[0].join(LEAVE_S)
+        if error is None and self._timeout_s > 0 and self._info.rank == 0 and self._store.ends_with_rank_0:
+            self._let_others_leave()
+
+    def _let_others_leave(self) -> None:
+        """Wait until the other ranks need this one's store no more, within `LEAVE_S`."""
+        until = time.monotonic() + LEAVE_S
+        with contextlib.suppress(RuntimeError):  # the store was torchrun's, whose agent has ended
+            for rank in range(1, self._info.world_size):
+                while time.monotonic() < until and not self._store.read(rank).has_finished:
+                    time.sleep(0.02)
 
     def _exchange(self) -> None:
         """Publish the status of this rank, and look at the others, until the context is left."""
@@ -139,12 +149,16 @@ class Watchdog:
             self._is_due.clear()
             is_over = self._ended.is_set()
             number += 1
-            with contextlib.suppress(RuntimeError, OSError):  # the store is out of reach: `_find_hang` sees it
+            try:
                 waits = num_waiting() > 0
                 status = replace(self._status, number=number, stack=self._stack, is_waiting=waits)
                 self._store.put(self._info.rank, status)
                 if not is_over:
                     self._look_at_others()
+            except OSError:  # a store in files, such as of a full disk, may recover; `_find_hang` sees when it does not
+                continue
+            except RuntimeError:  # the process with the store is gone
+                return
 
     def _look_at_others(self) -> None:
         units = self._moved.take()
@@ -271,7 +285,7 @@ def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: f
     hosts = {status.host for status in statuses if status.host}
     for rank in suspects:
         host = f" on {statuses[rank].host}" if len(hosts) > 1 and statuses[rank].host else ""
-        lines.append(f"rank {rank}{host} {verdict}; last phase: {statuses[rank].phase}")
+        lines.append(f"rank {rank}{host} {verdict}; last phase: {statuses[rank].phase or 'before the first'}")
     others = [rank for rank in range(len(statuses)) if rank not in suspects]
     for phase in dict.fromkeys(statuses[rank].phase for rank in others):
         same = [str(rank) for rank in others if statuses[rank].phase == phase]

@@ -288,3 +288,13 @@ def test_limits_are_learned_from_phases_of_the_same_kind() -> None:
 def test_machines_are_named_where_there_are_several() -> None:
     statuses = [RankStatus(9, 4, "saving", host="node1"), RankStatus(9, 4, "saving", host="node2")]
     assert "; rank 1 on node2 does not respond: " in diagnose(statuses, [True, False], 30.0)
+
+
+def test_what_a_child_reads_and_writes_is_progress(tmp_path: Path) -> None:
+    moved = section_limits.MovedBytes()
+    child = subprocess.Popen(
+        ["dd", "if=/dev/zero", f"of={tmp_path / 'file'}", "bs=1M", "count=9"], stderr=subprocess.DEVNULL
+    )
+    child.wait()
+    assert moved.take() >= 2
+    assert moved.take() == 0
