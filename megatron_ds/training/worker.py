@@ -84,7 +84,6 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
     interrupt = GracefulStop(run.train.max_time)
     with ending_at_once():
         group = None if RENDEZVOUS_FILE in os.environ else meet(info, run.train.start_timeout)
-        check_same_run(run, info, group)
     watchdog = Watchdog(info, run.train.step_timeout, rank_status_store(group))
     with ExitStack() as context:
         context.enter_context(watchdog)
@@ -115,6 +114,8 @@ def _start(
     run: RunConfig, info: RankInfo, group: RankGroup | None, heartbeat: Heartbeat, callbacks: Sequence[Callback]
 ) -> _Started:
     """Join the process group, check the run, open data, build the model, resume. Collective over the world."""
+    heartbeat("comparing what the ranks run", may_take_long=True)
+    check_same_run(run, info, group)
     heartbeat("joining the process group", may_take_long=True)
     timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)
     device = start_distributed(info, timeout_s, group, device_settings(run))

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
