@@ -54,7 +54,13 @@ class Heartbeat(Protocol):
 
 @dataclass(frozen=True)
 class _Hang:
-    """A hang that this rank has noticed: `no progress for 30 s (train.step_timeout=30)`."""
+    """A hang that this rank has noticed.
+
+    Attributes:
+        text: such as `no progress for 30 s (train.step_timeout=30)`.
+        timeout_s: the time limit of a phase.
+        is_cut_off: whether the store does not answer, so that other ranks cannot be asked.
+    """
 
     text: str
     timeout_s: float
@@ -190,17 +196,19 @@ class Watchdog:
         elapsed_s["neighbour"] = self._clocks["store"] - self._clocks["neighbour"]  # as it was seen last
         setting = f"{self._setting}={self._timeout_s:g}" if self._setting else ""
         shown = f" ({setting})" if setting else ""
-        if elapsed_s["store"] > self._silence_s + STORE_TIMEOUT_S:
-            return _Hang(f"no answer of rank 0 for {elapsed_s['store']:.0f} s{shown}", self._timeout_s, True)
+        is_cut_off = elapsed_s["store"] > STORE_TIMEOUT_S
+        if elapsed_s["store"] > self._silence_s:
+            return _Hang(f"no answer of rank 0 for {self._silence_s:g} s{shown}", self._timeout_s, is_cut_off=True)
         if elapsed_s["neighbour"] > self._silence_s:
             silent = name_ranks([self._neighbour])
             return _Hang(f"no sign of {silent} for {self._silence_s:g} s{shown}", self._timeout_s)
         if self._is_limited and not self._may_take_long and elapsed_s["phase"] > self._timeout_s:
-            return _Hang(f"no progress for {self._timeout_s:g} s{shown}", self._timeout_s)
+            return _Hang(f"no progress for {self._timeout_s:g} s{shown}", self._timeout_s, is_cut_off)
         limit_s = self._sections.limit_s(self._status.phase)
         if self._may_take_long and self._moved.is_known and min(elapsed_s["phase"], elapsed_s["work"]) > limit_s:
             reason = self._sections.reason(self._status.phase)
-            return _Hang(f"no progress of any rank for {round(limit_s, 1):g} s ({setting}; {reason})", self._timeout_s)
+            text = f"no progress of any rank for {round(limit_s, 1):g} s ({setting}; {reason})"
+            return _Hang(text, self._timeout_s, is_cut_off)
         return None
 
     def _end(self, hang: _Hang) -> None:
