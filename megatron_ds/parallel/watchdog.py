@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,11 +82,18 @@ class Watchdog:
         timeout_s: time limit of a phase in seconds; 0 = no limit.
         store: from `rank_status_store`.
         setting: the name of the time limit, for messages; empty = it has none.
+        on_hang: called with the report by the rank that writes it, before the process ends.
     """
 
     def __init__(
-        self, info: RankInfo, timeout_s: float, store: RankStatusStore, setting: str = "train.step_timeout"
+        self,
+        info: RankInfo,
+        timeout_s: float,
+        store: RankStatusStore,
+        setting: str = "train.step_timeout",
+        on_hang: Callable[[LaunchError], None] = lambda report: None,
     ) -> None:
+        self._on_hang = on_hang
         self._info, self._timeout_s, self._store, self._setting = info, timeout_s, store, setting
         self._publish_s = min(PUBLISH_S, timeout_s / 4)
         self._look_s = max(3 * self._publish_s, SHORTEST_LOOK_S)
@@ -249,6 +256,7 @@ class Watchdog:
             write_failure(Path(os.environ[FAILURE_FILE]), self._info.rank, problem)
         else:
             get_logger().error("error: %s", problem)
+            self._on_hang(problem)
 
 
 def watch_peers(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from megatron_ds.checkpoint.directory import checkpoints_in
 from megatron_ds.config import RunConfig
+from megatron_ds.errors import TrainingError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.consensus import run_on_all_ranks, share_object
 from megatron_ds.parallel.rank_info import RankInfo
@@ -15,8 +17,11 @@ from megatron_ds.training.callbacks import Callback, RunState
 from megatron_ds.training.resume import checkpoint_folder, lock_output, write_errors
 from megatron_ds.training.start_log import LAST_STEP, START_LOG, Start, StartLog, check_progress
 from megatron_ds.training.supervisor import Supervisor, gather_supervisor
+from megatron_ds.untrusted import read_text
+from megatron_ds.untrusted.limits import SHORT_TEXT
 
 _STEP_BYTES = 20
+_STEP = re.compile(r"[0-9]{1,18}")
 
 
 class SupervisedStart:
@@ -126,13 +131,12 @@ class _StepRecorder(Callback):
         self._known, self._is_new = 0, False
 
     def on_run_start(self, state: RunState) -> None:
+        text = ""
+        with suppress(TrainingError):  # missing or damaged: a start that is no restart has removed it
+            text = read_text(self._path, SHORT_TEXT, TrainingError).strip()
+        self._known = max(state.step, int(text) if _STEP.fullmatch(text) else 0)
         try:
-            text = self._path.read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            text = ""
-        self._known = max(state.step, int(text) if text.isdecimal() else 0)
-        try:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
         except OSError as problem:
             get_logger().warning("%s cannot be written (%s)", self._path, problem.strerror)
 

@@ -30,6 +30,9 @@ from megatron_ds.errors import TrainingError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.failure import lost_peer
 from megatron_ds.training.supervisor import Supervisor, find_supervisor
+from megatron_ds.untrusted import parse_json
+from megatron_ds.untrusted.json_text import json_text
+from megatron_ds.untrusted.limits import RUN_LINE
 
 START_LOG = "starts.jsonl"
 LAST_STEP = ".last_step"
@@ -99,7 +102,7 @@ class StartLog:
         """Append a line. A disk that is full or gone must not end the run; it is logged."""
         line = json.dumps({"event": event, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields})
         try:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=_open_without_waiting) as file:
                 file.write(line + "\n")
         except OSError as problem:
             get_logger().warning("%s cannot be written (%s)", self._path, problem.strerror or problem)
@@ -134,13 +137,10 @@ class StartLog:
             return file.read()
 
     def _events(self) -> Iterator[Mapping[str, Any]]:
-        try:
-            lines = self._tail().splitlines()
-        except FileNotFoundError:
-            return
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                event = json.loads(line)
+        for line in self._tail().splitlines() if self.exists else ():
+            with contextlib.suppress(TrainingError):  # damaged
+                text = json_text(line, START_LOG, TrainingError)
+                event = parse_json(text, START_LOG, RUN_LINE, TrainingError)
                 if isinstance(event, dict):
                     yield event
 
@@ -158,11 +158,16 @@ def logging_failure(output: Path, rank: int | None = None) -> Iterator[None]:
     except NoProgressError:  # the log has its cause
         raise
     except Exception as problem:
-        log = StartLog(output)
-        starts = log.read()
-        if starts and find_supervisor().has_started(starts[-1].supervisor):
-            log.append_failure(problem, rank)
+        log_failure(output, rank, problem)
         raise
+
+
+def log_failure(output: Path, rank: int | None, problem: BaseException) -> None:
+    """Log what ends a rank of this start, if the start is logged; see `logging_failure`."""
+    log = StartLog(output)
+    starts = log.read()
+    if starts and find_supervisor().has_started(starts[-1].supervisor):
+        log.append_failure(problem, rank)
 
 
 def check_progress(starts: list[Start], supervisor: Supervisor, limit: int | None) -> None:
@@ -185,6 +190,11 @@ def check_progress(starts: list[Start], supervisor: Supervisor, limit: int | Non
             f"train.max_no_progress_restarts={limit}: {number} not completed a new step under {supervisor.describe()}; "
             f"cause of the last one: {last[-1].cause}; try a new start by hand once the cause is removed"
         )
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file that may be a pipe, which is refused instead of waited for."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o644)
 
 
 def _start(event: Mapping[str, Any]) -> Start:

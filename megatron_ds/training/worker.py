@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_ds.checkpoint.load import continues_optimizer, load_state
@@ -57,7 +58,7 @@ from megatron_ds.training.resume import (
 )
 from megatron_ds.training.run_output import RunOutput
 from megatron_ds.training.samples import SamplePrompts, SampleWriter, prepare_samples
-from megatron_ds.training.start_log import logging_failure
+from megatron_ds.training.start_log import log_failure, logging_failure
 from megatron_ds.training.statement import describe_ends
 from megatron_ds.training.summary import device_peak, flops_per_position, summarize
 
@@ -84,10 +85,12 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
     interrupt = GracefulStop(run.train.max_time)
     with ending_at_once():
         group = None if RENDEZVOUS_FILE in os.environ else meet(info, run.train.start_timeout)
-    watchdog = Watchdog(info, run.train.step_timeout, rank_status_store(group))
+    output = Path(run.output)
+    on_hang = partial(log_failure, output, info.rank)
+    watchdog = Watchdog(info, run.train.step_timeout, rank_status_store(group), on_hang=on_hang)
     with ExitStack() as context:
         context.enter_context(watchdog)
-        context.enter_context(logging_failure(Path(run.output), info.rank))
+        context.enter_context(logging_failure(output, info.rank))
         with ending_at_once():
             started = _start(run, info, group, watchdog.heartbeat, callbacks)
         context.enter_context(interrupt)
