@@ -1,8 +1,8 @@
 """Types of the errors that a user can cause, and parts of their messages.
 
-The command line turns every `MegatronDSError` into one line on stderr and exit status 2; any other exception is a
-defect of this package and keeps its traceback. Each message names the field, its value, the rule, and a fix: `nearest:`
-before the closest value that is allowed, `try` before an action.
+The command line turns every `MegatronDSError` into one line on stderr and exit status 2, a `LaunchError` into status 1;
+any other exception is a defect of this package and keeps its traceback. Each message names the field, its value, the
+rule, and a fix: `nearest:` before the closest value that is allowed, `try` before an action.
 """
 
 import difflib
@@ -67,6 +67,10 @@ class LaunchError(MegatronDSError):
 
     def __str__(self) -> str:
         return Exception.__str__(self)
+
+
+class HardwareError(LaunchError):
+    """A device, its memory or a link has given wrong results."""
 
 
 def show(value: Any) -> str:

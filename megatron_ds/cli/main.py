@@ -132,6 +132,9 @@ def _run(arguments: list[str]) -> int:
         status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except LaunchError as problem:
         print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank
+        if "RANK" in os.environ:  # see below
+            flush_streams()
+            os._exit(1)
         return 1
     except MegatronDSError as problem:
         _fail(str(problem), arguments)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ds.config.engine_config import EngineConfig
-from megatron_ds.config.run_config import CheckpointSection, EmaSection
+from megatron_ds.config.run_config import CheckpointSection, TrainSection
 from megatron_ds.errors import ConfigError
 
 
@@ -61,11 +61,11 @@ def check_recomputation(
         )
 
 
-def check_saving(checkpoint: CheckpointSection, ema: EmaSection | None, mapping: Mapping[str, Any]) -> None:
-    """Check that neither checkpoints nor an average of the weights need state that the DeepSpeed JSON keeps on NVMe.
+def check_saving(checkpoint: CheckpointSection, train: TrainSection, mapping: Mapping[str, Any]) -> None:
+    """Check that nothing needs state in memory that the DeepSpeed JSON keeps on NVMe.
 
     Raises:
-        ConfigError: the run saves checkpoints or averages its weights, and the state is on NVMe.
+        ConfigError: the run saves checkpoints, averages its weights or compares replicas, and the state is on NVMe.
     """
     zero = mapping.get("zero_optimization") or {}
     for key in ("offload_optimizer", "offload_param"):
@@ -73,8 +73,10 @@ def check_saving(checkpoint: CheckpointSection, ema: EmaSection | None, mapping:
         if (zero.get(key) or {}).get("device") == "nvme":
             if checkpoint.every:
                 raise ConfigError(f"{on_nvme} cannot be saved yet; try cpu, or checkpoint.every=0")
-            if ema is not None:
+            if train.ema is not None:
                 raise ConfigError(f"{on_nvme} cannot be averaged by train.ema yet; try cpu, or no train.ema")
+            if train.check_replicas:
+                raise ConfigError(f"{on_nvme} cannot be compared yet; try cpu, or train.check_replicas=0")
 
 
 def check_state_in_memory(optimizer: str, mapping: Mapping[str, Any]) -> None:

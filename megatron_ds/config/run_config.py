@@ -274,6 +274,24 @@ class ProfileSection(Section):
     steps: Annotated[tuple[Count, Count], BeforeValidator(_first_and_last)]
 
 
+class StragglersSection(Section):
+    """The report of slow ranks: `every` this many steps the times of all ranks are compared (0: never).
+
+    A rank is slow if it takes longer than the median by `threshold`, a share of a step; it is named after `windows`
+    comparisons in a row.
+    """
+
+    every: CountOrZero = 100
+    threshold: Annotated[float, Field(gt=0)] = 0.1
+    windows: Count = 3
+
+    @model_validator(mode="after")
+    def _has_steps_to_measure(self) -> "StragglersSection":
+        if self.every == 1:
+            raise ConfigError("train.stragglers.every=1 leaves no step to measure before a comparison; nearest: 2")
+        return self
+
+
 class EmaSection(Section):
     """An exponential moving average of the weights, `decay` times itself plus the rest times the weights after a step.
 
@@ -306,6 +324,8 @@ class TrainSection(Section):
     the steps that are profiled. `ema`: an average of the weights is kept. `samples`:
     prompts that the model continues meanwhile.
     `max_no_progress_restarts`: the run ends after this many restarts in a row without a new step (None: no limit).
+    `stragglers`: the report of slow ranks. `check_replicas`: steps between comparisons of what several ranks hold (0:
+    none).
     """
 
     steps: Count | None = None
@@ -338,6 +358,8 @@ class TrainSection(Section):
     step_timeout: NonNegative = 1800.0
     start_timeout: NonNegative = 300.0
     max_no_progress_restarts: Count | None = 3
+    stragglers: StragglersSection = StragglersSection()
+    check_replicas: CountOrZero = 0
     freeze: list[Text] = []
 
     @model_validator(mode="after")

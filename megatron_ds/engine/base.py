@@ -145,12 +145,15 @@ class Engine(ABC):
         gradient_sums: the fp32 gradients that products add to; None = autograd gets every gradient.
         routers: those of mixtures of experts; None = the model has none.
         built: this rank's module, and what it was built with.
+        before_update: called in each step, on all ranks, between the backward pass and the optimizer; it may
+            communicate. None = nothing is called.
     """
 
     built: BuiltModule
     kernels: tuple[str, ...] = ()
     gradient_sums: GradientSums | None = None
     routers: Routers | None = None
+    before_update: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -302,6 +305,8 @@ class Engine(ABC):
 
         Collective over loss, and over pipeline; over the world if there are mixtures of experts.
         """
+        if self.before_update is not None:
+            self.before_update()
         sums = self._all_sums()
         if norm.device != sums.device:  # offloaded gradients leave it in host memory
             sums = sums.cpu()

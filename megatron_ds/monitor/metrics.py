@@ -49,6 +49,7 @@ class StepMetrics:
         terms: the loss terms by name if there are several; else empty.
         metrics: the objective's metrics by name, averaged over the global batch, and those of mixtures of experts.
         system: readings of rank 0's machine by name, see `system.SystemMeter`; empty = not read.
+        ranks: times of all ranks in the last steps, see `stragglers.Stragglers.numbers`; empty = not measured.
     """
 
     step: int
@@ -69,6 +70,7 @@ class StepMetrics:
     terms: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     system: Mapping[str, float] = field(default_factory=dict)
+    ranks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def expert_loads(self) -> tuple[float, float] | None:
@@ -99,7 +101,7 @@ class ValidMetrics:
 
 Metrics = StepMetrics | ValidMetrics
 _INT_FIELDS = frozenset({"step", "tokens", "samples", "seq_length", "peak_memory_bytes", "reserved_memory_bytes"})
-_MAPPINGS = ("lrs", "terms", "metrics", "system", "valid_losses")
+_MAPPINGS = ("lrs", "terms", "metrics", "system", "ranks", "valid_losses")
 """Fields that are written only if they are not empty."""
 _OPTIONAL = frozenset({"data_s", "mfu", "peak_memory_bytes", "reserved_memory_bytes", "samples", "seq_length"})
 """Numbers that files of earlier versions lack, that are unknown on the run's device, or equal in all steps."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_ds.errors import MegatronDSError
+from megatron_ds.errors import LaunchError, MegatronDSError
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
 
     Raises:
         MegatronDSError: on rank 0, the error of the lowest rank that raised one.
-        SystemExit: on the other ranks in that case, with status 2: rank 0 reports the error for all. With status 1 if
-            another rank raised anything else, which is a defect.
+        SystemExit: on the other ranks in that case, with status 2, or 1 for a `LaunchError`: rank 0 reports the error
+            for all. With status 1 if another rank raised anything else, which is a defect.
         Exception: a defect, on the rank that raised it.
     """
     result: Any = None
@@ -46,7 +46,7 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
         if error is not None and (len(everyone) == 1 or dist.get_rank() == 0):
             raise error
         if error is not None:
-            sys.exit(2)
+            sys.exit(1 if isinstance(error, LaunchError) else 2)
     return result
 
 

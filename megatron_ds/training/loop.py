@@ -33,6 +33,8 @@ from megatron_ds.parallel.watchdog import Heartbeat
 from megatron_ds.training.callbacks import SAVE, VALIDATE, CallbackList, RunState
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.lr_schedule import learning_rate
+from megatron_ds.training.rank_times import RankTimesMeter
+from megatron_ds.training.replica_check import ReplicaCheck
 from megatron_ds.training.result import LossHistory, TrainResult
 from megatron_ds.training.resume import checkpoint_folder
 from megatron_ds.training.run_output import RunOutput
@@ -90,6 +92,8 @@ class TrainingLoop:
         self._valid_metrics: Mapping[str, float] = {}
         self._memory, self._mfus = MemoryMeter(engine.device), list[float]()
         self._profile = StepProfile(run, engine.grid.rank, output.note, heartbeat)
+        self._replicas = ReplicaCheck(run, engine, self._give_up)
+        self._times = RankTimesMeter(run, engine, output)
 
     @property
     def stopped_by(self) -> str:
@@ -147,9 +151,11 @@ class TrainingLoop:
         remaining = self._shapes.remaining(self._now.step, self._now.data.samples, steps)
         with Prefetch(self._read_train, remaining, self._ahead) as self._coming:
             while self._now.step < steps:
-                with self._profile.around(self._now.step + 1):
-                    self._step(self._now.step + 1)
-                stop = self._combine_requests(interrupt)
+                step = self._now.step + 1
+                with self._times.measuring(step):
+                    with self._profile.around(step):
+                        self._step(step)
+                    stop = self._combine_requests(interrupt)
                 if not stop and (self._callbacks.take(VALIDATE) or self._is_validation_due(self._now.step)):
                     stop = self._validate(self._now.step, interrupt)
                 if stop or self._now.step == steps or self._callbacks.take(SAVE) or self._is_save_due(self._now.step):
@@ -169,6 +175,11 @@ class TrainingLoop:
         ranks = f" (the largest of {everyone.size} ranks)" if everyone.size > 1 else ""
         mfu = f"; MFU {statistics.median(self._mfus):.1%} (median of the steps)" if self._mfus else ""
         return f"peak memory {peak_bytes / 1e9:,.2f} GB{ranks}{mfu}"
+
+    def describe_slow_ranks(self) -> str:
+        """Return the ranks that were slow, for the run's last line; empty without any."""
+        slow = self._times.describe()
+        return f"; {slow}" if slow else ""
 
     def describe_validation(self) -> str:
         """Return the metrics of the last validation for the run's last line; empty without metrics."""
@@ -190,9 +201,11 @@ class TrainingLoop:
         with profiled(DATA):
             batches = next(self._coming)
         data_s = time.perf_counter() - began_s
+        self._times.waited_for_data(data_s)
         is_new = change is not None or self._is_first_step  # kernels are compiled, connections made
         self._is_first_step = False
         self._heartbeat(f"step {step}: forward and backward pass, optimizer", may_take_long=is_new)
+        self._replicas.prepare(step)
         result = self._engine.train_step(batches, lr)
         self._losses.add(result.loss)
         bad = not result.applied and (not self._engine.can_overflow or not math.isfinite(result.loss))
@@ -204,15 +217,18 @@ class TrainingLoop:
             bad_steps=now.bad_steps + 1 if bad else 0 if result.applied else now.bad_steps,
         )
         step_s = time.perf_counter() - began_s
+        self._times.end_window(step)
         is_logged = step % train.log_every == 0 or step in (1, train.num_steps)
         metrics = self._metrics(step, lr, result, step_s, data_s, measures_memory=is_logged)
         self._callbacks.step_end(metrics, result.applied)
         if is_logged:
-            self._output.step(replace(metrics, metrics={**metrics.metrics, **self._callbacks.take_logged()}))
+            logged = {**metrics.metrics, **self._callbacks.take_logged()}
+            self._output.step(replace(metrics, metrics=logged, ranks=self._times.take_numbers()))
         if (wait := self._data_wait.add(data_s, step_s)) is not None:
             self._output.note(wait)
         if bad:
             self._check_bad_steps(result)
+        self._replicas.after_step(step, is_saved=step == train.num_steps)
 
     def _check_bad_steps(self, result: StepResult) -> None:
         """Log that a step was skipped, and why; end the run after too many consecutive ones."""
@@ -221,20 +237,26 @@ class TrainingLoop:
         self._output.note(f"skipped step {step} ({count} consecutive, train.max_bad_steps={limit}): {values}")
         if count < limit:
             return
-        self._report_saved(self._saver.wait() if self._saver is not None else None)
+        resume_hint = self._give_up()
 
         def raise_error() -> None:
             raise TrainingError(
                 f"train.max_bad_steps={limit}: loss or gradient norm was not finite for {count} consecutive steps "
-                f"(last: step {step}, {values}){self.resume_hint}; check optimizer.lr, the data and the weights that "
+                f"(last: step {step}, {values}){resume_hint}; check optimizer.lr, the data and the weights that "
                 "the run began with"
             )
 
         run_on_all_ranks(raise_error)
 
+    def _give_up(self) -> str:
+        """Wait until the last save is complete; return `resume_hint`. Collective over the world, before an error."""
+        self._report_saved(self._saver.wait() if self._saver is not None else None)
+        return self.resume_hint
+
     def _save(self) -> None:
         if self._saver is None or self._saved_step == self._now.step:
             return
+        self._replicas.after_step(self._now.step, is_saved=True)
         self._heartbeat(f"saving after step {self._now.step}", may_take_long=True)
         self._report_saved(self._saver.save(self._now))
         self._output.write_usage(self._train_data, self._now.data.samples)

@@ -153,7 +153,7 @@ def _check_rope_length(run: RunConfig, hf: HFModel) -> None:
 
 
 def _check_saving(run: RunConfig, plan: EnginePlan) -> None:
-    check_saving(run.checkpoint, run.train.ema, plan.deepspeed)
+    check_saving(run.checkpoint, run.train, plan.deepspeed)
     resume = run.checkpoint.resume
     if resume not in ("auto", "never") and not is_checkpoint(resolve_checkpoint(resume)):
         raise ConfigError(

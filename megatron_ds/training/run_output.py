@@ -35,6 +35,7 @@ from megatron_ds.training.statement import describe_sources
 
 DATA_USAGE = "data.json"
 LOSS_PLOT = "loss.png"
+STRAGGLERS = "stragglers.json"
 LONGEST_REASON = 500  # characters of an error in the report
 
 
@@ -68,7 +69,8 @@ class RunOutput:
         with replacing(self._directory / RUN_FILE) as temporary:  # a link there is replaced, not what it leads to
             temporary.write_text(dump_run(with_hub_names(self._run)), encoding="utf-8")
         if continue_after is None:
-            (self._directory / DATA_USAGE).unlink(missing_ok=True)  # of an earlier run
+            for name in (DATA_USAGE, STRAGGLERS):  # of an earlier run
+                (self._directory / name).unlink(missing_ok=True)
         self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
         self._sinks = open_sinks(SinkInfo(self._run, self._directory, continue_after, self._writer.found))
         if self._run.monitor or self._run.train.log_system:
@@ -152,7 +154,7 @@ class RunOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close(failed=error is not None)
-        if error is not None and self._last_step is not None:
+        if error is not None and self._is_first and self._last_step is not None:
             self._report_failure(error)
 
     def _report_failure(self, error: BaseException) -> None:

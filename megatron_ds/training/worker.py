@@ -247,7 +247,7 @@ def _train(
         watchdog.enter_foreign_code("callbacks at the run's end")
         callbacks.run_end(exported=run.export.path if run.export is not None else None)
         done_text = f"done: {run.train.num_steps} steps; metrics and loss.png are in {run.output}"
-        output.finish(f"{done_text}; {loop.describe_use()}{loop.describe_validation()}")
+        output.finish(f"{done_text}; {loop.describe_use()}{loop.describe_slow_ranks()}{loop.describe_validation()}")
         return loop.result(exported=run.export.path if run.export is not None else None), False
 
 

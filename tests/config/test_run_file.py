@@ -126,6 +126,8 @@ def test_defaults(run_file):
         "step_timeout": 1800.0,
         "start_timeout": 300.0,
         "max_no_progress_restarts": 3,
+        "stragglers": {"every": 100, "threshold": 0.1, "windows": 3},
+        "check_replicas": 0,
         "freeze": [],
     }
     assert run.checkpoint.model_dump() == {

@@ -20,12 +20,14 @@ from megatron_ds.monitor.report.columns import Columns, read_columns
 from megatron_ds.monitor.report.panels import draw_panels
 from megatron_ds.monitor.report.sessions import Session, read_sessions
 from megatron_ds.monitor.report.style import SCRIPT, STYLE
+from megatron_ds.monitor.stragglers import RankTimes, StragglersReport
 from megatron_ds.monitor.summary_text import format_duration
 from megatron_ds.untrusted import read_complete_lines, read_record, read_text
 from megatron_ds.untrusted.limits import RUN_FILE, RUN_LINE, RUN_RECORD
 from megatron_ds.untrusted.records import Record
 
 REPORT = "report.html"
+MOST_RANKS = 32  # in the table of ranks
 
 
 def write_report(output: Path, path: Path | None = None) -> Path:
@@ -66,6 +68,7 @@ def page(output: Path, columns: Columns) -> str:
         _data(output / "data.json"),
         _table("Run", [*(sessions[-1].facts if sessions else []), *_saves(output / "checkpoints" / "saves.jsonl")]),
         _sessions(sessions),
+        _ranks(output / "stragglers.json"),
         _table("Environment", list(sessions[-1].environment.items()) if sessions else []),
         f'<h2>Run file</h2><details class="card"><summary>config.yaml</summary><pre>{escape(config)}</pre></details>'
         if config
@@ -172,6 +175,37 @@ def _saves(path: Path) -> list[tuple[str, str]]:
     size, paused_s = saves[-1].bytes / 1e9, sum(one.paused_s for one in saves)
     text = f"{len(saves)} saved, the last of {size:,.2f} GB; training paused {paused_s:,.1f} s for all"
     return [("checkpoints", f"{text}; {num_damaged} more lines of {path.name} are damaged" if num_damaged else text)]
+
+
+def _ranks(path: Path) -> str:
+    """Return a table of what ranks spend a step with, the slowest first."""
+    if not path.is_file():
+        return ""
+    report = read_record(path, StragglersReport, RUN_RECORD, DataError)
+    ranks = report.ranks
+    medians = [float(np.median([getattr(one, name) for one in ranks])) for name in RankTimes._fields]
+    ordered = sorted(ranks, key=lambda one: (-one.slow_in, -one.compute_s - one.data_s))[:MOST_RANKS]
+    rows = "".join(
+        f'<tr><td class="n">{one.rank}</td><td>{escape(one.host)}</td>'
+        + "".join(f'<td class="n">{getattr(one, name):.4f}</td>' for name in RankTimes._fields)
+        + f'<td class="n">{one.slow_in} of {report.windows}</td></tr>'
+        for one in ordered
+    )
+    median = "".join(f'<td class="n">{value:.4f}</td>' for value in medians)
+    head = (
+        '<tr><th class="n">rank</th><th>host</th><th class="n">computing (s)</th><th class="n">waiting for others (s)'
+        '</th><th class="n">waiting for data (s)</th><th class="n">slow in windows</th></tr>'
+    )
+    text = report.describe() or "no rank is slow"
+    note = f'<p class="note">{escape(text)}; means of a step{_left_out(len(ranks))}</p>'
+    return (
+        f'<h2>Ranks</h2>{note}<div class="card scroll"><table>{head}{rows}<tr><td>median</td><td></td>{median}<td></td>'
+        "</tr></table></div>"
+    )
+
+
+def _left_out(num_ranks: int) -> str:
+    return f"; {num_ranks - MOST_RANKS} more ranks are in stragglers.json" if num_ranks > MOST_RANKS else ""
 
 
 def _sessions(sessions: Sequence[Session]) -> str:

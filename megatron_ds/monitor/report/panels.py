@@ -62,6 +62,21 @@ PANELS = (
     Panel("Model FLOP/s of a rank", {"train/tflops_per_rank": ""}, "TFLOP/s"),
     Panel("Time of a step", {"train/step_s": "step", "train/data_s": "waiting for data"}, "s"),
     Panel(
+        "Computing time of ranks",
+        {"train/ranks/compute_s_max": "slowest rank", "train/ranks/compute_s_median": "median"},
+        "s",
+    ),
+    Panel(
+        "Waiting time of ranks",
+        {
+            "train/ranks/communication_s_median": "for one another, median",
+            "train/ranks/data_s_max": "for data, slowest rank",
+            "train/ranks/data_s_median": "for data, median",
+        },
+        "s",
+    ),
+    Panel("Slow ranks", {"train/ranks/num_slow": ""}),
+    Panel(
         "Memory of the first rank",
         {"train/peak_memory_bytes": "peak", "train/reserved_memory_bytes": "peak of torch's allocator"},
         "GB",
