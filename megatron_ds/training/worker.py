@@ -40,6 +40,7 @@ from megatron_ds.training.agreement import check_same_run
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
 from megatron_ds.training.checkpoint_copies import CheckpointCopier
 from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
+from megatron_ds.training.device_test import run_device_test
 from megatron_ds.training.graceful_stop import GracefulStop, ending_at_once
 from megatron_ds.training.loop import TrainingLoop
 from megatron_ds.training.lr_schedule import check_schedule, describe_jump
@@ -134,6 +135,10 @@ def _start(
     prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
     resolved = prepared.resolved
     check_same_data(prepared.train_data, resolved.run)
+    tested = []
+    if resolved.run.train.device_test:
+        heartbeat("testing devices, memory and links", may_take_long=True)
+        tested = run_device_test(info, device)
     held_lock = run_on_all_ranks(lambda: restart.make_output(existing_lock) if info.rank == 0 else None)
     heartbeat("building the model", may_take_long=True)
     if resolved.run.export is not None and resolved.run.export.merge:
@@ -147,7 +152,7 @@ def _start(
         lambda: prepare_output(run, found, held_lock) if info.rank == 0 else (None, ())
     )
     restart.record("prepared")
-    return _Started(prepared, engine, restart, output_lock, (*restart.notes(), *notes))
+    return _Started(prepared, engine, restart, output_lock, (*tested, *restart.notes(), *notes))
 
 
 @dataclass(frozen=True)
