@@ -20,7 +20,12 @@ from megatron_ds.config.context_plan import (
 )
 from megatron_ds.config.context_section import ContextMethod, ContextSection
 from megatron_ds.config.data_section import DataSection, DataSource
-from megatron_ds.config.deepspeed_checks import check_recomputation, check_saving, check_state_in_memory
+from megatron_ds.config.deepspeed_checks import (
+    check_recomputation,
+    check_repeats,
+    check_saving,
+    check_state_in_memory,
+)
 from megatron_ds.config.deepspeed_json import (
     DeepSpeedSummary,
     adapt_to_device,
@@ -86,6 +91,7 @@ __all__ = [
     "check_ramped_batches",
     "check_ramped_lengths",
     "check_recomputation",
+    "check_repeats",
     "check_run",
     "check_saving",
     "check_state_in_memory",

@@ -79,6 +79,21 @@ def check_saving(checkpoint: CheckpointSection, train: TrainSection, mapping: Ma
                 raise ConfigError(f"{on_nvme} cannot be compared yet; try cpu, or train.check_replicas=0")
 
 
+def check_repeats(train: TrainSection, pipeline: int, zero_stage: int) -> None:
+    """Check that a micro-batch can be computed twice.
+
+    Raises:
+        ConfigError: pipeline stages or ZeRO-3 hold parts of the model.
+    """
+    if not train.check_repeats:
+        return
+    field, fix = f"train.check_repeats={train.check_repeats}", "train.check_repeats=0"
+    if pipeline > 1:
+        raise ConfigError(f"{field} cannot compute a micro-batch over parallel.pipeline={pipeline} stages; try {fix}")
+    if zero_stage == 3:
+        raise ConfigError(f"{field} cannot compute with weights that ZeRO-3 divides; try ZeRO stage 2, or {fix}")
+
+
 def check_state_in_memory(optimizer: str, mapping: Mapping[str, Any]) -> None:
     """Check that the DeepSpeed JSON does not keep the state of an optimizer on NVMe that must be in memory.
 

@@ -325,7 +325,8 @@ class TrainSection(Section):
     prompts that the model continues meanwhile.
     `max_no_progress_restarts`: the run ends after this many restarts in a row without a new step (None: no limit).
     `stragglers`: the report of slow ranks. `check_replicas`: steps between comparisons of what several ranks hold (0:
-    none). `device_test`: devices, memory and links are tested before the first step.
+    none). `check_repeats`: steps between micro-batches that are computed twice (0: none). `device_test`: devices,
+    memory and links are tested before the first step.
     """
 
     steps: Count | None = None
@@ -360,6 +361,7 @@ class TrainSection(Section):
     max_no_progress_restarts: Count | None = 3
     stragglers: StragglersSection = StragglersSection()
     check_replicas: CountOrZero = 0
+    check_repeats: CountOrZero = 0
     device_test: bool = False
     freeze: list[Text] = []
 

@@ -12,6 +12,7 @@ from megatron_ds.engine.distributed import device_count, device_type, preload, s
 from megatron_ds.engine.module import EngineOptions, build_module
 from megatron_ds.engine.optimizers import ADAM_STATE, OPTIMIZERS, GuardedOptimizer, state_kinds_of
 from megatron_ds.engine.probe import GradientProbe
+from megatron_ds.engine.repeated_pass import RepeatedPass
 from megatron_ds.engine.replica_checksums import ReplicaChecksums
 from megatron_ds.engine.shared_memory import enable_shared_memory
 
@@ -27,6 +28,7 @@ __all__ = [
     "GuardedOptimizer",
     "Losses",
     "MicroBatch",
+    "RepeatedPass",
     "ReplicaChecksums",
     "ShardReader",
     "StepResult",

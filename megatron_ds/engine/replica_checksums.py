@@ -106,20 +106,23 @@ class ReplicaChecksums:
         self._engine, self._with_tensor_ranks = engine, with_tensor_ranks
         self._checksums = Checksums()
         self._tied = _tied_names(engine)
+        self._alone: set[str] = set()
 
     def differing(self) -> list[Difference]:
         """Return the tensors whose copies differ. Collective over the world, in host memory.
 
         Ranks gather one number for each set of holders that they belong to; all checksums of such a set are gathered
-        only if these numbers differ.
+        only if these numbers differ. What no other rank holds is left out from the second call on.
         """
-        copies = list(self.copies())
+        copies = [one for one in self.copies() if one.holders not in self._alone]
         sums = self._checksums.on_host([one.tensor for one in copies])
         tables: dict[str, dict[str, int]] = defaultdict(dict)
         for copy, value in zip(copies, sums):
             tables[copy.holders][copy.name] = value
         group = self._engine.grid.host.group
-        wrong = {holders for holders, _ in differences(gather_objects(_digests(tables), group))}
+        digests = gather_objects(_digests(tables), group)
+        self._alone |= {holders for holders in tables if sum(holders in one for one in digests) == 1}
+        wrong = {holders for holders, _ in differences(digests)}
         if not wrong:
             return []
         details = {holders: table for holders, table in tables.items() if holders in wrong}

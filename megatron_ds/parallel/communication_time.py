@@ -2,8 +2,8 @@
 
 Each collective of `torch.distributed` is waited for in `Work.wait`, by torch itself or, if it overlaps with
 computation, by the caller, so that replacing this method for a while sees all of them, DeepSpeed's too. On a CPU the
-call takes as long as the rank waits. On CUDA it returns at once and has the current stream wait; then two events around it measure
-how long the stream stood still.
+call takes as long as the rank waits. On CUDA it returns at once and has the current stream wait; then two events around
+it measure how long the stream stood still.
 
 Not seen are sums through shared memory, collectives in graphs of `torch.compile`, and streams other than that of the
 computation, on which ZeRO-3 gathers weights.

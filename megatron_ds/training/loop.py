@@ -34,6 +34,7 @@ from megatron_ds.training.callbacks import SAVE, VALIDATE, CallbackList, RunStat
 from megatron_ds.training.graceful_stop import GracefulStop
 from megatron_ds.training.lr_schedule import learning_rate
 from megatron_ds.training.rank_times import RankTimesMeter
+from megatron_ds.training.repeat_check import RepeatCheck
 from megatron_ds.training.replica_check import ReplicaCheck
 from megatron_ds.training.result import LossHistory, TrainResult
 from megatron_ds.training.resume import checkpoint_folder
@@ -93,6 +94,7 @@ class TrainingLoop:
         self._memory, self._mfus = MemoryMeter(engine.device), list[float]()
         self._profile = StepProfile(run, engine.grid.rank, output.note, heartbeat)
         self._replicas = ReplicaCheck(run, engine, self._give_up)
+        self._repeats = RepeatCheck(run, engine, self._give_up)
         self._times = RankTimesMeter(run, engine, output)
 
     @property
@@ -205,6 +207,7 @@ class TrainingLoop:
         is_new = change is not None or self._is_first_step  # kernels are compiled, connections made
         self._is_first_step = False
         self._heartbeat(f"step {step}: forward and backward pass, optimizer", may_take_long=is_new)
+        self._repeats.before_step(step, batches)
         self._replicas.prepare(step)
         result = self._engine.train_step(batches, lr)
         self._losses.add(result.loss)

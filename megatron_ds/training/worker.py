@@ -245,7 +245,8 @@ def _train(
         if is_stopped:
             watchdog.enter_foreign_code("callbacks at the run's end")
             callbacks.run_end(stopped_by=loop.stopped_by)
-            output.finish(f"stopped by {loop.stopped_by} after step {done} of {run.train.num_steps}{loop.resume_hint}")
+            stopped_text = f"stopped by {loop.stopped_by} after step {done} of {run.train.num_steps}"
+            output.finish(f"{stopped_text}{loop.describe_slow_ranks()}{loop.resume_hint}")
             return loop.result(exported=None), loop.was_interrupted
         watchdog.heartbeat("exporting", may_take_long=True)
         _export(prepared, engine, output)

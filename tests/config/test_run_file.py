@@ -128,6 +128,7 @@ def test_defaults(run_file):
         "max_no_progress_restarts": 3,
         "stragglers": {"every": 100, "threshold": 0.1, "windows": 3},
         "check_replicas": 0,
+        "check_repeats": 0,
         "device_test": False,
         "freeze": [],
     }

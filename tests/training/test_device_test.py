@@ -93,7 +93,7 @@ def test_a_run_says_what_was_tested(make_run: Callable[..., Any]) -> None:
     from tests.ranks import preload
 
     preload()
-    run = make_run(train={"steps": 1, "device_test": True})
+    run = make_run(train={"steps": 2, "device_test": True})
     file = Path(run.output).parent / "notes"
 
     class Notes(SilentReporter):

@@ -1,0 +1,73 @@
+"""Passes of a micro-batch outside of DeepSpeed: they repeat their bits, leave nothing, and show a changed gradient."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megatron_ds.engine import RepeatedPass
+from megatron_ds.parallel.grid import Grid
+from tests.parity.cases import Recipe
+from tests.parity.ours import Place, engine_on, micro_batches
+from tests.ranks import run_grid
+
+RECIPE = Recipe(steps=2)
+
+
+def _passes(grid: Grid, directory: Path, place: Place, recipe: Recipe) -> tuple[list[str], list[str], Any, Any]:
+    """What differs between two passes by bits and by norms; the gradient norms of a step after them, and without."""
+    norms = []
+    for repeats in (True, False):
+        engine, _ = engine_on(grid, directory, place, recipe)
+        batches = micro_batches(grid, place, recipe, 0)
+        if repeats:
+            by_bits = RepeatedPass(engine, is_exact=True).differing(batches[0])
+            by_norms = RepeatedPass(engine, is_exact=False).differing(batches[0])
+        norms.append([engine.train_step(batches, recipe.lr).grad_norm for _ in range(2)])
+    return by_bits, by_norms, *norms
+
+
+CASES: Mapping[str, tuple[str, Place, Recipe]] = {
+    "tensor": ("llama", Place(2, 1, 1, 1, sp=True, recompute="full"), RECIPE),
+    "experts": ("mixtral-four-experts", Place(1, 1, 2, 2, expert=2), RECIPE),
+    "bf16": ("llama", Place(1, 1, 2, 1, recompute="selective"), Recipe(steps=2, precision="bf16")),
+    "ZeRO-0": ("mistral-no-window-tied", Place(1, 1, 2, 0), RECIPE),
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["tensor", *(pytest.param(name, marks=pytest.mark.sweep) for name in CASES if name != "tensor")]
+)
+def test_passes_repeat_themselves_and_leave_nothing_behind(case: str, references: Any) -> None:
+    model, place, recipe = CASES[case]
+    directory, _ = references(model, RECIPE)
+    for by_bits, by_norms, after, without in run_grid(_passes, place.layout, directory, place, recipe):
+        assert by_bits == by_norms == []
+        assert after == without
+
+
+def _faulty(grid: Grid, directory: Path, place: Place, factor: float) -> list[list[str]]:
+    """What differs where one gradient is multiplied by a factor in every other pass."""
+    engine, _ = engine_on(grid, directory, place, RECIPE)
+    calls = [0]
+
+    def scale(gradient: Tensor) -> Tensor:
+        calls[0] += 1
+        return gradient * (factor if calls[0] % 2 else 1.0)
+
+    layer = dict(engine.deepspeed.module.named_modules())["blocks.3.mlp"]
+    layer.register_forward_hook(lambda module, given, out: out.register_hook(scale) and None)
+    batch = micro_batches(grid, place, RECIPE, 0)[0]
+    return [RepeatedPass(engine, is_exact=exact).differing(batch) for exact in (True, False)]
+
+
+def test_norms_see_what_is_large_against_rounding(references: Any) -> None:
+    directory, _ = references("llama", RECIPE)
+    place = Place(1, 1, 1, 1)
+    ((by_bits, by_norms),) = run_grid(_faulty, place.layout, directory, place, 1 + 1e-6)
+    assert by_bits and by_norms == []
+    ((by_bits, by_norms),) = run_grid(_faulty, place.layout, directory, place, 1.01)
+    assert "blocks.3.mlp.down.weight" in by_norms and set(by_norms) <= set(by_bits)
+    assert "losses" not in by_bits, "the forward pass is the same"
