@@ -79,19 +79,17 @@ def check_saving(checkpoint: CheckpointSection, train: TrainSection, mapping: Ma
                 raise ConfigError(f"{on_nvme} cannot be compared yet; try cpu, or train.check_replicas=0")
 
 
-def check_repeats(train: TrainSection, pipeline: int, zero_stage: int) -> None:
+def check_repeats(train: TrainSection, zero_stage: int) -> None:
     """Check that a micro-batch can be computed twice.
 
     Raises:
-        ConfigError: pipeline stages or ZeRO-3 hold parts of the model.
+        ConfigError: ZeRO-3 divides the weights.
     """
-    if not train.check_repeats:
-        return
-    field, fix = f"train.check_repeats={train.check_repeats}", "train.check_repeats=0"
-    if pipeline > 1:
-        raise ConfigError(f"{field} cannot compute a micro-batch over parallel.pipeline={pipeline} stages; try {fix}")
-    if zero_stage == 3:
-        raise ConfigError(f"{field} cannot compute with weights that ZeRO-3 divides; try ZeRO stage 2, or {fix}")
+    if train.check_repeats and zero_stage == 3:
+        raise ConfigError(
+            f"train.check_repeats={train.check_repeats} cannot compute with weights that ZeRO-3 divides; try ZeRO "
+            "stage 2, or train.check_repeats=0"
+        )
 
 
 def check_state_in_memory(optimizer: str, mapping: Mapping[str, Any]) -> None:

@@ -294,6 +294,28 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def run_alone(self, batch: MicroBatch) -> Tensor:
+        """Run forward and backward pass of a micro-batch without DeepSpeed; return what the forward pass gives.
+
+        Random streams start as in the coming step. Gradients accumulate in the module's parameters, and are not reduced
+        over data ranks. The result is the packed losses of this rank. A pipeline stage runs alone: it gets hidden
+        states that are drawn at random, and returns its own. Collective over tensor and context, and over the ranks
+        that divide experts. Below ZeRO-3.
+
+        Args:
+            batch: this data rank's, in host memory.
+        """
+
+    def _begin_alone(self, batch: MicroBatch) -> MicroBatch:
+        """Prepare for `run_alone`; return its micro-batch on the device."""
+        set_group_tables(self._group_tables)
+        self._rng.begin_step(self.steps_begun)
+        if self.routers is not None:
+            self.routers.begin_step(1, 1.0)
+        (moved,) = self._to_device(self._divisible([batch]))
+        return moved
+
+    @abstractmethod
     def _collect(self) -> Tensor:
         """Return `HeadSpec.pack`'s tensor of the step, (num_sums,), summed over its micro-batches and ranks.
 

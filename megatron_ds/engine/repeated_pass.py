@@ -15,11 +15,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.engine.base import MicroBatch
+from megatron_ds.engine.base import Engine, MicroBatch
 from megatron_ds.engine.replica_checksums import Checksums
-from megatron_ds.engine.zero import ZeroEngine
 
-LOSSES = "losses"
+FORWARD = "the forward pass"
 """The name of the forward pass's result among the gradients."""
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -30,31 +29,31 @@ class RepeatedPass:
     """Forward and backward passes of one micro-batch, compared with one another.
 
     Args:
-        engine: an engine of one pipeline stage, below ZeRO-3.
+        engine: an engine below ZeRO-3.
         is_exact: whether the device's operations repeat their bits. If not, norms and sums with random signs are
             compared, within `TOLERANCES`.
     """
 
-    def __init__(self, engine: ZeroEngine, *, is_exact: bool) -> None:
+    def __init__(self, engine: Engine, *, is_exact: bool) -> None:
         self._engine, self._is_exact = engine, is_exact
         self._checksums = Checksums()
         self._copies: dict[nn.Parameter, nn.Parameter] = {}
 
     def differing(self, batch: MicroBatch) -> list[str]:
-        """Return the names of gradients that differ between two passes, `LOSSES` first if these differ.
+        """Return the names of gradients that differ between two passes, `FORWARD` first if their results do.
 
-        Collective as a micro-batch is: over tensor and context, and over the ranks that divide experts.
+        Collective as `Engine.run_alone` is.
 
         Args:
             batch: this data rank's, in host memory.
         """
         first, second = self._run(batch), self._run(batch)
         assert first.keys() == second.keys(), first.keys() ^ second.keys()
-        dtypes = {name: parameter.dtype for name, parameter in self._engine.local_parameters()}
+        dtypes = {name: parameter.dtype for name, parameter in self._engine.deepspeed.module.named_parameters()}
         return [name for name in first if not self._equals(first[name], second[name], dtypes.get(name, torch.float32))]
 
     def _run(self, batch: MicroBatch) -> Mapping[str, list[float] | list[int]]:
-        """Return the losses and every gradient of a pass, summarised, in the order in which they are computed."""
+        """Return the result and every gradient of a pass, summarised, in the order in which they are computed."""
         found: dict[str, Tensor] = {}
 
         def add(name: str, values: Tensor) -> None:
@@ -62,8 +61,8 @@ class RepeatedPass:
             found[name] = summary if name not in found else 3 * found[name] + summary  # a gradient in several parts
 
         with self._other_parameters(add):
-            add(LOSSES, self._engine.run_alone(batch))
-        names = [LOSSES, *(name for name in found if name != LOSSES)]
+            add(FORWARD, self._engine.run_alone(batch))
+        names = [FORWARD, *(name for name in found if name != FORWARD)]
         return dict(zip(names, torch.stack([found[name] for name in names]).tolist()))
 
     def _summarize(self, values: Tensor) -> Tensor:

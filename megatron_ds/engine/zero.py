@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from megatron_ds.engine.base import Engine, MicroBatch, weights_of
 from megatron_ds.engine.data_sum import average_over_data, reduces_itself
-from megatron_ds.engine.group_tables import set_group_tables
 from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.grid import EXPERT
@@ -57,19 +56,7 @@ class ZeroEngine(Engine):
         return float(self.deepspeed.get_global_grad_norm()) if norm is None else norm
 
     def run_alone(self, batch: MicroBatch) -> Tensor:
-        """Run forward and backward pass of a micro-batch without DeepSpeed; return the packed losses of this rank.
-
-        Random streams start as in the coming step. Gradients are those of this micro-batch's sums of losses; they
-        accumulate in the module's parameters, and are not reduced over data ranks. Below ZeRO-3.
-
-        Args:
-            batch: this data rank's, in host memory.
-        """
-        set_group_tables(self._group_tables)
-        self._rng.begin_step(self.steps_begun)
-        if self.routers is not None:
-            self.routers.begin_step(1, 1.0)
-        (moved,) = self._to_device(self._divisible([batch]))
+        moved = self._begin_alone(batch)
         losses = self.deepspeed.module(moved, self.head.labels_in(moved))
         self.head.scaled_loss(losses, [1.0] * len(self.head.terms)).backward()
         return losses.detach()

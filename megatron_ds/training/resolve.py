@@ -155,7 +155,7 @@ def _check_rope_length(run: RunConfig, hf: HFModel) -> None:
 
 def _check_saving(run: RunConfig, plan: EnginePlan) -> None:
     check_saving(run.checkpoint, run.train, plan.deepspeed)
-    check_repeats(run.train, plan.layout.pipeline, plan.summary.zero_stage)
+    check_repeats(run.train, plan.summary.zero_stage)
     resume = run.checkpoint.resume
     if resume not in ("auto", "never") and not is_checkpoint(resolve_checkpoint(resume)):
         raise ConfigError(

@@ -54,6 +54,12 @@ class PipelineEngine(Engine):
         found, module.predicted = module.predicted, None
         return {name: output.float().cpu() for name, output in found.items()} if found is not None else None
 
+    def run_alone(self, batch: MicroBatch) -> Tensor:
+        moved = self._begin_alone(batch)
+        result = self.deepspeed.module.run_alone(moved, self.head.labels_in(moved))
+        result.backward()
+        return result.detach()
+
     def local_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         module: PipelinedModel = self.deepspeed.module
         for name, parameter in weights_of(module):

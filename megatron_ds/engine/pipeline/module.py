@@ -16,7 +16,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_ds.engine.pipeline.boundary import Boundary
-from megatron_ds.models.sequential import LayerSpec, head_of, register_layers
+from megatron_ds.models.sequential import LayerSpec, head_of, input_activations, register_layers
 from megatron_ds.parallel.grid import Layout
 
 
@@ -61,12 +61,14 @@ class PipelinedModel(PipelineModule):
         self.scales: Sequence[float] = [0.0] * len(self.head_spec.terms)
         self.sums = torch.zeros(self.head_spec.num_sums)
         self.predicted: dict[str, Tensor] | None = None
+        self._entered: tuple[torch.Size, torch.dtype] | None = None  # the hidden states that entered last
 
     def forward(self, entering: tuple[Tensor, ...]) -> Any:
         """Map the activations of the entry boundary to those of the next one; on the last stage, to the scaled loss.
 
         Labels arrive in the order in which DeepSpeed loads micro-batches and runs them.
         """
+        self._entered = entering[0].shape, entering[0].dtype
         activations = self._entry.unpack(entering, self.shapes)
         layers = self.forward_funcs
         if self._exit is not None:
@@ -82,6 +84,30 @@ class PipelinedModel(PipelineModule):
         losses = layers[-1](activations, labels)
         self.sums += losses.detach()
         return self.head_spec.scaled_loss(losses, self.scales)
+
+    def run_alone(self, batch: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+        """Run this stage's forward pass on hidden states that are drawn at random; return a scalar to differentiate.
+
+        The states have the shape and dtype of those that entered last; before any have, zero is returned.
+
+        Args:
+            batch: a micro-batch on the device.
+            labels: its labels, for the last stage.
+        """
+        entering = tuple(input_activations(batch, self._specs[self._local_start].columns).values())
+        if self._local_start > 0:
+            if self._entered is None:
+                return self.sums.new_zeros((), requires_grad=True)
+            shape, dtype = self._entered
+            states = torch.randn(shape, dtype=dtype, device=self.sums.device, requires_grad=True)
+            entering = (states, *entering)
+        kept = self.shapes, self.scales, self.sums
+        self.shapes, self.scales = {name: column.shape for name, column in batch.items()}, [1.0] * len(self.scales)
+        self.sums = torch.zeros_like(self.sums)
+        self.labels.extend([labels] if self.is_last else [])
+        leaving = self(entering)
+        self.shapes, self.scales, self.sums = kept
+        return leaving if self.is_last else leaving[0].float().square().mean()
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
