@@ -72,7 +72,7 @@ def check_sizes(raw: Mapping[str, Any], path: str = "") -> None:
 
 
 def _check_product(raw: Mapping[str, Any], path: str) -> None:
-    """Refuse too many experts in all layers together."""
+    """Refuse a model whose layers have too many experts in total."""
     found = [[(raw[name], name) for name in names if isinstance(raw.get(name), int)] for names in (LAYERS, EXPERTS)]
     if not all(found):
         return
