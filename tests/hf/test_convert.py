@@ -223,6 +223,7 @@ def copying_and_rewriting(large: Path, place: Path, repeats: int) -> tuple[float
     return statistics.median(copying), statistics.median(rewriting)
 
 
+@pytest.mark.soak
 def test_throughput_is_at_least_half_of_cp(large: Path, tmp_path: Path) -> None:
     """In the page cache, on one process; tried again where something else took the machine."""
     rewrite(large, tmp_path / "rewritten")  # imports, and the files into the page cache

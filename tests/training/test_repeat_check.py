@@ -68,9 +68,7 @@ def test_the_run_is_the_same_bit_for_bit(make_run: MakeRun) -> None:
 def test_weights_that_are_divided_are_refused(make_run: MakeRun) -> None:
     preload()
     run = make_run(train={"check_repeats": 5}, deepspeed={"zero_optimization": {"stage": 3}})
-    message = (
-        r"train.check_repeats=5 cannot compute with weights that ZeRO-3 divides; try ZeRO stage 2, or train.c"
-    )
+    message = r"train.check_repeats=5 cannot compute with weights that ZeRO-3 divides; try ZeRO stage 2, or train.c"
     with pytest.raises(ConfigError, match=message):
         mds.train(run, nproc=2)
     assert not Path(run.output).exists()
