@@ -95,7 +95,7 @@ def train(
     if restarts.at_most:
         raise TopologyError(
             f"--max-restarts={restarts.at_most} restarts local ranks, but a launcher started rank {given.rank} of "
-            f"{given.world_size}; try torchrun --max-restarts; {rank_source().start_alone()}"
+            f"{given.world_size}; try torchrun --max-restarts or sbatch --requeue; {rank_source().start_alone()}"
         )
     if nproc is not None:
         raise TopologyError(
