@@ -25,13 +25,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import filelock
 import xxhash
 
 from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint.files import FileRecord, flush, write_bytes
 from megatron_ds.errors import CheckpointError
 from megatron_ds.hf.export_target import TRAINING_STATE
+from megatron_ds.locks import FileLock, LockHeldError
+from megatron_ds.log import flush_streams, get_logger
 from megatron_ds.untrusted import file_inside, is_missing, read_record, read_text
 from megatron_ds.untrusted.limits import CHECKPOINT_RECORD, SHORT_TEXT
 from megatron_ds.untrusted.names import is_inside_name
@@ -175,18 +176,33 @@ def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> None:
         shutil.rmtree(leftover)
 
 
-def lock(folder: Path) -> filelock.BaseFileLock:
+def lock(folder: Path) -> FileLock:
     """Keep other runs from writing to a directory as long as the returned lock exists.
+
+    Where the file system has no flock, a run that was suspended for a minute may lose the lock; its process then ends
+    before it writes anything more.
 
     Raises:
         CheckpointError: another run holds the lock.
     """
-    held = filelock.FileLock(folder / ".lock")
+
+    def end(owner: str) -> None:
+        get_logger().error(
+            "error: %s is being written by another run (%s), which has taken it over because this one gave no sign of "
+            "life; this run ends and writes nothing more",
+            folder,
+            owner,
+        )
+        flush_streams()
+        os._exit(1)
+
+    held = FileLock(folder / ".lock", on_lost=end)
     try:
         held.acquire(blocking=False)
-    except filelock.Timeout:
+    except LockHeldError as problem:
+        who = f" ({problem.owner})" if problem.owner else ""
         raise CheckpointError(
-            f"{folder} is being written by another run; wait for its end, or choose another output"
+            f"{folder} is being written by another run{who}; wait for its end, or choose another output"
         ) from None
     return held
 

@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.cache import cache_folder
 from megatron_ds.errors import ConfigError
+from megatron_ds.locks import FileLock
 from megatron_ds.parallel.consensus import run_on_all_ranks
 from megatron_ds.parallel.grid import Grid
 
@@ -105,7 +105,7 @@ def _load(ranks: int) -> Any:
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     output = io.StringIO()
     cache.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(cache / ".lock"), _environment(TORCH_EXTENSIONS_DIR=str(cache), PATH=tools):
+    with FileLock(cache / ".lock"), _environment(TORCH_EXTENSIONS_DIR=str(cache), PATH=tools):
         for left in cache.rglob("lock"):  # torch's, of a process that was killed: the build would wait for it forever
             left.unlink()
         try:

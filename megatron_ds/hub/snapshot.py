@@ -13,13 +13,12 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-import filelock
-
 from megatron_ds.atomic import replacing
 from megatron_ds.cache import cache_folder
 from megatron_ds.errors import HubError
 from megatron_ds.hub.ids import HubId, Snapshot, hub_id, snapshot_of
 from megatron_ds.hub.problems import explained
+from megatron_ds.locks import FileLock
 from megatron_ds.log import get_logger
 from megatron_ds.remote import as_url, local_model
 from megatron_ds.untrusted.limits import TENSOR_HEADER
@@ -174,7 +173,7 @@ def read_header(file: Path) -> bytes:
     kept = folder / f"{file.name}.header"
     if not kept.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / f".{file.name}.lock"):
+        with FileLock(folder / f".{file.name}.lock"):
             if not kept.is_file():
                 with explained(snapshot.id, f"{snapshot.id}: {file.name}"):
                     content = _download_header(snapshot, file.name)

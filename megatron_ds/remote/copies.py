@@ -11,10 +11,9 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-import filelock
-
 from megatron_ds.cache import cache_folder
 from megatron_ds.errors import RemoteError
+from megatron_ds.locks import FileLock
 from megatron_ds.remote.store import RemoteFile, Store
 from megatron_ds.remote.urls import require_client
 
@@ -94,7 +93,7 @@ def _folder(url: str, files: Sequence[RemoteFile]) -> Path:
 def _fetch(store: Store, folder: Path, files: Sequence[RemoteFile], only_name: str = "") -> None:
     """Download the files that are not here."""
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
         targets = {one.name: folder / (one.name or only_name) for one in files}
         missing = {name: path for name, path in targets.items() if not path.is_file()}
         if missing:

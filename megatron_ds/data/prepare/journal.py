@@ -21,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
 
-import filelock
 import numpy as np
 from pydantic import Field
 
@@ -31,6 +30,7 @@ from megatron_ds.data.prepare.chunks import Chunk
 from megatron_ds.data.prepare.workers import Encoded
 from megatron_ds.digests import file_xxh3
 from megatron_ds.errors import DataError
+from megatron_ds.locks import FileLock, LockHeldError
 from megatron_ds.untrusted import read_record
 from megatron_ds.untrusted.limits import DATA_RECORD
 
@@ -88,10 +88,11 @@ class Journal:
         self.discarded = ""
         try:
             self._directory.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(self._directory.with_name(f".{Path(prefix).name}.lock"))
+            self._lock = FileLock(self._directory.with_name(f".{Path(prefix).name}.lock"))
             self._lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise DataError(f"--output={prefix} is being written by another process; wait until it ends") from None
+        except LockHeldError as problem:
+            who = f" ({problem.owner})" if problem.owner else ""
+            raise DataError(f"--output={prefix} is being written by another process{who}; wait until it ends") from None
         except OSError as problem:
             raise self._full(problem) from problem
         found = self._read()

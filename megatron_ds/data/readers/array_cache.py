@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-import filelock
 import numpy as np
 
 from megatron_ds.atomic import flush_to_disk, temporary_folder
@@ -24,6 +23,7 @@ from megatron_ds.data.readers.cache_checksums import (
     write_checksums,
 )
 from megatron_ds.errors import DataError
+from megatron_ds.locks import FileLock
 from megatron_ds.log import get_logger
 
 Entry = TypeVar("Entry")
@@ -115,7 +115,7 @@ def cached_entry(directory: Path, key: str, files: EntryFiles[Entry]) -> Entry:
         found, _ = files.open(entry)
         if found is None:
             directory.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(directory / f"{key}.lock"):
+            with FileLock(directory / f"{key}.lock"):
                 found, damage = files.open(entry)  # another rank may have made it while this one waited
                 if found is None:
                     if damage:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +31,7 @@ from megatron_ds.data.readers.long_text import encode_documents
 from megatron_ds.data.readers.tokenizer import largest_token_id, tokenizer_digest
 from megatron_ds.data.text.documents import TextSource
 from megatron_ds.errors import DataError
+from megatron_ds.locks import FileLock
 from megatron_ds.log import get_logger
 
 FORMAT_VERSION = 1
@@ -108,7 +108,7 @@ def cached_tokens(
         info, _ = _read_info(directory, key, with_lengths)
         if info is None:
             directory.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(directory / f"{key}.lock"):
+            with FileLock(directory / f"{key}.lock"):
                 # another rank may have written it while this one waited
                 info, damage = _read_info(directory, key, with_lengths)
                 if info is None:

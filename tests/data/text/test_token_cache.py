@@ -55,7 +55,7 @@ def test_second_reading_tokenizes_nothing_even_from_a_read_only_cache(
     text, tokenizer_path, cache, written, monkeypatch
 ):
     first = tokens_of(text, tokenizer_path, cache)
-    monkeypatch.setattr(token_cache.filelock, "FileLock", lambda *_: pytest.fail("locked a cache that is whole"))
+    monkeypatch.setattr(token_cache, "FileLock", lambda *_: pytest.fail("locked a cache that is whole"))
     second = tokens_of(text, tokenizer_path, cache)
     assert written == [first.key]
     assert (second.key, second.info) == (first.key, first.info)
