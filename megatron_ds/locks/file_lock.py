@@ -53,8 +53,13 @@ class FileLock:
         self._records: OwnerRecords | None = None
         self._pid = 0
 
+    @property
+    def is_held(self) -> bool:
+        """True while this object holds the lock in this process."""
+        return (self._file is not None or self._records is not None) and self._pid == os.getpid()
+
     def acquire(self, *, blocking: bool = True) -> None:
-        """Take the lock.
+        """Take the lock, unless this object holds it already.
 
         Args:
             blocking: wait until it is free. Otherwise return at once where there is flock; where there is not, as soon
@@ -64,6 +69,8 @@ class FileLock:
             LockHeldError: another process holds it, and `blocking` is false.
             OSError: the file cannot be made.
         """
+        if self.is_held:
+            return
         self._pid = os.getpid()
         try:
             if flock_is_local(self.path.parent):

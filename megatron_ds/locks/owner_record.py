@@ -21,12 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_ds.atomic import replacing, temporary_name
+from megatron_ds.errors import ConfigError
 from megatron_ds.log import get_logger
+from megatron_ds.untrusted import parse_record, read_bytes
+from megatron_ds.untrusted.limits import LOCK_OWNER
 
 BEAT_S = 5.0
 MISSED_BEATS = 12
 MAX_POLL_S = 1.0
-LONGEST_RECORD_BYTES = 4096
 _BOOT_ID, _PID_SPACE = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
 
 
@@ -73,7 +75,7 @@ def this_process() -> Owner:
 
 
 def _start_of(pid: int) -> str:
-    """Return the start time of a process in the kernel's ticks; empty if there is none, or none that runs."""
+    """Return the start time of a running process in the kernel's ticks, or an empty text."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
@@ -177,8 +179,8 @@ class OwnerRecords:
             temporary.write_text(json.dumps(asdict(owner)), encoding="utf-8")
 
     def _read(self, number: int) -> bytes:
-        with contextlib.suppress(OSError), self._file(number).open("rb") as file:
-            return file.read(LONGEST_RECORD_BYTES)
+        with contextlib.suppress(ConfigError):  # it is being written, or damaged
+            return read_bytes(self._file(number), LOCK_OWNER, ConfigError)
         return b""
 
     def _file(self, number: int) -> Path:
@@ -219,6 +221,6 @@ class _Watch:
 
 def _parse(content: bytes) -> Owner | None:
     try:
-        return Owner(**json.loads(content))
-    except (ValueError, TypeError):
+        return parse_record(content.decode("utf-8", "replace"), "the owner", Owner, LOCK_OWNER, ConfigError)
+    except ConfigError:
         return None

@@ -17,12 +17,14 @@ import xxhash
 
 from megatron_ds.checkpoint.directory import MANIFEST, resolve_checkpoint
 from megatron_ds.digests import sampled_xxh3
+from megatron_ds.errors import ConversionError
 from megatron_ds.hub import hub_id
 from megatron_ds.remote import is_url
+from megatron_ds.untrusted import read_json
+from megatron_ds.untrusted.limits import MODEL_SETTINGS
 
 MISSING = "missing"
 MOST_SAMPLED = 256  # files of one directory; of further ones the names and sizes are compared
-LONGEST_CONFIG_BYTES = 2**20
 _IGNORED_ENDINGS = (".md", ".lock", ".tmp")
 
 
@@ -82,8 +84,8 @@ def flatten(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _config_fields(file: Path) -> Iterator[tuple[str, str]]:
     try:
-        content = json.loads(file.read_bytes()) if file.stat().st_size <= LONGEST_CONFIG_BYTES else None
-    except (OSError, ValueError):
+        content = read_json(file, MODEL_SETTINGS, ConversionError)
+    except ConversionError:
         return  # reading the model says why; the file's digest is compared
     yield from flatten("", content) if isinstance(content, dict) else ()
 
