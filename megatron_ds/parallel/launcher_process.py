@@ -20,16 +20,10 @@ from pathlib import Path
 
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import flush_streams, get_logger
-from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE
+from megatron_ds.parallel.rank_info import LAUNCHERS, RENDEZVOUS_FILE
 
 POLL_S = 1.0
 _THREAD = "launcher-watch"
-_LAUNCHERS = {
-    "TORCHELASTIC_RUN_ID": "torchrun",
-    "CROSS_RANK": "deepspeed",
-    "SLURM_PROCID": "srun",
-}
-"""Environment variables that a launcher sets for its ranks alone, innermost launcher first."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -71,7 +65,7 @@ def find_launcher(environ: Mapping[str, str] = os.environ) -> LauncherProcess | 
     It is the nearest ancestor whose own environment lacks the variable that it has set for this rank. So a shell or
     another wrapper between both does not count. An ancestor of another user is a launcher: Slurm's runs as root.
     """
-    found = next((variable for variable in _LAUNCHERS if variable in environ), None)
+    found = next((variable for variable in LAUNCHERS if variable in environ), None)
     if found is None or RENDEZVOUS_FILE in environ:  # `run_local` ends its ranks itself
         return None
     if found == "SLURM_PROCID" and environ.get("SLURM_STEP_NUM_TASKS", "1") == "1":
@@ -83,7 +77,7 @@ def find_launcher(environ: Mapping[str, str] = os.environ) -> LauncherProcess | 
             break
         pid = status.parent
     status = _read_status(pid)
-    return LauncherProcess(_LAUNCHERS[found], pid, status.start_ticks if status is not None else 0)
+    return LauncherProcess(LAUNCHERS[found], pid, status.start_ticks if status is not None else 0)
 
 
 def end_with_launcher(rank: int | str, environ: Mapping[str, str] = os.environ) -> None:

@@ -12,6 +12,13 @@ from megatron_ds.errors import TopologyError
 RENDEZVOUS_FILE = "MEGATRON_DS_RENDEZVOUS"
 """Environment variable of ranks that `run_local` started: the rendezvous file."""
 
+LAUNCHERS = {
+    "TORCHELASTIC_RUN_ID": "torchrun",
+    "CROSS_RANK": "deepspeed",
+    "SLURM_PROCID": "srun",
+}
+"""Environment variables that a launcher sets for its ranks alone, innermost launcher first."""
+
 LAST_PORT = 65535
 MOST_RANKS = 1_000_000  # more than any machine has: a mistake, which would be waited for
 _MOST_DIGITS = 19
@@ -36,16 +43,18 @@ class RankSource:
     Attributes:
         settings: rank and number of ranks, such as `RANK=0`.
         unset: variables without which it starts alone.
+        launcher: the launcher that set them; empty = unknown, such as a shell.
     """
 
     settings: tuple[str, str]
     unset: tuple[str, ...]
+    launcher: str = ""
 
     def describe(self) -> str:
         """Return the origin of the rank and the way to start alone, as the end of a message."""
-        return (
-            f"given by {', '.join(self.settings)}, MASTER_ADDR and MASTER_PORT in the environment; {self.start_alone()}"
-        )
+        by = f"{self.launcher}: " if self.launcher else ""
+        variables = f"{', '.join(self.settings)}, MASTER_ADDR and MASTER_PORT"
+        return f"given by {by}{variables} in the environment; {self.start_alone()}"
 
     def start_alone(self) -> str:
         """Return the command that lets this process start without a launcher."""
@@ -57,7 +66,8 @@ def rank_source(environ: Mapping[str, str] = os.environ) -> RankSource:
     given = tuple(name for name in _NAMES if name in environ)
     rank, world_size, _ = _NAMES if given else _SLURM_NAMES
     settings = (f"{rank}={environ.get(rank)}", f"{world_size}={environ.get(world_size)}")
-    return RankSource(settings, given or ("SLURM_STEP_ID",))
+    known = (LAUNCHERS[name] for name in LAUNCHERS if name in environ and (name == _SLURM_NAMES[0]) != bool(given))
+    return RankSource(settings, given or ("SLURM_STEP_ID",), next(known, ""))
 
 
 def rank_from_environment(environ: MutableMapping[str, str] = os.environ) -> RankInfo | None:

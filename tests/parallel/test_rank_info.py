@@ -72,7 +72,7 @@ def test_a_single_variable_that_a_shell_has_kept(name: str) -> None:
 
 def test_the_variables_that_make_a_process_a_rank() -> None:
     assert rank_source(TORCHRUN) == RankSource(("RANK=5", "WORLD_SIZE=8"), ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    assert rank_source(SRUN) == RankSource(("SLURM_PROCID=3", "SLURM_STEP_NUM_TASKS=4"), ("SLURM_STEP_ID",))
+    assert rank_source(SRUN) == RankSource(("SLURM_PROCID=3", "SLURM_STEP_NUM_TASKS=4"), ("SLURM_STEP_ID",), "srun")
     for environ in (TORCHRUN, SRUN):
         unset = rank_source(environ).unset
         assert rank_from_environment({name: value for name, value in environ.items() if name not in unset}) is None
@@ -101,3 +101,17 @@ def test_the_variables_that_make_a_process_a_rank() -> None:
 def test_nonsense_is_refused(changes: dict[str, str], message: str) -> None:
     with pytest.raises(TopologyError, match=message):
         rank_from_environment({**TORCHRUN, **changes})
+
+
+@pytest.mark.parametrize(
+    ("environ", "by"),
+    [
+        (TORCHRUN, "given by RANK=5, "),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "a", "SLURM_PROCID": "1"}, "given by torchrun: RANK=5, "),
+        ({**TORCHRUN, "CROSS_RANK": "5"}, "given by deepspeed: RANK=5, "),
+        ({**TORCHRUN, "SLURM_PROCID": "1"}, "given by RANK=5, "),
+        (SRUN, "given by srun: SLURM_PROCID=3, "),
+    ],
+)
+def test_the_launcher_that_gave_the_rank_is_named(environ: dict[str, str], by: str) -> None:
+    assert rank_source(environ).describe().startswith(by)
