@@ -68,19 +68,23 @@ class MovedBytes:
 
     def take(self) -> int:
         """Return the number of units since the last call; a rest is carried over."""
-        counts = {pid: count for pid in ("self", *_children()) if (count := _moved_by(pid))} if self.is_known else {}
+        counts = (
+            {pid: count for pid in ("self", *map(str, child_processes())) if (count := _moved_by(pid))}
+            if self.is_known
+            else {}
+        )
         moved = sum(max(0, count - self._seen.get(pid, 0)) for pid, count in counts.items())
         self._seen = counts
         units, self._rest = divmod(self._rest + moved, MOVED_BYTES)
         return units
 
 
-def _children() -> list[str]:
-    """Return the ids of this process's children."""
-    found = []
+def child_processes() -> list[int]:
+    """Return the ids of this process's children; empty where the system does not list them."""
+    found: list[int] = []
     for thread in _PROCESS.glob("task/*/children"):
         with contextlib.suppress(OSError):  # the thread has ended
-            found += thread.read_text().split()
+            found += map(int, thread.read_text().split())
     return found
 
 

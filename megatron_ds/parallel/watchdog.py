@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import socket
 import threading
 import time
@@ -29,7 +30,7 @@ from megatron_ds.parallel.rank_files import FAILURE_FILE, unnamed_file
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.rank_status import RankStatus, RankStatusStore, rank_status_store
 from megatron_ds.parallel.rendezvous import RankGroup, name_ranks
-from megatron_ds.parallel.section_limits import MovedBytes, SectionLimits
+from megatron_ds.parallel.section_limits import MovedBytes, SectionLimits, child_processes
 
 PUBLISH_S = 1.0  # interval between two status updates of a rank
 STORE_TIMEOUT_S = 10.0  # the store counts as unreachable after this
@@ -234,6 +235,9 @@ class Watchdog:
                 )
         finally:
             flush_streams()
+            for child in child_processes():  # such as one that uploads, to a server that does not answer
+                with contextlib.suppress(OSError):
+                    os.kill(child, signal.SIGTERM)
             os._exit(1)
 
     def _report(self, hang: _Hang) -> None:

@@ -197,7 +197,7 @@ def _long_phases(info: RankInfo, at: str, file: str) -> str:
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.all_reduce(torch.ones(1))
         if at == "one leaves early" and info.rank == 0:
-            time.sleep(2.0)
+            time.sleep(3.5)
     dist.barrier()
     return "done"
 
@@ -289,6 +289,19 @@ def test_limits_are_learned_from_phases_of_the_same_kind() -> None:
 def test_machines_are_named_where_there_are_several() -> None:
     statuses = [RankStatus(9, 4, "saving", host="node1"), RankStatus(9, 4, "saving", host="node2")]
     assert "; rank 1 on node2 does not respond: " in diagnose(statuses, [True, False], 30.0)
+
+
+def test_a_hang_leaves_no_child_processes(impatient: None, tmp_path: Path) -> None:
+    def waits(info: RankInfo) -> None:
+        with Watchdog(info, 0.4, rank_status_store()):
+            child = subprocess.Popen(["sleep", "100"], start_new_session=True)
+            (tmp_path / "child").write_text(str(child.pid))
+            time.sleep(60)
+
+    with pytest.raises(LaunchError, match=r"^no progress for 0.4 s "):
+        run_ranks(waits, 1)
+    state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_what_a_child_reads_and_writes_is_progress(tmp_path: Path) -> None:
