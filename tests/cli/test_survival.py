@@ -107,6 +107,34 @@ def test_a_ranks_own_signal_counts_for_all_under_torchrun(start: Start, corpus: 
     assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 2)
+
+
+@pytest.mark.sweep
+def test_torchrun_restarts_a_run_that_was_to_resume_nothing(
+    start: Start, corpus: Path, tmp_path: Path, uncut: list[float]
+) -> None:
+    file, output = write_run(corpus, tmp_path), tmp_path / "out"
+    process = start(*TORCHRUN, "-m", "megatron_ds", "train", file, "checkpoint.resume=never")
+    wait_for_steps(output, 10, process)
+    (second,) = [pid for pid, environ in processes_of(tmp_path).items() if environ.get("RANK") == "1"]
+    os.kill(second, signal.SIGKILL)
+    status, out, err = finish(process, 240)
+    assert status == 0, err
+    assert "restart 1 by torchrun" in out and re.search(r"resuming from step [1-9]", out)
+    assert losses(output) == uncut
+
+
+@pytest.mark.sweep
+def test_ranks_end_soon_after_torchrun(start: Start, corpus: Path, tmp_path: Path) -> None:
+    file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
+    process = start(*TORCHRUN, "-m", "megatron_ds", "train", file)
+    wait_for_steps(output, 5, process)
+    process.kill()
+    wait_until(lambda: processes_of(tmp_path) == {}, 30)
+    assert "which started rank 0, has ended; this rank ends too" in process.communicate()[1]
+
+
 def test_ctrl_c_saves_too(fork: Fork, corpus: Path, tmp_path: Path) -> None:
     file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
     process = fork("-m", "megatron_ds", "train", file, "--nproc", 2)
