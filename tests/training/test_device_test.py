@@ -1,7 +1,5 @@
 """The test before the first step: right results pass, and each wrong one names its rank."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,10 +45,7 @@ FAULTS: dict[str, tuple[Any, str, Any, str]] = {
 }
 
 
-def _as_rank(info: RankInfo, faulty: int, fault: str) -> str:
-    if info.rank == faulty:
-        module, name, wrong, _ = FAULTS[fault]
-        setattr(module, name, wrong)
+def _lines(info: RankInfo) -> str:
     try:
         return "; ".join(run_device_test(info, torch.device("cpu")))
     except HardwareError as problem:
@@ -59,18 +54,29 @@ def _as_rank(info: RankInfo, faulty: int, fault: str) -> str:
         return f"exit {end.code}"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_result_names_its_rank(fault: str) -> None:
-    message, other = run_ranks(_as_rank, 2, 1, fault)
-    assert message.startswith("train.device_test: rank ") and FAULTS[fault][3] in message, message
-    assert "rank 1 (host " in message and other == "exit 1"
+def _with_faults(info: RankInfo) -> dict[str, str]:
+    """The lines of a rank by the fault of rank 1; "" = none."""
+    found = {"": _lines(info)}
+    for fault, (module, name, wrong, _) in FAULTS.items():
+        own = getattr(module, name)
+        setattr(module, name, wrong if info.rank == 1 else own)
+        found[fault] = _lines(info)
+        setattr(module, name, own)
+    return found
 
 
-def test_right_results_pass_on_ranks_and_alone() -> None:
-    line, other = run_ranks(_as_rank, 2, -1, "product")
-    assert line == other and line.startswith(
-        "device test of 2 ranks: products and 0.00 GB of memory are right, and links"
+def test_right_results_pass_and_a_wrong_one_names_its_rank() -> None:
+    first, second = run_ranks(_with_faults, 2)
+    assert first[""] == second[""]
+    assert first[""].startswith(
+        "device test of 2 ranks: products and 0.00 GB of memory are right, and links; the slowest"
     )
+    for fault, (_, _, _, expected) in FAULTS.items():
+        assert first[fault].startswith("train.device_test: rank ") and expected in first[fault], first[fault]
+        assert "rank 1 (host " in first[fault] and second[fault] == "exit 1"
+
+
+def test_a_rank_alone_has_no_links() -> None:
     assert run_alone(run_device_test, RankInfo(), torch.device("cpu")) == [
         "device test of 1 ranks: products and 0.00 GB of memory are right"
     ]
@@ -85,27 +91,3 @@ def test_a_slow_link_is_named_among_those_of_its_kind() -> None:
         "the link from rank 3 (host b) to rank 4 (host b) is slow: 6.00 GB/s, the median of such links is 20.00 GB/s"
     )
     assert between.startswith("the link from rank 5 (host b) to rank 6 (host c) is slow: 0.50 GB/s")
-
-
-def test_a_run_says_what_was_tested(make_run: Callable[..., Any]) -> None:
-    import megatron_ds as mds
-    from megatron_ds.monitor import SilentReporter
-    from tests.ranks import preload
-
-    preload()
-    run = make_run(train={"steps": 2, "device_test": True})
-    file = Path(run.output).parent / "notes"
-
-    class Notes(SilentReporter):
-        def note(self, text: str) -> None:
-            with open(file, "a") as opened:
-                opened.write(text + "\n")
-
-        def __enter__(self) -> "Notes":
-            return self
-
-        def __exit__(self, *args: object) -> None:
-            pass
-
-    mds.train(run, reporter=Notes)
-    assert file.read_text().startswith("device test of 1 ranks: products")

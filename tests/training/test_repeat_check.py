@@ -56,9 +56,10 @@ def test_a_bit_of_a_gradient_that_changes_once_names_its_rank(make_run: MakeRun)
     assert (Path(run.output) / "checkpoints" / "latest").read_text().strip() == "step_00000002"
 
 
-def test_the_run_is_the_same_bit_for_bit(make_run: MakeRun) -> None:
+def test_without_a_fault_every_check_passes_and_the_run_is_the_same_bit_for_bit(make_run: MakeRun) -> None:
     preload()
-    plain, checked = _run(make_run, "plain"), _run(make_run, "checked", check_repeats=1)
+    checks = {"check_repeats": 2, "check_replicas": 1, "device_test": True, "stragglers": {"every": 2}}
+    plain, checked = _run(make_run, "plain"), _run(make_run, "checked", **checks)
     for run in (plain, checked):
         mds.train(run, nproc=2, callbacks=[FlipBitOfGradient(-1)])
     assert losses(plain.output, "loss") == losses(checked.output, "loss")
