@@ -92,7 +92,7 @@ def describe_results(everyone: Sequence[DeviceResult]) -> list[str]:
 
 
 def _test(info: RankInfo, device: torch.device) -> DeviceResult:
-    faults = [fault for dtype in DTYPES if (fault := _wrong_products(dtype, device))]
+    faults = [fault for dtype in DTYPES if (fault := wrong_products(dtype, device))]
     memory_bytes, num_wrong = _test_memory(device)
     if num_wrong:
         faults.append(f"{num_wrong:,} of {memory_bytes // 8:,} words of memory read back differently")
@@ -108,7 +108,7 @@ def _test(info: RankInfo, device: torch.device) -> DeviceResult:
     return DeviceResult(socket.gethostname(), tuple(faults), memory_bytes, speed.bandwidth)
 
 
-def _wrong_products(dtype: torch.dtype, device: torch.device) -> str:
+def wrong_products(dtype: torch.dtype, device: torch.device) -> str:
     """Multiply matrices whose product is known; return what is wrong, or an empty text.
 
     The left matrix is a_i u_k, the right one u_k b_j v_k, with signs u and v, so that the product is a_i b_j times the

@@ -9,6 +9,7 @@ import torch
 
 from bench.gpu.host_waits import host_waits
 from bench.gpu.record import DEVICE, guarded, record, wait_for_turn
+from bench.gpu.right.faults import check_faults
 from bench.gpu.right.small_runs import BATCH, LR, Setting, build, global_batch
 from megatron_ds.engine import preload, stop_distributed
 from megatron_ds.log import quiet_libraries
@@ -35,6 +36,7 @@ def main() -> None:
     preload()
     for name, setting in SETTINGS.items():
         guarded("waits", name, partial(_run, name, setting))
+    check_faults()
 
 
 def _run(name: str, setting: Setting) -> None:
