@@ -231,7 +231,7 @@ class TrainingLoop:
             self._output.note(wait)
         if bad:
             self._check_bad_steps(result)
-        self._replicas.after_step(step, is_saved=step == train.num_steps)
+        self._replicas.after_step(step, is_last=step == train.num_steps)
 
     def _check_bad_steps(self, result: StepResult) -> None:
         """Log that a step was skipped, and why; end the run after too many consecutive ones."""
@@ -259,7 +259,7 @@ class TrainingLoop:
     def _save(self) -> None:
         if self._saver is None or self._saved_step == self._now.step:
             return
-        self._replicas.after_step(self._now.step, is_saved=True)
+        self._replicas.before_save(self._now.step)
         self._heartbeat(f"saving after step {self._now.step}", may_take_long=True)
         self._report_saved(self._saver.save(self._now))
         self._output.write_usage(self._train_data, self._now.data.samples)

@@ -30,7 +30,6 @@ class ReplicaCheck:
 
     def __init__(self, run: RunConfig, engine: Engine, give_up: Callable[[], str]) -> None:
         self._every, self._engine, self._give_up = run.train.check_replicas, engine, give_up
-        self._checked_step = -1
         self._checksums: ReplicaChecksums | None = None
         if self._every > 0 and engine.grid.world.size > 1:
             exact = engine.device.type == "cpu" or run.train.deterministic
@@ -41,19 +40,22 @@ class ReplicaCheck:
         is_due = self._checksums is not None and step % self._every == 0
         self._engine.before_update = (lambda: self._check(f"in step {step}")) if is_due else None
 
-    def after_step(self, step: int, *, is_saved: bool) -> None:
-        """Check after a step, if it is one to check or its state is about to be written. Collective over the world.
+    def after_step(self, step: int, *, is_last: bool) -> None:
+        """Check after a step, if it is one to check or the last one. Collective over the world.
 
         Raises:
             HardwareError: on rank 0, copies differ.
         """
-        if self._checksums is None or self._checked_step == step or not (is_saved or step % self._every == 0):
-            return
-        self._check(f"after step {step}")
-        self._checked_step = step
+        if self._every and (is_last or step % self._every == 0):
+            self._check(f"after step {step}")
+
+    def before_save(self, step: int) -> None:
+        """Check the state after a step, which is about to be written, as `after_step` does."""
+        self._check(f"before saving step {step}")
 
     def _check(self, when: str) -> None:
-        assert self._checksums is not None
+        if self._checksums is None:
+            return
         found = self._checksums.differing()
         if not found:
             return

@@ -19,12 +19,13 @@ MakeRun = Callable[..., RunConfig]
 
 
 class FlipBit(Callback):
-    """Changes the lowest bit of a weight on rank 1 after a step."""
+    """Changes the lowest bit of a weight on rank 1 after a step, or after its validation."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, event: str = "on_step_end") -> None:
         self.step = step
+        setattr(self, event, self.flip)
 
-    def on_step_end(self, state: RunState) -> None:
+    def flip(self, state: RunState) -> None:
         if state.rank == 1 and state.step == self.step:
             parameters: dict[str, Any] = dict(state.engine.local_parameters())
             parameters["blocks.1.mlp.down.weight"].data.view(-1)[7:8].view(torch.int32).bitwise_xor_(1)
@@ -46,12 +47,20 @@ def _train(make_run: MakeRun, every: int, zero: int, flip_after: int) -> tuple[s
     return str(caught.value), sorted(path.name for path in folder.glob("step_*"))
 
 
+@pytest.mark.sweep
+def test_a_bit_that_flips_while_the_run_validates_is_not_saved(make_run: MakeRun) -> None:
+    preload()
+    run = make_run(train={"check_replicas": 1, "eval_every": 4}, checkpoint={"every": 2})
+    with pytest.raises(HardwareError, match=r"before saving step 4 .* resumes from checkpoint step_00000002$"):
+        mds.train(run, nproc=2, callbacks=[FlipBit(4, "on_validation_end")])
+
+
 @pytest.mark.parametrize(
     ("every", "zero", "flip_after", "found", "saved"),
     [
         pytest.param(1, 0, 3, "after step 3", 2, id="after the step", marks=pytest.mark.sweep),
         pytest.param(4, 1, 3, "in step 4", 2, id="before ZeRO overwrites it"),
-        pytest.param(100, 0, 3, "after step 4", 2, id="before a save"),
+        pytest.param(100, 0, 3, "before saving step 4", 2, id="before a save"),
     ],
 )
 def test_a_flipped_bit_of_a_weight_ends_the_run_and_the_last_good_checkpoint_stays(

@@ -1,4 +1,4 @@
-"""What finds faulty devices on a device without a fault: passes that repeat, checksums, products, times of waits."""
+"""Checks for faulty devices, on a device without a fault: passes that repeat, checksums, products, times of waits."""
 
 from __future__ import annotations
 
