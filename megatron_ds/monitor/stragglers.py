@@ -122,7 +122,7 @@ class Stragglers:
             largest = max(range(len(values)), key=values.__getitem__)
             found |= {f"{field}_median": statistics.median(values), f"{field}_max": values[largest]}
             found[f"{field.removesuffix('_s')}_max_rank"] = largest
-        return {**found, "num_slow": len(self._named)}
+        return {**found, "num_slow": len({rank for _, rank in self._named})}
 
     def report(self, step: int) -> StragglersReport:
         """Return the mean times of every rank after a step."""
