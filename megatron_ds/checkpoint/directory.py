@@ -43,6 +43,7 @@ MANIFEST = f"{STATE}/manifest.json"
 PROGRESS = f"{STATE}/progress.json"
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{8,})")
+_LONGEST_NAME = 200
 COPYING = ".copying"
 """The directory with links to the files of checkpoints that are being copied elsewhere."""
 _LEFTOVER = re.compile(rf"\.step_\d{{8,}}\.(tmp|old)|{re.escape(COPYING)}")
@@ -123,6 +124,8 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     try:
         manifest = read_record(path, _Manifest, CHECKPOINT_RECORD, CheckpointError)
         files = manifest.files
+        if PROGRESS not in files:
+            raise CheckpointError(f"{path}: it does not list {PROGRESS}")
         if manifest.files_xxh3_128 not in (None, _digest(files)):
             raise CheckpointError(f"{path}: files_xxh3_128 is not the checksum of its files")
         for name in files:
@@ -160,8 +163,11 @@ def point_to(folder: Path, name: str | None) -> None:
     if name is None:
         (folder / LATEST).unlink(missing_ok=True)
         return
+    content = f"{name}\n".encode()
+    if (folder / LATEST).is_file() and (folder / LATEST).read_bytes() == content:
+        return  # a full disk has no room to write it again
     with replacing(folder / LATEST) as temporary:
-        write_bytes(temporary, f"{name}\n".encode())
+        write_bytes(temporary, content)
     flush(folder)
 
 

@@ -15,8 +15,13 @@ from typing import Any, NamedTuple
 
 from megatron_ds.atomic import replacing
 from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
+from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.untrusted import is_missing, parse_json, read_lines
 from megatron_ds.untrusted.limits import RUN_LINE
+
+MOST_WAITING = 5_000
+"""Lines that may wait for room on a full disk, over an hour of steps of one second; with more the run ends."""
 
 MOE = "moe_"
 """Prefix of the metrics of mixtures of experts; see `engine.router_load`."""
@@ -130,7 +135,7 @@ class LastSteps(NamedTuple):
 
 
 class MetricsWriter:
-    """Writer of a JSON-lines file of metrics. Each line is flushed, so that readers see complete lines.
+    """Writer of a JSON-lines file of metrics. Each line is written at once; on a full disk lines wait, see `LineFile`.
 
     A new run starts a new file: a file of an earlier run is renamed to `metrics.<n>.jsonl` (n = 1, 2, ... in the
     order of the runs), never overwritten. A resumed run appends to the existing file.
@@ -138,13 +143,14 @@ class MetricsWriter:
     Args:
         path: the file; its directory is created if missing.
         continue_after: the step that the run resumes from; None for a new run. Lines of later steps, which will be run
-            again, and a line torn by a crash are removed; the former file is then kept as `metrics.<n>.jsonl`.
+            again, and what a crash has torn or damaged are removed; the former file is then kept as
+            `metrics.<n>.jsonl`.
 
     Attributes:
         found: the last steps that the file had before lines were removed.
 
     Raises:
-        DataError: `continue_after` is given and the file holds a line that is not metrics.
+        OSError: the file cannot be made.
     """
 
     def __init__(self, path: Path | str, continue_after: int | None = None) -> None:
@@ -155,12 +161,19 @@ class MetricsWriter:
                 self.path.rename(archive_name(self.path))
             else:
                 self.found = _cut_after(self.path, continue_after)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.path.touch()
+        self._file = LineFile(self.path)
+
+    @property
+    def unwritten(self) -> str | None:
+        """The reason why more than `MOST_WAITING` lines wait, in words; None = fewer do."""
+        if self._file.num_waiting <= MOST_WAITING:
+            return None
+        return f"{self._file.num_waiting:,} lines of {self.path} wait to be written ({self._file.reason})"
 
     def write(self, metrics: Metrics) -> None:
-        """Append one line and flush it."""
-        self._file.write(_encode(metrics) + "\n")
-        self._file.flush()
+        """Append one line."""
+        self._file.add(_encode(metrics) + "\n")
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""
@@ -220,9 +233,9 @@ def _encode(metrics: Metrics) -> str:
     return json.dumps(record, allow_nan=False)
 
 
-def _decode(line: str, path: Path, number: int) -> Metrics:
+def _decode(line: bytes, path: Path, number: int) -> Metrics:
     try:
-        record = parse_json(line, "", RUN_LINE, DataError)
+        record = parse_json(line.decode("utf-8"), "", RUN_LINE, DataError)
         kind = ValidMetrics if "valid_loss" in record else StepMetrics
         values: dict[str, Any] = {
             name: _number(name, record[name])
@@ -234,7 +247,8 @@ def _decode(line: str, path: Path, number: int) -> Metrics:
                 values[name] = {key: _float(value) for key, value in record[name].items()}
         return kind(**values)
     except (DataError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}, line {number} is no line of metrics: {line.strip()[:80]!r}") from error
+        shown = line.decode("utf-8", "replace").strip()[:80]
+        raise DataError(f"{path}, line {number} is no line of metrics: {shown!r}") from error
 
 
 def _number_fields(kind: type[Metrics]) -> list[str]:
@@ -257,22 +271,16 @@ def _float(value: float | None) -> float:
     return float(value)
 
 
-def _read_lines(path: Path) -> Iterator[str]:
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the complete lines."""
     try:
-        for number, line in enumerate(read_lines(path, RUN_LINE, DataError), start=1):
+        for line in read_lines(path, RUN_LINE, DataError):
             if line.endswith(b"\n"):
-                yield _text(line, path, number)
+                yield line
     except DataError as problem:
         if is_missing(problem):
             raise DataError(f"{path} does not exist; a run writes it as OUTPUT/metrics.jsonl") from None
         raise
-
-
-def _text(line: bytes, path: Path, number: int) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {number} is no line of metrics: {line[:80]!r}") from error
 
 
 def _cut_after(path: Path, step: int) -> LastSteps:
@@ -281,17 +289,28 @@ def _cut_after(path: Path, step: int) -> LastSteps:
     Returns:
         the last steps of the former file.
     """
-    kept, last = [], LastSteps()
-    for number, line in enumerate(_read_lines(path), start=1):
-        metrics = _decode(line, path, number)
-        last = last.after(metrics)
-        if metrics.step <= step:
-            kept.append(line)
-    text = "".join(kept).encode()
+    kept, last, damaged = [], LastSteps(), list[DataError]()
+    try:
+        for number, line in enumerate(_read_lines(path), start=1):
+            try:
+                metrics = _decode(line, path, number)
+            except DataError as problem:  # a record that a crash has damaged must not keep a run from its checkpoint
+                damaged.append(problem)
+                continue
+            last = last.after(metrics)
+            if metrics.step <= step:
+                kept.append(line)
+    except DataError as problem:  # a line without an end: nothing after it can be read
+        damaged.append(problem)
+    text = b"".join(kept)
     if len(text) != path.stat().st_size:
+        former = archive_name(path)
         with replacing(path) as temporary:
             temporary.write_bytes(text)
-            shutil.copyfile(path, archive_name(path))  # a copy, so that the file itself always exists
+            shutil.copyfile(path, former)  # a copy, so that the file itself always exists
+        if damaged:
+            more = f", and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
+            get_logger().warning("%s%s; left out, the former file is %s", damaged[0], more, former.name)
     return last
 
 

@@ -47,6 +47,7 @@ Batches = list[dict[str, torch.Tensor]]
 """The micro-batches of one data rank, out of a global batch."""
 
 _TIME_LIMIT = int(signal.NSIG)  # shares a flag with signal numbers, which are below it
+_NO_ROOM = _TIME_LIMIT + 1  # shares it too: the disk of the metrics has been full for too long
 
 
 class TrainingLoop:
@@ -147,6 +148,7 @@ class TrainingLoop:
         Raises:
             TrainingError: on rank 0, after `train.max_bad_steps` consecutive steps that were not finite.
             CheckpointError: a checkpoint could not be written.
+            TrainingError: on rank 0, after too many lines of metrics for which the disk had no room.
         """
         steps = self._run.train.num_steps
         self._callbacks.run_start(self._now.step)
@@ -166,6 +168,8 @@ class TrainingLoop:
                     break
         self._heartbeat(f"waiting until step {self._now.step} is saved", may_take_long=True)
         self._report_saved(self._saver.wait() if self._saver is not None else None)
+        if self._stop_code == _NO_ROOM:
+            run_on_all_ranks(self._raise_no_room)
         self._output.write_usage(self._train_data, self._now.data.samples, is_last=True)
         return self._now.step
 
@@ -255,6 +259,10 @@ class TrainingLoop:
         """Wait until the last save is complete; return `resume_hint`. Collective over the world, before an error."""
         self._report_saved(self._saver.wait() if self._saver is not None else None)
         return self.resume_hint
+
+    def _raise_no_room(self) -> None:
+        if self._output.unwritten is not None:
+            raise TrainingError(f"{self._output.unwritten}{self.resume_hint}; make room on that disk")
 
     def _save(self) -> None:
         if self._saver is None or self._saved_step == self._now.step:
@@ -363,6 +371,7 @@ class TrainingLoop:
             True if the run has to stop.
         """
         stop_code = int(interrupt.signal or _TIME_LIMIT) if interrupt.requested else 0
+        stop_code = _NO_ROOM if self._output.unwritten is not None else stop_code
         is_writing = self._saver is None or not self._saver.is_due
         flags = torch.tensor([stop_code, int(is_writing), *self._callbacks.flags])
         agreed = all_reduce_(flags, self._engine.grid.host, dist.ReduceOp.MAX).tolist()

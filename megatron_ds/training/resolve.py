@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ds.checkpoint.directory import is_checkpoint, resolve_checkpoint
+from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, resolve_checkpoint
 from megatron_ds.config import (
     EngineConfig,
     RunConfig,
@@ -232,7 +232,8 @@ def _check_output(run: RunConfig) -> None:
             f"output={run.output} holds {found} of a model, and a run would write its own files there; choose another "
             f"directory, such as {run.output}/run"
         )
-    found = None if _is_run_file(output / RUN_FILE) else next((n for n in REPLACED if (output / n).is_file()), None)
+    has_run = _is_run_file(output / RUN_FILE) or any(map(is_checkpoint, checkpoints_in(checkpoint_folder(run.output))))
+    found = None if has_run else next((n for n in REPLACED if (output / n).is_file()), None)
     if found is not None:
         raise ConfigError(
             f"output={run.output} holds {found}, which is of no run and would be replaced; choose another directory, "

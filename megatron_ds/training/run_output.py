@@ -1,9 +1,14 @@
-"""Output of a run: `config.yaml`, `metrics.jsonl`, `data.json`, `loss.png`, `report.html`, and a reporter."""
+"""Output of a run: `config.yaml`, `metrics.jsonl`, `data.json`, `loss.png`, `report.html`, and a reporter.
+
+Without a directory that can be written no run starts. Later, a full disk does not end it: lines wait for room, and the
+other files are written again at the next occasion.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +18,7 @@ from megatron_ds.checkpoint.saver import Saved
 from megatron_ds.config import RunConfig, dump_run
 from megatron_ds.data import Dataset
 from megatron_ds.data.blend import SourceUsage, source_usage
-from megatron_ds.errors import DataError
+from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.log import get_logger
 from megatron_ds.monitor import (
     MetricSink,
@@ -28,6 +33,7 @@ from megatron_ds.monitor import (
     draw_loss,
     open_sinks,
 )
+from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.monitor.report import REPORT, write_end, write_report, write_start
 from megatron_ds.training.model_paths import with_hub_names
 from megatron_ds.training.resume import RUN_FILE
@@ -36,6 +42,7 @@ from megatron_ds.training.statement import describe_sources
 DATA_USAGE = "data.json"
 LOSS_PLOT = "loss.png"
 STRAGGLERS = "stragglers.json"
+SAVES = "saves.jsonl"
 LONGEST_REASON = 500  # characters of an error in the report
 
 
@@ -55,6 +62,8 @@ class RunOutput:
         self._sinks: list[MetricSink] = []
         self._system: SystemMeter | None = None
         self._last_step: int | None = None  # None = the run has not started
+        self._saves: LineFile | None = None
+        self._reported: set[str] = set()
 
     def start(self, summary: RunSummary, continue_after: int | None = None) -> None:
         """Make the directory, write `config.yaml`, open `metrics.jsonl` and other sinks, show the summary.
@@ -65,19 +74,35 @@ class RunOutput:
         """
         if not self._is_first:
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with replacing(self._directory / RUN_FILE) as temporary:  # a link there is replaced, not what it leads to
-            temporary.write_text(dump_run(with_hub_names(self._run)), encoding="utf-8")
-        if continue_after is None:
-            for name in (DATA_USAGE, STRAGGLERS):  # of an earlier run
-                (self._directory / name).unlink(missing_ok=True)
-        self._writer = MetricsWriter(self._directory / "metrics.jsonl", continue_after)
+        try:
+            self._writer = self._open_metrics(continue_after)
+        except OSError as problem:
+            raise ConfigError(
+                f"output={self._directory} cannot be written ({problem.strerror or problem}); choose another place"
+            ) from problem
         self._sinks = open_sinks(SinkInfo(self._run, self._directory, continue_after, self._writer.found))
         if self._run.monitor or self._run.train.log_system:
             self._system = SystemMeter()
         write_start(self._directory, summary, continue_after)
         self._last_step = continue_after or 0
         self._reporter.start(summary)
+
+    def _open_metrics(self, continue_after: int | None) -> MetricsWriter:
+        """Make the directory, write `config.yaml`, and open `metrics.jsonl`."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        file, content = self._directory / RUN_FILE, dump_run(with_hub_names(self._run)).encode()
+        if file.is_symlink() or not file.is_file() or file.read_bytes() != content:  # as a rule it is there already
+            with replacing(file) as temporary:  # a link there is replaced, not what it leads to
+                temporary.write_bytes(content)
+        if continue_after is None:
+            for name in (DATA_USAGE, STRAGGLERS):  # of an earlier run
+                (self._directory / name).unlink(missing_ok=True)
+        return MetricsWriter(self._directory / "metrics.jsonl", continue_after)
+
+    @property
+    def unwritten(self) -> str | None:
+        """The reason why too many lines of metrics are not written, in words; None = all are, or they may wait."""
+        return self._writer.unwritten if self._writer is not None else None
 
     def step(self, metrics: StepMetrics) -> None:
         """Write and show a logged step, with readings of the machine."""
@@ -103,8 +128,8 @@ class RunOutput:
             f"saved {saved.path}: {saved.bytes / 1e6:,.1f} MB in {saved.written_s:.2f} s ({rate:,.0f} MB/s), training "
             f"paused {saved.paused_s:.2f} s"
         )
-        with open(Path(saved.path).parent / "saves.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(saved)) + "\n")
+        self._saves = self._saves or LineFile(Path(saved.path).parent / SAVES)
+        self._saves.add(json.dumps(asdict(saved)) + "\n")
 
     def write_usage(self, data: Dataset, samples: int, *, is_last: bool = False) -> None:
         """Write the number of samples read from each corpus to `data.json`, if the data count them.
@@ -118,7 +143,7 @@ class RunOutput:
         if not usage:
             return
         content = json.dumps({"samples": samples, "sources": [asdict(source) for source in usage]}, indent=2)
-        with replacing(self._directory / DATA_USAGE) as temporary:
+        with self._spared(DATA_USAGE), replacing(self._directory / DATA_USAGE) as temporary:
             temporary.write_text(content + "\n", encoding="utf-8")
         if is_last:
             self._reporter.note(describe_usage(usage))
@@ -137,13 +162,15 @@ class RunOutput:
         """
         if self._writer is not None:
             self._close()
-            draw_loss(self._writer.path, self._directory / LOSS_PLOT, f"{title}: {self._directory}")
+            with self._spared(LOSS_PLOT):
+                draw_loss(self._writer.path, self._directory / LOSS_PLOT, f"{title}: {self._directory}")
             write_end(self._directory, outcome)
 
     def finish(self, text: str) -> None:
         """Write `report.html`, and report the outcome of the run."""
         if self._writer is not None:
-            write_report(self._directory)
+            with self._spared(REPORT):
+                write_report(self._directory)
         if self._is_first:
             self._reporter.finish(text)
 
@@ -160,16 +187,26 @@ class RunOutput:
     def _report_failure(self, error: BaseException) -> None:
         """Write the report of a run that an error ended. A further error, as of a full disk, must not replace it."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        try:
+        with self._spared(REPORT):
             write_end(self._directory, f"failed after step {self._last_step}: {reason[:LONGEST_REASON]}")
             write_report(self._directory)
+
+    @contextmanager
+    def _spared(self, name: str) -> Iterator[None]:
+        """Report once that a file cannot be written which the run can do without."""
+        try:
+            yield
         except (OSError, DataError) as problem:
-            get_logger().warning("%s could not be written (%s)", self._directory / REPORT, problem)
+            if name not in self._reported:
+                self._reported.add(name)
+                get_logger().warning("%s could not be written (%s)", self._directory / name, problem)
 
     def _close(self, *, failed: bool = False) -> None:
         """Close all sinks that are still open."""
         if self._writer is not None:
             self._writer.close()
+        if self._saves is not None:
+            self._saves.close()
         while self._sinks:
             sink = self._sinks.pop()
             if isinstance(sink, Tracker):

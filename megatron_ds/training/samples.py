@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.embedding_and_head import LanguageModelHead
 from megatron_ds.monitor import archive_name
+from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.parallel.watchdog import Heartbeat
 from megatron_ds.runtime import LoadedModel
 from megatron_ds.training.callbacks import Callback, RunState
@@ -105,6 +107,7 @@ class SampleWriter(Callback):
         assert run.train.samples is not None
         self._section, self._prompts, self._note, self._heartbeat = run.train.samples, prompts, note, heartbeat
         self._file, self._continue_after = Path(run.output) / SAMPLES, continue_after
+        self._lines = LineFile(self._file)
         self._sampling = Sampling(run.train.samples.temperature, seed=run.train.seed)
 
     def on_run_start(self, state: RunState) -> None:
@@ -119,6 +122,10 @@ class SampleWriter(Callback):
         if kept != lines:
             with replacing(self._file) as temporary:
                 temporary.write_bytes(b"".join(kept))
+
+    def on_run_end(self, state: RunState) -> None:
+        """Close the file."""
+        self._lines.close()
 
     def on_step_end(self, state: RunState) -> None:
         if isinstance(self._section.every, int) and state.step % self._section.every == 0:
@@ -143,10 +150,11 @@ class SampleWriter(Callback):
             return
         continues = not self._section.chat and given.core.decoding is not None and given.core.decoding.start_id is None
         texts = [added_text(given.tokenizer, row.prompt if continues else (), row.ids) for row in rows]
-        with self._file.open("a", encoding="utf-8") as file:
-            for prompt, text, row in zip(given.texts, texts, rows):
-                found = {"step": state.step, "prompt": prompt, "text": text, "stopped_by": row.stopped_by}
-                file.write(json.dumps(found, ensure_ascii=False) + "\n")
+        found = [
+            {"step": state.step, "prompt": prompt, "text": text, "stopped_by": row.stopped_by}
+            for prompt, text, row in zip(given.texts, texts, rows)
+        ]
+        self._lines.add(*map(_line, found))
         for prompt, text in zip(given.texts, texts):
             self._note(f"sample {json.dumps(prompt, ensure_ascii=False)}: {json.dumps(text, ensure_ascii=False)}")
 
@@ -163,3 +171,5 @@ def _step_of(line: bytes) -> float:
         return parse_record(line.decode("utf-8"), SAMPLES, _SampleLine, RUN_LINE, DataError).step
     except (UnicodeDecodeError, DataError):
         return math.inf
+def _line(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, ensure_ascii=False) + "\n"

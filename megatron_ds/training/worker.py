@@ -26,7 +26,7 @@ from megatron_ds.engine import (
 )
 from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.hub import describe_upload
-from megatron_ds.monitor import Reporter, Throughput, read_metrics
+from megatron_ds.monitor import Reporter, Throughput
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rank_status import rank_status_store
@@ -189,9 +189,6 @@ def _prepare(run: RunConfig, info: RankInfo, found: ResumePoint, callbacks: Sequ
     if info.rank == 0 and reader is not None:
         check_masters(reader, sampled=True)
     start = initial_progress(run, reader.progress if reader is not None else None, train_data, found.path)
-    metrics = Path(run.output) / "metrics.jsonl"
-    if info.rank == 0 and reader is not None and metrics.is_file():
-        read_metrics(metrics)  # refuses malformed lines now, before anything is written
     named = [*make_callbacks(run), *((type(one).__name__, one) for one in callbacks)]
     ends = taught_ends(resolved, train_data)
     samples = prepare_samples(resolved.run, resolved.model, list(ends))

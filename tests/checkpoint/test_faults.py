@@ -154,6 +154,10 @@ def _remove(file: Path) -> None:
     file.unlink()
 
 
+def _write(content: bytes) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(content)
+
+
 STATE_FILE = "training_state/state-00001-of-00002.safetensors"
 
 
@@ -170,9 +174,16 @@ STATE_FILE = "training_state/state-00001-of-00002.safetensors"
         (_remove, "tokenizer.json", "is missing"),
         (_remove, "training_state/manifest.json", "is missing"),
         (_halve, "training_state/manifest.json", "is damaged"),
+        (_write(b""), "training_state/manifest.json", "is damaged"),
+        (_write(b"\xff\xfe\x00"), "training_state/manifest.json", "is damaged"),
+        (_write(b"[]"), "training_state/manifest.json", "is damaged"),
+        (_write(b"[" * 9999), "training_state/manifest.json", "is damaged"),
+        (_write(b'{"files": {}}'), "training_state/manifest.json", "is damaged (it does not list"),
+        (_write(b'{"files": {"config.json": null}}'), "training_state/manifest.json", "is damaged"),
+        (_write(b"{}"), "training_state/progress.json", "bytes instead of"),
     ],
 )
-def test_damage_is_found_named_and_passed_over(harm: Callable[[Path], None], file: str, says: str, cut: Path) -> None:
+def test_damage_is_found_named_and_passed_over(harm: Callable[[Path], object], file: str, says: str, cut: Path) -> None:
     """By every rank's share of the checking, whatever their number."""
     folder = cut / "checkpoints"
     harm(folder / NEWEST / file)
@@ -232,11 +243,28 @@ def test_any_damage_of_any_file_is_found_and_named(cut: Path, tmp_path: Path) ->
     print(f"\n{sum(found_by.values())} files damaged ({dict(found_by)}): the last whole checkpoint was taken each time")
 
 
-@pytest.mark.parametrize("latest", [BEFORE, "step_00099999", "", None])
+@pytest.mark.parametrize(
+    "latest", [BEFORE, "step_00099999", "", None, "\0", "\udcff\udcfe", f"../checkpoints/{BEFORE}", "s" * 9999]
+)
 def test_a_stale_latest_misleads_nobody(latest: str | None, cut: Path) -> None:
     file = cut / "checkpoints" / LATEST
-    file.unlink() if latest is None else file.write_text(latest)
+    file.unlink() if latest is None else file.write_bytes(latest.encode("utf-8", "surrogateescape"))
     assert newest_intact(cut / "checkpoints").path == cut / "checkpoints" / NEWEST
+    if latest not in (None, BEFORE):
+        assert naming.resolve_checkpoint(cut) == cut / "checkpoints" / NEWEST
+
+
+def test_records_that_a_crash_has_damaged_do_not_keep_a_run_from_its_checkpoint(
+    cut: Path, corpus: Path, uncut: list[float]
+) -> None:
+    for name in ("metrics.jsonl", "sessions.jsonl", "checkpoints/saves.jsonl", "data.json", "config.yaml"):
+        with open(cut / name, "ab") as file:
+            file.write(b"\xff\x00junk\n" + b"\x00" * 40)
+    (cut / "checkpoints" / LATEST).write_bytes(b"\xff\xfe\n")
+    said = go_on(corpus, cut)
+    assert "resuming from step 6" in said
+    assert losses(cut) == uncut and (cut / "report.html").is_file()
+    assert (cut / "checkpoints" / LATEST).read_text() == f"{name_of(STEPS)}\n"
 
 
 def test_latest_names_a_whole_one_before_the_first_step(cut: Path, corpus: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_ds.errors import DataError
-from megatron_ds.monitor import MetricsWriter, StepMetrics, ValidMetrics, iter_metrics, read_metrics
+from megatron_ds.monitor import MetricsWriter, StepMetrics, ValidMetrics, iter_metrics, metrics, read_metrics
+from tests.full_disk import limited_files
 
 STEP = StepMetrics(
     step=1,
@@ -31,7 +32,7 @@ def write(path: Path, steps: range, continue_after: int | None = None) -> None:
 
 
 def steps_of(path: Path) -> list[int]:
-    return [metrics.step for metrics in iter_metrics(path)]
+    return [one.step for one in iter_metrics(path)]
 
 
 def test_reads_back_bit_equal(tmp_path: Path) -> None:
@@ -166,6 +167,40 @@ def test_a_resumed_run_drops_steps_it_runs_again_but_keeps_a_copy(tmp_path: Path
     assert path.read_text().count("\n") == 7
     assert (tmp_path / "metrics.1.jsonl").read_text().endswith('{"step": 7, "lo')
     assert sorted(other.name for other in tmp_path.iterdir()) == ["metrics.1.jsonl", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "junk", [b'{"step": 3, "lo', b"\x00" * 80, b"\xff\x80\n", b'{"step": 3}\n', b"[" * 9999 + b"\n", b"\n"]
+)
+@pytest.mark.parametrize("where", ["end", "middle"])
+def test_a_resumed_run_leaves_junk_out_and_keeps_a_copy(where: str, junk: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 3))
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([lines[0], junk, lines[1]] if where == "middle" else [*lines, junk])
+    path.write_bytes(damaged)
+    write(path, range(3, 5), continue_after=2)
+    lost = where == "middle" and not junk.endswith(b"\n")  # it has taken the next line with it
+    assert steps_of(path) == [1, *([] if lost else [2]), 3, 4]
+    assert (tmp_path / "metrics.1.jsonl").read_bytes() == damaged
+
+
+def test_metrics_wait_for_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(metrics, "MOST_WAITING", 3)
+    writer = MetricsWriter(path)
+    writer.write(STEP)
+    with limited_files(path.stat().st_size + 20):
+        for step in range(2, 5):
+            writer.write(replace(STEP, step=step))
+        assert steps_of(path) == [1] and writer.unwritten is None
+        writer.write(ValidMetrics(4, 1.5))
+        assert writer.unwritten == f"4 lines of {path} wait to be written (File too large)"
+        assert steps_of(path) == [1], "no line is cut off"
+    writer.write(replace(STEP, step=5))
+    assert writer.unwritten is None
+    writer.close()
+    assert steps_of(path) == [1, 2, 3, 4, 4, 5]
 
 
 def test_a_resumed_run_without_a_file_starts_one(tmp_path: Path) -> None:

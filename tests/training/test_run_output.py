@@ -1,7 +1,10 @@
 """The account of what a run has taken of its corpora: a file at each save, a line at the end."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,14 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ds.config import RunConfig, dump_run
+from megatron_ds.checkpoint.saver import Saved
+from megatron_ds.config import RunConfig, build_run, dump_run
 from megatron_ds.data import Order, open_dataset
 from megatron_ds.data.blend import SourceUsage
 from megatron_ds.data.indexed.files import write_index
 from megatron_ds.data.objective import Causal
-from megatron_ds.monitor import SilentReporter
+from megatron_ds.errors import ConfigError, TrainingError
+from megatron_ds.monitor import SilentReporter, StepMetrics, metrics, read_metrics
+from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.training.run_output import RunOutput, describe_usage
+from tests.full_disk import limited_files
 from tests.training.test_loop import SUMMARY, CountingEngine, Listener, travel
+from tests.training.tiny import run_mapping
+
+STEP = StepMetrics(1, 0.5, 0.25, 1e-3, tokens=100, step_s=0.5, tokens_per_s=200.0, tflops_per_rank=1.0)
 
 
 @pytest.fixture
@@ -119,3 +129,88 @@ def test_a_link_in_the_output_is_replaced_and_not_what_it_leads_to(
         output.start(SUMMARY)
     assert kept.read_text() == "by hand: # with comments"
     assert (Path(run.output) / "config.yaml").read_text() == dump_run(run)
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, step: int) -> Saved:
+    return Saved(str(folder / f"step_{step:08d}"), step, 10, 0.0, 0.1, 0.2, 0)
+
+
+def test_a_disk_that_fills_between_saves_ends_nothing_and_loses_nothing(
+    corpus: Path, tmp_path: Path, blend: Any
+) -> None:
+    run = build_run({**run_mapping(corpus, tmp_path / "run"), "monitor": ["csv"]})
+    place = Path(run.output)
+    (place / "checkpoints").mkdir(parents=True)
+    with RunOutput(run, SilentReporter(), is_first=True) as output:
+        output.start(SUMMARY)
+        with limited_files(1):
+            for step in (1, 2):
+                output.step(replace(STEP, step=step))
+                output.saved(saved(place / "checkpoints", step))
+                output.write_usage(blend, 10 * step)
+            assert not (place / "metrics.jsonl").read_bytes() and not (place / "data.json").exists()
+            assert not [path.name for path in place.iterdir() if path.name.endswith(".tmp")]
+        output.step(replace(STEP, step=3))
+        output.saved(saved(place / "checkpoints", 3))
+        output.write_usage(blend, 30)
+        output.close("title")
+        output.finish("done")
+    assert [one.step for one in read_metrics(place / "metrics.jsonl")[0]] == [1, 2, 3]
+    lines = (place / "checkpoints" / "saves.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert [line.partition(",")[0] for line in (place / "metrics.csv").read_text().splitlines()] == [
+        "step",
+        "1",
+        "2",
+        "3",
+    ]
+    assert json.loads((place / "data.json").read_text())["samples"] == 30
+    assert (place / "loss.png").is_file() and (place / "report.html").is_file()
+
+
+def test_a_disk_that_stays_full_does_not_end_a_run_that_is_done(
+    make_run: Callable[..., RunConfig], blend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run()
+    with RunOutput(run, SilentReporter(), is_first=True) as output:
+        output.start(SUMMARY)
+        output.step(STEP)
+        with limited_files(1):
+            output.step(replace(STEP, step=2))
+            output.write_usage(blend, 10, is_last=True)
+            output.close("title")
+            output.finish("done")
+    assert [one.step for one in read_metrics(Path(run.output) / "metrics.jsonl")[0]] == [1]
+    words = caplog.text
+    assert "metrics.jsonl: 1 lines are lost (File too large)" in words
+    assert all(f"{name} could not be written" in words for name in ("data.json", "loss.png", "report.html"))
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_in_one_line(make_run: Callable[..., RunConfig]) -> None:
+    run = make_run()
+    with (
+        limited_files(1),
+        RunOutput(run, SilentReporter(), is_first=True) as output,
+        pytest.raises(ConfigError, match=rf"^output={run.output} cannot be written \(File too large\); choose another"),
+    ):
+        output.start(SUMMARY)
+
+
+def test_a_run_whose_metrics_wait_for_too_long_saves_and_ends_in_one_line(
+    make_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(train={"steps": 90}, checkpoint={"every": 1000})
+    monkeypatch.setattr(metrics, "MOST_WAITING", 4)
+    monkeypatch.setattr(LineFile, "_write", _no_space)
+    problem = (
+        r"^5 lines of .*metrics.jsonl wait to be written \(No space left on device\); the same command resumes from "
+    )
+    with pytest.raises(TrainingError, match=problem + "checkpoint step_00000005; make room on that disk$"):
+        travel(run, CountingEngine())
+
+
+def _no_space(self: LineFile, descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

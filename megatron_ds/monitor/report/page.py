@@ -151,7 +151,10 @@ def _data(path: Path) -> str:
     """Return the samples that each corpus gave."""
     if not path.is_file():
         return ""
-    sources = read_record(path, _DataUsage, RUN_RECORD, DataError).sources
+    try:
+        sources = read_record(path, _DataUsage, RUN_RECORD, DataError).sources
+    except DataError:  # damaged by a crash: the rest of the page is whole
+        return ""
     total, weights = sum(one.samples for one in sources) or 1, sum(one.weight for one in sources) or 1
     rows = "".join(
         f'<tr><td class="path">{escape(one.name)}</td><td class="n">{one.samples:,}</td>'

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_ds.errors import DataError
+from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.monitor.reporter import RunSummary
 from megatron_ds.monitor.summary_text import summary_rows
 from megatron_ds.untrusted import read_complete_lines
@@ -115,11 +116,9 @@ def environment() -> dict[str, str]:
 
 
 def _append(output: Path, record: Mapping[str, Any]) -> None:
-    path = output / SESSIONS
-    before = path.read_bytes() if path.is_file() else b""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" if before and not before.endswith(b"\n") else "")  # after a line that a crash has torn
-        file.write(json.dumps(record) + "\n")
+    file = LineFile(output / SESSIONS)
+    file.add(json.dumps(record) + "\n")
+    file.close()
 
 
 def _now() -> str:

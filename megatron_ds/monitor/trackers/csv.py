@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_ds.atomic import replacing
 from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
+from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.monitor.metrics import archive_name
 from megatron_ds.monitor.sinks import SINKS, SinkInfo
 from megatron_ds.monitor.trackers.tracker import Tracker
@@ -38,33 +42,54 @@ class Csv(Tracker):
         if self._path.exists() and info.continue_after is None:
             self._path.rename(archive_name(self._path))
         elif self._path.exists():
-            self._names, rows = _read(self._path)
             assert info.continue_after is not None
-            self._replace([row for row in rows if int(row[STEP]) <= info.continue_after])
-        self._file = self._path.open("a", newline="", encoding="utf-8")
+            self._rewind(info.continue_after)
+        self._file = LineFile(self._path)
+        self._path.touch()
         super().__init__(info, file)
 
     def log(self, line: Line) -> None:
-        """Append a row and flush it."""
+        """Append a row. If a column is added while the disk is full, the line is lost."""
         new = [name for name in line.values if name not in self._names]
         if new:
+            self._file.write_waiting()
+            if self._file.num_waiting:
+                raise OSError(f"{self._path} cannot be written: {self._file.reason}")
             self._file.close()
-            rows = _read(self._path)[1]
+            self._replace([*self._names, *new], _read(self._path)[1])
             self._names += new
-            self._replace(rows)
-            self._file = self._path.open("a", newline="", encoding="utf-8")
-        csv.DictWriter(self._file, self._names).writerow({STEP: line.step, **line.values})
-        self._file.flush()
+            self._file = LineFile(self._path)
+        row = io.StringIO()
+        csv.DictWriter(row, self._names).writerow({STEP: line.step, **line.values})
+        self._file.add(row.getvalue())
 
     def finish(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def _replace(self, rows: list[dict[str, Any]]) -> None:
+    def _rewind(self, step: int) -> None:
+        """Remove the rows after a step. A file that a crash has damaged is kept under another name."""
+        try:
+            self._names, rows = _read(self._path)
+        except DataError as problem:
+            self._path.rename(archive_name(self._path))
+            get_logger().warning("%s; a new one is begun", problem)
+        else:
+            self._replace(self._names, [row for row in rows if _step_of(row) <= step])
+
+    def _replace(self, names: list[str], rows: list[dict[str, Any]]) -> None:
         with replacing(self._path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._names)
+            writer = csv.DictWriter(file, names, extrasaction="ignore")  # a damaged row may have more values
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _step_of(row: dict[str, Any]) -> float:
+    """Return the step of a row; infinity if a crash has damaged it, so that it is left out."""
+    try:
+        return int(row[STEP])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
@@ -75,4 +100,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as problem:
         raise DataError(f"{path} is no table of a run ({problem}); move it away") from problem
-    return list(reader.fieldnames or [STEP]), rows
+    names = list(reader.fieldnames or [STEP])
+    if STEP not in names:
+        raise DataError(f"{path} is no table of a run (it has no column {STEP}); move it away")
+    return names, rows

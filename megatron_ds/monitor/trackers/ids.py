@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_ds.atomic import replacing
 from megatron_ds.errors import DataError
+from megatron_ds.log import get_logger
 from megatron_ds.monitor.metrics import LastSteps
 from megatron_ds.monitor.sinks import SinkInfo
 from megatron_ds.untrusted import read_record
@@ -55,7 +56,7 @@ def _entry(run_id: str, last: LastSteps) -> dict[str, Any]:
 
 
 def _steps(entry: dict[str, Any]) -> LastSteps:
-    return LastSteps(entry["step"], entry["valid"])
+    return LastSteps(int(entry["step"]), int(entry["valid"]))
 
 
 def _later(one: LastSteps, other: LastSteps) -> LastSteps:
@@ -66,7 +67,11 @@ def _read(output: Path) -> dict[str, Any]:
     path = output / FILE
     if not path.is_file():
         return {}
-    found = read_record(path, dict[str, _Entry], RUN_RECORD, DataError)
+    try:
+        found = read_record(path, dict[str, _Entry], RUN_RECORD, DataError)
+    except DataError as problem:  # damaged by a crash
+        get_logger().warning("%s; trackers start new runs", problem)
+        return {}
     return {name: entry.model_dump() for name, entry in found.items()}
 
 
