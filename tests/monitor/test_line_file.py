@@ -1,6 +1,7 @@
 """Files of lines on a full disk: whole lines only, in their order, and none is lost once there is room."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,14 @@ def test_a_torn_line_is_ended_first(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The lines that the package logs."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("megatron_ds")
     monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    return lines
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(before)
