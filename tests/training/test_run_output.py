@@ -152,6 +152,8 @@ def test_a_disk_that_fills_between_saves_ends_nothing_and_loses_nothing(
                 output.saved(saved(place / "checkpoints", step))
                 output.write_usage(blend, 10 * step)
             assert not (place / "metrics.jsonl").read_bytes() and not (place / "data.json").exists()
+            for sink in output._sinks:
+                sink._waiting.join()  # type: ignore[attr-defined]  # the tracker's thread writes them meanwhile
             assert not [path.name for path in place.iterdir() if path.name.endswith(".tmp")]
         output.step(replace(STEP, step=3))
         output.saved(saved(place / "checkpoints", 3))

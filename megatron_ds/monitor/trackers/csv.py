@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from megatron_ds.log import get_logger
 from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.monitor.metrics import archive_name
 from megatron_ds.monitor.sinks import SINKS, SinkInfo
-from megatron_ds.monitor.trackers.tracker import Tracker
+from megatron_ds.monitor.trackers.tracker import MAX_WAITING, Tracker
 from megatron_ds.monitor.trackers.values import Line
 from megatron_ds.untrusted import read_lines
 from megatron_ds.untrusted.limits import RUN_LINE
@@ -44,17 +45,39 @@ class Csv(Tracker):
         elif self._path.exists():
             assert info.continue_after is not None
             self._rewind(info.continue_after)
-        self._file = LineFile(self._path)
+        self._file, self._unwritten = LineFile(self._path), deque[Line]()
         self._path.touch()
         super().__init__(info, file)
 
     def log(self, line: Line) -> None:
-        """Append a row. If a column is added while the disk is full, the line is lost."""
+        """Append a row; on a full disk it waits for room, and those after it too."""
+        self._unwritten.append(line)
+        try:
+            self._write_waiting()
+        except OSError as problem:
+            if len(self._unwritten) > MAX_WAITING:
+                raise
+            if len(self._unwritten) == 1:
+                get_logger().warning("%s waits for room (%s)", self._path, problem.strerror or problem)
+
+    def finish(self) -> None:
+        """Close the file."""
+        try:
+            self._write_waiting()
+        finally:
+            self._file.close()
+
+    def _write_waiting(self) -> None:
+        while self._unwritten:
+            self._write(self._unwritten[0])
+            self._unwritten.popleft()
+
+    def _write(self, line: Line) -> None:
         new = [name for name in line.values if name not in self._names]
         if new:
             self._file.write_waiting()
             if self._file.num_waiting:
-                raise OSError(f"{self._path} cannot be written: {self._file.reason}")
+                raise OSError(self._file.reason)
             self._file.close()
             self._replace([*self._names, *new], _read(self._path)[1])
             self._names += new
@@ -62,10 +85,6 @@ class Csv(Tracker):
         row = io.StringIO()
         csv.DictWriter(row, self._names).writerow({STEP: line.step, **line.values})
         self._file.add(row.getvalue())
-
-    def finish(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def _rewind(self, step: int) -> None:
         """Remove the rows after a step. A file that a crash has damaged is kept under another name."""
