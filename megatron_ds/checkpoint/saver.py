@@ -22,7 +22,9 @@ import torch.distributed as dist
 
 from megatron_ds.checkpoint import directory as naming
 from megatron_ds.checkpoint.directory import PROGRESS, STATE
+from megatron_ds.checkpoint.drain import Drain, LocalCheckpoint
 from megatron_ds.checkpoint.files import FileRecord, TensorChunk, write_bytes, write_chunks
+from megatron_ds.checkpoint.local_disks import LocalDisk
 from megatron_ds.checkpoint.passed_through import PASSED_THROUGH
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import RankFiles, plan_snapshot, take_snapshot
@@ -41,6 +43,7 @@ from megatron_ds.parallel.consensus import gather_objects
 from megatron_ds.parallel.shared_directory import wait_for_text
 
 TOKEN = ".token"  # in a directory that is being written
+TELL_S = 5.0  # interval between two texts of `finish`
 SLOWEST_S = 7200.0  # the time that ranks wait for the one with the slowest storage
 
 
@@ -56,6 +59,7 @@ class SaveOptions:
         model_path, tokenizer_path: the sources of generation settings and tokenizer files, read once.
         end_ids: the ids that the data teach as an end, which the generation settings list too.
         source: the weights that the run began with.
+        disk: the machine's own disk, where checkpoints are written first; None = they are not.
     """
 
     folder: Path
@@ -66,6 +70,7 @@ class SaveOptions:
     tokenizer_path: str | None = None
     end_ids: tuple[int, ...] = ()
     source: WeightSource = field(default_factory=WeightSource)
+    disk: LocalDisk | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Saved:
         paused_s: seconds that training was stopped in total, that wait included.
         written_s: seconds from the snapshot until it had its name.
         host_bytes: memory of this rank that asynchronous saving holds.
+        local_s: seconds from the snapshot until it was complete on the machines' own disks; None = without them.
     """
 
     path: str
@@ -89,6 +95,7 @@ class Saved:
     paused_s: float
     written_s: float
     host_bytes: int
+    local_s: float | None = None
 
 
 class Saver:
@@ -131,6 +138,11 @@ class Saver:
         self.small = files_with_end_ids(small, options.end_ids)
         self.memory = self._reserve_memory() if options.asynchronous else None
         self._writing: _Writing | None = None
+        self._on_disk: dict[int, _Writing] = {}
+        self._drain: Drain | None = None
+        if options.disk is not None:
+            rank, slowest = engine.grid.rank, timedelta(seconds=SLOWEST_S)
+            self._drain = Drain(options.disk, options.folder, rank, options.keep, options.protected, slowest)
 
     def save(self, progress: Progress) -> Saved | None:
         """Save the run as it is now; returns when training may continue. Collective over the world.
@@ -147,6 +159,7 @@ class Saver:
         """
         began_s = time.monotonic()
         before = self.wait()
+        self._end_writing()
         waited_s = time.monotonic() - began_s
         self._check_masters(progress.step)
         end_ids = self.options.end_ids
@@ -165,18 +178,75 @@ class Saver:
     @property
     def is_due(self) -> bool:
         """True if a save has ended on this rank, so that `wait` returns at once. Not collective."""
-        return self._writing is not None and not self._writing.is_running
+        has_ended = self._writing is not None and not self._writing.is_running
+        if self._drain is None or self._writing is None:
+            return has_ended or (self._drain is not None and self._drain.has_ended_one)
+        return (has_ended and self._writing.has_failed) or self._drain.has_ended_one
 
     def wait(self) -> Saved | None:
         """Wait until the last save is complete and return it; None if nothing is being written.
 
+        With a disk of the machine's own it does not wait, and returns the next checkpoint that was copied from there.
         Collective over the world.
 
         Raises:
             CheckpointError: on every rank, if any could not write it.
         """
+        if self._drain is not None:
+            if self._writing is not None and not self._writing.is_running:
+                self._end_writing()
+            return self._take_copied(self._drain)
+        return self._end_writing()
+
+    def finish(self, tell: Callable[[str], None]) -> Iterator[Saved]:
+        """Wait for all saves and yield those that were not returned before. Collective over the world.
+
+        Args:
+            tell: called with a text while checkpoints are copied from the machine's own disk.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write the last one.
+        """
+        saved = self._end_writing()
+        if self._drain is None:
+            if saved is not None:
+                yield saved
+            return
+        text = f"copying the last checkpoint to {self.options.folder}"
+        self._drain.wait(TELL_S, lambda copied: tell(f"{text}: {copied / 1e6:,.0f} MB"))
+        while self._drain.has_ended_one:
+            if (saved := self._take_copied(self._drain)) is not None:
+                yield saved
+        self._drain.check_last()
+
+    def _end_writing(self) -> Saved | None:
+        """Wait until the files of the last save are written."""
         writing, self._writing = self._writing, None
         return writing.result() if writing is not None else None
+
+    def _begin_copy(self, writing: _Writing) -> None:
+        """Let a checkpoint that is complete on the machines' own disks be copied to the shared one."""
+        if self._drain is not None:
+            self._on_disk[writing.step] = writing
+            self._drain.begin(LocalCheckpoint(writing.step, writing.began_s, writing.names, writing.records))
+
+    def _take_copied(self, drain: Drain) -> Saved | None:
+        """Return the next checkpoint that was copied from the machine's own disk; None if it could not be."""
+        drained = drain.take()
+        if drained is None:
+            return None
+        saved = self._on_disk.pop(drained.step).result()
+        name = naming.name_of(drained.step)
+        if drained.problem is None:
+            return replace(saved, path=str(self.options.folder / name), written_s=drained.written_s)
+        if self.engine.grid.rank == 0:
+            get_logger().warning("%s is not copied to %s: %s", name, self.options.folder, drained.problem)
+        return None
+
+    @property
+    def naming_rank(self) -> int:
+        """The rank that gives checkpoints their names: 0, or the lowest one that has this machine's own disk."""
+        return self._drain.first_here if self._drain is not None else 0
 
     def gather(self, local: Any) -> list[Any]:
         """Gather an object from every rank on every rank. Collective over the world."""
@@ -227,18 +297,27 @@ class _Writing:
     def __init__(self, saver: Saver, progress: Progress, began_s: float, waited_s: float) -> None:
         self._saver, self._progress = saver, progress
         self._began_s, self._waited_s, self._paused_s, self._written_s = began_s, waited_s, 0.0, 0.0
-        self._folder = saver.options.folder
+        disk = saver.options.disk
+        self._is_local = disk is not None
+        self._folder = disk.folder if disk is not None else saver.options.folder
         self._directory = naming.temporary_for(self._folder, progress.step)
         self._is_first = saver.engine.grid.rank == 0
+        self._names_it = saver.engine.grid.rank == saver.naming_rank
         self._thread: threading.Thread | None = None
         self._files: RankFiles | None = None
         self._problems: list[_Problem] = []
-        self._bytes = 0
+        self.step, self.began_s = progress.step, began_s + waited_s
+        self.names: Sequence[str] = ()
+        self.records: Mapping[str, FileRecord] = {}
         self._defect: BaseException | None = None
 
     @property
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        return bool(self._problems) or self._defect is not None
 
     def wait(self) -> None:
         """Wait until the thread has ended."""
@@ -248,14 +327,14 @@ class _Writing:
     def make_directory(self) -> None:
         """Create an empty directory with a temporary name, seen by all ranks. Collective over the world.
 
-        Rank 0 writes a fresh token there: on a machine whose disk is not shared, a directory of an earlier run may
-        have the same name.
+        The rank that names it writes a fresh token there: on a machine whose disk is not shared, a directory of an
+        earlier run may have the same name.
         """
         file = self._directory / TOKEN
 
         def make() -> str:
             token = uuid.uuid4().hex
-            if self._is_first:
+            if self._names_it:
                 shutil.rmtree(self._directory, ignore_errors=True)
                 (self._directory / STATE).mkdir(parents=True)
                 file.write_text(token, encoding="utf-8")
@@ -265,10 +344,10 @@ class _Writing:
             if not wait_for_text(file, token):
                 raise FileNotFoundError(f"{self._folder} is not on a disk that all machines share")
 
-        token = self._on_all_ranks(make)[0]
+        token = self._on_all_ranks(make)[self._saver.naming_rank]
         if not self._problems:
             self._on_all_ranks(look)
-        if not self._problems and self._is_first:
+        if not self._problems and self._names_it:
             file.unlink(missing_ok=True)
         self._refuse()
 
@@ -296,51 +375,65 @@ class _Writing:
         return Saved(
             path=str(self._folder / naming.name_of(self._progress.step)),
             step=self._progress.step,
-            bytes=self._bytes,
+            bytes=sum(record.bytes for record in self.records.values()),
             waited_s=self._waited_s,
             paused_s=self._paused_s,
             written_s=self._written_s,
             host_bytes=memory.bytes if memory is not None else 0,
+            local_s=self._written_s if self._is_local else None,
         )
 
     def _run(self) -> None:
         files = self._files
         assert files is not None
         try:
-            records = self._on_all_ranks(lambda: write_chunks(self._directory, files.files, files.chunks))
+            own = self._on_all_ranks(lambda: write_chunks(self._directory, files.files, files.chunks))
             if not self._problems:
-                everything = {name: record for by_name in records for name, record in by_name.items()}
-                sizes = self._on_all_ranks(lambda: self._finish(everything))
-                self._bytes = sizes[0] or 0
-            if self._problems and self._is_first:
+                own += self._on_all_ranks(self._write_small)
+            if not self._problems:
+                self.records = {name: record for by_name in own for name, record in by_name.items()}
+                self.names = [*files.files, *(own[-dist.get_world_size()] if self._is_first else ())]
+                self._on_all_ranks(self._put_in_place)
+            if self._problems and self._names_it:
                 shutil.rmtree(self._directory, ignore_errors=True)
-            self._written_s = time.monotonic() - self._began_s - self._waited_s
+            self._written_s = time.monotonic() - self.began_s
+            if not self._problems:
+                self._saver._begin_copy(self)
         except BaseException as problem:  # in a thread, or the end of another rank: `result` raises it
             self._defect = problem
 
-    def _finish(self, records: Mapping[str, FileRecord]) -> int:
-        """Write the small files and the manifest, rename the directory, remove old checkpoints; on rank 0 only."""
+    def _write_small(self) -> dict[str, FileRecord]:
+        """Write the small files, on rank 0 only, and return their records."""
         if not self._is_first:
-            return 0
-        directory, options = self._directory, self._saver.options
+            return {}
+        directory = self._directory
         origin = replace(self._saver.origin, written_at=timestamp())
         small = {**self._saver.small, PROGRESS: encode(self._progress, origin).encode()}
-        files = dict(records)
+        files: dict[str, FileRecord] = {}
         for name, content in small.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             files[name] = write_bytes(directory / name, content)
         passed_through = self._saver.weights.passed_through
         if passed_through is not None:
             files[PASSED_THROUGH] = passed_through.put(directory)
-        naming.write_manifest(directory, files)
-        final = naming.put_in_place(self._folder, self._progress.step)
-        if passed_through is not None:
-            passed_through.now_in(final, files[PASSED_THROUGH])
+        return files
+
+    def _put_in_place(self) -> None:
+        """Write the manifest, rename the directory, and remove old checkpoints; one rank of each directory."""
+        if not self._names_it:
+            return
+        options = self._saver.options
+        naming.write_manifest(self._directory, dict(self.records))
+        final = naming.put_in_place(self._folder, self.step)
+        passed_through = self._saver.weights.passed_through
+        if passed_through is not None and self._is_first:
+            passed_through.now_in(final, self.records[PASSED_THROUGH])
+        if self._is_local:
+            return  # old ones are removed when this one is copied
         try:
             naming.remove_old(self._folder, options.keep, (*options.protected, final))
         except OSError as problem:  # the new one is complete: an old one that stays is no reason to stop
             get_logger().warning("%s: an old checkpoint could not be removed (%s)", self._folder, problem)
-        return sum(record.bytes for record in files.values())
 
     def _on_all_ranks(self, act: Callable[[], Any]) -> list[Any]:
         """Return the results of `act` on every rank; failures are added to `_problems`. Collective over the world."""

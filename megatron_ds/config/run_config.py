@@ -416,7 +416,8 @@ class CheckpointSection(Section):
     is the checkpoint to resume from. `asynchronous`: training continues while files are written. `optimizer`: "reset"
     lets an optimizer that keeps other state than the checkpoint's begin with an empty one; "resume" refuses it.
     `copy_to`: the URL to which each complete checkpoint is copied, and from which "auto" resumes where there is a newer
-    one than under `output`.
+    one than under `output`. `local`: a directory on each machine's own disk, where checkpoints are written before they
+    are copied to `output`.
     """
 
     every: CountOrZero = 0
@@ -425,6 +426,7 @@ class CheckpointSection(Section):
     asynchronous: bool = True
     optimizer: Literal["resume", "reset"] = "resume"
     copy_to: Annotated[str | None, BeforeValidator(_url)] = None
+    local: PathText | None = None
 
 
 def _repository(value: Any) -> Any:
@@ -505,6 +507,11 @@ class RunConfig(Section):
                 f"checkpoint.copy_to={self.checkpoint.copy_to} copies checkpoints, and checkpoint.every=0 writes none; "
                 "try checkpoint.every=100"
             )
+        if self.checkpoint.local is not None and not self.checkpoint.every:
+            raise ConfigError(
+                f"checkpoint.local={self.checkpoint.local} holds checkpoints, and checkpoint.every=0 writes none; "
+                "try checkpoint.every=100"
+            )
         _check_samples(self)
         _check_peft(self)
         _check_ema(self)
@@ -534,6 +541,7 @@ def _check_local_paths(run: RunConfig) -> None:
     """Check that what is written, and the DeepSpeed JSON, are on a disk."""
     local = {
         "output": (run.output, "checkpoint.copy_to copies checkpoints to a URL"),
+        "checkpoint.local": (run.checkpoint.local, "checkpoint.copy_to copies checkpoints to a URL"),
         "data.cache_dir": (run.data.cache_dir, "try one that all machines can read"),
         "export.path": (run.export.path if run.export else None, "export.push_to uploads the export to a URL"),
         "deepspeed": (run.deepspeed if isinstance(run.deepspeed, str) else None, "try a copy of it"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ds.checkpoint.local_disks import LocalDisk
 from megatron_ds.checkpoint.progress import Origin
 from megatron_ds.checkpoint.saver import SaveOptions, Saver
 from megatron_ds.engine import Engine
@@ -23,6 +24,7 @@ def make_saver(
     asynchronous: bool,
     protected: Sequence[Path | None] = (),
     end_ids: Sequence[int] = (),
+    disk: LocalDisk | None = None,
 ) -> Saver:
     """Make the saver of a live engine. Collective over the world.
 
@@ -34,6 +36,7 @@ def make_saver(
         asynchronous: whether training continues while files are written.
         protected: checkpoints that are never removed, in addition to those that the model was read from.
         end_ids: the ids that the data teach as an end.
+        disk: the machine's own disk, where checkpoints are written first; None = they are not.
     """
     options = SaveOptions(
         folder=folder,
@@ -44,6 +47,7 @@ def make_saver(
         tokenizer_path=model.section.tokenizer_path,
         end_ids=tuple(end_ids),
         source=model.source,
+        disk=disk,
     )
     layout = plan.layout
     origin = Origin(

@@ -167,7 +167,7 @@ class TrainingLoop:
                 if stop:
                     break
         self._heartbeat(f"waiting until step {self._now.step} is saved", may_take_long=True)
-        self._report_saved(self._saver.wait() if self._saver is not None else None)
+        self._finish_saves()
         if self._stop_code == _NO_ROOM:
             run_on_all_ranks(self._raise_no_room)
         self._output.write_usage(self._train_data, self._now.data.samples, is_last=True)
@@ -257,7 +257,7 @@ class TrainingLoop:
 
     def _give_up(self) -> str:
         """Wait until the last save is complete; return `resume_hint`. Collective over the world, before an error."""
-        self._report_saved(self._saver.wait() if self._saver is not None else None)
+        self._finish_saves()
         return self.resume_hint
 
     def _raise_no_room(self) -> None:
@@ -272,6 +272,12 @@ class TrainingLoop:
         self._report_saved(self._saver.save(self._now))
         self._output.write_usage(self._train_data, self._now.data.samples)
         self._saved_step = self._now.step
+
+    def _finish_saves(self) -> None:
+        """Wait until all saves are complete, and report them. Collective over the world."""
+        if self._saver is not None:
+            for saved in self._saver.finish(lambda text: self._heartbeat(text, may_take_long=True)):
+                self._report_saved(saved)
 
     def _report_saved(self, saved: Saved | None) -> None:
         if saved is not None:

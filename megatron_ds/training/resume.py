@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ds.checkpoint.directory import lock, point_to, remove_leftovers, resolve_checkpoint, set_aside, step_of
+from megatron_ds.checkpoint.local_disks import LocalDisk, bring_back, keep_token, make_local_disk
 from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import ResumePoint, first_damage, newest_intact
 from megatron_ds.checkpoint.remote_copies import set_copies_aside
@@ -20,7 +21,8 @@ from megatron_ds.data.parts import begins_documents
 from megatron_ds.errors import CheckpointError, show
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hub import local_directory
-from megatron_ds.parallel.consensus import run_long_on_all_ranks
+from megatron_ds.log import get_logger
+from megatron_ds.parallel.consensus import gather_objects, run_long_on_all_ranks, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.remote import address_of, as_url
 from megatron_ds.training.checkpoint_copies import fetch_newer_checkpoint
@@ -42,10 +44,52 @@ def find_resume_point(run: RunConfig, info: RankInfo) -> ResumePoint:
     if resume == "auto":
         folder = checkpoint_folder(run.output).resolve()
         fetch_newer_checkpoint(run, folder, info)
-        return newest_intact(folder, info.rank, info.world_size)
+        return _with_local_ones(run, folder, newest_intact(folder, info.rank, info.world_size), info)
     path = run_long_on_all_ranks(lambda: named_checkpoint(resume))
     problem = first_damage(path, info.rank, info.world_size)
     return ResumePoint(path) if problem is None else ResumePoint(None, (problem,))
+
+
+def _with_local_ones(run: RunConfig, folder: Path, found: ResumePoint, info: RankInfo) -> ResumePoint:
+    """Return the newest checkpoint, also if it was only on the machines' own disks. Collective over the world."""
+    if run.checkpoint.local is None:
+        return found
+    newest = step_of(found.path) if found.path is not None else -1
+    path, notes = bring_back(run.checkpoint.local, folder, newest, info.rank)
+    for note in notes if info.rank == 0 else ():
+        get_logger().info("%s", note)
+    return ResumePoint(path, found.damaged) if path is not None else found
+
+
+def prepare_local_disk(run: RunConfig, found: ResumePoint, info: RankInfo) -> LocalDisk | None:
+    """Prepare the disk of this machine for checkpoints; None if the run has none. Collective over the world.
+
+    Raises:
+        CheckpointError: it cannot be written, or the output cannot.
+    """
+    section, folder = run.checkpoint, checkpoint_folder(run.output)
+    if section.local is None:
+        return None
+    place = section.local
+    own = found.path is not None and found.path.parent == folder.resolve()
+
+    def keep() -> str | None:
+        with write_errors(folder):
+            return keep_token(folder, is_new=not own) if info.rank == 0 else None
+
+    token = gather_objects(run_on_all_ranks(keep))[0]
+    assert token is not None
+    disk = run_on_all_ranks(lambda: make_local_disk(place, token))
+    machines = gather_objects(disk.machine)
+
+    def clear() -> None:
+        if machines.index(machines[info.rank]) == info.rank:
+            with write_errors(disk.folder):
+                remove_leftovers(disk.folder)
+                set_aside(disk.folder, step_of(found.path) if own and found.path is not None else -1)
+
+    run_on_all_ranks(clear)
+    return disk
 
 
 def named_checkpoint(resume: str) -> Path:

@@ -171,5 +171,7 @@ def _step_of(line: bytes) -> float:
         return parse_record(line.decode("utf-8"), SAMPLES, _SampleLine, RUN_LINE, DataError).step
     except (UnicodeDecodeError, DataError):
         return math.inf
+
+
 def _line(found: Mapping[str, Any]) -> str:
     return json.dumps(found, ensure_ascii=False) + "\n"

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_ds.checkpoint.load import continues_optimizer, load_state
+from megatron_ds.checkpoint.local_disks import LocalDisk
 from megatron_ds.checkpoint.masters import check_masters
 from megatron_ds.checkpoint.progress import Progress
 from megatron_ds.checkpoint.reader import ResumePoint, StateReader
@@ -55,6 +56,7 @@ from megatron_ds.training.resume import (
     find_resume_point,
     initial_progress,
     lock_output,
+    prepare_local_disk,
     prepare_output,
 )
 from megatron_ds.training.run_output import RunOutput
@@ -112,6 +114,7 @@ class _Started:
     restart: SupervisedStart
     output_lock: object
     notes: Sequence[str]
+    disk: LocalDisk | None
 
 
 def _start(
@@ -151,8 +154,9 @@ def _start(
     output_lock, notes = run_on_all_ranks(
         lambda: prepare_output(run, found, held_lock) if info.rank == 0 else (None, ())
     )
+    disk = prepare_local_disk(run, found, info)
     restart.record("prepared")
-    return _Started(prepared, engine, restart, output_lock, (*tested, *restart.notes(), *notes))
+    return _Started(prepared, engine, restart, output_lock, (*tested, *restart.notes(), *notes), disk)
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def _train(
             for stage in summary.row_lengths
         }
         throughput = Throughput(flops, resolved.plan.layout.world_size, peak, shorter)
-        saver = _saver(prepared, engine)
+        saver = _saver(prepared, engine, started.disk)
         state = RunState(run, engine, can_save=saver is not None, can_validate=prepared.valid_data is not None)
         own = [*_samples(prepared, output, watchdog), *_copies(resolved, output, watchdog)]
         callbacks = CallbackList(state, [*started.restart.callbacks(), *prepared.callbacks, *own])
@@ -313,7 +317,7 @@ def _end_ids(prepared: _Prepared) -> list[int]:
     return list(dict.fromkeys([*prepared.begin.end_ids, *prepared.ends]))
 
 
-def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
+def _saver(prepared: _Prepared, engine: Engine, disk: LocalDisk | None) -> Saver | None:
     resolved, run = prepared.resolved, prepared.resolved.run
     if not run.checkpoint.every:
         return None
@@ -327,6 +331,7 @@ def _saver(prepared: _Prepared, engine: Engine) -> Saver | None:
         asynchronous=run.checkpoint.asynchronous,
         protected=(read,),
         end_ids=_end_ids(prepared),
+        disk=disk,
     )
 
 

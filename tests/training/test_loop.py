@@ -111,6 +111,9 @@ class KeepingSaver:
     def wait(self) -> None:
         pass
 
+    def finish(self, tell: Any) -> list[Any]:
+        return []
+
 
 def travel(run: RunConfig, engine: Any, begin: Progress = Progress(), read_s: float = 0.0) -> Any:  # noqa: B008
     """(samples of each step, positions saved, what the watchdog was told); in a process of its own."""

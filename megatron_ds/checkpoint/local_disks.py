@@ -1,0 +1,173 @@
+"""Checkpoints on the machines' own disks: `checkpoint.local`.
+
+```
+DIR/3f9c2a17d04be851/          a directory of the run, named by the token in its output
+  step_00000200/               the files that this machine's ranks have written
+    training_state/manifest.json    lists the files of all machines
+```
+
+The token is drawn when a run starts from step 0: it never reads the copies of another that had the same output. A
+checkpoint here has its name once all ranks have written their files. Afterwards it is copied to the run's `checkpoints`
+(`drain`), or at the next start, if the run ended before that.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_ds.checkpoint import directory as naming
+from megatron_ds.checkpoint.copy_worker import FileCopy, copy_file
+from megatron_ds.checkpoint.directory import STATE, checkpoints_in, is_checkpoint, name_of, step_of
+from megatron_ds.checkpoint.files import FileRecord, write_bytes
+from megatron_ds.errors import CheckpointError
+from megatron_ds.parallel.consensus import gather_objects, run_long_on_all_ranks
+
+TOKEN = ".local"
+"""The file in a run's `checkpoints` with the name of its directory on the machines' disks."""
+_TOKEN = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class LocalDisk:
+    """The directory of a run on this machine's disk.
+
+    Attributes:
+        folder: the directory.
+    """
+
+    folder: Path
+
+    @property
+    def machine(self) -> str:
+        """A text that is the same on all ranks that have this directory in common."""
+        found = self.folder.stat()
+        return f"{socket.gethostname()} {found.st_dev} {found.st_ino}"
+
+
+def read_token(folder: Path) -> str | None:
+    """Return the token in a run's `checkpoints`; None = it has no valid one."""
+    try:
+        text = (folder / TOKEN).read_bytes()[:100].decode("ascii", "replace").strip()
+    except OSError:
+        return None
+    return text if _TOKEN.fullmatch(text) else None
+
+
+def keep_token(folder: Path, *, is_new: bool) -> str:
+    """Return the token of a run, drawn if it is new or has none. Rank 0 only.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    token = None if is_new else read_token(folder)
+    if token is None:
+        token = secrets.token_hex(8)
+        write_bytes(folder / TOKEN, f"{token}\n".encode())
+    return token
+
+
+def make_local_disk(place: str, token: str) -> LocalDisk:
+    """Make the run's directory on this machine.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    folder = Path(place) / token
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise CheckpointError(
+            f"checkpoint.local={place} cannot be written on {socket.gethostname()} ({problem.strerror or problem}); "
+            "try a directory on a disk of every machine"
+        ) from problem
+    return LocalDisk(folder)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint on the disk of one rank's machine: the records of all files, and the names of those here."""
+
+    records: Mapping[str, FileRecord]
+    names: tuple[str, ...]
+
+
+def bring_back(place: str, shared: Path, newest: int, rank: int) -> tuple[Path | None, tuple[str, ...]]:
+    """Copy the newest checkpoint that is only on the machines' own disks to the shared one. Collective over the world.
+
+    Every file is taken from the lowest rank whose machine has it, so it does not matter on how many ranks and machines
+    the run continues, as long as each file is on one of them.
+
+    Args:
+        place: `checkpoint.local`.
+        shared: the run's `checkpoints`.
+        newest: the step of the newest intact checkpoint there; -1 = no checkpoint is intact.
+        rank: this rank.
+
+    Returns:
+        the checkpoint that was copied, None = no newer one was found, and lines for the log.
+    """
+    token = gather_objects(read_token(shared) if rank == 0 else None)[0]
+    everyone = gather_objects(_found_in(Path(place) / token, newest) if token is not None else {})
+    notes: list[str] = []
+    for step in sorted({step for one in everyone for step in one}, reverse=True):
+        records = next(one[step].records for one in everyone if step in one)
+        holders = {name: _holder(name, step, everyone) for name in records}
+        missing = [name for name, holder in holders.items() if holder is None]
+        if missing:
+            notes.append(
+                f"{name_of(step)} is not complete on the disks at checkpoint.local={place}: no machine has "
+                f"{missing[0]}" + (f" and {len(missing) - 1} more files" if len(missing) > 1 else "")
+            )
+            continue
+        source, target = Path(place) / str(token) / name_of(step), naming.temporary_for(shared, step)
+        own = [name for name, holder in holders.items() if holder == rank]
+        problem = run_long_on_all_ranks(partial(_copy, source, target, records, own))
+        problems = [one for one in gather_objects(problem) if one is not None]
+        if problems:
+            notes.append(f"{name_of(step)} is not taken from the disks at checkpoint.local={place}: {problems[0]}")
+            continue
+        final = gather_objects(_finish(shared, step, newest, records) if rank == 0 else None)[0]
+        return final, (*notes, f"{name_of(step)} was copied from the disks at checkpoint.local={place}")
+    return None, tuple(notes)
+
+
+def _found_in(folder: Path, newest: int) -> dict[int, _Found]:
+    found = {}
+    for path in checkpoints_in(folder):
+        if step_of(path) > newest and is_checkpoint(path):
+            try:
+                records = naming.read_manifest(path)
+            except CheckpointError:
+                continue
+            sizes = {name: (path / name).stat().st_size for name in records if (path / name).is_file()}
+            here = tuple(name for name, size in sizes.items() if size == records[name].bytes)
+            found[step_of(path)] = _Found(records, here)
+    return found
+
+
+def _holder(name: str, step: int, everyone: Sequence[Mapping[int, _Found]]) -> int | None:
+    return next((rank for rank, one in enumerate(everyone) if step in one and name in one[step].names), None)
+
+
+def _copy(source: Path, target: Path, records: Mapping[str, FileRecord], names: Sequence[str]) -> str | None:
+    """Copy files; return the problem of the first that cannot be copied, None = all are copied."""
+    try:
+        for name in names:
+            copy_file(FileCopy(str(source / name), str(target / name), records[name].bytes, records[name].xxh3_128))
+    except OSError as problem:
+        return problem.strerror or str(problem)
+    return None
+
+
+def _finish(shared: Path, step: int, newest: int, records: Mapping[str, FileRecord]) -> Path:
+    """Give a copied checkpoint its name. Damaged ones of later steps than the newest intact one are moved aside."""
+    naming.set_aside(shared, newest)
+    (naming.temporary_for(shared, step) / STATE).mkdir(parents=True, exist_ok=True)
+    naming.write_manifest(naming.temporary_for(shared, step), dict(records))
+    return naming.put_in_place(shared, step)
