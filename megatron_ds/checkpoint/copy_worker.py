@@ -11,8 +11,9 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import xxhash
 
@@ -75,10 +76,15 @@ def main() -> None:
         try:
             for copy in (FileCopy(*one) for one in json.loads(requests.get())):
                 copy_file(copy)
-                print(json.dumps({"bytes": copy.bytes}), file=answers, flush=True)
+                _answer(answers, {"bytes": copy.bytes})
         except OSError as problem:
             answer = {"error": problem.strerror or str(problem)}
-        print(json.dumps(answer), file=answers, flush=True)
+        _answer(answers, answer)
+
+
+def _answer(answers: TextIO, answer: Mapping[str, object]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
 
 
 def _read(requests: queue.Queue[str]) -> None:
