@@ -185,8 +185,7 @@ def remove_old(folder: Path, keep: int, protected: Collection[Path]) -> None:
 def lock(folder: Path) -> FileLock:
     """Keep other runs from writing to a directory as long as the returned lock exists.
 
-    Where the file system has no flock, a run that was suspended for a minute may lose the lock; its process then ends
-    before it writes anything more.
+    Where the file system has no flock, a run that was suspended for a minute may lose the lock; its process then ends.
 
     Raises:
         CheckpointError: another run holds the lock.
@@ -195,7 +194,7 @@ def lock(folder: Path) -> FileLock:
     def end(owner: str) -> None:
         get_logger().error(
             "error: %s is being written by another run (%s), which has taken it over because this one gave no sign of "
-            "life; this run ends and writes nothing more",
+            "life; this run ends",
             folder,
             owner,
         )

@@ -25,7 +25,20 @@ from megatron_ds.untrusted.limits import MODEL_SETTINGS
 
 MISSING = "missing"
 MOST_SAMPLED = 256  # files of one directory; of further ones the names and sizes are compared
-_IGNORED_ENDINGS = (".md", ".lock", ".tmp")
+_MODEL_ENDINGS = (
+    ".json",
+    ".safetensors",
+    ".bin",
+    ".model",
+    ".jinja",
+    ".py",
+    ".spm",
+    ".tiktoken",
+    "vocab.txt",
+    "merges.txt",
+)
+_NO_DATA_ENDINGS = (".md", ".lock", ".tmp", ".log", ".out", ".err")
+"""Endings of files that may be written while a run starts."""
 
 
 def model_facts(field: str, path: str | None) -> dict[str, str]:
@@ -44,7 +57,9 @@ def model_facts(field: str, path: str | None) -> dict[str, str]:
     config = directory / "config.json"
     facts = {f"{label}config.json: {name}": value for name, value in _config_fields(config)}
     entries = sorted(directory.iterdir()) if directory.is_dir() else [directory]
-    files = [one for one in entries if one.is_file() and _is_compared(one) and not (facts and one == config)]
+    files = [
+        one for one in entries if one.is_file() and one.name.endswith(_MODEL_ENDINGS) and not (facts and one == config)
+    ]
     facts |= {f"{label}{one.name}": _describe(one) for one in files[:MOST_SAMPLED]}
     if len(files) > MOST_SAMPLED:
         facts[f"{label}the other files"] = _describe_all(directory, files[MOST_SAMPLED:])
@@ -90,8 +105,8 @@ def _config_fields(file: Path) -> Iterator[tuple[str, str]]:
     yield from flatten("", content) if isinstance(content, dict) else ()
 
 
-def _is_compared(file: Path) -> bool:
-    return not file.name.startswith(".") and not file.name.endswith(_IGNORED_ENDINGS)
+def _is_data(file: Path) -> bool:
+    return not file.name.startswith(".") and not file.name.endswith(_NO_DATA_ENDINGS)
 
 
 def _data_files(place: Path) -> Iterator[Path]:
@@ -105,7 +120,7 @@ def _data_files(place: Path) -> Iterator[Path]:
             yield one
         for folder, folders, names in os.walk(one):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            yield from (file for file in (Path(folder, name) for name in names) if _is_compared(file))
+            yield from (file for file in (Path(folder, name) for name in names) if _is_data(file))
 
 
 def _describe(file: Path) -> str:

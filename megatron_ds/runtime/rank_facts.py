@@ -24,7 +24,6 @@ from megatron_ds.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "safetensors", "numpy", "triton")
 ENVIRONMENT = (
-    "DS_ACCELERATOR",  # the device
     "NVIDIA_TF32_OVERRIDE",  # the precision of products
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "ONEDNN_DEFAULT_FPMATH_MODE",

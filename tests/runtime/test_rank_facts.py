@@ -69,7 +69,8 @@ def _flip(file: Path, place: int) -> None:
 def test_a_change_of_a_model_directory_is_named(change: Callable[[Path], object], name: str, tmp_path: Path) -> None:
     folder = model_in(tmp_path / "model")
     before = model_facts("model.path", str(folder))
-    (folder / "README.md").write_text("notes")
+    for other in ("README.md", "slurm-7.out", "log.0"):
+        (folder / other).write_text("of this machine")
     assert model_facts("model.path", str(folder)) == before
     change(folder)
     after = model_facts("model.path", str(folder))
