@@ -55,6 +55,7 @@ FIXES: Mapping[str, str] = {
 
 MAY_DIFFER: Mapping[str, str] = {
     "data.cache_dir": "each machine may keep its own tokenized text",
+    "checkpoint.local": "it is a disk of each machine's own",
 }
 """Keys of the run file that may differ between ranks, with the reason. `deepspeed` is compared by its content."""
 

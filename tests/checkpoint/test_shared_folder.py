@@ -21,9 +21,10 @@ def begin(info: RankInfo, folder: Path, machines: int) -> str:
     """The error of a rank that begins to save step 3; ranks of other machines have other disks."""
     os.chdir(folder / f"machine{info.rank % machines}")
     saver: Any = SimpleNamespace(
-        options=SimpleNamespace(folder=Path("checkpoints")),
+        options=SimpleNamespace(folder=Path("checkpoints"), disk=None),
         engine=SimpleNamespace(grid=SimpleNamespace(rank=info.rank)),
         gather=gather_objects,
+        naming_rank=0,
     )
     progress: Any = SimpleNamespace(step=3)
     try:
