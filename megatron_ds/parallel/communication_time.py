@@ -5,20 +5,26 @@ computation, by the caller, so that replacing this method for a while sees all o
 call takes as long as the rank waits. On CUDA it returns at once and has the current stream wait; then two events around
 it measure how long the stream stood still.
 
-Not seen are sums through shared memory, collectives in graphs of `torch.compile`, and streams other than that of the
-computation, on which ZeRO-3 gathers weights.
+Not seen are sums of `parallel.shared_memory`, collectives in graphs of `torch.compile`, and streams other than that of
+the computation, on which ZeRO-3 gathers weights.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_ds.parallel.neighbours import Neighbours
+
+WAITS = ((dist.Work, "wait"), (Neighbours, "meet"))
+"""Methods in which a rank waits for others: those of torch, and of ranks that exchange through memory."""
 
 
 class CommunicationClock:
@@ -44,18 +50,23 @@ class CommunicationClock:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Measure within the block, in this thread and in those of torch's backward pass."""
-        given, measure = dist.Work.wait, self._on_stream if self._device.type == "cuda" else self._on_host
-
-        def wait(work: dist.Work, *args: Any, **options: Any) -> Any:
-            if _is_own_thread():
-                return measure(given, work, *args, **options)
-            return given(work, *args, **options)
-
-        dist.Work.wait = wait  # type: ignore
+        given = [getattr(owner, name) for owner, name in WAITS]
+        for (owner, name), method in zip(WAITS, given):
+            setattr(owner, name, self._measured(method))
         try:
             yield
         finally:
-            dist.Work.wait = given  # type: ignore
+            for (owner, name), method in zip(WAITS, given):
+                setattr(owner, name, method)
+
+    def _measured(self, given: Callable[..., Any]) -> Callable[..., Any]:
+        measure = self._on_stream if self._device.type == "cuda" else self._on_host
+
+        @wraps(given)
+        def wait(*args: Any, **options: Any) -> Any:
+            return measure(given, *args, **options) if _is_own_thread() else given(*args, **options)
+
+        return wait
 
     def _on_host(self, given: Any, *args: Any, **options: Any) -> Any:
         began_s = time.perf_counter()

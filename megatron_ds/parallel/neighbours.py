@@ -70,7 +70,7 @@ class Neighbours:
         with annotated(NEIGHBOURS):
             for piece in self._pieces(own, HALF_BYTES):
                 self._slot(self.rank, own[piece]).copy_(own[piece])
-                self._meet()
+                self.meet()
                 for rank, part in enumerate(parts):
                     part[piece].copy_(self._slot(rank, own[piece]))
         return out
@@ -86,7 +86,7 @@ class Neighbours:
             for piece in self._pieces(given[0], room):
                 for rank in self._to:
                     self._slot(self.rank, given[rank][piece], rank * room).copy_(given[rank][piece])
-                self._meet()
+                self.meet()
                 own = given[self.rank][piece]
                 parts = (self._slot(rank, own, self.rank * room) for rank in range(self.size))
                 _add([own if rank == self.rank else part for rank, part in enumerate(parts)], total.view(-1)[piece])
@@ -105,7 +105,7 @@ class Neighbours:
         with annotated(NEIGHBOURS):
             for piece in self._pieces(flat, HALF_BYTES):
                 self._slot(self.rank, flat[piece]).copy_(flat[piece])
-                self._meet()
+                self.meet()
                 _add([self._slot(rank, flat[piece]) for rank in range(self.size)], flat[piece])
         return True
 
@@ -120,7 +120,7 @@ class Neighbours:
         """Return memory of a rank's current half, at an offset in bytes, as a flat tensor of the size of another."""
         return self._halves[rank][self._turn][offset : offset + like.nbytes].view(like.dtype)
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Tell the others that this rank has written its part, and wait until they have written theirs."""
         for pipe in self._to.values():
             os.write(pipe, b"\0")

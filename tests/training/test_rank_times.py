@@ -94,9 +94,24 @@ def test_slow_ranks_are_named_on_the_terminal_in_metrics_in_the_report_and_at_th
     assert all(panel.title in page for panel in PANELS if any("ranks/" in name for name in panel.names))
 
 
+class SleepInLayer(Sleep):
+    """Sleeps in the forward pass of a layer."""
+
+    def on_run_start(self, state: RunState) -> None:
+        layer = dict(state.engine.deepspeed.module.named_modules()).get("blocks.1.mlp")
+        if layer is not None:
+            layer.register_forward_pre_hook(lambda module, given: super(SleepInLayer, self).on_step_end(state))
+
+    def on_step_end(self, state: RunState) -> None:
+        """Do nothing."""
+
+
 @pytest.mark.sweep
-def test_other_ranks_do_not_count_as_slow_by_waiting(make_run: MakeRun, tmp_path: Path) -> None:
-    """Under tensor parallelism ranks wait for one another in each layer; data ranks at the end."""
-    notes, _, content = _train(_run(make_run, parallel={"tensor": 2}), tmp_path, [Sleep(0)])
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence": True}], ids=str)
+def test_other_ranks_do_not_count_as_slow_by_waiting(
+    make_run: MakeRun, tmp_path: Path, parallel: dict[str, Any]
+) -> None:
+    """Tensor ranks wait for one another in each layer, data ranks at the end."""
+    notes, _, content = _train(_run(make_run, parallel=parallel), tmp_path, [SleepInLayer(0)])
     assert [note.split(" (")[0] for note in notes if "is slow" in note] == ["rank 0"]
     assert content["ranks"][1]["slow_in"] == 0 and content["ranks"][1]["communication_s"] >= SLOW_S / 2
