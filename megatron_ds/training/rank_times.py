@@ -6,24 +6,20 @@ host memory.
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
-from megatron_ds.atomic import replacing
 from megatron_ds.config import RunConfig
 from megatron_ds.engine import Engine
 from megatron_ds.monitor.stragglers import RankTimes, Stragglers
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.parallel.communication_time import CommunicationClock
 from megatron_ds.parallel.consensus import gather_objects
-from megatron_ds.training.run_output import STRAGGLERS, RunOutput
+from megatron_ds.training.run_output import RunOutput
 
 MEASURED_STEPS = 10  # of a window
 
@@ -41,7 +37,7 @@ class RankTimesMeter:
         section, world = run.train.stragglers, engine.grid.world
         self._every = section.every if world.size > 1 else 0
         self._host, self._world_size, self._rank = engine.grid.host, world.size, engine.grid.rank
-        self._file, self._output = Path(run.output) / STRAGGLERS, output
+        self._output = output
         self._clock = CommunicationClock(engine.device)
         self._steps, self._wall_s, self._data_s = 0, 0.0, 0.0
         self._pending: Mapping[str, float] = {}
@@ -83,8 +79,7 @@ class RankTimesMeter:
         for line in self._stragglers.add(times):
             self._output.note(line)
         self._pending = self._stragglers.numbers(times)
-        if self._rank == 0:
-            self._write(json.dumps(asdict(self._stragglers.report(step)), indent=1) + "\n")
+        self._output.write_stragglers(self._stragglers.report(step))
 
     def take_numbers(self) -> Mapping[str, float]:
         """Return the numbers of the last window, once, for a line of `metrics.jsonl`."""
@@ -94,14 +89,6 @@ class RankTimesMeter:
     def describe(self) -> str:
         """Return the slow ranks for the run's last line; empty without any."""
         return self._stragglers.report(0).describe() if self._every else ""
-
-    def _write(self, content: str) -> None:
-        """Replace the report; the run continues without a new one if the disk is full."""
-        try:
-            with replacing(self._file) as temporary:
-                temporary.write_text(content, encoding="utf-8")
-        except OSError as problem:
-            self._output.note(f"{self._file} could not be written: {problem}")
 
     def _ends(self, step: int) -> bool:
         return self._every > 0 and step % self._every == 0

@@ -35,6 +35,7 @@ from megatron_ds.monitor import (
 )
 from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.monitor.report import REPORT, write_end, write_report, write_start
+from megatron_ds.monitor.stragglers import StragglersReport
 from megatron_ds.training.model_paths import with_hub_names
 from megatron_ds.training.resume import RUN_FILE
 from megatron_ds.training.statement import describe_sources
@@ -147,6 +148,14 @@ class RunOutput:
             temporary.write_text(content + "\n", encoding="utf-8")
         if is_last:
             self._reporter.note(describe_usage(usage))
+
+    def write_stragglers(self, report: StragglersReport) -> None:
+        """Write what each rank spends its steps with to `stragglers.json`."""
+        if not self._is_first:
+            return
+        content = json.dumps(asdict(report), indent=1)
+        with self._spared(STRAGGLERS), replacing(self._directory / STRAGGLERS) as temporary:
+            temporary.write_text(content + "\n", encoding="utf-8")
 
     def note(self, text: str) -> None:
         """Report a line of text."""
