@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.errors import ConversionError, show
+from megatron_ds.errors import ConversionError
 from megatron_ds.hf.carried_files import MODULES
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.hidden_output import PoolingConfig
@@ -159,7 +159,7 @@ def _check_defaults(place: Path, supported: Mapping[str, str]) -> None:
     fields = _object(place) if place.is_file() else {}
     for name, value in supported.items():
         if fields.get(name, value) != value:
-            raise ConversionError(f"{place}: {name}={show(fields[name])} is not supported; nearest: {value}")
+            raise ConversionError(f"{place}: {name}={fields[name]!r:.100} is not supported; nearest: {value}")
 
 
 def _object(path: Path) -> Mapping[str, Any]:
