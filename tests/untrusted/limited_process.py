@@ -27,7 +27,7 @@ class Reader:
 
     Attributes:
         make: writes the files into a folder that is empty.
-        files: those that are mutated, under the folder.
+        files: those that are mutated, under the folder; a pattern stands for one file.
         read: reads them.
         is_checksummed: every change must be refused, or be in a text that `read` returns.
     """
@@ -120,7 +120,7 @@ def _one(name: str, reader: Reader, seed: int, pristine: Path, work: Path) -> st
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(pristine, work, symlinks=True)
     chance = random.Random(f"{name} {seed}")
-    target = work / chance.choice(reader.files)
+    (target,) = work.glob(chance.choice(reader.files))
     mutate(target, chance, is_json=target.suffix in (".json", ".jsonl"))
     if not _executed:
         sys.addaudithook(_watch)

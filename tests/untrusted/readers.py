@@ -1,5 +1,7 @@
 """Every reader of files that others may have written, with small files that it reads."""
 
+import gzip
+import io
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
@@ -28,10 +32,12 @@ from megatron_ds.config.run_config import HeadSection
 from megatron_ds.config.yaml_text import format_yaml, parse_yaml
 from megatron_ds.data.indexed.files import IndexedFile, write_index
 from megatron_ds.data.prepare.journal import Journal, State
+from megatron_ds.data.readers.array_cache import cached_arrays
 from megatron_ds.data.readers.source import Source
 from megatron_ds.data.readers.sources import find_source
 from megatron_ds.data.readers.tokenizer import load_tokenizer
 from megatron_ds.data.text.documents import TextSource
+from megatron_ds.data.text.token_cache import cached_tokens
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.generation.prompts import read_prompts
 from megatron_ds.hf.config import read_model
@@ -353,9 +359,9 @@ def _read_indexed(folder: Path) -> None:
     assert file.num_tokens >= 0 and file.num_documents >= 0
 
 
-def _rows(name: str, text: str) -> Reader:
+def _rows(name: str, content: str | bytes) -> Reader:
     def make(folder: Path) -> None:
-        (folder / name).write_text(text)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def read(folder: Path) -> None:
         assert all(isinstance(one, str) for one in TextSource(str(folder / name)).documents())
@@ -368,6 +374,38 @@ def _saved_dataset(folder: Path) -> None:
 
     tables = {name: Dataset.from_dict({"text": ["a", "b"]}) for name in ("train", "test")}
     DatasetDict(tables).save_to_disk(folder / "saved")
+
+
+def _parquet() -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "id": [1, 2]}), buffer)
+    return buffer.getvalue()
+
+
+def _token_cache(folder: Path) -> None:
+    write_tokenizer(folder / "tokenizer")
+    (folder / "text.jsonl").write_text(_LINES.replace("row", "w1"))
+    _cached_tokens(folder)
+
+
+def _cached_tokens(folder: Path) -> str | None:
+    """Return a text if the ids are right, from the cache or made again; None = damage was taken."""
+    source, tokenizer = TextSource(str(folder / "text.jsonl")), load_tokenizer(str(folder / "tokenizer"))
+    found = cached_tokens(source, tokenizer, 0, folder / "cache", with_lengths=True)
+    assert found.lengths is not None
+    is_right = found.tokens.tolist() == [3, 1, 0] * 4 and found.lengths.tolist() == [3] * 4
+    return "the right ids" if is_right else None
+
+
+def _array_cache(folder: Path) -> None:
+    (folder / "cache").mkdir()
+    _cached_array(folder)
+
+
+def _cached_array(folder: Path) -> str | None:
+    right = np.arange(100, dtype=np.int64)
+    found = cached_arrays(folder / "cache", "key", {"order": "i8 1"}, lambda: {"order": right})
+    return "the right array" if np.array_equal(found["order"], right) else None
 
 
 def _prompts(folder: Path) -> None:
@@ -458,6 +496,15 @@ READERS: Mapping[str, Reader] = {
     "JSON document": _rows("rows.json", json.dumps(_ROWS, indent=1)),
     "CSV": _rows("rows.csv", 'text,id\nrow 1,1\n"row, 2",2\n'),
     "text": _rows("text.txt", "some words\n"),
+    "JSON lines in gzip": _rows("rows.jsonl.gz", gzip.compress(_LINES.encode(), mtime=0)),
+    "parquet": _rows("rows.parquet", _parquet()),
+    "token cache": Reader(
+        _token_cache,
+        ("cache/*.bin", "cache/*.lengths", "cache/*.json", "cache/*.checksums"),
+        _cached_tokens,
+        is_checksummed=True,
+    ),
+    "array cache": Reader(_array_cache, ("cache/key/order.npy",), _cached_array, is_checksummed=True),
     "prompts": Reader(_prompts, ("prompts.jsonl",), lambda folder: read_prompts(folder / "prompts.jsonl")),
     "splits": Reader(
         _saved_dataset,
