@@ -120,8 +120,9 @@ def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path: Path) -> None:
             folder = tmp_path / f"{name} {number}".replace(" ", "_").replace(".", "_")
             folder.mkdir()
             reader.make(folder)
-            (folder / file).unlink()
-            os.mkfifo(folder / file)
+            (target,) = folder.glob(file)
+            target.unlink()
+            os.mkfifo(target)
             try:
                 reader.read(folder)
             except MegatronDSError as refused:
