@@ -6,6 +6,7 @@ float without a fraction, such as `1e3`, is an integer. Rules that need the mode
 
 import math
 import re
+from collections import Counter
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -86,9 +87,16 @@ def _seconds(value: Any) -> Any:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+_MOST_LABELS = 2**20  # the limit of num_labels in a config.json
+
+
 def _label_names(value: Any) -> Any:
     value = integral_float_to_int(value)
     is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if is_number and value > _MOST_LABELS:
+        raise ConfigError(
+            f"model.head.labels={show(value)} is more than {_MOST_LABELS:,} labels; nearest: {_MOST_LABELS}"
+        )
     if not is_number and not (isinstance(value, list) and value):
         raise ConfigError(
             f"model.head.labels={show(value)} is neither names nor a number of at least 1; write [a, b], or 2"
@@ -115,7 +123,7 @@ class HeadSection(Section):
     @model_validator(mode="after")
     def _fits(self) -> "HeadSection":
         names = self.names
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = next((name for name, times in Counter(names).items() if times > 1), None)
         if twice is not None:
             raise ConfigError(f"model.head.labels has {twice!r} twice; give each label a name of its own")
         if self.kind == "token" and self.problem not in (None, "single_label_classification"):

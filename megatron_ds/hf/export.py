@@ -28,6 +28,7 @@ from megatron_ds.hf.tokenizer_config import for_both_versions, merge_lists
 from megatron_ds.hf.weight_files import ShardWriter, parse_size, write_json
 from megatron_ds.hf.weights import HFWeights
 from megatron_ds.log import get_logger
+from megatron_ds.untrusted import read_bytes
 from megatron_ds.untrusted.limits import TOKENIZER, TOKENIZER_SETTINGS
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -228,7 +229,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files, chat templates included. Only fields that transformers 4 cannot read are changed."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes(read_bytes(source / name, TOKENIZER, ConversionError))
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
@@ -263,7 +264,14 @@ def _write_for_both_versions(directory: Path) -> None:
     backend = _read_object(directory / "tokenizer.json")
     for name, change in ((TOKENIZER_CONFIG, for_both_versions), ("special_tokens_map.json", merge_lists)):
         content = _read_object(directory / name)
-        if content != (changed := change(content, backend)):
+        try:
+            changed = change(content, backend)
+        except (KeyError, TypeError, AttributeError, ValueError) as problem:
+            raise ConversionError(
+                f"tokenizer: {name} or tokenizer.json has not the structure that transformers writes "
+                f"({type(problem).__name__}: {problem}); try to save the tokenizer again"
+            ) from problem
+        if content != changed:
             write_json(directory / name, changed)
 
 

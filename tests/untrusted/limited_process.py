@@ -29,6 +29,7 @@ class Reader:
         make: writes the files into a folder that is empty.
         files: those that are mutated, under the folder; a pattern stands for one file.
         read: reads them.
+        is_large: files of any size are read, which takes as long as it takes.
         is_checksummed: every change must be refused, or be in a text that `read` returns.
     """
 
@@ -36,6 +37,7 @@ class Reader:
     files: tuple[str, ...]
     read: Callable[[Path], Any]
     is_checksummed: bool = False
+    is_large: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _one(name: str, reader: Reader, seed: int, pristine: Path, work: Path) -> st
     shutil.copytree(pristine, work, symlinks=True)
     chance = random.Random(f"{name} {seed}")
     (target,) = work.glob(chance.choice(reader.files))
-    mutate(target, chance, is_json=target.suffix in (".json", ".jsonl"))
+    mutate(target, chance, is_json=target.suffix in (".json", ".jsonl"), is_large=reader.is_large)
     if not _executed:
         sys.addaudithook(_watch)
         _executed.append("")  # a hook stays for the life of the process

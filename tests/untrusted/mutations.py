@@ -92,10 +92,11 @@ ODD_BYTES = (
 )
 
 
-def mutate(path: Path, seed: random.Random, *, is_json: bool) -> None:
-    """Change a file that exists: one of all mutations, chosen by `seed`."""
+def mutate(path: Path, seed: random.Random, *, is_json: bool, is_large: bool = False) -> None:
+    """Change a file that exists: one of all mutations, chosen by `seed`; an `is_large` one is not made larger still."""
     if seed.random() < 0.08:
-        seed.choice(FILE_MUTATIONS)(path)
+        how = seed.choice(FILE_MUTATIONS)
+        (Path.unlink if how is _sparse and is_large else how)(path)
         return
     content = path.read_bytes()
     changed = content

@@ -191,7 +191,7 @@ def _read_adapter(folder: Path) -> None:
     for name in ("q_proj", "model.layers.0.self_attn.v_proj"):
         if config._config.target_modules and config.matches(name):
             config.adapter(name, 8)
-    assert config.modules_to_save and config.token_rows is not None and config.parameters is not None
+    assert None not in (config.modules_to_save, config.token_rows, config.parameters)
 
 
 def _base_of(folder: Path) -> None:
@@ -366,7 +366,7 @@ def _rows(name: str, content: str | bytes) -> Reader:
     def read(folder: Path) -> None:
         assert all(isinstance(one, str) for one in TextSource(str(folder / name)).documents())
 
-    return Reader(make, (name,), read)
+    return Reader(make, (name,), read, is_large=True)
 
 
 def _saved_dataset(folder: Path) -> None:
@@ -503,8 +503,9 @@ READERS: Mapping[str, Reader] = {
         ("cache/*.bin", "cache/*.lengths", "cache/*.json", "cache/*.checksums"),
         _cached_tokens,
         is_checksummed=True,
+        is_large=True,
     ),
-    "array cache": Reader(_array_cache, ("cache/key/order.npy",), _cached_array, is_checksummed=True),
+    "array cache": Reader(_array_cache, ("cache/key/order.npy",), _cached_array, is_checksummed=True, is_large=True),
     "prompts": Reader(_prompts, ("prompts.jsonl",), lambda folder: read_prompts(folder / "prompts.jsonl")),
     "splits": Reader(
         _saved_dataset,

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ds.data.readers.file_kinds import BOM, DataFile
 from megatron_ds.data.readers.row import Row
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted.limits import ROW
 
 if TYPE_CHECKING:
     import datasets
@@ -21,9 +21,9 @@ ROWS = 256
 
 def csv_rows(file: DataFile) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header. All values are texts; nothing is taken for a missing value."""
-    csv.field_size_limit(sys.maxsize)  # documents are longer than the 128 KiB that the module allows
+    csv.field_size_limit(ROW.max_bytes)  # documents are longer than the 128 KiB that the module allows
     with file.open() as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
-        reader, line = csv.reader(text, delimiter=_delimiter(file), strict=True), 0
+        reader, line = csv.reader(_lines(text, file), delimiter=_delimiter(file), strict=True), 0
         header: Sequence[str] = ()
         try:
             for values in reader:
@@ -36,6 +36,13 @@ def csv_rows(file: DataFile) -> Iterator[Row]:
             raise DataError(
                 f"data: {file.path}:{line + 1}: not CSV ({error}); double the quotes inside of a quoted field"
             ) from error
+
+
+def _lines(text: io.TextIOWrapper, file: DataFile) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(text.readline, ROW.max_bytes + 1), ""), 1):
+        if len(line) > ROW.max_bytes:
+            raise DataError(f"data: {file.path}:{number}: longer than {ROW.max_bytes:,} characters; {ROW.fix}")
+        yield line
 
 
 def _header(names: Sequence[str], where: str) -> Sequence[str]:

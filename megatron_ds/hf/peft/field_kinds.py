@@ -22,10 +22,11 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "rank_pattern": _MAPPING,
     "target_modules": _NAMES,
     "target_parameters": ((list,), "a list of names"),
+    "trainable_token_indices": ((list, dict), "a list of ids, or a mapping from names to such lists"),
     "use_dora": _SWITCH,
     "use_rslora": _SWITCH,
 }
-_ITEM: Mapping[str, type] = {"layers_to_transform": int}
+_ITEM: Mapping[str, type] = {"layers_to_transform": int, "trainable_token_indices": int}
 """Field -> the type of the items of its list; the others are texts."""
 _OTHER_NAMES: Mapping[str, str] = {
     "alpha": "lora_alpha",
@@ -51,14 +52,23 @@ def check_kinds(where: str, fields: Mapping[str, Any]) -> None:
             continue
         if not _is_kind(name, value):
             raise ConversionError(f"{where}.{name}={show(value)} is {_text(value)}not {_KINDS[name][1]}{_fix(value)}")
-        for number, one in enumerate(value if isinstance(value, list) else ()):
-            if not isinstance(one, wanted := _ITEM.get(name, str)) or isinstance(one, bool):
-                kind = "a name" if wanted is str else "an integer"
-                raise ConversionError(f"{where}.{name}[{number}]={show(one)} is not {kind}")
+        _check_items(f"{where}.{name}", value, _ITEM.get(name, str))
         if _KINDS[name] is _MAPPING:
             for key, one in value.items():
                 if isinstance(one, bool) or not isinstance(one, int | float):
                     raise ConversionError(f"{where}.{name}.{key}={show(one)} is {_text(one)}not a number{_fix(one)}")
+        elif isinstance(value, dict):
+            for key, one in value.items():
+                if not isinstance(one, list):
+                    raise ConversionError(f"{where}.{name}.{key}={show(one)} is not a list of ids")
+                _check_items(f"{where}.{name}.{key}", one, int)
+
+
+def _check_items(place: str, value: Any, wanted: type) -> None:
+    """Check the types of the items of a value, if it is a list."""
+    for number, one in enumerate(value if isinstance(value, list) else ()):
+        if not isinstance(one, wanted) or isinstance(one, bool):
+            raise ConversionError(f"{place}[{number}]={show(one)} is not {'a name' if wanted is str else 'an integer'}")
 
 
 def meant_field(name: str, value: Any, known: frozenset[str]) -> str | None:
