@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.errors import MegatronDSError
-from tests.untrusted.mutations import mutate
+from tests.untrusted.mutations import FileMutation, mutate
 
 MEMORY_BYTES = 500 << 20
 CPU_S, WALL_S = 5, 60  # the machine may be busy with other work
@@ -29,7 +29,7 @@ class Reader:
         make: writes the files into a folder that is empty.
         files: those that are mutated, under the folder; a pattern stands for one file.
         read: reads them.
-        is_large: files of any size are read, which takes as long as it takes.
+        without: mutations of a file that are waited for: a pipe that the user names, or more data than can be read soon.
         is_checksummed: every change must be refused, or be in a text that `read` returns.
     """
 
@@ -37,7 +37,7 @@ class Reader:
     files: tuple[str, ...]
     read: Callable[[Path], Any]
     is_checksummed: bool = False
-    is_large: bool = False
+    without: tuple[FileMutation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _one(name: str, reader: Reader, seed: int, pristine: Path, work: Path) -> st
     shutil.copytree(pristine, work, symlinks=True)
     chance = random.Random(f"{name} {seed}")
     (target,) = work.glob(chance.choice(reader.files))
-    mutate(target, chance, is_json=target.suffix in (".json", ".jsonl"), is_large=reader.is_large)
+    mutate(target, chance, is_json=target.suffix in (".json", ".jsonl"), without=reader.without)
     if not _executed:
         sys.addaudithook(_watch)
         _executed.append("")  # a hook stays for the life of the process

@@ -7,10 +7,11 @@ import copy
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+FileMutation = Callable[[Path], None]
 MARKER = "@raw@"
 """A text of which the JSON is replaced by what follows, which no value of Python stands for."""
 
@@ -92,11 +93,11 @@ ODD_BYTES = (
 )
 
 
-def mutate(path: Path, seed: random.Random, *, is_json: bool, is_large: bool = False) -> None:
-    """Change a file that exists: one of all mutations, chosen by `seed`; an `is_large` one is not made larger still."""
+def mutate(path: Path, seed: random.Random, *, is_json: bool, without: Collection[FileMutation] = ()) -> None:
+    """Change a file that exists by one of all mutations, chosen by `seed`; it is removed in place of those `without`."""
     if seed.random() < 0.08:
         how = seed.choice(FILE_MUTATIONS)
-        (Path.unlink if how is _sparse and is_large else how)(path)
+        (Path.unlink if how in without else how)(path)
         return
     content = path.read_bytes()
     changed = content
@@ -248,7 +249,7 @@ JSON_MUTATIONS: tuple[Callable[[Any, Any, Any, random.Random], None], ...] = (
 # ---- the file itself -------------------------------------------------------------------------------------------------
 
 
-def _pipe(path: Path) -> None:
+def pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
@@ -266,16 +267,16 @@ def _linked(target: str) -> Callable[[Path], None]:
     return link
 
 
-def _sparse(path: Path) -> None:
+def sparse(path: Path) -> None:
     os.truncate(path, 1 << 40)
 
 
-FILE_MUTATIONS: tuple[Callable[[Path], None], ...] = (
-    _pipe,
+FILE_MUTATIONS: tuple[FileMutation, ...] = (
+    pipe,
     _directory,
     _linked("/dev/zero"),
     _linked("/etc/hostname"),
     _linked("gone"),
     Path.unlink,
-    _sparse,
+    sparse,
 )

@@ -59,6 +59,7 @@ from megatron_ds.untrusted import read_lines, read_text
 from megatron_ds.untrusted.limits import RUN_FILE, RUN_LINE
 from tests.training.tiny import MODEL, run_mapping, write_tokenizer
 from tests.untrusted.limited_process import Reader
+from tests.untrusted.mutations import pipe, sparse
 
 MODELS: Mapping[str, dict[str, Any]] = {
     "llama": {
@@ -366,7 +367,7 @@ def _rows(name: str, content: str | bytes) -> Reader:
     def read(folder: Path) -> None:
         assert all(isinstance(one, str) for one in TextSource(str(folder / name)).documents())
 
-    return Reader(make, (name,), read, is_large=True)
+    return Reader(make, (name,), read, without=(sparse,))
 
 
 def _saved_dataset(folder: Path) -> None:
@@ -503,10 +504,14 @@ READERS: Mapping[str, Reader] = {
         ("cache/*.bin", "cache/*.lengths", "cache/*.json", "cache/*.checksums"),
         _cached_tokens,
         is_checksummed=True,
-        is_large=True,
+        without=(sparse,),
     ),
-    "array cache": Reader(_array_cache, ("cache/key/order.npy",), _cached_array, is_checksummed=True, is_large=True),
-    "prompts": Reader(_prompts, ("prompts.jsonl",), lambda folder: read_prompts(folder / "prompts.jsonl")),
+    "array cache": Reader(
+        _array_cache, ("cache/key/order.npy",), _cached_array, is_checksummed=True, without=(sparse,)
+    ),
+    "prompts": Reader(
+        _prompts, ("prompts.jsonl",), lambda folder: read_prompts(folder / "prompts.jsonl"), without=(pipe,)
+    ),
     "splits": Reader(
         _saved_dataset,
         ("saved/dataset_dict.json",),
