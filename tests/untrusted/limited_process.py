@@ -29,7 +29,7 @@ class Reader:
         make: writes the files into a folder that is empty.
         files: those that are mutated, under the folder; a pattern stands for one file.
         read: reads them.
-        without: mutations of a file that are waited for: a pipe that the user names, or more data than can be read soon.
+        without: mutations that are waited for: a pipe that the user names, more data than can be read soon.
         is_checksummed: every change must be refused, or be in a text that `read` returns.
     """
 

@@ -94,7 +94,7 @@ ODD_BYTES = (
 
 
 def mutate(path: Path, seed: random.Random, *, is_json: bool, without: Collection[FileMutation] = ()) -> None:
-    """Change a file that exists by one of all mutations, chosen by `seed`; it is removed in place of those `without`."""
+    """Change a file that exists by one mutation, chosen by `seed`; it is removed in place of those `without`."""
     if seed.random() < 0.08:
         how = seed.choice(FILE_MUTATIONS)
         (Path.unlink if how in without else how)(path)
