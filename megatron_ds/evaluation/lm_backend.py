@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
+from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -17,7 +19,8 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
-from megatron_ds.errors import ConfigError
+from megatron_ds.data.chat.template import Template, TemplateRefusal
+from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.evaluation.continuation import Continuer
 from megatron_ds.evaluation.scorer import Request, Scorer
 from megatron_ds.generation import Sampling
@@ -78,15 +81,30 @@ class MegatronLM(TemplateLM):
         return list(self.tokenizer.encode(string, **options))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as the tokenizer's chat template writes it."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+        """Return a conversation as the tokenizer's chat template writes it.
+
+        Raises:
+            DataError: the template refuses the conversation.
+            ConfigError: it takes more time, memory or text than one conversation may.
+        """
+        try:
+            text, _ = self._template.render(
+                chat_history, None, prompt=add_generation_prompt, unfinished=not add_generation_prompt
             )
-        )
+        except TemplateRefusal as problem:
+            raise DataError(
+                f"--tasks: the chat template of {self.tokenizer.name_or_path} refuses a conversation ({problem}); try "
+                "without --chat-template"
+            ) from problem
+        return text
+
+    @cached_property
+    def _template(self) -> Template:
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"tokenizer {self.tokenizer.name_or_path}: has no chat template; try without --chat-template"
+            )
+        return Template(self.tokenizer, str(self.tokenizer.name_or_path), date.today().isoformat())
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return log p of each continuation, and whether it is what greedy decoding chooses."""

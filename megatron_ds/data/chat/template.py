@@ -1,24 +1,29 @@
-"""The chat template of a tokenizer: its rendering by transformers at a fixed date, and what its source reads."""
+"""The chat template of a tokenizer: its rendering by transformers at a fixed date, and what its source reads.
+
+Both are done in a process of their own, with limits: see `limited_process`.
+"""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2.meta
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from megatron_ds.data.chat.limited_process import LimitedProcess, LimitExceeded, RequestFailed
 from megatron_ds.data.chat.messages import Message
-from megatron_ds.errors import DataError
+from megatron_ds.errors import ConfigError, DataError
 
 Span = tuple[int, int]
 """Start and end of a range of characters, end excluded."""
 
 _CLOCK = "strftime_now"
+_LONGEST = 2**20  # characters of a template; published ones have some 10,000
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TAG = re.compile(r"[<\[].+[>\]]|/\w+", re.DOTALL)
 
@@ -44,34 +49,47 @@ class TemplateSource:
     marks_turns: bool
 
 
-def read_template(text: str, path: str) -> TemplateSource:
-    """Read the source of a template.
+def _read_source(text: str) -> dict[str, list[str]]:
+    """Return what the source of a template holds: its texts, names, variables, filters and tags.
+
+    It is called in a `LimitedProcess`: jinja computes constant expressions while it reads a template.
+
+    Raises:
+        jinja2.TemplateError: it is no template.
+    """
+    tree = _compile_jinja_template("").environment.parse(text)  # another template, with the same environment
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    found = {
+        "texts": texts,
+        "names": {node.attr for node in tree.find_all(nodes.Getattr)} | texts,
+        "variables": jinja2.meta.find_undeclared_variables(tree) | names,
+        "filters": {node.name for node in tree.find_all(nodes.Filter)},
+        "tags": {text.strip() for text in texts if _TAG.fullmatch(text.strip())},
+    }
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def _template_source(text: str, read: dict[str, list[str]], path: str) -> TemplateSource:
+    """Return the source of a template.
 
     Args:
         text: the template.
+        read: what `_read_source` returns.
         path: directory of its tokenizer, for errors.
 
     Raises:
-        DataError: it is no template, or it draws at random.
+        DataError: it draws at random.
     """
-    try:
-        tree = _compile_jinja_template(text).environment.parse(text)
-    except jinja2.TemplateError as error:
-        raise DataError(f"tokenizer {path}: its chat template is malformed ({error}); mend the template") from error
-    filters = {node.name for node in tree.find_all(nodes.Filter)}
-    variables = frozenset(jinja2.meta.find_undeclared_variables(tree)) | {
-        node.name for node in tree.find_all(nodes.Name)
-    }
-    if drawn := ({"random"} & filters) | ({"lipsum"} & variables):
+    if drawn := ({"random"} & set(read["filters"])) | ({"lipsum"} & set(read["variables"])):
         raise DataError(
             f"tokenizer {path}: its chat template draws at random ({', '.join(drawn)}), so that the same conversation "
             "would have other tokens in every run; remove that from the template"
         )
-    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    names = {node.attr for node in tree.find_all(nodes.Getattr)} | texts
-    tags = sorted({text.strip() for text in texts if _TAG.fullmatch(text.strip())}, key=len, reverse=True)
+    tags = sorted(read["tags"], key=len, reverse=True)
     pattern = re.compile(f"({'|'.join(map(re.escape, tags))})" if tags else "((?!))")
-    return TemplateSource(text, frozenset(texts), frozenset(names), variables, pattern, bool(_GENERATION.search(text)))
+    texts, names, variables = (frozenset(read[name]) for name in ("texts", "names", "variables"))
+    return TemplateSource(text, texts, names, variables, pattern, bool(_GENERATION.search(text)))
 
 
 class TemplateRefusal(Exception):
@@ -96,7 +114,30 @@ class Template:
         self._now = datetime.combine(date.fromisoformat(today), time())
         found = tokenizer.chat_template
         named = found if isinstance(found, dict) else {"default": found}
-        self._sources = {text: read_template(text, path) for text in named.values()}
+        self._process = LimitedProcess(_answer)
+        self._sources = {text: self._read(text) for text in named.values()}
+
+    def _read(self, text: str) -> TemplateSource:
+        if len(text) > _LONGEST:
+            raise DataError(
+                f"tokenizer {self.path}: its chat template has {len(text):,} characters; {_LONGEST:,} may be"
+            )
+        try:
+            read = self._process.call(_Request(text))
+        except RequestFailed as problem:
+            raise DataError(
+                f"tokenizer {self.path}: its chat template is malformed ({problem}); mend the template"
+            ) from problem
+        except LimitExceeded as limit:
+            raise self._endless(limit) from None
+        return _template_source(text, read, self.path)
+
+    def _endless(self, limit: LimitExceeded) -> ConfigError:
+        """Return the error for a template without limits. No row is to blame: it must not be skipped as a bad one."""
+        return ConfigError(
+            f"tokenizer {self.path}: its chat template takes more than {limit} for one conversation; mend the "
+            "template, or take another tokenizer"
+        )
 
     @property
     def writes_date(self) -> bool:
@@ -110,12 +151,26 @@ class Template:
         return self._sources[text]
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool = False, mask: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        *,
+        prompt: bool = False,
+        mask: bool = False,
+        unfinished: bool = False,
     ) -> tuple[str, list[Span]]:
         """Return the rendering, and the spans that the template marks, in order; none unless `mask` is set.
 
+        Args:
+            messages: the conversation.
+            tools: schemas of the functions that it may call.
+            prompt: end with what comes before an answer.
+            mask: return the spans.
+            unfinished: leave out what ends the last message.
+
         Raises:
             TemplateRefusal: the template refuses the messages, or cannot handle them.
+            ConfigError: it takes more time, memory or output than one conversation may.
         """
         source = self.source(tools)
         mask = mask and source.marks_turns
@@ -125,14 +180,42 @@ class Template:
             "chat_template": source.text,
             "add_generation_prompt": prompt,
             "return_assistant_tokens_mask": mask,
+            "continue_final_message": unfinished,
         }
-        with _clock_at(self._now, source.text):
-            try:
-                found: Any = render_jinja_template([[dict(message) for message in messages]], **options)
-            except Exception as error:  # jinja2's, and any error of a template's expressions
-                raise TemplateRefusal(" ".join(str(error).split())) from error
-        (text,), spans = found
-        return text, [(int(start), int(end)) for start, end in spans[0]] if mask else []
+        request = _Request(source.text, [dict(message) for message in messages], options, self._now)
+        try:
+            text, spans = self._process.call(request)
+        except RequestFailed as problem:
+            raise TemplateRefusal(str(problem)) from problem
+        except LimitExceeded as limit:
+            raise self._endless(limit) from None
+        return text, [(int(start), int(end)) for start, end in spans] if mask else []
+
+
+class _Request(NamedTuple):
+    """A request to the process that renders: of a template alone, to read its source.
+
+    Attributes:
+        template: its text.
+        messages: a conversation to render; None = read the source.
+        options: of `render_jinja_template`.
+        now: the time that the template reads.
+    """
+
+    template: str
+    messages: list[dict[str, Any]] | None = None
+    options: Mapping[str, Any] = {}
+    now: datetime = datetime.min
+
+
+def _answer(request: _Request) -> Any:
+    """Return the texts of a template's source, or a rendering and its spans. Any exception is a refusal."""
+    if request.messages is None:
+        return _read_source(request.template)
+    with _clock_at(request.now, request.template):
+        found: Any = render_jinja_template([request.messages], **request.options)
+    (text,), spans = found
+    return text, spans[0] if spans else []
 
 
 @contextmanager
