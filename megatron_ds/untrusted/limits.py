@@ -49,6 +49,7 @@ CHECKPOINT_RECORD = Limits("a record of a checkpoint", "try an older checkpoint"
 RUN_RECORD = Limits("a record of a run", _RUN, 64 * _MB, 32, 1_000_000, _MB)
 RUN_LINE = Limits("a line of a run's record", _RUN, 4 * _MB, 32, 100_000, _MB)
 DATA_RECORD = Limits("a record of prepared data", "try `megatron-ds prepare` again", 16 * _MB, 16, 100_000, _MB)
+CACHE_RECORD = Limits("a record of a cache", "try to remove it", 16 * _MB, 4, 100_000, _MB)
 ROW = Limits("a row of data", "try to cut long documents", 128 * _MB, 512, 2_000_000, 128 * _MB)
 LOCK_OWNER = Limits("the owner of a lock", "try to remove it if nothing uses the directory", 4096, 2, 32, 1024)
 SHORT_TEXT = Limits("a name", _RUN, 4096, 0, 0, 4096)

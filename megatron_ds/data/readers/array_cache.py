@@ -55,7 +55,7 @@ class EntryFiles(NamedTuple, Generic[Entry]):
             self.check(found)
         except (FileNotFoundError, NotADirectoryError) as problem:
             return None, str(problem) if entry.exists() else ""
-        except (ValueError, EOFError, RecursionError) as problem:  # DamagedEntry is a ValueError
+        except (DamagedEntry, ValueError, EOFError, RecursionError) as problem:
             return None, " ".join(str(problem).split()) or type(problem).__name__
         note_earlier(entry)
         with suppress(OSError):  # a cache that cannot be written; the entry is checked in each process then

@@ -14,12 +14,21 @@ from pathlib import Path
 from megatron_ds.atomic import replacing
 from megatron_ds.digests import known_xxh3
 from megatron_ds.errors import DataError
+from megatron_ds.untrusted import read_record
+from megatron_ds.untrusted.limits import CACHE_RECORD
+from megatron_ds.untrusted.records import Record
 
 FORMAT_VERSION = 1
-_LARGEST_BYTES = 2**16  # of the file with the checksums
 
 
-class DamagedEntry(ValueError):
+class _Checksums(Record):
+    """The content of the file with the checksums."""
+
+    format_version: int
+    xxh3_128: dict[str, str]
+
+
+class DamagedEntry(DataError):
     """An entry that must not be used; the text says why, in a few words."""
 
 
@@ -47,38 +56,26 @@ def compare_checksums(path: Path, files: Mapping[str, Path], *, all_listed: bool
         DamagedEntry: a file differs, has no checksum or is missing.
         OSError: a file cannot be read.
     """
-    try:
-        sums = _read(path)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return False
+    found = read_record(path, _Checksums, CACHE_RECORD, DamagedEntry)
+    if found.format_version != FORMAT_VERSION:
+        raise DamagedEntry(f"{path.name} is of version {found.format_version}")
+    sums = found.xxh3_128
     for name in files.keys() - sums.keys():
         raise DamagedEntry(f"{name} has no checksum")
     for name in sums.keys() - files.keys() if all_listed else ():
         raise DamagedEntry(f"{name} is missing")
     for name, file in files.items():
         try:
-            found = known_xxh3(file)
+            digest = known_xxh3(file)
         except FileNotFoundError:
             raise DamagedEntry(f"{name} is missing") from None
         except ValueError as problem:
             raise DamagedEntry(str(problem)) from problem
-        if found != sums[name]:
+        if digest != sums[name]:
             raise DamagedEntry(f"{name} differs from its checksum")
     return True
-
-
-def _read(path: Path) -> dict[str, str]:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_BYTES:
-        raise DamagedEntry(f"{path.name} is no list of checksums")
-    try:
-        content = json.loads(path.read_bytes())
-        sums = content["xxh3_128"] if content["format_version"] == FORMAT_VERSION else None
-    except (ValueError, LookupError, TypeError, RecursionError) as problem:
-        raise DamagedEntry(f"{path.name} is damaged") from problem
-    if not isinstance(sums, dict) or not all(isinstance(one, str) for one in sums.values()):
-        raise DamagedEntry(f"{path.name} is damaged")
-    return sums
 
 
 def refuse_strangers(directory: Path, files: Iterable[Path]) -> None:

@@ -33,6 +33,8 @@ from megatron_ds.data.text.documents import TextSource
 from megatron_ds.errors import DataError
 from megatron_ds.locks import FileLock
 from megatron_ds.log import get_logger
+from megatron_ds.untrusted import read_record
+from megatron_ds.untrusted.limits import CACHE_RECORD
 
 FORMAT_VERSION = 1
 _BATCH_CHARACTERS = 1 << 21  # bounds memory
@@ -141,7 +143,9 @@ def _read_info(directory: Path, key: str, with_lengths: bool) -> tuple[TokenInfo
     try:
         refuse_strangers(directory, files.values())
         has_checksums = compare_checksums(checksums, files)
-        info = _parse_info(files["json"].read_text(encoding="utf-8"))
+        info = read_record(files["json"], TokenInfo, CACHE_RECORD, DamagedEntry)
+        if info.format_version != FORMAT_VERSION or info.dtype not in _DTYPES:
+            raise DamagedEntry("json holds other values than are written")
         sizes = {"bin": (info.num_tokens, info.dtype), "lengths": (info.num_documents, _LENGTH)}
         for name in files.keys() & sizes.keys():
             count, dtype = sizes[name]
@@ -149,28 +153,14 @@ def _read_info(directory: Path, key: str, with_lengths: bool) -> tuple[TokenInfo
                 raise DamagedEntry(f"{name} has not the size that json says")
     except FileNotFoundError:
         return None, ""
-    except (ValueError, TypeError, RecursionError) as problem:
+    except DamagedEntry as problem:
         is_known = all(file.exists() for file in files.values())
-        return None, (" ".join(str(problem).split()) or type(problem).__name__) if is_known else ""
+        return None, str(problem) if is_known else ""
     if not has_checksums:
         note_earlier(files["bin"])
         with suppress(OSError):  # a cache that cannot be written
             _write_checksums(directory, key)
     return info, ""
-
-
-def _parse_info(text: str) -> TokenInfo:
-    """Read the content of a sidecar.
-
-    Raises:
-        ValueError, TypeError: it is damaged.
-    """
-    info = TokenInfo(**json.loads(text))
-    counts = (info.format_version, info.num_tokens, info.num_documents, info.largest_id, info.num_bad)
-    is_typed = all(type(one) is int for one in counts) and all(isinstance(one, str) for one in info.bad)
-    if not is_typed or info.format_version != FORMAT_VERSION or info.dtype not in _DTYPES:
-        raise ValueError("json holds other values than are written")
-    return info
 
 
 def _write_tokens(
