@@ -144,11 +144,16 @@ class Cluster:
         return self.job([self.torchrun_on(machine, run_file, port, options) for machine in self.machines[:2]])
 
     def torchrun_on(self, machine: Machine, run_file: Path, port: int, options: Sequence[str]) -> Command:
-        """Start torchrun on one of two machines, with the rendezvous on the first."""
+        """Start torchrun on one of two machines, with the rendezvous on the first.
+
+        Where agents share their store with the ranks (torch 2.13), one that joins a later round waits for an address
+        that nobody sets again, and a machine cannot be replaced.
+        """
         rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"node1:{port}")
         command = ("torchrun", "--nnodes", 2, "--nproc-per-node", 1, *rendezvous, *options)
         words = (*command, "-m", "megatron_ds", "train", run_file)
-        return start_cold(machine, f"torchrun-{machine.name}", words, self.folder, self.folder)
+        name, environ = f"torchrun-{machine.name}", {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return start_cold(machine, name, words, self.folder, self.folder, **environ)
 
     def end(self) -> None:
         """Kill what still runs of its jobs."""
