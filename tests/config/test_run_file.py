@@ -139,6 +139,7 @@ def test_defaults(run_file):
         "asynchronous": True,
         "optimizer": "resume",
         "copy_to": None,
+        "local": None,
     }
     assert run.export is None
     assert (run.monitor, run.callbacks, run.imports) == ([], [], [])
