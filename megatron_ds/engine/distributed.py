@@ -115,6 +115,8 @@ def start_distributed(
         # NCCL connects at once to ranks that name their device, and a barrier need not guess it
         bound = accelerator.device_name() == "cuda" and info.world_size > 1
         device = torch.device("cuda", local_rank) if bound else None
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # groups made later wait 10 or 30 min otherwise
+            setattr(dist.distributed_c10d, name, timedelta(seconds=timeout_s))
         _connect(accelerator.communication_backend_name(), info, timedelta(seconds=timeout_s), group, device)
     deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None, verbose=False)
     device = torch.device(accelerator.current_device_name() if accelerator.device_name() != "cpu" else "cpu")

@@ -65,7 +65,7 @@ from megatron_ds.training.start_log import log_failure, logging_failure
 from megatron_ds.training.statement import describe_ends
 from megatron_ds.training.summary import device_peak, flops_per_position, summarize
 
-COLLECTIVE_TIMEOUT_S = 1800.0  # at least; longer than the watchdog's timeout, whose report says more
+COLLECTIVE_TIMEOUT_S = 7200.0  # at least; longer than the watchdog's limits, whose report says more
 
 
 def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Sequence[Callback] = ()) -> TrainResult:

@@ -13,7 +13,7 @@ from megatron_ds.engine import distributed
 from megatron_ds.errors import TopologyError
 from megatron_ds.parallel.rank_info import RankInfo
 from tests.listening import listening_addresses
-from tests.ranks import run_ranks
+from tests.ranks import run_local_ranks, run_ranks
 
 CODE = """
 import sys, torch
@@ -63,3 +63,14 @@ def test_ranks_of_one_machine_open_no_port_to_others() -> None:
         return listening_addresses()
 
     assert run_ranks(addresses, 2) == [{"127.0.0.1"}] * 2
+
+
+def test_groups_made_later_have_the_time_limit_of_the_first() -> None:
+    """torch's own limit, 10 minutes with NCCL, would end a run before its watchdog names who is waited for."""
+
+    def limits(info: RankInfo) -> list[float]:
+        distributed.start_distributed(info, timeout_s=77.0)
+        groups = [dist.group.WORLD, dist.new_group(), dist.new_group([0], backend="gloo")]
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+    assert run_local_ranks(limits, 1) == [[77.0, 77.0, 77.0]]
