@@ -203,13 +203,13 @@ class TrainingLoop:
         if (change := self._shapes.describe_change(step)) is not None:
             self._output.note(change)
         lr = learning_rate(now.applied, train.num_steps, self._run.optimizer, self._run.schedule)
-        self._heartbeat(f"step {step}: reading data")
+        is_new = change is not None or self._is_first_step  # files are opened, kernels compiled, connections made
+        self._is_first_step = False
+        self._heartbeat(f"step {step}: reading data", may_take_long=is_new)
         with profiled(DATA):
             batches = next(self._coming)
         data_s = time.perf_counter() - began_s
         self._times.waited_for_data(data_s)
-        is_new = change is not None or self._is_first_step  # kernels are compiled, connections made
-        self._is_first_step = False
         self._heartbeat(f"step {step}: forward and backward pass, optimizer", may_take_long=is_new)
         self._repeats.before_step(step, batches)
         self._replicas.prepare(step)
