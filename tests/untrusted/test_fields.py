@@ -61,8 +61,6 @@ def set_value(file: Path, place: list[Any], value: Any) -> None:
         ("checkpoint", f"{_STEP}/{PROGRESS}", ["format_version"], "1", "format_version=1"),
         ("checkpoint", f"{_STEP}/{MANIFEST}", ["files", PROGRESS, "bytes"], float("inf"), "bytes"),
         ("checkpoint", f"{_STEP}/{MANIFEST}", ["files", PROGRESS, "bytes"], 1, "is not the checksum of its files"),
-        ("tracker ids", "trackers.json", ["wandb", "step"], "3", "wandb.step=3"),
-        ("report", "data.json", ["sources", 0, "samples"], "3", "sources.0.samples=3"),
         ("splits", "saved/dataset_dict.json", ["splits"], [1], "dataset_dict.json there is damaged"),
     ],
 )
