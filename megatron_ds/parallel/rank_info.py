@@ -123,7 +123,7 @@ def _number(environ: Mapping[str, str], name: str, default: str | None = None) -
     text = environ.get(name, default)
     if text is None or not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise TopologyError(
-            f"{name}={str(text):.80} in the environment is not an integer of at least 0; let the launcher set it; "
+            f"{name}={text!s:.80} in the environment is not an integer of at least 0; let the launcher set it; "
             f"{rank_source(environ).start_alone()}"
         )
     return int(text)
