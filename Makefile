@@ -49,7 +49,7 @@ sweep: $(WEIGHTS) $(EXTRAS)  ## run all tests, including the sweep over every co
 	$(PYTEST) -m "not soak and not cluster"
 
 cluster: $(STAMP)  ## run the tests on several machines, which are namespaces of this one (docs/launching.md)
-	$(BIN)/python -m tests.cluster -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m tests.cluster -n 3 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)  ## run long fault injection (faults, full disks, KILLS=1000 kills) and print the counts
 	$(BIN)/python -m pytest -m soak -s

@@ -25,13 +25,18 @@ NAMES = ("node1", "node2", "node3")
 Sections = Mapping[str, Mapping[str, Any]]
 
 
+LONGEST = ("test_restarts.py", "test_network.py", "test_launchers.py")  # begun first, as in tests/conftest.py
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # of all folders
-        if Path(__file__).parent not in item.path.parents:
-            continue
+    own = [item for item in items if Path(__file__).parent in item.path.parents]  # the others are of other folders
+    for item in own:
         item.add_marker(pytest.mark.cluster)
         if SANDBOX not in os.environ:
             item.add_marker(pytest.mark.skip(reason="run by `make cluster`, in a sandbox"))
+    if SANDBOX in os.environ:
+        place = {file: index for index, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
