@@ -79,6 +79,7 @@ class Drain:
         timeout: the time that ranks wait for the one with the slowest storage.
 
     Attributes:
+        machines: the machine of each rank.
         first_here: the lowest rank that has this machine's disk.
     """
 
@@ -87,8 +88,8 @@ class Drain:
     ) -> None:
         self._disk, self._folder, self._rank, self._keep, self._protected = disk, folder, rank, keep, protected
         self._group = None if dist.get_world_size() == 1 else dist.new_group(backend="gloo", timeout=timeout)
-        machines = self._gather(disk.machine)
-        self.first_here = machines.index(machines[rank])
+        self.machines: list[str] = self._gather(disk.machine)
+        self.first_here = self.machines.index(self.machines[rank])
         self._changed = threading.Condition()
         self._waiting: list[LocalCheckpoint] = []
         self._drained: list[Drained] = []

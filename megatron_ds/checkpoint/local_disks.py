@@ -2,7 +2,7 @@
 
 ```
 DIR/3f9c2a17d04be851/          a directory of the run, named by the token in its output
-  step_00000200/               the files that this machine's ranks have written
+  step_00000200/               the files that this machine's ranks have written, and its neighbour's
     training_state/manifest.json    lists the files of all machines
 ```
 
@@ -39,9 +39,11 @@ class LocalDisk:
 
     Attributes:
         folder: the directory.
+        copies: the number of machines that keep each file.
     """
 
     folder: Path
+    copies: int = 1
 
     @property
     def machine(self) -> str:
@@ -72,7 +74,7 @@ def keep_token(folder: Path, *, is_new: bool) -> str:
     return token
 
 
-def make_local_disk(place: str, token: str) -> LocalDisk:
+def make_local_disk(place: str, token: str, copies: int) -> LocalDisk:
     """Make the run's directory on this machine.
 
     Raises:
@@ -86,7 +88,7 @@ def make_local_disk(place: str, token: str) -> LocalDisk:
             f"checkpoint.local={place} cannot be written on {socket.gethostname()} ({problem.strerror or problem}); "
             "try a directory on a disk of every machine"
         ) from problem
-    return LocalDisk(folder)
+    return LocalDisk(folder, copies)
 
 
 @dataclass(frozen=True)

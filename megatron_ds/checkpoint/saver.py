@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from megatron_ds.checkpoint.directory import PROGRESS, STATE
 from megatron_ds.checkpoint.drain import Drain, LocalCheckpoint
 from megatron_ds.checkpoint.files import FileRecord, TensorChunk, write_bytes, write_chunks
 from megatron_ds.checkpoint.local_disks import LocalDisk
+from megatron_ds.checkpoint.neighbour_copies import exchange_files
 from megatron_ds.checkpoint.passed_through import PASSED_THROUGH
 from megatron_ds.checkpoint.progress import Origin, Progress, encode, timestamp
 from megatron_ds.checkpoint.snapshot import RankFiles, plan_snapshot, take_snapshot
@@ -244,6 +246,17 @@ class Saver:
         return None
 
     @property
+    def machines(self) -> Sequence[str]:
+        """The machine of each rank, by its own disk; empty without such disks."""
+        return self._drain.machines if self._drain is not None else ()
+
+    @property
+    def distances(self) -> range:
+        """The places in the ring of machines to which each one's files are sent."""
+        disk, num_machines = self.options.disk, len(set(self.machines))
+        return range(1, min(disk.copies, num_machines)) if disk is not None else range(0)
+
+    @property
     def naming_rank(self) -> int:
         """The rank that gives checkpoints their names: 0, or the lowest one that has this machine's own disk."""
         return self._drain.first_here if self._drain is not None else 0
@@ -390,6 +403,8 @@ class _Writing:
             own = self._on_all_ranks(lambda: write_chunks(self._directory, files.files, files.chunks))
             if not self._problems:
                 own += self._on_all_ranks(self._write_small)
+            for distance in self._saver.distances if not self._problems else ():
+                self._on_all_ranks(partial(self._send_on, own, distance))
             if not self._problems:
                 self.records = {name: record for by_name in own for name, record in by_name.items()}
                 self.names = [*files.files, *(own[-dist.get_world_size()] if self._is_first else ())]
@@ -417,6 +432,12 @@ class _Writing:
         if passed_through is not None:
             files[PASSED_THROUGH] = passed_through.put(directory)
         return files
+
+    def _send_on(self, own: Sequence[Mapping[str, FileRecord]], distance: int) -> None:
+        """Send this rank's files to a later machine, and write those of an earlier one. Collective over the world."""
+        num_ranks = dist.get_world_size()
+        files = [{**own[rank], **own[num_ranks + rank]} for rank in range(num_ranks)]
+        exchange_files(self._directory, files, distance, self._saver.machines, self._saver.group)
 
     def _put_in_place(self) -> None:
         """Write the manifest, rename the directory, and remove old checkpoints; one rank of each directory."""

@@ -425,7 +425,7 @@ class CheckpointSection(Section):
     lets an optimizer that keeps other state than the checkpoint's begin with an empty one; "resume" refuses it.
     `copy_to`: the URL to which each complete checkpoint is copied, and from which "auto" resumes where there is a newer
     one than under `output`. `local`: a directory on each machine's own disk, where checkpoints are written before they
-    are copied to `output`.
+    are copied to `output`. `local_copies`: the number of machines whose disks keep each file.
     """
 
     every: CountOrZero = 0
@@ -435,6 +435,7 @@ class CheckpointSection(Section):
     optimizer: Literal["resume", "reset"] = "resume"
     copy_to: Annotated[str | None, BeforeValidator(_url)] = None
     local: PathText | None = None
+    local_copies: Count = 1
 
 
 def _repository(value: Any) -> Any:
@@ -514,6 +515,11 @@ class RunConfig(Section):
             raise ConfigError(
                 f"checkpoint.copy_to={self.checkpoint.copy_to} copies checkpoints, and checkpoint.every=0 writes none; "
                 "try checkpoint.every=100"
+            )
+        if self.checkpoint.local is None and self.checkpoint.local_copies > 1:
+            raise ConfigError(
+                f"checkpoint.local_copies={self.checkpoint.local_copies} is the number of machines that keep the files "
+                "of checkpoint.local, which is not set; set it to a directory on each machine's own disk"
             )
         if self.checkpoint.local is not None and not self.checkpoint.every:
             raise ConfigError(

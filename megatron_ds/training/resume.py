@@ -79,7 +79,7 @@ def prepare_local_disk(run: RunConfig, found: ResumePoint, info: RankInfo) -> Lo
 
     token = gather_objects(run_on_all_ranks(keep))[0]
     assert token is not None
-    disk = run_on_all_ranks(lambda: make_local_disk(place, token))
+    disk = run_on_all_ranks(lambda: make_local_disk(place, token, section.local_copies))
     machines = gather_objects(disk.machine)
 
     def clear() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.checkpoint import directory as naming
-from megatron_ds.checkpoint import drain
+from megatron_ds.checkpoint import drain, neighbour_copies
 from megatron_ds.checkpoint.directory import checkpoints_in, name_of
 from megatron_ds.checkpoint.local_disks import TOKEN
 from megatron_ds.checkpoint.reader import first_damage
@@ -33,10 +33,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     def of(rank: int) -> Path:
         return folder / str(rank * request.param)
 
-    make, back = resume.make_local_disk, resume.bring_back
-    monkeypatch.setattr(resume, "make_local_disk", lambda _, token: make(str(of(int(os.environ["RANK"]))), token))
-    monkeypatch.setattr(resume, "bring_back", lambda _, *more: back(str(of(int(os.environ["RANK"]))), *more))
+    own_disks(monkeypatch, of)
     return of
+
+
+def own_disks(monkeypatch: pytest.MonkeyPatch, of: Callable[[int], Path]) -> None:
+    """Give each rank the disk of its machine."""
+    make, back = resume.make_local_disk, resume.bring_back
+    monkeypatch.setattr(resume, "make_local_disk", lambda _, *more: make(str(of(int(os.environ["RANK"]))), *more))
+    monkeypatch.setattr(resume, "bring_back", lambda _, *more: back(str(of(int(os.environ["RANK"]))), *more))
 
 
 def local_of(output: Path, disk: Path) -> list[str]:
@@ -86,6 +91,29 @@ def test_a_run_continues_from_what_is_only_on_the_machines_disks(
     said = go_on(corpus, output, checkpoint=checkpoint)
     assert "resuming from step 6" in said
     assert losses(output) == uncut
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_files_of_a_lost_machine_come_from_its_neighbour(
+    ranks: int, corpus: Path, tmp_path: Path, uncut: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing reached the shared disk; the run continues on the machine that is left, or with a new one."""
+    output, disks = tmp_path / "run", tmp_path / "disks"
+    checkpoint = {"local": str(disks), "local_copies": 2}
+    own_disks(monkeypatch, lambda rank: disks / str(rank))
+    with monkeypatch.context() as patch:
+        die_at(8, 1, patch)
+        patch.setattr(drain.Drain, "_copy_files", never)
+        patch.setattr(neighbour_copies, "_CHUNK_BYTES", 1000)  # files of many chunks
+        with pytest.raises(LaunchError, match="rank 1 was killed by SIGKILL"):
+            go_on(corpus, output, checkpoint=checkpoint)
+    assert local_of(output, disks / "0") == local_of(output, disks / "1") == [name_of(6), name_of(3)]
+    assert all(first_damage(path) is None for path in disks.glob("*/*/step_*"))
+    shutil.rmtree(disks / "0")
+    (disks / "1").rename(disks / ("0" if ranks == 1 else "1"))
+    said = go_on(corpus, output, ranks, checkpoint=checkpoint, train={"micro_batch_size": 2})
+    assert "resuming from step 6" in said
+    assert losses(output) == (uncut if ranks == 2 else pytest.approx(uncut, rel=2e-5))
 
 
 @pytest.mark.sweep
