@@ -93,7 +93,7 @@ def test_a_run_continues_from_what_is_only_on_the_machines_disks(
     assert losses(output) == uncut
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.sweep), 2])
 def test_the_files_of_a_lost_machine_come_from_its_neighbour(
     ranks: int, corpus: Path, tmp_path: Path, uncut: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
