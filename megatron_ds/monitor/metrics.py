@@ -20,8 +20,8 @@ from megatron_ds.monitor.line_file import LineFile
 from megatron_ds.untrusted import is_missing, parse_json, read_lines
 from megatron_ds.untrusted.limits import RUN_LINE
 
-MOST_WAITING = 2_000
-"""Lines that may wait for room on a full disk, half an hour of steps of one second; with more the run ends."""
+MOST_WAITING = 1_000
+"""Lines that may wait for room on a full disk, a quarter of an hour of steps of one second; with more the run ends."""
 
 MOE = "moe_"
 """Prefix of the metrics of mixtures of experts; see `engine.router_load`."""
