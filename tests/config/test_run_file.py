@@ -140,6 +140,7 @@ def test_defaults(run_file):
         "optimizer": "resume",
         "copy_to": None,
         "local": None,
+        "local_copies": 1,
     }
     assert run.export is None
     assert (run.monitor, run.callbacks, run.imports) == ([], [], [])
