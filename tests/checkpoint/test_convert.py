@@ -393,6 +393,7 @@ def test_a_change_in_the_last_moment_is_told_in_one_line(
 # ---- what it takes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 def test_nothing_of_deepspeed_is_needed(saved: Path, tmp_path: Path) -> None:
     """Conversion is files in, files out."""
     code = (

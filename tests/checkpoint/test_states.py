@@ -35,7 +35,7 @@ PIPELINE = Place(2, 2, 1, 1, True)
         ("gpt2", TP2, ZERO_3),
         ("llama-1kv", Place(4, 1, 1, 1), Place(1, 2, 2, 1)),  # several ranks hold the same key head
         pytest.param("bert-pretraining", ZERO_3, PIPELINE, marks=pytest.mark.sweep),
-        ("bert-pretraining", PIPELINE, ALONE),
+        pytest.param("bert-pretraining", PIPELINE, ALONE, marks=pytest.mark.sweep),
         pytest.param("roberta-masked", PIPELINE, ZERO_3, marks=pytest.mark.sweep),
         ("t5-tied-relu", PIPELINE, Place(2, 1, 2, 3)),  # tables and the embedding on several stages
         pytest.param("t5-tied-relu", ZERO_3, Place(1, 4, 1, 1), marks=pytest.mark.sweep),
@@ -124,7 +124,7 @@ def _frozen_run(grid: Grid, directory: Path, place: Place, recipe: Recipe, folde
     [
         (TP2, RECIPE),
         (ZERO_3, BF16),
-        (PIPELINE, BF16),
+        pytest.param(PIPELINE, BF16, marks=pytest.mark.sweep),
         pytest.param(ALONE, RECIPE, marks=pytest.mark.sweep),
         pytest.param(PIPELINE, RECIPE, marks=pytest.mark.sweep),
         pytest.param(TP2, BF16, marks=pytest.mark.sweep),

@@ -71,6 +71,7 @@ def test_half_a_launchers_environment_is_one_line(start: Start, run_file: Path) 
     )
 
 
+@pytest.mark.sweep
 def test_other_ranks_leave_a_mistake_in_the_file_to_rank_0(start: Start, run_file: Path) -> None:
     """They speak later: without a launcher that ends them, there may be no rank 0, only its left-over variables."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

@@ -150,6 +150,7 @@ def test_the_deepspeed_launcher(start: Start, run_file: Path) -> None:
     check_files(run_file.parent / "out")
 
 
+@pytest.mark.sweep
 def test_tasks_of_srun_and_an_error_of_one(fork: Fork, run_file: Path) -> None:
     """Two processes with srun's variables; srun ends nobody, so the peer waits, then tells of its lost connection."""
     script = run_file.parent / "fails.py"

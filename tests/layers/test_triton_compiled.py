@@ -80,6 +80,7 @@ LONGEST = norm(14336)
 """Longer than any hidden size of a Llama but the largest one, 16,384, of the same tile."""
 
 
+@pytest.mark.sweep
 def test_no_register_is_spilled() -> None:
     found = compile_for((80, 90), [*KERNELS, *LONGEST])
     for one, usages in zip([*KERNELS, *LONGEST], found, strict=True):

@@ -247,6 +247,7 @@ def test_a_job_that_is_suspended_in_a_long_phase_continues(impatient: None) -> N
     assert run_ranks(suspended, 2) == ["done", "done"]
 
 
+@pytest.mark.sweep
 def test_only_ranks_that_do_not_respond_are_a_hang_in_code_of_the_users(impatient: None) -> None:
     def own_code(info: RankInfo, at: str) -> str:
         with watch_peers(info, timeout_s=0.4):
