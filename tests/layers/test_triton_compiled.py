@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from tests.layers.ahead_of_time import Compiled, compile_for
 
 HALF, FULL, SIZE = "*bf16", "*fp32", "i32"
