@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ds.checkpoint.directory import checkpoints_in
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import TrainingError
 from megatron_ds.log import get_logger
-from megatron_ds.parallel.consensus import run_on_all_ranks, share_object
+from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks, share_object
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.training.callbacks import Callback, RunState
 from megatron_ds.training.resume import checkpoint_folder, lock_output, write_errors
 from megatron_ds.training.start_log import LAST_STEP, START_LOG, Start, StartLog, check_progress
-from megatron_ds.training.supervisor import Supervisor, gather_supervisor
+from megatron_ds.training.supervisor import Supervisor, find_supervisor
 from megatron_ds.untrusted import read_text
 from megatron_ds.untrusted.limits import SHORT_TEXT
 
@@ -98,7 +99,7 @@ def begin_start(run: RunConfig, info: RankInfo) -> SupervisedStart:
     Raises:
         NoProgressError: `train.max_no_progress_restarts` is reached.
     """
-    supervisor = gather_supervisor()
+    supervisor = _gather_supervisor()
 
     def examine() -> tuple[int, bool]:
         starts = StartLog(Path(run.output)).read() if info.rank == 0 else []
@@ -110,6 +111,13 @@ def begin_start(run: RunConfig, info: RankInfo) -> SupervisedStart:
 
     restart, continues = share_object(run_on_all_ranks(examine))
     return SupervisedStart(run, info.rank, supervisor, restart, continues)
+
+
+def _gather_supervisor() -> Supervisor:
+    """Return rank 0's supervisor with the processes of all ranks. Collective over the world."""
+    everyone = gather_objects(find_supervisor())
+    processes = dict.fromkeys(process for one in everyone for process in one.processes)
+    return replace(everyone[0], processes=tuple(processes))
 
 
 def _same_run(starts: list[Start]) -> list[Start]:

@@ -11,9 +11,8 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron_ds.parallel.consensus import gather_objects
 from megatron_ds.parallel.launcher_process import find_launcher
 
 JOB = "MEGATRON_DS_JOB"
@@ -77,13 +76,6 @@ def find_supervisor(environ: Mapping[str, str] = os.environ) -> Supervisor:
         requeues=int(requeues) if requeues.isdecimal() else 0,
         processes=(process,) if process else (),
     )
-
-
-def gather_supervisor() -> Supervisor:
-    """Return rank 0's supervisor with the processes of all ranks. Collective over the world."""
-    everyone = gather_objects(find_supervisor())
-    processes = dict.fromkeys(process for one in everyone for process in one.processes)
-    return replace(everyone[0], processes=tuple(processes))
 
 
 @contextmanager

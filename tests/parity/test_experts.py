@@ -52,11 +52,12 @@ for _case, _config in MOE_CASES.items():
 
 
 def _covering() -> list[tuple[str, Place]]:
-    """Of each family one case, on folded ranks or on tensor ranks; every second one recomputes its blocks."""
+    """Of each family one case on folded ranks and another on tensor ranks, of which one recomputes its blocks."""
     chosen = []
     for index, cases in enumerate(CASES.values()):
-        place = [place for pair in zip(FOLDED, ON_TENSOR) for place in pair][index % (2 * len(FOLDED))]
-        chosen.append((cases[index // 2 % len(cases)], replace(place, recompute="full" if index % 4 > 1 else "none")))
+        modes = ("full", "none") if index % 2 else ("none", "full")
+        for case, places, mode in zip((cases[0], cases[1 % len(cases)]), (FOLDED, ON_TENSOR), modes):
+            chosen.append((case, replace(places[index % len(places)], recompute=mode)))
     return chosen
 
 
