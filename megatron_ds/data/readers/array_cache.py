@@ -47,7 +47,9 @@ class EntryFiles(NamedTuple, Generic[Entry]):
     def open(self, entry: Path) -> tuple[Entry | None, str]:
         """Return the content of an entry, and its damage: None and an empty text if there is no such entry."""
         try:
-            names = {path.name: path for path in entry.iterdir() if path.name != _CHECKSUMS}
+            # hidden ones are not of the entry: a temporary file of a process that adds checksums, or of NFS
+            listed = (path for path in entry.iterdir() if not path.name.startswith("."))
+            names = {path.name: path for path in listed if path.name != _CHECKSUMS}
             refuse_strangers(entry.parent, [entry, *names.values()])
             if compare_checksums(entry / _CHECKSUMS, names, all_listed=True):
                 return self.read(entry), ""

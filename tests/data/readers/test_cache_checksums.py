@@ -85,6 +85,26 @@ def test_an_entry_of_an_earlier_version_is_used_and_gets_checksums(
     assert cases[name].samples(cache) == first and not caplog.messages
 
 
+@pytest.mark.parametrize("name", ["chat", "rows", "indexed"])
+def test_the_temporary_file_of_another_process_is_not_of_the_entry(
+    cases: dict[str, CacheCase], name: str, earlier: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ranks that find an entry of an earlier version add its checksums at the same time."""
+    cache = earlier(name)
+    others = [
+        folder / ".checksums.json.0123456789abcdef.tmp" for folder in {file.parent for file in entry_files(cache)}
+    ]
+    for file in others:
+        file.write_text("{")
+    first = cases[name].samples(cache)
+    for file in others:
+        file.unlink(missing_ok=True)
+    assert cases[name].samples(cache) == first
+    for file in others:
+        file.write_text("{")
+    assert cases[name].samples(cache) == first and not [line for line in caplog.messages if "damaged" in line]
+
+
 def check_earlier(case: CacheCase, cache: Path, seeds: range) -> tuple[int, int]:
     """Damage entries without checksums: only the project's errors come of it; return how often, and of how many."""
     refused = 0
