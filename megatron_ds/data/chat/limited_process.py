@@ -9,6 +9,7 @@ reference, or after some seconds without a request.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -23,7 +24,6 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -181,14 +181,17 @@ def _serve(function: Callable[[Any], Any], limits: Limits, owner: int, requests:
 
 
 def _become_alone(*kept: int) -> None:
-    """Close all files but some, and take no signals meant for the process that was forked."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other process, and this one with it
+    """Close all files but some, and take no signals meant for the process that was forked.
+
+    A signal to all processes of a job may be a request to save and go on. This process ends with the other one.
+    """
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    bounds = [-1, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
-    for below, above in pairwise(bounds):
-        os.closerange(below + 1, above)
+    for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - set(kept):  # the limit of files may be 2^30
+        with contextlib.suppress(OSError):  # the one that has listed them
+            os.close(descriptor)
     for descriptor in set(range(3)) - set(kept):  # what a library prints must not get into a pipe
         os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
     gc.freeze()  # else a collection would copy all memory

@@ -1,6 +1,7 @@
 """Chat templates that never end or fill the memory: refused by name, and no process is left."""
 
 import os
+import resource
 import signal
 import time
 from functools import partial
@@ -96,6 +97,30 @@ def test_what_the_process_has_and_how_it_ends(tokenizer_path: str) -> None:
     assert template.render(MESSAGES, None)[0] == "call meishmael" and child not in children()
     del template
     assert children() <= before
+
+
+def test_signals_to_a_whole_job_do_not_end_it(tokenizer_path: str) -> None:
+    before = children()
+    template = Template(with_template(tokenizer_path, PLAIN), "here", "2024-07-26")
+    (child,) = children() - before
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(int(child), number)
+    assert template.render(MESSAGES, None)[0] == "call meishmael" and children() - before == {child}
+
+
+def test_it_has_no_file_above_the_limit_of_files() -> None:
+    """The limit may have been lowered since; where it is 2^30, a call for each number would take minutes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reading, writing = os.pipe()
+    os.dup2(writing, 700)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        process = LimitedProcess(lambda request: os.path.exists(f"/proc/self/fd/{request}"))
+        assert [process.call(one) for one in (writing, 700)] == [False, False]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in (reading, writing, 700):
+            os.close(descriptor)
 
 
 def test_a_process_that_was_forked_has_one_of_its_own(tokenizer_path: str) -> None:
