@@ -48,7 +48,8 @@ DEEPSPEED_SETTINGS = Limits("a DeepSpeed JSON", "try a smaller file", _MB, 32, 2
 CHECKPOINT_RECORD = Limits("a record of a checkpoint", "try an older checkpoint", 64 * _MB, 32, 1_000_000, _MB)
 RUN_RECORD = Limits("a record of a run", _RUN, 64 * _MB, 32, 1_000_000, _MB)
 RUN_LINE = Limits("a line of a run's record", _RUN, 4 * _MB, 32, 100_000, _MB)
-DATA_RECORD = Limits("a record of prepared data", "try `megatron-ds prepare` again", 16 * _MB, 16, 100_000, _MB)
+DATA_RECORD = Limits("a record of prepared data", "try `megatron-ds prepare` again", 64 * _MB, 16, 1_000_000, _MB)
+"""Each source file has some five values there; published corpora have up to 50,000 files."""
 CACHE_RECORD = Limits("a record of a cache", "try to remove it", 16 * _MB, 4, 100_000, _MB)
 ROW = Limits("a row of data", "try to cut long documents", 128 * _MB, 512, 2_000_000, 128 * _MB)
 LOCK_OWNER = Limits("the owner of a lock", "try to remove it if nothing uses the directory", 4096, 2, 32, 1024)

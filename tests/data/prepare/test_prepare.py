@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from megatron_ds.data.indexed.files import IndexedFile
 from megatron_ds.data.prepare import Prepared, PrepareOptions, chunks, journal, prepare, workers
+from megatron_ds.data.prepare import run as prepare_run
 from megatron_ds.data.prepare.chunks import Reader, cut
 from megatron_ds.errors import DataError, LaunchError
 from tests.data import oracle
@@ -458,6 +459,14 @@ def test_the_command_survives_being_killed(book: Path, write_jsonl: Any, tokeniz
     last = _start(source, tokenizer_path, tmp_path / "cut")
     assert last.wait(120) == 0, last.communicate()
     assert content(tmp_path, "cut") == content(tmp_path, "whole")
+
+
+def test_the_manifest_of_50_000_files_is_one(tmp_path: Path) -> None:
+    """Else the same command would refuse to replace it."""
+    source = {"name": "/data/crawl/part-0000000.parquet", "bytes": 2**31, "digest": "0" * 32, "kind": ["parquet", ""]}
+    file = tmp_path / "crawl.json"
+    file.write_text(json.dumps({"key": "", "format_version": 1, "sources": [source] * 50_000}, indent=2))
+    assert prepare_run._is_manifest(file)
 
 
 def test_the_command_tells_what_it_did(book: Path, write_jsonl: Any, tokenizer_path: str, tmp_path: Path) -> None:
