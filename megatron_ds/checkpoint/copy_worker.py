@@ -27,7 +27,8 @@ class FileCopy(NamedTuple):
     Attributes:
         source, target: paths; the directory of the target is made.
         bytes, xxh3_128: the length and the checksum that it must have.
-        former: a file elsewhere with the same content, which is linked instead if it can be; empty = it is copied.
+        former: a file elsewhere with the same content, which is linked instead if it can be and is intact; empty = it
+            is copied.
     """
 
     source: str
@@ -49,9 +50,11 @@ def copy_file(copy: FileCopy) -> None:
     if copy.former:
         try:
             os.link(copy.former, target)
-            return
+            if _is_intact(target, copy):
+                return
         except OSError:  # another disk, or no links there
             pass
+        target.unlink(missing_ok=True)
     digest, num_bytes = xxhash.xxh3_128(), 0
     with open(copy.source, "rb", buffering=0) as source, open(target, "xb", buffering=0) as file:
         while chunk := source.read(_READ_BYTES):
@@ -63,6 +66,15 @@ def copy_file(copy: FileCopy) -> None:
         os.fsync(file.fileno())
     if (num_bytes, digest.hexdigest()) != (copy.bytes, copy.xxh3_128):
         raise OSError(f"{copy.source} does not match its checksum")
+
+
+def _is_intact(file: Path, copy: FileCopy) -> bool:
+    digest, num_bytes = xxhash.xxh3_128(), 0
+    with file.open("rb", buffering=0) as content:
+        while chunk := content.read(_READ_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return (num_bytes, digest.hexdigest()) == (copy.bytes, copy.xxh3_128)
 
 
 def main() -> None:

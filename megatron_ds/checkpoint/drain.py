@@ -176,7 +176,8 @@ class Drain:
     def _copy(self, checkpoint: LocalCheckpoint) -> str | None:
         """Copy a checkpoint on all ranks; return the problem of the lowest rank that has one."""
         target = naming.temporary_for(self._folder, checkpoint.step)
-        for act in (self._make, self._copy_files, self._finish, self._remove_old):
+        problems: list[str] = []
+        for act in (self._make, self._copy_files, self._finish):
             problem: str | None = None
             try:
                 act(checkpoint, target)
@@ -186,8 +187,9 @@ class Drain:
             if problems:
                 if self._rank == 0:
                     shutil.rmtree(target, ignore_errors=True)
-                return problems[0]
-        return None
+                break
+        self._remove_old(checkpoint)  # also where this one is not copied: else they would fill the machine's disk
+        return problems[0] if problems else None
 
     def _make(self, checkpoint: LocalCheckpoint, target: Path) -> None:
         if self._rank == 0:
@@ -227,12 +229,16 @@ class Drain:
         except OSError as problem:  # the new one is complete: an old one that stays is no reason to stop
             get_logger().warning("%s: an old checkpoint could not be removed (%s)", self._folder, problem)
 
-    def _remove_old(self, checkpoint: LocalCheckpoint, target: Path) -> None:
-        """Remove the earlier checkpoints on this machine's disk; the newest complete one stays."""
-        if self.first_here == self._rank:
+    def _remove_old(self, checkpoint: LocalCheckpoint) -> None:
+        """Remove the checkpoints on this machine's disk that are earlier than one that is complete on all of them."""
+        if self.first_here != self._rank:
+            return
+        try:
             complete = [one for one in checkpoints_in(self._disk.folder) if is_checkpoint(one)]
             newer = [one for one in complete if step_of(one) >= checkpoint.step]
             naming.remove_old(self._disk.folder, len(newer), ())
+        except OSError as problem:  # it costs room alone
+            get_logger().warning("%s: an old checkpoint could not be removed (%s)", self._disk.folder, problem)
 
     def _gather(self, local: Any) -> list[Any]:
         return gather_objects(local, self._group) if self._group is not None else [local]

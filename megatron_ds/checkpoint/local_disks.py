@@ -6,31 +6,38 @@ DIR/3f9c2a17d04be851/          a directory of the run, named by the token in its
     training_state/manifest.json    lists the files of all machines
 ```
 
-The token is drawn when a run starts from step 0: it never reads the copies of another that had the same output. A
-checkpoint here has its name once all ranks have written their files. Afterwards it is copied to the run's `checkpoints`
-(`drain`), or at the next start, if the run ended before that.
+A checkpoint here has its name once all ranks have written their files. Afterwards it is copied to the run's
+`checkpoints` (`drain`), or at the next start, if the run ended before that. Each start draws another token, after that:
+the directory takes the new name on the machines that take part. A machine that was absent while the run continued from
+an earlier step has the old name, and its checkpoints are never read; neither are those of another run that had the same
+output.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import secrets
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from megatron_ds.atomic import replacing
 from megatron_ds.checkpoint import directory as naming
 from megatron_ds.checkpoint.copy_worker import FileCopy, copy_file
 from megatron_ds.checkpoint.directory import STATE, checkpoints_in, is_checkpoint, name_of, step_of
 from megatron_ds.checkpoint.files import FileRecord, write_bytes
 from megatron_ds.errors import CheckpointError
-from megatron_ds.parallel.consensus import gather_objects, run_long_on_all_ranks
+from megatron_ds.parallel.consensus import gather_objects, run_long_on_all_ranks, run_on_all_ranks
 
 TOKEN = ".local"
 """The file in a run's `checkpoints` with the name of its directory on the machines' disks."""
 _TOKEN = re.compile(r"[0-9a-f]{16}")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,21 @@ class LocalDisk:
 
     @property
     def machine(self) -> str:
-        """A text that is the same on all ranks that have this directory in common."""
+        """A text that is the same on all ranks that have this directory in common.
+
+        Containers of one machine may have names of their own, and machines made from one image the same name, so that
+        the kernel's start is used instead where it has a number.
+        """
         found = self.folder.stat()
-        return f"{socket.gethostname()} {found.st_dev} {found.st_ino}"
+        try:
+            kernel = _BOOT_ID.read_text(encoding="ascii").strip()
+        except OSError:
+            kernel = socket.gethostname()
+        return f"{kernel} {found.st_dev} {found.st_ino}"
+
+    def renamed(self, token: str) -> LocalDisk:
+        """Return it with its directory under the name of another token. The directory itself is not renamed."""
+        return replace(self, folder=self.folder.with_name(token))
 
 
 def read_token(folder: Path) -> str | None:
@@ -61,16 +80,15 @@ def read_token(folder: Path) -> str | None:
     return text if _TOKEN.fullmatch(text) else None
 
 
-def keep_token(folder: Path, *, is_new: bool) -> str:
-    """Return the token of a run, drawn if it is new or has none. Rank 0 only.
+def draw_token(folder: Path) -> str:
+    """Draw the token of a start of a run, and write it into the run's `checkpoints`. Rank 0 only.
 
     Raises:
         OSError: it cannot be written.
     """
-    token = None if is_new else read_token(folder)
-    if token is None:
-        token = secrets.token_hex(8)
-        write_bytes(folder / TOKEN, f"{token}\n".encode())
+    token = secrets.token_hex(8)
+    with replacing(folder / TOKEN) as temporary:
+        write_bytes(temporary, f"{token}\n".encode())
     return token
 
 
@@ -113,9 +131,13 @@ def bring_back(place: str, shared: Path, newest: int, rank: int) -> tuple[Path |
 
     Returns:
         the checkpoint that was copied, None = no newer one was found, and lines for the log.
+
+    Raises:
+        CheckpointError: the machine's disk cannot be read, or the shared one has no room: to resume from an earlier
+            step would lose a complete checkpoint.
     """
     token = gather_objects(read_token(shared) if rank == 0 else None)[0]
-    everyone = gather_objects(_found_in(Path(place) / token, newest) if token is not None else {})
+    everyone = gather_objects(run_on_all_ranks(lambda: _found_in(Path(place), token, newest)))
     notes: list[str] = []
     for step in sorted({step for one in everyone for step in one}, reverse=True):
         records = next(one[step].records for one in everyone if step in one)
@@ -127,29 +149,35 @@ def bring_back(place: str, shared: Path, newest: int, rank: int) -> tuple[Path |
                 f"{missing[0]}" + (f" and {len(missing) - 1} more files" if len(missing) > 1 else "")
             )
             continue
-        source, target = Path(place) / str(token) / name_of(step), naming.temporary_for(shared, step)
+        move = _Move(Path(place) / str(token) / name_of(step), shared, step, records)
         own = [name for name, holder in holders.items() if holder == rank]
-        problem = run_long_on_all_ranks(partial(_copy, source, target, records, own))
+        problem = run_long_on_all_ranks(partial(move.copy, own))
         problems = [one for one in gather_objects(problem) if one is not None]
         if problems:
             notes.append(f"{name_of(step)} is not taken from the disks at checkpoint.local={place}: {problems[0]}")
             continue
-        final = gather_objects(_finish(shared, step, newest, records) if rank == 0 else None)[0]
+        final = gather_objects(run_on_all_ranks(partial(move.finish, newest) if rank == 0 else lambda: None))[0]
         return final, (*notes, f"{name_of(step)} was copied from the disks at checkpoint.local={place}")
     return None, tuple(notes)
 
 
-def _found_in(folder: Path, newest: int) -> dict[int, _Found]:
-    found = {}
-    for path in checkpoints_in(folder):
-        if step_of(path) > newest and is_checkpoint(path):
-            try:
-                records = naming.read_manifest(path)
-            except CheckpointError:
-                continue
-            sizes = {name: (path / name).stat().st_size for name in records if (path / name).is_file()}
-            here = tuple(name for name, size in sizes.items() if size == records[name].bytes)
-            found[step_of(path)] = _Found(records, here)
+def _found_in(place: Path, token: str | None, newest: int) -> dict[int, _Found]:
+    found: dict[int, _Found] = {}
+    try:
+        for path in checkpoints_in(place / token) if token is not None else ():
+            if step_of(path) > newest and is_checkpoint(path):
+                try:
+                    records = naming.read_manifest(path)
+                except CheckpointError:
+                    continue
+                sizes = {name: (path / name).stat().st_size for name in records if (path / name).is_file()}
+                here = tuple(name for name, size in sizes.items() if size == records[name].bytes)
+                found[step_of(path)] = _Found(records, here)
+    except OSError as problem:
+        raise CheckpointError(
+            f"checkpoint.local={place} cannot be read on {socket.gethostname()} ({problem.strerror or problem}); "
+            "try again when it can, or take that machine out of the run"
+        ) from problem
     return found
 
 
@@ -157,19 +185,57 @@ def _holder(name: str, step: int, everyone: Sequence[Mapping[int, _Found]]) -> i
     return next((rank for rank, one in enumerate(everyone) if step in one and name in one[step].names), None)
 
 
-def _copy(source: Path, target: Path, records: Mapping[str, FileRecord], names: Sequence[str]) -> str | None:
-    """Copy files; return the problem of the first that cannot be copied, None = all are copied."""
-    try:
-        for name in names:
-            copy_file(FileCopy(str(source / name), str(target / name), records[name].bytes, records[name].xxh3_128))
-    except OSError as problem:
-        return problem.strerror or str(problem)
-    return None
+@dataclass(frozen=True)
+class _Move:
+    """A checkpoint on this machine's disk that is copied to the shared one.
 
+    Attributes:
+        source: its directory here.
+        shared: the run's `checkpoints`.
+        step: of the run.
+        records: of the files of all machines.
+    """
 
-def _finish(shared: Path, step: int, newest: int, records: Mapping[str, FileRecord]) -> Path:
-    """Give a copied checkpoint its name. Damaged ones of later steps than the newest intact one are moved aside."""
-    naming.set_aside(shared, newest)
-    (naming.temporary_for(shared, step) / STATE).mkdir(parents=True, exist_ok=True)
-    naming.write_manifest(naming.temporary_for(shared, step), dict(records))
-    return naming.put_in_place(shared, step)
+    source: Path
+    shared: Path
+    step: int
+    records: Mapping[str, FileRecord]
+
+    def copy(self, names: Sequence[str]) -> str | None:
+        """Copy files; return the problem of the first that cannot be copied, None = all are copied.
+
+        Raises:
+            CheckpointError: the shared disk has no room.
+        """
+        target = naming.temporary_for(self.shared, self.step)
+        try:
+            for name in names:
+                record = self.records[name]
+                copy_file(FileCopy(str(self.source / name), str(target / name), record.bytes, record.xxh3_128))
+        except OSError as problem:
+            if problem.errno in _NO_ROOM:
+                shutil.rmtree(target, ignore_errors=True)
+                raise self._refusal(problem) from problem
+            return problem.strerror or str(problem)
+        return None
+
+    def finish(self, newest: int) -> Path:
+        """Give the copy its name. Damaged ones of later steps than the newest intact one are moved aside.
+
+        Raises:
+            CheckpointError: the shared disk cannot be written.
+        """
+        target = naming.temporary_for(self.shared, self.step)
+        try:
+            naming.set_aside(self.shared, newest)
+            (target / STATE).mkdir(parents=True, exist_ok=True)
+            naming.write_manifest(target, dict(self.records))
+            return naming.put_in_place(self.shared, self.step)
+        except OSError as problem:
+            raise self._refusal(problem) from problem
+
+    def _refusal(self, problem: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.shared}: {name_of(self.step)} is complete in {self.source.parent}, and could not be copied "
+            f"({problem.strerror or problem}); fix this and start again, and the run copies it"
+        )

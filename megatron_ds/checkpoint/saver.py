@@ -153,15 +153,16 @@ class Saver:
         nothing else may write to parameters or optimizer state.
 
         Returns:
-            The previous save, if it was still being written: it is waited for.
+            The previous save, if it was still being written: it is waited for. None with a disk of the machine's own.
 
         Raises:
             CheckpointError: on every rank, if any could not write, or holds masters that do not round to its weights;
                 earlier checkpoints are unchanged.
         """
         began_s = time.monotonic()
-        before = self.wait()
-        self._end_writing()
+        before = self._end_writing()
+        if self._drain is not None:
+            before = None  # it is returned when it is copied, by `wait`, on all ranks at once
         waited_s = time.monotonic() - began_s
         self._check_masters(progress.step)
         end_ids = self.options.end_ids

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ds.checkpoint.directory import lock, point_to, remove_leftovers, resolve_checkpoint, set_aside, step_of
-from megatron_ds.checkpoint.local_disks import LocalDisk, bring_back, keep_token, make_local_disk
+from megatron_ds.checkpoint.local_disks import LocalDisk, bring_back, draw_token, make_local_disk, read_token
 from megatron_ds.checkpoint.progress import DataPosition, Progress
 from megatron_ds.checkpoint.reader import ResumePoint, first_damage, newest_intact
 from megatron_ds.checkpoint.remote_copies import set_copies_aside
@@ -73,23 +73,26 @@ def prepare_local_disk(run: RunConfig, found: ResumePoint, info: RankInfo) -> Lo
     place = section.local
     own = found.path is not None and found.path.parent == folder.resolve()
 
-    def keep() -> str | None:
+    def draw() -> tuple[str, str]:
         with write_errors(folder):
-            return keep_token(folder, is_new=not own) if info.rank == 0 else None
+            former = read_token(folder) if own else None
+            token = draw_token(folder)
+            return former or token, token
 
-    token = gather_objects(run_on_all_ranks(keep))[0]
-    assert token is not None
-    disk = run_on_all_ranks(lambda: make_local_disk(place, token, section.local_copies))
-    machines = gather_objects(disk.machine)
+    former, token = gather_objects(run_on_all_ranks(draw if info.rank == 0 else lambda: ("", "")))[0]
+    disk = run_on_all_ranks(lambda: make_local_disk(place, former, section.local_copies))
+    renamed, machines = disk.renamed(token), gather_objects(disk.machine)
 
     def clear() -> None:
         if machines.index(machines[info.rank]) == info.rank:
             with write_errors(disk.folder):
                 remove_leftovers(disk.folder)
                 set_aside(disk.folder, step_of(found.path) if own and found.path is not None else -1)
+                if renamed != disk:
+                    disk.folder.rename(renamed.folder)
 
     run_on_all_ranks(clear)
-    return disk
+    return renamed
 
 
 def named_checkpoint(resume: str) -> Path:
