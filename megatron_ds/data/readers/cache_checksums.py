@@ -8,6 +8,7 @@ So entries of strangers are refused in a directory that everyone may write.
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -81,8 +82,8 @@ def compare_checksums(path: Path, files: Mapping[str, Path], *, all_listed: bool
 def refuse_strangers(directory: Path, files: Iterable[Path]) -> None:
     """Refuse files of other users in a directory that everyone may write, such as /tmp.
 
-    Those of this user, of root and of the directory's owner are used. Where only an owner or a group may write, they
-    are trusted.
+    Those of this user, of root and of the directory's owner are used, and those of the user that a network disk gives
+    this one's files to, as NFS does with root's. Where only an owner or a group may write, they are trusted.
 
     Raises:
         DataError: a file belongs to someone else.
@@ -94,8 +95,16 @@ def refuse_strangers(directory: Path, files: Iterable[Path]) -> None:
     trusted = {os.getuid(), 0, place.st_uid}
     for file in files:
         owner = file.lstat().st_uid
-        if owner not in trusted:
+        if owner not in trusted and owner != _owner_of_new_files(directory):
             raise DataError(
                 f"data: the cache {directory}: {file.name} belongs to user {owner}, and everyone may write there; set "
                 "data.cache_dir to a directory that only you or your group may write"
             )
+
+
+def _owner_of_new_files(directory: Path) -> int:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:  # a cache that cannot be written
+        return os.getuid()

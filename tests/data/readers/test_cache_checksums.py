@@ -203,6 +203,22 @@ def test_entries_of_strangers_where_everyone_may_write(
         cases["text"].samples(tmp_path)
 
 
+def test_what_a_network_disk_gives_to_nobody_is_ones_own(
+    cases: dict[str, CacheCase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS with root_squash: root's files belong to nobody, in a directory of someone else that everyone may write."""
+    if os.getuid() != 0:
+        pytest.skip("files can be given to other users by root only")
+    expected = cases["text"].samples(tmp_path)
+    for file in entry_files(tmp_path):
+        os.chown(file, 65534, -1)
+    os.chown(tmp_path, 1000, -1)
+    tmp_path.chmod(0o777)
+    assert cache_checksums._owner_of_new_files(tmp_path) == 0
+    monkeypatch.setattr(cache_checksums, "_owner_of_new_files", lambda directory: 65534)
+    assert cases["text"].samples(tmp_path) == expected
+
+
 def test_a_file_is_read_once_while_it_stays_as_it_is(
     cases: dict[str, CacheCase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
