@@ -120,8 +120,8 @@ class _Found:
 def bring_back(place: str, shared: Path, newest: int, rank: int) -> tuple[Path | None, tuple[str, ...]]:
     """Copy the newest checkpoint that is only on the machines' own disks to the shared one. Collective over the world.
 
-    Every file is taken from the lowest rank whose machine has it, so it does not matter on how many ranks and machines
-    the run continues, as long as each file is on one of them.
+    Every file is taken from a rank whose machine has it, so it does not matter on how many ranks and machines the run
+    continues, as long as each file is on one of them. The ranks of a machine divide its files among themselves.
 
     Args:
         place: `checkpoint.local`.
@@ -141,7 +141,7 @@ def bring_back(place: str, shared: Path, newest: int, rank: int) -> tuple[Path |
     notes: list[str] = []
     for step in sorted({step for one in everyone for step in one}, reverse=True):
         records = next(one[step].records for one in everyone if step in one)
-        holders = {name: _holder(name, step, everyone) for name in records}
+        holders = {name: _holder(number, name, step, everyone) for number, name in enumerate(records)}
         missing = [name for name, holder in holders.items() if holder is None]
         if missing:
             notes.append(
@@ -181,8 +181,10 @@ def _found_in(place: Path, token: str | None, newest: int) -> dict[int, _Found]:
     return found
 
 
-def _holder(name: str, step: int, everyone: Sequence[Mapping[int, _Found]]) -> int | None:
-    return next((rank for rank, one in enumerate(everyone) if step in one and name in one[step].names), None)
+def _holder(number: int, name: str, step: int, everyone: Sequence[Mapping[int, _Found]]) -> int | None:
+    """Return the rank that copies the file with this number; None = no machine has it."""
+    ranks = [rank for rank, one in enumerate(everyone) if step in one and name in one[step].names]
+    return ranks[number % len(ranks)] if ranks else None
 
 
 @dataclass(frozen=True)
