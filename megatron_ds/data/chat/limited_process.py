@@ -129,7 +129,7 @@ class _Child:
         except BrokenPipeError:
             raise EOFError from None
         for _ in range(_POLLS):
-            if select.select([self._answers], [], [], _TICK_S)[0]:
+            if _has_content(self._answers):
                 return _read(self._answers)
         raise EOFError
 
@@ -170,7 +170,7 @@ def _serve(function: Callable[[Any], Any], limits: Limits, owner: int, requests:
         ticks = 0
         while os.getppid() == owner and ticks < _IDLE:
             ticks += 1
-            if select.select([requests], [], [], _TICK_S)[0]:
+            if _has_content(requests):
                 _write(answers, _answer(function, limits, _read(requests)))
                 ticks = 0
         status = 0
@@ -217,6 +217,13 @@ def _answer(function: Callable[[Any], Any], limits: Limits, request: bytes) -> b
 def _limit(which: int, soft: int) -> None:
     _, hard = resource.getrlimit(which)
     resource.setrlimit(which, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _has_content(pipe: int) -> bool:
+    """Wait for a tick until there is something to read, or the end; `select` cannot wait for descriptors above 1023."""
+    waiting = select.poll()
+    waiting.register(pipe, select.POLLIN)
+    return bool(waiting.poll(_TICK_S * 1000))
 
 
 def _write(pipe: int, content: bytes) -> None:

@@ -123,6 +123,21 @@ def test_it_has_no_file_above_the_limit_of_files() -> None:
             os.close(descriptor)
 
 
+def test_a_run_may_have_more_than_1024_files() -> None:
+    """Each array of a cache that is mapped has one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("this machine allows fewer files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1030)]
+    try:
+        assert LimitedProcess(str).call(1) == "1"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_process_that_was_forked_has_one_of_its_own(tokenizer_path: str) -> None:
     before = children()
     template = Template(with_template(tokenizer_path, PLAIN), "here", "2024-07-26")
