@@ -183,7 +183,7 @@ def _serve(function: Callable[[Any], Any], limits: Limits, owner: int, requests:
 def _become_alone(*kept: int) -> None:
     """Close all files but some, and take no signals meant for the process that was forked.
 
-    A signal to all processes of a job may be a request to save and go on. This process ends with the other one.
+    A signal to all processes of a job may be a request to save and continue. This process ends with the other one.
     """
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGINT):
