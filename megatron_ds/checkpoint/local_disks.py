@@ -32,6 +32,8 @@ from megatron_ds.checkpoint.directory import STATE, checkpoints_in, is_checkpoin
 from megatron_ds.checkpoint.files import FileRecord, write_bytes
 from megatron_ds.errors import CheckpointError
 from megatron_ds.parallel.consensus import gather_objects, run_long_on_all_ranks, run_on_all_ranks
+from megatron_ds.untrusted import read_text
+from megatron_ds.untrusted.limits import SHORT_TEXT
 
 TOKEN = ".local"
 """The file in a run's `checkpoints` with the name of its directory on the machines' disks."""
@@ -74,8 +76,8 @@ class LocalDisk:
 def read_token(folder: Path) -> str | None:
     """Return the token in a run's `checkpoints`; None = it has no valid one."""
     try:
-        text = (folder / TOKEN).read_bytes()[:100].decode("ascii", "replace").strip()
-    except OSError:
+        text = read_text(folder / TOKEN, SHORT_TEXT, CheckpointError).strip()
+    except CheckpointError:
         return None
     return text if _TOKEN.fullmatch(text) else None
 

@@ -230,9 +230,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             (target / name).write_bytes(read_bytes(source / name, TOKENIZER, ConversionError))
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, target / templates.name)
+    for file in sorted((source / "additional_chat_templates").glob("*.jinja")):
+        if file.is_file():
+            place = target / file.parent.name / file.name
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(read_bytes(file, TOKENIZER_SETTINGS, ConversionError))
     from megatron_ds.data.readers.sentencepiece_model import sentencepiece_file  # imports transformers
 
     if sentencepiece_file(source) is not None:

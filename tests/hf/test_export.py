@@ -319,6 +319,21 @@ def test_tokenizer_and_templates_are_carried(tmp_path: Path) -> None:
         assert taken[name] == given[name]
 
 
+def test_templates_are_files_of_limited_size(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer" / "additional_chat_templates"
+    folder.mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    os.mkfifo(folder / "pipe.jinja")
+    (folder / "endless.jinja").symlink_to("/dev/zero")
+    (folder / "tool.jinja").write_text(TEMPLATE)
+    copy_tokenizer(tmp_path / "tokenizer", tmp_path / "out")
+    assert contents(tmp_path / "out") == {"additional_chat_templates/tool.jinja": TEMPLATE.encode()}
+    with (folder / "huge.jinja").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(ConversionError, match=r"huge.jinja has 1,073,741,824 bytes, more than the"):
+        copy_tokenizer(tmp_path / "tokenizer", tmp_path / "out")
+
+
 def test_template_in_the_tokenizer_config_is_carried_byte_for_byte(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "out").mkdir()
