@@ -21,7 +21,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def bring_back(place: str, shared: Path, newest: int, rank: int) -> tuple[Path |
     """Copy the newest checkpoint that is only on the machines' own disks to the shared one. Collective over the world.
 
     Every file is taken from a rank whose machine has it, so it does not matter on how many ranks and machines the run
-    continues, as long as each file is on one of them. The ranks of a machine divide its files among themselves.
+    continues, as long as each file is intact on one of them. The ranks of a machine divide its files among themselves.
 
     Args:
         place: `checkpoint.local`.
@@ -142,25 +142,43 @@ def bring_back(place: str, shared: Path, newest: int, rank: int) -> tuple[Path |
     everyone = gather_objects(run_on_all_ranks(lambda: _found_in(Path(place), token, newest)))
     notes: list[str] = []
     for step in sorted({step for one in everyone for step in one}, reverse=True):
-        records = next(one[step].records for one in everyone if step in one)
-        holders = {name: _holder(number, name, step, everyone) for number, name in enumerate(records)}
+        found = [one.get(step) for one in everyone]
+        records = next(one.records for one in found if one is not None)
+        move = _Move(Path(place) / str(token) / name_of(step), shared, step, records)
+        names = [set(one.names) if one is not None else set() for one in found]
+        final = _copy_from_all(move, names, newest, rank, notes)
+        if final is not None:
+            return final, (*notes, f"{name_of(step)} was copied from the disks at checkpoint.local={place}")
+    return None, tuple(notes)
+
+
+def _copy_from_all(move: _Move, names: Sequence[set[str]], newest: int, rank: int, notes: list[str]) -> Path | None:
+    """Copy a checkpoint to the shared disk; None = one of its files is on no disk. Collective over the world.
+
+    Args:
+        move: the checkpoint.
+        names: of each rank, the files on its machine; a file that cannot be copied is taken out, and another has it.
+        newest: see `bring_back`.
+        rank: this rank.
+        notes: lines for the log.
+    """
+    while True:
+        holders = {name: _holder(number, name, names) for number, name in enumerate(move.records)}
         missing = [name for name, holder in holders.items() if holder is None]
         if missing:
-            notes.append(
-                f"{name_of(step)} is not complete on the disks at checkpoint.local={place}: no machine has "
-                f"{missing[0]}" + (f" and {len(missing) - 1} more files" if len(missing) > 1 else "")
-            )
-            continue
-        move = _Move(Path(place) / str(token) / name_of(step), shared, step, records)
+            more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
+            notes.append(f"{move.source} is not complete: no machine has {missing[0]}{more}")
+            if rank == 0:
+                shutil.rmtree(naming.temporary_for(move.shared, move.step), ignore_errors=True)
+            return None
         own = [name for name, holder in holders.items() if holder == rank]
-        problem = run_long_on_all_ranks(partial(move.copy, own))
-        problems = [one for one in gather_objects(problem) if one is not None]
-        if problems:
-            notes.append(f"{name_of(step)} is not taken from the disks at checkpoint.local={place}: {problems[0]}")
-            continue
-        final = gather_objects(run_on_all_ranks(partial(move.finish, newest) if rank == 0 else lambda: None))[0]
-        return final, (*notes, f"{name_of(step)} was copied from the disks at checkpoint.local={place}")
-    return None, tuple(notes)
+        failed = gather_objects(run_long_on_all_ranks(partial(move.copy, own)))
+        if not any(failed):
+            finish = partial(move.finish, newest) if rank == 0 else lambda: None
+            return gather_objects(run_on_all_ranks(finish))[0]
+        for one, problems in enumerate(failed):
+            notes += [f"rank {one} cannot copy {move.source / name} ({text})" for name, text in problems.items()][:1]
+            names[one].difference_update(problems)
 
 
 def _found_in(place: Path, token: str | None, newest: int) -> dict[int, _Found]:
@@ -183,9 +201,9 @@ def _found_in(place: Path, token: str | None, newest: int) -> dict[int, _Found]:
     return found
 
 
-def _holder(number: int, name: str, step: int, everyone: Sequence[Mapping[int, _Found]]) -> int | None:
+def _holder(number: int, name: str, names: Sequence[set[str]]) -> int | None:
     """Return the rank that copies the file with this number; None = no machine has it."""
-    ranks = [rank for rank, one in enumerate(everyone) if step in one and name in one[step].names]
+    ranks = [rank for rank, its in enumerate(names) if name in its]
     return ranks[number % len(ranks)] if ranks else None
 
 
@@ -198,30 +216,33 @@ class _Move:
         shared: the run's `checkpoints`.
         step: of the run.
         records: of the files of all machines.
+        copied: the files that this rank has copied so far.
     """
 
     source: Path
     shared: Path
     step: int
     records: Mapping[str, FileRecord]
+    copied: set[str] = field(default_factory=set)
 
-    def copy(self, names: Sequence[str]) -> str | None:
-        """Copy files; return the problem of the first that cannot be copied, None = all are copied.
+    def copy(self, names: Sequence[str]) -> dict[str, str]:
+        """Copy those of some files that are not copied yet; return the problem of each that cannot be.
 
         Raises:
             CheckpointError: the shared disk has no room.
         """
-        target = naming.temporary_for(self.shared, self.step)
-        try:
-            for name in names:
-                record = self.records[name]
+        target, failed = naming.temporary_for(self.shared, self.step), dict[str, str]()
+        for name in (one for one in names if one not in self.copied):
+            record = self.records[name]
+            try:
                 copy_file(FileCopy(str(self.source / name), str(target / name), record.bytes, record.xxh3_128))
-        except OSError as problem:
-            if problem.errno in _NO_ROOM:
-                shutil.rmtree(target, ignore_errors=True)
-                raise self._refusal(problem) from problem
-            return problem.strerror or str(problem)
-        return None
+                self.copied.add(name)
+            except OSError as problem:
+                if problem.errno in _NO_ROOM:
+                    shutil.rmtree(target, ignore_errors=True)
+                    raise self._refusal(problem) from problem
+                failed[name] = problem.strerror or str(problem)
+        return failed
 
     def finish(self, newest: int) -> Path:
         """Give the copy its name. Damaged ones of later steps than the newest intact one are moved aside.

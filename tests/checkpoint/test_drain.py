@@ -2,11 +2,13 @@
 
 import errno
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,19 +21,20 @@ from megatron_ds.checkpoint.drain import Drain, LocalCheckpoint
 from megatron_ds.checkpoint.files import record_file, write_bytes
 from megatron_ds.checkpoint.local_disks import LocalDisk, bring_back, draw_token
 from megatron_ds.checkpoint.progress import Progress
-from megatron_ds.checkpoint.reader import ResumePoint
+from megatron_ds.checkpoint.reader import ResumePoint, first_damage
 from megatron_ds.errors import CheckpointError
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.training.resume import prepare_local_disk
 
 
-def complete(folder: Path, step: int) -> LocalCheckpoint:
-    """Write a checkpoint of one small file."""
+def complete(folder: Path, step: int, more: Mapping[str, bytes] = MappingProxyType({})) -> LocalCheckpoint:
+    """Write a checkpoint of small files."""
     directory = folder / name_of(step)
     (directory / STATE).mkdir(parents=True)
-    records = {PROGRESS: write_bytes(directory / PROGRESS, f"{step}".encode())}
+    files = {PROGRESS: f"{step}".encode(), **more}
+    records = {name: write_bytes(directory / name, content) for name, content in files.items()}
     naming.write_manifest(directory, records)
-    return LocalCheckpoint(step, time.monotonic(), [PROGRESS], records)
+    return LocalCheckpoint(step, time.monotonic(), list(records), records)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -172,3 +175,64 @@ def test_a_machines_disk_that_cannot_be_read_is_named(
     monkeypatch.setattr(local_disks, "checkpoints_in", unreadable)
     with pytest.raises(CheckpointError, match=r"checkpoint\.local=.* cannot be read on .* \(Input/output error\)"):
         bring_back(str(tmp_path / "a"), shared, -1, 0)
+
+
+class Ranks:
+    """Ranks that are threads of this process, and gather objects from one another."""
+
+    def __init__(self, number: int) -> None:
+        self._barrier, self._slots, self._own = (
+            threading.Barrier(number, timeout=20),
+            [None] * number,
+            threading.local(),
+        )
+
+    def gather(self, local: Any) -> list[Any]:
+        self._slots[self._own.rank] = local
+        self._barrier.wait()
+        found = list(self._slots)
+        self._barrier.wait()
+        return found
+
+    def run(self, act: Callable[[int], Any]) -> list[Any]:
+        def work(rank: int) -> Any:
+            self._own.rank = rank
+            return act(rank)
+
+        with ThreadPoolExecutor(len(self._slots)) as pool:
+            return list(pool.map(work, range(len(self._slots))))
+
+
+FILES = {"one.json": b"1", "two.json": b"2"}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "is_whole"),
+    [
+        ({}, True),
+        ({"a": [PROGRESS, *FILES]}, True),
+        ({"b": [PROGRESS, *FILES]}, True),
+        ({"a": [PROGRESS], "b": [*FILES]}, True),
+        ({"a": [PROGRESS], "b": [PROGRESS]}, False),
+    ],
+    ids=["none", "all of the first", "all of the second", "each others", "both the same"],
+)
+def test_a_damaged_file_is_taken_from_another_machine(
+    damaged: dict[str, list[str]], is_whole: bool, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, ranks = draw_token(shared), Ranks(2)
+    for machine in "ab":
+        complete(tmp_path / machine / token, 9, FILES)
+        for name in damaged.get(machine, []):
+            file = tmp_path / machine / token / name_of(9) / name
+            file.write_bytes(b"x" * file.stat().st_size)
+    monkeypatch.setattr(local_disks, "gather_objects", ranks.gather)
+    for name in ("run_on_all_ranks", "run_long_on_all_ranks"):
+        monkeypatch.setattr(local_disks, name, lambda step: step())
+    found = ranks.run(lambda rank: bring_back(str(tmp_path / "ab"[rank]), shared, -1, rank))
+    assert found[0][0] == found[1][0] == (shared / name_of(9) if is_whole else None)
+    assert names_in(shared) == ([name_of(9)] if is_whole else []) and not list(shared.glob(".step*"))
+    assert first_damage(shared / name_of(9)) is None or not is_whole
+    notes = " ".join(found[0][1])
+    assert ("no machine has" in notes) != is_whole
+    assert "does not match its checksum" in notes or len(damaged) != 1, "of each machine, some files were tried first"
