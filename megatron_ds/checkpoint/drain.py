@@ -175,6 +175,7 @@ class Drain:
 
     def _copy(self, checkpoint: LocalCheckpoint) -> str | None:
         """Copy a checkpoint on all ranks; return the problem of the lowest rank that has one."""
+        self._remove_old(checkpoint)  # now, not when this one is copied: a slow shared disk would fill the machine's
         target = naming.temporary_for(self._folder, checkpoint.step)
         problems: list[str] = []
         for act in (self._make, self._copy_files, self._finish):
@@ -188,7 +189,6 @@ class Drain:
                 if self._rank == 0:
                     shutil.rmtree(target, ignore_errors=True)
                 break
-        self._remove_old(checkpoint)  # also where this one is not copied: else they would fill the machine's disk
         return problems[0] if problems else None
 
     def _make(self, checkpoint: LocalCheckpoint, target: Path) -> None:
