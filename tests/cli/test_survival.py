@@ -66,7 +66,9 @@ def uncut(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
     return losses(folder / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.sweep)], ids=["SIGTERM", "SIGUSR1"]
+)
 def test_a_signal_ends_a_run_well_and_it_goes_on(
     number: signal.Signals, fork: Fork, corpus: Path, tmp_path: Path, uncut: list[float]
 ) -> None:

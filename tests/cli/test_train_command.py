@@ -142,6 +142,7 @@ def test_a_mistake_under_torchrun_is_told_once(start: Start, run_file: Path) -> 
     assert "exitcode  : 2" in err and not (run_file.parent / "out").exists()
 
 
+@pytest.mark.sweep
 def test_the_deepspeed_launcher(start: Start, run_file: Path) -> None:
     launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", free_port(), "--module")
     status, out, err = finish(start(*launcher, "megatron_ds", "train", run_file))

@@ -227,7 +227,7 @@ def test_a_hang_in_a_phase_that_may_take_long_is_named(at: str, message: str, im
         run_ranks(_long_phases, 3, at, str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("at", ["slow but writing", "one leaves early"])
+@pytest.mark.parametrize("at", ["slow but writing", pytest.param("one leaves early", marks=pytest.mark.sweep)])
 def test_progress_of_one_rank_is_progress_of_all(at: str, impatient: None, tmp_path: Path) -> None:
     assert run_ranks(_long_phases, 2, at, str(tmp_path / "file")) == ["done", "done"]
 

@@ -73,7 +73,7 @@ def run_with(make_run: Callable[..., RunConfig], tmp_path: Path, **train_section
         pytest.param(Engine, "evaluate", "validation after step 4, batch 1", marks=pytest.mark.sweep),
         pytest.param(saver._Writing, "make_directory", "saving after step 2", marks=pytest.mark.sweep),
         (saver, "write_chunks", "saving after step 2"),
-        (worker, "export_live", "exporting"),
+        pytest.param(worker, "export_live", "exporting", marks=pytest.mark.sweep),
     ],
 )
 def test_a_stopped_rank_is_named_with_its_phase(

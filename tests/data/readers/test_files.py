@@ -12,9 +12,10 @@ from megatron_ds.data.readers import json_document
 from megatron_ds.data.text.documents import TextSource
 from tests.data.readers.files import FORMS, every_file, json_lines
 from tests.data.readers.rows import CHAT_ROWS, ID_ROWS, TEXT_ROWS, TEXTS, ids_of, prepared
+from tests.halves import halved
 
 
-@pytest.fixture(scope="module", params=sorted(every_file(TEXT_ROWS)))
+@pytest.fixture(scope="module", params=halved(sorted(every_file(TEXT_ROWS))))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
