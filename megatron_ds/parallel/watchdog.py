@@ -38,6 +38,7 @@ SHORTEST_SILENCE_S = 10.0  # a busy machine may keep a process from publishing f
 PEER_TIMEOUT_S = 120.0  # of commands whose phases have no limit; a process that reads a large file may be silent
 SHORTEST_LOOK_S = 1.0  # a rank that publishes nothing for so long, while a hang is examined, does not respond
 LEAVE_S = 3.0  # time for the last statuses
+WRITE_S = 5.0  # time to write a report: the output, or what reads it, may be what hangs
 
 
 class Heartbeat(Protocol):
@@ -116,7 +117,7 @@ class Watchdog:
         now, before = time.monotonic(), self._status
         if self._may_take_long:
             self._sections.took(before.phase, now - self._clocks["phase"])
-        self._clocks["phase"] = now
+        self._clocks["phase"] = now  # before the rest: `_find_hang` reads it last
         self._status = replace(before, heartbeats=before.heartbeats + 1, phase=phase)
         self._may_take_long, self._is_limited = may_take_long, True
         if may_take_long:
@@ -175,7 +176,8 @@ class Watchdog:
                 return
 
     def _look_at_others(self) -> None:
-        units = self._moved.take()
+        counts = self._may_take_long or not self._is_limited  # it takes milliseconds in a process of many threads
+        units = self._moved.take() if counts else 0
         work, sign = self._store.add_work(int(units > 0)), self._store.sign_of_life(self._neighbour)
         now = time.monotonic()
         if work != self._work:
@@ -200,6 +202,7 @@ class Watchdog:
                 self._end(hang)
 
     def _find_hang(self, now: float) -> _Hang | None:
+        is_long, is_limited, phase = self._may_take_long, self._is_limited, self._status.phase
         elapsed_s = {name: now - began_s for name, began_s in self._clocks.items()}
         elapsed_s["neighbour"] = self._clocks["store"] - self._clocks["neighbour"]  # as it was seen last
         setting = f"{self._setting}={self._timeout_s:g}" if self._setting else ""
@@ -210,31 +213,26 @@ class Watchdog:
         if elapsed_s["neighbour"] > self._silence_s:
             silent = name_ranks([self._neighbour])
             return _Hang(f"no sign of {silent} for {self._silence_s:g} s{shown}", self._timeout_s)
-        if self._is_limited and not self._may_take_long and elapsed_s["phase"] > self._timeout_s:
+        if is_limited and not is_long and elapsed_s["phase"] > self._timeout_s:
             return _Hang(f"no progress for {self._timeout_s:g} s{shown}", self._timeout_s, is_cut_off)
-        limit_s = self._sections.limit_s(self._status.phase)
-        if self._may_take_long and self._moved.is_known and min(elapsed_s["phase"], elapsed_s["work"]) > limit_s:
-            reason = self._sections.reason(self._status.phase)
+        limit_s = self._sections.limit_s(phase)
+        if is_long and self._moved.is_known and min(elapsed_s["phase"], elapsed_s["work"]) > limit_s:
+            reason = self._sections.reason(phase)
             text = f"no progress of any rank for {round(limit_s, 1):g} s ({setting}; {reason})"
             return _Hang(text, self._timeout_s, is_cut_off)
         return None
 
     def _end(self, hang: _Hang) -> None:
-        """Report the hang, if this rank notices it first, and end the process even if the store does not respond."""
+        """Report the hang, if this rank notices it first, and end the process, even if nothing responds any more."""
         try:
             self._stack = _own_stack()
-            report = threading.Thread(target=self._report, args=(hang,), name="watchdog-report", daemon=True)
             if not hang.is_cut_off:
-                report.start()
-                report.join(self._look_s + STORE_TIMEOUT_S)
+                _act_within(self._look_s + STORE_TIMEOUT_S, lambda: self._report(hang))
             if not self._has_reported:  # the process with the store does not respond
-                self._write(
-                    LaunchError(
-                        f"{hang.text}; rank 0 or its machine does not respond; this rank's phase: {self._status.phase}"
-                    )
-                )
+                alone = f"rank 0 or its machine does not respond; this rank's phase: {self._status.phase}"
+                _act_within(WRITE_S, lambda: self._write(LaunchError(f"{hang.text}; {alone}")))
+            _act_within(WRITE_S, flush_streams)
         finally:
-            flush_streams()
             for child in child_processes():  # such as one that uploads, to a server that does not answer
                 with contextlib.suppress(OSError):
                     os.kill(child, signal.SIGTERM)
@@ -254,14 +252,21 @@ class Watchdog:
             rank == self._info.rank or after[rank] != before[rank] or statuses[rank].has_finished for rank in ranks
         ]
         self._write(LaunchError(diagnose(statuses, alive, hang.timeout_s, hang.text)))
-        self._has_reported = True
 
     def _write(self, problem: LaunchError) -> None:
+        self._has_reported = True
         if FAILURE_FILE in os.environ:
             write_failure(Path(os.environ[FAILURE_FILE]), self._info.rank, problem)
         else:
             get_logger().error("error: %s", problem)
             self._on_hang(problem)
+
+
+def _act_within(limit_s: float, act: Callable[[], None]) -> None:
+    """Call a function in a thread of its own, and leave the thread alone if it has not returned within the limit."""
+    thread = threading.Thread(target=act, name="watchdog-report", daemon=True)
+    thread.start()
+    thread.join(limit_s)
 
 
 def watch_peers(

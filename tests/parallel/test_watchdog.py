@@ -4,9 +4,11 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from megatron_ds.errors import LaunchError
 from megatron_ds.parallel import launch, section_limits
 from megatron_ds.parallel import watchdog as watchdog_module
 from megatron_ds.parallel.consensus import gather_objects
+from megatron_ds.parallel.rank_files import FAILURE_FILE
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.rank_status import FileStatusStore, RankStatus, TorchStoreStatusStore, rank_status_store
 from megatron_ds.parallel.section_limits import SectionLimits
@@ -313,3 +316,55 @@ def test_what_a_child_reads_and_writes_is_progress(tmp_path: Path) -> None:
     child.wait()
     assert moved.take() >= 2
     assert moved.take() == 0
+
+
+# ---- the watchdog itself ---------------------------------------------------------------------------------------------
+
+
+def test_output_and_storage_that_hang_too_do_not_keep_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, seconds in (
+        (launch, "GRACE_S", 0.1),
+        (watchdog_module, "SHORTEST_LOOK_S", 0.1),
+        (watchdog_module, "STORE_TIMEOUT_S", 0.2),
+        (watchdog_module, "WRITE_S", 0.2),
+    ):
+        monkeypatch.setattr(module, name, seconds)
+
+    def waits(info: RankInfo) -> None:
+        del os.environ[FAILURE_FILE]
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=lambda: time.sleep(60)))  # `| less`
+        with Watchdog(info, 0.2, rank_status_store(), on_hang=lambda report: time.sleep(60)):  # a log on a dead disk
+            time.sleep(60)
+
+    began_s = time.monotonic()
+    with pytest.raises(LaunchError, match="rank 0 ended with exit code 1"):
+        launch.run_local(waits, 1)
+    assert time.monotonic() - began_s < 20
+
+
+def test_a_long_phase_that_ends_while_the_watchdog_looks_is_no_hang(tmp_path: Path) -> None:
+    watchdog = Watchdog(RankInfo(), 30.0, FileStatusStore(tmp_path))
+
+    class Clocks(dict[str, float]):
+        def items(self) -> Any:
+            found = list(super().items())
+            watchdog.heartbeat("step 2: reading data")  # by the other thread
+            return found
+
+    watchdog.heartbeat("saving after step 1", may_take_long=True)
+    now = time.monotonic()
+    watchdog._clocks = Clocks(phase=now - 100, work=now, neighbour=now, store=now)
+    assert watchdog._find_hang(now) is None
+
+
+def test_bytes_are_counted_only_where_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of hundreds of threads takes milliseconds for it."""
+    watchdog, counted = Watchdog(RankInfo(), 30.0, FileStatusStore(tmp_path)), []
+    monkeypatch.setattr(watchdog._moved, "take", lambda: counted.append(watchdog._status.phase) or 0)
+    watchdog.heartbeat("step 1: reading data")
+    watchdog._look_at_others()
+    watchdog.heartbeat("saving after step 1", may_take_long=True)
+    watchdog._look_at_others()
+    watchdog.enter_foreign_code("callbacks at the run's end")  # others may wait for it in a long phase
+    watchdog._look_at_others()
+    assert counted == ["saving after step 1", "callbacks at the run's end"]
