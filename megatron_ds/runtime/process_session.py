@@ -77,8 +77,9 @@ def session(
     """Join the ranks that a launcher started, or be the only rank.
 
     Under torchrun, the `deepspeed` launcher or srun the process takes its rank from the environment. Started alone, it
-    is rank 0 of one: a notebook works too. After an exception the process group is left as it is, because leaving it
-    could wait for ranks that wait for this one; the process is expected to end.
+    is rank 0 of one: a notebook works too, also when its cells are run again. With several ranks the process group is
+    left as it is after an exception, because leaving it could wait for ranks that wait for this one; the process is
+    expected to end.
 
     Args:
         timeout_s: time limit of a collective, in seconds.
@@ -97,19 +98,35 @@ def session(
     info = rank_from_environment()
     setup_logging(info.rank if info is not None else 0)
     if info is not None:
-        group, setting = meet(info), "timeout_s" if peer_timeout_s is None else ""
+        group = None if RENDEZVOUS_FILE in os.environ else meet(info)
+        setting = "timeout_s" if peer_timeout_s is None else ""
         with watch_peers(info, group, timeout_s if peer_timeout_s is None else peer_timeout_s, setting):
-            if info.world_size > 1:
+            if group is not None and info.world_size > 1:
                 gather = lambda: in_order({**process_facts(), **facts()})  # noqa: E731
                 agree(Council(info, group), "what they run", gather, FIXES)
             yield Session(info, start_distributed(info, timeout_s, group, settings))
             stop_distributed()
         return
-    with tempfile.TemporaryDirectory(prefix="megatron_ds-", dir=scratch_directory()) as folder:
+    with _own_environment(), tempfile.TemporaryDirectory(prefix="megatron_ds-", dir=scratch_directory()) as folder:
         os.environ |= {RENDEZVOUS_FILE: str(Path(folder) / "rendezvous"), **loopback_interfaces()}
         try:
             device = start_distributed(RankInfo(), timeout_s, settings=settings)
         finally:
             del os.environ[RENDEZVOUS_FILE]
-        yield Session(RankInfo(), device)
-        stop_distributed()
+        try:
+            yield Session(RankInfo(), device)
+        finally:
+            stop_distributed()
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Restore the variables of a rank and its interfaces, which the next session would take for a launcher's."""
+    before = {name: os.environ.get(name) for name in ("LOCAL_RANK", *loopback_interfaces())}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

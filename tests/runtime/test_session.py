@@ -14,10 +14,11 @@ import megatron_ds as mds
 from megatron_ds.config import EngineConfig
 from megatron_ds.errors import ConfigError, ConversionError, DataError, MegatronDSError, TopologyError
 from megatron_ds.monitor import read_metrics
+from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.runtime import Session
 from tests.parity.cases import CONFIGS, SEQ, VOCAB
-from tests.ranks import run_alone, run_ranks
+from tests.ranks import preload, run_alone, run_ranks
 from tests.training.tiny import MODEL as TINY
 from tests.training.tiny import run_mapping
 
@@ -270,14 +271,19 @@ def test_wrong_data_is_one_line(fields: dict[str, Any], message: str, corpus: Pa
 
 
 NOTEBOOK = """
-import torch, megatron_ds as mds
+import os, torch, megatron_ds as mds
 from tests.listening import listening_addresses
+try:
+    with mds.session():
+        1 / 0
+except ZeroDivisionError:
+    left = sorted({{"RANK", "LOCAL_RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME"}} & set(os.environ))
 with mds.session() as ranks:
     model = mds.load_model({config!r})
     engine = ranks.build_engine(model, global_batch_size=2)
     ids = torch.arange(16).reshape(2, 8)
     losses = [engine.train_step(engine.split({{"input_ids": ids, "targets": ids}})).loss for _ in range(3)]
-    print(ranks.rank, ranks.world_size, losses[0] > losses[-1], *listening_addresses())
+    print(ranks.rank, ranks.world_size, losses[0] > losses[-1], *listening_addresses(), left)
 """
 
 
@@ -289,9 +295,18 @@ def test_public_names_stay_what_they_are() -> None:
 
 
 def test_a_process_without_a_launcher_is_the_only_rank(tmp_path: Path) -> None:
-    """As in a notebook: an interpreter that nothing was imported into."""
+    """As in a notebook: an interpreter that nothing was imported into, and a cell that is run again after an error."""
     done = subprocess.run(
         [sys.executable, "-c", NOTEBOOK.format(config=LLAMA)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "0 1 True 127.0.0.1\n", "no port is open to other machines"
+    assert done.stdout == "0 1 True 127.0.0.1 []\n", "no port is open to other machines, and no variable is left"
+
+
+def test_ranks_that_this_program_forked_can_open_a_session() -> None:
+    def rank(info: RankInfo) -> tuple[int, int]:
+        with mds.session() as ranks:
+            return ranks.rank, ranks.world_size
+
+    preload()
+    assert run_local(rank, 2, 60.0) == [(0, 2), (1, 2)]
