@@ -76,6 +76,13 @@ def test_right_results_pass_and_a_wrong_one_names_its_rank() -> None:
         assert "rank 1 (host " in first[fault] and second[fault] == "exit 1"
 
 
+def test_sums_over_a_hundred_thousand_ranks_are_exact() -> None:
+    numbers = link_speed._numbers(4096, torch.device("cpu"))
+    assert int(link_speed.expected_sum(numbers, 2**17).max()) < 2**24
+    found = sum((numbers + rank % link_speed.STEPS for rank in range(20)), torch.zeros(()))
+    assert torch.equal(found, link_speed.expected_sum(numbers, 20))
+
+
 def test_a_rank_alone_has_no_links() -> None:
     assert run_alone(run_device_test, RankInfo(), torch.device("cpu")) == [
         "device test of 1 ranks: products and 0.00 GB of memory are right"
