@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from megatron_ds.engine import RepeatedPass
+from megatron_ds.engine.repeated_pass import are_close
 from megatron_ds.parallel.grid import Grid
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_on, micro_batches
@@ -81,6 +82,13 @@ def test_norms_see_what_is_large_against_rounding(references: Any) -> None:
     ((by_bits, by_norms),) = run_grid(_faulty, place.layout, directory, place, 1.01)
     assert "blocks.3.mlp.down.weight" in by_norms and set(by_norms) <= set(by_bits)
     assert "the forward pass" not in by_bits, "the forward pass is the same"
+
+
+def test_an_overflow_is_no_difference_unless_one_pass_alone_has_it() -> None:
+    inf, nan = float("inf"), float("nan")
+    assert are_close([inf, nan], [inf, inf], 1e-2) and are_close([nan, nan], [nan, nan], 1e-2)
+    assert not are_close([inf, inf], [1.0, 1.0], 1e-2) and not are_close([1.0, 1.0], [nan, nan], 1e-2)
+    assert are_close([1.0, 0.5], [1.005, 0.495], 1e-2) and not are_close([1.0, 0.5], [1.0, 0.52], 1e-2)
 
 
 @pytest.mark.sweep
