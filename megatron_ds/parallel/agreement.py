@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -46,12 +47,17 @@ class Council:
         self._store = dist.PrefixStore("agreement", group.store)
 
     def from_first(self, topic: str, value: str) -> str:
-        """Return rank 0's value; the others' is ignored."""
-        if self.info.rank == 0:
-            self._store.set(f"{topic}/first", value)
-            return value
-        self._wait([f"{topic}/first"], topic)
-        return self._get(f"{topic}/first")
+        """Return rank 0's value; the others' is ignored.
+
+        Raises:
+            TopologyError, LaunchError: see `decide`.
+        """
+        with _connected(topic):
+            if self.info.rank == 0:
+                self._store.set(f"{topic}/first", value)
+                return value
+            self._wait([f"{topic}/first"], topic)
+            return self._get(f"{topic}/first")
 
     def decide(self, topic: str, own: str, judge: Callable[[Sequence[str]], str]) -> None:
         """Send a text to rank 0, which judges those of all ranks.
@@ -68,7 +74,7 @@ class Council:
             LaunchError: the connection to rank 0 is lost.
         """
         keys = [f"{topic}/{rank}" for rank in range(self.info.world_size)]
-        try:
+        with _connected(topic):
             self._store.set(keys[self.info.rank], own)
             if self.info.rank == 0:
                 self._wait(keys, topic)
@@ -82,10 +88,6 @@ class Council:
                 problem = self._get(f"{topic}/verdict")
                 if problem:
                     self._store.add(f"{topic}/told", 1)
-        except dist.DistError as error:
-            raise LaunchError(
-                f"the connection to rank 0 was lost while ranks compared {topic}; its own log says why"
-            ) from error
         if problem:
             self._refuse(problem)
 
@@ -128,6 +130,17 @@ class Council:
         sys.exit(2)
 
 
+@contextmanager
+def _connected(topic: str) -> Iterator[None]:
+    """Raise a `LaunchError` where the store cannot be reached any more."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise LaunchError(
+            f"the connection to rank 0 was lost while ranks compared {topic}; its own log says why"
+        ) from error
+
+
 def agree(council: Council, topic: str, gather: Callable[[], Facts], fixes: Mapping[str, str]) -> None:
     """Check that all ranks have the same facts. Collective over the world.
 
@@ -144,9 +157,9 @@ def agree(council: Council, topic: str, gather: Callable[[], Facts], fixes: Mapp
     own = {"host": socket.gethostname(), "digest": "", "problem": ""}
     defect: Exception | None = None
     try:
-        text = json.dumps(gather())
-        own["digest"] = xxhash.xxh3_128_hexdigest(text.encode())
-        council.put(f"{topic}/facts/{own['digest']}", text)
+        facts = gather()
+        own["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())  # in whatever order
+        council.put(f"{topic}/facts/{own['digest']}", json.dumps(facts))
     except MegatronDSError as problem:
         own["problem"] = " ".join(str(problem).split())
     except Exception as problem:  # the others must not wait for this rank

@@ -46,6 +46,15 @@ def test_equal_facts_pass() -> None:
     assert together(lambda council: agree(council, "it", lambda: facts_of(0), FIXES), 3) == [None] * 3
 
 
+def test_facts_are_equal_in_any_order() -> None:
+    """Packages are found in the order of a directory, and settings stand in a file as its author wrote them."""
+
+    def gather(rank: int) -> Facts:
+        return {"plugins": dict([("plugin a", "1"), ("plugin b", "2")][:: 1 - 2 * rank])}
+
+    assert together(lambda council: agree(council, "it", lambda: gather(council.info.rank), FIXES), 2) == [None] * 2
+
+
 def test_a_difference_is_one_line_on_each_machine_and_status_2_on_every_rank() -> None:
     line = "ConfigError: optimizer.lr is 0.5 on rank 1 and 0.001 on ranks 0, 2-3; start the same"
     found = together(lambda council: agree(council, "it", lambda: facts_of(council.info.rank), FIXES), 4, local_ranks=2)
