@@ -43,7 +43,7 @@ from megatron_ds.cli.verify import HELP as VERIFY_HELP
 from megatron_ds.cli.verify import verify
 from megatron_ds.errors import ConfigError, LaunchError, MegatronDSError
 from megatron_ds.log import flush_streams
-from megatron_ds.parallel.launcher_process import end_with_launcher
+from megatron_ds.parallel.launcher_process import end_with_launcher, find_launcher
 from megatron_ds.version import __version__
 
 PROGRAM = "megatron-ds"
@@ -132,16 +132,10 @@ def _run(arguments: list[str]) -> int:
         status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
     except LaunchError as problem:
         print(f"error: {problem}", file=sys.stderr)  # with the traceback of a rank
-        if "RANK" in os.environ:  # see below
-            flush_streams()
-            os._exit(1)
-        return 1
+        return _leave(1)
     except MegatronDSError as problem:
         _fail(str(problem), arguments)
-        if "RANK" in os.environ:  # a launcher's rank: destroying the process group could wait for its peers
-            flush_streams()
-            os._exit(2)
-        return 2
+        return _leave(2)
     except typer.TyperException as problem:
         hint = f"see {getattr(getattr(problem, 'ctx', None), 'command_path', PROGRAM)} --help"
         option = getattr(problem, "option_name", None) or ""
@@ -155,6 +149,14 @@ def _run(arguments: list[str]) -> int:
         _tell_peers(f"{type(problem).__name__}: {problem}", arguments)
         raise
     return status if isinstance(status, int) else 0  # the code of typer.Exit, or the value that a command returned
+
+
+def _leave(status: int) -> int:
+    """Return the exit status; end a launcher's rank with it: destroying its process group could wait for its peers."""
+    if "RANK" in os.environ or find_launcher() is not None:
+        flush_streams()
+        os._exit(status)
+    return status
 
 
 def _prepare_surroundings(arguments: Sequence[str]) -> None:

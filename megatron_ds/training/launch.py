@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_ds.cache import use_writable_caches
 from megatron_ds.config import RunConfig
-from megatron_ds.errors import ConfigError, MegatronDSError, TopologyError
+from megatron_ds.errors import ConfigError, LaunchError, MegatronDSError, TopologyError
 from megatron_ds.log import flush_streams, get_logger, quiet_libraries, setup_logging
 from megatron_ds.monitor import Reporter, SilentReporter
 from megatron_ds.parallel.failure import lost_peer
@@ -204,7 +204,7 @@ def _train_launched(run: RunConfig, info: RankInfo, as_rank: _AsRank) -> TrainRe
         if info.rank == 0:
             raise
         get_logger().error("error: %s", problem)
-        _leave(2)
+        _leave(1 if isinstance(problem, LaunchError) else 2)
     except Exception as problem:
         if lost_peer(problem):
             time.sleep(SECONDARY_ERROR_DELAY_S)

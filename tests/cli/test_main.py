@@ -5,11 +5,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import typer.main
 
-from megatron_ds.cli.main import app
+from megatron_ds.cli.main import _leave, app
+from megatron_ds.errors import ConfigError, HardwareError, LaunchError
+from megatron_ds.parallel.rank_info import LAUNCHERS, RankInfo
+from megatron_ds.training import launch
 from tests.cli.conftest import Fork, Start
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -120,3 +124,46 @@ def test_errors_are_red_on_a_terminal_unless_colours_are_refused(
     os.close(window)
     assert "error:" in shown and "run file nope.yaml does not exist" in shown
     assert ("31m" in shown) == coloured, shown
+
+
+def _exit(status: int) -> NoReturn:
+    raise SystemExit(status)
+
+
+@pytest.mark.parametrize(
+    ("variables", "has_peers"),
+    [
+        ({"RANK": "0"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_a_launchers_rank_that_failed_waits_for_no_peers(
+    variables: dict[str, str], has_peers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "_exit", _exit)
+    for name in ("RANK", *LAUNCHERS, "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if has_peers:
+        with pytest.raises(SystemExit, match=r"^2$"):
+            _leave(2)
+    else:
+        assert _leave(2) == 2
+
+
+@pytest.mark.parametrize(("problem", "status"), [(ConfigError, 2), (LaunchError, 1), (HardwareError, 1)])
+def test_only_a_mistake_of_the_users_is_status_2_on_any_rank(
+    problem: type[Exception], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose ranks lost each other is started again, by slurm.sbatch too; a wrong run file is not."""
+
+    def fails(*_: Any) -> NoReturn:
+        raise problem("it")
+
+    monkeypatch.setattr(launch, "_leave", _exit)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit, match=rf"^{status}$"):
+        launch._train_launched(None, RankInfo(1, 2, 1), fails)  # type: ignore[arg-type]
