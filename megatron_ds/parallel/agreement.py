@@ -13,7 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from megatron_ds.parallel.rendezvous import RankGroup, name_ranks
 Facts = Mapping[str, Mapping[str, str]]
 """Kind, such as "versions" -> name -> value. Kinds and names are in the order in which they are reported."""
 
-TELL_S = 10.0  # rank 0, which may host the store, leaves after this time if a rank has not read the verdict
+TELL_S = 10.0  # rank 0, which may host the store, leaves after this time if a rank has not read its conclusion
 POLL_S = 0.02
 MAX_POLL_S = 0.5
 MAX_NAMES, MAX_VALUES, MAX_SETS_OF_FACTS, MAX_HOSTS = 4, 4, 64, 4
@@ -50,7 +50,7 @@ class Council:
         """Return rank 0's value; the others' is ignored.
 
         Raises:
-            TopologyError, LaunchError: see `decide`.
+            TopologyError, LaunchError: see `ask`.
         """
         with _connected(topic):
             if self.info.rank == 0:
@@ -59,36 +59,54 @@ class Council:
             self._wait([f"{topic}/first"], topic)
             return self._get(f"{topic}/first")
 
-    def decide(self, topic: str, own: str, judge: Callable[[Sequence[str]], str]) -> None:
-        """Send a text to rank 0, which judges those of all ranks.
+    def ask(self, topic: str, own: str, judge: Callable[[Sequence[str]], str]) -> str:
+        """Send a text to rank 0, and return what it concludes from those of all ranks.
 
         Args:
             topic: unique in the group.
             own: this rank's text.
-            judge: called on rank 0 with the texts in the order of the ranks; returns a problem, or an empty text.
+            judge: called on rank 0 with the texts in the order of the ranks; returns the conclusion.
 
         Raises:
-            ConfigError: the problem, on rank 0 and on the first rank of each other machine; the other ranks exit with
-                status 2.
             TopologyError: a rank sends nothing within the time limit of the start.
             LaunchError: the connection to rank 0 is lost.
         """
         keys = [f"{topic}/{rank}" for rank in range(self.info.world_size)]
         with _connected(topic):
             self._store.set(keys[self.info.rank], own)
-            if self.info.rank == 0:
-                self._wait(keys, topic)
-                texts = [text.decode() for text in self._store.multi_get(keys)]
-                problem = judge(texts)
-                self._store.set(f"{topic}/verdict", problem)
-                if problem:
-                    self._wait_until_told(topic)
-            else:
-                self._wait([f"{topic}/verdict"], topic)
-                problem = self._get(f"{topic}/verdict")
-                if problem:
-                    self._store.add(f"{topic}/told", 1)
+            if self.info.rank > 0:
+                self._wait([f"{topic}/conclusion"], topic)
+                return self._get(f"{topic}/conclusion")
+            self._wait(keys, topic)
+            conclusion = judge([text.decode() for text in self._store.multi_get(keys)])
+            self._store.set(f"{topic}/conclusion", conclusion)
+            return conclusion
+
+    def part(self, topic: str) -> None:
+        """Have rank 0, which may host the store, wait until all ranks know a conclusion after which they end."""
+        with suppress(dist.DistError):  # this rank knows the conclusion
+            self._store.add(f"{topic}/told", 1)
+            until = time.monotonic() + TELL_S
+            while self.info.rank == 0 and time.monotonic() < until:
+                if self._store.add(f"{topic}/told", 0) >= self.info.world_size:
+                    break
+                time.sleep(POLL_S)
+
+    def decide(self, topic: str, own: str, judge: Callable[[Sequence[str]], str]) -> None:
+        """Send a text to rank 0, which judges those of all ranks.
+
+        Args:
+            topic, own: see `ask`.
+            judge: called on rank 0 with the texts in the order of the ranks; returns a problem, or an empty text.
+
+        Raises:
+            ConfigError: the problem, on rank 0 and on the first rank of each other machine; the other ranks exit with
+                status 2.
+            TopologyError, LaunchError: see `ask`.
+        """
+        problem = self.ask(topic, own, judge)
         if problem:
+            self.part(topic)
             self._refuse(problem)
 
     def put(self, key: str, value: str) -> None:
@@ -118,11 +136,6 @@ class Council:
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))
-
-    def _wait_until_told(self, topic: str) -> None:
-        until = time.monotonic() + TELL_S
-        while self._store.add(f"{topic}/told", 0) < self.info.world_size - 1 and time.monotonic() < until:
-            time.sleep(POLL_S)
 
     def _refuse(self, problem: str) -> NoReturn:
         if self.info.rank == 0 or self.info.local_rank == 0:

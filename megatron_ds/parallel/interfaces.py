@@ -11,22 +11,20 @@ import ipaddress
 import json
 import os
 import socket
-import time
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch.distributed as dist
 
 from megatron_ds.errors import TopologyError
 from megatron_ds.log import get_logger
+from megatron_ds.parallel.agreement import Council
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.parallel.rendezvous import RankGroup
+from megatron_ds.parallel.rendezvous import RankGroup, name_place
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 CONNECT_S = 5.0
-LEAVE_S = 10.0  # time for the other ranks to read why the group ends
 _INTERFACES = Path("/sys/class/net")
 _NETWORK = Path("/proc/self/ns/net")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -64,19 +62,25 @@ def choose_interfaces(
         environ: has MASTER_ADDR and MASTER_PORT; the variables are set in it.
 
     Raises:
-        TopologyError: on every rank, if one names an interface that does not exist or does not reach the others.
+        TopologyError: on every rank, if one names an interface that does not exist or does not reach the others; or a
+            rank sends nothing within the time limit of the start.
+        LaunchError: the connection to rank 0 is lost.
     """
     interfaces = addresses_of_interfaces()
     problem = next((text for name in variables if (text := _unknown(name, environ, interfaces))), "")
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    own = _find_place(host, port)
-    reached = _share_places(group.store, info, own)
+    own, council = _find_place(host, port), Council(info, group)
+    found = json.loads(council.ask("their machines", json.dumps(asdict(own)), _first_away))
+    reached = _Place(**found) if found is not None else None
     if reached is not None and not problem:
         address = own.address if own.network != reached.network else _address_towards(reached)
         names = [name for name, addresses in interfaces.items() if address in addresses]
         problem = _choose(variables, environ, interfaces, names, (host, port)) if names else ""
-    where = f"rank {info.rank} on {socket.gethostname()}"
-    _share_problem(group.store, info, f"{where} cannot connect to the others: {problem}" if problem else "")
+    mine = f"{name_place(info)} cannot connect to the others: {problem}" if problem else ""
+    first = council.ask("their network interfaces", mine, lambda texts: next(filter(None, texts), ""))
+    if first:
+        council.part("their network interfaces")
+        raise TopologyError(first)
 
 
 def addresses_of_interfaces() -> dict[str, list[str]]:
@@ -112,18 +116,12 @@ def _find_place(host: str, port: int) -> _Place:
         return _Place(network, "", "")
 
 
-def _share_places(store: dist.Store, info: RankInfo, own: _Place) -> _Place | None:
-    """Return the first rank's place that is on another machine than rank 0's; None if all are on one."""
-    if info.rank > 0:
-        store.set(f"place/{info.rank}", json.dumps(asdict(own)))
-    else:
-        others = (_Place(**json.loads(store.get(f"place/{rank}"))) for rank in range(1, info.world_size))
-        away = [place for place in others if place.network != own.network and place.address]
-        # those on rank 0's machine reach it by an address that says nothing; the place carries rank 0's network
-        reached = {"network": own.network, "address": away[0].address, "master": away[0].master} if away else None
-        store.set("place", json.dumps(reached))
-    found = json.loads(store.get("place"))
-    return _Place(**found) if found is not None else None
+def _first_away(texts: Sequence[str]) -> str:
+    """Return the first rank's place that is on another machine than rank 0's; `null` if all are on one."""
+    own, *others = (_Place(**json.loads(text)) for text in texts)
+    away = next((place for place in others if place.network != own.network and place.address), None)
+    # those on rank 0's machine reach it by an address that says nothing; the place carries rank 0's network
+    return json.dumps(None if away is None else asdict(replace(away, network=own.network)))
 
 
 def _address_towards(reached: _Place) -> str:
@@ -188,19 +186,3 @@ def _reaches(
     except OSError:
         return False
     return True
-
-
-def _share_problem(store: dist.Store, info: RankInfo, own: str) -> None:
-    """Raise the problem of the first rank that has one, on every rank."""
-    if info.rank > 0:
-        store.set(f"interface/{info.rank}", own)
-    else:
-        problems = [own, *(store.get(f"interface/{rank}").decode() for rank in range(1, info.world_size))]
-        store.set("interface", next((problem for problem in problems if problem), ""))
-    problem = store.get("interface").decode()
-    if problem:
-        store.add("interface known", 1)
-        until = time.monotonic() + LEAVE_S
-        while info.rank == 0 and store.add("interface known", 0) < info.world_size and time.monotonic() < until:
-            time.sleep(0.05)  # rank 0 may host the store
-        raise TopologyError(problem)
