@@ -11,6 +11,7 @@ store. Rank 0 then calls the meeting off: every rank that has come, or comes wit
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -127,18 +128,20 @@ class _Wait:
     def _describe_host(self) -> str:
         """Return the way in which MASTER_ADDR cannot be rank 0's machine; empty if nothing speaks against it."""
         try:
-            address = socket.gethostbyname(self.host)
+            addresses = _addresses_of(self.host)
         except OSError as problem:
             unknown = f"MASTER_ADDR={self.host} is not known here: {problem.strerror}"
             return unknown if self._info.rank == 0 else ""  # the others do not get so far
         except UnicodeError:
             return ""
-        if self._info.rank == 0 and not _is_own_address(address):
-            named = f"MASTER_ADDR={self.host}" + (f", {address}," if address != self.host else "")
+        first = addresses[0]
+        if self._info.rank == 0 and not any(map(_is_own_address, addresses)):
+            named = f"MASTER_ADDR={self.host}" + (f", {first}," if first != self.host else "")
             return f"{named} is no address of this machine, rank 0's; try its own"
-        if self._info.rank != self._info.local_rank and address.startswith("127."):
+        is_loopback = all(ipaddress.ip_address(one).is_loopback for one in addresses)
+        if self._info.rank != self._info.local_rank and is_loopback:
             return (
-                f"MASTER_ADDR={self.host} is {address} here, which is this machine itself; if rank 0 is on another "
+                f"MASTER_ADDR={self.host} is {first} here, which is this machine itself; if rank 0 is on another "
                 "one, set it to an address by which all machines reach that"
             )
         return ""
@@ -240,13 +243,24 @@ def _connect(wait: _Wait, is_hosted: bool) -> dist.Store:
         wait.pause(missing, reason)
 
 
+def _addresses_of(host: str) -> list[str]:
+    """Return the IP addresses of a host, those of IPv4 first.
+
+    Raises:
+        OSError: the name is not known.
+        UnicodeError: it is none.
+    """
+    found = [str(place[0]).partition("%")[0] for *_, place in socket.getaddrinfo(host, None)]
+    return sorted(dict.fromkeys(found), key=lambda address: ":" in address)
+
+
 def _is_own_address(address: str) -> bool:
-    """Return whether an IPv4 address is one of this machine's."""
-    with socket.socket() as listener:
-        try:
+    """Return whether an address is one of this machine's."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
             listener.bind((address, 0))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 

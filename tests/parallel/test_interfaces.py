@@ -114,6 +114,8 @@ def test_the_own_place_is_found() -> None:
     [
         (0, "192.0.2.200", "(MASTER_ADDR=192.0.2.200 is no address of this machine, rank 0's; try its own)"),
         (0, "no-such-host.invalid", "(MASTER_ADDR=no-such-host.invalid is not known here: "),
+        (0, "2001:db8::1", "(MASTER_ADDR=2001:db8::1 is no address of this machine, rank 0's; try its own)"),
+        (1, "::1", "; MASTER_ADDR=::1 is ::1 here, which is this machine itself; if rank 0 is on"),
         (1, "localhost", "; MASTER_ADDR=localhost is 127.0.0.1 here, which is this machine itself; if rank 0 is on"),
     ],
 )
