@@ -20,8 +20,9 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_ds.errors import ConfigError, LaunchError, MegatronDSError, TopologyError, show
+from megatron_ds.log import get_logger
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.parallel.rendezvous import RankGroup, name_ranks
+from megatron_ds.parallel.rendezvous import FIRST_MESSAGE_S, LONGEST_SILENCE_S, RankGroup, name_ranks
 
 Facts = Mapping[str, Mapping[str, str]]
 """Kind, such as "versions" -> name -> value. Kinds and names are in the order in which they are reported."""
@@ -122,17 +123,25 @@ class Council:
         return self._store.get(key).decode()
 
     def _wait(self, keys: list[str], topic: str) -> None:
-        began_s = time.monotonic()
+        """Wait until all keys are set; the first rank of each machine logs which ranks have not set theirs."""
+        began_s, next_message_s = time.monotonic(), FIRST_MESSAGE_S
         while not self._store.check(keys):
             waited_s, limit_s = time.monotonic() - began_s, self._group.timeout_s
             if limit_s and waited_s > limit_s:
-                silent = [int(key.rpartition("/")[2]) for key in keys if key[-1].isdigit() and not self._has(key)]
-                who = name_ranks(silent) if silent else "rank 0"
                 raise TopologyError(
-                    f"no word of {who} about {topic} within train.start_timeout={limit_s:g} s; the log of that rank or "
-                    "its machine's storage may say why; a larger train.start_timeout waits longer"
+                    f"no word of {self._name_silent(keys)} about {topic} within train.start_timeout={limit_s:g} s; the "
+                    "log of that rank or its machine's storage may say why; a larger train.start_timeout waits longer"
                 )
+            if waited_s > next_message_s:
+                next_message_s = waited_s + min(waited_s, LONGEST_SILENCE_S)
+                if self.info.local_rank == 0 or self.info.rank == 0:
+                    silent = self._name_silent(keys)
+                    get_logger().warning("waiting for word of %s about %s since %.0f s", silent, topic, waited_s)
             time.sleep(min(POLL_S + waited_s / 20, MAX_POLL_S))
+
+    def _name_silent(self, keys: Sequence[str]) -> str:
+        silent = [int(key.rpartition("/")[2]) for key in keys if key[-1].isdigit() and not self._has(key)]
+        return name_ranks(silent) if silent else "rank 0"
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from megatron_ds.errors import ConfigError, TopologyError
+from megatron_ds.parallel import agreement
 from megatron_ds.parallel.agreement import Council, Facts, agree, describe_differences, name_places
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.rendezvous import meet
-from tests.parallel.test_rendezvous import environment, free_port
+from tests.parallel.test_rendezvous import environment, free_port, record_lines
 
 FIXES = {"versions": "install the same", "run file": "start the same"}
 
@@ -92,6 +93,20 @@ def test_a_rank_that_says_nothing_is_named() -> None:
 
     said, _ = together(act, 2, timeout_s=0.6)
     assert said.startswith("no word of rank 1 about the data within train.start_timeout=0.6 s; ")
+
+
+def test_who_is_waited_for_is_said_on_each_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "FIRST_MESSAGE_S", 0.1)
+
+    def act(council: Council) -> list[str]:
+        lines = record_lines()
+        time.sleep(0.5 if council.info.rank == 3 else 0.0)
+        council.decide("the data", "", lambda texts: "")
+        return [line.partition(" since ")[0] for line in lines]
+
+    first, second, third, _ = together(act, 4, local_ranks=2)
+    assert first[0] == "waiting for word of rank 3 about the data"
+    assert second == [] and third[0] == "waiting for word of rank 0 about the data"
 
 
 def test_values_of_the_first_rank_reach_all() -> None:
