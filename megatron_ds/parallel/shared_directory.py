@@ -71,8 +71,7 @@ def wait_for_text(file: Path, text: str) -> bool:
             return False
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, MAX_POLL_S)
-        with contextlib.suppress(OSError):
-            os.close(os.open(file.parent, os.O_RDONLY))  # NFS then asks the server for what is new in it
+        _ask_server(file.parent)
 
 
 def _judge(texts: Sequence[str], placed: Mapping[str, tuple[str, int]]) -> str:
@@ -117,5 +116,12 @@ def _sees(path: str, level: int, token: str) -> bool:
     while _nearest(own)[0] < level:  # a mount of this machine's own, or a directory that was removed a moment ago
         if time.monotonic() > until:
             return False
+        _ask_server(_nearest(own)[1])
         time.sleep(MAX_POLL_S)
     return True
+
+
+def _ask_server(directory: Path) -> None:
+    """Open a directory: NFS then asks the server for it, instead of believing its own cache for up to a minute."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(directory, os.O_RDONLY))

@@ -100,3 +100,19 @@ def test_old_tokens_of_killed_runs_are_removed(tmp_path: Path) -> None:
     os.utime(old, times=(0, time.time() - LEFT_OVER_S - 1))
     assert together(lambda council: check_shared(council, {"output": str(tmp_path)}), 2) == [None, None]
     assert new.exists() and not old.exists()
+
+
+def test_a_removed_directory_that_a_network_disk_still_shows_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale, opened = tmp_path / "out", []
+    exists, opens = Path.exists, os.open
+
+    def open_(path: Path, flags: int) -> int:
+        opened.append(path)
+        return opens(path, flags)
+
+    (tmp_path / ".megatron_ds-shared-token").write_text("token")
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(Path, "exists", lambda self: (self == stale and stale not in opened) or exists(self))
+    assert shared_directory._sees(str(stale), 1, "token")
