@@ -23,13 +23,14 @@ from pathlib import Path
 from megatron_ds.atomic import replacing, temporary_name
 from megatron_ds.errors import ConfigError
 from megatron_ds.log import get_logger
+from megatron_ds.processes import boot_id, read_status
 from megatron_ds.untrusted import parse_record, read_bytes
 from megatron_ds.untrusted.limits import LOCK_OWNER
 
 BEAT_S = 5.0
 MISSED_BEATS = 12
 MAX_POLL_S = 1.0
-_BOOT_ID, _PID_SPACE = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
+_PID_SPACE = "/proc/self/ns/pid"
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,16 @@ class Owner:
 
 def this_process() -> Owner:
     """Return this process as an owner."""
-    boot = pid_space = ""
+    pid_space = ""
     with contextlib.suppress(OSError):  # another system than Linux
-        boot, pid_space = _BOOT_ID.read_text().strip(), os.readlink(_PID_SPACE)
-    return Owner(socket.gethostname(), os.getpid(), boot, pid_space, _start_of(os.getpid()))
+        pid_space = os.readlink(_PID_SPACE)
+    return Owner(socket.gethostname(), os.getpid(), boot_id(), pid_space, _start_of(os.getpid()))
 
 
 def _start_of(pid: int) -> str:
     """Return the start time of a running process in the kernel's ticks, or an empty text."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    status = read_status(pid)
+    return "" if status is None or status.has_ended else str(status.start_ticks)
 
 
 class OwnerRecords:

@@ -22,12 +22,12 @@ from megatron_ds.log import get_logger
 from megatron_ds.parallel.agreement import Council
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.rendezvous import RankGroup, name_place
+from megatron_ds.processes import boot_id
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 CONNECT_S = 5.0
 _INTERFACES = Path("/sys/class/net")
 _NETWORK = Path("/proc/self/ns/net")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def _unknown(variable: str, environ: Mapping[str, str], interfaces: Mapping[str,
 
 
 def _find_place(host: str, port: int) -> _Place:
-    network = f"{_BOOT_ID.read_text()} {os.stat(_NETWORK).st_ino}" if _NETWORK.exists() else socket.gethostname()
+    network = boot_id() or socket.gethostname()
+    if _NETWORK.exists():
+        network += f" {os.stat(_NETWORK).st_ino}"  # of each machine's first network the same
     try:
         with socket.create_connection((host, port), timeout=CONNECT_S) as connection:
             return _Place(network, connection.getsockname()[0], connection.getpeername()[0])

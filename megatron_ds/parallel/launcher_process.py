@@ -21,10 +21,10 @@ from pathlib import Path
 from megatron_ds.errors import LaunchError
 from megatron_ds.log import flush_streams, get_logger
 from megatron_ds.parallel.rank_info import LAUNCHERS, RENDEZVOUS_FILE
+from megatron_ds.processes import boot_id, read_status
 
 POLL_S = 1.0
 _THREAD = "launcher-watch"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,13 @@ class LauncherProcess:
         """True until it has ended, even if nothing has read its exit status."""
         if not self.start_ticks:
             return os.getppid() == self.pid
-        status = _read_status(self.pid)
-        return status is not None and status.start_ticks == self.start_ticks and status.state not in "ZX"
+        status = read_status(self.pid)
+        return status is not None and status.start_ticks == self.start_ticks and not status.has_ended
 
     @property
     def identity(self) -> str:
         """A text that no other process has, on any machine."""
-        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else ""
-        return f"{self.name} {socket.gethostname()} {boot} {self.pid} {self.start_ticks}"
+        return f"{self.name} {socket.gethostname()} {boot_id()} {self.pid} {self.start_ticks}"
 
 
 def find_launcher(environ: Mapping[str, str] = os.environ) -> LauncherProcess | None:
@@ -72,11 +71,11 @@ def find_launcher(environ: Mapping[str, str] = os.environ) -> LauncherProcess | 
         return None
     pid = os.getppid()
     while pid > 1 and _has(pid, f"{found}={environ[found]}"):
-        status = _read_status(pid)
+        status = read_status(pid)
         if status is None:
             break
         pid = status.parent
-    status = _read_status(pid)
+    status = read_status(pid)
     return LauncherProcess(LAUNCHERS[found], pid, status.start_ticks if status is not None else 0)
 
 
@@ -104,23 +103,6 @@ def _watch(rank: int | str, launcher: LauncherProcess) -> None:
     finally:
         flush_streams()
         os._exit(1)
-
-
-@dataclass(frozen=True)
-class _Status:
-    state: str
-    parent: int
-    start_ticks: int
-
-
-def _read_status(pid: int) -> _Status | None:
-    """Read /proc/PID/stat; None if there is no such process or no such file."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may have blanks and parentheses
-    return _Status(state=fields[0], parent=int(fields[1]), start_ticks=int(fields[19]))
 
 
 def _has(pid: int, setting: str) -> bool:

@@ -19,7 +19,6 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,11 +26,11 @@ from torch import Tensor
 
 from megatron_ds.parallel.consensus import gather_objects
 from megatron_ds.parallel.regions import NEIGHBOURS, annotated
+from megatron_ds.processes import boot_id
 
 HALF_BYTES = 2**22
 """Bytes that a rank writes at a time. Its segment has two halves, used in turn."""
 ALIGNMENT = 64
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 SPIN_S = 0.0005
 """Seconds that a rank asks for another's byte before it sleeps. A sleeper may be woken on the other's core."""
 
@@ -201,10 +200,10 @@ def meet_neighbours(group: dist.ProcessGroup, rank: int, size: int) -> Neighbour
 
 def _offer(rank: int, size: int) -> tuple[_Offer, dict[int, int]]:
     """Create the files of a rank; returns its offer, and the ends of its pipes from which it reads, by other rank."""
-    if not (sys.platform == "linux" and hasattr(os, "memfd_create")):
+    if not (sys.platform == "linux" and hasattr(os, "memfd_create") and boot_id()):
         return _Offer(), {}
     try:
-        machine = _BOOT.read_text(), os.readlink("/proc/self/ns/pid")
+        machine = boot_id(), os.readlink("/proc/self/ns/pid")
         segment = os.memfd_create("megatron_ds")
     except OSError:  # a sandbox without these parts of /proc, or without this call
         return _Offer(), {}

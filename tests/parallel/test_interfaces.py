@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ds import processes
 from megatron_ds.errors import TopologyError
 from megatron_ds.parallel import interfaces
 from megatron_ds.parallel.interfaces import GLOO, NCCL, _Place, choose_interfaces
@@ -107,6 +108,18 @@ def test_the_own_place_is_found() -> None:
     assert (place.address, place.master) == ("127.0.0.1", "127.0.0.1") and place.network
     assert interfaces._find_place("127.0.0.1", port).address == ""
     assert interfaces._address_towards(_Place("", "127.0.0.2", "")) == "127.0.0.1"
+
+
+def test_machines_without_an_id_of_their_start_differ_by_their_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first network of every machine has the same number."""
+    monkeypatch.setattr(processes, "_BOOT_ID", tmp_path / "none")
+    places = []
+    for name in ("node1", "node2"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        places.append(interfaces._find_place("127.0.0.1", free_port()).network)
+    assert processes.boot_id() == "" and places[0] != places[1]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ds import processes
 from megatron_ds.parallel import neighbours
 from megatron_ds.parallel.collectives import (
     all_gather_dim0,
@@ -105,7 +106,7 @@ def test_ranks_of_two_machines_send_messages() -> None:
 
 def _sandbox(grid: Grid) -> list[Any]:
     if grid.rank == 1:
-        neighbours._BOOT = Path("/proc/not/here")
+        processes._BOOT_ID = Path("/proc/not/here")
     alone = with_neighbours(grid).tensor
     return [alone.neighbours, all_gather_dim0(torch.tensor([float(grid.rank)]), alone).tolist()]
 
