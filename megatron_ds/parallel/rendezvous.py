@@ -15,6 +15,7 @@ import ipaddress
 import json
 import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -43,6 +44,7 @@ TELL_S = 30.0  # time in which ranks may still come to learn that a meeting is c
 OTHER_SIZE_S = 5.0  # a rank of an earlier group, which is being ended, may find the invitation of the next one
 UNKNOWN_S = 2.0  # instead of `TELL_S` where it is not known how many ranks there are
 POLL_TOLD_S = 0.05
+OWN_FILES, FILES_OF_A_RANK = 256, 8
 _HAS_BEGUN: ContextVar[bool] = ContextVar("has begun to meet", default=False)
 
 
@@ -89,6 +91,7 @@ def meet(
     """
     end_with_launcher(info.rank, environ)
     _HAS_BEGUN.set(True)
+    _allow_connections(info)
     wait = _Wait(info, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout_s, rank_source(environ))
     is_hosted = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun's agent
     while True:
@@ -102,6 +105,23 @@ def meet(
         if wait.has_spoken:
             get_logger().info("all %d ranks have come after %.0f s", info.world_size, wait.elapsed_s)
         return RankGroup(name, dist.PrefixStore(f"megatron_ds/{name}", store), timeout_s)
+
+
+def _allow_connections(info: RankInfo) -> None:
+    """Raise this process's limit of open files, often 1,024, where its connections may reach it.
+
+    gloo connects each rank to every other one in each group, and rank 0's store has a few connections of each rank.
+    Beyond the limit both would wait without a message.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OWN_FILES + FILES_OF_A_RANK * info.world_size
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    is_enough = hard == resource.RLIM_INFINITY or hard >= wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if is_enough else hard, hard))
+    if not is_enough and info.local_rank == 0:
+        text = "at most %d files may be open here (ulimit -Hn); connections of %d ranks may need %d; try a larger limit"
+        get_logger().warning(text, hard, info.world_size, wanted)
 
 
 class _Wait:

@@ -1,6 +1,7 @@
 """Ranks of a launcher meet, name those that are missing, and end with one line if these do not come."""
 
 import logging
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -260,3 +261,30 @@ def test_names_of_ranks() -> None:
         "ranks 1, 2, 3",
         "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 1 more",
     ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "given", "wanted"),
+    [
+        (64, (1024, 4096), None),
+        (1000, (1024, 2**20), (8256, 2**20)),
+        (1000, (1024, -1), (8256, -1)),
+        (1000, (-1, -1), None),
+        (1000, (1024, 4096), (4096, 4096)),
+    ],
+)
+def test_ranks_may_open_a_connection_to_each_other_one(
+    world_size: int,
+    given: tuple[int, int],
+    wanted: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logging.getLogger("megatron_ds").propagate = True
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: given)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: limits.append(both))
+    rendezvous._allow_connections(RankInfo(0, world_size, 0))
+    assert limits == ([] if wanted is None else [wanted])
+    assert ("at most 4096 files may be open here" in caplog.text) == (wanted == (4096, 4096))
