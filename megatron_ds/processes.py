@@ -1,4 +1,4 @@
-"""What tells processes and machines apart: the start of a machine's kernel, and the states of processes in /proc."""
+"""Identity of machines and processes: the start of a machine's kernel, and the states of processes in /proc."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ProcessStatus:
 
 
 def read_status(pid: int) -> ProcessStatus | None:
-    """Return the status of a process; None if there is none with this id, or on another system than Linux."""
+    """Return the status of a process; None if no process has this id, or on another system than Linux."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:

@@ -268,7 +268,7 @@ def _addresses_of(host: str) -> list[str]:
 
     Raises:
         OSError: the name is not known.
-        UnicodeError: it is none.
+        UnicodeError: it is not a host name.
     """
     found = [str(place[0]).partition("%")[0] for *_, place in socket.getaddrinfo(host, None)]
     return sorted(dict.fromkeys(found), key=lambda address: ":" in address)
