@@ -83,7 +83,7 @@ class Council:
             self._store.set(f"{topic}/conclusion", conclusion)
             return conclusion
 
-    def part(self, topic: str) -> None:
+    def wait_until_known(self, topic: str) -> None:
         """Have rank 0, which may host the store, wait until all ranks know a conclusion after which they end."""
         with suppress(dist.DistError):  # this rank knows the conclusion
             self._store.add(f"{topic}/told", 1)
@@ -107,7 +107,7 @@ class Council:
         """
         problem = self.ask(topic, own, judge)
         if problem:
-            self.part(topic)
+            self.wait_until_known(topic)
             self._refuse(problem)
 
     def put(self, key: str, value: str) -> None:

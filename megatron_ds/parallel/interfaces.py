@@ -79,7 +79,7 @@ def choose_interfaces(
     mine = f"{name_place(info)} cannot connect to the others: {problem}" if problem else ""
     first = council.ask("their network interfaces", mine, lambda texts: next(filter(None, texts), ""))
     if first:
-        council.part("their network interfaces")
+        council.wait_until_known("their network interfaces")
         raise TopologyError(first)
 
 

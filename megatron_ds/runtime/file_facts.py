@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_ds.untrusted.limits import MODEL_SETTINGS
 
 MISSING = "missing"
 MOST_SAMPLED = 256  # files of one directory; of further ones the names and sizes are compared
+MOST_SIZED = 10_000  # of further ones the names alone: each size is a request to the storage
 _MODEL_ENDINGS = (
     ".json",
     ".safetensors",
@@ -125,7 +127,10 @@ def _data_files(place: Path) -> Iterator[Path]:
 
 def _describe(file: Path) -> str:
     try:
-        return f"{file.stat().st_size:,} bytes ({sampled_xxh3(file)[:16]})"
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "no regular file"  # a pipe would be waited for
+        return f"{found.st_size:,} bytes ({sampled_xxh3(file)[:16]})"
     except OSError as problem:
         return f"unreadable ({problem.strerror})"
 
@@ -134,11 +139,12 @@ def _describe_all(place: Path, files: Sequence[Path]) -> str:
     digest, num_bytes = xxhash.xxh3_64(), 0
     for number, file in enumerate(files):
         try:
-            size = file.stat().st_size
+            size = file.stat().st_size if number < MOST_SIZED else 0
         except OSError as problem:
             return f"unreadable ({file}: {problem.strerror})"
         num_bytes += size
         digest.update(f"{os.path.relpath(file, place.parent)} {size}\n".encode())
         if number < MOST_SAMPLED:
             digest.update(_describe(file).encode())
-    return f"{len(files):,} files of {num_bytes:,} bytes ({digest.hexdigest()})"
+    sized = f", the first {MOST_SIZED:,}" if len(files) > MOST_SIZED else ""
+    return f"{len(files):,} files{sized} of {num_bytes:,} bytes ({digest.hexdigest()})"

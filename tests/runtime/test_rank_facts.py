@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ds.config import RunConfig, build_run
 from megatron_ds.digests import sampled_xxh3
-from megatron_ds.runtime import rank_facts
+from megatron_ds.runtime import file_facts, rank_facts
 from megatron_ds.runtime.file_facts import MISSING, data_facts, model_facts
 from megatron_ds.runtime.rank_facts import FIXES, plugin_facts, run_facts, run_file_facts
 from tests.training.tiny import MODEL, run_mapping
@@ -95,6 +95,20 @@ def test_data_of_every_form_are_compared(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").unlink()
     assert data_facts("data.train", str(tmp_path / "a.jsonl")) == {f"data.train ({tmp_path}/a.jsonl)": MISSING}
     assert data_facts("data.train", "org/name") == {}
+
+
+def test_of_very_many_files_the_names_are_compared_and_pipes_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage may need milliseconds for each size, and a start has a time limit."""
+    monkeypatch.setattr(file_facts, "MOST_SIZED", 2)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text("xy")
+    os.mkfifo(tmp_path / "a_pipe")
+    (before,) = data_facts("data.train", str(tmp_path)).values()
+    assert before.startswith("4 files, the first 2 of 2 bytes (")
+    (tmp_path / "c").rename(tmp_path / "d")
+    assert data_facts("data.train", str(tmp_path)) != {f"data.train ({tmp_path})": before}
 
 
 def test_samples_of_a_file_see_its_length_and_ends(tmp_path: Path) -> None:
