@@ -37,7 +37,7 @@ from megatron_ds.untrusted.limits import RUN_LINE
 START_LOG = "starts.jsonl"
 LAST_STEP = ".last_step"
 """File with the last step that was done since the start that was no restart."""
-_READ_BYTES = 1 << 20  # from the end
+_READ_BYTES = 8 << 20  # from the end; a start on a thousand machines takes 100 KB
 _MOST_FAILURES_BYTES = 1 << 16  # of one start, by all its ranks
 _LONGEST_CAUSE = 500
 _NO_CAUSE = "no message: a rank was killed, hung, or lost its machine"

@@ -246,3 +246,11 @@ def test_failures_of_many_ranks_do_not_fill_the_log(tmp_path: Path) -> None:
             log.append_failure(LaunchError("x" * 600), rank)
     sizes = [len(start.causes) for start in log.read()]
     assert all(50 < size < 200 for size in sizes), sizes
+
+
+def test_twenty_restarts_on_a_thousand_machines_are_read(tmp_path: Path) -> None:
+    agents = tuple(f"torchrun node{number} {'0' * 36} 4194304 99999999" for number in range(1000))
+    log = StartLog(tmp_path)
+    for restart in range(21):
+        log.append_start(Supervisor(processes=agents), restart)
+    assert [start.restart for start in log.read()] == list(range(21))
