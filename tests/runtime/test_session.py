@@ -1,5 +1,6 @@
 """The Python interface: engines without a run file, on one process and on several, with files written and read."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from megatron_ds.config import EngineConfig
 from megatron_ds.errors import ConfigError, ConversionError, DataError, MegatronDSError, TopologyError
 from megatron_ds.monitor import read_metrics
 from megatron_ds.parallel.launch import run_local
-from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.runtime import Session
+from tests.parallel.test_rendezvous import environment, free_port
 from tests.parity.cases import CONFIGS, SEQ, VOCAB
 from tests.ranks import preload, run_alone, run_ranks
 from tests.training.tiny import MODEL as TINY
@@ -310,3 +312,21 @@ def test_ranks_that_this_program_forked_can_open_a_session() -> None:
 
     preload()
     assert run_local(rank, 2, 60.0) == [(0, 2), (1, 2)]
+
+
+def test_a_launchers_ranks_can_open_one_session_after_another() -> None:
+    port = free_port()
+
+    def rank(info: RankInfo) -> list[float]:
+        del os.environ[RENDEZVOUS_FILE]
+        os.environ.update(environment(info.rank, 2, port))
+        sums = []
+        for _ in range(2):
+            with mds.session():
+                ones = torch.ones(())
+                torch.distributed.all_reduce(ones)
+                sums.append(ones.item())
+        return sums
+
+    preload()
+    assert run_local(rank, 2, 60.0) == [[2.0, 2.0]] * 2
