@@ -239,19 +239,21 @@ class Watchdog:
             os._exit(1)
 
     def _report(self, hang: _Hang) -> None:
-        if not self._store.claim():
-            time.sleep(self._look_s + STORE_TIMEOUT_S / 2)  # the reporter sees that this rank is alive, and ends it
-            self._has_reported = True
-            return
-        ranks = range(self._info.world_size)
-        before = [self._store.sign_of_life(rank) for rank in ranks]
-        time.sleep(self._look_s)
-        after = [self._store.sign_of_life(rank) for rank in ranks]
-        statuses = [self._store.read(rank) for rank in ranks]
-        alive = [
-            rank == self._info.rank or after[rank] != before[rank] or statuses[rank].has_finished for rank in ranks
-        ]
-        self._write(LaunchError(diagnose(statuses, alive, hang.timeout_s, hang.text)))
+        """Report the hang if no other rank does; nothing is reported if the store is lost meanwhile."""
+        with contextlib.suppress(RuntimeError):
+            if not self._store.claim():
+                time.sleep(self._look_s + STORE_TIMEOUT_S / 2)  # the reporter sees that this rank is alive, and ends it
+                self._has_reported = True
+                return
+            ranks = range(self._info.world_size)
+            before = [self._store.sign_of_life(rank) for rank in ranks]
+            time.sleep(self._look_s)
+            after = [self._store.sign_of_life(rank) for rank in ranks]
+            statuses = [self._store.read(rank) for rank in ranks]
+            alive = [
+                rank == self._info.rank or after[rank] != before[rank] or statuses[rank].has_finished for rank in ranks
+            ]
+            self._write(LaunchError(diagnose(statuses, alive, hang.timeout_s, hang.text)))
 
     def _write(self, problem: LaunchError) -> None:
         self._has_reported = True

@@ -368,3 +368,16 @@ def test_bytes_are_counted_only_where_they_are_needed(tmp_path: Path, monkeypatc
     watchdog.enter_foreign_code("callbacks at the run's end")  # others may wait for it in a long phase
     watchdog._look_at_others()
     assert counted == ["saving after step 1", "callbacks at the run's end"]
+
+
+def test_a_store_that_is_lost_during_a_report_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "SHORTEST_LOOK_S", 0.0)
+    store = FileStatusStore(tmp_path)
+    watchdog = Watchdog(RankInfo(0, 2, 0), 0.01, store)
+
+    def lost(rank: int) -> RankStatus:
+        raise RuntimeError("Connection reset")
+
+    monkeypatch.setattr(store, "read", lost)
+    watchdog._report(watchdog_module._Hang("a hang", 0.01))
+    assert not watchdog._has_reported, "this rank then reports without the others"
