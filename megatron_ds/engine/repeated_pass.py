@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron_ds.engine.base import Engine, MicroBatch
 from megatron_ds.engine.replica_checksums import Checksums
 
+PIECE = 2**21  # elements that are summed up at a time
 FORWARD = "the forward pass"
 """The name of the forward pass's result among the gradients."""
 
@@ -39,6 +40,7 @@ class RepeatedPass:
         self._engine, self._is_exact = engine, is_exact
         self._checksums = Checksums()
         self._copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._drawn: dict[torch.device, Tensor] = {}
 
     def differing(self, batch: MicroBatch) -> list[str]:
         """Return the names of gradients that differ between two passes, `FORWARD` first if their results do.
@@ -70,9 +72,18 @@ class RepeatedPass:
         """Return the checksum, (1,) int64, or the norm and the sum with random signs, (2,) fp64."""
         if self._is_exact:
             return self._checksums.of(values).reshape(1)
-        flat = values.detach().double().view(-1)
-        signs = 1 - 2 * (torch.arange(flat.numel(), device=flat.device) * 2654435761 // 65536 % 2)
-        return torch.stack([flat.norm(), (flat * signs).sum()])
+        squares, signed = torch.zeros(2, dtype=torch.float64, device=values.device)
+        for piece in values.detach().reshape(-1).split(PIECE):  # in fp64 a large embedding's gradient has 10 GB
+            wide = piece.double()
+            squares, signed = squares + wide.square().sum(), signed + (wide * self._signs(piece)).sum()
+        return torch.stack([squares.sqrt(), signed])
+
+    def _signs(self, piece: Tensor) -> Tensor:
+        """Return random signs, the same for every piece, (n,) fp64."""
+        if piece.device not in self._drawn:
+            index = torch.arange(PIECE, device=piece.device)
+            self._drawn[piece.device] = (1 - 2 * (index * 2654435761 // 65536 % 2)).double()
+        return self._drawn[piece.device][: len(piece)]
 
     def _equals(self, first: list[float] | list[int], second: list[float] | list[int], dtype: torch.dtype) -> bool:
         if self._is_exact:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from megatron_ds.engine import RepeatedPass
+from megatron_ds.engine import RepeatedPass, repeated_pass
 from megatron_ds.engine.repeated_pass import are_close
 from megatron_ds.parallel.grid import Grid
 from tests.parity.cases import Recipe
@@ -82,6 +83,16 @@ def test_norms_see_what_is_large_against_rounding(references: Any) -> None:
     ((by_bits, by_norms),) = run_grid(_faulty, place.layout, directory, place, 1.01)
     assert "blocks.3.mlp.down.weight" in by_norms and set(by_norms) <= set(by_bits)
     assert "the forward pass" not in by_bits, "the forward pass is the same"
+
+
+def test_norms_and_signed_sums_are_made_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeated_pass, "PIECE", 4)
+    values = torch.tensor([3.0, -4.0, 12.0, 0.5, 2.0, -1.0])
+    passes = RepeatedPass(None, is_exact=False)  # type: ignore[arg-type]
+    norm, signed = passes._summarize(values).tolist()
+    signs = (1 - 2 * (torch.arange(4) * 2654435761 // 65536 % 2)).repeat(2)[:6]
+    assert norm == pytest.approx(values.norm().item()) and signed == (values * signs).sum().item()
+    assert set(signs.tolist()) == {-1, 1}
 
 
 def test_an_overflow_is_no_difference_unless_one_pass_alone_has_it() -> None:
