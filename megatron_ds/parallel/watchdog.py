@@ -29,7 +29,7 @@ from megatron_ds.parallel.failure import write_failure
 from megatron_ds.parallel.rank_files import FAILURE_FILE, unnamed_file
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.rank_status import RankStatus, RankStatusStore, rank_status_store
-from megatron_ds.parallel.rendezvous import RankGroup, name_ranks
+from megatron_ds.parallel.rendezvous import MAX_NAMED_RANKS, RankGroup, name_ranks
 from megatron_ds.parallel.section_limits import MovedBytes, SectionLimits, child_processes
 
 PUBLISH_S = 1.0  # interval between two status updates of a rank
@@ -38,6 +38,7 @@ SHORTEST_SILENCE_S = 10.0  # a busy machine may keep a process from publishing f
 PEER_TIMEOUT_S = 120.0  # of commands whose phases have no limit; a process that reads a large file may be silent
 SHORTEST_LOOK_S = 1.0  # a rank that publishes nothing for so long, while a hang is examined, does not respond
 LEAVE_S = 3.0  # time for the last statuses
+MOST_STACKS = 4  # in a report; each may have a hundred lines
 WRITE_S = 5.0  # time to write a report: the output, or what reads it, may be what hangs
 
 
@@ -292,6 +293,8 @@ def watch_peers(
 def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: float, hang: str = "") -> str:
     """Return a report that names the ranks that hang, their phases and stacks, and the phases of the others.
 
+    Of many ranks the first few are named.
+
     Args:
         statuses: the status of every rank.
         alive: for every rank, whether its process still publishes.
@@ -311,15 +314,17 @@ def diagnose(statuses: Sequence[RankStatus], alive: Sequence[bool], timeout_s: f
         suspects = []
     lines = [hang or f"no progress for {timeout_s:g} s (train.step_timeout={timeout_s:g})"]
     hosts = {status.host for status in statuses if status.host}
-    for rank in suspects:
+    for rank in suspects[:MAX_NAMED_RANKS]:
         host = f" on {statuses[rank].host}" if len(hosts) > 1 and statuses[rank].host else ""
         lines.append(f"rank {rank}{host} {verdict}; last phase: {statuses[rank].phase or 'before the first'}")
-    others = [rank for rank in range(len(statuses)) if rank not in suspects]
+    if len(suspects) > MAX_NAMED_RANKS:
+        lines.append(f"the same holds for {len(suspects) - MAX_NAMED_RANKS} more ranks")
+    others = sorted(set(range(len(statuses))) - set(suspects))
     for phase in dict.fromkeys(statuses[rank].phase for rank in others):
-        same = [str(rank) for rank in others if statuses[rank].phase == phase]
-        ranks = f"rank {same[0]} is" if len(same) == 1 else f"ranks {', '.join(same)} are"
-        lines.append(f"{ranks} {'waiting in' if suspects else 'in'}: {phase}")
-    stacks = [(rank, statuses[rank].stack) for rank in suspects or others[:1]]
+        same = [rank for rank in others if statuses[rank].phase == phase]
+        are = "are" if len(same) > 1 else "is"
+        lines.append(f"{name_ranks(same)} {are} {'waiting in' if suspects else 'in'}: {phase}")
+    stacks = [(rank, statuses[rank].stack) for rank in suspects[:MOST_STACKS] or others[:1]]
     shown = [f"stack of rank {rank}:\n{stack}" for rank, stack in stacks if stack]
     return "\n".join(["; ".join(lines), *shown])
 

@@ -163,6 +163,14 @@ def test_of_one_rank_the_place_is_told() -> None:
     assert rest == "stack of rank 0:\na stack"
 
 
+def test_a_report_about_a_thousand_ranks_is_short() -> None:
+    statuses = [RankStatus(9, 4 - rank % 2, "computing", "line\n" * 100) for rank in range(1000)]
+    found = diagnose(statuses, [True] * 1000, 30.0)
+    assert found.count("is behind the others") == 8 and "; the same holds for 492 more ranks; " in found
+    assert "; ranks 0, 2, 4, 6, 8, 10, 12, 14 and 492 more are waiting in: computing\n" in found
+    assert found.count("stack of rank") == 4
+
+
 # ---- phases that may take long ---------------------------------------------------------------------------------------
 
 
