@@ -15,6 +15,9 @@ KINDS = ("compute", "data")
 """The times by which a rank can be slow; their names are those of `RankTimes`, without the unit."""
 
 
+MOST_NAMED = 8  # ranks in lines about one window
+
+
 class RankTimes(NamedTuple):
     """Seconds of a rank, the mean of the measured steps of a window.
 
@@ -68,8 +71,13 @@ class StragglersReport:
         slow = [one for one in self.ranks if one.slow_in >= self.named_after]
         if not slow:
             return ""
-        return "slow ranks: " + ", ".join(
-            f"{one.rank} (host {one.host}, in {one.slow_in} of {self.windows} windows)" for one in slow
+        more = f" and {len(slow) - MOST_NAMED} more" if len(slow) > MOST_NAMED else ""
+        return (
+            "slow ranks: "
+            + ", ".join(
+                f"{one.rank} (host {one.host}, in {one.slow_in} of {self.windows} windows)" for one in slow[:MOST_NAMED]
+            )
+            + more
         )
 
 
@@ -91,7 +99,7 @@ class Stragglers:
         self._named: set[tuple[str, int]] = set()
 
     def add(self, times: Sequence[RankTimes]) -> list[str]:
-        """Add a window, and return a line for each rank that is named, or that is no longer slow."""
+        """Add a window, and return a line for each rank that is named or no longer slow, of many for the first few."""
         self._count += 1
         for sums, own in zip(self._sums, times):
             sums[:] = (before + value for before, value in zip(sums, own))
@@ -106,10 +114,16 @@ class Stragglers:
             self._slow_in[rank] += 1
         self._in_a_row = {key: self._in_a_row.get(key, 0) + 1 for key in excess}
         slow = {key for key, count in self._in_a_row.items() if count >= self._windows}
-        lines = [self._describe(key, *excess[key], step_s) for key in sorted(slow - self._named)]
+        slowed, recovered = sorted(slow - self._named), sorted(self._named - excess.keys())
+        lines = [self._describe(key, *excess[key], step_s) for key in slowed[:MOST_NAMED]]
         lines += [
             f"rank {rank} (host {self._hosts[rank]}) is no longer slow ({kind})"
-            for kind, rank in sorted(self._named - excess.keys())
+            for kind, rank in recovered[:MOST_NAMED]
+        ]
+        lines += [
+            f"the same holds for {len(found) - MOST_NAMED} more ranks: {change}; see stragglers.json"
+            for found, change in ((slowed, "they are slow"), (recovered, "they are no longer slow"))
+            if len(found) > MOST_NAMED
         ]
         self._named = (self._named & excess.keys()) | slow
         return lines

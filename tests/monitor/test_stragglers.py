@@ -60,3 +60,12 @@ def test_the_numbers_of_a_window() -> None:
     }
     assert [one.slow_in for one in found.report(1).ranks] == [0, 0, 1, 0]
     assert Stragglers(HOSTS, [range(4)], 0.1, 1).report(0).describe() == ""
+
+
+def test_of_many_slow_ranks_the_first_are_named() -> None:
+    found = Stragglers(["a"] * 100, [range(100)], threshold=0.1, windows=1)
+    slow = [RankTimes(1.5 if rank < 20 else 1.0, 0.0, 0.0) for rank in range(100)]
+    *named, more = found.add(slow)
+    assert len(named) == 8 and more == "the same holds for 12 more ranks: they are slow; see stragglers.json"
+    assert found.report(1).describe().endswith("7 (host a, in 1 of 1 windows) and 12 more")
+    assert len(found.add([RankTimes(1.0, 0.0, 0.0)] * 100)) == 9
