@@ -125,9 +125,11 @@ class Council:
     def _wait(self, keys: list[str], topic: str) -> None:
         """Wait until all keys are set; the first rank of each machine logs which ranks have not set theirs."""
         began_s, next_message_s = time.monotonic(), FIRST_MESSAGE_S
+        limit_s = self._group.timeout_s
+        more_s = TELL_S if self.info.rank > 0 else 0.0  # rank 0 knows best who is silent, and must be the first to end
         while not self._store.check(keys):
-            waited_s, limit_s = time.monotonic() - began_s, self._group.timeout_s
-            if limit_s and waited_s > limit_s:
+            waited_s = time.monotonic() - began_s
+            if limit_s and waited_s > limit_s + more_s:
                 raise TopologyError(
                     f"no word of {self._name_silent(keys)} about {topic} within train.start_timeout={limit_s:g} s; the "
                     "log of that rank or its machine's storage may say why; a larger train.start_timeout waits longer"

@@ -95,6 +95,20 @@ def test_a_rank_that_says_nothing_is_named() -> None:
     assert said.startswith("no word of rank 1 about the data within train.start_timeout=0.6 s; ")
 
 
+def test_rank_0_which_knows_who_is_silent_ends_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "TELL_S", 0.6)
+
+    def act(council: Council) -> float:
+        began_s = time.monotonic()
+        if council.info.rank < 2:
+            with pytest.raises(TopologyError, match="no word of rank 2" if council.info.rank == 0 else "of rank 0"):
+                council.decide("the data", "", lambda texts: "")
+        return time.monotonic() - began_s
+
+    first, second, _ = together(act, 3, timeout_s=0.3)
+    assert first + 0.3 < second
+
+
 def test_who_is_waited_for_is_said_on_each_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "FIRST_MESSAGE_S", 0.1)
 
