@@ -32,13 +32,13 @@ from megatron_ds.checkpoint.directory import STATE, checkpoints_in, is_checkpoin
 from megatron_ds.checkpoint.files import FileRecord, write_bytes
 from megatron_ds.errors import CheckpointError
 from megatron_ds.parallel.consensus import gather_objects, run_long_on_all_ranks, run_on_all_ranks
+from megatron_ds.processes import boot_id
 from megatron_ds.untrusted import read_text
 from megatron_ds.untrusted.limits import SHORT_TEXT
 
 TOKEN = ".local"
 """The file in a run's `checkpoints` with the name of its directory on the machines' disks."""
 _TOKEN = re.compile(r"[0-9a-f]{16}")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -62,11 +62,7 @@ class LocalDisk:
         the kernel's start is used instead where it has a number.
         """
         found = self.folder.stat()
-        try:
-            kernel = _BOOT_ID.read_text(encoding="ascii").strip()
-        except OSError:
-            kernel = socket.gethostname()
-        return f"{kernel} {found.st_dev} {found.st_ino}"
+        return f"{boot_id() or socket.gethostname()} {found.st_dev} {found.st_ino}"
 
     def renamed(self, token: str) -> LocalDisk:
         """Return it with its directory under the name of another token. The directory itself is not renamed."""
