@@ -103,10 +103,11 @@ def test_the_objective_is_the_same_at_another_layout(place: Path) -> None:
 def test_ranks_of_a_launcher_import_the_package_themselves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     options = [*SHORT, "train.steps=2", "export=", f"output={place}/launched"]
+    file = run_file(place)
 
     def rank(info: RankInfo) -> int:
         assert "harbor" not in FAMILIES
-        return train(load_run(run_file(place), options)).steps
+        return train(load_run(file, options)).steps
 
     assert run_local_ranks(rank, 2) == [2, 2]
 

@@ -43,18 +43,18 @@ def fits(case: str, place: Place) -> bool:
 
 
 def covering() -> list[tuple[str, Place]]:
-    """The first case of each type on all axes; of types tested in full its first case alone too, and three cases on one
-    axis of ranks after the other. Each case alone is in test_families_alone.py."""
+    """The first case of each type on all axes; of types tested in full two cases, on one axis of ranks after the
+    other. Each case alone is in test_families_alone.py."""
     chosen, seen, firsts = [], Counter[str](), first_cases(CASES)
     for case, config in CASES.items():
         if config["model_type"] not in IN_FULL:
             chosen += [(case, QUICK[0])] if firsts[config["model_type"]] == case else []
             continue
-        start = seen[config["model_type"]] % len(QUICK)
+        number = seen[config["model_type"]]
         seen[config["model_type"]] += 1
-        if seen[config["model_type"]] > 3:
+        if number > 1:
             continue
-        chosen += [(case, (1, 1, False))] if start == 0 else []
+        start = number and 1 + len(seen) % (len(QUICK) - 1)
         chosen += [(case, next(place for place in QUICK[start:] + QUICK if fits(case, place)))]
     return chosen
 
