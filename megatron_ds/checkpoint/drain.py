@@ -8,14 +8,9 @@ its name when all have copied.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +28,7 @@ from megatron_ds.checkpoint.passed_through import PASSED_THROUGH
 from megatron_ds.errors import CheckpointError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.consensus import gather_objects
+from megatron_ds.worker_process import WorkerProcess
 
 
 @dataclass(frozen=True)
@@ -244,27 +240,16 @@ class Drain:
         return gather_objects(local, self._group) if self._group is not None else [local]
 
 
-class _CopyProcess:
-    """A process of `copy_worker`; it ends with the object, and with this process.
+class _CopyProcess(WorkerProcess):
+    """A process of `copy_worker`.
 
     Attributes:
         copied_bytes: number of bytes that it has copied so far.
-        is_dead: True if it has ended before an answer.
     """
 
     def __init__(self) -> None:
-        paths = os.pathsep.join(one for one in sys.path if one)
-        self.copied_bytes, self.is_dead = 0, False
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_ds.checkpoint.copy_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-            start_new_session=True,  # a Ctrl-C is for the run, which finishes its copies
-        )
-        self._ending = weakref.finalize(self, _end, self._process, os.getpid())
+        super().__init__("megatron_ds.checkpoint.copy_worker")
+        self.copied_bytes = 0
 
     def copy(self, files: Iterable[FileCopy]) -> None:
         """Copy files, one after the other.
@@ -272,25 +257,11 @@ class _CopyProcess:
         Raises:
             OSError: one of them cannot be copied.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says that it has died
-            self._process.stdin.write(json.dumps(list(files)) + "\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
-            answer = json.loads(line)
+        self.send(list(files))
+        while (answer := self.receive()) is not None:
             if "error" in answer:
                 raise OSError(answer["error"])
             if "done" in answer:
                 return
             self.copied_bytes += answer["bytes"]
-        self.is_dead = True
-        raise OSError(f"the process that copies ended with status {self._process.wait()}")
-
-
-def _end(process: subprocess.Popen[str], owner: int) -> None:
-    """End a process that copies; one that was forked from its owner leaves it alone."""
-    if os.getpid() == owner and process.stdin is not None and process.stdout is not None:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
+        raise OSError(f"the process that copies ended with status {self.wait()}")

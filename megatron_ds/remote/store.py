@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import subprocess
-import sys
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +9,7 @@ from typing import Any
 
 from megatron_ds.errors import RemoteError
 from megatron_ds.untrusted.names import is_inside_name
+from megatron_ds.worker_process import WorkerProcess
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Store:
 
     def __init__(self, url: str, named: str) -> None:
         self.url, self.named = url.rstrip("/"), named
-        self._worker: _Worker | None = None
+        self._worker: WorkerProcess | None = None
 
     def list(self) -> list[RemoteFile]:
         """Return all files, in the order of their names; empty if the URL has no file.
@@ -97,7 +91,7 @@ class Store:
     def _start(self, action: str, more: Mapping[str, Any]) -> Transfer:
         """Send a request to this store's process, which serves one at a time."""
         if self._worker is None or self._worker.is_dead:
-            self._worker = _Worker()
+            self._worker = WorkerProcess("megatron_ds.remote.worker", TOKENIZERS_PARALLELISM="false")
         self._worker.send({"action": action, "url": self.url, **more})
         return Transfer(self, self._worker)
 
@@ -110,7 +104,7 @@ class Store:
 class Transfer:
     """A request that a store's process is answering. Until it has, the store takes no other."""
 
-    def __init__(self, store: Store, worker: _Worker) -> None:
+    def __init__(self, store: Store, worker: WorkerProcess) -> None:
         self._store, self._worker = store, worker
 
     @property
@@ -120,7 +114,10 @@ class Transfer:
 
     def answer(self) -> dict[str, Any]:
         """Wait for the answer and return it."""
-        return self._worker.receive()
+        answer = self._worker.receive()
+        if answer is None:
+            return {"error": f"its process ended with status {self._worker.wait()}", "kind": ""}
+        return answer
 
     def result(self) -> Any:
         """Wait for the answer and return the result.
@@ -129,58 +126,6 @@ class Transfer:
             RemoteError: it has failed.
         """
         return self._store._result(self.answer())
-
-
-class _Worker:
-    """A process of `worker`; it ends with the object.
-
-    Attributes:
-        is_dead: True if it has ended before an answer.
-    """
-
-    def __init__(self) -> None:
-        variables = {"PYTHONPATH": os.pathsep.join(one for one in sys.path if one), "TOKENIZERS_PARALLELISM": "false"}
-        self.is_dead = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_ds.remote.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **variables},
-            start_new_session=True,  # a Ctrl-C is for the run, which finishes its upload
-        )
-        self._ending = weakref.finalize(self, _end, self._process, os.getpid())
-
-    @property
-    def has_answer(self) -> bool:
-        assert self._process.stdout is not None
-        poll = select.poll()  # not `select`, which takes no descriptor above 1023
-        poll.register(self._process.stdout, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def send(self, request: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `receive` says that it has died
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-
-    def receive(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith("\n"):
-            self.is_dead = True
-            return {"error": f"its process ended with status {self._process.wait()}", "kind": ""}
-        return dict(json.loads(line))
-
-
-def _end(process: subprocess.Popen[str], owner: int) -> None:
-    """End a process that waits for requests; one that was forked from its owner leaves it alone."""
-    if os.getpid() == owner and process.stdin is not None and process.stdout is not None:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
 
 
 def _wanted(name: str, to: Path, about: RemoteFile | None) -> dict[str, Any]:
