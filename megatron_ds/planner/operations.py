@@ -131,7 +131,7 @@ Operation = Product | Attention | Stream | Collective | Message
 
 
 class Work(Counter[Operation]):
-    """How often each operation runs. Sums of two are `+`; `times` repeats all of it."""
+    """Counts of operations. `+` adds two; `times` repeats all of one."""
 
     def __add__(self, other: Counter[Operation]) -> Work:  # type: ignore[override]
         found = Work(self)
