@@ -1,6 +1,6 @@
 """The scripts of examples/multi_node under real launchers over two machines, each started cold.
 
-torchrun is started on each machine, `deepspeed` connects by ssh, and Slurm is that of Debian's packages.
+torchrun is started on each machine, and `deepspeed` connects by ssh. Slurm is in test_slurm.py.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 
 from tests.cluster.commands import Job, difference, losses, start_cold
 from tests.cluster.conftest import ROOT, Alone, Cluster
-from tests.cluster.services import Slurm, why_no_slurm, why_no_sshd
+from tests.cluster.services import why_no_sshd
 from tests.cluster.test_layouts import BOUND
 
 Seen = Callable[[object], None]
@@ -44,15 +44,4 @@ def test_deepspeed_over_ssh(cluster: Cluster, alone: Alone, seen: Seen) -> None:
     command = (SCRIPTS / "deepspeed.sh", run_file)
     environ = {"HOSTFILE": str(hostfile), "MASTER_PORT": str(cluster.port())}
     started = start_cold(cluster.machines[0], "deepspeed", command, ROOT, cluster.folder, **environ)
-    _check(cluster.job([started]), cluster, alone, seen)
-
-
-@pytest.mark.skipif(why_no_slurm() is not None, reason=str(why_no_slurm()))
-def test_slurm(cluster: Cluster, slurm: Slurm, alone: Alone, seen: Seen) -> None:
-    """The script needs no GPUs where none is asked for; all else is as it stands there."""
-    run_file = cluster.write_run({"parallel": {"pipeline": 2}})
-    options = ("--wait", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--open-mode=append")
-    output = f"--output={cluster.folder / 'slurm.log'}"
-    command = ("sbatch", *options, output, SCRIPTS / "slurm.sbatch", run_file)
-    started = start_cold(slurm.head, "sbatch", command, ROOT, cluster.folder, **slurm.environ)
     _check(cluster.job([started]), cluster, alone, seen)
