@@ -232,6 +232,28 @@ def open_model(
     return LoadedModel(hf, section, weights, seed, frozen_parameters(hf, freeze))
 
 
+def describe_model(
+    hf: HFModel, section: ModelSection, *, peft: str | dict[str, Any] | None = None, freeze: Sequence[str] = ()
+) -> LoadedModel:
+    """Return a model with its adapters and what is frozen, without its weights, of which no file is read.
+
+    Its layers are those that a run trains, and its parameters can only be initialized randomly.
+
+    Args:
+        hf: from `read_model_section`.
+        section: the same section.
+        peft, freeze: see `load_model`.
+
+    Raises:
+        ConfigError: a pattern of `freeze` matches nothing.
+        ConversionError: the config of the adapters is invalid.
+    """
+    if peft is None:
+        return LoadedModel(hf, section, frozen=frozen_parameters(hf, freeze))
+    adapters, _ = open_adapters(peft, section.path, hf, None)
+    return LoadedModel(adapters.model, section, frozen=frozenset(hf.table) - adapters.saved, adapters=adapters)
+
+
 def _note_new_head(weights: HFWeights) -> None:
     new = [name for native in sorted(weights.new) for name in weights.model.table[native].names]
     what = f"new, with random values: {', '.join(new)}" if new else "all its tensors are in the directory"

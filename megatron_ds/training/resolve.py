@@ -95,18 +95,7 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     check_registered_names(run, resumes=checkpoint is not None)
     run = with_directories(run, checkpoint)
     hf = read_model_section(run.model)
-    plan = plan_engine(
-        EngineConfig.of_run(run),
-        hf,
-        world_size,
-        device_type,
-        trains_part=run.peft is not None or bool(run.train.freeze),
-    )
-    check_ramped_batches(run, plan.layout.data)
-    device_settings(run).check_precision(plan.summary.precision)
-    check_data(run.data, run.parallel, hf.core.shape())
-    check_context_length(run.data, run.parallel, plan.context)
-    _check_rope_length(run, hf)
+    plan = plan_engine_of(run, hf, world_size, device_type)
     _check_saving(run, plan)
     _check_paths(run)
     model = open_model(
@@ -120,6 +109,33 @@ def resolve_run(run: RunConfig, world_size: int, device_type: str, checkpoint: P
     check_ramped_lengths(run, plan.context, is_causal=isinstance(objective.data, Causal))
     _check_new_parameters(run, model.hf, objective)
     return ResolvedRun(run, replace(model, change_layers=objective.layers), plan, objective)
+
+
+def plan_engine_of(run: RunConfig, hf: HFModel, world_size: int, device_type: str) -> EnginePlan:
+    """Check a run against its model's config and the number of ranks; no files of weights or data are read.
+
+    Args:
+        run: the run file.
+        hf: the model of its `model` section.
+        world_size: number of ranks.
+        device_type: torch's name, such as `cpu` or `cuda`.
+
+    Raises:
+        ConfigError, TopologyError: see `plan_engine`, `check_data` and `check_context_length`.
+    """
+    plan = plan_engine(
+        EngineConfig.of_run(run),
+        hf,
+        world_size,
+        device_type,
+        trains_part=run.peft is not None or bool(run.train.freeze),
+    )
+    check_ramped_batches(run, plan.layout.data)
+    device_settings(run).check_precision(plan.summary.precision)
+    check_data(run.data, run.parallel, hf.core.shape())
+    check_context_length(run.data, run.parallel, plan.context)
+    _check_rope_length(run, hf)
+    return plan
 
 
 def device_settings(run: RunConfig) -> DeviceSettings:

@@ -40,7 +40,7 @@ class CorruptedText:
         self._lengths = sample_lengths(seq_length, objective)
         self._refuse_too_short(corpus, seq_length, objective)
         self.seq_length = seq_length
-        self.target_length = objective.target_length or -(-self._lengths.targets // _TARGET_MULTIPLE) * _TARGET_MULTIPLE
+        self.target_length = target_length(seq_length, objective)
         padded = ("attention_mask",) if self._lengths.inputs < seq_length else ()
         self.columns = ("input_ids", *padded, "decoder_input_ids", "targets")
         self.fingerprint = corpus.fingerprint(
@@ -109,6 +109,16 @@ def sample_lengths(seq_length: int, objective: Seq2Seq) -> CorruptionLengths:
             f"nearest: {_SMALLEST_LENGTH}"
         )
     return lengths
+
+
+def target_length(seq_length: int, objective: Seq2Seq) -> int:
+    """Return T: the objective's, or the smallest multiple of 8 that holds the targets.
+
+    Raises:
+        DataError: S is below 3.
+    """
+    targets = sample_lengths(seq_length, objective).targets
+    return objective.target_length or -(-targets // _TARGET_MULTIPLE) * _TARGET_MULTIPLE
 
 
 def find_sentinels(
