@@ -49,7 +49,7 @@ class Rows:
 
     Attributes:
         seq_length: S, positions of the inputs.
-        target_length: T, positions of a decoder with inputs of its own; None = there is none.
+        target_length: T, positions of a decoder with inputs of its own; None = the model has no such decoder.
         columns: of a batch, by their names in `megatron_ds.columns`.
     """
 
@@ -75,7 +75,7 @@ class PlanInput:
         machines: that it runs on.
         frozen: native names of parameters that are not trained.
         groups: native name -> index of its entry in `optimizer.groups`; see `grouped_parameters`.
-        saves_asynchronously: checkpoints are copied to host memory and written while steps go on.
+        saves_asynchronously: checkpoints are copied to host memory and written in the background.
         save_every: steps between checkpoints; 0 = none.
     """
 
@@ -108,7 +108,7 @@ class PlanInput:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return DTYPES[self.engine.summary.precision]
 
     @property
