@@ -51,11 +51,13 @@ class Rows:
         seq_length: S, positions of the inputs.
         target_length: T, positions of a decoder with inputs of its own; None = the model has no such decoder.
         columns: of a batch, by their names in `megatron_ds.columns`.
+        labelled: share of the positions that carry loss.
     """
 
     seq_length: int
     target_length: int | None = None
     columns: tuple[str, ...] = ("input_ids", "targets")
+    labelled: float = 1.0
 
     @property
     def positions(self) -> int:

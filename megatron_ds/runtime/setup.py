@@ -12,10 +12,14 @@ from megatron_ds.config import (
     ContextPlan,
     DeepSpeedSummary,
     EngineConfig,
+    RunConfig,
     check_activations,
+    check_context_length,
+    check_data,
     check_engine,
     check_experts,
     check_option_values,
+    check_ramped_batches,
     check_recomputation,
     check_state_in_memory,
     fill_deepspeed,
@@ -89,6 +93,29 @@ def plan_engine(
     context = plan_context(parallel.context, shape, parallel.tensor)
     layout = Layout(tensor=parallel.tensor, pipeline=parallel.pipeline, context=context.size, data=data_size)
     return EnginePlan(config, layout, context, fill_deepspeed(mapping, config, data_size, shape.hidden_size), summary)
+
+
+def plan_run(run: RunConfig, hf: HFModel, world_size: int, device_type: str) -> EnginePlan:
+    """Check a run's layout, batches and lengths against its model and the number of ranks, and plan its engine.
+
+    It needs no weights and no data. `train`, the planner and its search check by it.
+
+    Args:
+        run: the run file.
+        hf: its model.
+        world_size: number of ranks.
+        device_type: torch's name, such as `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: a value is invalid or contradicts another, or a name is not registered.
+        TopologyError: a size is not divisible by a number of ranks.
+    """
+    trains_part = run.peft is not None or bool(run.train.freeze)
+    plan = plan_engine(EngineConfig.of_run(run), hf, world_size, device_type, trains_part=trains_part)
+    check_ramped_batches(run, plan.layout.data)
+    check_data(run.data, run.parallel, hf.core.shape())
+    check_context_length(run.data, run.parallel, plan.context)
+    return plan
 
 
 def _check_optimizer(config: EngineConfig, summary: DeepSpeedSummary, device_type: str) -> None:

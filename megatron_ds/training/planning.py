@@ -80,4 +80,5 @@ def rows_of(run: RunConfig, objective: DataObjective) -> Rows:
         columns = (INPUT_IDS.name, DECODER_INPUT_IDS.name, TARGETS.name)
         cuts_spans = FORMATS.get(data.format, "data.format").cuts_spans
         length = target_length(data.seq_length, objective) if cuts_spans else data.target_length or data.seq_length
-    return Rows(data.seq_length, length, columns)
+    labelled = objective.mask_rate if isinstance(objective, Masked) else 1.0
+    return Rows(data.seq_length, length, columns, labelled)

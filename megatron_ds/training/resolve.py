@@ -8,11 +8,7 @@ from pathlib import Path
 
 from megatron_ds.checkpoint.directory import checkpoints_in, is_checkpoint, resolve_checkpoint
 from megatron_ds.config import (
-    EngineConfig,
     RunConfig,
-    check_context_length,
-    check_data,
-    check_ramped_batches,
     check_ramped_lengths,
     check_repeats,
     check_saving,
@@ -40,7 +36,7 @@ from megatron_ds.runtime.loaded_model import (
 )
 from megatron_ds.runtime.objective import Objective, find_objective, new_parameters
 from megatron_ds.runtime.optimizer_groups import grouped_parameters
-from megatron_ds.runtime.setup import EnginePlan, plan_engine
+from megatron_ds.runtime.setup import EnginePlan, plan_run
 from megatron_ds.training.model_paths import with_directories
 from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resume import RUN_FILE, check_same_model, checkpoint_folder
@@ -121,19 +117,10 @@ def plan_engine_of(run: RunConfig, hf: HFModel, world_size: int, device_type: st
         device_type: torch's name, such as `cpu` or `cuda`.
 
     Raises:
-        ConfigError, TopologyError: see `plan_engine`, `check_data` and `check_context_length`.
+        ConfigError, TopologyError: see `plan_run`.
     """
-    plan = plan_engine(
-        EngineConfig.of_run(run),
-        hf,
-        world_size,
-        device_type,
-        trains_part=run.peft is not None or bool(run.train.freeze),
-    )
-    check_ramped_batches(run, plan.layout.data)
+    plan = plan_run(run, hf, world_size, device_type)
     device_settings(run).check_precision(plan.summary.precision)
-    check_data(run.data, run.parallel, hf.core.shape())
-    check_context_length(run.data, run.parallel, plan.context)
     _check_rope_length(run, hf)
     return plan
 
