@@ -158,6 +158,24 @@ class Work(Counter[Operation]):
 
 
 @dataclass(frozen=True)
+class GradientArrival:
+    """The moment of a layer's backward pass at which autograd has a gradient of a parameter.
+
+    Attributes:
+        parameter: its name in the layer.
+        peak_bytes: the most that has been live since the arrival before, or since the backward pass began, beyond what
+            was live before the layer's forward pass. Gradients of parameters do not count, this one neither.
+        live_bytes: what is live of it now.
+        num_bytes: of the gradient.
+    """
+
+    parameter: str
+    peak_bytes: int
+    live_bytes: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class LayerTrace:
     """One layer of a model on one rank, for one micro-batch: its operations and its memory.
 
@@ -174,6 +192,7 @@ class LayerTrace:
             forward pass: kept memory, the gradients of output and input, and temporaries; without gradients of
             parameters.
         grad_input_bytes: of the gradient of its input, which is live after its backward pass.
+        arrivals: gradients of parameters in the order in which they are computed; empty = not recorded.
     """
 
     name: str
@@ -185,3 +204,4 @@ class LayerTrace:
     forward_peak_bytes: int
     backward_peak_bytes: int
     grad_input_bytes: int
+    arrivals: tuple[GradientArrival, ...] = ()
