@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -91,6 +91,7 @@ class Collective:
             and what one rank gives to an all-to-all.
         ranks: number of ranks along the axis.
         hidden: it runs while the rank computes something that does not need it.
+        uneven_bytes: what this rank sends to others in an all-to-all whose parts differ; None = the parts are equal.
     """
 
     kind: CollectiveKind
@@ -98,10 +99,13 @@ class Collective:
     num_bytes: int
     ranks: int
     hidden: bool = False
+    uneven_bytes: int | None = None
 
     @property
     def sent_bytes(self) -> Fraction:
         """Bytes that each rank sends, for ring algorithms; exact."""
+        if self.uneven_bytes is not None:
+            return Fraction(self.uneven_bytes)
         share = Fraction(self.ranks - 1, self.ranks)
         factor = 2 if self.kind == "all_reduce" else 1
         return factor * share * self.num_bytes
@@ -127,7 +131,22 @@ class Message:
         return Fraction(self.num_bytes)
 
 
-Operation = Product | Attention | Stream | Collective | Message
+@dataclass(frozen=True)
+class HostCopy:
+    """A copy between the device and its host.
+
+    Attributes:
+        num_bytes: copied.
+        to_host: to the host; False = from it.
+        hidden: see `Collective`.
+    """
+
+    num_bytes: int
+    to_host: bool
+    hidden: bool = True
+
+
+Operation = Product | Attention | Stream | Collective | Message | HostCopy
 
 
 class Work(Counter[Operation]):
@@ -189,9 +208,13 @@ class LayerTrace:
         output_bytes: of its output, which is part of `kept_bytes`, and which the next stage gets if one begins there.
         forward_peak_bytes: the most that is live during the forward pass, beyond what was live before it.
         backward_peak_bytes: the most that is live during the backward pass, beyond what was live before the layer's
-            forward pass: kept memory, the gradients of output and input, and temporaries; without gradients of
-            parameters.
+            forward pass: kept memory, the gradients of output and input, temporaries, and the gradient of each
+            parameter from its product until an engine could take it.
         grad_input_bytes: of the gradient of its input, which is live after its backward pass.
+        recompute: the part of `backward` that repeats operations of the forward pass.
+        shared_bytes: memory that the layer's first forward pass leaves for all later ones, such as tables of angles,
+            which layers after it share. No other number contains it.
+        host_bytes: part of what the forward pass leaves that is kept in host memory, and in no other number.
         arrivals: gradients of parameters in the order in which they are computed; empty = not recorded.
     """
 
@@ -204,4 +227,7 @@ class LayerTrace:
     forward_peak_bytes: int
     backward_peak_bytes: int
     grad_input_bytes: int
+    recompute: Work = field(default_factory=Work)
+    shared_bytes: int = 0
+    host_bytes: int = 0
     arrivals: tuple[GradientArrival, ...] = ()
