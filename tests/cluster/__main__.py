@@ -34,8 +34,9 @@ def main() -> None:
         print("cluster: skipped, because this system lets this user make no network namespaces (try as root)")
         print("0 passed, 0 failed, 1 skipped")
         return
-    here = Path(__file__).parent
-    pytest = [sys.executable, "-m", "pytest", "-m", "cluster", str(here), *sys.argv[1:]]
+    names_tests = any(Path(argument.partition("::")[0]).exists() for argument in sys.argv[1:])
+    all_tests = [] if names_tests else [str(Path(__file__).parent)]
+    pytest = [sys.executable, "-m", "pytest", "-m", "cluster", *all_tests, *sys.argv[1:]]
     os.environ[SANDBOX] = "1"
     os.execvp(command[0], [*command, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *pytest])
 
