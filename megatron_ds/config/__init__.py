@@ -1,6 +1,7 @@
 """Configuration of a run: the run file, the DeepSpeed JSON, and the checks of both against a model and its ranks."""
 
 from megatron_ds.config.activation_checks import check_activations
+from megatron_ds.config.automatic import refuse_choices
 from megatron_ds.config.batch_ramp import BatchSizes
 from megatron_ds.config.checks import (
     ModelShape,
@@ -104,5 +105,6 @@ __all__ = [
     "load_run",
     "parse_start",
     "plan_context",
+    "refuse_choices",
     "summarize_deepspeed",
 ]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from megatron_ds.config.automatic import AUTO
 from megatron_ds.config.deepspeed_json import DEFAULT_STAGE, load_deepspeed, read_deepspeed_file
 from megatron_ds.config.error_messages import explain
 from megatron_ds.config.run_config import RunConfig
@@ -173,8 +174,14 @@ def _context_mapping(given: Any) -> Any:
     return {"size": given} if isinstance(given, int) and not isinstance(given, bool) else given
 
 
+def _parallel_mapping(given: Any) -> Any:
+    """Return the mapping that an override of a size changes: it replaces the planner's choice."""
+    return {} if given == AUTO else given
+
+
 _SHORT_FORMS: Mapping[str, Callable[[Any], Any]] = {
     "deepspeed": _deepspeed_mapping,
+    "parallel": _parallel_mapping,
     "parallel.context": _context_mapping,
 }
 """Section -> the mapping that another value in the section's place stands for."""

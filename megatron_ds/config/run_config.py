@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
+from megatron_ds.config.automatic import PARALLEL_SIZES, check_nothing_given, expand_micro_batch, expand_parallel
 from megatron_ds.config.batch_ramp import BatchRamp, BatchSizes, batch_sizes, check_batch_ramp
 from megatron_ds.config.context_section import ContextSection
 from megatron_ds.config.data_section import DataSection
@@ -193,15 +194,25 @@ class ParallelSection(Section):
 
     `context`: ranks that divide each sequence. `expert`: number of ranks that divide the experts of a layer,
     consecutive ranks of a pipeline stage; None: the tensor ranks. `shared_memory`: tensor ranks on the CPU of one
-    machine all-reduce through shared memory instead of TCP.
+    machine all-reduce through shared memory instead of TCP. `auto`: the planner chooses all but `shared_memory` when
+    the run starts; the run file may write `parallel: auto`.
     """
 
+    auto: bool = False
     tensor: Count = 1
     pipeline: Count = 1
     context: ContextSection = ContextSection()
     expert: Count | None = None
     sequence: bool = False
     shared_memory: bool = False
+
+    @model_validator(mode="after")
+    def _chosen_together(self) -> "ParallelSection":
+        if self.auto:
+            fields = {name: getattr(self, name) for name in PARALLEL_SIZES}
+            defaults = type(self).model_fields
+            check_nothing_given({name: one for name, one in fields.items() if one != defaults[name].default})
+        return self
 
     @field_serializer("context")
     def _plain_context(self, context: ContextSection) -> Any:
@@ -317,6 +328,8 @@ class TrainSection(Section):
     when the data are open (`RunConfig.with_steps`).
     `batch_ramp`: smaller batches in the first steps (None: all steps have `global_batch_size` samples). `length_ramp`:
     shorter rows in the first steps (None: all have `data.seq_length` tokens).
+    `auto_micro_batch_size`: the planner chooses `micro_batch_size` when the run starts; the run file may write
+    `micro_batch_size: auto`.
     `objective`: "auto" follows from the kind of model; otherwise the name of a registered one. `eval_every: 0`
     validates once, after the last step. `max_time`: seconds after which the run saves and ends. `max_bad_steps`: the
     run ends after this many consecutive steps without a finite loss and gradient norm. `step_timeout`: it ends after
@@ -344,6 +357,7 @@ class TrainSection(Section):
     batch_ramp: BatchRamp | None = None
     length_ramp: LengthRamp | None = None
     micro_batch_size: Count = 1
+    auto_micro_batch_size: bool = False
     seed: Annotated[int, BeforeValidator(integral_float_to_int), Field(ge=0, lt=2**32)] = 1234
     eval_every: CountOrZero = 0
     log_every: Count = 1
@@ -372,6 +386,20 @@ class TrainSection(Section):
     check_repeats: CountOrZero = 0
     device_test: bool = False
     freeze: list[Text] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chosen_micro_batch(cls, data: Any) -> Any:
+        return expand_micro_batch(data)
+
+    @model_validator(mode="after")
+    def _one_micro_batch(self) -> "TrainSection":
+        if self.auto_micro_batch_size and self.micro_batch_size != 1:
+            raise ConfigError(
+                f"train.auto_micro_batch_size=true chooses train.micro_batch_size, which is {self.micro_batch_size}; "
+                "keep one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
@@ -477,7 +505,7 @@ class RunConfig(Section):
     """
 
     model: ModelSection
-    parallel: ParallelSection = ParallelSection()
+    parallel: Annotated[ParallelSection, BeforeValidator(expand_parallel)] = ParallelSection()
     peft: Annotated[PathOrMapping | None, BeforeValidator(_peft)] = None
     deepspeed: Annotated[PathOrMapping, BeforeValidator(path_or_mapping)] = {}
     data: DataSection

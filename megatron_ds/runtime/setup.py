@@ -25,6 +25,7 @@ from megatron_ds.config import (
     fill_deepspeed,
     load_deepspeed,
     plan_context,
+    refuse_choices,
     summarize_deepspeed,
 )
 from megatron_ds.engine import OPTIMIZERS, Engine, EngineOptions, build_engine, enable_shared_memory, state_kinds_of
@@ -73,6 +74,7 @@ def plan_engine(
         ConfigError: a value is invalid or contradicts another, or a name is not registered.
         TopologyError: a size is not divisible by a number of ranks.
     """
+    refuse_choices(parallel=config.parallel.auto)
     check_choice(config.kernels)
     if config.optimizer is not None:
         optimizer = OPTIMIZERS.get(config.optimizer.name, "optimizer.name")
@@ -110,6 +112,7 @@ def plan_run(run: RunConfig, hf: HFModel, world_size: int, device_type: str) -> 
         ConfigError: a value is invalid or contradicts another, or a name is not registered.
         TopologyError: a size is not divisible by a number of ranks.
     """
+    refuse_choices(parallel=run.parallel.auto, micro_batch=run.train.auto_micro_batch_size)
     trains_part = run.peft is not None or bool(run.train.freeze)
     plan = plan_engine(EngineConfig.of_run(run), hf, world_size, device_type, trains_part=trains_part)
     check_ramped_batches(run, plan.layout.data)

@@ -103,6 +103,7 @@ def test_defaults(run_file):
         "batch_ramp": None,
         "length_ramp": None,
         "micro_batch_size": 1,
+        "auto_micro_batch_size": False,
         "seed": 1234,
         "eval_every": 0,
         "log_every": 1,

@@ -82,7 +82,7 @@ REFUSALS = [
     ("trian=3", f"trian: unknown key; legal here: {TOP}"),
     (
         "parallel.qqqq=1",
-        "parallel.qqqq: unknown key; legal here: context, expert, pipeline, sequence, shared_memory, tensor",
+        "parallel.qqqq: unknown key; legal here: auto, context, expert, pipeline, sequence, shared_memory, tensor",
     ),
     ("export={pth: x}", "export.pth: unknown key; did you mean export.path?"),
     ("data.train=[{path: a, wieght: 1}]", "data.train[0].wieght: unknown key; did you mean data.train[0].weight?"),
