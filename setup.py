@@ -70,7 +70,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ds", "megatron_ds.*"]),
-    package_data={"megatron_ds": ["py.typed", "hf/proof.json"]},
+    package_data={"megatron_ds": ["py.typed", "hf/proof.json", "planner/profiles/*/*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.15",
         "deepspeed>=0.19.8,<0.20",

@@ -1,4 +1,4 @@
-"""Peak speed of a GPU's tensor cores by its name, from NVIDIA's data sheets: the denominator of MFU.
+"""Peak speed of a GPU's tensor cores by its name, from data sheets: the denominator of MFU.
 
 Model FLOPs utilisation (MFU) is the model FLOP/s of a rank divided by the peak of its device at dense matrix products
 in the run's precision (Chowdhery et al. 2022, "PaLM"). Data sheets often print the value with sparsity, twice the dense
@@ -32,14 +32,15 @@ BF16_TFLOPS: dict[str, float] = {
     r"GeForce RTX 3090": 71.0,
     r"GeForce RTX 4090": 165.2,
     r"GeForce RTX 5090": 209.5,
+    r"AMD Instinct MI300X( OAM)?": 1307.4,
 }
 """Name without "NVIDIA", as a pattern of all of it -> dense bf16 TFLOP/s, sums in fp32.
 
 Data sheets: A100 (NVIDIA 2021), A10 and A30 (2021), A10G (AWS G5, 2021), A40, RTX A6000 and GeForce 30 (GA102
 whitepaper, 2021), H100 (2023), H200 (2024), GH200 (2024), L4, L40 and L40S (2023), GeForce 40 (Ada whitepaper, 2023),
 B200 and GB200 (Blackwell, 2024: 4.5 and 5 PFLOP/s with sparsity), B300 and GB300 (Blackwell Ultra, 2025: as B200 and
-GB200), GeForce 50 (RTX Blackwell whitepaper, 2025). A800 and H800 differ from A100 and H100 in their links; H20 is the
-part for export.
+GB200), GeForce 50 (RTX Blackwell whitepaper, 2025), MI300X (AMD, 2023). A800 and H800 differ from A100 and H100 in
+their links; H20 is the part for export.
 """
 
 FP16_TFLOPS: dict[str, float] = {

@@ -71,10 +71,12 @@ class Stream:
     Attributes:
         num_bytes: read and written.
         launches: kernels that are started.
+        name: of the function, as torch has it ("silu", "_softmax"), for devices whose profile has times by name.
     """
 
     num_bytes: int
     launches: int = 1
+    name: str = ""
 
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]

@@ -45,6 +45,8 @@ TENSOR_HEADER = Limits("a header of safetensors", _AGAIN, 100_000_000, 8, 2_000_
 """100,000,000 bytes are the limit of the format."""
 RUN_FILE = Limits("a run file", "try a smaller file", _MB, 64, 50_000, _MB, 10**36)
 DEEPSPEED_SETTINGS = Limits("a DeepSpeed JSON", "try a smaller file", _MB, 32, 20_000, 65_536)
+PROFILE = Limits("a profile of a device", "try `megatron-ds plan --calibrate` again", 4 * _MB, 8, 200_000, 65_536)
+"""A calibrated machine has some 500 measured times of up to 10 values."""
 CHECKPOINT_RECORD = Limits("a record of a checkpoint", "try an older checkpoint", 64 * _MB, 32, 1_000_000, _MB)
 RUN_RECORD = Limits("a record of a run", _RUN, 64 * _MB, 32, 1_000_000, _MB)
 RUN_LINE = Limits("a line of a run's record", _RUN, 4 * _MB, 32, 100_000, _MB)

@@ -36,6 +36,7 @@ BF16 = {
     "NVIDIA L40": 181,
     "NVIDIA L40S": 362,
     "NVIDIA GeForce RTX 4090": 165.2,
+    "AMD Instinct MI300X": 1307.4,
 }
 UNKNOWN = (
     "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
@@ -46,7 +47,7 @@ UNKNOWN = (
     "NVIDIA A1000",
     "NVIDIA RTX A1000",
     "NVIDIA H2000",
-    "AMD Instinct MI300X",
+    "AMD Instinct MI250X",
     "",
 )
 
