@@ -1,0 +1,182 @@
+"""Timetables of pipelines by discrete-event simulation: when every pass of a step begins and ends on every rank.
+
+Stages may be uneven, messages take time, and devices may be slow at random with a given variance. Without these, the
+timetable agrees with the closed forms of Narayanan et al. 2021: a step of m micro-batches on p ranks takes
+(m + p - 1) (F + B) by 1F1B, GPipe and DeepSpeed, and (m + (p - 1) / v) (F + B) by interleaved 1F1B with v chunks, where
+F and B are the seconds of a rank's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from megatron_ds.errors import TopologyError
+from megatron_ds.planner.schedules import BACKWARD, FORWARD, Schedule, check_schedule
+from megatron_ds.planner.tasks import Messages, Tasks, tasks_of
+
+Array = np.ndarray
+PassKind = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of one micro-batch through a virtual stage.
+
+    Attributes:
+        forward_s: of the forward pass.
+        backward_s: of the backward pass, recomputation included.
+    """
+
+    forward_s: float
+    backward_s: float
+
+
+class Event(NamedTuple):
+    """A pass of one rank.
+
+    Attributes:
+        rank: from 0.
+        kind: of pass.
+        micro_batch: from 0.
+        chunk: of the rank's layers, from 0.
+        start_s, end_s: seconds since the begin of the step.
+    """
+
+    rank: int
+    kind: PassKind
+    micro_batch: int
+    chunk: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """One step of a pipeline, from its first pass to its last.
+
+    Attributes:
+        schedule: of the pipeline.
+        num_ranks, num_micro_batches, num_chunks: p, m and v.
+        starts_s, ends_s: (2, p v, m) seconds of passes: forward and backward, by virtual stage and micro-batch.
+        duration_s: until the last pass ends, and the last message if messages block.
+        busy_s: seconds in passes, by rank.
+        message_s: seconds in messages by rank, without waiting for the other side; 0 if they overlap.
+        finish_s: end of each rank's last pass.
+        in_flight: see `Order.in_flight`, by rank.
+    """
+
+    schedule: Schedule
+    num_ranks: int
+    num_micro_batches: int
+    num_chunks: int
+    starts_s: Array
+    ends_s: Array
+    duration_s: float
+    busy_s: tuple[float, ...]
+    message_s: tuple[float, ...]
+    finish_s: tuple[float, ...]
+    in_flight: tuple[int, ...]
+
+    @property
+    def bubble_s(self) -> tuple[float, ...]:
+        """Seconds in which a rank waits, by rank."""
+        return tuple(self.duration_s - busy - sent for busy, sent in zip(self.busy_s, self.message_s))
+
+    @property
+    def bubble_share(self) -> float:
+        """Share of all ranks' seconds in which they wait."""
+        return sum(self.bubble_s) / (self.num_ranks * self.duration_s) if self.duration_s else 0.0
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """All passes, by rank and start."""
+        found: list[Event] = []
+        kinds: tuple[PassKind, PassKind] = ("forward", "backward")
+        for direction, kind in enumerate(kinds):
+            for stage in range(self.num_ranks * self.num_chunks):
+                chunk, rank = divmod(stage, self.num_ranks)
+                times = zip(self.starts_s[direction, stage].tolist(), self.ends_s[direction, stage].tolist())
+                found += [Event(rank, kind, number, chunk, start, end) for number, (start, end) in enumerate(times)]
+        return sorted(found, key=lambda event: (event.rank, event.start_s, event.end_s))
+
+
+def simulate(
+    stages: Sequence[StageTimes],
+    num_micro_batches: int,
+    schedule: Schedule = "deepspeed",
+    *,
+    num_chunks: int = 1,
+    message_s: float | Sequence[float] = 0.0,
+    blocking: bool | None = None,
+) -> Timetable:
+    """Return the timetable of a step.
+
+    Args:
+        stages: times of the p v virtual stages in the model's order; stage s runs on rank s % p.
+        num_micro_batches: in a step.
+        schedule: of the passes.
+        num_chunks: v.
+        message_s: seconds of a message from one virtual stage to the next, and of the gradient back: one number, or one
+            for each of the p v - 1 boundaries.
+        blocking: messages occupy both ranks and wait for both; False = they overlap with passes. None = blocking in
+            DeepSpeed's schedule, which sends and receives synchronously, and overlapped in the others.
+
+    Raises:
+        TopologyError: no such schedule, or it cannot run as many stages or micro-batches.
+    """
+    tasks, durations_s = tasks_and_durations(
+        stages, num_micro_batches, schedule, num_chunks=num_chunks, message_s=message_s, blocking=blocking
+    )
+    ends_s = tasks.ends_s(durations_s)
+    shape = (2, tasks.num_stages, num_micro_batches)
+    ends, lengths = (values[: tasks.num_passes].reshape(shape) for values in (ends_s, durations_s))
+    exchanges = [float(durations_s[posted].max(axis=1).sum()) for posted in tasks.posted]
+    return Timetable(
+        schedule=schedule,
+        num_ranks=tasks.num_ranks,
+        num_micro_batches=num_micro_batches,
+        num_chunks=num_chunks,
+        starts_s=ends - lengths,
+        ends_s=ends,
+        duration_s=float(ends_s.max()),
+        busy_s=_by_rank(lengths.sum(axis=(0, 2)), tasks.num_ranks),
+        message_s=tuple(exchanges) or (0.0,) * tasks.num_ranks,
+        finish_s=tuple(ends.max(axis=(0, 2)).reshape(num_chunks, -1).max(axis=0).tolist()),
+        in_flight=tuple(order.in_flight for order in tasks.orders),
+    )
+
+
+def tasks_and_durations(
+    stages: Sequence[StageTimes],
+    num_micro_batches: int,
+    schedule: Schedule,
+    *,
+    num_chunks: int = 1,
+    message_s: float | Sequence[float] = 0.0,
+    blocking: bool | None = None,
+) -> tuple[Tasks, Array]:
+    """Return the tasks of a step and their seconds, by number of the task; see `simulate`."""
+    if len(stages) % num_chunks or not stages:
+        raise TopologyError(f"{len(stages)} virtual stages are not divided by {num_chunks} chunks; nearest: 1 chunk")
+    num_ranks = len(stages) // num_chunks
+    check_schedule(schedule, num_ranks, num_micro_batches, num_chunks)
+    boundaries = np.broadcast_to(np.asarray(message_s, np.float64), (len(stages) - 1,))
+    blocks = schedule == "deepspeed" if blocking is None else blocking
+    messages: Messages = "blocking" if blocks else "overlapped" if boundaries.any() else "none"
+    tasks = tasks_of(schedule, num_ranks, num_micro_batches, num_chunks, messages)
+    shape = (2, len(stages), num_micro_batches)
+    passes, sent = np.empty(shape), np.zeros(shape)
+    passes[FORWARD] = np.array([stage.forward_s for stage in stages])[:, None]
+    passes[BACKWARD] = np.array([stage.backward_s for stage in stages])[:, None]
+    if num_ranks > 1:
+        sent[FORWARD, :-1] = sent[BACKWARD, 1:] = boundaries[:, None]
+    return tasks, np.concatenate([passes.ravel(), sent.ravel(), [0.0]])
+
+
+def _by_rank(of_stages: Array, num_ranks: int) -> tuple[float, ...]:
+    return tuple(of_stages.reshape(-1, num_ranks).sum(axis=0).tolist())
