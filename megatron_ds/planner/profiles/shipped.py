@@ -57,7 +57,7 @@ def find_network(text: str | None, device: Device, gpus_per_node: int) -> Networ
 
     Args:
         text: speed of the network cards, with their kind (infiniband if not given) and their number in a node (one for
-            each GPU if not given): `400Gb/s`, `roce 400Gb/s`, `omnipath 4x100Gb/s`; None = as such devices usually have.
+            each GPU if not given): `400Gb/s`, `roce 400Gb/s`, `omnipath 4x100Gb/s`; None = the usual ones.
         device: profile of the devices, which knows the link inside a node.
         gpus_per_node: devices of a node.
 
