@@ -63,7 +63,7 @@ def order_of(schedule: Schedule, rank: int, num_ranks: int, num_micro_batches: i
         return _batched(*_alternate(ranks, ranks, numbers, numbers, num_micro_batches))
     warm_up = min(num_ranks - rank - 1, num_micro_batches)
     passes = _alternate(ranks, ranks, numbers, numbers, warm_up)
-    return _one_by_one(*passes) if schedule == "deepspeed" else _batched(*passes)
+    return _one_by_one(*passes, pauses=warm_up == num_micro_batches) if schedule == "deepspeed" else _batched(*passes)
 
 
 def check_schedule(schedule: str, num_ranks: int, num_micro_batches: int, num_chunks: int = 1) -> None:
@@ -114,13 +114,14 @@ def _batched(directions: Array, stages: Array, micro_batches: Array) -> Order:
     return Order(directions, stages, micro_batches, receive_at=at - 3, send_at=at + 1)
 
 
-def _one_by_one(directions: Array, stages: Array, micro_batches: Array) -> Order:
+def _one_by_one(directions: Array, stages: Array, micro_batches: Array, pauses: bool) -> Order:
     """Order of DeepSpeed, which sends and receives one after another.
 
-    Between a pass forward and one backward it receives first. Otherwise it sends first.
+    Between a pass forward and one backward it receives first, unless it has steps without a pass between them
+    (`pauses`: there are too few micro-batches to fill the pipeline). Otherwise it sends first.
     """
     at = 4 * np.arange(directions.size)
-    turns = np.append((directions[:-1] == FORWARD) & (directions[1:] == BACKWARD), False)
+    turns = np.append((directions[:-1] == FORWARD) & (directions[1:] == BACKWARD) & (not pauses), False)
     receive_at = at - np.where(np.roll(turns, 1), 3, 2)
     return Order(directions, stages, micro_batches, receive_at=receive_at, send_at=at + np.where(turns, 2, 1))
 

@@ -137,7 +137,7 @@ class _Waits:
 
     def overlapped(self, free: bool) -> Array:
         """(tasks + 1, 2): what each task waits for if messages occupy links, or nothing if they are free."""
-        before = np.full((self.nothing + 1, 2), self.nothing, np.int64)
+        before = np.full((self.nothing + 1, 2), self.nothing, np.int32)
         for order, passes in zip(self.orders, self.passes):
             received, sent = self._received(order), self._sent(order)
             before[passes[1:], 0] = passes[:-1]
@@ -153,8 +153,8 @@ class _Waits:
     def blocking(self) -> Array:
         """(tasks + 1, W): what each task waits for if messages occupy both ranks."""
         width = max(members.shape[1] for members in self.groups)
-        before = np.full((self.nothing + 1, 2 * width), self.nothing, np.int64)
-        ranks_done = np.zeros(self.nothing + 1, np.int64)
+        before = np.full((self.nothing + 1, 2 * width), self.nothing, np.int32)
+        ranks_done = np.zeros(self.nothing + 1, np.int32)
         for members in self.groups:
             earlier = np.vstack([np.full((1, members.shape[1]), self.nothing), members[:-1]])
             for column in members.T:
@@ -182,23 +182,35 @@ class _Waits:
 def _sort(before: Array) -> tuple[Array, Array]:
     """Sort tasks so that each waits only for tasks of lower levels. Return their numbers and the levels' edges."""
     nothing = before.shape[0] - 1
-    waits = before[:nothing].ravel()
-    real = np.flatnonzero(waits < nothing)
-    by_cause = real[np.argsort(waits[real], kind="stable")]
-    after = by_cause // before.shape[1]
-    counts = np.bincount(waits[real], minlength=nothing)
-    begins = np.concatenate([[0], np.cumsum(counts)])
-    open_waits = (before[:nothing] < nothing).sum(axis=1)
+    after = _after(before)
+    open_waits = (before < nothing).sum(axis=1)
+    open_waits[nothing] = -1
+    places = np.empty_like(open_waits)
     level = np.flatnonzero(open_waits == 0)
     found, edges, num = [level], [0, level.size], level.size
     while num < nothing:
-        sizes = counts[level]
-        offsets = np.repeat(begins[level] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-        later = after[offsets]
+        later = after[level].ravel()
         np.subtract.at(open_waits, later, 1)
-        level = np.unique(later[open_waits[later] == 0])
+        level = later[open_waits[later] == 0]
+        numbers = np.arange(level.size)
+        places[level] = numbers
+        level = level[places[level] == numbers]  # once each
         assert level.size, f"{nothing - num} of {nothing} tasks wait for each other"
         found.append(level)
         num += level.size
         edges.append(num)
     return np.concatenate(found), np.array(edges)
+
+
+def _after(before: Array) -> Array:
+    """(tasks, most of one): the tasks that wait for each, padded."""
+    nothing = before.shape[0] - 1
+    causes = before[:nothing].ravel()
+    entries = np.flatnonzero(causes < nothing)
+    entries = entries[np.argsort(causes[entries], kind="stable")]
+    causes, effects = causes[entries], entries // before.shape[1]
+    counts = np.bincount(causes, minlength=nothing)
+    begins = np.cumsum(counts) - counts
+    after = np.full((nothing, max(1, int(counts.max(initial=0)))), nothing)
+    after[causes, np.arange(causes.size) - begins[causes]] = effects
+    return after

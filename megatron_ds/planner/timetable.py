@@ -17,9 +17,11 @@ import numpy as np
 
 from megatron_ds.errors import TopologyError
 from megatron_ds.planner.schedules import BACKWARD, FORWARD, Schedule, check_schedule
+from megatron_ds.planner.stragglers import Jitter
 from megatron_ds.planner.tasks import Messages, Tasks, tasks_of
 
 Array = np.ndarray
+MOST_NUMBERS = 2**22  # durations that are drawn at a time
 PassKind = Literal["forward", "backward"]
 
 
@@ -113,6 +115,7 @@ def simulate(
     num_chunks: int = 1,
     message_s: float | Sequence[float] = 0.0,
     blocking: bool | None = None,
+    jitter: Jitter | None = None,
 ) -> Timetable:
     """Return the timetable of a step.
 
@@ -125,6 +128,7 @@ def simulate(
             for each of the p v - 1 boundaries.
         blocking: messages occupy both ranks and wait for both; False = they overlap with passes. None = blocking in
             DeepSpeed's schedule, which sends and receives synchronously, and overlapped in the others.
+        jitter: random slowness; the timetable is that of one replica in one step.
 
     Raises:
         TopologyError: no such schedule, or it cannot run as many stages or micro-batches.
@@ -132,6 +136,10 @@ def simulate(
     tasks, durations_s = tasks_and_durations(
         stages, num_micro_batches, schedule, num_chunks=num_chunks, message_s=message_s, blocking=blocking
     )
+    if jitter is not None:
+        random = np.random.default_rng(jitter.seed)
+        durations_s = _slow(tasks, durations_s, jitter, random, jitter.slow_devices(random, tasks.num_ranks)[:, :, :1])
+        durations_s = durations_s[:, 0]
     ends_s = tasks.ends_s(durations_s)
     shape = (2, tasks.num_stages, num_micro_batches)
     ends, lengths = (values[: tasks.num_passes].reshape(shape) for values in (ends_s, durations_s))
@@ -149,6 +157,45 @@ def simulate(
         finish_s=tuple(ends.max(axis=(0, 2)).reshape(num_chunks, -1).max(axis=0).tolist()),
         in_flight=tuple(order.in_flight for order in tasks.orders),
     )
+
+
+def step_times(
+    stages: Sequence[StageTimes],
+    num_micro_batches: int,
+    schedule: Schedule,
+    jitter: Jitter,
+    num_steps: int,
+    *,
+    num_chunks: int = 1,
+    message_s: float | Sequence[float] = 0.0,
+    blocking: bool | None = None,
+) -> Array:
+    """(num_steps,) seconds of consecutive steps of one run, each of which ends with its slowest replica.
+
+    Args:
+        stages, num_micro_batches, schedule, num_chunks, message_s, blocking: see `simulate`.
+        jitter: random slowness.
+        num_steps: number of steps.
+    """
+    tasks, durations_s = tasks_and_durations(
+        stages, num_micro_batches, schedule, num_chunks=num_chunks, message_s=message_s, blocking=blocking
+    )
+    random = np.random.default_rng(jitter.seed)
+    of_devices = jitter.slow_devices(random, tasks.num_ranks)
+    at_once = max(1, MOST_NUMBERS // durations_s.size)
+    found = np.zeros(num_steps)
+    for step in range(num_steps):
+        for low in range(0, jitter.replicas, at_once):
+            slow_s = _slow(tasks, durations_s, jitter, random, of_devices[:, :, low : low + at_once])
+            found[step] = max(found[step], tasks.ends_s(slow_s).max())
+    return found
+
+
+def _slow(tasks: Tasks, durations_s: Array, jitter: Jitter, random: np.random.Generator, of_devices: Array) -> Array:
+    """(tasks + 1, replicas) random seconds of one step."""
+    passes_s = durations_s[: tasks.num_passes].reshape(2, tasks.num_stages, -1)
+    slow = jitter.slow_passes(random, passes_s, of_devices).reshape(tasks.num_passes, -1)
+    return np.concatenate([slow, np.repeat(durations_s[tasks.num_passes :, None], slow.shape[1], axis=1)])
 
 
 def tasks_and_durations(
