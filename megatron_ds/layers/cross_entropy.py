@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.columns import IGNORE_INDEX
+from megatron_ds.layers.device_kind import device_kind
 from megatron_ds.layers.kernels import LogitFinish, LossCall
 from megatron_ds.layers.kernels.cross_entropy import CrossEntropy, reference_cross_entropy
 from megatron_ds.layers.products import add_product_, gradient_sum, linear, multiply_into
@@ -66,7 +67,7 @@ class VocabShard:
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Return the rows (columns, H) of the matmul, and their offsets: the valid ones and padding to `ALIGNMENT`."""
-        multiple = ALIGNMENT.get(self.weight.device.type, 1)
+        multiple = ALIGNMENT.get(device_kind(self.weight.device), 1)
         columns = -(-self.valid // multiple) * multiple
         if columns <= self.weight.shape[0]:
             return self.weight[:columns], self.bias[:columns] if self.bias is not None else None
@@ -199,7 +200,7 @@ def _chunk_tokens(tokens: int, head: VocabShard, wanted: _Wanted) -> int:
     """
     length, width = head.weight.shape
     itemsize = head.weight.element_size() if head.kernel is not None else 4  # PyTorch's formula makes fp32 logits
-    budget = LOGITS_BYTES.get(head.weight.device.type, LOGITS_BYTES["cpu"])
+    budget = LOGITS_BYTES.get(device_kind(head.weight.device), LOGITS_BYTES["cpu"])
     saved = 4 * length * width if wanted.weight and head.weight.dtype == torch.bfloat16 else 0
     if tokens * itemsize * length <= budget + saved:
         return max(tokens, 1)

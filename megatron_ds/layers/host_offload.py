@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_ds.parallel.messages import place_of
+
 
 class Copies(Protocol):
     """Copies between a device and its host, which may run while the device computes."""
@@ -120,10 +122,10 @@ class HostOffload:
     @contextmanager
     def keeping(self, x: Tensor) -> Iterator[None]:
         """Have autograd keep `x` in host memory, if an operation within the block saves it. All others stay."""
-        address, shape = x.data_ptr(), x.shape  # not x itself, which autograd would hold with this function
+        place, shape = place_of(x), x.shape  # not x itself, which autograd would hold with this function
 
         def pack(saved: Tensor) -> Tensor | _Kept:
-            return self._keep(saved) if (saved.data_ptr(), saved.shape) == (address, shape) else saved
+            return self._keep(saved) if (place_of(saved), saved.shape) == (place, shape) else saved
 
         def unpack(packed: Tensor | _Kept) -> Tensor:
             return self._use(packed) if isinstance(packed, _Kept) else packed

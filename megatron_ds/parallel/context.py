@@ -12,11 +12,11 @@ parts of its positions. Without causality, and with one group, every rank holds 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from megatron_ds.parallel.constants import kept
 from megatron_ds.parallel.grid import Axis
 
 Runs = tuple[range, ...]
@@ -111,7 +111,7 @@ def as_index(runs: Runs, device: torch.device) -> slice | Tensor:
     return slice(runs[0].start, runs[0].stop) if len(runs) == 1 else index_of_runs(runs, device)
 
 
-@lru_cache(maxsize=512)  # of the last lengths, each a few numbers a position
+@kept(maxsize=512)  # of the last lengths, each a few numbers a position
 def index_of_runs(runs: Runs, device: torch.device) -> Tensor:
     """Return positions, in order, int64 on a device; made once, because a copy to a GPU makes the host wait."""
     return torch.cat([torch.arange(run.start, run.stop) for run in runs]).to(device)

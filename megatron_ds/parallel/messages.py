@@ -36,6 +36,11 @@ class Messages:
             self.finish()
 
 
+def place_of(x: Tensor) -> tuple[int, int]:
+    """Return where a tensor begins: its storage, and the offset in it. Tensors without values have a place too."""
+    return x.untyped_storage()._cdata, x.storage_offset()
+
+
 def begin_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> tuple[Tensor, Messages]:
     """Start a gather: (S/t, ...) -> (S, ...). Wait for the messages before reading the result.
 
@@ -49,7 +54,7 @@ def begin_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> tuple[Tens
         out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     parts = out.chunk(axis.size)
     works = _exchange([own] * axis.size, parts, axis)
-    if parts[axis.rank].data_ptr() != own.data_ptr():
+    if place_of(parts[axis.rank]) != place_of(own):
         parts[axis.rank].copy_(own)
     return out, Messages(works)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.layers.context.blocks import Block, Form
+from megatron_ds.layers.device_kind import GPU, device_kind
 from megatron_ds.layers.kernels.reference import AttentionCall
 
 _ATEN = torch.ops.aten
@@ -77,9 +78,9 @@ def block_attention(q: Tensor, call: AttentionCall) -> BlockAttention:
         return WrittenOut(call)
     if q.device.type == "cpu":
         return FlashOnCPU(call.scale)
-    if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] % 8 != 0:
+    if device_kind(q.device) != GPU or q.dtype == torch.float64 or q.shape[-1] % 8 != 0:
         return WrittenOut(call)
-    has_flash = q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    has_flash = q.dtype != torch.float32 and _is_ampere_or_later(q.device)
     is_masked = call.key_mask is not None or call.key_bias is not None
     if has_flash and not is_masked and q.shape[-1] <= _MOST_DIMS:
         if call.positions is None:
@@ -87,6 +88,10 @@ def block_attention(q: Tensor, call: AttentionCall) -> BlockAttention:
         if call.bounds is not None:
             return FlashOfDocuments(call.scale, call.longest)
     return EfficientOnCUDA(call.scale)
+
+
+def _is_ampere_or_later(device: torch.device) -> bool:
+    return device.type == "meta" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass(frozen=True)

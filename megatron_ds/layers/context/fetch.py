@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.layers.attention_masks import Span
+from megatron_ds.parallel.constants import kept
 from megatron_ds.parallel.context import Runs, index_of_runs
 from megatron_ds.parallel.grid import Axis
 
@@ -66,7 +66,7 @@ def union(ranges: Sequence[range]) -> Runs:
     return tuple(found)
 
 
-@lru_cache(maxsize=64)  # of the last lengths, by the few kinds of layers
+@kept(maxsize=64)  # of the last lengths, by the few kinds of layers
 def plan_fetch(held: tuple[Runs, ...], wanted: tuple[Runs, ...], rank: int, device: torch.device) -> FetchPlan:
     """Return the plan of a rank. All ranks have the same arguments but for the last two.
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ds.parallel.constants import kept
 from megatron_ds.parallel.grid import Axis
 
 
@@ -88,7 +89,7 @@ class HeadExchange:
         return to_positions(y, self.axis) if self.axis.size > 1 else y
 
 
-@cache
+@kept(maxsize=None)
 def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
     """Return an index on a device; made once, because a copy to a GPU makes the host wait."""
     return torch.tensor(indices, device=device)

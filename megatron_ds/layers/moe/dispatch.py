@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -47,6 +50,38 @@ def count_per_expert(ids: Tensor, num_experts: int) -> Tensor:
     return ends.diff(prepend=ends.new_zeros(1))
 
 
+_EVEN: ContextVar[bool] = ContextVar("even", default=False)
+
+
+@contextmanager
+def even_routing() -> Iterator[None]:
+    """Have the host take it within the block that all experts are chosen alike, because tensors have no values."""
+    token = _EVEN.set(True)
+    try:
+        yield
+    finally:
+        _EVEN.reset(token)
+
+
+def even_parts(count: int, num_parts: int) -> list[int]:
+    """Return the sizes of parts that are as equal as they can be, the larger ones first."""
+    size, larger = divmod(count, num_parts)
+    return [size + (part < larger) for part in range(num_parts)]
+
+
+def _even_numbers(of_experts: Sequence[int], axis: Axis) -> list[int]:
+    """Return the rows to each rank, those from each rank, and those of each of this rank's experts.
+
+    Args:
+        of_experts: rows of each of all experts that a rank has.
+        axis: the ranks that divide the experts.
+    """
+    local = len(of_experts) // axis.size
+    by_rank = [of_experts[begin : begin + local] for begin in range(0, len(of_experts), local)]
+    own = by_rank[axis.rank]
+    return [*map(sum, by_rank), *[sum(own)] * axis.size, *(count * axis.size for count in own)]
+
+
 class Dispatch:
     """The way of one rank's tokens to their experts and back, for one micro-batch.
 
@@ -73,12 +108,15 @@ class Dispatch:
         self.chosen_counts = count_per_expert(by_expert, num_experts)
         if axis.size == 1:
             self.counts = self.chosen_counts
-            self.groups = Groups(self.counts)
+            self.groups = Groups(self.counts, even_parts(len(by_expert), num_experts) if _EVEN.get() else None)
             return
         sent = self.chosen_counts.view(axis.size, local)
         received = exchange_counts(sent, axis)
         self.counts = received.sum(0)
-        numbers = torch.cat([sent.sum(1), received.sum(1), self.counts]).tolist()  # the only wait of the host
+        if _EVEN.get():
+            numbers = _even_numbers(even_parts(len(by_expert), num_experts), axis)
+        else:
+            numbers = torch.cat([sent.sum(1), received.sum(1), self.counts]).tolist()  # the only wait of the host
         self._sent, self._received = numbers[: axis.size], numbers[axis.size : 2 * axis.size]
         self.groups = Groups(self.counts, numbers[2 * axis.size :])
         experts = torch.arange(local, device=chosen.device).repeat(axis.size)

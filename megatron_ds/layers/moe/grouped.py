@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ds.layers.device_kind import GPU, device_kind
 from megatron_ds.layers.products import add_product_, gradient_sum, multiply_into
 
 _ALIGNMENT = 16  # bytes that the address and the rows of an operand of torch's grouped product are multiples of
@@ -135,7 +136,7 @@ def _has_grouped_product(left: Tensor, right: Tensor) -> bool:
     any size are right in all three products, because none of them divides a contiguous dim of an operand: then torch
     asserts on the device that sizes are multiples of 16 bytes, and not 0.
     """
-    if left.device.type != "cuda" or left.dtype != torch.bfloat16 or not _is_one_kernel(left.device):
+    if device_kind(left.device) != GPU or left.dtype != torch.bfloat16 or not _is_one_kernel(left.device):
         return False
     places = (n for one in (left, right) for n in (one.shape[-1], one.storage_offset()))
     return all(place * left.itemsize % _ALIGNMENT == 0 for place in places)
@@ -149,5 +150,5 @@ def _is_one_kernel(device: torch.device) -> bool:
     """
     if not hasattr(F, "grouped_mm"):
         return False
-    no_device = not torch.cuda.is_available()  # the tensors have no memory
+    no_device = device.type == "meta" or not torch.cuda.is_available()  # the tensors have no memory
     return no_device or torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -46,7 +46,8 @@ class Padding:
         padded = torch.tensor(sizes, dtype=torch.int64)
         shifts = (padded - groups.counts).cumsum(0).roll(1)
         shifts[:1] = 0
-        places = torch.arange(sum(groups.sizes)) + shifts.repeat_interleave(groups.counts)
+        count = sum(groups.sizes)
+        places = torch.arange(count) + shifts.repeat_interleave(groups.counts, output_size=count)
         return cls(Groups(padded, sizes), places)
 
     def add(self, rows: Tensor) -> Tensor:

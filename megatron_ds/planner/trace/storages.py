@@ -21,47 +21,70 @@ class LiveStorages(TorchDispatchMode):
     Attributes:
         live_bytes: now.
         peak_bytes: the most since the beginning, or since `reset_peak`.
+        left_out_bytes: of storages that are alive and do not count; see `leave_out`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self._sizes: dict[int, int] = {}  # address of a storage -> bytes that count
+        self.live_bytes = self.peak_bytes = self.left_out_bytes = 0
+        self._serials: dict[int, int] = {}  # address of a storage, which another one may have later -> its number
+        self._sizes: dict[int, int] = {}  # number of a storage -> bytes that count
+        self._num_storages = 0
 
     def reset_peak(self) -> None:
         """Begin the search for the peak again, from the memory that is alive now."""
         self.peak_bytes = self.live_bytes
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Have a tensor's memory not count, because it is somewhere else, such as on the host."""
-        self._resize(tensor.untyped_storage()._cdata, 0)
+        """Have a tensor's memory count in `left_out_bytes` alone, because it is somewhere else, such as on the host."""
+        storage = tensor.untyped_storage()
+        self._resize(self._serials[storage._cdata], 0)
+        self._leave_out(storage.nbytes())
+        weakref.finalize(storage, self._leave_out, -storage.nbytes())
+
+    def serial_of(self, tensor: Tensor) -> int | None:
+        """Return the number of a tensor's storage, in the order in which they were made; None = it does not count."""
+        return self._serials.get(tensor.untyped_storage()._cdata)
 
     def size_of(self, tensor: Tensor) -> int:
         """Return the bytes of a tensor's storage that count."""
-        return self._sizes.get(tensor.untyped_storage()._cdata, 0)
+        return self._sizes.get(self._serials.get(tensor.untyped_storage()._cdata, -1), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))} if _may_alias(func) else ()
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in self._sizes:
-                if self._sizes[key] and self._sizes[key] != storage.nbytes():
-                    self._resize(key, storage.nbytes())
-            elif key not in given:
-                self._sizes[key] = 0
-                weakref.finalize(storage, self._release, key)
-                self._resize(key, storage.nbytes())
+            address = storage._cdata
+            if address in self._serials:
+                serial = self._serials[address]
+                if self._sizes[serial] and self._sizes[serial] != storage.nbytes():
+                    self._resize(serial, storage.nbytes())
+            elif address not in given:
+                self._begin(storage, address)
         return result
 
-    def _resize(self, key: int, num_bytes: int) -> None:
-        self.live_bytes += num_bytes - self._sizes.get(key, 0)
-        self._sizes[key] = num_bytes
+    def _begin(self, storage: torch.UntypedStorage, address: int) -> None:
+        self._num_storages += 1
+        serial = self._serials[address] = self._num_storages
+        self._sizes[serial] = 0
+        weakref.finalize(storage, self._release, address)
+        self._resize(serial, storage.nbytes())
+
+    def _resize(self, serial: int, num_bytes: int) -> None:
+        before, self._sizes[serial] = self._sizes[serial], num_bytes
+        self._change(serial, num_bytes - before)
+
+    def _release(self, address: int) -> None:
+        serial = self._serials.pop(address)
+        self._change(serial, -self._sizes.pop(serial))
+
+    def _change(self, serial: int, num_bytes: int) -> None:
+        self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
-    def _release(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key)
+    def _leave_out(self, num_bytes: int) -> None:
+        self.left_out_bytes += num_bytes
 
 
 def _may_alias(func: Any) -> bool:

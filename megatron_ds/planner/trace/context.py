@@ -1,0 +1,72 @@
+"""The build context of a traced rank: axes that record, and kernels that stand for those of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+
+from megatron_ds.layers.host_offload import HostOffload
+from megatron_ds.layers.kernels.select import select_kernels
+from megatron_ds.layers.moe.balance import RouterSettings
+from megatron_ds.layers.recompute import BLOCKS, BLOCKS_WITHOUT_ATTENTION, Recompute
+from megatron_ds.models.context import BuildContext
+from megatron_ds.parallel.context import ContextParallel
+from megatron_ds.parallel.expert import ExpertParallel
+from megatron_ds.parallel.grid import Axis
+from megatron_ds.parallel.neighbours import Neighbours
+from megatron_ds.parallel.tensor import TensorParallel
+from megatron_ds.planner.trace.groups import RecordingGroup, RecordingNeighbours, known_to_torch
+from megatron_ds.planner.trace.host_copies import RecordedCopies
+from megatron_ds.planner.trace.kernels import stand_ins
+from megatron_ds.planner.trace.recorder import Recorder
+from megatron_ds.planner.trace.setting import TraceSetting
+
+
+@contextmanager
+def recording_context(setting: TraceSetting, recorder: Recorder) -> Iterator[BuildContext]:
+    """Yield the build context of a rank whose communication a recorder gets."""
+    axes: list[Axis] = []
+
+    def axis(name: str, size: int, rank: int = 0) -> Axis:
+        if size == 1:
+            return Axis()
+        axes.append(Axis(size, rank, tuple(range(size)), RecordingGroup(name, rank, size, recorder)))
+        return axes[-1]
+
+    tensor = axis("tensor", setting.tensor, setting.tensor_rank)
+    if setting.neighbours and setting.tensor > 1:
+        neighbours = RecordingNeighbours(setting.tensor, recorder)
+        tensor = Axis(*_place(tensor), tensor.group, neighbours.sum_, cast(Neighbours, neighbours))
+    plan, at = setting.context, divmod(setting.context_rank, setting.context.ulysses)
+    whole = axis("context", plan.size, setting.context_rank)
+    ulysses = whole if plan.ring == 1 else axis("context", plan.ulysses, at[1])
+    ring = whole if plan.ulysses == 1 else axis("context", plan.ring, at[0])
+    tp = TensorParallel(
+        tensor, setting.sequence, context=ContextParallel(whole, ulysses, ring, plan.method, plan.zigzag)
+    )
+    expert = tensor if setting.expert in (None, setting.tensor) else axis("expert", setting.expert or 1)
+    kernels = stand_ins(setting.kernels, recorder, setting.documents)
+    with known_to_torch(axes):
+        yield BuildContext(
+            tp=tp,
+            recompute=_recompute(setting, recorder),
+            kernels=kernels if setting.device_type != "cpu" else select_kernels(setting.kernels, torch.device("cpu")),
+            experts=ExpertParallel(expert, tp),
+            routers=RouterSettings(setting.router_aux_loss, setting.router_z_loss),
+            mlp_tile_tokens=setting.mlp_tile_tokens,
+        )
+
+
+def _place(axis: Axis) -> tuple[int, int, tuple[int, ...]]:
+    return axis.size, axis.rank, axis.ranks
+
+
+def _recompute(setting: TraceSetting, recorder: Recorder) -> Recompute:
+    if setting.recompute == "none":
+        return Recompute()
+    offload = HostOffload(RecordedCopies(recorder)) if setting.offload_activations else None
+    checkpoint = BLOCKS_WITHOUT_ATTENTION if setting.keep_attention else BLOCKS
+    return Recompute(setting.recompute, checkpoint, offload=offload)

@@ -1,0 +1,252 @@
+"""Stand-ins for the kernels of a GPU: they allocate and save what those do, and record what those read and write.
+
+`layers.kernels.triton` has the kernels themselves, which need Triton and a GPU to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall, LossCall, RotaryCall
+from megatron_ds.layers.kernels.by_call import Entry
+from megatron_ds.layers.kernels.select import AUTO, TORCH, Choice, check_choice
+from megatron_ds.parallel.collectives import all_reduce_
+from megatron_ds.planner.operations import Stream
+from megatron_ds.planner.trace.recorder import Recorder
+
+_PROGRAMS = 264
+"""Programs of a norm's backward pass, each with a row of partial sums: two on each of 132 multiprocessors."""
+
+
+def stand_ins(wanted: Choice, recorder: Recorder, documents: int) -> Kernels:
+    """Return the kernels of a choice of `train.kernels`, where everything but "torch" is one of ours.
+
+    Args:
+        wanted: see `layers.kernels.select_kernels`.
+        recorder: gets the operations.
+        documents: of equal length in each row, where documents share rows.
+    """
+    check_choice(wanted)
+    rms = partial(_rms_norm, recorder)
+    found: Mapping[str, Any] = {
+        "rms_norm": lambda x, weight, eps: rms(x, weight, False),
+        "fp32_rms_norm": lambda x, weight, eps, offset: rms(x, weight, True),
+        "add_rms_norm": lambda x, change, weight, eps: _AddRMSNorm.apply(x, change, weight, recorder),
+        "swiglu": lambda wide: _Gated.apply(wide, recorder),
+        "geglu": lambda wide, approximate: _Gated.apply(wide, recorder),
+        "rotary": partial(_rotary, recorder),
+        "cross_entropy": partial(_cross_entropy, recorder),
+        "attention": KernelsByCall([Entry("fused", _is_fused, lambda *call: partial(_attend, recorder, documents))]),
+    }
+
+    def is_ours(name: str) -> bool:
+        return (wanted if isinstance(wanted, str) else wanted.get(name, AUTO)) != TORCH
+
+    return replace(REFERENCE, **{name: kernel for name, kernel in found.items() if is_ours(name)})
+
+
+def _stream(recorder: Recorder, *tensors: Tensor | None, launches: int = 1) -> None:
+    num_bytes = sum(one.nbytes for one in tensors if one is not None)
+    if num_bytes:
+        recorder.record(Stream(num_bytes, launches))
+
+
+def _rms_norm(recorder: Recorder, x: Tensor, weight: Tensor, fp32_weight: bool) -> Tensor:
+    return _RMSNorm.apply(x, weight, fp32_weight, recorder)
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    return torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+
+
+def _norm_gradients(ctx: Any, recorder: Recorder, *grads: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the normalised tensor and of the weight."""
+    x, weight, inverse_rms = ctx.saved_tensors
+    grad_x, grad_weight = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+    if ctx.wants_weight:
+        partial_sums = torch.empty(_PROGRAMS, x.shape[-1], dtype=torch.float32, device=x.device)
+        _stream(recorder, x, inverse_rms, *grads, grad_x, partial_sums)
+        grad_weight = partial_sums.sum(0).to(weight.dtype)
+    else:
+        _stream(recorder, x, inverse_rms, *grads, grad_x)
+    return grad_x, grad_weight
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, fp32_weight: bool, recorder: Recorder) -> Tensor:
+        dtype = x.dtype if fp32_weight else torch.promote_types(x.dtype, weight.dtype)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        inverse_rms = _inverse_rms(x)
+        _stream(recorder, x, weight, y, inverse_rms)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        ctx.recorder, ctx.wants_weight = recorder, ctx.needs_input_grad[1]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_norm_gradients(ctx, ctx.recorder, grads[0]), None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Tensor, weight: Tensor, recorder: Recorder) -> tuple[Tensor, Tensor]:
+        y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        inverse_rms = _inverse_rms(x)
+        _stream(recorder, x, change, weight, total, y, inverse_rms)
+        ctx.save_for_backward(total, weight, inverse_rms)
+        ctx.recorder, ctx.wants_weight = recorder, ctx.needs_input_grad[2]
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return grads[1], grads[1], None, None
+        grad_x, grad_weight = _norm_gradients(ctx, ctx.recorder, *grads)
+        return grad_x, grad_x, grad_weight, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor, recorder: Recorder) -> Tensor:
+        y = torch.empty(*wide.shape[:-1], wide.shape[-1] // 2, dtype=wide.dtype, device=wide.device)
+        _stream(recorder, wide, y)
+        ctx.save_for_backward(wide)
+        ctx.recorder = recorder
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (wide,) = ctx.saved_tensors
+        grad = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
+        _stream(ctx.recorder, wide, grads[0], grad)
+        return grad, None
+
+
+def _rotary(recorder: Recorder, q: Tensor, k: Tensor, call: RotaryCall) -> tuple[Tensor, Tensor]:
+    return _Rotary.apply(q, k, call.cos, call.sin, call.positions, recorder)
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotation in place, whose backward pass writes new tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, recorder: Recorder
+    ) -> tuple[Tensor, Tensor]:
+        _stream(recorder, q, q, k, k, cos, sin, positions)
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.recorder = recorder
+        return q, k
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, positions = ctx.saved_tensors
+        outs = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad in grads]
+        _stream(ctx.recorder, *grads, *outs, cos, sin, positions)
+        return *outs, None, None, None, None
+
+
+def _cross_entropy(recorder: Recorder, logits: Tensor, labels: Tensor, call: LossCall) -> tuple[Tensor, Tensor]:
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    written = logits if call.wants_gradient else None
+    if call.axis.size == 1:
+        _stream(recorder, logits, written, labels, losses)
+        return losses, logits
+    own_peaks, sums = torch.empty_like(losses), losses.new_empty((2, len(logits)))
+    _stream(recorder, logits, labels, own_peaks, sums)
+    peaks = all_reduce_(own_peaks.clone(), call.axis, dist.ReduceOp.MAX)
+    sums[0] *= (own_peaks - peaks).exp_()
+    all_reduce_(sums, call.axis)
+    losses = sums[0].log() + peaks - sums[1]
+    if call.wants_gradient:
+        _stream(recorder, logits, logits, labels, peaks, sums[0])
+    return losses, logits
+
+
+def _is_fused(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16) and call.dropout == 0.0
+
+
+def _attend(recorder: Recorder, documents: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """Compute an `AttentionKernel`."""
+    pairs = _num_pairs(len(q), len(k), call.causal, call.window, documents if call.positions is not None else 1)
+    parts = [part.permute(1, 2, 0, 3) for part in (q, k, v)]
+    return _Attend.apply(*parts, call.distance_bias, call.sinks, pairs, recorder).permute(2, 0, 1, 3)
+
+
+def _num_pairs(queries: int, keys: int, causal: bool, window: int | None, documents: int) -> int:
+    """Return the pairs of a query and a key that a head of a row computes; the queries are the last ones."""
+    if documents > 1:
+        length = queries // documents
+        return documents * _num_pairs(length, length, causal, window, 1)
+    reach = keys if window is None else min(window, keys)
+    if not causal:
+        return queries * min(keys, 2 * reach - 1)
+    first = keys - queries + 1  # keys that the first query sees
+    rising = max(0, min(queries, reach - first))  # queries that see all keys before them
+    return rising * (2 * first + rising - 1) // 2 + (queries - rising) * min(reach, max(first, reach))
+
+
+class _Attend(torch.autograd.Function):
+    """Fused attention, (B, N, S, D) and (B, K, C, D) twice: outputs and the log-sum-exp of the scores are saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, pairs: int, rec: Recorder
+    ) -> Tensor:
+        with rec.seeing(pairs):
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=1.0)
+        ctx.save_for_backward(q, k, v, out, lse, bias, sinks)
+        ctx.pairs, ctx.recorder = pairs, rec
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, bias, sinks = ctx.saved_tensors
+        seed = lse.new_empty((), dtype=torch.int64)
+        with ctx.recorder.seeing(ctx.pairs):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                *(grads[0], q, k, v, out, lse, seed, seed, q.shape[2], k.shape[2], 0.0, False, seed, seed), scale=1.0
+            )
+        others = [None if one is None else torch.empty_like(one) for one in (bias, sinks)]
+        return *found, *others, None, None
+
+
+class FusedAttention(TorchFunctionMode):
+    """torch's own attention as it is on a GPU: fused, with or without a mask."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        pairs = _num_pairs(q.shape[2], k.shape[2], is_causal, None, 1)
+        bias = attn_mask if attn_mask is not None and attn_mask.requires_grad else None
+        return _Attend.apply(q, k, v, bias, None, pairs, self._recorder)
