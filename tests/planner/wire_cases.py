@@ -1,0 +1,125 @@
+"""Layouts whose traffic is planned, and counted in a real step on forked ranks."""
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from megatron_ds.engine import build_engine
+from megatron_ds.parallel.grid import Grid
+from megatron_ds.planner.operations import Collective, Message, Work
+from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
+from megatron_ds.runtime import LoadedModel, load_model
+from megatron_ds.runtime.optimizer_groups import grouped_parameters
+from megatron_ds.runtime.setup import engine_options, plan_engine
+from tests.parallel.wire_calls import WireCalls, recording
+from tests.parity.batches import TARGETS, batch_for, ours
+from tests.parity.cases import CONFIGS, Recipe
+from tests.parity.encoder_cases import ENCODER_CASES
+from tests.parity.family_cases import FAMILY_CASES
+from tests.parity.ours import Place, engine_config
+from tests.ranks import rank_device
+
+CASES = {**CONFIGS, **ENCODER_CASES, **FAMILY_CASES}
+STEPS = 3
+"""ZeRO-3 knows the order of layers from the third micro-batch on, and shapes of stages are sent in the first step."""
+
+Key = tuple[tuple[int, ...], str]
+
+
+def loaded(case: str, recipe: Recipe, **fields: Any) -> LoadedModel:
+    """A model with random weights."""
+    return load_model(CASES[case], freeze=recipe.frozen, **fields)
+
+
+def planned(model: LoadedModel, place: Place, recipe: Recipe) -> PlanInput:
+    """The input of the planner for a place."""
+    config = engine_config(place, recipe)
+    engine = plan_engine(config, model.hf, place.layout.world_size, "cpu", trains_part=bool(model.frozen))
+    batch = ours(model.hf.family.model_type, batch_for(model.hf.family.model_type, recipe, 0))
+    target = TARGETS - 32 + recipe.length if "decoder_input_ids" in batch else None
+    rows = Rows(recipe.length, target, tuple(batch))
+    machines = Machines(1, place.layout.world_size, "cpu")
+    groups = grouped_parameters(model, config.optimizer)
+    return PlanInput(model.layers, model.hf.core, engine, rows, machines, model.frozen, groups)
+
+
+def counted(grid: Grid, model: LoadedModel, place: Place, recipe: Recipe) -> WireCalls:
+    """What a rank sends in a step, over process groups alone: ranks of one machine do not share memory here."""
+    plan = plan_engine(engine_config(place, recipe), model.hf, grid.world.size, "cpu", trains_part=bool(model.frozen))
+    options = engine_options(model, plan)
+    engine = build_engine(model.layers, grid, rank_device(), options, model.read_shard, model.prepare)
+    kind = model.hf.family.model_type
+    for step in range(STEPS):
+        batches = labelled_everywhere(grid, place, recipe, step, kind)
+        with recording() as wire:
+            engine.train_step(batches, recipe.lr)
+    return wire
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def labelled_everywhere(grid: Grid, place: Place, recipe: Recipe, step: int, kind: str) -> list[Batch]:
+    grid: Grid, place: Place, recipe: Recipe, step: int, kind: str
+) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches whose positions all carry loss, because the softmax communicates for those alone."""
+    whole, size = ours(kind, batch_for(kind, recipe, step)), place.micro_batch(recipe)
+    whole["targets"] = whole["targets"].clamp(min=3)
+    per_rank = recipe.global_batch // grid.batch.size
+    mine = slice(grid.batch.rank * per_rank, (grid.batch.rank + 1) * per_rank)
+    parts = {name: column[mine] for name, column in whole.items()}
+    return [{name: column[at : at + size] for name, column in parts.items()} for at in range(0, per_rank, size)]
+
+
+def by_ranks(work: Work, grid: Grid) -> dict[Key, Fraction]:
+    """Planned bytes by the ranks of an axis and the kind of communication, on CPU.
+
+    There all-gathers and reduce-scatters are messages between all pairs of ranks.
+    """
+    found: dict[Key, Fraction] = {}
+    for one, number in work.items():
+        if isinstance(one, Message):
+            key = (ranks_of(one.axis, grid), "message")
+        elif isinstance(one, Collective):
+            kind = "message" if one.kind in ("all_gather", "reduce_scatter") else one.kind
+            key = (ranks_of(one.axis, grid), kind)
+        else:
+            continue
+        found[key] = found.get(key, Fraction(0)) + one.sent_bytes * number
+    return {key: size for key, size in found.items() if size}
+
+
+def ranks_of(axis: str, grid: Grid) -> tuple[int, ...]:
+    """The ranks along an axis of the planner."""
+    if axis == "model":
+        return grid.layout.peers_of(grid.rank, "pipeline", "tensor")
+    if axis == "tied":
+        here = grid.axes["pipeline"].ranks
+        return tuple(sorted({here[0], here[-1]}))
+    known = grid.axes.get(axis) or getattr(grid, axis)
+    return tuple(sorted(known.ranks))
+
+
+def messages_by_axis(wire: WireCalls, grid: Grid) -> dict[Key, Fraction]:
+    """Counted bytes by the ranks of a group and the kind; a message belongs to the smallest axis with both ends."""
+    found: dict[Key, Fraction] = {}
+    axes = {tuple(sorted(axis.ranks)) for axis in every_axis(grid)}
+    for (kind, ranks, size), number in wire.calls.items():
+        if kind == "send":
+            ranks = min((own for own in axes if set(ranks) <= set(own)), key=len)
+            kind = "message"
+        found[ranks, kind] = found.get((ranks, kind), Fraction(0)) + size * number
+    return {key: size for key, size in found.items() if size}
+
+
+def every_axis(grid: Grid) -> list[Any]:
+    roles = ("shard", "expert", "expert_shard", "ulysses", "ring", "world")
+    return [*grid.axes.values(), *(getattr(grid, role) for role in roles)]
+
+
+def with_settings(place: Place, **zero: Any) -> Place:
+    """A place with keys of `zero_optimization` in the DeepSpeed JSON."""
+    section = {"stage": place.zero, "stage3_param_persistence_threshold": 64, **zero}
+    return replace(place, extra=(("zero_optimization", section),))
