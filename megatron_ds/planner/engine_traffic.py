@@ -7,14 +7,24 @@ ranks with the same data, `tied` the stages that hold copies of a parameter, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_ds.columns import ATTENTION_MASK, COLUMNS, INPUT_IDS, find_column
 from megatron_ds.models.sequential import HeadSpec, LayerSpec, head_of
-from megatron_ds.planner.gradient_traffic import gradient_reductions, shard_ranks, tied_sums, weight_gathers
+from megatron_ds.planner.gradient_traffic import (
+    EXPERT_SHARD,
+    SHARD,
+    gradient_reductions,
+    shard_ranks,
+    tied_sums,
+    weight_gathers,
+)
 from megatron_ds.planner.held_parameters import HeldStage, build_context, hold_stage
+from megatron_ds.planner.module_passes import ModulePass
 from megatron_ds.planner.operations import Collective, CollectiveKind, Message, Work
 from megatron_ds.planner.plan_input import PlanInput
+from megatron_ds.planner.zero3_traffic import gradient_scatters, sub_groups, weight_gathers_of_passes
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 FP32_BYTES, FP64_BYTES, INT64_BYTES = 4, 8, 8
@@ -46,18 +56,25 @@ class EngineTraffic:
         return self.gradients + self.weights + self.pipeline + self.norms + self.losses
 
 
-def engine_traffic(given: PlanInput, stage: int, held: HeldStage | None = None) -> EngineTraffic:
+def engine_traffic(
+    given: PlanInput, stage: int, held: HeldStage | None = None, passes: Sequence[ModulePass] | None = None
+) -> EngineTraffic:
     """Return the communication of the engine on a rank of a pipeline stage, in a step after the first two.
 
     Args:
         given: the run.
         stage: index of the pipeline stage.
         held: its parameters; None = they are found by `hold_stage`.
+        passes: of modules in a micro-batch, in order; needed at ZeRO-3.
     """
     held, zero = held or hold_stage(given, stage), zero_settings(given)
+    divided = zero.stage == 3
+    assert not divided or passes is not None, "the gathers of ZeRO-3 follow from the order of modules"
     return EngineTraffic(
-        gradient_reductions(given, held, zero) + tied_sums(held, zero),
-        weight_gathers(given, held, zero),
+        gradient_scatters(given, held, zero)
+        if divided
+        else gradient_reductions(given, held, zero) + tied_sums(held, zero),
+        weight_gathers_of_passes(given, held, zero, passes or ()) if divided else weight_gathers(given, held, zero),
         stage_messages(given, stage),
         gradient_norm(given, held, zero),
         losses(given, stage),
@@ -113,6 +130,8 @@ def gradient_norm(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work
     if zero.offloads_optimizer:
         return _norm_of_offloaded(given, held, zero, model)
     most = max(LEAST_NORMS, *(len(_groups_of(given, held, other)) for other in range(layout.pipeline)))
+    if zero.stage == 3:
+        most = max(most, sum(len(sub_groups(given, group, zero)) for group in held.groups))
     num_bytes = most * (FP64_BYTES if zero.stage == 3 else FP32_BYTES)
     return _collectives(("all_reduce", "shard", num_bytes, over_shard), ("all_reduce", model[0], num_bytes, model[1]))
 
@@ -124,12 +143,21 @@ def _groups_of(given: PlanInput, held: HeldStage, stage: int) -> tuple[object, .
 
 def _norm_of_offloaded(given: PlanInput, held: HeldStage, zero: ZeroSettings, model: tuple[str, int]) -> Work:
     """Of gradients in host memory: one number; at stage 3 one for each of DeepSpeed's sub-groups."""
-    over_shard = shard_ranks(given, apart=False)
+    over_shard, found = shard_ranks(given, apart=False), Work()
     if zero.stage < 3:
         return _collectives(
             ("all_reduce", "shard", FP32_BYTES, over_shard), ("all_reduce", model[0], FP32_BYTES, model[1])
         )
-    return Work()
+    for group in held.groups:
+        apart = group[0].apart
+        second = ("expert", given.expert_ranks) if apart else model
+        axis = EXPERT_SHARD if apart else SHARD
+        each = _collectives(
+            ("all_reduce", axis, FP32_BYTES, shard_ranks(given, apart=apart)),
+            ("all_reduce", second[0], FP32_BYTES, second[1]),
+        )
+        found += each.times(len(sub_groups(given, group, zero)))
+    return found
 
 
 def stage_messages(given: PlanInput, stage: int) -> Work:

@@ -5,7 +5,7 @@ ZeRO's buckets, shards and buffers follow from their sizes, their order, and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ class HeldStage:
         parameters: all of them, each once, in the order of the module.
         groups: those that are trained, by the parameter groups of the optimizer.
         tied: names of trained parameters of which other stages hold copies, with the number of stages that do.
+        used: name of a module -> the parameters that it reads itself; modules without any are left out.
         module: the stage on the meta device.
     """
 
@@ -62,6 +63,7 @@ class HeldStage:
     parameters: tuple[HeldParameter, ...]
     groups: tuple[tuple[HeldParameter, ...], ...]
     tied: tuple[tuple[HeldParameter, int], ...]
+    used: Mapping[str, tuple[HeldParameter, ...]]
     module: nn.Module
 
     @property
@@ -110,7 +112,7 @@ def hold_stage(given: PlanInput, stage: int) -> HeldStage:
         by_group = (tuple(one for one in held.values() if one.trains),)
     holders = _holders(specs, bounds)
     tied = tuple((one, len(holders[one.name])) for one in held.values() if one.trains and one.name in holders)
-    return HeldStage(stage, layers, tuple(held.values()), by_group, tied, module)
+    return HeldStage(stage, layers, tuple(held.values()), by_group, tied, _used(module, held), module)
 
 
 def _axis(size: int) -> Axis:
@@ -122,6 +124,16 @@ def _build(specs: Sequence[LayerSpec]) -> tuple[nn.Module, dict[str, str]]:
     module = nn.Module()
     with torch.device("meta"):
         return module, register_layers(module, specs, [spec.build() for spec in specs])
+
+
+def _used(module: nn.Module, held: Mapping[int, HeldParameter]) -> dict[str, tuple[HeldParameter, ...]]:
+    """Return the parameters that each module reads itself, its own and those that it borrows of others."""
+    found = {}
+    for name, part in module.named_modules():
+        own = [*part.parameters(recurse=False), *getattr(part, "borrowed", ())]
+        if own:
+            found[name] = tuple(dict.fromkeys(held[id(one)] for one in own))
+    return found
 
 
 def _holders(specs: Sequence[LayerSpec], bounds: Sequence[int]) -> dict[str, set[int]]:

@@ -62,8 +62,6 @@ Batch = dict[str, torch.Tensor]
 
 
 def labelled_everywhere(grid: Grid, place: Place, recipe: Recipe, step: int, kind: str) -> list[Batch]:
-    grid: Grid, place: Place, recipe: Recipe, step: int, kind: str
-) -> list[dict[str, torch.Tensor]]:
     """Micro-batches whose positions all carry loss, because the softmax communicates for those alone."""
     whole, size = ours(kind, batch_for(kind, recipe, step)), place.micro_batch(recipe)
     whole["targets"] = whole["targets"].clamp(min=3)
