@@ -8,7 +8,7 @@ modules run, and from the limits of DeepSpeed's settings: `WeightSchedule` repla
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_ds.planner.gradient_traffic import EXPERT_SHARD, SHARD, shard_ranks
@@ -70,7 +70,7 @@ class WeightSchedule:
         self,
         zero: ZeroSettings,
         weights: Sequence[HeldParameter],
-        used: dict[str, tuple[HeldParameter, ...]],
+        used: Mapping[str, tuple[HeldParameter, ...]],
         passes: Sequence[ModulePass],
     ) -> None:
         self._zero, self._passes = zero, passes
