@@ -218,10 +218,6 @@ class LayerTrace:
             which layers after it share. No other number contains it.
         host_bytes: part of what the forward pass leaves that is kept in host memory, and in no other number.
         arrivals: gradients of parameters in the order in which they are computed; empty = not recorded.
-        recompute: the part of `backward` that repeats operations of the forward pass.
-        shared_bytes: memory that the layer's first forward pass leaves for all later ones, such as tables of angles,
-            which layers after it share. No other number contains it.
-        host_bytes: part of what the forward pass leaves that is kept in host memory, and in no other number.
     """
 
     name: str
@@ -237,6 +233,3 @@ class LayerTrace:
     shared_bytes: int = 0
     host_bytes: int = 0
     arrivals: tuple[GradientArrival, ...] = ()
-    recompute: Work = field(default_factory=Work)
-    shared_bytes: int = 0
-    host_bytes: int = 0
