@@ -18,6 +18,7 @@ from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.parallel.grid import Layout
+from megatron_ds.planner.trace.setting import TraceSetting
 from megatron_ds.runtime.setup import EnginePlan
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,6 +123,31 @@ class PlanInput:
     def tokens_per_step(self) -> int:
         """Positions of a step on all ranks."""
         return self.config.global_batch_size * self.rows.positions
+
+    def trace_setting(self) -> TraceSetting:
+        """The setting in which one rank's layers are traced for a micro-batch: the first rank of each axis."""
+        config = self.config
+        return TraceSetting(
+            self.rows.seq_length,
+            micro_batch_size=config.micro_batch_size,
+            target_length=self.rows.target_length,
+            columns=self.rows.columns,
+            labelled=self.rows.labelled,
+            precision=self.engine.summary.precision,
+            device_type=self.machines.device_type,
+            kernels=config.kernels,
+            tensor=self.layout.tensor,
+            sequence=config.parallel.sequence,
+            context=self.engine.context,
+            expert=config.parallel.expert,
+            recompute=config.recompute,
+            offload_activations=config.offload_activations,
+            keep_attention=config.keep_attention,
+            mlp_tile_tokens=config.mlp_tile_tokens,
+            zero_stage=self.engine.summary.zero_stage,
+            trains=config.trains,
+            frozen=self.frozen,
+        )
 
     @property
     def stage_bounds(self) -> list[int]:
