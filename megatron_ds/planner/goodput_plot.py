@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_ds.monitor.plot import new_figure, save_figure, style_axes
+from megatron_ds.planner.fault_plan import describe_time
 from megatron_ds.planner.faults import Faults, Saving, best_interval_s, expected_goodput, young_interval_s
 from megatron_ds.planner.goodput import simulate_goodput
 
@@ -62,7 +63,9 @@ def _draw_curve(
     expected = [100 * expected_goodput(interval, saving, faults) for interval in fine]
     young_s = max(young_interval_s(saving.pause_s, faults.mtbf_s), intervals_s[0])
     at_young = 100 * expected_goodput(young_s, saving, faults)
-    axes.plot(fine, expected, color=color, linewidth=1.4, label=f"{name}: a failure every {_length(faults.mtbf_s)}")
+    axes.plot(
+        fine, expected, color=color, linewidth=1.4, label=f"{name}: a failure every {describe_time(faults.mtbf_s)}"
+    )
     axes.errorbar(  # bars of two standard errors
         intervals_s,
         [100 * one.share for one in found],
@@ -82,7 +85,7 @@ def _draw_curve(
         color=color,
         markeredgecolor="white",
         zorder=4,
-        label=f"Young: every {_length(young_s)}, {at_young:.1f} %",
+        label=f"Young: every {describe_time(young_s)}, {at_young:.1f} %",
     )
 
 
@@ -93,12 +96,4 @@ def _style_intervals(axes: Axes) -> None:
     seconds = [1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 2 * 3600, 6 * 3600, 12 * 3600, 86400, 3 * 86400, 10 * 86400]
     axes.xaxis.set_major_locator(FixedLocator([one for one in seconds if low <= one <= high]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _length(value)))
-
-
-def _length(seconds: float) -> str:
-    """Format a length of time with up to three digits, in the unit that suits."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= (2 if name == "days" else 1) * unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds:.3g} s"
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: describe_time(value)))

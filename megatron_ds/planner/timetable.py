@@ -70,6 +70,7 @@ class Timetable:
         message_s: seconds in messages by rank, without waiting for the other side; 0 if they overlap.
         finish_s: end of each rank's last pass.
         in_flight: see `Order.in_flight`, by rank.
+        stages, boundaries_s, blocking: what it was made of, see `simulate`.
     """
 
     schedule: Schedule
@@ -83,6 +84,9 @@ class Timetable:
     message_s: tuple[float, ...]
     finish_s: tuple[float, ...]
     in_flight: tuple[int, ...]
+    stages: tuple[StageTimes, ...]
+    boundaries_s: tuple[float, ...]
+    blocking: bool
 
     @property
     def bubble_s(self) -> tuple[float, ...]:
@@ -133,7 +137,7 @@ def simulate(
     Raises:
         TopologyError: no such schedule, or it cannot run as many stages or micro-batches.
     """
-    tasks, durations_s = tasks_and_durations(
+    tasks, durations_s = _tasks_and_durations(
         stages, num_micro_batches, schedule, num_chunks=num_chunks, message_s=message_s, blocking=blocking
     )
     if jitter is not None:
@@ -156,29 +160,27 @@ def simulate(
         message_s=tuple(exchanges) or (0.0,) * tasks.num_ranks,
         finish_s=tuple(ends.max(axis=(0, 2)).reshape(num_chunks, -1).max(axis=0).tolist()),
         in_flight=tuple(order.in_flight for order in tasks.orders),
+        stages=tuple(stages),
+        boundaries_s=tuple(np.broadcast_to(message_s, (len(stages) - 1,)).tolist()),
+        blocking=schedule == "deepspeed" if blocking is None else blocking,
     )
 
 
-def step_times(
-    stages: Sequence[StageTimes],
-    num_micro_batches: int,
-    schedule: Schedule,
-    jitter: Jitter,
-    num_steps: int,
-    *,
-    num_chunks: int = 1,
-    message_s: float | Sequence[float] = 0.0,
-    blocking: bool | None = None,
-) -> Array:
+def step_times(timetable: Timetable, jitter: Jitter, num_steps: int) -> Array:
     """(num_steps,) seconds of consecutive steps of one run, each of which ends with its slowest replica.
 
     Args:
-        stages, num_micro_batches, schedule, num_chunks, message_s, blocking: see `simulate`.
+        timetable: of a step without random slowness.
         jitter: random slowness.
         num_steps: number of steps.
     """
-    tasks, durations_s = tasks_and_durations(
-        stages, num_micro_batches, schedule, num_chunks=num_chunks, message_s=message_s, blocking=blocking
+    tasks, durations_s = _tasks_and_durations(
+        timetable.stages,
+        timetable.num_micro_batches,
+        timetable.schedule,
+        num_chunks=timetable.num_chunks,
+        message_s=timetable.boundaries_s,
+        blocking=timetable.blocking,
     )
     random = np.random.default_rng(jitter.seed)
     of_devices = jitter.slow_devices(random, tasks.num_ranks)
@@ -198,7 +200,7 @@ def _slow(tasks: Tasks, durations_s: Array, jitter: Jitter, random: np.random.Ge
     return np.concatenate([slow, np.repeat(durations_s[tasks.num_passes :, None], slow.shape[1], axis=1)])
 
 
-def tasks_and_durations(
+def _tasks_and_durations(
     stages: Sequence[StageTimes],
     num_micro_batches: int,
     schedule: Schedule,

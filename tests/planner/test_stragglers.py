@@ -27,7 +27,7 @@ def test_slow_devices(devices: int, replicas: int) -> None:
     runs = []
     for seed in range(200):
         jitter = Jitter(device_variance=variance, devices=devices, replicas=replicas, seed=seed)
-        steps = step_times([STAGE], num_micro_batches, "1f1b", jitter, 2)
+        steps = step_times(simulate([STAGE], num_micro_batches), jitter, 2)
         assert steps[0] == steps[1]
         runs.append(steps[0] / (3.0 * num_micro_batches))
     error = np.std(runs) / math.sqrt(len(runs))
@@ -37,11 +37,11 @@ def test_slow_devices(devices: int, replicas: int) -> None:
 def test_slow_passes() -> None:
     """One pass has the variance that was asked for, and a step of many passes the variance of their mean."""
     jitter = Jitter(pass_variance=0.04, seed=3)
-    steps = step_times([STAGE], 16, "1f1b", jitter, 600)
+    steps = step_times(simulate([STAGE], 16), jitter, 600)
     assert steps.mean() == pytest.approx(48.0, abs=3.5 * steps.std() / math.sqrt(600))
     assert steps.var() == pytest.approx(0.04 * 16 * (1.0**2 + 2.0**2), rel=0.2)  # 3.5 standard errors
     slowest = Jitter(pass_variance=0.04, devices=8, seed=3)
-    of_devices = step_times([STAGE], 16, "1f1b", slowest, 100)
+    of_devices = step_times(simulate([STAGE], 16), slowest, 100)
     assert of_devices.mean() / 48.0 == pytest.approx(expected_slowest(0.04, 8), rel=0.01)
 
 
@@ -50,7 +50,7 @@ def test_a_pipeline_waits_for_random_passes() -> None:
     stages, even_s = [STAGE] * 8, (32 + 7) * 3.0
     means = []
     for variance in (0.0, 0.01, 0.09):
-        steps = step_times(stages, 32, "deepspeed", Jitter(pass_variance=variance, replicas=4), 30)
+        steps = step_times(simulate(stages, 32), Jitter(pass_variance=variance, replicas=4), 30)
         means.append(steps.mean())
     assert means[0] == pytest.approx(even_s)
     assert means[0] < means[1] < means[2]
@@ -61,7 +61,7 @@ def test_a_pipeline_waits_for_random_passes() -> None:
 def test_a_seed_repeats_itself() -> None:
     def steps(seed: int) -> list[float]:
         jitter = Jitter(device_variance=0.001, pass_variance=0.01, devices=2, replicas=3, seed=seed)
-        return step_times([STAGE] * 4, 8, "1f1b", jitter, 3).tolist()
+        return step_times(simulate([STAGE] * 4, 8, "1f1b"), jitter, 3).tolist()
 
     assert steps(5) == steps(5) != steps(6)
     one, other = (simulate([STAGE] * 4, 8, jitter=Jitter(pass_variance=0.01, seed=5)).duration_s for _ in range(2))
@@ -70,9 +70,9 @@ def test_a_seed_repeats_itself() -> None:
 
 def test_many_replicas_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     jitter = Jitter(device_variance=0.01, replicas=7, seed=2)
-    whole = step_times([STAGE] * 2, 4, "1f1b", jitter, 1)
+    whole = step_times(simulate([STAGE] * 2, 4), jitter, 1)
     monkeypatch.setattr("megatron_ds.planner.timetable.MOST_NUMBERS", 50)
-    assert step_times([STAGE] * 2, 4, "1f1b", jitter, 1) == pytest.approx(whole)
+    assert step_times(simulate([STAGE] * 2, 4), jitter, 1) == pytest.approx(whole)
 
 
 def test_refusals() -> None:
