@@ -101,7 +101,7 @@ def best_first(
     is_legal: Callable[[Candidate], bool],
     counts: SearchCounts,
 ) -> Iterator[tuple[Candidate, Estimate]]:
-    """Yield the candidates that fit, in the order of their time; equal ones in their own order.
+    """Yield the fastest candidate that fits of each layout, in the order of their time; equal ones in their own order.
 
     Args:
         candidates: in any order.
@@ -124,11 +124,15 @@ def best_first(
     for number, candidate in enumerate(candidates):
         counts.candidates += 1
         push(number, candidate, 0)
+    found_layouts = set()
     while queue:
         _, number, known, candidate, found = heapq.heappop(queue)
+        if candidate.layout in found_layouts:
+            continue
         if known == 1 and not is_legal(candidate):
             counts.illegal += 1
         elif known == len(estimators):
+            found_layouts.add(candidate.layout)
             yield candidate, found
         else:
             push(number, candidate, known)
@@ -162,14 +166,10 @@ def search_layouts(
 def _search(
     space: Space, estimators: Sequence[Estimator], limits: Limits, is_legal: Callable[[Candidate], bool], num_found: int
 ) -> SearchResult:
-    counts, found = SearchCounts(), dict[tuple[object, ...], FoundLayout]()
-    for candidate, estimate in best_first(space, estimators, limits, is_legal, counts):
-        if candidate.layout not in found:
-            run = with_candidate(space.run, candidate)
-            found[candidate.layout] = FoundLayout(candidate, estimate, run)
-        if len(found) == num_found:
-            break
-    return SearchResult(tuple(found.values()), counts)
+    counts = SearchCounts()
+    ordered = islice(best_first(space, estimators, limits, is_legal, counts), num_found)
+    found = [FoundLayout(one, estimate, with_candidate(space.run, one)) for one, estimate in ordered]
+    return SearchResult(tuple(found), counts)
 
 
 class _Legality:

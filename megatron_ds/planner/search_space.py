@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, Literal
 
@@ -72,94 +73,130 @@ class Candidate:
         return ", ".join(parts)
 
 
-_MEMORY_SETTINGS: tuple[dict[str, Any], ...] = (
-    {"recompute": "none"},
-    {"recompute": "selective"},
-    {"recompute": "full", "keep_attention": True},
-    {"recompute": "full"},
-    {"recompute": "full", "offload_activations": True},
+_MEMORY_SETTINGS: tuple[dict[str, Any], ...] = tuple(
+    dict(zip(("recompute", "keep_attention", "offload_activations"), values))
+    for values in (
+        ("none", False, False),
+        ("selective", False, False),
+        ("full", True, False),
+        ("full", False, False),
+        ("full", False, True),
+    )
 )
 """Settings of activations, from the most memory to the least."""
 
 
+LAYOUT = frozenset({"tensor", "pipeline", "context", "expert", "sequence"})
+"""The fields of a candidate that `parallel` in the run file has."""
+
+EVERYTHING = frozenset(one.name for one in fields(Candidate)) - {"compile"}
+"""The fields that a search varies unless it is restricted."""
+
+_OF_ACTIVATIONS = ("recompute", "keep_attention", "offload_activations")
+
+
 @dataclass(frozen=True)
 class Space:
-    """The sizes that bound a search.
+    """The candidates of a search.
 
     Attributes:
-        run: the run; what a candidate does not name stays as it is.
+        run: the run; what does not vary stays as it is.
         shape: sizes of its model.
         world_size: number of ranks.
         ranks_per_node: ranks that share a fast network, over which tensor ranks do not reach out.
+        varies: fields of `Candidate` that differ from the run's.
         offload: optimizer state and weights may be moved to the host, if nothing fits otherwise.
-        compiles: `train.compile` may be set, and is not only kept.
     """
 
     run: RunConfig
     shape: ModelShape
     world_size: int
     ranks_per_node: int
+    varies: frozenset[str] = EVERYTHING
     offload: bool = False
-    compiles: bool = False
+
+    @cached_property
+    def own(self) -> Candidate:
+        """The candidate that the run is."""
+        return candidate_of(self.run)
 
     def __iter__(self) -> Iterator[Candidate]:
         """Yield every candidate."""
+        compiled = (False, True) if "compile" in self.varies else (self.own.compile,)
         for layout in self.layouts():
             data = self.world_size // layout.model_ranks
-            for batch, settings, compiled in product(self._batches(data), self._memory(), self._compiled()):
-                candidate = replace(layout, micro_batch_size=batch, compile=compiled, **settings)
+            for batch, settings, fused in product(self._batches(data), self._of_activations(), compiled):
+                candidate = replace(layout, micro_batch_size=batch, compile=fused, **settings)
                 yield from self._stages(candidate, data)
 
     def layouts(self) -> Iterator[Candidate]:
         """Yield every layout, also those whose data ranks cannot divide the batch."""
-        shape, world = self.shape, self.world_size
-        heads = math.gcd(shape.num_attention_heads, shape.ffn_size, self.ranks_per_node, world)
-        for tensor in _divisors(heads):
-            sequence = tensor > 1 and not self.run.parallel.shared_memory
+        world = self.world_size
+        for tensor in self._tensors():
             for context in self._contexts(world // tensor):
-                if sequence and context == 1 and self.run.data.seq_length % tensor:
-                    sequence = False
-                for pipeline in _divisors(world // tensor // context):
-                    if pipeline > shape.num_layers:
-                        break
+                sequence = self._sequence(tensor, context)
+                for pipeline in self._pipelines(world // tensor // context):
                     for expert in self._experts(tensor, world // pipeline):
                         yield Candidate(tensor, pipeline, context, expert, sequence)
+
+    def _tensors(self) -> list[int]:
+        shape, own = self.shape, self.own.tensor
+        if "tensor" not in self.varies:
+            return [own] if self.world_size % own == 0 else []
+        return _divisors(math.gcd(shape.num_attention_heads, shape.ffn_size, self.ranks_per_node, self.world_size))
+
+    def _sequence(self, tensor: int, context: int) -> bool:
+        """Return whether tensor ranks divide positions too: it saves memory, and sends no more bytes."""
+        if "sequence" not in self.varies:
+            return self.own.sequence
+        divides = context > 1 or self.run.data.seq_length % tensor == 0
+        return tensor > 1 and divides and not self.run.parallel.shared_memory
 
     def _contexts(self, ranks: int) -> list[int]:
         """Return numbers of context ranks: powers of two, because they divide lengths."""
         most = max(1, self.run.data.seq_length // LEAST_CONTEXT_TOKENS)
-        return [one for one in _powers_of_two(most) if ranks % one == 0]
+        found = _powers_of_two(most) if "context" in self.varies else [self.own.context]
+        return [one for one in found if ranks % one == 0]
+
+    def _pipelines(self, ranks: int) -> list[int]:
+        if "pipeline" not in self.varies:
+            return [self.own.pipeline] if ranks % self.own.pipeline == 0 else []
+        return [one for one in _divisors(ranks) if one <= self.shape.num_layers]
 
     def _experts(self, tensor: int, stage_ranks: int) -> list[int | None]:
         """Return numbers of expert ranks; fewer than tensor ranks would copy experts that these could divide."""
-        if not self.shape.num_experts:
-            return [None]
+        if not self.shape.num_experts or "expert" not in self.varies:
+            return [self.own.expert]
         shared = math.gcd(self.shape.num_experts, stage_ranks)
         return [one for one in _divisors(shared) if one >= min(tensor, shared)]
 
     def _batches(self, data: int) -> list[int]:
+        if "micro_batch_size" not in self.varies:
+            own = self.own.micro_batch_size
+            return [own] if self.run.train.global_batch_size % (own * data) == 0 else []
         samples, rest = divmod(self.run.train.global_batch_size, data)
-        if rest:
-            return []
-        return [one for one in _powers_of_two(min(samples, LARGEST_MICRO_BATCH)) if samples % one == 0]
+        return [one for one in _powers_of_two(min(samples, LARGEST_MICRO_BATCH)) if samples % one == 0 and not rest]
 
-    def _memory(self) -> tuple[dict[str, Any], ...]:
-        return _MEMORY_SETTINGS
-
-    def _compiled(self) -> tuple[bool, ...]:
-        given = self.run.train.compile
-        return (given, not given) if self.compiles else (given,)
+    def _of_activations(self) -> list[dict[str, Any]]:
+        fixed = {name: getattr(self.own, name) for name in _OF_ACTIVATIONS if name not in self.varies}
+        if len(fixed) == len(_OF_ACTIVATIONS):
+            return [fixed]
+        return [one for one in _MEMORY_SETTINGS if all(one[name] == value for name, value in fixed.items())]
 
     def _stages(self, candidate: Candidate, data: int) -> Iterator[Candidate]:
         """Yield a candidate at each ZeRO stage that can differ from the others."""
-        shares = data * candidate.context
-        for stage in (1, 2, 3) if candidate.pipeline == 1 and shares > 1 else (1,):
+        own, shares = self.own, data * candidate.context
+        stages = (1, 2, 3) if candidate.pipeline == 1 and shares > 1 else (1,)
+        for stage in stages if "zero_stage" in self.varies else (own.zero_stage,):
             at_stage = replace(candidate, zero_stage=stage)
+            if "offload_optimizer" not in self.varies:
+                yield replace(at_stage, offload_optimizer=own.offload_optimizer, offload_param=own.offload_param)
+                continue
             yield at_stage
             if self.offload:
                 yield replace(at_stage, offload_optimizer=True)
-                if stage == 3:
-                    yield replace(at_stage, offload_optimizer=True, offload_param=True)
+            if self.offload and stage == 3:
+                yield replace(at_stage, offload_optimizer=True, offload_param=True)
 
 
 def with_candidate(run: RunConfig, candidate: Candidate) -> RunConfig:
