@@ -3,73 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log, sqrt
 
-from megatron_ds.planner.operations import LayerTrace, Work
+from megatron_ds.planner.engine_work import machine_of, step_of
+from megatron_ds.planner.held_parameters import HeldStage
+from megatron_ds.planner.operations import Attention, LayerTrace, Product, Work
 from megatron_ds.planner.pass_time import Machine, PassTime, pass_time
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.network import Network
-from megatron_ds.planner.schedules import Schedule
+from megatron_ds.planner.step_work import StageWork, StepWork
 from megatron_ds.planner.timetable import StageTimes, Timetable, simulate
+from megatron_ds.planner.trace import trace_layers
 
 STRAGGLING = 0.006
-"""Standard deviation of the speed of nodes relative to their mean: a step waits for the slowest of them."""
+"""Standard deviation of the speed of nodes, relative to their mean. A step waits for the slowest of them.
 
-
-@dataclass(frozen=True)
-class StageWork:
-    """The layers of a virtual pipeline stage, for one micro-batch.
-
-    Attributes:
-        layers: their traces.
-        gradients: further work of its backward pass, such as sums of gradients.
-        sends: what goes to the next stage, and comes back as a gradient; empty in the last one.
-    """
-
-    layers: Sequence[LayerTrace]
-    gradients: Work = field(default_factory=Work)
-    sends: Work = field(default_factory=Work)
-
-
-@dataclass(frozen=True)
-class StepWork:
-    """A step of one pipeline.
-
-    Attributes:
-        stages: virtual stages in the model's order; stage s runs on rank s % p.
-        num_ranks: p.
-        num_micro_batches: m.
-        schedule: of the pipeline.
-        blocks: ranks wait for messages; False = these hide behind passes.
-        sent: by rank, communication of a step beside the passes; hidden parts hide behind one micro-batch's passes.
-        updates: by rank, computation of a step beside the passes: of the optimizer.
-        tokens: of a step on all ranks.
-        model_flops: of a step on all ranks, without recomputation.
-        nodes: number of islands, one of which is the slowest.
-        data_s: seconds of a step in which the devices wait for data.
-        pause_s: seconds of a step in which they wait for checkpoints, on average.
-    """
-
-    stages: Sequence[StageWork]
-    num_ranks: int
-    num_micro_batches: int
-    schedule: Schedule
-    blocks: bool
-    sent: Sequence[Work]
-    updates: Sequence[Work]
-    tokens: int
-    model_flops: float
-    world_size: int
-    nodes: int = 1
-    data_s: float = 0.0
-    pause_s: float = 0.0
+MegaScale (Jiang et al. 2024, section 5) and Llama 3 (section 3.3.4) report single slow nodes; the number is fitted to
+published runs of 8 to 12,288 devices, see docs/planning.md.
+"""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part, on the rank that computes longest; they add up to `total_s`.
+    """Seconds of a step by part, on the pipeline rank that computes longest; they add up to `total_s`.
 
     Attributes:
         compute_s: forward and backward passes of all micro-batches, without recomputation.
@@ -81,7 +39,7 @@ class StepTime:
         data_s, pause_s: see `StepWork`.
         timetable: of the pipeline.
         tokens_per_s: of all ranks.
-        mfu: model FLOPs as a share of the peak; `hfu`: with recomputed ones.
+        mfu: model FLOPs as a share of the peak, attention counted in full; `hfu`: with recomputed ones.
     """
 
     compute_s: float
@@ -99,19 +57,18 @@ class StepTime:
 
     @property
     def parts(self) -> Mapping[str, float]:
-        """Seconds by part, those of communication by axis."""
-        sent = {f"communication ({axis})": value for axis, value in self.exposed_s.items() if value > 0}
+        """Seconds by part, those of communication by axis; parts without time are left out."""
         parts = {
             "compute": self.compute_s,
             "recomputation": self.recompute_s,
-            **sent,
+            **{f"communication ({axis})": value for axis, value in self.exposed_s.items()},
             "pipeline bubble": self.bubble_s,
             "optimizer": self.optimizer_s,
             "slowest node": self.straggling_s,
             "data": self.data_s,
             "checkpoints": self.pause_s,
         }
-        return {name: value for name, value in parts.items() if value > 0 or name == "compute"}
+        return {name: value for name, value in parts.items() if value != 0 or name == "compute"}
 
     @property
     def total_s(self) -> float:
@@ -119,7 +76,13 @@ class StepTime:
         return sum(self.parts.values())
 
 
-def plan_time(given: PlanInput, device: Device, network: Network) -> StepTime:
+def plan_time(
+    given: PlanInput,
+    device: Device,
+    network: Network,
+    traces: Sequence[LayerTrace] | None = None,
+    held: Mapping[int, HeldStage] | None = None,
+) -> StepTime:
     """Return the seconds of a step of a run.
 
     Does not communicate.
@@ -128,12 +91,20 @@ def plan_time(given: PlanInput, device: Device, network: Network) -> StepTime:
         given: the run.
         device: profile of its devices.
         network: links between them.
+        traces: of all layers of the model, in order; None = they are traced here.
+        held: index of a pipeline stage -> its parameters; missing ones are found here.
     """
-    raise NotImplementedError
+    found = traces if traces is not None else trace_layers(given.layers, given.trace_setting())
+    return time_step(step_of(given, found, held), machine_of(given, device, network))
 
 
 def time_step(step: StepWork, machine: Machine) -> StepTime:
-    """Return the seconds of a step."""
+    """Return the seconds of a step.
+
+    Args:
+        step: its work.
+        machine: the devices.
+    """
     passes = _Passes(machine)
     stages = [passes.of_stage(stage) for stage in step.stages]
     table = simulate(
@@ -145,30 +116,33 @@ def time_step(step: StepWork, machine: Machine) -> StepTime:
         blocking=step.blocks,
     )
     rank = max(range(step.num_ranks), key=lambda one: table.busy_s[one])
-    mine = _total(one.forward + one.backward for one in stages[rank :: step.num_ranks]).times(step.num_micro_batches)
-    again = _total(one.recompute for one in stages[rank :: step.num_ranks]).times(step.num_micro_batches)
-    ends = [_end(step, stages, one, machine) for one in range(step.num_ranks)]
-    last, optimizer_s = max(ends, key=lambda end: end[0].total_s + end[1])
-    exposed = (mine + last).exposed_s | {"pipeline": table.message_s[rank]}
-    before_s = table.duration_s + last.total_s + optimizer_s
+    mine = stages[rank :: step.num_ranks]
+    passing = _total(one.forward + one.backward for one in mine).times(step.num_micro_batches)
+    again_s = _total(one.recompute for one in mine).compute_s * step.num_micro_batches
+    end, optimizer_s = _slowest_end(step, stages, machine)
+    waited = {axis: value for axis, value in (passing + end).exposed_s.items() if value}
+    if table.message_s[rank]:
+        waited["pipeline"] = waited.get("pipeline", 0.0) + table.message_s[rank]
+    bubble_s = table.duration_s - passing.total_s - table.message_s[rank]
+    before_s = table.duration_s + end.total_s + optimizer_s
     straggling_s = STRAGGLING * sqrt(2 * log(step.nodes)) * before_s
     total_s = before_s + straggling_s + step.data_s + step.pause_s
-    peak = machine.device.peak_flops("bfloat16") * step.world_size * total_s
-    repeated = sum(layer.recompute.flops for stage in step.stages for layer in stage.layers) * step.num_micro_batches
-    repeated *= step.world_size // step.num_ranks
+    pipelines = step.world_size // step.num_ranks * step.num_micro_batches
+    useful, repeated = (pipelines * number for number in _flops(step))
+    peak = machine.device.peak_flops(step.dtype) * step.world_size * total_s
     return StepTime(
-        compute_s=mine.compute_s - again.compute_s,
-        recompute_s=again.compute_s,
-        exposed_s=exposed,
-        bubble_s=table.bubble_s[rank],
+        compute_s=passing.compute_s - again_s,
+        recompute_s=again_s,
+        exposed_s=waited,
+        bubble_s=max(0.0, bubble_s),
         optimizer_s=optimizer_s,
         straggling_s=straggling_s,
         data_s=step.data_s,
         pause_s=step.pause_s,
         timetable=table,
         tokens_per_s=step.tokens / total_s,
-        mfu=step.model_flops / peak,
-        hfu=(step.model_flops + repeated) / peak,
+        mfu=useful / peak,
+        hfu=(useful + repeated) / peak,
     )
 
 
@@ -198,10 +172,42 @@ class _Passes:
         return self._known[id(layer)]
 
 
-def _end(step: StepWork, stages: Sequence[_StageTime], rank: int, machine: Machine) -> tuple[PassTime, float]:
-    """Return the communication at the end of a rank's step, and the seconds of its update."""
-    hides_s = sum(one.forward.compute_s + one.backward.compute_s for one in stages[rank :: step.num_ranks])
-    return pass_time(step.sent[rank], machine, hides_s), pass_time(step.updates[rank], machine).compute_s
+def _slowest_end(step: StepWork, stages: Sequence[_StageTime], machine: Machine) -> tuple[PassTime, float]:
+    """Return the communication at the end of the step of the rank that takes longest, and the seconds of its update."""
+    found = []
+    for rank, end in step.ends.items():
+        mine = stages[rank :: step.num_ranks]
+        hides_s = sum(one.forward.compute_s + one.backward.compute_s for one in mine) * end.hiding
+        found.append((pass_time(end.sent, machine, hides_s), pass_time(end.update, machine).total_s + end.host_s))
+    return max(found, key=lambda one: one[0].total_s + one[1])
+
+
+def _flops(step: StepWork) -> tuple[float, float]:
+    """Return the FLOPs of a micro-batch on the ranks of a pipeline, without recomputation, and of recomputation.
+
+    As in `monitor.model_flops_per_token`, attention counts in full, causal or not, and twice as much backward.
+    """
+    known: dict[int, tuple[float, float]] = {}
+    useful = repeated = 0.0
+    for stage in step.stages:
+        for layer in stage.layers:
+            if id(layer) not in known:
+                again = _full_flops(layer.recompute)
+                known[id(layer)] = _full_flops(layer.forward) + _full_flops(layer.backward) - again, again
+            useful += known[id(layer)][0]
+            repeated += known[id(layer)][1]
+    return useful, repeated
+
+
+def _full_flops(work: Work) -> float:
+    found = 0.0
+    for one, count in work.items():
+        if isinstance(one, Product):
+            found += count * one.flops
+        elif isinstance(one, Attention):
+            pairs = one.rows * one.heads * one.queries * one.keys
+            found += count * (8 if one.backward else 4) * one.head_dim * pairs
+    return found
 
 
 def _total(each: Iterable[PassTime]) -> PassTime:

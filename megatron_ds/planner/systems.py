@@ -27,6 +27,7 @@ class System:
         name: of it.
         attention: its kernel. "unfused" writes the scores to memory, in half precision; "newest" is the one that device
             profiles describe, FlashAttention-2 on A100, and FlashAttention-3 or cuDNN 9 on newer devices.
+        drops_scores: unfused attention has dropout.
         fp8: products of blocks, except those of routers, are in fp8.
         fuses_gradients: products add gradients of weights to fp32 sums. Otherwise sums in `gradient_bytes` are another
             pass over memory in each micro-batch.
@@ -46,6 +47,7 @@ class System:
 
     name: str
     attention: AttentionKernel = "newest"
+    drops_scores: bool = False
     fp8: bool = False
     fuses_gradients: bool = True
     gradient_bytes: int = 4
@@ -100,7 +102,7 @@ def _repeated(system: System, traced: Work, forward: Work, recompute: str) -> Wo
     if recompute == "full":
         return forward
     if recompute == "selective" and system.attention == "unfused":
-        return _sum(_unfused(one).times(count) for one, count in traced.items() if isinstance(one, Attention))
+        return _sum(_unfused(system, one).times(count) for one, count in traced.items() if isinstance(one, Attention))
     if recompute == "half":
         return Work({one: _half(one, count) for one, count in forward.items() if not isinstance(one, Attention)})
     return Work()
@@ -114,7 +116,7 @@ def _pass(system: System, trace: LayerTrace, work: Work, *, backward: bool = Fal
     found = Work()
     for one, count in work.items():
         if isinstance(one, Attention) and system.attention == "unfused":
-            found += _unfused(one).times(count)
+            found += _unfused(system, one).times(count)
         elif isinstance(one, Product) and system.fp8 and trace.is_block and one.n > 512:
             found += Work({replace(one, dtype=FP8): count})
         elif isinstance(one, Collective) and one.axis == "tensor":
@@ -126,19 +128,20 @@ def _pass(system: System, trace: LayerTrace, work: Work, *, backward: bool = Fal
     return found
 
 
-def _unfused(one: Attention) -> Work:
+def _unfused(system: System, one: Attention) -> Work:
     """Return attention that writes its scores to memory: all pairs, products, and streams of a softmax with dropout."""
     heads = one.rows * one.heads
     pairs = heads * one.queries * one.keys
     to_scores = Product(one.queries, one.keys, one.head_dim, heads, one.dtype)
     from_scores = Product(one.queries, one.head_dim, one.keys, heads, one.dtype)
+    drops = int(system.drops_scores)
     dropped = Stream(pairs * (2 * SCORE_BYTES + MASK_BYTES))
     values = heads * one.head_dim
     if one.backward:
         work = Work({to_scores: 2, from_scores: 2, Stream(pairs * 3 * SCORE_BYTES): 1})
-        return work + Work({dropped: 1, Stream(2 * SCORE_BYTES * values * (one.queries + 2 * one.keys)): 1})
+        return work + Work({dropped: drops, Stream(2 * SCORE_BYTES * values * (one.queries + 2 * one.keys)): 1})
     work = Work({to_scores: 1, from_scores: 1, Stream(pairs * 2 * SCORE_BYTES): 1})
-    return work + Work({dropped: 1, Stream(2 * SCORE_BYTES * values * one.queries): 1})
+    return work + Work({dropped: drops, Stream(2 * SCORE_BYTES * values * one.queries): 1})
 
 
 def _tensor(system: System, one: Collective, count: int, backward: bool) -> Work:

@@ -7,7 +7,8 @@ the settings of its system. Only iteration seconds and tokens per second are com
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -15,34 +16,32 @@ from typing import Any
 
 import yaml
 
-sys.path.insert(0, "/tmp/h/steptime-notes")
-import standin
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.planner.operations import Collective, LayerTrace, Message, Work
 from megatron_ds.planner.pass_time import Machine
 from megatron_ds.planner.placement import Placement, place
 from megatron_ds.planner.profiles import find_device, find_network
-from megatron_ds.planner.step_time import StageWork, StepTime, StepWork, time_step
+from megatron_ds.planner.step_time import StepTime, time_step
+from megatron_ds.planner.step_work import EndWork, StageWork, StepWork
 from megatron_ds.planner.systems import System, apply, attention_speed, gathered, gradient_work, update_work
+from tests.planner.published_model import Sizes, trace
 from tests.planner.published_systems import Setting, setting_of
 
 ROWS = Path(__file__).with_name("published-runs.yaml")
-Row = dict[str, Any]
-DEVICES = {
-    "A100-40GB": "a100-40",
-    "A100": "a100-80",
-    "H100-96GB-HBM2e-500W": "h100-96",
-    "H100": "h100",
-    "H200": "h200",
-    "H800": "h800",
-    "GB200": "gb200",
-    "GB300": "gb300",
-    "B200": "b200",
-    "B300": "b300",
-    "GH200": "gh200",
-    "MI300X": "mi300x",
-    "L40S": "l40s",
-}
+Row = Mapping[str, Any]
+Weights = dict[str, tuple[int, int]]
+"""Axis -> number of elements of a rank that it divides or copies, and its ranks."""
+
+DEVICES: tuple[tuple[str, str], ...] = (
+    ("a100-40gb", "a100-40"),
+    ("a100", "a100-80"),
+    ("h100-96gb", "h100-96"),
+    ("h100-80gb-pcie", "h100-pcie"),
+    ("h100-nvl", "h100-nvl"),
+    *((name, name) for name in ("h100", "h200", "h800", "gh200", "gb200", "gb300", "b200", "b300", "mi300x", "l40s")),
+)
+"""Beginning of a row's device in small letters -> profile; the first that fits."""
+DEVICES_OF_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -51,122 +50,145 @@ class Prediction:
 
     Attributes:
         row: of the file.
+        system: name of its system.
         time: its step.
-        published_s: seconds of a step as published, by iteration time or tokens per second.
+        published_s: seconds of a step as published, by iteration time or by tokens per second.
     """
 
     row: Row
+    system: str
     time: StepTime
-    published_s: float | None
+    published_s: float
 
     @property
     def error(self) -> float:
         """Relative error of the predicted seconds."""
-        assert self.published_s is not None
         return self.time.total_s / self.published_s - 1
 
 
 def why_left_out(row: Row) -> str | None:
     """Return why a row cannot be compared, or None."""
-    certain, measured, model = row.get("certain", {}), row["measured"], row["model"]
-    times = [name for name in ("iter_s", "tok_s_gpu") if measured.get(name) is not None]
-    if not times:
-        return "no iteration time and no tokens/s"
-    if all(certain.get(f"measured.{name}") == "no" for name in times):
-        return "its time is not certain"
+    model, note = row["model"], str(row.get("note"))
+    if published_s(row) is None:
+        return "no iteration time or tokens/s, or they are not certain"
     if "mla" in model:
         return "latent attention, which this package's layers do not have"
-    if not any(row["device"].startswith(name) for name in DEVICES):
+    if profile_of(row) is None:
         return f"no profile of {row['device']}"
     if row["tp"] is None or row["pp"] is None:
-        return "layout not published"
-    if "sliding" in str(row.get("note")) or "parallel block" in str(row.get("note")):
-        return "another model than its sizes describe"
+        return "its layout is not published"
+    if "parallel block" in note or "sliding" in note:
+        return "a model with other layers than its sizes describe"
+    if str(row["precision"]).startswith(("nvfp4", "fp4", "mxfp4")):
+        return "products in 4 bits"
     return None
 
 
+def profile_of(row: Row) -> str | None:
+    """Return the name of the profile of a row's device."""
+    device = str(row["device"]).lower()
+    return next((profile for beginning, profile in DEVICES if device.startswith(beginning)), None)
+
+
 def published_s(row: Row) -> float | None:
-    """Return the published seconds of a step."""
-    measured = row["measured"]
-    if measured.get("iter_s"):
+    """Return the published seconds of a step; None if they are not certain."""
+    measured, certain = row["measured"], row.get("certain") or {}
+    if measured.get("iter_s") and certain.get("measured.iter_s") != "no":
         return float(measured["iter_s"])
-    if measured.get("tok_s_gpu"):
+    if measured.get("tok_s_gpu") and certain.get("measured.tok_s_gpu") != "no" and row["global_batch"]:
         return float(row["global_batch"] * row["model"]["seq"] / measured["tok_s_gpu"] / row["gpus"])
     return None
 
 
-def predict(row: Row) -> Prediction:
-    """Return the planner's prediction of a row."""
-    setting, model = setting_of(row), row["model"]
-    system, layout = setting.system, layout_of(row)
-    if layout.pipeline > 1 and system.state == "sharded":
-        system = replace(system, state="distributed", hides_state=True)
-    device = find_device(next(name for part, name in DEVICES.items() if row["device"].startswith(part)))
-    per_node = min(8, row["gpus"])
-    expert = row.get("ep") or 1
-    if expert == 1:
-        expert = layout.tensor
-    placements = place(layout, per_node, expert)
+def predict(row: Row) -> StepTime:
+    """Return the planner's prediction of a row's step."""
+    profile, setting, layout = profile_of(row), setting_of(row), layout_of(row)
+    assert profile is not None, row["device"]
+    device, per_node = find_device(profile), min(DEVICES_OF_NODE, row["gpus"])
     network = find_network(setting.network, device, per_node)
-    p = layout.pipeline
-    placements = {**placements, "tied": Placement(2, 2, 1)}
-    machine = Machine(device, network, placements, attention_speed(system, device))
-    micro_batch = micro_batch_of(row, setting, layout)
-    num_micro_batches = row["global_batch"] // (layout.data * micro_batch)
-    sequence = row["sequence_parallel"] if row["sequence_parallel"] is not None else setting.sequence
-    recompute = recompute_of(row, setting)
-    chunks = row["vp"] or (setting.chunks if p > 1 else 1)
-    emb, block, head, num_block, num_ends = standin.traces(
-        model, b=micro_batch, t=layout.tensor, c=layout.context, sp=sequence and layout.tensor > 1, e=row.get("ep"),
-        dropout=setting.drops_out,
+    stages = place(layout, network.island, expert_ranks(row, layout))["pipeline"]
+    placed = place(layout, network.island, expert_ranks(row, layout))
+    placed["tied"] = Placement(2, min(2, stages.islands), 2 if stages.islands == 1 else 1)
+    machine = Machine(device, network, placed, attention_speed(setting.system, device))
+    return time_step(step_of(row, setting, layout), machine)
+
+
+def step_of(row: Row, setting: Setting, layout: Layout) -> StepWork:
+    """Return the work of a row's step."""
+    system, sizes = setting.system, Sizes.of(row["model"])
+    micro_batch, sequence = micro_batch_of(row, setting, layout), is_sequence(row, setting, layout)
+    chunks = row["vp"] or (setting.chunks if layout.pipeline > 1 else 1)
+    expert = expert_ranks(row, layout)
+    traced = trace(
+        sizes,
+        micro_batch=micro_batch,
+        tensor=layout.tensor,
+        sequence=sequence,
+        context=layout.context,
+        expert=expert,
     )
-    experts = 0
-    if "experts" in model:
-        experts = model["experts"] // expert * (3 if model["glu"] else 2) * model["hidden"] * model["moe_ffn"]
-    shard = layout.data * layout.context
-    of_block = {"shard": (num_block - experts, shard)}
-    if experts:
-        of_block["expert_shard"] = (experts, shard * layout.tensor // expert)
-    of_ends = {"shard": (num_ends, shard)}
-    block = gathered(system, apply(system, block, recompute), of_block)
-    emb, head = (gathered(system, apply(system, one), of_ends) for one in (emb, head))
-    counts = blocks_of_stages(model["layers"], p * chunks)
-    stages = []
-    message = block.output_bytes
-    whole_message = message * (layout.tensor if sequence and layout.tensor > 1 else 1)
+    weights = [block_weights(sizes, layout, expert, index < sizes.dense) for index in range(sizes.layers)]
+    end = {"shard": (sizes.embedding_params // layout.tensor, layout.data * layout.context)}
+    again = recompute_of(row, setting)
+    kinds = [gathered(system, apply(system, one, again), weights[-index]) for index, one in enumerate(traced.blocks)]
+    before, after = ([gathered(system, apply(system, one), {}) for one in some] for some in (traced.before, traced.after))
+    counts = blocks_of_stages(sizes.layers, layout.pipeline * chunks)
+    stages, held, begin = [], [], 0
     for index, count in enumerate(counts):
-        layers = [block] * count
-        num = num_block * count
-        if index == 0:
-            layers = [emb, *layers]
-            num += num_ends
-        if index == len(counts) - 1:
-            layers = [*layers, head]
-            num += num_ends
-        stages.append(StageWork(layers, gradient_work(system, num), sends(system, message, layout, sequence)))
-    sent, updates = [], []
-    for rank in range(p):
-        number = sum(counts[rank::p])
-        weights = {axis: (num * number, ranks) for axis, (num, ranks) in of_block.items()}
-        ends = num_ends * ((rank == 0) + (rank == p - 1))
-        weights["shard"] = (weights["shard"][0] + ends, shard)
-        one, two = update_work(system, weights)
-        if p > 1 and not model["glu"] and rank in (0, p - 1):
-            one[Collective("all_reduce", "tied", num_ends * system.gradient_bytes, 2)] += 1
-        sent.append(one)
-        updates.append(two)
-    interleaved = chunks > 1
-    step = StepWork(
-        stages, p, num_micro_batches, "interleaved" if interleaved else system.schedule,
-        not (interleaved and system.hides_messages), sent, updates,
-        row["global_batch"] * model["seq"], 0.0, row["gpus"], ceil(row["gpus"] / per_node),
+        first, last = index == 0, index == len(counts) - 1
+        numbers = range(begin, begin + count)
+        layers = [kinds[0] if number < sizes.dense else kinds[-1] for number in numbers]
+        held.append(total([*(weights[number] for number in numbers), *[end] * (first + last)]))
+        ends = [*(before if first else []), *layers, *(after if last else [])]
+        sends = Work() if last else message(system, kinds[-1], layout, sequence)
+        num_elements = sum(num for num, _ in held[-1].values())
+        stages.append(StageWork(ends, gradient_work(system, num_elements), sends))
+        begin += count
+    tied = sizes.embedding_params // layout.tensor if sizes.tied and layout.pipeline > 1 else 0
+    rank_ends = {}
+    for rank in range(layout.pipeline):
+        sent, update = update_work(system, total(held[rank :: layout.pipeline]))
+        if tied and rank in (0, layout.pipeline - 1):
+            sent[Collective("all_reduce", "tied", system.gradient_bytes * tied, 2)] += 1
+        rank_ends[rank] = EndWork(sent, 1, update)
+    interleaved = chunks > 1 and layout.pipeline > 1
+    return StepWork(
+        stages,
+        rank_ends,
+        layout.pipeline,
+        row["global_batch"] // (layout.data * micro_batch),
+        row["global_batch"] * sizes.seq,
+        row["gpus"],
+        nodes=ceil(row["gpus"] / DEVICES_OF_NODE),
+        schedule="interleaved" if interleaved else system.schedule,
+        blocks=not (interleaved and system.hides_messages),
     )
-    return Prediction(row, time_step(step, machine), published_s(row))
 
 
-def sends(system: System, num_bytes: int, layout: Layout, sequence: bool) -> Work:
+def block_weights(sizes: Sizes, layout: Layout, expert: int, is_dense: bool) -> Weights:
+    """Return the elements of a block on a rank, by the axis whose ranks hold the same."""
+    shards = layout.data * layout.context
+    if sizes.moe is None or is_dense:
+        return {"shard": ((sizes.attention_params + sizes.mlp_params) // layout.tensor, shards)}
+    return {
+        "shard": (sizes.attention_params // layout.tensor + sizes.shared_params, shards),
+        "expert_shard": (sizes.expert_params // expert, shards * layout.tensor // expert),
+    }
+
+
+def total(each: Iterable[Weights]) -> Weights:
+    """Return the sums of elements by axis."""
+    found: Weights = {}
+    for one in each:
+        for axis, (number, ranks) in one.items():
+            found[axis] = found.get(axis, (0, ranks))[0] + number, ranks
+    return found
+
+
+def message(system: System, block: LayerTrace, layout: Layout, sequence: bool) -> Work:
     """Return the message of a boundary: with sequence parallelism a rank's part, else all, or a part to gather."""
-    if sequence and layout.tensor > 1 or layout.tensor == 1 or not system.splits_messages:
+    num_bytes = block.output_bytes
+    if sequence or layout.tensor == 1 or not system.splits_messages:
         return Work({Message("pipeline", num_bytes): 1})
     gather = Collective("all_gather", "tensor", num_bytes, layout.tensor)
     return Work({Message("pipeline", num_bytes // layout.tensor): 1, gather: 1})
@@ -179,21 +201,35 @@ def layout_of(row: Row) -> Layout:
     return Layout(tensor=tensor, pipeline=pipeline, context=context, data=data)
 
 
+def expert_ranks(row: Row, layout: Layout) -> int:
+    """Return the ranks that divide the experts of a layer: those that a row names, or the tensor ranks."""
+    named = row.get("ep") or 1
+    return named if named > 1 else layout.tensor
+
+
+def is_sequence(row: Row, setting: Setting, layout: Layout) -> bool:
+    """Return whether a row divides sequences over tensor ranks."""
+    given = row["sequence_parallel"]
+    return layout.tensor > 1 and bool(setting.sequence if given is None else given)
+
+
 def micro_batch_of(row: Row, setting: Setting, layout: Layout) -> int:
     """Return the rows of a micro-batch."""
     if row["micro_batch"]:
         return int(row["micro_batch"])
-    if setting.micro_batches is None:
+    if not setting.fills_stages:
         return 1
-    return max(1, row["global_batch"] // (layout.data * setting.micro_batches * layout.pipeline))
+    return max(1, row["global_batch"] // (layout.data * layout.pipeline))
 
 
 def recompute_of(row: Row, setting: Setting) -> str:
-    """Return what a row recomputes."""
+    """Return what a row recomputes, in the words of `systems.apply`."""
     given = row["recompute"]
     if given is None:
         return setting.recompute
-    return "half" if given.startswith("selective(op)") else given
+    if str(given).startswith("selective("):
+        return "half"
+    return str(given) if given in ("none", "full", "selective") else "none"
 
 
 def blocks_of_stages(num_blocks: int, num_stages: int) -> list[int]:
@@ -209,28 +245,57 @@ def blocks_of_stages(num_blocks: int, num_stages: int) -> list[int]:
     return [max(0, min(each, num_blocks - index * each)) for index in range(num_stages)]
 
 
-def main(path: str) -> None:
-    """Print the table of a file."""
-    rows = yaml.safe_load(Path(path).read_text())["runs"]
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file."""
+    return list(yaml.safe_load(path.read_text())["runs"])
+
+
+def predictions(rows: Iterable[Row]) -> list[Prediction]:
+    """Return predictions of all rows that can be compared."""
     found = []
     for row in rows:
-        why = why_left_out(row)
-        if why:
-            continue
-        one = predict(row)
-        found.append(one)
-        t = one.time
-        print(f"{row['id']:40s} {t.total_s:8.2f} {one.published_s:8.2f} {100 * one.error:+6.1f}%  comp={t.compute_s:.2f} "
-              f"rec={t.recompute_s:.2f} bub={t.bubble_s:.2f} opt={t.optimizer_s:.3f} strag={t.straggling_s:.2f} "
-              + " ".join(f"{k}={v:.2f}" for k, v in t.exposed_s.items() if v))
-    errors = sorted(abs(one.error) for one in found)
-    groups = {}
+        seconds = published_s(row)
+        if seconds is not None and why_left_out(row) is None:
+            found.append(Prediction(row, setting_of(row).system.name, predict(row), seconds))
+    return found
+
+
+def summary(found: Sequence[Prediction]) -> str:
+    """Return the median of the errors, and how many are at most 15 %."""
+    errors = [abs(one.error) for one in found]
+    near = sum(error <= 0.15 for error in errors)
+    return f"{len(errors)} rows: median error {median(errors):.1%}, {near} of them ({near / len(errors):.0%}) within 15 %"
+
+
+def table(found: Sequence[Prediction], *, parts: bool = False) -> str:
+    """Return a table in Markdown."""
+    head = ["run", "predicted s", "published s", "error", *(["parts"] if parts else [])]
+    lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: | ---: |" + (" --- |" if parts else "")]
     for one in found:
-        groups.setdefault(one.row["id"].split("-")[0], []).append(one.error)
-    for name, each in groups.items():
-        print(f"{name:20s} {len(each):3d} median {100 * median(map(abs, each)):5.1f}% mean {100 * sum(each) / len(each):+5.1f}%")
-    print(f"{len(found)} rows, median {100 * median(errors):.1f}%, within 15%: {sum(e <= 0.15 for e in errors)}")
+        cells = [one.row["id"], f"{one.time.total_s:.2f}", f"{one.published_s:.2f}", f"{one.error:+.1%}"]
+        if parts:
+            cells.append(", ".join(f"{name} {value:.2f}" for name, value in one.time.parts.items()))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(path: Path) -> None:
+    """Print predicted and published seconds of a file's rows, and why others are left out."""
+    rows = read_rows(path)
+    found = predictions(rows)
+    print(table(found, parts=True))
+    print()
+    groups: dict[str, list[Prediction]] = {}
+    for one in found:
+        groups.setdefault(one.system, []).append(one)
+    for name, some in groups.items():
+        print(f"{name}: {summary(some)}")
+    print(f"all: {summary(found)}")
+    left_out = [(row["id"], why) for row in rows if (why := why_left_out(row)) is not None]
+    print(f"\n{len(left_out)} rows are left out:")
+    for name, why in left_out:
+        print(f"- {name}: {why}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else str(ROWS))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROWS)

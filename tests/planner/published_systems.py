@@ -1,11 +1,12 @@
 """The systems of published runs, and what is assumed where a row does not say.
 
-All runs of a system share its settings, which its papers, recipes and documentation describe.
+All runs of a system share its settings, which its papers, recipes and documentation describe. No setting is of a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ds.planner.systems import System
@@ -19,9 +20,7 @@ class Setting:
         system: of the runs.
         network: of the machines, see `find_network`; None = what such devices usually have.
         sequence, recompute, chunks: where a row does not say.
-        micro_batches: micro-batches of a step as a multiple of the stages, where a row names no size; None = rows of one.
-        drops_out: the model has dropout.
-        experts_in_tensor: where a row has no expert ranks.
+        fills_stages: where a row names no micro-batch, there is one for each pipeline stage; else it has one row.
     """
 
     system: System
@@ -29,63 +28,80 @@ class Setting:
     sequence: bool = False
     recompute: str = "none"
     chunks: int = 1
-    micro_batches: int | None = None
-    drops_out: bool = False
+    fills_stages: bool = False
 
 
 MEGATRON_2021 = Setting(
-    System("megatron-2021", attention="unfused", fuses_gradients=False, gradient_bytes=2, hides_tensor="none"),
-    recompute="full",
-    drops_out=True,
-)
-MEGATRON_2022 = Setting(
-    System("megatron-2022", attention="unfused"), sequence=True, recompute="selective", drops_out=True
-)
-MEGATRON_2023 = Setting(
-    replace(MEGATRON_2022.system, name="megatron-2023", state="distributed"),
-    sequence=True,
-    recompute="selective",
-    drops_out=True,
-)
-MEGATRON_DEEPSPEED = Setting(
-    replace(
-        MEGATRON_2021.system,
-        name="megatron-deepspeed",
-        gradient_bytes=4,
-        schedule="deepspeed",
-        splits_messages=False,
+    System(
+        "megatron-2021",
+        attention="unfused",
+        drops_scores=True,
+        fuses_gradients=False,
+        gradient_bytes=2,
+        hides_tensor="none",
     ),
     recompute="full",
-    drops_out=True,
 )
-BIGSCIENCE = replace(
-    MEGATRON_DEEPSPEED,
-    system=replace(MEGATRON_DEEPSPEED.system, name="bigscience megatron-deepspeed", gradient_bytes=2, state="zero1"),
+"""Narayanan et al. 2021: scores in memory, fp16 gradients, communication that nothing hides."""
+
+MEGATRON_2022 = Setting(
+    System("megatron-2022", attention="unfused", drops_scores=True), sequence=True, recompute="selective"
+)
+"""Korthikanti et al. 2022: gradients are summed in fp32 by products, behind which a layer's reduction hides."""
+
+MEGATRON_2023 = replace(
+    MEGATRON_2022, system=replace(MEGATRON_2022.system, name="megatron-2023", state="distributed")
+)
+"""The baseline of MegaScale (Jiang et al. 2024), which has added FlashAttention-2 to it: a distributed optimizer."""
+
+MEGATRON_DEEPSPEED = Setting(
+    replace(
+        MEGATRON_2021.system, name="megatron-deepspeed", gradient_bytes=4, schedule="deepspeed", splits_messages=False
+    ),
+    recompute="full",
+)
+"""Smith et al. 2022 (MT-NLG): Megatron's layers of 2021 in DeepSpeed's pipeline."""
+
+BIGSCIENCE = Setting(
+    replace(
+        MEGATRON_DEEPSPEED.system,
+        name="bigscience megatron-deepspeed",
+        drops_scores=False,
+        gradient_bytes=2,
+        state="zero1",
+    ),
     network="omnipath 4x100Gb/s",
-    drops_out=False,
+    recompute="full",
 )
+"""BigScience on Jean Zay: the same with ZeRO-1 and without dropout, on nodes of eight devices and four cards."""
+
 MEGATRON_BRIDGE = Setting(
     System("megatron-bridge", hides_tensor="chunks", hides_messages=True, state="distributed", hides_state=True),
     sequence=True,
 )
-FSDP = Setting(
-    System("fsdp", attention="flash2", fuses_gradients=False, gradient_bytes=2, hides_tensor="backward", state="sharded")
-)
+"""Megatron-LM, NeMo and Megatron-Bridge since 2024: Transformer Engine, overlap of all axes."""
+
+FSDP = Setting(System("fsdp", attention="flash2", fuses_gradients=False, gradient_bytes=2, state="sharded"))
+"""torch's FSDP, with gradients reduced in bf16."""
+
 LLM_FOUNDRY = replace(FSDP, system=replace(FSDP.system, name="llm-foundry"))
 TORCHTITAN = Setting(
     replace(FSDP.system, name="torchtitan", gradient_bytes=4, hides_tensor="none"),
     sequence=True,
     chunks=2,
-    micro_batches=1,
+    fills_stages=True,
 )
+"""FSDP2 with gradients reduced in fp32; its looped schedules have two stages a rank by default."""
+
 MAXTEXT = replace(FSDP, system=replace(FSDP.system, name="maxtext", attention="newest"))
+"""JAX with sharded weights, and cuDNN's attention."""
 
 BY_SOURCE: tuple[tuple[str, Setting], ...] = (
     ("2104.04473", MEGATRON_2021),
     ("2205.05198", MEGATRON_2022),
     ("2201.11990", MEGATRON_DEEPSPEED),
     ("bigscience", BIGSCIENCE),
-    ("llm-foundry", LLM_FOUNDRY),
+    ("foundry", LLM_FOUNDRY),
     ("torchtitan", TORCHTITAN),
     ("maxtext", MAXTEXT),
     ("2402.15627", MEGATRON_2023),
@@ -94,20 +110,22 @@ BY_SOURCE: tuple[tuple[str, Setting], ...] = (
 """Part of a source in small letters -> its system; the first that fits."""
 
 
-def setting_of(row: dict[str, Any]) -> Setting:
-    """Return the setting of a row by its source, or else by how it divides state and by its device."""
-    source = row["source"].lower()
+def setting_of(row: Mapping[str, Any]) -> Setting:
+    """Return the setting of a row, by its source, or else by how it divides state and by its device."""
+    source = str(row["source"]).lower()
+    sharding, precision = str(row.get("optimizer_sharding")).lower(), str(row["precision"]).lower()
     found = next((setting for part, setting in BY_SOURCE if part in source), None)
-    if found is None and "fsdp" in str(row.get("optimizer_sharding")):
+    if found is None and ("fsdp" in sharding or "zero3" in sharding):
         found = FSDP
     if found is None:
-        found = MEGATRON_2023 if row["device"].startswith("A100") else MEGATRON_BRIDGE
-    if _is_fp8(row["precision"]):
-        found = replace(found, system=replace(found.system, fp8=True))
-    if "fp32 grad" in row["precision"]:
-        found = replace(found, system=replace(found.system, gradient_bytes=4))
-    return found
-
-
-def _is_fp8(precision: str) -> bool:
-    return precision.startswith(("fp8", "mxfp8"))
+        found = MEGATRON_2023 if str(row["device"]).startswith(("A100", "V100")) else MEGATRON_BRIDGE
+    system = found.system
+    if "fsdp" in sharding and system.state != "sharded":
+        system = replace(system, state="sharded")
+    if precision.startswith(("fp8", "mxfp8")):
+        system = replace(system, fp8=True)
+    if "fp32 grad" in precision:
+        system = replace(system, gradient_bytes=4)
+    if system.state == "sharded" and (row["pp"] or 1) > 1:
+        system = replace(system, state="distributed", hides_state=True)
+    return replace(found, system=system)
