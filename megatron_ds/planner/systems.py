@@ -42,7 +42,6 @@ class System:
             "distributed": reduce-scatter and gather (Megatron's distributed optimizer); "sharded": weights are gathered
             for each layer (FSDP, ZeRO-3), but only once a step where there are pipeline stages.
         hides_state: these run behind the first forward and the last backward pass.
-        routes_once: a token goes to each node of its experts once (DeepEP, HybridEP), and on the node to each of them.
     """
 
     name: str
@@ -57,7 +56,6 @@ class System:
     splits_messages: bool = True
     state: State = "replicated"
     hides_state: bool = False
-    routes_once: bool = False
 
 
 _SPEEDS: dict[tuple[AttentionKernel, bool], tuple[float, float]] = {

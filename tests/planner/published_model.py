@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from megatron_ds.config import ContextPlan
+from megatron_ds.layers.kernels.select import AUTO
 from megatron_ds.layers.moe.shape import RouterShape
 from megatron_ds.layers.norm import NormStyle
 from megatron_ds.layers.rotary import RotaryConfig
@@ -129,8 +130,10 @@ class Traced:
 
 
 @cache
-def trace(sizes: Sizes, *, micro_batch: int, tensor: int, sequence: bool, context: int, expert: int) -> Traced:
-    """Return the traces of a model on one rank of a layout."""
+def trace(
+    sizes: Sizes, *, micro_batch: int, tensor: int, sequence: bool, context: int, expert: int, fused: bool
+) -> Traced:
+    """Return the traces of a model on one rank of a layout; `fused`: with fused kernels for norms and activations."""
     plan = ContextPlan(ring=context, method="ring", zigzag=True) if context > 1 else ContextPlan()
     setting = TraceSetting(
         seq_length=sizes.seq,
@@ -138,6 +141,7 @@ def trace(sizes: Sizes, *, micro_batch: int, tensor: int, sequence: bool, contex
         tensor=tensor,
         sequence=sequence,
         context=plan,
+        kernels=AUTO if fused else "torch",
         expert=expert if sizes.moe is not None else None,
     )
     layers = trace_layers(sizes.core().build_layers, setting)

@@ -20,6 +20,7 @@ class Setting:
         system: of the runs.
         network: of the machines, see `find_network`; None = what such devices usually have.
         sequence, recompute, chunks: where a row does not say.
+        fused: norms and gated activations are single kernels.
         fills_stages: where a row names no micro-batch, there is one for each pipeline stage; else it has one row.
     """
 
@@ -28,6 +29,7 @@ class Setting:
     sequence: bool = False
     recompute: str = "none"
     chunks: int = 1
+    fused: bool = True
     fills_stages: bool = False
 
 
@@ -49,9 +51,7 @@ MEGATRON_2022 = Setting(
 )
 """Korthikanti et al. 2022: gradients are summed in fp32 by products, behind which a layer's reduction hides."""
 
-MEGATRON_2023 = replace(
-    MEGATRON_2022, system=replace(MEGATRON_2022.system, name="megatron-2023", state="distributed")
-)
+MEGATRON_2023 = replace(MEGATRON_2022, system=replace(MEGATRON_2022.system, name="megatron-2023", state="distributed"))
 """The baseline of MegaScale (Jiang et al. 2024), which has added FlashAttention-2 to it: a distributed optimizer."""
 
 MEGATRON_DEEPSPEED = Setting(
