@@ -210,14 +210,15 @@ class LayerTrace:
         output_bytes: of its output, which is part of `kept_bytes`, and which the next stage gets if one begins there.
         forward_peak_bytes: the most that is live during the forward pass, beyond what was live before it.
         backward_peak_bytes: the most that is live during the backward pass, beyond what was live before the layer's
-            forward pass: kept memory, the gradients of output and input, temporaries, and the gradient of each
-            parameter from its product until an engine could take it.
+            forward pass: kept memory, the gradients of output and input, and temporaries; without gradients of
+            parameters.
         grad_input_bytes: of the gradient of its input, which is live after its backward pass.
         recompute: the part of `backward` that repeats operations of the forward pass.
         shared_bytes: memory that the layer's first forward pass leaves for all later ones, such as tables of angles,
             which layers after it share. No other number contains it.
         host_bytes: part of what the forward pass leaves that is kept in host memory, and in no other number.
         arrivals: gradients of parameters in the order in which they are computed; empty = not recorded.
+        like: name of the equal layer that has been run for this trace.
     """
 
     name: str
@@ -233,3 +234,4 @@ class LayerTrace:
     shared_bytes: int = 0
     host_bytes: int = 0
     arrivals: tuple[GradientArrival, ...] = ()
+    like: str = ""

@@ -42,8 +42,8 @@ def recording_context(setting: TraceSetting, recorder: Recorder) -> Iterator[Bui
         tensor = Axis(*_place(tensor), tensor.group, neighbours.sum_, cast(Neighbours, neighbours))
     plan, at = setting.context, divmod(setting.context_rank, setting.context.ulysses)
     whole = axis("context", plan.size, setting.context_rank)
-    ulysses = whole if plan.ring == 1 else axis("context", plan.ulysses, at[1])
-    ring = whole if plan.ulysses == 1 else axis("context", plan.ring, at[0])
+    ulysses = Axis() if plan.ulysses == 1 else whole if plan.ring == 1 else axis("ulysses", plan.ulysses, at[1])
+    ring = Axis() if plan.ring == 1 else whole if plan.ulysses == 1 else axis("ring", plan.ring, at[0])
     tp = TensorParallel(
         tensor, setting.sequence, context=ContextParallel(whole, ulysses, ring, plan.method, plan.zigzag)
     )

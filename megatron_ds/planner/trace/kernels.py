@@ -54,10 +54,11 @@ def stand_ins(wanted: Choice, recorder: Recorder, documents: int) -> Kernels:
     return replace(REFERENCE, **{name: kernel for name, kernel in found.items() if is_ours(name)})
 
 
-def _stream(recorder: Recorder, *tensors: Tensor | None, launches: int = 1) -> None:
+def _stream(recorder: Recorder, name: str, *tensors: Tensor | None) -> None:
+    """Record a kernel that reads or writes tensors once."""
     num_bytes = sum(one.nbytes for one in tensors if one is not None)
     if num_bytes:
-        recorder.record(Stream(num_bytes, launches))
+        recorder.record(Stream(num_bytes, name=name))
 
 
 def _rms_norm(recorder: Recorder, x: Tensor, weight: Tensor, fp32_weight: bool) -> Tensor:
@@ -74,10 +75,10 @@ def _norm_gradients(ctx: Any, recorder: Recorder, *grads: Tensor | None) -> tupl
     grad_x, grad_weight = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
     if ctx.wants_weight:
         partial_sums = torch.empty(_PROGRAMS, x.shape[-1], dtype=torch.float32, device=x.device)
-        _stream(recorder, x, inverse_rms, *grads, grad_x, partial_sums)
+        _stream(recorder, "rms_norm_backward", x, inverse_rms, *grads, grad_x, partial_sums)
         grad_weight = partial_sums.sum(0).to(weight.dtype)
     else:
-        _stream(recorder, x, inverse_rms, *grads, grad_x)
+        _stream(recorder, "rms_norm_backward", x, inverse_rms, *grads, grad_x)
     return grad_x, grad_weight
 
 
@@ -87,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
         dtype = x.dtype if fp32_weight else torch.promote_types(x.dtype, weight.dtype)
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         inverse_rms = _inverse_rms(x)
-        _stream(recorder, x, weight, y, inverse_rms)
+        _stream(recorder, "rms_norm", x, weight, y, inverse_rms)
         ctx.save_for_backward(x, weight, inverse_rms)
         ctx.recorder, ctx.wants_weight = recorder, ctx.needs_input_grad[1]
         return y
@@ -103,7 +104,7 @@ class _AddRMSNorm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         inverse_rms = _inverse_rms(x)
-        _stream(recorder, x, change, weight, total, y, inverse_rms)
+        _stream(recorder, "add_rms_norm", x, change, weight, total, y, inverse_rms)
         ctx.save_for_backward(total, weight, inverse_rms)
         ctx.recorder, ctx.wants_weight = recorder, ctx.needs_input_grad[2]
         ctx.set_materialize_grads(False)
@@ -121,7 +122,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, wide: Tensor, recorder: Recorder) -> Tensor:
         y = torch.empty(*wide.shape[:-1], wide.shape[-1] // 2, dtype=wide.dtype, device=wide.device)
-        _stream(recorder, wide, y)
+        _stream(recorder, "gated", wide, y)
         ctx.save_for_backward(wide)
         ctx.recorder = recorder
         return y
@@ -130,7 +131,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (wide,) = ctx.saved_tensors
         grad = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
-        _stream(ctx.recorder, wide, grads[0], grad)
+        _stream(ctx.recorder, "gated_backward", wide, grads[0], grad)
         return grad, None
 
 
@@ -145,7 +146,7 @@ class _Rotary(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, recorder: Recorder
     ) -> tuple[Tensor, Tensor]:
-        _stream(recorder, q, q, k, k, cos, sin, positions)
+        _stream(recorder, "rotary", q, q, k, k, cos, sin, positions)
         ctx.save_for_backward(cos, sin, positions)
         ctx.recorder = recorder
         return q, k
@@ -154,7 +155,7 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
         outs = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad in grads]
-        _stream(ctx.recorder, *grads, *outs, cos, sin, positions)
+        _stream(ctx.recorder, "rotary_backward", *grads, *outs, cos, sin, positions)
         return *outs, None, None, None, None
 
 
@@ -162,16 +163,16 @@ def _cross_entropy(recorder: Recorder, logits: Tensor, labels: Tensor, call: Los
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     written = logits if call.wants_gradient else None
     if call.axis.size == 1:
-        _stream(recorder, logits, written, labels, losses)
+        _stream(recorder, "cross_entropy", logits, written, labels, losses)
         return losses, logits
     own_peaks, sums = torch.empty_like(losses), losses.new_empty((2, len(logits)))
-    _stream(recorder, logits, labels, own_peaks, sums)
+    _stream(recorder, "cross_entropy", logits, labels, own_peaks, sums)
     peaks = all_reduce_(own_peaks.clone(), call.axis, dist.ReduceOp.MAX)
     sums[0] *= (own_peaks - peaks).exp_()
     all_reduce_(sums, call.axis)
     losses = sums[0].log() + peaks - sums[1]
     if call.wants_gradient:
-        _stream(recorder, logits, logits, labels, peaks, sums[0])
+        _stream(recorder, "cross_entropy", logits, logits, labels, peaks, sums[0])
     return losses, logits
 
 

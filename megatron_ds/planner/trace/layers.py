@@ -25,8 +25,13 @@ from megatron_ds.planner.trace.recorder import Recorder
 from megatron_ds.planner.trace.setting import TraceSetting
 from megatron_ds.planner.trace.signature import signature_of
 
+Watch = Callable[[str, nn.Module], None]
+"""(name of a spec, module), called with each layer that is run, once it is built."""
 
-def trace_layers(specs_of: Callable[[BuildContext], list[LayerSpec]], setting: TraceSetting) -> list[LayerTrace]:
+
+def trace_layers(
+    specs_of: Callable[[BuildContext], list[LayerSpec]], setting: TraceSetting, watch: Watch | None = None
+) -> list[LayerTrace]:
     """Return the trace of every layer, in order. Equal layers are traced once.
 
     Does not communicate.
@@ -34,10 +39,11 @@ def trace_layers(specs_of: Callable[[BuildContext], list[LayerSpec]], setting: T
     Args:
         specs_of: builds the layers' specs in a build context, such as `ModelConfig.build_layers`.
         setting: the rank's place, its micro-batch, and options.
+        watch: sees the modules of the layers that are run.
     """
     recorder = Recorder()
     with recording_context(setting, recorder) as ctx, _without_values(setting, recorder):
-        return _Tracer(setting, recorder, specs_of(ctx)).trace()
+        return _Tracer(setting, recorder, specs_of(ctx), watch).trace()
 
 
 @contextmanager
@@ -66,9 +72,13 @@ class _Tracer:
     Args:
         setting, recorder: see `trace_layers`.
         specs: the layers.
+        watch: see `trace_layers`.
     """
 
-    def __init__(self, setting: TraceSetting, recorder: Recorder, specs: Sequence[LayerSpec]) -> None:
+    def __init__(
+        self, setting: TraceSetting, recorder: Recorder, specs: Sequence[LayerSpec], watch: Watch | None
+    ) -> None:
+        self._watch = watch
         self.setting, self.recorder, self.specs = setting, recorder, specs
         self.device = torch.device("cpu" if setting.device_type == "cpu" else "meta")
         self._known: dict[Hashable, _Found] = {}
@@ -81,6 +91,8 @@ class _Tracer:
             key = signature_of(layer), shapes_of(activations)
             if key not in self._known:
                 run = _LayerRun(layer, activations, labels, self.recorder, self.setting.trains, self.device)
+                if self._watch is not None:
+                    self._watch(spec.name, layer)
                 found = run.trace(spec)
                 if found.trace.shared_bytes:  # made by the first run alone
                     again = run.trace(spec)
@@ -201,6 +213,7 @@ class _LayerRun:
             arrivals=seen.arrivals,
             recompute=recorder.replayed,
             shared_bytes=recorder.live_bytes - start,
+            like=spec.name,
             host_bytes=host_bytes,
         )
         return _Found(trace, following)

@@ -32,7 +32,7 @@ def operations_of(
     if name in _WITHOUT_WORK or func.is_view:
         return ()
     num_bytes = _ROWS[name](args, kwargs, result) if name in _ROWS else _read_and_written(func, args, kwargs, result)
-    return (Stream(num_bytes),) if num_bytes else ()
+    return (Stream(num_bytes, name=name),) if num_bytes else ()
 
 
 def _dtype(x: Tensor) -> str:
