@@ -38,7 +38,7 @@ class Messages:
 
 def place_of(x: Tensor) -> tuple[int, int]:
     """Return where a tensor begins: its storage, and the offset in it. Tensors without values have a place too."""
-    return x.untyped_storage()._cdata, x.storage_offset()
+    return x.untyped_storage()._cdata, int(x.storage_offset())
 
 
 def begin_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> tuple[Tensor, Messages]:
