@@ -15,6 +15,7 @@ from megatron_ds.planner.operations import Attention, Collective, LayerTrace, Op
 from megatron_ds.planner.profiles.device import Device
 
 FP8 = "float8_e4m3fn"
+_HALVES = ("bfloat16", "float16")
 AttentionKernel = Literal["unfused", "flash1", "flash2", "newest"]
 State = Literal["replicated", "zero1", "distributed", "sharded"]
 
@@ -28,7 +29,7 @@ class System:
         attention: its kernel. "unfused" writes the scores to memory, in half precision; "newest" is the one that device
             profiles describe, FlashAttention-2 on A100, and FlashAttention-3 or cuDNN 9 on newer devices.
         drops_scores: unfused attention has dropout.
-        fp8: products of blocks, except those of routers, are in fp8.
+        fp8: products of blocks in half precision are in fp8; routers, which are in fp32, are not.
         fuses_gradients: products add gradients of weights to fp32 sums. Otherwise sums in `gradient_bytes` are another
             pass over memory in each micro-batch.
         gradient_bytes: of an element of these sums, and of what is reduced over data ranks.
@@ -115,7 +116,7 @@ def _pass(system: System, trace: LayerTrace, work: Work, *, backward: bool = Fal
     for one, count in work.items():
         if isinstance(one, Attention) and system.attention == "unfused":
             found += _unfused(system, one).times(count)
-        elif isinstance(one, Product) and system.fp8 and trace.is_block and one.n > 512:
+        elif isinstance(one, Product) and system.fp8 and trace.is_block and one.dtype in _HALVES:
             found += Work({replace(one, dtype=FP8): count})
         elif isinstance(one, Collective) and one.axis == "tensor":
             found += _tensor(system, one, count, backward)
@@ -155,7 +156,7 @@ def _casts(forward: Work, backward: bool) -> Work:
     """Return the casts to fp8 of what products multiply: read in 2 bytes, written as rows and as columns."""
     found = Work()
     for one, count in forward.items():
-        if isinstance(one, Product) and one.n > 512:
+        if isinstance(one, Product) and one.dtype in _HALVES:
             elements = one.batch * one.m * (one.n if backward else one.k)
             found[Stream(4 * elements)] += count
     return found

@@ -98,7 +98,7 @@ class Sizes:
         moe = None
         if self.moe is not None:
             num, chosen, width, shared = self.moe
-            router = RouterShape(num_experts=num, top_k=chosen)
+            router = RouterShape(num_experts=num, top_k=chosen, fp32=True)
             moe = MoEConfig(router=router, ffn_size=width, layers=(kinds - 1,), shared_ffn_size=shared)
         rotary = (RotaryConfig(self.head_dim),) * kinds if self.glu else ()
         return DecoderConfig(
