@@ -182,11 +182,13 @@ class Work(Counter[Operation]):
 class GradientArrival:
     """The moment of a layer's backward pass at which autograd has a gradient of a parameter.
 
+    A gradient counts here from its allocation until it arrives; then it is the engine's.
+
     Attributes:
-        parameter: its name in the layer.
+        parameter: its name in the layer; empty = the end of the backward pass.
         peak_bytes: the most that has been live since the arrival before, or since the backward pass began, beyond what
-            was live before the layer's forward pass. Gradients of parameters do not count, this one neither.
-        live_bytes: what is live of it now.
+            was live before the layer's forward pass.
+        live_bytes: what is live of it now, without this gradient.
         num_bytes: of the gradient.
     """
 

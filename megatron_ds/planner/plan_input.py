@@ -140,6 +140,7 @@ class PlanInput:
             sequence=config.parallel.sequence,
             context=self.engine.context,
             expert=config.parallel.expert,
+            neighbours=self.machines.device_type == "cpu" and config.parallel.sequence and self.layout.tensor > 1,
             recompute=config.recompute,
             offload_activations=config.offload_activations,
             keep_attention=config.keep_attention,

@@ -286,20 +286,21 @@ class _Arrived(NamedTuple):
 
 
 class _Backward:
-    """The memory of a backward pass without the gradients of parameters.
+    """The memory of a backward pass.
 
     Attributes:
-        peak_bytes: the most, beyond what was live before the forward pass.
-        arrivals: of the gradients.
+        peak_bytes: the most, beyond what was live before the forward pass, without the gradients of parameters.
+        arrivals: of the gradients, and the end of the pass; a gradient counts there until it arrives.
     """
 
     def __init__(self, recorder: Recorder, kept_bytes: int, arrived: Sequence[_Arrived]) -> None:
-        gradients = {one.storage for one in arrived}
-        live, begin, peaks, found = kept_bytes, 0, [kept_bytes], []
+        gradients, handed = {one.storage for one in arrived}, set[int]()
+        self.peak_bytes = kept_bytes + recorder.peak_without(gradients)[0]
+        live, begin, found = kept_bytes, 0, []
         for one in arrived:
-            peak, change = recorder.peak_without(gradients, begin, one.num_changes)
-            peaks.append(live + peak)
-            live, begin = live + change, one.num_changes
-            found.append(GradientArrival(one.name, peaks[-1], live, one.num_bytes))
-        peaks.append(live + recorder.peak_without(gradients, begin)[0])
-        self.peak_bytes, self.arrivals = max(peaks), tuple(found)
+            peak, change = recorder.peak_without(handed, begin, one.num_changes)
+            found.append(GradientArrival(one.name, live + peak, live + change - one.num_bytes, one.num_bytes))
+            live, begin = found[-1].live_bytes, one.num_changes
+            handed.add(one.storage)
+        peak, change = recorder.peak_without(handed, begin)
+        self.arrivals = (*found, GradientArrival("", live + peak, live + change, 0))

@@ -45,6 +45,8 @@ def _value(value: Any) -> Hashable:
         return _value(value.func), _value(value.args), _value(value.keywords)
     if isinstance(value, Mapping):
         return tuple((_value(name), _value(one)) for name, one in value.items())
+    if isinstance(value, slice):
+        return "slice", value.start, value.stop, value.step
     if isinstance(value, Sequence | set):
         return tuple(_value(one) for one in value)
     if callable(value):  # a method of the module itself, or a function

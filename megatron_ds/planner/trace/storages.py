@@ -18,14 +18,18 @@ class LiveStorages(TorchDispatchMode):
     gone. Storages that existed before do not count, nor does memory that a kernel uses while it runs. What is made on
     other threads does not count; autograd's on a CPU are this one.
 
+    Args:
+        device_type: of the tensors that count, such as "cpu"; None = all, also those of torch's meta device.
+
     Attributes:
         live_bytes: now.
         peak_bytes: the most since the beginning, or since `reset_peak`.
         left_out_bytes: of storages that are alive and do not count; see `leave_out`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
+        self._device_type = device_type
         self.live_bytes = self.peak_bytes = self.left_out_bytes = 0
         self._serials: dict[int, int] = {}  # address of a storage, which another one may have later -> its number
         self._sizes: dict[int, int] = {}  # number of a storage -> bytes that count
@@ -60,7 +64,7 @@ class LiveStorages(TorchDispatchMode):
                 serial = self._serials[address]
                 if self._sizes[serial] and self._sizes[serial] != storage.nbytes():
                     self._resize(serial, storage.nbytes())
-            elif address not in given:
+            elif address not in given and self._device_type in (None, tensor.device.type):
                 self._begin(storage, address)
         return result
 

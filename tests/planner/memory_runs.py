@@ -1,0 +1,66 @@
+"""Memory of a run as it is planned, and as live storages are counted on ranks that train."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.planner.memory import StageMemory, plan_memory
+from megatron_ds.planner.trace import trace_layers
+from megatron_ds.planner.trace.storages import LiveStorages
+from megatron_ds.runtime import Session, load_model
+from tests.planner.memory_cases import MODELS, MemoryCase
+from tests.ranks import rank_device, run_alone, run_ranks
+
+STEPS = 2  # buffers that a first step leaves behind are there in the second
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The rank of a pipeline stage that needs most memory.
+
+    Attributes:
+        planned: the plan.
+        measured_bytes: the peak of live storages in the last step.
+    """
+
+    planned: StageMemory
+    measured_bytes: int
+
+    @property
+    def error(self) -> float:
+        """How much too much is planned, as a share of what was measured."""
+        return self.planned.peak_bytes / self.measured_bytes - 1
+
+
+def plan(case: MemoryCase) -> list[StageMemory]:
+    """Return the plan of each pipeline stage."""
+    given = case.plan_input()
+    traces = trace_layers(given.layers, given.trace_setting())
+    return [plan_memory(given, traces, stage) for stage in range(case.pipeline)]
+
+
+def measure(info: RankInfo, case: MemoryCase) -> tuple[int, int]:
+    """Return a rank's pipeline stage, and the peak of its live storages in the last step."""
+    torch.set_num_threads(1)
+    batch = case.batch()
+    with LiveStorages("cpu") as live:  # DeepSpeed has copies of shapes on the meta device
+        model = load_model(dict(MODELS[case.model]))
+        engine = Session(info, rank_device()).build_engine(model, case.config)
+        for _ in range(STEPS):
+            batches = engine.split(batch)
+            gc.collect()
+            live.reset_peak()
+            engine.engine.train_step(batches, 1e-4)
+    return engine.grid.coords.pipeline, live.peak_bytes
+
+
+def compare(case: MemoryCase) -> Sequence[Compared]:
+    """Return the comparison of each pipeline stage."""
+    planned = run_alone(plan, case)
+    peaks = run_ranks(measure, case.world_size, case)
+    return [Compared(one, max(peak for number, peak in peaks if number == stage)) for stage, one in enumerate(planned)]
