@@ -22,7 +22,7 @@ FP32 = 4  # bytes
 
 @dataclass(frozen=True)
 class EngineSetting:
-    """What the engine's memory depends on besides the parameters.
+    """Settings that the engine's memory depends on besides the parameters.
 
     Attributes:
         zero_stage: of DeepSpeed.
@@ -126,6 +126,7 @@ class PlainEngine(EngineMemory):
     """ZeRO-0 in fp32: torch's optimizer on the parameters themselves; reductions in buckets (`engine.data_sum`)."""
 
     def build(self) -> None:
+        """Hold weights and state of all parameters."""
         self.hold_frozen()
         self._have: set[str] = set()
         for index, group in enumerate(self.groups):
@@ -135,6 +136,7 @@ class PlainEngine(EngineMemory):
                 self.device.add(part, num_bytes)
 
     def gradient(self, parameter: HeldParameter) -> None:
+        """Keep it in the parameter until the update."""
         num_bytes = parameter.numel * self.item
         self.device.add(GRADIENTS, num_bytes)
         if parameter.name in self._have:  # it is added to the one of the micro-batch before
@@ -142,6 +144,7 @@ class PlainEngine(EngineMemory):
         self._have.add(parameter.name)
 
     def end_backward(self, *, is_last: bool) -> None:
+        """Reduce the gradients after the last micro-batch."""
         if not is_last:
             return
         for of_experts in (False, True):
@@ -153,6 +156,7 @@ class PlainEngine(EngineMemory):
                             pass
 
     def step(self) -> None:
+        """Update in place, and release the gradients."""
         self.device.release(GRADIENTS)
         self._have.clear()
 
@@ -164,6 +168,7 @@ class Bf16Engine(EngineMemory):
     """
 
     def build(self) -> None:
+        """Hold flat weights and gradients of all parameters, and a part of the state."""
         self.hold_frozen()
         for index, group in enumerate(self.groups):
             ranks = self.ranks_of(group)
@@ -177,10 +182,12 @@ class Bf16Engine(EngineMemory):
         self.device.add(GRADIENTS, sum(one.numel for one in self._kept) * self.item)
 
     def gradient(self, parameter: HeldParameter) -> None:
+        """Let autograd add it to the parameter's bf16 gradient."""
         with self.device.holding(GRADIENTS, parameter.numel * self.item):
             pass
 
     def end_backward(self, *, is_last: bool) -> None:
+        """Add the bf16 gradients to the fp32 sums, which are reduced after the last micro-batch."""
         for one in self._kept:  # _update_hp_grad casts each
             with self.device.holding(GRADIENTS, one.numel * FP32):
                 pass

@@ -12,7 +12,7 @@ class Ledger:
 
     Attributes:
         parts: part -> bytes that are held now.
-        moment: text for what is going on, which the peak is remembered with.
+        moment: text for the present time, which the peak is remembered with.
         peak_bytes: the most that was held at once.
         peak_parts: part -> bytes at that time.
         peak_moment: `moment` at that time.
@@ -28,7 +28,7 @@ class Ledger:
 
     @property
     def total_bytes(self) -> int:
-        """What is held now."""
+        """Bytes that are held now."""
         return self._total_bytes
 
     def add(self, part: str, num_bytes: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.planner.engine_memory import (
@@ -22,14 +22,14 @@ from megatron_ds.planner.optimizer_state import state_bytes_of
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.stage_run import Boundary, StageRun, one_stage, pipelined_stage
 from megatron_ds.planner.zero3_memory import DividedEngine
-from megatron_ds.planner.zero_memory import FlatEngine
+from megatron_ds.planner.zero_memory import FlatEngine, largest_partition
 from megatron_ds.planner.zero_settings import zero_settings
 
 INT64 = 8  # bytes of an id
 CONTEXT_BYTES = 700 * 2**20
 """CUDA's context, the kernels of torch, cuBLAS and ours, and cuBLAS's workspaces."""
 COMMUNICATION_BYTES = 300 * 2**20
-"""NCCL's buffers and kernels of one axis of several ranks. Context and communication take 1 to 3 GB together."""
+"""NCCL's buffers and kernels of one axis of several ranks. With the context they take 1 to 3 GB."""
 FRAGMENTATION = 0.03
 """Share of the tensors' memory that torch's allocator has and cannot give, with segments that grow."""
 
@@ -56,12 +56,12 @@ class StageMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """On the device."""
+        """Bytes on the device."""
         return sum(self.parts.values())
 
     @property
     def host_bytes(self) -> int:
-        """In host memory, of this rank."""
+        """Bytes in host memory, of this rank."""
         return sum(self.host_parts.values())
 
 
@@ -81,6 +81,8 @@ def plan_memory(given: PlanInput, traces: Sequence[LayerTrace], stage: int) -> S
     engine = make_engine(held, engine_setting(given, held), device, host)
     pipelined = given.layout.pipeline > 1
     count = given.num_micro_batches
+    if on_cpu:  # what layers keep on the host is in the same memory
+        traces = [replace(trace, kept_bytes=trace.kept_bytes + trace.host_bytes) for trace in traces]
     run = StageRun(
         traces[first:last],
         held,
@@ -139,7 +141,7 @@ def make_engine(held: HeldStage, setting: EngineSetting, device: Ledger, host: L
         return DividedEngine(held, setting, device, host)
     if setting.zero_stage == 1 and setting.precision == "bf16" and not setting.offload_optimizer:
         return Bf16Engine(held, setting, device, host)
-    return FlatEngine(held, setting, device, host)
+    return FlatEngine(held, setting, device, host, largest_partition(held, setting))
 
 
 def boundary_of(given: PlanInput, specs: Sequence[LayerSpec], first: int, last: int) -> Boundary:

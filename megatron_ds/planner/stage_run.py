@@ -18,7 +18,7 @@ BOUNDARIES, BATCH = "boundaries", "batch"
 
 @dataclass(frozen=True)
 class Boundary:
-    """What crosses the boundaries of a pipeline stage for one micro-batch.
+    """Tensors that cross the boundaries of a pipeline stage for one micro-batch.
 
     Attributes:
         entering_bytes, leaving_bytes: of the hidden states; 0 = there is no boundary.
@@ -108,7 +108,7 @@ class StageRun:
 
     @property
     def _kept_by_loss_bytes(self) -> int:
-        """What entered the last stage and its gradient: a loss in one of DeepSpeed's two buffers refers to them."""
+        """Bytes of what entered the last stage and of its gradient, which a loss in DeepSpeed's buffers refers to."""
         boundary = self._boundary
         return 0 if boundary.leaving_bytes else 2 * boundary.entering_bytes
 

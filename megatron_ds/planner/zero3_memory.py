@@ -30,7 +30,7 @@ class DividedEngine(EngineMemory):
         self._persistent = [one for one in held.parameters if one.numel <= setting.persistent]
         self._gathered: dict[str, int] = {}
         self._filled: list[HeldParameter] = []
-        self._uses: list[Sequence[HeldParameter]] = []
+        self._uses: Sequence[Sequence[HeldParameter]] = []
         self._position = 0
 
     def part_of(self, parameter: HeldParameter) -> int:
@@ -38,6 +38,7 @@ class DividedEngine(EngineMemory):
         return -(-parameter.numel // self.ranks_of([parameter]))
 
     def build(self) -> None:
+        """Hold a part of weights, gradients and state, the bucket, and small parameters whole."""
         setting = self.setting
         state = self.host if setting.offload_optimizer else self.device
         weights = self.host if setting.offload_param else self.device
@@ -76,6 +77,7 @@ class DividedEngine(EngineMemory):
                 self.device.add(GATHERED, self._gathered[one.name])
 
     def enter(self, parameters: Sequence[HeldParameter]) -> None:
+        """Gather the weights that are missing, and those of the modules to come."""
         missing = [one for one in parameters if one.name not in self._gathered]
         flat = sum(self.part_of(one) * self.ranks_of([one]) for one in missing) * self.item
         if any(self.ranks_of([one]) > 1 for one in missing):
@@ -92,6 +94,7 @@ class DividedEngine(EngineMemory):
                     ahead += one.numel
 
     def leave(self, parameters: Sequence[HeldParameter]) -> None:
+        """Release the weights that are not needed soon."""
         traversed, reused = 0, set[str]()
         for later in self._uses[self._position :]:
             if traversed >= self.setting.reuse_distance:
@@ -105,6 +108,7 @@ class DividedEngine(EngineMemory):
     # ---- gradients -----------------------------------------------------------------------------------------------
 
     def gradient(self, parameter: HeldParameter) -> None:
+        """Let it pass through the bucket."""
         num_bytes, filled = parameter.numel * self.item, sum(one.numel for one in self._filled)
         self.device.add(GRADIENTS, num_bytes)
         if self._filled and filled + parameter.numel > self.setting.bucket:
@@ -136,9 +140,11 @@ class DividedEngine(EngineMemory):
         self._filled.clear()
 
     def end_backward(self, *, is_last: bool) -> None:
+        """Reduce what is left in the bucket."""
         self._reduce()
 
     def step(self) -> None:
+        """Release gathered weights, update the rank's parts, and gather small parameters again."""
         for name in list(self._gathered):
             self.device.release(GATHERED, self._gathered.pop(name))
         if not self.setting.offload_optimizer:

@@ -49,9 +49,14 @@ class FlatEngine(EngineMemory):
                 self._shared.add(one.name)
             begin += one.numel
 
+    def keeps(self, parameter: HeldParameter) -> bool:
+        """Return whether the rank's partition has a part of a parameter."""
+        return parameter.name in self._own
+
     # ---- between steps -------------------------------------------------------------------------------------------
 
     def build(self) -> None:
+        """Hold flat weights and the rank's partition of the state."""
         setting, state = self.setting, self.host if self.setting.offload_optimizer else self.device
         self.hold_frozen()
         for index, group in enumerate(self.groups):
@@ -85,6 +90,7 @@ class FlatEngine(EngineMemory):
         return self._sums_fp32 and not self._divides_gradients
 
     def gradient(self, parameter: HeldParameter) -> None:
+        """Keep it in the parameter, or let it pass through the bucket at stage 2."""
         num_bytes = parameter.numel * self.item
         self.device.add(GRADIENTS, num_bytes)
         if self.setting.contiguous and not self._has_bucket:  # setup_buckets
@@ -165,6 +171,7 @@ class FlatEngine(EngineMemory):
     # ---- ends ----------------------------------------------------------------------------------------------------
 
     def end_backward(self, *, is_last: bool) -> None:
+        """Reduce what is left; at stage 1 everything, after the last micro-batch."""
         if not self._divides_gradients:
             if not is_last:
                 return
@@ -197,6 +204,7 @@ class FlatEngine(EngineMemory):
         return 2 * largest + sum(parts) * self.item
 
     def step(self) -> None:
+        """Flatten the partition's gradients, group by group, and update it."""
         if not self.setting.offload_optimizer:
             for group in self.groups:
                 if not self._keeps_fp32_partition:  # flattened, and cast
@@ -210,3 +218,12 @@ class FlatEngine(EngineMemory):
         self.device.release(GRADIENTS, self._kept_bytes + sum(self._in_parameters.values()))
         self._kept_bytes = 0
         self._in_parameters.clear()
+
+
+def largest_partition(held: HeldStage, setting: EngineSetting) -> int:
+    """Return the rank whose partition has parts of the parameters with the most elements, whose gradients it keeps."""
+    totals = []
+    for rank in range(min(setting.shard_ranks, 64)):  # later ranks are like these
+        engine = FlatEngine(held, setting, Ledger(), Ledger(), rank)
+        totals.append(sum(one.numel for one in engine.trained if engine.keeps(one)))
+    return totals.index(max(totals))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ds.layers.moe.dispatch import even_routing
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.planner.memory import StageMemory, plan_memory
 from megatron_ds.planner.trace import trace_layers
@@ -25,7 +26,7 @@ class Compared:
 
     Attributes:
         planned: the plan.
-        measured_bytes: the peak of live storages in the last step.
+        measured_bytes: the peak of live storages in the last step, with tokens routed evenly to experts.
     """
 
     planned: StageMemory
@@ -48,7 +49,7 @@ def measure(info: RankInfo, case: MemoryCase) -> tuple[int, int]:
     """Return a rank's pipeline stage, and the peak of its live storages in the last step."""
     torch.set_num_threads(1)
     batch = case.batch()
-    with LiveStorages("cpu") as live:  # DeepSpeed has copies of shapes on the meta device
+    with even_routing(), LiveStorages("cpu") as live:  # DeepSpeed has copies of shapes on the meta device
         model = load_model(dict(MODELS[case.model]))
         engine = Session(info, rank_device()).build_engine(model, case.config)
         for _ in range(STEPS):

@@ -294,7 +294,7 @@ class _Backward:
     """
 
     def __init__(self, recorder: Recorder, kept_bytes: int, arrived: Sequence[_Arrived]) -> None:
-        gradients, handed = {one.storage for one in arrived}, set[int]()
+        gradients, handed = {one.storage for one in arrived}, set[int | None]()
         self.peak_bytes = kept_bytes + recorder.peak_without(gradients)[0]
         live, begin, found = kept_bytes, 0, []
         for one in arrived:
