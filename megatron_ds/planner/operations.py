@@ -220,6 +220,8 @@ class LayerTrace:
             which layers after it share. No other number contains it.
         host_bytes: part of what the forward pass leaves that is kept in host memory, and in no other number.
         arrivals: gradients of parameters in the order in which they are computed; empty = not recorded.
+        released_bytes: memory of its input that nothing reads after its forward pass. It counts in the layers before,
+            and is free then, unless an engine holds the input.
         like: name of the equal layer that has been run for this trace.
     """
 
@@ -236,4 +238,5 @@ class LayerTrace:
     shared_bytes: int = 0
     host_bytes: int = 0
     arrivals: tuple[GradientArrival, ...] = ()
+    released_bytes: int = 0
     like: str = ""

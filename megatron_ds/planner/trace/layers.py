@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -184,12 +185,17 @@ class _LayerRun:
         """Run forward and backward, and return what was seen."""
         recorder = self.recorder
         start, on_host = recorder.live_bytes, recorder.left_out_bytes
+        inputs = self._inputs()
+        states = [
+            (weakref.ref(one.untyped_storage()), one.nbytes) for one in inputs.values() if one.is_floating_point()
+        ]
         with recorder, torch.set_grad_enabled(self.trains):
             recorder.begin_pass()
-            output = self._forward()
+            output = self._forward(inputs)
             recorder.end_pass()
         forward, forward_peak = recorder.work, recorder.peak_bytes - start
         kept, host_bytes = recorder.live_bytes - start, recorder.left_out_bytes - on_host
+        released = sum(num_bytes for storage, num_bytes in states if storage() is None)
         output_bytes, following = self._size(output), self._following(output)
         with recorder:
             recorder.begin_pass()
@@ -213,17 +219,25 @@ class _LayerRun:
             arrivals=seen.arrivals,
             recompute=recorder.replayed,
             shared_bytes=recorder.live_bytes - start,
+            released_bytes=released,
             like=spec.name,
             host_bytes=host_bytes,
         )
         return _Found(trace, following)
 
-    def _forward(self) -> Activations | Tensor:
-        given = {
-            name: _Input.apply(one, self._anchor, self._input_grads) if one.requires_grad else one
-            for name, one in self.activations.items()
-        }
-        return self.layer(given, self.labels) if isinstance(self.layer, OutputHead) else self.layer(given)
+    def _inputs(self) -> Activations:
+        """Return the input, with hidden states that nothing else holds."""
+        made = self.activations.items()
+        return {name: _like(one).detach() if one.is_floating_point() else one for name, one in made}
+
+    def _forward(self, given: Activations) -> Activations | Tensor:
+        """Run the layer, and let go of its input."""
+        for name, one in given.items():
+            if self.activations[name].requires_grad:
+                given[name] = _Input.apply(one, self._anchor, self._input_grads)
+            del one
+        labels = (self.labels,) if isinstance(self.layer, OutputHead) else ()
+        return self.layer({name: given.pop(name) for name in list(given)}, *labels)
 
     def _backward(self, spec: LayerSpec, output: Activations | Tensor) -> None:
         hooks = [
@@ -262,10 +276,7 @@ class _LayerRun:
         """Return tensors like the output for the next layer, whose memory is not counted there."""
         if isinstance(output, Tensor):
             return {}
-        return {
-            name: self.activations[name] if one is self.activations.get(name) else _like(one)
-            for name, one in output.items()
-        }
+        return {name: _like(one) if one.is_floating_point() else self.activations[name] for name, one in output.items()}
 
 
 def _like(x: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_PACKAGE = "megatron_ds.layers"
 _SIMPLE = (bool, int, float, str, bytes, type(None), range, torch.dtype, torch.device, Enum, type)
 
 
 def signature_of(module: nn.Module) -> Hashable:
     """Return what a module computes with: its class, options, parameters, and those of the modules inside.
 
-    Objects that are no data, such as tables that layers share, are equal if they are the same.
+    Objects of the layers are described by their fields, other objects that are no data are equal if they are the same.
     """
     own = {
         name: value
@@ -51,6 +52,9 @@ def _value(value: Any) -> Hashable:
         return tuple(_value(one) for one in value)
     if callable(value):  # a method of the module itself, or a function
         return getattr(value, "__qualname__", type(value).__qualname__)
+    if type(value).__eq__ is object.__eq__ and type(value).__module__.startswith(_PACKAGE):
+        kept = {name: one for name, one in vars(value).items() if not isinstance(one, dict)}  # those are caches
+        return type(value), _value(kept)
     if isinstance(value, Hashable) and _has_hash(value):
         return value
     assert is_dataclass(value), value
