@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil, log2
 
+from megatron_ds.planner.measured_times import Curve
 from megatron_ds.planner.operations import Collective, Message, Work
 from megatron_ds.planner.placement import Placement
 from megatron_ds.planner.profiles.link import GB, US, Link
@@ -39,7 +40,29 @@ def seconds(operation: Collective | Message, placement: Placement, network: Netw
         if operation.ranks == 1 or operation.num_bytes == 0:
             return 0.0
         placement = replace(placement, ranks=operation.ranks)
-    return _by_formula(kind, operation.num_bytes, placement, network)
+    curves = _curves(network.inside if placement.islands == 1 else network.outside)
+    by_ranks = curves.get((kind, operation.axis)) or curves.get((kind, None))
+    if by_ranks is None:
+        return _by_formula(kind, operation.num_bytes, placement, network)
+    if isinstance(operation, Message):
+        return next(iter(by_ranks.values())).seconds(operation.num_bytes)
+    nearest = min(by_ranks, key=lambda ranks: abs(log2(ranks / operation.ranks)))
+    time_s = by_ranks[nearest].seconds(operation.num_bytes)
+    if nearest == operation.ranks:
+        return time_s
+    same = replace(placement, ranks=nearest, per_island=min(nearest, placement.per_island))
+    scale = _by_formula(kind, operation.num_bytes, placement, network)
+    return time_s * scale / _by_formula(kind, operation.num_bytes, same, network)
+
+
+@cache
+def _curves(link: Link) -> dict[tuple[str, str | None], dict[int, Curve]]:
+    """Return the measured times of a link: (kind, axis) -> ranks -> curve over bytes."""
+    points: dict[tuple[str, str | None], dict[int, list[tuple[float, float]]]] = {}
+    for row in link.measured:
+        by_ranks = points.setdefault((row.kind, row.axis), {})
+        by_ranks.setdefault(row.ranks, []).append((row.num_bytes, row.us * US))
+    return {key: {ranks: Curve.through(rows) for ranks, rows in found.items()} for key, found in points.items()}
 
 
 def communication_seconds(

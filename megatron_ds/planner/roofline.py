@@ -1,12 +1,18 @@
-"""Seconds of products, attention and streams on a device (Williams et al. 2009, "Roofline")."""
+"""Seconds of products, attention and streams on a device (Williams et al. 2009, "Roofline").
+
+A formula gives the time by the device's peaks. Where the profile has measured times of the same kind, they correct the
+formula: exactly at the measured sizes, smoothly between them.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import ceil
 
+from megatron_ds.planner.measured_times import Curve, Surface
 from megatron_ds.planner.operations import Attention, Operation, Product, Stream, Work
 from megatron_ds.planner.profiles.device import Device
+from megatron_ds.planner.profiles.link import GB, US
 
 _BYTES = {"float32": 4, "tf32": 4, "float64": 8}
 
@@ -20,50 +26,116 @@ def seconds(work: Work | Operation, device: Device) -> float:
     """
     if isinstance(work, Work):
         return sum(count * seconds(one, device) for one, count in work.items())
-    if isinstance(work, Product | Attention | Stream):
-        return _seconds(work, device)
+    match work:
+        case Product():
+            return product_s(work, device)
+        case Attention():
+            return attention_s(work, device)
+        case Stream():
+            return stream_s(work, device)
     return 0.0
 
 
 @lru_cache(maxsize=1 << 18)
-def _seconds(operation: Product | Attention | Stream, device: Device) -> float:
-    if isinstance(operation, Product):
-        return product_s(operation, device)
-    if isinstance(operation, Attention):
-        return attention_s(operation, device)
-    return stream_s(operation, device)
+def product_s(product: Product, device: Device, extra_bytes: int = 0) -> float:
+    """Return the seconds of a product.
+
+    Args:
+        product: its sizes.
+        device: its profile.
+        extra_bytes: read and written beyond the factors and the result, for example by a sum into fp32.
+    """
+    by_formula = _product_by_formula(product, device, extra_bytes)
+    surface = _product_surface(device, product.dtype)
+    return by_formula * surface.factor(_sizes_of_product(product)) if surface is not None else by_formula
 
 
-def product_s(product: Product, device: Device) -> float:
-    """Return the seconds of a product by the formula: whole tiles in whole waves, and never faster than the memory.
+@lru_cache(maxsize=1 << 16)
+def attention_s(attention: Attention, device: Device) -> float:
+    """Return the seconds of fused attention."""
+    by_formula = _attention_by_formula(attention, device)
+    surface = _attention_surface(device, attention.dtype, attention.backward)
+    return by_formula * surface.factor(_sizes_of_attention(attention)) if surface is not None else by_formula
 
-    Each core computes one tile of the result at a time; the last wave of tiles takes as long as a complete one.
+
+@lru_cache(maxsize=1 << 18)
+def stream_s(stream: Stream, device: Device) -> float:
+    """Return the seconds of a stream; several launches share its bytes equally."""
+    curves = _stream_curves(device)
+    curve = curves.get(stream.name) or curves.get("")
+    if curve is not None and stream.launches:
+        return stream.launches * curve.seconds(stream.num_bytes / stream.launches)
+    return stream.launches * device.streams.launch_us * US + stream.num_bytes / memory_bandwidth(device)
+
+
+def memory_bandwidth(device: Device) -> float:
+    """Return the bytes per second that large streams reach."""
+    return device.memory_gb_s * GB * device.streams.share
+
+
+def _product_by_formula(product: Product, device: Device, extra_bytes: int) -> float:
+    """Return the seconds of whole tiles in whole waves, but at least those of the memory.
+
+    Every core computes one tile of the result at a time; the last wave takes as long as the others.
     """
     speed = device.products
     per_core = device.peak_flops(product.dtype) * speed.sustained_of(product.dtype) / speed.num_cores
+    largest = max(tile.m * tile.n for tile in speed.tiles)
     found = []
-    for tile_m, tile_n in speed.tiles:
-        tiles = ceil(product.m / tile_m) * ceil(product.n / tile_n) * product.batch
-        waves = ceil(tiles / speed.num_cores)
-        found.append(waves * 2 * tile_m * tile_n * (product.k + speed.fill_k) / per_core)
+    for tile in speed.tiles:
+        waves = ceil(ceil(product.m / tile.m) * ceil(product.n / tile.n) * product.batch / speed.num_cores)
+        tile_s = 2 * tile.m * tile.n * product.k / (per_core * tile.speed)
+        found.append(waves * (tile_s + speed.fill_us * US * tile.m * tile.n / largest))
     item = _BYTES.get(product.dtype, 1 if product.dtype.startswith("float8") else 2)
     moved = product.batch * (product.m * product.k + product.k * product.n + product.m * product.n) * item
-    return device.streams.launch_us * 1e-6 + max(min(found), moved / _bandwidth(device))
+    return device.streams.launch_us * US + max(min(found), (moved + extra_bytes) / memory_bandwidth(device))
 
 
-def attention_s(attention: Attention, device: Device) -> float:
-    """Return the seconds of fused attention by the formula."""
+def _attention_by_formula(attention: Attention, device: Device) -> float:
     speed = device.attention
     keys = attention.pairs / attention.queries
     share = speed.backward if attention.backward else speed.forward
     share *= keys / (keys + speed.fill_keys) * attention.head_dim / (attention.head_dim + speed.fill_dim)
-    return device.streams.launch_us * 1e-6 + attention.flops / (device.peak_flops(attention.dtype) * share)
+    return device.streams.launch_us * US + attention.flops / (device.peak_flops(attention.dtype) * share)
 
 
-def stream_s(stream: Stream, device: Device) -> float:
-    """Return the seconds of a stream by the formula."""
-    return stream.launches * device.streams.launch_us * 1e-6 + stream.num_bytes / _bandwidth(device)
+def _sizes_of_product(product: Product) -> tuple[float, ...]:
+    return product.m, product.n, product.k, product.batch
 
 
-def _bandwidth(device: Device) -> float:
-    return device.memory_gb_s * 1e9 * device.streams.share
+def _sizes_of_attention(attention: Attention) -> tuple[float, ...]:
+    return attention.rows * attention.heads, attention.head_dim, attention.queries, attention.pairs / attention.queries
+
+
+@cache
+def _product_surface(device: Device, dtype: str) -> Surface | None:
+    measured = [
+        (Product(one.m, one.n, one.k, one.batch, dtype), one.us)
+        for one in device.measured_products
+        if one.dtype == dtype
+    ]
+    if not measured:
+        return None
+    sizes = [_sizes_of_product(one) for one, _ in measured]
+    return Surface.through(sizes, [us * US / _product_by_formula(one, device, 0) for one, us in measured])
+
+
+@cache
+def _attention_surface(device: Device, dtype: str, backward: bool) -> Surface | None:
+    measured = [
+        (Attention(**one.model_dump(exclude={"us"})), one.us)
+        for one in device.measured_attention
+        if one.dtype == dtype and one.backward == backward
+    ]
+    if not measured:
+        return None
+    sizes = [_sizes_of_attention(one) for one, _ in measured]
+    return Surface.through(sizes, [us * US / _attention_by_formula(one, device) for one, us in measured])
+
+
+@cache
+def _stream_curves(device: Device) -> dict[str, Curve]:
+    by_name: dict[str, list[tuple[float, float]]] = {}
+    for one in device.measured_streams:
+        by_name.setdefault(one.name, []).append((one.num_bytes, one.us * US))
+    return {name: Curve.through(points) for name, points in by_name.items()}

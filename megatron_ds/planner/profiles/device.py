@@ -15,30 +15,51 @@ GIB = 1 << 30
 _PRECISIONS: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32"}
 """torch's names of the dtypes whose peaks `monitor.peak_flops` knows -> its own."""
 
-Tile = Annotated[tuple[Count, Count], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Tile(Section):
+    """A part (m, n) of a product's result that one core computes at a time, and its speed relative to the best."""
+
+    m: Count
+    n: Count
+    speed: Share = 1.0
+
+
+TILES = (
+    Tile(m=256, n=128),
+    Tile(m=128, n=256),
+    Tile(m=128, n=128, speed=0.92),
+    Tile(m=128, n=64, speed=0.75),
+    Tile(m=64, n=128, speed=0.75),
+    Tile(m=64, n=64, speed=0.6),
+)
+"""Tiles of cuBLAS. Smaller ones read their factors more often; how much slower they are is assumed."""
 
 
 class ProductSpeed(Section):
     """How matrix products use a device.
 
     Attributes:
-        sustained: share of the peak that large products reach, at the clock that the power limit allows.
+        sustained: share of the peak that large products reach in short benches.
         sustained_fp8: the same of products in fp8; None = as `sustained`.
-        tiles: sizes (m, n) of the parts of a result that one core computes at a time, the fastest first.
-        fill_k: k at which a tile takes twice the time of its products: its start and its end.
+        long_run: share of a bench's speed that remains in runs of hours, under the limit of power.
+        fill_us: time of the start and the end of the largest tile; of smaller ones in proportion to their area.
         num_cores: multiprocessors that compute tiles at the same time.
+        tiles: sizes of the parts that a result is divided into.
     """
 
     sustained: Share
     sustained_fp8: Share | None = None
-    tiles: Annotated[tuple[Tile, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ((128, 256), (128, 128))
-    fill_k: NotNegative
+    long_run: Share = 1.0
+    fill_us: NotNegative
     num_cores: Count
+    tiles: Annotated[tuple[Tile, ...], BeforeValidator(as_tuple), Field(min_length=1)] = TILES
 
     def sustained_of(self, dtype: str) -> float:
-        """Return the share of the peak that large products of a dtype reach."""
-        return self.sustained_fp8 if dtype.startswith("float8") and self.sustained_fp8 else self.sustained
+        """Return the share of the peak that large products of a dtype reach in long runs."""
+        short = self.sustained_fp8 if dtype.startswith("float8") and self.sustained_fp8 else self.sustained
+        return short * self.long_run
 
 
 class AttentionSpeed(Section):

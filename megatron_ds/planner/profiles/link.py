@@ -103,6 +103,9 @@ class Link(Section):
     message: Steps | None = None
     measured: Annotated[tuple[MeasuredTime, ...], BeforeValidator(as_tuple)] = ()
 
+    def __hash__(self) -> int:  # of every field it would take longer than what is cached by it
+        return hash((self.ring, len(self.measured)))
+
 
 class CardKind(Section):
     """A kind of network card (NIC), whatever its speed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_ds.config import build_section
 from megatron_ds.config.schema_base import Section
 from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.errors import ConfigError, show, suggest
+from megatron_ds.monitor import peak_flops
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.link import CardKind, Link
 from megatron_ds.planner.profiles.network import Network
@@ -50,6 +52,22 @@ def find_device(name: str) -> Device:
             "written by `megatron-ds plan --calibrate FILE.yaml`, is named by its path"
         )
     return _shipped_device(name.lower())
+
+
+def find_by_gpu(name: str) -> Device | None:
+    """Return the profile that comes with the package for a GPU, or for the most similar one with the same peak.
+
+    Args:
+        name: the name that `torch.cuda.get_device_name` returns.
+    """
+    devices = [find_device(one) for one in device_names()]
+    same = [device for device in devices if device.gpu is not None and device.gpu == name]
+    if same:
+        return same[0]
+    peak = peak_flops(name, "fp16")
+    alike = {device.gpu: device for device in devices if device.gpu and peak_flops(device.gpu, "fp16") == peak}
+    close = difflib.get_close_matches(name, alike, n=1) if peak is not None else []
+    return alike[close[0]] if close else None
 
 
 def find_network(text: str | None, device: Device, gpus_per_node: int) -> Network:
