@@ -53,14 +53,15 @@ def usual_sizes(device: str) -> Sizes:
     most_flops = 1.2e9 if on_cpu else 5e12
     rows = (32, 128, 512, 2048) if on_cpu else (128, 1024, 4096, 16384)
     columns = (64, 256, 1024, 4096) if on_cpu else (128, 1024, 4096, 16384)
-    inner = (64, 256, 1024) if on_cpu else (128, 1024, 4096, 16384)
-    batches = ((64, 64, 64, 16), (256, 64, 64, 16), (256, 256, 64, 16), (64, 512, 512, 8), (256, 1024, 512, 4))
+    inner = (64, 256, 512, 1024) if on_cpu else (128, 1024, 4096, 16384)
+    batches = [(m, m, k, batch) for m in (64, 128, 256) for k in (64, 128) for batch in (4, 16)]
+    batches += [(m, n, 512, 8) for m in (64, 256) for n in (512, 1024)]
     products = [
         *(Product(m, n, k, dtype=dtype) for dtype in DTYPES for m, n, k in combinations(rows, columns, inner)),
         *(Product(*sizes, dtype=dtype) for dtype in DTYPES for sizes in batches),
     ]
     if not on_cpu:
-        batches = tuple((m * 8, n * 8, k, batch) for m, n, k, batch in batches)
+        batches = [(8 * m, 8 * n, k, batch) for m, n, k, batch in batches]
     attention = [
         Attention(1, 8, 8, dim, length, length, length * (length + 1) // 2, backward, dtype)
         for dtype in DTYPES
@@ -68,16 +69,12 @@ def usual_sizes(device: str) -> Sizes:
         for dim in (64, 128)
         for length in ((64, 256, 1024) if on_cpu else (512, 2048, 8192))
     ]
-    streams = [
-        Stream(num_bytes, name=name)
-        for name in measure_operations.STREAMS
-        for num_bytes in STREAM_BYTES
-    ]
+    streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in STREAM_BYTES]
     buffers = [8**power * _KB for power in range(6)] + ([] if on_cpu else [512 << 20])
     return Sizes([one for one in products if one.flops <= most_flops], attention, streams, buffers)
 
 
-STREAM_BYTES = (*(4**power * _KB for power in range(2, 7)), 8192 * _KB, *(4**power * _KB for power in (7, 8)))
+STREAM_BYTES = (16 * _KB, 64 * _KB, 256 * _KB, *(2**power * _KB for power in range(9, 15)), 65536 * _KB)
 """Bytes of the streams that are measured; a CPU's caches end between the larger ones."""
 DTYPES = ("float32", "bfloat16")
 """Precisions that are measured."""

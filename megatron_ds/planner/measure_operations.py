@@ -138,6 +138,13 @@ def _with_tensors(compute: Callable[..., object], moved: int, tensors: int = 1) 
     return make
 
 
+def _adamw(num_bytes: int, device: torch.device) -> Act:
+    """Return fused AdamW on fp32: it reads gradients, and reads and writes weights and two moments."""
+    parameter = torch.nn.Parameter(_numbers((max(1, num_bytes // (4 * 7)),), torch.float32, device))
+    parameter.grad = torch.ones_like(parameter)
+    return torch.optim.AdamW([parameter], lr=1e-6, fused=True).step
+
+
 _silu_backward = torch.ops.aten.silu_backward
 _gelu_backward = torch.ops.aten.gelu_backward
 STREAMS: dict[str, Callable[[int, torch.device], Act]] = {
@@ -159,6 +166,8 @@ STREAMS: dict[str, Callable[[int, torch.device], Act]] = {
     "native_layer_norm": _with_tensors(partial(functional.layer_norm, normalized_shape=(512,)), 2),
     "cat": _with_tensors(lambda a, b: torch.cat([a, b]), 4, 2),
     "bernoulli_": _with_tensors(Tensor.bernoulli_, 1),
+    "norm": _with_tensors(torch.linalg.vector_norm, 1),
+    "adamw": _adamw,
 }
 """Streams by name, of tensors with rows of 512 elements in fp32: tensors that are read and written, arguments. The
-first one stands for all names that are not here."""
+first one stands for all names that are not here. The names are torch's, and those of `planner.engine_work`."""

@@ -54,6 +54,7 @@ from megatron_ds.monitor.metrics import MetricsWriter, StepMetrics, ValidMetrics
 from megatron_ds.monitor.report.page import write_report
 from megatron_ds.monitor.trackers import csv as csv_tracker
 from megatron_ds.monitor.trackers import ids
+from megatron_ds.planner.profiles import find_device
 from megatron_ds.training.samples import _step_of
 from megatron_ds.untrusted import read_lines, read_text
 from megatron_ds.untrusted.limits import RUN_FILE, RUN_LINE
@@ -307,6 +308,25 @@ def _metrics(folder: Path) -> None:
     (folder / "sessions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (start, end)))
 
 
+def _profile(folder: Path) -> None:
+    rows = [{"m": 8, "n": 8, "k": 8, "dtype": "float32", "us": 1.5}]
+    link = {"source": "a", "ring": {"base_us": 0.0, "step_us": 1.0, "gb_s": 2.5}}
+    times = [{"kind": "all_reduce", "axis": "tensor", "ranks": 2, "num_bytes": 1024, "us": 20.5}]
+    fields = {
+        "source": "a",
+        "type": "cpu",
+        "tflops": {"float32": 0.1},
+        "memory_gib": 8,
+        "memory_gb_s": 20,
+        "products": {"sustained": 1.0, "fill_us": 0, "num_cores": 1, "tiles": [{"m": 1, "n": 1}]},
+        "attention": {"forward": 0.5, "backward": 0.5, "fill_keys": 0, "fill_dim": 0},
+        "streams": {"share": 1.0, "launch_us": 5},
+        "link": {**link, "measured": times},
+        "measured_products": rows,
+    }
+    (folder / "machine.yaml").write_text(format_yaml(fields))
+
+
 def _continue_metrics(folder: Path) -> None:
     read_metrics(folder / "metrics.jsonl")
     MetricsWriter(folder / "metrics.jsonl", continue_after=2).close()
@@ -463,6 +483,9 @@ READERS: Mapping[str, Reader] = {
     "run file in JSON": Reader(_yaml_as_json, ("run.json",), lambda folder: load_run(folder / "run.json")),
     "YAML": Reader(
         _run_file, ("run.yaml",), lambda folder: parse_yaml(read_text(folder / "run.yaml", RUN_FILE, ConfigError), "x")
+    ),
+    "profile of a device": Reader(
+        _profile, ("machine.yaml",), lambda folder: find_device(str(folder / "machine.yaml"))
     ),
     "DeepSpeed JSON": Reader(
         _json_files({"ds.json": DEEPSPEED}),

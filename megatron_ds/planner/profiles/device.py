@@ -41,9 +41,8 @@ class ProductSpeed(Section):
     """How matrix products use a device.
 
     Attributes:
-        sustained: share of the peak that large products reach in short benches.
+        sustained: share of the peak that large products reach in long runs, at the clock that their power allows.
         sustained_fp8: the same of products in fp8; None = as `sustained`.
-        long_run: share of a bench's speed that remains in runs of hours, under the limit of power.
         fill_us: time of the start and the end of the largest tile; of smaller ones in proportion to their area.
         num_cores: multiprocessors that compute tiles at the same time.
         tiles: sizes of the parts that a result is divided into.
@@ -51,15 +50,13 @@ class ProductSpeed(Section):
 
     sustained: Share
     sustained_fp8: Share | None = None
-    long_run: Share = 1.0
     fill_us: NotNegative
     num_cores: Count
     tiles: Annotated[tuple[Tile, ...], BeforeValidator(as_tuple), Field(min_length=1)] = TILES
 
     def sustained_of(self, dtype: str) -> float:
-        """Return the share of the peak that large products of a dtype reach in long runs."""
-        short = self.sustained_fp8 if dtype.startswith("float8") and self.sustained_fp8 else self.sustained
-        return short * self.long_run
+        """Return the share of the peak that large products of a dtype reach."""
+        return self.sustained_fp8 if dtype.startswith("float8") and self.sustained_fp8 else self.sustained
 
 
 class AttentionSpeed(Section):
