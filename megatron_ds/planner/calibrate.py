@@ -54,14 +54,13 @@ def usual_sizes(device: str) -> Sizes:
     rows = (32, 128, 512, 2048) if on_cpu else (128, 1024, 4096, 16384)
     columns = (64, 256, 1024, 4096) if on_cpu else (128, 1024, 4096, 16384)
     inner = (64, 256, 512, 1024) if on_cpu else (128, 1024, 4096, 16384)
-    batches = [(m, m, k, batch) for m in (64, 128, 256) for k in (64, 128) for batch in (4, 16)]
-    batches += [(m, n, 512, 8) for m in (64, 256) for n in (512, 1024)]
+    scale = 1 if on_cpu else 8
+    batches = [(scale * m, scale * m, k, batch) for m in (64, 128, 256) for k in (64, 128) for batch in (4, 16)]
+    batches += [(scale * m, scale * n, 512, 8) for m in (64, 256) for n in (512, 1024)]
     products = [
         *(Product(m, n, k, dtype=dtype) for dtype in DTYPES for m, n, k in combinations(rows, columns, inner)),
         *(Product(*sizes, dtype=dtype) for dtype in DTYPES for sizes in batches),
     ]
-    if not on_cpu:
-        batches = [(8 * m, 8 * n, k, batch) for m, n, k, batch in batches]
     attention = [
         Attention(1, 8, 8, dim, length, length, length * (length + 1) // 2, backward, dtype)
         for dtype in DTYPES
@@ -70,7 +69,7 @@ def usual_sizes(device: str) -> Sizes:
         for length in ((64, 256, 1024) if on_cpu else (512, 2048, 8192))
     ]
     streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in STREAM_BYTES]
-    buffers = [8**power * _KB for power in range(6)] + ([] if on_cpu else [512 << 20])
+    buffers = [4**power * _KB for power in range(9 if on_cpu else 11)]
     return Sizes([one for one in products if one.flops <= most_flops], attention, streams, buffers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,10 @@ class Surface:
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds by bytes: straight between measured points in logarithms, and in proportion above the largest one."""
+    """Seconds by bytes: straight between measured points, as a latency and a bandwidth are, and constant below them.
+
+    Above the largest one they grow in proportion.
+    """
 
     num_bytes: tuple[float, ...]
     times_s: tuple[float, ...]
@@ -74,5 +77,5 @@ class Curve:
         if above == len(self.num_bytes):
             return self.times_s[-1] * num_bytes / self.num_bytes[-1]
         low, high = self.num_bytes[above - 1], self.num_bytes[above]
-        share = log(num_bytes / low) / log(high / low)
-        return self.times_s[above - 1] ** (1 - share) * self.times_s[above] ** share
+        share = (num_bytes - low) / (high - low)
+        return (1 - share) * self.times_s[above - 1] + share * self.times_s[above]

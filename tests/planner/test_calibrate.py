@@ -156,7 +156,7 @@ def test_a_machine_of_one_rank_has_no_measured_link() -> None:
 def test_usual_sizes_fit_each_device() -> None:
     cpu, cuda = usual_sizes("cpu"), usual_sizes("cuda")
     assert sum(one.flops for one in cpu.products) * 15 / 50e9 < 30, "seconds on a core, with all layouts and rounds"
-    assert max(one.flops for one in cuda.products) > 1e12 and max(cuda.buffers) == 512 << 20
+    assert max(one.flops for one in cuda.products) > 1e12 and max(cuda.buffers) == 1 << 30
     for sizes in (cpu, cuda):
         assert {one.name for one in sizes.streams} == set(measure_operations.STREAMS)
         assert len(set(sizes.products)) == len(sizes.products) > 60

@@ -121,8 +121,8 @@ def test_measured_attention_and_streams_override_the_formulas() -> None:
     ]
     device = with_table(H100, measured_attention=(attention,), measured_streams=tuple(streams))
     assert attention_s(Attention(**sizes), device) * 1e6 == pytest.approx(1234)
-    assert stream_s(Stream(10_000), device) * 1e6 == pytest.approx(20), "straight in logarithms"
+    assert stream_s(Stream(50_500), device) * 1e6 == pytest.approx(25), "straight in bytes"
     assert stream_s(Stream(1000, name="silu"), device) * 1e6 == pytest.approx(50)
     assert stream_s(Stream(1000, name="unheard"), device) * 1e6 == pytest.approx(10)
-    assert stream_s(Stream(20_000, launches=2), device) * 1e6 == pytest.approx(40)
+    assert stream_s(Stream(101_000, launches=2), device) * 1e6 == pytest.approx(50)
     assert stream_s(Stream(0, launches=0), device) == 0.0
