@@ -19,7 +19,7 @@ from torch.nn import functional
 from megatron_ds.planner.operations import Attention, Product, Stream
 
 SHORTEST_S = 0.002
-"""Repeated calls that are measured together take at least so long."""
+"""Calls are repeated until one measurement takes at least so long."""
 ROUNDS = 5
 
 Act = Callable[[], object]

@@ -11,7 +11,7 @@ from megatron_ds.parallel.grid import ROLES, Layout
 
 @dataclass(frozen=True)
 class Placement:
-    """How the ranks of a group lie on islands.
+    """The spread of a group's ranks over islands.
 
     Attributes:
         ranks: of the group.

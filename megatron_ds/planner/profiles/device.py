@@ -38,7 +38,7 @@ TILES = (
 
 
 class ProductSpeed(Section):
-    """How matrix products use a device.
+    """The speed of matrix products on a device.
 
     Attributes:
         sustained: share of the peak that large products reach in long runs, at the clock that their power allows.
@@ -60,7 +60,7 @@ class ProductSpeed(Section):
 
 
 class AttentionSpeed(Section):
-    """How fused attention kernels use a device.
+    """The speed of fused attention kernels on a device.
 
     Attributes:
         forward, backward: share of the peak for long sequences and wide heads.
@@ -75,7 +75,7 @@ class AttentionSpeed(Section):
 
 
 class StreamSpeed(Section):
-    """How operations that memory limits use a device.
+    """The speed of operations that are limited by memory.
 
     Attributes:
         share: of the memory's bandwidth that large tensors reach.

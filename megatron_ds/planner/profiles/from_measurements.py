@@ -36,7 +36,7 @@ class Facts:
         gpu: name of the GPUs.
         num_cores: multiprocessors of a GPU, or threads of a rank.
         memory_bytes: of a GPU, or of this machine for each rank.
-        ranks: that were measured together.
+        ranks: number of ranks that were measured at the same time.
     """
 
     type: Literal["cuda", "cpu"]
