@@ -22,7 +22,7 @@ from megatron_ds.planner.optimizer_state import state_bytes_of
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.stage_run import Boundary, StageRun, one_stage, pipelined_stage
 from megatron_ds.planner.zero3_memory import DividedEngine
-from megatron_ds.planner.zero_memory import FlatEngine, largest_partition
+from megatron_ds.planner.zero_memory import FlatEngine, partitions_to_plan
 from megatron_ds.planner.zero_settings import zero_settings
 
 INT64 = 8  # bytes of an id
@@ -68,42 +68,52 @@ class StageMemory:
 def plan_memory(given: PlanInput, traces: Sequence[LayerTrace], stage: int) -> StageMemory:
     """Return the memory of a pipeline stage in a step that is not the first.
 
+    Tokens are taken to be routed evenly to experts.
+
     Args:
         given: the run.
-        traces: of all layers of the model, on a rank of the stage.
+        traces: of all layers of the model, from `trace_layers(given.layers, given.trace_setting())`.
         stage: index of the pipeline stage.
     """
-    first, last = given.stage_bounds[stage : stage + 2]
-    held, specs = hold_stage(given, stage), given.layers(build_context(given))
+    held = hold_stage(given, stage)
+    setting = engine_setting(given, held)
+    found = [_plan_rank(given, traces, held, setting, rank) for rank in partitions_to_plan(held, setting)]
+    return max(found, key=lambda one: one.peak_bytes)
+
+
+def _plan_rank(
+    given: PlanInput, traces: Sequence[LayerTrace], held: HeldStage, setting: EngineSetting, rank: int
+) -> StageMemory:
+    """Return the memory of the rank that has a partition of ZeRO's states."""
+    layers, layout, count = held.layers, given.layout, given.num_micro_batches
+    specs = given.layers(build_context(given))
     on_cpu = given.machines.device_type == "cpu"
     device = Ledger()
     host = device if on_cpu else Ledger()
-    engine = make_engine(held, engine_setting(given, held), device, host)
-    pipelined = given.layout.pipeline > 1
-    count = given.num_micro_batches
+    own = [traces[index] for index in layers]
     if on_cpu:  # what layers keep on the host is in the same memory
-        traces = [replace(trace, kept_bytes=trace.kept_bytes + trace.host_bytes) for trace in traces]
+        own = [replace(trace, kept_bytes=trace.kept_bytes + trace.host_bytes) for trace in own]
     run = StageRun(
-        traces[first:last],
+        own,
         held,
-        specs[first:last],
-        engine,
-        boundary_of(given, specs, first, last) if pipelined else Boundary(),
-        pipelined_stage(stage, given.layout.pipeline, count) if pipelined else one_stage(count),
+        specs[layers.start : layers.stop],
+        make_engine(held, setting, device, host, rank),
+        boundary_of(given, specs, layers.start, layers.stop) if layout.pipeline > 1 else Boundary(),
+        pipelined_stage(held.index, layout.pipeline, count) if layout.pipeline > 1 else one_stage(count),
         batch_bytes(given) + sum(trace.shared_bytes for trace in traces),
         recomputes=given.config.recompute == "full",
     )
     run.run()
     parts, hosted = dict(device.peak_parts), {} if on_cpu else dict(host.peak_parts)
-    if not on_cpu and given.config.offload_activations:
-        hosted["activations"] = run.in_flight * sum(trace.host_bytes for trace in traces[first:last])
     if not on_cpu:
         parts |= device_allowances(given, sum(parts.values()))
+        if given.config.offload_activations:
+            hosted["activations"] = run.in_flight * sum(trace.host_bytes for trace in own)
         if given.saves_asynchronously and given.save_every:
             hosted["checkpoint"] = sum(
                 memory.parts[part] for memory in (device, host) for part in (MASTERS, OPTIMIZER, AVERAGE)
             )
-    return StageMemory(stage, parts, device.peak_moment, hosted, run.in_flight)
+    return StageMemory(held.index, parts, device.peak_moment, hosted, run.in_flight)
 
 
 def engine_setting(given: PlanInput, held: HeldStage) -> EngineSetting:
@@ -133,15 +143,20 @@ def engine_setting(given: PlanInput, held: HeldStage) -> EngineSetting:
     )
 
 
-def make_engine(held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger) -> EngineMemory:
-    """Return the memory of the optimizer that DeepSpeed takes for a stage of ZeRO and a precision."""
+def make_engine(held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger, rank: int) -> EngineMemory:
+    """Return the memory of the optimizer that DeepSpeed takes for a stage of ZeRO and a precision.
+
+    Args:
+        held, setting, device, host: see `EngineMemory`.
+        rank: index of the rank among those that share the states.
+    """
     if setting.zero_stage == 0:
         return PlainEngine(held, setting, device, host)
     if setting.zero_stage == 3:
         return DividedEngine(held, setting, device, host)
     if setting.zero_stage == 1 and setting.precision == "bf16" and not setting.offload_optimizer:
         return Bf16Engine(held, setting, device, host)
-    return FlatEngine(held, setting, device, host, largest_partition(held, setting))
+    return FlatEngine(held, setting, device, host, rank)
 
 
 def boundary_of(given: PlanInput, specs: Sequence[LayerSpec], first: int, last: int) -> Boundary:

@@ -113,15 +113,12 @@ class StageRun:
         return 0 if boundary.leaving_bytes else 2 * boundary.entering_bytes
 
     def _backward(self, micro: int) -> None:
-        arriving = self._boundary.leaving_bytes  # the gradient of the output is in the stage's buffer
         for layer in reversed(self._layers):
             self.device.moment = f"backward pass of {layer.trace.name}, micro-batch {micro + 1}"
             self.device.release(ACTIVATIONS, layer.trace.kept_bytes)
-            with self.device.holding(ACTIVATIONS, -arriving):
-                if self._recomputes and layer.trace.is_block:
-                    self._use(layer)
-                self._follow_gradients(layer)
-            arriving = 0
+            if self._recomputes and layer.trace.is_block:
+                self._use(layer)
+            self._follow_gradients(layer)
             self.device.hold(GRAD_INPUT, layer.trace.grad_input_bytes)
         self.device.release(GRAD_INPUT)
         if self._boundary.entering_bytes:  # the clone is released; the gradient takes its place until it is sent

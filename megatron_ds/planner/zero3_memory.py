@@ -86,7 +86,8 @@ class DividedEngine(EngineMemory):
         else:
             self._gather(missing)
         self._position += 1
-        ahead, room = 0, self.setting.gather_bucket
+        gathered = sum(one.numel for one in self.held.parameters if one.name in self._gathered)
+        ahead, room = 0, min(self.setting.gather_bucket, self.setting.most_gathered - gathered)
         for later in self._uses[self._position :]:  # prefetch
             for one in later:
                 if ahead < room and one.name not in self._gathered:

@@ -108,10 +108,8 @@ class FlatEngine(EngineMemory):
             self.device.release(GRADIENTS, num_bytes)
         else:
             self._in_parameters[parameter.name] = num_bytes
-        if self._divides_gradients or (self.setting.overlaps and self._at_boundary):
+        if self._divides_gradients:
             self._pass(parameter)
-
-    _at_boundary = False
 
     def _add_buckets(self) -> None:
         wide = FP32 if self._sums_in_attribute else self.item
@@ -139,13 +137,13 @@ class FlatEngine(EngineMemory):
             if one.name not in self._own:
                 if self._divides_gradients and own is not None:
                     self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
-            elif self.setting.offload_optimizer:
-                self._copy_to_host(one)
-                if own is not None:
-                    self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
-            elif self._keeps_fp32_partition:
+            elif self._sums_fp32:
                 self._hold_partition()
-            elif self.setting.contiguous:
+                if self.setting.offload_optimizer and own is not None:
+                    self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
+            elif self.setting.offload_optimizer and own is not None:
+                self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
+            elif self.setting.contiguous and not self.setting.offload_optimizer:
                 if not self._own_bytes:  # grads_in_partition
                     self._own_bytes = sum(p.numel for p in self.trained if p.name in self._own) * self.item
                     self.device.add(GRADIENTS, self._own_bytes)
@@ -153,16 +151,8 @@ class FlatEngine(EngineMemory):
                     self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
         self._filled.clear()
 
-    def _copy_to_host(self, parameter: HeldParameter) -> None:
-        if self._keeps_fp32_partition:
-            self._hold_partition()
-
-    @property
-    def _keeps_fp32_partition(self) -> bool:
-        """Sums in fp32 of the partition alone (_use_compact_grad_partition_buffer)."""
-        return self._sums_fp32
-
     def _hold_partition(self) -> None:
+        """Hold sums in fp32 of the partition alone (_use_compact_grad_partition_buffer)."""
         if not self._kept_bytes:
             parts = [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group) for group in self.groups]
             self._kept_bytes = sum(parts) * FP32
@@ -181,7 +171,7 @@ class FlatEngine(EngineMemory):
                 if one.name in self._in_parameters:
                     self._pass(one)
         self._reduce()
-        if not self._keeps_fp32_partition and self.setting.contiguous and not self.setting.offload_optimizer:
+        if not self._sums_fp32 and self.setting.contiguous and not self.setting.offload_optimizer:
             if self._kept_bytes:  # added to those of the micro-batches before
                 self.device.release(GRADIENTS, self._own_bytes)
             else:
@@ -207,7 +197,7 @@ class FlatEngine(EngineMemory):
         """Flatten the partition's gradients, group by group, and update it."""
         if not self.setting.offload_optimizer:
             for group in self.groups:
-                if not self._keeps_fp32_partition:  # flattened, and cast
+                if not self._sums_fp32:  # flattened, and cast
                     part = padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)
                     flat = part * self.item
                     cast = 0 if self.item == FP32 else part * FP32
@@ -220,10 +210,16 @@ class FlatEngine(EngineMemory):
         self._in_parameters.clear()
 
 
-def largest_partition(held: HeldStage, setting: EngineSetting) -> int:
-    """Return the rank whose partition has parts of the parameters with the most elements, whose gradients it keeps."""
-    totals = []
-    for rank in range(min(setting.shard_ranks, 64)):  # later ranks are like these
+def partitions_to_plan(held: HeldStage, setting: EngineSetting) -> list[int]:
+    """Return ranks of which one needs most memory, among those that share ZeRO's states.
+
+    At stages 1 and 2 a rank keeps the gradients of all parameters that reach into its partition. The last rank keeps
+    those that come first in the backward pass, when most activations are held.
+    """
+    if setting.zero_stage not in (1, 2):
+        return [0]
+    ranks, totals = range(min(setting.shard_ranks, 64)), list[int]()  # later ones are like these
+    for rank in ranks:
         engine = FlatEngine(held, setting, Ledger(), Ledger(), rank)
         totals.append(sum(one.numel for one in engine.trained if engine.keeps(one)))
-    return totals.index(max(totals))
+    return sorted({0, totals.index(max(totals)), setting.shard_ranks - 1})

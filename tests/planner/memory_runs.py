@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
-from megatron_ds.layers.moe.dispatch import even_routing
+from megatron_ds.layers.moe.router import Router
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.planner.memory import StageMemory, plan_memory
 from megatron_ds.planner.trace import trace_layers
@@ -45,11 +47,20 @@ def plan(case: MemoryCase) -> list[StageMemory]:
     return [plan_memory(given, traces, stage) for stage in range(case.pipeline)]
 
 
+def _choose_evenly(router: Router, scores: Tensor) -> Tensor:
+    """Choose all experts in turn, as plans take it: (T, E) -> (T, k)."""
+    tokens, experts = scores.shape
+    return torch.arange(tokens * router.shape.top_k).view(tokens, -1) % experts
+
+
 def measure(info: RankInfo, case: MemoryCase) -> tuple[int, int]:
     """Return a rank's pipeline stage, and the peak of its live storages in the last step."""
     torch.set_num_threads(1)
     batch = case.batch()
-    with even_routing(), LiveStorages("cpu") as live:  # DeepSpeed has copies of shapes on the meta device
+    with (
+        patch.object(Router, "_choose", _choose_evenly),
+        LiveStorages("cpu") as live,
+    ):  # DeepSpeed has copies of shapes on the meta device
         model = load_model(dict(MODELS[case.model]))
         engine = Session(info, rank_device()).build_engine(model, case.config)
         for _ in range(STEPS):
