@@ -62,7 +62,11 @@ class StageRun:
         self.device: Ledger = engine.device
         self.in_flight = 0
         by_name = {one.name: one for one in held.parameters}
-        self._layers = [_Layer.find(trace, spec, held, by_name) for trace, spec in zip(traces, specs)]
+        frees = [0, *(trace.released_bytes for trace in traces[1:]), 0]  # what enters a stage is held
+        self._layers = [
+            _Layer.find(trace, spec, held, by_name, (frees[index], frees[index + 1]))
+            for index, (trace, spec) in enumerate(zip(traces, specs))
+        ]
         uses = [one.name for layer in self._layers for one in layer.by_name.values()]
         self._num_uses = {name: uses.count(name) for name in by_name}
         self._waiting: dict[str, int] = {}  # gradients of shared parameters -> uses that are still to come
@@ -103,7 +107,7 @@ class StageRun:
             self.device.moment = f"forward pass of {layer.trace.name}, micro-batch {micro + 1}"
             with self.device.holding(ACTIVATIONS, layer.trace.forward_peak_bytes):
                 self._use(layer)
-            self.device.add(ACTIVATIONS, layer.trace.kept_bytes)
+            self.device.add(ACTIVATIONS, layer.trace.kept_bytes - layer.frees_bytes)
         self.device.release(BOUNDARIES, self._kept_by_loss_bytes)  # of the loss that this one takes the place of
 
     @property
@@ -115,7 +119,7 @@ class StageRun:
     def _backward(self, micro: int) -> None:
         for layer in reversed(self._layers):
             self.device.moment = f"backward pass of {layer.trace.name}, micro-batch {micro + 1}"
-            self.device.release(ACTIVATIONS, layer.trace.kept_bytes)
+            self.device.release(ACTIVATIONS, layer.trace.kept_bytes - layer.freed_bytes)
             if self._recomputes and layer.trace.is_block:
                 self._use(layer)
             self._follow_gradients(layer)
@@ -185,22 +189,33 @@ class _Layer:
         by_name: name in the layer -> parameter, which an earlier layer may have too.
         modules: module -> the parameters that it reads, in the order of the layer.
         module_of: name of a parameter -> the first module that reads it.
+        frees_bytes: memory of the layer before that is free after this one's forward pass.
+        freed_bytes: memory of this layer that is free after the forward pass of the one behind it.
     """
 
     trace: LayerTrace
     by_name: Mapping[str, HeldParameter]
     modules: Mapping[str, Sequence[HeldParameter]]
     module_of: Mapping[str, str]
+    frees_bytes: int
+    freed_bytes: int
 
     @classmethod
-    def find(cls, trace: LayerTrace, spec: LayerSpec, held: HeldStage, by_name: Mapping[str, HeldParameter]) -> _Layer:
-        """Return the layer of a spec."""
+    def find(
+        cls,
+        trace: LayerTrace,
+        spec: LayerSpec,
+        held: HeldStage,
+        by_name: Mapping[str, HeldParameter],
+        freed: tuple[int, int],
+    ) -> _Layer:
+        """Return the layer of a spec; `freed` has `frees_bytes` and `freed_bytes`."""
         begin = f"{spec.name}."
         own = {name.removeprefix(begin): one for name, one in by_name.items() if name.startswith(begin)}
         own |= {name: by_name[original] for name, original in spec.tied.items() if original in by_name}
         modules = {name: used for name, used in held.used.items() if f"{name}.".startswith(begin)}
         module_of = {one.name: name for name, used in reversed(modules.items()) for one in used}
-        return cls(trace, own, modules, module_of)
+        return cls(trace, own, modules, module_of, *freed)
 
 
 # ---- orders of passes ----------------------------------------------------------------------------------------------

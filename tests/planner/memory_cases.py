@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ds.config import EngineConfig, build_section
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
-from megatron_ds.runtime import load_model
+from megatron_ds.runtime import LoadedModel, load_model
 from megatron_ds.runtime.setup import plan_engine
 
 VOCAB = 1024
@@ -100,6 +100,7 @@ class MemoryCase:
         optimizer: name of the optimizer.
         section: further keys of `zero_optimization`.
         settings: further fields of the engine's config.
+        peft: adapters that are trained instead of the model; None = none.
     """
 
     name: str
@@ -118,6 +119,7 @@ class MemoryCase:
     optimizer: str = "adamw"
     section: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    peft: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -155,9 +157,14 @@ class MemoryCase:
 
     def plan_input(self) -> PlanInput:
         """Return what its plan is made from."""
-        model = load_model(dict(MODELS[self.model]))
-        engine = plan_engine(self.config, model.hf, self.world_size, "cpu")
-        return PlanInput(model.layers, model.hf.core, engine, self.rows, Machines(1, self.world_size, "cpu"))
+        model = self.load()
+        engine = plan_engine(self.config, model.hf, self.world_size, "cpu", trains_part=bool(model.frozen))
+        machines = Machines(1, self.world_size, "cpu")
+        return PlanInput(model.layers, model.hf.core, engine, self.rows, machines, frozen=model.frozen)
+
+    def load(self) -> LoadedModel:
+        """Return the model, with random weights."""
+        return load_model(dict(MODELS[self.model]), peft=self.peft)
 
     def batch(self) -> dict[str, Tensor]:
         """Return a global batch."""
@@ -174,6 +181,7 @@ class MemoryCase:
 _FULL, _SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 _OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 _WEIGHTS_TOO = {**_OFFLOAD, "offload_param": {"device": "cpu"}}
+_LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 _Case = MemoryCase
 
 SAMPLE = (
@@ -203,6 +211,10 @@ MORE = (
     _Case("llama bf16 data 2 zero 3", data=2, zero=3, precision="bf16"),
     _Case("llama zero 3 divided", data=2, zero=3, section={"stage3_param_persistence_threshold": 1000,
           "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 50_000}),
+    _Case("llama zero 3 few gathered", data=2, zero=3, section={"stage3_param_persistence_threshold": 1000,
+          "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 200_000}),
+    _Case("llama zero 3 kept for a while", data=2, zero=3, section={"stage3_param_persistence_threshold": 1000,
+          "stage3_max_reuse_distance": 300_000, "stage3_prefetch_bucket_size": 100_000}),
     _Case("llama zero 3 divided full", data=2, zero=3, settings=_FULL, section={
           "stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 0,
           "stage3_prefetch_bucket_size": 50_000}),
@@ -228,6 +240,8 @@ MORE = (
     _Case("llama zero 3 offload", data=2, zero=3, section=_OFFLOAD),
     _Case("llama zero 3 offload weights bf16", data=2, zero=3, precision="bf16", section=_WEIGHTS_TOO),
     _Case("llama averaged weights", data=2, settings={"ema": {"decay": 0.99}}),
+    _Case("llama adapters zero 1", data=2, peft=_LORA, precision="bf16"),
+    _Case("llama adapters zero 3", data=2, zero=3, peft=_LORA, settings=_FULL),
     _Case("llama sgd", data=2, optimizer="sgd"),
     _Case("llama lion zero 2", data=2, zero=2, optimizer="lion"),
     _Case("gpt2 tensor 2 bf16", "gpt2", tensor=2, precision="bf16"),

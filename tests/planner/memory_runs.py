@@ -15,8 +15,8 @@ from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.planner.memory import StageMemory, plan_memory
 from megatron_ds.planner.trace import trace_layers
 from megatron_ds.planner.trace.storages import LiveStorages
-from megatron_ds.runtime import Session, load_model
-from tests.planner.memory_cases import MODELS, MemoryCase
+from megatron_ds.runtime import Session
+from tests.planner.memory_cases import MemoryCase
 from tests.ranks import rank_device, run_alone, run_ranks
 
 STEPS = 2  # buffers that a first step leaves behind are there in the second
@@ -60,9 +60,8 @@ def measure(info: RankInfo, case: MemoryCase) -> tuple[int, int]:
     with (
         patch.object(Router, "_choose", _choose_evenly),
         LiveStorages("cpu") as live,
-    ):  # DeepSpeed has copies of shapes on the meta device
-        model = load_model(dict(MODELS[case.model]))
-        engine = Session(info, rank_device()).build_engine(model, case.config)
+    ):
+        engine = Session(info, rank_device()).build_engine(case.load(), case.config)
         for _ in range(STEPS):
             batches = engine.split(batch)
             gc.collect()
