@@ -1,5 +1,6 @@
 """Orders of pipeline schedules, against DeepSpeed's own instructions and the rules of Megatron-LM."""
 
+import numpy as np
 import pytest
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 
@@ -81,6 +82,20 @@ def test_first_passes_of_an_interleaved_rank() -> None:
     assert forwards == [(0, 0), (0, 1), (2, 0), (2, 1), (0, 2), (0, 3), (2, 2), (2, 3)]
     assert backwards == [(2, 0), (2, 1), (0, 0), (0, 1), (2, 2), (2, 3), (0, 2), (0, 3)]
     assert [direction for direction, *_ in passes] == [0] * 4 + [0, 1] * 4 + [1] * 4
+
+
+def test_messages_of_an_interleaved_rank_in_turns() -> None:
+    """Megatron-LM posts four messages at once between a pass backward and the next forward, and none in between."""
+    order = order_of("interleaved", 1, 4, 16, 2)
+    warm_up = 2 * (4 - 1 - 1) + 4
+    forward = warm_up + 6
+    assert order.directions[forward - 1 : forward + 2].tolist() == [BACKWARD, FORWARD, BACKWARD]
+    before = {"sent": [forward - 2, forward - 1], "received": [forward, forward + 1]}
+    moments = [order.send_at[before["sent"]], order.receive_at[before["received"]]]
+    assert {int(one) for both in moments for one in both} == {4 * forward - 3}
+    everything = np.concatenate([order.send_at, order.receive_at])
+    steady = (everything > 4 * warm_up) & (everything < 4 * (order.directions.size - warm_up))
+    assert ((everything[steady] + 3) % 8 == 4 * warm_up % 8).all()
 
 
 @pytest.mark.parametrize(
