@@ -76,7 +76,7 @@ class Tasks:
         return ends
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def tasks_of(schedule: Schedule, num_ranks: int, num_micro_batches: int, num_chunks: int, messages: Messages) -> Tasks:
     """Return the tasks of a step.
 
