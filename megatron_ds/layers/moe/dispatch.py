@@ -113,10 +113,11 @@ class Dispatch:
         sent = self.chosen_counts.view(axis.size, local)
         received = exchange_counts(sent, axis)
         self.counts = received.sum(0)
+        counted = torch.cat([sent.sum(1), received.sum(1), self.counts])
         if _EVEN.get():
             numbers = _even_numbers(even_parts(len(by_expert), num_experts), axis)
         else:
-            numbers = torch.cat([sent.sum(1), received.sum(1), self.counts]).tolist()  # the only wait of the host
+            numbers = counted.tolist()  # the only wait of the host
         self._sent, self._received = numbers[: axis.size], numbers[axis.size : 2 * axis.size]
         self.groups = Groups(self.counts, numbers[2 * axis.size :])
         experts = torch.arange(local, device=chosen.device).repeat(axis.size)

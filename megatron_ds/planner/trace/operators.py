@@ -22,7 +22,7 @@ def operations_of(
         func, args, kwargs, result: as in `__torch_dispatch__`.
         pairs: of a head of a row that an attention kernel computes; None = as its arguments say.
     """
-    if func.namespace == "prim":
+    if func.namespace in ("prim", "c10d"):
         return ()
     name = func._schema.name.removeprefix("aten::")
     if name in _PRODUCTS:
