@@ -143,7 +143,9 @@ def collectives(buffers: Sequence[int], ranks: int, device: str) -> list[Collect
         Collective(kind, "data", num_bytes, ranks) for kind in kinds for num_bytes in buffers
     ]
     if device == "cpu":
-        found += [Collective(kind, measure_collectives.TENSOR, size, ranks) for kind in kinds[:3] for size in buffers]
+        found += [
+            Collective(kind, measure_collectives.NEIGHBOURS, size, ranks) for kind in kinds[:3] for size in buffers
+        ]
     return found + [Message("pipeline", num_bytes) for num_bytes in buffers]
 
 

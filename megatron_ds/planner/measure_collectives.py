@@ -22,20 +22,21 @@ from megatron_ds.planner.profiles.link import MeasuredTime
 
 SHORTEST_S = 0.005
 ROUNDS = 9
-TENSOR = "tensor"
+NEIGHBOURS = "neighbours"
+"""Axis of the tensor ranks of CPUs on one machine, as traces name it."""
 
 Act = Callable[[], object]
 
 
-def axis_of_all(world: Axis, name: str | None) -> Axis:
+def axis_of_all(world: Axis, name: str) -> Axis:
     """Return the axis of all ranks with what an axis of this name communicates by. Collective over the world.
 
     Args:
         world: all ranks.
-        name: "tensor", whose ranks on one machine share memory if they compute on CPUs; None = any other.
+        name: "neighbours" for ranks of CPUs that share the memory of one machine; any other name for the rest.
     """
     assert world.group is not None
-    if name != TENSOR or dist.get_backend(world.group) != "gloo":
+    if name != NEIGHBOURS or dist.get_backend(world.group) != "gloo":
         return world
     neighbours = meet_neighbours(world.group, world.rank, world.size)
     return replace(world, neighbours=neighbours, sum_here=neighbours.sum_) if neighbours is not None else world
@@ -50,8 +51,8 @@ def measure(
     times the lower quartile counts: whatever else the machine does makes them longer, never shorter.
 
     Args:
-        operations: collectives of all ranks, and messages that each rank sends to the next one. Axis "tensor" stands
-            for itself, others for all others.
+        operations: collectives of all ranks, and messages that each rank sends to the next one. Axis "neighbours"
+            stands for itself, any other for all others.
         world: all ranks.
         device: of the tensors.
         rounds: number of times that all are measured.
@@ -74,7 +75,7 @@ def measured_times(operations: Sequence[Collective | Message], world: Axis, devi
     return [
         MeasuredTime(
             kind=one.kind if isinstance(one, Collective) else "message",
-            axis=one.axis if one.axis == TENSOR else None,
+            axis=one.axis if one.axis == NEIGHBOURS else None,
             ranks=world.size if isinstance(one, Collective) else 2,
             num_bytes=one.num_bytes,
             us=time_s * 1e6,

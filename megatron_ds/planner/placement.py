@@ -60,7 +60,8 @@ def _groups_of(rank: int, layout: Layout, expert: int, ulysses: int) -> Mapping[
     groups |= {role: layout.peers_of(rank, *axes) for role, axes in ROLES.items()}
     groups |= {"expert": _consecutive(stage, rank, expert), "expert_shard": _across(stage, rank, expert)}
     groups |= {"ulysses": _consecutive(context, rank, ulysses), "ring": _across(context, rank, ulysses)}
-    return {**groups, "world": range(layout.world_size), "stage": stage}
+    neighbours = groups["tensor"]  # of CPUs; traces name their exchanges through memory so
+    return {**groups, "neighbours": neighbours, "world": range(layout.world_size), "stage": stage}
 
 
 def _consecutive(ranks: Sequence[int], rank: int, size: int) -> Sequence[int]:

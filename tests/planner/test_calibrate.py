@@ -101,7 +101,7 @@ def test_a_profile_predicts_collectives_of_other_sizes() -> None:
         rows = [
             MeasuredTime(
                 kind=one.kind if isinstance(one, Collective) else "message",
-                axis="tensor" if one.axis == "tensor" else None,
+                axis="neighbours" if one.axis == "neighbours" else None,
                 ranks=2,
                 num_bytes=one.num_bytes,
                 us=time_s * 1e6,
@@ -140,7 +140,7 @@ def test_a_calibrated_machine_is_written_and_read_again(tmp_path: Path) -> None:
         assert roofline.seconds(product, again) * 1e6 == pytest.approx(row.us, rel=0.05)
     network = find_network("ethernet 10Gb/s", again, 2)
     kinds = {(one.kind, one.axis) for one in network.inside.measured}
-    assert len(kinds) == 5 + 3 + 1 and ("all_gather", "tensor") in kinds and ("message", None) in kinds
+    assert len(kinds) == 5 + 3 + 1 and ("all_gather", "neighbours") in kinds and ("message", None) in kinds
     for one in collectives(SMALL.buffers, 2, "cpu"):
         time_s = links.seconds(one, Placement(2, 1, 2), network)
         assert 1e-6 < time_s < 1.0, one

@@ -1,5 +1,6 @@
 """Profiles by name and by file: all that are shipped, and messages about what is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,12 @@ def test_a_network_is_the_speed_of_its_cards_divided_among_the_gpus_of_a_node(te
 def test_a_text_that_is_no_network_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_network(text, find_device("h100"), 8)
+
+
+def test_the_documentation_lists_every_device() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "planning.md").read_text()
+    listed = text.partition("## Profiles of devices and networks")[2].partition("Each is a short")[0]
+    assert re.findall(r"`([a-z][a-z0-9-]+)`", listed) == device_names()
 
 
 def test_a_rack_is_one_island() -> None:
