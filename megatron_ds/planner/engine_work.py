@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from megatron_ds.planner.engine_traffic import EngineTraffic, engine_traffic
-from megatron_ds.planner.gradient_traffic import shard_ranks
+from megatron_ds.planner.engine_traffic import EngineTraffic, engine_traffic, gradient_norm, losses
+from megatron_ds.planner.gradient_traffic import EXPERT_SHARD, SHARD, shard_ranks
 from megatron_ds.planner.held_parameters import HeldStage, hold_stage
 from megatron_ds.planner.operations import Collective, LayerTrace, Message, Operation, Stream, Work
 from megatron_ds.planner.pass_time import Machine
@@ -16,6 +16,7 @@ from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.network import Network
 from megatron_ds.planner.step_work import EndWork, StageWork, StepWork
+from megatron_ds.planner.zero3_traffic import gradient_scatters
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 FP32 = 4
@@ -81,12 +82,33 @@ def _gradients(given: PlanInput, zero: ZeroSettings, number: int) -> Work:
 
 
 def _end(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> EndWork:
-    traffic = engine_traffic(given, held.index, held)
+    traffic = _traffic(given, zero, held)
     hidden, hiding = _hidden(traffic, zero), 1
     if zero.stage >= 2:
         hiding = given.num_micro_batches
     update, host_s = _update(given, zero, held)
     return EndWork(hidden + traffic.norms + traffic.losses, hiding, update, host_s)
+
+
+def _traffic(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> EngineTraffic:
+    """Return the engine's traffic; at ZeRO-3 with one gather of a layer's weights for each of its passes.
+
+    What DeepSpeed really gathers depends on the order of modules (`plan_wire`), and is about as much.
+    """
+    if zero.stage < 3:
+        return engine_traffic(given, held.index, held)
+    weights = Work()
+    for layer in held.layers:
+        for apart in (False, True):
+            number = sum(one.numel for one in held.parameters if one.layer == layer and one.apart == apart)
+            ranks = shard_ranks(given, apart=apart)
+            if number and ranks > 1:
+                axis = EXPERT_SHARD if apart else SHARD
+                gather = Collective("all_gather", axis, number * zero.element_bytes, ranks)
+                weights[gather] += 2 * given.num_micro_batches
+    gradients = gradient_scatters(given, held, zero)
+    norms, sums = gradient_norm(given, held, zero), losses(given, held.index)
+    return EngineTraffic(gradients, weights, norms=norms, losses=sums)
 
 
 def _hidden(traffic: EngineTraffic, zero: ZeroSettings) -> Work:
