@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -16,15 +15,11 @@ from statistics import median
 from bench.cases import CASES, Entry
 from bench.ours import engine_fields
 from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work
-from megatron_ds.config import EngineConfig, build_section
-from megatron_ds.config.run_config import ModelSection
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.step_time import StepTime, plan_time
-from megatron_ds.runtime.loaded_model import describe_model, read_model_section
-from megatron_ds.runtime.optimizer_groups import grouped_parameters
-from megatron_ds.runtime.setup import plan_engine
+from tests.planner.inputs import input_of
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results.json"
 
@@ -38,23 +33,12 @@ def predicted_cases() -> Iterator[tuple[str, str, Work, Entry]]:
 
 
 def plan_input(work: Work, entry: Entry) -> PlanInput:
-    """Return the input of a plan of an entry, from its model's config alone."""
-    from transformers import AutoConfig
-
-    fields = {name: value for name, value in work.model.items() if name != "model_type"}
-    with tempfile.TemporaryDirectory() as folder:
-        AutoConfig.for_model(work.model["model_type"], **fields).save_pretrained(folder)
-        spec = Spec(entry.runner, entry.world, entry.options, work, folder, "cpu")
-        config = build_section(EngineConfig, engine_fields(spec), keep=("optimizer",))
-        section = ModelSection(path=folder)
-        hf = read_model_section(section)
-        model = describe_model(hf, section)
-        plan = plan_engine(config, hf, entry.world, "cpu")
+    """Return the input of a plan of an entry."""
     masked = work.model["model_type"] in MASKED_MODELS
     columns = ("input_ids", "decoder_input_ids", "targets") if work.target_length else ("input_ids", "targets")
     rows = Rows(work.seq_length, work.target_length or None, columns, 1 / MASK_EVERY if masked else 1.0)
-    groups = grouped_parameters(model, config.optimizer)
-    return PlanInput(model.layers, hf.core, plan, rows, Machines(1, entry.world, "cpu"), groups=groups)
+    spec = Spec(entry.runner, entry.world, entry.options, work, "", "cpu")
+    return input_of(work.model, engine_fields(spec), rows, Machines(1, entry.world, "cpu"))
 
 
 def predict(work: Work, entry: Entry, profiles: Mapping[int, Device]) -> StepTime:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from megatron_ds.errors import MegatronDSError
 from megatron_ds.planner.step_time import StepTime
 from tests.planner.published_rows import ROWS, Row, derived_s, published_s, read_rows, why_left_out
 from tests.planner.published_step import predict
@@ -55,13 +56,19 @@ class Prediction:
         return self.time.total_s / self.published_s - 1
 
 
-def predictions(rows: Iterable[Row]) -> list[Prediction]:
-    """Return predictions of all rows that can be compared."""
+def predictions(rows: Iterable[Row], refused: dict[str, str] | None = None) -> list[Prediction]:
+    """Return predictions of all rows that can be compared; `refused` gets why others cannot be computed, by id."""
     found = []
     for row in rows:
         seconds = published_s(row)
-        if seconds is not None and why_left_out(row) is None:
+        if seconds is None or why_left_out(row) is not None:
+            continue
+        try:
             found.append(Prediction(row, setting_of(row).system.name, predict(row), seconds))
+        except MegatronDSError as error:
+            if refused is None:
+                raise
+            refused[row["id"]] = str(error)
     return found
 
 
@@ -121,8 +128,8 @@ def with_sections(page: str, rows: Sequence[Row]) -> str:
 
 def show(path: Path) -> None:
     """Print predicted and published seconds of a file's rows, and why others are left out."""
-    rows = read_rows(path)
-    found, groups = predictions(rows), dict[str, list[Prediction]]()
+    rows, refused = read_rows(path), dict[str, str]()
+    found, groups = predictions(rows, refused), dict[str, list[Prediction]]()
     print(table(found, parts=True), end="\n\n")
     for one in found:
         groups.setdefault(one.system, []).append(one)
@@ -131,7 +138,7 @@ def show(path: Path) -> None:
     if found:
         print(f"all: {summary(found)}", end="\n\n")
     for row in rows:
-        why = why_left_out(row)
+        why = why_left_out(row) or refused.get(row["id"])
         if why is not None:
             print(f"left out: {row['id']}: {why}")
 

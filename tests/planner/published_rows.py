@@ -21,7 +21,10 @@ DEVICES: tuple[tuple[str, str], ...] = (
     ("h100-96gb", "h100-96"),
     ("h100-80gb-pcie", "h100-pcie"),
     ("h100-nvl", "h100-nvl"),
-    *((name, name) for name in ("h100", "h200", "h800", "gh200", "gb200", "gb300", "b200", "b300", "mi300x", "l40s")),
+    ("h100-sxm", "h100"),
+    ("v100", "v100-32"),
+    *((name, name) for name in ("h100", "h200", "h800", "gh200", "gb200", "gb300", "b200", "b300")),
+    *((name, name) for name in ("mi300x", "l40s", "l4", "a10")),
 )
 """Beginning of a row's device in small letters -> profile; the first that fits."""
 
@@ -42,6 +45,8 @@ def why_left_out(row: Row, *, timed: bool = True) -> str | None:
         return f"no profile of {row['device']}"
     if row["tp"] is None or row["pp"] is None:
         return "its layout is not published"
+    if not row["global_batch"]:
+        return "its batch is not published"
     if "parallel block" in note or "sliding" in note:
         return "a model with other layers than its sizes describe"
     if str(row["precision"]).startswith(("nvfp4", "fp4", "mxfp4")):
@@ -123,6 +128,6 @@ def recompute_of(row: Row, setting: Setting) -> str:
     given = row["recompute"]
     if given is None:
         return setting.recompute
-    if str(given).startswith("selective("):
+    if str(given).startswith("selective(op"):  # torchtitan: every other product
         return "half"
-    return str(given) if given in ("none", "full", "selective") else "none"
+    return next((kind for kind in ("full", "selective") if str(given).startswith(kind)), "none")

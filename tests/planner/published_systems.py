@@ -76,15 +76,29 @@ BIGSCIENCE = Setting(
 """BigScience on Jean Zay: the same with ZeRO-1 and without dropout, on nodes of eight devices and four cards."""
 
 MEGATRON_BRIDGE = Setting(
-    System("megatron-bridge", hides_tensor="chunks", hides_messages=True, state="distributed", hides_state=True),
+    System(
+        "megatron-bridge",
+        gradient_bytes=2,
+        hides_tensor="chunks",
+        hides_messages=True,
+        state="distributed",
+        hides_state=True,
+    ),
     sequence=True,
 )
-"""Megatron-LM, NeMo and Megatron-Bridge since 2024: Transformer Engine, overlap of all axes."""
+"""Megatron-LM, NeMo and Megatron-Bridge since 2024: Transformer Engine, overlap of all axes.
 
-FSDP = Setting(System("fsdp", attention="flash2", fuses_gradients=False, gradient_bytes=2, state="sharded"))
-"""torch's FSDP, with gradients reduced in bf16."""
+Their recipes for performance reduce gradients in bf16 (`grad_sync_dtype`, `grad_reduce_in_fp32`).
+"""
 
-LLM_FOUNDRY = replace(FSDP, system=replace(FSDP.system, name="llm-foundry"))
+FSDP = Setting(
+    System("fsdp", attention="flash2", fuses_gradients=False, gradient_bytes=2, state="sharded"), fused=False
+)
+"""torch's FSDP without a compiler, with gradients reduced in bf16."""
+
+LLM_FOUNDRY = replace(FSDP, system=replace(FSDP.system, name="llm-foundry", attention="flash1"))
+"""LLM Foundry with torch 1.13 and 2.0, of the time of FlashAttention-1."""
+
 TORCHTITAN = Setting(
     replace(FSDP.system, name="torchtitan", gradient_bytes=4, hides_tensor="none"),
     sequence=True,
@@ -93,7 +107,7 @@ TORCHTITAN = Setting(
 )
 """FSDP2 with gradients reduced in fp32; its looped schedules have two stages a rank by default."""
 
-MAXTEXT = replace(FSDP, system=replace(FSDP.system, name="maxtext", attention="newest"))
+MAXTEXT = replace(FSDP, fused=True, system=replace(FSDP.system, name="maxtext", attention="newest"))
 """JAX with sharded weights, and cuDNN's attention."""
 
 BY_SOURCE: tuple[tuple[str, Setting], ...] = (
