@@ -21,7 +21,7 @@ from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 FP32 = 4
 MOMENT_BYTES: Mapping[str, int] = {"adamw": 8, "lion": 4, "muon": 4, "sgd": 4, "adamw8bit": 2, "adafactor": 1}
-"""Bytes of optimizer state of an element beside its fp32 weight; other optimizers count as adamw."""
+"""Bytes of optimizer state of an element, without its fp32 weight; other optimizers count as adamw."""
 HOST_UPDATES_PER_S = 1.2e9
 """Elements that CPU-Adam updates in a second for one device: 10^10 on all cores of a node of eight (Ren et al. 2021,
 "ZeRO-Offload", table 4)."""
@@ -72,7 +72,7 @@ def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, H
 
 
 def _gradients(given: PlanInput, zero: ZeroSettings, number: int) -> Work:
-    """Return what a micro-batch does with the gradients of a stage beside their products: additions, or copies."""
+    """Return what a micro-batch does with the gradients of a stage after their products: additions, or copies."""
     if zero.bf16_sums and given.machines.device_type == "cuda":
         return Work()  # products add them up
     if given.num_micro_batches == 1 and zero.stage < 2 and not zero.bf16_sums:

@@ -1,4 +1,4 @@
-"""The work of a training step: the layers of each pipeline stage, and what a rank does beside its passes."""
+"""The work of a training step: the layers of each pipeline stage, and communication and updates at its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StageWork:
 
 @dataclass(frozen=True)
 class EndWork:
-    """What a rank does in a step beside the passes.
+    """A rank's communication and updates in a step, apart from its passes.
 
     Attributes:
         sent: its communication. Hidden parts run while the passes of `hiding` micro-batches compute.

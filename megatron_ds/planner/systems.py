@@ -22,7 +22,7 @@ State = Literal["replicated", "zero1", "distributed", "sharded"]
 
 @dataclass(frozen=True)
 class System:
-    """How a system trains.
+    """Kernels, precision, overlap and division of state of a training system.
 
     Attributes:
         name: of it.
@@ -170,7 +170,7 @@ def _sum(each: Iterator[Work]) -> Work:
 
 
 def gradient_work(system: System, num_elements: int) -> Work:
-    """Return what a micro-batch does with the gradients of a layer's weights beside their products."""
+    """Return what a micro-batch does with the gradients of a layer's weights after their products."""
     if system.fuses_gradients or num_elements == 0:
         return Work()
     return Work({Stream(num_elements * (2 + 2 * system.gradient_bytes), launches=4): 1})
