@@ -15,6 +15,7 @@ from statistics import median
 
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.planner.step_time import StepTime
+from tests.planner.published_memory import GIB, memory_of, published_gib
 from tests.planner.published_rows import ROWS, Row, derived_s, published_s, read_rows, why_left_out
 from tests.planner.published_step import predict
 from tests.planner.published_systems import setting_of
@@ -22,6 +23,11 @@ from tests.planner.published_systems import setting_of
 NEAR = 0.15
 """An error up to which a prediction is near."""
 BEGIN, END = "<!-- published runs: written by tests.planner.published -->", "<!-- end of published runs -->"
+MEMORY_NOTE = (
+    "For information: state and activations of the first pipeline rank. What is published is the split of the paper "
+    "(Korthikanti), nvidia-smi's maximum with context, buffers and freed memory (BigScience), or the peak of torch's "
+    "allocator (torchtitan)."
+)
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Narayanan et al. 2021", ("narayanan21",)),
     ("Korthikanti et al. 2022", ("korthikanti22",)),
@@ -102,6 +108,18 @@ def table(found: Sequence[Prediction], *, parts: bool = False) -> str:
     return "\n".join(lines)
 
 
+def memory_table(found: Sequence[Prediction]) -> str:
+    """Return a table of the memory of those rows that have some."""
+    lines = ["| run | state GiB | activations GiB | sum | published |", "| --- | ---: | ---: | ---: | ---: |"]
+    for one in found:
+        published = published_gib(one.row)
+        if published is not None:
+            memory = memory_of(one.row, one.time)
+            state, kept = memory.state_bytes / GIB, memory.activation_bytes / GIB
+            lines.append(f"| {one.row['id']} | {state:.1f} | {kept:.1f} | {state + kept:.1f} | {published:.1f} |")
+    return "\n".join(lines)
+
+
 def sections(rows: Sequence[Row]) -> str:
     """Return the tables of the documentation, by group."""
     scored, informed = predictions(rows), derived(rows)
@@ -114,6 +132,7 @@ def sections(rows: Sequence[Row]) -> str:
             lines += [f"{summary(some)}.", table(some)]
         if more:
             lines += ["Derived from the printed FLOP/s, for information:", table(more)]
+    lines += ["### Memory of published runs", MEMORY_NOTE, memory_table(scored)]
     left_out = [f"- {row['id']}: {why}" for row in rows if (why := why_left_out(row, timed=False)) is not None]
     lines += ["### Left out", "\n".join(left_out)]
     return "\n\n".join(lines)

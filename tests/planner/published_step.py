@@ -46,17 +46,8 @@ def predict(row: Row) -> StepTime:
 def step_of(row: Row, setting: Setting, layout: Layout) -> StepWork:
     """Return the work of a row's step."""
     system, sizes = setting.system, Sizes.of(row["model"])
-    micro_batch, sequence = micro_batch_of(row, setting, layout), is_sequence(row, setting, layout)
+    micro_batch, traced = micro_batch_of(row, setting, layout), traced_of(row, setting, layout)
     chunks = row["vp"] or (setting.chunks if layout.pipeline > 1 else 1)
-    traced = trace(
-        sizes,
-        micro_batch=micro_batch,
-        tensor=layout.tensor,
-        sequence=sequence,
-        context=layout.context,
-        expert=expert_ranks(row, layout),
-        fused=setting.fused,
-    )
     stages, held = stages_of(traced, sizes, row, setting, layout, chunks)
     interleaved = chunks > 1 and layout.pipeline > 1
     return StepWork(
@@ -72,6 +63,19 @@ def step_of(row: Row, setting: Setting, layout: Layout) -> StepWork:
         nodes=ceil(row["gpus"] / DEVICES_OF_NODE),
         schedule="interleaved" if interleaved else system.schedule,
         blocks=not (interleaved and system.hides_messages),
+    )
+
+
+def traced_of(row: Row, setting: Setting, layout: Layout) -> Traced:
+    """Return the traces of a row's model on one of its ranks."""
+    return trace(
+        Sizes.of(row["model"]),
+        micro_batch=micro_batch_of(row, setting, layout),
+        tensor=layout.tensor,
+        sequence=is_sequence(row, setting, layout),
+        context=layout.context,
+        expert=expert_ranks(row, layout),
+        fused=setting.fused,
     )
 
 

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from tests.planner.published import GROUPS, NEAR, predictions, show, summary, table, with_sections
+from tests.planner.published_memory import GIB, memory_of, published_gib
 from tests.planner.published_model import Sizes
 from tests.planner.published_rows import ROWS, derived_s, flops_per_token, published_s, read_rows, why_left_out
-from tests.planner.published_step import blocks_of_stages
+from tests.planner.published_step import blocks_of_stages, predict
 from tests.planner.published_systems import BY_SOURCE, setting_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
@@ -88,6 +89,17 @@ def test_sizes_of_models() -> None:
     sizes = Sizes.of(rows["mbridge25.11-qwen3-30b-h100"]["model"])
     params = sizes.layers * (sizes.attention_params + sizes.expert_params + sizes.shared_params)
     assert params + 2 * sizes.embedding_params == pytest.approx(30.5e9, rel=0.01)
+
+
+def test_memory_of_the_split_that_a_paper_computes() -> None:
+    """Korthikanti et al. 2022, figures 1 and 7: 18 bytes of a parameter, and activations by their formulas."""
+    rows = [row for row in read_rows(ROWS) if row["measured"].get("mem_params_opt_gib")]
+    for row in rows:
+        memory, measured = memory_of(row, predict(row)), row["measured"]
+        assert memory.state_bytes / GIB == pytest.approx(measured["mem_params_opt_gib"], rel=0.09), row["id"]
+        total = (memory.state_bytes + memory.activation_bytes) / GIB
+        assert total == pytest.approx(published_gib(row), rel=0.09), row["id"]
+    assert len(rows) == 7
 
 
 def test_page_has_these_tables() -> None:
