@@ -120,9 +120,9 @@ def memory_table(found: Sequence[Prediction]) -> str:
     return "\n".join(lines)
 
 
-def sections(rows: Sequence[Row]) -> str:
+def sections(rows: Sequence[Row], scored: Sequence[Prediction]) -> str:
     """Return the tables of the documentation, by group."""
-    scored, informed = predictions(rows), derived(rows)
+    informed = derived(rows)
     lines = [f"All: {summary(scored)}."]
     for title, beginnings in GROUPS:
         some = [one for one in scored if one.row["id"].startswith(beginnings)]
@@ -138,11 +138,11 @@ def sections(rows: Sequence[Row]) -> str:
     return "\n\n".join(lines)
 
 
-def with_sections(page: str, rows: Sequence[Row]) -> str:
-    """Return a page of the documentation with its tables written anew."""
+def with_sections(page: str, rows: Sequence[Row], scored: Sequence[Prediction]) -> str:
+    """Return a page of the documentation with its tables written anew, from rows and the predictions of them."""
     before, _, rest = page.partition(BEGIN)
     assert rest, f"the page has no line {BEGIN}"
-    return f"{before}{BEGIN}\n\n{sections(rows)}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{sections(rows, scored)}\n\n{END}{rest.partition(END)[2]}"
 
 
 def show(path: Path) -> None:
@@ -166,7 +166,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command."""
     if arguments[:1] == ["--docs"]:
         page = Path(arguments[1])
-        page.write_text(with_sections(page.read_text(), read_rows(ROWS)))
+        rows = read_rows(ROWS)
+        page.write_text(with_sections(page.read_text(), rows, predictions(rows)))
     else:
         show(Path(arguments[0]) if arguments else ROWS)
 
