@@ -15,6 +15,7 @@ from megatron_ds.paths import expanded
 if TYPE_CHECKING:
     from megatron_ds.planner.fault_plan import FaultPlan
     from megatron_ds.planner.faults import Faults, Saving
+    from megatron_ds.planner.stragglers import Jitter
 
 PANEL = "Failures"
 MtbfHours = Annotated[
@@ -40,6 +41,14 @@ RestartSeconds = Annotated[
 SpareNodes = Annotated[
     int | None,
     typer.Option(metavar="N", min=0, rich_help_panel=PANEL, help="Nodes that replace broken ones (default: enough)."),
+]
+Stragglers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D[,P]",
+        rich_help_panel=PANEL,
+        help="Slow devices: percent by which devices differ, and each device's passes (standard deviations).",
+    ),
 ]
 GoodputPlot = Annotated[
     Path | None,
@@ -75,15 +84,43 @@ def parse_saving(text: str) -> Saving:
     """
     from megatron_ds.planner.faults import Saving
 
-    try:
-        seconds = [float(part) for part in text.split(",")]
-    except ValueError:
-        seconds = []
-    if not 1 <= len(seconds) <= 2 or not all(0 <= one < math.inf for one in seconds):
+    seconds = _numbers(text)
+    if not 1 <= len(seconds) <= 2:
         raise ConfigError(
             f"--save-seconds={show(text)} is not the seconds of a pause, or of a pause and of writing; try 2 or 2,60"
         )
     return Saving(*seconds)
+
+
+def parse_stragglers(text: str, devices: int, replicas: int) -> Jitter:
+    """Return random slowness from the percent of `DEVICES` or `DEVICES,PASSES`.
+
+    Args:
+        text: of the option.
+        devices: tensor and context ranks of a stage.
+        replicas: data-parallel ones.
+
+    Raises:
+        ConfigError: it is not one or two numbers.
+    """
+    from megatron_ds.planner.stragglers import Jitter
+
+    percents = _numbers(text)
+    if not 1 <= len(percents) <= 2 or max(percents) > 100:
+        raise ConfigError(
+            f"--stragglers={show(text)} is not the percent of devices, or of devices and of passes; try 1 or 1,5"
+        )
+    variances = [(percent / 100) ** 2 for percent in percents] + [0.0]
+    return Jitter(device_variance=variances[0], pass_variance=variances[1], devices=devices, replicas=replicas)
+
+
+def _numbers(text: str) -> list[float]:
+    """Return numbers of at least 0, separated by commas; none if one is wrong."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return found if all(0 <= one < math.inf for one in found) else []
 
 
 def draw_failures(plan: FaultPlan, gpus_per_node: int, path: Path) -> None:

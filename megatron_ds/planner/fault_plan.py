@@ -49,7 +49,8 @@ class FaultPlan:
 
     Attributes:
         faults, saving: rates and costs.
-        step_s: seconds of a step.
+        step_s: seconds of a step, with stragglers.
+        slower: `step_s`, divided by the seconds without stragglers.
         interval_steps: steps between two saves.
         advised_steps: most steps between two saves whose goodput is within 0.1 % of the highest.
         chosen, advised: goodput of the two.
@@ -60,6 +61,7 @@ class FaultPlan:
     faults: Faults
     saving: Saving
     step_s: float
+    slower: float
     interval_steps: int
     advised_steps: int
     chosen: Goodput
@@ -69,8 +71,8 @@ class FaultPlan:
 
     @property
     def slowdown(self) -> float:
-        """Seconds of a run with failures, divided by those without failures and saves."""
-        return 1 / self.chosen.share if self.chosen.share else math.inf
+        """Seconds of a run with failures and stragglers, divided by those without them and without saves."""
+        return self.slower / self.chosen.share if self.chosen.share else math.inf
 
     def steps(self, goodput: Goodput) -> int:
         """Return the steps between two saves."""
@@ -92,20 +94,28 @@ def estimate_saving(rank_bytes: float, total_bytes: float, nodes: int, asynchron
 
 
 def plan_faults(
-    faults: Faults, saving: Saving, step_s: float, interval_steps: int | None = None, *, seed: int = 0
+    faults: Faults,
+    saving: Saving,
+    step_s: float,
+    interval_steps: int | None = None,
+    *,
+    slower: float = 1.0,
+    seed: int = 0,
 ) -> FaultPlan:
     """Plan the failures of a month.
 
     Args:
         faults: rates and costs of failures.
         saving: cost of a save.
-        step_s: seconds of a step.
+        step_s: seconds of a step without stragglers.
         interval_steps: steps between two saves, of the run file; None or 0 = the advised ones.
+        slower: factor of steps with stragglers, see `planner.timetable.slowdown`.
         seed: of the simulation.
 
     Raises:
         ConfigError: the run saves more often than it can write.
     """
+    step_s *= slower
     least = math.ceil(max(saving.write_s, 1.0) / step_s)
     advised_steps = max(int(longest_interval_s(saving, faults) / step_s), least)
     chosen_steps = interval_steps or advised_steps
@@ -118,7 +128,16 @@ def plan_faults(
         seed=seed,
     )
     return FaultPlan(
-        faults, saving, step_s, chosen_steps, advised_steps, found[0], found[1], tuple(found[2:]), spares_needed(faults)
+        faults=faults,
+        saving=saving,
+        step_s=step_s,
+        slower=slower,
+        interval_steps=chosen_steps,
+        advised_steps=advised_steps,
+        chosen=found[0],
+        advised=found[1],
+        others=tuple(found[2:]),
+        spare_nodes=spares_needed(faults),
     )
 
 
@@ -143,6 +162,8 @@ def fault_facts(plan: FaultPlan) -> dict[str, Any]:
         "rates": {name: _finite(value) for name, value in asdict(faults).items()},
         "mtbf_s": faults.mtbf_s,
         "saving": asdict(saving),
+        "step_s": plan.step_s,
+        "stragglers": plan.slower,
         "young_s": young_interval_s(saving.pause_s, faults.mtbf_s),
         "daly_s": daly_interval_s(saving.pause_s, faults.mtbf_s),
         "days": MONTH_DAYS,
@@ -170,6 +191,8 @@ def fault_lines(plan: FaultPlan) -> Iterator[tuple[str, str]]:
     if losses:
         largest = sorted(losses.items(), key=lambda loss: -loss[1])
         yield "lost to", ", ".join(f"{LOSSES[use]} {share:.1%}" for use, share in largest).replace("%", " %")
+    if plan.slower != 1:
+        yield "stragglers", f"a step takes {plan.step_s:.3g} s, {plan.slower - 1:.1%} longer".replace("%", " %")
     spares = "as many as needed" if faults.spare_nodes is None else f"{faults.spare_nodes:,}"
     yield (
         "spare nodes",

@@ -193,6 +193,11 @@ def step_times(timetable: Timetable, jitter: Jitter, num_steps: int) -> Array:
     return found
 
 
+def slowdown(timetable: Timetable, jitter: Jitter, num_steps: int = 4) -> float:
+    """Return the mean seconds of steps with random slowness, divided by those without."""
+    return float(step_times(timetable, jitter, num_steps).mean()) / timetable.duration_s
+
+
 def _slow(tasks: Tasks, durations_s: Array, jitter: Jitter, random: np.random.Generator, of_devices: Array) -> Array:
     """(tasks + 1, replicas) random seconds of one step."""
     passes_s = durations_s[: tasks.num_passes].reshape(2, tasks.num_stages, -1)

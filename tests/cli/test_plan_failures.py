@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ds.cli.plan_failures import draw_failures, faults_of, parse_saving
+from megatron_ds.cli.plan_failures import draw_failures, faults_of, parse_saving, parse_stragglers
 from megatron_ds.errors import ConfigError
 from megatron_ds.planner.fault_plan import plan_faults
 from megatron_ds.planner.faults import Saving
+from megatron_ds.planner.stragglers import Jitter
 
 
 def test_rates() -> None:
@@ -24,6 +25,16 @@ def test_costs_of_saves() -> None:
 def test_wrong_costs_of_saves(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--save-seconds=.* is not the seconds of a pause, .*; try 2 or 2,60"):
         parse_saving(text)
+
+
+def test_stragglers() -> None:
+    found = parse_stragglers("1,5", 8, 16)
+    assert (found.device_variance, found.pass_variance) == pytest.approx((0.0001, 0.0025))
+    assert (found.devices, found.replicas) == (8, 16)
+    assert parse_stragglers("2", 1, 1) == Jitter(0.02**2)
+    for text in ("", "a", "1,2,3", "-1", "101"):
+        with pytest.raises(ConfigError, match=r"--stragglers=.* is not the percent of devices, .*; try 1 or 1,5"):
+            parse_stragglers(text, 1, 1)
 
 
 @pytest.mark.parametrize("hours", [0.0, -1.0, float("nan"), float("inf")])

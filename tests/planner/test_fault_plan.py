@@ -68,6 +68,15 @@ def test_lines() -> None:
     assert "better" not in dict(fault_lines(plan()))
 
 
+def test_stragglers() -> None:
+    """Slower steps are counted in the interval and in the length of a run."""
+    even, slow = plan(interval_steps=100), plan(interval_steps=100, slower=1.1)
+    assert slow.step_s == pytest.approx(22.0) and slow.chosen.interval_s == pytest.approx(2200.0)
+    assert slow.slowdown == pytest.approx(1.1 / slow.chosen.share)
+    assert dict(fault_lines(slow))["stragglers"] == "a step takes 22 s, 10.0 % longer"
+    assert "stragglers" not in dict(fault_lines(even)) and fault_facts(slow)["stragglers"] == 1.1
+
+
 def test_estimates_of_saves() -> None:
     """BLOOM's 2.3 TB on 48 nodes take 40 s; many nodes share 2 TB/s."""
     bloom = estimate_saving(2.3e12 / 384, 2.3e12, 48, asynchronous=False)

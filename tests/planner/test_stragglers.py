@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.planner.stragglers import Jitter
-from megatron_ds.planner.timetable import StageTimes, simulate, step_times
+from megatron_ds.planner.timetable import StageTimes, simulate, slowdown, step_times
 
 STAGE = StageTimes(1.0, 2.0)
 
@@ -54,6 +54,8 @@ def test_a_pipeline_waits_for_random_passes() -> None:
         means.append(steps.mean())
     assert means[0] == pytest.approx(even_s)
     assert means[0] < means[1] < means[2]
+    factor = slowdown(simulate(stages, 32), Jitter(pass_variance=0.09, replicas=4), 30)
+    assert factor == pytest.approx(means[2] / even_s)
     one = simulate(stages, 32, "deepspeed", jitter=Jitter(pass_variance=0.09, seed=1))
     assert one.duration_s >= max(one.busy_s)
 
