@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -10,17 +9,20 @@ from itertools import pairwise
 from megatron_ds.config import RunConfig
 from megatron_ds.hf.config import HFModel
 from megatron_ds.planner.engine_work import machine_of
-from megatron_ds.planner.layout_floors import CERTAIN, LayoutFloors
+from megatron_ds.planner.held_parameters import HeldStage, hold_stage
+from megatron_ds.planner.layout_floors import CERTAIN, LayoutFloors, both_passes
 from megatron_ds.planner.memory import plan_memory
 from megatron_ds.planner.model_traces import ModelTraces
 from megatron_ds.planner.operations import LayerTrace
-from megatron_ds.planner.pass_time import Machine, pass_time
 from megatron_ds.planner.plan_input import Machines, PlanInput
 from megatron_ds.planner.profiles import Device, Network
 from megatron_ds.planner.search import Estimate, Limits, SearchResult, search_layouts
 from megatron_ds.planner.search_space import EVERYTHING, Candidate, Space, with_candidate
 from megatron_ds.planner.step_time import plan_time
 from megatron_ds.runtime.setup import EnginePlan, plan_run
+
+CERTAIN_ACTIVATIONS = 0.97
+"""Share of the activations of a stage that its peak has at least."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def find_layouts(
     """
     machines, shape = searched.machines, searched.hf.core.shape()
     space = Space(searched.run, shape, machines.world_size, machines.ranks_per_node, varies, offload)
-    estimators = PlannedEstimators(searched, space)
-    ordered = [estimators.floor, estimators.traced, estimators.exact]
+    estimators = PlannedEstimators(searched, space, limits)
+    ordered = [estimators.floor, estimators.floor.of_tensor, estimators.traced, estimators.exact]
     return search_layouts(space, searched.hf, machines.device_type, ordered, limits, num_found)
 
 
@@ -80,16 +82,17 @@ class PlannedEstimators:
     Args:
         searched: the run and the machines.
         space: the candidates.
+        limits: memory of a rank.
     """
 
-    def __init__(self, searched: SearchInput, space: Space) -> None:
-        self._searched, self._space = searched, space
+    def __init__(self, searched: SearchInput, space: Space, limits: Limits) -> None:
+        self._searched, self._space, self._limits = searched, space, limits
         setting = searched.given.trace_setting()
         alone = replace(setting, micro_batch_size=1)
         self._traces = ModelTraces(searched.given.layers, alone)
         self._bounds: dict[int, list[int]] = {}
-        self._passes: dict[tuple[object, ...], list[float]] = {}
-        self._engines: OrderedDict[Candidate, PlanInput] = OrderedDict()
+        self._held: dict[tuple[int, ...], HeldStage] = {}
+        self._known: dict[Candidate, PlanInput] = {}
 
     @cached_property
     def floor(self) -> LayoutFloors:
@@ -101,29 +104,56 @@ class PlannedEstimators:
         return LayoutFloors(searched.given, self._traces, searched.device, searched.network, axes)
 
     def traced(self, candidate: Candidate) -> Estimate:
-        """Return a bound by the passes of the candidate's own layers on its largest stage."""
+        """Return a bound by the passes of the candidate's own layers, and what they keep."""
         given, floor = self.given(candidate), self.floor(candidate)
         traces = self._traces.of(given.trace_setting())
-        seconds = self._seconds_of(given, traces)
-        stages = [sum(seconds[first:end]) for first, end in pairwise(self._stages(given))]
-        count = given.num_micro_batches
+        seconds = both_passes(traces, machine_of(given, self._searched.device, self._searched.network))
+        bounds, count = list(pairwise(self._stages(given))), given.num_micro_batches
+        stages = [sum(seconds[first:end]) for first, end in bounds]
         passes_s = max(count * stage_s + sum(stages[:index]) for index, stage_s in enumerate(stages))
-        return Estimate(max(floor.step_s, CERTAIN * passes_s), floor.device_bytes, floor.host_bytes)
+        device = max(floor.device_bytes, self._kept_bytes(given, candidate, traces, bounds))
+        step_s = passes_s + CERTAIN * self.floor.gradients_s(candidate)
+        return Estimate(max(floor.step_s, step_s), device, floor.host_bytes)
+
+    def _kept_bytes(
+        self, given: PlanInput, candidate: Candidate, traces: list[LayerTrace], bounds: list[tuple[int, int]]
+    ) -> int:
+        """Return the least memory of the first and the last stage with the activations of their layers."""
+        found = []
+        for stage in {0, len(bounds) - 1}:
+            layers = traces[slice(*bounds[stage])]
+            in_flight = min(len(bounds) - stage, given.num_micro_batches)
+            kept = in_flight * sum(one.kept_bytes - one.released_bytes for one in layers)
+            last = layers[-1]
+            found.append(kept + last.backward_peak_bytes - last.kept_bytes)
+        return int(self.floor.held_bytes(candidate) + CERTAIN_ACTIVATIONS * max(found))
 
     def exact(self, candidate: Candidate) -> Estimate:
-        """Return the planned time and memory."""
+        """Return the planned time and memory; of what does not fit, the time is a bound."""
         searched, given = self._searched, self.given(candidate)
         traces, last = self._traces.of(given.trace_setting()), given.layout.pipeline - 1
-        memory = [plan_memory(given, traces, stage) for stage in sorted({0, min(1, last), last})]
-        device, host = max(one.peak_bytes for one in memory), max(one.host_bytes for one in memory)
-        time = plan_time(given, searched.device, searched.network, traces)
+        device = host = 0
+        for stage in sorted({0, min(1, last), last}):
+            memory = plan_memory(given, traces, stage, self._hold(given, stage))
+            device, host = max(device, memory.peak_bytes), max(host, memory.host_bytes)
+            if not self._limits.hold(Estimate(0.0, device, host)):
+                return Estimate(self.traced(candidate).step_s, device, host)
+        held = {stage: self._hold(given, stage) for stage in {0, last // 2, last}}
+        time = plan_time(given, searched.device, searched.network, traces, held)
         return Estimate(time.total_s, device, host)
+
+    def _hold(self, given: PlanInput, stage: int) -> HeldStage:
+        """Return the parameters of a stage, which depend on the layout alone."""
+        key = (given.layout.tensor, given.layout.pipeline, given.layout.data, given.expert_ranks, stage)
+        if key not in self._held:
+            self._held[key] = hold_stage(given, stage)
+        return self._held[key]
 
     def given(self, candidate: Candidate) -> PlanInput:
         """Return the input of the candidate's plan."""
-        if candidate not in self._engines:
-            self._engines[candidate] = self._searched.given.with_engine(self._engine(candidate))
-        return self._engines[candidate]
+        if candidate not in self._known:
+            self._known[candidate] = self._searched.given.with_engine(self._engine(candidate))
+        return self._known[candidate]
 
     def _engine(self, candidate: Candidate) -> EnginePlan:
         searched, machines = self._searched, self._searched.machines
@@ -135,16 +165,3 @@ class PlannedEstimators:
         if pipeline not in self._bounds:
             self._bounds[pipeline] = given.stage_bounds
         return self._bounds[pipeline]
-
-    def _seconds_of(self, given: PlanInput, traces: list[LayerTrace]) -> list[float]:
-        """Return the seconds of both passes of each layer."""
-        machine = machine_of(given, self._searched.device, self._searched.network)
-        found: dict[str, float] = {}
-        for trace in traces:
-            if trace.like not in found:
-                found[trace.like] = _both_passes(trace, machine)
-        return [found[trace.like] for trace in traces]
-
-
-def _both_passes(trace: LayerTrace, machine: Machine) -> float:
-    return pass_time(trace.forward, machine).total_s + pass_time(trace.backward, machine).total_s

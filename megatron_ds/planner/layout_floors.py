@@ -1,13 +1,13 @@
 """Lower bounds of a layout's time and memory from a few traces, for thousands of candidates in a second.
 
-One rank's share of the operations follows from traces on one rank and on the least number of ranks of each axis:
-products, attention and streams are divided, and what an axis exchanges keeps its size as a whole. Operations are timed
-without the starts of kernels and partial tiles, and messages without latency, so that nothing real is faster.
+One rank's share of the operations follows from traces on one rank and on the least number of ranks of each axis: passes
+are divided, and what an axis exchanges keeps its size as a whole. They are timed in the largest micro-batch, where
+products have the fewest partial tiles and messages the least latency.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
@@ -17,7 +17,8 @@ from megatron_ds.parallel.grid import Layout
 from megatron_ds.planner import links
 from megatron_ds.planner.held_parameters import hold_stage
 from megatron_ds.planner.model_traces import ModelTraces
-from megatron_ds.planner.operations import Attention, Collective, LayerTrace, Product, Stream, Work
+from megatron_ds.planner.operations import Collective, LayerTrace
+from megatron_ds.planner.pass_time import Machine, pass_time
 from megatron_ds.planner.placement import Placement
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles import Device, Network
@@ -33,11 +34,11 @@ HIDDEN_COST = 0.5
 
 @dataclass(frozen=True)
 class _Body:
-    """A model on one rank with settings of activations: seconds of a row by part, and kept bytes of a block."""
+    """A model with settings of activations: seconds of a row by part, and kept bytes of a block."""
 
     blocks_s: float
     others_s: float
-    kept_bytes: int
+    kept_bytes: float
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,30 @@ class LayoutFloors:
         self._heads = given.core.shape().num_attention_heads
 
     def __call__(self, candidate: Candidate) -> Estimate:
-        """Return the bound of a candidate."""
+        """Return the bound by the passes of one rank, divided by the ranks."""
+        body, tensor = self._body(candidate, of_tensor=False), candidate.tensor
+        alike = _Body(body.blocks_s / tensor, body.others_s / tensor, body.kept_bytes / tensor)
+        return self._bound(candidate, alike, self._exchanged_s(candidate))
+
+    def of_tensor(self, candidate: Candidate) -> Estimate:
+        """Return the bound by the passes of one of the tensor ranks, divided by the context ranks."""
+        exchanged_s = self._exchanged_s(candidate) - self._exchanged_s(replace(candidate, context=1, expert=None))
+        return self._bound(candidate, self._body(candidate, of_tensor=True), max(0.0, exchanged_s))
+
+    def _bound(self, candidate: Candidate, body: _Body, exchanged_s: float) -> Estimate:
         sizes, world = self._sizes, self._given.machines.world_size
         data = world // candidate.model_ranks
         count = self._given.config.global_batch_size // (data * candidate.micro_batch_size)
-        body = self._body(candidate)
-        share = candidate.micro_batch_size / (candidate.tensor * candidate.context)
-        layers = ceil(sizes.num_blocks / candidate.pipeline)
-        block_s = body.blocks_s / sizes.num_blocks * share + self._exchanged_s(candidate) * candidate.micro_batch_size
-        stage_s = layers * block_s
+        rows = candidate.micro_batch_size
+        block_s = rows * (body.blocks_s / sizes.num_blocks / candidate.context + exchanged_s)
+        stage_s = ceil(sizes.num_blocks / candidate.pipeline) * block_s
         before = (sizes.num_blocks - 1) % candidate.pipeline  # stages before the last one that has so many blocks
-        average_s = (block_s * sizes.num_blocks + body.others_s * share) / candidate.pipeline
+        average_s = (block_s * sizes.num_blocks + body.others_s * rows / candidate.context) / candidate.pipeline
         passes_s = max((count + before) * stage_s, count * average_s)
-        device, host = self._held_bytes(candidate, data)
+        device, host = self._held(candidate)
         least = sizes.num_blocks // candidate.pipeline * min(candidate.pipeline, count)
-        activations = CERTAIN * body.kept_bytes * share * least
-        seconds = CERTAIN * (passes_s + self._gradients_s(candidate, data, count))
+        activations = CERTAIN * body.kept_bytes * rows / candidate.context * least
+        seconds = CERTAIN * (passes_s + self.gradients_s(candidate))
         return Estimate(seconds, int(device + activations), int(host))
 
     @cached_property
@@ -102,37 +111,22 @@ class LayoutFloors:
         dense = sum(one.numel for one in stage.trained) - experts
         return _Sizes(dense, experts, max(1, shape.num_layers))
 
-    def _body(self, candidate: Candidate) -> _Body:
-        kept = candidate.recompute, candidate.keep_attention, candidate.offload_activations
-        if kept not in self._bodies:
-            names = ("recompute", "keep_attention", "offload_activations")
-            traces = self._traces.of(replace(self._alone, **dict(zip(names, kept))))
-            blocks = [trace for trace in traces if trace.is_block]
-            others = [trace for trace in traces if not trace.is_block]
-            least = min((trace.kept_bytes for trace in blocks), default=0)
-            self._bodies[kept] = _Body(self._ideal_s(blocks), self._ideal_s(others), least)
-        return self._bodies[kept]
-
-    def _ideal_s(self, traces: Iterable[LayerTrace]) -> float:
-        """Return the seconds of passes at the best speed of the device."""
-        found: dict[str, float] = {}
-        for trace in traces:
-            if trace.like not in found:
-                found[trace.like] = sum(self._ideal_of(work) for work in (trace.forward, trace.backward))
-        return sum(found[trace.like] for trace in traces)
-
-    def _ideal_of(self, work: Work) -> float:
-        device, seconds = self._device, 0.0
-        for one, count in work.items():
-            if isinstance(one, Product):
-                speed = device.peak_flops(one.dtype) * device.products.sustained_of(one.dtype)
-                seconds += count * one.flops / speed
-            elif isinstance(one, Attention):
-                share = device.attention.backward if one.backward else device.attention.forward
-                seconds += count * one.flops / (device.peak_flops(one.dtype) * share)
-            elif isinstance(one, Stream):
-                seconds += count * one.num_bytes / (device.memory_gb_s * 1e9 * device.streams.share)
-        return seconds
+    def _body(self, candidate: Candidate, *, of_tensor: bool) -> _Body:
+        """Return the passes of one rank, or of a tensor rank, in the largest batch, which is the most efficient."""
+        names = ("recompute", "keep_attention", "offload_activations")
+        tensor, sequence = (candidate.tensor, candidate.sequence) if of_tensor else (1, False)
+        key = (tensor, sequence, *(getattr(candidate, name) for name in names))
+        if key not in self._bodies:
+            kept = {name: getattr(candidate, name) for name in names}
+            rows = replace(self._alone, tensor=tensor, sequence=sequence, micro_batch_size=LARGEST_MICRO_BATCH, **kept)
+            traces = self._traces.of(rows)
+            machine = Machine(self._device, self._network, {"tensor": self._placement(tensor, 1)})
+            seconds = both_passes(traces, machine)
+            blocks_s = sum(one for one, trace in zip(seconds, traces) if trace.is_block)
+            least = min((one.kept_bytes - one.released_bytes for one in traces if one.is_block), default=0)
+            of_row = (number / LARGEST_MICRO_BATCH for number in (blocks_s, sum(seconds) - blocks_s, least))
+            self._bodies[key] = _Body(*of_row)
+        return self._bodies[key]
 
     def _exchanged_s(self, candidate: Candidate) -> float:
         """Return the seconds in which a block waits for tensor, context and expert ranks, for a row."""
@@ -191,8 +185,10 @@ class LayoutFloors:
         islands = ceil(ranks * stride / self._network.island)
         return Placement(ranks, islands, max(1, ranks // islands))
 
-    def _gradients_s(self, candidate: Candidate, data: int, count: int) -> float:
+    def gradients_s(self, candidate: Candidate) -> float:
         """Return the seconds of gradients and weights between the ranks that hold the same part of the model."""
+        data = self._given.machines.world_size // candidate.model_ranks
+        count = self._given.config.global_batch_size // (data * candidate.micro_batch_size)
         ranks = data * candidate.context
         if ranks == 1:
             return 0.0
@@ -207,14 +203,19 @@ class LayoutFloors:
             return HIDDEN_COST * count * reduced + gathered
         return HIDDEN_COST * count * (reduced + 2 * gathered)
 
-    def _held_bytes(self, candidate: Candidate, data: int) -> tuple[float, float]:
+    def held_bytes(self, candidate: Candidate) -> float:
+        """Return the least bytes of weights, gradients and optimizer state on a device."""
+        return self._held(candidate)[0]
+
+    def _held(self, candidate: Candidate) -> tuple[float, float]:
         """Return the bytes of weights, gradients and optimizer state on a device and its host.
 
         Stage 1 keeps gradients whole, in fp32 for weights in bf16; stages 2 and 3 keep a part of them, in 2 bytes or
         more. The optimizer has at least 4 bytes of state, and fp32 weights unless the weights are.
         """
         sizes, element = self._sizes, self._given.dtype.itemsize
-        tensor, expert, ranks = candidate.tensor, candidate.expert or candidate.tensor, data * candidate.context
+        tensor, expert = candidate.tensor, candidate.expert or candidate.tensor
+        ranks = self._given.machines.world_size // candidate.tensor // candidate.pipeline
         gradients = 4 if self._given.engine.summary.precision == "bf16" else element
         state = self._state_bytes + (4 if element < 4 else 0)
         device = host = 0.0
@@ -235,6 +236,16 @@ class LayoutFloors:
         """Bytes of the optimizer's state of an element."""
         section = self._given.config.optimizer
         return 8 if section is not None and section.name == "adamw" else 0
+
+
+def both_passes(traces: Sequence[LayerTrace], machine: Machine) -> list[float]:
+    """Return the seconds of the forward and the backward pass of each layer."""
+    found: dict[str, float] = {}
+    for trace in traces:
+        if trace.like not in found:
+            works = (trace.forward, trace.backward)
+            found[trace.like] = sum(pass_time(work, machine).total_s for work in works)
+    return [found[trace.like] for trace in traces]
 
 
 def on_one_rank(given: PlanInput) -> PlanInput:
