@@ -10,7 +10,7 @@ from megatron_ds.config import RunConfig
 from megatron_ds.hf.config import HFModel
 from megatron_ds.planner.engine_work import machine_of
 from megatron_ds.planner.held_parameters import HeldStage, hold_stage
-from megatron_ds.planner.layout_floors import CERTAIN, LayoutFloors, both_passes
+from megatron_ds.planner.layout_floors import CERTAIN_S, LayoutFloors, both_passes
 from megatron_ds.planner.memory import plan_memory
 from megatron_ds.planner.model_traces import ModelTraces
 from megatron_ds.planner.operations import LayerTrace
@@ -106,13 +106,13 @@ class PlannedEstimators:
     def traced(self, candidate: Candidate) -> Estimate:
         """Return a bound by the passes of the candidate's own layers, and what they keep."""
         given, floor = self.given(candidate), self.floor(candidate)
-        traces = self._traces.of(given.trace_setting())
+        traces = self._traces_of(given)
         seconds = both_passes(traces, machine_of(given, self._searched.device, self._searched.network))
         bounds, count = list(pairwise(self._stages(given))), given.num_micro_batches
         stages = [sum(seconds[first:end]) for first, end in bounds]
         passes_s = max(count * stage_s + sum(stages[:index]) for index, stage_s in enumerate(stages))
         device = max(floor.device_bytes, self._kept_bytes(given, candidate, traces, bounds))
-        step_s = passes_s + CERTAIN * self.floor.gradients_s(candidate)
+        step_s = passes_s + CERTAIN_S * self.floor.gradients_s(candidate)
         return Estimate(max(floor.step_s, step_s), device, floor.host_bytes)
 
     def _kept_bytes(
@@ -131,7 +131,7 @@ class PlannedEstimators:
     def exact(self, candidate: Candidate) -> Estimate:
         """Return the planned time and memory; of what does not fit, the time is a bound."""
         searched, given = self._searched, self.given(candidate)
-        traces, last = self._traces.of(given.trace_setting()), given.layout.pipeline - 1
+        traces, last = self._traces_of(given), given.layout.pipeline - 1
         device = host = 0
         for stage in sorted({0, min(1, last), last}):
             memory = plan_memory(given, traces, stage, self._hold(given, stage))
@@ -154,6 +154,11 @@ class PlannedEstimators:
         if candidate not in self._known:
             self._known[candidate] = self._searched.given.with_engine(self._engine(candidate))
         return self._known[candidate]
+
+    def _traces_of(self, given: PlanInput) -> list[LayerTrace]:
+        """Return the traces of the layers; those of stages 2 and 3 are the same."""
+        setting = given.trace_setting()
+        return self._traces.of(replace(setting, zero_stage=min(2, setting.zero_stage)))
 
     def _engine(self, candidate: Candidate) -> EnginePlan:
         searched, machines = self._searched, self._searched.machines

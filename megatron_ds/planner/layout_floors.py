@@ -26,8 +26,8 @@ from megatron_ds.planner.search import Estimate
 from megatron_ds.planner.search_space import LARGEST_MICRO_BATCH, Candidate
 from megatron_ds.planner.trace.setting import TraceSetting
 
-CERTAIN = 0.9
-"""Share of a bound that is kept, for rounding and for parts that an axis does not divide evenly."""
+CERTAIN_S, CERTAIN_BYTES = 0.97, 0.9
+"""Shares of bounds of time and memory that are kept, for parts that an axis does not divide evenly."""
 HIDDEN_COST = 0.5
 """Share of hidden communication that a step takes longer at least; see `pass_time.CONTENTION`."""
 
@@ -90,8 +90,8 @@ class LayoutFloors:
         passes_s = max((count + before) * stage_s, count * average_s)
         device, host = self._held(candidate)
         least = sizes.num_blocks // candidate.pipeline * min(candidate.pipeline, count)
-        activations = CERTAIN * body.kept_bytes * rows / candidate.context * least
-        seconds = CERTAIN * (passes_s + self.gradients_s(candidate))
+        activations = CERTAIN_BYTES * body.kept_bytes * rows / candidate.context * least
+        seconds = CERTAIN_S * (passes_s + self.gradients_s(candidate))
         return Estimate(seconds, int(device + activations), int(host))
 
     @cached_property
@@ -220,7 +220,7 @@ class LayoutFloors:
         state = self._state_bytes + (4 if element < 4 else 0)
         device = host = 0.0
         for number, shards in ((sizes.dense / tensor, ranks), (sizes.experts / expert, ranks * tensor / expert)):
-            own = CERTAIN * number / candidate.pipeline
+            own = CERTAIN_BYTES * number / candidate.pipeline
             weights = element / shards if candidate.zero_stage == 3 else element
             held = gradients if candidate.zero_stage == 1 else element / max(1, shards)
             device += own * (0 if candidate.offload_param else weights)

@@ -65,7 +65,9 @@ class StageMemory:
         return sum(self.host_parts.values())
 
 
-def plan_memory(given: PlanInput, traces: Sequence[LayerTrace], stage: int) -> StageMemory:
+def plan_memory(
+    given: PlanInput, traces: Sequence[LayerTrace], stage: int, held: HeldStage | None = None
+) -> StageMemory:
     """Return the memory of a pipeline stage in a step that is not the first.
 
     Tokens are taken to be routed evenly to experts.
@@ -74,8 +76,9 @@ def plan_memory(given: PlanInput, traces: Sequence[LayerTrace], stage: int) -> S
         given: the run.
         traces: of all layers of the model, from `trace_layers(given.layers, given.trace_setting())`.
         stage: index of the pipeline stage.
+        held: its parameters; None = they are found here.
     """
-    held = hold_stage(given, stage)
+    held = held or hold_stage(given, stage)
     setting = engine_setting(given, held)
     found = [_plan_rank(given, traces, held, setting, rank) for rank in partitions_to_plan(held, setting)]
     return max(found, key=lambda one: one.peak_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -150,7 +151,7 @@ class PlanInput:
             frozen=self.frozen,
         )
 
-    @property
+    @cached_property
     def stage_bounds(self) -> list[int]:
         """Index of the first layer of each pipeline stage, and the number of layers."""
         return partition(self.layers(BuildContext()), self.layout.pipeline)

@@ -105,7 +105,7 @@ class Space:
         world_size: number of ranks.
         ranks_per_node: ranks that share a fast network, over which tensor ranks do not reach out.
         varies: fields of `Candidate` that differ from the run's.
-        offload: optimizer state and weights may be moved to the host, if nothing fits otherwise.
+        offload: activations, optimizer state and weights may be moved to the host, if nothing fits otherwise.
     """
 
     run: RunConfig
@@ -181,7 +181,9 @@ class Space:
         fixed = {name: getattr(self.own, name) for name in _OF_ACTIVATIONS if name not in self.varies}
         if len(fixed) == len(_OF_ACTIVATIONS):
             return [fixed]
-        return [one for one in _MEMORY_SETTINGS if all(one[name] == value for name, value in fixed.items())]
+        usual = [one for one in _MEMORY_SETTINGS if self.offload or not one["offload_activations"]]
+        found = usual if "offload_activations" in self.varies else _MEMORY_SETTINGS
+        return [one for one in found if all(one[name] == value for name, value in fixed.items())]
 
     def _stages(self, candidate: Candidate, data: int) -> Iterator[Candidate]:
         """Yield a candidate at each ZeRO stage that can differ from the others."""

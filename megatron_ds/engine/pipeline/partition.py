@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from megatron_ds.errors import TopologyError
 from megatron_ds.models.sequential import LayerSpec
@@ -29,11 +30,12 @@ def partition(specs: Sequence[LayerSpec], num_parts: int) -> list[int]:
     ends = [*blocks[1:], len(specs)]
     costs = [sum(spec.cost for spec in specs[start:end]) for start, end in zip(blocks, ends)]
     costs[0] += sum(spec.cost for spec in specs[: blocks[0]])
-    cuts = _balanced_cuts(costs, num_parts)
+    cuts = _balanced_cuts(tuple(costs), num_parts)
     return [0, *(blocks[cut] for cut in cuts), len(specs)]
 
 
-def _balanced_cuts(costs: Sequence[float], num_parts: int) -> list[int]:
+@cache
+def _balanced_cuts(costs: tuple[float, ...], num_parts: int) -> tuple[int, ...]:
     """Return the first block of parts 1.., minimizing the largest part (linear partition by dynamic programming)."""
     count = len(costs)
     sums = [0.0]
@@ -55,4 +57,4 @@ def _balanced_cuts(costs: Sequence[float], num_parts: int) -> list[int]:
     for parts in range(num_parts, 1, -1):
         end = begin[parts][end]
         cuts.append(end)
-    return cuts[::-1]
+    return tuple(reversed(cuts))
