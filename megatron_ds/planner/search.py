@@ -172,6 +172,21 @@ def _search(
     return SearchResult(tuple(found), counts)
 
 
+def first_legal(space: Space, hf: HFModel, device_type: str) -> RunConfig:
+    """Return the run with a layout that is legal on the machines, its own if that is.
+
+    Raises:
+        ConfigError, TopologyError: no layout is legal.
+    """
+    is_legal = _Legality(space, hf, device_type)
+    if is_legal(space.own):
+        return space.run
+    found = next(filter(is_legal, space), None)
+    if found is None:
+        raise _refused_batch(space) if is_legal.reason is None else is_legal.reason
+    return with_candidate(space.run, found)
+
+
 class _Legality:
     """The checks by which `train` refuses a run.
 
