@@ -32,6 +32,7 @@ from megatron_ds.layers.param_spec import ParamSpec, make_parameter, over_tensor
 from megatron_ds.layers.recompute import Recompute
 from megatron_ds.layers.relative_bias import RelativeBias, biases_of_pairs, rounded_biases
 from megatron_ds.layers.rotary import BY_LENGTH, Angles, RotaryTable
+from megatron_ds.layers.scaled_dot_product import scaled_dot_product
 from megatron_ds.parallel.context import ContextParallel, Runs, index_of_runs
 from megatron_ds.parallel.random import RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
@@ -225,7 +226,7 @@ class Attention(nn.Module):
         k, v = (part.permute(1, 2, 0, 3) for part in (k, v))
         queries = q[0].unflatten(1, (k.shape[1], -1))
         mask = self._allowed(q.permute(1, 2, 0, 3), row, span)
-        return F.scaled_dot_product_attention(queries, k, v, mask, scale=self.shape.scale).flatten(1)[None]
+        return scaled_dot_product(queries, k, v, mask, scale=self.shape.scale).flatten(1)[None]
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, (S, B, heads, D), where the layer has norms of them."""
@@ -423,14 +424,12 @@ class Attention(nn.Module):
             if by_scores:
                 y = self._by_scores(q, k, v, self._bias(q, mask, row, span), dropout)
             elif has_bias:
-                y = F.scaled_dot_product_attention(
-                    *(q, k, v, self._bias(q, mask, row, span), dropout), scale=shape.scale
-                )
+                y = scaled_dot_product(*(q, k, v, self._bias(q, mask, row, span), dropout), scale=shape.scale)
             else:
                 blind = None
                 if row.key_mask is not None and mask is not None:
                     mask, blind = without_blind_rows(mask)
-                y = F.scaled_dot_product_attention(
+                y = scaled_dot_product(
                     *(q, k, v, mask, dropout),
                     is_causal=plain and shape.causal,
                     scale=shape.scale,

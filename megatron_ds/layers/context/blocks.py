@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_ds.layers.documents import cumulative_lengths
 from megatron_ds.layers.kernels.reference import AttentionCall
+from megatron_ds.layers.values import has_values
 from megatron_ds.parallel.context import Runs, as_index
 
 _TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -150,7 +151,7 @@ class RowBlocks:
             first, last, part = 0, end if block.causal else num_keys, None
             if limits is not None:
                 low, high = (limit[:, begin:end] for limit in limits)
-                if kind == "cpu":
+                if kind == "cpu" and has_values():
                     sees = low < high
                     if not bool(sees.any()):
                         continue

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ds.layers.moe.grouped import Groups
+from megatron_ds.layers.values import has_values
 from megatron_ds.parallel.collectives import exchange_counts, exchange_rows
 from megatron_ds.parallel.grid import Axis
 
@@ -50,19 +49,6 @@ def count_per_expert(ids: Tensor, num_experts: int) -> Tensor:
     return ends.diff(prepend=ends.new_zeros(1))
 
 
-_EVEN: ContextVar[bool] = ContextVar("even", default=False)
-
-
-@contextmanager
-def even_routing() -> Iterator[None]:
-    """Have the host take it within the block that all experts are chosen alike, because tensors have no values."""
-    token = _EVEN.set(True)
-    try:
-        yield
-    finally:
-        _EVEN.reset(token)
-
-
 def even_parts(count: int, num_parts: int) -> list[int]:
     """Return the sizes of parts that are as equal as they can be, the larger ones first."""
     size, larger = divmod(count, num_parts)
@@ -88,7 +74,8 @@ class Dispatch:
     Expert n is on rank n // (E / e) of the expert ranks. The rows of `send` are sorted by expert, those of an expert by
     the rank that they come from, and there by token: the order is the same in every run.
 
-    If e > 1, the host waits for the number of rows that ranks exchange. Otherwise it does not wait.
+    If e > 1, the host waits for the number of rows that ranks exchange. Otherwise it does not wait. Where tensors have
+    no values, it takes it that all experts are chosen alike.
 
     Args:
         chosen: (T, k) int64, the experts of each of this rank's tokens.
@@ -108,13 +95,13 @@ class Dispatch:
         self.chosen_counts = count_per_expert(by_expert, num_experts)
         if axis.size == 1:
             self.counts = self.chosen_counts
-            self.groups = Groups(self.counts, even_parts(len(by_expert), num_experts) if _EVEN.get() else None)
+            self.groups = Groups(self.counts, even_parts(len(by_expert), num_experts) if not has_values() else None)
             return
         sent = self.chosen_counts.view(axis.size, local)
         received = exchange_counts(sent, axis)
         self.counts = received.sum(0)
         counted = torch.cat([sent.sum(1), received.sum(1), self.counts])
-        if _EVEN.get():
+        if not has_values():
             numbers = _even_numbers(even_parts(len(by_expert), num_experts), axis)
         else:
             numbers = counted.tolist()  # the only wait of the host

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megatron_ds.layers.kernels import REFERENCE, AttentionCall, Kernels, KernelsByCall, LossCall, RotaryCall
 from megatron_ds.layers.kernels.by_call import Entry
 from megatron_ds.layers.kernels.select import AUTO, TORCH, Choice, check_choice
+from megatron_ds.layers.scaled_dot_product import ScaledDotProduct
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.planner.operations import Stream
 from megatron_ds.planner.trace.recorder import Recorder
@@ -225,29 +224,12 @@ class _Attend(torch.autograd.Function):
         return *found, *others, None, None
 
 
-class FusedAttention(TorchFunctionMode):
-    """torch's own attention as it is on a GPU: fused, with or without a mask."""
+def torch_attention(recorder: Recorder) -> ScaledDotProduct:
+    """Return torch's own attention as it is on a GPU: fused, with or without a mask."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, **options: Any) -> Tensor:
+        pairs = _num_pairs(q.shape[2], k.shape[2], options["is_causal"], None, 1)
+        bias = mask if mask is not None and mask.requires_grad else None
+        return _Attend.apply(q, k, v, bias, None, pairs, recorder)
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        pairs = _num_pairs(q.shape[2], k.shape[2], is_causal, None, 1)
-        bias = attn_mask if attn_mask is not None and attn_mask.requires_grad else None
-        return _Attend.apply(q, k, v, bias, None, pairs, self._recorder)
+    return attend

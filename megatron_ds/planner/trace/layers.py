@@ -11,14 +11,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
-from megatron_ds.layers.moe.dispatch import even_routing
 from megatron_ds.layers.products import keep_gradient_sum
+from megatron_ds.layers.scaled_dot_product import replaced_by
+from megatron_ds.layers.values import without_values
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec, OutputHead
 from megatron_ds.planner.operations import LayerTrace
 from megatron_ds.planner.trace.batch import make_batch, shapes_of
 from megatron_ds.planner.trace.context import recording_context
-from megatron_ds.planner.trace.kernels import FusedAttention
+from megatron_ds.planner.trace.kernels import torch_attention
 from megatron_ds.planner.trace.layer_run import Found, LayerRun
 from megatron_ds.planner.trace.recorder import Recorder
 from megatron_ds.planner.trace.setting import TraceSetting
@@ -49,11 +50,11 @@ def trace_layers(
 def _without_values(setting: TraceSetting, recorder: Recorder) -> Iterator[None]:
     """Have tensors within the block have no values, and everything that depends on them be even."""
     with ExitStack() as stack:
-        stack.enter_context(even_routing())
+        stack.enter_context(without_values())
         if setting.device_type == "cpu":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         else:
-            stack.enter_context(FusedAttention(recorder))
+            stack.enter_context(replaced_by(torch_attention(recorder)))
         yield
 
 
