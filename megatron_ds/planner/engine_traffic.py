@@ -1,8 +1,9 @@
 """Communication of the engine in a step, besides that of the layers: gradients, weights, stages, losses and norms.
 
 It follows from `megatron_ds.engine` and from DeepSpeed 0.19.8, whose functions are named where they decide. Sizes are
-exact. Axes are the roles of `parallel.grid`, and three more: `model` are the ranks of all pipeline stages and tensor
-ranks with the same data, `tied` the stages that hold copies of a parameter, and `host` all ranks in host memory.
+exact. Axes are the roles of `parallel.grid`, and more: `model` are the ranks of all pipeline stages and tensor ranks
+with the same data, `stage` all ranks of a stage, `tied` the stages that hold copies of a parameter, and `hpz` the ranks
+of a node that share ZeRO-3's second division of weights.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megatron_ds.planner.gradient_traffic import (
 from megatron_ds.planner.held_parameters import HeldStage, build_context, hold_stage
 from megatron_ds.planner.module_passes import ModulePass
 from megatron_ds.planner.operations import Collective, CollectiveKind, Message, Work
+from megatron_ds.planner.optimizer_traffic import optimizer_traffic
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.zero3_traffic import gradient_scatters, sub_groups, weight_gathers_of_passes
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
@@ -42,6 +44,7 @@ class EngineTraffic:
         pipeline: activations and their gradients, between stages.
         norms: the gradient norm.
         losses: label counts, loss sums, and statistics of routers.
+        optimizer: of optimizers whose updates need whole matrices.
     """
 
     gradients: Work = field(default_factory=Work)
@@ -49,11 +52,12 @@ class EngineTraffic:
     pipeline: Work = field(default_factory=Work)
     norms: Work = field(default_factory=Work)
     losses: Work = field(default_factory=Work)
+    optimizer: Work = field(default_factory=Work)
 
     @property
     def total(self) -> Work:
         """All of it."""
-        return self.gradients + self.weights + self.pipeline + self.norms + self.losses
+        return self.gradients + self.weights + self.pipeline + self.norms + self.losses + self.optimizer
 
 
 def engine_traffic(
@@ -78,6 +82,7 @@ def engine_traffic(
         stage_messages(given, stage),
         gradient_norm(given, held, zero),
         losses(given, stage),
+        optimizer_traffic(given, held, zero),
     )
 
 

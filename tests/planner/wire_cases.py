@@ -93,6 +93,8 @@ def ranks_of(axis: str, grid: Grid) -> tuple[int, ...]:
     """The ranks along an axis of the planner."""
     if axis == "model":
         return grid.layout.peers_of(grid.rank, "pipeline", "tensor")
+    if axis == "stage":
+        return grid.layout.peers_of(grid.rank, "data", "context", "tensor")
     if axis == "hpz":
         begin = grid.rank - grid.rank % 2
         return (begin, begin + 1)
