@@ -22,7 +22,7 @@ from megatron_ds.planner.gradient_traffic import (
     weight_gathers,
 )
 from megatron_ds.planner.held_parameters import HeldStage, build_context, hold_stage
-from megatron_ds.planner.module_passes import ModulePass
+from megatron_ds.planner.module_passes import ModulePass, record_passes
 from megatron_ds.planner.operations import Collective, CollectiveKind, Message, Work
 from megatron_ds.planner.optimizer_traffic import optimizer_traffic
 from megatron_ds.planner.plan_input import PlanInput
@@ -69,11 +69,12 @@ def engine_traffic(
         given: the run.
         stage: index of the pipeline stage.
         held: its parameters; None = they are found by `hold_stage`.
-        passes: of modules in a micro-batch, in order; needed at ZeRO-3.
+        passes: of modules in a micro-batch, in order, at ZeRO-3; None = they are found by `record_passes`.
     """
     held, zero = held or hold_stage(given, stage), zero_settings(given)
     divided = zero.stage == 3
-    assert not divided or passes is not None, "the gathers of ZeRO-3 follow from the order of modules"
+    if divided and passes is None:
+        passes = record_passes(given)
     return EngineTraffic(
         gradient_scatters(given, held, zero)
         if divided

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.planner.plan_input import PlanInput
+from megatron_ds.planner.trace import trace_layers
+
 
 class Event(Enum):
     """A moment at which DeepSpeed fetches or releases the weights of a module."""
@@ -59,6 +62,8 @@ class PassRecorder:
             _Hooks(part, partial(self._add, layer, name))
 
     def _add(self, layer: str, name: str, event: Event, backward: bool) -> None:
+        if not name and event == Event.BEFORE and not backward:  # a layer that runs twice: the second run counts
+            self.passes[layer].clear()
         self.passes[layer].append(ModulePass(event, name, backward))
 
     def micro_batch(self, layers: Sequence[str], like: Mapping[str, str]) -> list[ModulePass]:
@@ -75,6 +80,13 @@ class PassRecorder:
             forward += [one.within(layer) for one in found[:begin]]
             backward.append([one.within(layer) for one in found[begin:]])
         return forward + [one for of_layer in reversed(backward) for one in of_layer]
+
+
+def record_passes(given: PlanInput) -> list[ModulePass]:
+    """Return the passes of a run's modules in a micro-batch, by a trace of its layers. For models in one stage."""
+    recorder = PassRecorder()
+    traces = trace_layers(given.layers, given.trace_setting(), recorder.watch)
+    return recorder.micro_batch([one.name for one in traces], {one.name: one.like for one in traces})
 
 
 class _Hooks:

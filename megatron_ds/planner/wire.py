@@ -66,7 +66,7 @@ def plan_wire(
         stage: index of the pipeline stage.
         traces: of all layers of the model, in order, for one micro-batch.
         held: the stage's parameters; None = they are found by `hold_stage`.
-        passes: of modules in a micro-batch, in order; needed at ZeRO-3.
+        passes: of modules in a micro-batch, in order, at ZeRO-3; None = they are found by `record_passes`.
     """
     first, end = given.stage_bounds[stage : stage + 2]
     layers = Work()

@@ -22,8 +22,8 @@ class WireCalls:
     """What one rank sent.
 
     Attributes:
-        calls: (kind, ranks of the group, bytes that the rank sends) -> number of calls; of messages the ranks are the
-            sender and the receiver.
+        calls: (kind, ranks of the group, bytes that the rank sends) -> number of calls; of messages in the group of all
+            ranks, which pipelines use, the ranks are the sender and the receiver.
     """
 
     calls: Counter[tuple[str, Ranks, Fraction]] = field(default_factory=Counter)
@@ -91,8 +91,10 @@ def recording() -> Iterator[WireCalls]:
         return recorded
 
     def send(group: Any, tensors: Any, to: int, *arguments: Any, **named: Any) -> Any:
-        ends = dist.get_global_rank(group, group.rank()), dist.get_global_rank(group, to)
-        wire.calls["send", ends, Fraction(_size(tensors))] += 1
+        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+        if len(ranks) == dist.get_world_size():
+            ranks = tuple(sorted((dist.get_rank(), dist.get_global_rank(group, to))))
+        wire.calls["send", ranks, Fraction(_size(tensors))] += 1
         return originals["send"](group, tensors, to, *arguments, **named)
 
     names = [name for name in (*_SENT, "send") if hasattr(dist.ProcessGroup, name)]
