@@ -67,7 +67,7 @@ class PassRecorder:
         self.passes[layer].append(ModulePass(event, name, backward))
 
     def micro_batch(self, layers: Sequence[str], like: Mapping[str, str]) -> list[ModulePass]:
-        """Return the passes of all layers in a micro-batch.
+        """Return the passes of all layers in a micro-batch, and those of the model, whose name is empty.
 
         Args:
             layers: names, in order.
@@ -79,7 +79,9 @@ class PassRecorder:
             begin = next((index for index, one in enumerate(found) if one.backward), len(found))
             forward += [one.within(layer) for one in found[:begin]]
             backward.append([one.within(layer) for one in found[begin:]])
-        return forward + [one for of_layer in reversed(backward) for one in of_layer]
+        begin, end = ModulePass(Event.BEFORE, "", backward=False), ModulePass(Event.AFTER, "", backward=False)
+        turn = ModulePass(Event.BEFORE, "", backward=True)
+        return [begin, *forward, end, turn, *(one for of_layer in reversed(backward) for one in of_layer)]
 
 
 def record_passes(given: PlanInput) -> list[ModulePass]:

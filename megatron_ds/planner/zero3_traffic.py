@@ -59,11 +59,16 @@ class Gather:
 class WeightSchedule:
     """The fetches and releases of a rank's weights in a micro-batch, once DeepSpeed knows the order of modules.
 
+    DeepSpeed records this order in a run's first micro-batch, and decides in the second one what it releases when; it
+    repeats these decisions in all others. In the second one of a step the small weights that stay gathered are not
+    there yet.
+
     Args:
         zero: DeepSpeed's settings.
         weights: all of the stage, in the order of the module.
         used: module -> its own weights.
         passes: in the order in which they happen in a micro-batch.
+        num_micro_batches: of a step.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class WeightSchedule:
         weights: Sequence[HeldParameter],
         used: Mapping[str, tuple[HeldParameter, ...]],
         passes: Sequence[ModulePass],
+        num_micro_batches: int,
     ) -> None:
         self._zero, self._passes = zero, passes
         kept = persistent(weights, zero)
@@ -85,6 +91,12 @@ class WeightSchedule:
             for weight in sorted(self._of(module), key=lambda one: order[one.parameter.name])
         ]
         self.gathers: list[Gather] = []
+        self._released: dict[tuple[str, int], frozenset[str]] = {}
+        for name in [one.name for one in kept] if num_micro_batches > 1 else ():
+            self._weights[name].gathered = False
+        self.run()
+        for weight in self._weights.values():
+            weight.gathered, weight.has_second = weight.stays, False
 
     def run(self) -> list[Gather]:
         """Replay a micro-batch; return its gathers. Weights are then as they were before it."""
@@ -141,11 +153,18 @@ class WeightSchedule:
             self._live += one.parameter.numel
 
     def _release(self, module: str) -> None:
-        kept = self._needed_soon()
+        if (module, self._step) not in self._released:
+            self._released[module, self._step] = self._unneeded(module)
         for weight in self._of(module):
             weight.users.discard(module)
-            if weight.parameter.name not in kept and weight.fetched_for <= self._step:
+            if weight.parameter.name in self._released[module, self._step]:
                 self._drop(weight)
+
+    def _unneeded(self, module: str) -> frozenset[str]:
+        """Return the weights of a module that no fetch has seen a later use of, and that the next modules do not use."""
+        soon = self._needed_soon()
+        names = (one.parameter.name for one in self._of(module) if one.fetched_for <= self._step)
+        return frozenset(name for name in names if name not in soon)
 
     def _needed_soon(self) -> set[str]:
         """Return the weights of the next modules, up to `max_reuse_distance` elements."""
@@ -193,7 +212,7 @@ def weight_gathers_of_passes(
         zero: DeepSpeed's settings.
         passes: of modules, in a micro-batch.
     """
-    schedule = WeightSchedule(zero, held.parameters, held.used, passes)
+    schedule = WeightSchedule(zero, held.parameters, held.used, passes, given.num_micro_batches)
     first = _gathered(given, zero, schedule.run())
     again = _gathered(given, zero, schedule.run()) if given.num_micro_batches > 1 else Work()
     found = first + again.times(given.num_micro_batches - 1)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 Ranks = tuple[int, ...]
+WORLD_SEND = "send in the world"
 
 
 @dataclass
@@ -22,8 +23,8 @@ class WireCalls:
     """What one rank sent.
 
     Attributes:
-        calls: (kind, ranks of the group, bytes that the rank sends) -> number of calls; of messages in the group of all
-            ranks, which pipelines use, the ranks are the sender and the receiver.
+        calls: (kind, ranks of the group, bytes that the rank sends) -> number of calls. In the group of all ranks, which
+            pipelines use too, the kind of a message is "send in the world", and the ranks are sender and receiver.
     """
 
     calls: Counter[tuple[str, Ranks, Fraction]] = field(default_factory=Counter)
@@ -55,23 +56,32 @@ def _share_of(argument: int, factor: int = 1) -> Callable[[tuple[Any, ...], int,
     return lambda arguments, rank, ranks: Fraction(factor * _size(arguments[argument]) * (ranks - 1), ranks)
 
 
-_SENT: dict[str, tuple[str, Callable[[tuple[Any, ...], int, int], Fraction]]] = {
-    "allreduce": ("all_reduce", _share_of(0, 2)),
-    "allreduce_coalesced": ("all_reduce", _share_of(0, 2)),
-    "allgather": ("all_gather", _share_of(0)),
-    "_allgather_base": ("all_gather", _share_of(0)),
-    "allgather_coalesced": ("all_gather", _share_of(0)),
-    "allgather_into_tensor_coalesced": ("all_gather", _share_of(0)),
-    "reduce_scatter": ("reduce_scatter", _share_of(1)),
-    "_reduce_scatter_base": ("reduce_scatter", _share_of(1)),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _share_of(1)),
-    "alltoall_base": ("all_to_all", _all_to_all),
+_Sent = Callable[[tuple[Any, ...], int, int], Fraction]
+
+_SENT: dict[str, tuple[str, _Sent]] = {
+    **dict.fromkeys(("allreduce", "allreduce_coalesced"), ("all_reduce", _share_of(0, 2))),
+    **dict.fromkeys(
+        (
+            *("allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base"),
+            *("all_gather_single", "all_gather_single_coalesced"),
+        ),
+        ("all_gather", _share_of(0)),
+    ),
+    **dict.fromkeys(
+        (
+            *("reduce_scatter", "reduce_scatter_tensor_coalesced", "_reduce_scatter_base"),
+            *("reduce_scatter_single", "reduce_scatter_single_coalesced"),
+        ),
+        ("reduce_scatter", _share_of(1)),
+    ),
+    **dict.fromkeys(("alltoall_base", "all_to_all_single"), ("all_to_all", _all_to_all)),
     "alltoall": ("all_to_all", _share_of(1)),
     "broadcast": ("broadcast", _share_of(0)),
     "reduce": ("broadcast", _share_of(0)),
     "gather": ("gather", _share_of(1)),
     "scatter": ("scatter", _share_of(1)),
 }
+"""Method of a process group -> kind of its communication, and the bytes that it sends. torch 2.13 has new names."""
 
 
 @contextmanager
@@ -91,10 +101,10 @@ def recording() -> Iterator[WireCalls]:
         return recorded
 
     def send(group: Any, tensors: Any, to: int, *arguments: Any, **named: Any) -> Any:
-        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+        kind, ranks = "send", tuple(sorted(dist.get_process_group_ranks(group)))
         if len(ranks) == dist.get_world_size():
-            ranks = tuple(sorted((dist.get_rank(), dist.get_global_rank(group, to))))
-        wire.calls["send", ranks, Fraction(_size(tensors))] += 1
+            kind, ranks = WORLD_SEND, tuple(sorted((dist.get_rank(), dist.get_global_rank(group, to))))
+        wire.calls[kind, ranks, Fraction(_size(tensors))] += 1
         return originals["send"](group, tensors, to, *arguments, **named)
 
     names = [name for name in (*_SENT, "send") if hasattr(dist.ProcessGroup, name)]

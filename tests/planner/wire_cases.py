@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from megatron_ds.engine import build_engine
-from megatron_ds.parallel.grid import Grid
+from megatron_ds.layers.moe.dispatch import Dispatch
+from megatron_ds.parallel.grid import Axis, Grid
 from megatron_ds.planner.operations import Collective, Message, Work
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.runtime import LoadedModel, load_model
 from megatron_ds.runtime.optimizer_groups import grouped_parameters
 from megatron_ds.runtime.setup import engine_options, plan_engine
-from tests.parallel.wire_calls import WireCalls, recording
+from tests.parallel.wire_calls import WORLD_SEND, WireCalls, recording
 from tests.parity.batches import TARGETS, batch_for, ours
 from tests.parity.cases import CONFIGS, Recipe
 from tests.parity.encoder_cases import ENCODER_CASES
@@ -51,11 +52,22 @@ def counted(grid: Grid, model: LoadedModel, place: Place, recipe: Recipe) -> Wir
     options = engine_options(model, plan)
     engine = build_engine(model.layers, grid, rank_device(), options, model.read_shard, model.prepare)
     kind = model.hf.family.model_type
+    route_evenly()
     for step in range(STEPS):
         batches = labelled_everywhere(grid, place, recipe, step, kind)
         with recording() as wire:
             engine.train_step(batches, recipe.lr)
     return wire
+
+
+def route_evenly() -> None:
+    """Have the tokens of this process choose all experts alike, whatever their routers say."""
+    decide = Dispatch.__init__
+
+    def even(self: Dispatch, chosen: torch.Tensor, num_experts: int, axis: Axis) -> None:
+        decide(self, (torch.arange(chosen.numel()) % num_experts).view(chosen.shape), num_experts, axis)
+
+    Dispatch.__init__ = even  # type: ignore[method-assign]
 
 
 Batch = dict[str, torch.Tensor]
@@ -106,20 +118,15 @@ def ranks_of(axis: str, grid: Grid) -> tuple[int, ...]:
 
 
 def messages_by_axis(wire: WireCalls, grid: Grid) -> dict[Key, Fraction]:
-    """Counted bytes by the ranks of a group and the kind; a message belongs to the smallest axis with both ends."""
+    """Counted bytes by the ranks of a group and the kind. Stages send to each other in the group of all ranks."""
     found: dict[Key, Fraction] = {}
-    axes = {tuple(sorted(axis.ranks)) for axis in every_axis(grid)}
+    stages, everyone = set(grid.pipeline.ranks), tuple(range(grid.layout.world_size))
     for (kind, ranks, size), number in wire.calls.items():
-        if kind == "send":
-            ranks = min((own for own in axes if set(ranks) <= set(own)), key=len, default=ranks)
-            kind = "message"
-        found[ranks, kind] = found.get((ranks, kind), Fraction(0)) + size * number
+        if kind == WORLD_SEND:
+            ranks = tuple(sorted(stages)) if set(ranks) <= stages else everyone
+        key = (ranks, "message" if kind in ("send", WORLD_SEND) else kind)
+        found[key] = found.get(key, Fraction(0)) + size * number
     return {key: size for key, size in found.items() if size}
-
-
-def every_axis(grid: Grid) -> list[Any]:
-    roles = ("shard", "expert", "expert_shard", "ulysses", "ring", "world")
-    return [*grid.axes.values(), *(getattr(grid, role) for role in roles)]
 
 
 def with_settings(place: Place, **zero: Any) -> Place:
