@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_ds.columns import ATTENTION_MASK, COLUMNS, INPUT_IDS, find_column
+from megatron_ds.engine.optimizers import OPTIMIZERS, GuardedOptimizer
 from megatron_ds.models.sequential import HeadSpec, LayerSpec, head_of
 from megatron_ds.planner.gradient_traffic import (
     EXPERT_SHARD,
@@ -23,7 +24,7 @@ from megatron_ds.planner.gradient_traffic import (
 )
 from megatron_ds.planner.held_parameters import HeldStage, build_context, hold_stage
 from megatron_ds.planner.module_passes import ModulePass, record_passes
-from megatron_ds.planner.operations import Collective, CollectiveKind, Message, Work
+from megatron_ds.planner.operations import Collective, CollectiveKind, LayerTrace, Message, Work
 from megatron_ds.planner.optimizer_traffic import optimizer_traffic
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.zero3_traffic import gradient_scatters, sub_groups, weight_gathers_of_passes
@@ -61,7 +62,11 @@ class EngineTraffic:
 
 
 def engine_traffic(
-    given: PlanInput, stage: int, held: HeldStage | None = None, passes: Sequence[ModulePass] | None = None
+    given: PlanInput,
+    stage: int,
+    held: HeldStage | None = None,
+    passes: Sequence[ModulePass] | None = None,
+    traces: Sequence[LayerTrace] | None = None,
 ) -> EngineTraffic:
     """Return the communication of the engine on a rank of a pipeline stage, in a step after the first two.
 
@@ -70,15 +75,17 @@ def engine_traffic(
         stage: index of the pipeline stage.
         held: its parameters; None = they are found by `hold_stage`.
         passes: of modules in a micro-batch, in order, at ZeRO-3; None = they are found by `record_passes`.
+        traces: of all layers; None = the number of gradient buckets is an estimate, where gradients are reduced during
+            the backward pass. Their bytes are exact.
     """
     held, zero = held or hold_stage(given, stage), zero_settings(given)
     divided = zero.stage == 3
     if divided and passes is None:
         passes = record_passes(given)
     return EngineTraffic(
-        gradient_scatters(given, held, zero)
+        gradient_scatters(given, held, zero, traces)
         if divided
-        else gradient_reductions(given, held, zero) + tied_sums(held, zero),
+        else gradient_reductions(given, held, zero, traces) + tied_sums(held, zero),
         weight_gathers_of_passes(given, held, zero, passes or ()) if divided else weight_gathers(given, held, zero),
         stage_messages(given, stage),
         gradient_norm(given, held, zero),
@@ -135,16 +142,29 @@ def gradient_norm(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work
         return found + _collectives(("all_reduce", over_experts[0], FP32_BYTES, over_experts[1])) if apart else found
     if zero.offloads_optimizer:
         return _norm_of_offloaded(given, held, zero, model)
-    most = max(LEAST_NORMS, *(len(_groups_of(given, held, other)) for other in range(layout.pipeline)))
+    most = max(LEAST_NORMS, *(num_groups(given, held, other) for other in range(layout.pipeline)))
     if zero.stage == 3:
         most = max(most, sum(len(sub_groups(given, group, zero)) for group in held.groups))
     num_bytes = most * (FP64_BYTES if zero.stage == 3 else FP32_BYTES)
     return _collectives(("all_reduce", "shard", num_bytes, over_shard), ("all_reduce", model[0], num_bytes, model[1]))
 
 
-def _groups_of(given: PlanInput, held: HeldStage, stage: int) -> tuple[object, ...]:
-    """Return the parameter groups of the optimizer in another stage."""
-    return held.groups if stage == held.index else hold_stage(given, stage).groups
+def num_groups(given: PlanInput, held: HeldStage, stage: int) -> int:
+    """Return the number of parameter groups of the optimizer in a stage; 0 if there cannot be more than `LEAST_NORMS`.
+
+    With weight decay or without, of experts or not: only entries of `optimizer.groups` and keys of an optimizer's own
+    make more.
+    """
+    section = given.config.optimizer
+    if stage == held.index:
+        return len(held.groups)
+    own = section is not None and _has_keys_of_its_own(OPTIMIZERS.get(section.name))
+    return len(hold_stage(given, stage).groups) if own or given.groups else 0
+
+
+def _has_keys_of_its_own(optimizer: type[GuardedOptimizer]) -> bool:
+    inherited = GuardedOptimizer.group_options.__func__  # type: ignore[attr-defined]
+    return optimizer.group_options.__func__ is not inherited  # type: ignore[attr-defined]
 
 
 def _norm_of_offloaded(given: PlanInput, held: HeldStage, zero: ZeroSettings, model: tuple[str, int]) -> Work:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_ds.planner.held_parameters import HeldParameter, HeldStage, num_elements
-from megatron_ds.planner.operations import Collective, CollectiveKind, Work
+from megatron_ds.planner.operations import Collective, CollectiveKind, LayerTrace, Work
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.zero_settings import ZeroSettings, padded
 
@@ -24,14 +24,37 @@ def shard_ranks(given: PlanInput, *, apart: bool) -> int:
     return shards * layout.tensor // given.expert_ranks if apart else shards
 
 
-def gradient_reductions(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work:
-    """Return the all-reduces of gradients over data ranks in a step of a rank, below stage 3."""
+def gradient_order(held: HeldStage, traces: Sequence[LayerTrace] | None) -> list[HeldParameter]:
+    """Return the parameters of a stage in the order in which their gradients are complete in a backward pass.
+
+    Args:
+        held: the stage.
+        traces: of all layers of the model; None = about that order, the reverse of the module's.
+    """
+    found: dict[str, HeldParameter] = {}
+    by_name = {one.name: one for one in held.trained}
+    for trace in reversed(traces[held.layers.start : held.layers.stop] if traces is not None else ()):
+        for name in (f"{trace.name}.{arrival.parameter}" for arrival in trace.arrivals):
+            if name in by_name:  # a tied parameter's is complete in the first layer that has it
+                found[name] = by_name[name]
+    return [*found.values(), *(one for one in reversed(held.trained) if one.name not in found)]
+
+
+def gradient_reductions(
+    given: PlanInput, held: HeldStage, zero: ZeroSettings, traces: Sequence[LayerTrace] | None = None
+) -> Work:
+    """Return the all-reduces of gradients over data ranks in a step of a rank, below stage 3.
+
+    Args:
+        given, held, zero: the run, the parameters of the stage, and DeepSpeed's settings.
+        traces: see `gradient_order`.
+    """
     if zero.bf16_sums:
         return _of_flat_sums(given, held, zero)
     if zero.stage == 0:
         return _of_stage_0(given, held, zero)
     found = Work()
-    for bucket in _buckets(_reduction_order(held, zero), zero):
+    for bucket in _buckets(_reduction_order(held, zero, traces), zero):
         found += _of_bucket(given, held, bucket, zero)
     return found.times(given.num_micro_batches if zero.stage == 2 else 1)
 
@@ -47,8 +70,9 @@ def weight_gathers(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Wor
 
 def tied_sums(held: HeldStage, zero: ZeroSettings) -> Work:
     """Return the all-reduces of gradients of parameters of which several pipeline stages hold copies."""
-    size = 4 if zero.bf16_sums else zero.element_bytes
-    return Work(Collective("all_reduce", "tied", one.numel * size, stages) for one, stages in held.tied)
+    return Work(
+        Collective("all_reduce", "tied", one.numel * zero.accumulated_bytes, stages) for one, stages in held.tied
+    )
 
 
 def _over_shard(kind: CollectiveKind, num_bytes: int, given: PlanInput, parameter: HeldParameter) -> Collective:
@@ -94,15 +118,17 @@ def _filled(sizes: Iterable[int], limit: int) -> Iterator[int]:
         yield total
 
 
-def _reduction_order(held: HeldStage, zero: ZeroSettings) -> list[HeldParameter]:
-    """Return gradients in the order in which they are reduced.
+def _reduction_order(
+    held: HeldStage, zero: ZeroSettings, traces: Sequence[LayerTrace] | None
+) -> Sequence[HeldParameter]:
+    """Return gradients in the order in which stages 1 and 2 reduce them.
 
     At stage 1 that is the order of the groups after the last backward pass, unless communication overlaps with it. In
-    other cases gradients are reduced as they appear, about in the reverse order of the module.
+    other cases gradients are reduced as they appear.
     """
     if zero.stage == 1 and not zero.overlap_comm:
         return [one for group in held.groups for one in group]
-    return list(reversed(held.trained))
+    return gradient_order(held, traces)
 
 
 def _buckets(order: Sequence[HeldParameter], zero: ZeroSettings) -> Iterator[list[HeldParameter]]:

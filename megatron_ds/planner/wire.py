@@ -72,7 +72,7 @@ def plan_wire(
     layers = Work()
     for trace in traces[first:end]:
         layers.update(communication(trace.forward + trace.backward))
-    return StepTraffic(layers.times(given.num_micro_batches), engine_traffic(given, stage, held, passes))
+    return StepTraffic(layers.times(given.num_micro_batches), engine_traffic(given, stage, held, passes, traces))
 
 
 def communication(work: Work) -> Work:

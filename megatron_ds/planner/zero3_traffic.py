@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_ds.planner.gradient_traffic import EXPERT_SHARD, SHARD, shard_ranks
+from megatron_ds.planner.gradient_traffic import EXPERT_SHARD, SHARD, gradient_order, shard_ranks
 from megatron_ds.planner.held_parameters import HeldParameter, HeldStage
 from megatron_ds.planner.module_passes import Event, ModulePass
-from megatron_ds.planner.operations import Collective, Work
+from megatron_ds.planner.operations import Collective, LayerTrace, Work
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.zero_settings import ZeroSettings
 
@@ -80,8 +80,8 @@ class WeightSchedule:
         num_micro_batches: int,
     ) -> None:
         self._zero, self._passes = zero, passes
-        kept = persistent(weights, zero)
-        self._weights = {one.name: _Weight(one, one in kept, gathered=one in kept) for one in weights}
+        kept = {one.name for one in persistent(weights, zero)}
+        self._weights = {one.name: _Weight(one, one.name in kept, gathered=one.name in kept) for one in weights}
         order = {name: index for index, name in enumerate(self._weights)}
         self._used = {name: [self._weights[one.name] for one in own] for name, own in used.items()}
         self._modules = [one.module for one in passes if one.event == Event.BEFORE]
@@ -92,7 +92,7 @@ class WeightSchedule:
         ]
         self.gathers: list[Gather] = []
         self._released: dict[tuple[str, int], frozenset[str]] = {}
-        for name in [one.name for one in kept] if num_micro_batches > 1 else ():
+        for name in kept if num_micro_batches > 1 else ():
             self._weights[name].gathered = False
         self.run()
         for weight in self._weights.values():
@@ -161,7 +161,7 @@ class WeightSchedule:
                 self._drop(weight)
 
     def _unneeded(self, module: str) -> frozenset[str]:
-        """Return the weights of a module that no fetch has seen a later use of, and that the next modules do not use."""
+        """Return a module's weights of which no fetch has seen a later use, and which the next modules do not use."""
         soon = self._needed_soon()
         names = (one.parameter.name for one in self._of(module) if one.fetched_for <= self._step)
         return frozenset(name for name in names if name not in soon)
@@ -240,10 +240,17 @@ def _gathered(given: PlanInput, zero: ZeroSettings, gathers: Iterable[Gather]) -
     return found
 
 
-def gradient_scatters(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work:
-    """Return the reductions of gradients in a step: a reduce-scatter for each bucket, after each micro-batch."""
+def gradient_scatters(
+    given: PlanInput, held: HeldStage, zero: ZeroSettings, traces: Sequence[LayerTrace] | None = None
+) -> Work:
+    """Return the reductions of gradients in a step: a reduce-scatter for each bucket, after each micro-batch.
+
+    Args:
+        given, held, zero: the run, the parameters of the stage, and DeepSpeed's settings.
+        traces: see `gradient_order`.
+    """
     found, bucket = Work(), list[HeldParameter]()
-    for one in reversed(held.trained):
+    for one in gradient_order(held, traces):
         full = sum(other.numel for other in bucket) + one.numel > zero.reduce_bucket_size
         if bucket and (full or bucket[0].apart != one.apart):
             found += _scattered(given, bucket, zero)

@@ -25,6 +25,7 @@ class ZeroSettings:
         bf16_sums: DeepSpeed's optimizer for bf16 at stage 1, which keeps all gradients in fp32 on every data rank.
         element_bytes: of a weight.
         reduced_bytes: of an element of a gradient that is reduced.
+        accumulated_bytes: of an element of a gradient that is added up over micro-batches.
         offloads_optimizer: gradients and optimizer state are in host memory, or on NVMe.
         hpz: `zero_hpz_partition_size`, consecutive ranks among which stage 3 shards weights a second time.
     """
@@ -32,6 +33,7 @@ class ZeroSettings:
     stage: int
     element_bytes: int
     reduced_bytes: int
+    accumulated_bytes: int
     bf16_sums: bool
     offloads_optimizer: bool
     offloads_weights: bool
@@ -70,6 +72,7 @@ def zero_settings(given: PlanInput) -> ZeroSettings:
         stage=stage,
         element_bytes=DTYPE_BYTES[precision],
         reduced_bytes=DTYPE_BYTES[reduced],
+        accumulated_bytes=4 if accumulated in FP32_NAMES else DTYPE_BYTES[precision],
         bf16_sums=precision == "bf16" and stage == 1 and accumulated in FP32_NAMES and not summary.offload_optimizer,
         offloads_optimizer=summary.offload_optimizer,
         offloads_weights=summary.offload_param,

@@ -23,8 +23,8 @@ class WireCalls:
     """What one rank sent.
 
     Attributes:
-        calls: (kind, ranks of the group, bytes that the rank sends) -> number of calls. In the group of all ranks, which
-            pipelines use too, the kind of a message is "send in the world", and the ranks are sender and receiver.
+        calls: (kind, ranks of the group, bytes that the rank sends) -> number of calls. In the group of all ranks,
+            which pipelines use too, a message's kind is "send in the world", and its ranks are sender and receiver.
     """
 
     calls: Counter[tuple[str, Ranks, Fraction]] = field(default_factory=Counter)

@@ -1,6 +1,6 @@
 """Layouts whose traffic is planned, and counted in a real step on forked ranks."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -27,6 +27,20 @@ STEPS = 2
 """ZeRO-3 knows the order of layers from the third micro-batch on, and stages send shapes in the first step."""
 
 Key = tuple[tuple[int, ...], str]
+
+
+@dataclass
+class Traffic:
+    """Calls and bytes by the ranks of a group and the kind of communication."""
+
+    calls: dict[Key, int] = field(default_factory=dict)
+    bytes: dict[Key, Fraction] = field(default_factory=dict)
+
+    def add(self, key: Key, number: int, size: Fraction) -> None:
+        """Add calls of some size each; those of nothing are left out."""
+        if size:
+            self.calls[key] = self.calls.get(key, 0) + number
+            self.bytes[key] = self.bytes.get(key, Fraction(0)) + size * number
 
 
 def loaded(case: str, recipe: Recipe, **fields: Any) -> LoadedModel:
@@ -83,22 +97,21 @@ def labelled_everywhere(grid: Grid, place: Place, recipe: Recipe, step: int, kin
     return [{name: column[at : at + size] for name, column in parts.items()} for at in range(0, per_rank, size)]
 
 
-def by_ranks(work: Work, grid: Grid) -> dict[Key, Fraction]:
-    """Planned bytes by the ranks of an axis and the kind of communication, on CPU.
+def by_ranks(work: Work, grid: Grid) -> Traffic:
+    """Planned calls and bytes by the ranks of an axis and the kind of communication, on CPU.
 
-    There all-gathers and reduce-scatters are messages between all pairs of ranks.
+    There all-gathers and reduce-scatters are messages, one to each of the other ranks.
     """
-    found: dict[Key, Fraction] = {}
+    found = Traffic()
     for one, number in work.items():
         if isinstance(one, Message):
-            key = (ranks_of(one.axis, grid), "message")
+            found.add((ranks_of(one.axis, grid), "message"), number, one.sent_bytes)
+        elif isinstance(one, Collective) and one.kind in ("all_gather", "reduce_scatter"):
+            size = one.sent_bytes / (one.ranks - 1)
+            found.add((ranks_of(one.axis, grid), "message"), number * (one.ranks - 1), size)
         elif isinstance(one, Collective):
-            kind = "message" if one.kind in ("all_gather", "reduce_scatter") else one.kind
-            key = (ranks_of(one.axis, grid), kind)
-        else:
-            continue
-        found[key] = found.get(key, Fraction(0)) + one.sent_bytes * number
-    return {key: size for key, size in found.items() if size}
+            found.add((ranks_of(one.axis, grid), one.kind), number, one.sent_bytes)
+    return found
 
 
 def ranks_of(axis: str, grid: Grid) -> tuple[int, ...]:
@@ -117,16 +130,15 @@ def ranks_of(axis: str, grid: Grid) -> tuple[int, ...]:
     return tuple(sorted(known.ranks))
 
 
-def messages_by_axis(wire: WireCalls, grid: Grid) -> dict[Key, Fraction]:
-    """Counted bytes by the ranks of a group and the kind. Stages send to each other in the group of all ranks."""
-    found: dict[Key, Fraction] = {}
+def seen(wire: WireCalls, grid: Grid) -> Traffic:
+    """Counted calls and bytes in the same form. Stages send to each other in the group of all ranks."""
+    found = Traffic()
     stages, everyone = set(grid.pipeline.ranks), tuple(range(grid.layout.world_size))
     for (kind, ranks, size), number in wire.calls.items():
         if kind == WORLD_SEND:
             ranks = tuple(sorted(stages)) if set(ranks) <= stages else everyone
-        key = (ranks, "message" if kind in ("send", WORLD_SEND) else kind)
-        found[key] = found.get(key, Fraction(0)) + size * number
-    return {key: size for key, size in found.items() if size}
+        found.add((ranks, "message" if kind in ("send", WORLD_SEND) else kind), number, size)
+    return found
 
 
 def with_settings(place: Place, **zero: Any) -> Place:
