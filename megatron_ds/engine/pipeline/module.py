@@ -31,6 +31,24 @@ class _DeepSpeedLayer(DeepSpeedLayerSpec):
         return self.spec.build()
 
 
+class _TiedGradient:
+    """The gradient of a tied parameter, where DeepSpeed 0.19.8 looks for it.
+
+    It sums `_hp_grad` in its optimizer for bf16 at ZeRO-1, and `grad` in others. With offload one of the others adds up
+    the gradients of bf16 in fp32, in `grad_accum`, and `grad` is None: without this class, each copy would be updated
+    by the gradient of its own stage alone.
+
+    Args:
+        parameter: a tied parameter, after the last backward pass of a step.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._hp_grad: Tensor | None = getattr(parameter, "_hp_grad", None)
+        self.grad: Tensor | None = parameter.grad
+        if self.grad is None:
+            self.grad = getattr(parameter, "grad_accum", None)
+
+
 class PipelinedModel(PipelineModule):
     """Layers from `bounds[p]` to `bounds[p + 1]` on pipeline rank p, under the names of the plain model.
 
@@ -155,9 +173,9 @@ class PipelinedModel(PipelineModule):
             for tensor in range(topology.get_dim("model")):
                 yield [topology.get_rank(pipe=stage, data=data, model=tensor) for stage in stages]
 
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """Return the parameters whose gradients DeepSpeed sums over pipeline stages, with their groups."""
-        return [(parameter, group) for parameter, group in self._tied_groups if parameter.requires_grad]
+    def get_tied_weights_and_groups(self) -> list[tuple[_TiedGradient, Any]]:
+        """Return the gradients that DeepSpeed sums over pipeline stages, with their groups."""
+        return [(_TiedGradient(parameter), group) for parameter, group in self._tied_groups if parameter.requires_grad]
 
     def _synchronize_tied_weights(self) -> None:
         """Do nothing: parameters have no values yet; see `equalize_copies`."""
