@@ -8,10 +8,10 @@ of a node that share ZeRO-3's second division of weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_ds.columns import ATTENTION_MASK, COLUMNS, INPUT_IDS, find_column
+from megatron_ds.columns import ATTENTION_MASK, COLUMNS, DOCUMENT_BOUNDS, INPUT_IDS, POSITION_IDS, find_column
 from megatron_ds.engine.optimizers import OPTIMIZERS, GuardedOptimizer
 from megatron_ds.models.sequential import HeadSpec, LayerSpec, head_of
 from megatron_ds.planner.gradient_traffic import (
@@ -30,7 +30,8 @@ from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.zero3_traffic import gradient_scatters, sub_groups, weight_gathers_of_passes
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
-FP32_BYTES, FP64_BYTES, INT64_BYTES = 4, 8, 8
+FP32_BYTES, FP64_BYTES, INT32_BYTES, INT64_BYTES = 4, 8, 4, 8
+_COLUMN_BYTES: Mapping[str, int] = {"bool": 1, "int64": INT64_BYTES}
 LEAST_NORMS = 4
 """The least number of parameter groups whose norms are reduced; see `engine.gradient_norm`."""
 
@@ -168,7 +169,7 @@ def _has_keys_of_its_own(optimizer: type[GuardedOptimizer]) -> bool:
 
 
 def _norm_of_offloaded(given: PlanInput, held: HeldStage, zero: ZeroSettings, model: tuple[str, int]) -> Work:
-    """Of gradients in host memory: one number; at stage 3 one for each of DeepSpeed's sub-groups."""
+    """Return the reductions of the norm of gradients in host memory; at stage 3 one for each sub-group."""
     over_shard, found = shard_ranks(given, apart=False), Work()
     if zero.stage < 3:
         return _collectives(
@@ -224,14 +225,16 @@ def _length(given: PlanInput, column: str) -> int:
 
 
 def _column_bytes(given: PlanInput, first: LayerSpec, entry: LayerSpec) -> list[int]:
-    """Return the sizes of a batch's columns that enter a layer; masks are sent as bytes."""
-    there = [name for name in entry.columns if name in columns_of(given) and name in first.columns]
-    sizes = {"bool": 1, "int64": INT64_BYTES}
-    return [
-        given.config.micro_batch_size * _length(given, name) * sizes[find_column(name).dtype]
-        for name in there
-        if name in COLUMNS
-    ]
+    """Return the sizes of a batch's columns that enter a layer; masks are sent as bytes.
+
+    Where documents share rows, their bounds are sent too; see `layers.documents`.
+    """
+    rows, columns = given.config.micro_batch_size, columns_of(given)
+    there = [name for name in entry.columns if name in columns and name in first.columns and name in COLUMNS]
+    found = [rows * _length(given, name) * _COLUMN_BYTES[find_column(name).dtype] for name in there]
+    if POSITION_IDS.name in columns and DOCUMENT_BOUNDS in entry.columns:
+        found.append(rows * (given.trace_setting().documents + 1) * INT32_BYTES)
+    return found
 
 
 def columns_of(given: PlanInput) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def _sent(work: Work) -> Work:
 
 
 def _of_flat_sums(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work:
-    """Of bf16 at stage 1: flat fp32 gradients of each group, in parts of a bucket's size, cast for the all-reduce."""
+    """Return the all-reduces of bf16 at stage 1: flat gradients of each group, in parts of a bucket's size."""
     found = Work()
     for group in held.groups:
         total = padded(num_elements(group), shard_ranks(given, apart=group[0].apart))
@@ -97,7 +97,7 @@ def _of_flat_sums(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work
 
 
 def _of_stage_0(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work:
-    """At stage 0: gradients in the order of the module; a bucket is full once it is larger than its size."""
+    """Return those of stage 0: gradients in the order of the module; a bucket is full once it exceeds its size."""
     found = Work()
     for apart in (False, True):
         own = [one for one in held.trained if one.apart == apart]

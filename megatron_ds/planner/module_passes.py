@@ -76,9 +76,9 @@ class PassRecorder:
         forward, backward = [], []
         for layer in layers:
             found = self.passes[like[layer]]
-            begin = next((index for index, one in enumerate(found) if one.backward), len(found))
-            forward += [one.within(layer) for one in found[:begin]]
-            backward.append([one.within(layer) for one in found[begin:]])
+            turning = next((index for index, one in enumerate(found) if one.backward), len(found))
+            forward += [one.within(layer) for one in found[:turning]]
+            backward.append([one.within(layer) for one in found[turning:]])
         begin, end = ModulePass(Event.BEFORE, "", backward=False), ModulePass(Event.AFTER, "", backward=False)
         turn = ModulePass(Event.BEFORE, "", backward=True)
         return [begin, *forward, end, turn, *(one for of_layer in reversed(backward) for one in of_layer)]

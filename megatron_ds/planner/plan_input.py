@@ -125,6 +125,13 @@ class PlanInput:
         """Positions of a step on all ranks."""
         return self.config.global_batch_size * self.rows.positions
 
+    @property
+    def _has_neighbours(self) -> bool:
+        """Tensor ranks of CPUs are on one machine, and exchange parts of sequences through its memory."""
+        tensor, machines = self.layout.tensor, self.machines
+        shares = machines.device_type == "cpu" and machines.ranks_per_node % tensor == 0
+        return shares and tensor > 1 and self.config.parallel.sequence
+
     def trace_setting(self) -> TraceSetting:
         """The setting in which one rank's layers are traced for a micro-batch: the first rank of each axis."""
         config = self.config
@@ -141,7 +148,7 @@ class PlanInput:
             sequence=config.parallel.sequence,
             context=self.engine.context,
             expert=config.parallel.expert,
-            neighbours=self.machines.device_type == "cpu" and config.parallel.sequence and self.layout.tensor > 1,
+            neighbours=self._has_neighbours,
             recompute=config.recompute,
             offload_activations=config.offload_activations,
             keep_attention=config.keep_attention,

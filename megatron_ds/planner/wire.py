@@ -13,7 +13,7 @@ from megatron_ds.planner.operations import Collective, LayerTrace, Message, Work
 from megatron_ds.planner.plan_input import PlanInput
 
 MESSAGE = "message"
-"""The kind of a `Message`, beside those of collectives."""
+"""The kind of a `Message`, in tables."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class WeightSchedule:
         used: module -> its own weights.
         passes: in the order in which they happen in a micro-batch.
         num_micro_batches: of a step.
+
+    Attributes:
+        gathers: of the last micro-batch that was replayed.
+        most_live: the most elements of gathered weights in it, without those that stay gathered.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class WeightSchedule:
 
     def run(self) -> list[Gather]:
         """Replay a micro-batch; return its gathers. Weights are then as they were before it."""
-        self.gathers, self._live, self._step, self._queue = [], 0, 0, deque(self._uses)
+        self.gathers, self.most_live, self._live, self._step, self._queue = [], 0, 0, 0, deque(self._uses)
         for weight in self._weights.values():
             weight.fetched_for = -1
         for one in self._passes:
@@ -151,6 +155,7 @@ class WeightSchedule:
         for one in missing:
             one.gathered = True
             self._live += one.parameter.numel
+        self.most_live = max(self.most_live, self._live)
 
     def _release(self, module: str) -> None:
         if (module, self._step) not in self._released:

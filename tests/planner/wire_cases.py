@@ -49,13 +49,13 @@ def loaded(case: str, recipe: Recipe, **fields: Any) -> LoadedModel:
 
 
 def planned(model: LoadedModel, place: Place, recipe: Recipe) -> PlanInput:
-    """The input of the planner for a place."""
+    """The input of the planner for a place, with each rank on a machine of its own."""
     config = engine_config(place, recipe)
     engine = plan_engine(config, model.hf, place.layout.world_size, "cpu", trains_part=bool(model.frozen))
     batch = ours(model.hf.family.model_type, batch_for(model.hf.family.model_type, recipe, 0))
     target = TARGETS - 32 + recipe.length if "decoder_input_ids" in batch else None
     rows = Rows(recipe.length, target, tuple(batch))
-    machines = Machines(1, place.layout.world_size, "cpu")
+    machines = Machines(place.layout.world_size, 1, "cpu")
     groups = grouped_parameters(model, config.optimizer)
     return PlanInput(model.layers, model.hf.core, engine, rows, machines, model.frozen, groups)
 
