@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.planner.trace import trace_layers
-from megatron_ds.planner.wire import plan_wire, table_of
+from megatron_ds.planner.wire import MESSAGE, plan_wire, table_of
+from tests.halves import halved
 from tests.parallel.wire_calls import _SENT, recording
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place
@@ -123,6 +124,35 @@ def test_a_plan_needs_no_ranks_and_grows_with_micro_batches() -> None:
     for axis, factor in ((("tensor", "message"), 2), (("pipeline", "message"), 2), (("shard", "all_reduce"), 1)):
         assert two[axis].num_bytes == factor * one[axis].num_bytes > 0
         assert two[axis].calls == factor * one[axis].calls
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    halved(
+        [
+            ("llama", Place(2, 1, 2, 2, True)),
+            ("qwen3", Place(2, 2, 1, 1, True, recompute="full")),
+            (MOE, Place(1, 1, 2, 2, expert=2)),
+            ("llama", Place(1, 1, 2, 3)),
+            ("gpt2", Place(2, 1, 1, 1)),
+            ("llama", Place(cp=2, method="ring")),
+            ("bert-pretraining", Place(2, 1, 2, 2)),
+            ("t5-gated", Place(2, 1, 1, 1)),
+        ]
+    ),
+    ids=str,
+)
+def test_gpus_send_the_bytes_of_cpus(case: str, place: Place) -> None:
+    """Other kernels and NCCL's collectives, but the same bytes along each axis; messages are between stages alone."""
+    model = loaded(case, BF16)
+    on_cpus = planned(model, place, BF16)
+    on_gpus = replace(on_cpus, machines=replace(on_cpus.machines, device_type="cuda"))
+    sent = []
+    for given in (on_cpus, on_gpus):
+        traces = trace_layers(given.layers, given.trace_setting())
+        sent.append(plan_wire(given, 0, traces))
+    assert sent[0].total.sent_bytes == sent[1].total.sent_bytes
+    assert {axis for axis, kind in sent[1].by_axis if kind == MESSAGE} <= {"pipeline", "ring", "context"}
 
 
 def _one_of_each(grid: Grid) -> dict[str, Fraction]:
