@@ -71,7 +71,7 @@ class FoundLayout:
 
 @dataclass
 class SearchCounts:
-    """What a search did.
+    """Statistics of a search.
 
     Attributes:
         candidates: that the space has.
