@@ -12,7 +12,7 @@ from megatron_ds.paths import expanded, expanded_text
 
 HELP = """Write a commented run file for a model, its data and a number of GPUs.
 
-The format of the data follows from their first row, and the layout is the first one whose memory is estimated to fit.
+The format of the data follows from their first row, and the layout is the first one whose memory is planned to fit.
 The file is checked as `train` checks it. Read it before you start it: learning rate and batch size are common values,
 and not chosen for your data.
 

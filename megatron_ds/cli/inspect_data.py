@@ -41,7 +41,7 @@ def run(path: Path, overrides: Sequence[str], samples: int, json: bool) -> bool:
     from megatron_ds.training.resolve import resolve_run
     from megatron_ds.training.statement import describe_run
 
-    config = load_run(path, overrides)
+    config = load_run(path, overrides).without_choices()
     least = config.parallel.least_ranks
     resolved, data, valid = open_data(resolve_run(config, least, "cuda"))  # any device: nothing is computed
     config = resolved.run

@@ -32,6 +32,8 @@ from megatron_ds.cli.init import HELP as INIT_HELP
 from megatron_ds.cli.init import init
 from megatron_ds.cli.inspect import HELP as INSPECT_HELP
 from megatron_ds.cli.inspect import inspect
+from megatron_ds.cli.plan import HELP as PLAN_HELP
+from megatron_ds.cli.plan import plan
 from megatron_ds.cli.prepare import HELP as PREPARE_HELP
 from megatron_ds.cli.prepare import prepare
 from megatron_ds.cli.report import HELP as REPORT_HELP
@@ -53,6 +55,7 @@ Examples:
 
 \b
   megatron-ds init run.yaml --model hf_dir --data corpus.jsonl --gpus 8
+  megatron-ds plan run.yaml --nodes 2 --device h100
   megatron-ds prepare corpus.jsonl --tokenizer hf_dir --output data/corpus
   megatron-ds train run.yaml --nproc 2
   megatron-ds inspect out/run
@@ -87,6 +90,7 @@ app.command(help=REPORT_HELP, short_help="Write report.html about a run.")(repor
 app.command(help=FAMILIES_HELP, short_help="Show the supported families of models.")(families)
 app.command(help=EXAMPLES_HELP, short_help="List the examples, or copy one.")(examples)
 app.command(help=DOCTOR_HELP, short_help="Examine this machine, and what a run needs.")(doctor)
+app.command(help=PLAN_HELP, short_help="Plan memory, time and cost of a run on machines.")(plan)
 app.command(help=INIT_HELP, short_help="Write a first run file for a model and data.")(init)
 
 
@@ -109,7 +113,7 @@ def main() -> None:
     """Run the command line and exit: 0 done; 2 a user error, in one line; 130 interrupted; 1 any other error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenizers would switch itself off in forked ranks
     arguments = sys.argv[1:]
-    only_shows = _command(arguments) in ("", "inspect", "families", "doctor") or "--help" in arguments
+    only_shows = _command(arguments) in ("", "inspect", "families", "doctor", "plan") or "--help" in arguments
     streams = StandardStreams(announces=not only_shows)
     streams.install()
     status = _run(arguments)

@@ -559,6 +559,18 @@ class RunConfig(Section):
         _check_ema(self)
         return self
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What the run leaves to the planner, such as `parallel=auto`."""
+        parallel, micro_batch = self.parallel.auto, self.train.auto_micro_batch_size
+        return ("parallel=auto",) * parallel + ("train.micro_batch_size=auto",) * micro_batch
+
+    def without_choices(self) -> "RunConfig":
+        """Return the run with the defaults of what it leaves to the planner: one rank computes one sample."""
+        parallel = self.parallel.model_copy(update={"auto": False})
+        train = self.train.model_copy(update={"auto_micro_batch_size": False})
+        return self.model_copy(update={"parallel": parallel, "train": train})
+
     def with_steps(self, num_samples: int) -> "RunConfig":
         """Return the run with `train.steps` instead of `train.epochs`; itself if it has steps.
 

@@ -59,7 +59,7 @@ class Subject:
 
     def without_sequence(self) -> Subject:
         """Return the same without sequence parallelism, which divides rows of certain lengths alone."""
-        parallel = self.run.parallel.model_copy(update={"sequence": False})
+        parallel = self.run.parallel.model_copy(update={"sequence": False, "auto": False})
         return replace(self, run=self.run.model_copy(update={"parallel": parallel}))
 
     def data_sets(self, sources: Sequence[Source]) -> list[DataSet]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from megatron_ds.atomic import replacing
-from megatron_ds.config import load_run
+from megatron_ds.config import build_run, load_run
+from megatron_ds.config.yaml_text import parse_yaml
 from megatron_ds.errors import ConfigError
 from megatron_ds.hf.config import HFModel, read_model
 from megatron_ds.hub import local_directory
@@ -18,12 +19,16 @@ from megatron_ds.layers.param_spec import spec_of
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.new_run.data_format import FoundFormat, find_format
-from megatron_ds.new_run.layout import GB, ChosenLayout, Sizes, choose_layout
+from megatron_ds.new_run.layout import GB, ChosenLayout, choose_layout
+from megatron_ds.planner.plan import plan_stages
+from megatron_ds.planner.plan_input import Machines
+from megatron_ds.training.planning import plan_input
 from megatron_ds.training.resolve import resolve_run
 
 LONGEST_SEQUENCE = 4096
 """Of a first run; `data.seq_length` may be larger."""
 SAMPLES_PER_STEP = 32
+GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -71,22 +76,34 @@ def write_run(new: NewRun, path: Path, *, overwrite: bool = False) -> ChosenLayo
         raise ConfigError(f"RUN.yaml={path} is not in a directory that exists; try mkdir -p {path.absolute().parent}")
     hf = read_model(local_directory(new.model, f"--model={new.model}", with_state=False), "--model")
     found = find_format(new.data, has_label_head=hf.core.labels is not None)
-    sizes = _sizes(hf, new)
-    layout = choose_layout(sizes, new.num_gpus, new.gpu_bytes) if new.num_gpus else ChosenLayout(1, 1, "none")
+    num_params = _count_params(hf)
+
+    def text(layout: ChosenLayout) -> str:
+        return _text(new, hf, found, layout, num_params)
+
+    def plan_bytes(layout: ChosenLayout) -> int:
+        run = build_run(parse_yaml(text(layout), "the run file"))
+        given = plan_input(run, Machines(*_nodes(new.num_gpus), "cuda"))
+        return max(stage.peak_bytes for stage in plan_stages(given))
+
+    layout = ChosenLayout(1, 1, "none")
+    if new.num_gpus:
+        layout = choose_layout(plan_bytes, new.num_gpus, new.gpu_bytes, trains_all=not new.lora)
     with replacing(path) as temporary:
-        temporary.write_text(_text(new, hf, found, layout, sizes.num_params), encoding="utf-8")
+        temporary.write_text(text(layout), encoding="utf-8")
         resolve_run(load_run(temporary), max(1, new.num_gpus), "cuda" if new.num_gpus else "cpu")
     return layout
 
 
-def _sizes(hf: HFModel, new: NewRun) -> Sizes:
-    shape = hf.core.shape()
+def _nodes(num_gpus: int) -> tuple[int, int]:
+    """Return nodes and GPUs of each: nodes of 8, if they are full."""
+    return (num_gpus // GPUS_PER_NODE, GPUS_PER_NODE) if num_gpus % GPUS_PER_NODE == 0 else (1, num_gpus)
+
+
+def _count_params(hf: HFModel) -> int:
     with torch.device("meta"):
         model = SequentialModel(hf.core.build_layers(BuildContext()))
-    num_params = sum(spec_of(parameter).numel for parameter in model.parameters())
-    return Sizes(
-        num_params, shape.num_attention_heads, shape.hidden_size, shape.num_layers, _sequence(hf), not new.lora
-    )
+    return sum(spec_of(parameter).numel for parameter in model.parameters())
 
 
 def _sequence(hf: HFModel) -> int:
@@ -159,10 +176,8 @@ def _verb(new: NewRun) -> str:
 def _why(layout: ChosenLayout, new: NewRun) -> str:
     if not new.num_gpus:
         return "ranks that divide each layer"
-    return (
-        f"ranks that divide each layer; about {layout.bytes_per_rank / GB:.0f} of {new.gpu_bytes / GB:.0f} GB a GPU, "
-        "an estimate"
-    )
+    needs = f"{layout.bytes_per_rank / GB:.0f} of {new.gpu_bytes / GB:.0f} GB a GPU"
+    return f"ranks that divide each layer; planned {needs}: megatron-ds plan"
 
 
 def _row(text: str, comment: str) -> list[str]:

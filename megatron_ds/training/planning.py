@@ -17,33 +17,62 @@ from megatron_ds.config import RunConfig, check_target_length
 from megatron_ds.data import FORMATS, Causal, Labelled, Masked, Seq2Seq, check_format
 from megatron_ds.data.objective import DataObjective
 from megatron_ds.data.text.span_corruption import target_length
+from megatron_ds.errors import MegatronDSError
+from megatron_ds.planner.plan import Plan, make_plan
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
+from megatron_ds.planner.profiles import Device, Network
+from megatron_ds.planner.search_space import Candidate, candidate_of, with_candidate
 from megatron_ds.runtime.loaded_model import LoadedModel, describe_model, read_model_section
 from megatron_ds.runtime.objective import find_objective
 from megatron_ds.runtime.optimizer_groups import grouped_parameters
-from megatron_ds.runtime.setup import EnginePlan
+from megatron_ds.runtime.setup import EnginePlan, plan_run
 from megatron_ds.training.model_paths import with_directories
 from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resolve import plan_engine_of
 
 
-def plan_input(run: RunConfig, machines: Machines) -> PlanInput:
-    """Return everything that a plan of a run needs. Of the model its config alone is read.
+class RunInputs:
+    """Inputs of plans of a run. Its model is read once, and each layout is checked as `train` would.
 
     Args:
         run: the run file.
         machines: that it is planned for.
 
     Raises:
-        MegatronDSError: the run is invalid, as `train` would say; the message names field, value, rule and fix.
+        MegatronDSError: the model cannot be read, or the run names something that is not registered.
     """
-    check_format(run.data, run.model.tokenizer_path)
-    check_registered_names(run, resumes=False)
-    run = with_directories(run, None)
-    hf = read_model_section(run.model)
-    engine = plan_engine_of(run, hf, machines.world_size, machines.device_type)
-    model = describe_model(hf, run.model, peft=run.peft, freeze=run.train.freeze)
-    return input_of_model(run, model, engine, machines)
+
+    def __init__(self, run: RunConfig, machines: Machines) -> None:
+        check_format(run.data, run.model.tokenizer_path)
+        check_registered_names(run, resumes=False)
+        self.run, self.machines = with_directories(run, None), machines
+        self.hf = read_model_section(self.run.model)
+        self._model = describe_model(self.hf, self.run.model, peft=self.run.peft, freeze=self.run.train.freeze)
+
+    def of(self, run: RunConfig) -> PlanInput:
+        """Return the input of the plan of the run, or of one with other settings of the same model and data.
+
+        Raises:
+            MegatronDSError: it is invalid; the message names field, value, rule and fix.
+        """
+        engine = plan_engine_of(run, self.hf, self.machines.world_size, self.machines.device_type)
+        return input_of_model(run, self._model, engine, self.machines)
+
+    def unplaced(self) -> PlanInput:
+        """Return the input of a plan of the run as one rank computes it, for a search that changes its engine."""
+        alone = with_candidate(self.run, Candidate(zero_stage=candidate_of(self.run).zero_stage))
+        engine = plan_run(alone, self.hf, 1, self.machines.device_type)
+        return input_of_model(alone, self._model, engine, self.machines)
+
+
+def plan_input(run: RunConfig, machines: Machines) -> PlanInput:
+    """Return everything that a plan of a run needs. Of the model its config alone is read.
+
+    Raises:
+        MegatronDSError: see `RunInputs`.
+    """
+    inputs = RunInputs(run, machines)
+    return inputs.of(inputs.run)
 
 
 def input_of_model(run: RunConfig, model: LoadedModel, engine: EnginePlan, machines: Machines) -> PlanInput:
@@ -82,3 +111,62 @@ def rows_of(run: RunConfig, objective: DataObjective) -> Rows:
         length = target_length(data.seq_length, objective) if cuts_spans else data.target_length or data.seq_length
     labelled = objective.mask_rate if isinstance(objective, Masked) else 1.0
     return Rows(data.seq_length, length, columns, labelled)
+
+
+class RunPlanner:
+    """Plans of a run on machines, as it is and with other settings.
+
+    Args:
+        run: a run file that leaves nothing to the planner.
+        machines: that it is planned for.
+        device: profile of their devices.
+        network: that joins them.
+        limit_bytes: memory of a device that the run may use; None = all.
+
+    Raises:
+        MegatronDSError: see `RunInputs`.
+    """
+
+    def __init__(
+        self, run: RunConfig, machines: Machines, device: Device, network: Network, limit_bytes: int | None = None
+    ) -> None:
+        self.inputs = RunInputs(run, machines)
+        self.device, self.network = device, network
+        self.limit_bytes = device.memory_bytes if limit_bytes is None else limit_bytes
+
+    @property
+    def run(self) -> RunConfig:
+        """The run, with the directories of its models."""
+        return self.inputs.run
+
+    @property
+    def machines(self) -> Machines:
+        """The machines."""
+        return self.inputs.machines
+
+    @property
+    def candidate(self) -> Candidate:
+        """The settings of the run that other plans change."""
+        return candidate_of(self.run)
+
+    def plan(self) -> Plan:
+        """Plan the run.
+
+        Raises:
+            MegatronDSError: it is invalid, as `train` would say.
+        """
+        return make_plan(self.inputs.of(self.run), self.device, self.network, self.limit_bytes)
+
+    def replan(self, candidate: Candidate) -> Plan | None:
+        """Plan the run with other settings; None = `train` would refuse them."""
+        try:
+            given = self.inputs.of(with_candidate(self.run, candidate))
+        except MegatronDSError:
+            return None
+        return make_plan(given, self.device, self.network, self.limit_bytes)
+
+    def tokens_of_run(self, plan: Plan) -> int | None:
+        """Return the positions of all steps; None = they follow from the data, as `train.epochs` does."""
+        if self.run.train.steps is None:
+            return None
+        return self.run.train.num_samples * plan.given.rows.positions
