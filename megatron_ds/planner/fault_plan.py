@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_ds.planner.faults import (
+    DAY_S,
     HOUR_S,
     Faults,
     Saving,
@@ -23,7 +24,9 @@ from megatron_ds.planner.faults import (
 )
 from megatron_ds.planner.goodput import Goodput, simulate_goodput
 
-MONTH_DAYS = 30.0
+MONTH_DAYS, SHORTEST_DAYS = 30.0, 1.0
+MOST_FAILURES = 3000
+"""Failures of a simulated run; runs with more of them in a month are simulated for a shorter time."""
 FACTORS = (0.25, 0.5, 2.0, 4.0)
 """Other intervals that a plan shows, as multiples of the best one."""
 
@@ -45,9 +48,10 @@ TOLERANCE = 0.001
 
 @dataclass(frozen=True)
 class FaultPlan:
-    """Failures of a run of a month.
+    """Failures of a run.
 
     Attributes:
+        days: length of the simulated runs, a month unless they fail all the time.
         faults, saving: rates and costs.
         step_s: seconds of a step, with stragglers.
         slower: `step_s`, divided by the seconds without stragglers.
@@ -58,6 +62,7 @@ class FaultPlan:
         spare_nodes: nodes with which one in a thousand failures finds no spare one.
     """
 
+    days: float
     faults: Faults
     saving: Saving
     step_s: float
@@ -111,23 +116,22 @@ def plan_faults(
         interval_steps: steps between two saves, of the run file; None or 0 = the advised ones.
         slower: factor of steps with stragglers, see `planner.timetable.slowdown`.
         seed: of the simulation.
-
-    Raises:
-        ConfigError: the run saves more often than it can write.
     """
     step_s *= slower
     least = math.ceil(max(saving.write_s, 1.0) / step_s)
     advised_steps = max(int(longest_interval_s(saving, faults) / step_s), least)
     chosen_steps = interval_steps or advised_steps
     others = sorted({max(round(advised_steps * factor), least) for factor in FACTORS} - {advised_steps})
+    days = min(MONTH_DAYS, max(SHORTEST_DAYS, MOST_FAILURES * faults.mtbf_s / DAY_S))
     found = simulate_goodput(
         [steps * step_s for steps in (chosen_steps, advised_steps, *others)],
         saving,
         faults,
-        days=MONTH_DAYS,
+        days=days,
         seed=seed,
     )
     return FaultPlan(
+        days=days,
         faults=faults,
         saving=saving,
         step_s=step_s,
@@ -146,6 +150,8 @@ def longest_interval_s(saving: Saving, faults: Faults, tolerance: float = TOLERA
     shortest = max(saving.write_s, 1.0)
     low = max(best_interval_s(saving.pause_s, faults.mtbf_s), shortest)
     enough = expected_goodput(low, saving, faults) - tolerance
+    if enough <= 0:
+        return low
     high = 2 * low
     while expected_goodput(high, saving, faults) > enough:
         low, high = high, 2 * high
@@ -166,7 +172,7 @@ def fault_facts(plan: FaultPlan) -> dict[str, Any]:
         "stragglers": plan.slower,
         "young_s": young_interval_s(saving.pause_s, faults.mtbf_s),
         "daly_s": daly_interval_s(saving.pause_s, faults.mtbf_s),
-        "days": MONTH_DAYS,
+        "days": plan.days,
         "chosen": _goodput(plan, plan.chosen),
         "advised": _goodput(plan, plan.advised),
         "others": [_goodput(plan, one) for one in plan.others],
@@ -179,12 +185,13 @@ def fault_lines(plan: FaultPlan) -> Iterator[tuple[str, str]]:
     faults, saving, chosen, advised = plan.faults, plan.saving, plan.chosen, plan.advised
     yield (
         "failures",
-        f"one every {describe_time(faults.mtbf_s)} on {faults.nodes:,} nodes, {chosen.failures:,.0f} in {MONTH_DAYS:g} "
-        f"days; {describe_time(faults.down_s)} until training continues",
+        f"one every {describe_time(faults.mtbf_s)} on {faults.nodes:,} node{'s' * (faults.nodes > 1)}, "
+        f"{chosen.failures * MONTH_DAYS / plan.days:,.0f} in {MONTH_DAYS:g} days; {describe_time(faults.down_s)} until training continues",
     )
     written = f", written {describe_time(saving.write_s)} later" if saving.write_s else ""
     yield "a save", f"pauses training for {describe_time(saving.pause_s)}{written}"
-    yield "saves", f"every {_interval(plan, chosen)}: goodput {chosen.share:.1%}".replace("%", " %")
+    waits = "; training waits until the last one is written" if saving.write_s > chosen.interval_s else ""
+    yield "saves", f"every {_interval(plan, chosen)}: goodput {chosen.share:.1%}{waits}".replace("%", " %")
     if plan.steps(advised) != plan.steps(chosen):
         yield "better", f"every {_interval(plan, advised)}: goodput {advised.share:.1%}".replace("%", " %")
     losses = {use: share for use, share in chosen.shares.items() if use != "useful" and share >= 0.0005}

@@ -17,6 +17,8 @@ from megatron_ds.errors import ConfigError
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
 
+MOST_EXPONENT = 700.0  # of numbers with double precision
+
 LLAMA3_NODE_MTBF_HOURS = 54 * 24 * 2048 / 419
 """Llama 3 405B (arXiv 2407.21783): 419 unexpected interruptions in 54 days on 2,048 nodes of 8 H100."""
 
@@ -69,7 +71,8 @@ class Faults:
 
         A restart that is interrupted itself is noticed and begun again.
         """
-        again = math.expm1(self.restart_s / self.mtbf_s)
+        exponent = self.restart_s / self.mtbf_s
+        again = math.expm1(exponent) if exponent < MOST_EXPONENT else math.inf
         return self.detection_s + again * (self.mtbf_s + self.detection_s)
 
 
@@ -92,6 +95,10 @@ class Saving:
 
     def __post_init__(self) -> None:
         _check("saving", self, "pause_s", "write_s")
+
+    def pause_at(self, interval_s: float) -> float:
+        """Return the pause if the next save begins after so many seconds of training: one is written at a time."""
+        return self.pause_s + max(self.write_s - interval_s, 0.0)
 
 
 def young_interval_s(pause_s: float, mtbf_s: float) -> float:
@@ -128,27 +135,13 @@ def expected_goodput(interval_s: float, saving: Saving, faults: Faults) -> float
 
     Between two interruptions a run works for an exponential time. It completes its n-th checkpoint after
     n (interval + pause) + write, so on average exp(-write / mtbf) / (exp((interval + pause) / mtbf) - 1) of them.
-
-    Raises:
-        ConfigError: see `check_interval`.
     """
-    check_interval(interval_s, saving)
     mtbf_s = faults.mtbf_s
-    exponent = (interval_s + saving.pause_s) / mtbf_s
-    if exponent > 700:
+    exponent = (interval_s + saving.pause_at(interval_s)) / mtbf_s
+    if exponent > MOST_EXPONENT:
         return 0.0
     saves = math.exp(-saving.write_s / mtbf_s) / math.expm1(exponent)
     return interval_s * saves / (mtbf_s + faults.down_s)
-
-
-def check_interval(interval_s: float, saving: Saving) -> None:
-    """Raise ConfigError if saves are begun faster than they are written: one is written at a time."""
-    least = max(saving.write_s, 1.0)
-    if not interval_s >= least:
-        raise ConfigError(
-            f"a save every {interval_s:g} s of training is more often than every {least:g} s, in which one is written; "
-            f"nearest: {least:g} s"
-        )
 
 
 def spares_needed(faults: Faults, risk: float = 0.001) -> int:
@@ -158,7 +151,7 @@ def spares_needed(faults: Faults, risk: float = 0.001) -> int:
     repair times. A failure finds no spare if as many or more are in repair.
     """
     in_repair = faults.broken_share * faults.repair_hours * HOUR_S / faults.mtbf_s
-    if in_repair > 700:
+    if in_repair > MOST_EXPONENT:
         return math.ceil(in_repair + NormalDist().inv_cdf(1 - risk) * math.sqrt(in_repair))
     spares, term, none = 0, math.exp(-in_repair), 1.0
     while none > risk:

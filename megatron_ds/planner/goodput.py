@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ds.planner.faults import DAY_S, HOUR_S, Faults, Saving, check_interval
+from megatron_ds.errors import ConfigError
+from megatron_ds.planner.faults import DAY_S, HOUR_S, Faults, Saving
 
 Array = np.ndarray
 USES = ("useful", "saving", "lost", "detection", "waiting", "restart")
@@ -78,10 +79,10 @@ def simulate_goodput(
         seed: of the random numbers.
 
     Raises:
-        ConfigError: an interval is too short.
+        ConfigError: an interval is not above 0.
     """
-    for interval_s in intervals_s:
-        check_interval(interval_s, saving)
+    if not min(intervals_s) > 0:
+        raise ConfigError(f"a save every {min(intervals_s):g} s of training is impossible; nearest: 1 s")
     shape = (len(intervals_s), draws)
     totals = {use: np.zeros(shape) for use in USES}
     failures = np.zeros(shape)
@@ -109,7 +110,7 @@ def simulate_run(interval_s: float, saving: Saving, faults: Faults, *, days: flo
         now = cycle.start_s.item()
         seconds = {use: values.item() for use, values in cycle.seconds.items()}
         trained = seconds["useful"] + seconds["saving"] + seconds["lost"]
-        kept = min(trained, seconds["useful"] * (1 + saving.pause_s / interval_s))
+        kept = min(trained, seconds["useful"] * (1 + saving.pause_at(interval_s) / interval_s))
         parts = [
             ("waiting", seconds["waiting"]),
             ("restart", seconds["restart"]),
@@ -150,10 +151,11 @@ def _cycles(
 
 def _training(trained: Array, failed: Array, intervals_s: Array, saving: Saving) -> dict[str, Array]:
     """Divide seconds of training, which end by a failure or with the run, into useful ones, saves and lost ones."""
-    period = intervals_s + saving.pause_s
+    pause = np.vectorize(saving.pause_at)(intervals_s)
+    period = intervals_s + pause
     saves = np.floor(trained / period)
     rest = trained - saves * period
-    paused = saves * saving.pause_s + np.maximum(rest - intervals_s, 0.0)
+    paused = saves * pause + np.maximum(rest - intervals_s, 0.0)
     complete = np.maximum(np.floor((trained - saving.write_s) / period), 0.0)
     useful = np.where(failed, complete * intervals_s, trained - paused)
     return {"useful": useful, "saving": paused, "lost": trained - paused - useful}

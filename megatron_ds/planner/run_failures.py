@@ -42,9 +42,6 @@ def plan_run_failures(
         faults: rates and costs of failures; their number of nodes is the run's.
         saving: measured cost of a checkpoint; None = it is estimated.
         jitter: slowness of devices; None = that of `plan_time`.
-
-    Raises:
-        ConfigError: the run saves more often than it can write.
     """
     cost = saving if saving is not None else saving_of(given, num_trained)
     step_s, slower = time.total_s - time.pause_s, 1.0

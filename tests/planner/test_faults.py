@@ -51,7 +51,7 @@ def test_simulation_by_closed_form(nodes: int, saving: Saving, days: int) -> Non
     """Within 3.5 standard errors at every interval; a long run, since the first restart is not part of the formula."""
     faults = Faults(nodes, detection_s=100.0, restart_s=400.0)
     best = best_interval_s(saving.pause_s, faults.mtbf_s)
-    intervals = [max(factor * best, saving.write_s) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+    intervals = [0.5 * saving.write_s or 30.0, *(factor * best for factor in (0.5, 1.0, 2.0, 4.0))]
     for found in simulate_goodput(intervals, saving, faults, days=days, draws=100, seed=nodes):
         assert found.share == pytest.approx(
             expected_goodput(found.interval_s, saving, faults),
@@ -176,8 +176,8 @@ def test_spares_by_poisson() -> None:
         (lambda: Faults(1, broken_share=2), "faults: broken_share=2 must be at most 1; nearest: 1"),
         (lambda: Saving(math.inf), "saving: pause_s=inf must be finite and at least 0; nearest: 0"),
         (
-            lambda: simulate_goodput([30.0], SAVING, Faults(1)),
-            "a save every 30 s of training is more often than every 40 s, in which one is written; nearest: 40 s",
+            lambda: simulate_goodput([30.0, 0.0], SAVING, Faults(1)),
+            "a save every 0 s of training is impossible; nearest: 1 s",
         ),
     ],
 )
