@@ -183,11 +183,11 @@ def fault_facts(plan: FaultPlan) -> dict[str, Any]:
 def fault_lines(plan: FaultPlan) -> Iterator[tuple[str, str]]:
     """Yield names and texts of a plan for a terminal."""
     faults, saving, chosen, advised = plan.faults, plan.saving, plan.chosen, plan.advised
-    in_month = chosen.failures * MONTH_DAYS / plan.days
+    in_month, nodes = chosen.failures * MONTH_DAYS / plan.days, f"{faults.nodes:,} node{'s' * (faults.nodes > 1)}"
     yield (
         "failures",
-        f"one every {describe_time(faults.mtbf_s)} on {faults.nodes:,} node{'s' * (faults.nodes > 1)}, {in_month:,.0f} in "
-        f"{MONTH_DAYS:g} days; {describe_time(faults.down_s)} until training continues",
+        f"one every {describe_time(faults.mtbf_s)} on {nodes}, {in_month:,.0f} in {MONTH_DAYS:g} days; "
+        f"{describe_time(faults.down_s)} until training continues",
     )
     written = f", written {describe_time(saving.write_s)} later" if saving.write_s else ""
     yield "a save", f"pauses training for {describe_time(saving.pause_s)}{written}"
