@@ -181,16 +181,16 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
 
 def _attend(recorder: Recorder, documents: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Compute an `AttentionKernel`."""
-    pairs = _num_pairs(len(q), len(k), call.causal, call.window, documents if call.positions is not None else 1)
+    pairs = num_pairs(len(q), len(k), call.causal, call.window, documents if call.positions is not None else 1)
     parts = [part.permute(1, 2, 0, 3) for part in (q, k, v)]
     return _Attend.apply(*parts, call.distance_bias, call.sinks, pairs, recorder).permute(2, 0, 1, 3)
 
 
-def _num_pairs(queries: int, keys: int, causal: bool, window: int | None, documents: int) -> int:
+def num_pairs(queries: int, keys: int, causal: bool, window: int | None, documents: int) -> int:
     """Return the pairs of a query and a key that a head of a row computes; the queries are the last ones."""
     if documents > 1:
         length = queries // documents
-        return documents * _num_pairs(length, length, causal, window, 1)
+        return documents * num_pairs(length, length, causal, window, 1)
     reach = keys if window is None else min(window, keys)
     if not causal:
         return queries * min(keys, 2 * reach - 1)
@@ -228,7 +228,7 @@ def torch_attention(recorder: Recorder) -> ScaledDotProduct:
     """Return torch's own attention as it is on a GPU: fused, with or without a mask."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, **options: Any) -> Tensor:
-        pairs = _num_pairs(q.shape[2], k.shape[2], options["is_causal"], None, 1)
+        pairs = num_pairs(q.shape[2], k.shape[2], options["is_causal"], None, 1)
         bias = mask if mask is not None and mask.requires_grad else None
         return _Attend.apply(q, k, v, bias, None, pairs, recorder)
 

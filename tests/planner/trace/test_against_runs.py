@@ -9,6 +9,7 @@ parameters that several layers share, whose gradients autograd adds up, so that 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +68,12 @@ def check(found: Run, real: Run, held_bytes: int = 0) -> None:
     assert all(held_bytes and isinstance(one, Stream) and one.name == "copy_" for one in more), more
 
 
-@pytest.mark.parametrize("case", ALONE)
+def sampled(cases: Iterable[str], *often: str) -> list[Any]:
+    """Return the cases as parameters, of which `make test` runs those that are named."""
+    return [case if case in often else pytest.param(case, marks=pytest.mark.sweep) for case in cases]
+
+
+@pytest.mark.parametrize("case", sampled(ALONE, "plain", "bf16", "keep-attention", "tiles", "experts", "few-labels"))
 def test_a_model_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, options = ALONE[case]
     monkeypatch.setattr(Router, "_choose", choose_evenly)
@@ -98,7 +104,7 @@ def on_rank(grid: Grid, core: ModelConfig, setting: TraceSetting) -> tuple[Run, 
     return found, real, dist.get_world_size()
 
 
-@pytest.mark.parametrize("case", RANKS)
+@pytest.mark.parametrize("case", sampled(RANKS, "sequence-full", "both", "experts-of-data"))
 def test_a_model_on_ranks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, layout, options = RANKS[case]
     monkeypatch.setattr(Router, "_choose", choose_evenly)
