@@ -16,10 +16,13 @@ from megatron_ds.cli.plan_failures import (
     RestartSeconds,
     SaveSeconds,
     SpareNodes,
+    Stragglers,
     draw_failures,
     faults_of,
     parse_saving,
+    parse_stragglers,
 )
+from megatron_ds.cli.plan_search import Search, Write, search_and_print, search_facts
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.paths import expanded
 
@@ -31,7 +34,8 @@ HELP = """Plan a run: does it fit, how fast is it, what does it cost, what limit
 Nothing is started: it needs no GPU, no weights (config.json is enough) and no data. The exit status is 1 if the run
 does not fit. docs/planning.md describes the numbers and how far they can be relied on.
 
---calibrate FILE measures this machine, for plans of runs on it: --device FILE.
+--search compares all layouts instead, and --write DIR writes the best ones as run files. --calibrate FILE measures this
+machine, for plans of runs on it: --device FILE.
 
 Examples:
 
@@ -39,6 +43,7 @@ Examples:
   megatron-ds plan run.yaml --nodes 16 --gpus-per-node 8 --device h100
   megatron-ds plan run.yaml --nodes 2 --device a100-80 --network 100Gb/s parallel.tensor=4
   megatron-ds plan run.yaml --nodes 64 --tokens 15T --price 2.5 --json plan.json
+  megatron-ds plan run.yaml --nodes 64 --search --write layouts
   megatron-ds plan run.yaml --nodes 64 --save-seconds 2,60 --goodput-plot goodput.png
   megatron-ds plan --calibrate here.yaml
 """
@@ -79,7 +84,10 @@ def plan(
     save_seconds: SaveSeconds = None,
     restart_seconds: RestartSeconds = 300.0,
     spare_nodes: SpareNodes = None,
+    stragglers: Stragglers = None,
     goodput_plot: GoodputPlot = None,
+    search: Search = False,
+    write: Write = None,
     calibrate: Annotated[
         Path | None,
         typer.Option("--calibrate", metavar="FILE", parser=expanded, help="Measure this machine, write its profile."),
@@ -93,18 +101,27 @@ def plan(
         return _calibrate(calibrate, gpus_per_node)
     if run is None:
         raise ConfigError("RUN.yaml is missing; try megatron-ds plan run.yaml --nodes 2")
+    if write is not None and not search:
+        raise ConfigError(f"--write={write} writes the layouts that a search finds; try --search")
     check_json_file(json)
     total = parse_tokens(tokens) if tokens is not None else None
     faults = faults_of(nodes, mtbf_hours, restart_seconds, spare_nodes)
     saving = parse_saving(save_seconds) if save_seconds is not None else None
     planner = _planner(run, overrides or [], device, nodes, gpus_per_node, network, gpu_memory)
+    if search:
+        found = search_and_print(planner.searched(), planner.limit_bytes, write)
+        if json is not None:
+            _write_json(json, search_facts(found, planner.searched().given.tokens_per_step))
+        return 0
     from megatron_ds.cli.plan_tables import print_plan
     from megatron_ds.planner.advice import advise
     from megatron_ds.planner.plan_facts import plan_facts
     from megatron_ds.planner.run_failures import plan_run_failures
 
     planned = planner.plan()
-    failures = plan_run_failures(planned.given, planned.time, planned.size.num_trained, faults, saving)
+    layout = planned.given.layout
+    slow = parse_stragglers(stragglers, layout.tensor * layout.context, layout.data) if stragglers is not None else None
+    failures = plan_run_failures(planned.given, planned.time, planned.size.num_trained, faults, saving, slow)
     total = total if total is not None else planner.tokens_of_run(planned)
     campaign = planned.campaign(total, price, failures.slowdown) if total is not None else None
     advice = advise(planned, planner.candidate, planner.replan)
@@ -134,12 +151,20 @@ def _planner(
     quiet_libraries()  # before DeepSpeed says that it finds no GPU
 
     from megatron_ds.planner.plan_input import Machines
+    from megatron_ds.planner.search_space import with_candidate
+    from megatron_ds.training.automatic import choose, describe_choice
     from megatron_ds.training.planning import RunPlanner
 
     limit = parse_size(gpu_memory, "--gpu-memory") if gpu_memory is not None else None
     profile, ranks = find_device(device), gpus_per_node or 8
     joined = find_network(network, profile, ranks)
-    return RunPlanner(load_run(run, overrides), Machines(nodes, ranks, profile.type), profile, joined, limit)
+    given, machines = load_run(run, overrides), Machines(nodes, ranks, profile.type)
+    planner = RunPlanner(given.without_choices(), machines, profile, joined, limit)
+    if not given.choices:
+        return planner
+    chosen = choose(planner, given.choices)
+    print(describe_choice(given.choices, chosen, profile))
+    return RunPlanner(with_candidate(given.without_choices(), chosen.candidate), machines, profile, joined, limit)
 
 
 def _calibrate(file: Path, ranks: int | None) -> int:

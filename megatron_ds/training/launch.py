@@ -33,7 +33,8 @@ ReporterFactory = Callable[[], AbstractContextManager[Reporter]]
 SECONDARY_ERROR_DELAY_S = 8.0  # the launcher kills the peers of a failed rank before they log secondary errors
 
 
-_AsRank = Callable[[RunConfig, RankInfo], TrainResult]
+_AsRank = Callable[[RunConfig, RankInfo, Sequence[str]], TrainResult]
+"""(run, this rank, lines on what the planner chose) -> result."""
 
 
 def silent() -> AbstractContextManager[Reporter]:
@@ -84,8 +85,8 @@ def train(
     quiet_libraries()
     use_writable_caches()
 
-    def as_rank(run: RunConfig, info: RankInfo) -> TrainResult:
-        return _train_as(run, info, reporter, callbacks)
+    def as_rank(run: RunConfig, info: RankInfo, notes: Sequence[str]) -> TrainResult:
+        return _train_as(run, info, reporter, callbacks, notes)
 
     if nproc is not None and nproc < 1:
         raise TopologyError(f"--nproc={nproc} is less than one rank; nearest: 1")
@@ -111,25 +112,30 @@ def _train_locally(run: RunConfig, ranks: int, as_rank: _AsRank, restarts: Resta
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
 
     from megatron_ds.engine import device_count, device_type, preload
+    from megatron_ds.training.automatic import with_choices
     from megatron_ds.training.model_paths import with_pinned_models
     from megatron_ds.training.resolve import resolve_run
 
     check_devices(ranks, device_type(), device_count())
     run = with_pinned_models(run)
-    resolve_run(run, ranks, device_type())
+    chosen = {ranks: with_choices(run, ranks, device_type())}
+    resolve_run(chosen[ranks].run, ranks, device_type())
     preload(run.train.compile)
     resumed = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
 
     results: list[TrainResult] = []
 
     def start(count: int, is_restart: bool) -> None:
+        if count not in chosen:  # ranks were lost
+            chosen[count] = with_choices(run, count, device_type())
+        choice = chosen[count]
         with logging_failure(Path(run.output)):
-            results[:] = run_local(lambda info: as_rank(run, info), count)
+            results[:] = run_local(lambda info: as_rank(choice.run, info, choice.notes), count)
 
     def misfit(count: int) -> str | None:
         """Return why the run does not fit a number of ranks; None = it fits."""
         try:
-            resolve_run(resumed, count, device_type())
+            resolve_run(with_choices(resumed, count, device_type()).run, count, device_type())
         except ConfigError as problem:
             return str(problem)
         has_devices = device_type() == "cpu" or count <= device_count()
@@ -199,7 +205,7 @@ def _train_launched(run: RunConfig, info: RankInfo, as_rank: _AsRank) -> TrainRe
     """Train as one of a launcher's ranks; log why this rank failed, late if it failed because a peer did."""
     share_cores(None)
     try:
-        return as_rank(run, info)
+        return as_rank(run, info, ())
     except MegatronDSError as problem:
         if info.rank == 0:
             raise
@@ -218,9 +224,15 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _train_as(run: RunConfig, info: RankInfo, reporter: ReporterFactory, callbacks: Sequence[Callback]) -> TrainResult:
+def _train_as(
+    run: RunConfig,
+    info: RankInfo,
+    reporter: ReporterFactory,
+    callbacks: Sequence[Callback],
+    notes: Sequence[str],
+) -> TrainResult:
     from megatron_ds.training.worker import train_rank
 
     setup_logging(info.rank)
     with reporter() if info.rank == 0 else silent() as opened:
-        return train_rank(run, info, opened, callbacks)
+        return train_rank(run, info, opened, callbacks, notes)

@@ -18,14 +18,16 @@ from megatron_ds.data import FORMATS, Causal, Labelled, Masked, Seq2Seq, check_f
 from megatron_ds.data.objective import DataObjective
 from megatron_ds.data.text.span_corruption import target_length
 from megatron_ds.errors import MegatronDSError
+from megatron_ds.planner.find_layouts import SearchInput
 from megatron_ds.planner.plan import Plan, make_plan
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import Device, Network
-from megatron_ds.planner.search_space import Candidate, candidate_of, with_candidate
+from megatron_ds.planner.search import first_legal
+from megatron_ds.planner.search_space import Candidate, Space, candidate_of, with_candidate
 from megatron_ds.runtime.loaded_model import LoadedModel, describe_model, read_model_section
 from megatron_ds.runtime.objective import find_objective
 from megatron_ds.runtime.optimizer_groups import grouped_parameters
-from megatron_ds.runtime.setup import EnginePlan, plan_run
+from megatron_ds.runtime.setup import EnginePlan
 from megatron_ds.training.model_paths import with_directories
 from megatron_ds.training.registered_names import check_registered_names
 from megatron_ds.training.resolve import plan_engine_of
@@ -57,12 +59,6 @@ class RunInputs:
         """
         engine = plan_engine_of(run, self.hf, self.machines.world_size, self.machines.device_type)
         return input_of_model(run, self._model, engine, self.machines)
-
-    def unplaced(self) -> PlanInput:
-        """Return the input of a plan of the run as one rank computes it, for a search that changes its engine."""
-        alone = with_candidate(self.run, Candidate(zero_stage=candidate_of(self.run).zero_stage))
-        engine = plan_run(alone, self.hf, 1, self.machines.device_type)
-        return input_of_model(alone, self._model, engine, self.machines)
 
 
 def plan_input(run: RunConfig, machines: Machines) -> PlanInput:
@@ -164,6 +160,16 @@ class RunPlanner:
         except MegatronDSError:
             return None
         return make_plan(given, self.device, self.network, self.limit_bytes)
+
+    def searched(self) -> SearchInput:
+        """Return the input of a search of layouts, which begins at one that is legal.
+
+        Raises:
+            ConfigError, TopologyError: no layout is legal.
+        """
+        space = Space(self.run, self.inputs.hf.core.shape(), self.machines.world_size, self.machines.ranks_per_node)
+        run = first_legal(space, self.inputs.hf, self.machines.device_type)
+        return SearchInput(run, self.inputs.hf, self.inputs.of(run), self.device, self.network)
 
     def tokens_of_run(self, plan: Plan) -> int | None:
         """Return the positions of all steps; None = they follow from the data, as `train.epochs` does."""

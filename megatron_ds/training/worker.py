@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
 from megatron_ds.training.agreement import check_same_run
+from megatron_ds.training.automatic import Choice, warn_of_misfit, with_choices
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
 from megatron_ds.training.checkpoint_copies import CheckpointCopier
 from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
@@ -68,7 +69,9 @@ from megatron_ds.training.summary import device_peak, flops_per_position, summar
 COLLECTIVE_TIMEOUT_S = 7200.0  # at least; longer than the watchdog's limits, whose report says more
 
 
-def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Sequence[Callback] = ()) -> TrainResult:
+def train_rank(
+    run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Sequence[Callback] = (), notes: Sequence[str] = ()
+) -> TrainResult:
     """Train as one rank of a job: join the process group, check the run, open data, resume, train, export.
 
     Collective over the world. After an exception the process group is left as it is: destroying it waits for peers,
@@ -79,6 +82,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
         info: rank and world size of this process.
         reporter: shows progress, on rank 0.
         callbacks: called after those that the run file names.
+        notes: lines that are shown first.
 
     Raises:
         MegatronDSError: the run is invalid, or fails in a way that the user can fix; see `run_on_all_ranks` for which
@@ -96,6 +100,7 @@ def train_rank(run: RunConfig, info: RankInfo, reporter: Reporter, callbacks: Se
         context.enter_context(logging_failure(output, info.rank))
         with ending_at_once():
             started = _start(run, info, group, watchdog.heartbeat, callbacks)
+            started = replace(started, notes=(*notes, *started.notes))
         context.enter_context(interrupt)
         result, was_interrupted = _train(started, reporter, interrupt, watchdog)
         started.restart.record("ended")
@@ -121,6 +126,11 @@ def _start(
     run: RunConfig, info: RankInfo, group: RankGroup | None, heartbeat: Heartbeat, callbacks: Sequence[Callback]
 ) -> _Started:
     """Join the process group, check the run, open data, build the model, resume. Collective over the world."""
+    choice = Choice(run)
+    if run.choices:
+        heartbeat(f"choosing {' and '.join(run.choices)}", may_take_long=True)
+        choice = with_choices(run, info.world_size, device_type())
+        run = choice.run
     heartbeat("comparing what the ranks run", may_take_long=True)
     check_same_run(run, info, group)
     heartbeat("joining the process group", may_take_long=True)
@@ -138,6 +148,9 @@ def _start(
     prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
     resolved = prepared.resolved
     check_same_data(prepared.train_data, resolved.run)
+    if info.rank == 0:
+        heartbeat("planning the memory", may_take_long=True)
+        warn_of_misfit(resolved, device.type)
     tested = []
     if resolved.run.train.device_test:
         heartbeat("testing devices, memory and links", may_take_long=True)
@@ -156,7 +169,7 @@ def _start(
     )
     disk = prepare_local_disk(run, found, info)
     restart.record("prepared")
-    return _Started(prepared, engine, restart, output_lock, (*tested, *restart.notes(), *notes), disk)
+    return _Started(prepared, engine, restart, output_lock, (*choice.notes, *tested, *restart.notes(), *notes), disk)
 
 
 @dataclass(frozen=True)
