@@ -561,7 +561,7 @@ class RunConfig(Section):
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What the run leaves to the planner, such as `parallel=auto`."""
+        """The values that the run leaves to the planner, such as `parallel=auto`."""
         parallel, micro_batch = self.parallel.auto, self.train.auto_micro_batch_size
         return ("parallel=auto",) * parallel + ("train.micro_batch_size=auto",) * micro_batch
 
