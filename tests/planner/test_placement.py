@@ -46,3 +46,9 @@ def test_a_large_layout_is_placed_without_its_ranks_being_listed() -> None:
     assert placed["data"] == Placement(128, 128, 1)
     assert placed["tensor"] == Placement(8, 1, 8)
     assert placed["pipeline"] == Placement(16, 16, 1)
+
+
+def test_the_island_with_the_fewest_ranks_and_the_worst_group_count() -> None:
+    assert Placement.of((0, 1, 2, 3, 4), 4) == Placement(5, 2, 1)
+    placed = place(Layout(data=4, tensor=2), 3)
+    assert placed["tensor"] == Placement(2, 2, 1), "ranks 0 and 1 share an island, 2 and 3 do not"
