@@ -21,10 +21,11 @@ from megatron_ds.planner.profiles.device import (
     Tile,
 )
 from megatron_ds.planner.profiles.link import GB, US, Link, MeasuredTime, Steps
+from megatron_ds.planner.profiles.shipped import find_by_gpu
 
 _DIGITS = 4
-_UNLINKED = "pcie4"
-"""The link of a machine with a single GPU, which no measurement shows."""
+_CPU_LINK, _CPU_NETWORK = "gloo", "ethernet 10Gb/s"
+_UNKNOWN_LINK, _UNKNOWN_NETWORK = "pcie4", "100Gb/s"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def build_device(name: str, facts: Facts, timed: Timed, communication: Sequence[
     known = peak_flops(facts.gpu, "bf16") if facts.gpu else None
     bytes_per_s = max(one.num_bytes / time_s for one, time_s in streams if not one.name)
     launch_us = min(time_s for _, time_s in streams) / US
+    link, network = _usual_links(facts)
     return Device(
         name=name,
         source=f"Measured on {datetime.date.today()}: {facts.ranks} ranks at the same time, {_whose(facts)}",
@@ -76,7 +78,8 @@ def build_device(name: str, facts: Facts, timed: Timed, communication: Sequence[
         products=_product_speed(facts, rates, known),
         attention=_attention_speed(attention, known or rates.get("bfloat16") or rates["float32"]),
         streams=StreamSpeed(share=1.0, launch_us=_rounded(launch_us)),
-        link=_link(facts, communication),
+        link=_link(facts, communication) if communication else link,
+        network=network,
         measured_products=tuple(MeasuredProduct(**asdict(one), us=_us(time_s)) for one, time_s in products),
         measured_attention=tuple(MeasuredAttention(**asdict(one), us=_us(time_s)) for one, time_s in attention),
         measured_streams=tuple(
@@ -110,10 +113,16 @@ def _attention_speed(attention: Sequence[tuple[Attention, float]], peak: float) 
     return AttentionSpeed(forward=best(False), backward=best(True), fill_keys=0.0, fill_dim=0.0)
 
 
-def _link(facts: Facts, communication: Sequence[MeasuredTime]) -> Link | str:
+def _usual_links(facts: Facts) -> tuple[Link | str, str]:
+    """Return the link and the network that no measurement of one rank, or of one machine, shows."""
+    if facts.gpu is None:
+        return _CPU_LINK, _CPU_NETWORK
+    known = find_by_gpu(facts.gpu)
+    return (known.link, known.network) if known is not None else (_UNKNOWN_LINK, _UNKNOWN_NETWORK)
+
+
+def _link(facts: Facts, communication: Sequence[MeasuredTime]) -> Link:
     """Return the link with its measured times; its formula, for other numbers of ranks, fits the two ends of them."""
-    if not communication:
-        return _UNLINKED
     plain = [row for row in communication if row.axis is None]
     return Link(
         source=f"Measured between {facts.ranks} ranks of one machine.",
