@@ -49,8 +49,8 @@ class Sizes:
 
 def usual_sizes(device: str) -> Sizes:
     """Return the sizes that a calibration measures, from a layer's smallest to its largest, on "cpu" or "cuda"."""
-    on_cpu = device == "cpu"
-    most_flops = 1.2e9 if on_cpu else 5e12
+    on_cpu = device == "cpu"  # most of which compute bf16 slowly
+    most_flops = {"float32": 1.2e9, "bfloat16": 1e8} if on_cpu else {"float32": 5e11, "bfloat16": 5e12}
     rows = (32, 128, 512, 2048) if on_cpu else (128, 1024, 4096, 16384)
     columns = (64, 256, 1024, 4096) if on_cpu else (128, 1024, 4096, 16384)
     inner = (64, 256, 512, 1024) if on_cpu else (128, 1024, 4096, 16384)
@@ -61,16 +61,19 @@ def usual_sizes(device: str) -> Sizes:
         *(Product(m, n, k, dtype=dtype) for dtype in DTYPES for m, n, k in combinations(rows, columns, inner)),
         *(Product(*sizes, dtype=dtype) for dtype in DTYPES for sizes in batches),
     ]
+    lengths = (
+        {"float32": (64, 256, 1024), "bfloat16": (64, 256)} if on_cpu else dict.fromkeys(DTYPES, (512, 2048, 8192))
+    )
     attention = [
-        Attention(1, 8, 8, dim, length, length, length * (length + 1) // 2, backward, dtype)
+        Attention(1, 8, 8, head_dim, length, length, length * (length + 1) // 2, backward, dtype)
         for dtype in DTYPES
         for backward in (False, True)
-        for dim in (64, 128)
-        for length in ((64, 256, 1024) if on_cpu else (512, 2048, 8192))
+        for head_dim in (64, 128)
+        for length in lengths[dtype]
     ]
     streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in STREAM_BYTES]
     buffers = [4**power * _KB for power in range(9 if on_cpu else 11)]
-    return Sizes([one for one in products if one.flops <= most_flops], attention, streams, buffers)
+    return Sizes([one for one in products if one.flops <= most_flops[one.dtype]], attention, streams, buffers)
 
 
 STREAM_BYTES = (16 * _KB, 64 * _KB, 256 * _KB, *(2**power * _KB for power in range(9, 15)), 65536 * _KB)
