@@ -26,7 +26,7 @@ from tests.ranks import preload, run_alone, run_local_ranks
 
 FACTS = Facts("cpu", None, 1, 8 << 30, 1)
 TOLERANCE = 0.15
-TRIES = 4
+TRIES = 8
 Operation = Product | Attention | Stream
 
 PRODUCTS = [
@@ -44,7 +44,7 @@ PRODUCTS = [
 ATTENTION = [
     Attention(1, 8, 8, head_dim, length, length, length * (length + 1) // 2, backward, "float32")
     for backward in (False, True)
-    for head_dim, length in ((64, 128), (96, 384), (128, 100))
+    for head_dim, length in ((64, 128), (96, 200), (128, 100))
 ]
 STREAMS = [Stream(num_bytes, name=name) for name in ("", "silu", "_softmax") for num_bytes in (700_000, 2_500_000)]
 
