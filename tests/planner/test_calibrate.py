@@ -59,19 +59,33 @@ def off(ratios: dict[object, float]) -> dict[object, float]:
     return {one: ratio for one, ratio in ratios.items() if not 1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE}
 
 
-def test_a_profile_predicts_products_attention_and_streams_that_were_not_measured() -> None:
-    sizes = usual_sizes("cpu")
-    names = {stream.name for stream in STREAMS}
-    known: list[Operation] = [one for one in sizes.products if one.dtype == "float32"]
-    known += [one for one in sizes.attention if one.dtype == "float32" and one.queries < 1024]
-    known += [one for one in sizes.streams if one.name in names and one.num_bytes <= 16 << 20]
-    unknown: list[Operation] = [*PRODUCTS, *ATTENTION, *STREAMS]
+SIZES = usual_sizes("cpu")
+CASES: dict[str, tuple[list[Operation], list[Operation]]] = {
+    "products": ([one for one in SIZES.products if one.dtype == "float32"], [*PRODUCTS]),
+    "attention": ([one for one in SIZES.attention if one.dtype == "float32" and one.queries < 1024], [*ATTENTION]),
+    "streams": (
+        [one for one in SIZES.streams if one.name in {two.name for two in STREAMS} and one.num_bytes <= 16 << 20],
+        [*STREAMS],
+    ),
+}
+"""Kind of operation -> those that are measured for a profile, and those that it predicts."""
+BASE: list[tuple[Operation, float]] = [(Product(64, 64, 64, dtype="float32"), 1e-5), (Stream(1000), 1e-6)]
+"""Every profile has a product and a stream."""
+
+
+@pytest.mark.parametrize(
+    "kind", ["products", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("attention", "streams"))]
+)
+def test_a_profile_predicts_operations_that_were_not_measured(kind: str) -> None:
+    known, unknown = CASES[kind]
     wrong: dict[object, float] = {}
     tries: list[list[float]] = []
     while len(tries) < TRIES:
         tries.append(run_alone(partial(timed, [*known, *unknown], 3)))
         times_s = [min(times) for times in zip(*tries)]  # others use the caches too, which never makes it faster
-        device = build_device("here", FACTS, list(zip(known, times_s)), [])
+        table = list(zip(known, times_s))
+        base = BASE[1:] if kind == "products" else BASE[:1] if kind == "streams" else BASE
+        device = build_device("here", FACTS, [*base, *table], [])
         measured = dict(zip(unknown, times_s[len(known) :]))
         wrong = off({one: roofline.seconds(one, device) / time_s for one, time_s in measured.items()})
         if not wrong:
@@ -108,8 +122,7 @@ def test_a_profile_predicts_collectives_of_other_sizes() -> None:
             )
             for one, time_s in zip(known, times_s)
         ]
-        products = [(Product(64, 64, 64, dtype="float32"), 1e-5), (Stream(1000), 1e-6)]
-        device = build_device("here", FACTS, products, rows)
+        device = build_device("here", FACTS, BASE, rows)
         network = find_network("ethernet 10Gb/s", device, 2)
         measured = dict(zip(unknown, times_s[len(known) :]))
         wrong = off({one: links.seconds(one, Placement(2, 1, 2), network) / time_s for one, time_s in measured.items()})
