@@ -42,6 +42,7 @@ class EngineSetting:
         most_gathered: elements of weights that ZeRO-3 gathers at once.
         reuse_distance: elements between two uses of a weight that stays gathered between them.
         sub_group: elements that ZeRO-3 updates at a time.
+        second_shards: ranks that share a second copy of ZeRO-3's weights; 1 = there is none.
         state_bytes: of each parameter group, what the optimizer keeps of an element.
     """
 
@@ -63,6 +64,7 @@ class EngineSetting:
     most_gathered: int = 1_000_000_000
     reuse_distance: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    second_shards: int = 1
     state_bytes: Sequence[float] = ()
 
     @property
@@ -123,7 +125,10 @@ class EngineMemory(ABC):
 
 
 class PlainEngine(EngineMemory):
-    """ZeRO-0 in fp32: torch's optimizer on the parameters themselves; reductions in buckets (`engine.data_sum`)."""
+    """ZeRO-0: torch's optimizer on the parameters themselves; reductions in buckets (`engine.data_sum`).
+
+    In half precision DeepSpeed's optimizer updates masters in fp32.
+    """
 
     def build(self) -> None:
         """Hold weights and state of all parameters."""
@@ -132,6 +137,7 @@ class PlainEngine(EngineMemory):
         for index, group in enumerate(self.groups):
             numel = sum(one.numel for one in group)
             self.device.add(WEIGHTS, numel * self.item)
+            self.device.add(MASTERS, 0 if self.item == FP32 else numel * FP32)
             for part, num_bytes in self.states(numel, index).items():
                 self.device.add(part, num_bytes)
 

@@ -40,9 +40,10 @@ class StageMemory:
 
     Attributes:
         stage: index of the pipeline stage.
-        parts: part -> bytes on the device at the peak: "weights", "masters", "optimizer", "gradients", "buckets",
-            "gathered weights", "activations", "temporaries", "boundaries" (what pipeline stages exchange), "batch",
-            and on a GPU "context", "communication" and "fragmentation".
+        parts: part -> bytes on the device at the peak: "weights", "masters", "optimizer", "averaged weights",
+            "gradients", "buckets", "gathered weights", "activations" with all temporaries, "gradients of activations",
+            "boundaries" (what pipeline stages exchange), "batch", and on a GPU "context", "communication" and
+            "fragmentation". Parts of which nothing is held are left out.
         when: the moment of the peak, such as "backward pass of blocks.3, micro-batch 2".
         host_parts: part -> bytes in host memory: what is offloaded, and copies of asynchronous saves.
         in_flight: the most micro-batches whose activations are held at once.
@@ -142,6 +143,7 @@ def engine_setting(given: PlanInput, held: HeldStage) -> EngineSetting:
         most_gathered=zero.max_live_parameters,
         reuse_distance=zero.max_reuse_distance,
         sub_group=zero.sub_group_size,
+        second_shards=zero.hpz,
         state_bytes=state_bytes_of(given, held),
     )
 
@@ -181,8 +183,9 @@ def boundary_of(given: PlanInput, specs: Sequence[LayerSpec], first: int, last: 
 
 
 def batch_bytes(given: PlanInput) -> int:
-    """Return the bytes of a step's columns on a device; on a CPU they are those of the loader, and only labels' places
-    are new.
+    """Return the bytes of a step's columns on a device, and of the places of their labels.
+
+    On a CPU the columns are those that the data have loaded, and are not counted.
     """
     positions = given.num_micro_batches * given.config.micro_batch_size * given.rows.seq_length
     places = round(positions * given.rows.labelled) // given.layout.context * INT64

@@ -47,6 +47,8 @@ class DividedEngine(EngineMemory):
             is_flat = one.trains  # lp_param_buffer
             place = weights if is_flat or one.name not in persistent else self.device
             place.add(WEIGHTS, self.part_of(one) * self.item)
+            if setting.second_shards > 1:  # ZeRO++
+                self.device.add(WEIGHTS, -(-one.numel // setting.second_shards) * self.item)
         for index, group in enumerate(self.groups):
             numel = sum(self.part_of(one) for one in group)
             state.add(MASTERS, numel * FP32)  # fp32_partitioned_groups_flat
