@@ -47,7 +47,7 @@ def test_a_ledger_remembers_its_peak() -> None:
 
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
-@pytest.mark.parametrize("micro_batches", [1, 2, 7])
+@pytest.mark.parametrize("micro_batches", [1, 2, 6])
 def test_passes_are_in_the_order_of_deepspeeds_schedule(stages: int, micro_batches: int) -> None:
     from deepspeed.runtime.pipe import schedule
 
