@@ -42,7 +42,7 @@ class EngineSetting:
         most_gathered: elements of weights that ZeRO-3 gathers at once.
         reuse_distance: elements between two uses of a weight that stays gathered between them.
         sub_group: elements that ZeRO-3 updates at a time.
-        second_shards: ranks that share a second copy of ZeRO-3's weights; 1 = there is none.
+        second_shards: ranks that share a second copy of ZeRO-3's weights; 1 = no second copy.
         state_bytes: of each parameter group, what the optimizer keeps of an element.
     """
 
