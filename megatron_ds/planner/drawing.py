@@ -157,9 +157,10 @@ def _shown_ranks(num_ranks: int, most: int) -> list[int | None]:
 
 def _title(timetable: Timetable) -> str:
     chunks = f" x {timetable.num_chunks} chunks" if timetable.num_chunks > 1 else ""
+    count = timetable.num_micro_batches
     return (
-        f"{TITLES[timetable.schedule]}: {timetable.num_ranks} ranks{chunks}, {timetable.num_micro_batches} "
-        f"micro-batches, {_seconds(timetable.duration_s)}, {timetable.bubble_share:.1%} waiting".replace("%", " %")
+        f"{TITLES[timetable.schedule]}: {timetable.num_ranks} ranks{chunks}, {count} micro-batch{'es' * (count > 1)}, "
+        f"{_seconds(timetable.duration_s)}, {timetable.bubble_share:.1%} waiting".replace("%", " %")
     )
 
 
@@ -169,8 +170,9 @@ def _axis(piece: _Piece) -> str:
 
 
 def _legend(timetable: Timetable, pieces: Sequence[_Piece], width: int) -> list[str]:
-    number = "" if pieces[0].coarse else "2"
-    of_number = "" if pieces[0].coarse else " of micro-batch 2"
+    example = min(2, timetable.num_micro_batches - 1)
+    number = "" if pieces[0].coarse else str(example)
+    of_number = "" if pieces[0].coarse else f" of micro-batch {example}"
     parts = [f"{number}{light} forward{of_number}, {number}{dark} backward" for light, dark in [_fills(0)]]
     if timetable.num_chunks > 1 and not pieces[0].coarse:
         parts += ["{}{} through chunks 1, 3, ...".format(*_fills(1))]

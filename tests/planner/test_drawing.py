@@ -55,6 +55,12 @@ def test_a_deep_pipeline_is_drawn_whole() -> None:
     assert lines[10].startswith("rank 56 ▕·") and lines[10].split("▏")[0].endswith("·")
 
 
+def test_one_micro_batch() -> None:
+    lines = draw_timetable(timetable(2, 1), 60).splitlines()
+    assert lines[0].startswith("1F1B: 2 ranks, 1 micro-batch, 6.00 s, ")
+    assert lines[-2] == "0─ forward of micro-batch 0, 0▒ backward"
+
+
 def test_units_of_time() -> None:
     assert "12.0 ms" in draw_timetable(timetable(2, 3, seconds=1e-3), 80)
     assert "12.0 us" in draw_timetable(timetable(2, 3, seconds=1e-6), 80)
