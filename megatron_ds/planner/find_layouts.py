@@ -8,12 +8,14 @@ from itertools import pairwise
 
 from megatron_ds.config import RunConfig
 from megatron_ds.hf.config import HFModel
+from megatron_ds.parallel.grid import Layout
 from megatron_ds.planner.engine_work import machine_of
 from megatron_ds.planner.held_parameters import HeldStage, hold_stage
 from megatron_ds.planner.layout_floors import CERTAIN_S, LayoutFloors, both_passes
 from megatron_ds.planner.memory import plan_memory
 from megatron_ds.planner.model_traces import ModelTraces
 from megatron_ds.planner.operations import LayerTrace
+from megatron_ds.planner.pass_time import Machine
 from megatron_ds.planner.plan_input import Machines, PlanInput
 from megatron_ds.planner.profiles import Device, Network
 from megatron_ds.planner.search import Estimate, Limits, SearchResult, search_layouts
@@ -92,6 +94,7 @@ class PlannedEstimators:
         self._traces = ModelTraces(searched.given.layers, alone)
         self._bounds: dict[int, list[int]] = {}
         self._held: dict[tuple[int, ...], HeldStage] = {}
+        self._machines: dict[tuple[Layout, int, int], Machine] = {}
         self._known: dict[Candidate, PlanInput] = {}
 
     @cached_property
@@ -107,7 +110,7 @@ class PlannedEstimators:
         """Return a bound by the passes of the candidate's own layers, and what they keep."""
         given, floor = self.given(candidate), self.floor(candidate)
         traces = self._traces_of(given)
-        seconds = both_passes(traces, machine_of(given, self._searched.device, self._searched.network))
+        seconds = both_passes(traces, self._machine(given))
         bounds, count = list(pairwise(self._stages(given))), given.num_micro_batches
         stages = [sum(seconds[first:end]) for first, end in bounds]
         passes_s = max(count * stage_s + sum(stages[:index]) for index, stage_s in enumerate(stages))
@@ -141,6 +144,13 @@ class PlannedEstimators:
         held = {stage: self._hold(given, stage) for stage in {0, last // 2, last}}
         time = plan_time(given, searched.device, searched.network, traces, held)
         return Estimate(time.total_s, device, host)
+
+    def _machine(self, given: PlanInput) -> Machine:
+        """Return one device among the others; it depends on the layout alone."""
+        key = (given.layout, given.expert_ranks, given.engine.context.ulysses)
+        if key not in self._machines:
+            self._machines[key] = machine_of(given, self._searched.device, self._searched.network)
+        return self._machines[key]
 
     def _hold(self, given: PlanInput, stage: int) -> HeldStage:
         """Return the parameters of a stage, which depend on the layout alone."""

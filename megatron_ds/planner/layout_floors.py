@@ -112,19 +112,22 @@ class LayoutFloors:
         return _Sizes(dense, experts, max(1, shape.num_layers))
 
     def _body(self, candidate: Candidate, *, of_tensor: bool) -> _Body:
-        """Return the passes of one rank, or of a tensor rank, in the largest batch, which is the most efficient."""
+        """Return the passes of one rank in the largest micro-batch, or of a tensor rank in one with as many tokens."""
         names = ("recompute", "keep_attention", "offload_activations")
         tensor, sequence = (candidate.tensor, candidate.sequence) if of_tensor else (1, False)
-        key = (tensor, sequence, *(getattr(candidate, name) for name in names))
+        rows = max(1, candidate.micro_batch_size // candidate.context) if of_tensor else LARGEST_MICRO_BATCH
+        key = (tensor, sequence, rows, *(getattr(candidate, name) for name in names))
         if key not in self._bodies:
             kept = {name: getattr(candidate, name) for name in names}
-            rows = replace(self._alone, tensor=tensor, sequence=sequence, micro_batch_size=LARGEST_MICRO_BATCH, **kept)
-            traces = self._traces.of(rows)
-            machine = Machine(self._device, self._network, {"tensor": self._placement(tensor, 1)})
+            setting = replace(self._alone, tensor=tensor, sequence=sequence, micro_batch_size=rows, **kept)
+            traces = self._traces.of(setting)
+            machine = Machine(
+                self._device, self._network, dict.fromkeys(("tensor", "neighbours"), self._placement(tensor, 1))
+            )
             seconds = both_passes(traces, machine)
             blocks_s = sum(one for one, trace in zip(seconds, traces) if trace.is_block)
             least = min((one.kept_bytes - one.released_bytes for one in traces if one.is_block), default=0)
-            of_row = (number / LARGEST_MICRO_BATCH for number in (blocks_s, sum(seconds) - blocks_s, least))
+            of_row = (number / rows for number in (blocks_s, sum(seconds) - blocks_s, least))
             self._bodies[key] = _Body(*of_row)
         return self._bodies[key]
 
