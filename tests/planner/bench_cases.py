@@ -1,7 +1,8 @@
-"""The bench's cases as the planner predicts them: `python -m tests.planner.bench_cases ONE.yaml TWO.yaml [CASE ...]`.
+"""The bench's cases as the planner predicts them: `python -m tests.planner.bench_cases [ONE.yaml TWO.yaml]`.
 
-ONE and TWO are calibrations of this machine with one and two ranks, by `megatron-ds plan --calibrate`. Predicted
-seconds of a step stand beside those of bench/results.json, which were measured on a machine without other load.
+ONE and TWO are calibrations of this machine with one and two ranks, by `megatron-ds plan --calibrate`. Without them the
+shipped profile `cpu` is used, and its speed is scaled by one number for each number of ranks, so that the first case is
+right. Predicted seconds of a step stand beside those of bench/results.json, which were measured without other load.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -57,20 +59,53 @@ def measured() -> dict[tuple[str, str], float]:
     }
 
 
-def main(profiles: Mapping[int, Device], names: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Compared:
+    """A case, predicted and measured: name, label of the entry, ranks, and seconds of a step."""
+
+    case: str
+    label: str
+    ranks: int
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted_s / self.measured_s - 1
+
+
+def compared(profiles: Mapping[int, Device], names: Sequence[str] = ()) -> list[Compared]:
+    """Return the cases, or some of them."""
+    recorded = measured()
+    return [
+        Compared(name, label, entry.world, predict(work, entry, profiles).total_s, recorded[name, label])
+        for name, label, work, entry in predicted_cases()
+        if not names or name in names
+    ]
+
+
+def scaled(found: Sequence[Compared]) -> list[Compared]:
+    """Return the cases with the predictions of each number of ranks scaled so that the first of them is right."""
+    first = {one.ranks: one for one in reversed(found)}
+    return [replace(one, predicted_s=one.predicted_s / (first[one.ranks].error + 1)) for one in found]
+
+
+def main(arguments: Sequence[str]) -> None:
     """Print the table."""
-    recorded, errors = measured(), []
-    for name, label, work, entry in predicted_cases():
-        if names and name not in names:
-            continue
-        found, seconds = predict(work, entry, profiles), recorded[name, label]
-        error = found.total_s / seconds - 1
-        errors.append(abs(error))
-        parts = ", ".join(f"{part} {value:.2f}" for part, value in found.parts.items())
-        print(f"| {name} | {label} | {found.total_s:.2f} | {seconds:.2f} | {error:+.0%} | {parts} |", flush=True)
+    if arguments:
+        found = compared({ranks: find_device(path) for ranks, path in enumerate(arguments, start=1)})
+    else:
+        found = scaled(compared({1: find_device("cpu"), 2: find_device("cpu")}))
+    print("| case | entry | ranks | predicted s | measured s | error |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for one in found:
+        seconds = f"{one.predicted_s:.2f} | {one.measured_s:.2f}"
+        print(f"| {one.case} | {one.label} | {one.ranks} | {seconds} | {one.error:+.0%} |")
+    errors = [abs(one.error) for one in found]
     near = sum(error <= 0.15 for error in errors)
-    print(f"{len(errors)} cases, {near} within 15 %, median {median(errors):.1%}")
+    print(f"\n{len(errors)} entries: median error {median(errors):.1%}, {near} within 15 %")
 
 
 if __name__ == "__main__":
-    main({1: find_device(sys.argv[1]), 2: find_device(sys.argv[2])}, sys.argv[3:])
+    main(sys.argv[1:])
