@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -17,12 +17,37 @@ from megatron_ds.parallel.context import ContextParallel
 from megatron_ds.parallel.expert import ExpertParallel
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.parallel.neighbours import Neighbours
+from megatron_ds.parallel.random import RngStates, RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 from megatron_ds.planner.trace.groups import RecordingGroup, RecordingNeighbours, known_to_torch
 from megatron_ds.planner.trace.host_copies import RecordedCopies
 from megatron_ds.planner.trace.kernels import stand_ins
 from megatron_ds.planner.trace.recorder import Recorder
 from megatron_ds.planner.trace.setting import TraceSetting
+
+
+class _NoStreams(RngStreams):
+    """Random streams that draw nothing and leave torch's generators as they are."""
+
+    def __init__(self) -> None:
+        self._nothing = torch.empty(0, dtype=torch.uint8)
+
+    def begin_step(self, step: int) -> None:
+        """Do nothing."""
+
+    @contextmanager
+    def sharded(self) -> Iterator[None]:
+        yield
+
+    def states(self) -> RngStates:
+        return self._nothing, self._nothing
+
+    @contextmanager
+    def returned_to(self, states: RngStates) -> Iterator[None]:
+        yield
+
+    def replayable(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return fn
 
 
 @contextmanager
@@ -52,6 +77,7 @@ def recording_context(setting: TraceSetting, recorder: Recorder) -> Iterator[Bui
     with known_to_torch(axes):
         yield BuildContext(
             tp=tp,
+            rng=_NoStreams(),
             recompute=_recompute(setting, recorder),
             kernels=kernels if setting.device_type != "cpu" else select_kernels(setting.kernels, torch.device("cpu")),
             experts=ExpertParallel(expert, tp),
