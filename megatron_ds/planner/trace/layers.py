@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ds.dtypes import DTYPE_OF_PRECISION
 from megatron_ds.layers.products import keep_gradient_sum
@@ -52,6 +51,8 @@ def _without_values(setting: TraceSetting, recorder: Recorder) -> Iterator[None]
     with ExitStack() as stack:
         stack.enter_context(without_values())
         if setting.device_type == "cpu":
+            from torch._subclasses.fake_tensor import FakeTensorMode  # its imports take a while
+
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         else:
             stack.enter_context(replaced_by(torch_attention(recorder)))
