@@ -41,10 +41,11 @@ Examples:
 
 \b
   megatron-ds plan run.yaml --nodes 16 --gpus-per-node 8 --device h100
-  megatron-ds plan run.yaml --nodes 2 --device a100-80 --network 100Gb/s parallel.tensor=4
-  megatron-ds plan run.yaml --nodes 64 --tokens 15T --price 2.5 --json plan.json
+  megatron-ds plan run.yaml --device a100-80 parallel.tensor=4
+  megatron-ds plan run.yaml --nodes 64 --network 200Gb/s --json plan.json
+  megatron-ds plan run.yaml --nodes 64 --tokens 15T --price 2.5
   megatron-ds plan run.yaml --nodes 64 --search --write layouts
-  megatron-ds plan run.yaml --nodes 64 --save-seconds 2,60 --goodput-plot goodput.png
+  megatron-ds plan run.yaml --nodes 64 --goodput-plot goodput.png
   megatron-ds plan --calibrate here.yaml
 """
 

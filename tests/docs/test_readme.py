@@ -171,6 +171,8 @@ def test_command_is_right(
         arguments = [word.replace("path/to/hf_dir", str(ROOT)) for word in words[1:]]
         assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word
         assert "no config.json here" in capsys.readouterr().err
+    elif words[:2] == ["megatron-ds", "plan"]:
+        assert _run(words[1:]) in (0, 1), capsys.readouterr().err
     elif words[:2] in (["megatron-ds", "families"], ["megatron-ds", "examples"]):
         assert _run(words[1:]) == 0, capsys.readouterr().err
     elif words[:2] == ["megatron-ds", "init"]:
