@@ -71,6 +71,7 @@ def choose_layout(
         raise refusal
     lora = ", or --lora" if trains_all else ""
     raise ConfigError(
-        f"--gpus={num_devices}: the model needs about {smallest.bytes_per_rank / GB:.1f} GB on each GPU, which has "
-        f"{bytes_per_device / GB:.1f} GB; try more GPUs, GPUs with more memory (--gpu-memory){lora}"
+        f"--gpus={num_devices}: the model needs about {smallest.bytes_per_rank / GB:.1f} GB on each GPU, of whose "
+        f"{bytes_per_device / GB:.1f} GB a plan may use {USABLE:.0%}; try more GPUs, GPUs with more memory "
+        f"(--gpu-memory){lora}"
     )

@@ -97,7 +97,7 @@ def test_gpus_and_adapters(place: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--data", "train.txt", "--lora"], "--lora with --random would train adapters of random weights"),
         (["--data", "none.txt"], "none.txt"),
         (["--data", "train.txt", "--gpus", "2", "--gpu-memory", "80"], "--gpu-memory='80' is not a size"),
-        (["--data", "train.txt", "--gpus", "2", "--gpu-memory", "1GB"], "--gpus=2: the model needs about 3.0 GB"),
+        (["--data", "train.txt", "--gpus", "2", "--gpu-memory", "500MB"], "--gpus=2: the model needs about 1.0 GB"),
         (["--data", "train.txt", "--model", "hff"], "--model=hff does not exist"),
     ],
 )
