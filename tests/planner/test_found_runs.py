@@ -18,7 +18,7 @@ VARIES = LAYOUT | {"micro_batch_size", "zero_stage"}
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.sweep)])
 def test_the_best_layout_trains(num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

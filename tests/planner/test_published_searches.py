@@ -20,11 +20,7 @@ from megatron_ds.training.planning import plan_input
 from tests.planner.published_rows import profile_of, read_rows
 
 ROWS = {row["id"]: row for row in read_rows(Path(__file__).with_name("published-runs.yaml"))}
-PUBLISHED = [
-    "dgxc-llama70b-bf16-64",
-    pytest.param("narayanan21-39.1B", marks=pytest.mark.sweep),
-    pytest.param("bigscience-176B-final-bloom", marks=pytest.mark.sweep),
-]
+PUBLISHED = ("dgxc-llama70b-bf16-64", "narayanan21-39.1B", "bigscience-176B-final-bloom")
 
 
 def run_of(row: dict[str, Any]) -> RunConfig:
@@ -68,6 +64,7 @@ def searched(run: RunConfig, nodes: int, ranks_per_node: int, device_name: str, 
     return SearchInput(run, hf, given, device, find_network(network, device, ranks_per_node))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_layout_at_least_as_fast_as_the_published_one(name: str) -> None:
     row = ROWS[name]
