@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ds.planner.faults import Faults, Saving
-from megatron_ds.planner.goodput_plot import draw_goodput
+from megatron_ds.planner.failures.closed_forms import Faults, Saving
+from megatron_ds.planner.failures.goodput_plot import draw_goodput
 
 SAVING = Saving(pause_s=10.0)
 

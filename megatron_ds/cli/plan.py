@@ -116,8 +116,8 @@ def plan(
         return 0
     from megatron_ds.cli.plan_tables import print_plan
     from megatron_ds.planner.advice import advise
+    from megatron_ds.planner.failures.run_failures import plan_run_failures
     from megatron_ds.planner.plan_facts import plan_facts
-    from megatron_ds.planner.run_failures import plan_run_failures
 
     planned = planner.plan()
     layout = planned.given.layout
@@ -152,7 +152,7 @@ def _planner(
     quiet_libraries()  # before DeepSpeed says that it finds no GPU
 
     from megatron_ds.planner.plan_input import Machines
-    from megatron_ds.planner.search_space import with_candidate
+    from megatron_ds.planner.search.space import with_candidate
     from megatron_ds.training.automatic import choose, describe_choice
     from megatron_ds.training.planning import RunPlanner
 
@@ -175,7 +175,7 @@ def _calibrate(file: Path, ranks: int | None) -> int:
     quiet_libraries()
     if file.suffix not in (".yaml", ".yml") or file.is_dir() or not file.absolute().parent.is_dir():
         raise ConfigError(f"--calibrate={file} is not a .yaml file in a directory that exists; try here.yaml")
-    from megatron_ds.planner.calibrate import calibrate, write_profile
+    from megatron_ds.planner.calibration.calibrate import calibrate, write_profile
 
     print("measuring this machine; it takes a few minutes, during which nothing else should run", flush=True)
     write_profile(calibrate(file.stem, ranks), file)

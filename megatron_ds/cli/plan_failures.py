@@ -13,9 +13,9 @@ from megatron_ds.errors import ConfigError, show
 from megatron_ds.paths import expanded
 
 if TYPE_CHECKING:
-    from megatron_ds.planner.fault_plan import FaultPlan
-    from megatron_ds.planner.faults import Faults, Saving
-    from megatron_ds.planner.stragglers import Jitter
+    from megatron_ds.planner.failures.closed_forms import Faults, Saving
+    from megatron_ds.planner.failures.fault_plan import FaultPlan
+    from megatron_ds.planner.pipeline.stragglers import Jitter
 
 PANEL = "Failures"
 MtbfHours = Annotated[
@@ -64,7 +64,7 @@ def faults_of(nodes: int, mtbf_hours: float | None, restart_seconds: float, spar
     Raises:
         ConfigError: an option is out of range.
     """
-    from megatron_ds.planner.faults import LLAMA3_NODE_MTBF_HOURS, Faults
+    from megatron_ds.planner.failures.closed_forms import LLAMA3_NODE_MTBF_HOURS, Faults
 
     if mtbf_hours is not None and not 0 < mtbf_hours < math.inf:
         raise ConfigError(f"--mtbf-hours={mtbf_hours:g} must be above 0; try 6335, the hours of Llama 3's nodes")
@@ -82,7 +82,7 @@ def parse_saving(text: str) -> Saving:
     Raises:
         ConfigError: it is not one or two numbers.
     """
-    from megatron_ds.planner.faults import Saving
+    from megatron_ds.planner.failures.closed_forms import Saving
 
     seconds = _numbers(text)
     if not 1 <= len(seconds) <= 2:
@@ -103,7 +103,7 @@ def parse_stragglers(text: str, devices: int, replicas: int) -> Jitter:
     Raises:
         ConfigError: it is not one or two numbers.
     """
-    from megatron_ds.planner.stragglers import Jitter
+    from megatron_ds.planner.pipeline.stragglers import Jitter
 
     percents = _numbers(text)
     if not 1 <= len(percents) <= 2 or max(percents) > 100:
@@ -125,7 +125,7 @@ def _numbers(text: str) -> list[float]:
 
 def draw_failures(plan: FaultPlan, gpus_per_node: int, path: Path) -> None:
     """Draw goodput over the interval for a planned run."""
-    from megatron_ds.planner.goodput_plot import draw_goodput
+    from megatron_ds.planner.failures.goodput_plot import draw_goodput
 
     name = f"{plan.faults.nodes * gpus_per_node:,} devices"
     sizes: Mapping[str, Faults] = {name: plan.faults}

@@ -13,8 +13,8 @@ from rich.table import Table
 from megatron_ds.paths import expanded
 
 if TYPE_CHECKING:
-    from megatron_ds.planner.find_layouts import SearchInput
-    from megatron_ds.planner.search import SearchResult
+    from megatron_ds.planner.search.branch_and_bound import SearchResult
+    from megatron_ds.planner.search.find_layouts import SearchInput
 
 Search = Annotated[bool, typer.Option("--search", help="Find the fastest layouts that fit.")]
 Write = Annotated[
@@ -35,9 +35,9 @@ def search_and_print(searched: SearchInput, limit_bytes: int, write: Path | None
     Raises:
         MegatronDSError: no layout is legal or fits, or a file cannot be written.
     """
-    from megatron_ds.planner.find_layouts import find_layouts
-    from megatron_ds.planner.layout_files import write_layouts
-    from megatron_ds.planner.search import Limits
+    from megatron_ds.planner.search.branch_and_bound import Limits
+    from megatron_ds.planner.search.find_layouts import find_layouts
+    from megatron_ds.planner.search.layout_files import write_layouts
 
     result = find_layouts(searched, Limits(limit_bytes), num_found=num_found)
     tokens, world = searched.given.tokens_per_step, searched.machines.world_size

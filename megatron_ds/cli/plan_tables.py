@@ -12,8 +12,8 @@ from rich.text import Text
 from megatron_ds.cli.display import format_count, format_rate
 from megatron_ds.cli.table import WIDTH
 from megatron_ds.planner.advice import Advice, describe_limit
-from megatron_ds.planner.drawing import draw_timetable
-from megatron_ds.planner.fault_plan import FaultPlan, fault_lines
+from megatron_ds.planner.failures.fault_plan import FaultPlan, fault_lines
+from megatron_ds.planner.pipeline.drawing import draw_timetable
 from megatron_ds.planner.plan import DAY_S, GB, HOUR_S, Campaign, Plan
 
 BAR_WIDTH = 30

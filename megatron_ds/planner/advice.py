@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ds.planner.plan import GB, Plan, largest_parts
-from megatron_ds.planner.search_space import Candidate
+from megatron_ds.planner.search.space import Candidate
 
 LEAST_GAIN = 0.02
 """Share of a step by which a change must be faster to be advised: smaller ones are within the plan's error."""

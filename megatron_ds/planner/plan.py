@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_ds.planner.memory import StageMemory, plan_memory
+from megatron_ds.planner.memory.stage import StageMemory, plan_memory
 from megatron_ds.planner.model_size import ModelSize, model_size
-from megatron_ds.planner.module_passes import record_passes
 from megatron_ds.planner.operations import LayerTrace
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles import Device, Network
-from megatron_ds.planner.step_time import StepTime, plan_time
+from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from megatron_ds.planner.trace.layers import trace_layers
-from megatron_ds.planner.wire import StepTraffic, plan_wire
+from megatron_ds.planner.traffic.module_passes import record_passes
+from megatron_ds.planner.traffic.wire import StepTraffic, plan_wire
 
 GB = 10**9
 HOUR_S, DAY_S = 3600, 86400

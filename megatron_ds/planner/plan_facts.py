@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ds.planner.advice import Advice, describe_limit
-from megatron_ds.planner.fault_plan import FaultPlan, fault_facts
-from megatron_ds.planner.memory import StageMemory
+from megatron_ds.planner.failures.fault_plan import FaultPlan, fault_facts
+from megatron_ds.planner.memory.stage import StageMemory
 from megatron_ds.planner.plan import Campaign, Plan
-from megatron_ds.planner.wire import StepTraffic
+from megatron_ds.planner.traffic.wire import StepTraffic
 
 
 def plan_facts(plan: Plan, campaign: Campaign | None, advice: Advice | None, failures: FaultPlan) -> dict[str, Any]:

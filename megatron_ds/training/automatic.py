@@ -11,11 +11,11 @@ import torch
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.log import get_logger
-from megatron_ds.planner.find_layouts import find_layouts
 from megatron_ds.planner.plan import GB, plan_stages
 from megatron_ds.planner.profiles import Device, find_network
-from megatron_ds.planner.search import FoundLayout, Limits
-from megatron_ds.planner.search_space import LAYOUT, with_candidate
+from megatron_ds.planner.search.branch_and_bound import FoundLayout, Limits
+from megatron_ds.planner.search.find_layouts import find_layouts
+from megatron_ds.planner.search.space import LAYOUT, with_candidate
 from megatron_ds.planner.this_machine import machines_here, this_device
 from megatron_ds.training.planning import RunPlanner, input_of_model
 from megatron_ds.training.resolve import ResolvedRun

@@ -18,12 +18,12 @@ from megatron_ds.data import FORMATS, Causal, Labelled, Masked, Seq2Seq, check_f
 from megatron_ds.data.objective import DataObjective
 from megatron_ds.data.text.span_corruption import target_length
 from megatron_ds.errors import MegatronDSError
-from megatron_ds.planner.find_layouts import SearchInput
 from megatron_ds.planner.plan import Plan, make_plan
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import Device, Network
-from megatron_ds.planner.search import first_legal
-from megatron_ds.planner.search_space import Candidate, Space, candidate_of, with_candidate
+from megatron_ds.planner.search.branch_and_bound import first_legal
+from megatron_ds.planner.search.find_layouts import SearchInput
+from megatron_ds.planner.search.space import Candidate, Space, candidate_of, with_candidate
 from megatron_ds.runtime.loaded_model import LoadedModel, describe_model, read_model_section
 from megatron_ds.runtime.objective import find_objective
 from megatron_ds.runtime.optimizer_groups import grouped_parameters

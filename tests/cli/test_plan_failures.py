@@ -6,9 +6,9 @@ import pytest
 
 from megatron_ds.cli.plan_failures import draw_failures, faults_of, parse_saving, parse_stragglers
 from megatron_ds.errors import ConfigError
-from megatron_ds.planner.fault_plan import plan_faults
-from megatron_ds.planner.faults import Saving
-from megatron_ds.planner.stragglers import Jitter
+from megatron_ds.planner.failures.closed_forms import Saving
+from megatron_ds.planner.failures.fault_plan import plan_faults
+from megatron_ds.planner.pipeline.stragglers import Jitter
 
 
 def test_rates() -> None:

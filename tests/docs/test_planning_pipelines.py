@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ds.planner.drawing import draw_timetable
-from megatron_ds.planner.fault_plan import describe_time
-from megatron_ds.planner.faults import (
+from megatron_ds.planner.failures.closed_forms import (
     Faults,
     Saving,
     daly_interval_s,
@@ -16,9 +14,11 @@ from megatron_ds.planner.faults import (
     spares_needed,
     young_interval_s,
 )
-from megatron_ds.planner.goodput import simulate_goodput
-from megatron_ds.planner.stragglers import Jitter
-from megatron_ds.planner.timetable import StageTimes, simulate, step_times
+from megatron_ds.planner.failures.fault_plan import describe_time
+from megatron_ds.planner.failures.goodput import simulate_goodput
+from megatron_ds.planner.pipeline.drawing import draw_timetable
+from megatron_ds.planner.pipeline.stragglers import Jitter
+from megatron_ds.planner.pipeline.timetable import StageTimes, simulate, step_times
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.profiles.device import Device
-from megatron_ds.planner.step_time import StepTime, plan_time
+from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from tests.planner.inputs import input_of
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results.json"

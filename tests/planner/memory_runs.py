@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ds.layers.moe.router import Router
 from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.planner.memory import StageMemory, plan_memory
+from megatron_ds.planner.memory.stage import StageMemory, plan_memory
 from megatron_ds.planner.trace import trace_layers
 from megatron_ds.planner.trace.storages import LiveStorages
 from megatron_ds.runtime import Session

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from megatron_ds.errors import MegatronDSError
-from megatron_ds.planner.step_time import StepTime
+from megatron_ds.planner.timing.step_time import StepTime
 from tests.planner.published_memory import GIB, memory_of, published_gib
 from tests.planner.published_rows import ROWS, Row, derived_s, published_s, read_rows, why_left_out
 from tests.planner.published_step import predict

@@ -1,7 +1,7 @@
 """Memory of published runs, for information: a system's state of weights, and activations by the traces of layers.
 
 It leaves out buffers of communication, what the allocator holds, and the CUDA context, which sources that read
-nvidia-smi count. The memory of this package's own runs is `planner.memory`.
+nvidia-smi count. The memory of this package's own runs is `planner.memory.stage`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ds.planner.operations import Attention, LayerTrace
-from megatron_ds.planner.step_time import StepTime
-from megatron_ds.planner.systems import MASK_BYTES, SCORE_BYTES, System
+from megatron_ds.planner.timing.step_time import StepTime
+from megatron_ds.planner.timing.systems import MASK_BYTES, SCORE_BYTES, System
 from tests.planner.published_model import Sizes
 from tests.planner.published_rows import Row, layout_of, recompute_of
 from tests.planner.published_step import stages_of, total, traced_of

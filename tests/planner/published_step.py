@@ -7,12 +7,12 @@ from math import ceil
 
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.planner.operations import Collective, LayerTrace, Message, Work
-from megatron_ds.planner.pass_time import Machine
-from megatron_ds.planner.placement import Placement, place
 from megatron_ds.planner.profiles import find_device, find_network
-from megatron_ds.planner.step_time import StepTime, time_step
-from megatron_ds.planner.step_work import EndWork, StageWork, StepWork
-from megatron_ds.planner.systems import System, apply, attention_speed, gathered, gradient_work, update_work
+from megatron_ds.planner.timing.pass_time import Machine
+from megatron_ds.planner.timing.placement import Placement, place
+from megatron_ds.planner.timing.step_time import StepTime, time_step
+from megatron_ds.planner.timing.step_work import EndWork, StageWork, StepWork
+from megatron_ds.planner.timing.systems import System, apply, attention_speed, gathered, gradient_work, update_work
 from tests.planner.published_model import Sizes, Traced, trace
 from tests.planner.published_rows import (
     Row,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_ds.planner.systems import System
+from megatron_ds.planner.timing.systems import System
 
 
 @dataclass(frozen=True)

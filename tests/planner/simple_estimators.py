@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from megatron_ds.config import ModelShape, RunConfig
-from megatron_ds.planner.search import Estimate
-from megatron_ds.planner.search_space import Candidate
+from megatron_ds.planner.search.branch_and_bound import Estimate
+from megatron_ds.planner.search.space import Candidate
 
 FLOPS_S, LINK_BYTES_S = 4.0e14, 2.0e11
 ACTIVATIONS = {"none": 34, "selective": 28, "full": 4}

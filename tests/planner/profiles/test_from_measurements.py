@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_ds.planner import roofline
 from megatron_ds.planner.operations import Attention, Product, Stream
 from megatron_ds.planner.profiles.from_measurements import Facts, build_device
 from megatron_ds.planner.profiles.link import Link, MeasuredTime
+from megatron_ds.planner.timing import roofline
 
 TIMED = [
     (Product(4096, 4096, 4096), 2 * 4096**3 / 600e12),

@@ -1,0 +1,1 @@
+"""Profiles of this machine by measurements."""

@@ -1,0 +1,160 @@
+"""A profile of this machine by measurements: its products, attention, streams, collectives and messages."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product as combinations
+from pathlib import Path
+
+import torch
+
+from megatron_ds.atomic import replacing
+from megatron_ds.config.yaml_text import format_yaml
+from megatron_ds.engine import device_count, device_type, preload, start_distributed
+from megatron_ds.errors import ConfigError
+from megatron_ds.parallel.grid import Layout, create_grid
+from megatron_ds.parallel.launch import RankInfo, run_local
+from megatron_ds.planner.calibration import measure_collectives, measure_operations
+from megatron_ds.planner.operations import Attention, Collective, Message, Product, Stream
+from megatron_ds.planner.profiles.device import Device
+from megatron_ds.planner.profiles.from_measurements import Facts, build_device
+from megatron_ds.planner.profiles.link import MeasuredTime
+
+MOST_RANKS = 8
+"""Ranks of a machine without GPUs, if nobody says how many."""
+TIMEOUT_S = 3600.0
+_KB = 1 << 10
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of operations to measure.
+
+    Attributes:
+        products: of one rank.
+        attention: of one rank.
+        streams: of one rank.
+        buffers: bytes of collectives and messages.
+    """
+
+    products: Sequence[Product]
+    attention: Sequence[Attention]
+    streams: Sequence[Stream]
+    buffers: Sequence[int]
+
+
+def usual_sizes(device: str) -> Sizes:
+    """Return the sizes that a calibration measures, from a layer's smallest to its largest, on "cpu" or "cuda"."""
+    on_cpu = device == "cpu"  # most of which compute bf16 slowly
+    most_flops = {"float32": 1.2e9, "bfloat16": 1e8} if on_cpu else {"float32": 5e11, "bfloat16": 5e12}
+    rows = (32, 128, 512, 2048) if on_cpu else (128, 1024, 4096, 16384)
+    columns = (64, 256, 1024, 4096) if on_cpu else (128, 1024, 4096, 16384)
+    inner = (64, 256, 512, 1024) if on_cpu else (128, 1024, 4096, 16384)
+    scale = 1 if on_cpu else 8
+    batches = [(scale * m, scale * m, k, batch) for m in (64, 128, 256) for k in (64, 128) for batch in (4, 16)]
+    batches += [(scale * m, scale * n, 512, 8) for m in (64, 256) for n in (512, 1024)]
+    products = [
+        *(Product(m, n, k, dtype=dtype) for dtype in DTYPES for m, n, k in combinations(rows, columns, inner)),
+        *(Product(*sizes, dtype=dtype) for dtype in DTYPES for sizes in batches),
+    ]
+    lengths = (
+        {"float32": (64, 256, 1024), "bfloat16": (64, 256)} if on_cpu else dict.fromkeys(DTYPES, (512, 2048, 8192))
+    )
+    attention = [
+        Attention(1, 8, 8, head_dim, length, length, length * (length + 1) // 2, backward, dtype)
+        for dtype in DTYPES
+        for backward in (False, True)
+        for head_dim in (64, 128)
+        for length in lengths[dtype]
+    ]
+    streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in STREAM_BYTES]
+    buffers = [4**power * _KB for power in range(9 if on_cpu else 11)]
+    return Sizes([one for one in products if one.flops <= most_flops[one.dtype]], attention, streams, buffers)
+
+
+STREAM_BYTES = (16 * _KB, 64 * _KB, 256 * _KB, *(2**power * _KB for power in range(9, 15)), 65536 * _KB)
+"""Bytes of the streams that are measured; a CPU's caches end between the larger ones."""
+DTYPES = ("float32", "bfloat16")
+"""Precisions that are measured."""
+
+
+def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None) -> Device:
+    """Return the measured profile of this machine. It takes one to three minutes.
+
+    All ranks compute at the same time, as in a run: they share the memory and, on a CPU, the cores.
+
+    Args:
+        name: of the profile.
+        ranks: of a run on this machine; None = its number of GPUs, or of cores up to `MOST_RANKS`.
+        sizes: of what is measured; None = `usual_sizes`.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs than ranks.
+    """
+    kind = device_type()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if ranks is None:
+        ranks = device_count() if kind == "cuda" else min(cores, MOST_RANKS)
+    if kind == "cuda" and ranks > device_count():
+        raise ConfigError(f"--gpus-per-node={ranks}: this machine has {device_count()}; nearest: {device_count()}")
+    preload()
+    sizes = sizes or usual_sizes(kind)
+    found = run_local(partial(_measure, sizes=sizes, threads=max(1, cores // ranks)), ranks, TIMEOUT_S)
+    times_s = [statistics.median(column) for column in zip(*(one.times_s for one in found))]
+    operations = [*sizes.products, *sizes.attention, *sizes.streams]
+    return build_device(name, found[0].facts, list(zip(operations, times_s)), found[0].communication)
+
+
+def write_profile(device: Device, path: Path) -> None:
+    """Write a profile that `find_device` reads."""
+    fields = device.model_dump(exclude_defaults=True, exclude={"name"}, mode="json")
+    with replacing(path) as part:
+        part.write_text(format_yaml(fields), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The measurements of one rank."""
+
+    facts: Facts
+    times_s: list[float]
+    communication: list[MeasuredTime]
+
+
+def _measure(info: RankInfo, sizes: Sizes, threads: int) -> _Found:
+    torch.set_num_threads(threads)
+    device = start_distributed(info)
+    world = create_grid(Layout(data=info.world_size), info.rank).world
+    communication = []
+    if info.world_size > 1:
+        communication = measure_collectives.measured_times(
+            collectives(sizes.buffers, world.size, device.type), world, device
+        )
+    operations = [*sizes.products, *sizes.attention, *sizes.streams]
+    times_s = measure_operations.measure(operations, device)
+    return _Found(_facts(device, info.world_size, threads), times_s, communication)
+
+
+def collectives(buffers: Sequence[int], ranks: int, device: str) -> list[Collective | Message]:
+    """Return the collectives and messages to measure on "cpu" or "cuda"."""
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+    found: list[Collective | Message] = [
+        Collective(kind, "data", num_bytes, ranks) for kind in kinds for num_bytes in buffers
+    ]
+    if device == "cpu":
+        found += [
+            Collective(kind, measure_collectives.NEIGHBOURS, size, ranks) for kind in kinds[:3] for size in buffers
+        ]
+    return found + [Message("pipeline", num_bytes) for num_bytes in buffers]
+
+
+def _facts(device: torch.device, ranks: int, threads: int) -> Facts:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Facts("cuda", properties.name, properties.multi_processor_count, properties.total_memory, ranks)
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Facts("cpu", None, threads, memory_bytes // ranks, ranks)

@@ -1,0 +1,173 @@
+"""Times of products, attention and streams on this machine's devices, for profiles.
+
+Every operation is called in each of several rounds, so that a disturbance of the machine reaches all of them alike, and
+the median over the rounds counts. A product is called in the three layouts of a linear layer: forward, and the
+gradients of its input and of its weight.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_ds.planner.operations import Attention, Product, Stream
+
+SHORTEST_S = 0.002
+"""Calls are repeated until one measurement takes at least so long."""
+ROUNDS = 3
+
+Act = Callable[[], object]
+Clock = Callable[[], float]
+
+
+def measure(
+    operations: Sequence[Product | Attention | Stream],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    clock: Clock = time.perf_counter,
+) -> list[float]:
+    """Return the median seconds of each operation.
+
+    Args:
+        operations: to measure. A stream has one launch, and a name in `STREAMS`.
+        device: that computes.
+        rounds: number of times that all of them are measured.
+        clock: seconds; `time.thread_time` counts those that one thread computes, whatever else the machine does.
+    """
+    times_s: list[list[float]] = [[] for _ in operations]
+    calls = [0] * len(operations)
+    for _ in range(rounds):
+        for index, operation in enumerate(operations):
+            acts = prepare(operation, device)  # again in each round: all at once may not fit into memory
+            for act in acts if not calls[index] else acts[:1]:
+                act()
+            time_s = _time(acts, max(1, calls[index]), device, clock)
+            if not calls[index]:
+                calls[index] = max(1, int(SHORTEST_S / max(time_s * len(acts), 1e-9)))
+                time_s = _time(acts, calls[index], device, clock) if calls[index] > 1 else time_s
+            times_s[index].append(time_s)
+    return [statistics.median(one) for one in times_s]
+
+
+def _time(acts: Sequence[Act], calls: int, device: torch.device, clock: Clock) -> float:
+    """Return the mean seconds of one act."""
+    _wait(device)
+    began_s = clock()
+    for _ in range(calls):
+        for act in acts:
+            act()
+    _wait(device)
+    return (clock() - began_s) / (calls * len(acts))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def prepare(operation: Product | Attention | Stream, device: torch.device) -> Sequence[Act]:
+    """Return functions that compute an operation, with their memory allocated."""
+    match operation:
+        case Product():
+            return _product(operation, device)
+        case Attention():
+            return [_attention(operation, device)]
+        case Stream():
+            return [STREAMS[operation.name](operation.num_bytes, device)]
+
+
+def _product(product: Product, device: torch.device) -> Sequence[Act]:
+    dtype = getattr(torch, product.dtype)
+    m, n, k, batch = product.m, product.n, product.k, product.batch
+
+    def factor(*shape: int) -> Tensor:
+        return _numbers((batch, *shape) if batch > 1 else shape, dtype, device)
+
+    multiply = torch.bmm if batch > 1 else torch.mm
+    forward = partial(multiply, factor(m, k), factor(n, k).mT)
+    of_input = partial(multiply, factor(m, k), factor(k, n))
+    of_weight = partial(multiply, factor(k, m).mT, factor(k, n))
+    return forward, of_input, of_weight
+
+
+def _numbers(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return random numbers, on which the power of a GPU depends; a CPU, which makes them slowly, gets ones."""
+    if device.type == "cpu":
+        return torch.ones(*shape, dtype=dtype)
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _attention(attention: Attention, device: torch.device) -> Act:
+    dtype, causal = getattr(torch, attention.dtype), attention.pairs < attention.queries * attention.keys
+    heads = (attention.heads, attention.kv_heads, attention.kv_heads)
+    lengths = (attention.queries, attention.keys, attention.keys)
+    query, key, value = (
+        _numbers((attention.rows, count, length, attention.head_dim), dtype, device).requires_grad_(attention.backward)
+        for count, length in zip(heads, lengths)
+    )
+    grouped = attention.heads != attention.kv_heads
+    compute = partial(functional.scaled_dot_product_attention, query, key, value, is_causal=causal, enable_gqa=grouped)
+    if not attention.backward:
+        return compute
+    out = compute()
+    grad = torch.ones_like(out)
+    return partial(torch.autograd.grad, out, (query, key, value), grad, retain_graph=True)
+
+
+def _with_tensors(compute: Callable[..., object], moved: int, tensors: int = 1) -> Callable[[int, torch.device], Act]:
+    """Return a function of bytes and device that makes a stream.
+
+    Args:
+        compute: the operation on tensors of one size.
+        moved: number of such tensors that it reads and writes.
+        tensors: number of its arguments.
+    """
+
+    def make(num_bytes: int, device: torch.device) -> Act:
+        width = 512
+        rows = max(1, num_bytes // (4 * moved * width))
+        given = [_numbers((rows, width), torch.float32, device) for _ in range(tensors)]
+        return partial(compute, *given)
+
+    return make
+
+
+def _adamw(num_bytes: int, device: torch.device) -> Act:
+    """Return fused AdamW on fp32: it reads gradients, and reads and writes weights and two moments."""
+    parameter = torch.nn.Parameter(_numbers((max(1, num_bytes // (4 * 7)),), torch.float32, device))
+    parameter.grad = torch.ones_like(parameter)
+    return torch.optim.AdamW([parameter], lr=1e-6, fused=True).step
+
+
+_silu_backward = torch.ops.aten.silu_backward
+_gelu_backward = torch.ops.aten.gelu_backward
+STREAMS: dict[str, Callable[[int, torch.device], Act]] = {
+    "": _with_tensors(torch.add, 3, 2),
+    "add_": _with_tensors(Tensor.add_, 3, 2),
+    "mul": _with_tensors(torch.mul, 3, 2),
+    "copy_": _with_tensors(Tensor.copy_, 2, 2),
+    "clone": _with_tensors(torch.clone, 2),
+    "zero_": _with_tensors(Tensor.zero_, 1),
+    "sum": _with_tensors(torch.sum, 1),
+    "pow": _with_tensors(partial(torch.pow, exponent=2), 2),
+    "exp": _with_tensors(torch.exp, 2),
+    "silu": _with_tensors(functional.silu, 2),
+    "silu_backward": _with_tensors(_silu_backward, 3, 2),
+    "gelu": _with_tensors(functional.gelu, 2),
+    "gelu_backward": _with_tensors(_gelu_backward, 3, 2),
+    "_softmax": _with_tensors(partial(torch.softmax, dim=-1), 2),
+    "_log_softmax": _with_tensors(partial(torch.log_softmax, dim=-1), 2),
+    "native_layer_norm": _with_tensors(partial(functional.layer_norm, normalized_shape=(512,)), 2),
+    "cat": _with_tensors(lambda a, b: torch.cat([a, b]), 4, 2),
+    "bernoulli_": _with_tensors(Tensor.bernoulli_, 1),
+    "norm": _with_tensors(torch.linalg.vector_norm, 1),
+    "adamw": _adamw,
+}
+"""Streams by name, of tensors with rows of 512 elements in fp32: tensors that are read and written, arguments. The
+first one stands for all names that are not here. The names are torch's, and those of `planner.timing.engine_work`."""

@@ -1,0 +1,1 @@
+"""Failures of a run, the interval of its checkpoints, and its goodput."""

@@ -1,0 +1,52 @@
+"""Failures of a planned run: the cost of its checkpoints, and the plan of its failures."""
+
+from __future__ import annotations
+
+from megatron_ds.planner.failures.closed_forms import Faults, Saving
+from megatron_ds.planner.failures.fault_plan import FaultPlan, estimate_saving, plan_faults
+from megatron_ds.planner.pipeline.stragglers import Jitter
+from megatron_ds.planner.pipeline.timetable import slowdown
+from megatron_ds.planner.plan_input import PlanInput
+from megatron_ds.planner.timing.engine_work import FP32, MOMENT_BYTES
+from megatron_ds.planner.timing.step_time import StepTime
+
+
+def saving_of(given: PlanInput, num_trained: int) -> Saving:
+    """Estimate the cost of a run's checkpoints: fp32 weights and optimizer state, divided over all ranks.
+
+    Args:
+        given: the run.
+        num_trained: parameters that it trains.
+    """
+    section = given.config.optimizer
+    name = section.name if section is not None else "adamw"
+    total_bytes = num_trained * (FP32 + MOMENT_BYTES.get(name, MOMENT_BYTES["adamw"]))
+    rank_bytes = total_bytes / given.layout.world_size
+    return estimate_saving(rank_bytes, total_bytes, given.machines.nodes, given.saves_asynchronously)
+
+
+def plan_run_failures(
+    given: PlanInput,
+    time: StepTime,
+    num_trained: int,
+    faults: Faults,
+    saving: Saving | None = None,
+    jitter: Jitter | None = None,
+) -> FaultPlan:
+    """Plan the failures of a run.
+
+    Args:
+        given: the run.
+        time: of a step.
+        num_trained: parameters that it trains.
+        faults: rates and costs of failures; their number of nodes is the run's.
+        saving: measured cost of a checkpoint; None = it is estimated.
+        jitter: slowness of devices; None = that of `plan_time`.
+    """
+    cost = saving if saving is not None else saving_of(given, num_trained)
+    step_s, slower = time.total_s - time.pause_s, 1.0
+    if jitter is not None:
+        step_s -= time.straggling_s
+        pipeline_s = time.timetable.duration_s
+        slower = 1 + (slowdown(time.timetable, jitter) - 1) * pipeline_s / step_s
+    return plan_faults(faults, cost, step_s, given.save_every or None, slower=slower)

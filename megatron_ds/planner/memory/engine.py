@@ -1,0 +1,226 @@
+"""Memory that the engine holds besides activations: weights, gradients, optimizer state, buffers of reductions.
+
+Each class follows what one optimizer of DeepSpeed 0.19.8 allocates and releases, event by event, in the order in which
+a step brings them about: gradients as autograd has them, the end of a backward pass, the reduction, the update. Sizes
+depend on the parameters alone, so that a step of any model takes milliseconds. The names of DeepSpeed's own attributes
+stand in comments, to find the place again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_ds.planner.held_parameters import HeldParameter, HeldStage
+from megatron_ds.planner.memory.ledger import Ledger
+
+WEIGHTS, MASTERS, OPTIMIZER, AVERAGE = "weights", "masters", "optimizer", "averaged weights"
+GRADIENTS, BUCKETS, GATHERED = "gradients", "buckets", "gathered weights"
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class EngineSetting:
+    """Settings that the engine's memory depends on besides the parameters.
+
+    Attributes:
+        zero_stage: of DeepSpeed.
+        precision: "fp32", "bf16" or "fp16".
+        shard_ranks: d, ranks that reduce gradients and share ZeRO's states.
+        expert_shard_ranks: ranks that hold the same experts, if these are not divided over the tensor axis.
+        bucket: elements that are reduced at a time.
+        contiguous: gradients are copied into buckets.
+        offload_optimizer, offload_param: state and weights are in host memory.
+        pipelined: there are several pipeline stages.
+        averages_weights: an average of the weights is kept.
+        adds_in_products: products add gradients of matrices to fp32 sums; see `engine.gradient_sums`.
+        num_micro_batches: of a step.
+        overlaps: reductions overlap the backward pass, with two buckets.
+        gather_bucket: ZeRO-3's weights that are gathered ahead, elements.
+        persistent: parameters with so many elements or fewer are always whole at ZeRO-3.
+        most_gathered: elements of weights that ZeRO-3 gathers at once.
+        reuse_distance: elements between two uses of a weight that stays gathered between them.
+        sub_group: elements that ZeRO-3 updates at a time.
+        second_shards: ranks that share a second copy of ZeRO-3's weights; 1 = no second copy.
+        state_bytes: of each parameter group, what the optimizer keeps of an element.
+    """
+
+    zero_stage: int
+    precision: str = "fp32"
+    shard_ranks: int = 1
+    expert_shard_ranks: int = 1
+    bucket: int = 500_000_000
+    contiguous: bool = True
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    pipelined: bool = False
+    averages_weights: bool = False
+    adds_in_products: bool = False
+    num_micro_batches: int = 1
+    overlaps: bool = False
+    gather_bucket: int = 50_000_000
+    persistent: int = 100_000
+    most_gathered: int = 1_000_000_000
+    reuse_distance: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+    second_shards: int = 1
+    state_bytes: Sequence[float] = ()
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return FP32 if self.precision == "fp32" else 2
+
+
+class EngineMemory(ABC):
+    """The memory of an engine on one rank, during a step that is not the first.
+
+    Args:
+        held: the parameters of the stage.
+        setting: of the engine.
+        device, host: ledgers of the two memories; the same one where ranks compute on a CPU.
+    """
+
+    def __init__(self, held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger) -> None:
+        self.held, self.setting = held, setting
+        self.device, self.host = device, host
+        self.item, self.groups = setting.itemsize, held.groups
+        self.trained = [one for group in held.groups for one in group]
+
+    def ranks_of(self, group: Sequence[HeldParameter]) -> int:
+        """Return the number of ranks that share the state of a group."""
+        return self.setting.expert_shard_ranks if group[0].apart else self.setting.shard_ranks
+
+    @abstractmethod
+    def build(self) -> None:
+        """Hold what is there between two steps."""
+
+    def enter(self, parameters: Sequence[HeldParameter]) -> None:  # noqa: B027
+        """Gather the weights of a module before its forward or backward pass."""
+
+    def leave(self, parameters: Sequence[HeldParameter]) -> None:  # noqa: B027
+        """Release them after it."""
+
+    @abstractmethod
+    def gradient(self, parameter: HeldParameter) -> None:
+        """Take a gradient, whose memory autograd has just allocated."""
+
+    @abstractmethod
+    def end_backward(self, *, is_last: bool) -> None:
+        """Follow the end of a micro-batch's backward pass, and of the step's last one."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Update the weights."""
+
+    def states(self, numel: int, group: int) -> dict[str, int]:
+        """Return part -> bytes of the optimizer's state for some elements of a group."""
+        average = numel * FP32 if self.setting.averages_weights else 0
+        return {OPTIMIZER: round(numel * self.setting.state_bytes[group]), AVERAGE: average}
+
+    def hold_frozen(self) -> None:
+        """Hold the weights that are not trained, which ZeRO below stage 3 leaves as they are."""
+        self.device.add(WEIGHTS, sum(one.numel for one in self.held.parameters if not one.trains) * self.item)
+
+
+class PlainEngine(EngineMemory):
+    """ZeRO-0: torch's optimizer on the parameters themselves; reductions in buckets (`engine.data_sum`).
+
+    In half precision DeepSpeed's optimizer updates masters in fp32.
+    """
+
+    def build(self) -> None:
+        """Hold weights and state of all parameters."""
+        self.hold_frozen()
+        self._have: set[str] = set()
+        for index, group in enumerate(self.groups):
+            numel = sum(one.numel for one in group)
+            self.device.add(WEIGHTS, numel * self.item)
+            self.device.add(MASTERS, 0 if self.item == FP32 else numel * FP32)
+            for part, num_bytes in self.states(numel, index).items():
+                self.device.add(part, num_bytes)
+
+    def gradient(self, parameter: HeldParameter) -> None:
+        """Keep it in the parameter until the update."""
+        num_bytes = parameter.numel * self.item
+        self.device.add(GRADIENTS, num_bytes)
+        if parameter.name in self._have:  # it is added to the one of the micro-batch before
+            self.device.release(GRADIENTS, num_bytes)
+        self._have.add(parameter.name)
+
+    def end_backward(self, *, is_last: bool) -> None:
+        """Reduce the gradients after the last micro-batch."""
+        if not is_last:
+            return
+        for of_experts in (False, True):
+            chosen = [one for one in self.trained if one.apart == of_experts]
+            if chosen and self.ranks_of(chosen) > 1:
+                for bucket in filled_buckets(chosen, self.setting.bucket):
+                    if len(bucket) > 1:  # one tensor is reduced in place
+                        with self.device.holding(BUCKETS, sum(one.numel for one in bucket) * self.item):
+                            pass
+
+    def step(self) -> None:
+        """Update in place, and release the gradients."""
+        self.device.release(GRADIENTS)
+        self._have.clear()
+
+
+class Bf16Engine(EngineMemory):
+    """ZeRO-1 in bf16 (DeepSpeed's `BF16_Optimizer`): fp32 sums of all gradients on every rank, masters divided.
+
+    A parameter keeps its bf16 gradient from the first backward pass on, because it is set to zero and not released.
+    """
+
+    def build(self) -> None:
+        """Hold flat weights and gradients of all parameters, and a part of the state."""
+        self.hold_frozen()
+        for index, group in enumerate(self.groups):
+            ranks = self.ranks_of(group)
+            padded = padded_numel(group, 2 * ranks)
+            self.device.add(WEIGHTS, padded * self.item)  # bf16_groups_flat
+            self.device.add(MASTERS, padded // ranks * FP32)  # fp32_groups_flat_partition
+            self.device.add(GRADIENTS, padded * FP32)  # fp32_groups_gradients_flat
+            for part, num_bytes in self.states(padded // ranks, index).items():
+                self.device.add(part, num_bytes)
+        self._kept = [one for one in self.trained if not (self.setting.adds_in_products and len(one.spec.shape) >= 2)]
+        self.device.add(GRADIENTS, sum(one.numel for one in self._kept) * self.item)
+
+    def gradient(self, parameter: HeldParameter) -> None:
+        """Let autograd add it to the parameter's bf16 gradient."""
+        with self.device.holding(GRADIENTS, parameter.numel * self.item):
+            pass
+
+    def end_backward(self, *, is_last: bool) -> None:
+        """Add the bf16 gradients to the fp32 sums, which are reduced after the last micro-batch."""
+        for one in self._kept:  # _update_hp_grad casts each
+            with self.device.holding(GRADIENTS, one.numel * FP32):
+                pass
+        if not is_last:
+            return
+        for group in self.groups:  # parts of the flat sums, in place; a cast to the dtype of the communication
+            if self.ranks_of(group) > 1:
+                part = min(self.setting.bucket, padded_numel(group, 2 * self.ranks_of(group)))
+                with self.device.holding(BUCKETS, part * self.item):
+                    pass
+
+    def step(self) -> None:
+        """Update in place."""
+
+
+def padded_numel(group: Iterable[HeldParameter], alignment: int) -> int:
+    """Return the length of a group's flat vector."""
+    return -(-sum(one.numel for one in group) // alignment) * alignment
+
+
+def filled_buckets(parameters: Iterable[HeldParameter], limit: int) -> Iterator[list[HeldParameter]]:
+    """Yield parameters in buckets, each of which ends with the parameter that exceeds the limit."""
+    bucket: list[HeldParameter] = []
+    for one in parameters:
+        bucket.append(one)
+        if sum(other.numel for other in bucket) > limit:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -1,0 +1,225 @@
+"""Memory of DeepSpeed's optimizer for ZeRO-1 and 2 (`DeepSpeedZeroOptimizer`), with or without offload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_ds.planner.held_parameters import HeldParameter, HeldStage
+from megatron_ds.planner.memory.engine import (
+    BUCKETS,
+    FP32,
+    GRADIENTS,
+    MASTERS,
+    WEIGHTS,
+    EngineMemory,
+    EngineSetting,
+    padded_numel,
+)
+from megatron_ds.planner.memory.ledger import Ledger
+
+
+class FlatEngine(EngineMemory):
+    """ZeRO-1 and 2: each group's weights are one flat vector, cut into a partition for each rank.
+
+    At stage 1 gradients stay in the parameters until the last micro-batch's are there, and then pass through the bucket
+    one after the other; at stage 2 each passes through it as soon as it is there. The rank keeps those of parameters
+    that reach into its partition.
+
+    Args:
+        held, setting, device, host: see `EngineMemory`.
+        rank: index of the rank among those that share the states.
+    """
+
+    def __init__(self, held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger, rank: int = 0) -> None:
+        super().__init__(held, setting, device, host)
+        self._divides_gradients = setting.zero_stage == 2
+        self._sums_fp32 = setting.precision == "bf16"  # grad_accum_dtype; fp32 sums of the partition alone at stage 2
+        self._own: set[str] = set()
+        self._shared: set[str] = set()  # parameters that several partitions have a part of
+        for group in self.groups:
+            self._find_own(group, rank % self.ranks_of(group))
+
+    def _find_own(self, group: Sequence[HeldParameter], rank: int) -> None:
+        size = padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)
+        begin = 0
+        for one in group:
+            if begin < (rank + 1) * size and begin + one.numel > rank * size:
+                self._own.add(one.name)
+            if begin // size != (begin + one.numel - 1) // size:
+                self._shared.add(one.name)
+            begin += one.numel
+
+    def keeps(self, parameter: HeldParameter) -> bool:
+        """Return whether the rank's partition has a part of a parameter."""
+        return parameter.name in self._own
+
+    # ---- between steps -------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Hold flat weights and the rank's partition of the state."""
+        setting, state = self.setting, self.host if self.setting.offload_optimizer else self.device
+        self.hold_frozen()
+        for index, group in enumerate(self.groups):
+            ranks = self.ranks_of(group)
+            padded = padded_numel(group, 2 * ranks)
+            self.device.add(WEIGHTS, padded * self.item)  # bit16_groups_flat
+            state.add(MASTERS, padded // ranks * FP32)  # single_partition_of_fp32_groups
+            for part, num_bytes in self.states(padded // ranks, index).items():
+                state.add(part, num_bytes)
+            if setting.offload_optimizer:
+                self.host.add(GRADIENTS, padded // ranks * FP32)  # their .grad
+                self.host.add(BUCKETS, padded // ranks * self.item)  # param_buffer_of_bit16_for_cpu_offload_groups
+        if setting.offload_optimizer:
+            largest = max(one.numel for one in self.trained) * self.item
+            self.host.add(BUCKETS, largest)  # temp_grad_buffer_for_cpu_offload
+            self.device.add(BUCKETS, largest)  # temp_grad_buffer_for_gpu_offload
+            if self._divides_gradients and setting.num_micro_batches > 1 and not self._sums_fp32:
+                own = sum(one.numel for one in self.trained if one.name in self._own)
+                self.host.add(GRADIENTS, own * self.item)  # accumulated_grads_in_cpu
+        self._in_parameters: dict[str, int] = {}  # gradients with memory of their own -> bytes
+        self._filled: list[HeldParameter] = []  # the bucket
+        self._has_bucket = False
+        self._kept_bytes = 0  # gradients of the partition, of the micro-batches so far
+        self._own_bytes = 0  # grads_in_partition, of this reduction
+
+    # ---- gradients -----------------------------------------------------------------------------------------------
+
+    @property
+    def _sums_in_attribute(self) -> bool:
+        """Gradients are summed in fp32 in `grad_accum` (stage 1 in bf16, which only offload brings here)."""
+        return self._sums_fp32 and not self._divides_gradients
+
+    def gradient(self, parameter: HeldParameter) -> None:
+        """Keep it in the parameter, or let it pass through the bucket at stage 2."""
+        num_bytes = parameter.numel * self.item
+        self.device.add(GRADIENTS, num_bytes)
+        if self.setting.contiguous and not self._has_bucket:  # setup_buckets
+            self._add_buckets()
+        if self._sums_in_attribute:
+            wide = parameter.numel * FP32
+            if parameter.name in self._in_parameters:
+                with self.device.holding(GRADIENTS, wide):
+                    pass
+            else:
+                self.device.add(GRADIENTS, wide)
+                self._in_parameters[parameter.name] = wide
+            self.device.release(GRADIENTS, num_bytes)
+        elif parameter.name in self._in_parameters:
+            self.device.release(GRADIENTS, num_bytes)
+        else:
+            self._in_parameters[parameter.name] = num_bytes
+        if self._divides_gradients:
+            self._pass(parameter)
+
+    def _add_buckets(self) -> None:
+        wide = FP32 if self._sums_in_attribute else self.item
+        self.device.add(BUCKETS, self.setting.bucket * wide * (2 if self.setting.overlaps else 1))
+        self._has_bucket = True
+
+    def _pass(self, parameter: HeldParameter) -> None:
+        """Let a gradient pass through the bucket (reduce_independent_p_g_buckets_and_remove_grads)."""
+        if sum(one.numel for one in self._filled) + parameter.numel > self.setting.bucket:
+            self._reduce()
+        if self.setting.contiguous and parameter.numel <= self.setting.bucket:
+            self.device.release(GRADIENTS, self._in_parameters.pop(parameter.name))  # the bucket has its copy
+        self._filled.append(parameter)
+
+    def _reduce(self) -> None:
+        """Reduce the bucket, and keep what the partition needs (reduce_ipg_grads)."""
+        wide = FP32 if self._sums_in_attribute else self.item
+        pieces = sum(2 if one.name in self._shared else 1 for one in self._filled)
+        merged = all(self.ranks_of([one]) == 1 for one in self._filled) and not self._sums_fp32
+        if pieces > 1 and not merged:  # they are flattened once more
+            with self.device.holding(BUCKETS, sum(one.numel for one in self._filled) * wide):
+                pass
+        for one in self._filled:
+            own = self._in_parameters.get(one.name)
+            if one.name not in self._own:
+                if self._divides_gradients and own is not None:
+                    self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
+            elif self._sums_fp32:
+                self._hold_partition()
+                if self.setting.offload_optimizer and own is not None:
+                    self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
+            elif self.setting.offload_optimizer and own is not None:
+                self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
+            elif self.setting.contiguous and not self.setting.offload_optimizer:
+                if not self._own_bytes:  # grads_in_partition
+                    self._own_bytes = sum(p.numel for p in self.trained if p.name in self._own) * self.item
+                    self.device.add(GRADIENTS, self._own_bytes)
+                if own is not None:
+                    self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
+        self._filled.clear()
+
+    def _hold_partition(self) -> None:
+        """Hold sums in fp32 of the partition alone (_use_compact_grad_partition_buffer)."""
+        if not self._kept_bytes:
+            parts = [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group) for group in self.groups]
+            self._kept_bytes = sum(parts) * FP32
+            self.device.add(GRADIENTS, self._kept_bytes)
+
+    # ---- ends ----------------------------------------------------------------------------------------------------
+
+    def end_backward(self, *, is_last: bool) -> None:
+        """Reduce what is left; at stage 1 everything, after the last micro-batch."""
+        if not self._divides_gradients:
+            if not is_last:
+                return
+            if self.setting.pipelined and self.setting.contiguous:
+                self._add_buckets()
+            for one in self.trained:
+                if one.name in self._in_parameters:
+                    self._pass(one)
+        self._reduce()
+        if not self._sums_fp32 and self.setting.contiguous and not self.setting.offload_optimizer:
+            if self._kept_bytes:  # added to those of the micro-batches before
+                self.device.release(GRADIENTS, self._own_bytes)
+            else:
+                self._kept_bytes = self._own_bytes
+            self._own_bytes = 0
+        self.device.release(BUCKETS, self.device.parts[BUCKETS] - self._fixed_buckets)
+        self._has_bucket = False
+        for name in list(self._in_parameters):  # _clear_param_grad_only; those of the partition are kept
+            if self.setting.contiguous or name not in self._own:
+                self.device.release(GRADIENTS, self._in_parameters.pop(name))
+
+    @property
+    def _fixed_buckets(self) -> int:
+        if not self.setting.offload_optimizer:
+            return 0
+        largest = max(one.numel for one in self.trained) * self.item
+        if self.device is not self.host:
+            return largest
+        parts = [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group) for group in self.groups]
+        return 2 * largest + sum(parts) * self.item
+
+    def step(self) -> None:
+        """Flatten the partition's gradients, group by group, and update it."""
+        if not self.setting.offload_optimizer:
+            for group in self.groups:
+                if not self._sums_fp32:  # flattened, and cast
+                    part = padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)
+                    flat = part * self.item
+                    cast = 0 if self.item == FP32 else part * FP32
+                    with self.device.holding(GRADIENTS, flat):
+                        self.device.add(GRADIENTS, cast)
+                    if cast:
+                        self.device.release(GRADIENTS, cast)
+        self.device.release(GRADIENTS, self._kept_bytes + sum(self._in_parameters.values()))
+        self._kept_bytes = 0
+        self._in_parameters.clear()
+
+
+def partitions_to_plan(held: HeldStage, setting: EngineSetting) -> list[int]:
+    """Return ranks of which one needs most memory, among those that share ZeRO's states.
+
+    At stages 1 and 2 a rank keeps the gradients of all parameters that reach into its partition. The last rank keeps
+    those that come first in the backward pass, when most activations are held.
+    """
+    if setting.zero_stage not in (1, 2):
+        return [0]
+    ranks, totals = range(min(setting.shard_ranks, 64)), list[int]()  # later ones are like these
+    for rank in ranks:
+        engine = FlatEngine(held, setting, Ledger(), Ledger(), rank)
+        totals.append(sum(one.numel for one in engine.trained if engine.keeps(one)))
+    return sorted({0, totals.index(max(totals)), setting.shard_ranks - 1})

@@ -1,0 +1,1 @@
+"""Timetables of pipelines: schedules, their simulation, stragglers, and drawings."""

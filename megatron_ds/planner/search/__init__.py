@@ -1,0 +1,1 @@
+"""The search for layouts: candidates, lower bounds, and run files of the best."""

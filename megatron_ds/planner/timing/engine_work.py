@@ -1,0 +1,161 @@
+"""The work of a step of this package's engine, from a plan's input: passes, engine traffic, updates, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from megatron_ds.planner.held_parameters import HeldStage, hold_stage
+from megatron_ds.planner.operations import Collective, LayerTrace, Message, Operation, Stream, Work
+from megatron_ds.planner.plan_input import PlanInput
+from megatron_ds.planner.profiles.device import Device
+from megatron_ds.planner.profiles.network import Network
+from megatron_ds.planner.timing.pass_time import Machine
+from megatron_ds.planner.timing.placement import Placement, place
+from megatron_ds.planner.timing.step_work import EndWork, StageWork, StepWork
+from megatron_ds.planner.traffic.engine import EngineTraffic, engine_traffic, gradient_norm, losses
+from megatron_ds.planner.traffic.gradients import EXPERT_SHARD, SHARD, shard_ranks
+from megatron_ds.planner.traffic.zero3 import gradient_scatters
+from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
+
+FP32 = 4
+MOMENT_BYTES: Mapping[str, int] = {"adamw": 8, "lion": 4, "muon": 4, "sgd": 4, "adamw8bit": 2, "adafactor": 1}
+"""Bytes of optimizer state of an element, without its fp32 weight; other optimizers count as adamw."""
+HOST_UPDATES_PER_S = 1.2e9
+"""Elements that CPU-Adam updates in a second for one device: 10^10 on all cores of a node of eight (Ren et al. 2021,
+"ZeRO-Offload", table 4)."""
+HOST_BYTES_PER_S = 20e9
+"""Bytes of a copy between a device and pinned memory in a second, over PCIe 4."""
+
+
+def machine_of(given: PlanInput, device: Device, network: Network) -> Machine:
+    """Return a device of a run among the others."""
+    layout = given.layout
+    placed = place(layout, network.island, given.expert_ranks, given.engine.context.ulysses)
+    stages = placed["pipeline"]
+    tied = Placement(2, min(2, stages.islands), stages.per_island if stages.islands == 1 else 1)
+    model = Placement(layout.pipeline * layout.tensor, stages.islands, max(1, stages.per_island * layout.tensor))
+    return Machine(device, network, {"tied": tied, "model": model, "host": placed["world"], **placed})
+
+
+def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, HeldStage] | None = None) -> StepWork:
+    """Return the work of a step.
+
+    Args:
+        given: the run.
+        traces: of all layers of the model, in order, for one micro-batch.
+        held: index of a stage -> its parameters; missing ones are found by `hold_stage`.
+    """
+    bounds, zero, layout = given.stage_bounds, zero_settings(given), given.layout
+    last = layout.pipeline - 1
+    known = dict(held or {})
+    for stage in {0, last // 2, last} - set(known):  # others are like the one in the middle
+        known[stage] = hold_stage(given, stage)
+    stages = []
+    for stage, (first, end) in enumerate(pairwise(bounds)):
+        sends = Work({Message("pipeline", traces[end - 1].output_bytes): 1}) if stage < last else Work()
+        number = sum(one.numel for one in known.get(stage, known[last // 2]).trained)
+        stages.append(StageWork(traces[first:end], _gradients(given, zero, number), sends))
+    ends = {stage: _end(given, zero, one) for stage, one in sorted(known.items())}
+    return StepWork(
+        stages,
+        ends,
+        layout.pipeline,
+        given.num_micro_batches,
+        given.tokens_per_step,
+        layout.world_size,
+        nodes=given.machines.nodes,
+        pause_s=_pause_s(given, known),
+        dtype=str(given.dtype).removeprefix("torch."),
+    )
+
+
+def _gradients(given: PlanInput, zero: ZeroSettings, number: int) -> Work:
+    """Return what a micro-batch does with the gradients of a stage after their products: additions, or copies."""
+    if zero.bf16_sums and given.machines.device_type == "cuda":
+        return Work()  # products add them up
+    if given.num_micro_batches == 1 and zero.stage < 2 and not zero.bf16_sums:
+        return Work()
+    sums = FP32 if zero.bf16_sums else zero.element_bytes
+    return Work({Stream(number * (zero.element_bytes + 2 * sums), launches=4): 1})
+
+
+def _end(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> EndWork:
+    traffic = _traffic(given, zero, held)
+    hidden, hiding = _hidden(traffic, zero), 1
+    if zero.stage >= 2:
+        hiding = given.num_micro_batches
+    update, host_s = _update(given, zero, held)
+    return EndWork(hidden + traffic.norms + traffic.losses, hiding, update, host_s)
+
+
+def _traffic(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> EngineTraffic:
+    """Return the engine's traffic; at ZeRO-3 with one gather of a layer's weights for each of its passes.
+
+    What DeepSpeed really gathers depends on the order of modules (`plan_wire`), and is about as much.
+    """
+    if zero.stage < 3:
+        return engine_traffic(given, held.index, held)
+    weights = Work()
+    for layer in held.layers:
+        for apart in (False, True):
+            number = sum(one.numel for one in held.parameters if one.layer == layer and one.apart == apart)
+            ranks = shard_ranks(given, apart=apart)
+            if number and ranks > 1:
+                axis = EXPERT_SHARD if apart else SHARD
+                gather = Collective("all_gather", axis, number * zero.element_bytes, ranks)
+                weights[gather] += 2 * given.num_micro_batches
+    gradients = gradient_scatters(given, held, zero)
+    norms, sums = gradient_norm(given, held, zero), losses(given, held.index)
+    return EngineTraffic(gradients, weights, norms=norms, losses=sums)
+
+
+def _hidden(traffic: EngineTraffic, zero: ZeroSettings) -> Work:
+    """Return the traffic of gradients and weights; what DeepSpeed begins while passes compute is hidden.
+
+    Stage 3 fetches weights before they are needed. Gradients are reduced during the backward pass at stages 2 and 3
+    where `overlap_comm` is on.
+    """
+    gradients = _marked(traffic.gradients, zero.stage >= 2 and zero.overlap_comm)
+    return gradients + _marked(traffic.weights, zero.stage == 3)
+
+
+def _marked(work: Work, hidden: bool) -> Work:
+    return Work({_mark(one, hidden): count for one, count in work.items()})
+
+
+def _mark(one: Operation, hidden: bool) -> Operation:
+    return replace(one, hidden=hidden) if isinstance(one, Collective | Message) else one
+
+
+def _update(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> tuple[Work, float]:
+    """Return the streams of norms and of the optimizer, and seconds of the host.
+
+    An optimizer reads and writes fp32 weights and its state, reads fp32 gradients, and writes weights; the norm reads
+    the gradients, and their scale is a factor of the update.
+    """
+    section = given.config.optimizer
+    state = MOMENT_BYTES.get(section.name if section is not None else "adamw", MOMENT_BYTES["adamw"])
+    weight = 0 if zero.element_bytes == FP32 else zero.element_bytes
+    streams, host_s = Work(), 0.0
+    for apart in (False, True):
+        number = sum(one.numel for one in held.trained if one.apart == apart)
+        part = number // shard_ranks(given, apart=apart) if zero.stage else number
+        if not number:
+            continue
+        streams[Stream(FP32 * (part if zero.stage >= 2 else number), name="norm")] += 1
+        if zero.offloads_optimizer:
+            host_s += part / HOST_UPDATES_PER_S + part * (FP32 + zero.element_bytes) / HOST_BYTES_PER_S
+        else:
+            streams[Stream(part * (2 * FP32 + 2 * state + FP32 + weight), name=section.name if section else "")] += 1
+    return streams, host_s
+
+
+def _pause_s(given: PlanInput, held: Mapping[int, HeldStage]) -> float:
+    """Return the seconds of a step in which it waits for checkpoints: copies of its part of the state to the host."""
+    if not given.save_every:
+        return 0.0
+    shards = shard_ranks(given, apart=False)
+    most = max(sum(one.numel for one in stage.parameters) for stage in held.values())
+    return most * (FP32 + MOMENT_BYTES["adamw"]) / shards / HOST_BYTES_PER_S / given.save_every

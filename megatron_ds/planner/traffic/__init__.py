@@ -1,0 +1,1 @@
+"""Bytes that each rank sends in a training step, by axis and kind."""

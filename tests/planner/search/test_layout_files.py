@@ -1,0 +1,44 @@
+"""Run files of found layouts: they hold the keys that were given, and read back as the runs that were found."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ds.config import load_run
+from megatron_ds.errors import ConfigError
+from megatron_ds.planner.search.branch_and_bound import GB, Estimate, FoundLayout
+from megatron_ds.planner.search.layout_files import run_text, write_layouts
+from megatron_ds.planner.search.space import Candidate, with_candidate
+
+ROOT = Path(__file__).parents[3]
+RUN_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*/*.yaml"))
+FOUND = (
+    (Candidate(8, 4, sequence=True, micro_batch_size=2, recompute="selective"), Estimate(12.5, 61 * GB)),
+    (Candidate(zero_stage=3, offload_optimizer=True), Estimate(25.0, 30 * GB, 8 * GB)),
+)
+
+
+def test_files_read_back_as_the_runs_that_were_found(tmp_path: Path) -> None:
+    run = load_run(ROOT / "examples/plan/llama3_70b.yaml")
+    found = [FoundLayout(one, estimate, with_candidate(run, one)) for one, estimate in FOUND]
+    paths = write_layouts(found, tmp_path / "layouts", 64, 1000)
+    assert [path.name for path in paths] == ["1_tensor_8_pipeline_4_zero_1.yaml", "2_zero_3.yaml"]
+    assert [load_run(path) for path in paths] == [one.run for one in found]
+    text = paths[0].read_text().splitlines()
+    assert text[0] == ("# tensor 8, pipeline 4, ZeRO 1, micro-batch 2, recompute selective; 2 data ranks: 64 ranks.")
+    assert text[1] == "# Planned: 12.5 s a step, 80 tokens/s, 61.0 GB on the fullest device."
+    assert "30.0 GB on the fullest device and 8.0 GB of its host's" in paths[1].read_text()
+    assert len(text) < 50, "keys that were not given are not written"
+    with pytest.raises(ConfigError, match=r"holds 1_tensor_8_pipeline_4_zero_1\.yaml already"):
+        write_layouts(found, tmp_path / "layouts", 64, 1000)
+    with pytest.raises(ConfigError, match=r"--write=.* cannot be made: Not a directory"):
+        write_layouts(found, paths[0] / "there", 64, 1000)
+
+
+@pytest.mark.parametrize("path", [path for path in RUN_FILES if "kubernetes" not in path])
+def test_every_shipped_run_reads_back(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    run = load_run(path)
+    written = with_candidate(run, Candidate(2, sequence=True))
+    (tmp_path / "run.yaml").write_text(run_text(written))
+    assert load_run(tmp_path / "run.yaml") == written

@@ -1,0 +1,138 @@
+"""Seconds of this package's runs: their parts follow from layout, ZeRO and options."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from megatron_ds.planner.operations import Collective, Message, Stream
+from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
+from megatron_ds.planner.profiles import find_device, find_network
+from megatron_ds.planner.timing.engine_work import HOST_BYTES_PER_S, HOST_UPDATES_PER_S, machine_of, step_of
+from megatron_ds.planner.timing.step_time import StepTime, plan_time
+from megatron_ds.planner.trace import trace_layers
+from tests.planner.inputs import input_of
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "tie_word_embeddings": False,
+}
+PARAMS = 4 * (4 * 4096**2 + 3 * 4096 * 11_008) + 2 * 32_000 * 4096
+DEVICE = find_device("h100")
+NETWORK = find_network("400Gb/s", DEVICE, 8)
+
+
+@cache
+def run(nodes: int = 2, *, zero: int = 1, batch: int = 64, **fields: Any) -> PlanInput:
+    """A Llama on H100s."""
+    sizes = {name: fields.pop(name) for name in ("tensor", "pipeline", "sequence", "context") if name in fields}
+    stage: dict[str, Any] = {"stage": zero}
+    if fields.pop("offload", False):
+        stage["offload_optimizer"] = {"device": "cpu"}
+    engine = {
+        "parallel": sizes,
+        "deepspeed": {"zero_optimization": stage, "bf16": {"enabled": True}},
+        "optimizer": {"name": fields.pop("optimizer", "adamw"), "lr": 1e-4},
+        "global_batch_size": batch,
+        "micro_batch_size": fields.pop("micro_batch", 1),
+        **fields,
+    }
+    return input_of(LLAMA, engine, Rows(4096), Machines(nodes, 8, "cuda"))
+
+
+@cache
+def timed(nodes: int = 2, **fields: Any) -> StepTime:
+    found = plan_time(run(nodes, **fields), DEVICE, NETWORK)
+    assert sum(found.parts.values()) == pytest.approx(found.total_s)
+    assert all(value >= 0 for value in found.parts.values())
+    assert found.tokens_per_s == pytest.approx(64 * 4096 / found.total_s)
+    return found
+
+
+def test_flops_are_those_that_training_counts() -> None:
+    """6 N + 12 L d S for each token, without the embedding, which is looked up."""
+    found = timed()
+    by_formula = 6 * (PARAMS - 32_000 * 4096) + 12 * 4 * 4096 * 4096
+    spent = found.mfu * 16 * DEVICE.peak_flops("bfloat16") / found.tokens_per_s
+    assert spent == pytest.approx(by_formula, rel=0.01)
+    assert 0.3 < found.mfu < 0.7
+
+
+def test_parts_of_layouts() -> None:
+    assert set(timed().exposed_s) == {"shard", "host", "loss"}
+    assert "tensor" in timed(tensor=4).exposed_s
+    pipelined = timed(pipeline=4)
+    assert pipelined.bubble_s > 0 and "pipeline" in pipelined.exposed_s
+    assert "context" in timed(context=2).exposed_s
+
+
+def test_recomputation() -> None:
+    again, without = timed(recompute="full"), timed()
+    assert without.recompute_s == 0
+    assert 0.2 < again.recompute_s / again.compute_s < 0.4
+    assert again.compute_s == pytest.approx(without.compute_s, rel=0.02)
+
+
+def test_gathers_of_weights_hide_behind_passes_at_stage_3() -> None:
+    """They are of three times as many bytes as at stage 1, in every micro-batch."""
+    given = run(zero=3)
+    end = step_of(given, trace_layers(given.layers, given.trace_setting())).ends[0]
+    gathers = {one: count for one, count in end.sent.items() if isinstance(one, Collective) and one.hidden}
+    gathered = sum(one.num_bytes * count for one, count in gathers.items() if one.kind == "all_gather")
+    assert end.hiding == given.num_micro_batches == 4
+    assert gathered == pytest.approx(2 * 4 * 2 * PARAMS, rel=0.001)
+    assert not any(one.hidden for one in step_of(run(), ()).ends[0].sent if isinstance(one, Collective))
+
+
+def test_offloaded_optimizers_update_on_the_host() -> None:
+    part, found = PARAMS / 16, timed(zero=2, offload=True).optimizer_s
+    assert found == pytest.approx(part / HOST_UPDATES_PER_S + part * (4 + 2) / HOST_BYTES_PER_S, rel=0.05)
+    assert found > 2 * timed(zero=2).optimizer_s
+
+
+def test_an_optimizer_of_one_moment_moves_fewer_bytes() -> None:
+    def update(name: str) -> int:
+        given = run(optimizer=name)
+        end = step_of(given, trace_layers(given.layers, given.trace_setting())).ends[0]
+        return sum(one.num_bytes for one in end.update if isinstance(one, Stream) and one.name == name)
+
+    part = PARAMS // 16
+    assert update("adamw") == pytest.approx(30 * part, rel=0.001)
+    assert update("lion") == pytest.approx(22 * part, rel=0.001)
+
+
+def test_gradients_are_added_apart_where_no_product_adds_them() -> None:
+    traces = trace_layers(run().layers, run().trace_setting())
+    assert not step_of(run(), traces).stages[0].gradients
+    (one,) = step_of(run(zero=2), traces).stages[0].gradients
+    assert isinstance(one, Stream) and one.num_bytes == pytest.approx(6 * PARAMS, rel=0.001)
+
+
+def test_boundaries_of_stages_send_hidden_states() -> None:
+    given = run(pipeline=4, tensor=2, sequence=True)
+    step = step_of(given, trace_layers(given.layers, given.trace_setting()))
+    assert [list(stage.sends) for stage in step.stages] == [[Message("pipeline", 4096 * 4096 * 2 // 2)]] * 3 + [[]]
+    assert step.blocks and step.schedule == "deepspeed"
+
+
+def test_stages_of_tied_and_model_axes_have_placements() -> None:
+    placed = machine_of(run(pipeline=4, tensor=2), DEVICE, NETWORK).placements
+    assert placed["tied"].ranks == 2 and placed["tied"].islands == 2
+    assert placed["model"].ranks == 8
+
+
+def test_checkpoints_pause_steps() -> None:
+    found = plan_time(replace(run(), save_every=100), DEVICE, NETWORK)
+    assert found.pause_s == pytest.approx(12 * PARAMS / 16 / HOST_BYTES_PER_S / 100, rel=0.001)
+
+
+def test_slower_networks_take_longer() -> None:
+    slow = plan_time(run(), DEVICE, find_network("ethernet 25Gb/s", DEVICE, 8))
+    assert slow.exposed_s["shard"] > 5 * timed().exposed_s["shard"]
