@@ -19,7 +19,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.parallel.grid import Layout, create_grid
 from megatron_ds.parallel.launch import RankInfo, run_local
 from megatron_ds.planner.calibration import measure_collectives, measure_operations
-from megatron_ds.planner.operations import Attention, Collective, Message, Product, Stream
+from megatron_ds.planner.operations import Attention, Collective, CollectiveKind, Message, Product, Stream
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.from_measurements import Facts, build_device
 from megatron_ds.planner.profiles.link import MeasuredTime
@@ -105,7 +105,7 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None) -
     sizes = sizes or usual_sizes(kind)
     found = run_local(partial(_measure, sizes=sizes, threads=max(1, cores // ranks)), ranks, TIMEOUT_S)
     times_s = [statistics.median(column) for column in zip(*(one.times_s for one in found))]
-    operations = [*sizes.products, *sizes.attention, *sizes.streams]
+    operations = _operations(sizes)
     return build_device(name, found[0].facts, list(zip(operations, times_s)), found[0].communication)
 
 
@@ -134,14 +134,17 @@ def _measure(info: RankInfo, sizes: Sizes, threads: int) -> _Found:
         communication = measure_collectives.measured_times(
             collectives(sizes.buffers, world.size, device.type), world, device
         )
-    operations = [*sizes.products, *sizes.attention, *sizes.streams]
-    times_s = measure_operations.measure(operations, device)
+    times_s = measure_operations.measure(_operations(sizes), device)
     return _Found(_facts(device, info.world_size, threads), times_s, communication)
+
+
+def _operations(sizes: Sizes) -> list[Product | Attention | Stream]:
+    return [*sizes.products, *sizes.attention, *sizes.streams]
 
 
 def collectives(buffers: Sequence[int], ranks: int, device: str) -> list[Collective | Message]:
     """Return the collectives and messages to measure on "cpu" or "cuda"."""
-    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+    kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
     found: list[Collective | Message] = [
         Collective(kind, "data", num_bytes, ranks) for kind in kinds for num_bytes in buffers
     ]

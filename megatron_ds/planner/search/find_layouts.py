@@ -14,7 +14,7 @@ from megatron_ds.planner.memory.stage import plan_memory
 from megatron_ds.planner.operations import LayerTrace
 from megatron_ds.planner.plan_input import Machines, PlanInput
 from megatron_ds.planner.profiles import Device, Network
-from megatron_ds.planner.search.branch_and_bound import Estimate, Limits, SearchResult, search_layouts
+from megatron_ds.planner.search.branch_and_bound import Estimate, Estimator, Limits, SearchResult, search_layouts
 from megatron_ds.planner.search.floors import CERTAIN_S, LayoutFloors, both_passes
 from megatron_ds.planner.search.model_traces import ModelTraces
 from megatron_ds.planner.search.space import EVERYTHING, Candidate, Space, with_candidate
@@ -74,7 +74,7 @@ def find_layouts(
     machines, shape = searched.machines, searched.hf.core.shape()
     space = Space(searched.run, shape, machines.world_size, machines.ranks_per_node, varies, offload)
     estimators = PlannedEstimators(searched, space, limits)
-    ordered = [estimators.floor, estimators.floor.of_tensor, estimators.traced, estimators.exact]
+    ordered: list[Estimator] = [estimators.floor, estimators.floor.of_tensor, estimators.traced, estimators.exact]
     return search_layouts(space, searched.hf, machines.device_type, ordered, limits, num_found)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
+from typing import Any
 
 from megatron_ds.config import ContextPlan, ParallelSection
 from megatron_ds.parallel.grid import Layout
@@ -97,11 +98,9 @@ class LayoutFloors:
     @cached_property
     def _alone(self) -> TraceSetting:
         """The setting of one rank and one row."""
-        setting = self._given.trace_setting()
-        alone = {"tensor": 1, "sequence": False, "context": ContextPlan(), "expert": None, "micro_batch_size": 1}
-        return replace(
-            setting, **alone, zero_stage=1, recompute="none", offload_activations=False, keep_attention=False
-        )
+        setting = replace(self._given.trace_setting(), tensor=1, sequence=False, context=ContextPlan(), expert=None)
+        setting = replace(setting, micro_batch_size=1, zero_stage=1, recompute="none")
+        return replace(setting, offload_activations=False, keep_attention=False)
 
     @cached_property
     def _sizes(self) -> _Sizes:
@@ -153,8 +152,11 @@ class LayoutFloors:
         key = (axis, sequence)
         if key not in self._known_exchanges:
             ranks = self._axes[axis]
-            settings = {"tensor": {"tensor": ranks, "sequence": sequence}, "expert": {"expert": ranks}}
-            settings["context"] = {"context": ContextPlan(ulysses=ranks)}
+            settings: dict[str, dict[str, Any]] = {
+                "tensor": {"tensor": ranks, "sequence": sequence},
+                "expert": {"expert": ranks},
+                "context": {"context": ContextPlan(ulysses=ranks)},
+            }
             traces = self._traces.of(replace(self._alone, **settings[axis]))
             blocks = [trace for trace in traces if trace.is_block]
             least = min(blocks, key=lambda trace: sum(trace.forward.sent_bytes.values()))

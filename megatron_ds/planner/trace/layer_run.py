@@ -197,8 +197,8 @@ def _passed(output: Activations | Tensor, states: Mapping[str, _Storage]) -> dic
     if isinstance(output, Tensor):
         return {}
     given = {storage: name for name, one in states.items() if (storage := _address(one())) is not None}
-    found = {name: given.get(_address(one.untyped_storage())) for name, one in output.items()}
-    return {name: one for name, one in found.items() if one is not None}
+    addresses = {name: one.untyped_storage()._cdata for name, one in output.items()}
+    return {name: given[address] for name, address in addresses.items() if address in given}
 
 
 def _address(storage: torch.UntypedStorage | None) -> int | None:

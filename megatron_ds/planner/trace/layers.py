@@ -95,8 +95,8 @@ class _Tracer:
                 shared = 0
             found = self._known[key]
             released = sum(num_bytes for name, num_bytes in found.free.items() if name not in held)
-            place = {"name": spec.name, "is_block": spec.is_block}
-            traces.append(replace(found.trace, **place, shared_bytes=shared, released_bytes=released))
+            trace = replace(found.trace, shared_bytes=shared, released_bytes=released)
+            traces.append(replace(trace, name=spec.name, is_block=spec.is_block))
             held = {name for name, given in found.passed.items() if given in held or given in found.held}
             activations = found.output
         return traces
