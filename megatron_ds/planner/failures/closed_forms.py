@@ -2,8 +2,8 @@
 
 Failures are a Poisson process. A run that fails loses its steps since the last complete checkpoint, waits until the
 failure is noticed, and restarts. Saving more often loses less and pauses more. The interval in between is Young's
-(1974) or Daly's (2006); `best_interval_s` is the exact optimum for this model. `goodput` simulates the same model, and what
-has no closed form: spare nodes that run out.
+(1974) or Daly's (2006); `best_interval_s` is the exact optimum for this model. `goodput` simulates the same model, and
+what has no closed form: spare nodes that run out.
 """
 
 from __future__ import annotations
