@@ -74,9 +74,8 @@ BASE: list[tuple[Operation, float]] = [(Product(64, 64, 64, dtype="float32"), 1e
 """Every profile has a product and a stream."""
 
 
-@pytest.mark.parametrize(
-    "kind", ["products", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("attention", "streams"))]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", ["products", "attention", "streams"])
 def test_a_profile_predicts_operations_that_were_not_measured(kind: str) -> None:
     known, unknown = CASES[kind]
     wrong: dict[object, float] = {}
@@ -105,7 +104,6 @@ def timed_ranks(info: RankInfo, operations: Sequence[Collective | Message]) -> l
 
 @pytest.mark.sweep
 def test_a_profile_predicts_collectives_of_other_sizes() -> None:
-    """Only the sweep has the machine for itself; elsewhere two ranks wait for a core, not for each other."""
     known = collectives(usual_sizes("cpu").buffers, 2, "cpu")
     unknown = collectives([200_000, 1_500_000, 12_000_000], 2, "cpu")
     wrong: dict[object, float] = {}
