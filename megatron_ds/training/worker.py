@@ -148,8 +148,8 @@ def _start(
     prepared = run_on_all_ranks(lambda: _prepare(run, info, found, callbacks))
     resolved = prepared.resolved
     check_same_data(prepared.train_data, resolved.run)
+    heartbeat("planning the memory", may_take_long=True)  # on all ranks, whose heartbeats are compared
     if info.rank == 0:
-        heartbeat("planning the memory", may_take_long=True)
         warn_of_misfit(resolved, device.type)
     tested = []
     if resolved.run.train.device_test:
