@@ -48,6 +48,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def logits_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU, whose chunks of logits are larger than the rest of this model."""
+    monkeypatch.setitem(LOGITS_BYTES, "cuda", LOGITS_BYTES["cpu"])
+
+
 class LiveBytes(TorchDispatchMode):
     """The bytes of the storages that operations within it have made, now and at most."""
 
