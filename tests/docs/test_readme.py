@@ -172,6 +172,10 @@ def test_command_is_right(
         assert _run(arguments) == 2  # parsed; and that there is no config.json here is its first word
         assert "no config.json here" in capsys.readouterr().err
     elif words[:2] == ["megatron-ds", "plan"]:
+        place = request.getfixturevalue("tmp_path")  # searches write run files
+        for folder in ("examples", "ds_configs"):
+            (place / folder).symlink_to(ROOT / folder)
+        request.getfixturevalue("monkeypatch").chdir(place)
         assert _run(words[1:]) in (0, 1), capsys.readouterr().err
     elif words[:2] in (["megatron-ds", "families"], ["megatron-ds", "examples"]):
         assert _run(words[1:]) == 0, capsys.readouterr().err
