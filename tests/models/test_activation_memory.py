@@ -9,7 +9,6 @@ tiles too, 262 with inputs of blocks in host memory too. With four times the wid
 The process of the sweep grows by 1,029 with 8k tokens, and by 585 with 64k and tiles.
 """
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_ds.hf.config import read_model
 from megatron_ds.layers.cross_entropy import LOGITS_BYTES, VocabShard, head_loss
@@ -29,6 +27,7 @@ from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import SequentialModel, positions_of
 from megatron_ds.monitor.memory import MemoryMeter
 from megatron_ds.parallel.grid import Axis
+from megatron_ds.planner.trace.storages import LiveStorages
 from tests.ranks import run_alone
 
 META = torch.device("meta")
@@ -52,28 +51,6 @@ CONFIG: dict[str, Any] = {
 def logits_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device stands for a GPU, whose chunks of logits are larger than the rest of this model."""
     monkeypatch.setitem(LOGITS_BYTES, "cuda", LOGITS_BYTES["cpu"])
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of the storages that operations within it have made, now and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self._sizes:
-                self._sizes[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self._free, id(storage))
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-        return output
-
-    def _free(self, identity: int) -> None:
-        self.now -= self._sizes.pop(identity)
 
 
 class UncountedCopies:
@@ -122,9 +99,9 @@ def _peaks(runs: list[tuple[dict[str, Any], int, str, int | None, bool]]) -> lis
     peaks = []
     for changes, length, mode, tile, offloads in runs:
         recompute = Recompute(mode, offload=HostOffload(UncountedCopies()) if offloads else None)
-        with LiveBytes() as live:
+        with LiveStorages() as live:
             _run(changes, length, META, recompute=recompute, mlp_tile_tokens=tile)
-        peaks.append(live.peak)
+        peaks.append(live.peak_bytes)
     return peaks
 
 
@@ -154,9 +131,9 @@ def _head_peak(length: int) -> int:
         weight = torch.empty(50000, HIDDEN, requires_grad=True)
         hidden, targets = torch.empty(length, 1, HIDDEN, requires_grad=True), torch.zeros(length, 1, dtype=torch.int64)
         labelled = torch.arange(length)
-    with LiveBytes() as live:
+    with LiveStorages() as live:
         head_loss(hidden, VocabShard(weight, None, len(weight), Axis()), targets, labelled).backward()
-    return live.peak
+    return live.peak_bytes
 
 
 def test_the_head_never_has_more_than_one_chunk_of_logits() -> None:

@@ -23,14 +23,12 @@ from megatron_ds.planner.search.branch_and_bound import Estimate
 from megatron_ds.planner.search.model_traces import ModelTraces
 from megatron_ds.planner.search.space import LARGEST_MICRO_BATCH, Candidate
 from megatron_ds.planner.timing import links
-from megatron_ds.planner.timing.pass_time import Machine, pass_time
+from megatron_ds.planner.timing.pass_time import CONTENTION, Machine, pass_time
 from megatron_ds.planner.timing.placement import Placement
 from megatron_ds.planner.trace.setting import TraceSetting
 
 CERTAIN_S, CERTAIN_BYTES = 0.97, 0.9
 """Shares of bounds of time and memory that are kept, for parts that an axis does not divide evenly."""
-HIDDEN_COST = 0.5
-"""Share of hidden communication that a step takes longer at least; see `pass_time.CONTENTION`."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +203,8 @@ class LayoutFloors:
         if candidate.zero_stage < 2:
             return reduced + gathered
         if candidate.zero_stage == 2:
-            return HIDDEN_COST * count * reduced + gathered
-        return HIDDEN_COST * count * (reduced + 2 * gathered)
+            return CONTENTION * count * reduced + gathered
+        return CONTENTION * count * (reduced + 2 * gathered)
 
     def held_bytes(self, candidate: Candidate) -> float:
         """Return the least bytes of weights, gradients and optimizer state on a device."""
