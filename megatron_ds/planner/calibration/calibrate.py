@@ -61,19 +61,27 @@ def usual_sizes(device: str) -> Sizes:
         *(Product(m, n, k, dtype=dtype) for dtype in DTYPES for m, n, k in combinations(rows, columns, inner)),
         *(Product(*sizes, dtype=dtype) for dtype in DTYPES for sizes in batches),
     ]
-    lengths = (
-        {"float32": (64, 256, 1024), "bfloat16": (64, 256)} if on_cpu else dict.fromkeys(DTYPES, (512, 2048, 8192))
-    )
-    attention = [
-        Attention(1, 8, 8, head_dim, length, length, length * (length + 1) // 2, backward, dtype)
-        for dtype in DTYPES
-        for backward in (False, True)
-        for head_dim in (64, 128)
-        for length in lengths[dtype]
-    ]
+    attention = [one for dtype in DTYPES for one in _attention_sizes(dtype, device)]
     streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in STREAM_BYTES]
     buffers = [4**power * _KB for power in range(9 if on_cpu else 11)]
     return Sizes([one for one in products if one.flops <= most_flops[one.dtype]], attention, streams, buffers)
+
+
+def _attention_sizes(dtype: str, device: str) -> list[Attention]:
+    """Return attention to measure on "cpu" or "cuda": causal, and between all pairs."""
+    if device == "cuda":
+        causal, full = (512, 2048, 8192), (512, 2048)
+    elif dtype == "float32":
+        causal, full = (64, 128, 256, 512, 1024, 2048), (128, 512, 1024)
+    else:
+        causal, full = (64, 256), ()
+    pairs = [(length, length * (length + 1) // 2) for length in causal] + [(length, length**2) for length in full]
+    return [
+        Attention(1, 8 if length <= 512 or device == "cuda" else 2, 2, head_dim, length, length, count, backward, dtype)
+        for backward in (False, True)
+        for head_dim in (64, 128)
+        for length, count in pairs
+    ]
 
 
 STREAM_BYTES = (16 * _KB, 64 * _KB, 256 * _KB, *(2**power * _KB for power in range(9, 15)), 65536 * _KB)
@@ -106,7 +114,7 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None) -
     found = run_local(partial(_measure, sizes=sizes, threads=max(1, cores // ranks)), ranks, TIMEOUT_S)
     times_s = [statistics.median(column) for column in zip(*(one.times_s for one in found))]
     operations = _operations(sizes)
-    return build_device(name, found[0].facts, list(zip(operations, times_s)), found[0].communication)
+    return build_device(name, found[0].facts, list(zip(operations, times_s)), found[0].communication, found[0].skew)
 
 
 def write_profile(device: Device, path: Path) -> None:
@@ -123,19 +131,28 @@ class _Found:
     facts: Facts
     times_s: list[float]
     communication: list[MeasuredTime]
+    skew: float
 
 
 def _measure(info: RankInfo, sizes: Sizes, threads: int) -> _Found:
     torch.set_num_threads(threads)
     device = start_distributed(info)
     world = create_grid(Layout(data=info.world_size), info.rank).world
-    communication = []
+    communication, skew = [], 0.0
     if info.world_size > 1:
         communication = measure_collectives.measured_times(
             collectives(sizes.buffers, world.size, device.type), world, device
         )
+    if info.world_size > 1 and device.type == "cpu":
+        compute = measure_operations.prepare(max(sizes.products, key=_by_size_in_fp32), device)[0]
+        skew = measure_collectives.measure_skew(world, device, compute)
     times_s = measure_operations.measure(_operations(sizes), device)
-    return _Found(_facts(device, info.world_size, threads), times_s, communication)
+    return _Found(_facts(device, info.world_size, threads), times_s, communication, skew)
+
+
+def _by_size_in_fp32(product: Product) -> tuple[bool, int]:
+    """Return a key by which the largest product in fp32 is the largest."""
+    return product.dtype == "float32", product.flops
 
 
 def _operations(sizes: Sizes) -> list[Product | Attention | Stream]:

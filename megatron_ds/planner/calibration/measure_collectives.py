@@ -22,6 +22,8 @@ from megatron_ds.planner.profiles.link import MeasuredTime
 
 SHORTEST_S = 0.005
 ROUNDS = 9
+SEGMENT_S, SEGMENTS = 0.02, 20
+"""Seconds of computation between two waits, and their number, in a measurement of the ranks' skew."""
 NEIGHBOURS = "neighbours"
 """Axis of the tensor ranks of CPUs on one machine, as traces name it."""
 
@@ -82,6 +84,43 @@ def measured_times(operations: Sequence[Collective | Message], world: Axis, devi
         )
         for one, time_s in zip(operations, times_s)
     ]
+
+
+def measure_skew(world: Axis, device: torch.device, compute: Act, rounds: int = ROUNDS) -> float:
+    """Return the share by which computation is longer if every rank waits for the slowest again and again.
+
+    Collective over the world. Ranks compute for about `SEGMENT_S` between two small all-reduces, and as long without
+    any; what the all-reduces take by themselves is left out.
+
+    Args:
+        world: all ranks.
+        device: that computes.
+        compute: some computation, the same on all ranks.
+        rounds: number of measurements, of which the median counts.
+    """
+    axis = axis_of_all(world, NEIGHBOURS)
+    token = torch.zeros(256, device=device)
+    number = _calls(compute, world, device)
+    number = max(1, round(number * SEGMENT_S / SHORTEST_S))
+
+    def segment() -> None:
+        for _ in range(number):
+            compute()
+
+    def segment_and_wait() -> None:
+        segment()
+        all_reduce_(token, axis)
+
+    sent_s = min(_time(lambda: all_reduce_(token, axis), 100, device) for _ in range(rounds))
+    found = []
+    for _ in range(rounds):
+        times_s = torch.tensor(
+            [_time(segment, SEGMENTS, device), _time(segment_and_wait, SEGMENTS, device)], dtype=torch.float64
+        ).to(device)
+        dist.all_reduce(times_s, group=world.group)
+        free_s, waiting_s = (times_s / world.size).tolist()
+        found.append((waiting_s - sent_s) / free_s - 1)
+    return max(0.0, statistics.median(found))
 
 
 def _calls(act: Act, world: Axis, device: torch.device) -> int:

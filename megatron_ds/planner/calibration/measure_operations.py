@@ -1,8 +1,10 @@
 """Times of products, attention and streams on this machine's devices, for profiles.
 
-Every operation is called in each of several rounds, so that a disturbance of the machine reaches all of them alike, and
-the median over the rounds counts. A product is called in the three layouts of a linear layer: forward, and the
-gradients of its input and of its weight.
+Every operation is called in each of several rounds, so that a disturbance of the machine reaches all of them alike. The
+lower quartile over the rounds counts: what else the machine does makes times longer, never shorter. Operations are
+called as the layers call them: a product by `layers.products`, in the three layouts of a linear layer (forward, and the
+gradients of its input and of its weight); attention on views of (S, B, N, D); a stream on tensors that the caches do
+not hold, as few of a step's are.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_ds.layers.products import multiply
 from megatron_ds.planner.operations import Attention, Product, Stream
 
 SHORTEST_S = 0.002
 """Calls are repeated until one measurement takes at least so long."""
-ROUNDS = 3
+ROUNDS = 5
+CACHE_BYTES, SMALL_BYTES = 64 << 20, 256 << 10
+"""Bytes over which a stream is measured in turns, and those of a stream that is small enough to stay in a cache."""
 
 Act = Callable[[], object]
 Clock = Callable[[], float]
@@ -32,7 +37,7 @@ def measure(
     rounds: int = ROUNDS,
     clock: Clock = time.perf_counter,
 ) -> list[float]:
-    """Return the median seconds of each operation.
+    """Return the seconds of each operation.
 
     Args:
         operations: to measure. A stream has one launch, and a name in `STREAMS`.
@@ -52,7 +57,7 @@ def measure(
                 calls[index] = max(1, int(SHORTEST_S / max(time_s * len(acts), 1e-9)))
                 time_s = _time(acts, calls[index], device, clock) if calls[index] > 1 else time_s
             times_s[index].append(time_s)
-    return [statistics.median(one) for one in times_s]
+    return [statistics.quantiles(one, n=4)[0] if rounds > 1 else one[0] for one in times_s]
 
 
 def _time(acts: Sequence[Act], calls: int, device: torch.device, clock: Clock) -> float:
@@ -79,7 +84,8 @@ def prepare(operation: Product | Attention | Stream, device: torch.device) -> Se
         case Attention():
             return [_attention(operation, device)]
         case Stream():
-            return [STREAMS[operation.name](operation.num_bytes, device)]
+            copies = CACHE_BYTES // operation.num_bytes if operation.num_bytes > SMALL_BYTES else 1
+            return [STREAMS[operation.name](operation.num_bytes, device) for _ in range(max(1, copies))]
 
 
 def _product(product: Product, device: torch.device) -> Sequence[Act]:
@@ -89,10 +95,10 @@ def _product(product: Product, device: torch.device) -> Sequence[Act]:
     def factor(*shape: int) -> Tensor:
         return _numbers((batch, *shape) if batch > 1 else shape, dtype, device)
 
-    multiply = torch.bmm if batch > 1 else torch.mm
-    forward = partial(multiply, factor(m, k), factor(n, k).mT)
-    of_input = partial(multiply, factor(m, k), factor(k, n))
-    of_weight = partial(multiply, factor(k, m).mT, factor(k, n))
+    compute = torch.bmm if batch > 1 else multiply
+    forward = partial(compute, factor(m, k), factor(n, k).mT)
+    of_input = partial(compute, factor(m, k), factor(k, n))
+    of_weight = partial(compute, factor(k, m).mT, factor(k, n))
     return forward, of_input, of_weight
 
 
@@ -108,7 +114,9 @@ def _attention(attention: Attention, device: torch.device) -> Act:
     heads = (attention.heads, attention.kv_heads, attention.kv_heads)
     lengths = (attention.queries, attention.keys, attention.keys)
     query, key, value = (
-        _numbers((attention.rows, count, length, attention.head_dim), dtype, device).requires_grad_(attention.backward)
+        _numbers((length, attention.rows, count, attention.head_dim), dtype, device)
+        .permute(1, 2, 0, 3)
+        .requires_grad_(attention.backward)
         for count, length in zip(heads, lengths)
     )
     grouped = attention.heads != attention.kv_heads

@@ -132,6 +132,8 @@ class Device(Section):
         memory_gib: memory that torch reports.
         memory_gb_s: 10^9 bytes per second of the memory.
         host_us: time of the host to start one eager operation.
+        skew: share by which the ranks' computation between two collectives is longer on the slowest of them, beyond the
+            mean: on a CPU the operating system and other programs disturb one rank, and the others wait.
         products, attention, streams: shares of the peaks that are reached.
         link: between neighbouring devices, or the name of its file.
         island: devices that this link joins, if that is not the number of a node's devices.
@@ -147,6 +149,7 @@ class Device(Section):
     memory_gib: Positive
     memory_gb_s: Positive
     host_us: NotNegative = 0.0
+    skew: NotNegative = 0.0
     products: ProductSpeed
     attention: AttentionSpeed
     streams: StreamSpeed

@@ -50,7 +50,9 @@ class Facts:
 Timed = Sequence[tuple[Product | Attention | Stream, float]]
 
 
-def build_device(name: str, facts: Facts, timed: Timed, communication: Sequence[MeasuredTime]) -> Device:
+def build_device(
+    name: str, facts: Facts, timed: Timed, communication: Sequence[MeasuredTime], skew: float = 0.0
+) -> Device:
     """Return the profile of a measured machine.
 
     Args:
@@ -58,6 +60,7 @@ def build_device(name: str, facts: Facts, timed: Timed, communication: Sequence[
         facts: of the machine.
         timed: operations with their seconds; products in fp32 and a stream at least.
         communication: rows of the link between its ranks; empty if there is one rank.
+        skew: see `Device`.
     """
     products = [(one, time_s) for one, time_s in timed if isinstance(one, Product)]
     streams = [(one, time_s) for one, time_s in timed if isinstance(one, Stream)]
@@ -75,6 +78,7 @@ def build_device(name: str, facts: Facts, timed: Timed, communication: Sequence[
         tflops={dtype: _rounded(rate / 1e12) for dtype, rate in rates.items() if known is None or dtype == "float32"},
         memory_gib=_rounded(facts.memory_bytes / GIB),
         memory_gb_s=_rounded(bytes_per_s / GB),
+        skew=_rounded(skew),
         products=_product_speed(facts, rates, known),
         attention=_attention_speed(attention, known or rates.get("bfloat16") or rates["float32"]),
         streams=StreamSpeed(share=1.0, launch_us=_rounded(launch_us)),

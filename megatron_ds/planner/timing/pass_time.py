@@ -7,10 +7,11 @@ hidden all-reduces longer than without them. Where the device computes too littl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_ds.planner.operations import Attention, Product, Stream, Work
+from megatron_ds.planner.operations import Attention, Collective, Product, Stream, Work
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.network import Network
 from megatron_ds.planner.timing.links import communication_seconds
@@ -85,7 +86,18 @@ def pass_time(work: Work, machine: Machine, hidden_by_s: float = 0.0) -> PassTim
         behind = min(value, hideable_s)
         exposed[axis] = exposed.get(axis, 0.0) + value - behind + CONTENTION * behind
         hideable_s -= behind
+    if machine.device.skew and (axis := _waits_along(work)) is not None:
+        exposed[axis] = exposed.get(axis, 0.0) + machine.device.skew * compute_s
     return PassTime(compute_s, exposed)
+
+
+def _waits_along(work: Work) -> str | None:
+    """Return the axis of the most collectives that are not hidden, for which each rank waits for the slowest one."""
+    found: Counter[str] = Counter()
+    for one, count in work.items():
+        if isinstance(one, Collective) and one.ranks > 1 and not one.hidden:
+            found[one.axis] += count
+    return max(found, key=lambda axis: found[axis], default=None)
 
 
 def compute_seconds(work: Work, machine: Machine) -> float:

@@ -60,9 +60,13 @@ def attention_s(attention: Attention, device: Device) -> float:
 
 @lru_cache(maxsize=1 << 18)
 def stream_s(stream: Stream, device: Device) -> float:
-    """Return the seconds of a stream; several launches share its bytes equally."""
+    """Return the seconds of a stream; several launches share its bytes equally.
+
+    A function that changes its argument in place ("exp_") is timed as the one that does not ("exp"), if the profile has
+    that one alone.
+    """
     curves = _stream_curves(device)
-    curve = curves.get(stream.name) or curves.get("")
+    curve = curves.get(stream.name) or curves.get(stream.name.rstrip("_")) or curves.get("")
     if curve is not None and stream.launches:
         return stream.launches * curve.seconds(stream.num_bytes / stream.launches)
     return stream.launches * device.streams.launch_us * US + stream.num_bytes / memory_bandwidth(device)
