@@ -132,6 +132,7 @@ class Device(Section):
         memory_gib: memory that torch reports.
         memory_gb_s: 10^9 bytes per second of the memory.
         host_us: time of the host to start one eager operation.
+        host_gb_s: 10^9 bytes per second of a copy between the device and pinned memory of its host, in each direction.
         skew: share by which the ranks' computation between two collectives is longer on the slowest of them, beyond the
             mean: on a CPU the operating system and other programs disturb one rank, and the others wait.
         products, attention, streams: shares of the peaks that are reached.
@@ -149,6 +150,7 @@ class Device(Section):
     memory_gib: Positive
     memory_gb_s: Positive
     host_us: NotNegative = 0.0
+    host_gb_s: Positive = 20.0
     skew: NotNegative = 0.0
     products: ProductSpeed
     attention: AttentionSpeed

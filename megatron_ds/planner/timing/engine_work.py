@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from megatron_ds.planner.held_parameters import HeldStage, hold_stage
-from megatron_ds.planner.operations import Collective, LayerTrace, Message, Operation, Stream, Work
+from megatron_ds.planner.operations import Collective, HostCopy, LayerTrace, Message, Operation, Stream, Work
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.network import Network
@@ -25,8 +25,6 @@ MOMENT_BYTES: Mapping[str, int] = {"adamw": 8, "lion": 4, "muon": 4, "sgd": 4, "
 HOST_UPDATES_PER_S = 1.2e9
 """Elements that CPU-Adam updates in a second for one device: 10^10 on all cores of a node of eight (Ren et al. 2021,
 "ZeRO-Offload", table 4)."""
-HOST_BYTES_PER_S = 20e9
-"""Bytes of a copy between a device and pinned memory in a second, over PCIe 4."""
 
 
 def machine_of(given: PlanInput, device: Device, network: Network) -> Machine:
@@ -66,7 +64,8 @@ def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, H
         given.tokens_per_step,
         layout.world_size,
         nodes=given.machines.nodes,
-        pause_s=_pause_s(given, known),
+        saved=_saved(given, known),
+        save_every=given.save_every or 1,
         dtype=str(given.dtype).removeprefix("torch."),
     )
 
@@ -130,10 +129,11 @@ def _mark(one: Operation, hidden: bool) -> Operation:
 
 
 def _update(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> tuple[Work, float]:
-    """Return the streams of norms and of the optimizer, and seconds of the host.
+    """Return the streams and copies of norms and of the optimizer, and the seconds in which the host updates.
 
     An optimizer reads and writes fp32 weights and its state, reads fp32 gradients, and writes weights; the norm reads
-    the gradients, and their scale is a factor of the update.
+    the gradients, and their scale is a factor of the update. Of an offloaded optimizer gradients go to the host, and
+    weights come back.
     """
     section = given.config.optimizer
     state = MOMENT_BYTES.get(section.name if section is not None else "adamw", MOMENT_BYTES["adamw"])
@@ -146,16 +146,18 @@ def _update(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> tuple[Work
             continue
         streams[Stream(FP32 * (part if zero.stage >= 2 else number), name="norm")] += 1
         if zero.offloads_optimizer:
-            host_s += part / HOST_UPDATES_PER_S + part * (FP32 + zero.element_bytes) / HOST_BYTES_PER_S
+            host_s += part / HOST_UPDATES_PER_S
+            streams[HostCopy(part * FP32, to_host=True, hidden=False)] += 1
+            streams[HostCopy(part * zero.element_bytes, to_host=False, hidden=False)] += 1
         else:
             streams[Stream(part * (2 * FP32 + 2 * state + FP32 + weight), name=section.name if section else "")] += 1
     return streams, host_s
 
 
-def _pause_s(given: PlanInput, held: Mapping[int, HeldStage]) -> float:
-    """Return the seconds of a step in which it waits for checkpoints: copies of its part of the state to the host."""
+def _saved(given: PlanInput, held: Mapping[int, HeldStage]) -> Work:
+    """Return the copies of a checkpoint that a step waits for: of a rank's part of the state to the host."""
     if not given.save_every:
-        return 0.0
+        return Work()
     shards = shard_ranks(given, apart=False)
     most = max(sum(one.numel for one in stage.parameters) for stage in held.values())
-    return most * (FP32 + MOMENT_BYTES["adamw"]) / shards / HOST_BYTES_PER_S / given.save_every
+    return Work({HostCopy(most * (FP32 + MOMENT_BYTES["adamw"]) // shards, to_host=True, hidden=False): 1})

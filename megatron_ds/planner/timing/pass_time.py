@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_ds.planner.operations import Attention, Collective, Product, Stream, Work
+from megatron_ds.planner.operations import Attention, Collective, HostCopy, Product, Stream, Work
 from megatron_ds.planner.profiles.device import Device
+from megatron_ds.planner.profiles.link import GB
 from megatron_ds.planner.profiles.network import Network
 from megatron_ds.planner.timing.links import communication_seconds
 from megatron_ds.planner.timing.placement import Placement
@@ -20,6 +21,9 @@ from megatron_ds.planner.timing.roofline import seconds
 
 CONTENTION = 0.5
 """Share of the time of hidden communication by which it slows down what the device computes at the same time."""
+
+HOST_COPIES = "host"
+"""Name under which copies between a device and its host stand among the axes of communication."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class PassTime:
 
 
 def pass_time(work: Work, machine: Machine, hidden_by_s: float = 0.0) -> PassTime:
-    """Return the seconds of work whose hidden communication runs while its own computation does.
+    """Return the seconds of work whose hidden communication and copies run while its own computation does.
 
     Args:
         work: of one pass.
@@ -86,9 +90,21 @@ def pass_time(work: Work, machine: Machine, hidden_by_s: float = 0.0) -> PassTim
         behind = min(value, hideable_s)
         exposed[axis] = exposed.get(axis, 0.0) + value - behind + CONTENTION * behind
         hideable_s -= behind
+    copied_s, copied_behind_s = (_copy_seconds(work, machine.device, hidden) for hidden in (False, True))
+    waited_s = copied_s + max(0.0, copied_behind_s - compute_s - hidden_by_s)
+    if waited_s:
+        exposed[HOST_COPIES] = waited_s
     if machine.device.skew and (axis := _waits_along(work)) is not None:
         exposed[axis] = exposed.get(axis, 0.0) + machine.device.skew * compute_s
     return PassTime(compute_s, exposed)
+
+
+def _copy_seconds(work: Work, device: Device, hidden: bool) -> float:
+    """Return the seconds of copies between the device and its host, by engines that take nothing from products."""
+    copied = sum(
+        count * one.num_bytes for one, count in work.items() if isinstance(one, HostCopy) and one.hidden == hidden
+    )
+    return copied / (device.host_gb_s * GB)
 
 
 def _waits_along(work: Work) -> str | None:

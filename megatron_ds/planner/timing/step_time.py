@@ -36,7 +36,8 @@ class StepTime:
         bubble_s: waiting for other stages.
         optimizer_s: norms of gradients, and updates of weights.
         straggling_s: waiting for the slowest node.
-        data_s, pause_s: see `StepWork`.
+        data_s: see `StepWork`.
+        pause_s: waiting for checkpoints, on average.
         timetable: of the pipeline.
         tokens_per_s: of all ranks.
         mfu: model FLOPs as a share of the peak, attention counted in full; `hfu`: with recomputed ones.
@@ -125,8 +126,9 @@ def time_step(step: StepWork, machine: Machine) -> StepTime:
         waited["pipeline"] = waited.get("pipeline", 0.0) + table.message_s[rank]
     bubble_s = table.duration_s - passing.total_s - table.message_s[rank]
     before_s = table.duration_s + end.total_s + optimizer_s
+    pause_s = pass_time(step.saved, machine).total_s / step.save_every
     straggling_s = STRAGGLING * sqrt(2 * log(step.nodes)) * before_s
-    total_s = before_s + straggling_s + step.data_s + step.pause_s
+    total_s = before_s + straggling_s + step.data_s + pause_s
     pipelines = step.world_size // step.num_ranks * step.num_micro_batches
     useful, repeated = (pipelines * number for number in _flops(step))
     peak = machine.device.peak_flops(step.dtype) * step.world_size * total_s
@@ -138,7 +140,7 @@ def time_step(step: StepWork, machine: Machine) -> StepTime:
         optimizer_s=optimizer_s,
         straggling_s=straggling_s,
         data_s=step.data_s,
-        pause_s=step.pause_s,
+        pause_s=pause_s,
         timetable=table,
         tokens_per_s=step.tokens / total_s,
         mfu=useful / peak,

@@ -32,7 +32,7 @@ class EndWork:
         sent: its communication. Hidden parts run while the passes of `hiding` micro-batches compute.
         hiding: see `sent`.
         update: computation of the optimizer.
-        host_s: seconds in which it waits for its host.
+        host_s: seconds in which its host computes for it.
     """
 
     sent: Work = field(default_factory=Work)
@@ -56,7 +56,8 @@ class StepWork:
         schedule: of the pipeline.
         blocks: ranks wait for messages; False = messages hide behind passes.
         data_s: seconds of a step in which the devices wait for data.
-        pause_s: seconds of a step in which they wait for checkpoints, on average.
+        saved: copies to the host of a checkpoint, for which they wait.
+        save_every: steps between two checkpoints.
         dtype: of the peak that MFU refers to.
     """
 
@@ -70,5 +71,6 @@ class StepWork:
     schedule: Schedule = "deepspeed"
     blocks: bool = True
     data_s: float = 0.0
-    pause_s: float = 0.0
+    saved: Work = field(default_factory=Work)
+    save_every: int = 1
     dtype: str = "bfloat16"

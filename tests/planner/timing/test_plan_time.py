@@ -9,7 +9,7 @@ import pytest
 from megatron_ds.planner.operations import Collective, Message, Stream
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
-from megatron_ds.planner.timing.engine_work import HOST_BYTES_PER_S, HOST_UPDATES_PER_S, machine_of, step_of
+from megatron_ds.planner.timing.engine_work import HOST_UPDATES_PER_S, machine_of, step_of
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from megatron_ds.planner.trace import trace_layers
 from tests.planner.inputs import input_of
@@ -93,7 +93,7 @@ def test_gathers_of_weights_hide_behind_passes_at_stage_3() -> None:
 
 def test_offloaded_optimizers_update_on_the_host() -> None:
     part, found = PARAMS / 16, timed(zero=2, offload=True).optimizer_s
-    assert found == pytest.approx(part / HOST_UPDATES_PER_S + part * (4 + 2) / HOST_BYTES_PER_S, rel=0.05)
+    assert found == pytest.approx(part / HOST_UPDATES_PER_S + part * (4 + 2) / (DEVICE.host_gb_s * 1e9), rel=0.05)
     assert found > 2 * timed(zero=2).optimizer_s
 
 
@@ -130,7 +130,7 @@ def test_stages_of_tied_and_model_axes_have_placements() -> None:
 
 def test_checkpoints_pause_steps() -> None:
     found = plan_time(replace(run(), save_every=100), DEVICE, NETWORK)
-    assert found.pause_s == pytest.approx(12 * PARAMS / 16 / HOST_BYTES_PER_S / 100, rel=0.001)
+    assert found.pause_s == pytest.approx(12 * PARAMS / 16 / (DEVICE.host_gb_s * 1e9) / 100, rel=0.001)
 
 
 def test_slower_networks_take_longer() -> None:

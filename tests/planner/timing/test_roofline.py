@@ -124,5 +124,6 @@ def test_measured_attention_and_streams_override_the_formulas() -> None:
     assert stream_s(Stream(50_500), device) * 1e6 == pytest.approx(25), "straight in bytes"
     assert stream_s(Stream(1000, name="silu"), device) * 1e6 == pytest.approx(50)
     assert stream_s(Stream(1000, name="unheard"), device) * 1e6 == pytest.approx(10)
+    assert stream_s(Stream(1000, name="silu_"), device) * 1e6 == pytest.approx(50), "the same function, in place"
     assert stream_s(Stream(101_000, launches=2), device) * 1e6 == pytest.approx(50)
     assert stream_s(Stream(0, launches=0), device) == 0.0

@@ -6,7 +6,7 @@ from math import log, sqrt
 import pytest
 
 from megatron_ds.parallel.grid import Layout
-from megatron_ds.planner.operations import Attention, Collective, LayerTrace, Message, Product, Stream, Work
+from megatron_ds.planner.operations import Attention, Collective, HostCopy, LayerTrace, Message, Product, Stream, Work
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.timing.links import seconds as link_seconds
 from megatron_ds.planner.timing.pass_time import CONTENTION, Machine, pass_time
@@ -93,6 +93,23 @@ def test_a_step_is_not_faster_than_its_host_starts_kernels() -> None:
     assert pass_time(many, slow).compute_s == pytest.approx(1000 * 20e-6)
 
 
+def test_ranks_that_wait_for_each_other_take_longer() -> None:
+    disturbed = replace(MACHINE, device=DEVICE.model_copy(update={"skew": 0.05}))
+    together, alone = Work({FORWARD: 1, REDUCTION: 1}), Work({FORWARD: 1, replace(REDUCTION, hidden=True): 1})
+    more_s = pass_time(together, disturbed).exposed_s["tensor"] - pass_time(together, MACHINE).exposed_s["tensor"]
+    assert more_s == pytest.approx(0.05 * seconds(FORWARD, DEVICE))
+    assert pass_time(alone, disturbed) == pass_time(alone, MACHINE), "nobody waits for what is hidden"
+
+
+def test_copies_to_the_host_hide_behind_computation() -> None:
+    compute_s, rate = seconds(FORWARD, DEVICE), DEVICE.host_gb_s * 1e9
+    half, twice = (HostCopy(int(share * compute_s * rate), to_host=True) for share in (0.5, 2.0))
+    assert not pass_time(Work({FORWARD: 1, half: 1}), MACHINE).exposed_s
+    assert pass_time(Work({FORWARD: 1, twice: 1}), MACHINE).exposed_s["host"] == pytest.approx(compute_s, rel=1e-3)
+    waited = pass_time(Work({FORWARD: 1, replace(half, hidden=False): 1}), MACHINE).exposed_s["host"]
+    assert waited == pytest.approx(0.5 * compute_s, rel=1e-3)
+
+
 def test_older_attention_kernels_are_slower() -> None:
     one = Attention(2, 8, 8, 128, 4096, 4096, pairs=4096 * 4097 // 2)
     older = replace(MACHINE, attention_speed=(0.5, 0.25))
@@ -141,7 +158,9 @@ def test_the_slowest_node_counts() -> None:
 
 
 def test_waits_for_data_and_checkpoints() -> None:
-    found, one = time_step(step(plain(), data_s=0.5, pause_s=0.25), MACHINE), time_step(step(plain()), MACHINE)
+    saved = Work({HostCopy(int(DEVICE.host_gb_s * 1e9), to_host=True, hidden=False): 1})
+    waiting = step(plain(), data_s=0.5, saved=saved, save_every=4)
+    found, one = time_step(waiting, MACHINE), time_step(step(plain()), MACHINE)
     assert found.total_s == pytest.approx(one.total_s + 0.75)
     assert found.parts["data"] == 0.5 and found.parts["checkpoints"] == 0.25
 
