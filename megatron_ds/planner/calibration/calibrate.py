@@ -69,6 +69,8 @@ def usual_sizes(device: str) -> Sizes:
 
 def _attention_sizes(dtype: str, device: str) -> list[Attention]:
     """Return attention to measure on "cpu" or "cuda": causal, and between all pairs."""
+    causal: tuple[int, ...]
+    full: tuple[int, ...]
     if device == "cuda":
         causal, full = (512, 2048, 8192), (512, 2048)
     elif dtype == "float32":

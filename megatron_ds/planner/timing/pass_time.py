@@ -94,8 +94,9 @@ def pass_time(work: Work, machine: Machine, hidden_by_s: float = 0.0) -> PassTim
     waited_s = copied_s + max(0.0, copied_behind_s - compute_s - hidden_by_s)
     if waited_s:
         exposed[HOST_COPIES] = waited_s
-    if machine.device.skew and (axis := _waits_along(work)) is not None:
-        exposed[axis] = exposed.get(axis, 0.0) + machine.device.skew * compute_s
+    waits_along = _waits_along(work) if machine.device.skew else None
+    if waits_along is not None:
+        exposed[waits_along] = exposed.get(waits_along, 0.0) + machine.device.skew * compute_s
     return PassTime(compute_s, exposed)
 
 
