@@ -1,28 +1,35 @@
-"""The bench's cases as the planner predicts them: `python -m tests.planner.bench_cases [ONE.yaml TWO.yaml]`.
+"""The bench's cases as the planner predicts them: `python -m tests.planner.bench_cases [DIR [CASE ...]]`.
 
-ONE and TWO are calibrations of this machine with one and two ranks, by `megatron-ds plan --calibrate`. Without them the
-shipped profile `cpu` is used, and its speed is scaled by one number for each number of ranks, so that the first case is
-right. Predicted seconds of a step stand beside those of bench/results.json, which were measured without other load.
+With DIR, this machine is calibrated and the cases are measured on it, which takes about half an hour; nothing else
+should run. DIR keeps the profiles and the measured seconds, and what it has is not measured again.
+
+Without it the shipped profile `cpu` is used, its speed scaled by one number for each number of ranks, so that the
+first case is right. Predicted seconds of a step stand beside those of bench/results.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
+from bench.arena import compete
 from bench.cases import CASES, Entry
 from bench.ours import engine_fields
-from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work
+from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work, write_model
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from tests.planner.inputs import input_of
 
+MEASURED_STEPS = 7
 RESULTS = Path(__file__).parents[2] / "bench" / "results.json"
 
 
@@ -59,6 +66,51 @@ def measured() -> dict[tuple[str, str], float]:
     }
 
 
+def measure_here(file: Path, names: Sequence[str] = ()) -> dict[tuple[str, str], float]:
+    """Return the seconds of steps on this machine, each case alone: the lower quartile, as in a calibration.
+
+    What the machine does besides makes steps longer, never shorter.
+
+    Args:
+        file: JSON with cases that are measured already; the others are added.
+        names: of cases; empty = all.
+    """
+    known: dict[str, list[float]] = json.loads(file.read_text()) if file.is_file() else {}
+    for name, label, work, entry in predicted_cases():
+        key = f"{name}: {label}"
+        if key not in known and (not names or name in names):
+            known[key] = _steps(label, work, entry)
+            file.write_text(json.dumps(known, indent=1))
+    return {
+        (name, label): quantiles(known[f"{name}: {label}"], n=4)[0]
+        for name, label, _, _ in predicted_cases()
+        if f"{name}: {label}" in known
+    }
+
+
+def _steps(label: str, work: Work, entry: Entry) -> list[float]:
+    """Return the seconds of single steps of an entry."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as made:
+        folder = Path(made) / "given"
+        folder.mkdir()
+        write_model(work, folder)
+        options = {**entry.options, "workers": len(os.sched_getaffinity(0))}
+        spec = Spec(entry.runner, entry.world, options, work, str(folder), "cpu", entry.environment)
+        return compete({label: spec}, MEASURED_STEPS, 1, Path(made))[label].seconds
+
+
+def profiles_here(directory: Path) -> dict[int, Device]:
+    """Return the profiles of this machine with one and two ranks, from a directory, or measured and written there."""
+    found = {}
+    for ranks in (1, 2):
+        path = directory / f"{ranks}.yaml"
+        if not path.is_file():
+            command = [sys.executable, "-m", "megatron_ds", "plan", "--calibrate", str(path)]
+            subprocess.run([*command, "--gpus-per-node", str(ranks)], check=True, timeout=900)
+        found[ranks] = find_device(str(path))
+    return found
+
+
 @dataclass(frozen=True)
 class Compared:
     """A case, predicted and measured: name, label of the entry, ranks, and seconds of a step."""
@@ -75,13 +127,20 @@ class Compared:
         return self.predicted_s / self.measured_s - 1
 
 
-def compared(profiles: Mapping[int, Device], names: Sequence[str] = ()) -> list[Compared]:
-    """Return the cases, or some of them."""
-    recorded = measured()
+def compared(
+    profiles: Mapping[int, Device], recorded: Mapping[tuple[str, str], float], names: Sequence[str] = ()
+) -> list[Compared]:
+    """Return the measured cases, or some of them.
+
+    Args:
+        profiles: number of ranks -> profile.
+        recorded: (case, label) -> seconds.
+        names: of cases; empty = all.
+    """
     return [
         Compared(name, label, entry.world, predict(work, entry, profiles).total_s, recorded[name, label])
         for name, label, work, entry in predicted_cases()
-        if not names or name in names
+        if (name, label) in recorded and (not names or name in names)
     ]
 
 
@@ -94,9 +153,11 @@ def scaled(found: Sequence[Compared]) -> list[Compared]:
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     if arguments:
-        found = compared({ranks: find_device(path) for ranks, path in enumerate(arguments, start=1)})
+        directory = Path(arguments[0])
+        directory.mkdir(parents=True, exist_ok=True)
+        found = compared(profiles_here(directory), measure_here(directory / "seconds.json", arguments[1:]))
     else:
-        found = scaled(compared({1: find_device("cpu"), 2: find_device("cpu")}))
+        found = scaled(compared({1: find_device("cpu"), 2: find_device("cpu")}, measured()))
     print("| case | entry | ranks | predicted s | measured s | error |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for one in found:
