@@ -27,6 +27,7 @@ from megatron_ds.errors import ConfigError, show
 from megatron_ds.paths import expanded
 
 if TYPE_CHECKING:
+    from megatron_ds.config import RunConfig
     from megatron_ds.training.planning import RunPlanner
 
 HELP = """Plan a run: does it fit, how fast is it, what does it cost, what limits it, and what to change.
@@ -108,7 +109,7 @@ def plan(
     total = parse_tokens(tokens) if tokens is not None else None
     faults = faults_of(nodes, mtbf_hours, restart_seconds, spare_nodes)
     saving = parse_saving(save_seconds) if save_seconds is not None else None
-    planner = _planner(run, overrides or [], device, nodes, gpus_per_node, network, gpu_memory)
+    planner = _planner(_load(run, overrides or []), device, nodes, gpus_per_node, network, gpu_memory)
     if search:
         found = search_and_print(planner.searched(), planner.limit_bytes, write)
         if json is not None:
@@ -134,9 +135,15 @@ def plan(
     return 0 if planned.fits else 1
 
 
+def _load(run: Path, overrides: list[str]) -> RunConfig:
+    """Read the run file, before anything that takes seconds to import."""
+    from megatron_ds.config import load_run
+
+    return load_run(run, overrides)
+
+
 def _planner(
-    run: Path,
-    overrides: list[str],
+    given: RunConfig,
     device: str,
     nodes: int,
     gpus_per_node: int | None,
@@ -144,22 +151,21 @@ def _planner(
     gpu_memory: str | None,
 ) -> RunPlanner:
     """Return the planner of a run on machines."""
-    from megatron_ds.config import load_run
-    from megatron_ds.hf.weight_files import parse_size
     from megatron_ds.log import quiet_libraries
     from megatron_ds.planner.profiles import find_device, find_network
 
+    profile, ranks = find_device(device), gpus_per_node or 8
+    joined = find_network(network, profile, ranks)
     quiet_libraries()  # before DeepSpeed says that it finds no GPU
 
+    from megatron_ds.hf.weight_files import parse_size
     from megatron_ds.planner.plan_input import Machines
     from megatron_ds.planner.search.space import with_candidate
     from megatron_ds.training.automatic import choose, describe_choice
     from megatron_ds.training.planning import RunPlanner
 
     limit = parse_size(gpu_memory, "--gpu-memory") if gpu_memory is not None else None
-    profile, ranks = find_device(device), gpus_per_node or 8
-    joined = find_network(network, profile, ranks)
-    given, machines = load_run(run, overrides), Machines(nodes, ranks, profile.type)
+    machines = Machines(nodes, ranks, profile.type)
     planner = RunPlanner(given.without_choices(), machines, profile, joined, limit)
     if not given.choices:
         return planner

@@ -16,6 +16,7 @@ from megatron_ds.parallel.rank_info import LAUNCHERS, RankInfo
 from megatron_ds.training import launch
 from tests.cli.conftest import Fork, Start
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -33,6 +34,26 @@ def test_help_shows_an_example_and_imports_nothing_heavy(command: tuple[str, ...
     assert any(line.strip() in ("Example:", "Examples:") for line in lines)
     assert any(line.startswith(f"    {' '.join(('megatron-ds', *command))}") for line in lines), "an example of its own"
     assert lines[0].startswith("Usage: megatron-ds") and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "nope.yaml"],
+        ["plan", "nope.yaml"],
+        ["plan", str(ROOT / "examples/plan/llama3_8b.yaml"), "train.stps=1"],
+        ["plan", str(ROOT / "examples/plan/llama3_8b.yaml"), "--device", "h1000"],
+    ],
+)
+def test_a_mistake_in_a_run_file_is_found_before_anything_heavy_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['megatron-ds', *sys.argv[1:]]\n"
+        "from megatron_ds.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
 
 
 def test_without_arguments_it_shows_its_help(start: Start) -> None:
