@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
+from megatron_ds.planner.moments import Moment
+
 
 @dataclass(frozen=True)
 class Product:
@@ -179,26 +181,6 @@ class Work(Counter[Operation]):
 
 
 @dataclass(frozen=True)
-class GradientArrival:
-    """The moment of a layer's backward pass at which autograd has a gradient of a parameter.
-
-    A gradient counts here from its allocation until it arrives; then it is the engine's.
-
-    Attributes:
-        parameter: its name in the layer; empty = the end of the backward pass.
-        peak_bytes: the most that has been live since the arrival before, or since the backward pass began, beyond what
-            was live before the layer's forward pass.
-        live_bytes: what is live of it now, without this gradient.
-        num_bytes: of the gradient.
-    """
-
-    parameter: str
-    peak_bytes: int
-    live_bytes: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class LayerTrace:
     """One layer of a model on one rank, for one micro-batch: its operations and its memory.
 
@@ -219,7 +201,8 @@ class LayerTrace:
         shared_bytes: memory that the layer's first forward pass leaves for all later ones, such as tables of angles,
             which layers after it share. No other number contains it.
         host_bytes: part of what the forward pass leaves that is kept in host memory, and in no other number.
-        arrivals: gradients of parameters in the order in which they are computed; empty = not recorded.
+        in_forward, in_backward: moments of both passes in their order, the last of which is the end; empty = not
+            recorded.
         released_bytes: memory of its input that nothing reads after its forward pass. It counts in the layers before,
             and is free then, unless an engine holds the input.
         like: name of the equal layer that has been run for this trace.
@@ -237,6 +220,7 @@ class LayerTrace:
     recompute: Work = field(default_factory=Work)
     shared_bytes: int = 0
     host_bytes: int = 0
-    arrivals: tuple[GradientArrival, ...] = ()
+    in_forward: tuple[Moment, ...] = ()
+    in_backward: tuple[Moment, ...] = ()
     released_bytes: int = 0
     like: str = ""

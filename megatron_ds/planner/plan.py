@@ -17,7 +17,6 @@ from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles import Device, Network
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from megatron_ds.planner.trace.layers import trace_layers
-from megatron_ds.planner.traffic.module_passes import record_passes
 from megatron_ds.planner.traffic.wire import StepTraffic, plan_wire
 
 GB = 10**9
@@ -52,10 +51,8 @@ class Plan:
     @cached_property
     def wire(self) -> tuple[StepTraffic, ...]:
         """Communication of a rank of each pipeline stage in a step."""
-        given = self.given
-        passes = record_passes(given) if given.engine.summary.zero_stage == 3 else None
-        stages = range(given.layout.pipeline)
-        return tuple(plan_wire(given, stage, self.traces, passes=passes) for stage in stages)
+        stages = range(self.given.layout.pipeline)
+        return tuple(plan_wire(self.given, stage, self.traces) for stage in stages)
 
     @cached_property
     def size(self) -> ModelSize:

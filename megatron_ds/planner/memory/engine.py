@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from megatron_ds.planner.held_parameters import HeldParameter, HeldStage
 from megatron_ds.planner.memory.ledger import Ledger
+from megatron_ds.planner.moments import ModulePass
+from megatron_ds.planner.zero_settings import ZeroSettings
 
 WEIGHTS, MASTERS, OPTIMIZER, AVERAGE = "weights", "masters", "optimizer", "averaged weights"
 GRADIENTS, BUCKETS, GATHERED = "gradients", "buckets", "gathered weights"
@@ -25,46 +27,25 @@ class EngineSetting:
     """Settings that the engine's memory depends on besides the parameters.
 
     Attributes:
-        zero_stage: of DeepSpeed.
+        zero: DeepSpeed's settings.
         precision: "fp32", "bf16" or "fp16".
         shard_ranks: d, ranks that reduce gradients and share ZeRO's states.
         expert_shard_ranks: ranks that hold the same experts, if these are not divided over the tensor axis.
-        bucket: elements that are reduced at a time.
-        contiguous: gradients are copied into buckets.
-        offload_optimizer, offload_param: state and weights are in host memory.
         pipelined: there are several pipeline stages.
         averages_weights: an average of the weights is kept.
         adds_in_products: products add gradients of matrices to fp32 sums; see `engine.gradient_sums`.
         num_micro_batches: of a step.
-        overlaps: reductions overlap the backward pass, with two buckets.
-        gather_bucket: ZeRO-3's weights that are gathered ahead, elements.
-        persistent: parameters with so many elements or fewer are always whole at ZeRO-3.
-        most_gathered: elements of weights that ZeRO-3 gathers at once.
-        reuse_distance: elements between two uses of a weight that stays gathered between them.
-        sub_group: elements that ZeRO-3 updates at a time.
-        second_shards: ranks that share a second copy of ZeRO-3's weights; 1 = no second copy.
         state_bytes: of each parameter group, what the optimizer keeps of an element.
     """
 
-    zero_stage: int
+    zero: ZeroSettings
     precision: str = "fp32"
     shard_ranks: int = 1
     expert_shard_ranks: int = 1
-    bucket: int = 500_000_000
-    contiguous: bool = True
-    offload_optimizer: bool = False
-    offload_param: bool = False
     pipelined: bool = False
     averages_weights: bool = False
     adds_in_products: bool = False
     num_micro_batches: int = 1
-    overlaps: bool = False
-    gather_bucket: int = 50_000_000
-    persistent: int = 100_000
-    most_gathered: int = 1_000_000_000
-    reuse_distance: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
-    second_shards: int = 1
     state_bytes: Sequence[float] = ()
 
     @property
@@ -84,7 +65,7 @@ class EngineMemory(ABC):
 
     def __init__(self, held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger) -> None:
         self.held, self.setting = held, setting
-        self.device, self.host = device, host
+        self.zero, self.device, self.host = setting.zero, device, host
         self.item, self.groups = setting.itemsize, held.groups
         self.trained = [one for group in held.groups for one in group]
 
@@ -96,11 +77,8 @@ class EngineMemory(ABC):
     def build(self) -> None:
         """Hold what is there between two steps."""
 
-    def enter(self, parameters: Sequence[HeldParameter]) -> None:  # noqa: B027
-        """Gather the weights of a module before its forward or backward pass."""
-
-    def leave(self, parameters: Sequence[HeldParameter]) -> None:  # noqa: B027
-        """Release them after it."""
+    def follow(self, one: ModulePass) -> None:  # noqa: B027
+        """Gather or release the weights of a module that begins or ends a pass."""
 
     @abstractmethod
     def gradient(self, parameter: HeldParameter) -> None:
@@ -156,7 +134,7 @@ class PlainEngine(EngineMemory):
         for of_experts in (False, True):
             chosen = [one for one in self.trained if one.apart == of_experts]
             if chosen and self.ranks_of(chosen) > 1:
-                for bucket in filled_buckets(chosen, self.setting.bucket):
+                for bucket in filled_buckets(chosen, self.zero.reduce_bucket_size):
                     if len(bucket) > 1:  # one tensor is reduced in place
                         with self.device.holding(BUCKETS, sum(one.numel for one in bucket) * self.item):
                             pass
@@ -201,7 +179,7 @@ class Bf16Engine(EngineMemory):
             return
         for group in self.groups:  # parts of the flat sums, in place; a cast to the dtype of the communication
             if self.ranks_of(group) > 1:
-                part = min(self.setting.bucket, padded_numel(group, 2 * self.ranks_of(group)))
+                part = min(self.zero.reduce_bucket_size, padded_numel(group, 2 * self.ranks_of(group)))
                 with self.device.holding(BUCKETS, part * self.item):
                     pass
 

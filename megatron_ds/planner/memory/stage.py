@@ -21,8 +21,10 @@ from megatron_ds.planner.memory.optimizer_state import state_bytes_of
 from megatron_ds.planner.memory.stage_run import Boundary, StageRun, one_stage, pipelined_stage
 from megatron_ds.planner.memory.zero import FlatEngine, partitions_to_plan
 from megatron_ds.planner.memory.zero3 import DividedEngine
+from megatron_ds.planner.moments import ModulePass
 from megatron_ds.planner.operations import LayerTrace
 from megatron_ds.planner.plan_input import PlanInput
+from megatron_ds.planner.weight_schedule import module_passes
 from megatron_ds.planner.zero_settings import zero_settings
 
 INT64 = 8  # bytes of an id
@@ -101,11 +103,10 @@ def _plan_rank(
         own,
         held,
         specs[layers.start : layers.stop],
-        make_engine(held, setting, device, host, rank),
+        make_engine(held, setting, device, host, rank, module_passes(traces)),
         boundary_of(given, specs, layers.start, layers.stop) if layout.pipeline > 1 else Boundary(),
         pipelined_stage(held.index, layout.pipeline, count) if layout.pipeline > 1 else one_stage(count),
         batch_bytes(given) + sum(trace.shared_bytes for trace in traces),
-        recomputes=given.config.recompute == "full",
     )
     run.run()
     parts, hosted = dict(device.peak_parts), {} if on_cpu else dict(host.peak_parts)
@@ -125,41 +126,38 @@ def engine_setting(given: PlanInput, held: HeldStage) -> EngineSetting:
     layout, zero, precision = given.layout, zero_settings(given), given.engine.summary.precision
     shard = layout.data * layout.context
     return EngineSetting(
-        zero_stage=zero.stage,
+        zero=zero,
         precision=precision,
         shard_ranks=shard,
         expert_shard_ranks=shard * layout.tensor // given.expert_ranks,
-        bucket=zero.reduce_bucket_size,
-        contiguous=zero.contiguous_gradients,
-        offload_optimizer=zero.offloads_optimizer,
-        offload_param=zero.offloads_weights,
         pipelined=layout.pipeline > 1,
         averages_weights=given.config.ema is not None,
         adds_in_products=given.machines.device_type == "cuda" and zero.bf16_sums,
         num_micro_batches=given.num_micro_batches,
-        overlaps=zero.overlap_comm,
-        gather_bucket=zero.prefetch_bucket_size,
-        persistent=zero.param_persistence_threshold,
-        most_gathered=zero.max_live_parameters,
-        reuse_distance=zero.max_reuse_distance,
-        sub_group=zero.sub_group_size,
-        second_shards=zero.hpz,
         state_bytes=state_bytes_of(given, held),
     )
 
 
-def make_engine(held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger, rank: int) -> EngineMemory:
+def make_engine(
+    held: HeldStage,
+    setting: EngineSetting,
+    device: Ledger,
+    host: Ledger,
+    rank: int,
+    passes: Sequence[ModulePass],
+) -> EngineMemory:
     """Return the memory of the optimizer that DeepSpeed takes for a stage of ZeRO and a precision.
 
     Args:
         held, setting, device, host: see `EngineMemory`.
         rank: index of the rank among those that share the states.
+        passes: of modules in a micro-batch, at ZeRO-3.
     """
-    if setting.zero_stage == 0:
+    if setting.zero.stage == 0:
         return PlainEngine(held, setting, device, host)
-    if setting.zero_stage == 3:
-        return DividedEngine(held, setting, device, host)
-    if setting.zero_stage == 1 and setting.precision == "bf16" and not setting.offload_optimizer:
+    if setting.zero.stage == 3:
+        return DividedEngine(held, setting, device, host, passes)
+    if setting.zero.stage == 1 and setting.precision == "bf16" and not setting.zero.offloads_optimizer:
         return Bf16Engine(held, setting, device, host)
     return FlatEngine(held, setting, device, host, rank)
 

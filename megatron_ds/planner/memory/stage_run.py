@@ -9,8 +9,8 @@ from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.planner.held_parameters import HeldParameter, HeldStage
 from megatron_ds.planner.memory.engine import GRADIENTS, EngineMemory
 from megatron_ds.planner.memory.ledger import Ledger
-from megatron_ds.planner.memory.zero3 import DividedEngine
-from megatron_ds.planner.operations import GradientArrival, LayerTrace
+from megatron_ds.planner.moments import MODEL_BEGINS, MODEL_ENDS, MODEL_TURNS, Moment
+from megatron_ds.planner.operations import LayerTrace
 
 ACTIVATIONS, GRAD_INPUT = "activations", "gradients of activations"
 BOUNDARIES, BATCH = "boundaries", "batch"
@@ -41,7 +41,6 @@ class StageRun:
         boundary: what it receives and sends.
         passes: from `one_stage` or `pipelined_stage`.
         batch_bytes: of the step's columns on the device, and of tables that layers share.
-        recomputes: blocks are computed again in the backward pass.
     """
 
     def __init__(
@@ -53,18 +52,15 @@ class StageRun:
         boundary: Boundary,
         passes: Sequence[tuple[str, int]],
         batch_bytes: int = 0,
-        *,
-        recomputes: bool = False,
     ) -> None:
         self._traces, self._engine = traces, engine
         self._boundary, self._passes, self._batch_bytes = boundary, passes, batch_bytes
-        self._recomputes = recomputes
         self.device: Ledger = engine.device
         self.in_flight = 0
         by_name = {one.name: one for one in held.parameters}
         frees = [0, *(trace.released_bytes for trace in traces[1:]), 0]  # what enters a stage is held
         self._layers = [
-            _Layer.find(trace, spec, held, by_name, (frees[index], frees[index + 1]))
+            _Layer.find(trace, spec, by_name, (frees[index], frees[index + 1]))
             for index, (trace, spec) in enumerate(zip(traces, specs))
         ]
         uses = [one.name for layer in self._layers for one in layer.by_name.values()]
@@ -101,13 +97,12 @@ class StageRun:
     def _forward(self, micro: int) -> None:
         # received and cloned: the clone is what the layers keep
         self.device.add(BOUNDARIES, 2 * self._boundary.entering_bytes + 2 * self._boundary.columns_bytes)
-        if isinstance(self._engine, DividedEngine):
-            self._engine.follow(self._uses())
+        self._engine.follow(MODEL_BEGINS)
         for layer in self._layers:
             self.device.moment = f"forward pass of {layer.trace.name}, micro-batch {micro + 1}"
-            with self.device.holding(ACTIVATIONS, layer.trace.forward_peak_bytes):
-                self._use(layer)
+            self._follow(layer, layer.trace.in_forward)
             self.device.add(ACTIVATIONS, layer.trace.kept_bytes - layer.frees_bytes)
+        self._engine.follow(MODEL_ENDS)
         self.device.release(BOUNDARIES, self._kept_by_loss_bytes)  # of the loss that this one takes the place of
 
     @property
@@ -117,12 +112,12 @@ class StageRun:
         return 0 if boundary.leaving_bytes else 2 * boundary.entering_bytes
 
     def _backward(self, micro: int) -> None:
+        self._engine.follow(MODEL_TURNS)
         for layer in reversed(self._layers):
             self.device.moment = f"backward pass of {layer.trace.name}, micro-batch {micro + 1}"
             self.device.release(ACTIVATIONS, layer.trace.kept_bytes - layer.freed_bytes)
-            if self._recomputes and layer.trace.is_block:
-                self._use(layer)
-            self._follow_gradients(layer)
+            self.device.release(GRAD_INPUT)  # what the layer needs holds the gradient of its output, too
+            self._follow(layer, layer.trace.in_backward)
             self.device.hold(GRAD_INPUT, layer.trace.grad_input_bytes)
         self.device.release(GRAD_INPUT)
         if self._boundary.entering_bytes:  # the clone is released; the gradient takes its place until it is sent
@@ -130,24 +125,19 @@ class StageRun:
         else:
             self.device.release(BOUNDARIES, 2 * self._boundary.columns_bytes)
 
-    def _follow_gradients(self, layer: _Layer) -> None:
-        """Follow the backward pass of a layer. What it needs holds the gradient of its output, too."""
-        self.device.release(GRAD_INPUT)
-        module = ""
-        for arrival in layer.trace.arrivals:
-            one = layer.by_name.get(arrival.parameter)
-            if one is not None and layer.module_of[one.name] != module:
-                self._engine.leave(layer.modules.get(module, ()))
-                module = layer.module_of[one.name]
-                self._engine.enter(layer.modules[module])
-            with self.device.holding(ACTIVATIONS, arrival.peak_bytes):
+    def _follow(self, layer: _Layer, moments: Sequence[Moment]) -> None:
+        """Follow a pass of a layer."""
+        for moment in moments:
+            one = layer.by_name.get(moment.parameter)
+            with self.device.holding(ACTIVATIONS, moment.peak_bytes):
                 pass
-            with self.device.holding(ACTIVATIONS, arrival.live_bytes):
-                if one is not None and one.trains:
-                    self._arrive(one, arrival)
-        self._engine.leave(layer.modules.get(module, ()))
+            with self.device.holding(ACTIVATIONS, moment.live_bytes):
+                if moment.module_pass is not None:
+                    self._engine.follow(moment.module_pass.within(layer.trace.name))
+                elif one is not None and one.trains:
+                    self._arrive(one, moment)
 
-    def _arrive(self, one: HeldParameter, arrival: GradientArrival) -> None:
+    def _arrive(self, one: HeldParameter, arrival: Moment) -> None:
         """Give a gradient to the engine; that of a shared parameter waits for those of its other uses."""
         uses = self._waiting.get(one.name, self._num_uses[one.name])
         if self._num_uses[one.name] > 1:
@@ -164,21 +154,6 @@ class StageRun:
             self.device.release(GRADIENTS, arrival.num_bytes)
         self._engine.gradient(one)
 
-    # ---- weights that are gathered -----------------------------------------------------------------------------------
-
-    def _use(self, layer: _Layer) -> None:
-        for parameters in layer.modules.values():
-            self._engine.enter(parameters)
-            self._engine.leave(parameters)
-
-    def _uses(self) -> list[Sequence[HeldParameter]]:
-        """Return the parameters of each module in the order of their use in one micro-batch."""
-        found = [parameters for layer in self._layers for parameters in layer.modules.values()]
-        for layer in reversed(self._layers):
-            modules = list(layer.modules.values())
-            found += [*(modules if self._recomputes and layer.trace.is_block else []), *modules[::-1]]
-        return found
-
 
 @dataclass(frozen=True)
 class _Layer:
@@ -187,16 +162,12 @@ class _Layer:
     Attributes:
         trace: its trace.
         by_name: name in the layer -> parameter, which an earlier layer may have too.
-        modules: module -> the parameters that it reads, in the order of the layer.
-        module_of: name of a parameter -> the first module that reads it.
         frees_bytes: memory of the layer before that is free after this one's forward pass.
         freed_bytes: memory of this layer that is free after the forward pass of the one behind it.
     """
 
     trace: LayerTrace
     by_name: Mapping[str, HeldParameter]
-    modules: Mapping[str, Sequence[HeldParameter]]
-    module_of: Mapping[str, str]
     frees_bytes: int
     freed_bytes: int
 
@@ -205,7 +176,6 @@ class _Layer:
         cls,
         trace: LayerTrace,
         spec: LayerSpec,
-        held: HeldStage,
         by_name: Mapping[str, HeldParameter],
         freed: tuple[int, int],
     ) -> _Layer:
@@ -213,9 +183,7 @@ class _Layer:
         begin = f"{spec.name}."
         own = {name.removeprefix(begin): one for name, one in by_name.items() if name.startswith(begin)}
         own |= {name: by_name[original] for name, original in spec.tied.items() if original in by_name}
-        modules = {name: used for name, used in held.used.items() if f"{name}.".startswith(begin)}
-        module_of = {one.name: name for name, used in reversed(modules.items()) for one in used}
-        return cls(trace, own, modules, module_of, *freed)
+        return cls(trace, own, *freed)
 
 
 # ---- orders of passes ----------------------------------------------------------------------------------------------

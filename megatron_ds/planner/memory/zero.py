@@ -32,7 +32,7 @@ class FlatEngine(EngineMemory):
 
     def __init__(self, held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger, rank: int = 0) -> None:
         super().__init__(held, setting, device, host)
-        self._divides_gradients = setting.zero_stage == 2
+        self._divides_gradients = setting.zero.stage == 2
         self._sums_fp32 = setting.precision == "bf16"  # grad_accum_dtype; fp32 sums of the partition alone at stage 2
         self._own: set[str] = set()
         self._shared: set[str] = set()  # parameters that several partitions have a part of
@@ -57,7 +57,7 @@ class FlatEngine(EngineMemory):
 
     def build(self) -> None:
         """Hold flat weights and the rank's partition of the state."""
-        setting, state = self.setting, self.host if self.setting.offload_optimizer else self.device
+        setting, state = self.setting, self.host if self.zero.offloads_optimizer else self.device
         self.hold_frozen()
         for index, group in enumerate(self.groups):
             ranks = self.ranks_of(group)
@@ -66,10 +66,10 @@ class FlatEngine(EngineMemory):
             state.add(MASTERS, padded // ranks * FP32)  # single_partition_of_fp32_groups
             for part, num_bytes in self.states(padded // ranks, index).items():
                 state.add(part, num_bytes)
-            if setting.offload_optimizer:
+            if setting.zero.offloads_optimizer:
                 self.host.add(GRADIENTS, padded // ranks * FP32)  # their .grad
                 self.host.add(BUCKETS, padded // ranks * self.item)  # param_buffer_of_bit16_for_cpu_offload_groups
-        if setting.offload_optimizer:
+        if setting.zero.offloads_optimizer:
             largest = max(one.numel for one in self.trained) * self.item
             self.host.add(BUCKETS, largest)  # temp_grad_buffer_for_cpu_offload
             self.device.add(BUCKETS, largest)  # temp_grad_buffer_for_gpu_offload
@@ -93,7 +93,7 @@ class FlatEngine(EngineMemory):
         """Keep it in the parameter, or let it pass through the bucket at stage 2."""
         num_bytes = parameter.numel * self.item
         self.device.add(GRADIENTS, num_bytes)
-        if self.setting.contiguous and not self._has_bucket:  # setup_buckets
+        if self.zero.contiguous_gradients and not self._has_bucket:  # setup_buckets
             self._add_buckets()
         if self._sums_in_attribute:
             wide = parameter.numel * FP32
@@ -113,14 +113,14 @@ class FlatEngine(EngineMemory):
 
     def _add_buckets(self) -> None:
         wide = FP32 if self._sums_in_attribute else self.item
-        self.device.add(BUCKETS, self.setting.bucket * wide * (2 if self.setting.overlaps else 1))
+        self.device.add(BUCKETS, self.zero.reduce_bucket_size * wide * (2 if self.zero.overlap_comm else 1))
         self._has_bucket = True
 
     def _pass(self, parameter: HeldParameter) -> None:
         """Let a gradient pass through the bucket (reduce_independent_p_g_buckets_and_remove_grads)."""
-        if sum(one.numel for one in self._filled) + parameter.numel > self.setting.bucket:
+        if sum(one.numel for one in self._filled) + parameter.numel > self.zero.reduce_bucket_size:
             self._reduce()
-        if self.setting.contiguous and parameter.numel <= self.setting.bucket:
+        if self.zero.contiguous_gradients and parameter.numel <= self.zero.reduce_bucket_size:
             self.device.release(GRADIENTS, self._in_parameters.pop(parameter.name))  # the bucket has its copy
         self._filled.append(parameter)
 
@@ -139,11 +139,11 @@ class FlatEngine(EngineMemory):
                     self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
             elif self._sums_fp32:
                 self._hold_partition()
-                if self.setting.offload_optimizer and own is not None:
+                if self.zero.offloads_optimizer and own is not None:
                     self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
-            elif self.setting.offload_optimizer and own is not None:
+            elif self.zero.offloads_optimizer and own is not None:
                 self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
-            elif self.setting.contiguous and not self.setting.offload_optimizer:
+            elif self.zero.contiguous_gradients and not self.zero.offloads_optimizer:
                 if not self._own_bytes:  # grads_in_partition
                     self._own_bytes = sum(p.numel for p in self.trained if p.name in self._own) * self.item
                     self.device.add(GRADIENTS, self._own_bytes)
@@ -165,13 +165,13 @@ class FlatEngine(EngineMemory):
         if not self._divides_gradients:
             if not is_last:
                 return
-            if self.setting.pipelined and self.setting.contiguous:
+            if self.setting.pipelined and self.zero.contiguous_gradients:
                 self._add_buckets()
             for one in self.trained:
                 if one.name in self._in_parameters:
                     self._pass(one)
         self._reduce()
-        if not self._sums_fp32 and self.setting.contiguous and not self.setting.offload_optimizer:
+        if not self._sums_fp32 and self.zero.contiguous_gradients and not self.zero.offloads_optimizer:
             if self._kept_bytes:  # added to those of the micro-batches before
                 self.device.release(GRADIENTS, self._own_bytes)
             else:
@@ -180,12 +180,12 @@ class FlatEngine(EngineMemory):
         self.device.release(BUCKETS, self.device.parts[BUCKETS] - self._fixed_buckets)
         self._has_bucket = False
         for name in list(self._in_parameters):  # _clear_param_grad_only; those of the partition are kept
-            if self.setting.contiguous or name not in self._own:
+            if self.zero.contiguous_gradients or name not in self._own:
                 self.device.release(GRADIENTS, self._in_parameters.pop(name))
 
     @property
     def _fixed_buckets(self) -> int:
-        if not self.setting.offload_optimizer:
+        if not self.zero.offloads_optimizer:
             return 0
         largest = max(one.numel for one in self.trained) * self.item
         if self.device is not self.host:
@@ -195,7 +195,7 @@ class FlatEngine(EngineMemory):
 
     def step(self) -> None:
         """Flatten the partition's gradients, group by group, and update it."""
-        if not self.setting.offload_optimizer:
+        if not self.zero.offloads_optimizer:
             for group in self.groups:
                 if not self._sums_fp32:  # flattened, and cast
                     part = padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)
@@ -216,7 +216,7 @@ def partitions_to_plan(held: HeldStage, setting: EngineSetting) -> list[int]:
     At stages 1 and 2 a rank keeps the gradients of all parameters that reach into its partition. The last rank keeps
     those that come first in the backward pass, when most activations are held.
     """
-    if setting.zero_stage not in (1, 2):
+    if setting.zero.stage not in (1, 2):
         return [0]
     ranks, totals = range(min(setting.shard_ranks, 64)), list[int]()  # later ones are like these
     for rank in ranks:

@@ -134,7 +134,7 @@ class PlannedEstimators:
     def exact(self, candidate: Candidate) -> Estimate:
         """Return the planned time and memory; of what does not fit, the time is a bound."""
         searched, given = self._searched, self.given(candidate)
-        traces, last = self._traces_of(given), given.layout.pipeline - 1
+        traces, last = self._traces.of(given.trace_setting()), given.layout.pipeline - 1
         device = host = 0
         for stage in sorted({0, min(1, last), last}):
             memory = plan_memory(given, traces, stage, self._hold(given, stage))
@@ -166,7 +166,7 @@ class PlannedEstimators:
         return self._known[candidate]
 
     def _traces_of(self, given: PlanInput) -> list[LayerTrace]:
-        """Return the traces of the layers; those of stages 2 and 3 are the same."""
+        """Return the traces of the layers without passes of modules; those of stages 2 and 3 are the same."""
         setting = given.trace_setting()
         return self._traces.of(replace(setting, zero_stage=min(2, setting.zero_stage)))
 

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.models.sequential import Activations, LayerSpec, OutputHead
-from megatron_ds.planner.operations import GradientArrival, LayerTrace
+from megatron_ds.planner.moments import ModulePass, Moment
+from megatron_ds.planner.operations import LayerTrace
+from megatron_ds.planner.trace.module_hooks import watch_modules
 from megatron_ds.planner.trace.recorder import Recorder
+from megatron_ds.planner.trace.setting import TraceSetting
 
 _Storage = weakref.ref[torch.UntypedStorage]
 
@@ -71,7 +74,7 @@ class LayerRun:
         layer: the module.
         activations: its input; `labels`: the columns that a head reads.
         recorder: sees the passes.
-        trains: False = forward without gradients.
+        setting: see `trace_layers`.
         device: of the tensors.
     """
 
@@ -81,14 +84,16 @@ class LayerRun:
         activations: Activations,
         labels: dict[str, Tensor],
         recorder: Recorder,
-        trains: bool,
+        setting: TraceSetting,
         device: torch.device,
     ) -> None:
         self.layer, self.activations, self.labels = layer, activations, labels
-        self.recorder, self.trains = recorder, trains
+        self.recorder, self.trains = recorder, setting.trains
         self._anchor = torch.empty((), device=device, requires_grad=True)  # autograd reaches inputs through it
         self._input_grads: list[Tensor] = []
-        self._arrived: list[_Arrived] = []
+        self._seen: list[_Seen] = []  # of the pass that runs
+        if setting.zero_stage == 3:
+            watch_modules(layer, self._pass)
 
     def trace(self, spec: LayerSpec) -> Found:
         """Run forward and backward, and return what was seen."""
@@ -97,22 +102,25 @@ class LayerRun:
         inputs = self._inputs()
         states = {name: weakref.ref(one.untyped_storage()) for name, one in inputs.items() if one.is_floating_point()}
         sizes = {name: inputs[name].nbytes for name in states}
+        self._seen = []
         with recorder, torch.set_grad_enabled(self.trains):
             recorder.begin_pass()
             output = self._forward(inputs)
             recorder.end_pass()
         forward, forward_peak = recorder.work, recorder.peak_bytes - start
+        in_forward = _moments(recorder, 0, self._seen)
         kept, host_bytes = recorder.live_bytes - start, recorder.left_out_bytes - on_host
         free = {name: sizes[name] for name, storage in states.items() if storage() is None}
         output_bytes, following, passed = self._size(output), self._following(output), _passed(output, states)
+        self._seen = []
         with recorder:
             recorder.begin_pass()
             held = self._backward(spec, output, states) if self.trains else set()
             recorder.end_pass()
         del output
-        seen = _Backward(recorder, kept, self._arrived)
         grad_input = sum({recorder.serial_of(one): recorder.size_of(one) for one in self._input_grads}.values())
-        self._input_grads, self._arrived = [], []
+        gradients = {one.storage for one in self._seen if one.storage is not None}
+        self._input_grads = []
         trace = LayerTrace(
             name=spec.name,
             is_block=spec.is_block,
@@ -121,9 +129,10 @@ class LayerRun:
             kept_bytes=kept,
             output_bytes=output_bytes,
             forward_peak_bytes=forward_peak,
-            backward_peak_bytes=seen.peak_bytes,
+            backward_peak_bytes=kept + recorder.peak_without(gradients)[0],
             grad_input_bytes=grad_input,
-            arrivals=seen.arrivals,
+            in_forward=in_forward,
+            in_backward=_moments(recorder, kept, self._seen),
             recompute=recorder.replayed,
             shared_bytes=recorder.live_bytes - start,
             like=spec.name,
@@ -172,8 +181,11 @@ class LayerRun:
         grad, recorder = parameter.grad, self.recorder
         if grad is None:  # a product has added it to a sum
             return
-        self._arrived.append(_Arrived(name, recorder.serial_of(grad), grad.nbytes, len(recorder.changes)))
+        self._seen.append(_Seen(len(recorder.changes), name, recorder.serial_of(grad), grad.nbytes))
         parameter.grad = None
+
+    def _pass(self, one: ModulePass) -> None:
+        self._seen.append(_Seen(len(self.recorder.changes), module_pass=one))
 
     def _size(self, output: Activations | Tensor) -> int:
         """Return the bytes of an output that the layer has made."""
@@ -209,31 +221,32 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(one): one for one in tensors}.values())
 
 
-class _Arrived(NamedTuple):
-    """A parameter's gradient: its name, its storage and size, and how many changes of memory came before."""
+class _Seen(NamedTuple):
+    """What happened in a pass: how many changes of memory came before, and see `Moment`; `storage` is a gradient's."""
 
-    name: str
-    storage: int | None
-    num_bytes: int
     num_changes: int
+    parameter: str = ""
+    storage: int | None = None
+    num_bytes: int = 0
+    module_pass: ModulePass | None = None
 
 
-class _Backward:
-    """The memory of a backward pass.
+def _moments(recorder: Recorder, live_bytes: int, seen: Sequence[_Seen]) -> tuple[Moment, ...]:
+    """Return the moments of the pass that a recorder has seen, and its end.
 
-    Attributes:
-        peak_bytes: the most, beyond what was live before the forward pass, without the gradients of parameters.
-        arrivals: of the gradients, and the end of the pass; a gradient counts there until it arrives.
+    Args:
+        recorder: has the changes of memory.
+        live_bytes: when the pass began, beyond what was live before the layer's forward pass.
+        seen: what happened, in order.
     """
-
-    def __init__(self, recorder: Recorder, kept_bytes: int, arrived: Sequence[_Arrived]) -> None:
-        gradients, handed = {one.storage for one in arrived}, set[int | None]()
-        self.peak_bytes = kept_bytes + recorder.peak_without(gradients)[0]
-        live, begin, found = kept_bytes, 0, []
-        for one in arrived:
-            peak, change = recorder.peak_without(handed, begin, one.num_changes)
-            found.append(GradientArrival(one.name, live + peak, live + change - one.num_bytes, one.num_bytes))
-            live, begin = found[-1].live_bytes, one.num_changes
+    begin, found = 0, list[Moment]()
+    handed = set[int | None]()  # gradients that are the engine's
+    for one in seen:
+        peak, change = recorder.peak_without(handed, begin, one.num_changes)
+        live = live_bytes + change - one.num_bytes
+        found.append(Moment(live_bytes + peak, live, one.parameter, one.num_bytes, one.module_pass))
+        live_bytes, begin = live, one.num_changes
+        if one.storage is not None:
             handed.add(one.storage)
-        peak, change = recorder.peak_without(handed, begin)
-        self.arrivals = (*found, GradientArrival("", live + peak, live + change, 0))
+    peak, change = recorder.peak_without(handed, begin)
+    return (*found, Moment(live_bytes + peak, live_bytes + change))

@@ -24,13 +24,8 @@ from megatron_ds.planner.trace.recorder import Recorder
 from megatron_ds.planner.trace.setting import TraceSetting
 from megatron_ds.planner.trace.signature import signature_of
 
-Watch = Callable[[str, nn.Module], None]
-"""(name of a spec, module), called with each layer that is run, once it is built."""
 
-
-def trace_layers(
-    specs_of: Callable[[BuildContext], list[LayerSpec]], setting: TraceSetting, watch: Watch | None = None
-) -> list[LayerTrace]:
+def trace_layers(specs_of: Callable[[BuildContext], list[LayerSpec]], setting: TraceSetting) -> list[LayerTrace]:
     """Return the trace of every layer, in order. Equal layers are traced once.
 
     Does not communicate.
@@ -38,11 +33,10 @@ def trace_layers(
     Args:
         specs_of: builds the layers' specs in a build context, such as `ModelConfig.build_layers`.
         setting: the rank's place, its micro-batch, and options.
-        watch: sees the modules of the layers that are run.
     """
     recorder = Recorder()
     with recording_context(setting, recorder) as ctx, _without_values(setting, recorder):
-        return _Tracer(setting, recorder, specs_of(ctx), watch).trace()
+        return _Tracer(setting, recorder, specs_of(ctx)).trace()
 
 
 @contextmanager
@@ -65,13 +59,9 @@ class _Tracer:
     Args:
         setting, recorder: see `trace_layers`.
         specs: the layers.
-        watch: see `trace_layers`.
     """
 
-    def __init__(
-        self, setting: TraceSetting, recorder: Recorder, specs: Sequence[LayerSpec], watch: Watch | None
-    ) -> None:
-        self._watch = watch
+    def __init__(self, setting: TraceSetting, recorder: Recorder, specs: Sequence[LayerSpec]) -> None:
         self.setting, self.recorder, self.specs = setting, recorder, specs
         self.device = torch.device("cpu" if setting.device_type == "cpu" else "meta")
         self._known: dict[Hashable, Found] = {}
@@ -85,9 +75,7 @@ class _Tracer:
             layer = self._build(spec)
             key = signature_of(layer), shapes_of(activations)
             if key not in self._known:
-                run = LayerRun(layer, activations, labels, self.recorder, self.setting.trains, self.device)
-                if self._watch is not None:
-                    self._watch(spec.name, layer)
+                run = LayerRun(layer, activations, labels, self.recorder, self.setting, self.device)
                 found = run.trace(spec)
                 shared = found.trace.shared_bytes
                 self._known[key] = run.trace(spec) if shared else found  # what is shared is made by the first run alone

@@ -35,7 +35,8 @@ class TraceSetting:
         keep_attention: outputs of the attention kernels of recomputed blocks are kept.
         mlp_tile_tokens: see `BuildContext`.
         router_aux_loss, router_z_loss: see `RouterSettings`.
-        zero_stage: of DeepSpeed, on which depends where gradients are added up.
+        zero_stage: of DeepSpeed, on which depends where gradients are added up, and whether passes of modules are
+            recorded.
         trains: False = forward passes without gradients.
         frozen: names of parameters that are not trained.
     """

@@ -17,6 +17,7 @@ from megatron_ds.models.sequential import HeadSpec, LayerSpec, head_of
 from megatron_ds.planner.held_parameters import HeldStage, build_context, hold_stage
 from megatron_ds.planner.operations import Collective, CollectiveKind, LayerTrace, Message, Work
 from megatron_ds.planner.plan_input import PlanInput
+from megatron_ds.planner.trace import trace_layers
 from megatron_ds.planner.traffic.gradients import (
     EXPERT_SHARD,
     SHARD,
@@ -25,9 +26,8 @@ from megatron_ds.planner.traffic.gradients import (
     tied_sums,
     weight_gathers,
 )
-from megatron_ds.planner.traffic.module_passes import ModulePass, record_passes
 from megatron_ds.planner.traffic.optimizers import optimizer_traffic
-from megatron_ds.planner.traffic.zero3 import gradient_scatters, sub_groups, weight_gathers_of_passes
+from megatron_ds.planner.traffic.zero3 import divided_weight_gathers, gradient_scatters, sub_groups
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 FP32_BYTES, FP64_BYTES, INT32_BYTES, INT64_BYTES = 4, 8, 4, 8
@@ -66,7 +66,6 @@ def engine_traffic(
     given: PlanInput,
     stage: int,
     held: HeldStage | None = None,
-    passes: Sequence[ModulePass] | None = None,
     traces: Sequence[LayerTrace] | None = None,
 ) -> EngineTraffic:
     """Return the communication of the engine on a rank of a pipeline stage, in a step after the first two.
@@ -75,19 +74,20 @@ def engine_traffic(
         given: the run.
         stage: index of the pipeline stage.
         held: its parameters; None = they are found by `hold_stage`.
-        passes: of modules in a micro-batch, in order, at ZeRO-3; None = they are found by `record_passes`.
-        traces: of all layers; None = the number of gradient buckets is an estimate, where gradients are reduced during
-            the backward pass. Their bytes are exact.
+        traces: of all layers; None = they are made here at ZeRO-3. At other stages the number of gradient buckets is an
+            estimate without them, where gradients are reduced during the backward pass. Their bytes are exact.
     """
     held, zero = held or hold_stage(given, stage), zero_settings(given)
-    divided = zero.stage == 3
-    if divided and passes is None:
-        passes = record_passes(given)
+    if zero.stage == 3:
+        traces = traces if traces is not None else trace_layers(given.layers, given.trace_setting())
+        gradients = gradient_scatters(given, held, zero, traces)
+        weights = divided_weight_gathers(given, held, zero, traces)
+    else:
+        gradients = gradient_reductions(given, held, zero, traces) + tied_sums(held, zero)
+        weights = weight_gathers(given, held, zero)
     return EngineTraffic(
-        gradient_scatters(given, held, zero, traces)
-        if divided
-        else gradient_reductions(given, held, zero, traces) + tied_sums(held, zero),
-        weight_gathers_of_passes(given, held, zero, passes or ()) if divided else weight_gathers(given, held, zero),
+        gradients,
+        weights,
         stage_messages(given, stage),
         gradient_norm(given, held, zero),
         losses(given, stage),

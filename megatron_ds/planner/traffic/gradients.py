@@ -34,7 +34,7 @@ def gradient_order(held: HeldStage, traces: Sequence[LayerTrace] | None) -> list
     found: dict[str, HeldParameter] = {}
     by_name = {one.name: one for one in held.trained}
     for trace in reversed(traces[held.layers.start : held.layers.stop] if traces is not None else ()):
-        for name in (f"{trace.name}.{arrival.parameter}" for arrival in trace.arrivals):
+        for name in (f"{trace.name}.{moment.parameter}" for moment in trace.in_backward):
             if name in by_name:  # a tied parameter's is complete in the first layer that has it
                 found[name] = by_name[name]
     return [*found.values(), *(one for one in reversed(held.trained) if one.name not in found)]

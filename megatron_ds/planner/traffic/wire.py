@@ -10,7 +10,6 @@ from megatron_ds.planner.held_parameters import HeldStage
 from megatron_ds.planner.operations import Collective, LayerTrace, Message, Work
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.traffic.engine import EngineTraffic, engine_traffic
-from megatron_ds.planner.traffic.module_passes import ModulePass
 
 MESSAGE = "message"
 """The kind of a `Message`, in tables."""
@@ -52,13 +51,7 @@ class StepTraffic:
         return table_of(self.total)
 
 
-def plan_wire(
-    given: PlanInput,
-    stage: int,
-    traces: Sequence[LayerTrace],
-    held: HeldStage | None = None,
-    passes: Sequence[ModulePass] | None = None,
-) -> StepTraffic:
+def plan_wire(given: PlanInput, stage: int, traces: Sequence[LayerTrace], held: HeldStage | None = None) -> StepTraffic:
     """Return the communication of a rank of a pipeline stage, in a step after the first two.
 
     Args:
@@ -66,13 +59,12 @@ def plan_wire(
         stage: index of the pipeline stage.
         traces: of all layers of the model, in order, for one micro-batch.
         held: the stage's parameters; None = they are found by `hold_stage`.
-        passes: of modules in a micro-batch, in order, at ZeRO-3; None = they are found by `record_passes`.
     """
     first, end = given.stage_bounds[stage : stage + 2]
     layers = Work()
     for trace in traces[first:end]:
         layers.update(communication(trace.forward + trace.backward))
-    return StepTraffic(layers.times(given.num_micro_batches), engine_traffic(given, stage, held, passes, traces))
+    return StepTraffic(layers.times(given.num_micro_batches), engine_traffic(given, stage, held, traces))
 
 
 def communication(work: Work) -> Work:

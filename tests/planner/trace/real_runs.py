@@ -52,9 +52,9 @@ def composed(traces: list[LayerTrace]) -> Run:
         forward_peak = max(forward_peak, live + trace.forward_peak_bytes)
         live += trace.kept_bytes - trace.released_bytes
     backward_peak = max(
-        base - trace.released_bytes + arrival.peak_bytes
+        base - trace.released_bytes + moment.peak_bytes
         for base, trace in zip(before, traces)
-        for arrival in trace.arrivals
+        for moment in trace.in_backward
     )
     forward, backward = Work(), Work()
     for trace in traces:

@@ -99,7 +99,7 @@ def test_all_gathers_are_hidden_behind_products() -> None:
 
 def test_evaluation_has_no_backward_pass() -> None:
     for one in traced("llama", replace(SETTING, trains=False)):
-        assert not one.backward and not one.arrivals[:-1] and one.kept_bytes == one.output_bytes
+        assert not one.backward and not one.in_backward[:-1] and one.kept_bytes == one.output_bytes
 
 
 def leaves_nothing() -> None:
