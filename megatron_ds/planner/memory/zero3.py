@@ -36,7 +36,7 @@ class _Memory:
 
 @dataclass
 class _Flight(_Memory):
-    """What a gather receives.
+    """Memory that a gather receives weights in.
 
     Attributes:
         copied: weights that get a copy of their part.

@@ -222,7 +222,7 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 class _Seen(NamedTuple):
-    """What happened in a pass: how many changes of memory came before, and see `Moment`; `storage` is a gradient's."""
+    """A moment of a pass, by the number of changes of memory before it; see `Moment`. `storage` is a gradient's."""
 
     num_changes: int
     parameter: str = ""
