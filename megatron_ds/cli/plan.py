@@ -28,6 +28,7 @@ from megatron_ds.paths import expanded
 
 if TYPE_CHECKING:
     from megatron_ds.config import RunConfig
+    from megatron_ds.planner.pipeline.stragglers import RandomSlowness
     from megatron_ds.training.planning import RunPlanner
 
 HELP = """Plan a run: does it fit, how fast is it, what does it cost, what limits it, and what to change.
@@ -109,7 +110,13 @@ def plan(
     total = parse_tokens(tokens) if tokens is not None else None
     faults = faults_of(nodes, mtbf_hours, restart_seconds, spare_nodes)
     saving = parse_saving(save_seconds) if save_seconds is not None else None
-    planner = _planner(_load(run, overrides or []), device, nodes, gpus_per_node, network, gpu_memory)
+    slow = parse_stragglers(stragglers) if stragglers is not None else None
+    if search and stragglers is not None:
+        raise ConfigError(
+            f"--stragglers={show(stragglers)} is for one layout, and --search compares them with the usual slowness; "
+            "try it on the run files of --write"
+        )
+    planner = _planner(_load(run, overrides or []), device, nodes, gpus_per_node, network, gpu_memory, slow)
     if search:
         found = search_and_print(planner.searched(), planner.limit_bytes, write)
         if json is not None:
@@ -121,9 +128,7 @@ def plan(
     from megatron_ds.planner.plan_facts import plan_facts
 
     planned = planner.plan()
-    layout = planned.given.layout
-    slow = parse_stragglers(stragglers, layout.tensor * layout.context, layout.data) if stragglers is not None else None
-    failures = plan_run_failures(planned.given, planned.time, planned.size.num_trained, faults, saving, slow)
+    failures = plan_run_failures(planned.given, planned.time, planned.size.num_trained, faults, saving)
     total = total if total is not None else planner.tokens_of_run(planned)
     campaign = planned.campaign(total, price, failures.slowdown) if total is not None else None
     advice = advise(planned, planner.candidate, planner.replan)
@@ -149,6 +154,7 @@ def _planner(
     gpus_per_node: int | None,
     network: str | None,
     gpu_memory: str | None,
+    slow: RandomSlowness | None,
 ) -> RunPlanner:
     """Return the planner of a run on machines."""
     from megatron_ds.log import quiet_libraries
@@ -166,12 +172,12 @@ def _planner(
 
     limit = parse_size(gpu_memory, "--gpu-memory") if gpu_memory is not None else None
     machines = Machines(nodes, ranks, profile.type)
-    planner = RunPlanner(given.without_choices(), machines, profile, joined, limit)
+    planner = RunPlanner(given.without_choices(), machines, profile, joined, limit, slow)
     if not given.choices:
         return planner
     chosen = choose(planner, given.choices)
     print(describe_choice(given.choices, chosen, profile))
-    return RunPlanner(with_candidate(given.without_choices(), chosen.candidate), machines, profile, joined, limit)
+    return RunPlanner(with_candidate(given.without_choices(), chosen.candidate), machines, profile, joined, limit, slow)
 
 
 def _calibrate(file: Path, ranks: int | None) -> int:
@@ -190,7 +196,7 @@ def _calibrate(file: Path, ranks: int | None) -> int:
 
 
 def _write_json(file: Path, facts: object) -> None:
-    file.write_text(json_module.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json_module.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def parse_tokens(text: str) -> float:

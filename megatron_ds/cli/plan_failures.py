@@ -15,7 +15,7 @@ from megatron_ds.paths import expanded
 if TYPE_CHECKING:
     from megatron_ds.planner.failures.closed_forms import Faults, Saving
     from megatron_ds.planner.failures.fault_plan import FaultPlan
-    from megatron_ds.planner.pipeline.stragglers import Jitter
+    from megatron_ds.planner.pipeline.stragglers import RandomSlowness
 
 PANEL = "Failures"
 MtbfHours = Annotated[
@@ -92,18 +92,13 @@ def parse_saving(text: str) -> Saving:
     return Saving(*seconds)
 
 
-def parse_stragglers(text: str, devices: int, replicas: int) -> Jitter:
+def parse_stragglers(text: str) -> RandomSlowness:
     """Return random slowness from the percent of `DEVICES` or `DEVICES,PASSES`.
-
-    Args:
-        text: of the option.
-        devices: tensor and context ranks of a stage.
-        replicas: data-parallel ones.
 
     Raises:
         ConfigError: it is not one or two numbers.
     """
-    from megatron_ds.planner.pipeline.stragglers import Jitter
+    from megatron_ds.planner.pipeline.stragglers import RandomSlowness
 
     percents = _numbers(text)
     if not 1 <= len(percents) <= 2 or max(percents) > 100:
@@ -111,7 +106,7 @@ def parse_stragglers(text: str, devices: int, replicas: int) -> Jitter:
             f"--stragglers={show(text)} is not the percent of devices, or of devices and of passes; try 1 or 1,5"
         )
     variances = [(percent / 100) ** 2 for percent in percents] + [0.0]
-    return Jitter(device_variance=variances[0], pass_variance=variances[1], devices=devices, replicas=replicas)
+    return RandomSlowness(variances[0], variances[1])
 
 
 def _numbers(text: str) -> list[float]:

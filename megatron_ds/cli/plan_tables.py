@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from megatron_ds.planner.advice import Advice, describe_limit
 from megatron_ds.planner.failures.fault_plan import FaultPlan, fault_lines
 from megatron_ds.planner.pipeline.drawing import draw_timetable
 from megatron_ds.planner.plan import DAY_S, GB, HOUR_S, Campaign, Plan
+from megatron_ds.planner.plan_values import percent
 
 BAR_WIDTH = 30
 LEAST_SHARE = 0.001
@@ -115,7 +117,7 @@ def memory_table(plan: Plan, width: int) -> Table:
     table.add_row("peak", *(_gb(one.peak_bytes) for one in shown), style="bold")
     shares = [one.peak_bytes / plan.limit_bytes for one in shown]
     style = "bold red" if max(shares) > 1 else ""
-    table.add_row(f"of {plan.limit_bytes / GB:.1f} GB", *(f"{share:.0%}" for share in shares), style=style)
+    table.add_row(f"of {plan.limit_bytes / GB:.1f} GB", *(percent(share) for share in shares), style=style)
     if len(plan.memory) > 1:
         table.add_row("micro-batches held", *(str(one.in_flight) for one in shown))
     for name in _names([one.host_parts for one in shown]):
@@ -143,7 +145,7 @@ def step_table(plan: Plan) -> Table:
     table.add_column("", no_wrap=True)
     for name, seconds in shown_parts(plan.time.parts).items():
         share = seconds / total_s
-        table.add_row(name, _seconds(seconds), f"{share:.1%}", "█" * round(BAR_WIDTH * share))
+        table.add_row(name, _seconds(seconds), percent(share, 1), "█" * round(BAR_WIDTH * share))
     table.add_row("all", _seconds(total_s), "", "", style="bold")
     return table
 
@@ -166,7 +168,7 @@ def end_lines(plan: Plan, campaign: Campaign | None, advice: Advice | None) -> I
     yield (
         "speed",
         f"{format_rate(time.tokens_per_s)} tokens/s, {format_rate(time.tokens_per_s / world)} a device; "
-        f"MFU {time.mfu:.1%}" + (f", HFU {time.hfu:.1%}" if time.recompute_s else ""),
+        f"MFU {percent(time.mfu, 1)}" + (f", HFU {percent(time.hfu, 1)}" if time.recompute_s else ""),
     )
     yield "training", describe_campaign(campaign)
     yield "limits", describe_limit(plan)
@@ -177,9 +179,11 @@ def describe_campaign(campaign: Campaign | None) -> str:
     """Return a line on the complete training run."""
     if campaign is None:
         return "train.epochs depends on the data; --tokens N gives time and cost"
+    if math.isinf(campaign.slowdown):
+        return "it makes no progress: the machines fail faster than they restart and save"
     cost = f", {campaign.cost:,.0f} at {campaign.price:g} an hour" if campaign.cost is not None else ""
     slower = campaign.slowdown - 1
-    failures = f"of which failures and saves {slower / campaign.slowdown:.1%}" if slower else "without failures"
+    failures = f"of which failures and saves {percent(slower / campaign.slowdown, 1)}" if slower else "without failures"
     return (
         f"{format_count(campaign.tokens)} tokens in {campaign.steps:,} steps: {_duration(campaign.seconds)}, "
         f"{campaign.device_hours:,.0f} device hours{cost}, {failures}"
@@ -195,7 +199,7 @@ def describe_advice(plan: Plan, advice: Advice | None) -> str:
     step_s, peak_bytes = advice.plan.time.total_s, advice.plan.fullest.peak_bytes
     compared = f"{step_s:.3g} s a step"
     if plan.fits:
-        compared += f", {plan.time.total_s / step_s - 1:.0%} faster"
+        compared += f", {percent(plan.time.total_s / step_s - 1)} faster"
     return f"{' '.join(advice.changes)}: {compared}, {peak_bytes / GB:.1f} of {plan.limit_bytes / GB:.1f} GB"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ds.planner.plan import GB, Plan, largest_parts
+from megatron_ds.planner.plan_values import percent
 from megatron_ds.planner.search.space import Candidate
 
 LEAST_GAIN = 0.02
@@ -42,8 +43,8 @@ def describe_limit(plan: Plan) -> str:
     computes_s, total_s = plan.time.parts[_COMPUTES], plan.time.total_s
     if waits and waits[0][1] > 0.1 * total_s:
         name, seconds = waits[0]
-        return f"{name}: {seconds / total_s:.0%} of the step; {computes_s / total_s:.0%} computes"
-    return f"compute: {computes_s / total_s:.0%} of the step; HFU {plan.time.hfu:.0%}"
+        return f"{name}: {percent(seconds / total_s)} of the step; {percent(computes_s / total_s)} computes"
+    return f"compute: {percent(computes_s / total_s)} of the step; HFU {percent(plan.time.hfu)}"
 
 
 def advise(plan: Plan, now: Candidate, replan: Replan) -> Advice | None:

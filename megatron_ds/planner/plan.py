@@ -13,6 +13,7 @@ from functools import cached_property
 from megatron_ds.planner.memory.stage import StageMemory, plan_memory
 from megatron_ds.planner.model_size import ModelSize, model_size
 from megatron_ds.planner.operations import LayerTrace
+from megatron_ds.planner.pipeline.stragglers import RandomSlowness
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles import Device, Network
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
@@ -34,6 +35,7 @@ class Plan:
         traces: of all layers, for one micro-batch.
         memory: of each pipeline stage.
         limit_bytes: memory of a device that the run may use.
+        stragglers: random slowness of the devices; None = the usual one of nodes.
     """
 
     given: PlanInput
@@ -42,11 +44,13 @@ class Plan:
     traces: Sequence[LayerTrace]
     memory: tuple[StageMemory, ...]
     limit_bytes: int
+    stragglers: RandomSlowness | None = None
 
     @cached_property
     def time(self) -> StepTime:
         """Time of a step."""
-        return plan_time(self.given, self.device, self.network, self.traces)
+        jitter = self.stragglers.at(self.given.layout) if self.stragglers is not None else None
+        return plan_time(self.given, self.device, self.network, self.traces, jitter=jitter)
 
     @cached_property
     def wire(self) -> tuple[StepTraffic, ...]:
@@ -74,16 +78,16 @@ class Plan:
         """The run fits the devices."""
         return self.missing_bytes <= 0
 
-    def campaign(self, tokens: float, price: float | None = None, slowdown: float = 1.0) -> Campaign:
+    def campaign(self, tokens: float, price: float | None, slowdown: float) -> Campaign:
         """Return time and cost of a training run over a number of tokens.
 
         Args:
             tokens: positions of all steps.
             price: of a device for an hour, in any currency; None = unknown.
-            slowdown: by failures and saves; see `FaultPlan.slowdown`.
+            slowdown: by failures and saves; see `FaultPlan.slowdown`. It contains the pauses of saves.
         """
         steps = -(-tokens // self.given.tokens_per_step)
-        seconds = steps * self.time.total_s * slowdown
+        seconds = steps * (self.time.total_s - self.time.pause_s) * slowdown
         return Campaign(tokens, int(steps), seconds, self.given.machines.world_size, price, slowdown)
 
 
@@ -97,7 +101,7 @@ class Campaign:
         seconds: that they take.
         devices: number of them.
         price: of a device for an hour; None = unknown.
-        slowdown: by failures and saves, which `seconds` contain; 1 = without them.
+        slowdown: by failures and saves, which `seconds` contain; infinite = the run makes no progress.
     """
 
     tokens: float
@@ -105,7 +109,7 @@ class Campaign:
     seconds: float
     devices: int
     price: float | None
-    slowdown: float = 1.0
+    slowdown: float
 
     @property
     def device_hours(self) -> float:
@@ -129,7 +133,13 @@ def plan_stages(given: PlanInput, traces: Sequence[LayerTrace] | None = None) ->
     return tuple(plan_memory(given, found, stage) for stage in range(given.layout.pipeline))
 
 
-def make_plan(given: PlanInput, device: Device, network: Network, limit_bytes: int | None = None) -> Plan:
+def make_plan(
+    given: PlanInput,
+    device: Device,
+    network: Network,
+    limit_bytes: int | None = None,
+    stragglers: RandomSlowness | None = None,
+) -> Plan:
     """Plan a run.
 
     Args:
@@ -137,10 +147,12 @@ def make_plan(given: PlanInput, device: Device, network: Network, limit_bytes: i
         device: profile of the devices.
         network: that joins them.
         limit_bytes: memory of a device that the run may use; None = all that it has.
+        stragglers: see `Plan`.
     """
     traces = trace_layers(given.layers, given.trace_setting())
     memory = plan_stages(given, traces)
-    return Plan(given, device, network, traces, memory, device.memory_bytes if limit_bytes is None else limit_bytes)
+    limit = device.memory_bytes if limit_bytes is None else limit_bytes
+    return Plan(given, device, network, traces, memory, limit, stragglers)
 
 
 def largest_parts(parts: Mapping[str, float]) -> list[tuple[str, float]]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_ds.planner.advice import Advice, describe_limit
 from megatron_ds.planner.failures.fault_plan import FaultPlan, fault_facts
 from megatron_ds.planner.memory.stage import StageMemory
+from megatron_ds.planner.pipeline.stragglers import RandomSlowness
 from megatron_ds.planner.plan import Campaign, Plan
+from megatron_ds.planner.plan_values import strict
 from megatron_ds.planner.traffic.wire import StepTraffic
 
 
 def plan_facts(plan: Plan, campaign: Campaign | None, advice: Advice | None, failures: FaultPlan) -> dict[str, Any]:
-    """Return all numbers of a plan.
+    """Return all numbers of a plan; those of a run that never makes progress are None, as JSON has no infinite ones.
 
     Args:
         plan: of the run.
@@ -21,7 +24,7 @@ def plan_facts(plan: Plan, campaign: Campaign | None, advice: Advice | None, fai
         advice: the change that helps most; None = none was found.
         failures: of the machines.
     """
-    return {
+    facts: dict[str, Any] = {
         "machines": _machines(plan),
         "layout": _layout(plan),
         "model": {"parameters": plan.size.num_params, "trained_parameters": plan.size.num_trained},
@@ -38,6 +41,7 @@ def plan_facts(plan: Plan, campaign: Campaign | None, advice: Advice | None, fai
         "limit": describe_limit(plan),
         "advice": None if advice is None else _advice(advice),
     }
+    return {name: strict(value) for name, value in facts.items()}
 
 
 def _machines(plan: Plan) -> Mapping[str, Any]:
@@ -47,7 +51,13 @@ def _machines(plan: Plan) -> Mapping[str, Any]:
         "gpus_per_node": machines.ranks_per_node,
         "device": plan.device.name,
         "network": plan.network.name,
+        "stragglers": None if plan.stragglers is None else _stragglers(plan.stragglers),
     }
+
+
+def _stragglers(stragglers: RandomSlowness) -> Mapping[str, Any]:
+    deviations = {"devices": stragglers.device_variance, "passes": stragglers.pass_variance}
+    return {name: math.sqrt(variance) for name, variance in deviations.items()}
 
 
 def _layout(plan: Plan) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from megatron_ds.data import FORMATS, Causal, Labelled, Masked, Seq2Seq, check_f
 from megatron_ds.data.objective import DataObjective
 from megatron_ds.data.text.span_corruption import target_length
 from megatron_ds.errors import MegatronDSError
+from megatron_ds.planner.pipeline.stragglers import RandomSlowness
 from megatron_ds.planner.plan import Plan, make_plan
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import Device, Network
@@ -118,16 +119,23 @@ class RunPlanner:
         device: profile of their devices.
         network: that joins them.
         limit_bytes: memory of a device that the run may use; None = all.
+        stragglers: random slowness of the devices; None = the usual one of nodes.
 
     Raises:
         MegatronDSError: see `RunInputs`.
     """
 
     def __init__(
-        self, run: RunConfig, machines: Machines, device: Device, network: Network, limit_bytes: int | None = None
+        self,
+        run: RunConfig,
+        machines: Machines,
+        device: Device,
+        network: Network,
+        limit_bytes: int | None = None,
+        stragglers: RandomSlowness | None = None,
     ) -> None:
         self.inputs = RunInputs(run, machines)
-        self.device, self.network = device, network
+        self.device, self.network, self.stragglers = device, network, stragglers
         self.limit_bytes = device.memory_bytes if limit_bytes is None else limit_bytes
 
     @property
@@ -151,7 +159,7 @@ class RunPlanner:
         Raises:
             MegatronDSError: it is invalid, as `train` would say.
         """
-        return make_plan(self.inputs.of(self.run), self.device, self.network, self.limit_bytes)
+        return make_plan(self.inputs.of(self.run), self.device, self.network, self.limit_bytes, self.stragglers)
 
     def replan(self, candidate: Candidate) -> Plan | None:
         """Plan the run with other settings; None = `train` would refuse them."""
@@ -159,7 +167,7 @@ class RunPlanner:
             given = self.inputs.of(with_candidate(self.run, candidate))
         except MegatronDSError:
             return None
-        return make_plan(given, self.device, self.network, self.limit_bytes)
+        return make_plan(given, self.device, self.network, self.limit_bytes, self.stragglers)
 
     def searched(self) -> SearchInput:
         """Return the input of a search of layouts, which begins at one that is legal.

@@ -92,6 +92,42 @@ def test_the_json_adds_up(run_file: Path) -> None:
     assert {row["axis"] for row in facts["communication"][0]["by_axis"]} >= {"tensor", "shard", "pipeline"}
 
 
+def test_percents_are_written_alike(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--nodes", "2", "--tokens", "1B", "checkpoint.every=100", "train.recompute=full") == 0
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"\d %", shown)) > 10 and not re.search(r"\d%", shown), shown
+
+
+def test_slow_devices_are_one_setting(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The step, its table, the failures and the length of the training have the same slowness."""
+    seconds = {}
+    for given in ((), ("--stragglers", "5,10")):
+        assert plan("--nodes", "2", "--json", "plan.json", "checkpoint.every=100", *given) == 0
+        facts = json.loads(Path("plan.json").read_text())
+        step, training = facts["step"], facts["training"]
+        seconds[given] = step["parts_s"]["slowest node"]
+        without_saves_s = step["seconds"] - step["parts_s"]["checkpoints"]
+        assert facts["failures"]["step_s"] == pytest.approx(without_saves_s)
+        assert training["seconds"] == pytest.approx(1000 * without_saves_s * training["slowdown_by_failures"])
+    few, many = seconds.values()
+    assert many > 5 * few and facts["machines"]["stragglers"] == pytest.approx({"devices": 0.05, "passes": 0.1})
+    assert re.search(r"\nslowest node +[\d.]+ ", capsys.readouterr().out)
+
+
+def test_a_run_without_progress(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its infinite numbers are null in the JSON, and no line shows them."""
+    assert plan("--mtbf-hours", "0.001", "--price", "2", "--json", "plan.json") == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    facts = json.loads(Path("plan.json").read_text(), parse_constant=refuse)
+    assert facts["training"]["slowdown_by_failures"] is None and facts["training"]["cost"] is None
+    shown = capsys.readouterr().out
+    assert "\ntraining    it makes no progress: the machines fail faster than they restart and save\n" in shown
+    assert not re.search(r"\b(inf|nan)\b", shown)
+
+
 def test_a_run_that_does_not_fit(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its largest part is named, and the advised change makes it fit: so says a plan of it."""
     assert plan("--gpu-memory", "5GB", "train.micro_batch_size=8") == 1
@@ -115,6 +151,7 @@ def test_a_run_that_does_not_fit(run_file: Path, capsys: pytest.CaptureFixture[s
         (["--tokens", "many"], "--tokens=many is not a number of tokens; try 300B, 15T or 1e12"),
         (["--gpu-memory", "80"], "--gpu-memory='80' is not a size"),
         (["--write", "layouts"], "--write=layouts writes the layouts that a search finds; try --search"),
+        (["--search", "--stragglers", "1"], "--stragglers='1' is for one layout, and --search compares them"),
         (["--json", "none/plan.json"], "--json=none/plan.json is not a file in a directory that exists"),
     ],
 )

@@ -23,6 +23,7 @@ from megatron_ds.planner.failures.closed_forms import (
     young_interval_s,
 )
 from megatron_ds.planner.failures.goodput import Goodput, simulate_goodput
+from megatron_ds.planner.plan_values import percent, strict
 
 MONTH_DAYS, SHORTEST_DAYS = 30.0, 1.0
 MOST_FAILURES = 3000
@@ -40,7 +41,8 @@ NODE_WRITE_BYTES_S = 1.2e9
 """To shared storage, from one node: BLOOM wrote 2.3 TB from 48 nodes in 40 s."""
 
 TOTAL_WRITE_BYTES_S = 2e12
-"""To shared storage, from all nodes: what Llama 3's storage sustains (arXiv 2407.21783)."""
+"""To shared storage, from all nodes: the sustainable throughput of Llama 3's storage of 240 PB on 7,500 servers, whose
+peak is 7 TB/s (arXiv 2407.21783)."""
 
 TOLERANCE = 0.001
 """Goodput that an advised interval may lose: fewer saves are less load on the storage, and the optimum is flat."""
@@ -53,8 +55,7 @@ class FaultPlan:
     Attributes:
         days: length of the simulated runs, a month unless they fail all the time.
         faults, saving: rates and costs.
-        step_s: seconds of a step, with stragglers.
-        slower: `step_s`, divided by the seconds without stragglers.
+        step_s: seconds of a step, without pauses of saves.
         interval_steps: steps between two saves.
         advised_steps: most steps between two saves whose goodput is within 0.1 % of the highest.
         chosen, advised: goodput of the two.
@@ -66,7 +67,6 @@ class FaultPlan:
     faults: Faults
     saving: Saving
     step_s: float
-    slower: float
     interval_steps: int
     advised_steps: int
     chosen: Goodput
@@ -76,8 +76,8 @@ class FaultPlan:
 
     @property
     def slowdown(self) -> float:
-        """Seconds of a run with failures and stragglers, divided by those without them and without saves."""
-        return self.slower / self.chosen.share if self.chosen.share else math.inf
+        """Seconds of a run with failures and saves, divided by those without; infinite if it makes no progress."""
+        return 1 / self.chosen.share if self.chosen.share else math.inf
 
     def steps(self, goodput: Goodput) -> int:
         """Return the steps between two saves."""
@@ -104,7 +104,6 @@ def plan_faults(
     step_s: float,
     interval_steps: int | None = None,
     *,
-    slower: float = 1.0,
     seed: int = 0,
 ) -> FaultPlan:
     """Plan the failures of a month.
@@ -112,12 +111,10 @@ def plan_faults(
     Args:
         faults: rates and costs of failures.
         saving: cost of a save.
-        step_s: seconds of a step without stragglers.
+        step_s: seconds of a step, without pauses of saves.
         interval_steps: steps between two saves, of the run file; None or 0 = the advised ones.
-        slower: factor of steps with stragglers, see `planner.pipeline.timetable.slowdown`.
         seed: of the simulation.
     """
-    step_s *= slower
     least = math.ceil(max(saving.write_s, 1.0) / step_s)
     advised_steps = max(int(longest_interval_s(saving, faults) / step_s), least)
     chosen_steps = interval_steps or advised_steps
@@ -135,7 +132,6 @@ def plan_faults(
         faults=faults,
         saving=saving,
         step_s=step_s,
-        slower=slower,
         interval_steps=chosen_steps,
         advised_steps=advised_steps,
         chosen=found[0],
@@ -162,14 +158,13 @@ def longest_interval_s(saving: Saving, faults: Faults, tolerance: float = TOLERA
 
 
 def fault_facts(plan: FaultPlan) -> dict[str, Any]:
-    """Return all numbers of a plan as plain data, for JSON."""
+    """Return all numbers of a plan as plain data, for JSON; infinite ones are None."""
     faults, saving = plan.faults, plan.saving
-    return {
-        "rates": {name: _finite(value) for name, value in asdict(faults).items()},
+    facts: dict[str, Any] = {
+        "rates": asdict(faults),
         "mtbf_s": faults.mtbf_s,
         "saving": asdict(saving),
         "step_s": plan.step_s,
-        "stragglers": plan.slower,
         "young_s": young_interval_s(saving.pause_s, faults.mtbf_s),
         "daly_s": daly_interval_s(saving.pause_s, faults.mtbf_s),
         "days": plan.days,
@@ -178,34 +173,34 @@ def fault_facts(plan: FaultPlan) -> dict[str, Any]:
         "others": [_goodput(plan, one) for one in plan.others],
         "spare_nodes_needed": plan.spare_nodes,
     }
+    return {name: strict(value) for name, value in facts.items()}
 
 
 def fault_lines(plan: FaultPlan) -> Iterator[tuple[str, str]]:
     """Yield names and texts of a plan for a terminal."""
     faults, saving, chosen, advised = plan.faults, plan.saving, plan.chosen, plan.advised
+    down_s = faults.down_s
     in_month, nodes = chosen.failures * MONTH_DAYS / plan.days, f"{faults.nodes:,} node{'s' * (faults.nodes > 1)}"
     yield (
         "failures",
         f"one every {describe_time(faults.mtbf_s)} on {nodes}, {in_month:,.0f} in {MONTH_DAYS:g} days; "
-        f"{describe_time(faults.down_s)} until training continues",
+        + (f"{describe_time(down_s)} until training continues" if down_s < math.inf else "no restart is completed"),
     )
     written = f", written {describe_time(saving.write_s)} later" if saving.write_s else ""
     yield "a save", f"pauses training for {describe_time(saving.pause_s)}{written}"
     waits = "; training waits until the last one is written" if saving.write_s > chosen.interval_s else ""
-    yield "saves", f"every {_interval(plan, chosen)}: goodput {chosen.share:.1%}{waits}".replace("%", " %")
+    yield "saves", f"every {_interval(plan, chosen)}: goodput {percent(chosen.share, 1)}{waits}"
     if plan.steps(advised) != plan.steps(chosen):
-        yield "better", f"every {_interval(plan, advised)}: goodput {advised.share:.1%}".replace("%", " %")
+        yield "better", f"every {_interval(plan, advised)}: goodput {percent(advised.share, 1)}"
     losses = {use: share for use, share in chosen.shares.items() if use != "useful" and share >= 0.0005}
     if losses:
         largest = sorted(losses.items(), key=lambda loss: -loss[1])
-        yield "lost to", ", ".join(f"{LOSSES[use]} {share:.1%}" for use, share in largest).replace("%", " %")
-    if plan.slower != 1:
-        yield "stragglers", f"a step takes {plan.step_s:.3g} s, {plan.slower - 1:.1%} longer".replace("%", " %")
+        yield "lost to", ", ".join(f"{LOSSES[use]} {percent(share, 1)}" for use, share in largest)
     spares = "as many as needed" if faults.spare_nodes is None else f"{faults.spare_nodes:,}"
     yield (
         "spare nodes",
-        f"{spares}; {plan.spare_nodes:,} are enough for 999 of 1,000 failures, if {faults.broken_share:.0%} of them "
-        f"break a node for {describe_time(faults.repair_hours * HOUR_S)}".replace("%", " %"),
+        f"{spares}; {plan.spare_nodes:,} are enough for 999 of 1,000 failures, if {percent(faults.broken_share)} of "
+        f"them break a node for {describe_time(faults.repair_hours * HOUR_S)}",
     )
 
 
@@ -240,7 +235,3 @@ def _goodput(plan: FaultPlan, goodput: Goodput) -> dict[str, Any]:
         "failures": goodput.failures,
         "shares": goodput.shares,
     }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isinf(value) else value

@@ -19,6 +19,7 @@ from megatron_ds.planner.failures.closed_forms import (
 )
 from megatron_ds.planner.failures.fault_plan import describe_time
 from megatron_ds.planner.failures.goodput import simulate_goodput
+from megatron_ds.planner.plan_values import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ def _draw_curve(
     young_s = young_interval_s(saving.pause_s, faults.mtbf_s)
     name_of_best = "Young" if young_s >= intervals_s[0] else "as often as it is written"
     young_s = max(young_s, intervals_s[0])
-    at_young = 100 * expected_goodput(young_s, saving, faults)
+    at_young = expected_goodput(young_s, saving, faults)
     axes.plot(
         fine, expected, color=color, linewidth=1.4, label=f"{name}: a failure every {describe_time(faults.mtbf_s)}"
     )
@@ -87,14 +88,14 @@ def _draw_curve(
     )
     axes.plot(
         [young_s],
-        [at_young],
+        [100 * at_young],
         linestyle="none",
         marker="D",
         markersize=9,
         color=color,
         markeredgecolor="white",
         zorder=4,
-        label=f"{name_of_best}: every {describe_time(young_s)}, {at_young:.1f} %",
+        label=f"{name_of_best}: every {describe_time(young_s)}, {percent(at_young, 1)}",
     )
 
 

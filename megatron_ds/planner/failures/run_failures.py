@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from megatron_ds.planner.failures.closed_forms import Faults, Saving
 from megatron_ds.planner.failures.fault_plan import FaultPlan, estimate_saving, plan_faults
-from megatron_ds.planner.pipeline.stragglers import Jitter
-from megatron_ds.planner.pipeline.timetable import slowdown
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.timing.engine_work import FP32, MOMENT_BYTES
 from megatron_ds.planner.timing.step_time import StepTime
@@ -31,22 +29,15 @@ def plan_run_failures(
     num_trained: int,
     faults: Faults,
     saving: Saving | None = None,
-    jitter: Jitter | None = None,
 ) -> FaultPlan:
     """Plan the failures of a run.
 
     Args:
         given: the run.
-        time: of a step.
+        time: of a step, with the stragglers of its devices.
         num_trained: parameters that it trains.
         faults: rates and costs of failures; their number of nodes is the run's.
         saving: measured cost of a checkpoint; None = it is estimated.
-        jitter: slowness of devices; None = that of `plan_time`.
     """
     cost = saving if saving is not None else saving_of(given, num_trained)
-    step_s, slower = time.total_s - time.pause_s, 1.0
-    if jitter is not None:
-        step_s -= time.straggling_s
-        pipeline_s = time.timetable.duration_s
-        slower = 1 + (slowdown(time.timetable, jitter) - 1) * pipeline_s / step_s
-    return plan_faults(faults, cost, step_s, given.save_every or None, slower=slower)
+    return plan_faults(faults, cost, time.total_s - time.pause_s, given.save_every or None)

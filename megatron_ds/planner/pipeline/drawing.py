@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_ds.planner.failures.goodput import Span
 from megatron_ds.planner.pipeline.timetable import Event, Timetable
+from megatron_ds.planner.plan_values import percent
 
 NARROWEST, MOST_RANKS = 40, 16
 FILLS: dict[str, tuple[str, str]] = {"forward": ("─", "═"), "backward": ("▒", "▓")}
@@ -57,7 +58,7 @@ def draw_timetable(timetable: Timetable, width: int, *, unicode: bool = True, mo
             continue
         row = GAP.join(_row(by_rank[rank], piece) for piece in pieces)
         idle = timetable.bubble_s[rank] / timetable.duration_s if timetable.duration_s else 0.0
-        lines.append(f"{f'rank {rank}'.ljust(margin)}▕{row}▏{idle:4.0%}".replace("%", " %"))
+        lines.append(f"{f'rank {rank}'.ljust(margin)}▕{row}▏{percent(idle):>5}")
     lines.append(" " * (margin + 1) + GAP.replace("⋯", " ").join(_axis(piece) for piece in pieces))
     lines += _legend(timetable, pieces, max(width, NARROWEST))
     text = "\n".join(line.rstrip() for line in lines)
@@ -160,7 +161,7 @@ def _title(timetable: Timetable) -> str:
     count = timetable.num_micro_batches
     return (
         f"{TITLES[timetable.schedule]}: {timetable.num_ranks} ranks{chunks}, {count} micro-batch{'es' * (count > 1)}, "
-        f"{_seconds(timetable.duration_s)}, {timetable.bubble_share:.1%} waiting".replace("%", " %")
+        f"{_seconds(timetable.duration_s)}, {percent(timetable.bubble_share, 1)} waiting"
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.parallel.grid import Layout
 
 Array = np.ndarray
 
@@ -67,6 +68,23 @@ class Jitter:
             constant = np.tile(one, (num_chunks, 1))[None, :, None, :]
             np.maximum(slowest, constant * _factors(random, self.pass_variance, shape), out=slowest)
         return passes_s[..., None] * slowest
+
+
+@dataclass(frozen=True)
+class RandomSlowness:
+    """Random slowness of a run's devices, whatever its layout.
+
+    Attributes:
+        device_variance, pass_variance: see `Jitter`.
+    """
+
+    device_variance: float = 0.0
+    pass_variance: float = 0.0
+
+    def at(self, layout: Layout) -> Jitter:
+        """Return the slowness of the stages of a layout."""
+        devices = layout.tensor * layout.context
+        return Jitter(self.device_variance, self.pass_variance, devices=devices, replicas=layout.data)
 
 
 def _factors(random: np.random.Generator, variance: float, shape: tuple[int, ...]) -> Array:

@@ -216,7 +216,7 @@ def with_candidate(run: RunConfig, candidate: Candidate) -> RunConfig:
         context=context,
         expert=candidate.expert,
         sequence=candidate.sequence,
-        shared_memory=run.parallel.shared_memory and candidate.tensor > 1,
+        shared_memory=run.parallel.shared_memory,  # without effect on one tensor rank
     )
     names = ("micro_batch_size", "recompute", "keep_attention", "offload_activations", "compile")
     train = run.train.model_copy(update={name: getattr(candidate, name) for name in names})

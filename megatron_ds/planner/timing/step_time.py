@@ -8,7 +8,8 @@ from math import log, sqrt
 
 from megatron_ds.planner.held_parameters import HeldStage
 from megatron_ds.planner.operations import Attention, LayerTrace, Product, Work
-from megatron_ds.planner.pipeline.timetable import StageTimes, Timetable, simulate
+from megatron_ds.planner.pipeline.stragglers import Jitter
+from megatron_ds.planner.pipeline.timetable import StageTimes, Timetable, simulate, slowdown
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.network import Network
@@ -35,7 +36,7 @@ class StepTime:
         exposed_s: communication that is waited for, or that slows down computation, by axis.
         bubble_s: waiting for other stages.
         optimizer_s: norms of gradients, and updates of weights.
-        straggling_s: waiting for the slowest node.
+        straggling_s: waiting for the slowest node, or for devices and passes that are slow at random.
         data_s: see `StepWork`.
         pause_s: waiting for checkpoints, on average.
         timetable: of the pipeline.
@@ -83,6 +84,7 @@ def plan_time(
     network: Network,
     traces: Sequence[LayerTrace] | None = None,
     held: Mapping[int, HeldStage] | None = None,
+    jitter: Jitter | None = None,
 ) -> StepTime:
     """Return the seconds of a step of a run.
 
@@ -94,17 +96,19 @@ def plan_time(
         network: links between them.
         traces: of all layers of the model, in order; None = they are traced here.
         held: index of a pipeline stage -> its parameters; missing ones are found here.
+        jitter: see `time_step`.
     """
     found = traces if traces is not None else trace_layers(given.layers, given.trace_setting())
-    return time_step(step_of(given, found, held), machine_of(given, device, network))
+    return time_step(step_of(given, found, held), machine_of(given, device, network), jitter)
 
 
-def time_step(step: StepWork, machine: Machine) -> StepTime:
+def time_step(step: StepWork, machine: Machine, jitter: Jitter | None = None) -> StepTime:
     """Return the seconds of a step.
 
     Args:
         step: its work.
         machine: the devices.
+        jitter: their random slowness; None = that of nodes, `STRAGGLING`.
     """
     passes = _Passes(machine)
     stages = [passes.of_stage(stage) for stage in step.stages]
@@ -127,7 +131,7 @@ def time_step(step: StepWork, machine: Machine) -> StepTime:
     bubble_s = table.duration_s - passing.total_s - table.message_s[rank]
     before_s = table.duration_s + end.total_s + optimizer_s
     pause_s = pass_time(step.saved, machine).total_s / step.save_every
-    straggling_s = STRAGGLING * sqrt(2 * log(step.nodes)) * before_s
+    straggling_s = _straggling_s(step, table, before_s, jitter)
     total_s = before_s + straggling_s + step.data_s + pause_s
     pipelines = step.world_size // step.num_ranks * step.num_micro_batches
     useful, repeated = (pipelines * number for number in _flops(step))
@@ -146,6 +150,13 @@ def time_step(step: StepWork, machine: Machine) -> StepTime:
         mfu=useful / peak,
         hfu=(useful + repeated) / peak,
     )
+
+
+def _straggling_s(step: StepWork, table: Timetable, step_s: float, jitter: Jitter | None) -> float:
+    """Return the seconds by which random slowness lengthens a step: its passes, or all of it by the default."""
+    if jitter is None:
+        return STRAGGLING * sqrt(2 * log(step.nodes)) * step_s
+    return max(0.0, slowdown(table, jitter) - 1) * table.duration_s
 
 
 @dataclass(frozen=True)

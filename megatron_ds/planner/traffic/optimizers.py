@@ -7,6 +7,7 @@ for the ranges that each rank of the stage holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
@@ -41,56 +42,61 @@ def optimizer_traffic(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> 
     for group in held.groups:
         options = OPTIMIZERS.get(section.name).group_options(group[0].spec, section)
         for parameters in sub_groups(given, group, zero) if zero.stage == 3 else [group]:
-            found += _TRAFFIC[section.name](given, held, zero, section, options, parameters)
+            found += _TRAFFIC[section.name](_Update(given, held, zero, section, options, parameters))
     return found
 
 
-_Traffic = Callable[
-    [PlanInput, HeldStage, ZeroSettings, OptimizerSection, Mapping[str, object], Sequence[HeldParameter]], Work
-]
+@dataclass(frozen=True)
+class _Update:
+    """An update of parameters that the optimizer takes together.
+
+    Attributes:
+        given, held, zero: the run, the parameters of the stage, and DeepSpeed's settings.
+        section: the optimizer, as in the run file.
+        options: of the parameters' group.
+        parameters: that are updated.
+    """
+
+    given: PlanInput
+    held: HeldStage
+    zero: ZeroSettings
+    section: OptimizerSection
+    options: Mapping[str, object]
+    parameters: Sequence[HeldParameter]
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the stage."""
+        return self.given.layout.world_size // self.given.layout.pipeline
 
 
-def _of_adafactor(
-    given: PlanInput,
-    held: HeldStage,
-    zero: ZeroSettings,
-    section: OptimizerSection,
-    options: Mapping[str, object],
-    parameters: Sequence[HeldParameter],
-) -> Work:
+def _of_adafactor(update: _Update) -> Work:
     """Sums in fp64 over the stage: a number for each row, column and matrix, and then one for each matrix."""
-    ranks, factored = given.layout.world_size // given.layout.pipeline, bool(options.get("factored"))
+    factored = bool(update.options.get("factored"))
     lengths, matrices = 0, 0
-    for one in parameters:
+    for one in update.parameters:
         spec = as_matrices(one.spec, is_vector=not factored)
         assert spec.matrices is not None
         view = spec.matrices.view_ranges(spec.full_ranges, spec.shape)
         blocks, each, rows, columns = (stop - start for start, stop in view)
         matrices += each
         lengths += each + (each * (blocks * rows + columns) if factored else 0)
-    return Work(Collective("all_reduce", STAGE, count * FP64_BYTES, ranks) for count in (lengths, matrices))
+    return Work(Collective("all_reduce", STAGE, count * FP64_BYTES, update.ranks) for count in (lengths, matrices))
 
 
-def _of_muon(
-    given: PlanInput,
-    held: HeldStage,
-    zero: ZeroSettings,
-    section: OptimizerSection,
-    options: Mapping[str, object],
-    parameters: Sequence[HeldParameter],
-) -> Work:
+def _of_muon(update: _Update) -> Work:
     """Each matrix goes to its owner and back, in one or more rounds of two all-to-alls."""
-    if not options.get("matrices"):
+    if not update.options.get("matrices"):
         return Work()
-    ranks = given.layout.world_size // given.layout.pipeline
-    size = DTYPE_BYTES[str(section.options.get("ns_dtype", "bf16"))]
+    ranks, parameters = update.ranks, update.parameters
+    size = DTYPE_BYTES[str(update.section.options.get("ns_dtype", "bf16"))]
     if ranks * len(parameters) > MOST_HOLDINGS:
         total = sum(one.spec.numel for one in parameters)
         mean = int(Fraction(total * (ranks - 1), ranks * ranks)) * size
         return Work({Collective("all_to_all", STAGE, mean, ranks, uneven_bytes=mean): 2})
-    numbers = {one.name: number for number, one in enumerate(held.parameters)}
+    numbers = {one.name: number for number, one in enumerate(update.held.parameters)}
     specs: dict[int, ParamSpec] = {numbers[one.name]: one.spec for one in parameters}
-    holdings = [_holdings(given, zero, rank, parameters, numbers) for rank in range(ranks)]
+    holdings = [_holdings(update.given, update.zero, rank, parameters, numbers) for rank in range(ranks)]
     exchange = MatrixExchange(specs, holdings, Axis(ranks, 0, tuple(range(ranks))), torch.device("meta"))
     found = Work()
     for transfers in exchange.transfers:
@@ -101,7 +107,7 @@ def _of_muon(
     return found
 
 
-_TRAFFIC: Mapping[str, _Traffic] = {"adafactor": _of_adafactor, "muon": _of_muon}
+_TRAFFIC: Mapping[str, Callable[[_Update], Work]] = {"adafactor": _of_adafactor, "muon": _of_muon}
 
 
 def _holdings(

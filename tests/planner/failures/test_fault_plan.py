@@ -1,6 +1,7 @@
 """The plan of a run's failures as data and as text."""
 
 import json
+import math
 
 import pytest
 
@@ -58,6 +59,16 @@ def test_runs_that_never_get_far() -> None:
     )
 
 
+def test_runs_without_any_progress() -> None:
+    """No restart is ever completed: infinite times are None, and no line shows them."""
+    found = plan_faults(Faults(2048, node_mtbf_hours=0.01), Saving(10.0, 60.0), step_s=20.0)
+    assert found.chosen.share == 0 and found.slowdown == math.inf == found.faults.down_s
+    assert json.dumps(fault_facts(found), allow_nan=False)
+    lines = dict(fault_lines(found))
+    assert lines["failures"].endswith("; no restart is completed")
+    assert not [line for line in lines.values() if "inf" in line or "nan" in line]
+
+
 def test_facts_are_json() -> None:
     facts = json.loads(json.dumps(fault_facts(plan(interval_steps=1000)), allow_nan=False))
     assert facts["rates"]["nodes"] == 2048 and facts["rates"]["job_mtbf_hours"] is None
@@ -77,15 +88,6 @@ def test_lines() -> None:
     assert lines["lost to"].startswith("repeated training ")
     assert lines["spare nodes"].startswith("as many as needed; 12 are enough for 999 of 1,000 failures")
     assert "better" not in dict(fault_lines(plan()))
-
-
-def test_stragglers() -> None:
-    """Slower steps are counted in the interval and in the length of a run."""
-    even, slow = plan(interval_steps=100), plan(interval_steps=100, slower=1.1)
-    assert slow.step_s == pytest.approx(22.0) and slow.chosen.interval_s == pytest.approx(2200.0)
-    assert slow.slowdown == pytest.approx(1.1 / slow.chosen.share)
-    assert dict(fault_lines(slow))["stragglers"] == "a step takes 22 s, 10.0 % longer"
-    assert "stragglers" not in dict(fault_lines(even)) and fault_facts(slow)["stragglers"] == 1.1
 
 
 def test_estimates_of_saves() -> None:

@@ -7,8 +7,6 @@ import pytest
 from megatron_ds.config import OptimizerSection
 from megatron_ds.planner.failures.closed_forms import Faults, Saving
 from megatron_ds.planner.failures.run_failures import plan_run_failures, saving_of
-from megatron_ds.planner.pipeline.stragglers import Jitter
-from megatron_ds.planner.pipeline.timetable import StageTimes, simulate, slowdown
 from megatron_ds.planner.plan_input import Machines
 
 
@@ -34,19 +32,8 @@ def test_cost_of_checkpoints() -> None:
 
 def test_failures_of_a_run() -> None:
     """The run's own interval is planned, of steps without the share of a pause that `plan_time` gives each of them."""
-    step = SimpleNamespace(total_s=12.0, pause_s=2.0, straggling_s=0.5)
+    step = SimpleNamespace(total_s=12.0, pause_s=2.0)
     found = plan_run_failures(run(every=100), step, 405 * 10**9, Faults(2048))
     assert found.step_s == 10.0 and found.interval_steps == 100 and found.chosen.interval_s == 1000.0
     chosen = plan_run_failures(run(), step, 405 * 10**9, Faults(2048), Saving(30.0))
     assert chosen.saving == Saving(30.0) and chosen.interval_steps == chosen.advised_steps > 1
-
-
-def test_stragglers_of_a_run() -> None:
-    """Slow devices lengthen the pipeline's part of a step, instead of the share that every plan assumes."""
-    table = simulate([StageTimes(0.5, 1.0)], 4)
-    step = SimpleNamespace(total_s=12.5, pause_s=2.0, straggling_s=0.5, timetable=table)
-    jitter = Jitter(device_variance=0.01, replicas=64)
-    found = plan_run_failures(run(), step, 10**9, Faults(8), jitter=jitter)
-    longer_s = 6.0 * (slowdown(table, jitter) - 1)
-    assert longer_s > 0.5 and found.step_s == pytest.approx(10.0 + longer_s)
-    assert found.slowdown == pytest.approx(found.slower / found.chosen.share)

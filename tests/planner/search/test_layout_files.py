@@ -35,6 +35,14 @@ def test_files_read_back_as_the_runs_that_were_found(tmp_path: Path) -> None:
         write_layouts(found, paths[0] / "there", 64, 1000)
 
 
+def test_shared_memory_stays_as_it_was_given() -> None:
+    """It has no effect on one tensor rank, and `train` refuses the layouts that it cannot be used in."""
+    run = load_run(ROOT / "examples/plan/llama3_8b.yaml", ["parallel.tensor=2", "parallel.shared_memory=true"])
+    for tensor in (1, 2):
+        assert with_candidate(run, Candidate(tensor)).parallel.shared_memory
+    assert "shared_memory: true" in run_text(with_candidate(run, Candidate()))
+
+
 @pytest.mark.parametrize("path", [path for path in RUN_FILES if "kubernetes" not in path])
 def test_every_shipped_run_reads_back(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -7,6 +7,8 @@ import pytest
 
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.planner.operations import Attention, Collective, HostCopy, LayerTrace, Message, Product, Stream, Work
+from megatron_ds.planner.pipeline.stragglers import RandomSlowness
+from megatron_ds.planner.pipeline.timetable import slowdown
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.timing.links import seconds as link_seconds
 from megatron_ds.planner.timing.pass_time import CONTENTION, Machine, pass_time
@@ -154,6 +156,19 @@ def test_interleaved_stages() -> None:
 def test_the_slowest_node_counts() -> None:
     found, one = time_step(step(plain(), nodes=100), MACHINE), time_step(step(plain()), MACHINE)
     assert found.straggling_s == pytest.approx(STRAGGLING * sqrt(2 * log(100)) * one.total_s)
+    check_sum(found)
+
+
+def test_given_slowness_takes_the_place_of_the_slowest_node() -> None:
+    """Devices of 5 % lengthen the pipeline, the same for 100 nodes as for one; more ranks that wait, more."""
+    slow = RandomSlowness(device_variance=0.05**2)
+    wide = slow.at(Layout(tensor=8, pipeline=4, context=2, data=2))
+    assert (wide.devices, wide.replicas) == (16, 2)
+    at = slow.at(LAYOUT)
+    found, even = time_step(step(plain(), nodes=100), MACHINE, at), time_step(step(plain()), MACHINE)
+    assert found.straggling_s == pytest.approx((slowdown(even.timetable, at) - 1) * even.total_s)
+    assert 0.05 * even.total_s < found.straggling_s < time_step(step(plain()), MACHINE, wide).straggling_s
+    assert time_step(step(plain(), nodes=100), MACHINE, RandomSlowness().at(LAYOUT)).straggling_s == 0
     check_sum(found)
 
 
