@@ -20,13 +20,18 @@ HEADINGS = {
     "tflops": "TFLOP/s",
     "of_products": "of the products",
     "mfu": "MFU",
+    "of_peak": "of the data sheet's peak",
+    "memory_gb_s": "memory GB/s",
+    "of_bandwidth": "of its bandwidth",
+    "launch_us": "launch in µs",
+    "all_reduce_gb_s": "all-reduce GB/s",
     "peak_gb": "peak GB",
     "pause_s": "pause in s",
     "written_s": "written in s",
     "gb": "GB",
     "host_gb": "host GB",
 }
-PERCENT = ("of_products", "mfu", "busy")
+PERCENT = ("of_products", "mfu", "busy", "of_peak", "of_bandwidth")
 
 
 def render(halves: Mapping[str, Sequence[Row]], chart: str | None) -> str:

@@ -20,10 +20,12 @@ from megatron_ds.planner.plan_values import percent
 
 BAR_WIDTH = 30
 LEAST_SHARE = 0.001
+NOTHING_HELPS = "no single setting makes it more than 2 % faster; --search compares complete layouts"
+NOTHING_FITS = "no single setting makes it fit; try --search, more devices, or devices with more memory"
 _NAME_WIDTH, _COLUMN_WIDTH = 24, 10
 
 
-def print_plan(plan: Plan, campaign: Campaign | None, advice: Advice | None, failures: FaultPlan) -> None:
+def print_plan(plan: Plan, campaign: Campaign | None, advice: Sequence[Advice], failures: FaultPlan) -> None:
     """Print a plan for the width of the terminal."""
     console = Console(highlight=False, soft_wrap=False)
     for name, text in head_lines(plan):
@@ -162,7 +164,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.2g}"
 
 
-def end_lines(plan: Plan, campaign: Campaign | None, advice: Advice | None) -> Iterator[tuple[str, str]]:
+def end_lines(plan: Plan, campaign: Campaign | None, advice: Sequence[Advice]) -> Iterator[tuple[str, str]]:
     """Yield speed, cost, what limits the run, and what to change: name and text."""
     time, world = plan.time, plan.given.machines.world_size
     yield (
@@ -172,7 +174,10 @@ def end_lines(plan: Plan, campaign: Campaign | None, advice: Advice | None) -> I
     )
     yield "training", describe_campaign(campaign)
     yield "limits", describe_limit(plan)
-    yield "change", describe_advice(plan, advice)
+    if not advice:
+        yield "change", NOTHING_HELPS if plan.fits else NOTHING_FITS
+    for number, one in enumerate(advice):
+        yield "or" if number else "change", describe_advice(plan, one)
 
 
 def describe_campaign(campaign: Campaign | None) -> str:
@@ -190,12 +195,8 @@ def describe_campaign(campaign: Campaign | None) -> str:
     )
 
 
-def describe_advice(plan: Plan, advice: Advice | None) -> str:
+def describe_advice(plan: Plan, advice: Advice) -> str:
     """Return a line on what to change."""
-    if advice is None:
-        if plan.fits:
-            return "no single setting makes it more than 2 % faster; --search compares complete layouts"
-        return "no single setting makes it fit; try --search, more devices, or devices with more memory"
     step_s, peak_bytes = advice.plan.time.total_s, advice.plan.fullest.peak_bytes
     compared = f"{step_s:.3g} s a step"
     if plan.fits:

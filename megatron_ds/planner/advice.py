@@ -1,19 +1,29 @@
-"""The limit of a run, and the one change of its settings that helps most, found by planning each change."""
+"""The limit of a run, and the changes of single settings that help most, found by planning each change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
+from megatron_ds.planner.held_parameters import hold_stage
 from megatron_ds.planner.plan import GB, Plan, largest_parts
 from megatron_ds.planner.plan_values import percent
 from megatron_ds.planner.search.space import Candidate
+from megatron_ds.planner.zero_settings import zero_settings
 
 LEAST_GAIN = 0.02
 """Share of a step by which a change must be faster to be advised: smaller ones are within the plan's error."""
 
-Replan = Callable[[Candidate], Plan | None]
-"""Candidate -> its plan; None = `train` would refuse it."""
+MOST_SHOWN = 3
+"""Number of advised changes."""
+
+ZeroKeys = Mapping[str, int | bool]
+"""Keys of the section `zero_optimization` with their values."""
+
+Replan = Callable[[Candidate, ZeroKeys], Plan | None]
+"""Candidate and further settings of ZeRO -> their plan; None = `train` would refuse them."""
 
 _COMPUTES = "compute"
 
@@ -47,23 +57,25 @@ def describe_limit(plan: Plan) -> str:
     return f"compute: {percent(computes_s / total_s)} of the step; HFU {percent(plan.time.hfu)}"
 
 
-def advise(plan: Plan, now: Candidate, replan: Replan) -> Advice | None:
-    """Return the best single change: for a run that does not fit, the fastest that does; else one that is faster.
+def advise(plan: Plan, now: Candidate, replan: Replan) -> tuple[Advice, ...]:
+    """Return the best changes, each of another setting, the best first.
+
+    Of a run that does not fit they are the fastest that do, of others those that are faster by `LEAST_GAIN`.
 
     Args:
         plan: of the run.
         now: its settings.
         replan: plans others.
     """
-    found = []
-    for candidate in neighbours(now, plan):
-        other = replan(candidate)
-        if other is not None and other.fits:
-            found.append(Advice(changed_keys(now, candidate), other))
-    best = min(found, key=lambda one: one.plan.time.total_s, default=None)
-    if best is None or (plan.fits and best.plan.time.total_s > (1 - LEAST_GAIN) * plan.time.total_s):
-        return None
-    return best
+    planned = [(changed_keys(now, one), replan(one, {})) for one in neighbours(now, plan)]
+    planned += [(zero_keys(keys), replan(now, keys)) for keys in zero_changes(plan)]
+    found = [Advice(keys, other) for keys, other in planned if other is not None and other.fits]
+    most_s = (1 - LEAST_GAIN) * plan.time.total_s if plan.fits else inf
+    best: dict[frozenset[str], Advice] = {}
+    for one in sorted(found, key=lambda one: one.plan.time.total_s):
+        if one.plan.time.total_s <= most_s:
+            best.setdefault(frozenset(change.partition("=")[0] for change in one.changes), one)
+    return tuple(best.values())[:MOST_SHOWN]
 
 
 def neighbours(now: Candidate, plan: Plan) -> Iterator[Candidate]:
@@ -92,6 +104,44 @@ def neighbours(now: Candidate, plan: Plan) -> Iterator[Candidate]:
             yield replace(now, expert=size)
     if not plan.fits and not now.offload_optimizer:
         yield replace(now, offload_optimizer=True)
+
+
+def zero_changes(plan: Plan) -> Iterator[ZeroKeys]:
+    """Yield settings of ZeRO by which data ranks may send less than in a run, as DeepSpeed 0.19.8 acts on them.
+
+    Stages 1 and 2 sum gradients on all data ranks; without `use_multi_rank_bucket_allreduce` each part is summed on the
+    one rank that updates it, which halves the bytes. Stage 3 releases a weight that none of the modules within
+    `stage3_max_reuse_distance` elements uses, and gathers it again for its next use: those of a large block for its
+    forward pass, its recomputation and its backward pass. Beyond `stage3_max_live_parameters` gathered elements it
+    gathers nothing ahead.
+    """
+    given, zero = plan.given, zero_settings(plan.given)
+    if given.layout.data * given.layout.context == 1:
+        return
+    scatters = zero.contiguous_gradients and zero.reduce_scatter and not zero.bf16_sums
+    if zero.stage in (1, 2) and scatters and zero.use_multi_rank_bucket_allreduce:
+        yield {"use_multi_rank_bucket_allreduce": False}
+    if zero.stage != 3:
+        return
+    of_layers = Counter[int]()
+    for one in hold_stage(given, 0).parameters:
+        of_layers[one.layer] += one.numel
+    for least in (2 * max(of_layers.values()), 2 * of_layers.total()):  # of a block in both passes, and of all of them
+        distance = _rounded_up(least)
+        if distance > zero.max_reuse_distance:
+            live = max(distance, zero.max_live_parameters)
+            yield {"stage3_max_reuse_distance": distance, "stage3_max_live_parameters": live}
+
+
+def zero_keys(keys: ZeroKeys) -> tuple[str, ...]:
+    """Return settings of ZeRO as overrides of a run file."""
+    return tuple(f"deepspeed.zero_optimization.{name}={_yaml(value)}" for name, value in keys.items())
+
+
+def _rounded_up(number: int) -> int:
+    """Return a number with two digits that is at least as large."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // unit) * unit
 
 
 def _others(now: Candidate, other: Candidate) -> Iterator[Candidate]:

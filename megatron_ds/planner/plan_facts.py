@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_ds.planner.advice import Advice, describe_limit
@@ -15,13 +15,13 @@ from megatron_ds.planner.plan_values import strict
 from megatron_ds.planner.traffic.wire import StepTraffic
 
 
-def plan_facts(plan: Plan, campaign: Campaign | None, advice: Advice | None, failures: FaultPlan) -> dict[str, Any]:
+def plan_facts(plan: Plan, campaign: Campaign | None, advice: Sequence[Advice], failures: FaultPlan) -> dict[str, Any]:
     """Return all numbers of a plan; those of a run that never makes progress are None, as JSON has no infinite ones.
 
     Args:
         plan: of the run.
         campaign: the complete training run; None = its length is unknown.
-        advice: the change that helps most; None = none was found.
+        advice: the changes that help most, the best first.
         failures: of the machines.
     """
     facts: dict[str, Any] = {
@@ -39,7 +39,7 @@ def plan_facts(plan: Plan, campaign: Campaign | None, advice: Advice | None, fai
         "training": None if campaign is None else _campaign(campaign),
         "failures": fault_facts(failures),
         "limit": describe_limit(plan),
-        "advice": None if advice is None else _advice(advice),
+        "advice": [_advice(one) for one in advice],
     }
     return {name: strict(value) for name, value in facts.items()}
 

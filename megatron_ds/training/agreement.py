@@ -46,6 +46,6 @@ def shared_directories(run: RunConfig) -> dict[str, str]:
         found["output"] = run.output
         if checkpoint_folder(run.output).is_dir():  # it may be a link, or a mount of its own
             found["output (its checkpoints)"] = str(checkpoint_folder(run.output))
-    if run.export is not None and run.export.check and run.parallel.pipeline > 1:
+    if run.export is not None and run.export.check and (run.parallel.pipeline > 1 or run.parallel.auto):
         found["export.path"] = run.export.path
     return found

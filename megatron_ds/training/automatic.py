@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 
 import torch
 
 from megatron_ds.config import RunConfig
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.log import get_logger
+from megatron_ds.parallel.agreement import Council
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.parallel.rendezvous import RankGroup
 from megatron_ds.planner.plan import GB, plan_stages
 from megatron_ds.planner.profiles import Device, find_network
+from megatron_ds.planner.profiles.device import GIB
 from megatron_ds.planner.search.branch_and_bound import FoundLayout, Limits
 from megatron_ds.planner.search.find_layouts import find_layouts
-from megatron_ds.planner.search.space import LAYOUT, with_candidate
+from megatron_ds.planner.search.space import LAYOUT, Candidate, with_candidate
 from megatron_ds.planner.this_machine import machines_here, this_device
 from megatron_ds.training.planning import RunPlanner, input_of_model
 from megatron_ds.training.resolve import ResolvedRun
@@ -42,7 +47,7 @@ class Choice:
 def with_choices(run: RunConfig, world_size: int, device_type: str) -> Choice:
     """Have the planner choose what a run leaves to it; the run as it is if it leaves nothing.
 
-    Does not communicate: ranks with the same devices choose the same.
+    Does not communicate. Ranks that a launcher started choose by `choose_together`.
 
     Args:
         run: the run file.
@@ -55,17 +60,62 @@ def with_choices(run: RunConfig, world_size: int, device_type: str) -> Choice:
     """
     if not run.choices:
         return Choice(run)
+    chosen, note = _choose_here(run, world_size, device_type)
+    return _applied(run, chosen, note)
+
+
+def choose_together(run: RunConfig, info: RankInfo, group: RankGroup | None, device_type: str) -> Choice:
+    """Have the planner choose for the ranks of a launcher. Collective over the world if the run leaves it anything.
+
+    Rank 0 chooses, once for all ranks, so that they agree: by its own device, with the least memory that any rank has.
+
+    Args:
+        run: the run file, the same on all ranks.
+        info: this rank.
+        group: the ranks, which have met; None = ranks that this program forked.
+        device_type: torch's name, such as `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: see `with_choices`; on the ranks that `Council.decide` names.
+        TopologyError, LaunchError: see `Council.ask`.
+    """
+    if not run.choices or group is None or info.world_size == 1:
+        return with_choices(run, info.world_size, device_type)
+    council, found = Council(info, group), [""]
+
+    def judge(texts: Sequence[str]) -> str:
+        try:
+            chosen, note = _choose_here(run, info.world_size, device_type, min(map(int, texts)))
+        except MegatronDSError as problem:
+            return str(problem)
+        found[0] = json.dumps({"chosen": asdict(chosen), "note": note})
+        return ""
+
+    device = this_device(device_type, machines_here(info.world_size, device_type).ranks_per_node)
+    council.decide("the memory of their devices", str(device.memory_bytes if device is not None else 0), judge)
+    text = json.loads(council.from_first("the chosen layout", found[0]))
+    return _applied(run, Candidate(**text["chosen"]), text["note"])
+
+
+def _choose_here(
+    run: RunConfig, world_size: int, device_type: str, memory_bytes: int | None = None
+) -> tuple[Candidate, str]:
+    """Return what the planner chooses for devices like this rank's, with so much memory, and a line on it."""
     machines = machines_here(world_size, device_type)
     device = this_device(device_type, machines.ranks_per_node)
-    if device is None:
+    if device is None or memory_bytes == 0:
         raise ConfigError(
             f"{run.choices[0]} is chosen by the memory of the devices, which the driver does not tell; try a number"
         )
+    if memory_bytes is not None:
+        device = device.model_copy(update={"memory_gib": memory_bytes / GIB})
     network = find_network(None, device, machines.ranks_per_node)
     chosen = choose(RunPlanner(run.without_choices(), machines, device, network), run.choices)
-    return Choice(
-        with_candidate(run.without_choices(), chosen.candidate), (describe_choice(run.choices, chosen, device),)
-    )
+    return chosen.candidate, describe_choice(run.choices, chosen, device)
+
+
+def _applied(run: RunConfig, chosen: Candidate, note: str) -> Choice:
+    return Choice(with_candidate(run.without_choices(), chosen), (note,))
 
 
 def choose(planner: RunPlanner, choices: Sequence[str]) -> FoundLayout:

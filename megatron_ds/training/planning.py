@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from megatron_ds.columns import (
     ATTENTION_MASK,
@@ -13,7 +15,7 @@ from megatron_ds.columns import (
     TARGETS,
     TOKEN_TYPE_IDS,
 )
-from megatron_ds.config import RunConfig, check_target_length
+from megatron_ds.config import RunConfig, check_target_length, load_deepspeed
 from megatron_ds.data import FORMATS, Causal, Labelled, Masked, Seq2Seq, check_format
 from megatron_ds.data.objective import DataObjective
 from megatron_ds.data.text.span_corruption import target_length
@@ -161,10 +163,18 @@ class RunPlanner:
         """
         return make_plan(self.inputs.of(self.run), self.device, self.network, self.limit_bytes, self.stragglers)
 
-    def replan(self, candidate: Candidate) -> Plan | None:
-        """Plan the run with other settings; None = `train` would refuse them."""
+    def replan(self, candidate: Candidate, zero: Mapping[str, Any]) -> Plan | None:
+        """Plan the run with other settings; None = `train` would refuse them.
+
+        Args:
+            candidate: layout and settings.
+            zero: keys of DeepSpeed's section `zero_optimization` that replace those of the run.
+        """
         try:
-            given = self.inputs.of(with_candidate(self.run, candidate))
+            run = with_candidate(self.run, candidate)
+            deepspeed = load_deepspeed(run.deepspeed)
+            section = {**deepspeed.get("zero_optimization", {}), **zero}
+            given = self.inputs.of(run.model_copy(update={"deepspeed": {**deepspeed, "zero_optimization": section}}))
         except MegatronDSError:
             return None
         return make_plan(given, self.device, self.network, self.limit_bytes, self.stragglers)

@@ -38,7 +38,7 @@ from megatron_ds.runtime.export import check_export, export_live
 from megatron_ds.runtime.saving import make_saver
 from megatron_ds.runtime.setup import build
 from megatron_ds.training.agreement import check_same_run
-from megatron_ds.training.automatic import Choice, warn_of_misfit, with_choices
+from megatron_ds.training.automatic import choose_together, warn_of_misfit
 from megatron_ds.training.callbacks import Callback, CallbackList, RunState, make_callbacks
 from megatron_ds.training.checkpoint_copies import CheckpointCopier
 from megatron_ds.training.datasets import check_same_data, open_data, taught_ends
@@ -126,13 +126,12 @@ def _start(
     run: RunConfig, info: RankInfo, group: RankGroup | None, heartbeat: Heartbeat, callbacks: Sequence[Callback]
 ) -> _Started:
     """Join the process group, check the run, open data, build the model, resume. Collective over the world."""
-    choice = Choice(run)
-    if run.choices:
-        heartbeat(f"choosing {' and '.join(run.choices)}", may_take_long=True)
-        choice = with_choices(run, info.world_size, device_type())
-        run = choice.run
     heartbeat("comparing what the ranks run", may_take_long=True)
     check_same_run(run, info, group)
+    if run.choices:
+        heartbeat(f"choosing {' and '.join(run.choices)}", may_take_long=True)
+    choice = choose_together(run, info, group, device_type())
+    run = choice.run
     heartbeat("joining the process group", may_take_long=True)
     timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)
     device = start_distributed(info, timeout_s, group, device_settings(run))

@@ -34,7 +34,7 @@ def predict(row: Row) -> StepTime:
     """Return the planner's prediction of a row's step."""
     profile, setting, layout = profile_of(row), setting_of(row), layout_of(row)
     assert profile is not None, row["device"]
-    device, per_node = find_device(profile), min(DEVICES_OF_NODE, row["gpus"])
+    device, per_node = find_device(profile, measured=False), min(DEVICES_OF_NODE, row["gpus"])
     network = find_network(setting.network, device, per_node)
     placed = place(layout, network.island, expert_ranks(row, layout))
     stages = placed["pipeline"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -62,7 +63,8 @@ def usual_sizes(device: str) -> Sizes:
         *(Product(*sizes, dtype=dtype) for dtype in DTYPES for sizes in batches),
     ]
     attention = [one for dtype in DTYPES for one in _attention_sizes(dtype, device)]
-    streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in STREAM_BYTES]
+    stream_bytes = STREAM_BYTES if on_cpu else (*STREAM_BYTES, *LARGE_STREAM_BYTES)
+    streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in stream_bytes]
     buffers = [4**power * _KB for power in range(9 if on_cpu else 11)]
     return Sizes([one for one in products if one.flops <= most_flops[one.dtype]], attention, streams, buffers)
 
@@ -79,20 +81,23 @@ def _attention_sizes(dtype: str, device: str) -> list[Attention]:
         causal, full = (64, 256), ()
     pairs = [(length, length * (length + 1) // 2) for length in causal] + [(length, length**2) for length in full]
     return [
-        Attention(1, 8 if length <= 512 or device == "cuda" else 2, 2, head_dim, length, length, count, backward, dtype)
+        Attention(1, heads, 2, head_dim, length, length, count, backward, dtype)
         for backward in (False, True)
         for head_dim in (64, 128)
         for length, count in pairs
+        for heads in ((8, 32) if device == "cuda" else (8,) if length <= 512 else (2,))
     ]
 
 
 STREAM_BYTES = (16 * _KB, 64 * _KB, 256 * _KB, *(2**power * _KB for power in range(9, 15)), 65536 * _KB)
 """Bytes of the streams that are measured; a CPU's caches end between the larger ones."""
+LARGE_STREAM_BYTES = (1 << 28, 1 << 30)
+"""Further ones of GPUs, whose caches hold tensors of up to some 100 MB."""
 DTYPES = ("float32", "bfloat16")
 """Precisions that are measured."""
 
 
-def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None) -> Device:
+def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None, budget_s: float = math.inf) -> Device:
     """Return the measured profile of this machine. It takes one to three minutes.
 
     All ranks compute at the same time, as in a run: they share the memory and, on a CPU, the cores.
@@ -101,6 +106,7 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None) -
         name: of the profile.
         ranks: of a run on this machine; None = its number of GPUs, or of cores up to `MOST_RANKS`.
         sizes: of what is measured; None = `usual_sizes`.
+        budget_s: see `measure_operations.measure`.
 
     Raises:
         ConfigError: this machine has fewer GPUs than ranks.
@@ -113,7 +119,8 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None) -
         raise ConfigError(f"--gpus-per-node={ranks}: this machine has {device_count()}; nearest: {device_count()}")
     preload()
     sizes = sizes or usual_sizes(kind)
-    found = run_local(partial(_measure, sizes=sizes, threads=max(1, cores // ranks)), ranks, TIMEOUT_S)
+    measure = partial(_measure, sizes=sizes, threads=max(1, cores // ranks), budget_s=budget_s)
+    found = run_local(measure, ranks, TIMEOUT_S)
     times_s = [statistics.median(column) for column in zip(*(one.times_s for one in found))]
     operations = _operations(sizes)
     return build_device(name, found[0].facts, list(zip(operations, times_s)), found[0].communication, found[0].skew)
@@ -136,7 +143,7 @@ class _Found:
     skew: float
 
 
-def _measure(info: RankInfo, sizes: Sizes, threads: int) -> _Found:
+def _measure(info: RankInfo, sizes: Sizes, threads: int, budget_s: float) -> _Found:
     torch.set_num_threads(threads)
     device = start_distributed(info)
     world = create_grid(Layout(data=info.world_size), info.rank).world
@@ -148,7 +155,7 @@ def _measure(info: RankInfo, sizes: Sizes, threads: int) -> _Found:
     if info.world_size > 1 and device.type == "cpu":
         compute = measure_operations.prepare(max(sizes.products, key=_by_size_in_fp32), device)[0]
         skew = measure_collectives.measure_skew(world, device, compute)
-    times_s = measure_operations.measure(_operations(sizes), device)
+    times_s = measure_operations.measure(_operations(sizes), device, budget_s=budget_s)
     return _Found(_facts(device, info.world_size, threads), times_s, communication, skew)
 
 

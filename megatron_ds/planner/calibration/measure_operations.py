@@ -9,6 +9,7 @@ not hold, as few of a step's are.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ SHORTEST_S = 0.002
 ROUNDS = 5
 CACHE_BYTES, SMALL_BYTES = 64 << 20, 256 << 10
 """Bytes over which a stream is measured in turns, and those of a stream that is small enough to stay in a cache."""
+GPU_CACHE_BYTES, MOST_COPIES = 256 << 20, 128
+"""`CACHE_BYTES` of a GPU, whose cache is larger, and the most tensors of a stream that are measured in turns."""
 
 Act = Callable[[], object]
 Clock = Callable[[], float]
@@ -36,6 +39,7 @@ def measure(
     device: torch.device,
     rounds: int = ROUNDS,
     clock: Clock = time.perf_counter,
+    budget_s: float = math.inf,
 ) -> list[float]:
     """Return the seconds of each operation.
 
@@ -44,10 +48,14 @@ def measure(
         device: that computes.
         rounds: number of times that all of them are measured.
         clock: seconds; `time.thread_time` counts those that one thread computes, whatever else the machine does.
+        budget_s: no round is begun after so many seconds, but the first one.
     """
     times_s: list[list[float]] = [[] for _ in operations]
     calls = [0] * len(operations)
-    for _ in range(rounds):
+    began_s = time.monotonic()
+    for number in range(rounds):
+        if number and time.monotonic() - began_s > budget_s:
+            break
         for index, operation in enumerate(operations):
             acts = prepare(operation, device)  # again in each round: all at once may not fit into memory
             for act in acts if not calls[index] else acts[:1]:
@@ -57,7 +65,7 @@ def measure(
                 calls[index] = max(1, int(SHORTEST_S / max(time_s * len(acts), 1e-9)))
                 time_s = _time(acts, calls[index], device, clock) if calls[index] > 1 else time_s
             times_s[index].append(time_s)
-    return [statistics.quantiles(one, n=4)[0] if rounds > 1 else one[0] for one in times_s]
+    return [statistics.quantiles(one, n=4)[0] if len(one) > 1 else one[0] for one in times_s]
 
 
 def _time(acts: Sequence[Act], calls: int, device: torch.device, clock: Clock) -> float:
@@ -84,7 +92,8 @@ def prepare(operation: Product | Attention | Stream, device: torch.device) -> Se
         case Attention():
             return [_attention(operation, device)]
         case Stream():
-            copies = CACHE_BYTES // operation.num_bytes if operation.num_bytes > SMALL_BYTES else 1
+            cache_bytes = CACHE_BYTES if device.type == "cpu" else GPU_CACHE_BYTES
+            copies = min(MOST_COPIES, cache_bytes // operation.num_bytes) if operation.num_bytes > SMALL_BYTES else 1
             return [STREAMS[operation.name](operation.num_bytes, device) for _ in range(max(1, copies))]
 
 

@@ -22,6 +22,7 @@ from megatron_ds.untrusted.limits import PROFILE
 S = TypeVar("S", bound=Section)
 
 _FOLDER = Path(__file__).parent
+_MEASURED = ".measured"
 _SPEED = re.compile(
     r"(?:(?P<kind>[a-z]+) +)?(?:(?P<cards>\d{1,3}) ?x ?)?(?P<rate>\d{1,6}(?:\.\d{1,3})?) ?(?P<unit>Gb/s|Gbps|GB/s)"
 )
@@ -32,14 +33,27 @@ CARDS = ("infiniband", "roce", "omnipath", "ethernet")
 
 def device_names() -> list[str]:
     """Return the names of the devices whose profiles come with the package."""
-    return sorted(path.stem for path in (_FOLDER / "devices").glob("*.yaml"))
+    return sorted(path.stem for path in (_FOLDER / "devices").glob("*.yaml") if not path.stem.endswith(_MEASURED))
 
 
-def find_device(name: str) -> Device:
+def measured_file_name(device: Device) -> str:
+    """Return the name of the file of a measured profile: with it, in the folder of the shipped ones, it adds to one.
+
+    That is `NAME.measured.yaml` with the name of the shipped profile of the same GPU, or else the GPU's own.
+    """
+    if device.gpu is None:
+        return f"{device.type}{_MEASURED}.yaml"
+    same = [one for one in device_names() if find_device(one).gpu == device.gpu]
+    return f"{same[0] if same else re.sub('[^a-z0-9]+', '-', device.gpu.lower()).strip('-')}{_MEASURED}.yaml"
+
+
+def find_device(name: str, *, measured: bool = True) -> Device:
     """Return the profile of a device.
 
     Args:
         name: one of `device_names`, or the path of a YAML file.
+        measured: a shipped profile has the times that were measured on such a device, if a file of them comes with the
+            package; False = the numbers of data sheets and publications alone.
 
     Raises:
         ConfigError: neither; the file cannot be read, or one of its values is wrong.
@@ -51,7 +65,7 @@ def find_device(name: str) -> Device:
             f"--device={show(name)} is not a known device; {suggest(name.lower(), device_names())} A file of your own, "
             "written by `megatron-ds plan --calibrate FILE.yaml`, is named by its path"
         )
-    return _shipped_device(name.lower())
+    return _shipped_device(name.lower(), measured)
 
 
 def find_by_gpu(name: str) -> Device | None:
@@ -109,8 +123,14 @@ def _is_path(name: str) -> bool:
 
 
 @cache
-def _shipped_device(name: str) -> Device:
-    return _read_device(_FOLDER / "devices" / f"{name}.yaml", name)
+def _shipped_device(name: str, measured: bool) -> Device:
+    device, file = _read_device(_FOLDER / "devices" / f"{name}.yaml", name), f"{name}{_MEASURED}.yaml"
+    if not measured or not (_FOLDER / "devices" / file).is_file():
+        return device
+    times = _read_device(_FOLDER / "devices" / file, name)
+    tables = {field: getattr(times, field) for field in Device.model_fields if field.startswith("measured_")}
+    link = times.link if isinstance(times.link, Link) else device.link
+    return device.model_copy(update={**tables, "link": link, "source": f"{device.source} {times.source}"})
 
 
 @cache

@@ -13,8 +13,9 @@ from megatron_ds.planner.timing.links import communication_seconds, seconds
 from megatron_ds.planner.timing.placement import Placement
 
 MB = 1 << 20
-A100 = find_network("200Gb/s", find_device("a100-80"), 8)
-H100 = find_network("400Gb/s", find_device("h100"), 8)
+A100_DEVICE = find_device("a100-80", measured=False)
+A100 = find_network("200Gb/s", A100_DEVICE, 8)
+H100 = find_network("400Gb/s", find_device("h100", measured=False), 8)
 
 
 def bus_gb_s(kind: CollectiveKind, num_bytes: int, placement: Placement, network: Network) -> float:
@@ -46,7 +47,11 @@ def test_small_all_reduces_take_the_measured_latency(num_bytes: int, us: float) 
     [
         (H100, Placement(2, 2, 1), 47.0),  # 46 to 48 of one NDR card: nccl-tests issue 290
         (H100, Placement(32, 4, 8), 320.0),  # 8 cards of 400 Gb/s a node: nccl issue 1221
-        (find_network("4x200Gb/s", find_device("a100-80"), 8), Placement(24, 3, 8), 96.0),  # nccl-tests issue 119
+        (
+            find_network("4x200Gb/s", A100_DEVICE, 8),
+            Placement(24, 3, 8),
+            96.0,
+        ),  # nccl-tests issue 119
     ],
 )
 def test_all_reduces_between_nodes_take_the_measured_time(

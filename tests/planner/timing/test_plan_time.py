@@ -25,7 +25,7 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 PARAMS = 4 * (4 * 4096**2 + 3 * 4096 * 11_008) + 2 * 32_000 * 4096
-DEVICE = find_device("h100")
+DEVICE = find_device("h100", measured=False)
 NETWORK = find_network("400Gb/s", DEVICE, 8)
 
 

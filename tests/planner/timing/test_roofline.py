@@ -7,7 +7,7 @@ from megatron_ds.planner.profiles import Device, find_device
 from megatron_ds.planner.profiles.device import MeasuredAttention, MeasuredProduct, MeasuredStream
 from megatron_ds.planner.timing.roofline import attention_s, product_s, seconds, stream_s
 
-A100, H100 = find_device("a100-80"), find_device("h100")
+A100, H100 = (find_device(name, measured=False) for name in ("a100-80", "h100"))
 
 
 def tflops(product: Product, device: Device) -> float:

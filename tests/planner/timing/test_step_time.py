@@ -17,7 +17,7 @@ from megatron_ds.planner.timing.roofline import seconds
 from megatron_ds.planner.timing.step_time import STRAGGLING, StepTime, time_step
 from megatron_ds.planner.timing.step_work import EndWork, StageWork, StepWork
 
-DEVICE = find_device("h100")
+DEVICE = find_device("h100", measured=False)
 LAYOUT = Layout(tensor=4, pipeline=4, context=1, data=2)
 MACHINE = Machine(DEVICE, find_network("400Gb/s", DEVICE, 8), place(LAYOUT, 8))
 FORWARD = Product(4096, 8192, 8192)
