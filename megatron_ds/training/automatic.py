@@ -13,8 +13,6 @@ from megatron_ds.config import RunConfig
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.log import get_logger
 from megatron_ds.parallel.agreement import Council
-from megatron_ds.parallel.rank_info import RankInfo
-from megatron_ds.parallel.rendezvous import RankGroup
 from megatron_ds.planner.plan import GB, plan_stages
 from megatron_ds.planner.profiles import Device, find_network
 from megatron_ds.planner.profiles.device import GIB
@@ -64,34 +62,34 @@ def with_choices(run: RunConfig, world_size: int, device_type: str) -> Choice:
     return _applied(run, chosen, note)
 
 
-def choose_together(run: RunConfig, info: RankInfo, group: RankGroup | None, device_type: str) -> Choice:
+def choose_together(run: RunConfig, world_size: int, device_type: str, council: Council | None) -> Choice:
     """Have the planner choose for the ranks of a launcher. Collective over the world if the run leaves it anything.
 
     Rank 0 chooses, once for all ranks, so that they agree: by its own device, with the least memory that any rank has.
 
     Args:
         run: the run file, the same on all ranks.
-        info: this rank.
-        group: the ranks, which have met; None = ranks that this program forked.
+        world_size: number of ranks.
         device_type: torch's name, such as `cpu` or `cuda`.
+        council: of the ranks; None = one rank, or ranks that this program forked.
 
     Raises:
         ConfigError: see `with_choices`; on the ranks that `Council.decide` names.
         TopologyError, LaunchError: see `Council.ask`.
     """
-    if not run.choices or group is None or info.world_size == 1:
-        return with_choices(run, info.world_size, device_type)
-    council, found = Council(info, group), [""]
+    if not run.choices or council is None:
+        return with_choices(run, world_size, device_type)
+    found = [""]
 
     def judge(texts: Sequence[str]) -> str:
         try:
-            chosen, note = _choose_here(run, info.world_size, device_type, min(map(int, texts)))
+            chosen, note = _choose_here(run, world_size, device_type, min(map(int, texts)))
         except MegatronDSError as problem:
             return str(problem)
         found[0] = json.dumps({"chosen": asdict(chosen), "note": note})
         return ""
 
-    device = this_device(device_type, machines_here(info.world_size, device_type).ranks_per_node)
+    device = this_device(device_type, machines_here(world_size, device_type).ranks_per_node)
     council.decide("the memory of their devices", str(device.memory_bytes if device is not None else 0), judge)
     text = json.loads(council.from_first("the chosen layout", found[0]))
     return _applied(run, Candidate(**text["chosen"]), text["note"])

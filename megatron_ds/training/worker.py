@@ -28,6 +28,7 @@ from megatron_ds.engine import (
 from megatron_ds.hf.end_tokens import known_end_ids
 from megatron_ds.hub import describe_upload
 from megatron_ds.monitor import Reporter, Throughput
+from megatron_ds.parallel.agreement import Council
 from megatron_ds.parallel.consensus import gather_objects, run_on_all_ranks
 from megatron_ds.parallel.rank_info import RENDEZVOUS_FILE, RankInfo
 from megatron_ds.parallel.rank_status import rank_status_store
@@ -130,7 +131,8 @@ def _start(
     check_same_run(run, info, group)
     if run.choices:
         heartbeat(f"choosing {' and '.join(run.choices)}", may_take_long=True)
-    choice = choose_together(run, info, group, device_type())
+    council = Council(info, group) if group is not None and info.world_size > 1 else None
+    choice = choose_together(run, info.world_size, device_type(), council)
     run = choice.run
     heartbeat("joining the process group", may_take_long=True)
     timeout_s = max(COLLECTIVE_TIMEOUT_S, 2 * run.train.step_timeout)

@@ -15,7 +15,7 @@ import torch
 
 from bench.gpu import driver, page, report
 from bench.gpu.commands import Command
-from bench.gpu.fast import targets
+from bench.gpu.fast import device_table, targets
 from bench.gpu.fast.targets import LLAMA, OURS, PACKED, TARGETS, THEIRS
 from bench.gpu.fast.weights import draw, fill
 from bench.gpu.host_waits import host_waits
@@ -23,6 +23,10 @@ from bench.gpu.judgement import MET, MISSED, NOT_MEASURED, Figure, Target, judge
 from bench.gpu.part import Part
 from bench.gpu.trace import summarize
 from bench.gpu.wheels import pins
+from megatron_ds.planner.operations import Product, Stream
+from megatron_ds.planner.profiles import find_device, find_network
+from megatron_ds.planner.profiles.from_measurements import Facts, build_device
+from megatron_ds.planner.profiles.link import MeasuredTime
 from tests.forked_python import run_python
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +106,47 @@ def test_tiny_contestants_do_the_same_work(tmp_path: Path) -> None:
     assert ours["ok"] and packed["ok"] and theirs["ok"], theirs
     assert abs(ours["first_loss"] - theirs["first_loss"]) < 1e-3, "they begin with the same weights"
     assert ours["tokens_s"] > 0 and ours["tflops"] > 0 and packed["first_loss"] != ours["first_loss"]
+
+
+def test_the_table_of_a_device_is_a_profile_that_plans_read(tmp_path: Path) -> None:
+    """The part measures small sizes on the CPU and writes the profile; the page names it, with its figures."""
+    (tmp_path / "part.py").write_text(CONTESTANT.replace("fast.train", "fast.device_table"))
+    results = tmp_path / "bench.jsonl"
+    environ = {"DEVICE": "cpu", "TINY": "1", "GPU_RESULTS": str(results), "OUT": str(tmp_path)}
+    done = run_python(tmp_path / "part.py", **environ, PYTHONPATH=str(ROOT), timeout=100)
+    assert done.returncode == 0, done.stderr
+    table, long = report.read_rows(results)
+    assert (table["name"], table["ok"], long["ok"]) == ("cpu.measured.yaml", None, None)
+    device = find_device(str(tmp_path / "cpu.measured.yaml"))
+    assert table["memory_gb_s"] == device.memory_gb_s and table["launch_us"] == device.streams.launch_us
+    rows = [one for one in device.measured_products if one.dtype == "bfloat16"]
+    assert table["tflops"] == pytest.approx(max(2 * one.m * one.n * one.k / one.us for one in rows) / 1e6, rel=1e-3)
+    assert table["operations"] == sum(
+        map(len, (device.measured_products, device.measured_attention, device.measured_streams))
+    )
+    assert long["tflops"] > 0
+    network = find_network(None, device, 1)
+    shown = page.render({"fast": [table, long]}, None)
+    assert "### profile of this device, for `megatron-ds plan --device`" in shown and "| cpu.measured.yaml |" in shown
+    assert "launch in µs" in shown and network.inside is not None
+
+
+def test_the_shares_of_a_known_gpu_are_those_of_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = [
+        (Product(4096, 4096, 4096), 2 * 4096**3 / 791.2e12),
+        (Product(64, 64, 64, dtype="float32"), 9e-6),
+        (Stream(1 << 30), (1 << 30) / 3.015e12),
+        (Stream(1024), 4e-6),
+    ]
+    sums = [
+        MeasuredTime(kind="all_reduce", ranks=8, num_bytes=size, us=us) for size, us in ((1024, 20), (8 << 30, 3e4))
+    ]
+    sums += [MeasuredTime(kind="message", ranks=2, num_bytes=size, us=us) for size, us in ((1024, 9), (1 << 30, 3e3))]
+    device = build_device("here", Facts("cuda", "NVIDIA H100 80GB HBM3", 132, 85 * 10**9, 8), timed, sums)
+    assert device_table._of_products(791.2, device) == {"tflops": 791.2, "of_peak": 0.8}
+    figures = device_table._figures(device)
+    assert figures["of_bandwidth"] == 0.9 and figures["launch_us"] == 4.0
+    assert figures["all_reduce_gb_s"] == pytest.approx(2 * 7 / 8 * (8 << 30) / 3e4 / 1e3, abs=0.1)
 
 
 def test_experts_are_drawn_by_the_names_that_files_have() -> None:

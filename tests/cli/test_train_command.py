@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cli.conftest import Fork, Start, processes_of, wait_for_steps, wait_until
 from tests.ranks import run_alone
@@ -131,6 +132,19 @@ def test_torchrun(start: Start, run_file: Path) -> None:
     status, out, err = finish(process, 30)
     assert status == 1 and "Signal 9 (SIGKILL) received by PID" in err
     assert "world       2 = tp 1 x pp 1 x dp 2" in out
+
+
+def test_a_launcher_and_what_is_left_to_the_planner(fork: Fork, run_file: Path) -> None:
+    """Two processes as torchrun starts them: the layout is chosen once, for both, and shown once."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    words = ("-m", "megatron_ds", "train", run_file, "parallel=auto", "train.micro_batch_size=auto")
+    begun = [fork(*words, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
+    (status, out, err), other = (finish(process, 100) for process in begun)
+    assert (status, err) == (0, "") and other == (0, "", "")
+    [chosen] = [line for line in out.splitlines() if line.startswith("parallel=auto and train.micro_batch_size=auto: ")]
+    written = yaml.safe_load((run_file.parent / "out" / "config.yaml").read_text())
+    assert not written["parallel"]["auto"] and f"micro-batch {written['train']['micro_batch_size']}" in chosen
+    assert out.count("done: 5 steps") == 1
 
 
 @pytest.mark.sweep

@@ -9,14 +9,16 @@ import yaml
 
 from megatron_ds.config import build_run
 from megatron_ds.errors import ConfigError
+from megatron_ds.parallel.agreement import Council
 from megatron_ds.planner import this_machine
 from megatron_ds.planner.plan import plan_stages
 from megatron_ds.planner.plan_input import Machines
 from megatron_ds.training import automatic
-from megatron_ds.training.automatic import describe_misfit, warn_of_misfit, with_choices
+from megatron_ds.training.automatic import choose, choose_together, describe_misfit, warn_of_misfit, with_choices
 from megatron_ds.training.launch import train
 from megatron_ds.training.planning import plan_input
 from megatron_ds.training.resolve import resolve_run
+from tests.parallel.test_agreement import together
 from tests.ranks import preload
 from tests.training.tiny import run_mapping
 
@@ -40,6 +42,44 @@ def test_a_run_trains_with_what_was_chosen(corpus: Path, tmp_path: Path) -> None
     assert written["train"]["micro_batch_size"] == chosen.run.train.micro_batch_size
     (note,) = chosen.notes
     assert note.startswith("parallel=auto and train.micro_batch_size=auto: ") and note.endswith(" GB on a rank")
+
+
+def test_ranks_of_a_launcher_have_the_choice_of_rank_0(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They choose the same, once, though one has less memory: its memory counts."""
+    run = build_run(a_run(corpus, tmp_path, train={"micro_batch_size": "auto"}))
+
+    def peak_bytes(micro_batch_size: int) -> int:
+        one = build_run(a_run(corpus, tmp_path, train={"micro_batch_size": micro_batch_size}))
+        return plan_stages(plan_input(one, Machines(1, 2, "cpu")))[0].peak_bytes
+
+    little_bytes = int((peak_bytes(1) + peak_bytes(4)) / automatic.USABLE)  # for two ranks
+
+    def act(council: Council) -> tuple[int, tuple[str, ...], int]:
+        rank, searches = council.info.rank, []
+        monkeypatch.setattr(this_machine, "host_memory_bytes", lambda: (GIB, little_bytes)[rank])
+        monkeypatch.setattr(automatic, "choose", lambda *given: searches.append(rank) or choose(*given))
+        found = choose_together(run, 2, "cpu", council)
+        return found.run.train.micro_batch_size, found.notes, len(searches)
+
+    preload()
+    zero, one = together(act, 2)
+    assert zero[:2] == one[:2] and (zero[2], one[2]) == (1, 0)
+    monkeypatch.setattr(this_machine, "host_memory_bytes", lambda: GIB)
+    alone = with_choices(run, 2, "cpu").run.train.micro_batch_size
+    monkeypatch.setattr(this_machine, "host_memory_bytes", lambda: little_bytes)
+    assert alone > zero[0] == with_choices(run, 2, "cpu").run.train.micro_batch_size
+
+
+def test_what_cannot_be_chosen_ends_all_ranks_of_a_launcher(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build_run(a_run(corpus, tmp_path, parallel="auto"))
+    monkeypatch.setattr(this_machine, "host_memory_bytes", lambda: 10**4)
+    preload()
+    zero, one = together(lambda council: choose_together(run, 2, "cpu", council), 2)
+    assert zero.startswith("ConfigError: no layout of 2 ranks fits") and one == "SystemExit: 2"
 
 
 def test_nothing_is_chosen_where_all_is_given(corpus: Path, tmp_path: Path) -> None:

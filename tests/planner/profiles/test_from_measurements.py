@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_ds.planner.operations import Attention, Product, Stream
+from megatron_ds.planner.profiles import find_device
 from megatron_ds.planner.profiles.from_measurements import Facts, build_device
 from megatron_ds.planner.profiles.link import Link, MeasuredTime
 from megatron_ds.planner.timing import roofline
@@ -27,6 +28,16 @@ def test_a_known_gpu_keeps_its_peak_and_its_link() -> None:
     assert (device.link, device.network) == ("nvlink4", "400Gb/s")
     for operation, time_s in TIMED:
         assert roofline.seconds(operation, device) == pytest.approx(time_s, rel=0.01)
+
+
+def test_numbers_that_no_measurement_shows_are_those_of_the_known_gpu() -> None:
+    """Peaks in fp8, the time of the host; and of the streams the largest counts, which no cache holds."""
+    known, cached = find_device("h100"), (Stream(1 << 24), (1 << 24) / 9e12)
+    device = build_device("mine", Facts("cuda", "NVIDIA H100 80GB HBM3", 132, 85 * 10**9, 1), [*TIMED, cached], [])
+    assert device.peak_flops("float8_e4m3fn") == 1979e12
+    assert device.products.sustained_fp8 == known.products.sustained_fp8
+    assert (device.host_us, device.host_gb_s) == (known.host_us, known.host_gb_s)
+    assert device.memory_gb_s == pytest.approx(3000)
 
 
 def test_an_unknown_gpu_has_its_best_products_as_peaks() -> None:

@@ -1,14 +1,26 @@
 """Profiles by name and by file: all that are shipped, and messages about what is wrong."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.monitor import peak_flops
-from megatron_ds.planner.profiles import device_names, find_by_gpu, find_device, find_network
+from megatron_ds.planner.calibration.calibrate import write_profile
+from megatron_ds.planner.operations import Product, Stream
+from megatron_ds.planner.profiles import (
+    device_names,
+    find_by_gpu,
+    find_device,
+    find_network,
+    measured_file_name,
+    shipped,
+)
+from megatron_ds.planner.profiles.from_measurements import Facts, build_device
 from megatron_ds.planner.profiles.link import Link
+from megatron_ds.planner.timing import roofline
 
 CPU = """
 source: a test
@@ -25,7 +37,7 @@ link: gloo
 
 @pytest.mark.parametrize("name", device_names())
 def test_every_shipped_profile_loads_with_its_link_and_its_usual_network(name: str) -> None:
-    device = find_device(name.upper())
+    device = find_device(name.upper(), measured=False)
     network = find_network(None, device, 8)
     assert device.name == name and device.source.endswith(".") and isinstance(network.inside, Link)
     assert isinstance(device.link, str)
@@ -140,6 +152,39 @@ def test_the_documentation_lists_every_device() -> None:
     text = (Path(__file__).parents[3] / "docs" / "planning.md").read_text()
     listed = text.partition("## Profiles of devices and networks")[2].partition("Each is a short")[0]
     assert re.findall(r"`([a-z][a-z0-9-]+)`", listed) == device_names()
+
+
+def test_a_file_of_measured_times_next_to_a_shipped_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `h100.measured.yaml` in their folder, `h100` has its measured rows, and its own numbers for all others."""
+    plain = find_device("h100", measured=False)
+    timed = [(Product(4096, 4096, 4096), 250e-6), (Product(64, 64, 64, dtype="float32"), 9e-6), (Stream(1 << 30), 4e-4)]
+    assert plain.gpu is not None
+    found = build_device("here", Facts("cuda", plain.gpu, 132, 85 * 10**9, 1), timed, [])
+    assert measured_file_name(found) == "h100.measured.yaml"
+    folder = shutil.copytree(Path(shipped.__file__).parent, tmp_path / "profiles")
+    write_profile(found, folder / "devices" / measured_file_name(found))
+    monkeypatch.setattr(shipped, "_FOLDER", folder)
+    shipped._shipped_device.cache_clear()
+    try:
+        device, without = find_device("h100"), find_device("h100", measured=False)
+        names = device_names()
+    finally:
+        shipped._shipped_device.cache_clear()
+    assert "h100.measured" not in names and "h100" in names
+    assert without == plain and device.measured_products == found.measured_products
+    assert (device.name, device.link, device.memory_gb_s) == ("h100", plain.link, plain.memory_gb_s)
+    assert device.source == f"{plain.source} {found.source}"
+    for operation, time_s in timed:
+        assert roofline.seconds(operation, device) == pytest.approx(time_s, rel=0.01)
+    assert find_device(str(folder / "devices" / "h100.measured.yaml")).name == "h100.measured"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"), [("NVIDIA X1 (80 GB)", "nvidia-x1-80-gb.measured.yaml"), (None, "cpu.measured.yaml")]
+)
+def test_names_of_measured_profiles_that_none_is_shipped_for(gpu: str | None, name: str) -> None:
+    cpu = find_device("cpu", measured=False)
+    assert measured_file_name(cpu.model_copy(update={"gpu": gpu})) == name
 
 
 def test_a_rack_is_one_island() -> None:
