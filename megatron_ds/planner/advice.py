@@ -16,6 +16,9 @@ from megatron_ds.planner.zero_settings import zero_settings
 LEAST_GAIN = 0.02
 """Share of a step by which a change must be faster to be advised: smaller ones are within the plan's error."""
 
+USED_MEMORY = 0.9
+"""Share of a device's free memory that weights may take which ZeRO-3 keeps for their next use."""
+
 MOST_SHOWN = 3
 """Number of advised changes."""
 
@@ -121,13 +124,14 @@ def zero_changes(plan: Plan) -> Iterator[ZeroKeys]:
     scatters = zero.contiguous_gradients and zero.reduce_scatter and not zero.bf16_sums
     if zero.stage in (1, 2) and scatters and zero.use_multi_rank_bucket_allreduce:
         yield {"use_multi_rank_bucket_allreduce": False}
-    if zero.stage != 3:
+    if zero.stage != 3 or not plan.fits:
         return
     of_layers = Counter[int]()
     for one in hold_stage(given, 0).parameters:
         of_layers[one.layer] += one.numel
-    for least in (2 * max(of_layers.values()), 2 * of_layers.total()):  # of a block in both passes, and of all of them
-        distance = _rounded_up(least)
+    of_block, of_all = (2 * number for number in (max(of_layers.values()), of_layers.total()))  # there and back
+    fitting = int(USED_MEMORY * -plan.missing_bytes / zero.element_bytes)
+    for distance in sorted({_two_digits(of_block), _two_digits(min(of_all, fitting))}):
         if distance > zero.max_reuse_distance:
             live = max(distance, zero.max_live_parameters)
             yield {"stage3_max_reuse_distance": distance, "stage3_max_live_parameters": live}
@@ -138,10 +142,10 @@ def zero_keys(keys: ZeroKeys) -> tuple[str, ...]:
     return tuple(f"deepspeed.zero_optimization.{name}={_yaml(value)}" for name, value in keys.items())
 
 
-def _rounded_up(number: int) -> int:
-    """Return a number with two digits that is at least as large."""
+def _two_digits(number: int) -> int:
+    """Return the next larger number of two digits and zeros."""
     unit = 10 ** max(0, len(str(number)) - 2)
-    return -(-number // unit) * unit
+    return (number // unit + 1) * unit
 
 
 def _others(now: Candidate, other: Candidate) -> Iterator[Candidate]:

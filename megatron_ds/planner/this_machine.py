@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from megatron_ds.planner.profiles import Device, find_by_gpu, find_device
 CPU_PROFILE, UNKNOWN_GPU_PROFILE = "cpu", "h100"
 """Profiles of a core, and of a GPU that no profile describes: then its memory alone is its own."""
 _GIB = 1 << 30
+_EVEN_TASKS = re.compile(r"([1-9]\d{0,5})(?:\(x\d+\))?")
+"""A number of ranks of each machine; Slurm writes `8(x2)` for eight on each of two."""
 _NAME_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
 
 
@@ -83,7 +86,8 @@ def machines_here(world_size: int, device_type: str, environ: Mapping[str, str] 
         device_type: torch's name, `cpu` or `cuda`.
         environ: the environment.
     """
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-    given = next((environ[name] for name in names if environ.get(name, "").isdigit()), "")
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+    found = (_EVEN_TASKS.fullmatch(environ.get(name, "")) for name in names)
+    given = next((one[1] for one in found if one is not None), "")
     here = int(given) if given and world_size % int(given) == 0 else world_size
     return Machines(world_size // here, here, "cpu" if device_type == "cpu" else "cuda")

@@ -151,7 +151,7 @@ def test_a_run_that_does_not_fit(run_file: Path, capsys: pytest.CaptureFixture[s
         (["--tokens", "many"], "--tokens=many is not a number of tokens; try 300B, 15T or 1e12"),
         (["--gpu-memory", "80"], "--gpu-memory='80' is not a size"),
         (["--write", "layouts"], "--write=layouts writes the layouts that a search finds; try --search"),
-        (["--search", "--stragglers", "1"], "--stragglers='1' is for one layout, and --search compares them"),
+        (["--search", "--stragglers", "1"], "--stragglers=1 is for one layout, and --search compares them"),
         (["--json", "none/plan.json"], "--json=none/plan.json is not a file in a directory that exists"),
     ],
 )

@@ -15,15 +15,15 @@ from megatron_ds.training.planning import RunPlanner
 
 MODEL = {
     "model_type": "llama",
-    "hidden_size": 512,
-    "intermediate_size": 1024,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
     "vocab_size": 1000,
     "max_position_embeddings": 512,
 }
-BLOCK = 4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512
+BLOCK = 4 * 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048
 DEVICE = find_device("h100", measured=False)
 
 
@@ -71,7 +71,7 @@ def test_gradients_that_are_summed_on_one_rank(stage: int) -> None:
 def test_weights_that_are_gathered_a_third_time() -> None:
     """A block that is recomputed and larger than the reuse distance is gathered again for its backward pass."""
     small = {"stage": 3, "stage3_max_reuse_distance": BLOCK // 2, "stage3_max_live_parameters": BLOCK // 2}
-    small |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+    small |= {"stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**6}
     at = planner(small, recompute="full")
     plan = at.plan()
     of_block, of_all = zero_changes(plan)

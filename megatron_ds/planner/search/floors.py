@@ -204,7 +204,7 @@ class LayoutFloors:
             return reduced + gathered
         if candidate.zero_stage == 2:
             return CONTENTION * count * reduced + gathered
-        return CONTENTION * count * (reduced + 2 * gathered)
+        return CONTENTION * count * (reduced + gathered)  # weights may stay gathered for both passes
 
     def held_bytes(self, candidate: Candidate) -> float:
         """Return the least bytes of weights, gradients and optimizer state on a device."""

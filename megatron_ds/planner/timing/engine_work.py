@@ -14,9 +14,9 @@ from megatron_ds.planner.profiles.network import Network
 from megatron_ds.planner.timing.pass_time import Machine
 from megatron_ds.planner.timing.placement import Placement, place
 from megatron_ds.planner.timing.step_work import EndWork, StageWork, StepWork
-from megatron_ds.planner.traffic.engine import EngineTraffic, engine_traffic, gradient_norm, losses
-from megatron_ds.planner.traffic.gradients import EXPERT_SHARD, SHARD, shard_ranks
-from megatron_ds.planner.traffic.zero3 import gradient_scatters
+from megatron_ds.planner.traffic.engine import EngineTraffic, engine_traffic
+from megatron_ds.planner.traffic.gradients import shard_ranks
+from megatron_ds.planner.traffic.zero3 import HPZ
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 FP32 = 4
@@ -34,7 +34,8 @@ def machine_of(given: PlanInput, device: Device, network: Network) -> Machine:
     stages = placed["pipeline"]
     tied = Placement(2, min(2, stages.islands), stages.per_island if stages.islands == 1 else 1)
     model = Placement(layout.pipeline * layout.tensor, stages.islands, max(1, stages.per_island * layout.tensor))
-    return Machine(device, network, {"tied": tied, "model": model, "host": placed["world"], **placed})
+    second = Placement.of(range(max(1, given.engine.summary.hpz_partition_size)), network.island)
+    return Machine(device, network, {"tied": tied, "model": model, "host": placed["world"], HPZ: second, **placed})
 
 
 def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, HeldStage] | None = None) -> StepWork:
@@ -55,7 +56,7 @@ def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, H
         sends = Work({Message("pipeline", traces[end - 1].output_bytes): 1}) if stage < last else Work()
         number = sum(one.numel for one in known.get(stage, known[last // 2]).trained)
         stages.append(StageWork(traces[first:end], _gradients(given, zero, number), sends))
-    ends = {stage: _end(given, zero, one) for stage, one in sorted(known.items())}
+    ends = {stage: _end(given, zero, one, traces) for stage, one in sorted(known.items())}
     return StepWork(
         stages,
         ends,
@@ -80,34 +81,13 @@ def _gradients(given: PlanInput, zero: ZeroSettings, number: int) -> Work:
     return Work({Stream(number * (zero.element_bytes + 2 * sums), launches=4): 1})
 
 
-def _end(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> EndWork:
-    traffic = _traffic(given, zero, held)
+def _end(given: PlanInput, zero: ZeroSettings, held: HeldStage, traces: Sequence[LayerTrace]) -> EndWork:
+    traffic = engine_traffic(given, held.index, held, traces=traces if zero.stage == 3 else None)
     hidden, hiding = _hidden(traffic, zero), 1
     if zero.stage >= 2:
         hiding = given.num_micro_batches
     update, host_s = _update(given, zero, held)
     return EndWork(hidden + traffic.norms + traffic.losses, hiding, update, host_s)
-
-
-def _traffic(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> EngineTraffic:
-    """Return the engine's traffic; at ZeRO-3 with one gather of a layer's weights for each of its passes.
-
-    What DeepSpeed really gathers depends on the order of modules (`plan_wire`), and is about as much.
-    """
-    if zero.stage < 3:
-        return engine_traffic(given, held.index, held)
-    weights = Work()
-    for layer in held.layers:
-        for apart in (False, True):
-            number = sum(one.numel for one in held.parameters if one.layer == layer and one.apart == apart)
-            ranks = shard_ranks(given, apart=apart)
-            if number and ranks > 1:
-                axis = EXPERT_SHARD if apart else SHARD
-                gather = Collective("all_gather", axis, number * zero.element_bytes, ranks)
-                weights[gather] += 2 * given.num_micro_batches
-    gradients = gradient_scatters(given, held, zero)
-    norms, sums = gradient_norm(given, held, zero), losses(given, held.index)
-    return EngineTraffic(gradients, weights, norms=norms, losses=sums)
 
 
 def _hidden(traffic: EngineTraffic, zero: ZeroSettings) -> Work:

@@ -48,7 +48,7 @@ def optimizer_traffic(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> 
 
 @dataclass(frozen=True)
 class _Update:
-    """An update of parameters that the optimizer takes together.
+    """An update of the parameters of one group, or of one of ZeRO-3's subgroups.
 
     Attributes:
         given, held, zero: the run, the parameters of the stage, and DeepSpeed's settings.
