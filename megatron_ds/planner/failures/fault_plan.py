@@ -191,7 +191,8 @@ def fault_lines(plan: FaultPlan) -> Iterator[tuple[str, str]]:
     waits = "; training waits until the last one is written" if saving.write_s > chosen.interval_s else ""
     yield "saves", f"every {_interval(plan, chosen)}: goodput {percent(chosen.share, 1)}{waits}"
     if plan.steps(advised) != plan.steps(chosen):
-        yield "better", f"every {_interval(plan, advised)}: goodput {percent(advised.share, 1)}"
+        name = "better" if advised.share > chosen.share else "enough"  # fewer saves cost at most `TOLERANCE`
+        yield name, f"every {_interval(plan, advised)}: goodput {percent(advised.share, 1)}"
     losses = {use: share for use, share in chosen.shares.items() if use != "useful" and share >= 0.0005}
     if losses:
         largest = sorted(losses.items(), key=lambda loss: -loss[1])

@@ -87,7 +87,9 @@ def test_lines() -> None:
     assert lines["saves"].startswith("every 1,000 steps (5.56 h): goodput ")
     assert lines["lost to"].startswith("repeated training ")
     assert lines["spare nodes"].startswith("as many as needed; 12 are enough for 999 of 1,000 failures")
-    assert "better" not in dict(fault_lines(plan()))
+    assert not {"better", "enough"} & dict(fault_lines(plan())).keys()
+    often = dict(fault_lines(plan_faults(Faults(8), Saving(1.0), step_s=20.0, interval_steps=50)))
+    assert "better" not in often and often["enough"].startswith("every ")
 
 
 def test_estimates_of_saves() -> None:
