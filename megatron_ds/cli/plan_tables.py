@@ -84,7 +84,8 @@ def head_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "batch",
         f"{config.global_batch_size:,} x {length} = {format_count(given.tokens_per_step)} tokens; "
-        f"{given.num_micro_batches} micro-batches of {config.micro_batch_size} on each data rank",
+        f"{given.num_micro_batches} micro-batch{'es' * (given.num_micro_batches > 1)} of {config.micro_batch_size} on "
+        "each data rank",
     )
 
 

@@ -21,6 +21,8 @@ from megatron_ds.planner.profiles.device import MeasuredProduct
 SECTION = "profile of this device, for `megatron-ds plan --device`"
 BUDGET_S = 25.0  # of the operations; rounds after the first one are left out if they would take longer
 LONG_S = pick(3.0, 0.05)
+LONG = f"its fastest product, after {LONG_S:g} s"
+"""Name of the row that shows the clock of long runs, which the limit of power decides."""
 SMALL = Sizes(
     products=[Product(m, 64, 64, dtype=dtype) for m in (16, 64) for dtype in ("float32", "bfloat16")],
     attention=[Attention(1, 2, 2, 16, 32, 32, 32 * 33 // 2, backward, "float32") for backward in (False, True)],
@@ -46,10 +48,6 @@ def main() -> None:
         s=round(time.monotonic() - began_s, 1),
     )
     guarded(SECTION, LONG, lambda: record(SECTION, LONG, None, **_of_products(_long_tflops(device), device)))
-
-
-LONG = f"its fastest product, after {LONG_S:g} s"
-"""Name of the row that shows the clock of long runs, which the limit of power decides."""
 
 
 def _figures(device: Device) -> dict[str, float]:

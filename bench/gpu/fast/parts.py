@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bench.gpu.part import Part
 
+FORKING = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Environment of parts that fork their ranks: asking for GPUs must not forbid it."""
+
 
 def train(name: str, case: str, contestant: str, limit_s: float) -> Part:
     """Return the part of a contestant of `train.CASES`."""
@@ -21,7 +24,7 @@ PARTS: tuple[Part, ...] = (
     Part("experts", "bench.gpu.fast.experts", limit_s=80.0),
     Part("head", "bench.gpu.fast.head", limit_s=40.0),
     Part("gemma", "bench.gpu.fast.blocks", ("gemma",), 70.0),
-    Part("device-table", "bench.gpu.fast.device_table", limit_s=60.0),
+    Part("device-table", "bench.gpu.fast.device_table", limit_s=60.0, environment=FORKING),
     train("long-ours", "long", "ours", 60.0),
     train("long-transformers", "long", "transformers", 60.0),
     Part("saving", "bench.gpu.fast.saving", limit_s=80.0),

@@ -111,6 +111,7 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None, b
     Raises:
         ConfigError: this machine has fewer GPUs than ranks.
     """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid forking
     kind = device_type()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if ranks is None:
