@@ -113,14 +113,14 @@ class Planned:
 
 
 def test_the_best_values_of_different_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two values of a setting the better one; none that gains less than 2 % or is refused."""
-    times = {("a", 1): 8.0, ("a", 2): 7.0, ("b", 1): 9.9, ("c", 1): 9.0, ("d", 1): 5.0, ("e", 1): 9.5}
+    """Of two values of a setting the better one; none that gains less than 2 %, is refused, or does not fit."""
+    times = {("a", 1): 8.0, ("a", 2): 7.0, ("b", 1): 9.9, ("c", 1): 9.0, ("d", 1): 5.0, ("e", 1): 9.5, ("f", 1): 6.0}
     monkeypatch.setattr(advice, "neighbours", lambda now, plan: [])
     monkeypatch.setattr(advice, "zero_changes", lambda plan: [{name: value} for name, value in times])
 
     def replan(candidate: Candidate, keys: Any) -> Any:
         [(name, value)] = keys.items()
-        return None if name == "d" else Planned(times[name, value])
+        return None if name == "d" else Planned(times[name, value], fits=name != "f")
 
     found = advise(Planned(10.0), Candidate(), replan)  # type: ignore[arg-type]
     assert [one.changes[0].rpartition(".")[2] for one in found] == ["a=2", "c=1", "e=1"]
