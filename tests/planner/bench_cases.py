@@ -29,7 +29,8 @@ from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from tests.planner.inputs import input_of
 
-MEASURED_STEPS = 7
+MEASURED_STEPS, MEASURED_LONG_STEPS, LONG = 5, 3, 8192
+"""Steps that are measured of a case, and of one with sequences of `LONG` tokens or more."""
 RESULTS = Path(__file__).parents[2] / "bench" / "results.json"
 
 
@@ -96,7 +97,8 @@ def _steps(label: str, work: Work, entry: Entry) -> list[float]:
         write_model(work, folder)
         options = {**entry.options, "workers": len(os.sched_getaffinity(0))}
         spec = Spec(entry.runner, entry.world, options, work, str(folder), "cpu", entry.environment)
-        return compete({label: spec}, MEASURED_STEPS, 1, Path(made))[label].seconds
+        rounds = MEASURED_STEPS if work.seq_length < LONG else MEASURED_LONG_STEPS
+        return compete({label: spec}, rounds, 1, Path(made))[label].seconds
 
 
 def profiles_here(directory: Path) -> dict[int, Device]:
