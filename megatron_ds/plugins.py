@@ -11,8 +11,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.log import quiet_libraries
@@ -54,7 +55,7 @@ def load_entry_points() -> None:
     Raises:
         ConfigError: one of them raises an exception when it is imported.
     """
-    for point in entry_points(group=GROUP):
+    for point in _entry_points(tuple((entry, _changed_ns(entry)) for entry in sys.path)):
         quiet_libraries()
         try:
             point.load()
@@ -64,6 +65,20 @@ def load_entry_points() -> None:
                 f"the plugin {point.name}={point.value} of package {package} raised {_reason(problem)}; update or "
                 f"uninstall {package}"
             ) from problem
+
+
+@cache
+def _entry_points(searched: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """Return the entry points of the group on `sys.path`; reading all packages' takes 20 ms, as long as a run file."""
+    return tuple(entry_points(group=GROUP))
+
+
+def _changed_ns(directory: str) -> int:
+    """Return when an entry of `sys.path` was changed last, such as by an installation; 0 if it does not exist."""
+    try:
+        return os.stat(directory or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _reason(problem: Exception) -> str:

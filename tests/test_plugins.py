@@ -114,6 +114,17 @@ def test_entry_points_of_installed_packages_are_loaded(
     assert "outside_plugin.things" in sys.modules
 
 
+def test_a_package_that_is_installed_later_is_found(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    load_entry_points()
+    module("outside_later", "")
+    write_distribution(tmp_path, "later = outside_later")
+    load_entry_points()
+    assert "outside_later" in sys.modules
+
+
 def test_a_broken_entry_point_names_its_package(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_distribution(tmp_path, "things = outside_bad")
     module("outside_bad", "raise ValueError('needs\\na newer one')")
