@@ -37,6 +37,8 @@ def run(nodes: int = 2, *, zero: int = 1, batch: int = 64, **fields: Any) -> Pla
     if "kept" in fields:
         kept = fields.pop("kept")
         stage |= {"stage3_max_reuse_distance": kept, "stage3_max_live_parameters": kept}
+    if "hpz" in fields:
+        stage["zero_hpz_partition_size"] = fields.pop("hpz")
     if fields.pop("offload", False):
         stage["offload_optimizer"] = {"device": "cpu"}
     engine = {
@@ -96,6 +98,12 @@ def test_gathers_of_weights_hide_behind_passes_at_stage_3() -> None:
     assert gathered_bytes(run(zero=3, kept=4 * PARAMS)) == pytest.approx(4 * 2 * PARAMS, rel=0.001)
     assert 4 * 2 * PARAMS < gathered_bytes(run(zero=3)) < 2 * 4 * 2 * PARAMS, "1e9 elements stay"
     assert not any(one.hidden for one in step_of(run(), ()).ends[0].sent if isinstance(one, Collective))
+
+
+def test_weights_of_a_second_division_are_gathered_inside_a_node() -> None:
+    found, without = timed(zero=3, hpz=8), timed(zero=3)
+    assert found.exposed_s["hpz"] > 0 and "hpz" not in without.exposed_s
+    assert found.exposed_s["shard"] < without.exposed_s["shard"]
 
 
 def test_offloaded_optimizers_update_on_the_host() -> None:
