@@ -34,7 +34,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from math import prod
 from typing import Protocol
 
@@ -153,9 +152,11 @@ class Layout(_ByAxis):
 
     def peers_of(self, rank: int, *axes: str) -> tuple[int, ...]:
         """Return the ranks that differ from `rank` only along `axes`, itself included, in order."""
-        here = self.coords(rank)
-        moves = product(*(range(self[axis]) if axis in axes else (number,) for axis, number in here.items()))
-        return tuple(self.rank_of(**dict(zip(self, numbers))) for numbers in moves)
+        found = [0]
+        for axis, number in self.coords(rank).items():
+            numbers, size = range(self[axis]) if axis in axes else (number,), self[axis]
+            found = [before * size + one for before in found for one in numbers]
+        return tuple(found)
 
 
 def _no_local_sum(x: Tensor) -> bool:

@@ -53,6 +53,11 @@ class EngineSetting:
         """Bytes of a weight."""
         return FP32 if self.precision == "fp32" else 2
 
+    @property
+    def sums_all_gradients(self) -> bool:
+        """Every rank holds fp32 sums of all gradients: DeepSpeed takes its `BF16_Optimizer`."""
+        return self.zero.stage == 1 and self.precision == "bf16" and not self.zero.offloads_optimizer
+
 
 class EngineMemory(ABC):
     """The memory of an engine on one rank, during a step that is not the first.

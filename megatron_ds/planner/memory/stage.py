@@ -157,7 +157,7 @@ def make_engine(
         return PlainEngine(held, setting, device, host)
     if setting.zero.stage == 3:
         return DividedEngine(held, setting, device, host, passes)
-    if setting.zero.stage == 1 and setting.precision == "bf16" and not setting.zero.offloads_optimizer:
+    if setting.sums_all_gradients:
         return Bf16Engine(held, setting, device, host)
     return FlatEngine(held, setting, device, host, rank)
 
@@ -192,9 +192,13 @@ def batch_bytes(given: PlanInput) -> int:
 
 def device_allowances(given: PlanInput, tensors_bytes: int) -> dict[str, int]:
     """Return what a GPU's memory holds besides tensors, by part."""
-    axes = sum(size > 1 for size in given.layout.values()) + (given.expert_ranks > 1)
+    return allowances(sum(size > 1 for size in given.layout.values()) + (given.expert_ranks > 1), tensors_bytes)
+
+
+def allowances(num_axes: int, tensors_bytes: int) -> dict[str, int]:
+    """Return what a GPU's memory holds besides tensors, by part, with so many axes of several ranks."""
     return {
         "context": CONTEXT_BYTES,
-        "communication": COMMUNICATION_BYTES * axes,
+        "communication": COMMUNICATION_BYTES * num_axes,
         "fragmentation": round(FRAGMENTATION * tensors_bytes),
     }

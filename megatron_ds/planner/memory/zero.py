@@ -214,9 +214,9 @@ def partitions_to_plan(held: HeldStage, setting: EngineSetting) -> list[int]:
     """Return ranks of which one needs most memory, among those that share ZeRO's states.
 
     At stages 1 and 2 a rank keeps the gradients of all parameters that reach into its partition. The last rank keeps
-    those that come first in the backward pass, when most activations are held.
+    those that come first in the backward pass, when most activations are held. `Bf16Engine`'s ranks are alike.
     """
-    if setting.zero.stage not in (1, 2):
+    if setting.zero.stage not in (1, 2) or setting.sums_all_gradients:
         return [0]
     ranks, totals = range(min(setting.shard_ranks, 64)), list[int]()  # later ones are like these
     for rank in ranks:
