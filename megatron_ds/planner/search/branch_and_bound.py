@@ -3,7 +3,8 @@
 Estimators of a candidate are ordered from the cheapest to the exact one, and none says more time or memory than the
 next. The candidate with the least time known so far is always estimated better, so that candidates leave the queue in
 the order of their exact time, and the exact estimator sees only those that the cheaper ones could not rule out (A* with
-lazy evaluation; Hart et al. 1968).
+lazy evaluation; Hart et al. 1968). Candidates that differ in settings of activations alone are a chain, of which the
+next one is considered when the one before does not fit.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class SearchResult:
 
 
 def best_first(
-    candidates: Iterable[Candidate],
+    chains: Iterable[Sequence[Candidate]],
     estimators: Sequence[Estimator],
     limits: Limits,
     is_legal: Callable[[Candidate], bool],
@@ -104,38 +105,42 @@ def best_first(
     """Yield the fastest candidate that fits of each layout, in the order of their time; equal ones in their own order.
 
     Args:
-        candidates: in any order.
+        chains: candidates of one layout; none of a chain is slower than the next.
         estimators: from the cheapest to the exact one; none says more than the next.
         limits: of memory.
         is_legal: asked once, after the cheapest estimator.
         counts: what is counted.
     """
     counts.estimated = [0] * len(estimators)
-    queue: list[tuple[float, int, int, Candidate, Estimate]] = []
+    queue: list[tuple[float, int, int, Sequence[Candidate], Estimate]] = []
 
-    def push(number: int, candidate: Candidate, known: int) -> None:
-        counts.estimated[known] += 1
-        found = estimators[known](candidate)
-        if limits.hold(found):
-            heapq.heappush(queue, (found.step_s, number, known + 1, candidate, found))
-        else:
+    def push(least_s: float, number: int, chain: Sequence[Candidate], known: int) -> None:
+        """Estimate the first of a chain that fits, of which `least_s` is known, by the estimator `known`."""
+        while chain:
+            counts.estimated[known] += 1
+            found = estimators[known](chain[0])
+            if limits.hold(found):
+                heapq.heappush(queue, (max(least_s, found.step_s), number, known + 1, chain, found))
+                return
             counts.too_large += 1
+            chain, known = chain[1:], 0
 
-    for number, candidate in enumerate(candidates):
-        counts.candidates += 1
-        push(number, candidate, 0)
+    for number, chain in enumerate(chains):
+        counts.candidates += len(chain)
+        push(0.0, number, chain, 0)
     found_layouts = set()
     while queue:
-        _, number, known, candidate, found = heapq.heappop(queue)
-        if candidate.layout in found_layouts:
+        least_s, number, known, chain, found = heapq.heappop(queue)
+        if chain[0].layout in found_layouts:
             continue
-        if known == 1 and not is_legal(candidate):
+        if known == 1 and not is_legal(chain[0]):
             counts.illegal += 1
+            push(least_s, number, chain[1:], 0)
         elif known == len(estimators):
-            found_layouts.add(candidate.layout)
-            yield candidate, found
+            found_layouts.add(chain[0].layout)
+            yield chain[0], found
         else:
-            push(number, candidate, known)
+            push(least_s, number, chain, known)
 
 
 def search_layouts(
@@ -167,7 +172,7 @@ def _search(
     space: Space, estimators: Sequence[Estimator], limits: Limits, is_legal: Callable[[Candidate], bool], num_found: int
 ) -> SearchResult:
     counts = SearchCounts()
-    ordered = islice(best_first(space, estimators, limits, is_legal, counts), num_found)
+    ordered = islice(best_first(space.chains(), estimators, limits, is_legal, counts), num_found)
     found = [FoundLayout(one, estimate, with_candidate(space.run, one)) for one, estimate in ordered]
     return SearchResult(tuple(found), counts)
 

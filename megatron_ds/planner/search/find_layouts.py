@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate
 
 from megatron_ds.config import RunConfig
 from megatron_ds.hf.config import HFModel
@@ -18,13 +20,10 @@ from megatron_ds.planner.search.branch_and_bound import Estimate, Estimator, Lim
 from megatron_ds.planner.search.floors import CERTAIN_S, LayoutFloors, both_passes
 from megatron_ds.planner.search.model_traces import ModelTraces
 from megatron_ds.planner.search.space import EVERYTHING, Candidate, Space, with_candidate
-from megatron_ds.planner.timing.engine_work import machine_of
+from megatron_ds.planner.timing.engine_work import machine_of, step_of
 from megatron_ds.planner.timing.pass_time import Machine
-from megatron_ds.planner.timing.step_time import plan_time
+from megatron_ds.planner.timing.step_time import time_step
 from megatron_ds.runtime.setup import EnginePlan, plan_run
-
-CERTAIN_ACTIVATIONS = 0.97
-"""Share of the activations of a stage that its peak has at least."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,11 @@ def find_layouts(
     machines, shape = searched.machines, searched.hf.core.shape()
     space = Space(searched.run, shape, machines.world_size, machines.ranks_per_node, varies, offload)
     estimators = PlannedEstimators(searched, space, limits)
-    ordered: list[Estimator] = [estimators.floor, estimators.floor.of_tensor, estimators.traced, estimators.exact]
-    return search_layouts(space, searched.hf, machines.device_type, ordered, limits, num_found)
+    return search_layouts(space, searched.hf, machines.device_type, estimators.ordered, limits, num_found)
 
 
 class PlannedEstimators:
-    """Estimates of candidates: a bound from few traces, one from the candidate's own traces, and its plan.
+    """Estimates of candidates: a bound from few traces, bounds from the candidate's own traces, and its plan.
 
     Args:
         searched: the run and the machines.
@@ -92,10 +90,16 @@ class PlannedEstimators:
         setting = searched.given.trace_setting()
         alone = replace(setting, micro_batch_size=1)
         self._traces = ModelTraces(searched.given.layers, alone)
-        self._bounds: dict[int, list[int]] = {}
         self._held: dict[tuple[int, ...], HeldStage] = {}
         self._machines: dict[tuple[Layout, int, int], Machine] = {}
         self._known: dict[Candidate, PlanInput] = {}
+        self._bounds: dict[Candidate, Estimate] = {}
+        self._seconds: dict[Candidate, float] = {}
+
+    @property
+    def ordered(self) -> list[Estimator]:
+        """The estimators from the cheapest to the exact one, none of which says more than the next."""
+        return [self.floor, self.floor.of_tensor, self.traced, self.timed, self.exact]
 
     @cached_property
     def floor(self) -> LayoutFloors:
@@ -108,42 +112,59 @@ class PlannedEstimators:
 
     def traced(self, candidate: Candidate) -> Estimate:
         """Return a bound by the passes of the candidate's own layers, and what they keep."""
-        given, floor = self.given(candidate), self.floor(candidate)
-        traces = self._traces_of(given)
-        seconds = both_passes(traces, self._machine(given))
-        bounds, count = list(pairwise(self._stages(given))), given.num_micro_batches
-        stages = [sum(seconds[first:end]) for first, end in bounds]
-        passes_s = max(count * stage_s + sum(stages[:index]) for index, stage_s in enumerate(stages))
-        device = max(floor.device_bytes, self._kept_bytes(given, candidate, traces, bounds))
-        step_s = passes_s + CERTAIN_S * self.floor.gradients_s(candidate)
-        return Estimate(max(floor.step_s, step_s), device, floor.host_bytes)
+        if candidate not in self._bounds:
+            self._bounds[candidate] = self._bound(candidate)
+        return self._bounds[candidate]
 
-    def _kept_bytes(
-        self, given: PlanInput, candidate: Candidate, traces: list[LayerTrace], bounds: list[tuple[int, int]]
-    ) -> int:
-        """Return the least memory of the first and the last stage with the activations of their layers."""
-        found = []
-        for stage in {0, len(bounds) - 1}:
-            layers = traces[slice(*bounds[stage])]
-            in_flight = min(len(bounds) - stage, given.num_micro_batches)
-            kept = in_flight * sum(one.kept_bytes - one.released_bytes for one in layers)
-            last = layers[-1]
-            found.append(kept + last.backward_peak_bytes - last.kept_bytes)
-        return int(self.floor.held_bytes(candidate) + CERTAIN_ACTIVATIONS * max(found))
+    def _bound(self, candidate: Candidate) -> Estimate:
+        given = self.given(candidate)
+        traces, count = self._traces_of(given), given.num_micro_batches
+        stages = self.floor.stages(candidate.pipeline)
+        until_s = [0.0, *accumulate(both_passes(traces, self._machine(given)))]
+        kept = [0, *accumulate(one.kept_bytes - one.released_bytes for one in traces)]
+        passes_s = max(count * (until_s[stage.end] - until_s[stage.first]) + until_s[stage.first] for stage in stages)
+        activations = [
+            stage.in_flight(count) * (kept[stage.end] - kept[stage.first]) + _passing_bytes(traces[stage.end - 1])
+            for stage in stages
+        ]
+        device, host = self.floor.memory(candidate, activations)
+        return Estimate(passes_s + CERTAIN_S * self.floor.gradients_s(candidate, passes_s), device, host)
+
+    def timed(self, candidate: Candidate) -> Estimate:
+        """Return the planned time; memory as `traced` has it."""
+        given = self.given(candidate)
+        last = given.layout.pipeline - 1
+        held = {stage: self._hold(given, stage) for stage in {0, last // 2, last}}
+        step = step_of(given, self._traces.of(given.trace_setting()), held)
+        self._seconds[candidate] = time_step(step, self._machine(given)).total_s
+        return replace(self.traced(candidate), step_s=self._seconds[candidate])
 
     def exact(self, candidate: Candidate) -> Estimate:
-        """Return the planned time and memory; of what does not fit, the time is a bound."""
-        searched, given = self._searched, self.given(candidate)
-        traces, last = self._traces.of(given.trace_setting()), given.layout.pipeline - 1
-        device = host = 0
-        for stage in sorted({0, min(1, last), last}):
+        """Return the planned time and memory; what does not fit may need more memory than that."""
+        given = self.given(candidate)
+        step_s = self._seconds[candidate] if candidate in self._seconds else self.timed(candidate).step_s
+        traces, device, host = self._traces.of(given.trace_setting()), 0, 0
+        for stage in self.fullest_stages(given, traces):
             memory = plan_memory(given, traces, stage, self._hold(given, stage))
             device, host = max(device, memory.peak_bytes), max(host, memory.host_bytes)
             if not self._limits.hold(Estimate(0.0, device, host)):
-                return Estimate(self.traced(candidate).step_s, device, host)
-        held = {stage: self._hold(given, stage) for stage in {0, last // 2, last}}
-        time = plan_time(given, searched.device, searched.network, traces, held)
-        return Estimate(time.total_s, device, host)
+                break
+        return Estimate(step_s, device, host)
+
+    def fullest_stages(self, given: PlanInput, traces: Sequence[LayerTrace]) -> list[int]:
+        """Return the stages of which one needs most memory.
+
+        A stage in the middle needs no more than an earlier one in the middle that has at least as many layers of every
+        kind, because it holds the activations of fewer micro-batches.
+        """
+        found, kinds = [0], list[Counter[str]]()
+        stages = self.floor.stages(given.layout.pipeline)
+        for number, stage in enumerate(stages[1:], start=1):
+            kind = Counter(trace.like for trace in traces[stage.first : stage.end])
+            if stage is stages[-1] or not any(kind <= earlier for earlier in kinds):
+                found.append(number)
+                kinds.append(kind)
+        return found
 
     def _machine(self, given: PlanInput) -> Machine:
         """Return one device among the others; it depends on the layout alone."""
@@ -175,8 +196,7 @@ class PlannedEstimators:
         run = with_candidate(searched.run, candidate)
         return plan_run(run, searched.hf, machines.world_size, machines.device_type)
 
-    def _stages(self, given: PlanInput) -> list[int]:
-        pipeline = given.layout.pipeline
-        if pipeline not in self._bounds:
-            self._bounds[pipeline] = given.stage_bounds
-        return self._bounds[pipeline]
+
+def _passing_bytes(last: LayerTrace) -> int:
+    """Return the bytes beyond kept ones that the last layer of a stage needs for its backward pass."""
+    return last.backward_peak_bytes - last.kept_bytes

@@ -2,51 +2,58 @@
 
 One rank's share of the operations follows from traces on one rank and on the least number of ranks of each axis: passes
 are divided, and what an axis exchanges keeps its size as a whole. They are timed in the largest micro-batch, where
-products have the fewest partial tiles and messages the least latency.
+products have the fewest partial tiles and messages the least latency. Layers, parameters and micro-batches in flight
+are those of the pipeline's real stages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
 
 from megatron_ds.config import ContextPlan, ParallelSection
 from megatron_ds.parallel.grid import Layout
-from megatron_ds.planner.held_parameters import hold_stage
-from megatron_ds.planner.operations import Collective, LayerTrace
+from megatron_ds.planner.memory.engine import FP32
+from megatron_ds.planner.memory.stage import allowances
+from megatron_ds.planner.operations import Collective, CollectiveKind, LayerTrace
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles import Device, Network
 from megatron_ds.planner.search.branch_and_bound import Estimate
 from megatron_ds.planner.search.model_traces import ModelTraces
 from megatron_ds.planner.search.space import LARGEST_MICRO_BATCH, Candidate
+from megatron_ds.planner.search.stage_shares import StageShare, StageShares
 from megatron_ds.planner.timing import links
 from megatron_ds.planner.timing.pass_time import CONTENTION, Machine, pass_time
 from megatron_ds.planner.timing.placement import Placement
 from megatron_ds.planner.trace.setting import TraceSetting
+from megatron_ds.planner.zero_settings import zero_settings
 
-CERTAIN_S, CERTAIN_BYTES = 0.97, 0.9
-"""Shares of bounds of time and memory that are kept, for parts that an axis does not divide evenly."""
+CERTAIN_S = 0.97
+"""Share of bounds of time that is kept: measured times of a calibration need not grow with sizes as formulas do."""
 
 
 @dataclass(frozen=True)
 class _Body:
-    """A model with settings of activations: seconds of a row by part, and kept bytes of a block."""
+    """A model with settings of activations, for a row: seconds of both passes, of a block and behind the blocks too.
 
-    blocks_s: float
-    others_s: float
+    Attributes:
+        model_s: of all layers.
+        block_s: of the fastest block.
+        tail_s: of the layers behind the last block.
+        kept_bytes: of the block that keeps least.
+    """
+
+    model_s: float
+    block_s: float
+    tail_s: float
     kept_bytes: float
 
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Elements of the model's trained parameters, those of experts apart, and the number of blocks."""
-
-    dense: int
-    experts: int
-    num_blocks: int
+    def divided(self, ranks: int) -> _Body:
+        """Return the share of one of several ranks."""
+        return _Body(*(getattr(self, one.name) / ranks for one in fields(self)))
 
 
 class LayoutFloors:
@@ -68,9 +75,8 @@ class LayoutFloors:
 
     def __call__(self, candidate: Candidate) -> Estimate:
         """Return the bound by the passes of one rank, divided by the ranks."""
-        body, tensor = self._body(candidate, of_tensor=False), candidate.tensor
-        alike = _Body(body.blocks_s / tensor, body.others_s / tensor, body.kept_bytes / tensor)
-        return self._bound(candidate, alike, self._exchanged_s(candidate))
+        body = self._body(candidate, of_tensor=False).divided(candidate.tensor)
+        return self._bound(candidate, body, self._exchanged_s(candidate))
 
     def of_tensor(self, candidate: Candidate) -> Estimate:
         """Return the bound by the passes of one of the tensor ranks, divided by the context ranks."""
@@ -78,20 +84,29 @@ class LayoutFloors:
         return self._bound(candidate, self._body(candidate, of_tensor=True), max(0.0, exchanged_s))
 
     def _bound(self, candidate: Candidate, body: _Body, exchanged_s: float) -> Estimate:
-        sizes, world = self._sizes, self._given.machines.world_size
-        data = world // candidate.model_ranks
-        count = self._given.config.global_batch_size // (data * candidate.micro_batch_size)
-        rows = candidate.micro_batch_size
-        block_s = rows * (body.blocks_s / sizes.num_blocks / candidate.context + exchanged_s)
-        stage_s = ceil(sizes.num_blocks / candidate.pipeline) * block_s
-        before = (sizes.num_blocks - 1) % candidate.pipeline  # stages before the last one that has so many blocks
-        average_s = (block_s * sizes.num_blocks + body.others_s * rows / candidate.context) / candidate.pipeline
-        passes_s = max((count + before) * stage_s, count * average_s)
-        device, host = self._held(candidate)
-        least = sizes.num_blocks // candidate.pipeline * min(candidate.pipeline, count)
-        activations = CERTAIN_BYTES * body.kept_bytes * rows / candidate.context * least
-        seconds = CERTAIN_S * (passes_s + self.gradients_s(candidate))
-        return Estimate(seconds, int(device + activations), int(host))
+        rows, share, stages = (
+            candidate.micro_batch_size,
+            body.divided(candidate.context),
+            self.stages(candidate.pipeline),
+        )
+        count, num_blocks = self._num_micro_batches(candidate), sum(stage.num_blocks for stage in stages)
+        block_s = share.block_s + exchanged_s
+        average_s = count * (share.model_s + num_blocks * exchanged_s) / len(stages)
+        ends_s = (count * stage.num_blocks + stage.blocks_before for stage in stages)
+        last = stages[-1]
+        last_s = (count * last.num_blocks + last.blocks_before) * block_s + count * share.tail_s
+        passes_s = rows * max(block_s * max(ends_s), last_s, average_s)
+        activations = [rows * share.kept_bytes * stage.num_blocks * stage.in_flight(count) for stage in stages]
+        device, host = self.memory(candidate, activations)
+        return Estimate(CERTAIN_S * (passes_s + self.gradients_s(candidate, passes_s)), device, host)
+
+    def _num_micro_batches(self, candidate: Candidate) -> int:
+        data = self._given.machines.world_size // candidate.model_ranks
+        return self._given.config.global_batch_size // (data * candidate.micro_batch_size)
+
+    def stages(self, pipeline: int) -> tuple[StageShare, ...]:
+        """Return the stages of a pipeline of so many ranks."""
+        return self._shares.of(pipeline)
 
     @cached_property
     def _alone(self) -> TraceSetting:
@@ -101,12 +116,8 @@ class LayoutFloors:
         return replace(setting, offload_activations=False, keep_attention=False)
 
     @cached_property
-    def _sizes(self) -> _Sizes:
-        shape = self._given.core.shape()
-        stage = hold_stage(on_one_rank(self._given), 0)
-        experts = sum(one.numel for one in stage.trained if one.spec.is_of_experts)
-        dense = sum(one.numel for one in stage.trained) - experts
-        return _Sizes(dense, experts, max(1, shape.num_layers))
+    def _shares(self) -> StageShares:
+        return StageShares(on_one_rank(self._given))
 
     def _body(self, candidate: Candidate, *, of_tensor: bool) -> _Body:
         """Return the passes of one rank in the largest micro-batch, or of a tensor rank in one with as many tokens."""
@@ -122,10 +133,13 @@ class LayoutFloors:
                 self._device, self._network, dict.fromkeys(("tensor", "neighbours"), self._placement(tensor, 1))
             )
             seconds = both_passes(traces, machine)
-            blocks_s = sum(one for one, trace in zip(seconds, traces) if trace.is_block)
-            least = min((one.kept_bytes - one.released_bytes for one in traces if one.is_block), default=0)
-            of_row = (number / rows for number in (blocks_s, sum(seconds) - blocks_s, least))
-            self._bodies[key] = _Body(*of_row)
+            blocks = [number for number, trace in enumerate(traces) if trace.is_block]
+            least_s = min((seconds[number] for number in blocks), default=0.0)
+            kept_bytes = min(
+                (traces[number].kept_bytes - traces[number].released_bytes for number in blocks), default=0
+            )
+            tail_s = sum(seconds[blocks[-1] + 1 :]) if blocks else 0.0
+            self._bodies[key] = _Body(*(one / rows for one in (sum(seconds), least_s, tail_s, kept_bytes)))
         return self._bodies[key]
 
     def _exchanged_s(self, candidate: Candidate) -> float:
@@ -188,51 +202,95 @@ class LayoutFloors:
         islands = ceil(ranks * stride / self._network.island)
         return Placement(ranks, islands, max(1, ranks // islands))
 
-    def gradients_s(self, candidate: Candidate) -> float:
-        """Return the seconds of gradients and weights between the ranks that hold the same part of the model."""
-        data = self._given.machines.world_size // candidate.model_ranks
-        count = self._given.config.global_batch_size // (data * candidate.micro_batch_size)
-        ranks = data * candidate.context
+    def gradients_s(self, candidate: Candidate, passes_s: float) -> float:
+        """Return the seconds of gradients and weights between the ranks that hold the same part of the model.
+
+        Stages 2 and 3 hide them behind the passes, which take at least `passes_s`: then each second of them costs
+        `CONTENTION` of one, and what is longer than the passes costs all of it.
+        """
+        ranks = self._given.machines.world_size // candidate.tensor // candidate.pipeline
         if ranks == 1:
             return 0.0
-        element = self._given.dtype.itemsize
-        size = int(self._sizes.dense / candidate.tensor / candidate.pipeline * element)
-        placement = self._placement(ranks, candidate.tensor)
-        reduced = links.seconds(Collective("reduce_scatter", "shard", size, ranks), placement, self._network)
-        gathered = links.seconds(Collective("all_gather", "shard", size, ranks), placement, self._network)
+        dense = sum(stage.dense for stage in self.stages(candidate.pipeline)) / candidate.pipeline
+        size = dense / candidate.tensor * self._given.dtype.itemsize
+        placement, count = self._placement(ranks, candidate.tensor), self._num_micro_batches(candidate)
+
+        def seconds(kind: CollectiveKind, num_bytes: float) -> float:
+            return links.seconds(Collective(kind, "shard", int(num_bytes), ranks), placement, self._network)
+
+        reduced, gathered = seconds("reduce_scatter", size), seconds("all_gather", size)
         if candidate.zero_stage < 2:
             return reduced + gathered
-        if candidate.zero_stage == 2:
-            return CONTENTION * count * reduced + gathered
-        return CONTENTION * count * (reduced + gathered)  # weights may stay gathered for both passes
+        hidden_s = count * reduced
+        if candidate.zero_stage == 3:
+            hidden_s += count * seconds("all_gather", size + max(0.0, size - 2 * self._reused_bytes))
+        waited_s = hidden_s - (1 - CONTENTION) * min(hidden_s, passes_s)
+        return waited_s + (gathered if candidate.zero_stage == 2 else 0.0)
 
-    def held_bytes(self, candidate: Candidate) -> float:
-        """Return the least bytes of weights, gradients and optimizer state on a device."""
-        return self._held(candidate)[0]
+    @cached_property
+    def _reused_bytes(self) -> int:
+        """Bytes of weights that ZeRO-3 keeps from a forward to a backward pass, or from a backward to a forward pass."""
+        return zero_settings(self._given).max_reuse_distance * self._given.dtype.itemsize
 
-    def _held(self, candidate: Candidate) -> tuple[float, float]:
-        """Return the bytes of weights, gradients and optimizer state on a device and its host.
+    def memory(self, candidate: Candidate, activations: Sequence[float]) -> tuple[int, int]:
+        """Return the least memory of the device and the host that need most.
 
-        Stage 1 keeps gradients whole, in fp32 for weights in bf16; stages 2 and 3 keep a part of them, in 2 bytes or
-        more. The optimizer has at least 4 bytes of state, and fp32 weights unless the weights are.
+        Args:
+            candidate: the layout and settings.
+            activations: bytes that each stage holds at once, temporaries of passes included.
         """
-        sizes, element = self._sizes, self._given.dtype.itemsize
-        tensor, expert = candidate.tensor, candidate.expert or candidate.tensor
-        ranks = self._given.machines.world_size // candidate.tensor // candidate.pipeline
-        gradients = 4 if self._given.engine.summary.precision == "bf16" else element
-        state = self._state_bytes + (4 if element < 4 else 0)
-        device = host = 0.0
-        for number, shards in ((sizes.dense / tensor, ranks), (sizes.experts / expert, ranks * tensor / expert)):
-            own = CERTAIN_BYTES * number / candidate.pipeline
-            weights = element / shards if candidate.zero_stage == 3 else element
-            held = gradients if candidate.zero_stage == 1 else element / max(1, shards)
-            device += own * (0 if candidate.offload_param else weights)
-            moved = own * state / max(1, shards)
+        count, device, host = self._num_micro_batches(candidate), 0.0, 0.0
+        for stage, kept in zip(self.stages(candidate.pipeline), activations):
+            fixed, gradients, hosted = self._held(candidate, stage)
+            lasting = self._keeps_gradients(candidate) or count > stage.in_flight(count)
+            device = max(device, fixed + kept + (gradients if lasting else 0), fixed + gradients)
+            host = max(host, hosted)
+        if self._given.machines.device_type != "cpu":
+            device += sum(allowances(self._num_axes(candidate), int(device)).values())
+        return int(device), int(host)
+
+    def _num_axes(self, candidate: Candidate) -> int:
+        data = self._given.machines.world_size // candidate.model_ranks
+        sizes = [data, candidate.tensor, candidate.pipeline, candidate.context]
+        if self._given.core.shape().num_experts:
+            sizes.append(candidate.expert or candidate.tensor)
+        return sum(size > 1 for size in sizes)
+
+    def _keeps_gradients(self, candidate: Candidate) -> bool:
+        """Return whether gradients have memory also before a step's first backward pass."""
+        sums_all = candidate.zero_stage == 1 and self._given.engine.summary.precision == "bf16"
+        return candidate.zero_stage == 3 or sums_all
+
+    @property
+    def _sums(self) -> int:
+        """Bytes of an element of the gradients that stage 1 keeps."""
+        return FP32 if self._given.engine.summary.precision == "bf16" else self._given.dtype.itemsize
+
+    def _held(self, candidate: Candidate, stage: StageShare) -> tuple[float, float, float]:
+        """Return bytes of weights and optimizer state, of gradients, and those on the host.
+
+        Stage 1 keeps gradients whole, stages 2 and 3 a part of them. The optimizer has fp32 weights, and at least the
+        state that it has of every element.
+        """
+        element, tensor = self._given.dtype.itemsize, candidate.tensor
+        expert = candidate.expert or tensor
+        ranks = self._given.machines.world_size // tensor // candidate.pipeline
+        state = self._state_bytes + (FP32 if element < FP32 or candidate.zero_stage else 0)
+        fixed = gradients = host = 0.0
+        parts = (
+            (stage.dense / tensor, stage.trained_dense / tensor, ranks),
+            (stage.experts / expert, stage.trained_experts / expert, max(1.0, ranks * tensor / expert)),
+        )
+        for number, trained, shards in parts:
+            if not candidate.offload_param:
+                fixed += number * element / (shards if candidate.zero_stage == 3 else 1)
+            moved = trained * state / (shards if candidate.zero_stage else 1)
             if candidate.offload_optimizer:
                 host += moved
             else:
-                device += own * held + moved
-        return device, host
+                fixed += moved
+                gradients += trained * (self._sums if candidate.zero_stage == 1 else element / shards)
+        return fixed, gradients, host
 
     @cached_property
     def _state_bytes(self) -> int:

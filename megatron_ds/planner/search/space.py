@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from typing import Any, Literal
 
 from megatron_ds.config import ModelShape, ParallelSection, RunConfig, load_deepspeed, summarize_deepspeed
@@ -83,7 +83,7 @@ _MEMORY_SETTINGS: tuple[dict[str, Any], ...] = tuple(
         ("full", False, True),
     )
 )
-"""Settings of activations, from the most memory to the least."""
+"""Settings of activations, from the most memory and the least time to the opposite."""
 
 
 LAYOUT = frozenset({"tensor", "pipeline", "context", "expert", "sequence"})
@@ -122,12 +122,21 @@ class Space:
 
     def __iter__(self) -> Iterator[Candidate]:
         """Yield every candidate."""
+        return chain.from_iterable(self.chains())
+
+    def chains(self) -> Iterator[tuple[Candidate, ...]]:
+        """Yield the candidates that differ in settings of activations alone, from the fastest to the slowest.
+
+        The settings trade time for memory: each repeats or copies more than the one before. So a later one is of use
+        only where those before it do not fit.
+        """
         compiled = (False, True) if "compile" in self.varies else (self.own.compile,)
+        settings = self._of_activations()
         for layout in self.layouts():
             data = self.world_size // layout.model_ranks
-            for batch, settings, fused in product(self._batches(data), self._of_activations(), compiled):
-                candidate = replace(layout, micro_batch_size=batch, compile=fused, **settings)
-                yield from self._stages(candidate, data)
+            for batch, fused in product(self._batches(data), compiled):
+                for candidate in self._stages(replace(layout, micro_batch_size=batch, compile=fused), data):
+                    yield tuple(replace(candidate, **one) for one in settings)
 
     def layouts(self) -> Iterator[Candidate]:
         """Yield every layout, also those whose data ranks cannot divide the batch."""

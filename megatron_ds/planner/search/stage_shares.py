@@ -1,0 +1,82 @@
+"""Layers and parameters of the stages of a pipeline, as far as lower bounds depend on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from megatron_ds.engine.pipeline.partition import partition
+from megatron_ds.models.context import BuildContext
+from megatron_ds.planner.held_parameters import HeldParameter, hold_stage
+from megatron_ds.planner.plan_input import PlanInput
+
+
+@dataclass(frozen=True)
+class StageShare:
+    """A pipeline stage of a model that no other axis divides.
+
+    Attributes:
+        first, end: index of its first layer, and of the first one behind it.
+        num_blocks, blocks_before: blocks of it, and of the stages before.
+        stages_left: stages from it to the last one.
+        dense, experts: elements of its parameters.
+        trained_dense, trained_experts: those of them that have gradients.
+    """
+
+    first: int
+    end: int
+    num_blocks: int
+    blocks_before: int
+    stages_left: int
+    dense: int
+    experts: int
+    trained_dense: int
+    trained_experts: int
+
+    def in_flight(self, num_micro_batches: int) -> int:
+        """Return the most micro-batches whose activations it holds at once."""
+        return min(self.stages_left, num_micro_batches)
+
+
+class StageShares:
+    """The stages of a model by their number.
+
+    Args:
+        whole: a run on one rank.
+    """
+
+    def __init__(self, whole: PlanInput) -> None:
+        self._whole = whole
+        self._specs = whole.layers(BuildContext())
+        self._known: dict[int, tuple[StageShare, ...]] = {}
+
+    def of(self, pipeline: int) -> tuple[StageShare, ...]:
+        """Return the stages of a pipeline of so many ranks."""
+        if pipeline not in self._known:
+            bounds = partition(self._specs, pipeline)
+            found: list[StageShare] = []
+            for number, (first, end) in enumerate(pairwise(bounds)):
+                before = found[-1].blocks_before + found[-1].num_blocks if found else 0
+                blocks = sum(spec.is_block for spec in self._specs[first:end])
+                found.append(StageShare(first, end, blocks, before, pipeline - number, *self._elements(first, end)))
+            self._known[pipeline] = tuple(found)
+        return self._known[pipeline]
+
+    def _elements(self, first: int, end: int) -> tuple[int, int, int, int]:
+        own = [one for layer in range(first, end) for one in self._parameters.get(layer, ())]
+        trained = [one for one in own if one.trains]
+        return *_by_kind(own), *_by_kind(trained)
+
+    @cached_property
+    def _parameters(self) -> dict[int, list[HeldParameter]]:
+        found: dict[int, list[HeldParameter]] = {}
+        for one in hold_stage(self._whole, 0).parameters:
+            found.setdefault(one.layer, []).append(one)
+        return found
+
+
+def _by_kind(parameters: list[HeldParameter]) -> tuple[int, int]:
+    """Return the elements of parameters that are not of experts, and of those that are."""
+    experts = sum(one.numel for one in parameters if one.spec.is_of_experts)
+    return sum(one.numel for one in parameters) - experts, experts
