@@ -135,7 +135,7 @@ class PlannedEstimators:
         given = self.given(candidate)
         last = given.layout.pipeline - 1
         held = {stage: self._hold(given, stage) for stage in {0, last // 2, last}}
-        step = step_of(given, self._traces.of(given.trace_setting()), held)
+        step = step_of(given, self._traces_of(given), held)
         self._seconds[candidate] = time_step(step, self._machine(given)).total_s
         return replace(self.traced(candidate), step_s=self._seconds[candidate])
 
@@ -143,7 +143,7 @@ class PlannedEstimators:
         """Return the planned time and memory; what does not fit may need more memory than that."""
         given = self.given(candidate)
         step_s = self._seconds[candidate] if candidate in self._seconds else self.timed(candidate).step_s
-        traces, device, host = self._traces.of(given.trace_setting()), 0, 0
+        traces, device, host = self._traces_of(given), 0, 0
         for stage in self.fullest_stages(given, traces):
             memory = plan_memory(given, traces, stage, self._hold(given, stage))
             device, host = max(device, memory.peak_bytes), max(host, memory.host_bytes)
@@ -187,9 +187,9 @@ class PlannedEstimators:
         return self._known[candidate]
 
     def _traces_of(self, given: PlanInput) -> list[LayerTrace]:
-        """Return the traces of the layers without passes of modules; those of stages 2 and 3 are the same."""
+        """Return the traces of the layers; those of stages 2 and 3 differ in passes of modules that stage 3 alone reads."""
         setting = given.trace_setting()
-        return self._traces.of(replace(setting, zero_stage=min(2, setting.zero_stage)))
+        return self._traces.of(replace(setting, zero_stage=3) if setting.zero_stage == 2 else setting)
 
     def _engine(self, candidate: Candidate) -> EnginePlan:
         searched, machines = self._searched, self._searched.machines

@@ -229,7 +229,7 @@ class LayoutFloors:
 
     @cached_property
     def _reused_bytes(self) -> int:
-        """Bytes of weights that ZeRO-3 keeps from a forward to a backward pass, or from a backward to a forward pass."""
+        """Bytes of weights that ZeRO-3 keeps from a forward to a backward pass, or the other way round."""
         return zero_settings(self._given).max_reuse_distance * self._given.dtype.itemsize
 
     def memory(self, candidate: Candidate, activations: Sequence[float]) -> tuple[int, int]:

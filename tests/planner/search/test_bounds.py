@@ -195,7 +195,13 @@ def test_the_fullest_stage_is_among_those_that_are_planned(case: Case, pipeline:
 
 def test_an_exact_estimate_is_the_plan() -> None:
     tried = _tried("experts")
-    for candidate in (Candidate(pipeline=2, expert=2), Candidate(2, sequence=True, expert=4, micro_batch_size=2)):
+    layouts = (
+        Candidate(pipeline=2, expert=2),
+        Candidate(2, sequence=True, expert=4, micro_batch_size=2),
+        Candidate(expert=1, zero_stage=2),
+        Candidate(expert=1, zero_stage=3, recompute="full"),
+    )
+    for candidate in layouts:
         given, estimate = tried.estimators.given(candidate), tried.estimators.exact(candidate)
         plan = make_plan(given, tried.searched.device, tried.searched.network)
         assert estimate.step_s == pytest.approx(plan.time.total_s, rel=1e-12)
