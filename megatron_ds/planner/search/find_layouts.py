@@ -187,7 +187,7 @@ class PlannedEstimators:
         return self._known[candidate]
 
     def _traces_of(self, given: PlanInput) -> list[LayerTrace]:
-        """Return the traces of the layers; those of stages 2 and 3 differ in passes of modules that stage 3 alone reads."""
+        """Return the traces of the layers; stage 2 takes those of stage 3, which say more."""
         setting = given.trace_setting()
         return self._traces.of(replace(setting, zero_stage=3) if setting.zero_stage == 2 else setting)
 
