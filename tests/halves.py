@@ -1,4 +1,4 @@
-"""Halves of long lists of cases: one in `make test`, both in the sweep."""
+"""Parts of long lists of cases: some in `make test`, all in the sweep."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,3 +12,8 @@ def halved(cases: Iterable[Any]) -> list[Any]:
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.sweep if number % 2 else ())
         for number, case in enumerate(cases)
     ]
+
+
+def swept(*cases: Any) -> list[Any]:
+    """Parameters for pytest with the marker `sweep`."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.sweep) for case in cases]
