@@ -60,10 +60,18 @@ def _run_rank(
     info: RankInfo, weights: HFWeights, inputs: Sequence[Probe], parallel: ParallelSection, results: Path
 ) -> list[Findings]:
     torch.set_num_threads(max(1, torch.get_num_threads() // info.world_size))
-    session = Session(info, start_distributed(info))
+    found = compare_inputs(Session(info, start_distributed(info)), weights, inputs, parallel, results)
+    stop_distributed()
+    return found
+
+
+def compare_inputs(
+    session: Session, weights: HFWeights, inputs: Sequence[Probe], parallel: ParallelSection, results: Path
+) -> list[Findings]:
+    """Run all inputs on a rank of a session and compare, as `run_rank` does. Collective over the world."""
     hf = replace(weights.model, core=weights.model.core.without_dropout())
     model = LoadedModel(hf, ModelSection(path=str(weights.directory)), weights)
-    samples, data = len(inputs[0].input_ids), info.world_size // parallel.model_ranks
+    samples, data = len(inputs[0].input_ids), session.world_size // parallel.model_ranks
     config = EngineConfig(
         parallel=parallel,
         deepspeed={"zero_optimization": {"stage": 0}},  # in fp32 gradients stay where autograd leaves them
@@ -74,9 +82,7 @@ def _run_rank(
     )
     engine = session.build_engine(model, config).engine
     tp = TensorParallel(engine.grid.tensor, parallel.sequence, context=engine.context)
-    found = [_run_probe(engine, probe, weights, tp, results, index) for index, probe in enumerate(inputs)]
-    stop_distributed()
-    return found
+    return [_run_probe(engine, probe, weights, tp, results, index) for index, probe in enumerate(inputs)]
 
 
 def _run_probe(

@@ -4,16 +4,14 @@ The checks and bounds are those of `test_families.py`. Each type's first case me
 adds an option; in the sweep every case meets every method.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from megatron_ds.config import ParallelSection
-from tests.parity import test_families
+from megatron_ds.hf.weights import HFWeights
 from tests.parity.context_cases import GATHER_2, RING_2X2, TWO, with_axes
 from tests.parity.ours import Place
-from tests.parity.test_families import CASES, Prepared, fits, prepare
+from tests.parity.test_families import CASES, fits
+from tests.parity.verified import Verified, has_experts, runs_of
 
 # Sinks and windows; growing queries; biases by distance; windows on both sides.
 SAMPLE = [
@@ -30,23 +28,23 @@ EVERYTHING = [
 ]
 
 
+def layout_of(case: str, place: Place, weights: HFWeights) -> ParallelSection:
+    expert = 1 if has_experts(weights) else None
+    return ParallelSection(tensor=place.tp, sequence=place.sp, context=place.context, expert=expert)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
-    return prepare(CASES, tmp_path_factory, multiple_of=16)  # where a rotation depends on the length, none is padded
-
-
-def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
-    expert = 1 if any(stack.moe is not None for stack in prepared(case)[1].model.core.stacks.values()) else None
-    parallel = ParallelSection(tensor=place.tp, sequence=place.sp, context=place.context, expert=expert)  # type: ignore[arg-type]
-    test_families.check_at(case, parallel, prepared)
+def verified(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Verified:
+    # where a rotation depends on the length, no row of a multiple of 16 is padded
+    return Verified(CASES, layout_of, runs_of(request, "case", "place"), tmp_path_factory, multiple_of=16)
 
 
 @pytest.mark.parametrize(("case", "place"), SAMPLE, ids=str)
-def test_a_family_equals_transformers(case: str, place: Place, prepared: Any) -> None:
-    check(case, place, prepared)
+def test_a_family_equals_transformers(case: str, place: Place, verified: Verified) -> None:
+    verified.check(case, place)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("case", "place"), EVERYTHING, ids=str)
-def test_every_family_by_every_method(case: str, place: Place, prepared: Any) -> None:
-    check(case, place, prepared)
+def test_every_family_by_every_method(case: str, place: Place, verified: Verified) -> None:
+    verified.check(case, place)

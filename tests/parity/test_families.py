@@ -5,27 +5,17 @@ and biases too: no decoder's or T5's real weights are in a package registry.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_ds.config import ParallelSection
-from megatron_ds.hf.config import read_model
 from megatron_ds.hf.registry import FAMILIES
 from megatron_ds.hf.weights import HFWeights
-from megatron_ds.models.probe import Probe
-from megatron_ds.verify.layer_names import position_names
-from megatron_ds.verify.loss import ReferenceLoss
-from megatron_ds.verify.ours import run_rank
-from megatron_ds.verify.reference import run_reference
-from megatron_ds.verify.run import merge
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
-from tests.parity.reference import make_model
 from tests.parity.sampling import IN_FULL, first_cases
-from tests.ranks import run_alone, run_local_ranks
+from tests.parity.verified import Verified, has_experts, runs_of
 
 CASES = {**FAMILY_CASES, **ENCODER_CASES}
 Place = tuple[int, int, bool]  # tp, pp, sequence parallel
@@ -63,54 +53,17 @@ COVERING = covering()
 EVERYTHING = [
     (case, place) for case in CASES for place in PLACES if fits(case, place) and (case, place) not in COVERING
 ]
-Prepared = tuple[Path, HFWeights, list[Probe], list[ReferenceLoss]]
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
-    return prepare(CASES, tmp_path_factory)
-
-
-def prepare(
-    cases: dict[str, dict[str, Any]], folders: pytest.TempPathFactory, multiple_of: int = 4
-) -> Callable[[str], Prepared]:
-    """Case -> what transformers computes for it, for rows of multiples of a length: made once."""
-    made: dict[str, Prepared] = {}
-
-    def get(case: str) -> Prepared:
-        if case not in made:
-            directory, results = folders.mktemp("model"), folders.mktemp("results")
-            run_alone(_save, cases[case], directory)
-            weights = HFWeights(directory, read_model(directory))
-            inputs, _ = weights.model.core.probes(multiple_of)
-            losses = run_alone(run_reference, directory, weights.model, inputs, results)
-            made[case] = results, weights, inputs, losses
-        return made[case]
-
-    return get
-
-
-def _save(config: dict[str, Any], directory: Path) -> None:
-    make_model(config).save_pretrained(directory)
-
-
-def check(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
+def layout_of(case: str, place: Place, weights: HFWeights) -> ParallelSection:
     tp, pp, sequence = place
-    has_experts = any(stack.moe is not None for stack in prepared(case)[1].model.core.stacks.values())
-    expert = tp if has_experts and pp == 1 else 1  # with a pipeline every tensor rank has all experts
-    check_at(case, ParallelSection(tensor=tp, pipeline=pp, sequence=sequence, expert=expert), prepared)
+    expert = tp if has_experts(weights) and pp == 1 else 1  # with a pipeline every tensor rank has all experts
+    return ParallelSection(tensor=tp, pipeline=pp, sequence=sequence, expert=expert)
 
 
-def check_at(case: str, parallel: ParallelSection, prepared: Callable[[str], Prepared]) -> None:
-    results, weights, inputs, losses = prepared(case)
-    ranks = run_local_ranks(run_rank, parallel.least_ranks, weights, inputs, parallel, results)
-    for probe, loss, found in zip(inputs, losses, zip(*ranks)):
-        report = merge(probe, loss, found)
-        assert report.ok, (report.name, report.outputs, report.loss, report.worst_gradient, report.first_difference)
-        assert report.first_difference is None
-        assert list(report.hidden) == position_names(weights.model.core)
-    gradients = merge(inputs[0], losses[0], next(zip(*ranks))).gradients
-    assert gradients.keys() == {name for row in weights.model.table.values() for name in row.names}
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Verified:
+    return Verified(CASES, layout_of, runs_of(request, "case", "place"), tmp_path_factory)
 
 
 def test_every_family_has_several_cases() -> None:
@@ -133,11 +86,11 @@ def ids(value: Any) -> str:
 
 
 @pytest.mark.parametrize(("case", "place"), COVERING, ids=ids)
-def test_a_family_equals_transformers(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
-    check(case, place, prepared)
+def test_a_family_equals_transformers(case: str, place: Place, verified: Verified) -> None:
+    verified.check(case, place)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("case", "place"), EVERYTHING, ids=ids)
-def test_every_family_at_every_layout(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
-    check(case, place, prepared)
+def test_every_family_at_every_layout(case: str, place: Place, verified: Verified) -> None:
+    verified.check(case, place)

@@ -19,10 +19,10 @@ from megatron_ds.verify.run import check_round_trip
 from tests.parity.label_head_cases import BASE_CASES, EVERY_CLASS, FIRSTS, LABEL_HEAD_CASES, SAMPLE
 from tests.parity.label_heads import HeadRun, measure_all
 from tests.parity.reference import make_model
-from tests.parity.test_families import Place, Prepared, check, ids, prepare
+from tests.parity.test_families import Place, ids, layout_of
+from tests.parity.verified import Verified, runs_of
 from tests.ranks import run_alone
 
-Prepare = Callable[[str], Prepared]
 IN_SAMPLE = [case for case in LABEL_HEAD_CASES if case in SAMPLE]
 CASES = [pytest.param(case, marks=() if case in SAMPLE else (pytest.mark.sweep,)) for case in LABEL_HEAD_CASES]
 PLACES: list[Place] = [(2, 2, True), (4, 1, True), (1, 4, False), (2, 1, False)]
@@ -55,9 +55,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HeadRun]:
     return get
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepare:
-    return prepare(AT_LAYOUTS, tmp_path_factory)
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Verified:
+    return Verified(AT_LAYOUTS, layout_of, runs_of(request, "case", "place"), tmp_path_factory)
 
 
 def test_every_class_of_every_type_has_a_case() -> None:
@@ -75,14 +75,14 @@ def test_a_head_equals_transformers(case: str, found: Callable[[str], HeadRun]) 
 
 
 @pytest.mark.parametrize(("case", "place"), COVERING, ids=ids)
-def test_a_head_at_a_layout(case: str, place: Place, prepared: Prepare) -> None:
-    check(case, place, prepared)
+def test_a_head_at_a_layout(case: str, place: Place, verified: Verified) -> None:
+    verified.check(case, place)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("case", "place"), EVERYTHING, ids=ids)
-def test_every_head_at_every_layout(case: str, place: Place, prepared: Prepare) -> None:
-    check(case, place, prepared)
+def test_every_head_at_every_layout(case: str, place: Place, verified: Verified) -> None:
+    verified.check(case, place)
 
 
 def _changed(cases: Mapping[str, dict[str, Any]], dtype: str, folder: Path) -> dict[str, list[str]]:

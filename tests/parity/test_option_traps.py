@@ -25,7 +25,7 @@ from megatron_ds.verify.report import InputReport
 from megatron_ds.verify.run import merge
 from tests.parity.case_fields import PLAIN_ROPE
 from tests.parity.other_decoder_cases import OTHER_DECODER_CASES
-from tests.parity.test_families import Prepared, prepare
+from tests.parity.verified import Prepared, prepare
 from tests.ranks import run_local_ranks
 
 # Queries grow from a position on that random inputs do not reach: the inputs go past it.

@@ -1,6 +1,5 @@
 """Every type of rotary positions that a family admits, below the original length and beyond it, equals transformers."""
 
-from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -16,7 +15,8 @@ from megatron_ds.models.probe import RANDOM_LENGTH
 from tests.parity.encoder_cases import ENCODER_CASES
 from tests.parity.family_cases import FAMILY_CASES
 from tests.parity.sampling import IN_FULL, first_cases
-from tests.parity.test_families import Place, Prepared, check, prepare
+from tests.parity.test_families import Place, layout_of
+from tests.parity.verified import Verified, runs_of
 
 ONE_ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 ORIGINAL = RANDOM_LENGTH // 2  # the inputs are longer: what depends on the length is beyond it
@@ -84,6 +84,7 @@ def with_rope(config: dict[str, Any], model: HFModel, kind: str) -> dict[str, An
 
 
 CASES = rope_cases()
+ALONE: Place = (1, 1, False)
 ONLY = {
     "phi3": ("default", "longrope"),  # transformers' own config class refuses the others
     "ministral3": ("default", "llama3", "yarn", "longrope"),  # those that may have an original length
@@ -109,8 +110,9 @@ SAMPLED = _sampled()
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Prepared]:
-    return prepare(CASES, tmp_path_factory)
+def verified(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Verified:
+    alone = [(case, ALONE) for (case,) in runs_of(request, "case") if admitted(case)]
+    return Verified(CASES, layout_of, [*alone, *runs_of(request, "case", "place")], tmp_path_factory)
 
 
 def test_every_kind_of_rope_is_in_the_sample() -> None:
@@ -118,21 +120,21 @@ def test_every_kind_of_rope_is_in_the_sample() -> None:
 
 
 @pytest.mark.parametrize("case", SAMPLED)
-def test_a_rope_equals_transformers(case: str, prepared: Callable[[str], Prepared]) -> None:
-    check(case, (1, 1, False), prepared)
+def test_a_rope_equals_transformers(case: str, verified: Verified) -> None:
+    verified.check(case, ALONE)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", [case for case in CASES if admitted(case) and case not in SAMPLED])
-def test_every_other_rope_equals_transformers(case: str, prepared: Callable[[str], Prepared]) -> None:
-    check(case, (1, 1, False), prepared)
+def test_every_other_rope_equals_transformers(case: str, verified: Verified) -> None:
+    verified.check(case, ALONE)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("place", [(2, 1, True), (2, 2, False)], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if admitted(case)])
-def test_a_rope_at_every_axis(case: str, place: Place, prepared: Callable[[str], Prepared]) -> None:
-    check(case, place, prepared)
+def test_a_rope_at_every_axis(case: str, place: Place, verified: Verified) -> None:
+    verified.check(case, place)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not admitted(case)])
