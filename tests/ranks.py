@@ -32,6 +32,9 @@ _LATE_IMPORTS = (
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
+    *("matplotlib.backends.backend_agg", "matplotlib.figure", "matplotlib.layout_engine"),  # each run draws its loss
+    *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),  # before the first PNG
+    *("peft", "torch.profiler", "megatron_ds.training.worker", "transformers.models.llama.modeling_llama"),
 )
 
 
