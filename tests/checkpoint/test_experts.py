@@ -76,7 +76,8 @@ PLACES = {
 }
 LEGAL = [(one, name) for one in (RECIPE, BF16) for name in PLACES if one is RECIPE or PLACES[name].zero > 0]
 BF16_CHAIN = ("p2-e2", "e2-d4-z3", "t2-e4")
-CHAIN = ("t2-e4-z3", "p2-t2-e1", "e2-d4-z2-round", "t2-e2", "e2-d4-z3", "p2-e2", "t2-e4-z0", "e4-d4", "e2-d2-offload")
+CHAIN = ("t2-e4-z3", "p2-t2-e1", "e2-d4-z2-round", "p2-e2", "t2-e4-z0", "e2-d2-offload")
+LONG_CHAIN = ("t2-e4-z3", "t2-e2", "p2-e2", "e2-d4-z3", "e4-d4", "t2-e4-z0", "e2-d2-offload", "p2-t2-e1")
 
 
 def _engine(grid: Grid, directory: Path, place: Place, recipe: Recipe, **changes: Any) -> tuple[Any, Any]:
@@ -167,7 +168,11 @@ def _saved_again(checkpoints: list[Path], name: str, recipe: Recipe, folder: Pat
 
 @pytest.mark.parametrize(
     ("recipe", "chain"),
-    [pytest.param(RECIPE, CHAIN, id="fp32"), pytest.param(BF16, BF16_CHAIN, id="bf16", marks=pytest.mark.sweep)],
+    [
+        pytest.param(RECIPE, CHAIN, id="fp32"),
+        pytest.param(RECIPE, LONG_CHAIN, id="long", marks=pytest.mark.sweep),
+        pytest.param(BF16, BF16_CHAIN, id="bf16", marks=pytest.mark.sweep),
+    ],
 )
 def test_each_layout_reads_what_another_wrote(recipe: Recipe, chain: Any, trained: Any, tmp_path: Path) -> None:
     checkpoint, _ = trained(chain[0], recipe)

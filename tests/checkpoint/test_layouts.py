@@ -12,12 +12,13 @@ import pytest
 from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.checkpoint.reader import first_damage
 from tests.checkpoint.runs import CUT, Curve, apart, offloaded, resumed_at, save_again, saved_at
+from tests.halves import swept
 from tests.parity.cases import Recipe
 from tests.parity.context_cases import GATHER_2, RING_2X2, ULYSSES_2, with_axes
 from tests.parity.ours import Place
 from tests.ranks import run_grid
 
-RECIPE = Recipe()
+RECIPE = Recipe(steps=4)
 PLACES = {
     "alone": Place(1, 1, 1, 0),
     "alone-z1": Place(1, 1, 1, 1),
@@ -41,26 +42,29 @@ PLACES = {
     "dp2-z1-offload": offloaded(Place(1, 1, 2, 1)),
     "dp2-z3-offload": offloaded(Place(1, 1, 2, 3)),
 }
-# Every kind of layout once as the source, and once as the target.
+# Every kind of layout once as the source, and once as the target: what is saved knows no layout.
 PAIRS = [
     ("alone", "tp2-pp2-sp"),
+    ("alone", "cp4"),
     ("tp2-sp", "alone"),
+    ("tp2-z0", "tp2-dp2-z3"),
+    ("dp2-z3", "tp4"),
+    ("tp2-pp2-sp", "dp2-z3-offload"),
+    ("tp2-dp2-z3", "dp2-z1-offload"),
+    ("dp4-z1", "pp2-dp2"),
+    ("dp2-z3-offload", "dp2-z2"),
+    ("cp4", "dp2-z3"),
+]
+MORE_PAIRS = [
     ("tp2-sp", "tp4"),
     ("tp2-sp", "pp2-dp2"),
-    ("tp2-z0", "tp2-dp2-z3"),
     ("dp2-z3", "alone-z1"),
     ("dp2-z3", "tp2-pp2-sp"),
     ("tp2-pp2-sp", "dp4-z1"),
-    ("tp2-pp2-sp", "dp2-z3-offload"),
     ("tp2-dp2-z3", "pp4"),
-    ("tp2-dp2-z3", "dp2-z1-offload"),
     ("dp4-z1", "pp2"),
     ("dp4-z1", "dp2-z3"),
-    ("dp2-z3-offload", "dp2-z2"),
     ("cp4", "alone"),
-    ("alone", "cp4"),
-]
-MORE_PAIRS = [
     ("alone", "tp2-sp"),
     ("alone", "tp2-dp2-z3"),
     ("alone", "dp2-z0"),
@@ -93,9 +97,7 @@ def saved(references: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize(
-    ("source", "target"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.sweep) for pair in MORE_PAIRS)]
-)
+@pytest.mark.parametrize(("source", "target"), [*PAIRS, *swept(*MORE_PAIRS)])
 def test_another_layout_goes_on_where_one_stopped(source: str, target: str, saved: Any, references: Any) -> None:
     checkpoint, _ = saved(source)
     _, reference = references("qwen2-tied", RECIPE)
@@ -105,12 +107,22 @@ def test_another_layout_goes_on_where_one_stopped(source: str, target: str, save
 
 
 @pytest.mark.parametrize(
-    "name", ["alone", "tp2-z0", "tp2-sp", "dp2-z3", "tp2-pp2-sp", "dp4-z1", "dp2-z3-offload", "cp4"]
+    "name", ["tp2-z0", "dp2-z3", "tp2-pp2-sp", "dp2-z3-offload", *swept("alone", "tp2-sp", "dp4-z1", "cp4")]
 )
 def test_the_same_layout_goes_on_bit_for_bit(name: str, saved: Any) -> None:
     checkpoint, curve = saved(name)
     assert first_damage(checkpoint) is None
     assert resumed_at(checkpoint, PLACES[name], RECIPE) == curve[CUT:]
+
+
+def test_every_kind_of_layout_is_a_source_and_a_target() -> None:
+    for places in ([PLACES[source] for source, _ in PAIRS], [PLACES[target] for _, target in PAIRS]):
+        assert {place.zero for place in places} >= {0, 1, 3}
+        assert {axis for axis in ("tp", "pp", "dp", "cp") for place in places if getattr(place, axis) > 1} == {
+            *("tp", "pp", "dp", "cp")
+        }
+        assert any(place.extra for place in places), "offloaded"
+    assert len({*PAIRS, *MORE_PAIRS}) == len(PAIRS) + len(MORE_PAIRS)
 
 
 def test_saved_by_one_rank_between_it_goes_on_bit_for_bit(saved: Any, tmp_path: Path) -> None:

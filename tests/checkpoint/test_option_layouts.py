@@ -11,7 +11,7 @@ from tests.hf.models import hashes
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place
 
-RECIPE = Recipe()
+RECIPE = Recipe(steps=4)
 PAIRS = [
     ("apertus-bias", Place(2, 1, 1, 1, True), Place(1, 2, 2, 1)),
     pytest.param("stablelm-parallel-normed-heads", Place(4, 1, 1, 1), Place(1, 1, 2, 3), marks=pytest.mark.sweep),
