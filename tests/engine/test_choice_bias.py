@@ -9,6 +9,7 @@ import torch
 from megatron_ds.models.sequential import OutputHead
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.runtime import load_model
+from tests.halves import swept
 from tests.parity.batches import batch_for
 from tests.parity.cases import Recipe
 from tests.parity.ours import Place, engine_config, micro_batches, session_of
@@ -19,9 +20,9 @@ RECIPE = Recipe(steps=2)
 RATE = 0.02
 PLACES = [
     Place(1, 1, 1, 1, expert=1),
-    Place(2, 1, 2, 3, True, "full", expert=4),
-    pytest.param(Place(2, 1, 1, 1, expert=1), marks=pytest.mark.sweep),
+    Place(2, 1, 1, 3, True, "full", expert=2),
     Place(1, 2, 2, 1, recompute="full", expert=2),
+    *swept(Place(2, 1, 2, 3, True, "full", expert=4), Place(2, 1, 1, 1, expert=1)),
 ]
 
 

@@ -24,7 +24,7 @@ from megatron_ds.parallel.expert import ExpertParallel
 from megatron_ds.parallel.grid import Grid
 from megatron_ds.parallel.launch import LaunchError
 from megatron_ds.runtime import load_model, setup
-from tests.halves import halved
+from tests.halves import halved, swept
 from tests.parity.batches import batch_for, ours, reference_loss
 from tests.parity.cases import SEQ, Recipe
 from tests.parity.context_cases import GATHER_2, RING_2, ULYSSES_2, with_axes
@@ -368,17 +368,16 @@ def unevenly(once: Any) -> Callable[..., dict[str, Any]]:
     return run
 
 
-@pytest.mark.parametrize("part", [4, 2], ids=["none at all", "none from one replica"])
-@pytest.mark.parametrize(
-    "place",
-    [
-        Place(1, 1, 4, 0, expert=2),
-        Place(1, 1, 4, 1, expert=2),
-        Place(1, 1, 4, 2, expert=4),
-        Place(1, 1, 4, 3, expert=2, recompute="full"),
-    ],
-    ids=str,
-)
+NONE_AT_ALL, NONE_FROM_ONE_REPLICA = 4, 2
+UNEVEN = [
+    (Place(1, 1, 4, 0, expert=2), NONE_FROM_ONE_REPLICA),
+    (Place(1, 1, 4, 1, expert=2), NONE_AT_ALL),
+    (Place(1, 1, 4, 2, expert=4), NONE_AT_ALL),
+    (Place(1, 1, 4, 3, expert=2, recompute="full"), NONE_FROM_ONE_REPLICA),
+]
+
+
+@pytest.mark.parametrize(("place", "part"), [*UNEVEN, *swept(*((place, 6 - part) for place, part in UNEVEN))], ids=str)
 def test_ranks_whose_experts_get_no_token_take_part(place: Place, part: int, unevenly: Any) -> None:
     """Of 4 data ranks; as ordinary data-parallel parameters, all experts are on every rank."""
     found, expected = unevenly(place, part), unevenly(Place(1, 1, 4, 0), part)

@@ -14,7 +14,7 @@ from tests.parity.ours import Place, engine_on, micro_batches, train_on
 from tests.parity.test_layouts import BF16_BOUNDS
 from tests.ranks import run_grid
 
-RECIPE = replace(Recipe(), precision="bf16")
+RECIPE = replace(Recipe(), precision="bf16", steps=3)
 PLACES = [
     Place(),
     Place(2, 1, 1, 1, True),
