@@ -21,7 +21,7 @@ from megatron_ds.config.yaml_text import format_yaml
 from tests.cli.conftest import Fork, Running, Start, processes_of, wait_for_steps, wait_until
 from tests.training.tiny import run_mapping
 
-STEPS = 120
+STEPS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,8 @@ def test_a_signal_ends_a_run_well_and_it_goes_on(
 
 def test_the_clock_ends_a_run_well(fork: Fork, corpus: Path, tmp_path: Path) -> None:
     file, output = write_run(corpus, tmp_path, steps=100000), tmp_path / "out"
-    status, out, err = finish(fork("-m", "megatron_ds", "train", file, "train.max_time=8", "--nproc", 2))
-    assert (status, err) == (0, "") and "stopped by train.max_time=8 after step" in out
+    status, out, err = finish(fork("-m", "megatron_ds", "train", file, "train.max_time=4", "--nproc", 2))
+    assert (status, err) == (0, "") and "stopped by train.max_time=4 after step" in out
     assert step_of(checkpoints_in(output / "checkpoints")[0]) == len(losses(output))
 
 

@@ -121,8 +121,9 @@ def test_an_interrupt_ends_the_run_cleanly(fork: Fork, run_file: Path) -> None:
     assert (run_file.parent / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.sweep
 def test_torchrun(start: Start, run_file: Path) -> None:
-    """Trains; then one rank is killed, and torchrun and the other rank end."""
+    """Trains; then one rank is killed, and torchrun and the other rank end. (`make cluster` starts it too.)"""
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
     process = start(*torchrun, "-m", "megatron_ds", "train", run_file, *ENDLESS)
     wait_for_steps(run_file.parent / "out", 3, process)
