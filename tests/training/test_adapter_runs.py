@@ -15,6 +15,7 @@ from megatron_ds.checkpoint.directory import name_of
 from megatron_ds.cli.main import _run
 from megatron_ds.config import RunConfig
 from megatron_ds.errors import MegatronDSError
+from tests.halves import swept
 from tests.ranks import preload, run_alone
 from tests.training.test_runs import losses
 from tests.training.tiny import MODEL, write_tokenizer
@@ -62,17 +63,19 @@ def _written(content: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def test_losses_do_not_depend_on_the_layout_and_only_adapters_are_saved(make_lora: Any) -> None:
+@pytest.mark.parametrize("names", [("tp2-zero3", "pp2"), *swept((("dp2-zero2",),))], ids="-".join)
+def test_losses_do_not_depend_on_the_layout_and_only_adapters_are_saved(make_lora: Any, names: tuple[str, ...]) -> None:
     preload()
     seen = {}
-    for name, (ranks, parallel, stage) in LAYOUTS.items():
+    for name in ("alone", *names):
+        ranks, parallel, stage = LAYOUTS[name]
         run = make_lora(name, f"deepspeed.zero_optimization.stage={stage}", parallel=parallel)
         mds.train(run, nproc=ranks)
         seen[name] = losses(run.output, "loss"), losses(run.output, "valid_loss")
         saved = Path(run.output) / "checkpoints" / name_of(4)
         assert {path.name for path in saved.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
         assert not list(saved.glob("model*.safetensors"))
-    for name in LAYOUTS:
+    for name in names:
         assert seen[name][0] == pytest.approx(seen["alone"][0], rel=2e-5), name
         assert seen[name][1] == pytest.approx(seen["alone"][1], rel=2e-5), name
     assert len(set(seen["alone"][0])) == 5
@@ -88,15 +91,15 @@ def test_losses_do_not_depend_on_the_layout_and_only_adapters_are_saved(make_lor
 )
 def test_a_run_goes_on_at_another_layout(make_lora: Any, first: str, second: str, more: list[str]) -> None:
     preload()
-    whole = make_lora("whole", *more)
-    mds.train(whole)
     for name, steps in ((first, 2), (second, 5)):
         ranks, parallel, stage = LAYOUTS[name]
         overrides = [f"train.steps={steps}", "schedule.name=constant", f"deepspeed.zero_optimization.stage={stage}"]
         mds.train(make_lora("cut", *overrides, *more, parallel=parallel), nproc=ranks)
     straight = make_lora("straight", "schedule.name=constant", *more)
     mds.train(straight)
-    assert losses(Path(whole.output).parent / "cut", "loss") == pytest.approx(losses(straight.output, "loss"), rel=2e-5)
+    assert losses(Path(straight.output).parent / "cut", "loss") == pytest.approx(
+        losses(straight.output, "loss"), rel=2e-5
+    )
 
 
 def _logits(directory: Path, merged: Path, base: Path, other: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_ds.errors import ConfigError, TrainingError
 from megatron_ds.monitor.profile import EXPOSED, time_by_part
 from megatron_ds.parallel.regions import ATTENTION, DISPATCH, EMBEDDING, EXPERTS, HEAD, MLP, OPTIMIZER, ROUTER
 from megatron_ds.training.step_profile import StepProfile
+from tests.halves import swept
 from tests.ranks import preload, run_alone
 from tests.training.tiny import MODEL
 
@@ -26,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 OF_EXPERTS = (ROUTER, DISPATCH, EXPERTS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["pp2-full", "experts", *swept("tp2", "alone")])
 def test_parts_of_a_run(make_run: Callable[..., RunConfig], layout: str) -> None:
     preload()
     ranks, parallel, train = LAYOUTS[layout]
