@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,9 +36,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def model_of(case: str) -> HFModel:
+    return read_model(OPTIONS[case])
+
+
 @pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_table_is_the_model(case: str) -> None:
-    model = read_model(OPTIONS[case])
+    model = model_of(case)
     with torch.device("meta"):
         ours = dict(weights_of(SequentialModel(model.core.build_layers())))
     assert set(model.table) == set(ours)
@@ -51,7 +57,7 @@ def test_table_is_the_model(case: str) -> None:
 
 @pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_table_is_transformers_model(case: str) -> None:
-    model = read_model(OPTIONS[case])
+    model = model_of(case)
     with torch.device("meta"):
         theirs: Any = getattr(transformers, model.architecture)(AutoConfig.for_model(**OPTIONS[case]))
         if model.family.tied_by_bytes and not model.core.tied:
@@ -80,7 +86,7 @@ def test_table_is_transformers_model(case: str) -> None:
 @pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_every_piece_stands_in_one_row(case: str) -> None:
     """A whole tensor once, a fused one once a piece: nothing is read twice, nothing is left out."""
-    model, pieces = read_model(OPTIONS[case]), Counter[tuple[str, int]]()
+    model, pieces = model_of(case), Counter[tuple[str, int]]()
     of_one: dict[str, set[int]] = {}
     for row in model.table.values():
         for name, source in zip(row.names, row.op.sources):
@@ -97,9 +103,9 @@ def test_buffers_are_ignored_by_their_whole_names(family: Family) -> None:
     """What is ignored can't be a weight, and a longer name that ends or begins alike is not ignored."""
     names = {
         name
-        for case in OPTIONS.values()
-        if case["model_type"] == family.model_type
-        for name in _names(read_model(case))
+        for case, config in OPTIONS.items()
+        if config["model_type"] == family.model_type
+        for name in _names(model_of(case))
     }
     assert names
     for pattern in family.ignored:
@@ -129,9 +135,9 @@ def test_buffers_of_old_checkpoints_are_ignored(family: str, buffer: str) -> Non
 @pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_what_a_class_leaves_unread_is_a_weight_of_another(case: str) -> None:
     """And never its own. Base models' tables have no prefix."""
-    model = read_model(OPTIONS[case])
+    model = model_of(case)
     prefix, unread = model.family.prefix, set(model.family.unused_tensors(model.core))
-    family = [read_model(config) for config in OPTIONS.values() if _rows_of(config) == _rows_of(OPTIONS[case])]
+    family = [model_of(name) for name, config in OPTIONS.items() if _rows_of(config) == _rows_of(OPTIONS[case])]
     whole = {prefix + name.removeprefix(prefix) for other in family for name in _names(other)}
     has_pooler = any("pooler" in name for name in whole)
     assert bool(unread) == (model.architecture.endswith("ForMaskedLM") and has_pooler)
@@ -181,7 +187,7 @@ def test_tied_model_has_no_head_and_knows_it_again() -> None:
 @pytest.mark.parametrize("case", sampled(OPTIONS))
 def test_matrices_are_those_of_transformers_linear_layers(case: str) -> None:
     """Each is one tensor of transformers, a piece of one, or an expert of either; no element of another is in it."""
-    model = read_model(OPTIONS[case])
+    model = model_of(case)
     with torch.device("meta"):
         ours = dict(SequentialModel(model.core.build_layers()).named_parameters())
     for name, row in ((name, row) for name, row in model.table.items() if name in ours):
