@@ -24,9 +24,9 @@ from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.parallel.tensor import TensorParallel
 from megatron_ds.parallel.watchdog import watch_peers
 from megatron_ds.runtime import LoadedModel, Session
-from megatron_ds.verify.compare import Difference, difference, root_mean_square, smallest_norm
+from megatron_ds.verify.compare import Difference, count_others, difference, smallest_norm
 from megatron_ds.verify.layer_names import choice_of, position_names
-from megatron_ds.verify.reference import GRADIENTS
+from megatron_ds.verify.reference import GRADIENTS, typical_gradient
 
 
 @dataclass
@@ -102,7 +102,7 @@ def _run_probe(
             findings.hidden = {name: difference(hidden[name], reference.get_tensor(name)) for name in hidden}
             shown = set(reference.keys())
             findings.other_experts = {
-                name: _count_others(ids, reference.get_tensor(choice_of(name)))
+                name: count_others(ids.flatten(0, 1), reference.get_tensor(choice_of(name)))
                 for name, ids in chosen.items()
                 if choice_of(name) in shown
             }
@@ -115,8 +115,7 @@ def _compare_gradients(engine: Engine, weights: HFWeights, reference: TensorSour
     assert isinstance(probe, GradientProbe)
     model = weights.model.named_in(reference.names)  # transformers may write other names than it reads
     to_hf, found = ToHF(model), {}
-    trained = [name for name in reference.names if name in model.tensors]
-    typical = root_mean_square(map(reference.tensor, trained)) if engine.grid.rank == 0 else 0.0
+    typical = typical_gradient(reference, model) if engine.grid.rank == 0 else 0.0
     for name, gradient in engine.full_tensors(probe.gradient):
         if gradient is None:
             continue
@@ -173,9 +172,3 @@ def _choices(engine: Engine, blocks: Sequence[str], tp: TensorParallel) -> Itera
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _count_others(ours: Tensor, reference: Tensor) -> tuple[int, int]:
-    """Count the tokens with other experts, in any order, and all tokens: (B, S, k), (B S, k)."""
-    differs = ours.flatten(0, 1).sort(-1).values != reference.sort(-1).values
-    return int(differs.any(-1).sum()), len(reference)

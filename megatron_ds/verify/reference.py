@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from megatron_ds.hf.config import HFModel
 from megatron_ds.hf.reference import load_reference, predict
+from megatron_ds.hf.weight_files import TensorSource
 from megatron_ds.models.probe import Probe
+from megatron_ds.verify.compare import root_mean_square
 from megatron_ds.verify.layer_names import blocks_paths, choice_of, entry_of
 from megatron_ds.verify.loss import ReferenceLoss, mean_loss, problem_of, reference_loss
 from megatron_ds.verify.sentence_vectors import sentence_vectors
@@ -27,6 +30,7 @@ def run_reference(
     inputs: Sequence[Probe],
     results: Path,
     state: Mapping[str, Tensor] | None = None,
+    change_seed: int | None = None,
 ) -> list[ReferenceLoss]:
     """Run transformers, save its results, and return the loss of each input.
 
@@ -38,6 +42,7 @@ def run_reference(
         directory, model, state: see `load_reference`.
         inputs: the inputs.
         results: the directory for the results.
+        change_seed: change all weights by a rounding, see `change_weights`; None = leave them as they are.
 
     Raises:
         ConversionError: transformers cannot load the directory, or finds tensors missing.
@@ -46,6 +51,8 @@ def run_reference(
     for index, probe in enumerate(inputs):
         # loaded again for each: gradients overwrite its weights, and some models remember lengths
         reference = load_reference(directory, model, torch.float32, state)
+        if change_seed is not None:
+            change_weights(reference, change_seed)
         problem = problem_of(reference.config)
         recording = hidden_states(reference, model), choices(reference, model)
         with torch.set_grad_enabled(probe.with_gradients), recording[0] as hidden, recording[1] as chosen:
@@ -62,6 +69,26 @@ def run_reference(
             mean_loss(outputs, probe.labels, problem).backward()
             _save_gradients(reference, results / GRADIENTS)
     return losses
+
+
+def typical_gradient(gradients: TensorSource, model: HFModel) -> float:
+    """Return the root mean square of the gradients that `run_reference` wrote; those of buffers do not count.
+
+    Args:
+        gradients: the directory, opened.
+        model: with the names of that directory (`HFModel.named_in`).
+    """
+    return root_mean_square(gradients.tensor(name) for name in gradients.names if name in model.tensors)
+
+
+@torch.no_grad()
+def change_weights(reference: nn.Module, seed: int) -> None:
+    """Change each fp32 weight at random to the next larger or smaller fp32 number; zero stays zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in reference.parameters():
+        upwards = torch.randint(0, 2, parameter.shape, generator=generator, dtype=torch.bool)
+        towards = torch.where(upwards, math.inf, -math.inf)
+        parameter.copy_(torch.where(parameter == 0.0, parameter, parameter.nextafter(towards)))
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from megatron_ds.verify.compare import Difference, relative_error
 from megatron_ds.verify.loss import ReferenceLoss
 from megatron_ds.verify.reference import run_reference
 from megatron_ds.verify.report import InputReport, Report, RoundTrip
+from megatron_ds.verify.rounding import NUM_SAMPLES, measure_rounding
 
 if TYPE_CHECKING:
     from megatron_ds.verify.ours import Findings
@@ -66,7 +67,8 @@ def verify_hf(
     needs, which all get the same samples.
 
     It needs several times the memory of the model, its gradients and its activations, and disk space for two copies of
-    the model in the temporary directory.
+    the model in the temporary directory. If a difference exceeds its bound, transformers runs a few times more, which
+    shows whether rounding explains it (`measure_rounding`).
 
     Args:
         hf_dir: config.json and weights of a supported family.
@@ -114,6 +116,14 @@ def verify_hf(
         ranks_of = f"{world_size} ranks{f', context {context.describe()}' if context.size > 1 else ''}"
         note(f"megatron_ds on {ranks_of}: outputs, loss and gradients")
         ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), world_size)
+        reports = [merge(probe, loss, found) for probe, loss, found in zip(inputs, losses, zip(*ranks))]
+        exceeding = {i: (inputs[i], losses[i]) for i, one in enumerate(reports) if one.exceeds}
+        if exceeding:
+            note(f"transformers {NUM_SAMPLES} times more, as a difference exceeds its bound: how far rounding takes it")
+            (rounding,) = run_local(
+                lambda info: measure_rounding(directory, weights.model, exceeding, results, weights.state_dict()), 1
+            )
+            reports = [one.with_rounding(rounding[i]) if i in rounding else one for i, one in enumerate(reports)]
         note("round trip: every tensor through the tables and back")
         (round_trip,) = run_local(lambda info: check_round_trip(weights, directory, results / "rewritten"), 1)
     return Report(
@@ -126,7 +136,7 @@ def verify_hf(
         sequence=sequence,
         dp=data,
         ep=ep,
-        inputs=[merge(probe, loss, found) for probe, loss, found in zip(inputs, losses, zip(*ranks))],
+        inputs=reports,
         round_trip=round_trip,
         not_reached=not_reached,
     )
