@@ -20,7 +20,7 @@ GRADIENT_BOUND = 1e-4
 SMALLEST_SCALE = 1e-2
 
 
-# A difference above its bound is rounding if it is at most this multiple of what rounding does to the reference. In 60
+# A difference above its bound is rounding if it is at most this multiple of what rounding does to the reference. In 40
 # runs of badly conditioned models it was 0.1 to 0.7 of it (see `verify.rounding`).
 ROUNDING_FACTOR = 2.0
 # The size from which on mistakes are expected. Where rounding makes such differences too, fp32 cannot tell the two.

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tests.hf.models import SMALL, build
+from tests.hf.models import SMALL
+from tests.parity.reference import make_model
 from tests.training.tiny import write_tokenizer
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -13,7 +14,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 def write_model(folder: Path, **fields: object) -> Path:
     """A Llama of four layers with a tokenizer; the embedding and the first two layers are in `FIRST`."""
-    build({**SMALL, "num_hidden_layers": 4, "vocab_size": 64, **fields}).save_pretrained(folder)
+    make_model({**SMALL, "num_hidden_layers": 4, "vocab_size": 64, **fields}).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     of_first = ("embed_tokens", ".layers.0.", ".layers.1.")
