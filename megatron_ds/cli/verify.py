@@ -36,7 +36,7 @@ Examples:
 
 VERDICTS = {
     "ok": "equal to transformers",
-    "unclear": "cannot be told in fp32, as rounding alone takes transformers as far from itself",
+    "unclear": "undecidable in fp32, where rounding alone takes transformers as far from itself",
     "off": "NOT equal to transformers",
 }
 

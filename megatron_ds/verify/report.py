@@ -84,7 +84,7 @@ class InputReport:
 
     @property
     def exceeds(self) -> bool:
-        """Whether a finite difference exceeds its bound, so that rounding may be the cause."""
+        """True if a finite difference exceeds its bound, so that rounding may be the cause."""
         found = [(one, LOGITS_BOUND) for one in (*self.outputs.values(), *self.hidden.values())]
         found += [(self.loss, LOSS_BOUND), *((one, GRADIENT_BOUND) for one in self.gradients.values())]
         return any(isfinite(one.relative) and not one.within(bound) for one, bound in found)

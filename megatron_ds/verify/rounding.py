@@ -1,4 +1,4 @@
-"""How far rounding alone takes transformers: its results with weights that differ by a rounding, against its results.
+"""The differences that rounding alone makes between transformers and itself, with weights that differ by a rounding.
 
 Errors of rounding grow with the depth of a model and with its condition number. Of a badly conditioned model, each
 result in fp32 is 1e-4 and more from the exact one, and how far depends on the kind of CPU. There a difference of ours
@@ -6,7 +6,7 @@ that exceeds its bound shows no mistake unless transformers itself keeps closer 
 (`Difference.judge`).
 
 To measure it, transformers runs a few times more, each time with all its weights changed at random by the smallest
-step of fp32. That draws all later roundings anew, as another order of the same sums does (Monte Carlo arithmetic,
+step of fp32. All later roundings are then others, as another order of the same sums does (Monte Carlo arithmetic,
 Parker 1997). One run in fp64 instead would cost twice the memory, and would be a single draw: by chance, a result in
 fp32 is often ten times closer to that in fp64 than another result in fp32, which is as good.
 """

@@ -73,7 +73,7 @@ def low_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_rounding_is_told_from_a_mistake(tp: int, bad: Path, low_bounds: None, tmp_path: Path) -> None:
+def test_rounding_is_no_mistake(tp: int, bad: Path, low_bounds: None, tmp_path: Path) -> None:
     notes: list[str] = []
     found = mds.verify_hf(bad, tp, note=notes.append)
     shown = lines(found)
@@ -99,14 +99,14 @@ def test_rounding_is_told_from_a_mistake(tp: int, bad: Path, low_bounds: None, t
     assert content["inputs"][0]["loss"]["rounding"] is not None
 
 
-def test_where_rounding_is_as_large_as_mistakes_it_cannot_be_told(
+def test_rounding_as_large_as_mistakes_is_undecidable(
     bad: Path, low_bounds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "MOST_ROUNDING", 1e-6)
     found = mds.verify_hf(bad)
     assert (found.verdict, found.ok) == ("unclear", False)
     shown = lines(found)
-    assert shown[-1].startswith("verdict     cannot be told in fp32, as rounding alone takes transformers as far")
+    assert shown[-1].startswith("verdict     undecidable in fp32, where rounding alone takes transformers as far")
     assert any(text.startswith("  gradients ??? ") for text in shown)
     assert found.inputs[0].wrong_gradients == []
 
