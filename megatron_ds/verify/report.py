@@ -163,8 +163,8 @@ class Report:
     @property
     def verdict(self) -> Judgement:
         """The worst judgement of an input and of the round trip."""
-        judged = {one.verdict for one in self.inputs} | {"off" if self.round_trip.changed else "ok"}
-        return max(judged, key=JUDGEMENTS.index)
+        of_round_trip: Judgement = "off" if self.round_trip.changed else "ok"
+        return max(of_round_trip, *(one.verdict for one in self.inputs), key=JUDGEMENTS.index)
 
     @property
     def ok(self) -> bool:

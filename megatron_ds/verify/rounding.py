@@ -55,7 +55,7 @@ def measure_rounding(
     model: HFModel,
     inputs: Mapping[int, tuple[Probe, ReferenceLoss]],
     results: Path,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor] | None = None,
 ) -> dict[int, Rounding]:
     """Run transformers `NUM_SAMPLES` times with changed weights, and compare with what it wrote to `results`.
 
