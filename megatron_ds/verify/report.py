@@ -164,7 +164,7 @@ class Report:
     def verdict(self) -> Judgement:
         """The worst judgement of an input and of the round trip."""
         of_round_trip: Judgement = "off" if self.round_trip.changed else "ok"
-        return max(of_round_trip, *(one.verdict for one in self.inputs), key=JUDGEMENTS.index)
+        return max((of_round_trip, *(one.verdict for one in self.inputs)), key=JUDGEMENTS.index)
 
     @property
     def ok(self) -> bool:
