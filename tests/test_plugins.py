@@ -13,6 +13,7 @@ from megatron_ds import plugins
 from megatron_ds.config import build_run, load_run
 from megatron_ds.errors import ConfigError
 from megatron_ds.plugins import import_modules, load_entry_points
+from tests.halves import swept
 
 
 @pytest.fixture
@@ -137,20 +138,28 @@ def test_a_broken_entry_point_names_its_package(module: Any, tmp_path: Path, mon
     )
 
 
-def test_the_command_line_ends_with_one_line_and_status_2(module: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["train", "run.yaml", "imports=[outside_bad]"], "imports[0]"),
+        (["export", ".", "out", "--import", "outside_bad"], "--import"),
+        *swept(
+            (["inspect", "run.yaml", "imports=[outside_bad]"], "imports[0]"),
+            (["verify", ".", "--import", "outside_bad"], "--import"),
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_command_line_ends_with_one_line_and_status_2(
+    arguments: list[str], field: str, module: Any, tmp_path: Path
+) -> None:
+    """The current directory is searched."""
     module("outside_bad", "raise ValueError('no')")
     (tmp_path / "run.yaml").write_text(RUN)
     line = f"outside_bad raised ValueError: no ({tmp_path}/outside_bad.py, line 1); fix it, or remove it\n"
-    program = Path(sys.executable).with_name("megatron-ds")
-    for arguments, field in (
-        (["train", "run.yaml", "imports=[outside_bad]"], "imports[0]"),
-        (["inspect", "run.yaml", "imports=[outside_bad]"], "imports[0]"),
-        (["verify", ".", "--import", "outside_bad"], "--import"),
-        (["export", ".", "out", "--import", "outside_bad"], "--import"),
-    ):
-        command = [str(program), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-        assert (done.returncode, done.stderr) == (2, f"error: {field}={line}"), "the current directory is searched"
+    command = [str(Path(sys.executable).with_name("megatron-ds")), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {field}={line}")
 
 
 def test_cores_are_divided_among_ranks_before_a_module_can_import_torch(module: Any, tmp_path: Path) -> None:
