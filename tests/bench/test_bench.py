@@ -41,7 +41,9 @@ class ForkedContestant(ForkedPython):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("names", [("small",), *swept((("tp2",),), (("context8k", "convert"),))], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [("pp2",), *swept((("tp2",),), (("small",),), (("context8k", "convert"),))], ids="-".join
+)
 def test_tiny_cases_by_the_command(names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forking = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedContestant})
     monkeypatch.setattr(arena, "subprocess", forking)
